@@ -1,0 +1,119 @@
+"""A server as a child process of a test or of the rehearsal: started, awaited, killed, never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.02
+LOG_TAIL_BYTES = 4000
+
+
+class ServerStartError(RuntimeError):
+    """The child exited, or did not answer in time; the text ends with the tail of its log."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of `host` that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One child process. Its stdout and stderr are appended to `log`; it is signalled by its own pid only.
+
+    The child leads a process group of its own, so a Ctrl-C meant for the parent does not reach it before the
+    parent has tidied up.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.argv = [str(argument) for argument in argv]
+        self.log = log
+        self._env = dict(env or {})  # added to the parent's own environment
+        self._cwd = cwd
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id. Raises ServerStartError when there is no child."""
+        if self._child is None:
+            raise ServerStartError(f"{self.argv[0]} is not running")
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the child was started and has not exited."""
+        return self._child is not None and self._child.poll() is None
+
+    def start(self) -> ServerProcess:
+        """Start the child; does not wait for it to answer (see `wait_ready`)."""
+        if self.running:
+            raise ServerStartError(f"{self.argv[0]} is running already")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._env},
+                cwd=self._cwd,
+                start_new_session=True,
+            )
+        return self
+
+    def wait_ready(self, check: Callable[[], bool], seconds: float = 20.0) -> ServerProcess:
+        """Wait until `check` returns True; OSError and ConnectionError from it mean "not yet".
+
+        On an early exit or after `seconds` the child is stopped and ServerStartError is raised with the log's tail.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not self.running:
+                raise ServerStartError(f"{self.argv[0]} exited with {self._code()}:\n{self.log_tail()}")
+            with contextlib.suppress(OSError):
+                if check():
+                    return self
+            time.sleep(POLL_SECONDS)
+        self.stop()
+        raise ServerStartError(f"{self.argv[0]} did not answer within {seconds:g} s:\n{self.log_tail()}")
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until the child is gone. Nothing happens if it is gone already."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """SIGTERM, and SIGKILL after `seconds`. Nothing happens if the child is gone already."""
+        if self._child is None or self._child.poll() is not None:
+            return
+        self._child.send_signal(signal.SIGTERM)
+        try:
+            self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def log_tail(self, size: int = LOG_TAIL_BYTES) -> str:
+        """The last `size` bytes of the log, as text."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - size))
+            return log.read().decode("utf-8", "replace")
+
+    def _code(self) -> int | None:
+        return None if self._child is None else self._child.returncode
