@@ -1,0 +1,77 @@
+"""Embedding models and dimensions: what a model can make, and the check that fails fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lib.errors import DimensionMismatch, UsageProblem
+
+# Native sizes of OpenAI's models; only the text-embedding-3 family takes `dimensions`
+# (https://platform.openai.com/docs/guides/embeddings).
+_NATIVE_SIZES = {
+    "text-embedding-3-small": 1536,
+    "text-embedding-3-large": 3072,
+    "text-embedding-ada-002": 1536,
+}
+_SHORTENED = ("text-embedding-3-",)
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """What decides a vector, apart from the text: endpoint, model and size."""
+
+    base_url: str
+    model: str
+    size: int
+
+
+def native_size(model: str) -> int | None:
+    """The model's full size, or None for a model that is not known here."""
+    return _NATIVE_SIZES.get(model)
+
+
+def takes_dimensions(model: str) -> bool:
+    """Whether the API takes `dimensions` for this model."""
+    return model.startswith(_SHORTENED)
+
+
+def model_fault(model: str, size: int) -> str | None:
+    """Why `model` cannot make vectors of `size`, or None. Unknown models are judged by their first answer."""
+    native = native_size(model)
+    if native is None or size == native:
+        return None
+    if not takes_dimensions(model):
+        return f"EMBEDDING_MODEL {model} makes {native}d vectors only, VECTOR_SIZE is {size}"
+    if size > native:
+        return f"EMBEDDING_MODEL {model} makes at most {native}d vectors, VECTOR_SIZE is {size}"
+    return None
+
+
+def check_model(model: str, size: int) -> None:
+    """Raise UsageProblem where `model` cannot make vectors of `size`."""
+    fault = model_fault(model, size)
+    if fault is None:
+        return
+    larger = "text-embedding-3-large" if size <= 3072 else "a larger model"
+    raise UsageProblem(
+        fault,
+        next_step=f"export EMBEDDING_MODEL={larger}   or   export VECTOR_SIZE={native_size(model)}",
+    )
+
+
+def check_dimension(collection: str, actual: int, configured: int) -> None:
+    """Fail fast, with the text operators know, where the live size is not the configured one.
+
+    Raises DimensionMismatch (a ValueError); the command's stderr starts with `ValueError: VECTOR ...`.
+    """
+    if actual == configured:
+        return
+    raise DimensionMismatch(
+        "VECTOR DIMENSION MISMATCH\n"
+        f"Qdrant collection '{collection}': {actual}d\n"
+        f"Config VECTOR_SIZE: {configured}d",
+        next_step=(
+            f"keep the collection:  export VECTOR_SIZE={actual}\n"
+            "migrate it:           python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+        ),
+    )
