@@ -1,0 +1,138 @@
+"""What the operator sees: progress on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+Progress = Callable[[int], None]
+_PLAIN_SECONDS = 5.0
+
+
+def size_text(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+@dataclass
+class Console:
+    """One command's voice. With `as_json`, stdout carries one JSON document and nothing else."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def say(self, text: str) -> None:
+        """A step, on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something the operator must see, also when quiet."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def detail(self, text: str) -> None:
+        """A step that only --verbose shows."""
+        if self.verbose:
+            self.say(text)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int | None, unit: str = "") -> Iterator[Progress]:
+        """A callback that takes what was done since the last call; bars on a terminal, plain lines otherwise."""
+        if self.quiet:
+            yield lambda _step: None
+        elif sys.stderr.isatty():
+            with _bar(title, total, unit) as advance:
+                yield advance
+        else:
+            with _plain(title, total, unit) as advance:
+                yield advance
+
+    def result(self, document: Mapping[str, object], text: str) -> None:
+        """The outcome, last, on stdout."""
+        if self.as_json:
+            print(json.dumps(document, ensure_ascii=False, default=str))
+        elif text:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
+    from rich.console import Console as RichConsole
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    counts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *counts,
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    ]
+    with Bars(*columns, console=RichConsole(stderr=True)) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda step: bars.advance(task, step)
+
+
+@contextlib.contextmanager
+def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
+    started = shown = time.monotonic()
+    done = 0
+
+    def amount(count: float) -> str:
+        return size_text(count) if unit == "bytes" else f"{count:,.0f}"
+
+    def advance(step: int) -> None:
+        nonlocal done, shown
+        done += step
+        now = time.monotonic()
+        if now - shown >= _PLAIN_SECONDS:
+            shown = now
+            of = f" of {amount(total)}" if total else ""
+            print(
+                f"{title}: {amount(done)}{of} ({amount(done / (now - started))}/s)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield advance
+    seconds = max(time.monotonic() - started, 1e-6)
+    word = "" if unit == "bytes" else f" {unit}".rstrip()
+    print(
+        f"{title}: {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
+    """Columns as wide as their widest cell; plain text that survives a pipe."""
+    cells = [
+        [str(cell) for cell in row] for row in ([header] if header else []) + [list(row) for row in rows]
+    ]
+    if not cells:
+        return ""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    if header:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

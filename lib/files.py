@@ -1,0 +1,141 @@
+"""Files that are whole or absent: atomic writes, private folders, free space, the machine-wide lock."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from lib.errors import LockHeld, UsageProblem
+
+PARTIAL = ".partial"
+_CHUNK = 1 << 20
+
+
+def private_dir(path: Path) -> Path:
+    """Make `path` (0700) where it is missing and prove that files can be written there; raises UsageProblem."""
+    probe = path / f".probe-{os.getpid()}"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe.touch(mode=0o600)
+        probe.unlink()
+    except OSError as error:
+        raise UsageProblem(
+            f"cannot write to the folder {path}: {error.strerror}",
+            next_step=f"ls -ld {path}   then   sudo chown $(id -un) {path}   or name another with --backup-dir",
+        ) from error
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for us on the disk of `path`, or of its nearest parent that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def sync_dir(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file (0600) that appears under `path` only when the block ends well.
+
+    Until then it is `<path>.partial`, which is removed when the block fails. An existing file is replaced.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        sync_dir(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    with atomic_writer(path) as stream:
+        stream.write(data)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _open_lock_file(path: Path) -> IO[bytes]:
+    """Open or make the lock file so that any user of the machine can lock it.
+
+    In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing
+    one is opened without it; a kernel lock needs no write permission.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.fchmod(descriptor, 0o666)
+        return os.fdopen(descriptor, "r+b")
+    except FileExistsError:
+        return path.open("rb")
+
+
+class TargetLock:
+    """One run at a time on a target, whatever the user and the checkout; the kernel drops it with the process.
+
+    Args:
+        names: what the run works on (addresses with graph or collection names, no secret).
+        folder: where the lock files live, the same for every user of the machine.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path = Path("/tmp/automem-migration-locks")) -> None:  # noqa: S108 - shared on purpose
+        self._folder = folder
+        self._names = sorted(set(names))
+        self._held: list[IO[bytes]] = []
+
+    def __enter__(self) -> TargetLock:
+        import portalocker
+
+        self._folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):
+            self._folder.chmod(0o1777)
+        for name in self._names:
+            stream = _open_lock_file(self._folder / hashlib.sha256(name.encode()).hexdigest()[:24])
+            try:
+                portalocker.lock(stream, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            except portalocker.LockException as error:
+                stream.close()
+                self._release()
+                raise LockHeld(
+                    f"another run is working on {name}",
+                    next_step="wait until it has ended, then run the same command again",
+                ) from error
+            self._held.append(stream)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for stream in self._held:
+            stream.close()
+        self._held.clear()

@@ -1,0 +1,121 @@
+"""The journal of a run that changes a store: what it is doing, what it made, how to go back.
+
+One file per run, `journal_<UTC>_<command>.jsonl`, a JSON object a line, fsynced before the step it announces.
+Only names found in a journal are ever removed from a server; a journal without a closing line is open.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from lib.files import sync_dir
+
+CLOSED = "closed"
+
+
+def _ends_torn(stream: IO[bytes]) -> bool:
+    """Whether a crash cut the last line: the next entry must not be glued to it."""
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) != b"\n"
+
+
+@dataclass
+class Journal:
+    """The entries of one run; `append` writes and fsyncs one."""
+
+    path: Path
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def run_id(self) -> str:
+        """The run's own id, part of every name it makes on a server."""
+        return str(self.entries[0]["run_id"])
+
+    @property
+    def command(self) -> str:
+        """The command that opened it."""
+        return str(self.entries[0]["command"])
+
+    @property
+    def targets(self) -> list[str]:
+        """What the run works on: addresses with names."""
+        return list(self.entries[0]["targets"])
+
+    @property
+    def phase(self) -> str:
+        """The last phase that was announced."""
+        return str(self.entries[-1]["phase"])
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run never came to its end."""
+        return self.phase != CLOSED
+
+    @property
+    def undo(self) -> str:
+        """The latest way back, as commands."""
+        found = [entry["undo"] for entry in self.entries if entry.get("undo")]
+        return str(found[-1]) if found else ""
+
+    def fact(self, name: str) -> Any:
+        """The latest value of a fact, or None."""
+        for entry in reversed(self.entries):
+            if name in entry:
+                return entry[name]
+        return None
+
+    def has_reached(self, phase: str) -> bool:
+        """Whether `phase` was ever announced."""
+        return any(entry["phase"] == phase for entry in self.entries)
+
+    def append(self, phase: str, **facts: object) -> None:
+        """Announce `phase` with its facts; on disk when this returns."""
+        entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "phase": phase, **facts}
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        with self.path.open("ab+") as stream:
+            if stream.tell() and _ends_torn(stream):
+                line = "\n" + line
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.entries.append(entry)
+
+    def close(self, outcome: str) -> None:
+        """The run came to its end; nothing is left to go on from."""
+        self.append(CLOSED, outcome=outcome)
+
+
+def start_journal(folder: Path, command: str, targets: list[str], **facts: object) -> Journal:
+    """Open a journal before the first name is made on a server."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
+    run_id = f"{stamp}_{secrets.token_hex(2)}"
+    path = folder / f"journal_{run_id}_{command}.jsonl"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.close(descriptor)
+    sync_dir(folder)
+    journal = Journal(path)
+    journal.append("started", run_id=run_id, command=command, targets=targets, **facts)
+    return journal
+
+
+def read_journal(path: Path) -> Journal | None:
+    """A journal from disk; a last line cut by a crash is passed over, an empty file is None."""
+    entries = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return Journal(path, entries) if entries else None
+
+
+def open_journals(folder: Path) -> list[Journal]:
+    """The runs that never came to their end, oldest first."""
+    found = [read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))]
+    return [journal for journal in found if journal is not None and journal.is_open]
