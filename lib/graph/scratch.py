@@ -1,0 +1,108 @@
+"""A private FalkorDB in a directory of its own: started, loaded, killed, whatever happens to this process."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
+from lib.graph.client import GraphAddress, connect
+
+POLL_SECONDS = 0.02
+# Ends the server and removes its directory when this process dies without doing so (its end of the pipe closes).
+_UNDERTAKER = 'read -r word; [ "$word" = done ] || { kill -9 "$1"; rm -rf "$2"; }'
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A running scratch server: private, without persistence, gone with its context."""
+
+    address: GraphAddress
+    conn: redis.Redis
+    pid: int
+
+
+@contextlib.contextmanager
+def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Iterator[Scratch]:
+    """Start `server` with `module`, let it load `rdb` within `seconds`, and kill it on leaving.
+
+    Raises BackupDamaged where the file does not load, StoreFailed where the server does not start without one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="falkordb-scratch-"))  # 0700
+    child: subprocess.Popen[bytes] | None = None
+    undertaker: subprocess.Popen[bytes] | None = None
+    try:
+        if rdb is not None:
+            (folder / "dump.rdb").symlink_to(rdb.resolve())
+        child = _start(server, module, folder)
+        undertaker = subprocess.Popen(
+            ["/bin/sh", "-c", _UNDERTAKER, "sh", str(child.pid), str(folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        address = GraphAddress(unix_socket=str(folder / "s"))
+        with contextlib.closing(_loaded(child, address, rdb, folder / "log", seconds)) as conn:
+            yield Scratch(address, conn, child.pid)
+    finally:
+        if child is not None:
+            child.kill()
+            child.wait()
+        if undertaker is not None:
+            undertaker.communicate(b"done\n")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(server: Path, module: Path, folder: Path) -> subprocess.Popen[bytes]:
+    settings = ["--port", "0", "--unixsocket", str(folder / "s"), "--unixsocketperm", "700"]
+    settings += ["--dir", str(folder), "--save", "", "--appendonly", "no", "--loadmodule", str(module)]
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(
+            [str(server), *settings],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            start_new_session=True,  # a Ctrl-C is for the command, which then ends its server itself
+        )
+
+
+def _loaded(
+    child: subprocess.Popen[bytes], address: GraphAddress, rdb: Path | None, log: Path, seconds: float
+) -> redis.Redis:
+    deadline = time.monotonic() + seconds
+    while child.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(StoreUnreachable):
+            return connect(address, timeout_seconds=max(1.0, deadline - time.monotonic()))
+        time.sleep(POLL_SECONDS)
+    ended = "gave up" if child.poll() is not None else f"was not ready after {seconds:.0f} s"
+    reason = _telling_line(log.read_text("utf-8", "replace"))
+    if rdb is None:
+        raise StoreFailed(f"the scratch FalkorDB {ended}: {reason}")
+    raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB {ended}: {reason}")
+
+
+def _telling_line(log: str) -> str:
+    """The last line of a server's log that says what went wrong, or its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    words = (
+        "error",
+        "can't",
+        "fail",
+        "fatal",
+        "bad ",
+        "crash",
+        "wrong",
+        "short read",
+        "not found",
+        "aborting",
+    )
+    telling = [line for line in lines if any(word in line.lower() for word in words)]
+    return (telling or lines or ["no word in its log"])[-1]
