@@ -1,0 +1,48 @@
+"""The ASGI application: faults first, then the key, then the endpoint."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lib.sandbox.qdrant_server import faults, routes_collections, routes_points, routes_snapshots
+from lib.sandbox.qdrant_server.auth import Keys
+from lib.sandbox.qdrant_server.errors import Refusal
+from lib.sandbox.qdrant_server.routing import Routes, answer, refused
+from lib.sandbox.qdrant_server.storage import Storage
+
+
+def build(storage: Storage, keys: Keys) -> ASGIApp:
+    """The application over an opened storage."""
+    routes = Routes()
+    for part in (routes_collections, routes_points, routes_snapshots):
+        part.add_to(routes)
+    rules = faults.Faults()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        if request.url.path == faults.PATH:
+            response = await rules.control(request)
+        else:
+            rule = rules.take(request)
+            given = await faults.before_answer(rule) if rule else None
+            response = given or await _allowed(storage, keys, routes, request)
+            if rule and rule.cut_after_bytes is not None:
+                send = faults.cutting(send, rule.cut_after_bytes)
+        await response(scope, receive, send)
+
+    return app
+
+
+async def _allowed(storage: Storage, keys: Keys, routes: Routes, request: Request) -> Response:
+    started = time.perf_counter()
+    try:
+        keys.check(request, storage.dialect)
+    except Refusal as refusal:
+        return refused(refusal, started)
+    return await answer(storage, routes, request)

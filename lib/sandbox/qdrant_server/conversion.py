@@ -1,0 +1,142 @@
+"""Points, vectors and index schemas between the REST API's JSON and the engine's objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import qdrant_edge as edge
+
+from lib.sandbox.qdrant_server.errors import bad_request, format_error, no_variant
+from lib.sandbox.qdrant_server.filters import point_id
+
+Json = dict[str, Any]
+
+INDEX_PARAMS = {
+    "keyword": edge.KeywordIndexParams,
+    "integer": edge.IntegerIndexParams,
+    "float": edge.FloatIndexParams,
+    "geo": edge.GeoIndexParams,
+    "text": edge.TextIndexParams,
+    "bool": edge.BoolIndexParams,
+    "datetime": edge.DatetimeIndexParams,
+    "uuid": edge.UuidIndexParams,
+}
+TOKENIZERS = {
+    name.lower(): getattr(edge.TokenizerType, name)
+    for name in ("Prefix", "Whitespace", "Word", "Multilingual")
+}
+
+
+def engine_config(config: Json) -> edge.EdgeConfig:
+    """The engine's configuration of a collection; what only an optimizer would use is left out."""
+    params = config["params"]
+    vectors = params["vectors"]
+    sparse = {name: edge.EdgeSparseVectorParams() for name in params.get("sparse_vectors", {})}
+    if "size" in vectors:
+        dense: Any = _vector_params(vectors)
+    else:
+        dense = {name: _vector_params(one) for name, one in vectors.items()}
+    return edge.EdgeConfig(
+        vectors=dense, sparse_vectors=sparse or None, on_disk_payload=params["on_disk_payload"]
+    )
+
+
+def _vector_params(params: Json) -> edge.EdgeVectorParams:
+    distance = getattr(edge.Distance, params["distance"])
+    return edge.EdgeVectorParams(size=params["size"], distance=distance, on_disk=params.get("on_disk"))
+
+
+def points(request: Json) -> list[Json]:
+    """The points of an upsert in either form, `points` or `batch`; Refusal (400) for malformed or none."""
+    if "batch" in request:
+        rows = _batch_rows(request["batch"])
+    elif "points" in request:
+        rows = request["points"]
+    else:
+        raise format_error("data did not match any variant of untagged enum PointInsertOperations")
+    for row in rows:
+        if "id" not in row:
+            raise format_error("missing field `id`")
+        if "vector" not in row:
+            raise format_error("missing field `vector`")
+        row["id"] = point_id(row["id"])
+    if not rows:
+        raise bad_request("Empty update request")
+    return list(rows)
+
+
+def _batch_rows(batch: Json) -> list[Json]:
+    payloads = batch.get("payloads") or [None] * len(batch["ids"])
+    rows = zip(batch["ids"], batch["vectors"], payloads, strict=True)
+    return [{"id": one, "vector": vector, "payload": payload} for one, vector, payload in rows]
+
+
+def engine_point(row: Json) -> edge.Point:
+    """One upserted point as the engine's object."""
+    return edge.Point(id=row["id"], vector=engine_vector(row["vector"]), payload=row.get("payload") or {})
+
+
+def engine_vector(vector: Any) -> Any:
+    if not isinstance(vector, dict):
+        return vector
+    return {name: _named(one) for name, one in vector.items()}
+
+
+def _named(vector: Any) -> Any:
+    if isinstance(vector, dict) and "indices" in vector:
+        return edge.SparseVector(vector["indices"], vector["values"])
+    return vector
+
+
+def index_schema(schema: Any, body: bytes) -> Any:
+    """`field_schema` of an index request, a type's name or its parameters, as the engine's object."""
+    if isinstance(schema, str) and schema in INDEX_PARAMS:
+        return getattr(edge.PayloadSchemaType, schema.capitalize())
+    if not isinstance(schema, dict) or schema.get("type") not in INDEX_PARAMS:
+        raise no_variant("PayloadFieldSchema", body)
+    given = {key: value for key, value in schema.items() if key != "type" and value is not None}
+    if "tokenizer" in given:
+        given["tokenizer"] = TOKENIZERS[given["tokenizer"]]
+    try:
+        return INDEX_PARAMS[schema["type"]](**given)
+    except TypeError:  # a parameter that this kind of index does not have
+        raise no_variant("PayloadFieldSchema", body) from None
+
+
+def vector_json(vector: Any) -> Any:
+    """A vector for the answer: float32, so that it is written with its own shortest digits."""
+    if vector is None:
+        return {}
+    if isinstance(vector, dict):
+        return {name: vector_json(one) for name, one in vector.items()}
+    if isinstance(vector, edge.SparseVector):
+        return {"indices": list(vector.indices), "values": np.asarray(vector.values, dtype=np.float32)}
+    return np.asarray(vector, dtype=np.float32)
+
+
+def payload_selector(given: Any, default: bool) -> Any:
+    """`with_payload` as the engine takes it: a flag, names, or included and excluded names."""
+    if given is None:
+        return default
+    if isinstance(given, dict):
+        if "exclude" in given:
+            return edge.PayloadSelector.Exclude(given["exclude"])
+        return edge.PayloadSelector.Include(given["include"])
+    return edge.PayloadSelector.Include(given) if isinstance(given, list) else given
+
+
+def record_json(record: Any, *, with_payload: Any, with_vector: Any) -> Json:
+    """One record or scored point of an answer (the score and version only where the engine gives them)."""
+    found: Json = {"id": record.id}
+    if hasattr(record, "score"):
+        found["version"] = record.version
+        found["score"] = np.float32(record.score)
+    if with_payload is not False:
+        found["payload"] = record.payload or {}
+    if with_vector:
+        found["vector"] = vector_json(record.vector)
+    order_value = getattr(record, "order_value", None)
+    if order_value is not None:
+        found["order_value"] = order_value
+    return found
