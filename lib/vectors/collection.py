@@ -1,0 +1,172 @@
+"""A collection as a whole: its state, its health, its end."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lib.errors import MissingData
+from lib.vectors.address import collection_path
+from lib.vectors.refusals import NoAnswer, NotFound, QdrantError
+from lib.vectors.transport import Qdrant
+
+Health = Literal["missing", "live", "restoring", "dead", "failing"]
+
+POLL_SECONDS = 0.5
+STABLE_POLLS = 3  # green can flicker between two optimisations
+
+# What a collection answers (500) whose shard was cleared or could not be loaded; seen on 1.11.3 and 1.18.3.
+_DEAD = re.compile(
+    r"0 of 0 read operations failed"
+    r"|does not have enough active replicas"
+    r"|has no active replica"
+    r"|Failed to (?:count|Get Info|scroll points|restore local replica)"
+    r"|[Dd]irty shard"
+)
+_ELSEWHERE = re.compile(r"Tonic|tcp connect error|Unavailable", re.IGNORECASE)  # another node is down
+
+
+@dataclass(frozen=True)
+class CollectionState:
+    """What `GET /collections/{name}` and an exact count say. `raw` is the answer as it came.
+
+    `size` and `distance` are those of the unnamed vector, or of the first named one; 0 and "" without any.
+    """
+
+    name: str
+    size: int
+    distance: str
+    points: int
+    status: str
+    optimizer_ok: bool
+    vectors_named: bool
+    raw: dict[str, Any] = field(repr=False)
+
+    @property
+    def payload_schema(self) -> dict[str, dict[str, Any]]:
+        """The payload indexes: field name to `{data_type, params?, points}`."""
+        return dict(self.raw.get("payload_schema") or {})
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The collection's own metadata (Qdrant 1.16 and later), else empty."""
+        return dict(self.raw["config"].get("metadata") or {})
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being optimised or indexed."""
+        return self.status == "green" and self.optimizer_ok
+
+
+def list_collections(q: Qdrant) -> list[str]:
+    """The names of all collections that the key may see; aliases are not among them."""
+    return sorted(str(entry["name"]) for entry in q.json("GET", "/collections")["collections"])
+
+
+def exists(q: Qdrant, name: str) -> bool:
+    """Whether a collection (not an alias) of this name is listed, dead ones included."""
+    return name in list_collections(q)
+
+
+def get_state(q: Qdrant, name: str) -> CollectionState:
+    """The state now, with an exact count. Raises MissingData (naming what exists), QdrantError."""
+    try:
+        raw = q.json("GET", collection_path(name))
+        points = q.json("POST", collection_path(name, "points", "count"), {"exact": True}, retry=True)[
+            "count"
+        ]
+    except NotFound:
+        known = ", ".join(list_collections(q)) or "none"
+        raise MissingData(
+            f"Qdrant at {q.display} has no collection '{name}' (it has: {known})",
+            next_step="check QDRANT_COLLECTION and QDRANT_URL",
+        ) from None
+    size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
+    optimizer_ok = raw.get("optimizer_status") == "ok"
+    return CollectionState(name, size, distance, int(points), str(raw["status"]), optimizer_ok, named, raw)
+
+
+def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
+    """Size, distance and whether vectors are named, from `params.vectors` of a configuration."""
+    named = not isinstance(vectors.get("size"), int)
+    first: Mapping[str, Any] = next(iter(vectors.values()), {}) if named else vectors
+    return int(first.get("size", 0)), str(first.get("distance", "")), named and bool(vectors)
+
+
+def health(q: Qdrant, name: str) -> Health:
+    """Whether the collection can be worked with.
+
+    "dead": listed, but its shard is gone, as a failed restore leaves it; only a delete helps. "restoring": its shard
+    is on the way. "failing": answers 500 for another reason, such as a node that is down; never delete that.
+    """
+    if not exists(q, name):
+        return "missing"
+    try:
+        q.json("GET", collection_path(name))
+        q.json("POST", collection_path(name, "points", "count"), {"exact": True}, retry=True)
+    except NotFound:
+        return "restoring"
+    except QdrantError as error:
+        return _ailment(error)
+    return "live"
+
+
+def _ailment(error: QdrantError) -> Health:
+    if "Local shard" in error.text and "not found" in error.text:
+        return "restoring"
+    dead = error.status == 500 and _DEAD.search(error.text) and not _ELSEWHERE.search(error.text)
+    return "dead" if dead else "failing"
+
+
+def is_dead(q: Qdrant, name: str) -> bool:
+    """Whether the collection is listed but lost its shard (see `health`)."""
+    return health(q, name) == "dead"
+
+
+def delete_collection(q: Qdrant, name: str) -> bool:
+    """Delete it, aliases included; False where there was none (an alias is never followed).
+
+    Its snapshot files stay on the server's disk and cannot be reached any more: delete them first.
+    """
+    try:
+        return bool(q.json("DELETE", collection_path(name)))
+    except NoAnswer:
+        if exists(q, name):
+            raise
+        return True
+
+
+def wait_green(
+    q: Qdrant,
+    name: str,
+    seconds: float,
+    progress: Callable[[CollectionState], object] | None = None,
+) -> CollectionState:
+    """Poll until the collection is `settled` over several polls, at most `seconds`; returns the last state seen.
+
+    A grey collection (optimisations wait for a change since the server's restart) is woken by an empty update, as
+    https://qdrant.tech/documentation/concepts/collections/ says.
+    """
+    deadline = time.monotonic() + seconds
+    stable, woken = 0, False
+    while True:
+        state = get_state(q, name)
+        if progress is not None:
+            progress(state)
+        if state.status == "grey" and not woken:
+            q.json("PATCH", collection_path(name), {"optimizers_config": {}}, retry=True)
+            woken = True
+        stable = stable + 1 if state.settled else 0
+        if stable >= STABLE_POLLS or time.monotonic() >= deadline:
+            return state
+        q.sleep(POLL_SECONDS)
+
+
+def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
+    """Merge into the collection's metadata; False where the server (before 1.16) takes and ignores it."""
+    q.json("PATCH", collection_path(name), {"metadata": dict(metadata)}, retry=True)
+    stored = q.json("GET", collection_path(name))["config"].get("metadata") or {}
+    return all(stored.get(key) == value for key, value in metadata.items())

@@ -1,0 +1,131 @@
+"""Points of a collection: read in order, counted, deleted."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import UsageProblem
+from lib.vectors.address import collection_path
+from lib.vectors.refusals import QdrantError
+from lib.vectors.transport import Qdrant
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PointId = str | int  # a lower-case hyphenated UUID, or an unsigned integer
+
+PAGE = 1000
+PAGE_WITH_VECTORS = 256  # larger pages of vectors are read more slowly
+DELETE_BATCH = 1000
+
+# "Limit exceeded 100 > 2 for "limit". Help: ..." of strict mode (Qdrant 1.13 and later).
+_PAGE_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "limit"')
+
+
+# The spellings of a UUID that the server reads; it answers with the hyphenated one in lower case.
+_UUID = re.compile(
+    r"(?:urn:uuid:)?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{32}", re.IGNORECASE
+)
+_LARGEST_ID = 2**64 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One point; `payload` and `vector` ((dims,) float32) are None where they were not asked for, or absent."""
+
+    id: PointId
+    payload: dict[str, Any] | None
+    vector: NDArray[np.float32] | None
+
+
+def canonical_id(value: object) -> PointId | None:
+    """The id as the server answers it, or None for what cannot be the id of a point."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if 0 <= value <= _LARGEST_ID else None
+    if isinstance(value, str) and _UUID.fullmatch(value):
+        return str(uuid.UUID(value))
+    return None
+
+
+def scroll(
+    q: Qdrant,
+    name: str,
+    *,
+    payload: bool | list[str] = False,
+    vector: bool = False,
+    page: int | None = None,
+) -> Iterator[list[Point]]:
+    """All points in the order of their ids, page by page, until the server names no next one.
+
+    `payload` may list the keys wanted. Pages shrink to what strict mode allows. Raises NotFound, QdrantError.
+    """
+    path = collection_path(name, "points", "scroll")
+    limit = page or (PAGE_WITH_VECTORS if vector else PAGE)
+    body: dict[str, Any] = {"with_payload": payload, "with_vector": vector}
+    while True:
+        try:
+            result = q.json("POST", path, {**body, "limit": limit}, retry=True)
+        except QdrantError as error:
+            limit = _smaller(error, limit)
+            continue
+        yield [_point(raw) for raw in result["points"]]
+        if result["next_page_offset"] is None:
+            return
+        body["offset"] = result["next_page_offset"]
+
+
+def retrieve(
+    q: Qdrant,
+    name: str,
+    ids: Sequence[PointId],
+    *,
+    payload: bool | list[str] = False,
+    vector: bool = False,
+) -> list[Point]:
+    """The points of these ids, in no promised order; ids that the collection does not hold are left out."""
+    path = collection_path(name, "points")
+    batch = PAGE_WITH_VECTORS if vector else PAGE
+    found: list[Point] = []
+    for start in range(0, len(ids), batch):
+        body = {"ids": list(ids[start : start + batch]), "with_payload": payload, "with_vector": vector}
+        found += [_point(raw) for raw in q.json("POST", path, body, retry=True)]
+    return found
+
+
+def count(q: Qdrant, name: str, *, exact: bool = True) -> int:
+    """How many points the collection holds. Raises NotFound, QdrantError."""
+    return int(
+        q.json("POST", collection_path(name, "points", "count"), {"exact": exact}, retry=True)["count"]
+    )
+
+
+def delete_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> None:
+    """Delete the points of these ids, and return when it is done; unknown ids are passed over."""
+    path = collection_path(name, "points", "delete")
+    for start in range(0, len(ids), DELETE_BATCH):
+        body = {"points": list(ids[start : start + DELETE_BATCH])}
+        q.json("POST", path, body, params={"wait": "true"}, retry=True)
+
+
+def _smaller(error: QdrantError, limit: int) -> int:
+    allowed = _PAGE_LIMIT.search(error.text) if error.status == 400 else None
+    if allowed is None or not 0 < int(allowed[1]) < limit:
+        raise error
+    return int(allowed[1])
+
+
+def _point(raw: dict[str, Any]) -> Point:
+    import numpy as np
+
+    vector = raw.get("vector")
+    if isinstance(vector, dict):
+        if vector:
+            raise UsageProblem("the collection has named vectors; AutoMem keeps one unnamed vector per point")
+        vector = None
+    array = None if vector is None else np.array(vector, dtype=np.float32)
+    return Point(raw["id"], raw.get("payload"), array)

@@ -1,0 +1,108 @@
+"""A collection made anew as another one is: raw settings relayed, only the vector's size changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib.errors import UsageProblem
+from lib.vectors.address import collection_path
+from lib.vectors.collection import vector_params
+from lib.vectors.transport import Qdrant
+
+INDEX_SECONDS = 600.0  # the server answers when the index is built
+AUTOMEM_INDEXES = ("tags", "tag_prefixes")
+
+# Where the create call wants what the info tells
+# (https://api.qdrant.tech/api-reference/collections/create-collection; seen on 1.11.3 and 1.18.3).
+_FROM_PARAMS = (
+    "shard_number",
+    "sharding_method",
+    "replication_factor",
+    "write_consistency_factor",
+    "on_disk_payload",
+    "sparse_vectors",
+)
+_FROM_CONFIG = {
+    "hnsw_config": "hnsw_config",
+    "wal_config": "wal_config",
+    "quantization_config": "quantization_config",
+    "strict_mode_config": "strict_mode_config",
+    "optimizer_config": "optimizers_config",
+}
+_BY_PATCH = ("read_fan_out_factor", "read_fan_out_delay_ms")
+
+
+def create_like(
+    q: Qdrant,
+    name: str,
+    raw_info: Mapping[str, Any],
+    size: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Create `name` with everything that `raw_info` (the `result` of a collection's info) says, but `size`.
+
+    Payload indexes are put back too; aliases are not (they can stand on one collection only). `metadata` is merged
+    over the old one's. Raises UsageProblem for named vectors and custom sharding, QdrantError where `name` exists.
+    """
+    q.json("PUT", collection_path(name), create_body(raw_info, size, metadata))
+    params = raw_info["config"]["params"]
+    fan_out = {key: params[key] for key in _BY_PATCH if params.get(key) is not None}
+    if fan_out:
+        q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
+    put_indexes(q, name, raw_info.get("payload_schema") or {})
+
+
+def create_body(
+    raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The body of the create call for `create_like`. Raises UsageProblem."""
+    config = raw_info["config"]
+    params = config["params"]
+    _refuse_foreign(params)
+    body: dict[str, Any] = {"vectors": {**params["vectors"], "size": size}}
+    body |= {key: params.get(key) for key in _FROM_PARAMS}
+    body |= {target: config.get(source) for source, target in _FROM_CONFIG.items()}
+    body["metadata"] = {**(config.get("metadata") or {}), **(metadata or {})} or None
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:
+    """Create `name` as AutoMem does: one unnamed vector, Cosine, keyword indexes on its tags."""
+    body: dict[str, Any] = {"vectors": {"size": size, "distance": "Cosine"}}
+    if metadata:
+        body["metadata"] = dict(metadata)
+    q.json("PUT", collection_path(name), body)
+    put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
+
+
+def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, Any]]) -> None:
+    """Create the payload indexes of an info's `payload_schema`: by their `params`, else by their `data_type`."""
+    for key, entry in payload_schema.items():
+        body = {"field_name": key, "field_schema": entry.get("params") or entry["data_type"]}
+        path = collection_path(name, "index")
+        q.json("PUT", path, body, params={"wait": "true"}, timeout=INDEX_SECONDS, retry=True)
+
+
+def aliases_of(q: Qdrant, name: str) -> list[str]:
+    """The aliases that stand on the collection. Raises NotFound."""
+    entries = q.json("GET", collection_path(name, "aliases"))["aliases"]
+    return sorted(str(entry["alias_name"]) for entry in entries if entry["collection_name"] == name)
+
+
+def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
+    """Let the aliases stand on the collection, taken from another one where they stood there."""
+    actions = [{"create_alias": {"collection_name": name, "alias_name": alias}} for alias in aliases]
+    if actions:
+        q.json("POST", "/collections/aliases", {"actions": actions}, retry=True)
+
+
+def _refuse_foreign(params: Mapping[str, Any]) -> None:
+    size, _, named = vector_params(params.get("vectors") or {})
+    if named or not size:
+        raise UsageProblem(
+            "the collection has named vectors, or none; AutoMem keeps one unnamed vector per point",
+            next_step="point QDRANT_COLLECTION at AutoMem's collection",
+        )
+    if params.get("sharding_method") == "custom":
+        raise UsageProblem("the collection is sharded by keys of its own, which cannot be made anew here")

@@ -1,0 +1,220 @@
+"""A collection put in place from a snapshot: sent to the server, or fetched by the server from itself."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
+from lib.vectors.address import collection_path
+from lib.vectors.collection import Health, health
+from lib.vectors.refusals import NoAnswer, QdrantError
+from lib.vectors.snapshots import Snapshot
+from lib.vectors.transport import Qdrant
+
+ANSWER_SECONDS = 300.0  # the server answers when the restore is done; after that the collection is asked
+RESTORE_SECONDS = 1800.0
+POLL_SECONDS = 0.5
+DEAD_SECONDS = 10.0  # while a shard is put in place, a collection can look dead for a moment
+WRONG_CHECKSUM = "0" * 64
+
+# A container's own port, where QDRANT_URL is a mapped one.
+_OWN_URL = "http://localhost:6333"
+_GATEWAY_GAVE_UP = (502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """How a restore ended: seconds it took, and whether the server itself said so (else: polled)."""
+
+    seconds: float
+    answered: bool
+
+
+def unique_filename(stem: str) -> str:
+    """A name for an uploaded file: it stays on the server under it, and can be deleted by it."""
+    return f"{stem}-{secrets.token_hex(6)}.snapshot"
+
+
+def preflight_upload(q: Qdrant, collection: str) -> None:
+    """Raise AccessRefused unless snapshots may be uploaded: a kilobyte with a wrong checksum.
+
+    It changes and leaves nothing, whether the collection exists or not (seen on 1.11.3 and 1.18.3).
+    """
+    from requests_toolbelt import MultipartEncoder
+
+    encoder = MultipartEncoder({"snapshot": (unique_filename("preflight"), b"0" * 1024, _BINARY)})
+    try:
+        _post(q, collection, encoder, WRONG_CHECKSUM, q.timeout_seconds)
+    except QdrantError as error:
+        if error.status != 400:
+            raise
+
+
+def upload_and_restore(
+    q: Qdrant,
+    collection: str,
+    source: Path | BinaryIO,
+    *,
+    size: int,
+    filename: str,
+    checksum: str,
+    progress: Callable[[int, int], object] | None = None,
+    seconds: float = RESTORE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
+) -> Restored:
+    """Send a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
+
+    The file stays in the collection's folder as `filename` (see `unique_filename`), also when this fails. Never
+    restore onto a collection that is needed: it is cleared first. A 200 proves nothing about the points: count them
+    and compare. `progress` gets (bytes sent, bytes in all).
+    Raises AccessRefused, QdrantError (delete the collection then), NoAnswer, BackupDamaged for a short source.
+    """
+    preflight_upload(q, collection)
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            body = _Body(stream, size)
+            return _upload(q, collection, body, filename, checksum, progress, (answer_seconds, seconds))
+    return _upload(
+        q, collection, _Body(source, size), filename, checksum, progress, (answer_seconds, seconds)
+    )
+
+
+def recover(
+    q: Qdrant,
+    collection: str,
+    location: str,
+    checksum: str,
+    *,
+    seconds: float = RESTORE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
+) -> Restored:
+    """Have the server restore `collection` from a `location` that it fetches itself (see `can_fetch_itself`).
+
+    Like `upload_and_restore` otherwise; a second restore of the same collection that is under way is waited for.
+    """
+    began = time.monotonic()
+    try:
+        _put_recover(q, collection, location, checksum, answer_seconds)
+    except NoAnswer:
+        pass
+    except QdrantError as error:
+        if error.status != 409 and error.status not in _GATEWAY_GAVE_UP:
+            raise
+    else:
+        return Restored(time.monotonic() - began, answered=True)
+    wait_restored(q, collection, seconds)
+    return Restored(time.monotonic() - began, answered=False)
+
+
+def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
+    """The URL under which the server fetches this snapshot of its own, or None where it cannot.
+
+    Proved by a recover as `probe` (a name that nobody has) with a wrong checksum: the mismatch that it answers
+    names the right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused.
+    """
+    for base in dict.fromkeys((q.base_url, _OWN_URL)):
+        location = base + collection_path(collection, "snapshots", snapshot.name)
+        try:
+            _put_recover(q, probe, location, WRONG_CHECKSUM, q.timeout_seconds)
+        except NoAnswer:
+            continue
+        except QdrantError as error:
+            mismatch = error.status == 400 and "checksum mismatch" in error.text.lower()
+            if mismatch and snapshot.checksum is not None and snapshot.checksum in error.text:
+                return location
+    return None
+
+
+def wait_restored(q: Qdrant, collection: str, seconds: float) -> None:
+    """Poll until the collection answers. Raises StoreFailed: dead, or not there after `seconds`.
+
+    Until a restore is done, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3).
+    """
+    deadline = time.monotonic() + seconds
+    dead_since: float | None = None
+    while True:
+        state = _health(q, collection)
+        now = time.monotonic()
+        if state == "live":
+            return
+        dead_since = (dead_since or now) if state == "dead" else None
+        if now >= deadline or (dead_since is not None and now - dead_since >= DEAD_SECONDS):
+            raise StoreFailed(
+                f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}",
+                next_step="look at the Qdrant server's log, then run the same command again",
+            )
+        q.sleep(POLL_SECONDS)
+
+
+_BINARY = "application/octet-stream"
+
+
+class _Body:
+    """A stream of known length, as the multipart encoder wants it."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self.len = size  # what is left
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._stream.read(self.len if size < 0 else min(size, self.len))
+        if not piece and self.len:
+            raise BackupDamaged(f"the snapshot ends {self.len} bytes early", next_step="use another backup")
+        self.len -= len(piece)
+        return piece
+
+
+def _upload(
+    q: Qdrant,
+    collection: str,
+    body: _Body,
+    filename: str,
+    checksum: str,
+    progress: Callable[[int, int], object] | None,
+    patience: tuple[float, float],
+) -> Restored:
+    from requests_toolbelt import MultipartEncoder, MultipartEncoderMonitor
+
+    total, began = body.len, time.monotonic()
+    encoder = MultipartEncoder({"snapshot": (filename, body, _BINARY)})
+    monitor = MultipartEncoderMonitor(encoder, lambda _: progress and progress(total - body.len, total))
+    try:
+        _post(q, collection, monitor, checksum, patience[0])
+    except NoAnswer:
+        if body.len:
+            raise  # the server got a part, and restores nothing
+    except QdrantError as error:
+        if error.status not in _GATEWAY_GAVE_UP:
+            raise
+    else:
+        return Restored(time.monotonic() - began, answered=True)
+    wait_restored(q, collection, patience[1])
+    return Restored(time.monotonic() - began, answered=False)
+
+
+def _post(q: Qdrant, collection: str, body: object, checksum: str, seconds: float) -> None:
+    """`body` is a multipart encoder, or its monitor: it is streamed."""
+    path = collection_path(collection, "snapshots", "upload")
+    params = {"wait": "true", "priority": "snapshot", "checksum": checksum}
+    headers = {"Content-Type": body.content_type}  # type: ignore[attr-defined]
+    q.call("POST", path, body, params=params, headers=headers, timeout=seconds, retry=False)  # type: ignore[arg-type]
+
+
+def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, seconds: float) -> None:
+    body = {"location": location, "priority": "snapshot", "checksum": checksum}
+    if q.api_key:
+        body["api_key"] = q.api_key
+    path = collection_path(collection, "snapshots", "recover")
+    q.json("PUT", path, body, params={"wait": "true"}, timeout=seconds, retry=False)
+
+
+def _health(q: Qdrant, collection: str) -> Health:
+    try:
+        return health(q, collection)
+    except StoreUnreachable:
+        return "failing"  # it may be starting anew

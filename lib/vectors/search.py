@@ -1,0 +1,90 @@
+"""Nearest points, through the official client, as AutoMem itself asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lib.vectors.points import PointId
+from lib.vectors.refusals import NoAnswer, QdrantError
+from lib.vectors.transport import Qdrant
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from qdrant_client import QdrantClient
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A point found, and its score in the collection's distance."""
+
+    id: PointId
+    score: float
+    payload: dict[str, Any] | None
+
+
+class Searcher:
+    """The client for searches in one server; importing it takes most of a second, so it is made on first use."""
+
+    def __init__(self, q: Qdrant) -> None:
+        self._q = q
+        self._client: QdrantClient | None = None
+
+    def __enter__(self) -> Searcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._client is not None:
+            self._client.close()
+
+    def search(
+        self, name: str, vector: Sequence[float] | NDArray[np.float32], limit: int, *, payload: bool = True
+    ) -> list[Hit]:
+        """The `limit` nearest points to `vector` (dims,), best first. Raises QdrantError, NoAnswer."""
+        from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+        query = [float(number) for number in vector]
+        try:
+            answer = self._open().query_points(name, query=query, limit=limit, with_payload=payload)
+        except UnexpectedResponse as error:
+            text = error.content.decode("utf-8", "replace")
+            raise QdrantError(self._q.display, error.status_code or 0, text) from None
+        except ResponseHandlingException:
+            raise NoAnswer(f"Qdrant at {self._q.display} gave no answer to a search") from None
+        return [Hit(_plain(point.id), point.score, point.payload) for point in answer.points]
+
+    def _open(self) -> QdrantClient:
+        if self._client is None:
+            self._client = _client(self._q)
+        return self._client
+
+
+def search(
+    q: Qdrant, name: str, vector: Sequence[float] | NDArray[np.float32], limit: int, *, payload: bool = True
+) -> list[Hit]:
+    """One search; for several, keep a `Searcher`."""
+    with Searcher(q) as searcher:
+        return searcher.search(name, vector, limit, payload=payload)
+
+
+def _client(q: Qdrant) -> QdrantClient:
+    from urllib.parse import urlsplit
+
+    from qdrant_client import QdrantClient
+
+    parts = urlsplit(q.base_url)
+    return QdrantClient(
+        host=parts.hostname,
+        port=parts.port,
+        https=parts.scheme == "https",
+        prefix=parts.path or None,
+        api_key=q.api_key or None,
+        timeout=max(1, int(q.timeout_seconds)),
+        check_compatibility=False,  # an extra request, and a warning for servers that work
+    )
+
+
+def _plain(point_id: object) -> PointId:
+    return point_id if isinstance(point_id, int) else str(point_id)

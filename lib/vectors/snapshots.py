@@ -1,0 +1,204 @@
+"""Snapshots of a collection on the server: made once, listed, fetched whole, deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import requests
+from urllib3.exceptions import HTTPError
+
+from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
+from lib.vectors.address import collection_path
+from lib.vectors.refusals import NoAnswer, NotFound, QdrantError, lost
+from lib.vectors.transport import PAUSES_SECONDS, Qdrant
+
+ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is asked
+CREATE_SECONDS = 1800.0
+POLL_SECONDS = 1.0
+PIECE_BYTES = 1024 * 1024
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GATEWAY_GAVE_UP = (502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot file on the server: size in bytes, sha256 in hex where the server told one, creation time (UTC)."""
+
+    name: str
+    size: int
+    checksum: str | None
+    created: str
+
+
+@dataclass(frozen=True)
+class Download:
+    """What came over: bytes, their sha256 in hex, and how often the way broke meanwhile."""
+
+    size: int
+    sha256: str
+    resumed: int
+
+
+def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
+    """The snapshots that this node holds of the collection. Raises NotFound."""
+    return [_snapshot(raw) for raw in q.json("GET", collection_path(collection, "snapshots"))]
+
+
+def create(
+    q: Qdrant,
+    collection: str,
+    *,
+    known_before: Sequence[Snapshot] | None = None,
+    seconds: float = CREATE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
+) -> Snapshot:
+    """Have one snapshot made and wait for it, at most `seconds`; never two.
+
+    A lost answer stops nothing on the server (seen on 1.11.3 and 1.18.3), so the list is polled then. With
+    `known_before` (the list before an earlier try) a snapshot that is not in it is taken as that try's.
+    Raises NoAnswer where none appears, QdrantError, AccessRefused.
+    """
+    now = list_snapshots(q, collection)
+    known = now if known_before is None else known_before
+    earlier = [snapshot for snapshot in now if snapshot not in known]
+    if earlier:
+        return _newest(earlier)
+    path = collection_path(collection, "snapshots")
+    try:
+        raw = q.json("POST", path, params={"wait": "true"}, timeout=answer_seconds, retry=False)
+    except NoAnswer:
+        raw = None
+    except QdrantError as error:
+        if error.status not in _GATEWAY_GAVE_UP:
+            raise
+        raw = None
+    return _snapshot(raw) if raw else _await_new(q, collection, known, seconds)
+
+
+def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
+    """Delete a snapshot file; False where it, or the collection, is not there."""
+    try:
+        path = collection_path(collection, "snapshots", snapshot)
+        q.json("DELETE", path, params={"wait": "true"}, retry=True)
+    except NotFound:
+        return False
+    return True
+
+
+def download(
+    q: Qdrant,
+    collection: str,
+    snapshot: Snapshot,
+    write: Callable[[bytes], object],
+    progress: Callable[[int, int], object] | None = None,
+) -> Download:
+    """Hand every byte of the snapshot to `write`, in order and once; goes on where the connection broke.
+
+    `progress` gets (bytes so far, bytes in all). Raises BackupDamaged where the server's own checksum differs,
+    StoreFailed where the file changes on the way, StoreUnreachable after several tries without a byte.
+    """
+    fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name))
+    digest = hashlib.sha256()
+    for piece in fetch.pieces():
+        digest.update(piece)
+        write(piece)
+        if progress is not None:
+            progress(fetch.done, fetch.total)
+    sha256 = digest.hexdigest()
+    if snapshot.checksum not in {None, sha256}:
+        raise BackupDamaged(
+            f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}",
+            next_step="run the backup again",
+        )
+    return Download(fetch.done, sha256, fetch.resumed)
+
+
+class _Fetch:
+    """One file over as many connections as it takes."""
+
+    def __init__(self, q: Qdrant, path: str) -> None:
+        self.done = 0
+        self.total = -1
+        self.resumed = 0
+        self._q = q
+        self._path = path
+        self._etag = ""
+
+    def pieces(self) -> Iterator[bytes]:
+        barren = 0  # tries in a row that brought nothing
+        while self.done != self.total:
+            before = self.done
+            try:
+                yield from self._one_connection()
+            except StoreUnreachable:
+                barren = barren + 1 if self.done == before else 0
+                if barren > len(PAUSES_SECONDS):
+                    raise
+                self.resumed += 1
+                self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
+
+    def _one_connection(self) -> Iterator[bytes]:
+        headers = {"Accept-Encoding": "identity"}  # otherwise compressed on the fly, without a length
+        if self.done:
+            headers["Range"] = f"bytes={self.done}-"
+        response = self._q.call("GET", self._path, headers=headers, retry=False, stream=True)
+        with response:
+            self._check(response)
+            try:
+                for piece in response.raw.stream(PIECE_BYTES, decode_content=False):
+                    self.done += len(piece)
+                    yield piece
+            except (HTTPError, OSError) as error:
+                raise lost(self._q.display, error) from error
+        if self.done < self.total:
+            raise NoAnswer(f"Qdrant at {self._q.display}: the download broke off at byte {self.done}")
+
+    def _check(self, response: requests.Response) -> None:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise self._refuse("a proxy compresses the download")
+        if self.done == 0:
+            self._etag = response.headers.get("ETag", "")
+            self.total = int(response.headers.get("Content-Length", "-1"))
+            if self.total < 0:
+                raise self._refuse("the download comes without a length")
+            return
+        wanted = f"bytes {self.done}-{self.total - 1}/{self.total}"
+        if response.status_code != 206 or response.headers.get("Content-Range") != wanted:
+            raise self._refuse("the rest of a broken download cannot be fetched")
+        if response.headers.get("ETag", "") != self._etag:
+            raise self._refuse("the snapshot changed while it was fetched")
+
+    def _refuse(self, why: str) -> StoreFailed:
+        step = "run the backup again, straight against the server"
+        return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
+
+
+def _await_new(q: Qdrant, collection: str, known: Sequence[Snapshot], seconds: float) -> Snapshot:
+    deadline = time.monotonic() + seconds
+    seen: Snapshot | None = None
+    while time.monotonic() < deadline:
+        fresh = [snapshot for snapshot in list_snapshots(q, collection) if snapshot not in known]
+        if fresh and _newest(fresh) == seen:
+            return seen  # twice the same: nothing writes to it any more
+        seen = _newest(fresh) if fresh else None
+        q.sleep(POLL_SECONDS)
+    raise NoAnswer(
+        f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s",
+        next_step="look at the server's log and free disk space, then run again",
+    )
+
+
+def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
+    return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.name))
+
+
+def _snapshot(raw: dict[str, Any]) -> Snapshot:
+    checksum = str(raw.get("checksum") or "")
+    found = Snapshot(str(raw["name"]), int(raw["size"]), checksum, str(raw.get("creation_time") or ""))
+    return found if _SHA256.fullmatch(checksum) else replace(found, checksum=None)

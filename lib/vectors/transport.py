@@ -1,0 +1,206 @@
+"""One Qdrant server over REST: a timeout on every send, refusals as errors, retries on named conditions only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+import orjson
+import requests
+
+from lib.errors import StoreUnreachable
+from lib.vectors.address import check_key, is_loopback, split_login
+from lib.vectors.refusals import lost, not_qdrant, refusal
+
+CONNECT_SECONDS = 10.0
+SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses from the headers stops reading it
+PAUSES_SECONDS = (0.5, 1.0, 2.0)  # between tries after a lost connection or a gateway's 502, 503, 504
+LONGEST_WAIT_SECONDS = 600.0  # of rate limits, for one request
+
+_GATEWAY_TROUBLE = (502, 503, 504)
+
+
+class Qdrant:
+    """A server's address and key. Threads may share it: each keeps connections of its own.
+
+    `url` without a port means 6333, as it does to AutoMem; a user and password in it become basic
+    authentication. `sleep` is there for tests. Raises UsageProblem for a URL or key that cannot be one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str = "",
+        timeout_seconds: float = 60.0,
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        check_key(api_key)
+        self.base_url, self._login = split_login(url)
+        self.api_key = api_key
+        self.timeout_seconds = timeout_seconds
+        self.sleep = sleep
+        self._local = threading.local()
+
+    @property
+    def display(self) -> str:
+        """The address without any secret."""
+        return self.base_url
+
+    def __repr__(self) -> str:
+        return f"Qdrant({self.base_url!r})"
+
+    def version(self) -> str:
+        """The server's version, such as "1.11.3". Raises StoreFailed where something else answers."""
+        body = self._decode(self.call("GET", "/"))
+        if not isinstance(body, dict) or "version" not in body or "qdrant" not in str(body.get("title")):
+            raise not_qdrant(self.display)
+        return str(body["version"])
+
+    def json(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        params: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        retry: bool | None = None,
+    ) -> Any:
+        """Send JSON and return the answer's `result` (None where it has none).
+
+        `body` is serialised by orjson (numpy arrays too); bytes are sent as they are. `retry` repeats the request
+        after a lost connection, a gateway's 502 to 504 and a 429 that says when (default: for GET alone).
+        Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
+        """
+        content = body if body is None or isinstance(body, bytes) else encode(body)
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        response = self.call(
+            method, path, content, params=params, headers=headers, timeout=timeout, retry=retry
+        )
+        decoded = self._decode(response)
+        return decoded.get("result") if isinstance(decoded, dict) else decoded
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        content: bytes | BinaryIO | None = None,
+        *,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        retry: bool | None = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        """One request and its answer, of a status below 300; a file object is streamed (say retry=False then).
+
+        `timeout` is in seconds between two pieces of the answer. Raises like `json`.
+        """
+        patience = _Patience(allowed=(method == "GET") if retry is None else retry)
+        options = {"params": params, "headers": headers, "stream": stream}
+        while True:
+            try:
+                response = self._send(method, path, content, timeout or self.timeout_seconds, options)
+            except StoreUnreachable:
+                if not patience.after_connection():
+                    raise
+            else:
+                if response.status_code < 300:
+                    return response
+                error = self._refusal(response, has_body=content is not None)
+                if not patience.after_status(response):
+                    raise error
+            self.sleep(patience.pause)
+
+    def close(self) -> None:
+        """Close this thread's connections; the next request opens a new one."""
+        self._session().close()
+
+    def _session(self) -> requests.Session:
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = self._new_session()
+        return session
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        # A callable keeps ~/.netrc out, whose password requests would send along.
+        session.auth = self._login or _no_auth
+        if self.api_key:
+            session.headers["api-key"] = self.api_key
+        if is_loopback(self.base_url):
+            session.trust_env = False  # no proxy leads to this machine
+            session.headers["Accept-Encoding"] = "identity"  # compressing costs more than the way
+        return session
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        content: bytes | BinaryIO | None,
+        seconds: float,
+        options: dict[str, Any],
+    ) -> requests.Response:
+        # urllib3 bounds connecting and each send by the first of the two timeouts.
+        timeout = (CONNECT_SECONDS if content is None else SEND_SECONDS, seconds)
+        url = self.base_url + path
+        # The key would go along to wherever a redirect points: none is followed.
+        options = {**options, "timeout": timeout, "allow_redirects": False}
+        try:
+            return self._session().request(method, url, data=content, **options)
+        except requests.RequestException as error:
+            self.close()
+            raise lost(self.display, error) from error
+
+    def _refusal(self, response: requests.Response, *, has_body: bool) -> Exception:
+        error = refusal(self.display, response, (self.api_key, *(self._login or ())))
+        if has_body:
+            # The server may have left the body unread, and the next request on this connection would hang.
+            response.close()
+            self.close()
+        return error
+
+    def _decode(self, response: requests.Response) -> object:
+        try:
+            return orjson.loads(response.content)
+        except orjson.JSONDecodeError:
+            raise not_qdrant(self.display) from None
+
+
+class _Patience:
+    """How often, and how long, one request may be repeated; `pause` is the next wait in seconds."""
+
+    def __init__(self, *, allowed: bool) -> None:
+        self.pause = 0.0
+        self._allowed = allowed
+        self._tries = 0
+        self._waited = 0.0
+
+    def after_connection(self) -> bool:
+        if not self._allowed or self._tries == len(PAUSES_SECONDS):
+            return False
+        self.pause = PAUSES_SECONDS[self._tries]
+        self._tries += 1
+        return True
+
+    def after_status(self, response: requests.Response) -> bool:
+        if response.status_code in _GATEWAY_TROUBLE:
+            return self.after_connection()
+        told = response.headers.get("Retry-After", "")
+        if not self._allowed or response.status_code != 429 or not told.isdecimal():
+            return False
+        self.pause = max(1.0, float(told))
+        self._waited += self.pause
+        return self._waited <= LONGEST_WAIT_SECONDS
+
+
+def encode(value: object) -> bytes:
+    """JSON bytes, numpy arrays included. Raises orjson.JSONEncodeError."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
