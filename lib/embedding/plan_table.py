@@ -115,6 +115,18 @@ class PlanTable(SpoolFile):
                 found[row.point_id] = row
         return found
 
+    def scanned(self, point_ids: Sequence[str | int]) -> set[str | int]:
+        """Those of `point_ids` that the current scan has put already."""
+        found: set[str | int] = set()
+        for part in chunks([stored_id(each) for each in point_ids]):
+            sql = f"SELECT point_id FROM memories WHERE scan = ? AND point_id IN ({marks(part)})"  # noqa: S608 - only marks
+            found.update(point_id_of(stored) for (stored,) in self._rows(sql, [self._scan(), *part]))
+        return found
+
+    def uses(self, key: bytes) -> int:
+        """How many memories have the text of this key."""
+        return self._number("SELECT count(*) FROM memories WHERE key = ?", [key])
+
     def missing_rows(self, page: int = 500) -> Iterator[TextRow]:
         """Distinct texts of the plan that have no vector yet; vectors may be stored while this is read."""
         for _, row in self._pages(_MISSING, 0, page):

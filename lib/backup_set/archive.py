@@ -1,0 +1,219 @@
+"""`qdrant_snapshot_*.tar.gz`: the server's own snapshot, the raw configuration and the promised ids.
+
+Members in order: `collection.json`, `snapshot/<name>`, `ids.txt` (one id a line). Written and read as a stream;
+igzip (isal) at level 1 compresses at the speed of the network. Nothing is ever unpacked by a name from the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import orjson
+
+from lib.errors import BackupDamaged
+from lib.files import atomic_writer
+
+FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
+_LEVEL = 1
+_BLOCK = 512
+_CHUNK = 1 << 20
+_FACTS_LIMIT = 64 << 20
+
+
+class _HashingFile:
+    """A file that counts and hashes what is written through it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+class ArchiveWriter:
+    """Writes tar members whose bytes arrive by push: `begin`, `write` ..., `end`."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        from isal import igzip
+
+        self._out = _HashingFile(stream)
+        self._gzip = igzip.IGzipFile(fileobj=self._out, mode="wb", compresslevel=_LEVEL, filename="", mtime=0)
+        self._left = self._size = 0
+
+    def begin(self, name: str, size: int) -> None:
+        """Start a member of exactly `size` bytes."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o600
+        self._left = self._size = size
+        self._gzip.write(info.tobuf(format=tarfile.PAX_FORMAT))
+
+    def write(self, data: bytes) -> None:
+        """More bytes of the member."""
+        self._left -= len(data)
+        if self._left < 0:
+            raise BackupDamaged("the server sent more bytes of the snapshot than it announced")
+        self._gzip.write(data)
+
+    def end(self) -> None:
+        """The member is whole; raises BackupDamaged where bytes are missing."""
+        if self._left:
+            raise BackupDamaged(f"the server sent {self._left} bytes of the snapshot too few")
+        self._gzip.write(b"\0" * (-self._size % _BLOCK))
+
+    def add(self, name: str, stream: IO[bytes], size: int) -> None:
+        """A whole member from a file."""
+        self.begin(name, size)
+        while chunk := stream.read(_CHUNK):
+            self.write(chunk)
+        self.end()
+
+    def finish(self) -> tuple[int, str]:
+        """Close the archive; its size in bytes and its sha256 in hex."""
+        self._gzip.write(b"\0" * (2 * _BLOCK))
+        self._gzip.close()
+        return self._out.size, self._out.sha256.hexdigest()
+
+
+@contextmanager
+def archive_writer(path: Path) -> Iterator[ArchiveWriter]:
+    """An archive that appears under `path` only when it is whole."""
+    with atomic_writer(path) as stream:
+        yield ArchiveWriter(stream)
+
+
+@dataclass(frozen=True)
+class ArchiveFacts:
+    """What an archive says of itself: `collection.json`, and the snapshot's name, bytes and sha256 as read."""
+
+    facts: dict[str, Any]
+    snapshot_name: str
+    snapshot_size: int
+    snapshot_sha256: str
+    ids: int
+
+
+class _HashingReader:
+    """A readable that hashes what passes and can be drained to its end."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.sha256.update(data)
+        self.size += len(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(_CHUNK):
+            pass
+
+
+SnapshotReader = Callable[[IO[bytes]], object]
+IdsReader = Callable[[Iterator[str]], object]
+
+
+def _damage(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What reading a damaged gzip or tar raises."""
+    from isal import igzip, isal_zlib
+
+    return EOFError, tarfile.TarError, igzip.BadGzipFile, cast("type[Exception]", isal_zlib.IsalError), *more
+
+
+@contextmanager
+def _members(path: Path) -> Iterator[tarfile.TarFile]:
+    from isal import igzip
+
+    try:
+        with (
+            igzip.open(path, "rb") as plain,
+            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|") as tar,
+        ):
+            yield tar
+            while plain.read(_CHUNK):  # the gzip trailer holds its own checksum
+                pass
+    except _damage() as error:
+        raise BackupDamaged(
+            f"{path} is damaged: {error}", next_step="use another backup: ls -l backups/"
+        ) from error
+
+
+def read_archive(
+    path: Path, on_snapshot: SnapshotReader | None = None, on_ids: IdsReader | None = None
+) -> ArchiveFacts:
+    """Read an archive to its end; the callbacks see the snapshot's bytes and the ids as they pass.
+
+    Raises BackupDamaged where a member is missing, cut, foreign, or not as `collection.json` promises.
+    """
+    facts: dict[str, Any] | None = None
+    reader: _HashingReader | None = None
+    name, ids = "", -1
+    with _members(path) as tar:
+        for member in tar:
+            stream = tar.extractfile(member) if member.isreg() else None
+            if stream is None:
+                raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
+            if member.name == FACTS and facts is None and member.size < _FACTS_LIMIT:
+                facts = orjson.loads(stream.read())
+            elif member.name.startswith(SNAPSHOT) and facts is not None and reader is None:
+                name, reader = member.name.removeprefix(SNAPSHOT), _HashingReader(stream)
+                if on_snapshot:
+                    on_snapshot(cast("IO[bytes]", reader))
+                reader.drain()
+            elif member.name == IDS and reader is not None:
+                ids = _read_ids(stream, on_ids)
+            else:
+                raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
+    if facts is None or reader is None or ids < 0:
+        raise BackupDamaged(f"{path} is not whole: collection.json, the snapshot or ids.txt is missing")
+    return ArchiveFacts(facts, name, reader.size, reader.sha256.hexdigest(), ids)
+
+
+def _read_ids(stream: IO[bytes], on_ids: IdsReader | None) -> int:
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for line in stream:
+            count += 1
+            yield line.decode().strip()
+
+    walk = lines()
+    if on_ids:
+        on_ids(walk)
+    for _ in walk:
+        pass
+    return count
+
+
+def peek_facts(path: Path) -> dict[str, Any]:
+    """`collection.json` alone, the first member; raises BackupDamaged where `path` is no archive of ours."""
+    from isal import igzip
+
+    try:
+        with (
+            igzip.open(path, "rb") as plain,
+            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|") as tar,
+        ):
+            member = tar.next()
+            stream = tar.extractfile(member) if member and member.name == FACTS and member.isreg() else None
+            if stream is not None and member is not None and member.size < _FACTS_LIMIT:
+                return dict(orjson.loads(stream.read()))
+    except _damage(OSError, ValueError) as error:
+        raise BackupDamaged(f"{path} is damaged: {error}") from error
+    raise BackupDamaged(f"{path} is a tar.gz, but not one that backup_automem.py wrote")

@@ -1,0 +1,164 @@
+"""The manifest: `backup_YYYYMMDD_HHMMSS.json`, written last, makes files a backup set. Format 1 (README)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lib.errors import BackupDamaged
+from lib.files import write_atomic
+
+FORMAT = 1
+CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
+PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
+
+
+@dataclass(frozen=True)
+class BackupFile:
+    """A file of the set: name relative to the backup folder, bytes, sha256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphHalf:
+    """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB)."""
+
+    file: BackupFile
+    kind: str
+    graph: str
+    server: dict[str, str]
+    nodes: int
+    relationships: int
+    labels: dict[str, int]
+    types: dict[str, int]
+    indexes: list[Any]
+    constraints: list[Any]
+    digest: str
+    proof: str
+    proof_note: str = ""
+
+
+@dataclass(frozen=True)
+class CollectionHalf:
+    """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`."""
+
+    file: BackupFile
+    collection: str
+    server: dict[str, str]
+    points: int
+    size: int
+    distance: str
+    payload_schema: dict[str, Any]
+    aliases: list[str]
+    model: str
+    model_known: str
+    snapshot_name: str
+    snapshot_size: int
+    snapshot_sha256: str
+    promised_ids: int
+    proof: str
+    proof_note: str = ""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Ids on one side only, with a few of each as examples."""
+
+    only_graph: int = 0
+    only_collection: int = 0
+    examples_graph: list[str] = field(default_factory=list)
+    examples_collection: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One backup set; `graph` or `collection` is None where only one half was asked for."""
+
+    stamp: str
+    created: str
+    graph: GraphHalf | None
+    collection: CollectionHalf | None
+    drift: Drift | None
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The manifest's file name."""
+        return f"backup_{self.stamp}.json"
+
+    @property
+    def age_hours(self) -> float:
+        """Hours since the set was begun."""
+        return (datetime.now(timezone.utc) - datetime.fromisoformat(self.created)).total_seconds() / 3600
+
+    @property
+    def halves(self) -> list[GraphHalf | CollectionHalf]:
+        """The halves that the set has."""
+        return [half for half in (self.graph, self.collection) if half is not None]
+
+    @property
+    def proof(self) -> str:
+        """The lower level of its halves."""
+        return min((half.proof for half in self.halves), key=PROOF_LEVELS.index, default=UNPROVED)
+
+    def file_of(self, half: GraphHalf | CollectionHalf) -> Path:
+        """Where the half's file lies, beside this manifest."""
+        assert self.path is not None
+        return self.path.parent / half.file.name
+
+    def as_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        document = {"format": FORMAT, **dataclasses.asdict(self)}
+        del document["path"]
+        return document
+
+
+def new_stamp(folder: Path) -> tuple[str, str]:
+    """A stamp (UTC, to the second) that no set in `folder` has, and the ISO time; waits out a taken second."""
+    while True:
+        now = datetime.now(timezone.utc).replace(microsecond=0)
+        stamp = now.strftime("%Y%m%d_%H%M%S")
+        if not any(folder.rglob(f"*_{stamp}.*")):
+            return stamp, now.isoformat()
+        time.sleep(0.2)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest, the last file of the set; returns it with its path."""
+    path = folder / manifest.name
+    write_atomic(path, orjson.dumps(manifest.as_json(), option=orjson.OPT_INDENT_2))
+    return dataclasses.replace(manifest, path=path)
+
+
+def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
+    if raw is None:
+        return None
+    known = {one.name for one in dataclasses.fields(kind)}
+    values = {name: value for name, value in raw.items() if name in known}
+    return kind(**{**values, "file": BackupFile(**values["file"])})
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A manifest from disk; raises BackupDamaged where it is none or of a newer format."""
+    try:
+        raw = orjson.loads(path.read_bytes())
+        if raw["format"] > FORMAT:
+            raise BackupDamaged(
+                f"{path} is of format {raw['format']}, this version reads up to {FORMAT}",
+                next_step="use a newer checkout of these scripts",
+            )
+        drift = Drift(**raw["drift"]) if raw.get("drift") else None
+        graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])
+        return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BackupDamaged(f"{path} is no manifest of a backup ({type(error).__name__}: {error})") from error

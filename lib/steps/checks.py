@@ -1,0 +1,164 @@
+"""Is the migration whole? Each check compares the collection with the graph, the plan or the journal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lib.dimensions import EmbeddingSpec, check_dimension
+from lib.embedding.spool import Spool
+from lib.steps.findings import Findings
+from lib.steps.payloads import PointId
+from lib.steps.progress import Progress
+from lib.steps.take_collection import STAMP_KEY
+from lib.vectors.collection import CollectionState
+from lib.vectors.compare import vectors_differ
+from lib.vectors.points import Point, scroll
+from lib.vectors.recreate import AUTOMEM_INDEXES
+from lib.vectors.transport import Qdrant
+
+PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer: `passed`, `FAILED`, `restart pending` or `not checked`, with the figures."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def check_size(state: CollectionState, spec: EmbeddingSpec) -> Check:
+    """The guide's step 4; raises DimensionMismatch where the size is not the configured one."""
+    check_dimension(state.name, state.size, spec.size)
+    same = state.distance == "Cosine"
+    return Check("size and distance", PASSED if same else FAILED, f"{state.size}d {state.distance}")
+
+
+def check_status(state: CollectionState) -> Check:
+    """Green, and nothing left to optimise."""
+    ok = state.status in {"green", "yellow", "grey"} and state.optimizer_ok
+    word = state.status if state.status == "green" else f"{state.status} (indexing goes on by itself)"
+    return Check("status", PASSED if ok else FAILED, word if ok else f"{state.status}, optimizer not ok")
+
+
+def check_indexes(state: CollectionState, before: dict[str, Any] | None) -> Check:
+    """The payload indexes that recall filters on, and all that the collection had before the migration."""
+    wanted = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
+    wanted |= {name: one["data_type"] for name, one in ((before or {}).get("payload_schema") or {}).items()}
+    have = {name: one["data_type"] for name, one in state.payload_schema.items()}
+    lacking = [f"{name} ({kind})" for name, kind in wanted.items() if have.get(name) != kind]
+    if lacking:
+        return Check("payload indexes", FAILED, f"missing: {', '.join(lacking)}")
+    return Check("payload indexes", PASSED, ", ".join(sorted(have)))
+
+
+def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
+    """The model that made the vectors, where the collection says it."""
+    stamp = state.metadata.get(STAMP_KEY) or {}
+    if not stamp:
+        return Check(
+            "model stamp", SKIPPED, "this server keeps no metadata, or the collection was not stamped"
+        )
+    ok = stamp.get("model") == spec.model
+    return Check(
+        "model stamp", PASSED if ok else FAILED, f"{stamp.get('model')}, EMBEDDING_MODEL is {spec.model}"
+    )
+
+
+def _some(ids: list[Any]) -> str:
+    more = f" and {len(ids) - _EXAMPLES} more" if len(ids) > _EXAMPLES else ""
+    return ", ".join(str(one) for one in ids[:_EXAMPLES]) + more
+
+
+def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
+    """Findings as checks. What is newer than the last catch-up waits for the restart, unless that has happened.
+
+    Without a plan (no spool here) nothing can be told to be newer, so a difference is a failure.
+    """
+    strict = after_restart or not have_plan
+    late = FAILED if strict else PENDING
+    points = f"{found.expected} memories, {found.exempt} exempt (blank content, unusable or repeated id)"
+    missing = found.missing + (found.newer if strict else [])
+    ids = Check("ids", PASSED, points)
+    if missing:
+        ids = Check("ids", FAILED, f"{len(missing)} memories have no point: {_some(missing)}")
+    elif found.newer:
+        ids = Check(
+            "ids", late, f"{len(found.newer)} memories are newer than the migration: {_some(found.newer)}"
+        )
+    contents = Check("content", PASSED, "every point holds its memory's content")
+    if found.contents or (strict and found.newer_contents):
+        stale = found.contents + found.newer_contents
+        contents = Check("content", FAILED, f"{len(stale)} points hold another content: {_some(stale)}")
+    elif found.newer_contents:
+        contents = Check("content", late, f"{len(found.newer_contents)} memories changed since the migration")
+    surplus = Check("surplus points", PASSED, "none")
+    if found.surplus:
+        surplus = Check(
+            "surplus points", FAILED, f"{len(found.surplus)} have no memory: {_some(found.surplus)}"
+        )
+    return [ids, surplus, contents, _judge_payloads(found, strict=strict)]
+
+
+def _judge_payloads(found: Findings, *, strict: bool) -> Check:
+    wrong = found.lost_keys + found.payloads + (found.newer_payloads if strict else [])
+    if wrong:
+        some = "; ".join(f"{one}: {keys}" for one, keys in wrong[:_EXAMPLES])
+        return Check("payloads", FAILED, f"{len(wrong)} are not as graph and old points have it ({some})")
+    if found.newer_payloads:
+        return Check("payloads", PENDING, f"{len(found.newer_payloads)} memories changed since the migration")
+    return Check("payloads", PASSED, "equal to the graph, nothing of the old points lost")
+
+
+def check_vectors(
+    qdrant: Qdrant, state: CollectionState, spool: Spool | None, spec: EmbeddingSpec, progress: Progress
+) -> Check:
+    """Every stored vector: right width, finite, not zero; and equal to the spool's where the spool knows it."""
+    bad: list[PointId] = []
+    different: list[PointId] = []
+    compared = total = 0
+    for page in scroll(qdrant, state.name, payload=["content"], vector=True):
+        bad += [point.id for point in page if not _sound(point, spec.size)]
+        if spool:
+            checked, wrong = _against_spool(
+                [one for one in page if _sound(one, spec.size)], spool, spec, state
+            )
+            compared, different = compared + checked, different + wrong
+        total += len(page)
+        progress(len(page))
+    if bad:
+        return Check("vectors", FAILED, f"{len(bad)} are unusable (width, zero or not finite): {_some(bad)}")
+    if different:
+        return Check(
+            "vectors", FAILED, f"{len(different)} are not the model's for their content: {_some(different)}"
+        )
+    return Check(
+        "vectors", PASSED, f"{total} of {spec.size}d, {compared} equal to the vectors that were paid for"
+    )
+
+
+def _sound(point: Point, size: int) -> bool:
+    import numpy as np
+
+    vector = point.vector
+    return (
+        vector is not None and len(vector) == size and bool(np.isfinite(vector).all()) and bool(vector.any())
+    )
+
+
+def _against_spool(
+    points: list[Point], spool: Spool, spec: EmbeddingSpec, state: CollectionState
+) -> tuple[int, list[PointId]]:
+    import numpy as np
+
+    keyed = [(point, spool.text_key(spec, str((point.payload or {}).get("content", "")))) for point in points]
+    known = spool.get_vectors([key for _, key in keyed])
+    pairs = [(point, np.frombuffer(known[key], dtype="<f4")) for point, key in keyed if key in known]
+    if not pairs:
+        return 0, []
+    stored = np.vstack([point.vector for point, _ in pairs if point.vector is not None])
+    differ = vectors_differ(stored, np.vstack([vector for _, vector in pairs]), state.distance)
+    return len(pairs), [point.id for (point, _), wrong in zip(pairs, differ, strict=True) if wrong]

@@ -1,0 +1,107 @@
+"""The guard: no live collection is deleted without a proved backup of it, in place right now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lib.backup_set.archive import read_archive
+from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, CollectionHalf, Manifest
+from lib.backup_set.sets import all_sets
+from lib.errors import BackupDamaged, GuardRefused
+from lib.steps.present import IdTable, as_id
+from lib.steps.prove import check_file
+from lib.vectors.collection import CollectionState
+
+MAX_AGE_HOURS = 24.0
+_PAGE = 500
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the backup must be of: server, live state, and the live ids that the graph does not hold."""
+
+    server: str
+    state: CollectionState
+    only_live: IdTable
+
+
+def refusal(state: CollectionState, configured: int, why: str) -> GuardRefused:
+    """The refusal in the words that operators know."""
+    how = "with different dimension" if state.size != configured else "and would be replaced"
+    return GuardRefused(
+        f"Collection '{state.name}' already exists {how}\n"
+        f"({state.size}d, {state.points} points; VECTOR_SIZE is {configured}d).\n"
+        f"It is not touched without a proved backup: {why}",
+        next_step="python scripts/backup_automem.py\npython scripts/reembed_embeddings.py",
+    )
+
+
+def require_backup(folder: Path, wanted: Wanted, configured: int) -> Manifest:
+    """The newest set whose collection half fits; raises GuardRefused with the reason why none does."""
+    why = f"there is none in {folder}"
+    for manifest in all_sets(folder):
+        fault = _fault(manifest, wanted)
+        if fault is None:
+            return manifest
+        if why.startswith("there is none"):
+            why = f"the newest, {manifest.name}, {fault}"
+    raise refusal(wanted.state, configured, why)
+
+
+def _fault(manifest: Manifest, wanted: Wanted) -> str | None:
+    """Why this set does not protect the collection, or None."""
+    half = manifest.collection
+    if half is None:
+        return "holds no collection"
+    fault = _unfit(manifest, half, wanted)
+    if fault:
+        return fault
+    try:
+        path = manifest.file_of(half)
+        check_file(path, half.file)
+        missing = _unpromised(path, wanted.only_live)
+    except BackupDamaged as error:
+        return str(error)
+    return f"does not hold {missing} point(s) that are in the collection alone" if missing else None
+
+
+def _unfit(manifest: Manifest, half: CollectionHalf, wanted: Wanted) -> str | None:
+    if half.collection != wanted.state.name or not same_server(half.server["address"], wanted.server):
+        return f"is of '{half.collection}' on {half.server['address']}"
+    if half.size != wanted.state.size:
+        return f"is of {half.size}d vectors"
+    if manifest.age_hours > MAX_AGE_HOURS:
+        return f"is {manifest.age_hours:.0f} hours old (at most {MAX_AGE_HOURS:.0f})"
+    if PROOF_LEVELS.index(half.proof) < PROOF_LEVELS.index(CHECKED):
+        return "was never proved (--no-verify)"
+    return None
+
+
+def _unpromised(path: Path, only_live: IdTable) -> int:
+    """How many ids that only the collection holds are not promised by the archive."""
+    if not len(only_live):
+        return 0
+    promised = 0
+
+    def count(ids: Iterator[str]) -> None:
+        nonlocal promised
+        while page := [as_id(one) for one in islice(ids, _PAGE)]:
+            promised += len(only_live.payloads(page))
+
+    read_archive(path, on_ids=count)
+    return len(only_live) - promised
+
+
+def same_server(left: str, right: str) -> bool:
+    """Whether two addresses are of one server, as far as their spelling tells."""
+    return _place(left) == _place(right)
+
+
+def _place(address: str) -> tuple[str, int | None]:
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    host = (parts.hostname or "").lower()
+    return ("127.0.0.1" if host in {"localhost", "::1"} else host), parts.port

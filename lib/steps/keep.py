@@ -1,0 +1,40 @@
+"""What only the points hold must outlive the collection: their payloads, kept in the spool before the delete."""
+
+from __future__ import annotations
+
+import orjson
+
+from lib.embedding.kept_points import KeptPoint
+from lib.embedding.spool import Spool
+from lib.steps.progress import Progress
+from lib.vectors.points import Point, scroll
+from lib.vectors.transport import Qdrant
+
+
+def _row(point: Point) -> KeptPoint:
+    vector = None if point.vector is None else point.vector.astype("<f4").tobytes()
+    return KeptPoint(point.id, orjson.dumps(point.payload or {}), vector)
+
+
+def keep_payloads(
+    qdrant: Qdrant, collection: str, spool: Spool, *, add: bool = False, progress: Progress | None = None
+) -> int:
+    """Keep every live point's payload (fsynced), in place of an earlier reading's, or beside it with `add`.
+
+    `add` is for a run that goes on after the delete: what stands there now was made anew, what was kept before the
+    delete is all that is left of the old points.
+    """
+    if not add:
+        spool.clear_kept()
+    count = 0
+    for page in scroll(qdrant, collection, payload=True):
+        spool.keep_points([_row(point) for point in page])
+        count += len(page)
+        if progress:
+            progress(len(page))
+    return count
+
+
+def keep_whole(points: list[Point], spool: Spool) -> None:
+    """Keep these points, vectors and all, before they are removed as surplus."""
+    spool.keep_points([_row(point) for point in points])

@@ -1,0 +1,106 @@
+"""From the graph to the plan: which memories can be embedded, what is known of them, what is left out and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import orjson
+import redis
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.pricing import count_tokens
+from lib.embedding.plan_table import MemoryRow
+from lib.embedding.spool import Spool
+from lib.errors import MigrationError
+from lib.graph.read import MemoryNode, iter_memories
+from lib.steps.payloads import PointId, point_id
+from lib.steps.progress import Progress
+
+_PAGE = 500
+_EXAMPLES = 200
+BLANK, BAD_ID, DUPLICATE = "blank content", "id is neither a UUID nor an unsigned integer", "id used twice"
+
+
+@dataclass
+class Scan:
+    """One reading of the graph: `memories` nodes seen, `usable` planned, the rest counted by reason with examples."""
+
+    memories: int = 0
+    usable: int = 0
+    tokens: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    def skip(self, node: MemoryNode, reason: str) -> None:
+        """Count a memory that cannot be embedded, and keep it as an example."""
+        self.skipped[reason] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append((str(node.properties.get("id", f"node {node.node_id}")), reason))
+
+
+def unusable(properties: Mapping[str, Any]) -> str | None:
+    """Why a memory cannot have a point, or None. Verify exempts exactly what this names."""
+    content = properties.get("content")
+    if not isinstance(content, str) or not content.strip():
+        return BLANK
+    return None if point_id(properties.get("id")) is not None else BAD_ID
+
+
+def _pages(nodes: Iterator[MemoryNode]) -> Iterator[list[MemoryNode]]:
+    while page := list(islice(nodes, _PAGE)):
+        yield page
+
+
+def _row(node: MemoryNode, identity: PointId, key: bytes, tokens: int) -> MemoryRow:
+    content = str(node.properties["content"])
+    try:
+        payload = orjson.dumps(node.properties)
+    except TypeError as error:
+        raise MigrationError(f"memory {identity} holds a property that no payload can: {error}") from error
+    return MemoryRow(identity, node.node_id, key, content, payload, tokens)
+
+
+def scan_graph(
+    conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, *, progress: Progress | None = None
+) -> Scan:
+    """Read every memory into the spool's plan; rows of an earlier scan that are gone from the graph leave it.
+
+    Flat in memory: pages of 500. The first node with an id keeps it, further ones are listed.
+    """
+    scan = Scan()
+    spool.begin_scan()
+    for page in _pages(iter_memories(conn, graph)):
+        usable = []
+        for node in page:
+            reason = unusable(node.properties)
+            if reason:
+                scan.skip(node, reason)
+            else:
+                usable.append(node)
+        _plan(usable, spool, spec, scan)
+        scan.memories += len(page)
+        if progress:
+            progress(len(page))
+    spool.end_scan()
+    return scan
+
+
+def _plan(nodes: list[MemoryNode], spool: Spool, spec: EmbeddingSpec, scan: Scan) -> None:
+    tokens = count_tokens([str(node.properties["content"]) for node in nodes])
+    rows: dict[PointId, MemoryRow] = {}
+    identities = [point_id(node.properties["id"]) for node in nodes]
+    known = spool.scanned([one for one in identities if one is not None])
+    for node, identity, count in zip(nodes, identities, tokens, strict=True):
+        assert identity is not None
+        if identity in known or identity in rows:
+            scan.skip(node, DUPLICATE)
+            continue
+        key = spool.text_key(spec, str(node.properties["content"]))
+        rows[identity] = _row(node, identity, key, count)
+    spool.put_memories(list(rows.values()))
+    scan.usable += len(rows)
+    scan.tokens += sum(row.tokens for row in rows.values())

@@ -1,0 +1,99 @@
+"""What belongs in a point: its id, and its payload as the graph and the live point together say it."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+PointId = str | int
+
+# The keys that AutoMem writes into a payload; recall filters on tags, tag_prefixes and archived.
+PAYLOAD_KEYS = (
+    "content",
+    "tags",
+    "tag_prefixes",
+    "importance",
+    "timestamp",
+    "type",
+    "confidence",
+    "updated_at",
+    "last_accessed",
+    "metadata",
+    "relevance_score",
+    "t_valid",
+    "t_invalid",
+    "archived",
+)
+# Consolidation sets these in the graph first; its own write to the point may have failed silently.
+_GRAPH_DECIDES = ("archived", "relevance_score")
+_UUID = re.compile(r"(?:urn:uuid:)?([0-9a-fA-F]{32}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
+_U64 = (1 << 64) - 1
+
+
+def point_id(value: object) -> PointId | None:
+    """The id as Qdrant holds it (lower-case hyphenated UUID, or an unsigned integer), None where it can be neither."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value if 0 <= value <= _U64 else None
+    if not isinstance(value, str):
+        return None
+    if value.isascii() and value.isdigit() and int(value) <= _U64:
+        return int(value)
+    found = _UUID.fullmatch(value)
+    return str(uuid.UUID(found[1])) if found else None
+
+
+def _decoded(metadata: object) -> object:
+    """AutoMem keeps `metadata` as a JSON string in the graph and as an object in the point; malformed stays text."""
+    if not isinstance(metadata, str):
+        return metadata
+    try:
+        value = orjson.loads(metadata)
+    except ValueError:
+        return metadata
+    return value if isinstance(value, dict) else metadata
+
+
+def same(left: object, right: object) -> bool:
+    """Equal as far as FalkorDB can tell: its client gets doubles with 15 digits (0.30000000000000004 is 0.3)."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+        return left == right or f"{left:.14e}" == f"{right:.14e}"
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    return left == right
+
+
+def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload for a memory that has no point: AutoMem's keys that the node has, metadata decoded."""
+    payload = {key: properties[key] for key in PAYLOAD_KEYS if properties.get(key) is not None}
+    if "metadata" in payload:
+        payload["metadata"] = _decoded(payload["metadata"])
+    return payload
+
+
+def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The live point's payload overlaid by the graph's value of every key that the point has.
+
+    `archived` and `relevance_score` are taken whenever the node has them. What only the point holds stays; what only
+    the node holds stays out. Where the node's metadata is malformed, the point's own is kept.
+    """
+    if live is None:
+        return node_payload(properties)
+    merged = dict(live)
+    for key, value in properties.items():
+        if value is None or (key not in live and key not in _GRAPH_DECIDES):
+            continue
+        current = _decoded(value) if key == "metadata" else value
+        malformed = key == "metadata" and isinstance(current, str) and isinstance(live.get(key), dict)
+        if not malformed and not same(live.get(key), current):
+            merged[key] = current
+    return merged

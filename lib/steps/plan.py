@@ -1,0 +1,89 @@
+"""What a re-embedding will do, cost and leave out: told before anything is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import redis
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.pricing import price_per_million
+from lib.embedding.spool import Spool
+from lib.steps.memories import Scan, scan_graph
+from lib.steps.present import IdTable, points_present, surplus_ids
+from lib.steps.progress import ProgressBar
+from lib.vectors.collection import CollectionState
+from lib.vectors.transport import Qdrant
+
+_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole of a re-embedding.
+
+    `texts` and `tokens` are what must be bought, `price` in US dollars (None: unknown model), `only_live` the ids
+    that the collection alone holds, `disk_peak` bytes that the Qdrant server needs at the worst moment.
+    """
+
+    scan: Scan
+    spec: EmbeddingSpec
+    live_size: int | None
+    live_points: int
+    texts: int
+    tokens: int
+    price: float | None
+    only_live: int
+    only_live_examples: list[str]
+    disk_peak: int
+
+    @property
+    def spooled(self) -> int:
+        """Memories whose vector is paid for already (identical texts count for each memory)."""
+        return self.scan.usable - self.texts
+
+
+def make_plan(
+    conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar
+) -> tuple[Scan, int, int, float | None]:
+    """Read the graph into the spool; what must be bought: distinct texts, their tokens, the price in dollars."""
+    with bar("read graph", None, "memories") as progress:
+        scan = scan_graph(conn, graph, spool, spec, progress=progress)
+    spool.derive_missing(spec)
+    missing = spool.missing_total()
+    price = price_per_million(spec.model)
+    return scan, missing.texts, missing.tokens, None if price is None else missing.tokens * price / 1e6
+
+
+def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool) -> IdTable:
+    """The ids that the collection holds and the plan does not."""
+    table = IdTable()
+    with points_present(qdrant, collection, payload=False) as present:
+        table.put((one, None) for one in surplus_ids(present, lambda ids: set(spool.memories_of(ids))))
+    return table
+
+
+def whole_plan(
+    parts: tuple[Scan, int, int, float | None],
+    spec: EmbeddingSpec,
+    live: CollectionState | None,
+    only_live: IdTable | None,
+) -> Plan:
+    """Put the plan together for printing."""
+    scan, texts, tokens, price = parts
+    examples = (
+        [str(one) for page in islice(only_live.ids(), 1) for one in page[:_EXAMPLES]] if only_live else []
+    )
+    return Plan(
+        scan=scan,
+        spec=spec,
+        live_size=live.size if live else None,
+        live_points=live.points if live else 0,
+        texts=texts,
+        tokens=tokens,
+        price=price,
+        only_live=len(only_live) if only_live else 0,
+        only_live_examples=examples,
+        disk_peak=scan.usable * (spec.size * 4 + 2048) * 2,
+    )

@@ -1,0 +1,100 @@
+"""What stands in a collection right now, on disk rather than in memory: ids with payloads, compared by id."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from lib.steps.payloads import PointId
+from lib.vectors.points import scroll
+from lib.vectors.transport import Qdrant
+
+_PAGE = 1000
+
+
+def as_text(identity: PointId) -> str:
+    """An id as one text: digits for a number (SQLite's integers end at 2^63), the UUID otherwise."""
+    return str(identity)
+
+
+def as_id(text: str) -> PointId:
+    """The id of a text made by `as_text`."""
+    return int(text) if text.isdigit() else text
+
+
+class IdTable:
+    """Ids with payloads in SQLite's own temporary file, gone when closed."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
+
+    def __enter__(self) -> IdTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
+        """Add ids; a known one gets the new payload."""
+        self._db.execute("BEGIN")
+        self._db.executemany(
+            "INSERT OR REPLACE INTO points VALUES (?, ?)",
+            ((as_text(one), orjson.dumps(payload) if payload is not None else None) for one, payload in rows),
+        )
+        self._db.execute("COMMIT")
+
+    def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+        """Those of `ids` that are here, with their payloads."""
+        marks = ",".join("?" * len(ids))
+        found = self._db.execute(
+            f"SELECT id, payload FROM points WHERE id IN ({marks})",  # noqa: S608 - only question marks
+            [as_text(one) for one in ids],
+        )
+        return {as_id(text): orjson.loads(payload) if payload else {} for text, payload in found}
+
+    def discard(self, ids: Iterable[PointId]) -> None:
+        """Forget ids."""
+        self._db.execute("BEGIN")
+        self._db.executemany("DELETE FROM points WHERE id = ?", ((as_text(one),) for one in ids))
+        self._db.execute("COMMIT")
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])
+
+    def ids(self) -> Iterator[list[PointId]]:
+        """All ids, in pages."""
+        last = ""
+        while True:
+            page = self._db.execute(
+                "SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, _PAGE)
+            ).fetchall()
+            if not page:
+                return
+            last = page[-1][0]
+            yield [as_id(text) for (text,) in page]
+
+
+def points_present(
+    qdrant: Qdrant, collection: str, *, payload: bool = True, progress: Callable[[int], None] | None = None
+) -> IdTable:
+    """Every point of a collection, by one ordered scroll."""
+    table = IdTable()
+    for page in scroll(qdrant, collection, payload=payload):
+        table.put((point.id, point.payload) for point in page)
+        if progress:
+            progress(len(page))
+    return table
+
+
+def surplus_ids(present: IdTable, planned: Callable[[Sequence[PointId]], set[PointId]]) -> Iterator[PointId]:
+    """Ids of the collection that the plan does not have."""
+    for page in present.ids():
+        known = planned(page)
+        yield from (one for one in page if one not in known)

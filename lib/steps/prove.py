@@ -1,0 +1,166 @@
+"""The one proof: is this file what a restore needs? Used by backup, `--check` and restore alike.
+
+`checked`: the bytes are those that were written (sha256 or the RDB's own CRC), the structure is whole.
+`restored`: it was also loaded: the RDB by a scratch FalkorDB, counted and digested; the segments by the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lib.backup_set.archive import ArchiveFacts, read_archive
+from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, CollectionHalf, GraphHalf
+from lib.errors import BackupDamaged, MissingData
+from lib.files import sha256_file
+from lib.graph.client import ServerVersions, require_graph
+from lib.graph.digest import GraphDigest, graph_digest
+from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
+from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
+from lib.graph.read import GraphCounts, GraphSchema, counts, schema
+from lib.graph.scratch import Scratch
+from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
+
+
+@dataclass(frozen=True)
+class GraphProof:
+    """What the RDB holds. `counts`, `schema` and `digest` are None where no engine could load it."""
+
+    level: str
+    note: str
+    rdb: RdbFacts
+    counts: GraphCounts | None = None
+    schema: GraphSchema | None = None
+    digest: GraphDigest | None = None
+
+
+@dataclass(frozen=True)
+class CollectionProof:
+    """What the archive holds, both tar levels read to the end."""
+
+    level: str
+    note: str
+    archive: ArchiveFacts
+    snapshot: SnapshotFacts
+
+
+def check_file(path: Path, file: BackupFile) -> None:
+    """The file is the one that the manifest names; raises BackupDamaged."""
+    if not path.is_file():
+        raise BackupDamaged(f"{path} is missing", next_step="use another backup: ls -l backups/")
+    if path.stat().st_size != file.size:
+        raise BackupDamaged(f"{path} has {path.stat().st_size} bytes, its manifest says {file.size}")
+    if sha256_file(path) != file.sha256:
+        raise BackupDamaged(
+            f"{path} does not have the sha256 that its manifest gives: it was damaged or edited"
+        )
+
+
+def prove_graph(
+    path: Path,
+    graph: str,
+    engines: list[Engine],
+    *,
+    half: GraphHalf | None = None,
+    target: ServerVersions | None = None,
+) -> GraphProof:
+    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be."""
+    if half:
+        check_file(path, half.file)
+    facts = inspect_rdb(path)
+    require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
+    try:
+        engine = engine_for(facts, engines, target)
+    except NoEngine as error:
+        return GraphProof(CHECKED, f"not loaded: {error}", facts)
+    with loaded_graph(path, graph, engine, facts, half=half) as (proof, _scratch):
+        return proof
+
+
+@contextmanager
+def loaded_graph(
+    path: Path, graph: str, engine: Engine, facts: RdbFacts, *, half: GraphHalf | None = None
+) -> Iterator[tuple[GraphProof, Scratch]]:
+    """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared."""
+    with scratch_server(engine, path) as scratch:
+        try:
+            require_graph(scratch.conn, graph, scratch.address)
+        except MissingData as error:
+            raise BackupDamaged(f"{path} does not hold the graph '{graph}': {error}") from error
+        proof = GraphProof(
+            RESTORED,
+            f"loaded by FalkorDB {engine.falkordb_version}",
+            facts,
+            counts(scratch.conn, graph),
+            schema(scratch.conn, graph),
+            graph_digest(scratch.conn, graph),
+        )
+        if half:
+            _compare_graph(path, half, proof)
+        yield proof, scratch
+
+
+def _compare_graph(path: Path, half: GraphHalf, found: GraphProof) -> None:
+    assert found.counts is not None
+    assert found.digest is not None
+    if half.proof != RESTORED:
+        return
+    expected = {"nodes": half.nodes, "relationships": half.relationships, "digest": half.digest}
+    actual = {
+        "nodes": found.counts.nodes,
+        "relationships": found.counts.relationships,
+        "digest": found.digest.digest,
+    }
+    for name, value in expected.items():
+        if actual[name] != value:
+            raise BackupDamaged(f"{path} loads, but its {name} are {actual[name]}, the manifest says {value}")
+
+
+def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> CollectionProof:
+    """Prove an archive; raises BackupDamaged where bytes, structure or configuration are off."""
+    if half:
+        check_file(path, half.file)
+    seen: list[SnapshotFacts] = []
+
+    def inspect(stream: IO[bytes]) -> None:
+        seen.append(inspect_snapshot(stream))
+
+    archive = read_archive(path, on_snapshot=inspect)
+    promised = archive.facts
+    if (
+        archive.snapshot_size != promised["snapshot_size"]
+        or archive.snapshot_sha256 != promised["snapshot_sha256"]
+    ):
+        raise BackupDamaged(
+            f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
+        )
+    if archive.ids != promised["promised_ids"] and half and half.promised_ids != archive.ids:
+        raise BackupDamaged(f"{path}: {archive.ids} ids inside, {half.promised_ids} were promised")
+    snapshot = seen[0]
+    live = promised["config"]["params"]["vectors"]
+    if not snapshot.vectors_named and (snapshot.size, snapshot.distance) != (live["size"], live["distance"]):
+        raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
+    note = "checksum, both tar levels, configuration and ids"
+    return CollectionProof(CHECKED, note, archive, snapshot)
+
+
+def with_proof(half: GraphHalf, proof: GraphProof) -> GraphHalf:
+    """The half with what the proof found: counts and digest as the file holds them."""
+    if proof.counts is None or proof.schema is None or proof.digest is None:
+        return dataclasses.replace(half, proof=proof.level, proof_note=proof.note)
+    return dataclasses.replace(
+        half,
+        proof=proof.level,
+        proof_note=proof.note,
+        nodes=proof.counts.nodes,
+        relationships=proof.counts.relationships,
+        labels=proof.counts.labels,
+        types=proof.counts.types,
+        indexes=proof.schema.indexes,
+        constraints=proof.schema.constraints,
+        digest=proof.digest.digest,
+    )

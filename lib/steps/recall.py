@@ -1,0 +1,102 @@
+"""Step 5 of the guide: does recall find what it should, through AutoMem's API or straight from Qdrant?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from lib import automem_api
+from lib.automem_api import AutoMemApi
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.spool import Spool
+from lib.steps.checks import FAILED, PASSED, PENDING, SKIPPED, Check
+from lib.vectors.search import search
+from lib.vectors.transport import Qdrant
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A current, unarchived memory with unique content: recalled by its own content it must come first."""
+
+    id: str
+    content: str
+    key: bytes
+
+
+def sample_memories(spool: Spool, count: int) -> list[Sample]:
+    """Up to `count` memories spread over the plan: not archived, still valid, their content unique."""
+    import orjson
+
+    step = max(1, spool.memory_count() // (count * 3))
+    found: list[Sample] = []
+    for number, row in enumerate(spool.memories()):
+        if number % step or len(found) >= count:
+            continue
+        properties = orjson.loads(row.payload)
+        current = not properties.get("archived") and not properties.get("t_invalid")
+        if current and spool.uses(row.key) == 1 and len(row.content) < 1500:
+            found.append(Sample(str(row.point_id), row.content, row.key))
+    return found
+
+
+def agrees(health: dict[str, Any], spec: EmbeddingSpec) -> bool:
+    """Whether `/health` shows the service at VECTOR_SIZE without a mismatch."""
+    sizes = health.get("vector_dimensions") or {}
+    shown = [sizes.get(name) for name in ("effective", "collection") if sizes.get(name) is not None]
+    return not sizes.get("mismatch") and bool(shown) and all(size == spec.size for size in shown)
+
+
+def check_recall_api(
+    api: AutoMemApi, health: dict[str, Any], spec: EmbeddingSpec, samples: list[Sample], *, after_restart: bool
+) -> list[Check]:
+    """Recall through AutoMem: proved only by `match_type: vector`, the memory's own content bringing it first."""
+    if not agrees(health, spec):
+        shown = health.get("vector_dimensions")
+        detail = f"AutoMem does not run at {spec.size}d yet (/health: {shown}): restart it with the new settings"
+        return [Check("recall", FAILED if after_restart else PENDING, detail)]
+    wrong, times, method = [], [], ""
+    for sample in samples:
+        answer = automem_api.recall(api, sample.content, 5)
+        method = answer.method
+        times.append(answer.milliseconds)
+        first = answer.results[0] if answer.results else {}
+        if str(first.get("id")) != sample.id or first.get("match_type") != "vector":
+            wrong.append(f"{sample.id} (first: {first.get('id')}, {first.get('match_type')})")
+    if not samples:
+        return [Check("recall", SKIPPED, "no memory fit to be a sample")]
+    latency = Check("recall latency", PASSED, f"median {median(times):.0f} ms over {len(times)} ({method} /recall)")
+    if wrong:
+        detail = f"{len(wrong)} of {len(samples)} samples are not found first by vector: {'; '.join(wrong[:3])}"
+        return [Check("recall", FAILED if after_restart else PENDING, detail), latency]
+    return [Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"), latency]
+
+
+def check_recall_direct(
+    qdrant: Qdrant, collection: str, spool: Spool, samples: list[Sample], why: str
+) -> list[Check]:
+    """Where no API answers: search Qdrant with each sample's own vector from the spool."""
+    import numpy as np
+
+    known = spool.get_vectors([sample.key for sample in samples])
+    usable = [sample for sample in samples if sample.key in known]
+    if not usable:
+        return [Check("recall", SKIPPED, f"{why}, and the spool holds no vector to search with")]
+    wrong = []
+    for sample in usable:
+        hits = search(qdrant, collection, np.frombuffer(known[sample.key], dtype="<f4"), 5)
+        if not hits or str(hits[0].id) != sample.id:
+            wrong.append(sample.id)
+    if wrong:
+        return [Check("recall", FAILED, f"{len(wrong)} of {len(usable)} samples are not found first: {wrong[:3]}")]
+    return [Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")]
+
+
+def recall_lines(api: AutoMemApi, query: str, limit: int = 5) -> list[str]:
+    """What one recall brings, for the operator to judge: score, how it matched, the beginning of the content."""
+    answer = automem_api.recall(api, query, limit)
+    lines = []
+    for one in answer.results:
+        content = " ".join(str((one.get("memory") or {}).get("content", "")).split())[:80]
+        lines.append(f"{float(one.get('final_score') or 0):.3f}  {one.get('match_type')}  {content}")
+    return lines

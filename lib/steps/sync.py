@@ -1,0 +1,108 @@
+"""The one way that points get into a collection: add what is missing, renew what changed, buy nothing.
+
+Idempotent: what is already right is not written again, so an interrupted run goes on and a second one does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import orjson
+
+from lib.embedding.plan_table import MemoryRow
+from lib.embedding.spool import Spool
+from lib.steps.payloads import PointId, merged_payload
+from lib.steps.present import IdTable, points_present
+from lib.steps.progress import Progress
+from lib.vectors.points import overwrite_payload
+from lib.vectors.transport import Qdrant
+from lib.vectors.upsert import Rejected, upsert
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Change:
+    """A memory whose point is missing or differs; `old` is the payload that stands there, if any."""
+
+    row: MemoryRow
+    payload: dict[str, Any]
+    old: dict[str, Any] | None
+
+    @property
+    def needs_vector(self) -> bool:
+        """False where only the payload moved on: the vector that stands there is right."""
+        return self.old is None or self.old.get("content", self.row.content) != self.row.content
+
+
+@dataclass
+class SyncOutcome:
+    """Points added, renewed with a vector, renewed in the payload alone; rows that the server rejects."""
+
+    added: int = 0
+    changed: int = 0
+    payloads: int = 0
+    unembedded: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def batches(rows: Iterator[MemoryRow], size: int = _BATCH) -> Iterator[list[MemoryRow]]:
+    """Rows in lists of `size`."""
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def changes(spool: Spool, present: IdTable) -> Iterator[list[Change]]:
+    """What the plan wants and the collection does not have so, in batches (some may be empty)."""
+    for rows in batches(spool.memories()):
+        ids: list[PointId] = [row.point_id for row in rows]
+        live, kept = present.payloads(ids), spool.kept(ids)
+        found = []
+        for row in rows:
+            old = live.get(row.point_id)
+            known = kept.get(row.point_id)
+            base = old if old is not None else orjson.loads(known.payload) if known else None
+            payload = merged_payload(base, orjson.loads(row.payload))
+            change = Change(row, payload, old)
+            if old is None or old != payload or change.needs_vector:
+                found.append(change)
+        yield found
+
+
+def sync_collection(
+    qdrant: Qdrant, collection: str, spool: Spool, *, progress: Progress | None = None
+) -> SyncOutcome:
+    """Bring `collection` to the spool's plan, with the spool's vectors.
+
+    A payload starts from the live point's, else from the one kept in the spool, overlaid by the graph's values.
+    Memories whose vector is not in the spool are counted in `unembedded` and left alone.
+    """
+    outcome = SyncOutcome()
+    with points_present(qdrant, collection) as present:
+        for batch in changes(spool, present):
+            _write(qdrant, collection, spool, batch, outcome)
+            if progress:
+                progress(len(batch))
+    return outcome
+
+
+def _write(qdrant: Qdrant, collection: str, spool: Spool, batch: list[Change], outcome: SyncOutcome) -> None:
+    import numpy as np
+
+    wanted = [change for change in batch if change.needs_vector]
+    vectors = spool.get_vectors([change.row.key for change in wanted])
+    ready = [change for change in wanted if change.row.key in vectors]
+    outcome.unembedded += len(wanted) - len(ready)
+    if ready:
+        matrix = np.vstack([np.frombuffer(vectors[change.row.key], dtype="<f4") for change in ready])
+        ids = [change.row.point_id for change in ready]
+        outcome.rejected += upsert(qdrant, collection, ids, matrix, [change.payload for change in ready])
+        outcome.added += sum(change.old is None for change in ready)
+        outcome.changed += sum(change.old is not None for change in ready)
+    for change in batch:
+        if not change.needs_vector:
+            overwrite_payload(qdrant, collection, change.row.point_id, change.payload)
+            outcome.payloads += 1

@@ -1,0 +1,131 @@
+"""Both stores into one backup set, or neither: files first, the manifest last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lib.backup_set.archive import read_archive
+from lib.backup_set.manifest import CollectionHalf, Drift, GraphHalf, Manifest, new_stamp, write_manifest
+from lib.backup_set.sets import leftovers
+from lib.errors import GuardRefused
+from lib.files import free_bytes, private_dir
+from lib.graph.engine import Engine
+from lib.graph.read import iter_memories
+from lib.journal import Journal
+from lib.steps.memories import unusable
+from lib.steps.payloads import point_id
+from lib.steps.present import IdTable, as_id, as_text
+from lib.steps.progress import ProgressBar
+from lib.steps.take_collection import CollectionSource, take_collection
+from lib.steps.take_graph import GraphSource, take_graph
+from lib.vectors.collection import get_state
+
+_EXAMPLES = 20
+_ROOM = 64 << 20  # what the files need at the very least; a full disk is also noticed while writing
+
+
+def take_backup(
+    graph: GraphSource | None,
+    collection: CollectionSource | None,
+    folder: Path,
+    engines: list[Engine],
+    journal: Journal,
+    bar: ProgressBar,
+    *,
+    verify: bool = True,
+) -> Manifest:
+    """Take what is given and write the manifest; raises with nothing left under a final name.
+
+    Raises MissingData where a source is absent, BackupDamaged where a file does not prove.
+    """
+    _clean(folder)
+    _check_room(folder, collection)
+    stamp, created = new_stamp(folder)
+    made: list[Path] = []
+    try:
+        graph_half = _graph(graph, folder, stamp, engines, bar, made, verify=verify)
+        collection_half = _collection(collection, folder, stamp, journal, bar, made, verify=verify)
+        drift = _drift(graph, folder, collection_half)
+        return write_manifest(folder, Manifest(stamp, created, graph_half, collection_half, drift))
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)  # both or neither
+        raise
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a killed run left; the lock says that no other run is writing now."""
+    private_dir(folder)
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)
+
+
+def _check_room(folder: Path, collection: CollectionSource | None) -> None:
+    need = _ROOM
+    if collection:
+        state = get_state(collection.qdrant, collection.collection)
+        need += state.points * state.size * 4
+    free = free_bytes(folder)
+    if free < need:
+        raise GuardRefused(
+            f"{folder} has {free >> 20} MiB free, the backup may need {need >> 20} MiB",
+            next_step=f"df -h {folder}   then free some room, or name another folder with --backup-dir",
+        )
+
+
+def _graph(
+    source: GraphSource | None,
+    folder: Path,
+    stamp: str,
+    engines: list[Engine],
+    bar: ProgressBar,
+    made: list[Path],
+    *,
+    verify: bool,
+) -> GraphHalf | None:
+    if source is None:
+        return None
+    with bar("graph", None, "bytes") as progress:
+        half = take_graph(source, folder, stamp, engines, verify=verify, progress=progress)
+    made.append(folder / half.file.name)
+    return half
+
+
+def _collection(
+    source: CollectionSource | None,
+    folder: Path,
+    stamp: str,
+    journal: Journal,
+    bar: ProgressBar,
+    made: list[Path],
+    *,
+    verify: bool,
+) -> CollectionHalf | None:
+    if source is None:
+        return None
+    with bar("collection", None, "bytes") as progress:
+        half = take_collection(source, folder, stamp, journal, verify=verify, progress=progress)
+    made.append(folder / half.file.name)
+    return half
+
+
+def _drift(graph: GraphSource | None, folder: Path, half: CollectionHalf | None) -> Drift | None:
+    """Ids on one side only: memories without a point, points without a memory."""
+    if graph is None or half is None:
+        return None
+    with IdTable() as points:
+        read_archive(
+            folder / half.file.name, on_ids=lambda ids: points.put((as_id(one), None) for one in ids)
+        )
+        only_graph, missing = 0, []
+        for node in iter_memories(graph.conn, graph.graph):
+            identity = point_id(node.properties.get("id"))
+            if unusable(node.properties) or identity is None:
+                continue
+            if points.payloads([identity]):
+                points.discard([identity])
+            else:
+                only_graph += 1
+                missing.append(as_text(identity))
+        left = [as_text(one) for page in points.ids() for one in page[:_EXAMPLES]]
+        return Drift(only_graph, len(points), missing[:_EXAMPLES], left[:_EXAMPLES])
