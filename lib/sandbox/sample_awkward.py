@@ -130,7 +130,7 @@ def _parallel(node: Node) -> None:
 
 
 def _self(node: Node) -> None:
-    node.relationships.append(("EVOLVED_INTO", {"confidence": 0.5}, True))
+    node.relationships.append(("RELATES_TO", {"strength": 0.5}, True))
 
 
 def _updated(node: Node) -> None:
