@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lib.errors import MigrationError, UsageProblem
 from lib.graph.client import ServerVersions, command, server_versions
-from lib.graph.rdb import RdbFacts, dump_versions
+from lib.graph.payload import graph_encoding, rdb_version
+from lib.graph.rdb import RdbFacts
 from lib.graph.scratch import Scratch, running
 
 SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
@@ -107,8 +108,16 @@ def _probe(server: Path, module: Path, origin: str) -> Engine:
     with running(server, module, None, START_SECONDS) as scratch:
         versions = server_versions(scratch.conn)
         command(scratch.conn, "GRAPH.QUERY", "probe", "CREATE (:Probe)")
-        rdb_version, encoding = dump_versions(command(scratch.conn, "DUMP", "probe"))
-    return Engine(server, module, versions.redis, versions.falkordb, rdb_version, encoding, origin)
+        payload = command(scratch.conn, "DUMP", "probe")
+    return Engine(
+        server,
+        module,
+        versions.redis,
+        versions.falkordb,
+        rdb_version(payload),
+        graph_encoding(payload),
+        origin,
+    )
 
 
 def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions | None) -> Engine:

@@ -1,8 +1,7 @@
 """RDB files: what they say about themselves, their checksums, and a DUMP payload in the shape of one.
 
 The format: https://github.com/redis/redis/blob/8.2/src/rdb.h and rdb.c. A file is `REDIS00NN`, auxiliary fields,
-the data, 0xFF and a CRC64 (little endian; zeros where the server wrote none). A DUMP payload is one key's type
-byte and value, two bytes of RDB version and a CRC64 of all before it.
+the data, 0xFF and a CRC64 (little endian; zeros where the server wrote none).
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib.errors import BackupDamaged
+from lib.graph.payload import DUMP_FOOTER_BYTES, MODULE_VALUE, rdb_version
 from lib.graph.rdb_fields import crc64, take_module_id, take_string, written_string
 
 MAGIC = b"REDIS"
 HEADER_BYTES = 9
 TRAILER_BYTES = 9  # 0xFF and the CRC64
-DUMP_FOOTER_BYTES = 10  # RDB version and CRC64
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 64 * 1024  # the auxiliary fields fit many times
-_AUX, _SELECT_DB, _MODULE_AUX, _MODULE_VALUE, _END = 0xFA, 0xFE, 0xF7, 7, 0xFF
+_AUX, _SELECT_DB, _MODULE_AUX, _END = 0xFA, 0xFE, 0xF7, 0xFF
 _DUMP_MARK = "automem-dump"  # an auxiliary field of ours; servers skip the ones they do not know
 
 
@@ -124,23 +123,14 @@ def require_rdb_checksum(path: Path, facts: RdbFacts, *, expected_sha256: str = 
         )
 
 
-def dump_versions(payload: bytes) -> tuple[int, int]:
-    """RDB version and graph encoding of a graph's DUMP payload. Raises BackupDamaged for another kind of key."""
-    identity = take_module_id(payload, 1) if payload[:1] == bytes([_MODULE_VALUE]) else None
-    if identity is None or not identity[0].startswith("graph"):
-        raise BackupDamaged("this DUMP payload holds no graph")
-    return int.from_bytes(payload[-DUMP_FOOTER_BYTES:-8], "little"), identity[1]
-
-
 def wrap_dump(payload: bytes, key: str, *, redis_version: str = "", created: int = 0) -> Iterator[bytes]:
     """The pieces of an RDB file that holds one key, `key`, with the value that DUMP gave as `payload`.
 
     `created` is in seconds since 1970. The file loads like any other, and `unwrap_dump` cuts the payload out again.
     """
     name = key.encode()
-    version = int.from_bytes(payload[-DUMP_FOOTER_BYTES:-8], "little")
     aux = {"redis-ver": redis_version, "ctime": str(created), _DUMP_MARK: key}
-    head = b"%s%04d" % (MAGIC, version)
+    head = b"%s%04d" % (MAGIC, rdb_version(payload))
     head += b"".join(
         bytes([_AUX]) + written_string(field.encode()) + written_string(text.encode())
         for field, text in aux.items()
@@ -197,6 +187,6 @@ def _graph_encoding(start: bytes, at: int) -> int | None:
     if start[at : at + 1] == bytes([_MODULE_AUX]):
         identity = take_module_id(start, at + 1)
     else:
-        key = take_string(start, at + 3) if start[at + 2 : at + 3] == bytes([_MODULE_VALUE]) else None
+        key = take_string(start, at + 3) if start[at + 2 : at + 3] == bytes([MODULE_VALUE]) else None
         identity = take_module_id(start, key[1]) if key else None
     return identity[1] if identity and identity[0].startswith("graph") else None

@@ -1,0 +1,141 @@
+"""What a graph holds: memories, counts, definitions. Nothing here is cut by the server's limits, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from lib.errors import StoreFailed
+from lib.graph.client import place, translated
+from lib.graph.paging import PAGE_ROWS, missing_or, names, nodes, pages, quoted, raw_rows, single
+
+MEMORY_LABEL = "Memory"
+IDS_PER_QUERY = 500
+
+
+@dataclass(frozen=True)
+class MemoryNode:
+    """A node of label Memory: FalkorDB's own id, and the properties as Python values."""
+
+    node_id: int
+    properties: dict[str, object]
+
+
+@dataclass(frozen=True)
+class GraphCounts:
+    """`labels` and `types` name only what has nodes or relationships; a node counts under each of its labels."""
+
+    nodes: int
+    relationships: int
+    labels: dict[str, int]
+    types: dict[str, int]
+
+
+@dataclass(frozen=True)
+class GraphSchema:
+    """Definitions, comparable with ==: indexes and constraints sorted, names in the order of their internal ids."""
+
+    indexes: list[dict[str, str]]
+    constraints: list[dict[str, str]]
+    labels: list[str]
+    relationship_types: list[str]
+    property_keys: list[str]
+
+
+def read_rows(
+    conn: redis.Redis, graph: str, cypher: str, params: Mapping[str, object] | None = None
+) -> list[list[Any]]:
+    """One read-only query's rows as Python values; at most the server's RESULTSET_SIZE of them.
+
+    Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
+    """
+    from falkordb.graph import Graph
+
+    try:
+        with translated(place(conn)):
+            return list(Graph(conn, graph).ro_query(cypher, dict(params) if params else None).result_set)
+    except StoreFailed as error:
+        raise missing_or(error, graph) from error
+
+
+def iter_memories(
+    conn: redis.Redis, graph: str, *, after: int = -1, page: int = PAGE_ROWS
+) -> Iterator[MemoryNode]:
+    """Every memory whose node id is above `after`, by ascending node id; `page` ids are asked for at a time.
+
+    Doubles arrive with 15 digits, as FalkorDB prints them.
+    """
+    from falkordb.query_result import parse_scalar
+
+    for rows in pages(conn, graph, nodes(MEMORY_LABEL), "id(n), properties(n)", first=after + 1, size=page):
+        for node_id, properties in sorted(rows, key=_first_number):
+            yield MemoryNode(node_id[1], dict(parse_scalar(properties, None)))
+
+
+def _first_number(row: list[Any]) -> int:
+    return int(row[0][1])
+
+
+def memory_ids_present(conn: redis.Redis, graph: str, ids: Sequence[str | int]) -> set[str | int]:
+    """Those of `ids` that are the `id` property of some memory right now; compared exactly, types included."""
+    query = f"MATCH (m:{MEMORY_LABEL}) WHERE m.id IN $ids RETURN DISTINCT m.id"
+    found: set[str | int] = set()
+    for start in range(0, len(ids), IDS_PER_QUERY):
+        part = list(ids[start : start + IDS_PER_QUERY])
+        found.update(row[0] for row in read_rows(conn, graph, query, {"ids": part}))
+    return found
+
+
+def counts(conn: redis.Redis, graph: str) -> GraphCounts:
+    """Exact numbers: the server keeps them, so each is one short query whatever the size of the graph."""
+    labels = {
+        label: single(conn, graph, f"MATCH (n:{quoted(label)}) RETURN count(n)")
+        for label in names(conn, graph, "db.labels", "label")
+    }
+    types = {
+        kind: single(conn, graph, f"MATCH ()-[r:{quoted(kind)}]->() RETURN count(r)")
+        for kind in names(conn, graph, "db.relationshipTypes", "relationshipType")
+    }
+    return GraphCounts(
+        nodes=single(conn, graph, "MATCH (n) RETURN count(n)"),
+        relationships=single(conn, graph, "MATCH ()-[r]->() RETURN count(r)"),
+        labels={name: number for name, number in labels.items() if number},
+        types={name: number for name, number in types.items() if number},
+    )
+
+
+def schema(conn: redis.Redis, graph: str) -> GraphSchema:
+    """Indexes, constraints and names. An index's progress and statistics are no part of its definition."""
+    index_columns = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
+    return GraphSchema(
+        indexes=_definitions(conn, graph, "db.indexes", index_columns),
+        constraints=_definitions(
+            conn, graph, "db.constraints", ("label", "entitytype", "type", "properties")
+        ),
+        labels=names(conn, graph, "db.labels", "label"),
+        relationship_types=names(conn, graph, "db.relationshipTypes", "relationshipType"),
+        property_keys=names(conn, graph, "db.propertyKeys", "propertyKey"),
+    )
+
+
+def _definitions(
+    conn: redis.Redis, graph: str, procedure: str, columns: Sequence[str]
+) -> list[dict[str, str]]:
+    listed = ", ".join(columns)
+    rows = raw_rows(conn, graph, f"CALL {procedure}() YIELD {listed} RETURN {listed}")
+    found = [{column: _canonical(cell) for column, cell in zip(columns, row, strict=True)} for row in rows]
+    return sorted(found, key=lambda definition: sorted(definition.items()))
+
+
+def _canonical(cell: list[Any]) -> str:
+    """A compact value as text that does not depend on the order in which properties were indexed."""
+    kind, value = cell
+    if kind == 6:  # an array
+        return "[" + ", ".join(sorted(_canonical(item) for item in value)) + "]"
+    if kind == 10:  # a map
+        pairs = zip(value[::2], value[1::2], strict=True)
+        return "{" + ", ".join(sorted(f"{key.decode()}: {_canonical(item)}" for key, item in pairs)) + "}"
+    return value.decode() if isinstance(value, bytes) else str(value)
