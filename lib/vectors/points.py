@@ -1,9 +1,8 @@
-"""Points of a collection: read in order, counted, deleted."""
+"""Points of a collection: read in order, counted, deleted, given another payload."""
 
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,13 +26,6 @@ DELETE_BATCH = 1000
 _PAGE_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "limit"')
 
 
-# The spellings of a UUID that the server reads; it answers with the hyphenated one in lower case.
-_UUID = re.compile(
-    r"(?:urn:uuid:)?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{32}", re.IGNORECASE
-)
-_LARGEST_ID = 2**64 - 1
-
-
 @dataclass(frozen=True, eq=False)
 class Point:
     """One point; `payload` and `vector` ((dims,) float32) are None where they were not asked for, or absent."""
@@ -41,15 +33,6 @@ class Point:
     id: PointId
     payload: dict[str, Any] | None
     vector: NDArray[np.float32] | None
-
-
-def canonical_id(value: object) -> PointId | None:
-    """The id as the server answers it, or None for what cannot be the id of a point."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if 0 <= value <= _LARGEST_ID else None
-    if isinstance(value, str) and _UUID.fullmatch(value):
-        return str(uuid.UUID(value))
-    return None
 
 
 def scroll(
@@ -110,6 +93,12 @@ def delete_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> None:
     for start in range(0, len(ids), DELETE_BATCH):
         body = {"points": list(ids[start : start + DELETE_BATCH])}
         q.json("POST", path, body, params={"wait": "true"}, retry=True)
+
+
+def overwrite_payload(q: Qdrant, name: str, point_id: PointId, payload: dict[str, Any]) -> None:
+    """Replace the whole payload of one point, its vector kept, and return when it is done."""
+    body = {"payload": payload, "points": [point_id]}
+    q.json("PUT", collection_path(name, "points", "payload"), body, params={"wait": "true"}, retry=True)
 
 
 def _smaller(error: QdrantError, limit: int) -> int:

@@ -1,0 +1,146 @@
+"""What the tests of lib/vectors share: a server, a collection of their own, a way there that breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.vectors import collection, recreate, snapshots, upsert
+from lib.vectors.transport import Qdrant
+
+REAL = os.environ.get("QDRANT_TEST_URL", "")
+VERSIONS = ["real"] if REAL else ["1.11.3", "1.18.3"]
+
+
+@contextlib.contextmanager
+def running(version: str, folder: Path, api_key: str = "") -> Iterator[Qdrant]:
+    """The server of QDRANT_TEST_URL, or the stand-in as `version` (always the stand-in where a key is wanted)."""
+    if version == "real":
+        yield Qdrant(REAL, timeout_seconds=60)
+        return
+    from lib.sandbox.qdrant_server.process import QdrantServer
+
+    with QdrantServer(folder / "data", version, api_key=api_key or None) as server:
+        yield Qdrant(server.url, api_key, timeout_seconds=60)
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qdrant]:
+    with running(request.param, tmp_path_factory.mktemp("qdrant")) as q:
+        yield q
+
+
+@pytest.fixture
+def names(server: Qdrant) -> Iterator[list[str]]:
+    """Three names that nobody has; what stands under them in the end is removed, its files first."""
+    own = [f"test_{uuid.uuid4().hex[:12]}" for _ in range(3)]
+    yield own
+    for name in own:
+        if collection.exists(server, name):
+            for snapshot in snapshots.list_snapshots(server, name):
+                snapshots.delete(server, name, snapshot.name)
+            collection.delete_collection(server, name)
+
+
+@pytest.fixture
+def filled(server: Qdrant, names: list[str]) -> str:
+    """A collection as AutoMem's, of 50 points of 8 dimensions."""
+    create_small(server, names[0], 8)
+    fill(server, names[0], 50, 8)
+    return names[0]
+
+
+def create_small(q: Qdrant, name: str, size: int, **more: object) -> None:
+    """Like `create_default`, with a small WAL and one more index."""
+    body = {"vectors": {"size": size, "distance": "Cosine"}, "wal_config": {"wal_capacity_mb": 1}, **more}
+    q.json("PUT", collection.collection_path(name), body)
+    recreate.put_indexes(q, name, {"tags": {"data_type": "keyword"}, "importance": {"data_type": "float"}})
+
+
+def ids_of(n: int) -> list[str]:
+    return [f"00000000-0000-4000-8000-{index:012x}" for index in range(n)]
+
+
+def vectors_of(n: int, size: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, size)).astype(np.float32)
+
+
+def payload_of(index: int) -> dict:
+    return {
+        "content": f"memory number {index} \u2603",
+        "tags": ["a", f"t{index % 3}"],
+        "importance": index / 100,
+        "metadata": {"n": None, "deep": [1, {"y": 2.5}]},
+        "relevance_score": None,
+    }
+
+
+def fill(q: Qdrant, name: str, n: int, size: int) -> None:
+    rejected = upsert.upsert(q, name, ids_of(n), vectors_of(n, size), [payload_of(i) for i in range(n)])
+    assert rejected == []
+
+
+class Way:
+    """A TCP proxy to the server. `cut_after` lists, per connection, the bytes of answers let through before it breaks
+    (None: all). `swallow` drops the answer to the next request whose head holds it, and closes.
+    """
+
+    def __init__(self, q: Qdrant) -> None:
+        host, port = q.base_url.removeprefix("http://").split(":")
+        self._target = (host, int(port))
+        self.cut_after: list[int | None] = []
+        self.swallow = b""
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Way:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                limit = self.cut_after.pop(0) if self.cut_after else None
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(client, limit), daemon=True).start()
+
+    def _serve(self, client: socket.socket, limit: int | None) -> None:
+        with client, socket.create_connection(self._target) as upstream:
+            drop = threading.Event()
+            up = threading.Thread(target=self._forward, args=(client, upstream, drop), daemon=True)
+            up.start()
+            sent = 0
+            with contextlib.suppress(OSError):
+                while piece := upstream.recv(65536):
+                    if drop.is_set():
+                        break
+                    if limit is not None and sent + len(piece) > limit:
+                        client.sendall(piece[: limit - sent])
+                        break
+                    client.sendall(piece)
+                    sent += len(piece)
+            for end in (client, upstream):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            up.join(5)
+
+    def _forward(self, client: socket.socket, upstream: socket.socket, drop: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while piece := client.recv(65536):
+                if self.swallow and self.swallow in piece:
+                    self.swallow = b""
+                    drop.set()
+                upstream.sendall(piece)
