@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ class Collection:
         self.lock = threading.RLock()
         self.rate_tokens: dict[str, tuple[float, float]] = {}  # kind of limit -> tokens left, at that moment
         self.deleted = False
+        self.discarded = False
         self.dead = False
         self._dialect = dialect
         self._peer = peer
@@ -58,11 +60,12 @@ class Collection:
         if engine is not None:
             engine.close()
 
-    def delete(self) -> None:
-        """Close and remove everything; snapshot files lie elsewhere and stay."""
-        self.deleted = True
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def discard(self, trash: Path) -> None:
+        """Move the files into the folder `trash` and remove them there; snapshot files lie elsewhere and stay."""
+        if self.folder.exists():
+            self.folder.rename(trash / "files")
+        engine, self._engine = self._engine, None
+        threading.Thread(target=_remove, args=(engine, trash), daemon=True).start()
 
     def save(self) -> None:
         """Write the configuration and the index schema."""
@@ -192,6 +195,13 @@ def read_config(folder: Path) -> tuple[Json, Json]:
 def must_live(collection: Collection, doing: str) -> None:
     """Refusal (500) where the collection is dead or being restored."""
     collection.engine(doing)
+
+
+def _remove(engine: edge.EdgeShard | None, trash: Path) -> None:
+    with contextlib.suppress(Exception):  # the engine raises nothing finer; it misses the files that were moved
+        if engine is not None:
+            engine.close()
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _multi(values: Any) -> bool:

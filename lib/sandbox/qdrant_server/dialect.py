@@ -22,6 +22,7 @@ class Dialect:
     checks_before_accepting: bool  # 1.18 refuses a wrong dimension before it is logged, even with wait=false
     filter_enum: str  # the type that a malformed match condition is said not to be
     oversize_prefix: str
+    downloads: str  # what a failed download is said to be of
     plain_upload_refusal: bool  # 1.18 answers a forbidden upload in plain text
     sparse_snapshots: (
         bool  # 1.18 writes the log as GNU sparse entries, config.json late; 1.11 plain, config.json early
@@ -97,6 +98,7 @@ DIALECTS = {
         checks_before_accepting=False,
         filter_enum="Condition",
         oversize_prefix="Payload error: ",
+        downloads="snapshot",
         plain_upload_refusal=False,
         sparse_snapshots=False,
         refuses_to_start_damaged=True,
@@ -111,6 +113,7 @@ DIALECTS = {
         checks_before_accepting=True,
         filter_enum="MatchInterface",
         oversize_prefix="",
+        downloads="tar",
         plain_upload_refusal=True,
         sparse_snapshots=True,
         refuses_to_start_damaged=False,

@@ -35,12 +35,12 @@ def local_copy(storage: Storage, location: str, api_key: str | None) -> Iterator
         raise bad_request(f"URL {location} with schema {parts.scheme} is not supported")
     scratch = storage.scratch("download-")
     try:
-        yield _fetch(location, api_key, scratch / "snapshot")
+        yield _fetch(storage, location, api_key, scratch / "snapshot")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fetch(location: str, api_key: str | None, target: Path) -> Path:
+def _fetch(storage: Storage, location: str, api_key: str | None, target: Path) -> Path:
     request = urllib.request.Request(location, headers={} if api_key is None else {"api-key": api_key})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -48,7 +48,8 @@ def _fetch(location: str, api_key: str | None, target: Path) -> Path:
             shutil.copyfileobj(answer, out, PIECE)
     except urllib.error.HTTPError as error:
         status = f"{error.code} {HTTPStatus(error.code).phrase}"
-        raise wrong_input(f"Failed to download snapshot from {location}: status - {status}") from None
+        what = storage.dialect.downloads
+        raise wrong_input(f"Failed to download {what} from {location}: status - {status}") from None
     except OSError:
         raise internal(f"Http request error: error sending request for url ({location})") from None
     return target

@@ -26,11 +26,11 @@ Json = dict[str, Any]
 def restore(storage: Storage, name: str, archive: Path) -> bool:
     """Make `name` (created if missing) what the snapshot holds; Refusal with the real server's words otherwise."""
     name = storage.aliases.get(name, name)
-    existing = storage.collections.get(name)
     scratch = storage.scratch(f"col-{name}-recovery-")
     try:
         config, schema = _unpack(storage, archive, scratch)
         segments_present = _unpack_segments(storage, scratch / "0")
+        existing = storage.collections.get(name)
         collection = existing or storage.create(name, config)
         if existing is not None:
             _check_compatible(existing, config)
@@ -50,7 +50,7 @@ def _unpack(storage: Storage, archive: Path, scratch: Path) -> tuple[Json, Json]
     except tar.NotAnArchive:
         raise internal(dialect.not_an_archive()) from None
     except tar.SparseEntry:
-        raise wrong_input("tar archive contains GNUSparse entry") from None
+        raise wrong_input("Malformed snapshot, tar archive contains GNUSparse entry") from None
     except tar.CutShort as cut:
         raise internal(f"File IO error: failed to unpack `{cut}`") from None
     config_file = scratch / "config.json"
@@ -107,7 +107,7 @@ def _still_there(storage: Storage, collection: Collection) -> None:
     """A DELETE during the restore wins."""
     if not collection.deleted:
         return
-    collection.delete()
+    storage.discard(collection)
     if storage.dialect.modern:
         raise Refusal(404, "Not found: shard 0 not found")
 

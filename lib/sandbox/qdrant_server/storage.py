@@ -102,9 +102,15 @@ class Storage:
             self.aliases = {alias: target for alias, target in self.aliases.items() if target != name}
             self._save_aliases()
             collection.deleted = True
-        with collection.lock:
-            collection.delete()
+        self.discard(collection)
         return True
+
+    def discard(self, collection: Collection) -> None:
+        """Remove what a deleted collection left on disk; waits for the restore or snapshot that holds it."""
+        with collection.lock:
+            if not collection.discarded:
+                collection.discarded = True
+                collection.discard(self.scratch(f"deleted-{collection.name}-"))
 
     def change_aliases(self, actions: list[Json]) -> None:
         """Create, rename and delete aliases; Refusal (404, 409) leaves the actions before it done."""

@@ -1,0 +1,255 @@
+"""The Qdrant stand-in against recordings of real servers, and real servers against the same recordings.
+
+By default the stand-in plays both versions. With QDRANT_TEST_SERVER (the path of a server binary) the very same
+replays run against that server instead, started empty; its version decides which recording is meant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from lib.sandbox.process import ServerStartError
+from lib.sandbox.qdrant_server.process import QdrantServer
+from tests.qdrant_recover import KEY, RecoverReplay
+from tests.qdrant_replay import Replay, rows
+from tests.real_qdrant import RealQdrant, test_server
+
+VERSIONS = ("1.11.3", "1.18.3")
+SETTLE_SECONDS = 20.0
+COMPARED_AT_LEAST = 300
+AFTER_NO_WAIT = "after good, wait=false"  # these follow a restore that was not waited for
+
+LEFT_OUT = {  # (title, version or "" for both) -> why the stand-in is not compared
+    ("full storage snapshot", ""): "no tool of ours takes a snapshot of the whole storage",
+    ("full storage snapshots", ""): "no tool of ours takes a snapshot of the whole storage",
+    ("delete full", ""): "no tool of ours takes a snapshot of the whole storage",
+    ("download, client default", ""): "the server compresses with br where it may; the standard library has gzip only",
+    ("after one segment dropped: info", "1.11.3"): "the real collection had two segments, the engine makes one",
+}
+
+
+def _real_version() -> str | None:
+    binary = test_server()
+    if binary is None:
+        return None
+    import subprocess
+
+    return subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+REAL = _real_version()
+
+
+@contextmanager
+def _server(folder: Path, version: str, api_key: str | None = None) -> Iterator[Any]:
+    binary = test_server()
+    server: Any = RealQdrant(binary, folder, api_key) if binary else QdrantServer(folder / "data", version, api_key=api_key)
+    with server as running:
+        yield running
+
+
+@pytest.fixture(params=[REAL] if REAL else VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_recorded_request_is_answered_as_recorded(version: str, tmp_path: Path) -> None:
+    compared, left_out, wrong = 0, [], []
+    with _server(tmp_path, version) as server:
+        replay = Replay(server.url, version, own_snapshots=REAL is None and version == "1.11.3")
+        recording = rows(version, "transcript")
+        for number, row in enumerate(recording):
+            reason = None if REAL else LEFT_OUT.get((row["title"], ""), LEFT_OUT.get((row["title"], version)))
+            if reason:
+                left_out.append(f"{number} {row['title']}: {reason}")
+                continue
+            found = _settled(replay, row) if row["title"].startswith(AFTER_NO_WAIT) else replay.run(row)
+            wrong += [f"{number} {row['title']}: {line}" for line in found]
+            compared += 1
+    _tell("transcript", version, compared, len(recording), left_out)
+    assert wrong == []
+    assert compared >= COMPARED_AT_LEAST
+    assert compared + len(left_out) == len(recording) == 351
+
+
+def _settled(replay: Replay, row: dict[str, Any]) -> list[str]:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (found := replay.run(row)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _tell(recording: str, version: str, compared: int, total: int, left_out: list[str]) -> None:
+    server = "real server" if REAL else "stand-in"
+    print(f"\nconformance: {recording} {version} {server}: {compared} of {total} compared, {len(left_out)} left out")
+    for line in left_out:
+        print(f"  left out: {line}")
+
+
+def test_recover_is_answered_as_recorded(version: str, tmp_path: Path) -> None:
+    recording = rows(version, "recover")[1:]
+    with _server(tmp_path, version, KEY) as server:
+        replay = RecoverReplay(server.url)
+        replay.set_up()
+        wrong = replay.run(recording)
+    _tell("recover", version, replay.compared, len(recording), [])
+    assert wrong == []
+    assert replay.compared == len(recording) == 54
+
+
+AUTH_CREDENTIALS = {"none": {}, "wrong key": {"api-key": "wrong"}, "key": {"api-key": KEY}, "bearer": {"Authorization": f"Bearer {KEY}"}}
+
+
+@pytest.mark.parametrize("credential", AUTH_CREDENTIALS)
+def test_keys_are_judged_as_recorded(version: str, tmp_path: Path, credential: str) -> None:
+    recorded = [row for row in rows(version, "auth") if row["credential"] == credential]
+    wrong = []
+    with _server(tmp_path, version, KEY) as server:
+        snapshot = _small_collection(server.url)
+        for row in recorded:
+            method, path = row["request"]["method"], row["request"]["path"].replace("{snap}", snapshot["name"])
+            if path == "/telemetry":  # no tool of ours asks for it
+                continue
+            answer = _auth_request(server.url, method, path, AUTH_CREDENTIALS[credential], snapshot["content"])
+            expected = row["response"]
+            if answer.status_code != expected["status"]:
+                wrong.append(f"{method} {path}: {expected['status']} is now {answer.status_code} {answer.text[:200]}")
+            elif "text" in expected and answer.text != expected["text"]:
+                wrong.append(f"{method} {path}: {expected['text']!r} is now {answer.text!r}")
+    assert recorded
+    assert wrong == []
+
+
+def _small_collection(url: str) -> dict[str, Any]:
+    headers = {"api-key": KEY}
+    wal = {"wal_capacity_mb": 1}
+    made = {"vectors": {"size": 4, "distance": "Cosine"}, "wal_config": wal}
+    points = [{"id": one, "vector": [1, 2, 3, one]} for one in range(5)]
+    for path, body in (("", made), ("/points?wait=true", {"points": points})):
+        requests.put(f"{url}/collections/c{path}", json=body, headers=headers, timeout=20).raise_for_status()
+    name = requests.post(f"{url}/collections/c/snapshots", headers=headers, timeout=20).json()["result"]["name"]
+    content = requests.get(f"{url}/collections/c/snapshots/{name}", headers=headers, timeout=20).content
+    return {"name": name, "content": content}
+
+
+AUTH_BODIES = {
+    "/collections/c/points/count": {},
+    "/collections/c/points?wait=true": {"points": [{"id": 1, "vector": [1, 2, 3, 4]}]},
+    "/collections/c/index?wait=true": {"field_name": "a", "field_schema": "keyword"},
+    "/collections/new": {"vectors": {"size": 4, "distance": "Cosine"}},
+    "/collections/aliases": {"actions": []},
+}
+
+
+def _auth_request(url: str, method: str, path: str, headers: dict[str, str], snapshot: bytes) -> requests.Response:
+    if method == "UPLOAD":
+        files = {"snapshot": ("up.snapshot", snapshot)}
+        return requests.post(url + path, files=files, headers=headers, timeout=20)
+    body = AUTH_BODIES.get(path) if method in ("PUT", "POST") else None
+    return requests.request(method, url + path, json=body, headers=headers, timeout=20)
+
+
+def test_the_unmodified_client_works(version: str, tmp_path: Path) -> None:
+    from qdrant_client import QdrantClient, models
+
+    with _server(tmp_path, version, KEY) as server:
+        client = QdrantClient(url=server.url, api_key=KEY, check_compatibility=False, timeout=30)
+        vectors = models.VectorParams(size=4, distance=models.Distance.COSINE)
+        assert client.create_collection("c", vectors_config=vectors)
+        points = [models.PointStruct(id=one, vector=[1, 2, 3, one], payload={"n": one}) for one in range(1, 21)]
+        assert client.upsert("c", points, wait=True).status == models.UpdateStatus.COMPLETED
+        assert client.count("c", exact=True).count == 20
+        found = client.query_points("c", query=[1.0, 2.0, 3.0, 4.0], limit=3, with_payload=True).points
+        assert [one.id for one in found] == [4, 5, 3]
+        assert found[0].payload == {"n": 4}
+        page, following = client.scroll("c", limit=15, with_vectors=True)
+        rest, end = client.scroll("c", limit=15, offset=following)
+        assert [one.id for one in page + rest] == list(range(1, 21))
+        assert end is None
+        over = models.Filter(must=[models.FieldCondition(key="n", range=models.Range(gt=18))])
+        assert client.count("c", count_filter=over).count == 2
+        made = client.create_snapshot("c", wait=True)
+        assert [one.name for one in client.list_snapshots("c")] == [made.name]
+        assert client.delete_snapshot("c", made.name, wait=True)
+        client.delete("c", points_selector=[1, 2], wait=True)
+        assert client.count("c").count == 18
+        assert client.get_collection("c").config.params.vectors.size == 4
+        assert client.delete_collection("c")
+        assert not client.collection_exists("c")
+
+
+def test_acknowledged_points_outlive_a_kill(version: str, tmp_path: Path) -> None:
+    with _server(tmp_path, version) as server:
+        url = f"{server.url}/collections/c"
+        _small(url)
+        for first in range(0, 1000, 100):
+            points = [{"id": one, "vector": [1, 2, 3, one], "payload": {"n": one}} for one in range(first, first + 100)]
+            requests.put(f"{url}/points?wait=true", json={"points": points}, timeout=20).raise_for_status()
+        requests.post(f"{url}/points/delete?wait=true", json={"points": [0]}, timeout=20).raise_for_status()
+        server.kill()
+        server.start()
+        answer = requests.post(f"{url}/points/scroll", json={"limit": 2000}, timeout=20).json()["result"]["points"]
+        assert {one["id"]: one["payload"] for one in answer} == {one: {"n": one} for one in range(1, 1000)}
+
+
+def test_a_dead_collection_keeps_1_11_from_starting_and_delete_cures(version: str, tmp_path: Path) -> None:
+    from tests.qdrant_uploads import repacked
+
+    with _server(tmp_path, version) as server:
+        good = f"{server.url}/collections/good"
+        _small(good)
+        requests.put(f"{good}/points?wait=true", json={"points": [{"id": 1, "vector": [1, 2, 3, 4]}]}, timeout=20)
+        name = requests.post(f"{good}/snapshots", timeout=20).json()["result"]["name"]
+        whole = requests.get(f"{good}/snapshots/{name}", headers={"Accept-Encoding": "identity"}, timeout=20).content
+        bad = repacked(whole, lambda entry, body: b"x" * len(body) if entry.startswith("0/wal/open-") else body)
+        _upload_dead(server.url, bad)
+        assert requests.delete(f"{server.url}/collections/dead", timeout=20).json()["result"] is True
+        server.kill()
+        server.start()  # cured: it starts
+        assert requests.post(f"{good}/points/count", json={}, timeout=20).json()["result"]["count"] == 1
+        _upload_dead(server.url, bad)
+        server.kill()
+        if version == "1.11.3":
+            with pytest.raises(ServerStartError):
+                server.start()
+        else:
+            server.start()
+            assert requests.post(f"{server.url}/collections/dead/points/count", json={}, timeout=20).status_code == 500
+            assert requests.post(f"{good}/points/count", json={}, timeout=20).json()["result"]["count"] == 1
+
+
+def _small(url: str) -> None:
+    made = {"vectors": {"size": 4, "distance": "Cosine"}, "wal_config": {"wal_capacity_mb": 1}}
+    requests.put(url, json=made, timeout=20).raise_for_status()
+
+
+def _upload_dead(url: str, content: bytes) -> None:
+    where = f"{url}/collections/dead/snapshots/upload?wait=true"
+    answer = requests.post(where, files={"snapshot": ("dead.snapshot", content)}, timeout=30)
+    assert answer.status_code == 500, answer.text
+    assert requests.get(f"{url}/collections/dead/exists", timeout=20).json()["result"]["exists"] is True
+
+
+def test_a_refused_large_body_is_not_read_to_its_end(version: str, tmp_path: Path) -> None:
+    """The answer comes at once, the connection stays open, and a client that sends on without listening hangs."""
+    import socket
+
+    with _server(tmp_path, version, KEY) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        size = 200 * 1024 * 1024
+        with socket.create_connection((host, int(port)), timeout=3) as connection:
+            head = f"PUT /collections/c/points HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 401")
+            sent = 0
+            with pytest.raises(TimeoutError):
+                while sent < size:
+                    sent += connection.send(bytes(65536))
+            assert 1024 * 1024 < sent < 100 * 1024 * 1024
