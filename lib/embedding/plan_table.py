@@ -31,11 +31,12 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text to embed: `label` names it to the operator (the memory's id)."""
+    """A text to embed: `label` names it to the operator (the memory's id); `tokens` where they are counted."""
 
     key: bytes
     text: str
     label: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class PlanTable(SpoolFile):
     def missing_rows(self, page: int = 500) -> Iterator[TextRow]:
         """Distinct texts of the plan that have no vector yet; vectors may be stored while this is read."""
         for _, row in self._pages(_MISSING, 0, page):
-            yield TextRow(row.key, row.content, str(row.point_id))
+            yield TextRow(row.key, row.content, str(row.point_id), row.tokens)
 
     def missing_total(self) -> Missing:
         """How many texts `missing_rows` would give, and their tokens."""

@@ -1,0 +1,154 @@
+"""One embeddings endpoint: paced, retried on named conditions, every answer checked."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.answers import Answer, read_answer
+from lib.embedding.limit_headers import rate_limits
+from lib.embedding.pacing import Pacer, Stopped, estimated_tokens
+from lib.embedding.provider import Provider
+from lib.embedding.refusals import AGAIN, BadInput, RateLimited, Transient
+from lib.errors import ProviderRefused
+
+FIRST_CONTACT_SECONDS = 60.0  # an endpoint that never answered yet is given up sooner
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 20.0
+FAILURES_BEFORE_SPLIT = 5
+
+
+class EmbeddingClient:
+    """Embeds texts with one model at one size. Thread-safe; the workers of a run share one.
+
+    Args:
+        spec: endpoint ("" for OpenAI's), model and size.
+        api_key: never shown, in no message and no repr; raises UsageProblem where it cannot be one.
+        timeout_seconds: of one request.
+        max_wait_seconds: of rate limits, or of failures, before the run gives up.
+    """
+
+    def __init__(
+        self,
+        spec: EmbeddingSpec,
+        api_key: str,
+        *,
+        timeout_seconds: float = 60.0,
+        max_wait_seconds: float = 600.0,
+    ) -> None:
+        self.spec = spec
+        self.pacer = Pacer(max_wait_seconds)
+        self._provider = Provider(spec, api_key, timeout_seconds)
+        self._max_wait = max_wait_seconds
+        self._last_answer: float | None = None
+
+    @property
+    def provider(self) -> str:
+        """Model and endpoint, to be shown."""
+        return self._provider.name
+
+    @property
+    def proven(self) -> bool:
+        """Whether the endpoint has answered with good vectors yet."""
+        return self._last_answer is not None
+
+    def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
+        """Vectors of `texts` (at most 2,048, none blank), in their order.
+
+        Raises:
+            ProviderRefused: key, permission, quota, or no good answer for `max_wait_seconds`.
+            WrongWidth: the model makes another size.
+            BadInput: the batch is to be split, or its only text refused.
+            Stopped: `stop` was set while the request waited.
+        """
+        import backoff
+
+        stop = stop or threading.Event()
+        started = time.monotonic()
+
+        def waits() -> Generator[float, Any, None]:
+            return self._waits(stop, started)
+
+        retried = backoff.on_exception(waits, (RateLimited, Transient), jitter=None, logger=None)(
+            self._attempt
+        )
+        try:
+            answer: Answer = retried(list(texts), stop)
+        except (RateLimited, Transient) as error:
+            if stop.is_set():
+                raise Stopped from error
+            raise self._given_up(error, started) from error
+        return answer
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._provider.close()
+
+    def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
+        tokens = estimated_tokens(texts)
+        self.pacer.acquire(tokens, stop)
+        try:
+            headers, body = self._provider.send(texts)
+            limits = rate_limits(headers)
+            answer = read_answer(body, len(texts), self.spec, limits)
+        except BadInput:
+            self.pacer.answered(tokens, None)
+            raise
+        except RateLimited as error:
+            self.pacer.refused(tokens, error.wait_seconds, error.limits)
+            raise
+        except BaseException:
+            self.pacer.failed(tokens)
+            raise
+        self.pacer.answered(tokens, limits)
+        self._last_answer = time.monotonic()
+        return answer
+
+    def _waits(self, stop: threading.Event, started: float) -> Generator[float, Any, None]:
+        """Pauses between tries, for backoff. It waits here itself, so that a stop ends the wait at once.
+
+        A rate limit needs no pause of its own: the pacer's gate holds every worker. Ends, and with it the tries,
+        where waiting is no use any more.
+        """
+        failures = 0
+        error = yield 0.0
+        while not self._hopeless(error, started, failures):
+            if isinstance(error, Transient):
+                failures += 1
+                longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**failures)
+                stop.wait(random.uniform(longest / 2, longest))
+            if stop.is_set():
+                return
+            error = yield 0.0
+
+    def _hopeless(self, error: Exception, started: float, failures: int) -> bool:
+        now, last = time.monotonic(), self._last_answer
+        if isinstance(error, RateLimited):
+            too_long = (error.wait_seconds or 0.0) > self._max_wait
+            return too_long or now - max(started, last or started) >= self._max_wait
+        if last is None:
+            return now - started >= min(FIRST_CONTACT_SECONDS, self._max_wait)
+        return self._split_instead(error, started, failures) or now - started >= self._max_wait
+
+    def _split_instead(self, error: Exception, started: float, failures: int) -> bool:
+        # Some servers answer 500 to a text they cannot take. While others are served, it is the batch.
+        served = self._last_answer is not None and self._last_answer > started
+        return served and failures >= FAILURES_BEFORE_SPLIT and getattr(error, "status", None) == 500
+
+    def _given_up(self, error: Exception, started: float) -> Exception:
+        seconds = time.monotonic() - started
+        if isinstance(error, RateLimited):
+            return ProviderRefused(
+                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error})",
+                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size; {AGAIN}",
+            )
+        if self._split_instead(error, started, FAILURES_BEFORE_SPLIT) and seconds < self._max_wait:
+            return BadInput(str(error))
+        return ProviderRefused(
+            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
+            next_step=f"check OPENAI_BASE_URL, the network and the provider's status page, {AGAIN}",
+        )

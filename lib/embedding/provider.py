@@ -1,0 +1,71 @@
+"""The provider behind the openai package: one request, its answer as JSON, every refusal by its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib.dimensions import EmbeddingSpec, native_size, takes_dimensions
+from lib.embedding.answers import parsed
+from lib.embedding.endpoint import OPENAI_BASE_URL, public_url
+from lib.embedding.pacing import estimated_tokens
+from lib.embedding.refusals import Transient, judged, redacted, refusal_of
+from lib.errors import UsageProblem
+
+
+class Provider:
+    """One key at one endpoint, for one model and size. Thread-safe; `name` is fit to be shown."""
+
+    def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
+        import openai
+
+        if not api_key.isascii() or any(character.isspace() for character in api_key):
+            raise UsageProblem(
+                "OPENAI_API_KEY holds a space, a line break or a letter that no key has",
+                next_step="set it again",
+            )
+        self.name = f"{spec.model} at {public_url(spec.base_url)}"
+        self._key = api_key
+        # The package's own retries know neither quota codes nor the other workers.
+        self._openai = openai.OpenAI(
+            api_key=api_key or "none",
+            base_url=spec.base_url or OPENAI_BASE_URL,
+            timeout=timeout_seconds,
+            max_retries=0,
+        )
+        # base64, decoded here: a list of numbers costs 30 to 60 times the CPU.
+        self._options: dict[str, Any] = {"model": spec.model, "encoding_format": "base64"}
+        if takes_dimensions(spec.model) and spec.size != native_size(spec.model):
+            self._options["dimensions"] = spec.size
+
+    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], dict[str, object]]:
+        """Headers and JSON body of a good answer.
+
+        Raises RateLimited, Transient, BadInput or ProviderRefused for any other (lib/embedding/refusals.py).
+        """
+        import openai
+
+        try:
+            raw = self._openai.embeddings.with_raw_response.create(input=list(texts), **self._options)
+        except openai.APIStatusError as error:
+            # Its own text may hold the key: it is not chained.
+            raise self._judged(texts, error.status_code, error.response.headers, error.body) from None
+        except openai.APITimeoutError as error:
+            raise Transient("no answer in time") from error
+        except openai.APIConnectionError as error:
+            raise Transient(redacted(str(error.__cause__ or error), self._key) or "no connection") from None
+        headers, body = raw.headers, parsed(raw.content)
+        if "data" not in body:  # some proxies wrap an error of the model's host into a 200
+            error_body = body.get("error")
+            code = error_body.get("code") if isinstance(error_body, dict) else None
+            raise self._judged(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
+        return headers, body
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._openai.close()
+
+    def _judged(
+        self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object
+    ) -> Exception:
+        return judged(refusal_of(status, headers, body, self._key), estimated_tokens(texts), self.name)

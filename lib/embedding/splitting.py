@@ -1,0 +1,72 @@
+"""A batch embedded by one worker, split where it is refused, down to the row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lib.embedding.batches import Refused
+from lib.embedding.client import EmbeddingClient
+from lib.embedding.plan_table import TextRow
+from lib.embedding.refusals import BadAnswer, BadInput
+from lib.errors import ProviderRefused
+
+Vectors = list[tuple[bytes, bytes]]
+CONTROL_TEXT = "hello"
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """From a worker: vectors, a refused row, an error that ends the run, or the end of a batch."""
+
+    vectors: Vectors
+    tokens: int = 0
+    refused: Refused | None = None
+    error: BaseException | None = None
+    batch_ended: bool = False
+
+
+def embed_split(
+    client: EmbeddingClient,
+    batch: list[TextRow],
+    stop: threading.Event,
+    deliver: Callable[[Arrived], None],
+    too_many: Callable[[int], None],
+) -> bool:
+    """Embed `batch` and deliver what comes of it, piece by piece; returns whether every row was taken.
+
+    A refused batch is never sent again as it is: its halves are. Where both are taken whole, it was the number
+    of texts, and `too_many` hears how many are fine. Raises what EmbeddingClient.embed raises, except BadInput.
+    """
+    try:
+        answer = client.embed([row.text for row in batch], stop=stop)
+    except BadInput as problem:
+        if len(batch) == 1:
+            _prove_endpoint(client, stop)
+            deliver(Arrived([], refused=Refused(batch[0].label, str(problem))))
+            return False
+        middle = (len(batch) + 1) // 2
+        halves = [
+            embed_split(client, half, stop, deliver, too_many) for half in (batch[:middle], batch[middle:])
+        ]
+        if all(halves) and not isinstance(problem, BadAnswer):
+            too_many(middle)
+        return all(halves)
+    rows = answer.vectors.astype("<f4", copy=False)
+    pairs = [(row.key, vector.tobytes()) for row, vector in zip(batch, rows, strict=True)]
+    deliver(Arrived(pairs, answer.tokens))
+    return True
+
+
+def _prove_endpoint(client: EmbeddingClient, stop: threading.Event) -> None:
+    """Before the first row is called bad: does the endpoint take any text at all?"""
+    if client.proven:
+        return
+    try:
+        client.embed([CONTROL_TEXT], stop=stop)
+    except BadInput as problem:
+        raise ProviderRefused(
+            f"{client.provider} does not even embed a plain word: {problem}",
+            next_step="check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL, then run the same command again",
+        ) from problem
