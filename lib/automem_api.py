@@ -61,11 +61,13 @@ def _checked(response: Any) -> dict[str, Any]:
 
 
 def health(api: AutoMemApi) -> dict[str, Any] | None:
-    """`GET /health`, or None where nothing answers there."""
+    """`GET /health`, whatever its status (a degraded service runs too); None where no AutoMem answers there."""
     try:
-        return _checked(_request(api, "GET", "/health", seconds=_OPTIONAL_SECONDS))
-    except StoreUnreachable:
+        response = _request(api, "GET", "/health", seconds=_OPTIONAL_SECONDS)
+        answer = response.json()
+    except (StoreUnreachable, ValueError):
         return None
+    return answer if isinstance(answer, dict) and "falkordb" in answer else None
 
 
 def recall(api: AutoMemApi, query: str, limit: int) -> Recall:

@@ -41,6 +41,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def positive(text: str) -> int:
+    """An argument type: a whole number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise Terminated
 

@@ -113,12 +113,13 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
 
     yield advance
     seconds = max(time.monotonic() - started, 1e-6)
-    word = "" if unit == "bytes" else f" {unit}".rstrip()
-    print(
-        f"{title}: {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)",
-        file=sys.stderr,
-        flush=True,
+    word = "" if unit == "bytes" else f" {unit}"
+    what = (
+        f": {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)"
+        if unit
+        else f": {seconds:.1f} s"
     )
+    print(title + what, file=sys.stderr, flush=True)
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:

@@ -12,8 +12,8 @@ import orjson
 import redis
 
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.pricing import count_tokens
 from lib.embedding.plan_table import MemoryRow
+from lib.embedding.pricing import count_tokens
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
 from lib.graph.read import MemoryNode, iter_memories

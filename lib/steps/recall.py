@@ -48,12 +48,19 @@ def agrees(health: dict[str, Any], spec: EmbeddingSpec) -> bool:
 
 
 def check_recall_api(
-    api: AutoMemApi, health: dict[str, Any], spec: EmbeddingSpec, samples: list[Sample], *, after_restart: bool
+    api: AutoMemApi,
+    health: dict[str, Any],
+    spec: EmbeddingSpec,
+    samples: list[Sample],
+    *,
+    after_restart: bool,
 ) -> list[Check]:
     """Recall through AutoMem: proved only by `match_type: vector`, the memory's own content bringing it first."""
     if not agrees(health, spec):
         shown = health.get("vector_dimensions")
-        detail = f"AutoMem does not run at {spec.size}d yet (/health: {shown}): restart it with the new settings"
+        detail = (
+            f"AutoMem does not run at {spec.size}d yet (/health: {shown}): restart it with the new settings"
+        )
         return [Check("recall", FAILED if after_restart else PENDING, detail)]
     wrong, times, method = [], [], ""
     for sample in samples:
@@ -65,11 +72,18 @@ def check_recall_api(
             wrong.append(f"{sample.id} (first: {first.get('id')}, {first.get('match_type')})")
     if not samples:
         return [Check("recall", SKIPPED, "no memory fit to be a sample")]
-    latency = Check("recall latency", PASSED, f"median {median(times):.0f} ms over {len(times)} ({method} /recall)")
+    latency = Check(
+        "recall latency", PASSED, f"median {median(times):.0f} ms over {len(times)} ({method} /recall)"
+    )
     if wrong:
-        detail = f"{len(wrong)} of {len(samples)} samples are not found first by vector: {'; '.join(wrong[:3])}"
+        detail = (
+            f"{len(wrong)} of {len(samples)} samples are not found first by vector: {'; '.join(wrong[:3])}"
+        )
         return [Check("recall", FAILED if after_restart else PENDING, detail), latency]
-    return [Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"), latency]
+    return [
+        Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"),
+        latency,
+    ]
 
 
 def check_recall_direct(
@@ -88,7 +102,9 @@ def check_recall_direct(
         if not hits or str(hits[0].id) != sample.id:
             wrong.append(sample.id)
     if wrong:
-        return [Check("recall", FAILED, f"{len(wrong)} of {len(usable)} samples are not found first: {wrong[:3]}")]
+        return [
+            Check("recall", FAILED, f"{len(wrong)} of {len(usable)} samples are not found first: {wrong[:3]}")
+        ]
     return [Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")]
 
 

@@ -88,19 +88,23 @@ def _upload(
     read_archive(backup.path, on_snapshot=send)
 
 
-def temporary_name(collection: str, journal: Journal) -> str:
-    """The name of the rehearsal; only a journal's own is ever removed."""
-    return f"{collection}__try_{journal.run_id}"
+def temporary_name(collection: str, backup: CollectionBackup) -> str:
+    """The name of the rehearsal of this very snapshot."""
+    return f"{collection}__try_{backup.sha256[:16]}"
 
 
 def rehearse(
     backup: CollectionBackup, qdrant: Qdrant, collection: str, journal: Journal, progress: Progress | None
 ) -> str:
-    """Restore under a temporary name and compare; returns that name. A failed one is deleted at once."""
-    name = temporary_name(collection, journal)
+    """Restore under a temporary name and compare; returns that name. A failed one is deleted at once.
+
+    The rehearsal that a killed run proved (its name holds the snapshot's checksum) is used again.
+    """
+    name = temporary_name(collection, backup)
     journal.append("rehearsing the collection", temporary_collection=name)
     try:
-        _upload(qdrant, name, backup, f"{name}.snapshot", progress)
+        if name not in list_collections(qdrant):
+            _upload(qdrant, name, backup, f"{name}.snapshot", progress)
         compare(backup, qdrant, name)
     except BaseException:
         drop_temporary(qdrant, name)
@@ -210,10 +214,14 @@ def drop_temporary(qdrant: Qdrant, name: str) -> None:
     delete_collection(qdrant, name)
 
 
-def settle_collection(qdrant: Qdrant, journal: Journal) -> list[str]:
-    """Clean up after a run that was killed, unless its rehearsal is the only whole copy on the server."""
+def settle_collection(
+    qdrant: Qdrant, collection: str, journal: Journal, backup: CollectionBackup | None
+) -> list[str]:
+    """Clean up after a run that was killed. The rehearsal of `backup`, if it was proved, is left for this run."""
     name = journal.fact("temporary_collection")
     if name is None or name not in list_collections(qdrant):
         return []
+    if backup is not None and journal.has_reached(REHEARSED) and name == temporary_name(collection, backup):
+        return [f"going on from {name}, which an earlier run proved"]
     drop_temporary(qdrant, name)
     return [f"removed the temporary collection {name}"]

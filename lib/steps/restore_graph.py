@@ -20,7 +20,7 @@ from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, engine_for
 from lib.graph.rdb import inspect_rdb, require_rdb_checksum, wrap_dump
 from lib.graph.scratch import Scratch
-from lib.graph.swap import drop_graph, dump_graph, prove_acceptance, rename_graph, swap_back, swap_in
+from lib.graph.swap import drop_graph, dump_as, dump_graph, prove_acceptance, swap_back, swap_in
 from lib.journal import Journal
 from lib.steps.prove import GraphProof, check_file, loaded_graph
 from lib.steps.take_graph import GraphSource
@@ -66,27 +66,31 @@ def rehearse(backup: LoadedBackup, target: GraphSource, journal: Journal) -> byt
     graph is renamed before each DUMP.
     """
     throwaway = f"{backup.graph}__try_{journal.run_id}"
-    conn = backup.scratch.conn
-    rename_graph(conn, backup.graph, throwaway)
-    payload = dump_graph(conn, throwaway)
-    rename_graph(conn, throwaway, backup.graph)
+    payload = dump_as(backup.scratch.conn, backup.graph, throwaway)
     journal.append("rehearsing the graph", throwaway_graph=throwaway)
     prove_acceptance(target.conn, payload, throwaway, backup.digest)
-    return dump_graph(conn, backup.graph)
+    return dump_graph(backup.scratch.conn, backup.graph)
 
 
 def switch_graph(
-    backup: LoadedBackup, target: GraphSource, payload: bytes, journal: Journal, *, undo: str
+    backup: LoadedBackup,
+    target: GraphSource,
+    payload: bytes,
+    journal: Journal,
+    *,
+    undo: str,
+    quiet: bool = True,
 ) -> str | None:
-    """The atomic swap, then counts and digest again; back to the old graph where they differ.
+    """The atomic swap, then the digest again; back to the old graph where it differs.
 
+    `quiet` says that AutoMem is stopped: while it runs it may write at once, and the rehearsal alone is the proof.
     Returns the name under which the old graph now stands, None where there was none.
     """
     safety = f"{backup.graph}__pre_{journal.run_id}"
     journal.append(SWITCHING, safety_graph=safety, undo=undo)
     had_old = swap_in(target.conn, backup.graph, payload, safety)
-    found = graph_digest(target.conn, backup.graph)
-    if found.digest != backup.digest.digest:
+    found = graph_digest(target.conn, backup.graph, by_id=True)
+    if quiet and found.digest != backup.digest.digest:
         if had_old:
             swap_back(target.conn, backup.graph, safety)
         raise StoreFailed(
@@ -105,7 +109,7 @@ def retire_old(
     Returns the file they were saved to, as a DUMP wrapped as an RDB under the safety name.
     """
     saved = None
-    if safety is not None and graph_digest(target.conn, safety_name).digest != safety.digest:
+    if safety is not None and graph_digest(target.conn, safety_name, by_id=True).digest != safety.digest:
         saved = private_dir(folder / GRAPH_DIR) / f"{safety_name}.rdb"
         with atomic_writer(saved) as stream:
             for chunk in wrap_dump(dump_graph(target.conn, safety_name), safety_name):

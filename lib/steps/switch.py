@@ -5,6 +5,7 @@ Every call here is announced in the journal first, so that a run killed at any p
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -39,8 +40,10 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
     return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now}}
 
 
-def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, *, undo: str) -> None:
+def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, *, undo: str) -> float:
     """Keep the payloads, journal the settings, delete the live collection. The guard has spoken before this.
+
+    Returns the moment (monotonic seconds) from which the collection is absent.
 
     Where the journal says that the old collection is gone already, what stands there was made anew meanwhile: its
     payloads are kept beside the old ones, the old settings stay.
@@ -55,7 +58,9 @@ def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, 
         aliases = aliases_of(target.qdrant, target.collection)
         journal.append(KEPT, kept=count, settings=state.raw, aliases=aliases)
     journal.append(DELETING, undo=undo)
+    began = time.monotonic()
     delete_collection(target.qdrant, target.collection)
+    return began
 
 
 def make_collection(target: Target, settings: dict[str, Any] | None, journal: Journal) -> None:

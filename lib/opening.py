@@ -1,0 +1,67 @@
+"""From a Config to opened stores: the one place where settings become clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lib.automem_api import AutoMemApi
+from lib.backup_set.sets import SPOOL_DIR
+from lib.config import Config
+from lib.embedding.spool import Spool
+from lib.files import TargetLock, private_dir
+from lib.graph.client import GraphAddress, connect
+from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
+from lib.steps.take_collection import CollectionSource
+from lib.steps.take_graph import GraphSource
+from lib.vectors.transport import Qdrant
+
+
+def graph_address(config: Config) -> GraphAddress:
+    """Where FalkorDB is, and who asks."""
+    return GraphAddress(
+        host=config.falkordb_host,
+        port=config.falkordb_port,
+        username=config.falkordb_username,
+        password=config.falkordb_password,
+        tls=config.falkordb_tls,
+    )
+
+
+def open_graph(config: Config) -> GraphSource:
+    """A FalkorDB that has answered. Raises StoreUnreachable, AccessRefused."""
+    address = graph_address(config)
+    return GraphSource(address, connect(address), config.graph)
+
+
+def open_collection(config: Config) -> CollectionSource:
+    """A Qdrant that has answered with its version. Raises StoreUnreachable, AccessRefused."""
+    qdrant = Qdrant(config.qdrant_url, config.qdrant_api_key, config.qdrant_timeout)
+    qdrant.version()
+    return CollectionSource(qdrant, config.collection, config.spec)
+
+
+def engines(config: Config) -> list[Engine]:
+    """The scratch engines of this machine, oldest first."""
+    return installed_engines({SERVER_VARIABLE: config.scratch_server, MODULE_VARIABLE: config.scratch_module})
+
+
+def automem_api(config: Config) -> AutoMemApi:
+    """AutoMem's API as configured; nothing is asked yet."""
+    return AutoMemApi(config.api_url, config.api_token)
+
+
+def spool_path(config: Config) -> Path:
+    """The spool of this collection: vectors already paid for, the plan, the live points' payloads."""
+    return config.backup_dir / SPOOL_DIR / f"{config.collection}.sqlite3"
+
+
+def open_spool(config: Config) -> Spool:
+    """The spool, made where it is missing."""
+    private_dir(config.backup_dir)
+    private_dir(config.backup_dir / SPOOL_DIR)
+    return Spool(spool_path(config))
+
+
+def target_lock(config: Config) -> TargetLock:
+    """The machine-wide lock on this graph and this collection."""
+    return TargetLock(config.targets())

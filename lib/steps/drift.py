@@ -1,0 +1,123 @@
+"""`--only-missing`: bring a collection level with the graph without making it anew, and never mix two models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from lib.embedding.plan_table import TextRow
+from lib.errors import GuardRefused, MissingData
+from lib.graph.read import memory_ids_present
+from lib.steps.embed import Buyer, buy
+from lib.steps.guard import Wanted, require_backup
+from lib.steps.keep import keep_whole
+from lib.steps.migrate import Migration
+from lib.steps.payloads import PointId, point_id
+from lib.steps.plan import only_live_ids
+from lib.steps.present import IdTable, points_present
+from lib.steps.sync import SyncOutcome, changes, sync_collection
+from lib.vectors.collection import CollectionState
+from lib.vectors.points import Point, delete_points, retrieve, scroll
+
+SAME_MODEL_COSINE = 0.99
+_TRIES = 3
+_SURPLUS_SHARE = 0.01
+_PAGE = 256
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """What `--only-missing` did."""
+
+    outcome: SyncOutcome
+    removed: int
+
+
+def only_missing(run: Migration, buyer: Buyer, state: CollectionState) -> Drifted:
+    """Add missing ids, renew points whose content or payload is not the graph's, remove surplus ones with care."""
+    require_same_model(run, buyer, state)
+    with points_present(run.target.qdrant, state.name) as present:
+        total = sum(1 for _ in _to_buy(run, present))
+        buy(buyer, run.spool, _to_buy(run, present), total, run.bar, run.bought)
+    with run.bar("sync", None, "points") as progress:
+        outcome = sync_collection(run.target.qdrant, state.name, run.spool, progress=progress)
+    return Drifted(outcome, _remove_surplus(run, state))
+
+
+def _to_buy(run: Migration, present: IdTable) -> Iterator[TextRow]:
+    """Texts that missing or changed points need and the spool lacks, identical ones once."""
+    seen: set[bytes] = set()
+    for batch in changes(run.spool, present):
+        wanted = [change.row for change in batch if change.needs_vector]
+        known = run.spool.known([row.key for row in wanted])
+        for row in wanted:
+            if row.key not in known and row.key not in seen:
+                seen.add(row.key)
+                yield TextRow(row.key, row.content, str(row.point_id))
+
+
+def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> None:
+    """Embed three unchanged points and compare with what is stored: another model's vectors are never mixed in.
+
+    Raises GuardRefused where they differ (cosine under 0.99).
+    """
+    import numpy as np
+
+    points = _unchanged(run, state)
+    if not points:
+        return
+    answer = buyer.client.embed([str((point.payload or {})["content"]) for point in points])
+    for point, vector in zip(points, answer.vectors, strict=True):
+        assert point.vector is not None
+        lengths = float(np.linalg.norm(point.vector) * np.linalg.norm(vector))
+        cosine = float(np.dot(point.vector, vector)) / lengths if lengths else 0.0
+        if cosine < SAME_MODEL_COSINE:
+            raise GuardRefused(
+                f"the vectors in '{state.name}' were not made by {buyer.spec.model} at {buyer.spec.size}d"
+                f" (point {point.id}: cosine {cosine:.2f}): --only-missing would mix two models",
+                next_step="set EMBEDDING_MODEL to the model that made them, or make all of them anew:\n"
+                "python scripts/backup_automem.py && python scripts/reembed_embeddings.py",
+            )
+
+
+def _unchanged(run: Migration, state: CollectionState) -> list[Point]:
+    found: list[Point] = []
+    for page in scroll(run.target.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
+        rows = run.spool.memories_of([point.id for point in page])
+        found += [
+            point
+            for point in page
+            if point.id in rows and (point.payload or {}).get("content") == rows[point.id].content
+        ]
+        if len(found) >= _TRIES:
+            break
+    return found[:_TRIES]
+
+
+def _remove_surplus(run: Migration, state: CollectionState) -> int:
+    """Remove points that no memory has: asked by id after the point was read, kept in the spool before."""
+    with only_live_ids(run.target.qdrant, state.name, run.spool) as surplus:
+        if not len(surplus):
+            return 0
+        if run.spool.memory_count() == 0:
+            raise MissingData(
+                f"graph '{run.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
+                next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
+            )
+        if len(surplus) > _SURPLUS_SHARE * state.points:
+            require_backup(run.folder, Wanted(run.target.qdrant.display, state, surplus), run.spec.size)
+        return sum(_remove_page(run, state.name, page) for page in surplus.ids())
+
+
+def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
+    removed, left = 0, iter(ids)
+    while page := list(islice(left, _PAGE)):
+        points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
+        spellings = [*page, *(str(one) for one in page if isinstance(one, int))]
+        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, spellings)}
+        gone = [point for point in points if point.id not in there]
+        keep_whole(gone, run.spool)
+        delete_points(run.target.qdrant, collection, [point.id for point in gone])
+        removed += len(gone)
+    return removed

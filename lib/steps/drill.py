@@ -1,0 +1,100 @@
+"""The restore drill: prove backups that already exist, as far as this machine can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.backup_set.archive import peek_facts
+from lib.backup_set.manifest import Manifest, read_manifest
+from lib.backup_set.sets import set_of_file
+from lib.errors import BackupDamaged, BadFile, MigrationError
+from lib.graph.engine import Engine
+from lib.graph.rdb import is_rdb
+from lib.steps.prove import prove_collection, prove_graph
+
+_GZIP = b"\x1f\x8b"
+RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One file and what could be proved of it; `fault` is empty where it is what it should be."""
+
+    path: Path
+    level: str
+    note: str
+    fault: str = ""
+
+
+def kind_of(path: Path) -> str:
+    """What a FILE is, told from its content; raises BadFile where it is nothing that can be restored."""
+    _require_file(path)
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if is_rdb(path):
+        return RDB
+    if head.startswith(_GZIP):
+        peek_facts(path)
+        return ARCHIVE
+    if head.lstrip().startswith(b"{"):
+        return MANIFEST
+    if head[257:262] == b"ustar" or path.suffix == ".snapshot":
+        return SNAPSHOT
+    raise BadFile(
+        f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json",
+        next_step="python scripts/backup_automem.py --list",
+    )
+
+
+def _require_file(path: Path) -> None:
+    hint = "python scripts/backup_automem.py --list"
+    try:
+        if path.is_dir():
+            raise BadFile(f"{path} is a folder, a file is needed", next_step=f"ls -l {path}   or   {hint}")
+        if not path.exists():
+            raise BadFile(f"{path} does not exist", next_step=hint)
+        if path.stat().st_size == 0:
+            raise BadFile(f"{path} is empty", next_step=hint)
+        path.open("rb").close()
+    except PermissionError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {path}") from error
+
+
+def sets_of(folder: Path, word: str) -> list[Manifest]:
+    """The sets that `--check` names: `all`, a manifest, or a file of a set."""
+    if word == "all":
+        return [read_manifest(path) for path in sorted(folder.glob("backup_*.json"))]
+    path = Path(word)
+    if kind_of(path) == MANIFEST:
+        return [read_manifest(path)]
+    found = set_of_file(folder, path)
+    if found is None:
+        raise BadFile(
+            f"{path} belongs to no backup set in {folder}: there is no manifest to prove it against",
+            next_step="name the folder with --backup-dir",
+        )
+    return [found]
+
+
+def prove_sets(sets: list[Manifest], engines: list[Engine]) -> list[Proof]:
+    """Prove every half of every set; a damaged one becomes a Proof with its fault, the others go on."""
+    return [proof for manifest in sets for proof in _prove_set(manifest, engines)]
+
+
+def _prove_set(manifest: Manifest, engines: list[Engine]) -> list[Proof]:
+    proofs = []
+    for half in manifest.halves:
+        path = manifest.file_of(half)
+        try:
+            if half is manifest.graph:
+                found = prove_graph(path, manifest.graph.graph, engines, half=manifest.graph)
+                proofs.append(Proof(path, found.level, found.note))
+            else:
+                proved = prove_collection(path, half=manifest.collection)
+                proofs.append(Proof(path, proved.level, proved.note))
+        except BackupDamaged as error:
+            proofs.append(Proof(path, "damaged", "", str(error)))
+        except MigrationError as error:
+            proofs.append(Proof(path, "unknown", "", str(error)))
+    return proofs

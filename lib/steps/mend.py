@@ -1,0 +1,75 @@
+"""Stored vectors against the spool's: do they agree, and the renewal of those that do not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.spool import Spool
+from lib.steps.progress import ProgressBar
+from lib.vectors.collection import CollectionState, get_state
+from lib.vectors.compare import vectors_differ
+from lib.vectors.points import Point, scroll
+from lib.vectors.transport import Qdrant
+from lib.vectors.upsert import upsert
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_SAMPLE = 64
+
+
+def _wanted(
+    points: list[Point], spool: Spool, spec: EmbeddingSpec
+) -> list[tuple[Point, NDArray[np.float32]]]:
+    """Each point with the spool's vector for its content, where the spool has one."""
+    import numpy as np
+
+    keyed = [(point, spool.text_key(spec, str((point.payload or {}).get("content", "")))) for point in points]
+    known = spool.get_vectors([key for _, key in keyed])
+    return [(point, np.frombuffer(known[key], dtype="<f4")) for point, key in keyed if key in known]
+
+
+def compared(
+    points: list[Point], spool: Spool, spec: EmbeddingSpec, distance: str
+) -> tuple[int, list[tuple[Point, NDArray[np.float32]]]]:
+    """How many points the spool knows, and those whose stored vector is not the spool's, with that one."""
+    import numpy as np
+
+    pairs = [(point, vector) for point, vector in _wanted(points, spool, spec)]
+    sized = [pair for pair in pairs if pair[0].vector is not None and len(pair[0].vector) == spec.size]
+    wrong = [pair for pair in pairs if pair[0].vector is None or len(pair[0].vector) != spec.size]
+    if sized:
+        stored = np.vstack([point.vector for point, _ in sized if point.vector is not None])
+        differ = vectors_differ(stored, np.vstack([vector for _, vector in sized]), distance)
+        wrong += [pair for pair, bad in zip(sized, differ, strict=True) if bad]
+    return len(pairs), wrong
+
+
+def vectors_agree(qdrant: Qdrant, state: CollectionState, spool: Spool, spec: EmbeddingSpec) -> bool:
+    """Whether a sample of the collection's vectors is known to the spool and equal to it: an earlier run's result."""
+    for page in scroll(qdrant, state.name, payload=["content"], vector=True, page=_SAMPLE):
+        known, wrong = compared(page, spool, spec, state.distance)
+        return known > 0 and not wrong
+    return False
+
+
+def mend_vectors(qdrant: Qdrant, collection: str, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar) -> int:
+    """Compare every stored vector with the spool's and put the spool's in where they differ; how many did.
+
+    The old service may still write vectors of the old model while a migration keeps the size.
+    """
+    import numpy as np
+
+    state, mended = get_state(qdrant, collection), 0
+    with bar("compare vectors", state.points, "points") as progress:
+        for page in scroll(qdrant, collection, payload=True, vector=True):
+            _, wrong = compared(page, spool, spec, state.distance)
+            if wrong:
+                ids = [point.id for point, _ in wrong]
+                payloads = [point.payload or {} for point, _ in wrong]
+                upsert(qdrant, collection, ids, np.vstack([vector for _, vector in wrong]), payloads)
+                mended += len(wrong)
+            progress(len(page))
+    return mended

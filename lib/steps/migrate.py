@@ -1,0 +1,183 @@
+"""The whole re-embedding, from the plan in the spool to a proved collection, killed anywhere and gone on with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.backup_set.manifest import Manifest
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.spool import Spool
+from lib.errors import GuardRefused, MissingData, VerificationFailed
+from lib.graph.client import require_graph
+from lib.journal import Journal, open_journals, start_journal
+from lib.steps.embed import Bought, Buyer, catch_up
+from lib.steps.guard import Wanted, require_backup
+from lib.steps.mend import mend_vectors, vectors_agree
+from lib.steps.plan import Plan, make_plan, only_live_ids, whole_plan
+from lib.steps.progress import ProgressBar
+from lib.steps.switch import CREATED, DELETING, Target, drop_live, fill, make_collection, stamp
+from lib.steps.sync import SyncOutcome
+from lib.steps.take_graph import GraphSource
+from lib.vectors.collection import CollectionState, exists, get_state, is_dead, set_metadata
+
+ABSENT, ADOPT, REPLACE = "absent", "adopt", "replace"
+COMMAND = "reembed"
+
+
+@dataclass
+class Migration:
+    """One run's opened stores and what it has done so far."""
+
+    graph: GraphSource
+    target: Target
+    spool: Spool
+    folder: Path
+    targets: list[str]
+    bar: ProgressBar
+    journal: Journal | None = None
+    bought: Bought = field(default_factory=Bought)
+    mended: int = 0
+    absent_seconds: float = 0.0
+
+    @property
+    def spec(self) -> EmbeddingSpec:
+        """What the new vectors are."""
+        return self.target.spec
+
+
+def find_open_run(run: Migration) -> Journal | None:
+    """The journal of a re-embedding of this target that never ended.
+
+    Raises GuardRefused where it had deleted the collection for another model, size or endpoint: going on with
+    this one's settings would throw away what it had begun.
+    """
+    for journal in reversed(open_journals(run.folder)):
+        if journal.command != COMMAND or journal.targets != run.targets:
+            continue
+        spec = journal.fact("spec")
+        if spec == _as_json(run.spec):
+            return journal
+        if journal.has_reached(DELETING):
+            raise GuardRefused(
+                f"an unfinished run was making '{run.target.collection}' {spec['size']}d with {spec['model']};"
+                f" VECTOR_SIZE is {run.spec.size} and EMBEDDING_MODEL {run.spec.model} now",
+                next_step=f"finish it:  export VECTOR_SIZE={spec['size']} EMBEDDING_MODEL={spec['model']}"
+                f" && python scripts/reembed_embeddings.py\nor go back:\n{journal.undo}",
+            )
+        journal.close("given up before anything was deleted: other settings now")
+    return None
+
+
+def _as_json(spec: EmbeddingSpec) -> dict[str, Any]:
+    from lib.embedding.endpoint import public_url
+
+    return {"model": spec.model, "size": spec.size, "endpoint": public_url(spec.base_url)}
+
+
+def look(run: Migration) -> tuple[Plan, str, CollectionState | None]:
+    """Read the graph into the plan and look at the live collection; nothing is changed on a server."""
+    require_graph(run.graph.conn, run.graph.graph, run.graph.address)
+    parts = make_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
+    kind, state = situation(run)
+    if parts[0].usable == 0 and (state is None or state.points):
+        raise MissingData(
+            f"graph '{run.graph.graph}' holds no memory that can be embedded ({parts[0].memories} Memory nodes):"
+            f" '{run.target.collection}' is not touched",
+            next_step="check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT with --show-config",
+        )
+    if state is None:
+        return whole_plan(parts, run.spec, None, None), kind, None
+    with only_live_ids(run.target.qdrant, state.name, run.spool) as only_live:
+        return whole_plan(parts, run.spec, state, only_live), kind, state
+
+
+def situation(run: Migration) -> tuple[str, CollectionState | None]:
+    """What stands under the collection's name: nothing, this migration's own result, or what is to be replaced."""
+    target = run.target
+    if not exists(target.qdrant, target.collection):
+        return ABSENT, None
+    if is_dead(target.qdrant, target.collection):
+        return REPLACE, None
+    state = get_state(target.qdrant, target.collection)
+    if state.size != run.spec.size:
+        return REPLACE, state
+    deleted, created = _reached(run, DELETING), _reached(run, CREATED)
+    fresh = state.points == 0 and not deleted
+    if created or fresh or vectors_agree(target.qdrant, state, run.spool, run.spec):
+        return ADOPT, state
+    return REPLACE, state
+
+
+def _reached(run: Migration, phase: str) -> bool:
+    return run.journal is not None and run.journal.has_reached(phase)
+
+
+def guard(run: Migration, state: CollectionState | None) -> Manifest | None:
+    """The backup that protects what is to be deleted; None where nothing is at stake. Raises GuardRefused."""
+    if state is None:
+        raise GuardRefused(
+            f"Collection '{run.target.collection}' is dead: it answers with errors only and cannot be read",
+            next_step="put a backup back first: python scripts/restore_from_backup.py latest",
+        )
+    if state.points == 0:
+        return None
+    with only_live_ids(run.target.qdrant, state.name, run.spool) as only_live:
+        if _reached(run, DELETING) and not len(only_live):
+            return None  # made anew meanwhile, every id of it in the graph: its payloads are kept
+        wanted = Wanted(run.target.qdrant.display, state, only_live)
+        return require_backup(run.folder, wanted, run.spec.size)
+
+
+def migrate(run: Migration, buyer: Buyer, undo: str, manifest: Manifest | None) -> SyncOutcome:
+    """From a bought plan to a proved collection. The guard is asked again right before the delete."""
+    if run.journal is None:
+        facts = {"spec": _as_json(run.spec), "manifest": manifest.name if manifest else None}
+        run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)
+    catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+    kind, state = situation(run)
+    began = time.monotonic()
+    if kind == REPLACE:
+        guard(run, state)
+        began = drop_live(run.target, run.spool, run.journal, run.bar, undo=undo)
+    if kind != ADOPT:
+        make_collection(run.target, run.journal.fact("settings") or _settings_of(manifest), run.journal)
+    outcome = _fill(run)
+    run.absent_seconds = time.monotonic() - began if kind != ADOPT else 0.0
+    catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+    late = _fill(run)
+    outcome.added += late.added
+    outcome.rejected = late.rejected
+    _prove(run)
+    set_metadata(run.target.qdrant, run.target.collection, stamp(run.spec))
+    run.journal.append("proved", points=outcome.added)
+    run.journal.close("done")
+    return outcome
+
+
+def _settings_of(manifest: Manifest | None) -> dict[str, Any] | None:
+    """The collection's settings from a backup, where the collection itself is gone."""
+    if manifest is None or manifest.collection is None:
+        return None
+    from lib.backup_set.archive import peek_facts
+
+    facts = peek_facts(manifest.file_of(manifest.collection))
+    return {"config": facts["config"], "payload_schema": facts["payload_schema"]}
+
+
+def _fill(run: Migration) -> SyncOutcome:
+    assert run.journal is not None
+    aliases = run.journal.fact("aliases") or []
+    return fill(run.target, run.spool, run.spool.memory_count(), run.bar, aliases)
+
+
+def _prove(run: Migration) -> None:
+    """Every vector equal to the spool's; what the old service wrote meanwhile is renewed, then compared again."""
+    run.mended = mend_vectors(run.target.qdrant, run.target.collection, run.spool, run.spec, run.bar)
+    if run.mended and mend_vectors(run.target.qdrant, run.target.collection, run.spool, run.spec, run.bar):
+        raise VerificationFailed(
+            f"points of '{run.target.collection}' keep changing to other vectors: something else writes to it",
+            next_step="stop AutoMem, then python scripts/reembed_embeddings.py   (goes on from the spool)",
+        )

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Back up both stores of AutoMem: proved, paired, and whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib import cli
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.console import Console
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="skip the proof (re-embed will not trust it)"
+    )
+    parser.add_argument("--check", metavar="FILE|MANIFEST|all", help="prove existing backups again")
+    parser.add_argument("--list", action="store_true", help="what there is, newest first")
+    parser.add_argument("--cleanup", action="store_true", help="delete old sets whole, see --keep")
+    parser.add_argument(
+        "--keep", type=int, metavar="N", default=5, help="with --cleanup: sets to keep (default 5)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, touch nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, then run behind the error boundary."""
+    args = arguments().parse_args(argv)
+    return cli.run(lambda: command(args), as_json=args.json)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Open what is needed and do the one thing that was asked."""
+    from lib import showing_backup as showing
+    from lib.config import config_of
+    from lib.console import Console
+
+    config = config_of(args.env_file, args.backup_dir)
+    console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
+    if args.show_config:
+        return showing.show_config(config, console)
+    if args.list:
+        return showing.show_sets(config.backup_dir, console)
+    if args.check:
+        return check(config, console, args.check)
+    if args.cleanup:
+        return cleanup(config, console, args.keep, dry_run=args.dry_run)
+    return backup(config, console, args)
+
+
+def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
+    """Take the backup, or with --dry-run say what it would hold."""
+    from lib import opening
+    from lib import showing_backup as showing
+    from lib.files import private_dir
+    from lib.journal import open_journals, start_journal
+    from lib.showing import announce_open
+    from lib.steps.take_collection import remove_our_snapshots
+    from lib.steps.take_pair import take_backup
+
+    graph = opening.open_graph(config) if args.only != "qdrant" else None
+    collection = opening.open_collection(config) if args.only != "falkordb" else None
+    private_dir(config.backup_dir)
+    if args.dry_run:
+        return showing.show_sources(graph, collection, config.backup_dir, console)
+    with opening.target_lock(config):
+        for old in open_journals(config.backup_dir):
+            if old.command == "backup" and collection and old.targets == config.targets():
+                remove_our_snapshots(collection.qdrant, old)
+                old.close("cleaned up by the next backup")
+        announce_open(config, console)
+        journal = start_journal(config.backup_dir, "backup", config.targets())
+        try:
+            manifest = take_backup(
+                graph,
+                collection,
+                config.backup_dir,
+                opening.engines(config),
+                journal,
+                console.progress,
+                verify=not args.no_verify,
+            )
+        except BaseException:
+            journal.close("failed, nothing left")
+            raise
+        journal.close(manifest.name)
+    return showing.show_backup(manifest, console)
+
+
+def check(config: Config, console: Console, word: str) -> int:
+    """Prove existing backups again; exit code 4 where one is damaged."""
+    from lib import opening
+    from lib import showing_backup as showing
+    from lib.steps.drill import prove_sets, sets_of
+
+    return showing.show_proofs(prove_sets(sets_of(config.backup_dir, word), opening.engines(config)), console)
+
+
+def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
+    """Delete whole sets beyond the newest `keep`."""
+    from lib import opening
+    from lib import showing_backup as showing
+    from lib.backup_set.sets import delete_set, to_delete
+    from lib.journal import open_journals
+
+    with opening.target_lock(config):
+        named = [str(journal.fact("manifest")) for journal in open_journals(config.backup_dir)]
+        chosen = to_delete(config.backup_dir, keep, named)
+        for manifest in [] if dry_run else chosen:
+            delete_set(manifest)
+    return showing.show_deleted(chosen, console, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

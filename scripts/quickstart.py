@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""The whole guide on a sandbox of this machine: real FalkorDB, stand-ins for the rest, sample memories."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib import cli
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "serve",
+        nargs="?",
+        choices=["serve"],
+        help="leave the sandbox up on the guide's ports 6379, 6333, 8001",
+    )
+    parser.add_argument("--memories", type=cli.positive, default=1000, metavar="N", help="how many (1000)")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with data, logs and backups")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, then run behind the error boundary."""
+    args = arguments().parse_args(argv)
+    return cli.run(lambda: command(args))
+
+
+def command(args: argparse.Namespace) -> int:
+    """Make the sandbox's folder, and remove it again unless it is to be kept."""
+    folder = Path(tempfile.mkdtemp(prefix="automem-sandbox-"))
+    try:
+        return serve(folder, args.memories) if args.serve else tour(folder, args.memories)
+    finally:
+        if args.keep:
+            print(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def tour(folder: Path, memories: int) -> int:
+    """Run the guide and end with a table of what was checked."""
+    from lib.console import table
+    from lib.sandbox.stack import Stack
+    from lib.sandbox.tour import SMALL, Tour, walk
+
+    began = time.monotonic()
+    require_sandbox()
+    print(
+        "starting the sandbox: FalkorDB, Qdrant (stand-in), an embeddings endpoint, AutoMem (stand-in)",
+        flush=True,
+    )
+    with Stack(folder) as stack:
+        nodes, points = stack.load(memories, SMALL[1], SMALL[0])
+        print(
+            f"loaded {nodes:,} nodes and {points:,} points of 768d in {time.monotonic() - began:.1f} s",
+            flush=True,
+        )
+        stack.start_automem(SMALL[1], SMALL[0])
+        walked = Tour(stack, folder / "backups", lambda text: print(text, flush=True))
+        walk(walked)
+    print("\n" + table(walked.checked, ("checked", "figures")))
+    print(f"\nthe whole guide, {memories:,} memories, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def require_sandbox() -> None:
+    """Say what to install where the sandbox's packages are missing."""
+    import importlib.util
+
+    from lib.errors import MigrationError
+
+    missing = [name for name in ("qdrant_edge", "uvicorn", "starlette") if not importlib.util.find_spec(name)]
+    if missing:
+        raise MigrationError(
+            f"the sandbox needs packages that are not installed: {', '.join(missing)}",
+            next_step="make quickstart   or   pip install -r requirements-dev.txt",
+        )
+
+
+def serve(folder: Path, memories: int) -> int:
+    """Leave the sandbox up on the guide's own ports until Ctrl-C."""
+    from lib.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack, require_free
+    from lib.sandbox.tour import SMALL
+
+    require_sandbox()
+    require_free(GUIDE_PORTS)
+    with Stack(folder, GUIDE_PORTS) as stack:
+        stack.load(memories, SMALL[1], SMALL[0])
+        stack.start_automem(SMALL[1], SMALL[0])
+        print(
+            f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal:\n\n"
+            f"export OPENAI_BASE_URL={stack.openai.base_url}\n"
+            f"export OPENAI_API_KEY={KEY}\n"
+            f"export AUTOMEM_API_TOKEN={TOKEN}\n"
+            "export VECTOR_SIZE=768\n"
+            "export EMBEDDING_MODEL=text-embedding-3-small\n\n"
+            "then follow MIGRATION.md. Ctrl-C here ends it.",
+            flush=True,
+        )
+        wait_for_end()
+    return 0
+
+
+def wait_for_end() -> None:
+    """Sleep until Ctrl-C or SIGTERM: the ordinary end of `serve`."""
+    try:
+        while os.getpid():
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print("stopping the sandbox", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

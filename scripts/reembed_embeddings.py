@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Re-embed every memory with EMBEDDING_MODEL at VECTOR_SIZE: planned, resumable, never paid for twice."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib import cli
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.console import Console
+    from lib.steps.migrate import Migration
+    from lib.vectors.collection import CollectionState
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument(
+        "--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)"
+    )
+    parser.add_argument("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed"
+    )
+    parser.add_argument("--max-cost", type=float, metavar="USD", help="refuse to spend more than this")
+    parser.add_argument(
+        "--in-place", action="store_true", help="delete, create, fill (the only way for now, and the default)"
+    )
+    parser.add_argument(
+        "--only-missing", action="store_true", help="repair drift: add, renew and remove points"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget vectors bought earlier and buy them again"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, then run behind the error boundary."""
+    args = arguments().parse_args(argv)
+    return cli.run(lambda: command(args), as_json=args.json)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Check the settings without a network, then do the work under the lock."""
+    from lib import opening
+    from lib.config import config_of, require_openai_key
+    from lib.console import Console
+    from lib.dimensions import check_model, model_fault
+    from lib.showing_backup import show_config
+
+    config = config_of(args.env_file, args.backup_dir)
+    console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
+    if args.show_config:
+        return show_config(config, console)
+    require_openai_key(config)
+    fault = model_fault(config.embedding_model, config.vector_size)
+    if fault and args.dry_run:
+        console.warn(fault)
+    else:
+        check_model(config.embedding_model, config.vector_size)
+    with opening.target_lock(config):
+        return reembed(config, console, args)
+
+
+def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
+    """Open, plan, and go the way that was asked for."""
+    from lib import opening, showing
+    from lib.steps import migrate
+    from lib.steps.switch import Target
+    from lib.vectors.cluster import refuse_partial, topology
+
+    graph, source = opening.open_graph(config), opening.open_collection(config)
+    with opening.open_spool(config) as spool:
+        run = migrate.Migration(
+            graph,
+            Target(source.qdrant, config.collection, config.spec),
+            spool,
+            config.backup_dir,
+            config.targets(),
+            console.progress,
+        )
+        run.journal = migrate.find_open_run(run)
+        showing.announce_open(config, console)
+        if args.fresh:
+            spool.forget_vectors(config.spec)
+        plan, kind, live = migrate.look(run)
+        if live is not None:
+            refuse_partial(topology(source.qdrant, config.collection))
+        showing.show_plan(plan, kind, console)
+        if args.dry_run:
+            return dry_run(config, console, run, args)
+        if plan.price is not None and args.max_cost is not None and plan.price > args.max_cost:
+            raise showing.too_dear(plan, args.max_cost)
+        return work(config, console, run, args, (kind, live))
+
+
+def buyer_of(config: Config, args: argparse.Namespace, *, sample: bool = False):
+    """The provider, opened."""
+    from lib.embedding.client import EmbeddingClient
+    from lib.steps.embed import Buyer, sample_spec
+
+    spec = sample_spec(config.spec) if sample else config.spec
+    client = EmbeddingClient(spec, config.openai_api_key)
+    return Buyer(client, config.spec, args.workers, args.batch_size)
+
+
+def dry_run(config: Config, console: Console, run: Migration, args: argparse.Namespace) -> int:
+    """One real batch proves key, model, size and speed."""
+    from lib import showing
+    from lib.steps.embed import try_one_batch
+
+    return showing.show_tried(try_one_batch(buyer_of(config, args, sample=True), run.spool), run, console)
+
+
+def work(
+    config: Config,
+    console: Console,
+    run: Migration,
+    args: argparse.Namespace,
+    found: tuple[str, CollectionState | None],
+) -> int:
+    """Embed, then replace the collection (or, with --only-missing, repair it)."""
+    from lib import showing
+    from lib.backup_set.sets import newest_with
+    from lib.dimensions import check_dimension
+    from lib.steps import migrate
+    from lib.steps.drift import only_missing
+    from lib.steps.embed import buy_missing
+    from lib.vectors.collection import get_state
+
+    kind, live = found
+    buyer = buyer_of(config, args)
+    if args.only_missing:
+        state = get_state(run.target.qdrant, config.collection)
+        check_dimension(config.collection, state.size, config.vector_size)
+        return showing.show_drift(only_missing(run, buyer, state), run, console)
+    manifest = newest_with(config.backup_dir, config.collection)
+    if kind == migrate.REPLACE:
+        manifest = migrate.guard(run, live) or manifest
+    undo = showing.undo_of(manifest)
+    buy_missing(buyer, run.spool, run.bar, run.bought)
+    if kind == migrate.REPLACE:
+        console.say(
+            f"\nreplacing '{config.collection}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n"
+        )
+    outcome = migrate.migrate(run, buyer, undo, manifest)
+    return showing.show_migrated(outcome, run, undo, console)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Put a graph, a collection or both back from backup files: proved first, switched last, the old state kept."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib import cli
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.console import Console
+    from lib.steps.restore import Site
+    from lib.steps.restore_files import Wanted
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        help="memories_*.rdb, qdrant_snapshot_*.tar.gz, backup_*.json for the pair, or `latest`",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="prove the files and print the plan, touch nothing"
+    )
+    parser.add_argument("--no-safety-backup", action="store_true", help="do not back up what is replaced")
+    parser.add_argument(
+        "--force-version", action="store_true", help="try a snapshot of another Qdrant version"
+    )
+    parser.add_argument(
+        "--while-running",
+        action="store_true",
+        help="replace the graph though AutoMem runs, where that is safe",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, then run behind the error boundary."""
+    args = arguments().parse_args(argv)
+    return cli.run(lambda: command(args), as_json=args.json)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Tell the files apart, open what they need, restore under the lock."""
+    from lib import opening
+    from lib.config import config_of
+    from lib.console import Console
+    from lib.errors import UsageProblem
+    from lib.files import private_dir
+    from lib.showing_backup import show_config
+    from lib.steps.restore_files import read_wanted
+
+    config = config_of(args.env_file, args.backup_dir)
+    console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
+    if args.show_config:
+        return show_config(config, console)
+    if not args.files:
+        raise UsageProblem(
+            "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"
+        )
+    wanted = read_wanted(args.files, config.backup_dir)
+    private_dir(config.backup_dir)
+    with opening.target_lock(config):
+        return restore(config, console, wanted, args)
+
+
+def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
+    """Open the stores that the files are for."""
+    from lib import opening
+    from lib.steps.restore import Site
+
+    return Site(
+        graph=opening.open_graph(config) if wanted.rdb else None,
+        collection=opening.open_collection(config) if wanted.archive else None,
+        folder=config.backup_dir,
+        targets=config.targets(),
+        engines=opening.engines(config) if wanted.rdb else [],
+        api=opening.automem_api(config),
+        bar=console.progress,
+        say=console.say,
+    )
+
+
+def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Namespace) -> int:
+    """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
+    from lib import showing
+    from lib.steps.restore import Options, prove_files, require_quiet
+    from lib.steps.restore import restore as restore_all
+
+    options = Options(
+        safety=not args.no_safety_backup,
+        force_version=args.force_version,
+        while_running=args.while_running,
+    )
+    site = site_of(config, console, wanted)
+    with ExitStack() as stack:
+        proved = prove_files(site, wanted, stack, options)
+        if proved.graph:
+            require_quiet(site, proved.graph, options)
+        if args.dry_run:
+            return showing.show_restore_plan(site, proved, console)
+        done = restore_all(site, proved, showing.undo_restore, options)
+        return showing.show_restored(done, proved, config, console)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

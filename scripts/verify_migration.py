@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Verify a migration: size, ids, content, payloads, indexes, vectors, and that recall finds what it should."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib import cli
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.console import Console
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument(
+        "--sample", type=cli.positive, default=10, metavar="N", help="memories to recall (10)"
+    )
+    parser.add_argument("--recall", metavar="TEXT", help="also show what recalling TEXT brings")
+    parser.add_argument(
+        "--after-restart",
+        action="store_true",
+        help="AutoMem was restarted: what was pending must be right now",
+    )
+    parser.add_argument("--record", action="store_true", help="store a migration record through POST /memory")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, then run behind the error boundary."""
+    args = arguments().parse_args(argv)
+    return cli.run(lambda: command(args), as_json=args.json)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Open both stores and ask every question."""
+    from lib import opening, showing
+    from lib.config import config_of
+    from lib.console import Console
+    from lib.showing_backup import show_config
+    from lib.steps.verify import Stores, record, verify
+
+    config = config_of(args.env_file, args.backup_dir)
+    console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
+    if args.show_config:
+        return show_config(config, console)
+    graph, collection = opening.open_graph(config), opening.open_collection(config)
+    stores = Stores(graph, collection, opening.automem_api(config), config.backup_dir, config.targets())
+    with opening.open_spool(config) as spool:
+        checks = verify(
+            stores, spool, samples=args.sample, after_restart=args.after_restart, bar=console.progress
+        )
+    lines = recall_lines(config, console, args.recall) if args.recall else []
+    code = showing.show_checks(checks, lines, config, console)
+    if args.record and code == 0:
+        console.say(f"recorded as memory {record(stores)}")
+    return code
+
+
+def recall_lines(config: Config, console: Console, query: str) -> list[str]:
+    """What recalling `query` brings, for the operator to judge."""
+    from lib import opening
+    from lib.errors import StoreUnreachable
+    from lib.steps.recall import recall_lines
+
+    try:
+        return recall_lines(opening.automem_api(config), query)
+    except StoreUnreachable as error:
+        console.warn(f"--recall: {error}")
+        return []
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
