@@ -6,56 +6,31 @@ import contextlib
 import os
 import socket
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from lib.vectors import collection, recreate, snapshots, upsert
+from lib.vectors import collection, recreate, upsert
 from lib.vectors.transport import Qdrant
 
-REAL = os.environ.get("QDRANT_TEST_URL", "")
-VERSIONS = ["real"] if REAL else ["1.11.3", "1.18.3"]
+REAL_SERVER = os.environ.get("QDRANT_TEST_SERVER", "")
+STAND_INS = ["1.11.3", "1.18.3"]
 
 
 @contextlib.contextmanager
-def running(version: str, folder: Path, api_key: str = "") -> Iterator[Qdrant]:
-    """The server of QDRANT_TEST_URL, or the stand-in as `version` (always the stand-in where a key is wanted)."""
-    if version == "real":
-        yield Qdrant(REAL, timeout_seconds=60)
+def own_server(version: str, folder: Path, api_key: str = "") -> Iterator[Qdrant]:
+    """A server of this test alone: the binary of QDRANT_TEST_SERVER for "real", else the stand-in as `version`."""
+    if version != "real":
+        from lib.sandbox.qdrant_server.process import QdrantServer
+
+        with QdrantServer(folder / "data", version, api_key=api_key or None) as server:
+            yield Qdrant(server.url, api_key)
         return
-    from lib.sandbox.qdrant_server.process import QdrantServer
+    from tests.real_qdrant import RealQdrant
 
-    with QdrantServer(folder / "data", version, api_key=api_key or None) as server:
-        yield Qdrant(server.url, api_key, timeout_seconds=60)
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qdrant]:
-    with running(request.param, tmp_path_factory.mktemp("qdrant")) as q:
-        yield q
-
-
-@pytest.fixture
-def names(server: Qdrant) -> Iterator[list[str]]:
-    """Three names that nobody has; what stands under them in the end is removed, its files first."""
-    own = [f"test_{uuid.uuid4().hex[:12]}" for _ in range(3)]
-    yield own
-    for name in own:
-        if collection.exists(server, name):
-            for snapshot in snapshots.list_snapshots(server, name):
-                snapshots.delete(server, name, snapshot.name)
-            collection.delete_collection(server, name)
-
-
-@pytest.fixture
-def filled(server: Qdrant, names: list[str]) -> str:
-    """A collection as AutoMem's, of 50 points of 8 dimensions."""
-    create_small(server, names[0], 8)
-    fill(server, names[0], 50, 8)
-    return names[0]
+    with RealQdrant(Path(REAL_SERVER), folder / "real", api_key=api_key or None) as server:
+        yield Qdrant(server.url, api_key)
 
 
 def create_small(q: Qdrant, name: str, size: int, **more: object) -> None:

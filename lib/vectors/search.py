@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,15 +76,17 @@ def _client(q: Qdrant) -> QdrantClient:
     from qdrant_client import QdrantClient
 
     parts = urlsplit(q.base_url)
-    return QdrantClient(
-        host=parts.hostname,
-        port=parts.port,
-        https=parts.scheme == "https",
-        prefix=parts.path or None,
-        api_key=q.api_key or None,
-        timeout=max(1, int(q.timeout_seconds)),
-        check_compatibility=False,  # an extra request, and a warning for servers that work
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a key over http, which a private network is
+        return QdrantClient(
+            host=parts.hostname,
+            port=parts.port,
+            https=parts.scheme == "https",
+            prefix=parts.path or None,
+            api_key=q.api_key or None,
+            timeout=max(1, int(q.timeout_seconds)),
+            check_compatibility=False,  # an extra request, and a warning for servers that work
+        )
 
 
 def _plain(point_id: object) -> PointId:

@@ -10,14 +10,12 @@ from lib.vectors.refusals import QdrantError
 from lib.vectors.transport import Qdrant
 from tests.vectors_support import (
     create_small,
-    filled,  # noqa: F401
     ids_of,
-    names,  # noqa: F401
     payload_of,
-    server,  # noqa: F401
     vectors_of,
 )
 
+pytest_plugins = ["tests.vectors_fixtures"]
 pytestmark = pytest.mark.qdrant
 
 
@@ -25,8 +23,8 @@ def everything(q: Qdrant, name: str, **options) -> list[points.Point]:
     return [point for page in points.scroll(q, name, **options) for point in page]
 
 
-def test_what_was_written_is_read_back_in_order_over_many_pages(server: Qdrant, filled: str):
-    pages = list(points.scroll(server, filled, payload=True, vector=True, page=7))
+def test_what_was_written_is_read_back_in_order_over_many_pages(q: Qdrant, filled: str):
+    pages = list(points.scroll(q, filled, payload=True, vector=True, page=7))
     assert [len(page) for page in pages] == [7] * 7 + [1]
     found = [point for page in pages for point in page]
     assert [point.id for point in found] == ids_of(50)
@@ -36,103 +34,103 @@ def test_what_was_written_is_read_back_in_order_over_many_pages(server: Qdrant, 
     assert not vectors_differ(stored, vectors_of(50, 8)).any()
 
 
-def test_pages_hold_only_what_was_asked_for(server: Qdrant, filled: str):
-    point = everything(server, filled)[0]
+def test_pages_hold_only_what_was_asked_for(q: Qdrant, filled: str):
+    point = everything(q, filled)[0]
     assert (point.payload, point.vector) == (None, None)
-    assert everything(server, filled, payload=["content"])[3].payload == {"content": payload_of(3)["content"]}
+    assert everything(q, filled, payload=["content"])[3].payload == {"content": payload_of(3)["content"]}
 
 
-def test_a_last_page_that_is_full_is_not_followed_by_a_missing_one(server: Qdrant, filled: str):
-    assert [len(page) for page in points.scroll(server, filled, page=25)] == [25, 25]
+def test_a_last_page_that_is_full_is_not_followed_by_a_missing_one(q: Qdrant, filled: str):
+    assert [len(page) for page in points.scroll(q, filled, page=25)] == [25, 25]
 
 
-def test_count_retrieve_and_delete(server: Qdrant, filled: str):
+def test_count_retrieve_and_delete(q: Qdrant, filled: str):
     wanted = ids_of(50)[:3]
-    points.delete_points(server, filled, [wanted[0], 77])
-    assert points.count(server, filled) == 49
-    found = points.retrieve(server, filled, wanted, payload=["importance"], vector=True)
+    points.delete_points(q, filled, [wanted[0], 77])
+    assert points.count(q, filled) == 49
+    found = points.retrieve(q, filled, wanted, payload=["importance"], vector=True)
     assert sorted(point.id for point in found) == wanted[1:]
     assert {point.payload["importance"] for point in found} == {0.01, 0.02}
     assert all(point.vector.shape == (8,) for point in found)
 
 
-def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(server: Qdrant, filled: str):
-    (before,) = points.retrieve(server, filled, ids_of(50)[7:8], vector=True)
-    points.overwrite_payload(server, filled, before.id, {"content": "new", "relevance_score": 0.12345678901234567})
-    (after,) = points.retrieve(server, filled, [before.id], payload=True, vector=True)
+def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled: str):
+    (before,) = points.retrieve(q, filled, ids_of(50)[7:8], vector=True)
+    points.overwrite_payload(q, filled, before.id, {"content": "new", "relevance_score": 0.12345678901234567})
+    (after,) = points.retrieve(q, filled, [before.id], payload=True, vector=True)
     assert after.payload == {"content": "new", "relevance_score": 0.12345678901234567}
     assert np.array_equal(after.vector, before.vector)
 
 
-def test_integers_are_ids_too_and_come_first(server: Qdrant, filled: str):
-    assert upsert.upsert(server, filled, [2**64 - 1, 5], vectors_of(2, 8), [{}, {"content": "x"}]) == []
-    assert [point.id for point in everything(server, filled)] == [5, 2**64 - 1, *ids_of(50)]
+def test_integers_are_ids_too_and_come_first(q: Qdrant, filled: str):
+    assert upsert.upsert(q, filled, [2**64 - 1, 5], vectors_of(2, 8), [{}, {"content": "x"}]) == []
+    assert [point.id for point in everything(q, filled)] == [5, 2**64 - 1, *ids_of(50)]
 
 
-def test_a_missing_collection_is_missing_data(server: Qdrant, names: list[str]):
+def test_a_missing_collection_is_missing_data(q: Qdrant, names: list[str]):
     with pytest.raises(MissingData, match=names[1]):
-        points.count(server, names[1])
+        points.count(q, names[1])
     with pytest.raises(MissingData):
-        everything(server, names[1])
+        everything(q, names[1])
     with pytest.raises(MissingData):
-        upsert.upsert(server, names[1], [1], vectors_of(1, 8), [{}])
+        upsert.upsert(q, names[1], [1], vectors_of(1, 8), [{}])
 
 
-def test_one_bad_row_among_many_is_singled_out(server: Qdrant, filled: str):
+def test_one_bad_row_among_many_is_singled_out(q: Qdrant, filled: str):
     ids = list(range(1, 101))
     ids[37], ids[90] = "abc", -1
     payloads = [payload_of(index) for index in range(100)]
     payloads[11] = {"content": {1, 2}}
     vectors = vectors_of(100, 8)
     vectors[64, 3] = np.nan
-    rejected = upsert.upsert(server, filled, ids, vectors, payloads)
+    rejected = upsert.upsert(q, filled, ids, vectors, payloads)
     assert {row.id for row in rejected} == {"abc", -1, 12, 65}
     reasons = {row.id: row.reason for row in rejected}
     assert "not a valid point ID" in reasons["abc"]
     assert "not finite" in reasons[65]
     assert "not JSON" in reasons[12]
-    assert points.count(server, filled) == 50 + 96
+    assert points.count(q, filled) == 50 + 96
 
 
-def test_no_rows_are_no_request(server: Qdrant, names: list[str]):
-    assert upsert.upsert(server, names[1], [], np.empty((0, 8), np.float32), []) == []
+def test_no_rows_are_no_request(q: Qdrant, names: list[str]):
+    assert upsert.upsert(q, names[1], [], np.empty((0, 8), np.float32), []) == []
 
 
-def test_a_wrong_dimension_is_nobodys_row(server: Qdrant, filled: str):
+def test_a_wrong_dimension_is_nobodys_row(q: Qdrant, filled: str):
     with pytest.raises(QdrantError, match="Vector dimension error: expected dim: 8, got 9"):
-        upsert.upsert(server, filled, ids_of(5), vectors_of(5, 9), [{}] * 5)
+        upsert.upsert(q, filled, ids_of(5), vectors_of(5, 9), [{}] * 5)
 
 
-def test_batches_stay_under_the_servers_limit_of_bytes(server: Qdrant, filled: str):
+def test_batches_stay_under_the_servers_limit_of_bytes(q: Qdrant, filled: str):
     payloads = [{"content": "x" * 400_000} for _ in range(100)]  # 40 MB, and the server takes 32 MiB
-    assert upsert.upsert(server, filled, list(range(100)), vectors_of(100, 8), payloads) == []
-    assert points.count(server, filled) == 150
+    assert upsert.upsert(q, filled, list(range(100)), vectors_of(100, 8), payloads) == []
+    assert points.count(q, filled) == 150
 
 
-def test_a_row_larger_than_any_request_is_rejected(server: Qdrant, filled: str):
+def test_a_row_larger_than_any_request_is_rejected(q: Qdrant, filled: str):
     payloads = [{"content": "small"}, {"content": "x" * (31 * 1024 * 1024)}]
-    (rejected,) = upsert.upsert(server, filled, [1, 2], vectors_of(2, 8), payloads)
+    (rejected,) = upsert.upsert(q, filled, [1, 2], vectors_of(2, 8), payloads)
     assert rejected.id == 2
-    assert points.count(server, filled) == 51
+    assert points.count(q, filled) == 51
 
 
-def test_strict_mode_shrinks_batches_and_pages(server: Qdrant, names: list[str]):
-    if server.version() < "1.13":
+def test_strict_mode_shrinks_batches_and_pages(q: Qdrant, names: list[str]):
+    if q.version() < "1.13":
         pytest.skip("strict mode came with 1.13")
-    create_small(server, names[0], 8)
+    create_small(q, names[0], 8)
     fields = {"enabled": True, "upsert_max_batchsize": 10, "max_query_limit": 6}
-    server.json("PATCH", f"/collections/{names[0]}", {"strict_mode_config": fields})
-    assert upsert.upsert(server, names[0], ids_of(64), vectors_of(64, 8), [{}] * 64) == []
-    pages = list(points.scroll(server, names[0]))
+    q.json("PATCH", f"/collections/{names[0]}", {"strict_mode_config": fields})
+    assert upsert.upsert(q, names[0], ids_of(64), vectors_of(64, 8), [{}] * 64) == []
+    pages = list(points.scroll(q, names[0]))
     assert max(len(page) for page in pages) == 6
     assert [point.id for page in pages for point in page] == ids_of(64)
 
 
-def test_the_nearest_point_to_its_own_vector_is_itself(server: Qdrant, filled: str):
-    hits = search.search(server, filled, vectors_of(50, 8)[17], 3)
+def test_the_nearest_point_to_its_own_vector_is_itself(q: Qdrant, filled: str):
+    hits = search.search(q, filled, vectors_of(50, 8)[17], 3)
     assert hits[0].id == ids_of(50)[17]
     assert hits[0].score == pytest.approx(1, abs=1e-5)
     assert hits[0].payload == payload_of(17)
     assert hits[0].score > hits[1].score > hits[2].score
     with pytest.raises(QdrantError, match="expected dim: 8, got 2"):
-        search.search(server, filled, [1.0, 2.0], 3)
+        search.search(q, filled, [1.0, 2.0], 3)

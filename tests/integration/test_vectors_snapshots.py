@@ -15,14 +15,12 @@ from lib.vectors.snapshot_tar import inspect_snapshot
 from lib.vectors.transport import Qdrant
 from tests.vectors_support import (
     Way,
-    filled,  # noqa: F401
     ids_of,
-    names,  # noqa: F401
     payload_of,
-    server,  # noqa: F401
     vectors_of,
 )
 
+pytest_plugins = ["tests.vectors_fixtures"]
 pytestmark = pytest.mark.qdrant
 
 
@@ -40,13 +38,13 @@ def assert_whole(q: Qdrant, name: str) -> None:
     assert set(collection.get_state(q, name).payload_schema) == {"tags", "importance"}
 
 
-def test_a_snapshot_is_made_listed_fetched_and_deleted(server: Qdrant, filled: str):
-    assert snapshots.list_snapshots(server, filled) == []
-    made = snapshots.create(server, filled)
-    assert snapshots.list_snapshots(server, filled) == [made]
+def test_a_snapshot_is_made_listed_fetched_and_deleted(q: Qdrant, filled: str):
+    assert snapshots.list_snapshots(q, filled) == []
+    made = snapshots.create(q, filled)
+    assert snapshots.list_snapshots(q, filled) == [made]
     seen: list[tuple[int, int]] = []
     data = io.BytesIO()
-    fetched = snapshots.download(server, filled, made, data.write, lambda *at: seen.append(at))
+    fetched = snapshots.download(q, filled, made, data.write, lambda *at: seen.append(at))
     assert fetched == snapshots.Download(made.size, made.checksum, 0)
     assert fetched.size == len(data.getvalue())
     assert hashlib.sha256(data.getvalue()).hexdigest() == made.checksum
@@ -54,22 +52,22 @@ def test_a_snapshot_is_made_listed_fetched_and_deleted(server: Qdrant, filled: s
     facts = inspect_snapshot(io.BytesIO(data.getvalue()))
     assert (facts.size, facts.distance, facts.shard_number, facts.absent_shards) == (8, "Cosine", 1, [])
     assert set(facts.payload_schema) == {"tags", "importance"}
-    assert snapshots.delete(server, filled, made.name)
-    assert snapshots.list_snapshots(server, filled) == []
-    assert not snapshots.delete(server, filled, made.name)
+    assert snapshots.delete(q, filled, made.name)
+    assert snapshots.list_snapshots(q, filled) == []
+    assert not snapshots.delete(q, filled, made.name)
 
 
-def test_config_in_the_snapshot_is_the_live_one(server: Qdrant, filled: str):
-    data, _ = fetch(server, filled, snapshots.create(server, filled))
-    live = collection.get_state(server, filled).raw["config"]
+def test_config_in_the_snapshot_is_the_live_one(q: Qdrant, filled: str):
+    data, _ = fetch(q, filled, snapshots.create(q, filled))
+    live = collection.get_state(q, filled).raw["config"]
     config = inspect_snapshot(io.BytesIO(data)).config
     assert {key: config[key] for key in live} == live
 
 
-def test_a_download_goes_on_where_the_way_broke(server: Qdrant, filled: str):
-    made = snapshots.create(server, filled)
-    whole, _ = fetch(server, filled, made)
-    with Way(server) as way:
+def test_a_download_goes_on_where_the_way_broke(q: Qdrant, filled: str):
+    made = snapshots.create(q, filled)
+    whole, _ = fetch(q, filled, made)
+    with Way(q) as way:
         way.cut_after = [len(whole) // 3, 700, len(whole) // 4]
         data, fetched = fetch(Qdrant(way.url, sleep=lambda _: None), filled, made)
     assert data == whole
@@ -77,56 +75,56 @@ def test_a_download_goes_on_where_the_way_broke(server: Qdrant, filled: str):
     assert fetched.sha256 == made.checksum
 
 
-def test_a_way_that_lets_nothing_through_ends_in_an_error(server: Qdrant, filled: str):
-    made = snapshots.create(server, filled)
-    with Way(server) as way:
+def test_a_way_that_lets_nothing_through_ends_in_an_error(q: Qdrant, filled: str):
+    made = snapshots.create(q, filled)
+    with Way(q) as way:
         way.cut_after = [5000, *[0] * 20]
         with pytest.raises(StoreUnreachable):
             fetch(Qdrant(way.url, sleep=lambda _: None), filled, made)
         assert way.connections < 10
 
 
-def test_bytes_that_are_not_the_servers_are_noticed(server: Qdrant, filled: str):
-    made = snapshots.create(server, filled)
+def test_bytes_that_are_not_the_servers_are_noticed(q: Qdrant, filled: str):
+    made = snapshots.create(q, filled)
     other = snapshots.Snapshot(made.name, made.size, "0" * 64, made.created)
     with pytest.raises(BackupDamaged, match=made.checksum):
-        fetch(server, filled, other)
+        fetch(q, filled, other)
 
 
-def test_a_lost_answer_does_not_make_a_second_snapshot(server: Qdrant, filled: str):
-    with Way(server) as way:
+def test_a_lost_answer_does_not_make_a_second_snapshot(q: Qdrant, filled: str):
+    with Way(q) as way:
         way.swallow = b"POST /collections/"
         made = snapshots.create(Qdrant(way.url), filled, seconds=30)
         assert way.swallow == b""
-    assert snapshots.list_snapshots(server, filled) == [made]
-    assert fetch(server, filled, made)[1].sha256 == made.checksum
+    assert snapshots.list_snapshots(q, filled) == [made]
+    assert fetch(q, filled, made)[1].sha256 == made.checksum
 
 
-def test_an_earlier_trys_snapshot_is_taken_as_it_is(server: Qdrant, filled: str):
-    known = snapshots.list_snapshots(server, filled)
-    made = snapshots.create(server, filled)
-    assert snapshots.create(server, filled, known_before=known) == made
-    assert snapshots.list_snapshots(server, filled) == [made]
+def test_an_earlier_trys_snapshot_is_taken_as_it_is(q: Qdrant, filled: str):
+    known = snapshots.list_snapshots(q, filled)
+    made = snapshots.create(q, filled)
+    assert snapshots.create(q, filled, known_before=known) == made
+    assert snapshots.list_snapshots(q, filled) == [made]
 
 
-def test_a_snapshot_of_nothing_is_missing_data(server: Qdrant, names: list[str]):
+def test_a_snapshot_of_nothing_is_missing_data(q: Qdrant, names: list[str]):
     with pytest.raises(MissingData):
-        snapshots.create(server, names[1])
+        snapshots.create(q, names[1])
     with pytest.raises(MissingData):
-        fetch(server, names[1], snapshots.Snapshot("none.snapshot", 1, None, ""))
+        fetch(q, names[1], snapshots.Snapshot("none.snapshot", 1, None, ""))
 
 
 def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
-    server: Qdrant, filled: str, names: list[str], tmp_path: Path
+    q: Qdrant, filled: str, names: list[str], tmp_path: Path
 ):
-    made = snapshots.create(server, filled)
-    data, _ = fetch(server, filled, made)
+    made = snapshots.create(q, filled)
+    data, _ = fetch(q, filled, made)
     path = tmp_path / "copy"
     path.write_bytes(data)
     filename = restoring.unique_filename("back")
     seen: list[tuple[int, int]] = []
     restored = restoring.upload_and_restore(
-        server,
+        q,
         names[1],
         path,
         size=len(data),
@@ -136,15 +134,15 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
     )
     assert restored.answered
     assert seen[-1] == (len(data), len(data))
-    assert_whole(server, names[1])
-    assert [snapshot.name for snapshot in snapshots.list_snapshots(server, names[1])] == [filename]
-    assert_whole(server, filled)
+    assert_whole(q, names[1])
+    assert [snapshot.name for snapshot in snapshots.list_snapshots(q, names[1])] == [filename]
+    assert_whole(q, filled)
 
 
-def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(server: Qdrant, filled: str, names: list[str]):
-    made = snapshots.create(server, filled)
-    data, _ = fetch(server, filled, made)
-    with Way(server) as way:
+def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, filled: str, names: list[str]):
+    made = snapshots.create(q, filled)
+    data, _ = fetch(q, filled, made)
+    with Way(q) as way:
         far = Qdrant(way.url)
         restoring.preflight_upload(far, names[1])
         far.close()
@@ -159,82 +157,82 @@ def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(server: Qdran
             seconds=30,
         )
     assert not restored.answered
-    assert_whole(server, names[1])
-    assert len(snapshots.list_snapshots(server, names[1])) == 1
+    assert_whole(q, names[1])
+    assert len(snapshots.list_snapshots(q, names[1])) == 1
 
 
-def test_a_source_that_ends_early_restores_nothing(server: Qdrant, filled: str, names: list[str]):
-    made = snapshots.create(server, filled)
-    data, _ = fetch(server, filled, made)
+def test_a_source_that_ends_early_restores_nothing(q: Qdrant, filled: str, names: list[str]):
+    made = snapshots.create(q, filled)
+    data, _ = fetch(q, filled, made)
     with pytest.raises(BackupDamaged, match="ends 1 bytes early"):
         restoring.upload_and_restore(
-            server,
+            q,
             names[1],
             io.BytesIO(data[:-1]),
             size=len(data),
             filename=restoring.unique_filename("short"),
             checksum=made.checksum,
         )
-    assert not collection.exists(server, names[1])
+    assert not collection.exists(q, names[1])
 
 
-def test_a_wrong_checksum_restores_nothing(server: Qdrant, filled: str, names: list[str]):
-    data, _ = fetch(server, filled, snapshots.create(server, filled))
-    with pytest.raises(QdrantError, match="(?i)checksum mismatch"):
+def test_a_wrong_checksum_restores_nothing(q: Qdrant, filled: str, names: list[str]):
+    data, _ = fetch(q, filled, snapshots.create(q, filled))
+    with pytest.raises(QdrantError, match=r"(?i)checksum mismatch"):
         restoring.upload_and_restore(
-            server,
+            q,
             names[1],
             io.BytesIO(data),
             size=len(data),
             filename=restoring.unique_filename("wrong"),
             checksum="1" * 64,
         )
-    assert not collection.exists(server, names[1])
+    assert not collection.exists(q, names[1])
 
 
-def test_the_server_restores_from_itself_once_that_is_proved(server: Qdrant, filled: str, names: list[str]):
-    made = snapshots.create(server, filled)
-    location = restoring.can_fetch_itself(server, filled, made, probe=names[2])
+def test_the_server_restores_from_itself_once_that_is_proved(q: Qdrant, filled: str, names: list[str]):
+    made = snapshots.create(q, filled)
+    location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
     assert location is not None
-    assert not collection.exists(server, names[2])
-    assert restoring.recover(server, names[1], location, made.checksum).answered
-    assert_whole(server, names[1])
-    assert snapshots.list_snapshots(server, names[1]) == []
+    assert not collection.exists(q, names[2])
+    assert restoring.recover(q, names[1], location, made.checksum).answered
+    assert_whole(q, names[1])
+    assert snapshots.list_snapshots(q, names[1]) == []
 
 
-def test_no_proof_no_url(server: Qdrant, filled: str, names: list[str]):
-    made = snapshots.create(server, filled)
+def test_no_proof_no_url(q: Qdrant, filled: str, names: list[str]):
+    made = snapshots.create(q, filled)
     missing = snapshots.Snapshot("none.snapshot", made.size, made.checksum, made.created)
-    assert restoring.can_fetch_itself(server, filled, missing, probe=names[2]) is None
+    assert restoring.can_fetch_itself(q, filled, missing, probe=names[2]) is None
     other = snapshots.Snapshot(made.name, made.size, "2" * 64, made.created)
-    assert restoring.can_fetch_itself(server, filled, other, probe=names[2]) is None
-    assert not collection.exists(server, names[2])
+    assert restoring.can_fetch_itself(q, filled, other, probe=names[2]) is None
+    assert not collection.exists(q, names[2])
 
 
-def test_a_recover_whose_answer_is_lost_is_waited_for(server: Qdrant, filled: str, names: list[str]):
-    made = snapshots.create(server, filled)
-    location = restoring.can_fetch_itself(server, filled, made, probe=names[2])
-    with Way(server) as way:
+def test_a_recover_whose_answer_is_lost_is_waited_for(q: Qdrant, filled: str, names: list[str]):
+    made = snapshots.create(q, filled)
+    location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
+    with Way(q) as way:
         way.swallow = b"/snapshots/recover"
         restored = restoring.recover(Qdrant(way.url), names[1], location, made.checksum, seconds=30)
     assert not restored.answered
-    assert_whole(server, names[1])
+    assert_whole(q, names[1])
 
 
-def test_a_fetch_that_fails_creates_nothing(server: Qdrant, names: list[str]):
+def test_a_fetch_that_fails_creates_nothing(q: Qdrant, names: list[str]):
     with pytest.raises(QdrantError):
-        restoring.recover(server, names[1], "http://127.0.0.1:9/x.snapshot", "0" * 64)
-    assert not collection.exists(server, names[1])
+        restoring.recover(q, names[1], "http://127.0.0.1:9/x.snapshot", "0" * 64)
+    assert not collection.exists(q, names[1])
 
 
-def test_a_restore_that_never_comes_is_given_up(server: Qdrant, names: list[str]):
+def test_a_restore_that_never_comes_is_given_up(q: Qdrant, names: list[str]):
     with pytest.raises(StoreFailed, match="is missing"):
-        restoring.wait_restored(server, names[1], 0.1)
+        restoring.wait_restored(q, names[1], 0.1)
 
 
-def test_an_upload_that_breaks_half_way_is_not_waited_for(server: Qdrant, filled: str, names: list[str]):
-    made = snapshots.create(server, filled)
-    data, _ = fetch(server, filled, made)
+def test_an_upload_that_breaks_half_way_is_not_waited_for(q: Qdrant, filled: str, names: list[str]):
+    made = snapshots.create(q, filled)
+    data, _ = fetch(q, filled, made)
 
     class Breaking(io.BytesIO):
         def read(self, size: int = -1, /) -> bytes:
@@ -244,11 +242,11 @@ def test_an_upload_that_breaks_half_way_is_not_waited_for(server: Qdrant, filled
 
     with pytest.raises(NoAnswer):
         restoring.upload_and_restore(
-            server,
+            q,
             names[1],
             Breaking(data),
             size=len(data),
             filename=restoring.unique_filename("half"),
             checksum=made.checksum,
         )
-    assert not collection.exists(server, names[1])
+    assert not collection.exists(q, names[1])

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lib.vectors.compare import vectors_differ
+from lib.vectors.versions import restorable
+
+
+def rows(n: int, size: int) -> np.ndarray:
+    return np.random.default_rng(n).standard_normal((n, size)).astype(np.float32)
+
+
+def stored(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.sqrt((vectors * vectors).sum(axis=1, dtype=np.float32, keepdims=True))
+    return (vectors / lengths).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [4, 768, 3072])
+def test_normalised_storage_is_equal_and_a_changed_number_is_not(size: int):
+    sent = rows(50, size)
+    kept = stored(sent)
+    assert not vectors_differ(kept, sent).any()
+    changed = kept.copy()
+    changed[7, 2] += 1e-4
+    changed[9] = -changed[9]
+    assert list(np.flatnonzero(vectors_differ(changed, sent))) == [7, 9]
+
+
+def test_other_distances_keep_the_bits():
+    sent = rows(3, 8)
+    assert not vectors_differ(sent, sent, "Dot").any()
+    assert vectors_differ(stored(sent), sent, "Dot").all()
+
+
+def test_zeros_widths_and_infinities():
+    zeros = np.zeros((1, 4), np.float32)
+    assert not vectors_differ(zeros, zeros).any()
+    assert vectors_differ(zeros, rows(1, 4)).all()
+    assert vectors_differ(rows(2, 4), rows(2, 5)).tolist() == [True, True]
+    broken = rows(1, 4)
+    broken[0, 0] = np.nan
+    assert vectors_differ(broken, broken).all()
+
+
+@pytest.mark.parametrize(
+    ("backup", "server"),
+    [("1.11.3", "1.11.3"), ("1.11.3", "1.11.5"), ("1.11.5", "1.11.3"), ("1.11.3", "1.12.0")],
+)
+def test_the_same_and_the_next_minor_take_a_snapshot(backup: str, server: str):
+    assert restorable(backup, server) is None
+
+
+@pytest.mark.parametrize(
+    ("backup", "server"),
+    [("1.11.3", "1.18.3"), ("1.11.3", "1.13.0"), ("1.18.3", "1.17.0"), ("1.11.3", "2.11.3")],
+)
+def test_other_versions_do_not(backup: str, server: str):
+    reason = restorable(backup, server)
+    assert reason is not None
+    assert backup in reason
+    assert server in reason
+
+
+def test_an_unknown_version_does_not():
+    assert "not known" in str(restorable("", "1.11.3"))
+    assert "not known" in str(restorable("1.11.3", "dev"))

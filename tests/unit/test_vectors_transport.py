@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, UsageProblem
+from lib.vectors import cluster, points, transport, upsert
+from lib.vectors.refusals import NoAnswer, QdrantError
+from lib.vectors.transport import Qdrant
+
+KEY = "k3y-nobody-may-see"
+
+
+class Scripted:
+    """An HTTP server that gives its `answers` in turn, (status, headers, body) each, the last one for ever."""
+
+    def __init__(self, *answers: tuple[int, dict[str, str], object]) -> None:
+        self.answers = list(answers)
+        self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.connections: set[tuple[str, int]] = set()
+        self.slept: list[float] = []
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                scripted.seen.append((self.command, self.path, dict(self.headers), body))
+                scripted.connections.add(self.client_address)
+                status, headers, said = scripted.answers[0]
+                if len(scripted.answers) > 1:
+                    scripted.answers.pop(0)
+                data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def qdrant(self) -> Qdrant:
+        return Qdrant(f"http://127.0.0.1:{self._server.server_port}", KEY, sleep=self.slept.append)
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def fine(result: object = True) -> tuple[int, dict[str, str], object]:
+    return 200, {}, {"result": result, "status": "ok"}
+
+
+def refused(status: int, text: str, **headers: str) -> tuple[int, dict[str, str], object]:
+    return (
+        status,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+        {"status": {"error": text}},
+    )
+
+
+@contextlib.contextmanager
+def refusing_from_the_headers(status_line: str) -> Iterator[str]:
+    """A server that answers when it has the headers, reads no body and keeps the connection open."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.listen(8)
+    kept: list[socket.socket] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                kept.append(client)
+                head = b""
+                while b"\r\n\r\n" not in head:
+                    head += client.recv(100)
+                client.sendall(f"HTTP/1.1 {status_line}\r\nContent-Length: 5\r\n\r\nnever".encode())
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    for client in kept:
+        client.close()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://localhost:6333", "http://localhost:6333"),
+        ("http://localhost:6333/", "http://localhost:6333"),
+        ("https://x.cloud.qdrant.io", "https://x.cloud.qdrant.io:6333"),
+        ("https://x.cloud.qdrant.io:443/prefix/", "https://x.cloud.qdrant.io:443/prefix"),
+        ("http://user:pa%20ss@10.0.0.1", "http://10.0.0.1:6333"),
+        ("qdrant.internal:7000", "http://qdrant.internal:7000"),
+        ("http://[::1]:6333", "http://[::1]:6333"),
+    ],
+)
+def test_urls_are_read_as_automem_reads_them(url: str, base: str):
+    assert Qdrant(url).base_url == base
+    assert "pa%20ss" not in repr(Qdrant(url))
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:notaport", ""])
+def test_what_is_no_url_is_refused(url: str):
+    with pytest.raises(UsageProblem, match="QDRANT_URL"):
+        Qdrant(url)
+
+
+@pytest.mark.parametrize("key", ["abc\n", "a\x00b", " abc", "schlüssel"])
+def test_a_key_that_no_header_carries_is_refused_without_showing_it(key: str):
+    with pytest.raises(UsageProblem) as caught:
+        Qdrant("http://localhost", key)
+    assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [(401, "Invalid API key or JWT"), (403, "Forbidden: Global access")]
+)
+def test_refused_access_names_server_and_reason_but_no_key(status: int, text: str):
+    with Scripted((status, {}, f"{text} {KEY}")) as server:
+        with pytest.raises(AccessRefused, match=text) as caught:
+            server.qdrant.json("GET", "/collections")
+        assert KEY not in str(caught.value)
+        assert KEY not in repr(caught.value)
+        assert KEY not in repr(server.qdrant)
+        assert caught.value.exit_code == 2
+        assert server.seen[0][2]["api-key"] == KEY
+        assert len(server.seen) == 1
+
+
+def test_errors_carry_the_servers_words():
+    missing = "Collection `x` doesn't exist"
+    with Scripted(refused(404, missing)) as server, pytest.raises(MissingData, match=missing):
+        server.qdrant.json("GET", "/collections/x")
+    with Scripted(refused(500, "No space left on device")) as server:
+        with pytest.raises(QdrantError, match="No space left") as caught:
+            server.qdrant.json("POST", "/collections/x/snapshots")
+        assert (caught.value.status, "disk" in caught.value.next_step) == (500, True)
+
+
+def test_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(StoreUnreachable, match="connection refused") as caught:
+        Qdrant(f"http://127.0.0.1:{port}", sleep=lambda _: None).json("GET", "/collections")
+    assert not isinstance(caught.value, NoAnswer)
+    assert "docker compose up -d qdrant" in caught.value.next_step
+
+
+def test_something_else_answers():
+    for answer in ("<html>hello</html>", {"title": "elastic", "version": "8"}):
+        with Scripted((200, {}, answer)) as server, pytest.raises(StoreFailed, match="is not Qdrant"):
+            server.qdrant.version()
+
+
+def test_a_redirect_is_not_followed_with_the_key():
+    with Scripted(fine()) as other, Scripted((307, {"Location": other.qdrant.base_url}, "moved")) as server:
+        with pytest.raises(QdrantError, match="307"):
+            server.qdrant.json("GET", "/collections")
+        assert other.seen == []
+
+
+def test_rate_limits_that_say_when_are_waited_for():
+    limited = refused(429, "Retry after 20s", Retry_After="20")
+    with Scripted(limited, limited, fine({"count": 3})) as server:
+        assert points.count(server.qdrant, "x") == 3
+        assert server.slept == [20.0, 20.0]
+
+
+def test_a_rate_limit_is_not_waited_for_without_end():
+    with Scripted(refused(429, "Retry after 200s", Retry_After="200")) as server:
+        with pytest.raises(QdrantError, match="429"):
+            points.count(server.qdrant, "x")
+        assert sum(server.slept) <= transport.LONGEST_WAIT_SECONDS
+
+
+def test_gateways_are_given_three_more_tries_where_repeating_is_safe():
+    with Scripted((503, {}, "no upstream")) as server:
+        with pytest.raises(QdrantError, match="no upstream"):
+            points.count(server.qdrant, "x")
+        assert len(server.seen) == 4
+        assert server.slept == list(transport.PAUSES_SECONDS)
+    with Scripted((503, {}, "no upstream"), fine()) as server:
+        with pytest.raises(QdrantError):
+            server.qdrant.json("POST", "/collections/x/snapshots", retry=False)
+        assert len(server.seen) == 1
+
+
+def test_other_errors_are_not_repeated():
+    with Scripted(refused(500, "Service internal error"), fine()) as server:
+        with pytest.raises(QdrantError):
+            points.count(server.qdrant, "x")
+        assert len(server.seen) == 1
+
+
+def test_a_connection_that_refused_a_body_is_not_used_again():
+    with Scripted(refused(400, "no"), fine(), fine()) as server:
+        q = server.qdrant
+        with pytest.raises(QdrantError):
+            q.json("PUT", "/collections/x", {"a": 1})
+        q.json("GET", "/collections")
+        q.json("GET", "/collections")
+        assert len(server.connections) == 2
+
+
+def test_an_answer_that_never_comes_has_an_end():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        q = Qdrant(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(NoAnswer, match="timed out"):
+            q.json("POST", "/collections/x/snapshots", timeout=0.2, retry=False)
+
+
+def test_a_large_body_refused_from_the_headers_does_not_hang(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport, "SEND_SECONDS", 0.3)
+    payloads = [{"content": "x" * 1_000_000}] * 20
+    with refusing_from_the_headers("401 Unauthorized") as url:
+        q = Qdrant(url, KEY, timeout_seconds=2, sleep=lambda _: None)
+        with pytest.raises(AccessRefused, match="401"):
+            upsert.upsert(q, "x", list(range(20)), np.ones((20, 4), np.float32), payloads)
+
+
+def test_a_request_larger_than_the_rate_limit_is_split():
+    too_large = refused(429, "request larger than rate limiter capacity, please try to split your request")
+    with Scripted(too_large, too_large, fine()) as server:
+        assert upsert.upsert(server.qdrant, "x", list(range(8)), np.ones((8, 4), np.float32), [{}] * 8) == []
+        sizes = [len(json.loads(body)["points"]) for *_, body in server.seen]
+        assert sizes == [8, 4, 2, 2, 4]
+        written = [point["id"] for *_, body in server.seen[2:] for point in json.loads(body)["points"]]
+        assert written == list(range(8))
+        assert all(path.endswith("?wait=true") for _, path, _, _ in server.seen)
+
+
+def test_a_rate_limit_that_one_point_exceeds_is_an_error():
+    too_large = refused(429, "please try to split your request")
+    with Scripted(too_large) as server, pytest.raises(QdrantError, match="429"):
+        upsert.upsert(server.qdrant, "x", [1, 2], np.ones((2, 4), np.float32), [{}] * 2)
+
+
+def test_a_proxys_limit_of_bytes_splits_too():
+    with Scripted((413, {}, "too large"), fine()) as server:
+        assert upsert.upsert(server.qdrant, "x", [1, 2], np.ones((2, 4), np.float32), [{}] * 2) == []
+        assert [len(json.loads(body)["points"]) for *_, body in server.seen] == [2, 1, 1]
+
+
+def test_a_full_disk_is_nobodys_row():
+    with Scripted(
+        refused(500, "No space left on device: WAL buffer size exceeds available disk space")
+    ) as server:
+        with pytest.raises(QdrantError, match="No space left"):
+            upsert.upsert(server.qdrant, "x", [1, 2], np.ones((2, 4), np.float32), [{}] * 2)
+        assert len(server.seen) == 1
+
+
+def test_float32_arrives_as_it_is():
+    vectors = np.random.default_rng(3).standard_normal((4, 64)).astype(np.float32)
+    with Scripted(fine()) as server:
+        upsert.upsert(server.qdrant, "x", [1, 2, 3, 4], vectors, [{}] * 4)
+        sent = [point["vector"] for point in json.loads(server.seen[0][3])["points"]]
+    assert np.array_equal(np.array(sent, dtype=np.float32), vectors)
+
+
+def shards_of(local: list[dict], remote: list[dict], transfers: list[dict] | None = None) -> tuple:
+    return fine(
+        {
+            "peer_id": 11,
+            "shard_count": 2,
+            "local_shards": local,
+            "remote_shards": remote,
+            "shard_transfers": transfers or [],
+        }
+    )
+
+
+LOCAL = {"shard_id": 0, "points_count": 22, "state": "Active"}
+REMOTE = {"shard_id": 1, "peer_id": 22, "state": "Active"}
+TWO_NODES = fine({"status": "enabled", "peer_id": 11, "peers": {"11": {}, "22": {}}})
+
+
+def test_shards_on_two_nodes_are_refused():
+    with Scripted(shards_of([LOCAL], [REMOTE]), TWO_NODES) as server:
+        found = cluster.topology(server.qdrant, "x")
+    assert (found.peers, found.holders) == (2, {11, 22})
+    with pytest.raises(MigrationError, match="spread over 2 Qdrant nodes"):
+        cluster.refuse_partial(found)
+
+
+def test_a_cluster_of_which_one_node_holds_all_is_fine_and_so_is_a_key_that_may_not_ask():
+    with Scripted(shards_of([LOCAL], []), TWO_NODES) as server:
+        found = cluster.topology(server.qdrant, "x")
+    assert found.peers == 2
+    cluster.refuse_partial(found)
+    with Scripted(shards_of([LOCAL], []), refused(403, "Forbidden: Global access is required")) as server:
+        cluster.refuse_partial(cluster.topology(server.qdrant, "x"))
+
+
+def test_all_shards_on_another_node_than_the_one_asked_are_refused():
+    with Scripted(shards_of([], [REMOTE]), TWO_NODES) as server:
+        found = cluster.topology(server.qdrant, "x")
+    with pytest.raises(MigrationError, match="nodes"):
+        cluster.refuse_partial(found)
+
+
+@pytest.mark.parametrize(
+    ("local", "transfers", "what"),
+    [({**LOCAL, "state": "Partial"}, [], "Partial"), (LOCAL, [{"to": 22}], "being moved")],
+)
+def test_shards_that_move_or_are_not_whole_are_refused(local: dict, transfers: list, what: str):
+    with Scripted(shards_of([local], [], transfers), fine({"status": "disabled"})) as server:
+        found = cluster.topology(server.qdrant, "x")
+    with pytest.raises(StoreFailed, match=what):
+        cluster.refuse_partial(found)
