@@ -74,14 +74,10 @@ def differences(expected: Answer, actual: Answer) -> list[str]:
 
 
 def _header_differences(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
-    found = []
-    for name in STABLE_HEADERS:
-        if expected.get(name) != actual.get(name):
-            found.append(f"{name} {expected.get(name)!r} is now {actual.get(name)!r}")
-    for name in PRESENT_HEADERS:
-        if (name in expected) != (name in actual):
-            found.append(f"{name} {'is missing' if name in expected else 'is new'}")
-    return found
+    changed = [name for name in STABLE_HEADERS if expected.get(name) != actual.get(name)]
+    found = [f"{name} {expected.get(name)!r} is now {actual.get(name)!r}" for name in changed]
+    other = [name for name in PRESENT_HEADERS if (name in expected) != (name in actual)]
+    return found + [f"{name} {'is missing' if name in expected else 'is new'}" for name in other]
 
 
 def _body_differences(expected: Any, actual: Any, path: str):

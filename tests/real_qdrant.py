@@ -25,16 +25,21 @@ test_server.__test__ = False  # type: ignore[attr-defined]  # pytest is not to c
 class RealQdrant:
     """A server process over `binary`; port and data stay the same over restarts."""
 
-    def __init__(self, binary: Path, folder: Path, api_key: str | None = None) -> None:
+    def __init__(
+        self, binary: Path, folder: Path, api_key: str | None = None, read_only_key: str | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process = ServerProcess(
-            [binary.resolve()], folder / "server.log", env=self._environment(api_key), cwd=folder
+            [binary.resolve()],
+            folder / "server.log",
+            env=self._environment(api_key, read_only_key),
+            cwd=folder,
         )
 
-    def _environment(self, api_key: str | None) -> dict[str, str]:
+    def _environment(self, api_key: str | None, read_only_key: str | None) -> dict[str, str]:
         environment = {
             "QDRANT__SERVICE__HOST": "127.0.0.1",
             "QDRANT__SERVICE__HTTP_PORT": str(self.port),
@@ -44,7 +49,8 @@ class RealQdrant:
             "QDRANT__STORAGE__TEMP_PATH": str(self.folder / "tmp"),
             "QDRANT__TELEMETRY_DISABLED": "true",
         }
-        return {**environment, "QDRANT__SERVICE__API_KEY": api_key} if api_key else environment
+        keys = {"QDRANT__SERVICE__API_KEY": api_key, "QDRANT__SERVICE__READ_ONLY_API_KEY": read_only_key}
+        return {**environment, **{name: key for name, key in keys.items() if key}}
 
     @property
     def pid(self) -> int:

@@ -6,9 +6,11 @@ replays run against that server instead, started empty; its version decides whic
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lib.sandbox.process import ServerStartError
 from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.qdrant_recover import KEY, RecoverReplay
 from tests.qdrant_replay import Replay, rows
+from tests.qdrant_uploads import repacked
 from tests.real_qdrant import RealQdrant, test_server
 
 VERSIONS = ("1.11.3", "1.18.3")
@@ -30,8 +33,14 @@ LEFT_OUT = {  # (title, version or "" for both) -> why the stand-in is not compa
     ("full storage snapshot", ""): "no tool of ours takes a snapshot of the whole storage",
     ("full storage snapshots", ""): "no tool of ours takes a snapshot of the whole storage",
     ("delete full", ""): "no tool of ours takes a snapshot of the whole storage",
-    ("download, client default", ""): "the server compresses with br where it may; the standard library has gzip only",
-    ("after one segment dropped: info", "1.11.3"): "the real collection had two segments, the engine makes one",
+    (
+        "download, client default",
+        "",
+    ): "the server compresses with br where it may; the standard library has gzip only",
+    (
+        "after one segment dropped: info",
+        "1.11.3",
+    ): "the real collection had two segments, the engine makes one",
 }
 
 
@@ -39,18 +48,23 @@ def _real_version() -> str | None:
     binary = test_server()
     if binary is None:
         return None
-    import subprocess
-
-    return subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    return subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()[
+        -1
+    ]
 
 
 REAL = _real_version()
 
 
-@contextmanager
-def _server(folder: Path, version: str, api_key: str | None = None) -> Iterator[Any]:
+@contextlib.contextmanager
+def _server(
+    folder: Path, version: str, api_key: str | None = None, read_only_key: str | None = None
+) -> Iterator[Any]:
     binary = test_server()
-    server: Any = RealQdrant(binary, folder, api_key) if binary else QdrantServer(folder / "data", version, api_key=api_key)
+    keys = {"api_key": api_key, "read_only_key": read_only_key}
+    server: Any = (
+        RealQdrant(binary, folder, **keys) if binary else QdrantServer(folder / "data", version, **keys)
+    )
     with server as running:
         yield running
 
@@ -88,7 +102,9 @@ def _settled(replay: Replay, row: dict[str, Any]) -> list[str]:
 
 def _tell(recording: str, version: str, compared: int, total: int, left_out: list[str]) -> None:
     server = "real server" if REAL else "stand-in"
-    print(f"\nconformance: {recording} {version} {server}: {compared} of {total} compared, {len(left_out)} left out")
+    print(
+        f"\nconformance: {recording} {version} {server}: {compared} of {total} compared, {len(left_out)} left out"
+    )
     for line in left_out:
         print(f"  left out: {line}")
 
@@ -104,27 +120,48 @@ def test_recover_is_answered_as_recorded(version: str, tmp_path: Path) -> None:
     assert replay.compared == len(recording) == 54
 
 
-AUTH_CREDENTIALS = {"none": {}, "wrong key": {"api-key": "wrong"}, "key": {"api-key": KEY}, "bearer": {"Authorization": f"Bearer {KEY}"}}
+READ_ONLY_KEY = "readonlykey"
+CREDENTIALS = {
+    "none": {},
+    "wrong key": {"api-key": "wrong"},
+    "key": {"api-key": KEY},
+    "bearer": {"Authorization": f"Bearer {KEY}"},
+    "read-only key": {"api-key": READ_ONLY_KEY},
+}
 
 
-@pytest.mark.parametrize("credential", AUTH_CREDENTIALS)
-def test_keys_are_judged_as_recorded(version: str, tmp_path: Path, credential: str) -> None:
-    recorded = [row for row in rows(version, "auth") if row["credential"] == credential]
+def test_keys_are_judged_as_recorded(version: str, tmp_path: Path) -> None:
+    """The stand-in knows no JWT, so those rows are left out; no tool of ours asks for /telemetry."""
+    recording = rows(version, "auth")
+    meant = [
+        row
+        for row in recording
+        if row["credential"] in CREDENTIALS and row["request"]["path"] != "/telemetry"
+    ]
     wrong = []
-    with _server(tmp_path, version, KEY) as server:
+    with _server(tmp_path, version, KEY, READ_ONLY_KEY) as server:
         snapshot = _small_collection(server.url)
-        for row in recorded:
-            method, path = row["request"]["method"], row["request"]["path"].replace("{snap}", snapshot["name"])
-            if path == "/telemetry":  # no tool of ours asks for it
-                continue
-            answer = _auth_request(server.url, method, path, AUTH_CREDENTIALS[credential], snapshot["content"])
-            expected = row["response"]
-            if answer.status_code != expected["status"]:
-                wrong.append(f"{method} {path}: {expected['status']} is now {answer.status_code} {answer.text[:200]}")
-            elif "text" in expected and answer.text != expected["text"]:
-                wrong.append(f"{method} {path}: {expected['text']!r} is now {answer.text!r}")
-    assert recorded
+        for row in meant:
+            wrong += _auth_differences(server.url, row, snapshot)
+    _tell("auth", version, len(meant), len(recording), ["rows with a JWT", "rows of /telemetry"])
     assert wrong == []
+    assert len(meant) == 5 * 18
+
+
+def _auth_differences(url: str, row: dict[str, Any], snapshot: dict[str, Any]) -> list[str]:
+    method, path = row["request"]["method"], row["request"]["path"].replace("{snap}", snapshot["name"])
+    answer = _auth_request(url, method, path, CREDENTIALS[row["credential"]], snapshot["content"])
+    expected, where = row["response"], f"{row['credential']}: {method} {path}"
+    if answer.status_code != expected["status"]:
+        return [f"{where}: {expected['status']} is now {answer.status_code} {answer.text[:200]}"]
+    if answer.headers.get("content-type") != expected["content-type"]:
+        return [f"{where}: {expected['content-type']} is now {answer.headers.get('content-type')}"]
+    if "text" in expected and answer.text != expected["text"]:
+        return [f"{where}: {expected['text']!r} is now {answer.text!r}"]
+    error = expected.get("json", {}).get("status")
+    if isinstance(error, dict) and answer.json()["status"] != error:
+        return [f"{where}: {error} is now {answer.json()['status']}"]
+    return []
 
 
 def _small_collection(url: str) -> dict[str, Any]:
@@ -134,7 +171,9 @@ def _small_collection(url: str) -> dict[str, Any]:
     points = [{"id": one, "vector": [1, 2, 3, one]} for one in range(5)]
     for path, body in (("", made), ("/points?wait=true", {"points": points})):
         requests.put(f"{url}/collections/c{path}", json=body, headers=headers, timeout=20).raise_for_status()
-    name = requests.post(f"{url}/collections/c/snapshots", headers=headers, timeout=20).json()["result"]["name"]
+    name = requests.post(f"{url}/collections/c/snapshots", headers=headers, timeout=20).json()["result"][
+        "name"
+    ]
     content = requests.get(f"{url}/collections/c/snapshots/{name}", headers=headers, timeout=20).content
     return {"name": name, "content": content}
 
@@ -148,7 +187,9 @@ AUTH_BODIES = {
 }
 
 
-def _auth_request(url: str, method: str, path: str, headers: dict[str, str], snapshot: bytes) -> requests.Response:
+def _auth_request(
+    url: str, method: str, path: str, headers: dict[str, str], snapshot: bytes
+) -> requests.Response:
     if method == "UPLOAD":
         files = {"snapshot": ("up.snapshot", snapshot)}
         return requests.post(url + path, files=files, headers=headers, timeout=20)
@@ -163,7 +204,9 @@ def test_the_unmodified_client_works(version: str, tmp_path: Path) -> None:
         client = QdrantClient(url=server.url, api_key=KEY, check_compatibility=False, timeout=30)
         vectors = models.VectorParams(size=4, distance=models.Distance.COSINE)
         assert client.create_collection("c", vectors_config=vectors)
-        points = [models.PointStruct(id=one, vector=[1, 2, 3, one], payload={"n": one}) for one in range(1, 21)]
+        points = [
+            models.PointStruct(id=one, vector=[1, 2, 3, one], payload={"n": one}) for one in range(1, 21)
+        ]
         assert client.upsert("c", points, wait=True).status == models.UpdateStatus.COMPLETED
         assert client.count("c", exact=True).count == 20
         found = client.query_points("c", query=[1.0, 2.0, 3.0, 4.0], limit=3, with_payload=True).points
@@ -190,25 +233,34 @@ def test_acknowledged_points_outlive_a_kill(version: str, tmp_path: Path) -> Non
         url = f"{server.url}/collections/c"
         _small(url)
         for first in range(0, 1000, 100):
-            points = [{"id": one, "vector": [1, 2, 3, one], "payload": {"n": one}} for one in range(first, first + 100)]
+            points = [
+                {"id": one, "vector": [1, 2, 3, one], "payload": {"n": one}}
+                for one in range(first, first + 100)
+            ]
             requests.put(f"{url}/points?wait=true", json={"points": points}, timeout=20).raise_for_status()
         requests.post(f"{url}/points/delete?wait=true", json={"points": [0]}, timeout=20).raise_for_status()
         server.kill()
         server.start()
-        answer = requests.post(f"{url}/points/scroll", json={"limit": 2000}, timeout=20).json()["result"]["points"]
+        answer = requests.post(f"{url}/points/scroll", json={"limit": 2000}, timeout=20).json()["result"][
+            "points"
+        ]
         assert {one["id"]: one["payload"] for one in answer} == {one: {"n": one} for one in range(1, 1000)}
 
 
 def test_a_dead_collection_keeps_1_11_from_starting_and_delete_cures(version: str, tmp_path: Path) -> None:
-    from tests.qdrant_uploads import repacked
-
     with _server(tmp_path, version) as server:
         good = f"{server.url}/collections/good"
         _small(good)
-        requests.put(f"{good}/points?wait=true", json={"points": [{"id": 1, "vector": [1, 2, 3, 4]}]}, timeout=20)
+        requests.put(
+            f"{good}/points?wait=true", json={"points": [{"id": 1, "vector": [1, 2, 3, 4]}]}, timeout=20
+        )
         name = requests.post(f"{good}/snapshots", timeout=20).json()["result"]["name"]
-        whole = requests.get(f"{good}/snapshots/{name}", headers={"Accept-Encoding": "identity"}, timeout=20).content
-        bad = repacked(whole, lambda entry, body: b"x" * len(body) if entry.startswith("0/wal/open-") else body)
+        whole = requests.get(
+            f"{good}/snapshots/{name}", headers={"Accept-Encoding": "identity"}, timeout=20
+        ).content
+        bad = repacked(
+            whole, lambda entry, body: b"x" * len(body) if entry.startswith("0/wal/open-") else body
+        )
         _upload_dead(server.url, bad)
         assert requests.delete(f"{server.url}/collections/dead", timeout=20).json()["result"] is True
         server.kill()
@@ -221,7 +273,10 @@ def test_a_dead_collection_keeps_1_11_from_starting_and_delete_cures(version: st
                 server.start()
         else:
             server.start()
-            assert requests.post(f"{server.url}/collections/dead/points/count", json={}, timeout=20).status_code == 500
+            assert (
+                requests.post(f"{server.url}/collections/dead/points/count", json={}, timeout=20).status_code
+                == 500
+            )
             assert requests.post(f"{good}/points/count", json={}, timeout=20).json()["result"]["count"] == 1
 
 
@@ -239,8 +294,6 @@ def _upload_dead(url: str, content: bytes) -> None:
 
 def test_a_refused_large_body_is_not_read_to_its_end(version: str, tmp_path: Path) -> None:
     """The answer comes at once, the connection stays open, and a client that sends on without listening hangs."""
-    import socket
-
     with _server(tmp_path, version, KEY) as server:
         host, port = server.url.removeprefix("http://").split(":")
         size = 200 * 1024 * 1024
@@ -248,8 +301,37 @@ def test_a_refused_large_body_is_not_read_to_its_end(version: str, tmp_path: Pat
             head = f"PUT /collections/c/points HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
             connection.sendall(head.encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 401")
-            sent = 0
-            with pytest.raises(TimeoutError):
-                while sent < size:
-                    sent += connection.send(bytes(65536))
+            sent = _send_until_it_blocks(connection, size)
             assert 1024 * 1024 < sent < 100 * 1024 * 1024
+
+
+def _send_until_it_blocks(connection: socket.socket, size: int) -> int:
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < size:
+            sent += connection.send(bytes(65536))
+    return sent
+
+
+def test_strict_mode_refuses_as_recorded(version: str, tmp_path: Path) -> None:
+    """Rate limits with and without Retry-After, batch and query limits; 1.11 has no strict mode."""
+    if version != "1.18.3":
+        pytest.skip("strict mode came with 1.13")
+    recording = rows(version, "strict")
+    left_out = {"strict: unindexed filter", "strict: 20 points", "strict: 20 more"}
+    wrong, compared = [], 0
+    with _server(tmp_path, version) as server:
+        replay = Replay(server.url, version, own_snapshots=False)
+        for row in recording:
+            if REAL or row["title"] not in left_out:
+                wrong += [f"{row['title']}: {line}" for line in replay.run(row)]
+                compared += 1
+    reason = "no tool of ours filters by unindexed keys or sets a limit to a collection's size"
+    _tell(
+        "strict",
+        version,
+        compared,
+        len(recording),
+        [] if REAL else [f"{one}: {reason}" for one in sorted(left_out)],
+    )
+    assert wrong == []

@@ -44,5 +44,7 @@ async def _allowed(storage: Storage, keys: Keys, routes: Routes, request: Reques
     try:
         keys.check(request, storage.dialect)
     except Refusal as refusal:
+        if refusal.status == 401:  # the real server's own middleware, which names no content type
+            return Response(refusal.text, refusal.status)
         return refused(refusal, started)
     return await answer(storage, routes, request)

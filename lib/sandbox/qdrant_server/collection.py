@@ -41,16 +41,22 @@ class Collection:
 
     @property
     def shard_folder(self) -> Path:
+        """Where the engine's files lie."""
         return self.folder / "0"
 
     def create(self) -> None:
-        """Make the files of an empty collection."""
+        """Make the files of an empty collection, `config.json` last: without it a start passes the folder over."""
         self.shard_folder.mkdir(parents=True)
-        self.save()
         self._engine = edge.EdgeShard.create(str(self.shard_folder), conversion.engine_config(self.config))
+        self.save()
 
     def open(self) -> None:
-        """Open the shard that lies in the folder. Raises the engine's bare Exception where it cannot."""
+        """Open the shard that lies in the folder.
+
+        Raises FileNotFoundError where there is none, the engine's bare Exception where it cannot be loaded.
+        """
+        if not (self.shard_folder / "wal").is_dir():  # the engine would begin an empty one
+            raise FileNotFoundError("No shard found: 0")
         self._engine = edge.EdgeShard.load(str(self.shard_folder), conversion.engine_config(self.config))
         self.dead = False
 
@@ -69,8 +75,8 @@ class Collection:
 
     def save(self) -> None:
         """Write the configuration and the index schema."""
-        _write_json(self.folder / "config.json", {**self.config, "uuid": None})
         _write_json(self.folder / "payload_index.json", {"schema": self.schema})
+        _write_json(self.folder / "config.json", {**self.config, "uuid": None})
 
     def engine(self, doing: str) -> edge.EdgeShard:
         """The open shard; Refusal (500) with the words for `doing` where there is none."""
@@ -85,11 +91,12 @@ class Collection:
             engine = self.engine(UPDATE)
             try:
                 engine.update(operation)
-            except Exception as error:  # the engine raises nothing finer
+            except Exception as error:  # noqa: BLE001  # the engine raises nothing finer
                 raise wrong_input(str(error)) from None
             return self.next_operation()
 
     def next_operation(self) -> int:
+        """Count one operation, as the log numbers them."""
         self._operation += 1
         return self._operation
 
@@ -198,7 +205,9 @@ def must_live(collection: Collection, doing: str) -> None:
 
 
 def _remove(engine: edge.EdgeShard | None, trash: Path) -> None:
-    with contextlib.suppress(Exception):  # the engine raises nothing finer; it misses the files that were moved
+    with contextlib.suppress(
+        Exception
+    ):  # the engine raises nothing finer; it misses the files that were moved
         if engine is not None:
             engine.close()
     shutil.rmtree(trash, ignore_errors=True)

@@ -18,6 +18,7 @@ class StallingProtocol(H11Protocol):
     _unread: int | None = None  # bytes that came since such an answer
 
     def data_received(self, data: bytes) -> None:
+        """Hand bytes to the parser, or drop those of a body that was refused."""
         if self._unread is None:
             super().data_received(data)
             return
@@ -26,6 +27,7 @@ class StallingProtocol(H11Protocol):
             self.transport.pause_reading()
 
     def on_response_complete(self) -> None:
+        """Go on with the next request, or count what still comes of this one."""
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self._unread = 0
             self.flow.resume_reading()

@@ -78,6 +78,7 @@ def engine_point(row: Json) -> edge.Point:
 
 
 def engine_vector(vector: Any) -> Any:
+    """A vector of a request, unnamed or named, as the engine takes it."""
     if not isinstance(vector, dict):
         return vector
     return {name: _named(one) for name, one in vector.items()}
@@ -115,7 +116,7 @@ def vector_json(vector: Any) -> Any:
     return np.asarray(vector, dtype=np.float32)
 
 
-def payload_selector(given: Any, default: bool) -> Any:
+def payload_selector(given: Any, *, default: bool) -> Any:
     """`with_payload` as the engine takes it: a flag, names, or included and excluded names."""
     if given is None:
         return default

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 
+from isal import isal_zlib
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -58,7 +58,7 @@ def _pieces(path: Path, start: int, length: int) -> Iterator[bytes]:
 
 
 def _gzipped(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    packer = zlib.compressobj(1, zlib.DEFLATED, GZIP_WINDOW)
+    packer = isal_zlib.compressobj(1, isal_zlib.DEFLATED, GZIP_WINDOW)
     for piece in pieces:
         if packed := packer.compress(piece):
             yield packed

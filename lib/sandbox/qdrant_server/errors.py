@@ -23,34 +23,42 @@ class StartRefused(Exception):
 
 
 def collection_missing(name: str) -> Refusal:
+    """No collection or alias of that name (404)."""
     return Refusal(404, f"Not found: Collection `{name}` doesn't exist!")
 
 
 def collection_exists(name: str) -> Refusal:
+    """The name is taken (409)."""
     return Refusal(409, f"Wrong input: Collection `{name}` already exists!")
 
 
 def snapshot_missing(name: str) -> Refusal:
+    """No such snapshot file (404)."""
     return Refusal(404, f"Not found: Snapshot {name} not found")
 
 
 def internal(text: str) -> Refusal:
+    """The server failed (500)."""
     return Refusal(500, f"Service internal error: {text}")
 
 
 def wrong_input(text: str) -> Refusal:
+    """The request does not fit the collection (400)."""
     return Refusal(400, f"Wrong input: {text}")
 
 
 def bad_request(text: str) -> Refusal:
+    """The request makes no sense (400)."""
     return Refusal(400, f"Bad request: {text}")
 
 
 def format_error(text: str) -> Refusal:
+    """The body cannot be parsed into the request (400)."""
     return Refusal(400, f"Format error in JSON body: {text}")
 
 
 def invalid_body(text: str) -> Refusal:
+    """A value of the body is out of its bounds (422)."""
     return Refusal(422, f"Validation error in JSON body: [{text}]")
 
 

@@ -40,6 +40,7 @@ class Rule:
     times: int | None = None
 
     def fits(self, method: str, path: str) -> bool:
+        """Whether the rule is about this request."""
         right_method = self.method is None or self.method.upper() == method
         return right_method and re.search(self.path, path) is not None
 

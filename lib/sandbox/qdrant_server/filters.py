@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import qdrant_edge as edge
@@ -62,19 +63,25 @@ def _condition(one: Json) -> Any:
         raise NoSuchCondition
     if "key" in one:
         return _field(one)
-    if "has_id" in one:
-        return edge.HasIdCondition({point_id(value) for value in one["has_id"]})
-    if "is_empty" in one:
-        return edge.IsEmptyCondition(one["is_empty"]["key"])
-    if "is_null" in one:
-        return edge.IsNullCondition(one["is_null"]["key"])
-    if "has_vector" in one:
-        return edge.HasVectorCondition(one["has_vector"])
-    if "nested" in one:
-        return edge.NestedCondition(one["nested"]["key"], build(one["nested"]["filter"]) or edge.Filter())
     if one.keys() & {"must", "should", "must_not", "min_should"}:
         return build(one)
+    for name, make in OTHER_CONDITIONS.items():
+        if name in one:
+            return make(one[name])
     raise NoSuchCondition
+
+
+def _nested(given: Json) -> edge.NestedCondition:
+    return edge.NestedCondition(given["key"], build(given["filter"]) or edge.Filter())
+
+
+OTHER_CONDITIONS: dict[str, Callable[[Any], Any]] = {
+    "has_id": lambda given: edge.HasIdCondition({point_id(value) for value in given}),
+    "is_empty": lambda given: edge.IsEmptyCondition(given["key"]),
+    "is_null": lambda given: edge.IsNullCondition(given["key"]),
+    "has_vector": edge.HasVectorCondition,
+    "nested": _nested,
+}
 
 
 def _field(one: Json) -> edge.FieldCondition:

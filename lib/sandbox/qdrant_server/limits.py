@@ -39,7 +39,8 @@ def _strict(collection: Collection) -> dict[str, Any]:
 
 
 def _too_many(asked: int, largest: int, what: str) -> str:
-    return f'Limit exceeded {asked} > {largest} for "{what}". Help: Reduce the "{what}" parameter to or below {largest}.'
+    advice = f'Help: Reduce the "{what}" parameter to or below {largest}.'
+    return f'Limit exceeded {asked} > {largest} for "{what}". {advice}'
 
 
 def _spend(collection: Collection, kind: str, per_minute: int | None, cost: int) -> None:

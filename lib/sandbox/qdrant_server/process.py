@@ -21,7 +21,12 @@ class QdrantServer:
     """
 
     def __init__(
-        self, data: Path, version: str = "1.18.3", port: int | None = None, api_key: str | None = None
+        self,
+        data: Path,
+        version: str = "1.18.3",
+        port: int | None = None,
+        api_key: str | None = None,
+        read_only_key: str | None = None,
     ) -> None:
         self.data = data
         self.version = version
@@ -31,16 +36,21 @@ class QdrantServer:
         self._process = ServerProcess(
             [*argv, "--port", str(self.port), "--data", str(data)],
             log=data.with_name(f"{data.name}.log"),
-            env={"QDRANT__SERVICE__API_KEY": api_key or "", "QDRANT__SERVICE__READ_ONLY_API_KEY": ""},
+            env={
+                "QDRANT__SERVICE__API_KEY": api_key or "",
+                "QDRANT__SERVICE__READ_ONLY_API_KEY": read_only_key or "",
+            },
             cwd=PROJECT,
         )
 
     @property
     def pid(self) -> int:
+        """The server's process id; ServerStartError when it was never started."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
+        """Whether the process is there."""
         return self._process.running
 
     def start(self) -> QdrantServer:

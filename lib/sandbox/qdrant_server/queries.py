@@ -18,6 +18,7 @@ SEARCH = "Search"
 
 
 def count(collection: Collection, request: Json) -> Json:
+    """The number of points that fit the filter, always exact."""
     wanted = edge.CountRequest(exact=True, filter=filters.build(request.get("filter")))
     return {"count": collection.engine(COUNT).count(wanted)}
 
@@ -25,7 +26,7 @@ def count(collection: Collection, request: Json) -> Json:
 def retrieve(collection: Collection, request: Json) -> list[Json]:
     """The points of `ids` that exist."""
     ids: list[Any] = [filters.point_id(one) for one in request["ids"]]
-    with_payload = payload_selector(request.get("with_payload"), True)
+    with_payload = payload_selector(request.get("with_payload"), default=True)
     with_vector = _with_vector(request)
     records = collection.engine(SCROLL).retrieve(ids, with_payload=with_payload, with_vector=with_vector)
     return [record_json(one, with_payload=with_payload, with_vector=with_vector) for one in records]
@@ -46,7 +47,7 @@ def scroll(collection: Collection, request: Json) -> Json:
     if request.get("limit") == 0:
         raise invalid_body("scroll_request.limit: value 0 invalid, must be 1 or larger")
     offset, order_by = request.get("offset"), _order_by(request.get("order_by"))
-    with_payload = payload_selector(request.get("with_payload"), True)
+    with_payload = payload_selector(request.get("with_payload"), default=True)
     with_vector = _with_vector(request)
     wanted = edge.ScrollRequest(
         offset=None if offset is None else filters.point_id(offset),
@@ -96,7 +97,7 @@ def _nearest(collection: Collection, request: Json, asked: Any) -> list[Json]:
             filters.without(request.get("filter"), [asked]),
         )
     _check_dimension(collection, asked, using)
-    with_payload = payload_selector(request.get("with_payload"), False)
+    with_payload = payload_selector(request.get("with_payload"), default=False)
     with_vector = _with_vector(request)
     wanted = edge.QueryRequest(
         query=edge.Query.Nearest(asked, using=using),

@@ -72,7 +72,7 @@ def _unpack_segments(storage: Storage, shard: Path) -> bool:
         return False
     for packed in sorted(folder.glob("*.tar")):
         try:
-            tar.unpack_segment(packed, packed.with_suffix(""))
+            tar.unpack_segment(packed, packed.with_suffix(""), modern=storage.dialect.modern)
         except (tar.NotAnArchive, tar.CutShort):
             raise internal(storage.dialect.segment_not_an_archive(str(packed))) from None
         packed.unlink()
@@ -97,7 +97,7 @@ def _replace_shard(storage: Storage, collection: Collection, shard: Path) -> Non
                 (shard / part).mkdir(exist_ok=True)
             shard.rename(collection.shard_folder)
             collection.open()
-        except Exception as error:  # the engine raises nothing finer
+        except Exception as error:  # noqa: BLE001  # the engine raises nothing finer
             collection.dead = True
             raise internal(_load_words(str(error))) from None
         _still_there(storage, collection)

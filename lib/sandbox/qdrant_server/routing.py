@@ -38,9 +38,10 @@ class Call:
 
     @property
     def dialect(self) -> Dialect:
+        """The version that is played."""
         return self.storage.dialect
 
-    def wait(self, default: bool) -> bool:
+    def wait(self, *, default: bool) -> bool:
         """The `wait` parameter."""
         return self.query.get("wait", str(default).lower()) == "true"
 
@@ -72,9 +73,11 @@ class Routes:
         takes: str = "nothing",
         plain_errors: bool = False,
     ) -> None:
+        """Register a handler; `takes` and `plain_errors` as in Route."""
         self._table.append((method, pattern.split("/"), Route(handler, takes, plain_errors)))
 
     def find(self, method: str, raw_path: str) -> tuple[Route, dict[str, str]] | None:
+        """The route for a request and the decoded variable parts of its path."""
         parts = raw_path.split("/")
         for wanted, pattern, route in self._table:
             names = _match(pattern, parts) if wanted == method else None
@@ -166,5 +169,6 @@ def refused(refusal: Refusal, started: float, *, plain: bool = False) -> Respons
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer; numpy arrays and scalars become numbers."""
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status, headers={"content-type": "application/json", **(headers or {})})

@@ -91,7 +91,7 @@ def _write(out: BinaryIO, collection: Collection, storage: Storage, scratch: Pat
                 tar.add_folder(out, "0")
             tar.add_bytes(out, name, heads.pop(name))
         tar.add_folder(out, "0/segments")
-    _write_segments(out, collection, scratch)
+    _write_segments(out, collection, scratch, modern=storage.dialect.modern)
     if not storage.dialect.sparse_snapshots:
         tar.add_folder(out, "0/wal")
     _write_log(out, collection, sparse=storage.dialect.sparse_snapshots)
@@ -114,12 +114,12 @@ def _heads(collection: Collection, storage: Storage) -> dict[str, bytes]:
     return {**{name: orjson.dumps(value) for name, value in contents.items()}, "version.info": STORAGE_FORMAT}
 
 
-def _write_segments(out: BinaryIO, collection: Collection, scratch: Path) -> None:
+def _write_segments(out: BinaryIO, collection: Collection, scratch: Path, *, modern: bool) -> None:
     for folder in sorted((collection.shard_folder / "segments").iterdir()):
         if not (folder / "segment.json").exists():
             continue
         packed = scratch / f"{folder.name}.tar"
-        tar.write_segment(packed, folder)
+        tar.write_segment(packed, folder, modern=modern)
         with packed.open("rb") as source:
             tar.add_file(out, f"0/segments/{packed.name}", source, packed.stat().st_size)
         packed.unlink()

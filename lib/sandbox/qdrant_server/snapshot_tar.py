@@ -18,7 +18,9 @@ from typing import BinaryIO
 BLOCK = 512
 COPY_BYTES = 1 << 20
 SPARSE_IN_HEADER, SPARSE_IN_EXTENSION = 4, 21
-SEGMENT_ROOT = "snapshot/files"
+SEGMENT_FILES = "snapshot/files"
+ROCKSDB_BACKUP = "snapshot/db_backup"  # where 1.11 keeps a segment's data; 1.18 does not look there
+DESCRIPTIONS = ("segment.json", "version.info")
 
 
 class NotAnArchive(Exception):
@@ -33,12 +35,14 @@ class CutShort(Exception):
     """The archive ends within the entry of that name (`args[0]`)."""
 
 
-def write_segment(archive: Path, folder: Path) -> None:
-    """Pack one segment's files into `archive`, holes as holes."""
+def write_segment(archive: Path, folder: Path, *, modern: bool) -> None:
+    """Pack one segment's files into `archive`, holes as holes; as 1.11 their data in another place."""
     with archive.open("wb") as out:
         for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
             if path.is_file():
-                add_sparse(out, f"{SEGMENT_ROOT}/{path.relative_to(folder)}", path, path.stat().st_size)
+                root = SEGMENT_FILES if modern or name in DESCRIPTIONS else ROCKSDB_BACKUP
+                add_sparse(out, f"{root}/{name}", path, path.stat().st_size)
         out.write(bytes(2 * BLOCK))
 
 
@@ -166,13 +170,16 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) 
             raise CutShort(str(target)) from None
 
 
-def unpack_segment(archive: Path, folder: Path) -> bool:
+def unpack_segment(archive: Path, folder: Path, *, modern: bool) -> bool:
     """Unpack one segment's files into `folder`; False, and no folder, for an archive without any."""
     scratch = archive.with_suffix(".unpacked")
     unpack(archive, scratch)
-    files = scratch / SEGMENT_ROOT
+    files, data = scratch / SEGMENT_FILES, scratch / ROCKSDB_BACKUP
     present = files.is_dir()
     if present:
         files.rename(folder)
+        if not modern and data.is_dir():
+            for part in data.iterdir():
+                part.rename(folder / part.name)
     shutil.rmtree(scratch, ignore_errors=True)
     return present

@@ -52,20 +52,20 @@ class Storage:
         collection = Collection(folder.name, folder, config, self.dialect, self.peer)
         collection.schema = schema
         try:
-            if not (folder / "0" / "wal").is_dir():
-                raise RuntimeError("No shard found: 0")
             collection.open()
-        except Exception as error:  # the engine raises nothing finer
+        except Exception as error:  # noqa: BLE001  # the engine raises nothing finer
             if self.dialect.refuses_to_start_damaged:
                 raise StartRefused(f"Failed to load local shard {folder / '0'}: {error}") from None
             collection.dead = True  # a dirty shard
         self.collections[folder.name] = collection
 
     def close(self) -> None:
+        """Flush and release every collection."""
         for collection in self.collections.values():
             collection.close()
 
     def names(self) -> list[str]:
+        """The collections, without the aliases."""
         return sorted(self.collections)
 
     def get(self, name: str) -> Collection:
@@ -76,6 +76,7 @@ class Storage:
         return collection
 
     def exists(self, name: str) -> bool:
+        """Whether there is a collection or alias of that name, dead or alive."""
         return self.aliases.get(name, name) in self.collections
 
     def create(self, name: str, config: Json) -> Collection:
@@ -143,6 +144,7 @@ class Storage:
         return Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder / "tmp"))
 
     def snapshot_folder(self, name: str) -> Path:
+        """Where the snapshot files of a collection lie, whether it exists or not."""
         return self.folder / "snapshots" / name
 
     def _save_aliases(self) -> None:
