@@ -11,10 +11,10 @@ def settings_lines(size: int, model: str, config: Config) -> list[str]:
         return []
     origins = {config.settings[name].origin for name in ("VECTOR_SIZE", "EMBEDDING_MODEL")}
     files = sorted({origin.rsplit(":", 1)[0] for origin in origins if ":" in origin})
+    configured = f"{config.vector_size}d ({config.embedding_model})"
     lines = [
         "",
-        f"warning: the collection is {size}d ({model}),"
-        f" the configuration says {config.vector_size}d ({config.embedding_model}). Put back:",
+        f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
         f"  export VECTOR_SIZE={size}",
         f"  export EMBEDDING_MODEL={model}",
     ]

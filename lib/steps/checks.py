@@ -18,7 +18,7 @@ from lib.vectors.recreate import AUTOMEM_INDEXES
 from lib.vectors.transport import Qdrant
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
-_EXAMPLES = 5
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)

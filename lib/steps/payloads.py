@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ PAYLOAD_KEYS = (
 _GRAPH_DECIDES = ("archived", "relevance_score")
 _UUID = re.compile(r"(?:urn:uuid:)?([0-9a-fA-F]{32}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
 _U64 = (1 << 64) - 1
+_DIGITS = 2e-14
 
 
 def point_id(value: object) -> PointId | None:
@@ -60,11 +62,14 @@ def _decoded(metadata: object) -> object:
 
 
 def same(left: object, right: object) -> bool:
-    """Equal as far as FalkorDB can tell: its client gets doubles with 15 digits (0.30000000000000004 is 0.3)."""
+    """Equal as far as the stores can tell.
+
+    FalkorDB's client gets doubles with 15 digits (0.30000000000000004 is 0.3), Qdrant may give back another last one.
+    """
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-        return left == right or f"{left:.14e}" == f"{right:.14e}"
+        return left == right or math.isclose(left, right, rel_tol=_DIGITS)
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
