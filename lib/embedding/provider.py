@@ -46,7 +46,10 @@ class Provider:
         import openai
 
         try:
-            raw = self._openai.embeddings.with_raw_response.create(input=list(texts), **self._options)
+            # As extra_body the texts replace `input` unlooked at; else the package walks through every one of them.
+            raw = self._openai.embeddings.with_raw_response.create(
+                input="", extra_body={"input": list(texts)}, **self._options
+            )
         except openai.APIStatusError as error:
             # Its own text may hold the key: it is not chained.
             raise self._judged(texts, error.status_code, error.response.headers, error.body) from None

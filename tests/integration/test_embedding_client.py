@@ -80,6 +80,7 @@ def test_an_answer_in_another_order_is_put_in_order(server):
         {"status": 408, "times": 1},
         {"status": 409, "times": 1},
         {"status": 429, "code": "rate_limit_exceeded", "retry_after": 0.2, "times": 2},
+        {"status": 200, "code": 502, "times": 1},  # a proxy's way to say that its model's host failed
         {"cut": 0.5, "times": 2},
         {"hang_seconds": 3, "times": 1},
     ],
@@ -105,6 +106,7 @@ def test_what_passes_is_tried_again(server, fault):
         ({"status": 429, "code": "project_spend_limit_exceeded"}, "project_spend_limit_exceeded"),
         ({"status": 401, "code": "invalid_api_key"}, "401 invalid_api_key"),
         ({"status": 402, "message": "out of credit"}, "out of credit"),
+        ({"status": 200, "code": 402, "message": "out of credit"}, "out of credit"),
         ({"status": 403, "code": "unsupported_country"}, "unsupported_country"),
         ({"status": 404, "code": "model_not_found"}, "model_not_found"),
     ],
