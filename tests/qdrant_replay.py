@@ -14,6 +14,10 @@ from tests.qdrant_compare import Answer, differences, fresh, recorded
 from tests.qdrant_uploads import RECORDINGS, content, recorded_snapshots
 
 TIMEOUT = 60
+UNDECIDED_COUNTS = {  # 1.11.3 stores some of the good points of a refused batch, in no order: 52 and 53 were seen
+    ("1.11.3", "count after that"): {51, 52, 53},
+    ("1.11.3", "count after no wait"): {51, 52, 53},
+}
 GOLDEN_SUM_OF = {"memories_4d.snapshot": "snap"}
 OWN_SNAPSHOTS = {  # file of the recording -> (collection, capture) of the same snapshot made during the replay
     "memories_4d.snapshot": ("memories", "snap"),
@@ -49,6 +53,9 @@ class Replay:
         actual = self._send(row["request"], expected)
         for name, path in row.get("capture", {}).items():
             self._capture(name, path, expected, actual)
+        undecided = UNDECIDED_COUNTS.get((self.version, row["title"]), set())
+        if undecided and actual.status == 200 and actual.body["result"]["count"] in undecided:
+            actual.body["result"]["count"] = expected.body["result"]["count"]
         return differences(expected, actual)
 
     def _capture(self, name: str, path: str, expected: Answer, actual: Answer) -> None:
