@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -15,27 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import VerificationFailed
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
 from lib.sandbox.process import ServerStartError
 from lib.sandbox.stack import COLLECTION, GRAPH, TOKEN, Stack
-from lib.vectors.points import scroll
+from lib.sandbox.state import State, state_of
 from lib.vectors.transport import Qdrant
 
 SMALL, LARGE = ("text-embedding-3-small", 768), ("text-embedding-3-large", 3072)
 _ROOT = Path(__file__).resolve().parents[2]
 _VIA = "python"
 VECTOR_MATCH = "by vector"
-
-
-@dataclass(frozen=True)
-class State:
-    """Both stores in a few numbers: the graph's digest, and one hash over every point's id, payload and vector."""
-
-    graph: str
-    points: int
-    collection: str
-    point_only_keys: frozenset[tuple[str, str]]
 
 
 @dataclass
@@ -102,17 +89,7 @@ class Tour:
 
     def state(self) -> State:
         """What stands in both stores now."""
-        digest, points, own = hashlib.sha256(), 0, set()
-        for page in scroll(Qdrant(self.stack.qdrant.url), COLLECTION, payload=True, vector=True):
-            for point in page:
-                payload = sorted((point.payload or {}).items())
-                vector = point.vector.tobytes() if point.vector is not None else b""
-                digest.update(repr((point.id, payload)).encode() + vector)
-                own |= {(str(point.id), key) for key, _ in payload}
-                points += 1
-        with connect(self.stack.falkordb.address) as conn:
-            graph = graph_digest(conn, GRAPH, by_id=True).digest
-        return State(graph, points, digest.hexdigest()[:16], frozenset(own))
+        return state_of(self.stack.falkordb.address, GRAPH, Qdrant(self.stack.qdrant.url), COLLECTION)
 
 
 def walk(tour: Tour) -> None:
@@ -163,13 +140,11 @@ def _upgrade(tour: Tour, before: State) -> None:
     )
     tour.script("verify_migration")
     after = tour.state()
-    lost = before.point_only_keys - after.point_only_keys
+    lost = before.keys - after.keys
     tour.check(
         "upgrade to 3072d", f"{after.points} points, {tour.stack.openai.stats()['texts'] - paid} texts bought"
     )
-    tour.check(
-        "payload keys of the old points", f"{len(before.point_only_keys)} kept, {len(lost)} lost", ok=not lost
-    )
+    tour.check("payload keys of the old points", f"{len(before.keys)} kept, {len(lost)} lost", ok=not lost)
     tour.check("graph untouched by the upgrade", after.graph[:16], ok=after.graph == before.graph)
 
 

@@ -1,0 +1,58 @@
+"""Servers for the whole session, and an operator who runs the scripts as processes on stores of his own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib.sandbox.falkordb_server import FalkorServer
+from lib.sandbox.openai_server import OpenAIServer
+from tests.operator_support import Operator, Servers
+from tests.real_qdrant import RealQdrant
+
+STAND_IN_VERSION = "1.18.3"
+
+
+@pytest.fixture(scope="session")
+def qdrant_url(tmp_path_factory) -> Iterator[str]:
+    """A running Qdrant: QDRANT_TEST_URL, else one started from QDRANT_TEST_SERVER, else the stand-in."""
+    if os.environ.get("QDRANT_TEST_URL"):
+        yield os.environ["QDRANT_TEST_URL"]
+        return
+    folder: Path = tmp_path_factory.mktemp("qdrant")
+    if os.environ.get("QDRANT_TEST_SERVER"):
+        with RealQdrant(Path(os.environ["QDRANT_TEST_SERVER"]), folder / "real") as real:
+            yield real.url
+        return
+    from lib.sandbox.qdrant_server.process import QdrantServer
+
+    with QdrantServer(folder / "data", STAND_IN_VERSION) as stand_in:
+        yield stand_in.url
+
+
+@pytest.fixture(scope="session")
+def session_servers(tmp_path_factory, qdrant_url) -> Iterator[Servers]:
+    """FalkorDB as the Docker image starts it (but without the pause before replication), Qdrant, embeddings."""
+    folder: Path = tmp_path_factory.mktemp("servers")
+    falkordb = FalkorServer(folder / "falkordb", sync_delay_seconds=0)
+    openai = OpenAIServer(log=folder / "openai.log")
+    try:
+        falkordb.start()
+        openai.start()
+        yield Servers(falkordb, qdrant_url, openai)
+    finally:
+        openai.stop()
+        falkordb.stop()
+
+
+@pytest.fixture
+def operator(session_servers, tmp_path) -> Iterator[Operator]:
+    """An operator with a graph, a collection and a backup folder of his own; nothing is left behind."""
+    someone = Operator(session_servers, tmp_path)
+    session_servers.openai.clear_faults()
+    yield someone
+    someone.clean_up()
+    session_servers.openai.clear_faults()

@@ -1,0 +1,100 @@
+"""backup_automem.py as an operator runs it."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+
+pytestmark = pytest.mark.qdrant
+
+
+def test_makes_a_proved_pair_with_the_manifest_last(operator):
+    operator.load()
+    before = operator.state()
+    result = operator.run("backup_automem", "--json")
+    manifest = json.loads(operator.manifests()[0].read_text())
+    assert result.json == manifest
+    assert manifest["graph"]["proof"] == "restored"
+    assert manifest["collection"]["proof"] in {"checked", "restored"}
+    assert manifest["collection"]["points"] == before.points == manifest["collection"]["promised_ids"]
+    assert manifest["graph"]["digest"] == before.graph
+    for half in (manifest["graph"], manifest["collection"]):
+        path = operator.backups / half["file"]["name"]
+        assert path.stat().st_size == half["file"]["size"]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert operator.state() == before
+    assert operator.call("GET", "/snapshots") == []
+
+
+@pytest.mark.parametrize(("only", "half"), [("falkordb", "graph"), ("qdrant", "collection")])
+def test_only_writes_a_manifest_with_one_half(operator, only, half):
+    operator.load()
+    manifest = operator.run("backup_automem", "--only", only, "--json").json
+    assert manifest[half] is not None
+    assert [manifest["graph"], manifest["collection"]].count(None) == 1
+
+
+def test_drift_is_counted(operator):
+    operator.load(orphans=3)
+    gone = operator.cypher("MATCH (m:Memory) WHERE m.content <> '' RETURN m.id LIMIT 1")[0][0]
+    operator.call("POST", "/points/delete?wait=true", {"points": [gone]})
+    drift = operator.run("backup_automem", "--json").json["drift"]
+    assert (drift["only_graph"], drift["only_collection"]) == (1, 3)
+    assert drift["examples_graph"] == [str(gone)]
+
+
+def test_unproved_backup_says_so_and_exits_3(operator):
+    operator.load()
+    result = operator.run("backup_automem", "--no-verify", expect=3)
+    assert "not proved" in result.err
+
+
+@pytest.mark.parametrize("missing", ["graph", "collection"])
+def test_a_missing_source_is_an_error_that_leaves_nothing(operator, missing):
+    operator.load()
+    operator.export(**{"FALKORDB_GRAPH" if missing == "graph" else "QDRANT_COLLECTION": "no_such_name"})
+    result = operator.run("backup_automem", expect=1)
+    assert "no_such_name" in result.err
+    files = [path for path in operator.backups.rglob("*") if path.is_file() and path.suffix != ".jsonl"]
+    assert files == []
+
+
+@pytest.mark.parametrize("what", ["rdb", "archive"])
+def test_check_finds_one_flipped_byte(operator, what):
+    operator.load()
+    operator.run("backup_automem")
+    operator.run("backup_automem", "--check", "all")
+    path = operator.backups / (operator.rdb() if what == "rdb" else operator.archive())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    result = operator.run("backup_automem", "--check", str(operator.manifests()[0]), expect=4)
+    assert "sha256" in result.out
+
+
+def test_cleanup_deletes_whole_sets_and_never_the_newest_proved(operator):
+    operator.load()
+    for _ in range(3):
+        operator.run("backup_automem")
+    operator.run("backup_automem", "--no-verify", expect=3)
+    foreign = operator.backups / "falkordb" / "mine.rdb"
+    foreign.write_text("not ours")
+    sets = [path.name for path in operator.manifests()]
+    planned = operator.run("backup_automem", "--cleanup", "--keep", "1", "--dry-run", "--json").json["sets"]
+    assert planned == [sets[1], sets[0]]
+    assert len(operator.manifests()) == 4
+    operator.run("backup_automem", "--cleanup", "--keep", "1")
+    assert [path.name for path in operator.manifests()] == [sets[2], sets[3]]
+    assert len(list((operator.backups / "falkordb").glob("*.rdb"))) == 3
+    assert foreign.exists()
+    operator.run("backup_automem", "--cleanup", "--keep", "0", expect=2)
+
+
+def test_list_shows_the_sets(operator):
+    operator.load()
+    operator.run("backup_automem")
+    table = operator.run("backup_automem", "--list").out
+    assert "48d" in table
+    assert len(operator.run("backup_automem", "--list", "--json").json["sets"]) == 1
