@@ -1,0 +1,135 @@
+"""What the tests of lib/graph share: real servers of every engine of this machine, and graphs worth keeping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from lib.graph.client import GraphAddress, connect
+from lib.graph.engine import Engine, installed_engines
+from lib.graph.psync import stream_rdb
+from lib.graph.read import counts
+from lib.sandbox.falkordb_server import FalkorServer
+
+ENGINES = installed_engines({})
+
+
+@pytest.fixture(params=ENGINES, ids=[engine.falkordb_version for engine in ENGINES])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.param
+
+
+@pytest.fixture
+def server(engine: Engine, tmp_path: Path) -> Iterator[FalkorServer]:
+    """A server as AutoMem starts it, but quick to answer PSYNC."""
+    falkor = FalkorServer(tmp_path / "server", engine=engine, sync_delay_seconds=0).start()
+    yield falkor
+    falkor.kill()
+
+
+@pytest.fixture
+def target(engine: Engine, tmp_path: Path) -> Iterator[FalkorServer]:
+    falkor = FalkorServer(tmp_path / "target", engine=engine, sync_delay_seconds=0).start()
+    yield falkor
+    falkor.kill()
+
+
+@pytest.fixture
+def conn(server: FalkorServer) -> Iterator[redis.Redis]:
+    with connect(server.address) as connection:
+        yield connection
+
+
+@pytest.fixture
+def target_conn(target: FalkorServer) -> Iterator[redis.Redis]:
+    with connect(target.address) as connection:
+        yield connection
+
+
+def write(conn: redis.Redis, graph: str, *queries: str) -> None:
+    for query in queries:
+        conn.execute_command("GRAPH.QUERY", graph, query)
+
+
+def take(address: GraphAddress, path: Path) -> Path:
+    """The server's RDB in a file."""
+    with path.open("wb") as file:
+        stream_rdb(address, file.write)
+    return path
+
+
+def fill(conn: redis.Redis, graph: str, memories: int, relationships: int = 0, characters: int = 0) -> None:
+    """A plain graph of any size, in queries that end well within a second."""
+    text = "m" * characters
+    for low in range(0, memories, 5000):
+        high = min(low + 5000, memories)
+        write(
+            conn,
+            graph,
+            f"UNWIND range({low}, {high - 1}) AS i "
+            f"CREATE (:Memory {{id: 'id-' + toString(i), content: toString(i) + '{text}', importance: i / 7.0}})",
+        )
+    for low in range(0, relationships, 2500):
+        high = min(low + 2500, relationships)
+        write(
+            conn,
+            graph,
+            f"UNWIND range({low}, {high - 1}) AS i WITH i, i % {memories} AS source, (i * 7 + 1) % {memories} AS target "
+            "MATCH (a), (b) WHERE id(a) = source AND id(b) = target "
+            "CREATE (a)-[:RELATES_TO {strength: i / 3.0}]->(b)",
+        )
+
+
+AWKWARD = r"a\"b'c\n\\ tab\t 漢字 😀 `tick`"
+
+
+def fill_rich(conn: redis.Redis, graph: str) -> None:
+    """Every property type, several labels, none, parallel and self relationships, holes, indexes, constraints."""
+    write(
+        conn,
+        graph,
+        f'CREATE (:Memory {{id: "m1", content: "{AWKWARD}", tags: ["x", "y/z"], importance: 0.1 + 0.2, big: 9223372036854775807,'
+        "  minus: -5, yes: true, no: false, empty: '', none: [], nested: [1, [2.5, ['deep', 'er']], true],"
+        "  huge: 1e300, zero: -0.0, endless: 1.0 / 0, place: point({latitude: 1.5, longitude: -2.25}),"
+        "  vector: vecf32([0.1, 2.5, -3]), day: date('2024-01-02'), hour: localtime('12:30:01'),"
+        "  moment: localdatetime('2024-01-02T03:04:05'), span: duration('P1Y2M3DT4H')})",
+        "CREATE (:Memory:Archived {id: 'm2', content: ''}), (:Memory:Entity:Third {id: 'm3'}), ({lonely: 1}), ()",
+        "UNWIND range(1, 40) AS i CREATE (:Hole {i: i})",
+        "MATCH (h:Hole) WHERE h.i % 3 = 0 DELETE h",
+        "MATCH (a:Memory {id: 'm1'}), (b:Memory {id: 'm2'}) CREATE (a)-[:RELATES_TO {strength: 0.5}]->(b), "
+        "(a)-[:RELATES_TO {strength: 0.5}]->(b), (a)-[:RELATES_TO {strength: 0.7}]->(b), (a)-[:`odd type!`]->(a), "
+        "(b)-[:PRECEDED_BY {at: date('2020-01-01')}]->(a)",
+        "MATCH (a:Hole), (b:Hole) WHERE a.i = b.i + 1 CREATE (a)-[:NEXT {i: a.i}]->(b)",
+        "MATCH (:Hole)-[r:NEXT]->() WHERE r.i % 4 = 0 DELETE r",
+        "CREATE INDEX FOR (m:Memory) ON (m.id, m.importance)",
+        "CREATE INDEX FOR ()-[r:RELATES_TO]->() ON (r.strength)",
+        "CREATE FULLTEXT INDEX FOR (m:Memory) ON (m.content)",
+        "CREATE VECTOR INDEX FOR (m:Memory) ON (m.vector) OPTIONS {dimension: 3, similarityFunction: 'cosine'}",
+        "CALL db.idx.fulltext.createNodeIndex({label: 'Entity', language: 'german', stopwords: ['der']}, 'title')",
+    )
+    constrain(conn, graph, "UNIQUE", "NODE", "Memory", "id")
+    constrain(conn, graph, "MANDATORY", "RELATIONSHIP", "NEXT", "i")
+
+
+def constrain(conn: redis.Redis, graph: str, kind: str, entity: str, label: str, key: str) -> None:
+    """Make a constraint and wait until the server has enforced it, or given it up."""
+    conn.execute_command("GRAPH.CONSTRAINT", "CREATE", graph, kind, entity, label, "PROPERTIES", "1", key)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        rows = conn.execute_command("GRAPH.RO_QUERY", graph, "CALL db.constraints()")[1]
+        if all(row[-1] != b"PENDING" for row in rows) and rows:
+            return
+        time.sleep(0.02)
+    pytest.fail("the constraint stays pending")
+
+
+def rich_counts(conn: redis.Redis, graph: str) -> None:
+    found = counts(conn, graph)
+    assert found.labels == {"Memory": 3, "Archived": 1, "Entity": 1, "Third": 1, "Hole": 27}
+    assert found.nodes == 3 + 2 + 27
+    assert found.types["RELATES_TO"] == 3
+    assert found.types["odd type!"] == 1

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import redis
+
+from lib.errors import MissingData, StoreFailed
+from lib.graph.client import list_graphs, require_graph, server_versions
+from lib.graph.engine import Engine
+from lib.graph.paging import nodes, pages, relationships, row_cap
+from lib.graph.read import counts, iter_memories, memory_ids_present, read_rows, schema
+from lib.sandbox.falkordb_server import FalkorServer
+from tests.graph_support import (
+    conn,  # noqa: F401
+    engine,  # noqa: F401
+    fill,
+    fill_rich,
+    rich_counts,
+    server,  # noqa: F401
+    write,
+)
+
+
+def test_the_sandbox_has_the_docker_images_limits(conn: redis.Redis):
+    write(conn, "g", "CREATE (:A)")
+    cut = conn.execute_command("GRAPH.RO_QUERY", "g", "UNWIND range(1, 20000) AS x RETURN x")
+    assert len(cut[1]) == 10_000
+    with pytest.raises(redis.ResponseError, match="timed out"):
+        conn.execute_command("GRAPH.RO_QUERY", "g", "UNWIND range(1, 30000) AS x UNWIND range(1, 30000) AS y RETURN count(x + y)")
+
+
+def test_versions_and_names(conn: redis.Redis, engine: Engine, server: FalkorServer):
+    assert server_versions(conn).falkordb == engine.falkordb_version
+    assert server_versions(conn).redis == engine.redis_version
+    fill(conn, "memories", 3)
+    conn.set("not a graph", "x")
+    assert list_graphs(conn) == ["memories"]
+    require_graph(conn, "memories", server.address)
+    with pytest.raises(MissingData, match="its graphs: memories"):
+        require_graph(conn, "other", server.address)
+
+
+def test_every_memory_comes_once_and_in_order_far_above_the_row_cap(conn: redis.Redis):
+    fill(conn, "g", 12_345)
+    write(conn, "g", "MATCH (m:Memory) WHERE id(m) >= 3000 AND id(m) < 9500 DELETE m")
+    write(conn, "g", "UNWIND range(1, 20) AS i CREATE (:Other {i: i})")  # fills some of the holes
+    memories = list(iter_memories(conn, "g"))
+    assert len(memories) == 12_345 - 6500
+    assert [memory.node_id for memory in memories] == sorted({memory.node_id for memory in memories})
+    assert {memory.properties["id"] for memory in memories} == {f"id-{i}" for i in [*range(3000), *range(9500, 12_345)]}
+    later = list(iter_memories(conn, "g", after=memories[4000].node_id, page=777))
+    assert later == memories[4001:]
+
+
+@pytest.mark.parametrize(("cap", "size"), [(2, 20), (7, 300), (100, 500)])
+def test_a_smaller_cap_of_the_server_loses_nothing(conn: redis.Redis, cap: int, size: int):
+    fill(conn, "g", size, 2 * size)
+    conn.execute_command("GRAPH.CONFIG", "SET", "RESULTSET_SIZE", cap)
+    assert row_cap(conn, "g") == cap
+    assert len(list(iter_memories(conn, "g"))) == size
+    found = [row[0][1] for page in pages(conn, "g", relationships(), "id(r)") for row in page]
+    assert sorted(found) == list(range(2 * size))
+
+
+def test_a_cap_that_allows_no_row_is_told(conn: redis.Redis):
+    fill(conn, "g", 5)
+    conn.execute_command("GRAPH.CONFIG", "SET", "RESULTSET_SIZE", 1)
+    with pytest.raises(StoreFailed, match="cuts even the smallest result"):
+        list(iter_memories(conn, "g"))
+
+
+def test_a_hub_and_crowded_pairs_are_read_whole(conn: redis.Redis):
+    fill(conn, "g", 3000)
+    write(conn, "g", "MATCH (a), (b) WHERE id(a) = 5 CREATE (a)-[:OUT]->(b), (b)-[:IN]->(a)")
+    for _ in range(2):
+        write(conn, "g", "MATCH (a), (b) WHERE id(a) = 5 AND id(b) = 6 UNWIND range(1, 6000) AS i CREATE (a)-[:SAME]->(b)")
+    found = [row[0][1] for page in pages(conn, "g", relationships(), "id(r)") for row in page]
+    assert sorted(found) == list(range(18_000))
+
+
+def test_a_window_that_takes_too_long_is_halved(conn: redis.Redis):
+    fill(conn, "g", 2000, characters=20)
+    conn.execute_command("GRAPH.CONFIG", "SET", "TIMEOUT", 60)
+    slow = "id(n), size([x IN range(1, 2000) WHERE x % 7 = id(n) % 7])"
+    with pytest.raises(redis.ResponseError, match="timed out"):
+        conn.execute_command("GRAPH.RO_QUERY", "g", f"MATCH (n) WHERE id(n) < 2000 RETURN {slow}")
+    found = [row[0][1] for page in pages(conn, "g", nodes(), slow) for row in page]
+    assert sorted(found) == list(range(2000))
+
+
+def test_values_arrive_as_python_values(conn: redis.Redis):
+    fill_rich(conn, "g")
+    first = next(iter_memories(conn, "g")).properties
+    assert first["content"] == "a\"b'c\n\\ tab\t 漢字 😀 `tick`"
+    assert (first["tags"], first["big"], first["yes"], first["empty"]) == (["x", "y/z"], 2**63 - 1, True, "")
+    assert first["nested"] == [1, [2.5, ["deep", "er"]], True]
+
+
+def test_ids_are_looked_up_exactly(conn: redis.Redis):
+    fill(conn, "g", 1200)
+    write(conn, "g", "CREATE (:Memory {id: 7}), (:Other {id: 'elsewhere'}), (:Memory {id: 'it\\'s \"odd\"'})")
+    asked = [f"id-{i}" for i in range(0, 2400, 2)] + [7, "7", "elsewhere", 'it\'s "odd"']
+    assert memory_ids_present(conn, "g", asked) == {f"id-{i}" for i in range(0, 1200, 2)} | {7, 'it\'s "odd"'}
+    assert memory_ids_present(conn, "g", []) == set()
+
+
+def test_counts_are_exact_with_many_labels_and_none(conn: redis.Redis):
+    fill_rich(conn, "g")
+    rich_counts(conn, "g")
+    creates = ", ".join(f"(:L{i} {{k{i}: 1}})-[:T{i}]->(:L{i})" for i in range(600))
+    write(conn, "many", f"CREATE {creates}", "UNWIND range(1, 9000) AS i CREATE ()")
+    write(conn, "many", "UNWIND range(1, 9000) AS i CREATE (:Full)")
+    found = counts(conn, "many")
+    assert found.nodes == 1200 + 18_000
+    assert found.labels == {f"L{i}": 2 for i in range(600)} | {"Full": 9000}
+    assert found.types == {f"T{i}": 1 for i in range(600)}
+    assert len(schema(conn, "many").property_keys) == 600
+
+
+def test_names_without_nodes_are_not_counted_but_are_part_of_the_schema(conn: redis.Redis):
+    write(conn, "g", "CREATE (:A)-[:R]->(:B)", "MATCH (b:B) DELETE b", "CREATE (:C)")
+    assert counts(conn, "g").labels == {"A": 1, "C": 1}
+    assert counts(conn, "g").types == {}
+    assert schema(conn, "g").labels == ["A", "B", "C"]
+
+
+def test_a_missing_graph_is_named(conn: redis.Redis):
+    for read in (counts, schema, lambda *where: list(iter_memories(*where)), lambda *where: read_rows(*where, "RETURN 1")):
+        with pytest.raises(MissingData, match="graph 'absent' does not exist"):
+            read(conn, "absent")
+    assert list_graphs(conn) == []
+
+
+def test_reading_writes_nothing(conn: redis.Redis):
+    fill(conn, "g", 3)
+    with pytest.raises(StoreFailed, match="read-only"):
+        read_rows(conn, "g", "CREATE (:Sneaky)")
+
+
+def test_an_empty_graph_reads_as_empty(conn: redis.Redis):
+    write(conn, "g", "CREATE (a:A)", "MATCH (a) DELETE a")
+    assert list(iter_memories(conn, "g")) == []
+    assert counts(conn, "g").nodes == 0
