@@ -77,6 +77,14 @@ def test_a_fault_delays_and_hangs(server: QdrantServer) -> None:
         requests.post(f"{url}/points/count", json={}, timeout=0.5)
 
 
+def test_a_lost_answer_was_carried_out(server: QdrantServer) -> None:
+    url = _filled(server)
+    _fault(server, method="DELETE", path="/collections/c$", lose_answer=True, times=1)
+    with pytest.raises(requests.Timeout):
+        requests.delete(url, timeout=0.5)
+    assert requests.get(url, timeout=TIMEOUT).status_code == 404
+
+
 def test_a_cut_download_ends_early_and_resumes_with_range(server: QdrantServer) -> None:
     url = _filled(server)
     made = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]
@@ -224,3 +232,27 @@ def test_a_start_takes_under_two_seconds(tmp_path: Path) -> None:
         assert time.monotonic() - started < 10  # 0.7 s where nothing else runs
         assert server.restart().running
     assert not server.running
+
+
+def test_a_snapshot_of_several_shards_is_not_half_restored(server: QdrantServer) -> None:
+    answer = _upload(server, "two", recorded_snapshots("1.18.3")["memories_two_shards.snapshot"])
+    assert answer.status_code == 500
+    assert requests.get(f"{server.url}/collections/two", timeout=TIMEOUT).status_code == 404
+
+
+def test_a_kill_during_a_restore_leaves_the_other_collections_whole(tmp_path: Path) -> None:
+    with QdrantServer(tmp_path / "data") as server:
+        url = _filled(server)
+        name = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]["name"]
+        for number in range(5):
+            where = f"{server.url}/collections/temporary/snapshots/recover?wait=false"
+            requests.put(
+                where, json={"location": f"{url}/snapshots/{name}"}, timeout=TIMEOUT
+            ).raise_for_status()
+            time.sleep(0.05 * number)
+            server.kill()
+            server.start()
+            assert (
+                requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).json()["result"]["count"] == 50
+            )
+            requests.delete(f"{server.url}/collections/temporary", timeout=TIMEOUT).raise_for_status()

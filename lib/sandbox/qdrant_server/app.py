@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from starlette.requests import Request
@@ -27,14 +28,12 @@ def build(storage: Storage, keys: Keys) -> ASGIApp:
             return
         request = Request(scope, receive)
         if request.url.path == faults.PATH:
-            response = await rules.control(request)
-        else:
-            rule = rules.take(request)
-            given = await faults.before_answer(rule) if rule else None
-            response = given or await _allowed(storage, keys, routes, request)
-            if rule and rule.cut_after_bytes is not None:
-                send = faults.cutting(send, rule.cut_after_bytes)
-        await response(scope, receive, send)
+            await (await rules.control(request))(scope, receive, send)
+            return
+        rule = rules.take(request) or faults.NO_FAULT
+        response = await faults.before_answer(rule) or await _allowed(storage, keys, routes, request)
+        with contextlib.suppress(faults.Cut):
+            await response(scope, receive, await faults.around(send, rule))
 
     return app
 

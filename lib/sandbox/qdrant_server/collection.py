@@ -220,7 +220,7 @@ def _multi(values: Any) -> bool:
 def _upsert(rows: list[Json]) -> edge.UpdateOperation:
     try:
         return edge.UpdateOperation.upsert_points([conversion.engine_point(row) for row in rows])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise Refusal(400, f"Format error in JSON body: {error}") from None
 
 

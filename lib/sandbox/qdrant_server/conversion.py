@@ -68,6 +68,8 @@ def points(request: Json) -> list[Json]:
 
 def _batch_rows(batch: Json) -> list[Json]:
     payloads = batch.get("payloads") or [None] * len(batch["ids"])
+    if len({len(batch["ids"]), len(batch["vectors"]), len(payloads)}) != 1:
+        raise bad_request("number of ids, vectors and payloads must be equal")
     rows = zip(batch["ids"], batch["vectors"], payloads, strict=True)
     return [{"id": one, "vector": vector, "payload": payload} for one, vector, payload in rows]
 

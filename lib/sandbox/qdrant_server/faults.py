@@ -1,9 +1,10 @@
 """Faults on demand, for tests: `POST /_sandbox/faults` with a list of rules, `DELETE` to clear them.
 
-A rule is `{method?, path?, status?, body?, headers?, delay_seconds?, cut_after_bytes?, hang?, times?}`. `path` is a
-regular expression searched in the path with its query. The first rule that fits a request is applied to it, `times`
-times if that is given. `status` answers without running the request; `delay_seconds` waits first; `cut_after_bytes`
-sends that many bytes of the body and closes the connection; `hang` never answers.
+A rule is `{method?, path?, status?, body?, headers?, delay_seconds?, cut_after_bytes?, hang?, lose_answer?, times?}`.
+`path` is a regular expression searched in the path with its query. The first rule that fits a request is applied to
+it, `times` times if that is given. `status` answers without running the request; `delay_seconds` waits first;
+`cut_after_bytes` sends that many bytes of the body and closes the connection; `hang` never runs the request nor
+answers it; `lose_answer` runs it and never answers.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class Rule:
     delay_seconds: float = 0.0
     cut_after_bytes: int | None = None
     hang: bool = False
+    lose_answer: bool = False
     times: int | None = None
 
     def fits(self, method: str, path: str) -> bool:
         """Whether the rule is about this request."""
         right_method = self.method is None or self.method.upper() == method
         return right_method and re.search(self.path, path) is not None
+
+
+NO_FAULT = Rule()
 
 
 class Faults:
@@ -81,10 +86,14 @@ async def before_answer(rule: Rule) -> Response | None:
     return Response(content, rule.status, headers={**kind, **rule.headers})
 
 
-def cutting(send: Send, after: int) -> Send:
-    """`send` that lets `after` bytes of the body through and then raises Cut."""
-    left = after
+async def around(send: Send, rule: Rule) -> Send:
+    """`send` as the rule leaves it; does not return where the answer is to be lost."""
+    if rule.lose_answer:
+        await asyncio.Event().wait()
+    return send if rule.cut_after_bytes is None else _cutting(send, rule.cut_after_bytes)
 
+
+def _cutting(send: Send, left: int) -> Send:
     async def limited(message: Message) -> None:
         nonlocal left
         if message["type"] == "http.response.body":

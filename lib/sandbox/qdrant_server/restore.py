@@ -31,9 +31,11 @@ def restore(storage: Storage, name: str, archive: Path) -> bool:
         config, schema = _unpack(storage, archive, scratch)
         segments_present = _unpack_segments(storage, scratch / "0")
         existing = storage.collections.get(name)
-        collection = existing or storage.create(name, config)
         if existing is not None:
             _check_compatible(existing, config)
+        if any(scratch.glob("[1-9]*/segments/*")):
+            raise internal("the stand-in keeps one shard and cannot restore several")
+        collection = existing or storage.create(name, config)
         if not storage.dialect.modern and not (segments_present and (scratch / "0" / "wal").is_dir()):
             return True  # 1.11.3 skips a shard folder without log or segments, and says so to nobody
         _replace_shard(storage, collection, scratch / "0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -49,22 +50,23 @@ async def _upload(call: Call) -> Any:
         raise Refusal(415, "ContentTypeIncompatible", plain=True)
     checksum = _valid_checksum(call.query.get("checksum"), "query parameters", call)
     folder = call.storage.snapshot_folder(call.names["name"])
-    received = call.storage.scratch("upload-") / "snapshot"
-    uploaded = await multipart.receive_file(call.request, mark, "snapshot", received)
-    if uploaded is None:
-        return Response("Required field is missing: snapshot", 400)
-    return await run_in_threadpool(_take_upload, call, uploaded, folder, checksum)
+    scratch = call.storage.scratch("upload-")
+    try:
+        uploaded = await multipart.receive_file(call.request, mark, "snapshot", scratch / "snapshot")
+        if uploaded is None:
+            return Response("Required field is missing: snapshot", 400)
+        return await run_in_threadpool(_take_upload, call, uploaded, folder, checksum)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _take_upload(call: Call, uploaded: multipart.Uploaded, folder: Path, checksum: str | None) -> Any:
     if checksum is not None:
         actual = snapshot_files.sha256(uploaded.path)
         if actual != checksum.lower():
-            uploaded.path.unlink()
             raise Refusal(400, f"Checksum mismatch: expected {actual}, actual {checksum}")
     folder.mkdir(parents=True, exist_ok=True)
     stored = uploaded.path.rename(folder / uploaded.filename)
-    uploaded.path.parent.rmdir()
     return _run(call, lambda: restore.restore(call.storage, call.names["name"], stored))
 
 
