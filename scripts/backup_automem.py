@@ -42,14 +42,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Open what is needed and do the one thing that was asked."""
-    from lib import showing_backup as showing
     from lib.config import config_of
     from lib.console import Console
+    from lib.showing import backup as showing
+    from lib.showing.settings import show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
-        return showing.show_config(config, console)
+        return show_config(config, console)
     if args.list:
         return showing.show_sets(config.backup_dir, console)
     if args.check:
@@ -62,10 +63,10 @@ def command(args: argparse.Namespace) -> int:
 def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Take the backup, or with --dry-run say what it would hold."""
     from lib import opening
-    from lib import showing_backup as showing
     from lib.files import private_dir
     from lib.journal import open_journals, start_journal
-    from lib.showing import announce_open
+    from lib.showing import backup as showing
+    from lib.showing.settings import announce_open
     from lib.steps.take_collection import remove_our_snapshots
     from lib.steps.take_pair import take_backup
 
@@ -101,7 +102,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
 def check(config: Config, console: Console, word: str) -> int:
     """Prove existing backups again; exit code 4 where one is damaged."""
     from lib import opening
-    from lib import showing_backup as showing
+    from lib.showing import backup as showing
     from lib.steps.drill import prove_sets, sets_of
 
     return showing.show_proofs(prove_sets(sets_of(config.backup_dir, word), opening.engines(config)), console)
@@ -110,9 +111,9 @@ def check(config: Config, console: Console, word: str) -> int:
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
     """Delete whole sets beyond the newest `keep`."""
     from lib import opening
-    from lib import showing_backup as showing
     from lib.backup_set.sets import delete_set, to_delete
     from lib.journal import open_journals
+    from lib.showing import backup as showing
 
     with opening.target_lock(config):
         named = [str(journal.fact("manifest")) for journal in open_journals(config.backup_dir)]

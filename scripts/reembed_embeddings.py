@@ -54,7 +54,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of, require_openai_key
     from lib.console import Console
     from lib.dimensions import check_model, model_fault
-    from lib.showing_backup import show_config
+    from lib.showing.settings import show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -72,8 +72,11 @@ def command(args: argparse.Namespace) -> int:
 
 def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open, plan, and go the way that was asked for."""
-    from lib import opening, showing
+    from lib import opening
+    from lib.showing import reembed as showing
+    from lib.showing.settings import announce_open
     from lib.steps import migrate
+    from lib.steps.embed import try_one_batch
     from lib.steps.switch import Target
     from lib.vectors.cluster import refuse_partial, topology
 
@@ -88,7 +91,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             console.progress,
         )
         run.journal = migrate.find_open_run(run)
-        showing.announce_open(config, console)
+        announce_open(config, console)
         if args.fresh:
             spool.forget_vectors(config.spec)
         plan, kind, live = migrate.look(run)
@@ -96,28 +99,19 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             refuse_partial(topology(source.qdrant, config.collection))
         showing.show_plan(plan, kind, console)
         if args.dry_run:
-            return dry_run(config, console, run, args)
+            return showing.show_tried(try_one_batch(buyer_of(config, args), spool), run, console)
         if plan.price is not None and args.max_cost is not None and plan.price > args.max_cost:
             raise showing.too_dear(plan, args.max_cost)
         return work(config, console, run, args, (kind, live))
 
 
-def buyer_of(config: Config, args: argparse.Namespace, *, sample: bool = False):
-    """The provider, opened."""
+def buyer_of(config: Config, args: argparse.Namespace) -> Buyer:
+    """The provider, opened; a dry run asks for the model's own size where VECTOR_SIZE is beyond it."""
     from lib.embedding.client import EmbeddingClient
     from lib.steps.embed import Buyer, sample_spec
 
-    spec = sample_spec(config.spec) if sample else config.spec
-    client = EmbeddingClient(spec, config.openai_api_key)
-    return Buyer(client, config.spec, args.workers, args.batch_size)
-
-
-def dry_run(config: Config, console: Console, run: Migration, args: argparse.Namespace) -> int:
-    """One real batch proves key, model, size and speed."""
-    from lib import showing
-    from lib.steps.embed import try_one_batch
-
-    return showing.show_tried(try_one_batch(buyer_of(config, args, sample=True), run.spool), run, console)
+    spec = sample_spec(config.spec) if args.dry_run else config.spec
+    return Buyer(EmbeddingClient(spec, config.openai_api_key), config.spec, args.workers, args.batch_size)
 
 
 def work(
@@ -128,9 +122,8 @@ def work(
     found: tuple[str, CollectionState | None],
 ) -> int:
     """Embed, then replace the collection (or, with --only-missing, repair it)."""
-    from lib import showing
-    from lib.backup_set.sets import newest_with
     from lib.dimensions import check_dimension
+    from lib.showing import reembed as showing
     from lib.steps import migrate
     from lib.steps.drift import only_missing
     from lib.steps.embed import buy_missing
@@ -142,9 +135,7 @@ def work(
         state = get_state(run.target.qdrant, config.collection)
         check_dimension(config.collection, state.size, config.vector_size)
         return showing.show_drift(only_missing(run, buyer, state), run, console)
-    manifest = newest_with(config.backup_dir, config.collection)
-    if kind == migrate.REPLACE:
-        manifest = migrate.guard(run, live) or manifest
+    manifest = migrate.protect(run, kind, live)
     undo = showing.undo_of(manifest)
     buy_missing(buyer, run.spool, run.bar, run.bought)
     if kind == migrate.REPLACE:

@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.errors import UsageProblem
     from lib.files import private_dir
-    from lib.showing_backup import show_config
+    from lib.showing.settings import show_config
     from lib.steps.restore_files import read_wanted
 
     config = config_of(args.env_file, args.backup_dir)
@@ -93,7 +93,7 @@ def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
 
 def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Namespace) -> int:
     """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
-    from lib import showing
+    from lib.showing import restore as showing
     from lib.steps.restore import Options, prove_files, require_quiet
     from lib.steps.restore import restore as restore_all
 

@@ -41,10 +41,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Open both stores and ask every question."""
-    from lib import opening, showing
+    from lib import opening
     from lib.config import config_of
     from lib.console import Console
-    from lib.showing_backup import show_config
+    from lib.showing import verify as showing
+    from lib.showing.settings import show_config
     from lib.steps.verify import Stores, record, verify
 
     config = config_of(args.env_file, args.backup_dir)

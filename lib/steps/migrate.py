@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.backup_set.manifest import Manifest
+from lib.backup_set.sets import newest_with
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.spool import Spool
 from lib.errors import GuardRefused, MissingData, VerificationFailed
@@ -129,6 +130,12 @@ def guard(run: Migration, state: CollectionState | None) -> Manifest | None:
             return None  # made anew meanwhile, every id of it in the graph: its payloads are kept
         wanted = Wanted(run.target.qdrant.display, state, only_live)
         return require_backup(run.folder, wanted, run.spec.size)
+
+
+def protect(run: Migration, kind: str, live: CollectionState | None) -> Manifest | None:
+    """The backup that a run goes back to: asked of the guard where something is to be replaced, before any purchase."""
+    newest = newest_with(run.folder, run.target.collection)
+    return guard(run, live) or newest if kind == REPLACE else newest
 
 
 def migrate(run: Migration, buyer: Buyer, undo: str, manifest: Manifest | None) -> SyncOutcome:

@@ -1,4 +1,4 @@
-"""What backup_automem.py tells, and --show-config."""
+"""What backup_automem.py tells: the new set, the sets there are, proofs, deletions."""
 
 from __future__ import annotations
 
@@ -7,59 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.console import Console, size_text, table
-from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, MigrationError
+from lib.errors import DONE, REMAINING, VERIFICATION_FAILED
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
-    from lib.config import Config
     from lib.steps.drill import Proof
     from lib.steps.take_collection import CollectionSource
     from lib.steps.take_graph import GraphSource
-
-
-def show_config(config: Config, console: Console) -> int:
-    """Every setting with its origin, secrets masked; and what the servers hold, where they answer."""
-    live = _live(config)
-    rows = config.rows()
-    document = {
-        "settings": {name: {"value": value, "from": origin} for name, value, origin in rows},
-        "live": live,
-    }
-    text = table(rows, ("setting", "value", "from")) + "\n\n" + table(list(live.items()), ("live", "state"))
-    console.result(document, text)
-    return DONE
-
-
-def _live(config: Config) -> dict[str, str]:
-    found = {}
-    for name, look in (("graph", _live_graph), ("collection", _live_collection)):
-        try:
-            found[name] = look(config)
-        except MigrationError as error:
-            found[name] = f"unknown: {error}".splitlines()[0]
-    return found
-
-
-def _live_graph(config: Config) -> str:
-    from lib import opening
-    from lib.graph.client import require_graph
-    from lib.graph.read import counts
-
-    source = opening.open_graph(config)
-    require_graph(source.conn, source.graph, source.address)
-    seen = counts(source.conn, source.graph)
-    return f"'{source.graph}': {seen.nodes:,} nodes, {seen.relationships:,} relationships"
-
-
-def _live_collection(config: Config) -> str:
-    from lib import opening
-    from lib.steps.take_collection import known_model
-    from lib.vectors.collection import get_state
-
-    source = opening.open_collection(config)
-    state = get_state(source.qdrant, source.collection)
-    model, known = known_model(state, source.spec)
-    return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model} ({known})"
 
 
 def show_sources(

@@ -1,4 +1,4 @@
-"""What each command tells: plans, results, the way back, and the exit code that goes with them."""
+"""What reembed_embeddings.py tells: the plan with its price, the result, the way back."""
 
 from __future__ import annotations
 
@@ -6,39 +6,18 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from lib.console import Console, size_text, table
-from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, UsageProblem
-from lib.undo import settings_lines
+from lib.errors import DONE, REMAINING, UsageProblem
+from lib.showing.settings import RESTART
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
-    from lib.config import Config
-    from lib.steps.checks import Check
     from lib.steps.drift import Drifted
     from lib.steps.embed import Tried
     from lib.steps.migrate import Migration
     from lib.steps.plan import Plan
-    from lib.steps.restore import Proved, Restored, Site
     from lib.steps.sync import SyncOutcome
 
 _EXAMPLES = 10
-
-
-def announce_open(config: Config, console: Console) -> None:
-    """Tell of runs on this target that never came to their end."""
-    from lib.journal import open_journals
-
-    for journal in open_journals(config.backup_dir):
-        if journal.targets == config.targets():
-            command = {"reembed": "reembed_embeddings.py", "restore": "restore_from_backup.py"}.get(
-                journal.command
-            )
-            if command:
-                console.say(
-                    f"an earlier run of {command} is unfinished ({journal.run_id}, at: {journal.phase})"
-                )
-
-
-# --- re-embed ---------------------------------------------------------------------------------------------------
 
 
 def _dollars(price: float | None) -> str:
@@ -103,8 +82,6 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
 
 def show_migrated(outcome: SyncOutcome, run: Migration, undo: str, console: Console) -> int:
     """The result of a re-embedding, with the way back and the next steps."""
-    from lib.restarting import RESTART
-
     code = _remaining(outcome, run, console)
     price = run.bought.price(run.spec.model)
     points = run.spool.memory_count() - len(run.bought.refused) - len(outcome.rejected)
@@ -143,87 +120,6 @@ def show_drift(done: Drifted, run: Migration, console: Console) -> int:
     document = {"added": one.added, "changed": one.changed, "payloads": one.payloads, "removed": done.removed}
     console.result(document, text)
     return code
-
-
-# --- verify -----------------------------------------------------------------------------------------------------
-
-
-def show_checks(checks: list[Check], recalled: list[str], config: Config, console: Console) -> int:
-    """Every check with its figures; exit code 4 where one failed."""
-    from lib.steps.checks import FAILED, PENDING
-
-    failed = [check for check in checks if check.status == FAILED]
-    text = table(
-        [(check.status, check.name, check.detail) for check in checks], ("result", "check", "figures")
-    )
-    if recalled:
-        text += "\n\nrecalled:\n" + "\n".join(recalled)
-    if failed:
-        text += f"\n\n{len(failed)} check(s) FAILED: repair with  python scripts/reembed_embeddings.py --only-missing"
-    elif any(check.status == PENDING for check in checks):
-        text += "\n\nrestart AutoMem with the new settings, then:  python scripts/verify_migration.py --after-restart"
-    document = {"checks": [dataclasses.asdict(check) for check in checks], "recalled": recalled}
-    console.result({**document, "collection": config.collection, "failed": len(failed)}, text)
-    return VERIFICATION_FAILED if failed else DONE
-
-
-# --- restore ----------------------------------------------------------------------------------------------------
-
-
-def show_restore_plan(site: Site, proved: Proved, console: Console) -> int:
-    """What a restore would do: --dry-run stops before the first write."""
-    from lib.vectors.collection import exists, get_state
-
-    lines = []
-    document: dict[str, object] = {}
-    if proved.graph and proved.graph.proof.counts:
-        counts = proved.graph.proof.counts
-        lines.append(
-            f"graph '{proved.graph.graph}': {counts.nodes:,} nodes, {counts.relationships:,} relationships"
-        )
-        document["graph"] = {"nodes": counts.nodes, "relationships": counts.relationships}
-    if proved.collection and site.collection:
-        one, name, qdrant = proved.collection, site.collection.collection, site.collection.qdrant
-        live = (
-            f"{get_state(qdrant, name).points:,} points stand there" if exists(qdrant, name) else "absent now"
-        )
-        lines.append(f"collection '{name}': {one.proof.archive.ids:,} points of {one.size}d ({live})")
-        document["collection"] = {"points": one.proof.archive.ids, "size": one.size}
-    console.result(document, "would restore, after a safety backup:\n" + "\n".join(lines))
-    return DONE
-
-
-def show_restored(done: Restored, proved: Proved, config: Config, console: Console) -> int:
-    """What was restored, where the old state is, and the settings that go with it."""
-    from lib.restarting import RESTART
-
-    lines = [*done.notes]
-    document: dict[str, object] = {"safety_backup": done.safety.name if done.safety else None}
-    if proved.graph:
-        lines.append(f"graph '{proved.graph.graph}' restored from {proved.graph.path}, digest equal")
-        document["graph"] = {"file": str(proved.graph.path), "digest": proved.graph.digest.digest}
-    if proved.collection:
-        one = proved.collection
-        lines.append(
-            f"collection '{config.collection}' restored: {one.proof.archive.ids:,} points of {one.size}d"
-        )
-        document["collection"] = {"file": str(one.path), "points": one.proof.archive.ids, "size": one.size}
-    if done.safety:
-        lines.append(f"what stood there before: {done.safety.path}")
-    if done.late_writes:
-        lines.append(f"writes after the safety backup: {done.late_writes}")
-    if proved.collection:
-        lines += settings_lines(proved.collection.size, str(proved.collection.facts["model"]), config)
-    lines += ["", "next:", RESTART, "  python scripts/verify_migration.py"]
-    console.result(document, "\n".join(lines))
-    return DONE
-
-
-def undo_restore(safety: Manifest | None) -> str:
-    """The way back from a restore."""
-    if safety is None:
-        return "  (none: there was nothing before, or --no-safety-backup was given)"
-    return f"  python scripts/restore_from_backup.py {safety.path}"
 
 
 def undo_of(manifest: Manifest | None) -> str:

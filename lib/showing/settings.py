@@ -1,0 +1,99 @@
+"""The settings and what goes with them: --show-config, unfinished runs, how AutoMem takes up a change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lib.console import Console, table
+from lib.errors import DONE, MigrationError
+
+if TYPE_CHECKING:
+    from lib.config import Config
+
+# An `export` reaches no container, and `restart` keeps the old environment.
+RESTART = """\
+  restart AutoMem so that it sees VECTOR_SIZE and EMBEDDING_MODEL:
+    Docker:   set both in AutoMem's .env, then  docker compose up -d --force-recreate flask-api
+    systemd:  sudo systemctl restart automem
+    Railway:  set both as variables, then  railway up"""
+
+_SCRIPTS = {"reembed": "reembed_embeddings.py", "restore": "restore_from_backup.py"}
+
+
+def show_config(config: Config, console: Console) -> int:
+    """Every setting with its origin, secrets masked; and what the servers hold, where they answer."""
+    live = _live(config)
+    rows = config.rows()
+    document = {
+        "settings": {name: {"value": value, "from": origin} for name, value, origin in rows},
+        "live": live,
+    }
+    text = table(rows, ("setting", "value", "from")) + "\n\n" + table(list(live.items()), ("live", "state"))
+    console.result(document, text)
+    return DONE
+
+
+def _live(config: Config) -> dict[str, str]:
+    found = {}
+    for name, look in (("graph", _live_graph), ("collection", _live_collection)):
+        try:
+            found[name] = look(config)
+        except MigrationError as error:
+            found[name] = f"unknown: {error}".splitlines()[0]
+    return found
+
+
+def _live_graph(config: Config) -> str:
+    from lib import opening
+    from lib.graph.client import require_graph
+    from lib.graph.read import counts
+
+    source = opening.open_graph(config)
+    require_graph(source.conn, source.graph, source.address)
+    seen = counts(source.conn, source.graph)
+    return f"'{source.graph}': {seen.nodes:,} nodes, {seen.relationships:,} relationships"
+
+
+def _live_collection(config: Config) -> str:
+    from lib import opening
+    from lib.steps.take_collection import known_model
+    from lib.vectors.collection import get_state
+
+    source = opening.open_collection(config)
+    state = get_state(source.qdrant, source.collection)
+    model, known = known_model(state, source.spec)
+    return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model} ({known})"
+
+
+def announce_open(config: Config, console: Console) -> None:
+    """Tell of runs on this target that never came to their end."""
+    from lib.journal import open_journals
+
+    for journal in open_journals(config.backup_dir):
+        if journal.targets == config.targets():
+            command = {"reembed": "reembed_embeddings.py", "restore": "restore_from_backup.py"}.get(
+                journal.command
+            )
+            if command:
+                console.say(
+                    f"an earlier run of {command} is unfinished ({journal.run_id}, at: {journal.phase})"
+                )
+
+
+def settings_lines(size: int, model: str, config: Config) -> list[str]:
+    """Lines to put back where the collection's size or model is not the configured one; else none."""
+    if (size, model) == (config.vector_size, config.embedding_model):
+        return []
+    origins = {config.settings[name].origin for name in ("VECTOR_SIZE", "EMBEDDING_MODEL")}
+    files = sorted({origin.rsplit(":", 1)[0] for origin in origins if ":" in origin})
+    configured = f"{config.vector_size}d ({config.embedding_model})"
+    lines = [
+        "",
+        f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
+        f"  export VECTOR_SIZE={size}",
+        f"  export EMBEDDING_MODEL={model}",
+    ]
+    for file in files:
+        lines.append(f"and in {file}:")
+        lines += [f"  VECTOR_SIZE={size}", f"  EMBEDDING_MODEL={model}"]
+    return lines
