@@ -15,6 +15,7 @@ from lib import cli
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
+    from lib.steps.embed import Buyer
     from lib.steps.migrate import Migration
     from lib.vectors.collection import CollectionState
 
@@ -30,9 +31,7 @@ def arguments() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed"
     )
     parser.add_argument("--max-cost", type=float, metavar="USD", help="refuse to spend more than this")
-    parser.add_argument(
-        "--in-place", action="store_true", help="delete, create, fill (the only way for now, and the default)"
-    )
+    parser.add_argument("--in-place", action="store_true", help="delete, create, fill (also the default)")
     parser.add_argument(
         "--only-missing", action="store_true", help="repair drift: add, renew and remove points"
     )
