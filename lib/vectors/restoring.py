@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
+from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 from lib.vectors.address import collection_path
 from lib.vectors.collection import Health, health
 from lib.vectors.refusals import NoAnswer, QdrantError
@@ -69,11 +69,12 @@ def upload_and_restore(
 ) -> Restored:
     """Send a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
 
-    The file stays in the collection's folder as `filename` (see `unique_filename`), also when this fails. Never
-    restore onto a collection that is needed: it is cleared first. A 200 proves nothing about the points: count them
-    and compare. `progress` gets (bytes sent, bytes in all).
-    Raises AccessRefused, QdrantError (delete the collection then), NoAnswer, BackupDamaged for a short source.
+    The file stays in the collection's folder as `filename` (see `unique_filename`), also when this fails. An answer
+    of 200 proves nothing about the points: count them and compare. `progress` gets (bytes sent, bytes in all).
+    Raises MigrationError where the collection exists, AccessRefused, QdrantError and StoreFailed (look at `health`
+    then, and delete a dead collection), NoAnswer where the sending broke off, BackupDamaged for a short source.
     """
+    _refuse_existing(q, collection)
     preflight_upload(q, collection)
     if isinstance(source, Path):
         with source.open("rb") as stream:
@@ -97,6 +98,7 @@ def recover(
 
     Like `upload_and_restore` otherwise; a second restore of the same collection that is under way is waited for.
     """
+    _refuse_existing(q, collection)
     began = time.monotonic()
     try:
         _put_recover(q, collection, location, checksum, answer_seconds)
@@ -211,6 +213,16 @@ def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, secon
         body["api_key"] = q.api_key
     path = collection_path(collection, "snapshots", "recover")
     q.json("PUT", path, body, params={"wait": "true"}, timeout=seconds, retry=False)
+
+
+def _refuse_existing(q: Qdrant, collection: str) -> None:
+    """A restore clears what it restores onto, and where it fails then, nothing is left (seen on 1.11.3 and 1.18.3)."""
+    state = health(q, collection)
+    if state not in {"missing", "restoring"}:
+        raise MigrationError(
+            f"'{collection}' exists at {q.display} ({state}); a restore would clear it first",
+            next_step="delete it once its backup is proved, or restore under another name",
+        )
 
 
 def _health(q: Qdrant, collection: str) -> Health:

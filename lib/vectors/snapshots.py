@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import time
@@ -12,9 +13,9 @@ from typing import Any
 import requests
 from urllib3.exceptions import HTTPError
 
-from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
+from lib.errors import BackupDamaged, StoreFailed
 from lib.vectors.address import collection_path
-from lib.vectors.refusals import NoAnswer, NotFound, QdrantError, lost
+from lib.vectors.refusals import NoAnswer, NotFound, QdrantError
 from lib.vectors.transport import PAUSES_SECONDS, Qdrant
 
 ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is asked
@@ -101,7 +102,7 @@ def download(
     """Hand every byte of the snapshot to `write`, in order and once; goes on where the connection broke.
 
     `progress` gets (bytes so far, bytes in all). Raises BackupDamaged where the server's own checksum differs,
-    StoreFailed where the file changes on the way, StoreUnreachable after several tries without a byte.
+    StoreFailed where the file changes on the way, NoAnswer after several connections without a byte.
     """
     fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name))
     digest = hashlib.sha256()
@@ -131,33 +132,31 @@ class _Fetch:
         self._etag = ""
 
     def pieces(self) -> Iterator[bytes]:
-        barren = 0  # tries in a row that brought nothing
+        barren = 0  # connections in a row that brought nothing
         while self.done != self.total:
             before = self.done
-            try:
-                yield from self._one_connection()
-            except StoreUnreachable:
-                barren = barren + 1 if self.done == before else 0
-                if barren > len(PAUSES_SECONDS):
-                    raise
-                self.resumed += 1
-                self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
+            yield from self._one_connection()
+            if self.done == self.total:
+                return
+            self.resumed += 1
+            barren = barren + 1 if self.done == before else 0
+            if barren > len(PAUSES_SECONDS):
+                raise NoAnswer(
+                    f"Qdrant at {self._q.display}: the download stays broken off at byte {self.done}"
+                )
+            self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
 
     def _one_connection(self) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"}  # otherwise compressed on the fly, without a length
         if self.done:
             headers["Range"] = f"bytes={self.done}-"
-        response = self._q.call("GET", self._path, headers=headers, retry=False, stream=True)
-        with response:
+        with self._q.call("GET", self._path, headers=headers, stream=True) as response:
             self._check(response)
-            try:
+            # What breaks here ends this connection's pieces early.
+            with contextlib.suppress(HTTPError, OSError):
                 for piece in response.raw.stream(PIECE_BYTES, decode_content=False):
                     self.done += len(piece)
                     yield piece
-            except (HTTPError, OSError) as error:
-                raise lost(self._q.display, error) from error
-        if self.done < self.total:
-            raise NoAnswer(f"Qdrant at {self._q.display}: the download broke off at byte {self.done}")
 
     def _check(self, response: requests.Response) -> None:
         if response.headers.get("Content-Encoding", "identity") != "identity":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.errors import BackupDamaged, MissingData, StoreFailed, StoreUnreachable
+from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
 from lib.vectors import collection, points, restoring, snapshots
 from lib.vectors.compare import vectors_differ
 from lib.vectors.refusals import NoAnswer, QdrantError
@@ -228,6 +228,19 @@ def test_a_fetch_that_fails_creates_nothing(q: Qdrant, names: list[str]):
 def test_a_restore_that_never_comes_is_given_up(q: Qdrant, names: list[str]):
     with pytest.raises(StoreFailed, match="is missing"):
         restoring.wait_restored(q, names[1], 0.1)
+
+
+def test_nothing_is_restored_onto_a_collection_that_exists(q: Qdrant, filled: str):
+    """A restore that fails after it has cleared the collection leaves nothing of it."""
+    made = snapshots.create(q, filled)
+    data, _ = fetch(q, filled, made)
+    with pytest.raises(MigrationError, match=r"exists .*clear it first"):
+        restoring.recover(q, filled, "http://127.0.0.1:9/x.snapshot", made.checksum)
+    with pytest.raises(MigrationError, match=r"exists .*clear it first"):
+        restoring.upload_and_restore(
+            q, filled, io.BytesIO(data), size=len(data), filename="onto.snapshot", checksum=made.checksum
+        )
+    assert_whole(q, filled)
 
 
 def test_an_upload_that_breaks_half_way_is_not_waited_for(q: Qdrant, filled: str, names: list[str]):
