@@ -197,6 +197,7 @@ def _auth_request(
     return requests.request(method, url + path, json=body, headers=headers, timeout=20)
 
 
+@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
 def test_the_unmodified_client_works(version: str, tmp_path: Path) -> None:
     from qdrant_client import QdrantClient, models
 
