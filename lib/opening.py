@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from hashlib import sha256
 
 from lib.automem_api import AutoMemApi
 from lib.backup_set.sets import SPOOL_DIR
@@ -50,16 +50,15 @@ def automem_api(config: Config) -> AutoMemApi:
     return AutoMemApi(config.api_url, config.api_token)
 
 
-def spool_path(config: Config) -> Path:
-    """The spool of this collection: vectors already paid for, the plan, the live points' payloads."""
-    return config.backup_dir / SPOOL_DIR / f"{config.collection}.sqlite3"
-
-
 def open_spool(config: Config) -> Spool:
-    """The spool, made where it is missing."""
-    private_dir(config.backup_dir)
-    private_dir(config.backup_dir / SPOOL_DIR)
-    return Spool(spool_path(config))
+    """The spool, made where it is missing.
+
+    `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
+    file of this graph and this collection alone, so that two deployments never mix.
+    """
+    folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
+    target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
+    return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
 
 
 def target_lock(config: Config) -> TargetLock:

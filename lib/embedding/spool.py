@@ -30,8 +30,8 @@ TEXTS_AT_ONCE = 500
 class Spool(PlanTable, KeptPoints):
     """The open spool; see SpoolFile for its arguments. Raises SpoolDamaged where the file cannot be used."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        super().__init__(path, read_only=read_only)
+    def __init__(self, path: Path, *, vectors: Path | None = None, read_only: bool = False) -> None:
+        super().__init__(path, vectors=vectors, read_only=read_only)
         self._specs: dict[bytes, EmbeddingSpec] = {}
         for prefix, url, model, size in self._rows("SELECT prefix, base_url, model, size FROM specs"):
             assert isinstance(prefix, bytes)

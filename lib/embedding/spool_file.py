@@ -21,19 +21,23 @@ FORMAT_VERSION = 1
 BUSY_SECONDS = 30
 VALUES_AT_ONCE = 500  # SQLite builds allow 999 bound values or more (https://www.sqlite.org/limits.html)
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS specs (
+# What is bought belongs to every graph and collection of this machine, what was read belongs to one.
+_VECTOR_TABLES = """
+CREATE TABLE {schema}.specs (
     prefix BLOB PRIMARY KEY, base_url TEXT NOT NULL, model TEXT NOT NULL, size INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS vectors (
-    id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, vector BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS memories (
+CREATE TABLE {schema}.vectors (
+    id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, vector BLOB NOT NULL)
+"""
+_PLAN_TABLES = """
+CREATE TABLE {schema}.meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE {schema}.memories (
     id INTEGER PRIMARY KEY, point_id TEXT NOT NULL UNIQUE, node_id INTEGER NOT NULL, key BLOB NOT NULL,
     content TEXT NOT NULL, payload BLOB NOT NULL, tokens INTEGER NOT NULL, scan INTEGER NOT NULL);
-CREATE INDEX IF NOT EXISTS memories_by_key ON memories (key, id);
-CREATE TABLE IF NOT EXISTS kept_points (
-    id INTEGER PRIMARY KEY, point_id TEXT NOT NULL UNIQUE, payload BLOB NOT NULL, vector BLOB);
+CREATE INDEX {schema}.memories_by_key ON memories (key, id);
+CREATE TABLE {schema}.kept_points (
+    id INTEGER PRIMARY KEY, point_id TEXT NOT NULL UNIQUE, payload BLOB NOT NULL, vector BLOB)
 """
+_MAIN, _BOUGHT = "main", "bought"
 
 _Item = TypeVar("_Item")
 
@@ -47,43 +51,57 @@ class SpoolFile:
 
     Args:
         path: made where missing (0600, its folder 0700), with SQLite's `-wal` and `-shm` beside it while open.
+        vectors: a file for what was bought, shared by several spools; None: kept in `path` too.
         read_only: for a second connection that reads while another writes.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, vectors: Path | None = None, read_only: bool = False) -> None:
         self.path = path
+        self._files = [path] if vectors is None else [path, vectors]
         self._read_only = read_only
-        if not read_only:
-            private_dir(path.parent)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        for file in [] if read_only else self._files:
+            private_dir(file.parent)
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
         self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self._guarded():
-                self._prepare()
+                self._open(vectors)
         except BaseException:
             self._db.close()
             raise
 
-    def _prepare(self) -> None:
-        found = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
-        empty = self._number("SELECT count(*) FROM sqlite_master") == 0
-        if not empty and found != (APPLICATION_ID, FORMAT_VERSION):
-            raise SpoolDamaged(
-                f"{self.path} is not a spool of this version of the tool",
-                next_step=f"move it away and run again:  mv {self.path} {self.path}.old",
-            )
+    def _open(self, vectors: Path | None) -> None:
+        if vectors is None:
+            self._prepare(_MAIN, self.path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
+        else:
+            self._db.execute(f"ATTACH DATABASE ? AS {_BOUGHT}", [str(vectors)])
+            self._prepare(_MAIN, self.path, _PLAN_TABLES)
+            self._prepare(_BOUGHT, vectors, _VECTOR_TABLES)
         if self._read_only:
             self._db.execute("PRAGMA query_only = ON")
+
+    def _prepare(self, schema: str, path: Path, tables: str) -> None:
+        found = tuple(self._number(f"PRAGMA {schema}.{name}") for name in ("application_id", "user_version"))
+        tables_there = f"SELECT count(*) FROM {schema}.sqlite_master"  # noqa: S608 - a name of ours
+        empty = self._number(tables_there) == 0
+        if not empty and found != (APPLICATION_ID, FORMAT_VERSION):
+            raise SpoolDamaged(
+                f"{path} is not a spool of this version of the tool",
+                next_step=f"move it away and run again:  mv {path} {path}.old",
+            )
+        if self._read_only:
             return
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute(f"PRAGMA {schema}.journal_mode = WAL")
         # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute(f"PRAGMA {schema}.synchronous = FULL")
         if empty:
             with self._transaction():
-                for statement in _TABLES.split(";\n"):
+                if self._number(tables_there):
+                    return  # another run on another target made them meanwhile
+                for statement in tables.format(schema=schema).split(";"):
                     self._db.execute(statement)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+                self._db.execute(f"PRAGMA {schema}.application_id = {APPLICATION_ID}")
+                self._db.execute(f"PRAGMA {schema}.user_version = {FORMAT_VERSION}")
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -135,8 +153,8 @@ class SpoolFile:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, value])
 
     def size_bytes(self) -> int:
-        """Bytes on the disk, SQLite's log beside the file included."""
-        files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal")]
+        """Bytes on the disk, SQLite's logs beside the files included."""
+        files = [file.with_name(file.name + ending) for file in self._files for ending in ("", "-wal")]
         return sum(each.stat().st_size for each in files if each.exists())
 
     def close(self) -> None:

@@ -273,3 +273,17 @@ def test_kill_9_loses_nothing_that_was_confirmed(path):
         assert stored // 50 >= len(confirmed)
         assert spool.known([spool.text_key(SPEC, f"{confirmed[-1]}/49")])
         assert spool._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_two_targets_share_what_was_bought_and_nothing_else(tmp_path):
+    bought = tmp_path / "vectors.sqlite3"
+    with Spool(tmp_path / "one.sqlite3", vectors=bought) as one:
+        key = one.text_key(SPEC, "hello")
+        one.put_vectors([(key, np.ones(SPEC.size, dtype="<f4").tobytes())])
+        one.keep_points([KeptPoint("00000000-0000-4000-8000-000000000001", b'{"a":1}')])
+    with Spool(tmp_path / "other.sqlite3", vectors=bought) as other:
+        assert other.known([key]) == {key}
+        assert other.kept_count() == 0
+        assert other.memory_count() == 0
+    with Spool(tmp_path / "one.sqlite3", vectors=bought) as again:
+        assert again.kept_count() == 1
