@@ -1,53 +1,16 @@
-"""What the tests of lib/graph share: real servers of every engine of this machine, and graphs worth keeping."""
+"""What the tests of lib/graph share: graphs worth keeping."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
-from lib.graph.client import GraphAddress, connect
-from lib.graph.engine import Engine, installed_engines
+from lib.graph.client import GraphAddress
 from lib.graph.psync import stream_rdb
 from lib.graph.read import counts
-from lib.sandbox.falkordb_server import FalkorServer
-
-ENGINES = installed_engines({})
-
-
-@pytest.fixture(params=ENGINES, ids=[engine.falkordb_version for engine in ENGINES])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return request.param
-
-
-@pytest.fixture
-def server(engine: Engine, tmp_path: Path) -> Iterator[FalkorServer]:
-    """A server as AutoMem starts it, but quick to answer PSYNC."""
-    falkor = FalkorServer(tmp_path / "server", engine=engine, sync_delay_seconds=0).start()
-    yield falkor
-    falkor.kill()
-
-
-@pytest.fixture
-def target(engine: Engine, tmp_path: Path) -> Iterator[FalkorServer]:
-    falkor = FalkorServer(tmp_path / "target", engine=engine, sync_delay_seconds=0).start()
-    yield falkor
-    falkor.kill()
-
-
-@pytest.fixture
-def conn(server: FalkorServer) -> Iterator[redis.Redis]:
-    with connect(server.address) as connection:
-        yield connection
-
-
-@pytest.fixture
-def target_conn(target: FalkorServer) -> Iterator[redis.Redis]:
-    with connect(target.address) as connection:
-        yield connection
 
 
 def write(conn: redis.Redis, graph: str, *queries: str) -> None:

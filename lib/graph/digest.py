@@ -126,7 +126,9 @@ class _Names:
         self._names: list[bytes] = []
 
     def __getitem__(self, number: int) -> bytes:
-        if number >= len(self._names):
+        try:
+            return self._names[number]
+        except IndexError:
             self._names = [_text(b"k", name.encode()) for name in names(*self._lookup)]
         if number >= len(self._names):
             raise StoreFailed(f"graph '{self._lookup[1]}' uses a name that {self._lookup[2]} does not list")

@@ -14,15 +14,14 @@ from lib.graph.engine import Engine, scratch_server
 from lib.graph.psync import stream_rdb
 from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import (
-    conn,  # noqa: F401
     constrain,
-    engine,  # noqa: F401
     fill,
     fill_rich,
-    server,  # noqa: F401
     take,
     write,
 )
+
+pytest_plugins = ["tests.graph_fixtures"]
 
 # What a query separates by "; " is written in two, as FalkorDB leaves a value alone that equals the new one (-5 = -5.0).
 CHANGES = {
@@ -90,8 +89,20 @@ def test_names_cannot_run_into_each_other(conn: redis.Redis):
 
 
 def test_the_order_of_writing_does_not_matter_without_ids_and_does_with_them(conn: redis.Redis):
-    write(conn, "one", "CREATE (:A {x: 1, y: 2})", "CREATE (:B {z: 3})", "MATCH (a:A), (b:B) CREATE (a)-[:R]->(b)")
-    write(conn, "two", "CREATE (:B {z: 3})", "CREATE (:A {y: 2, x: 1})", "MATCH (a:A), (b:B) CREATE (a)-[:R]->(b)")
+    write(
+        conn,
+        "one",
+        "CREATE (:A {x: 1, y: 2})",
+        "CREATE (:B {z: 3})",
+        "MATCH (a:A), (b:B) CREATE (a)-[:R]->(b)",
+    )
+    write(
+        conn,
+        "two",
+        "CREATE (:B {z: 3})",
+        "CREATE (:A {y: 2, x: 1})",
+        "MATCH (a:A), (b:B) CREATE (a)-[:R]->(b)",
+    )
     assert graph_digest(conn, "one") == graph_digest(conn, "two")
     assert graph_digest(conn, "one", by_id=True) != graph_digest(conn, "two", by_id=True)
     assert graph_digest(conn, "one", by_id=True) != graph_digest(conn, "one")
@@ -111,7 +122,9 @@ def test_a_missing_graph_has_no_digest(conn: redis.Redis):
         graph_digest(conn, "absent")
 
 
-def test_throughput_of_rdb_and_digest(server: FalkorServer, conn: redis.Redis, engine: Engine, tmp_path: Path, capsys):
+def test_throughput_of_rdb_and_digest(
+    server: FalkorServer, conn: redis.Redis, engine: Engine, tmp_path: Path, capsys
+):
     fill(conn, "g", 50_000, 50_000, characters=300)
     write(conn, "g", "CREATE INDEX FOR (m:Memory) ON (m.id)")
     start = time.monotonic()

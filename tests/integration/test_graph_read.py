@@ -10,14 +10,13 @@ from lib.graph.paging import nodes, pages, relationships, row_cap
 from lib.graph.read import counts, iter_memories, memory_ids_present, read_rows, schema
 from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import (
-    conn,  # noqa: F401
-    engine,  # noqa: F401
     fill,
     fill_rich,
     rich_counts,
-    server,  # noqa: F401
     write,
 )
+
+pytest_plugins = ["tests.graph_fixtures"]
 
 
 def test_the_sandbox_has_the_docker_images_limits(conn: redis.Redis):
@@ -25,7 +24,11 @@ def test_the_sandbox_has_the_docker_images_limits(conn: redis.Redis):
     cut = conn.execute_command("GRAPH.RO_QUERY", "g", "UNWIND range(1, 20000) AS x RETURN x")
     assert len(cut[1]) == 10_000
     with pytest.raises(redis.ResponseError, match="timed out"):
-        conn.execute_command("GRAPH.RO_QUERY", "g", "UNWIND range(1, 30000) AS x UNWIND range(1, 30000) AS y RETURN count(x + y)")
+        conn.execute_command(
+            "GRAPH.RO_QUERY",
+            "g",
+            "UNWIND range(1, 30000) AS x UNWIND range(1, 30000) AS y RETURN count(x + y)",
+        )
 
 
 def test_versions_and_names(conn: redis.Redis, engine: Engine, server: FalkorServer):
@@ -46,7 +49,9 @@ def test_every_memory_comes_once_and_in_order_far_above_the_row_cap(conn: redis.
     memories = list(iter_memories(conn, "g"))
     assert len(memories) == 12_345 - 6500
     assert [memory.node_id for memory in memories] == sorted({memory.node_id for memory in memories})
-    assert {memory.properties["id"] for memory in memories} == {f"id-{i}" for i in [*range(3000), *range(9500, 12_345)]}
+    assert {memory.properties["id"] for memory in memories} == {
+        f"id-{i}" for i in [*range(3000), *range(9500, 12_345)]
+    }
     later = list(iter_memories(conn, "g", after=memories[4000].node_id, page=777))
     assert later == memories[4001:]
 
@@ -72,7 +77,11 @@ def test_a_hub_and_crowded_pairs_are_read_whole(conn: redis.Redis):
     fill(conn, "g", 3000)
     write(conn, "g", "MATCH (a), (b) WHERE id(a) = 5 CREATE (a)-[:OUT]->(b), (b)-[:IN]->(a)")
     for _ in range(2):
-        write(conn, "g", "MATCH (a), (b) WHERE id(a) = 5 AND id(b) = 6 UNWIND range(1, 6000) AS i CREATE (a)-[:SAME]->(b)")
+        write(
+            conn,
+            "g",
+            "MATCH (a), (b) WHERE id(a) = 5 AND id(b) = 6 UNWIND range(1, 6000) AS i CREATE (a)-[:SAME]->(b)",
+        )
     found = [row[0][1] for page in pages(conn, "g", relationships(), "id(r)") for row in page]
     assert sorted(found) == list(range(18_000))
 
@@ -124,7 +133,12 @@ def test_names_without_nodes_are_not_counted_but_are_part_of_the_schema(conn: re
 
 
 def test_a_missing_graph_is_named(conn: redis.Redis):
-    for read in (counts, schema, lambda *where: list(iter_memories(*where)), lambda *where: read_rows(*where, "RETURN 1")):
+    for read in (
+        counts,
+        schema,
+        lambda *where: list(iter_memories(*where)),
+        lambda *where: read_rows(*where, "RETURN 1"),
+    ):
         with pytest.raises(MissingData, match="graph 'absent' does not exist"):
             read(conn, "absent")
     assert list_graphs(conn) == []
