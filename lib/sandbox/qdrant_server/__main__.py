@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(storage: Storage, keys: Keys, host: str, port: int) -> None:
-    with socket.socket() as listener:
+    # The protocol is named so that asyncio sets TCP_NODELAY: without it every answer waits 40 ms for an ACK.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
