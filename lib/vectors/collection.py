@@ -18,13 +18,14 @@ Health = Literal["missing", "live", "restoring", "dead", "failing"]
 POLL_SECONDS = 0.5
 STABLE_POLLS = 3  # green can flicker between two optimisations
 
-# What a collection answers (500) whose shard was cleared or could not be loaded; seen on 1.11.3 and 1.18.3.
+# What a collection answers (500) whose shard was cleared by a restore that then failed or was killed; seen on 1.11.3
+# and 1.18.3. Not "Failed to load local shard" nor the texts of recovery mode: that data may be whole.
 _DEAD = re.compile(
-    r"0 of 0 read operations failed"
+    r"Failed to restore local replica"
+    r"|Dirty shard"
+    r"|0 of 0 read operations failed"
     r"|does not have enough active replicas"
     r"|has no active replica"
-    r"|Failed to (?:count|Get Info|scroll points|restore local replica)"
-    r"|[Dd]irty shard"
 )
 _ELSEWHERE = re.compile(r"Tonic|tcp connect error|Unavailable", re.IGNORECASE)  # another node is down
 

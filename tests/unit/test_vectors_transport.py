@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, UsageProblem
-from lib.vectors import cluster, points, transport, upsert
+from lib.vectors import cluster, collection, points, transport, upsert
 from lib.vectors.refusals import NoAnswer, QdrantError
 from lib.vectors.transport import Qdrant
 
@@ -328,3 +328,30 @@ def test_shards_that_move_or_are_not_whole_are_refused(local: dict, transfers: l
         found = cluster.topology(server.qdrant, "x")
     with pytest.raises(StoreFailed, match=what):
         cluster.refuse_partial(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "health"),
+    [
+        ("0 of 0 read operations failed", "dead"),
+        ("The replica set for shard 0 on peer 1 does not have enough active replicas", "dead"),
+        ("1 of 1 read operations failed:\n  Failed to Get Info,  Failed to restore local replica", "dead"),
+        ("Failed to Get Info,  Dirty shard - shard is not fully initialized", "dead"),
+        ("Local shard 0 not found", "restoring"),
+        ("Failed to Get Info,  Failed to load local shard: Too many open files", "failing"),
+        ("1 of 1 read operations failed: Tonic status error: Unavailable, tcp connect error", "failing"),
+        ("Tonic status error: does not have enough active replicas", "failing"),
+        ("No space left on device", "failing"),
+    ],
+)
+def test_only_a_shard_that_is_lost_makes_a_collection_dead(text: str, health: str):
+    """A dead collection may be deleted; one on a node that is down, or that did not load, must not be."""
+    with Scripted(
+        fine({"collections": [{"name": "x"}]}), refused(500, f"Service internal error: {text}")
+    ) as server:
+        assert collection.health(server.qdrant, "x") == health
+
+
+def test_a_collection_that_is_listed_but_not_found_is_on_its_way():
+    with Scripted(fine({"collections": [{"name": "x"}]}), refused(404, "Not found")) as server:
+        assert collection.health(server.qdrant, "x") == "restoring"
