@@ -30,6 +30,14 @@ def latest(folder: Path) -> Manifest:
     raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
 
 
+def newest_with(folder: Path, collection: str) -> Manifest | None:
+    """The newest whole set that holds this collection."""
+    for manifest in all_sets(folder):
+        if manifest.collection and manifest.collection.collection == collection and is_complete(manifest):
+            return manifest
+    return None
+
+
 def set_of_file(folder: Path, path: Path) -> Manifest | None:
     """The set that names `path` as one of its files."""
     for manifest in all_sets(folder):
