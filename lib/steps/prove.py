@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 from lib.backup_set.archive import ArchiveFacts, read_archive
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, CollectionHalf, GraphHalf
@@ -23,6 +23,7 @@ from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
 from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
 from lib.graph.scratch import Scratch
+from lib.vectors.open_segments import open_segments_count
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
 
@@ -144,8 +145,20 @@ def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> Colle
     live = promised["config"]["params"]["vectors"]
     if not snapshot.vectors_named and (snapshot.size, snapshot.distance) != (live["size"], live["distance"]):
         raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-    note = "checksum, both tar levels, configuration and ids"
-    return CollectionProof(CHECKED, note, archive, snapshot)
+    counted = _counted(path)
+    if counted is None:
+        note = "checksum, both tar levels, configuration and ids"
+        return CollectionProof(CHECKED, note, archive, snapshot)
+    if counted < archive.ids:
+        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} were promised")
+    return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot)
+
+
+def _counted(path: Path) -> int | None:
+    """The points in the segments, where the engine is installed here and reads their format."""
+    found: list[int | None] = []
+    read_archive(path, on_snapshot=lambda stream: found.append(open_segments_count(cast("BinaryIO", stream))))
+    return found[0]
 
 
 def with_proof(half: GraphHalf, proof: GraphProof) -> GraphHalf:
