@@ -38,7 +38,7 @@ def graph_name(payload: bytes) -> str | None:
     for at in (0, 1):  # encoding 20 writes a type byte before each field
         size = int.from_bytes(start[at : at + 8], "little")
         name = start[at + 8 : at + 8 + size]
-        if 1 < size == len(name) and name.endswith(b"\0"):
+        if 1 < size == len(name) and name.find(b"\0") == size - 1:
             return name[:-1].decode("utf-8", "replace")
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
 from lib.graph.client import GraphAddress, connect
 
 POLL_SECONDS = 0.02
+_STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 # Ends the server and removes its directory when this process dies without doing so (its end of the pipe closes).
 _UNDERTAKER = 'read -r word; [ "$word" = done ] || { kill -9 "$1"; rm -rf "$2"; }'
 
@@ -90,19 +92,12 @@ def _loaded(
 
 
 def _telling_line(log: str) -> str:
-    """The last line of a server's log that says what went wrong, or its last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    words = (
-        "error",
-        "can't",
-        "fail",
-        "fatal",
-        "bad ",
-        "crash",
-        "wrong",
-        "short read",
-        "not found",
-        "aborting",
-    )
-    telling = [line for line in lines if any(word in line.lower() for word in words)]
+    """The last line of a server's log that says what went wrong, or its last line; without process id and time."""
+    lines = [_STAMP.sub("", line).strip() for line in log.splitlines() if line.strip()]
+    words = ("error", "can't", "fail", "bad ", "crash", "wrong", "short read", "not found", "aborting")
+    telling = [
+        line
+        for line in lines
+        if any(word in line.lower() for word in words) and "check server logs" not in line
+    ]
     return (telling or lines or ["no word in its log"])[-1]

@@ -92,16 +92,12 @@ def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> b
         _restore(conn, payload, name)
         return False
     with _told(conn, payload):
-        transaction = conn.pipeline(transaction=True)
-        transaction.rename(name, safety_name)
-        transaction.execute_command("RESTORE", name, 0, payload)
-        renamed, restored = transaction.execute(raise_on_error=False)
+        renamed, restored = _exchange(conn, name, payload, safety_name)
+    moved = not isinstance(renamed, Exception)  # it fails where the old graph went away just before
     if not isinstance(restored, Exception):
-        return not isinstance(
-            renamed, Exception
-        )  # the rename fails where the old graph went away just before
-    if not isinstance(renamed, Exception):
-        command(conn, "RENAME", safety_name, name)
+        return moved
+    if moved:
+        _put_back(conn, name, safety_name)
     with _told(conn, payload):
         raise restored
 
@@ -125,12 +121,44 @@ def drop_graph(conn: redis.Redis, name: str) -> None:
         command(conn, "GRAPH.DELETE", name)
 
 
+def _exchange(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> tuple[object, object]:
+    """The answers to RENAME and RESTORE of one transaction; an error among them is returned, not raised.
+
+    Each word waits for its answer: where MULTI is refused, the commands of a pipeline would run one by one.
+    """
+    connection = conn.connection_pool.get_connection()
+    try:
+        for words in (("MULTI",), ("RENAME", name, safety_name), ("RESTORE", name, 0, payload)):
+            connection.send_command(*words)
+            connection.read_response()
+        connection.send_command("EXEC")
+        renamed, restored = connection.read_response()
+    except redis.exceptions.RedisError:
+        connection.disconnect()  # the server forgets what was queued
+        raise
+    finally:
+        conn.connection_pool.release(connection)
+    return renamed, restored
+
+
+def _put_back(conn: redis.Redis, name: str, safety_name: str) -> None:
+    try:
+        _require_free(conn, name)
+        command(conn, "RENAME", safety_name, name)
+    except MigrationError as error:
+        raise StoreFailed(
+            f"the new graph was refused, and the old one stands as '{safety_name}' now: {error}",
+            next_step=f"give it its name back: RENAME {safety_name} {name}",
+        ) from error
+
+
 def _restore(conn: redis.Redis, payload: bytes, name: str) -> None:
     with _told(conn, payload):
         conn.execute_command("RESTORE", name, 0, payload)
 
 
 def _require_name(payload: bytes, name: str) -> None:
+    graph_encoding(payload)  # raises for what is no graph at all
     inside = graph_name(payload)
     if inside is not None and inside != name:
         raise StoreFailed(f"this payload was dumped as graph '{inside}' and cannot be restored as '{name}'")

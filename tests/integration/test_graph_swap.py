@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import redis
+
+from lib.errors import AccessRefused, BackupDamaged, MissingData, StoreFailed, VerificationFailed
+from lib.graph.client import GraphAddress, connect, list_graphs
+from lib.graph.digest import GraphDigest, graph_digest
+from lib.graph.engine import Engine, scratch_server
+from lib.graph.rdb_fields import crc64
+from lib.graph.read import counts, schema
+from lib.graph.swap import drop_graph, dump_as, dump_graph, prove_acceptance, rename_graph, swap_back, swap_in
+from lib.sandbox.falkordb_server import FalkorServer
+from tests.graph_support import fill, fill_rich, take, write
+
+pytest_plugins = ["tests.graph_fixtures"]
+SAFETY = "memories__pre_20260101_000000"
+
+
+def digest(conn: redis.Redis, graph: str) -> GraphDigest:
+    return graph_digest(conn, graph, by_id=True)
+
+
+def test_backup_scratch_and_swap_bring_back_the_graph_and_touch_nothing_else(
+    server: FalkorServer,
+    conn: redis.Redis,
+    target: FalkorServer,
+    target_conn: redis.Redis,
+    engine: Engine,
+    tmp_path: Path,
+):
+    fill_rich(conn, "memories")
+    expected, names = digest(conn, "memories"), schema(conn, "memories")
+    fill(target_conn, "memories", 500, 300)
+    fill(target_conn, "second", 400, 200)
+    target_conn.set("an ordinary key", "stays")
+    old, second = digest(target_conn, "memories"), digest(target_conn, "second")
+
+    rdb = take(server.address, tmp_path / "memories.rdb")
+    with scratch_server(engine, rdb) as scratch:
+        proof = dump_as(scratch.conn, "memories", "memories__proof")
+        payload = dump_graph(scratch.conn, "memories")
+        assert list_graphs(scratch.conn) == ["memories"]
+    prove_acceptance(target_conn, proof, "memories__proof", expected)
+    assert list_graphs(target_conn) == ["memories", "second"]
+
+    assert swap_in(target_conn, "memories", payload, SAFETY) is True
+    assert list_graphs(target_conn) == ["memories", SAFETY, "second"]
+    assert digest(target_conn, "memories") == expected
+    assert schema(target_conn, "memories") == names
+    assert digest(target_conn, SAFETY) == old
+
+    drop_graph(target_conn, SAFETY)
+    drop_graph(target_conn, SAFETY)  # nothing there: nothing happens
+    target.restart()
+    with connect(target.address) as after:
+        assert list_graphs(after) == ["memories", "second"]
+        assert digest(after, "memories") == expected
+        assert digest(after, "second") == second
+        assert after.get("an ordinary key") == b"stays"
+
+
+@pytest.mark.parametrize("nodes", [0, 700])
+def test_a_restored_graph_works_on(conn: redis.Redis, target_conn: redis.Redis, nodes: int):
+    """Ids of deleted nodes are used again, indexes answer, constraints hold."""
+    fill_rich(conn, "memories")
+    if nodes:
+        fill(conn, "memories", nodes)
+    swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
+    for side in (conn, target_conn):
+        write(
+            side,
+            "memories",
+            "CREATE (:Hole {i: 3}), (:Hole {i: 6}), (:Memory {id: 'new', content: 'fresh words'})",
+        )
+    assert digest(conn, "memories") == digest(target_conn, "memories")
+    with pytest.raises(redis.ResponseError, match="unique constraint"):
+        write(target_conn, "memories", "CREATE (:Memory {id: 'm1'})")
+    found = target_conn.execute_command(
+        "GRAPH.RO_QUERY",
+        "memories",
+        "CALL db.idx.fulltext.queryNodes('Memory', 'fresh') YIELD node RETURN node.id",
+    )
+    assert found[1] == [[b"new"]]
+
+
+def test_an_absent_graph_is_simply_restored(conn: redis.Redis, target_conn: redis.Redis):
+    fill(conn, "memories", 100)
+    assert swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY) is False
+    assert list_graphs(target_conn) == ["memories"]
+
+
+def test_an_empty_graph_goes_the_same_way(conn: redis.Redis, target_conn: redis.Redis):
+    write(conn, "memories", "CREATE (a:A {x: 1})", "MATCH (a) DELETE a")
+    fill(target_conn, "memories", 20)
+    assert swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
+    assert counts(target_conn, "memories").nodes == 0
+    assert digest(target_conn, "memories") == digest(conn, "memories")
+
+
+def sealed(payload: bytes, version: int | None = None) -> bytes:
+    """The payload with a right checksum again, and another RDB version where one is given."""
+    body = payload[:-10] + (payload[-10:-8] if version is None else version.to_bytes(2, "little"))
+    return body + crc64(body).to_bytes(8, "little")
+
+
+def flipped(payload: bytes) -> bytes:
+    middle = len(payload) // 2
+    return payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
+
+
+def of_newer_redis(payload: bytes) -> bytes:
+    return sealed(payload, version=99)
+
+
+def of_newer_falkordb(payload: bytes) -> bytes:
+    return sealed(payload[:9] + bytes([payload[9] + 5]) + payload[10:])  # the low bits of the module's id
+
+
+@pytest.mark.parametrize(
+    ("spoil", "answer", "remedy"),
+    [
+        (flipped, "payload version or checksum are wrong", "upgrade the target"),
+        (of_newer_redis, "payload version or checksum are wrong", "RDB version 99"),
+        (of_newer_falkordb, "Bad data format", "graph encoding"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_refused_payload_leaves_the_old_graph_in_place(
+    target: FalkorServer, target_conn: redis.Redis, spoil, answer: str, remedy: str, there: bool
+):
+    fill(target_conn, "memories", 300, 200)
+    before = digest(target_conn, "memories")
+    payload = spoil(dump_graph(target_conn, "memories"))
+    if not there:
+        rename_graph(target_conn, "memories", "kept")
+    name = "memories" if there else "kept"
+    with pytest.raises(StoreFailed, match=answer) as refusal:
+        swap_in(target_conn, "memories", payload, SAFETY)
+    assert remedy in refusal.value.next_step
+    assert list_graphs(target_conn) == [name]
+    assert digest(target_conn, name) == before
+    if there:
+        target.restart()
+        with connect(target.address) as after:
+            assert digest(after, "memories") == before
+
+
+def test_garbage_is_not_even_sent(target_conn: redis.Redis):
+    fill(target_conn, "memories", 30)
+    for garbage in (b"", b"x", b"\x07" + bytes(200), target_conn.set("s", "text") and target_conn.dump("s")):
+        with pytest.raises(BackupDamaged, match="holds no graph"):
+            swap_in(target_conn, "memories", garbage, SAFETY)
+        with pytest.raises(BackupDamaged, match="holds no graph"):
+            prove_acceptance(target_conn, garbage, "proof", GraphDigest("", 0, 0, by_id=True))
+    assert list_graphs(target_conn) == ["memories"]
+
+
+def test_a_payload_never_goes_under_another_name(
+    conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
+):
+    fill(conn, "memories", 50)
+    fill(target_conn, "memories", 10)
+    payload = dump_graph(conn, "memories")
+    with pytest.raises(StoreFailed, match="dumped as graph 'memories'"):
+        swap_in(target_conn, "other", payload, SAFETY)
+    with pytest.raises(StoreFailed, match="dumped as graph 'memories'"):
+        prove_acceptance(target_conn, payload, "memories__proof", digest(conn, "memories"))
+    assert list_graphs(target_conn) == ["memories"]
+    assert counts(target_conn, "memories").nodes == 10
+
+
+def test_names_in_use_are_not_touched(conn: redis.Redis, target_conn: redis.Redis):
+    fill(conn, "memories", 50)
+    fill(target_conn, "memories", 10)
+    fill(target_conn, SAFETY, 20)
+    with pytest.raises(StoreFailed, match="exists already") as refusal:
+        swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
+    assert f"GRAPH.DELETE {SAFETY}" in refusal.value.next_step
+    with pytest.raises(StoreFailed, match="exists already"):
+        prove_acceptance(target_conn, dump_as(conn, "memories", SAFETY), SAFETY, digest(conn, "memories"))
+    with pytest.raises(StoreFailed, match="cannot be renamed"):
+        rename_graph(target_conn, "memories", SAFETY)
+    assert (counts(target_conn, "memories").nodes, counts(target_conn, SAFETY).nodes) == (10, 20)
+    target_conn.set("plain", "x")
+    with pytest.raises(StoreFailed, match="exists already"):
+        swap_in(target_conn, "plain", dump_as(conn, "memories", "plain"), "plain__pre")
+    assert target_conn.get("plain") == b"x"
+
+
+def test_proof_fails_where_the_copy_is_not_what_was_expected(conn: redis.Redis, target_conn: redis.Redis):
+    fill(conn, "memories", 50)
+    expected = digest(conn, "memories")
+    write(conn, "memories", "MATCH (m:Memory {id: 'id-7'}) SET m.content = 'changed'")
+    with pytest.raises(VerificationFailed, match="differs from the backup"):
+        prove_acceptance(target_conn, dump_as(conn, "memories", "proof"), "proof", expected)
+    assert list_graphs(target_conn) == []
+
+
+def test_a_refused_proof_leaves_nothing(conn: redis.Redis, target_conn: redis.Redis):
+    fill(conn, "memories", 50)
+    expected = digest(conn, "memories")
+    payload = of_newer_falkordb(dump_as(conn, "memories", "proof"))
+    with pytest.raises(StoreFailed, match="Bad data format"):
+        prove_acceptance(target_conn, payload, "proof", expected)
+    assert list_graphs(target_conn) == []
+
+
+def test_the_old_graph_comes_back(conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis):
+    fill(conn, "memories", 50)
+    fill_rich(target_conn, "memories")
+    before = digest(target_conn, "memories")
+    swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
+    swap_back(target_conn, "memories", SAFETY)
+    assert list_graphs(target_conn) == ["memories"]
+    assert digest(target_conn, "memories") == before
+    with pytest.raises(MissingData, match="does not exist"):
+        swap_back(target_conn, "memories", SAFETY)
+    assert digest(target_conn, "memories") == before
+    target.kill()
+    target.start()
+    with connect(target.address) as after:
+        assert digest(after, "memories") == before
+
+
+@pytest.mark.parametrize("missing", ["restore", "rename", "multi"])
+def test_a_missing_permission_is_told_and_changes_nothing(
+    conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis, missing: str
+):
+    fill(conn, "memories", 50)
+    fill(target_conn, "memories", 10)
+    target_conn.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "+@all", f"-{missing}")
+    with connect(GraphAddress("127.0.0.1", target.port, username="limited", password="pw")) as limited:
+        with pytest.raises(AccessRefused) as refusal:
+            swap_in(limited, "memories", dump_graph(conn, "memories"), SAFETY)
+        assert "+restore +rename +multi +exec" in refusal.value.next_step
+    assert list_graphs(target_conn) == ["memories"]
+    assert counts(target_conn, "memories").nodes == 10
+
+
+def test_a_full_target_refuses_and_keeps_its_graph(conn: redis.Redis, target_conn: redis.Redis):
+    fill(conn, "memories", 5000, characters=300)
+    fill(target_conn, "memories", 100)
+    payload = dump_graph(conn, "memories")
+    target_conn.config_set("maxmemory", int(target_conn.info("memory")["used_memory"]) + 1000)
+    with pytest.raises(StoreFailed) as refusal:
+        swap_in(target_conn, "memories", payload, SAFETY)
+    assert "maxmemory" in refusal.value.next_step
+    target_conn.config_set("maxmemory", 0)
+    assert list_graphs(target_conn) == ["memories"]
+    assert counts(target_conn, "memories").nodes == 100
+
+
+def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis):
+    fill(conn, "memories", 20_000, 5000)
+    fill(target_conn, "memories", 300)
+    old, new = digest(target_conn, "memories"), digest(conn, "memories")
+    swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
+    target_conn.execute_command("WAITAOF", 1, 0, 5000)
+    target.kill()
+    target.start()
+    with connect(target.address) as after:
+        assert list_graphs(after) == ["memories", SAFETY]
+        assert (digest(after, "memories"), digest(after, SAFETY)) == (new, old)
+
+
+def test_readers_never_find_the_graph_missing(
+    conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
+):
+    fill(conn, "memories", 2000)
+    fill(target_conn, "memories", 1000)
+    payload = dump_graph(conn, "memories")
+    stop, seen = threading.Event(), set()
+
+    def read() -> None:
+        with connect(target.address) as other:
+            while not stop.is_set():
+                seen.add(counts(other, "memories").nodes)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(5):
+            swap_in(target_conn, "memories", payload, f"{SAFETY}_{number}")
+    finally:
+        stop.set()
+        reader.join()
+    assert seen <= {1000, 2000}
+    assert 2000 in seen
+
+
+def test_a_graph_that_is_not_there_cannot_be_dumped(conn: redis.Redis):
+    with pytest.raises(MissingData, match="graph 'absent' does not exist"):
+        dump_graph(conn, "absent")
