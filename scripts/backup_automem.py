@@ -45,12 +45,13 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of
     from lib.console import Console
     from lib.showing import backup as showing
-    from lib.showing.settings import show_config
+    from lib.showing.settings import announce_open, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
+    announce_open(config, console)
     if args.list:
         return showing.show_sets(config.backup_dir, console)
     if args.check:
@@ -64,38 +65,26 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Take the backup, or with --dry-run say what it would hold."""
     from lib import opening
     from lib.files import private_dir
-    from lib.journal import open_journals, start_journal
     from lib.showing import backup as showing
-    from lib.showing.settings import announce_open
-    from lib.steps.take_collection import remove_our_snapshots
-    from lib.steps.take_pair import take_backup
+    from lib.steps.run_backup import run_backup
+    from lib.steps.take_pair import require_sources
 
     graph = opening.open_graph(config) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
-    private_dir(config.backup_dir)
+    require_sources(graph, collection)
     if args.dry_run:
         return showing.show_sources(graph, collection, config.backup_dir, console)
+    private_dir(config.backup_dir)
     with opening.target_lock(config):
-        for old in open_journals(config.backup_dir):
-            if old.command == "backup" and collection and old.targets == config.targets():
-                remove_our_snapshots(collection.qdrant, old)
-                old.close("cleaned up by the next backup")
-        announce_open(config, console)
-        journal = start_journal(config.backup_dir, "backup", config.targets())
-        try:
-            manifest = take_backup(
-                graph,
-                collection,
-                config.backup_dir,
-                opening.engines(config),
-                journal,
-                console.progress,
-                verify=not args.no_verify,
-            )
-        except BaseException:
-            journal.close("failed, nothing left")
-            raise
-        journal.close(manifest.name)
+        manifest = run_backup(
+            graph,
+            collection,
+            config.backup_dir,
+            config.targets(),
+            opening.engines(config),
+            console.progress,
+            verify=not args.no_verify,
+        )
     return showing.show_backup(manifest, console)
 
 
@@ -103,9 +92,9 @@ def check(config: Config, console: Console, word: str) -> int:
     """Prove existing backups again; exit code 4 where one is damaged."""
     from lib import opening
     from lib.showing import backup as showing
-    from lib.steps.drill import prove_sets, sets_of
+    from lib.steps.drill import prove_named
 
-    return showing.show_proofs(prove_sets(sets_of(config.backup_dir, word), opening.engines(config)), console)
+    return showing.show_proofs(prove_named(config.backup_dir, word, opening.engines(config)), console)
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +17,7 @@ from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import private_dir
 from lib.journal import Journal
+from lib.steps.own_snapshot import own_snapshot
 from lib.steps.payloads import PointId
 from lib.steps.progress import Progress, steps_of
 from lib.steps.prove import prove_collection
@@ -97,8 +97,8 @@ def take_collection(
 ) -> CollectionHalf:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and prove it.
 
-    The server-side snapshot is deleted again, whatever happens; the journal tells the next run of one that a kill
-    left behind. Raises MissingData where the collection is absent, MigrationError where it lies on several nodes.
+    The server-side snapshot is deleted again, whatever happens (see `own_snapshot`). Raises MissingData where the
+    collection is absent, MigrationError where it lies on several nodes.
     """
     state = get_state(source.qdrant, source.collection)
     refuse_partial(topology(source.qdrant, source.collection))
@@ -116,44 +116,28 @@ def take_collection(
     }
     file, facts = _archive(source, path, facts, journal, progress)
     half = _half(file, facts, state)
-    if not verify:
-        return half
-    try:
-        return _proved(path, half)
-    except BackupDamaged:
-        path.unlink(missing_ok=True)
-        raise
+    return _proved(path, half) if verify else half
 
 
 def _archive(
     source: CollectionSource, path: Path, facts: dict[str, Any], journal: Journal, progress: Progress | None
 ) -> tuple[BackupFile, dict[str, Any]]:
-    known = snapshots.list_snapshots(source.qdrant, source.collection)
     with (
         tempfile.TemporaryFile() as before,
         tempfile.TemporaryFile() as after,
         tempfile.TemporaryFile() as both,
     ):
         _write_ids(source, before)
-        journal.append("snapshot", collection=source.collection, known_snapshots=[one.name for one in known])
-        made: snapshots.Snapshot | None = None
-        try:
-            made = snapshots.create(source.qdrant, source.collection, known_before=known)
-            journal.append("snapshot made", snapshot=made.name)
-            _write_ids(source, after)
-            facts["promised_ids"] = _in_both(before, after, both)
-            facts |= {
-                "snapshot_name": made.name,
-                "snapshot_size": made.size,
-                "snapshot_sha256": made.checksum,
-            }
+        with own_snapshot(source.qdrant, source.collection, journal) as made:
             if made.checksum is None:
                 raise MigrationError(f"Qdrant gave no checksum with snapshot {made.name}")
+            _write_ids(source, after)
+            facts["promised_ids"] = _in_both(before, after, both)
+            facts["snapshot_name"], facts["snapshot_size"] = made.name, made.size
+            facts["snapshot_sha256"] = made.checksum
             with archive_writer(path) as archive:
                 _fill(source, archive, facts, made, both, progress)
                 size, sha256 = archive.finish()
-        finally:
-            remove_our_snapshots(source.qdrant, journal)
     return BackupFile(f"{COLLECTION_DIR}/{path.name}", size, sha256), facts
 
 
@@ -183,23 +167,6 @@ def _fill(
     size = ids.tell()
     ids.seek(0)
     archive.add(IDS, ids, size)
-
-
-def remove_our_snapshots(qdrant: Qdrant, journal: Journal) -> None:
-    """Delete the snapshot file that this run made, also after a kill.
-
-    Where the name never reached the journal, ours is what appeared since the journalled list, under the
-    collection's own prefix.
-    """
-    collection, known = journal.fact("collection"), journal.fact("known_snapshots")
-    if collection is None or known is None:
-        return
-    with suppress(MigrationError):  # the backup itself is what counts; an open journal tries again
-        names = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-        mine = journal.fact("snapshot")
-        new = [name for name in names if name not in known and name.startswith(f"{collection}-")]
-        for name in [mine] if mine in names else ([] if mine else new):
-            snapshots.delete(qdrant, collection, name)
 
 
 def _half(file: BackupFile, facts: dict[str, Any], state: CollectionState) -> CollectionHalf:

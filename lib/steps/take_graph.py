@@ -9,7 +9,6 @@ import redis
 
 from lib.backup_set.manifest import UNPROVED, BackupFile, GraphHalf
 from lib.backup_set.sets import GRAPH_DIR
-from lib.errors import BackupDamaged
 from lib.files import atomic_writer, private_dir
 from lib.graph.client import GraphAddress, require_graph, server_versions
 from lib.graph.engine import Engine
@@ -17,7 +16,7 @@ from lib.graph.psync import PsyncRefused, stream_rdb
 from lib.graph.rdb import wrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.swap import dump_graph
-from lib.steps.progress import Progress
+from lib.steps.progress import Progress, steps_of
 from lib.steps.prove import prove_graph, with_proof
 
 
@@ -65,17 +64,15 @@ def take_graph(
     )
     if not verify:
         return half
-    try:
-        return with_proof(half, prove_graph(path, source.graph, engines, half=half))
-    except BackupDamaged:
-        path.unlink(missing_ok=True)  # a file that does not prove never keeps its final name
-        raise
+    return with_proof(half, prove_graph(path, source.graph, engines, half=half))
 
 
 def _transfer(source: GraphSource, path: Path, progress: Progress | None) -> tuple[str, int, str]:
+    steps = steps_of(progress) if progress else None
+    tell = (lambda done: steps(done, 0)) if steps else None
     try:
         with atomic_writer(path) as stream:
-            moved = stream_rdb(source.address, stream.write, progress=progress)
+            moved = stream_rdb(source.address, stream.write, progress=tell)
         return "rdb", moved.size, moved.sha256
     except PsyncRefused:
         import hashlib

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lib.backup_set.archive import read_archive
-from lib.backup_set.manifest import CollectionHalf, Drift, GraphHalf, Manifest, new_stamp, write_manifest
-from lib.backup_set.sets import leftovers
-from lib.errors import GuardRefused
+from lib.backup_set.manifest import CollectionHalf, Drift, GraphHalf, Manifest, write_manifest
+from lib.backup_set.unfinished import claim_stamp, remove_unfinished
+from lib.errors import MigrationError
 from lib.files import free_bytes, private_dir
+from lib.graph.client import require_graph
 from lib.graph.engine import Engine
 from lib.graph.read import iter_memories
 from lib.journal import Journal
@@ -22,6 +23,14 @@ from lib.vectors.collection import get_state
 
 _EXAMPLES = 20
 _ROOM = 64 << 20  # what the files need at the very least; a full disk is also noticed while writing
+
+
+def require_sources(graph: GraphSource | None, collection: CollectionSource | None) -> None:
+    """Raise MissingData where what is to be read is absent: asked before anything is written."""
+    if graph:
+        require_graph(graph.conn, graph.graph, graph.address)
+    if collection:
+        get_state(collection.qdrant, collection.collection)
 
 
 def take_backup(
@@ -38,26 +47,17 @@ def take_backup(
 
     Raises MissingData where a source is absent, BackupDamaged where a file does not prove.
     """
-    _clean(folder)
+    private_dir(folder)
     _check_room(folder, collection)
-    stamp, created = new_stamp(folder)
-    made: list[Path] = []
+    stamp, created = claim_stamp(folder, journal)
     try:
-        graph_half = _graph(graph, folder, stamp, engines, bar, made, verify=verify)
-        collection_half = _collection(collection, folder, stamp, journal, bar, made, verify=verify)
+        graph_half = _graph(graph, folder, stamp, engines, bar, verify=verify)
+        collection_half = _collection(collection, folder, stamp, journal, bar, verify=verify)
         drift = _drift(graph, folder, collection_half)
         return write_manifest(folder, Manifest(stamp, created, graph_half, collection_half, drift))
     except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)  # both or neither
+        remove_unfinished(folder, journal)  # both or neither
         raise
-
-
-def _clean(folder: Path) -> None:
-    """Remove what a killed run left; the lock says that no other run is writing now."""
-    private_dir(folder)
-    for path in leftovers(folder):
-        path.unlink(missing_ok=True)
 
 
 def _check_room(folder: Path, collection: CollectionSource | None) -> None:
@@ -67,7 +67,7 @@ def _check_room(folder: Path, collection: CollectionSource | None) -> None:
         need += state.points * state.size * 4
     free = free_bytes(folder)
     if free < need:
-        raise GuardRefused(
+        raise MigrationError(
             f"{folder} has {free >> 20} MiB free, the backup may need {need >> 20} MiB",
             next_step=f"df -h {folder}   then free some room, or name another folder with --backup-dir",
         )
@@ -79,16 +79,13 @@ def _graph(
     stamp: str,
     engines: list[Engine],
     bar: ProgressBar,
-    made: list[Path],
     *,
     verify: bool,
 ) -> GraphHalf | None:
     if source is None:
         return None
     with bar("graph", None, "bytes") as progress:
-        half = take_graph(source, folder, stamp, engines, verify=verify, progress=progress)
-    made.append(folder / half.file.name)
-    return half
+        return take_graph(source, folder, stamp, engines, verify=verify, progress=progress)
 
 
 def _collection(
@@ -97,16 +94,13 @@ def _collection(
     stamp: str,
     journal: Journal,
     bar: ProgressBar,
-    made: list[Path],
     *,
     verify: bool,
 ) -> CollectionHalf | None:
     if source is None:
         return None
     with bar("collection", None, "bytes") as progress:
-        half = take_collection(source, folder, stamp, journal, verify=verify, progress=progress)
-    made.append(folder / half.file.name)
-    return half
+        return take_collection(source, folder, stamp, journal, verify=verify, progress=progress)
 
 
 def _drift(graph: GraphSource | None, folder: Path, half: CollectionHalf | None) -> Drift | None:
