@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import json
+import math
+import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, NoReturn
 
-from lib.errors import INTERRUPTED, DimensionMismatch, MigrationError
+from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 
 EXIT_CODES = """\
 exit codes:
@@ -18,15 +24,40 @@ exit codes:
   6 the provider refused, progress kept   130 interrupted, run the same command again"""
 
 
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: leaves by the same road as Ctrl-C, so that nothing stays half done."""
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Tells bad usage as every other error is told; takes no abbreviations, which a later flag would break."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._as_json = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it; remembers whether JSON was asked for."""
+        words = list(sys.argv[1:] if args is None else args)
+        self._as_json = "--json" in words
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        _report(UsageProblem(message, next_step=f"python scripts/{self.prog} --help"), as_json=self._as_json)
+        raise SystemExit(USAGE)
+
+
+def parser(description: str) -> Parser:
     """A parser with the flags that every command has."""
-    made = argparse.ArgumentParser(
-        description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(description)
     common = made.add_argument_group("common")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
@@ -52,14 +83,24 @@ def positive(text: str) -> int:
     return value
 
 
+def dollars(text: str) -> float:
+    """An argument type: an amount of money."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not an amount in US dollars")
+    return value
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
 def _report(error: MigrationError, *, as_json: bool) -> None:
     if as_json:
-        document = {"error": str(error), "next": error.next_step, "exit_code": error.exit_code}
-        print(json.dumps(document, ensure_ascii=False))
+        print(json.dumps({"error": str(error), "next": error.next_step, "exit_code": error.exit_code}))
     name = "ValueError" if isinstance(error, DimensionMismatch) else "error"
     sys.stdout.flush()
     print(f"{name}: {error}", file=sys.stderr)
@@ -67,18 +108,56 @@ def _report(error: MigrationError, *, as_json: bool) -> None:
         print("\nnext:\n  " + error.next_step.replace("\n", "\n  "), file=sys.stderr)
 
 
-def run(command: Callable[[], int], *, as_json: bool = False) -> int:
-    """Run a command and turn known errors into one message and an exit code; bugs keep their traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+class _Interrupted(MigrationError):
+    exit_code = INTERRUPTED
+
+
+def _file_trouble(error: OSError) -> MigrationError | None:
+    """A full disk, or what the system says of a file that it names; None where it is another fault."""
+    where = str(error.filename or "the backup folder or the folder for temporary files")
+    if error.errno in _DISK_FULL:
+        return MigrationError(
+            f"no room left for {where}: {error.strerror}", next_step="df -h   and free some room"
+        )
+    if error.filename is None or isinstance(error, ConnectionError):
+        return None
+    return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {where}")
+
+
+def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     try:
         return command()
     except MigrationError as error:
-        _report(error, as_json=as_json)
-        return error.exit_code
+        known = error
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again, it goes on where it was", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our stdout left (head, less): nothing to tell it any more.
-        sys.stderr.close()
-        return INTERRUPTED
+        known = _Interrupted("interrupted", next_step="run the same command again, it goes on where it was")
+    except OSError as error:
+        trouble = None if isinstance(error, BrokenPipeError) else _file_trouble(error)
+        if trouble is None:
+            raise
+        known = trouble
+    _report(known, as_json=as_json)
+    return known.exit_code
+
+
+def _let_go(stream: io.TextIOBase) -> None:
+    """A reader that left (head, less) must not fail the interpreter's own last flush."""
+    with contextlib.suppress(ValueError):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run(command: Callable[[], int], *, as_json: bool = False) -> int:
+    """Run a command and turn known errors into one message and an exit code; bugs keep their traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, io.TextIOWrapper)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a memory's words
+    code = INTERRUPTED
+    with contextlib.suppress(BrokenPipeError):
+        code = _boundary(command, as_json=as_json)
+    for stream in streams:
+        _let_go(stream)
+    return code

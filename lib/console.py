@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 Progress = Callable[[int], None]
 _PLAIN_SECONDS = 5.0
@@ -59,9 +60,15 @@ class Console:
     def result(self, document: Mapping[str, object], text: str) -> None:
         """The outcome, last, on stdout."""
         if self.as_json:
-            print(json.dumps(document, ensure_ascii=False, default=str))
+            print(json.dumps(document, default=_as_json))
         elif text:
             print(text, flush=True)
+
+
+def _as_json(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a result")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.errors import UsageProblem
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -18,54 +19,64 @@ class Setting:
     origin: str
 
 
-def env_files(env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path) -> list[Path]:
-    """The files that are read, first wins; raises UsageProblem where a named one is missing."""
+def env_files(
+    env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]
+) -> list[Path]:
+    """The files that are read, first wins; a named one that is missing is a fault."""
+    found = [cwd / ".env", root / ".env"]
+    home = environ.get("HOME")
+    if home:
+        found.append(Path(home) / ".config" / "automem" / ".env")
     named = env_file or environ.get("AUTOMEM_ENV_FILE")
-    home = Path(environ.get("HOME") or Path.home())
-    found = [cwd / ".env", root / ".env", home / ".config" / "automem" / ".env"]
     if named:
-        path = Path(named).expanduser()
+        path = Path(home, named[2:]) if home and named.startswith("~/") else cwd / named
+        found.insert(0, path)
         if not path.is_file():
             flag = "--env-file" if env_file else "AUTOMEM_ENV_FILE"
-            raise UsageProblem(f"{flag} names {path}, which is no file", next_step=f"ls -l {path.parent}")
-        found.insert(0, path)
+            faults.append(f"{flag} names {path}, which is no file")
     return list(dict.fromkeys(path.absolute() for path in found if path.is_file()))
 
 
-def _glued(path: Path, known: Mapping[str, str]) -> list[str]:
-    """Lines that hold a second assignment: what `echo ... >> .env` makes of a file without a final newline."""
+def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> list[str]:
+    """Assignments inside another line: what `echo ... >> .env` makes of a file without a final newline."""
     names = "|".join(sorted(known, key=len, reverse=True))
-    pattern = re.compile(rf"^\s*(?:export\s+)?(\w+?)=(?!.*\s#).*?({names})=")
+    in_value = re.compile(rf"\s*(?:export\s+)?(\w+?)=(?:(?!\s#).)*?({names})=")
+    # In a comment the names may be mentioned: only one that is glued to a word was appended.
+    in_comment = re.compile(rf"(?:\s*|.*\s)(#).*[a-z0-9.]({names})=")
     faults = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        found = pattern.match(line)
+    for number, line in enumerate(lines, 1):
+        found = in_value.match(line) or in_comment.match(line)
         if found:
+            what = "the comment" if found[1] == "#" else f"the line of {found[1]}"
             faults.append(
-                f"{path}:{number}: the line of {found[1]} also holds {found[2]}= (the file had no final newline"
+                f"{path}:{number}: {what} also holds {found[2]}= (the file had no final newline"
                 f" when {found[2]} was appended): put {found[2]} on a line of its own"
             )
     return faults
 
 
-def _line_numbers(path: Path) -> dict[str, int]:
-    """Where each variable is set; the last line wins."""
+def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[str, Setting]:
+    """What a file sets; of duplicate lines the last one counts, an empty value counts as not set."""
+    from dotenv import dotenv_values
     from dotenv.parser import parse_stream
 
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        return {one.key: one.original.line for one in parse_stream(stream) if one.key}
-
-
-def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[str, Setting]:
-    from dotenv import dotenv_values
-
     try:
-        faults += _glued(path, known)
-        lines = _line_numbers(path)
-        values = dotenv_values(path)
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path} cannot be read: {error}")
         return {}
-    return {name: Setting(value, f"{path}:{lines.get(name, '?')}") for name, value in values.items() if value}
+    faults += _glued(path, text.splitlines(), known)
+    good, lines = "", {}
+    for one in parse_stream(io.StringIO(text)):
+        source = one.original.string
+        line = one.original.line + source[: len(source) - len(source.lstrip())].count("\n")
+        if not one.error:
+            good += source
+            lines[one.key] = line
+        elif any(name in source for name in known):
+            faults.append(f"{path}:{line}: is no assignment, which is NAME=value")
+    values = dotenv_values(stream=io.StringIO(good))
+    return {name: Setting(value, f"{path}:{lines[name]}") for name, value in values.items() if value}
 
 
 def read_settings(
@@ -74,9 +85,11 @@ def read_settings(
     """Every setting by precedence, and the faults found in the files."""
     faults: list[str] = []
     sources = [{name: Setting(value, "environment") for name, value in environ.items() if value}]
-    sources += [_read_file(path, defaults, faults) for path in env_files(env_file, environ, cwd, root)]
+    sources += [
+        _read_file(path, defaults, faults) for path in env_files(env_file, environ, cwd, root, faults)
+    ]
     settings = {}
     for name, default in defaults.items():
         found = [source[name] for source in sources if name in source]
-        settings[name] = found[0] if found else Setting(default, "default")
+        settings[name] = found[0] if found else Setting(default, DEFAULT)
     return settings, faults

@@ -25,9 +25,11 @@ def private_dir(path: Path) -> Path:
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
+        way_out = f"ls -ld {path}   then   sudo chown $(id -un) {path}   or name another with --backup-dir"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            way_out = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(
-            f"cannot write to the folder {path}: {error.strerror}",
-            next_step=f"ls -ld {path}   then   sudo chown $(id -un) {path}   or name another with --backup-dir",
+            f"cannot write to the folder {path}: {error.strerror}", next_step=way_out
         ) from error
     return path
 
@@ -90,11 +92,29 @@ def _open_lock_file(path: Path) -> IO[bytes]:
     one is opened without it; a kernel lock needs no write permission.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         os.fchmod(descriptor, 0o666)
-        return os.fdopen(descriptor, "r+b")
     except FileExistsError:
-        return path.open("rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    return os.fdopen(descriptor, "rb")
+
+
+def _lock_file(path: Path) -> IO[bytes]:
+    """Lock `path`; what a cleaner of /tmp removes meanwhile is made again. Raises portalocker's AlreadyLocked."""
+    import portalocker
+
+    while True:
+        stream = _open_lock_file(path)
+        try:
+            portalocker.lock(stream, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            with contextlib.suppress(PermissionError):
+                os.utime(path)  # cleaners take what is old
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
 
 
 class TargetLock:
@@ -117,17 +137,17 @@ class TargetLock:
         with contextlib.suppress(PermissionError):
             self._folder.chmod(0o1777)
         for name in self._names:
-            stream = _open_lock_file(self._folder / hashlib.sha256(name.encode()).hexdigest()[:24])
             try:
-                portalocker.lock(stream, portalocker.LOCK_EX | portalocker.LOCK_NB)
-            except portalocker.LockException as error:
-                stream.close()
+                self._held.append(_lock_file(self._folder / hashlib.sha256(name.encode()).hexdigest()[:24]))
+            except portalocker.AlreadyLocked as error:
                 self._release()
                 raise LockHeld(
                     f"another run is working on {name}",
                     next_step="wait until it has ended, then run the same command again",
                 ) from error
-            self._held.append(stream)
+            except BaseException:
+                self._release()
+                raise
         return self
 
     def __exit__(

@@ -105,14 +105,18 @@ def start_journal(folder: Path, command: str, targets: list[str], **facts: objec
 
 
 def read_journal(path: Path) -> Journal | None:
-    """A journal from disk; a last line cut by a crash is passed over, an empty file is None."""
+    """A journal from disk; a last line cut by a crash is passed over, an empty or foreign file is None."""
     entries = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             continue
-    return Journal(path, entries) if entries else None
+        if isinstance(entry, dict) and "phase" in entry:
+            entries.append(entry)
+    if not entries or not entries[0].keys() >= {"run_id", "command", "targets"}:
+        return None
+    return Journal(path, entries)
 
 
 def open_journals(folder: Path) -> list[Journal]:

@@ -18,7 +18,7 @@ from lib import cli
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(__doc__ or "")
     parser.add_argument(
         "serve",
         nargs="?",

@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed"
     )
-    parser.add_argument("--max-cost", type=float, metavar="USD", help="refuse to spend more than this")
+    parser.add_argument("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
     parser.add_argument("--in-place", action="store_true", help="delete, create, fill (also the default)")
     parser.add_argument(
         "--only-missing", action="store_true", help="repair drift: add, renew and remove points"
@@ -53,12 +53,18 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of, require_openai_key
     from lib.console import Console
     from lib.dimensions import check_model, model_fault
-    from lib.showing.settings import show_config
+    from lib.errors import UsageProblem
+    from lib.showing.settings import announce_open, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
+    announce_open(config, console)
+    if args.fresh and args.dry_run:
+        raise UsageProblem(
+            "--fresh forgets what was paid for: not with --dry-run", next_step="give one of them"
+        )
     require_openai_key(config)
     fault = model_fault(config.embedding_model, config.vector_size)
     if fault and args.dry_run:
@@ -73,13 +79,14 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open, plan, and go the way that was asked for."""
     from lib import opening
     from lib.showing import reembed as showing
-    from lib.showing.settings import announce_open
     from lib.steps import migrate
     from lib.steps.embed import try_one_batch
     from lib.steps.switch import Target
+    from lib.steps.take_pair import require_sources
     from lib.vectors.cluster import refuse_partial, topology
 
     graph, source = opening.open_graph(config), opening.open_collection(config)
+    require_sources(graph, source if args.only_missing else None)
     with opening.open_spool(config) as spool:
         run = migrate.Migration(
             graph,
@@ -90,7 +97,6 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             console.progress,
         )
         run.journal = migrate.find_open_run(run)
-        announce_open(config, console)
         if args.fresh:
             spool.forget_vectors(config.spec)
         plan, kind, live = migrate.look(run)
@@ -99,8 +105,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
         showing.show_plan(plan, kind, console)
         if args.dry_run:
             return showing.show_tried(try_one_batch(buyer_of(config, args), spool), run, console)
-        if plan.price is not None and args.max_cost is not None and plan.price > args.max_cost:
-            raise showing.too_dear(plan, args.max_cost)
+        showing.require_cheap(plan, args.max_cost)
         return work(config, console, run, args, (kind, live))
 
 

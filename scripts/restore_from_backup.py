@@ -57,13 +57,14 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.errors import UsageProblem
     from lib.files import private_dir
-    from lib.showing.settings import show_config
+    from lib.showing.settings import announce_open, show_config
     from lib.steps.restore_files import read_wanted
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
+    announce_open(config, console)
     if not args.files:
         raise UsageProblem(
             "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"

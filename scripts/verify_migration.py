@@ -45,14 +45,17 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of
     from lib.console import Console
     from lib.showing import verify as showing
-    from lib.showing.settings import show_config
+    from lib.showing.settings import announce_open, show_config
+    from lib.steps.take_pair import require_sources
     from lib.steps.verify import Stores, record, verify
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
+    announce_open(config, console)
     graph, collection = opening.open_graph(config), opening.open_collection(config)
+    require_sources(graph, collection)
     stores = Stores(graph, collection, opening.automem_api(config), config.backup_dir, config.targets())
     with opening.open_spool(config) as spool:
         checks = verify(

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 import orjson
 
-from lib.errors import BackupDamaged
+from lib.errors import BackupDamaged, BadFile
 from lib.files import atomic_writer
 
 FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
@@ -24,6 +24,8 @@ _LEVEL = 1
 _BLOCK = 512
 _CHUNK = 1 << 20
 _FACTS_LIMIT = 64 << 20
+_PROMISES = {"collection", "config", "snapshot_size", "snapshot_sha256", "promised_ids"}
+_ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
 
 class _HashingFile:
@@ -128,11 +130,11 @@ SnapshotReader = Callable[[IO[bytes]], object]
 IdsReader = Callable[[Iterator[str]], object]
 
 
-def _damage(*more: type[Exception]) -> tuple[type[Exception], ...]:
+def _damage() -> tuple[type[Exception], ...]:
     """What reading a damaged gzip or tar raises."""
     from isal import igzip, isal_zlib
 
-    return EOFError, tarfile.TarError, igzip.BadGzipFile, cast("type[Exception]", isal_zlib.IsalError), *more
+    return EOFError, tarfile.TarError, igzip.BadGzipFile, cast("type[Exception]", isal_zlib.IsalError)
 
 
 @contextmanager
@@ -148,9 +150,7 @@ def _members(path: Path) -> Iterator[tarfile.TarFile]:
             while plain.read(_CHUNK):  # the gzip trailer holds its own checksum
                 pass
     except _damage() as error:
-        raise BackupDamaged(
-            f"{path} is damaged: {error}", next_step="use another backup: ls -l backups/"
-        ) from error
+        raise BackupDamaged(f"{path} is damaged: {error}", next_step=_ANOTHER) from error
 
 
 def read_archive(
@@ -169,14 +169,14 @@ def read_archive(
             if stream is None:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
             if member.name == FACTS and facts is None and member.size < _FACTS_LIMIT:
-                facts = orjson.loads(stream.read())
+                facts = _read_facts(path, stream)
             elif member.name.startswith(SNAPSHOT) and facts is not None and reader is None:
                 name, reader = member.name.removeprefix(SNAPSHOT), _HashingReader(stream)
                 if on_snapshot:
                     on_snapshot(cast("IO[bytes]", reader))
                 reader.drain()
-            elif member.name == IDS and reader is not None:
-                ids = _read_ids(stream, on_ids)
+            elif member.name == IDS and reader is not None and ids < 0:
+                ids = _read_ids(path, stream, on_ids)
             else:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
     if facts is None or reader is None or ids < 0:
@@ -184,14 +184,30 @@ def read_archive(
     return ArchiveFacts(facts, name, reader.size, reader.sha256.hexdigest(), ids)
 
 
-def _read_ids(stream: IO[bytes], on_ids: IdsReader | None) -> int:
+def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
+    try:
+        facts = orjson.loads(stream.read())
+    except ValueError as error:
+        raise BackupDamaged(f"{path}: its {FACTS} cannot be read: {error}") from error
+    if not isinstance(facts, dict) or not facts.keys() >= _PROMISES:
+        raise _foreign(path)
+    return facts
+
+
+def _foreign(path: Path) -> BadFile:
+    return BadFile(f"{path} is a tar.gz, but not one that backup_automem.py wrote", next_step=_ANOTHER)
+
+
+def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None) -> int:
     count = 0
 
     def lines() -> Iterator[str]:
         nonlocal count
         for line in stream:
             count += 1
-            yield line.decode().strip()
+            if not line.strip().isascii():
+                raise BackupDamaged(f"{path}: line {count} of its {IDS} is no id")
+            yield line.decode("ascii").strip()
 
     walk = lines()
     if on_ids:
@@ -202,7 +218,10 @@ def _read_ids(stream: IO[bytes], on_ids: IdsReader | None) -> int:
 
 
 def peek_facts(path: Path) -> dict[str, Any]:
-    """`collection.json` alone, the first member; raises BackupDamaged where `path` is no archive of ours."""
+    """`collection.json` alone, the first member.
+
+    Raises BackupDamaged where the file cannot be read so far, BadFile where it is another's tar.gz.
+    """
     from isal import igzip
 
     try:
@@ -213,7 +232,7 @@ def peek_facts(path: Path) -> dict[str, Any]:
             member = tar.next()
             stream = tar.extractfile(member) if member and member.name == FACTS and member.isreg() else None
             if stream is not None and member is not None and member.size < _FACTS_LIMIT:
-                return dict(orjson.loads(stream.read()))
-    except _damage(OSError, ValueError) as error:
-        raise BackupDamaged(f"{path} is damaged: {error}") from error
-    raise BackupDamaged(f"{path} is a tar.gz, but not one that backup_automem.py wrote")
+                return _read_facts(path, stream)
+    except _damage() as error:
+        raise BackupDamaged(f"{path} is damaged: {error}", next_step=_ANOTHER) from error
+    raise _foreign(path)

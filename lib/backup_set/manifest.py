@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -12,12 +11,13 @@ from typing import Any
 
 import orjson
 
-from lib.errors import BackupDamaged
+from lib.errors import BackupDamaged, BadFile
 from lib.files import write_atomic
 
 FORMAT = 1
 CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
 PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
+_ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,6 @@ class Manifest:
         return document
 
 
-def new_stamp(folder: Path) -> tuple[str, str]:
-    """A stamp (UTC, to the second) that no set in `folder` has, and the ISO time; waits out a taken second."""
-    while True:
-        now = datetime.now(timezone.utc).replace(microsecond=0)
-        stamp = now.strftime("%Y%m%d_%H%M%S")
-        if not any(folder.rglob(f"*_{stamp}.*")):
-            return stamp, now.isoformat()
-        time.sleep(0.2)
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest, the last file of the set; returns it with its path."""
     path = folder / manifest.name
@@ -149,16 +139,27 @@ def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest from disk; raises BackupDamaged where it is none or of a newer format."""
+    """A manifest from disk.
+
+    Raises BadFile where it is another's JSON or of a newer format, BackupDamaged where it is ours and broken.
+    """
     try:
         raw = orjson.loads(path.read_bytes())
-        if raw["format"] > FORMAT:
-            raise BackupDamaged(
-                f"{path} is of format {raw['format']}, this version reads up to {FORMAT}",
-                next_step="use a newer checkout of these scripts",
-            )
+    except ValueError as error:
+        raise BackupDamaged(f"{path} cannot be read: {error}", next_step=_ANOTHER) from error
+    number = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(number, int) or "stamp" not in raw:
+        raise BadFile(f"{path} is JSON, but no manifest of a backup", next_step=_ANOTHER)
+    if number > FORMAT:
+        raise BadFile(
+            f"{path} is of format {number}, this version reads up to {FORMAT}",
+            next_step="use a newer checkout of these scripts",
+        )
+    try:
         drift = Drift(**raw["drift"]) if raw.get("drift") else None
         graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])
         return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BackupDamaged(f"{path} is no manifest of a backup ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackupDamaged(
+            f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER
+        ) from error

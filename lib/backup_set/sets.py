@@ -6,27 +6,32 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, Manifest, read_manifest
-from lib.errors import BackupDamaged, MissingData, UsageProblem
-from lib.files import PARTIAL, sync_dir
+from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
+from lib.files import sync_dir
 
 GRAPH_DIR, COLLECTION_DIR, SPOOL_DIR = "falkordb", "qdrant", "embeddings"
+
+
+def manifest_paths(folder: Path) -> list[Path]:
+    """Every file that is named as a manifest, newest first."""
+    return sorted(folder.glob("backup_[0-9]*_[0-9]*.json"), reverse=True)
 
 
 def all_sets(folder: Path) -> list[Manifest]:
     """Every set whose manifest reads, newest first; broken manifests are passed over (see `--check all`)."""
     found = []
-    for path in sorted(folder.glob("backup_*.json"), reverse=True):
+    for path in manifest_paths(folder):
         try:
             found.append(read_manifest(path))
-        except BackupDamaged:
+        except (BackupDamaged, BadFile):
             continue
     return found
 
 
 def latest(folder: Path) -> Manifest:
-    """The newest set; raises MissingData where there is none."""
-    for manifest in all_sets(folder):
-        return manifest
+    """The newest set; raises MissingData where there is none, BackupDamaged where its manifest does not read."""
+    for path in manifest_paths(folder):
+        return read_manifest(path)  # never an older set in silence
     raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
 
 
@@ -38,9 +43,9 @@ def newest_with(folder: Path, collection: str) -> Manifest | None:
     return None
 
 
-def set_of_file(folder: Path, path: Path) -> Manifest | None:
-    """The set that names `path` as one of its files."""
-    for manifest in all_sets(folder):
+def find_set(folder: Path, path: Path) -> Manifest | None:
+    """The set that names `path` as one of its files: in `folder`, or beside the file itself."""
+    for manifest in [*all_sets(folder), *all_sets(path.absolute().parent.parent)]:
         if any(manifest.file_of(half).resolve() == path.resolve() for half in manifest.halves):
             return manifest
     return None
@@ -73,8 +78,3 @@ def delete_set(manifest: Manifest) -> None:
     sync_dir(manifest.path.parent)
     for half in manifest.halves:
         manifest.file_of(half).unlink(missing_ok=True)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """What a killed run left: files under a partial name."""
-    return [path for name in (GRAPH_DIR, COLLECTION_DIR, ".") for path in (folder / name).glob(f"*{PARTIAL}")]

@@ -51,11 +51,13 @@ def show_plan(plan: Plan, kind: str, console: Console) -> None:
         )
 
 
-def too_dear(plan: Plan, most: float) -> UsageProblem:
-    """The refusal of --max-cost."""
-    return UsageProblem(
+def require_cheap(plan: Plan, most: float | None) -> None:
+    """Raise UsageProblem where --max-cost cannot be kept; a model without a list price may cost anything."""
+    if most is None or not plan.texts or (plan.price is not None and plan.price <= most):
+        return
+    raise UsageProblem(
         f"this would cost {_dollars(plan.price)}, --max-cost is ${most:g}; nothing was spent",
-        next_step="raise --max-cost, or use a cheaper EMBEDDING_MODEL",
+        next_step="raise --max-cost (or leave it out), or use a cheaper EMBEDDING_MODEL",
     )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import Manifest, read_manifest
-from lib.backup_set.sets import set_of_file
-from lib.errors import BackupDamaged, BadFile, MigrationError
+from lib.backup_set.sets import find_set, manifest_paths
+from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
 from lib.steps.prove import prove_collection, prove_graph
@@ -61,25 +61,38 @@ def _require_file(path: Path) -> None:
         raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {path}") from error
 
 
-def sets_of(folder: Path, word: str) -> list[Manifest]:
-    """The sets that `--check` names: `all`, a manifest, or a file of a set."""
+def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
+    """Prove what `--check` names: `all`, a manifest, or a file of a set with the whole set.
+
+    What is damaged becomes a Proof with its fault, the others go on. Raises MissingData where there is nothing to
+    prove, BadFile for a file of no set.
+    """
     if word == "all":
-        return [read_manifest(path) for path in sorted(folder.glob("backup_*.json"))]
-    path = Path(word)
+        paths = manifest_paths(folder)
+        if not paths:
+            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+    else:
+        paths = [_manifest_of(folder, Path(word))]
+    return [proof for path in paths for proof in _prove_manifest(path, engines)]
+
+
+def _manifest_of(folder: Path, path: Path) -> Path:
     if kind_of(path) == MANIFEST:
-        return [read_manifest(path)]
-    found = set_of_file(folder, path)
-    if found is None:
+        return path
+    found = find_set(folder, path)
+    if found is None or found.path is None:
         raise BadFile(
             f"{path} belongs to no backup set in {folder}: there is no manifest to prove it against",
             next_step="name the folder with --backup-dir",
         )
-    return [found]
+    return found.path
 
 
-def prove_sets(sets: list[Manifest], engines: list[Engine]) -> list[Proof]:
-    """Prove every half of every set; a damaged one becomes a Proof with its fault, the others go on."""
-    return [proof for manifest in sets for proof in _prove_set(manifest, engines)]
+def _prove_manifest(path: Path, engines: list[Engine]) -> list[Proof]:
+    try:
+        return _prove_set(read_manifest(path), engines)
+    except (BackupDamaged, BadFile) as error:
+        return [Proof(path, "damaged", "", str(error))]
 
 
 def _prove_set(manifest: Manifest, engines: list[Engine]) -> list[Proof]:

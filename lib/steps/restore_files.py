@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup_set.manifest import CollectionHalf, GraphHalf, Manifest, read_manifest
-from lib.backup_set.sets import latest, set_of_file
+from lib.backup_set.sets import find_set, latest
 from lib.errors import BadFile
 from lib.steps.drill import ARCHIVE, MANIFEST, RDB, kind_of
 
@@ -46,7 +46,7 @@ def read_wanted(words: list[str], folder: Path) -> Wanted:
 
 
 def _half_of(folder: Path, path: Path, name: str) -> GraphHalf | CollectionHalf | None:
-    manifest = set_of_file(folder, path) or set_of_file(path.absolute().parent.parent, path)
+    manifest = find_set(folder, path)
     return getattr(manifest, name) if manifest else None
 
 

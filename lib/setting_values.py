@@ -1,0 +1,114 @@
+"""From texts to values: what a setting may be, how it is shown, and every fault told without a secret."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lib.env_files import Setting
+
+SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"}
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def masked(name: str, value: str) -> str:
+    """The value as it may be shown: secrets as stars, addresses without credentials and query."""
+    if name in SECRETS:
+        return "****" if value else "(not set)"
+    if not name.endswith(("_URL", "_HOST")):
+        return value
+    if "@" in value:
+        scheme = value.split("://", 1)[0] + "://" if "://" in value else ""
+        value = f"{scheme}****@{value.rsplit('@', 1)[1]}"
+    place, mark, _query = value.partition("?")
+    return place + ("?****" if mark else "")
+
+
+class Reader:
+    """Turns texts into values and gathers every fault on the way."""
+
+    def __init__(self, settings: Mapping[str, Setting], faults: list[str]) -> None:
+        self.settings = settings
+        self.faults = faults
+
+    def text(self, name: str) -> str:
+        """The value as it was written."""
+        return self.settings[name].value
+
+    def fault(self, name: str, why: str) -> None:
+        """Note what is wrong with a setting, and where it came from."""
+        one = self.settings[name]
+        self.faults.append(f"{name}={masked(name, one.value)} ({one.origin}): {why}")
+
+    def number(self, name: str, low: float, high: float, kind: type[int | float]) -> float:
+        """A number from `low` to `high`."""
+        try:
+            value = kind(self.text(name))
+        except ValueError:
+            word = "a whole number" if kind is int else "a number"
+            self.fault(name, f"must be {word} from {low:g} to {high:g}")
+            return low
+        if not low <= value <= high:
+            self.fault(name, f"must be from {low:g} to {high:g}")
+            return low
+        return value
+
+    def port(self, name: str) -> int:
+        """A TCP port."""
+        return int(self.number(name, 1, 65535, int))
+
+    def flag(self, name: str) -> bool:
+        """True or false."""
+        word = self.text(name).lower()
+        if word not in _TRUE | _FALSE:
+            self.fault(name, "must be true or false")
+        return word in _TRUE
+
+    def host(self, name: str) -> str:
+        """A host's name or address alone."""
+        value = self.text(name)
+        if set(value) & set("/@ ") or value.count(":") == 1:
+            port = name.replace("_HOST", "_PORT")
+            self.fault(name, f"must be a host alone, such as localhost (its port belongs into {port})")
+        return value
+
+    def url(self, name: str, example: str, default_port: int | None = None) -> str:
+        """An http(s) URL with its port, without a slash at its end."""
+        value = self.text(name)
+        try:
+            parts = urlsplit(value)
+            port = parts.port
+        except ValueError:
+            self.fault(name, f"is no URL such as {example}")
+            return value
+        if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
+            self.fault(name, f"must begin with http:// or https://, such as {example}")
+            return value
+        login, at, _place = parts.netloc.rpartition("@")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        port = port or default_port
+        return f"{parts.scheme}://{login}{at}{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+
+    def name(self, name: str) -> str:
+        """A collection's name."""
+        value = self.text(name)
+        if "/" in value or value != value.strip():
+            self.fault(name, "must not hold a slash or blanks at its ends")
+        return value
+
+    def header(self, name: str) -> str:
+        """A secret that travels in an HTTP header."""
+        value = self.text(name)
+        if value and not (value.isascii() and value.isprintable() and value == value.strip()):
+            self.fault(name, "holds blanks at its ends or characters that no HTTP header can carry")
+        return value
+
+    def folder(self, name: str) -> Path:
+        """A folder's absolute path; `~` is the home folder."""
+        value = self.text(name)
+        try:
+            return Path(value).expanduser().absolute()
+        except RuntimeError:
+            self.fault(name, "has a ~ whose home folder is not known")
+            return Path(value)
