@@ -14,6 +14,8 @@ from lib.graph.paging import PAGE_ROWS, missing_or, names, nodes, pages, quoted,
 
 MEMORY_LABEL = "Memory"
 IDS_PER_QUERY = 500
+_INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
+_CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,29 @@ def iter_memories(
 ) -> Iterator[MemoryNode]:
     """Every memory whose node id is above `after`, by ascending node id; `page` ids are asked for at a time.
 
-    Doubles arrive with 15 digits, as FalkorDB prints them.
+    Doubles arrive with 15 digits, as FalkorDB prints them. Bytes that are no UTF-8, which FalkorDB stores without
+    a word, arrive as U+FFFD.
     """
-    from falkordb.query_result import parse_scalar
-
     for rows in pages(conn, graph, nodes(MEMORY_LABEL), "id(n), properties(n)", first=after + 1, size=page):
         for node_id, properties in sorted(rows, key=_first_number):
-            yield MemoryNode(node_id[1], dict(parse_scalar(properties, None)))
+            yield MemoryNode(node_id[1], _python_properties(properties[1]))
 
 
 def _first_number(row: list[Any]) -> int:
     return int(row[0][1])
+
+
+def _python_properties(pairs: list[Any]) -> dict[str, object]:
+    from falkordb.query_result import parse_scalar
+
+    properties: dict[str, object] = {}
+    for key, cell in zip(pairs[::2], pairs[1::2], strict=True):
+        try:
+            value = parse_scalar(cell, None)
+        except (ValueError, OverflowError):  # no UTF-8, or a date that Python does not know
+            value = cell[1].decode("utf-8", "replace") if isinstance(cell[1], bytes) else _canonical(cell)
+        properties[key.decode("utf-8", "replace")] = value
+    return properties
 
 
 def memory_ids_present(conn: redis.Redis, graph: str, ids: Sequence[str | int]) -> set[str | int]:
@@ -108,12 +122,14 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
-    """Indexes, constraints and names. An index's progress and statistics are no part of its definition."""
-    index_columns = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
+    """Indexes, constraints and names. An index's progress and statistics are no part of its definition.
+
+    A constraint that FAILED (some node broke it) enforces nothing and is in no RDB: it is left out.
+    """
     return GraphSchema(
-        indexes=_definitions(conn, graph, "db.indexes", index_columns),
+        indexes=_definitions(conn, graph, "db.indexes", _INDEX_COLUMNS),
         constraints=_definitions(
-            conn, graph, "db.constraints", ("label", "entitytype", "type", "properties")
+            conn, graph, "db.constraints", _CONSTRAINT_COLUMNS, "WHERE status <> 'FAILED'"
         ),
         labels=names(conn, graph, "db.labels", "label"),
         relationship_types=names(conn, graph, "db.relationshipTypes", "relationshipType"),
@@ -122,10 +138,11 @@ def schema(conn: redis.Redis, graph: str) -> GraphSchema:
 
 
 def _definitions(
-    conn: redis.Redis, graph: str, procedure: str, columns: Sequence[str]
+    conn: redis.Redis, graph: str, procedure: str, columns: Sequence[str], condition: str = ""
 ) -> list[dict[str, str]]:
     listed = ", ".join(columns)
-    rows = raw_rows(conn, graph, f"CALL {procedure}() YIELD {listed} RETURN {listed}")
+    yielded = f"{listed}, status" if condition else listed
+    rows = raw_rows(conn, graph, f"CALL {procedure}() YIELD {yielded} {condition} RETURN {listed}")
     found = [{column: _canonical(cell) for column, cell in zip(columns, row, strict=True)} for row in rows]
     return sorted(found, key=lambda definition: sorted(definition.items()))
 
@@ -138,4 +155,4 @@ def _canonical(cell: list[Any]) -> str:
     if kind == 10:  # a map
         pairs = zip(value[::2], value[1::2], strict=True)
         return "{" + ", ".join(sorted(f"{key.decode()}: {_canonical(item)}" for key, item in pairs)) + "}"
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

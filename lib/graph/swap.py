@@ -78,6 +78,29 @@ def prove_acceptance(conn: redis.Redis, payload: bytes, throwaway: str, expected
         )
 
 
+def require_readable(conn: redis.Redis, payload: bytes, throwaway: str) -> None:
+    """Raise StoreFailed where the target writes older versions than this payload's, and so cannot read it.
+
+    A graph of one node is made and dumped under `throwaway`, then deleted: the way for a payload whose own name is
+    taken, which no rehearsal can restore.
+    """
+    _require_free(conn, throwaway)
+    try:
+        command(conn, "GRAPH.QUERY", throwaway, "CREATE (:Probe)")
+        probe = dump_graph(conn, throwaway)
+    finally:
+        drop_graph(conn, throwaway)
+    for read, written in (
+        (rdb_version(probe), rdb_version(payload)),
+        (graph_encoding(probe), graph_encoding(payload)),
+    ):
+        if written > read:
+            raise StoreFailed(
+                f"FalkorDB at {place(conn)} cannot read this backup: version {written}, it reads up to {read}",
+                next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
+            )
+
+
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
     """Put the dumped graph in place as `name`, at once; the graph that stood there is then `safety_name`.
 

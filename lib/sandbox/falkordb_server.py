@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import redis
+
 from lib.errors import MigrationError
 from lib.graph.client import GraphAddress, connect
 from lib.graph.engine import Engine, installed_engines
@@ -98,11 +100,12 @@ class FalkorServer:
         return self._process
 
     def _answers(self) -> bool:
+        """Whether it is this server that answers: on a taken port another one would."""
         try:
-            connect(self.address, timeout_seconds=START_SECONDS).close()
-        except MigrationError:
+            with connect(self.address, timeout_seconds=START_SECONDS) as conn:
+                return int(conn.info("server")["process_id"]) == self.pid
+        except (MigrationError, redis.exceptions.RedisError):
             return False
-        return True
 
     def _write_config(self) -> Path:
         """All settings in a file of mode 0600, so that the password is not in the process list."""

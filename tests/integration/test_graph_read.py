@@ -10,6 +10,7 @@ from lib.graph.paging import nodes, pages, relationships, row_cap
 from lib.graph.read import counts, iter_memories, memory_ids_present, read_rows, schema
 from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import (
+    constrain,
     fill,
     fill_rich,
     rich_counts,
@@ -104,6 +105,15 @@ def test_values_arrive_as_python_values(conn: redis.Redis):
     assert first["nested"] == [1, [2.5, ["deep", "er"]], True]
 
 
+def test_bytes_that_are_no_text_do_not_stop_the_reading(conn: redis.Redis):
+    fill(conn, "g", 3)
+    conn.execute_command(
+        "GRAPH.QUERY", "g", b"CREATE (:Memory {id: 'bad', content: 'ab\xffcd', tags: ['x\xfe'], ok: 1})"
+    )
+    bad = list(iter_memories(conn, "g"))[-1].properties
+    assert bad == {"id": "bad", "content": "ab\ufffdcd", "tags": "[x\ufffd]", "ok": 1}
+
+
 def test_ids_are_looked_up_exactly(conn: redis.Redis):
     fill(conn, "g", 1200)
     write(conn, "g", "CREATE (:Memory {id: 7}), (:Other {id: 'elsewhere'}), (:Memory {id: 'it\\'s \"odd\"'})")
@@ -130,6 +140,14 @@ def test_names_without_nodes_are_not_counted_but_are_part_of_the_schema(conn: re
     assert counts(conn, "g").labels == {"A": 1, "C": 1}
     assert counts(conn, "g").types == {}
     assert schema(conn, "g").labels == ["A", "B", "C"]
+
+
+def test_a_constraint_that_failed_is_no_part_of_the_schema(conn: redis.Redis):
+    fill_rich(conn, "g")
+    before = schema(conn, "g")
+    constrain(conn, "g", "MANDATORY", "NODE", "Memory", "big")
+    assert [c["type"] for c in before.constraints] == ["UNIQUE", "MANDATORY"]
+    assert schema(conn, "g").constraints == before.constraints
 
 
 def test_a_missing_graph_is_named(conn: redis.Redis):

