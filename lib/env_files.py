@@ -37,18 +37,18 @@ def env_files(
     return list(dict.fromkeys(path.absolute() for path in found if path.is_file()))
 
 
-def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> list[str]:
-    """Assignments inside another line: what `echo ... >> .env` makes of a file without a final newline."""
+def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, str]:
+    """By line, assignments inside another: what `echo ... >> .env` makes of a file without a final newline."""
     names = "|".join(sorted(known, key=len, reverse=True))
     in_value = re.compile(rf"\s*(?:export\s+)?(\w+?)=(?:(?!\s#).)*?({names})=")
     # In a comment the names may be mentioned: only one that is glued to a word was appended.
     in_comment = re.compile(rf"(?:\s*|.*\s)(#).*[a-z0-9.]({names})=")
-    faults = []
+    faults = {}
     for number, line in enumerate(lines, 1):
         found = in_value.match(line) or in_comment.match(line)
         if found:
             what = "the comment" if found[1] == "#" else f"the line of {found[1]}"
-            faults.append(
+            faults[number] = (
                 f"{path}:{number}: {what} also holds {found[2]}= (the file had no final newline"
                 f" when {found[2]} was appended): put {found[2]} on a line of its own"
             )
@@ -65,7 +65,8 @@ def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path} cannot be read: {error}")
         return {}
-    faults += _glued(path, text.splitlines(), known)
+    glued = _glued(path, text.splitlines(), known)
+    faults += glued.values()
     good, lines = "", {}
     for one in parse_stream(io.StringIO(text)):
         source = one.original.string
@@ -73,7 +74,7 @@ def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[
         if not one.error:
             good += source
             lines[one.key] = line
-        elif any(name in source for name in known):
+        elif line not in glued and any(name in source for name in known):
             faults.append(f"{path}:{line}: is no assignment, which is NAME=value")
     values = dotenv_values(stream=io.StringIO(good))
     return {name: Setting(value, f"{path}:{lines[name]}") for name, value in values.items() if value}

@@ -1,0 +1,394 @@
+"""The configuration: where each value comes from, and every fault told in one go, without a secret."""
+
+from __future__ import annotations
+
+import pytest
+
+from lib.config import DEFAULTS, load_config, require_openai_key
+from lib.dimensions import check_dimension, check_model, model_fault, native_size, takes_dimensions
+from lib.errors import USAGE, ConfigError, DimensionMismatch, UsageProblem
+
+SECRET = "s3cr3t-that-nobody-sees"
+SECRETS = ("FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN")
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A working directory, a project root and a home, each without a `.env` yet."""
+    for name in ("cwd", "root", "home/.config/automem"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def load(places):
+    """Load with this environment, in the places of the test."""
+
+    def loaded(env_file=None, backup_dir=None, **environ):
+        return load_config(
+            {"HOME": str(places / "home"), **environ},
+            env_file=env_file,
+            backup_dir=backup_dir,
+            cwd=places / "cwd",
+            root=places / "root",
+        )
+
+    return loaded
+
+
+def faults_of(load, *args, **environ):
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **environ)
+    assert caught.value.exit_code == USAGE
+    return caught.value.faults
+
+
+def test_each_source_beats_the_ones_after_it(places, load):
+    files = {
+        "named": places / "automem.env",
+        "cwd": places / "cwd" / ".env",
+        "root": places / "root" / ".env",
+        "home": places / "home" / ".config" / "automem" / ".env",
+    }
+    for name, path in files.items():
+        path.write_text(f"FALKORDB_GRAPH={name}\n")
+    named = str(files["named"])
+
+    assert load(named, FALKORDB_GRAPH="environment").graph == "environment"
+    assert load(named).graph == "named"
+    assert load(AUTOMEM_ENV_FILE=named).graph == "named"
+    for name in ("cwd", "root", "home"):
+        config = load()
+        assert config.graph == name
+        assert config.settings["FALKORDB_GRAPH"].origin == f"{files[name]}:1"
+        files[name].unlink()
+    assert load().graph == "memories"
+    assert load().settings["FALKORDB_GRAPH"].origin == "default"
+
+
+def test_the_flag_beats_the_variable_that_names_an_env_file(places, load):
+    (places / "a.env").write_text("VECTOR_SIZE=100\n")
+    (places / "b.env").write_text("VECTOR_SIZE=200\n")
+    assert load(str(places / "a.env"), AUTOMEM_ENV_FILE=str(places / "b.env")).vector_size == 100
+
+
+def test_an_env_file_may_be_named_from_the_working_directory_or_from_home(places, load):
+    (places / "cwd" / "mine.env").write_text("VECTOR_SIZE=100\n")
+    (places / "home" / "mine.env").write_text("VECTOR_SIZE=200\n")
+    assert load("mine.env").vector_size == 100
+    assert load(AUTOMEM_ENV_FILE="~/mine.env").vector_size == 200
+
+
+@pytest.mark.parametrize("flag", ["--env-file", "AUTOMEM_ENV_FILE"])
+def test_a_named_file_that_is_missing_is_told_with_the_other_faults(places, load, flag):
+    path = str(places / "nowhere.env")
+    if flag == "--env-file":
+        faults = faults_of(load, path, VECTOR_SIZE="abc")
+    else:
+        faults = faults_of(load, AUTOMEM_ENV_FILE=path, VECTOR_SIZE="abc")
+    assert faults[0] == f"{flag} names {path}, which is no file"
+    assert len(faults) == 2
+
+
+def test_the_backup_folder_of_the_flag_wins_and_says_so(places, load):
+    config = load(backup_dir=str(places / "elsewhere"), AUTOMEM_BACKUP_DIR="/nowhere")
+    assert config.backup_dir == places / "elsewhere"
+    assert config.settings["AUTOMEM_BACKUP_DIR"].origin == "--backup-dir"
+
+
+def test_the_last_of_duplicate_lines_wins_and_is_the_one_that_is_named(places, load):
+    path = places / "cwd" / ".env"
+    path.write_text("VECTOR_SIZE=768\n\n# a comment\n\nexport VECTOR_SIZE=1536\nFALKORDB_GRAPH='g'\n")
+    config = load()
+    assert config.vector_size == 1536
+    assert config.settings["VECTOR_SIZE"].origin == f"{path}:5"
+    assert config.settings["FALKORDB_GRAPH"].origin == f"{path}:6"
+
+
+def test_an_empty_value_counts_as_not_set(places, load):
+    (places / "cwd" / ".env").write_text("VECTOR_SIZE=\nQDRANT_COLLECTION=mine\n")
+    (places / "root" / ".env").write_text("VECTOR_SIZE=768\n")
+    config = load(QDRANT_COLLECTION="", OPENAI_BASE_URL="")
+    assert config.vector_size == 768
+    assert config.collection == "mine"
+    assert config.openai_base_url == DEFAULTS["OPENAI_BASE_URL"]
+
+
+def test_a_byte_order_mark_hides_no_line(places, load):
+    (places / "cwd" / ".env").write_bytes(b"\xef\xbb\xbfVECTOR_SIZE=768\r\nFALKORDB_GRAPH=g\r\n")
+    assert (load().vector_size, load().graph) == (768, "g")
+
+
+def test_a_file_that_is_not_utf8_is_named(places, load):
+    path = places / "cwd" / ".env"
+    path.write_bytes("VECTOR_SIZE=768\r\n".encode("utf-16"))
+    (fault,) = faults_of(load)
+    assert fault.startswith(f"{path} cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "first", "second"),
+    [
+        (f"OPENAI_API_KEY={SECRET}VECTOR_SIZE=3072\n", 1, "the line of OPENAI_API_KEY", "VECTOR_SIZE"),
+        ("FOO=xVECTOR_SIZE=3072", 1, "the line of FOO", "VECTOR_SIZE"),
+        ("A=1\nFOO=VECTOR_SIZE=3072\n", 2, "the line of FOO", "VECTOR_SIZE"),
+        (
+            f"A=1\nexport QDRANT_API_KEY={SECRET}export VECTOR_SIZE=9\n",
+            2,
+            "the line of QDRANT_API_KEY",
+            "VECTOR_SIZE",
+        ),
+        ('FOO="x"EMBEDDING_MODEL=text-embedding-3-small\n', 1, "the line of FOO", "EMBEDDING_MODEL"),
+        ("A=1\n# the endVECTOR_SIZE=3072\n", 2, "the comment", "VECTOR_SIZE"),
+        ("A=1 # the endVECTOR_SIZE=3072\n", 1, "the comment", "VECTOR_SIZE"),
+    ],
+)
+def test_a_line_that_was_glued_to_another_is_named(places, load, text, line, first, second):
+    path = places / "cwd" / ".env"
+    path.write_text(text)
+    (fault,) = faults_of(load)
+    assert fault.startswith(f"{path}:{line}: {first} also holds {second}=")
+    assert f"put {second} on a line of its own" in fault
+    assert SECRET not in fault
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# VECTOR_SIZE=3072\n",
+        "#VECTOR_SIZE=3072\n",
+        "# set to VECTOR_SIZE=768 for the small model (or VECTOR_SIZE=3072)\n",
+        "FALKORDB_GRAPH=g  # was VECTOR_SIZE=3072\n",
+        "FALKORDB_GRAPH=g\nVECTOR_SIZE=3072",
+        "SOME_NOTE=vector_size=9\n",
+        "MY_QDRANT_URL=http://localhost:1\n",
+    ],
+)
+def test_a_mention_is_not_a_glued_line(places, load, text):
+    (places / "cwd" / ".env").write_text(text)
+    assert load().vector_size == 3072
+
+
+def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_not(places, load, caplog):
+    path = places / "cwd" / ".env"
+    path.write_text("this is: not ours\n\nVECTOR_SIZE: 768\n")
+    (fault,) = faults_of(load)
+    assert fault == f"{path}:3: is no assignment, which is NAME=value"
+    path.write_text("this is: not ours\nVECTOR_SIZE=768\n")
+    assert load().vector_size == 768
+    assert caplog.text == ""
+
+
+def test_all_faults_in_one_go(places, load):
+    path = places / "cwd" / ".env"
+    path.write_text("FALKORDB_TLS=perhaps\nQDRANT_TIMEOUT_SECONDS=soon\n")
+    environ = {
+        "VECTOR_SIZE": "abc",
+        "FALKORDB_PORT": "70000",
+        "QDRANT_URL": "localhost:6333",
+        "QDRANT_COLLECTION": "a/b",
+        "OPENAI_BASE_URL": "ftp://x",
+        "AUTOMEM_API_URL": "http://h:none",
+        "FALKORDB_HOST": "redis://h:1",
+        "OPENAI_API_KEY": f"{SECRET}\n",
+    }
+    faults = faults_of(load, **environ)
+    assert {fault.split("=")[0] for fault in faults} == {*environ, "FALKORDB_TLS", "QDRANT_TIMEOUT_SECONDS"}
+    told = "\n".join(faults)
+    assert "VECTOR_SIZE=abc (environment): must be a whole number from 1 to 65536" in told
+    assert "must begin with http:// or https://, such as http://localhost:6333" in told
+    assert f"FALKORDB_TLS=perhaps ({path}:1)" in told
+    assert "its port belongs into FALKORDB_PORT" in told
+    assert SECRET not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VECTOR_SIZE", "0"),
+        ("VECTOR_SIZE", "-1"),
+        ("VECTOR_SIZE", "65537"),
+        ("VECTOR_SIZE", "768.0"),
+        ("QDRANT_TIMEOUT_SECONDS", "nan"),
+        ("QDRANT_TIMEOUT_SECONDS", "0"),
+        ("FALKORDB_PORT", "0"),
+        ("QDRANT_URL", "http://"),
+        ("QDRANT_URL", "http://localhost:0"),
+        ("QDRANT_HOST", "http://localhost"),
+        ("QDRANT_HOST", "localhost:6333"),
+        ("QDRANT_PORT", "abc"),
+        ("AUTOMEM_BACKUP_DIR", "~nobody-has-this-name/x"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_fault_of_that_name(load, name, value):
+    (fault,) = faults_of(load, **{name: value})
+    assert fault.startswith(f"{name}={value} (environment): ")
+
+
+@pytest.mark.parametrize(
+    ("environ", "url"),
+    [
+        ({}, "http://localhost:6333"),
+        ({"QDRANT_HOST": "q", "QDRANT_PORT": "7"}, "http://q:7"),
+        ({"QDRANT_HOST": "::1"}, "http://[::1]:6333"),
+        ({"QDRANT_URL": "http://u:1", "QDRANT_HOST": "q", "QDRANT_PORT": "7"}, "http://u:1"),
+        ({"QDRANT_URL": "http://u", "QDRANT_PORT": "7"}, "http://u:6333"),
+        ({"QDRANT_URL": "https://u/"}, "https://u:6333"),
+        ({"QDRANT_URL": "https://u:/sub/"}, "https://u:6333/sub"),
+        ({"QDRANT_URL": "http://[::1]"}, "http://[::1]:6333"),
+        ({"QDRANT_URL": f"http://me:{SECRET}@u"}, f"http://me:{SECRET}@u:6333"),
+    ],
+)
+def test_where_qdrant_is(load, environ, url):
+    assert load(**environ).qdrant_url == url
+
+
+def test_qdrant_url_beats_host_and_port_wherever_each_is_set(places, load):
+    (places / "root" / ".env").write_text("QDRANT_URL=http://from-the-file:1\n")
+    config = load(QDRANT_HOST="from-the-environment", QDRANT_PORT="2")
+    assert config.qdrant_url == "http://from-the-file:1"
+    assert config.settings["QDRANT_URL"].origin == f"{places / 'root' / '.env'}:1"
+
+
+def test_a_made_url_says_what_it_was_made_of(load):
+    assert load().settings["QDRANT_URL"].origin == "default"
+    origin = load(QDRANT_PORT="7").settings["QDRANT_URL"].origin
+    assert origin == "QDRANT_PORT (environment)"
+
+
+def test_secrets_are_in_no_text(load):
+    config = load(**dict.fromkeys(SECRETS, SECRET), QDRANT_URL=f"http://me:{SECRET}@u?key={SECRET}")
+    shown = {name: value for name, value, _ in config.rows()}
+    for text in (
+        repr(config),
+        str(config),
+        repr(config.settings),
+        repr(config.spec),
+        str(config.targets()),
+        str(shown),
+    ):
+        assert SECRET not in text
+    assert {shown[name] for name in SECRETS} == {"****"}
+    assert shown["QDRANT_URL"] == "http://****@u?****"
+    assert {row[1] for row in load().rows() if row[0] in SECRETS} == {"(not set)"}
+
+
+@pytest.mark.parametrize(
+    "name", ["QDRANT_URL", "OPENAI_BASE_URL", "AUTOMEM_API_URL", "QDRANT_HOST", "FALKORDB_HOST"]
+)
+@pytest.mark.parametrize(
+    "value",
+    ["me:{}@host:6333", "ftp://me:{}@host", "http://me:{}@host:port", "http://me:{}#x@host", "http://:{}/y@"],
+)
+def test_no_fault_shows_credentials(load, name, value):
+    (fault,) = faults_of(load, **{name: value.format(SECRET)})
+    assert SECRET not in fault
+    assert "****@" in fault
+
+
+@pytest.mark.parametrize("name", ["QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"])
+@pytest.mark.parametrize("value", [f"{SECRET}\n", f" {SECRET}", f"{SECRET}\u2603", f"{SECRET}\x01x"])
+def test_a_secret_that_no_header_can_carry(load, name, value):
+    (fault,) = faults_of(load, **{name: value})
+    assert fault.startswith(f"{name}=**** (environment): ")
+    assert SECRET not in fault
+
+
+def test_a_password_alone_is_of_the_default_user(load):
+    assert load(FALKORDB_PASSWORD="p").falkordb_username == "default"
+    assert load(FALKORDB_PASSWORD="p", FALKORDB_USERNAME="u").falkordb_username == "u"
+    assert load().falkordb_username == ""
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "::1", "localhost."])
+def test_one_target_has_one_spelling(load, host):
+    here = load().targets()
+    assert load(FALKORDB_HOST=host, QDRANT_HOST=host).targets() == here
+    shown = f"[{host}]" if ":" in host else host
+    assert load(QDRANT_URL=f"http://{shown}").targets() == here
+    assert load(QDRANT_URL=f"http://me:{SECRET}@{shown}/").targets() == here
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"FALKORDB_HOST": "h"},
+        {"FALKORDB_PORT": "1"},
+        {"FALKORDB_GRAPH": "g"},
+        {"QDRANT_URL": "http://h"},
+        {"QDRANT_URL": "http://localhost/behind-a-proxy"},
+        {"QDRANT_PORT": "1"},
+        {"QDRANT_COLLECTION": "c"},
+    ],
+)
+def test_other_targets_are_spelled_differently(load, other):
+    assert load(**other).targets() != load().targets()
+
+
+def test_a_missing_openai_key_is_told_with_the_command_that_sets_it(load):
+    with pytest.raises(UsageProblem, match="OPENAI_API_KEY is not set") as caught:
+        require_openai_key(load())
+    assert "export OPENAI_API_KEY" in caught.value.next_step
+    require_openai_key(load(OPENAI_API_KEY="sk-x"))
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "possible"),
+    [
+        ("text-embedding-3-small", 1, True),
+        ("text-embedding-3-small", 768, True),
+        ("text-embedding-3-small", 1536, True),
+        ("text-embedding-3-small", 1537, False),
+        ("text-embedding-3-small", 3072, False),
+        ("text-embedding-3-large", 768, True),
+        ("text-embedding-3-large", 3072, True),
+        ("text-embedding-3-large", 3073, False),
+        ("text-embedding-ada-002", 1536, True),
+        ("text-embedding-ada-002", 768, False),
+        ("text-embedding-ada-002", 3072, False),
+        ("a-model-nobody-knows", 12, True),
+    ],
+)
+def test_model_against_dimension(model, size, possible):
+    fault = model_fault(model, size)
+    assert (fault is None) == possible
+    if possible:
+        check_model(model, size)
+        return
+    assert model in fault
+    assert f"VECTOR_SIZE is {size}" in fault
+    with pytest.raises(UsageProblem, match="EMBEDDING_MODEL") as caught:
+        check_model(model, size)
+    assert f"export VECTOR_SIZE={native_size(model)}" in caught.value.next_step
+
+
+def test_the_way_out_of_a_wrong_model_works():
+    for model in ("text-embedding-3-small", "text-embedding-ada-002"):
+        with pytest.raises(UsageProblem) as caught:
+            check_model(model, 3072)
+        assert "export EMBEDDING_MODEL=text-embedding-3-large" in caught.value.next_step
+    check_model("text-embedding-3-large", 3072)
+    with pytest.raises(UsageProblem) as caught:
+        check_model("text-embedding-3-large", 4096)
+    assert "EMBEDDING_MODEL=text" not in caught.value.next_step
+
+
+def test_only_the_third_family_takes_dimensions():
+    assert takes_dimensions("text-embedding-3-small")
+    assert takes_dimensions("text-embedding-3-large")
+    assert not takes_dimensions("text-embedding-ada-002")
+
+
+def test_the_mismatch_is_told_in_the_words_that_operators_know():
+    with pytest.raises(ValueError, match="VECTOR DIMENSION MISMATCH") as caught:
+        check_dimension("memories", 768, 3072)
+    error = caught.value
+    assert isinstance(error, DimensionMismatch)
+    assert error.exit_code == USAGE
+    assert str(error) == (
+        "VECTOR DIMENSION MISMATCH\nQdrant collection 'memories': 768d\nConfig VECTOR_SIZE: 3072d"
+    )
+    keep, migrate = error.next_step.splitlines()
+    assert keep.endswith("export VECTOR_SIZE=768")
+    assert migrate.endswith("python scripts/reembed_embeddings.py")
+    check_dimension("memories", 768, 768)
