@@ -107,14 +107,21 @@ def _lock_file(path: Path) -> IO[bytes]:
         stream = _open_lock_file(path)
         try:
             portalocker.lock(stream, portalocker.LOCK_EX | portalocker.LOCK_NB)
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(OSError):
                 os.utime(path)  # cleaners take what is old
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            if _stands_under(path, stream):
                 return stream
         except BaseException:
             stream.close()
             raise
         stream.close()
+
+
+def _stands_under(path: Path, stream: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 class TargetLock:

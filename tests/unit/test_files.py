@@ -1,0 +1,261 @@
+"""Files that are whole or absent, private folders, and the lock that the kernel drops with its process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lib.errors import LOCKED, LockHeld, UsageProblem
+from lib.files import TargetLock, atomic_writer, free_bytes, private_dir, sha256_file, write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+
+
+def start(code: str, *words: str, **more) -> subprocess.Popen[str]:
+    """A Python process with the project on its path; its first line on stdout is awaited."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *words],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+    assert process.stdout.readline().strip() == "ready", process.stderr.read()
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+# --- atomic files -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_appears_only_when_the_block_ends_well(tmp_path):
+    path = tmp_path / "f"
+    with atomic_writer(path) as stream:
+        stream.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _break(stream, error):
+    stream.write(b"new")
+    raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path, error):
+    path = tmp_path / "f"
+    write_atomic(path, b"old")
+    with pytest.raises(error), atomic_writer(path) as stream:
+        _break(stream, error)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    write_atomic(path, b"old")
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_kill_9_leaves_the_old_file_and_the_next_writer_is_not_disturbed(tmp_path):
+    path = tmp_path / "f"
+    write_atomic(path, b"old")
+    code = """
+        import sys, time
+        from pathlib import Path
+        from lib.files import atomic_writer
+        with atomic_writer(Path(sys.argv[1])) as stream:
+            stream.write(b"n" * 1_000_000)
+            stream.flush()
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    kill(start(code, str(path)))
+    assert path.read_bytes() == b"old"
+    assert [one.name for one in tmp_path.iterdir() if one != path] == ["f.partial"]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sha256_of_a_file_longer_than_a_chunk(tmp_path):
+    import hashlib
+
+    data = os.urandom((1 << 20) + 7)
+    write_atomic(tmp_path / "f", data)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+# --- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_a_private_folder_is_made_with_its_parents_and_left_clean(tmp_path):
+    made = private_dir(tmp_path / "a" / "b")
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert list(made.iterdir()) == []
+    assert private_dir(made) == made
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_a_file_in_the_way(tmp_path, where):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageProblem, match=f"cannot write to the folder {tmp_path / where}") as caught:
+        private_dir(tmp_path / where)
+    assert "--backup-dir" in caught.value.next_step
+    assert "chown" not in caught.value.next_step
+
+
+def test_a_folder_of_the_system_that_takes_no_files():
+    with pytest.raises(UsageProblem, match="cannot write to the folder /proc/1"):
+        private_dir(Path("/proc/1"))
+
+
+@as_root
+def test_a_folder_of_another_user(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & stat.S_IXOTH:
+            folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
+    (tmp_path / "theirs").mkdir(mode=0o755)
+    code = """
+        import os, sys
+        from pathlib import Path
+        from lib.errors import UsageProblem
+        from lib.files import private_dir
+        os.setuid(int(sys.argv[2]))
+        print("ready", flush=True)
+        try:
+            private_dir(Path(sys.argv[1]))
+        except UsageProblem as error:
+            print(error, error.next_step)
+    """
+    process = start(code, str(tmp_path / "theirs"), str(NOBODY))
+    told = process.stdout.read()
+    process.communicate(timeout=30)
+    assert "Permission denied" in told
+    assert "chown" in told
+
+
+def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.01)
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------
+
+HOLD = """
+    import os, sys, time
+    from pathlib import Path
+    from lib.files import TargetLock
+    if len(sys.argv) > 3:
+        import portalocker
+        os.umask(0o077)
+        os.setuid(int(sys.argv[3]))
+    with TargetLock(sys.argv[2].split(","), Path(sys.argv[1])):
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path):
+    process = start(HOLD, str(tmp_path / "locks"), "graph g,collection c")
+    try:
+        with pytest.raises(LockHeld, match="another run is working on collection c") as caught:
+            TargetLock(["collection c", "graph other"], tmp_path / "locks").__enter__()
+        assert caught.value.exit_code == LOCKED == 5
+        assert "wait" in caught.value.next_step
+        with TargetLock(["graph other"], tmp_path / "locks"):  # given back by the refused run
+            pass
+    finally:
+        kill(process)
+    with TargetLock(["graph g", "collection c"], tmp_path / "locks"):
+        pass
+
+
+def test_one_process_locks_a_target_once(tmp_path):
+    with TargetLock(["t", "t"], tmp_path), pytest.raises(LockHeld):
+        TargetLock(["t"], tmp_path).__enter__()
+    with TargetLock(["t"], tmp_path):
+        pass
+
+
+@as_root
+@pytest.mark.parametrize("first", [0, NOBODY])
+def test_two_users_exclude_each_other(tmp_path_factory, first):
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        Path(place).chmod(0o1777)
+        second = NOBODY if first == 0 else 0
+        holder = start(HOLD, f"{place}/locks", "t", str(first))
+        try:
+            with pytest.raises(AssertionError, match="LockHeld: another run is working on t"):
+                kill(start(HOLD, f"{place}/locks", "t", str(second)))
+        finally:
+            kill(holder)
+        kill(start(HOLD, f"{place}/locks", "t", str(second)))
+
+
+def test_a_lock_file_that_a_cleaner_removed_is_made_anew_and_kept_young(tmp_path):
+    with TargetLock(["t"], tmp_path):
+        pass
+    (file,) = tmp_path.iterdir()
+    os.utime(file, (1, 1))
+    with TargetLock(["t"], tmp_path):
+        assert file.stat().st_mtime > 1_000_000
+    file.unlink()
+    with TargetLock(["t"], tmp_path), pytest.raises(LockHeld):
+        TargetLock(["t"], tmp_path).__enter__()
+
+
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path, monkeypatch):
+    import portalocker
+
+    lock, removed = portalocker.lock, []
+
+    def removed_meanwhile(stream, flags):
+        lock(stream, flags)
+        if not removed:
+            (file,) = tmp_path.iterdir()
+            removed.append(file)
+            file.unlink()
+
+    monkeypatch.setattr(portalocker, "lock", removed_meanwhile)
+    with TargetLock(["t"], tmp_path):
+        monkeypatch.undo()
+        with pytest.raises(LockHeld):
+            TargetLock(["t"], tmp_path).__enter__()
+
+
+def test_the_lock_does_not_follow_a_link(tmp_path):
+    with TargetLock(["t"], tmp_path):
+        pass
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+    with pytest.raises(OSError, match="symbolic link"):
+        TargetLock(["t"], tmp_path).__enter__()

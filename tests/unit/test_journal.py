@@ -1,0 +1,121 @@
+"""The journal: on disk before the step it announces, readable after any crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.journal import open_journals, read_journal, start_journal
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ["falkordb 127.0.0.1:6379 g", "qdrant 127.0.0.1:6333 c"]
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return start_journal(tmp_path, "reembed", TARGETS, spec={"size": 3})
+
+
+def test_what_is_written_is_what_is_read(journal):
+    journal.append("deleting", undo="first", name="c__next")
+    journal.append("deleted", name=None, text="\u2603 \U0001f600 \u2028 line")
+    read = read_journal(journal.path)
+    assert read.entries == journal.entries
+    assert (read.command, read.targets, read.phase) == ("reembed", TARGETS, "deleted")
+    assert read.run_id == journal.run_id
+    assert read.run_id in journal.path.name
+    assert read.fact("spec") == {"size": 3}
+    assert read.fact("name") is None  # the latest value, though an earlier one was set
+    assert read.fact("nothing") is None
+    assert read.undo == "first"
+    assert read.has_reached("deleting")
+    assert not read.has_reached("created")
+
+
+def test_it_is_private_and_one_line_an_entry(journal):
+    journal.append("deleting", text="two\nlines")
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    lines = journal.path.read_text().split("\n")
+    assert [json.loads(line)["phase"] for line in lines[:-1]] == ["started", "deleting"]
+    assert lines[-1] == ""
+
+
+def test_every_cut_of_the_last_line_leaves_a_journal_that_goes_on(journal):
+    journal.append("deleting", name="c__next")
+    whole = journal.path.read_bytes()
+    end_of_first = whole.index(b"\n") + 1
+    for cut in range(end_of_first, len(whole)):
+        journal.path.write_bytes(whole[:cut])
+        torn = read_journal(journal.path)
+        complete = cut == len(whole) - 1  # only the newline is missing
+        assert torn.phase == ("deleting" if complete else "started"), cut
+        torn.append("again")
+        after = read_journal(journal.path)
+        assert [entry["phase"] for entry in after.entries[-2:]][-1] == "again"
+        assert after.has_reached("deleting") == complete
+        assert after.run_id == journal.run_id
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n\n",
+        b'{"at": "x", "pha',
+        b"not json\n",
+        b"[1]\n",
+        b'{"phase": "started"}\n',
+        b"\xff\xfe\n",
+        b'"phase"\n',
+    ],
+)
+def test_an_empty_torn_or_foreign_file_is_no_journal(tmp_path, content):
+    path = tmp_path / "journal_20260101_000000_ab_reembed.jsonl"
+    path.write_bytes(content)
+    assert read_journal(path) is None
+    assert open_journals(tmp_path) == []
+
+
+def test_open_journals_are_those_that_never_ended_oldest_first(tmp_path):
+    made = [start_journal(tmp_path, command, TARGETS) for command in ("backup", "restore", "reembed")]
+    for index, journal in enumerate(made):
+        renamed = tmp_path / f"journal_2026010{index + 1}_000000_ab_{journal.command}.jsonl"
+        journal.path.rename(renamed)
+        journal.path = renamed
+    made[1].close("done")
+    assert [one.command for one in open_journals(tmp_path)] == ["backup", "reembed"]
+    assert read_journal(made[1].path).fact("outcome") == "done"
+    assert open_journals(tmp_path / "nowhere") == []
+
+
+def test_two_runs_in_one_second_have_two_journals(tmp_path):
+    paths = {start_journal(tmp_path, "backup", TARGETS).path for _ in range(20)}
+    assert len(paths) == 20
+
+
+def test_kill_9_loses_no_announced_phase(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from lib.journal import start_journal
+journal = start_journal(Path(sys.argv[1]), "reembed", ["t"])
+for number in range(10**6):
+    journal.append(f"phase {number}")
+    print(number, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    told = [process.stdout.readline() for _ in range(50)][-1]
+    os.kill(process.pid, signal.SIGKILL)
+    rest, _ = process.communicate()
+    last = int((told + rest).split()[-1])
+    (journal,) = open_journals(tmp_path)
+    assert journal.has_reached(f"phase {last}")
+    journal.append("goes on")
+    assert read_journal(journal.path).phase == "goes on"
