@@ -99,7 +99,7 @@ def names(conn: redis.Redis, graph: str, procedure: str, column: str) -> list[st
         rows = raw_rows(conn, graph, page)
         if not rows:
             return found
-        found += [row[0][1].decode() for row in rows]
+        found += [row[0][1].decode("utf-8", "backslashreplace") for row in rows]
 
 
 def pages(
