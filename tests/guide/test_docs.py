@@ -1,0 +1,223 @@
+"""Every shell block of the guide and of the README, typed in order by someone who reads only them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lib.sandbox.stack import Stack
+from lib.sandbox.state import State
+from tests.guide.documents import MIGRATION, README, SHELL, Block, blocks, sections
+from tests.guide.site import LARGE, SMALL, Ran, Site
+
+pytestmark = pytest.mark.qdrant
+Check = Callable[[Site, Ran, State], None]
+
+
+@pytest.fixture
+def site(tmp_path, request) -> Iterator[Site]:
+    size, model = getattr(request, "param", SMALL)
+    with Stack(tmp_path / "servers") as stack:
+        someone = Site(tmp_path, stack)
+        someone.set_up(size, model)
+        yield someone
+
+
+def backed_up(site: Site, ran: Ran, before: State) -> None:
+    (manifest,) = site.manifests()
+    told = json.loads(manifest.read_text())
+    assert told["graph"]["proof"] == "restored"
+    assert told["collection"]["proof"] in {"checked", "restored"}
+    site.stamp = told["stamp"]
+    for name in (f"falkordb/memories_{site.stamp}.rdb", f"qdrant/qdrant_snapshot_{site.stamp}.tar.gz"):
+        assert (site.backups / name).is_file()
+    assert site.state() == before
+
+
+def configured(site: Site, ran: Ran, before: State) -> None:
+    """The file alone says so, without the exports; its unfinished last line is as it was."""
+    settings = json.loads(site.script("verify_migration", "--show-config", "--json").out)["settings"]
+    assert settings["VECTOR_SIZE"]["value"] == LARGE[0]
+    assert ".env:" in settings["VECTOR_SIZE"]["from"]
+    assert SMALL[1] in site.automem_env.read_text().splitlines()[10]
+
+
+def dry(site: Site, ran: Ran, before: State) -> None:
+    assert site.state() == before
+
+
+def upgraded(site: Site, ran: Ran, before: State) -> None:
+    after = site.state()
+    assert site.size() == int(LARGE[0])
+    assert after.points == before.points
+    assert after.graph == before.graph
+    assert before.keys <= after.keys
+
+
+def pending(site: Site, ran: Ran, before: State) -> None:
+    assert "restart pending" in ran.out
+
+
+def refused_post(site: Site, ran: Ran, before: State) -> None:
+    assert "results" not in json.loads(ran.out)
+
+
+def by_keyword(site: Site, ran: Ran, before: State) -> None:
+    assert all(one["match_type"] != "vector" for one in json.loads(ran.out)["results"])
+
+
+def by_vector(site: Site, ran: Ran, before: State) -> None:
+    assert "restart pending" not in ran.out
+    assert any(one["match_type"] == "vector" for one in site.recall("database decision for the project"))
+
+
+def rolled_back(site: Site, ran: Ran, before: State) -> None:
+    assert site.size() == int(SMALL[0])
+    assert site.state() == before
+
+
+def downgraded(site: Site, ran: Ran, before: State) -> None:
+    assert site.size() == int(SMALL[0])
+    assert site.state().points == before.points
+
+
+def by_hand(site: Site, ran: Ran, before: State) -> None:
+    (snapshot,) = (site.backups / "qdrant").glob("memories-*.snapshot")
+    assert snapshot.stat().st_size > 1000
+    assert site.script("restore_from_backup", str(snapshot)).code == 2
+
+
+def recorded(site: Site, ran: Ran, before: State) -> None:
+    assert json.loads(ran.out)["status"] == "success"
+
+
+# Heading and a part of the block after which to look, and what must be seen then.
+GUIDE: dict[tuple[str, str], Check] = {
+    ("1. Back up", "backup_automem.py"): backed_up,
+    ("2. Update the configuration", "echo"): configured,
+    ("3. Re-embed all memories", "--dry-run"): dry,
+    ("3. Re-embed all memories", "embeddings.py\n"): upgraded,
+    ("4. Verify", "verify_migration"): pending,
+    ("5. Test recall", "-X POST"): refused_post,
+    ("5. Test recall", "-G"): by_keyword,
+    ("6. Restart AutoMem", "--after-restart"): by_vector,
+    ("Rollback", "restore_from_backup"): rolled_back,
+    ("Steps", "reembed_embeddings"): downgraded,
+    ('Error: "Qdrant collection already exists"', "DELETE"): downgraded,
+    ("A backup failed", "snapshots"): by_hand,
+    ("After a migration", "POST"): recorded,
+}
+OVERVIEW: dict[tuple[str, str], Check] = {
+    ("The scripts", "restore_from_backup.py latest --dry-run"): upgraded,
+}
+
+
+def type_all(site: Site, path: Path, checks: dict[tuple[str, str], Check]) -> None:
+    """Run the document; a JSON block after a shell block shows what that one must print."""
+    before, used, last = site.state(), set(), Ran(0, "", "")
+    for block in blocks(path):
+        if block.language == "json":
+            assert json.loads(last.out) == json.loads(block.text), block.name
+        if block.language != SHELL:
+            continue
+        if block.not_run:
+            site.do(block.not_run)
+            continue
+        last = site.shell(block)
+        assert last.code == 0, f"{block.name}: exit {last.code}\n{last.err}\n{last.out}"
+        assert "Traceback" not in last.err, f"{block.name}\n{last.err}"
+        for heading, part in [key for key in checks if key[0] == block.heading and key[1] in block.text]:
+            checks[heading, part](site, last, before)
+            used.add((heading, part))
+    assert used == set(checks), "a block that is looked at is gone"
+
+
+def test_the_guide_from_the_first_line_to_the_last(site):
+    type_all(site, MIGRATION, GUIDE)
+
+
+@pytest.mark.parametrize("site", [LARGE], indirect=True)
+def test_the_readme(site):
+    shutil.copy(site.automem_env, site.checkout / ".env")
+    type_all(site, README, OVERVIEW)
+
+
+def shell_blocks() -> list[Block]:
+    return [block for path in (README, MIGRATION) for block in blocks(path) if block.language == SHELL]
+
+
+def test_every_block_has_a_language_that_is_run_shown_or_compared():
+    assert {block.language for path in (README, MIGRATION) for block in blocks(path)} <= {SHELL, "json", ""}
+
+
+def test_a_block_that_is_not_run_says_what_it_would_need():
+    left_out = [block for block in shell_blocks() if block.not_run]
+    for block in left_out:
+        assert any(word in block.not_run for word in ("needs ", "runs", "the tests bring")), block.name
+    for block in shell_blocks():
+        foreign = [word for word in ("docker", "systemctl", "railway", "make ") if word in block.text]
+        assert bool(foreign) == bool(block.not_run), f"{block.name}: {foreign}"
+
+
+def test_the_error_texts_of_the_guide_are_those_that_are_printed(site):
+    """A mismatch and a refusal, provoked; the rate limit's text is where the client raises it."""
+    larger = dict(
+        zip(("VECTOR_SIZE", "EMBEDDING_MODEL"), LARGE, strict=True), AUTOMEM_ENV_FILE=str(site.automem_env)
+    )
+    mismatch = site.script("verify_migration", **larger)
+    refusal = site.script("reembed_embeddings", **larger)
+    assert (mismatch.code, refusal.code) == (2, 2)
+    limit = (site.checkout / "lib" / "embedding" / "client.py").read_text()
+    shown = {block.heading: block.text for block in blocks(MIGRATION) if block.language == ""}
+    assert mismatch.err.startswith(shown['Error: "Vector dimension mismatch"'])
+    assert shown['Error: "Qdrant collection already exists"'].strip() in refusal.err
+    assert shown['Error: "OpenAI API rate limit"'].strip() in limit
+    assert len(shown) == 3
+
+
+def test_the_headings_follow_the_guide():
+    """Operators know the old guide: its sections are found in its order."""
+    headings = [heading.lower() for heading in sections(MIGRATION)]
+    order = [
+        "upgrading to 3072d",
+        "cost comparison",
+        "migration steps",
+        "1. back",
+        "2. update",
+        "3. re-embed",
+        "4. verify",
+        "5. test recall",
+        "6. restart",
+        "rollback",
+        "downgrading to 768d",
+        "troubleshooting",
+        "vector dimension mismatch",
+        "rate limit",
+        "already exists",
+        "slow",
+        "backup failed",
+        "best practices",
+        "before a migration",
+        "after a migration",
+        "choosing between",
+        "related",
+    ]
+    places = [next(i for i, one in enumerate(headings) if word in one) for word in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("document", [README, MIGRATION], ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    import re
+
+    text = document.read_text()
+    anchors = {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in sections(document)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif "://" not in target:
+            assert (document.parent / target).exists(), target

@@ -1,0 +1,148 @@
+"""The newcomer's one command, as a process: it passes, it tells what it checked, and nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from lib.sandbox.stack import GUIDE_PORTS, TOKEN
+from tests.guide.documents import ROOT
+
+pytestmark = pytest.mark.qdrant
+MARK = "AUTOMEM_QUICKSTART_UNDER_TEST"
+PORTS = [GUIDE_PORTS.falkordb, GUIDE_PORTS.qdrant, GUIDE_PORTS.automem]
+
+
+def free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+class Quickstart:
+    """A run with a temporary folder of its own (short, for the sockets in it) and a mark that its children inherit."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder, self.mark = folder, f"{MARK}={folder.name}"
+        environ = {**os.environ, "TMPDIR": str(folder), MARK: folder.name, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "quickstart.py"), *words],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def processes(self) -> list[int]:
+        """The processes of this run that live, servers included."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                marks = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if self.mark.encode() in marks:
+                found.append(int(path.parent.name))
+        return found
+
+    def most_processes_seen(self, wanted: int) -> int:
+        """Wait until `wanted` processes live, for at most a minute."""
+        deadline, most = time.monotonic() + 60, 0
+        while most < wanted and time.monotonic() < deadline and self.process.poll() is None:
+            most = max(most, len(self.processes()))
+            time.sleep(0.2)
+        return most
+
+    def assert_gone(self) -> None:
+        assert self.processes() == []
+        assert list(self.folder.iterdir()) == []
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="qs-") as name:
+        yield Path(name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
+def test_it_walks_through_the_guide_and_leaves_nothing(folder):
+    run = Quickstart(folder, "--memories", "220")
+    seen = run.most_processes_seen(4)
+    out, err = run.process.communicate(timeout=400)
+    assert run.process.returncode == 0, f"{err}\n{out[-4000:]}"
+    assert seen >= 4, "the servers were never seen, so their absence would prove nothing"
+    run.assert_gone()
+    assert err == ""
+    table = out[out.rindex("checked  ") :]
+    for what in ("backup", "fail-fast", "rollback, graph", "rollback, collection", "downgrade to 768d"):
+        assert re.search(rf"(?m)^{what}", table), what
+    assert "215 ids, payloads and vectors as before" in table
+    assert re.search(r"the whole guide, 220 memories, in \d+ s", table)
+
+
+def test_serve_refuses_a_taken_port_and_says_which(folder):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if free(GUIDE_PORTS.automem):
+            taken.bind(("127.0.0.1", GUIDE_PORTS.automem))
+            taken.listen()
+        run = Quickstart(folder, "serve")
+        _, err = run.process.communicate(timeout=60)
+    assert run.process.returncode == 1
+    assert "8001 (AutoMem)" in err
+    assert "taken" in err
+    assert "next:" in err
+    assert "Traceback" not in err
+    run.assert_gone()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, end):
+    taken = [port for port in PORTS if not free(port)]
+    if taken:
+        pytest.skip(f"port {taken} is taken on this machine")
+    run = Quickstart(folder, "serve", "--memories", "30")
+    try:
+        told = ""
+        while "Ctrl-C" not in told:
+            line = run.process.stdout.readline()
+            assert line, f"it ended: {run.process.communicate(timeout=30)}"
+            told += line
+        exports = dict(re.findall(r"export (\w+)=(\S+)", told))
+        assert exports["AUTOMEM_API_TOKEN"] == TOKEN
+        assert (
+            requests.get("http://127.0.0.1:8001/health", timeout=10).json()["vector_dimensions"]["collection"]
+            == 768
+        )
+        listed = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "verify_migration.py"), "--after-restart", "--quiet"],
+            env={**os.environ, **exports, "AUTOMEM_BACKUP_DIR": str(folder / "backups")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert listed.returncode == 0, listed.stderr + listed.stdout
+    finally:
+        run.process.send_signal(end)
+        run.process.communicate(timeout=60)
+    assert run.process.returncode == 0
+    assert all(free(port) for port in PORTS)
+    assert [path.name for path in folder.iterdir()] == ["backups"]
+    assert run.processes() == []
