@@ -123,7 +123,7 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     word = "" if unit == "bytes" else f" {unit}"
     what = (
         f": {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)"
-        if unit
+        if unit and done  # "0 B (0 B/s)" of a step that moved nothing tells nothing
         else f": {seconds:.1f} s"
     )
     print(title + what, file=sys.stderr, flush=True)
