@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -136,12 +137,17 @@ def test_a_folder_of_the_system_that_takes_no_files():
         private_dir(Path("/proc/1"))
 
 
+@pytest.fixture
+def open_place():
+    """A folder that every user may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        Path(place).chmod(0o1777)
+        yield Path(place)
+
+
 @as_root
-def test_a_folder_of_another_user(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and not folder.stat().st_mode & stat.S_IXOTH:
-            folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
-    (tmp_path / "theirs").mkdir(mode=0o755)
+def test_a_folder_of_another_user(open_place):
+    (open_place / "theirs").mkdir(mode=0o755)
     code = """
         import os, sys
         from pathlib import Path
@@ -154,7 +160,7 @@ def test_a_folder_of_another_user(tmp_path):
         except UsageProblem as error:
             print(error, error.next_step)
     """
-    process = start(code, str(tmp_path / "theirs"), str(NOBODY))
+    process = start(code, str(open_place / "theirs"), str(NOBODY))
     told = process.stdout.read()
     process.communicate(timeout=30)
     assert "Permission denied" in told
@@ -205,19 +211,15 @@ def test_one_process_locks_a_target_once(tmp_path):
 
 @as_root
 @pytest.mark.parametrize("first", [0, NOBODY])
-def test_two_users_exclude_each_other(tmp_path_factory, first):
-    import tempfile
-
-    with tempfile.TemporaryDirectory(dir="/tmp") as place:
-        Path(place).chmod(0o1777)
-        second = NOBODY if first == 0 else 0
-        holder = start(HOLD, f"{place}/locks", "t", str(first))
-        try:
-            with pytest.raises(AssertionError, match="LockHeld: another run is working on t"):
-                kill(start(HOLD, f"{place}/locks", "t", str(second)))
-        finally:
-            kill(holder)
-        kill(start(HOLD, f"{place}/locks", "t", str(second)))
+def test_two_users_exclude_each_other(open_place, first):
+    second = NOBODY if first == 0 else 0
+    holder = start(HOLD, str(open_place / "locks"), "t", str(first))
+    try:
+        with pytest.raises(AssertionError, match="LockHeld: another run is working on t"):
+            kill(start(HOLD, str(open_place / "locks"), "t", str(second)))
+    finally:
+        kill(holder)
+    kill(start(HOLD, str(open_place / "locks"), "t", str(second)))
 
 
 def test_a_lock_file_that_a_cleaner_removed_is_made_anew_and_kept_young(tmp_path):
