@@ -61,9 +61,10 @@ def command(args: argparse.Namespace) -> int:
     if args.show_config:
         return show_config(config, console)
     announce_open(config, console)
-    if args.fresh and args.dry_run:
+    if args.fresh and (args.dry_run or args.only_missing):
         raise UsageProblem(
-            "--fresh forgets what was paid for: not with --dry-run", next_step="give one of them"
+            "--fresh forgets what was paid for: not with --dry-run or --only-missing",
+            next_step="give one of them",
         )
     require_openai_key(config)
     fault = model_fault(config.embedding_model, config.vector_size)
@@ -78,28 +79,25 @@ def command(args: argparse.Namespace) -> int:
 def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open, plan, and go the way that was asked for."""
     from lib import opening
+    from lib.dimensions import check_dimension
     from lib.showing import reembed as showing
     from lib.steps import migrate
     from lib.steps.embed import try_one_batch
     from lib.steps.switch import Target
     from lib.steps.take_pair import require_sources
     from lib.vectors.cluster import refuse_partial, topology
+    from lib.vectors.collection import get_state
 
     graph, source = opening.open_graph(config), opening.open_collection(config)
     require_sources(graph, source if args.only_missing else None)
+    if args.only_missing:
+        live_size = get_state(source.qdrant, config.collection).size
+        check_dimension(config.collection, live_size, config.vector_size)
     with opening.open_spool(config) as spool:
-        run = migrate.Migration(
-            graph,
-            Target(source.qdrant, config.collection, config.spec),
-            spool,
-            config.backup_dir,
-            config.targets(),
-            console.progress,
-        )
+        target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
+        run = migrate.Migration(graph, target, spool, config.backup_dir, config.targets(), bar, args.fresh)
         run.journal = migrate.find_open_run(run)
-        if args.fresh:
-            spool.forget_vectors(config.spec)
-        plan, kind, live = migrate.look(run)
+        plan, kind, live = migrate.look(run, level=args.only_missing)
         if live is not None:
             refuse_partial(topology(source.qdrant, config.collection))
         showing.show_plan(plan, kind, console)
@@ -126,26 +124,22 @@ def work(
     found: tuple[str, CollectionState | None],
 ) -> int:
     """Embed, then replace the collection (or, with --only-missing, repair it)."""
-    from lib.dimensions import check_dimension
     from lib.showing import reembed as showing
     from lib.steps import migrate
     from lib.steps.drift import only_missing
     from lib.steps.embed import buy_missing
-    from lib.vectors.collection import get_state
 
     kind, live = found
     buyer = buyer_of(config, args)
-    if args.only_missing:
-        state = get_state(run.target.qdrant, config.collection)
-        check_dimension(config.collection, state.size, config.vector_size)
-        return showing.show_drift(only_missing(run, buyer, state), run, console)
+    if args.only_missing and live is not None:
+        return showing.show_drift(only_missing(run, buyer, live), run, console)
     manifest = migrate.protect(run, kind, live)
     undo = showing.undo_of(manifest)
+    if run.fresh:
+        migrate.forget_bought(run)
     buy_missing(buyer, run.spool, run.bar, run.bought)
     if kind == migrate.REPLACE:
-        console.say(
-            f"\nreplacing '{config.collection}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n"
-        )
+        showing.announce_replacing(config.collection, undo, console)
     outcome = migrate.migrate(run, buyer, undo, manifest)
     return showing.show_migrated(outcome, run, undo, console)
 

@@ -9,9 +9,8 @@ from lib.embedding.spool_file import SpoolFile, chunks, marks
 
 _COLUMNS = "id, point_id, node_id, key, content, payload, tokens"
 # Of several memories with one text the first stands for all; those whose vector is there are left out.
-_MISSING = """FROM memories m WHERE
-    NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m.key)
-    AND NOT EXISTS (SELECT 1 FROM memories f WHERE f.key = m.key AND f.id < m.id)"""
+_DISTINCT = "FROM memories m WHERE NOT EXISTS (SELECT 1 FROM memories f WHERE f.key = m.key AND f.id < m.id)"
+_MISSING = f"{_DISTINCT} AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m.key)"  # noqa: S608 - constants
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,14 @@ class PlanTable(SpoolFile):
 
     def missing_total(self) -> Missing:
         """How many texts `missing_rows` would give, and their tokens."""
-        rows = self._rows(f"SELECT count(*), coalesce(sum(m.tokens), 0) {_MISSING}")
+        return self._total(_MISSING)
+
+    def text_total(self) -> Missing:
+        """How many distinct texts the plan has, whether or not they have vectors, and their tokens."""
+        return self._total(_DISTINCT)
+
+    def _total(self, source: str) -> Missing:
+        rows = self._rows(f"SELECT count(*), coalesce(sum(m.tokens), 0) {source}")
         return Missing(*(int(str(value)) for value in rows[0]))
 
     def _pages(self, source: str, after: int, page: int) -> Iterator[tuple[int, MemoryRow]]:

@@ -83,12 +83,10 @@ class Spool(PlanTable, KeptPoints):
         """Vectors of this endpoint, model and size."""
         return self._number("SELECT count(*) FROM vectors WHERE key >= ? AND key <= ?", _key_range(spec))
 
-    def forget_vectors(self, spec: EmbeddingSpec) -> int:
-        """Drop every vector of this endpoint, model and size, so that they are bought anew; returns how many."""
+    def forget_planned(self) -> int:
+        """Drop the vectors of the plan's texts, so that they are bought anew; returns how many."""
         with self._transaction():
-            return self._db.execute(
-                "DELETE FROM vectors WHERE key >= ? AND key <= ?", _key_range(spec)
-            ).rowcount
+            return self._db.execute("DELETE FROM vectors WHERE key IN (SELECT key FROM memories)").rowcount
 
     def missing_texts(self, spec: EmbeddingSpec) -> Iterator[TextRow]:
         """Distinct texts of the plan without a vector. Raises ValueError where the plan was made for another spec."""

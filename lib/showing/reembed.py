@@ -82,11 +82,16 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     return REMAINING if run.bought.refused or outcome.rejected else DONE
 
 
+def announce_replacing(collection: str, undo: str, console: Console) -> None:
+    """Said before the live collection is deleted."""
+    console.say(f"\nreplacing '{collection}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
+
+
 def show_migrated(outcome: SyncOutcome, run: Migration, undo: str, console: Console) -> int:
     """The result of a re-embedding, with the way back and the next steps."""
     code = _remaining(outcome, run, console)
     price = run.bought.price(run.spec.model)
-    points = run.spool.memory_count() - len(run.bought.refused) - len(outcome.rejected)
+    points = run.spool.memory_count() - outcome.unembedded - len(outcome.rejected)
     document = {
         "collection": run.target.collection,
         "size": run.spec.size,
@@ -117,9 +122,16 @@ def show_drift(done: Drifted, run: Migration, console: Console) -> int:
     one = done.outcome
     text = (
         f"'{run.target.collection}': {one.added} point(s) added, {one.changed} renewed,"
-        f" {one.payloads} payload(s) renewed, {done.removed} surplus removed"
+        f" {one.payloads} payload(s) renewed, {run.mended} vector(s) mended, {done.removed} surplus removed"
     )
-    document = {"added": one.added, "changed": one.changed, "payloads": one.payloads, "removed": done.removed}
+    document = {
+        "added": one.added,
+        "changed": one.changed,
+        "payloads": one.payloads,
+        "mended": run.mended,
+        "removed": done.removed,
+        "bought": {"texts": run.bought.texts, "tokens": run.bought.tokens},
+    }
     console.result(document, text)
     return code
 

@@ -104,7 +104,7 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
 
 
 def _judge_payloads(found: Findings, *, strict: bool) -> Check:
-    wrong = found.lost_keys + found.payloads + (found.newer_payloads if strict else [])
+    wrong = found.payloads + (found.newer_payloads if strict else [])
     if wrong:
         some = "; ".join(f"{one}: {keys}" for one, keys in wrong[:_EXAMPLES])
         return Check("payloads", FAILED, f"{len(wrong)} are not as graph and old points have it ({some})")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from lib.embedding.plan_table import TextRow
 from lib.errors import GuardRefused, MissingData
 from lib.graph.read import memory_ids_present
-from lib.steps.embed import Buyer, buy
+from lib.steps.embed import Buyer, buy, buy_missing
 from lib.steps.guard import Wanted, require_backup
 from lib.steps.keep import keep_whole
+from lib.steps.last_run import kept_the_size
+from lib.steps.mend import mend_vectors
 from lib.steps.migrate import Migration
 from lib.steps.payloads import PointId, point_id
 from lib.steps.plan import only_live_ids
-from lib.steps.present import IdTable, points_present
-from lib.steps.sync import SyncOutcome, changes, sync_collection
+from lib.steps.present import points_present
+from lib.steps.sync import SyncOutcome, missing_of, sync_collection, texts_to_buy
 from lib.vectors.collection import CollectionState
 from lib.vectors.points import Point, delete_points, retrieve, scroll
 
@@ -35,26 +35,23 @@ class Drifted:
 
 
 def only_missing(run: Migration, buyer: Buyer, state: CollectionState) -> Drifted:
-    """Add missing ids, renew points whose content or payload is not the graph's, remove surplus ones with care."""
-    require_same_model(run, buyer, state)
-    with points_present(run.target.qdrant, state.name) as present:
-        total = sum(1 for _ in _to_buy(run, present))
-        buy(buyer, run.spool, _to_buy(run, present), total, run.bar, run.bought)
+    """Add missing ids, renew points whose content or payload is not the graph's, remove surplus ones with care.
+
+    Where the migration kept the size, the old service may have written the old model's vectors since: then every
+    vector is compared, and what the spool does not know is embedded again.
+    """
+    qdrant, compare = run.target.qdrant, kept_the_size(run.folder, run.targets, run.spec)
+    if not compare:
+        require_same_model(run, buyer, state)
+    with points_present(qdrant, state.name) as present:
+        total = missing_of(run.spool, present).texts
+        buy(buyer, run.spool, texts_to_buy(run.spool, present), total, run.bar, run.bought)
     with run.bar("sync", None, "points") as progress:
-        outcome = sync_collection(run.target.qdrant, state.name, run.spool, progress=progress)
+        outcome = sync_collection(qdrant, state.name, run.spool, progress=progress)
+    if compare:
+        buy_missing(buyer, run.spool, run.bar, run.bought)
+        run.mended = mend_vectors(qdrant, state.name, run.spool, run.spec, run.bar)
     return Drifted(outcome, _remove_surplus(run, state))
-
-
-def _to_buy(run: Migration, present: IdTable) -> Iterator[TextRow]:
-    """Texts that missing or changed points need and the spool lacks, identical ones once."""
-    seen: set[bytes] = set()
-    for batch in changes(run.spool, present):
-        wanted = [change.row for change in batch if change.needs_vector]
-        known = run.spool.known([row.key for row in wanted])
-        for row in wanted:
-            if row.key not in known and row.key not in seen:
-                seen.add(row.key)
-                yield TextRow(row.key, row.content, str(row.point_id))
 
 
 def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> None:

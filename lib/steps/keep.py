@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import orjson
 
 from lib.embedding.kept_points import KeptPoint
 from lib.embedding.spool import Spool
+from lib.steps.payloads import standing_payload
 from lib.steps.progress import Progress
 from lib.vectors.points import Point, scroll
 from lib.vectors.transport import Qdrant
@@ -19,20 +22,35 @@ def _row(point: Point) -> KeptPoint:
 def keep_payloads(
     qdrant: Qdrant, collection: str, spool: Spool, *, add: bool = False, progress: Progress | None = None
 ) -> int:
-    """Keep every live point's payload (fsynced), in place of an earlier reading's, or beside it with `add`.
+    """Keep every live point's payload (fsynced), in place of an earlier reading's, or with `add` laid over it.
 
     `add` is for a run that goes on after the delete: what stands there now was made anew, what was kept before the
-    delete is all that is left of the old points.
+    delete is all that is left of the old points, and no key that only they held is lost.
     """
     if not add:
         spool.clear_kept()
     count = 0
     for page in scroll(qdrant, collection, payload=True):
-        spool.keep_points([_row(point) for point in page])
+        spool.keep_points(_laid_over(page, spool) if add else [_row(point) for point in page])
         count += len(page)
         if progress:
             progress(len(page))
     return count
+
+
+def _laid_over(points: list[Point], spool: Spool) -> list[KeptPoint]:
+    """The points with what was kept of them before, where they lack it."""
+    before = {
+        one: orjson.loads(row.payload) for one, row in spool.kept([point.id for point in points]).items()
+    }
+    return [
+        _row(
+            replace(
+                point, payload=dict(standing_payload(point.payload or {}, before.get(point.id), {}) or {})
+            )
+        )
+        for point in points
+    ]
 
 
 def keep_whole(points: list[Point], spool: Spool) -> None:

@@ -31,23 +31,30 @@ PAYLOAD_KEYS = (
 )
 # Consolidation sets these in the graph first; its own write to the point may have failed silently.
 _GRAPH_DECIDES = ("archived", "relevance_score")
-_UUID = re.compile(r"(?:urn:uuid:)?([0-9a-fA-F]{32}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})")
+# What recall filters on and shows: a point that lost them is broken.
+_NEEDED = ("content", "tags", "tag_prefixes")
+_HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+# The spellings that Qdrant takes (seen on 1.11.3).
+_UUID = re.compile(rf"[0-9a-fA-F]{{32}}|(?:urn:uuid:)?{_HYPHENATED}|\{{{_HYPHENATED}\}}")
 _U64 = (1 << 64) - 1
 _DIGITS = 2e-14
 
 
 def point_id(value: object) -> PointId | None:
-    """The id as Qdrant holds it (lower-case hyphenated UUID, or an unsigned integer), None where it can be neither."""
+    """The id as Qdrant holds it (lower-case hyphenated UUID, or an unsigned integer), None where it can be neither.
+
+    A number spelled as text counts where the spelling is the number's own: 32 digits are a UUID, "007" is nothing.
+    """
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
         return value if 0 <= value <= _U64 else None
     if not isinstance(value, str):
         return None
-    if value.isascii() and value.isdigit() and int(value) <= _U64:
-        return int(value)
-    found = _UUID.fullmatch(value)
-    return str(uuid.UUID(found[1])) if found else None
+    if _UUID.fullmatch(value):
+        return str(uuid.UUID(value))
+    is_number = value.isascii() and value.isdigit() and len(value) <= len(str(_U64))
+    return int(value) if is_number and int(value) <= _U64 and str(int(value)) == value else None
 
 
 def _decoded(metadata: object) -> object:
@@ -83,6 +90,23 @@ def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
     if "metadata" in payload:
         payload["metadata"] = _decoded(payload["metadata"])
     return payload
+
+
+def standing_payload(
+    live: Mapping[str, Any] | None, kept: Mapping[str, Any] | None, properties: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """What a memory's payload starts from: the live point's, else the one `kept` from before the migration.
+
+    Where the live point was made anew meanwhile, it gets back what only the old one held, and what recall needs
+    (without an old one: what recall needs and the node has). AutoMem's other keys are its own to drop.
+    """
+    if live is None:
+        return kept
+    if kept is None:
+        lost = {key: properties[key] for key in _NEEDED if properties.get(key) is not None}
+    else:
+        lost = {key: value for key, value in kept.items() if key not in PAYLOAD_KEYS or key in _NEEDED}
+    return {**lost, **live}
 
 
 def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:

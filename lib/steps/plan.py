@@ -8,6 +8,7 @@ from itertools import islice
 import redis
 
 from lib.dimensions import EmbeddingSpec
+from lib.embedding.plan_table import Missing
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
 from lib.steps.memories import Scan, scan_graph
@@ -44,16 +45,12 @@ class Plan:
         return self.scan.usable - self.texts
 
 
-def make_plan(
-    conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar
-) -> tuple[Scan, int, int, float | None]:
-    """Read the graph into the spool; what must be bought: distinct texts, their tokens, the price in dollars."""
+def read_plan(conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar) -> Scan:
+    """Read the graph into the spool, and cut what vectors can be had from larger ones."""
     with bar("read graph", None, "memories") as progress:
         scan = scan_graph(conn, graph, spool, spec, progress=progress)
     spool.derive_missing(spec)
-    missing = spool.missing_total()
-    price = price_per_million(spec.model)
-    return scan, missing.texts, missing.tokens, None if price is None else missing.tokens * price / 1e6
+    return scan
 
 
 def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool) -> IdTable:
@@ -65,13 +62,14 @@ def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool) -> IdTable:
 
 
 def whole_plan(
-    parts: tuple[Scan, int, int, float | None],
+    scan: Scan,
+    missing: Missing,
     spec: EmbeddingSpec,
     live: CollectionState | None,
     only_live: IdTable | None,
 ) -> Plan:
-    """Put the plan together for printing."""
-    scan, texts, tokens, price = parts
+    """Put the plan together for printing; `missing` is what must be bought."""
+    price = price_per_million(spec.model)
     examples = (
         [str(one) for page in islice(only_live.ids(), 1) for one in page[:_EXAMPLES]] if only_live else []
     )
@@ -80,9 +78,9 @@ def whole_plan(
         spec=spec,
         live_size=live.size if live else None,
         live_points=live.points if live else 0,
-        texts=texts,
-        tokens=tokens,
-        price=price,
+        texts=missing.texts,
+        tokens=missing.tokens,
+        price=None if price is None else missing.tokens * price / 1e6,
         only_live=len(only_live) if only_live else 0,
         only_live_examples=examples,
         disk_peak=scan.usable * (spec.size * 4 + 2048) * 2,

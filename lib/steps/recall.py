@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -10,34 +9,10 @@ from lib import automem_api
 from lib.automem_api import AutoMemApi
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.spool import Spool
+from lib.steps.candidates import Sample
 from lib.steps.checks import FAILED, PASSED, PENDING, SKIPPED, Check
 from lib.vectors.search import search
 from lib.vectors.transport import Qdrant
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A current, unarchived memory with unique content: recalled by its own content it must come first."""
-
-    id: str
-    content: str
-    key: bytes
-
-
-def sample_memories(spool: Spool, count: int) -> list[Sample]:
-    """Up to `count` memories spread over the plan: not archived, still valid, their content unique."""
-    import orjson
-
-    step = max(1, spool.memory_count() // (count * 3))
-    found: list[Sample] = []
-    for number, row in enumerate(spool.memories()):
-        if number % step or len(found) >= count:
-            continue
-        properties = orjson.loads(row.payload)
-        current = not properties.get("archived") and not properties.get("t_invalid")
-        if current and spool.uses(row.key) == 1 and len(row.content) < 1500:
-            found.append(Sample(str(row.point_id), row.content, row.key))
-    return found
 
 
 def agrees(health: dict[str, Any], spec: EmbeddingSpec) -> bool:
@@ -87,18 +62,19 @@ def check_recall_api(
 
 
 def check_recall_direct(
-    qdrant: Qdrant, collection: str, spool: Spool, samples: list[Sample], why: str
+    qdrant: Qdrant, collection: str, spool: Spool, spec: EmbeddingSpec, samples: list[Sample], why: str
 ) -> list[Check]:
     """Where no API answers: search Qdrant with each sample's own vector from the spool."""
     import numpy as np
 
-    known = spool.get_vectors([sample.key for sample in samples])
-    usable = [sample for sample in samples if sample.key in known]
+    keys = {sample.id: spool.text_key(spec, sample.content) for sample in samples}
+    known = spool.get_vectors(keys.values())
+    usable = [sample for sample in samples if keys[sample.id] in known]
     if not usable:
         return [Check("recall", SKIPPED, f"{why}, and the spool holds no vector to search with")]
     wrong = []
     for sample in usable:
-        hits = search(qdrant, collection, np.frombuffer(known[sample.key], dtype="<f4"), 5)
+        hits = search(qdrant, collection, np.frombuffer(known[keys[sample.id]], dtype="<f4"), 5)
         if not hits or str(hits[0].id) != sample.id:
             wrong.append(sample.id)
     if wrong:

@@ -22,7 +22,9 @@ from lib.vectors.recreate import aliases_of, create_default, create_like, put_al
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 3600.0
-KEPT, DELETING, CREATED = "payloads kept", "deleting the live collection", "collection created"
+KEPT, CREATED = "payloads kept", "collection created"
+RECOVERED = "settings taken from the backup"
+DELETING, DELETED = "deleting the live collection", "live collection deleted"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, 
     journal.append(DELETING, undo=undo)
     began = time.monotonic()
     delete_collection(target.qdrant, target.collection)
+    journal.append(DELETED)
     return began
 
 

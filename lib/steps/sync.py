@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 
-from lib.embedding.plan_table import MemoryRow
+from lib.embedding.plan_table import MemoryRow, Missing, TextRow
 from lib.embedding.spool import Spool
-from lib.steps.payloads import PointId, merged_payload
+from lib.steps.payloads import PointId, merged_payload, standing_payload
 from lib.steps.present import IdTable, points_present
 from lib.steps.progress import Progress
 from lib.vectors.points import overwrite_payload
@@ -64,12 +64,30 @@ def changes(spool: Spool, present: IdTable) -> Iterator[list[Change]]:
         for row in rows:
             old = live.get(row.point_id)
             known = kept.get(row.point_id)
-            base = old if old is not None else orjson.loads(known.payload) if known else None
-            payload = merged_payload(base, orjson.loads(row.payload))
+            before, properties = orjson.loads(known.payload) if known else None, orjson.loads(row.payload)
+            payload = merged_payload(standing_payload(old, before, properties), properties)
             change = Change(row, payload, old)
             if old is None or old != payload or change.needs_vector:
                 found.append(change)
         yield found
+
+
+def texts_to_buy(spool: Spool, present: IdTable) -> Iterator[TextRow]:
+    """Texts that missing or changed points need and the spool lacks, identical ones once."""
+    seen: set[bytes] = set()
+    for batch in changes(spool, present):
+        wanted = [change.row for change in batch if change.needs_vector]
+        known = spool.known([row.key for row in wanted])
+        for row in wanted:
+            if row.key not in known and row.key not in seen:
+                seen.add(row.key)
+                yield TextRow(row.key, row.content, str(row.point_id), row.tokens)
+
+
+def missing_of(spool: Spool, present: IdTable) -> Missing:
+    """How many texts `texts_to_buy` would give, and their tokens."""
+    tokens = [row.tokens for row in texts_to_buy(spool, present)]
+    return Missing(len(tokens), sum(tokens))
 
 
 def sync_collection(

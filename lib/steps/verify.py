@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lib.automem_api import AutoMemApi, health, remember
 from lib.embedding.spool import Spool
 from lib.graph.client import require_graph
-from lib.journal import Journal, read_journal
+from lib.steps.candidates import Candidates, Sample
 from lib.steps.checks import (
     Check,
     check_indexes,
@@ -20,8 +19,9 @@ from lib.steps.checks import (
     judge,
 )
 from lib.steps.findings import compare_stores
+from lib.steps.last_run import settings_before
 from lib.steps.progress import ProgressBar
-from lib.steps.recall import check_recall_api, check_recall_direct, sample_memories
+from lib.steps.recall import check_recall_api, check_recall_direct
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import get_state
@@ -46,40 +46,32 @@ def verify(
     require_graph(stores.graph.conn, stores.graph.graph, stores.graph.address)
     state = get_state(source.qdrant, source.collection)
     checks = [check_size(state, source.spec), check_status(state), check_model(state, source.spec)]
-    checks.append(check_indexes(state, settings_before(stores)))
+    checks.append(check_indexes(state, settings_before(stores.folder, stores.targets)))
     known = spool if spool.memory_count() else None
-    with bar("compare stores", None, "memories") as progress:
+    with bar("compare stores", None, "memories") as progress, Candidates(samples, state.points) as candidates:
         found = compare_stores(
-            stores.graph.conn, stores.graph.graph, source.qdrant, source.collection, known, progress
+            stores.graph.conn,
+            stores.graph.graph,
+            source.qdrant,
+            source.collection,
+            known,
+            progress,
+            candidates,
         )
+        chosen = candidates.samples()
     checks += judge(found, have_plan=known is not None, after_restart=after_restart)
     with bar("compare vectors", state.points, "points") as progress:
         checks.append(check_vectors(source.qdrant, state, known, source.spec, progress))
-    return checks + _recall(stores, spool, samples, after_restart=after_restart)
+    return checks + _recall(stores, spool, chosen, after_restart=after_restart)
 
 
-def _recall(stores: Stores, spool: Spool, count: int, *, after_restart: bool) -> list[Check]:
-    source, chosen = stores.collection, sample_memories(spool, count)
+def _recall(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
+    source = stores.collection
     answer = health(stores.api)
     if answer is None:
         why = "AutoMem's API does not answer"
-        return check_recall_direct(source.qdrant, source.collection, spool, chosen, why)
-    return check_recall_api(stores.api, answer, source.spec, chosen, after_restart=after_restart)
-
-
-def last_migration(stores: Stores) -> Journal | None:
-    """The journal of the newest re-embedding of these stores that deleted a collection."""
-    for path in sorted(stores.folder.glob("journal_*_reembed.jsonl"), reverse=True):
-        journal = read_journal(path)
-        if journal and journal.targets == stores.targets and journal.fact("settings"):
-            return journal
-    return None
-
-
-def settings_before(stores: Stores) -> dict[str, Any] | None:
-    """The collection's raw info before its last migration."""
-    journal = last_migration(stores)
-    return journal.fact("settings") if journal else None
+        return check_recall_direct(source.qdrant, source.collection, spool, source.spec, samples, why)
+    return check_recall_api(stores.api, answer, source.spec, samples, after_restart=after_restart)
 
 
 def record(stores: Stores) -> str:

@@ -104,11 +104,16 @@ def test_a_vector_of_the_wrong_width_stores_nothing(spool, bad):
     assert spool.known([good, wrong]) == set()
 
 
-def test_forgetting_one_size_leaves_the_others(spool):
+def test_only_the_plans_own_texts_and_size_are_forgotten(spool):
     other = replace(SPEC, size=4)
-    spool.put_vectors([(spool.text_key(SPEC, "a"), blob(1)), (spool.text_key(other, "a"), blob(1, 4))])
-    assert spool.forget_vectors(SPEC) == 1
-    assert (spool.count(SPEC), spool.count(other)) == (0, 1)
+    kept = [spool.text_key(SPEC, "of another graph"), spool.text_key(other, "a")]
+    mine = spool.text_key(SPEC, "a")
+    spool.put_memories([MemoryRow(1, 1, mine, "a", b"{}", 1)])
+    spool.put_vectors([(mine, blob(1)), (kept[0], blob(2)), (kept[1], blob(1, 4))])
+    assert spool.missing_total().texts == 0
+    assert spool.forget_planned() == 1
+    assert spool.known([mine, *kept]) == set(kept)
+    assert spool.missing_total() == spool.text_total()
 
 
 def test_a_smaller_size_is_cut_and_scaled_from_the_nearest_larger_one(spool):

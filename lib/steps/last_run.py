@@ -1,0 +1,43 @@
+"""What the newest re-embedding of these stores found and did, as its journal tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.endpoint import public_url
+from lib.journal import Journal, read_journal
+
+COMMAND = "reembed"
+
+
+def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
+    """What a journal says of the vectors that its run makes; no secret."""
+    return {"model": spec.model, "size": spec.size, "endpoint": public_url(spec.base_url)}
+
+
+def last_migration(folder: Path, targets: list[str]) -> Journal | None:
+    """The journal of the newest re-embedding of these stores that made the collection anew."""
+    for path in sorted(folder.glob(f"journal_*_{COMMAND}.jsonl"), reverse=True):
+        journal = read_journal(path)
+        if journal and journal.targets == targets and journal.fact("settings"):
+            return journal
+    return None
+
+
+def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:
+    """The collection's raw info before its last migration."""
+    journal = last_migration(folder, targets)
+    return journal.fact("settings") if journal else None
+
+
+def kept_the_size(folder: Path, targets: list[str], spec: EmbeddingSpec) -> bool:
+    """Whether the last migration was to `spec` and left the size as it was.
+
+    AutoMem then goes on writing the old model's vectors until it is restarted, and no dimension check tells.
+    """
+    journal = last_migration(folder, targets)
+    if journal is None or journal.fact("spec") != spec_as_json(spec):
+        return False
+    return bool(journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size)

@@ -1,0 +1,161 @@
+"""What belongs in a point: ids as Qdrant takes them, payloads by the rule."""
+
+from __future__ import annotations
+
+import pytest
+
+from lib.steps.payloads import PAYLOAD_KEYS, merged_payload, node_payload, point_id, same, standing_payload
+
+UUID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "expected"),
+    [
+        (UUID, UUID),
+        (UUID.upper(), UUID),
+        (UUID.replace("-", ""), UUID),
+        (f"urn:uuid:{UUID}", UUID),
+        (f"{{{UUID}}}", UUID),
+        ("0" * 30 + "42", "00000000-0000-0000-0000-000000000042"),
+        (0, 0),
+        (42, 42),
+        ((1 << 64) - 1, (1 << 64) - 1),
+        ("42", 42),
+        (str((1 << 64) - 1), (1 << 64) - 1),
+        ("0", 0),
+    ],
+)
+def test_ids_that_qdrant_can_hold(spelling, expected):
+    assert point_id(spelling) == expected
+    assert type(point_id(spelling)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "legacy-42", "", " ", f" {UUID}", f"{UUID} ", f"{UUID}\n", UUID[:-1], f"{UUID}0", UUID.replace("-", "_"),
+        "007", "+1", "-1", "1.0", "1e3", "\u0664\u0662", str(1 << 64), "9" * 40, -1, 1 << 64, 1.0, True, None, [UUID],
+    ],
+)  # fmt: skip
+def test_ids_that_qdrant_cannot_hold(spelling):
+    assert point_id(spelling) is None
+
+
+def test_what_only_the_point_holds_stays_and_what_only_the_node_holds_stays_out():
+    live = {"content": "old", "tags": ["a"], "source_app": "import"}
+    node = {
+        "content": "new",
+        "tags": ["a", "b"],
+        "summary": "s",
+        "enriched": True,
+        "importance": 0.5,
+        "id": UUID,
+    }
+    assert merged_payload(live, node) == {"content": "new", "tags": ["a", "b"], "source_app": "import"}
+
+
+@pytest.mark.parametrize("key", ["archived", "relevance_score"])
+def test_consolidations_keys_are_taken_whenever_the_node_has_them(key):
+    assert merged_payload({"content": "c"}, {"content": "c", key: 0.5}) == {"content": "c", key: 0.5}
+    assert merged_payload({"content": "c", key: 0.9}, {"content": "c", key: 0.5})[key] == 0.5
+    assert merged_payload({"content": "c"}, {"content": "c", key: False}) == {"content": "c", key: False}
+    assert merged_payload({"content": "c", key: 0.9}, {"content": "c"})[key] == 0.9
+
+
+def test_nulls_of_the_point_stay_until_the_graph_has_a_value():
+    live = {"content": "c", "relevance_score": None, "t_invalid": None}
+    assert merged_payload(live, {"content": "c"}) == live
+    assert merged_payload(live, {"content": "c", "t_invalid": None}) == live
+    assert merged_payload(live, {"content": "c", "t_invalid": "2026"})["t_invalid"] == "2026"
+    assert merged_payload({"content": "c", "tags": ["a"]}, {"content": "c", "tags": None})["tags"] == ["a"]
+
+
+def test_metadata_is_decoded():
+    live = {"content": "c", "metadata": {"a": 1}}
+    assert merged_payload(live, {"metadata": '{"a": 2, "b": null}'})["metadata"] == {"a": 2, "b": None}
+    assert merged_payload(live, {"metadata": {"a": 3}})["metadata"] == {"a": 3}
+    assert node_payload({"metadata": '{"a": 2}'}) == {"metadata": {"a": 2}}
+
+
+@pytest.mark.parametrize("malformed", ['{"a": ', "free words", "[1, 2]", "5", ""])
+def test_malformed_metadata_is_no_reason_to_lose_the_points_own(malformed):
+    assert merged_payload({"metadata": {"a": 1}}, {"metadata": malformed})["metadata"] == {"a": 1}
+    assert merged_payload({"metadata": "older words"}, {"metadata": malformed})["metadata"] == malformed
+    assert node_payload({"metadata": malformed}) == {"metadata": malformed}
+
+
+def test_a_double_that_the_graph_shows_with_15_digits_does_not_replace_the_full_one():
+    live = {"relevance_score": 0.1 + 0.2, "metadata": {"deep": [1, {"f": 0.30000000000000004}]}}
+    node = {"relevance_score": 0.3, "metadata": '{"deep": [1, {"f": 0.3}]}'}
+    merged = merged_payload(live, node)
+    assert repr(merged["relevance_score"]) == "0.30000000000000004"
+    assert repr(merged["metadata"]["deep"][1]["f"]) == "0.30000000000000004"
+    assert merged_payload(live, {"relevance_score": 0.3001})["relevance_score"] == 0.3001
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [
+        (1, 1.0, True), (True, 1, False), (False, 0, False), (True, True, True), (None, 0, False), ("1", 1, False),
+        ([1, 2], [1, 2.0], True), ([1, 2], [2, 1], False), ([1], [1, 1], False), ({"a": 1}, {"a": 1.0}, True),
+        ({"a": 1}, {"a": 1, "b": None}, False), (1e300, 1e300 * (1 + 1e-15), True), (0.0, 1e-300, False),
+    ],
+)  # fmt: skip
+def test_values_are_compared_as_the_stores_can_tell_them_apart(left, right, equal):
+    assert same(left, right) is equal
+    assert same(right, left) is equal
+
+
+def test_a_memory_without_a_point_gets_automems_keys_that_its_node_has():
+    node = dict.fromkeys(PAYLOAD_KEYS, "x") | {"metadata": "{}", "summary": "s", "enriched": True, "id": UUID}
+    node |= {"t_invalid": None, "processed": True, "embedding": [0.1]}
+    wanted = dict.fromkeys(PAYLOAD_KEYS, "x") | {"metadata": {}}
+    del wanted["t_invalid"]
+    assert merged_payload(None, node) == wanted
+
+
+def test_nothing_given_is_changed():
+    live, node = {"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]}
+    merged_payload(live, node)
+    standing_payload(live, {"source_app": "x"}, node)
+    assert (live, node) == ({"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]})
+
+
+def test_a_payload_starts_from_the_live_point_else_from_the_kept_one():
+    kept = {"content": "c", "source_app": "import"}
+    assert standing_payload(None, None, {"content": "c"}) is None
+    assert standing_payload(None, kept, {"content": "c"}) == kept
+    assert standing_payload({"content": "d", "tags": []}, {"content": "c", "tags": ["a"]}, {}) == {
+        "content": "d",
+        "tags": [],
+    }
+
+
+def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_needs():
+    kept = {
+        "content": "c",
+        "tags": ["a"],
+        "source_app": "import",
+        "archived": True,
+        "t_valid": "2026",
+        "n": None,
+    }
+    assert standing_payload({"content": "d"}, kept, {"content": "d"}) == {
+        "content": "d",
+        "tags": ["a"],
+        "source_app": "import",
+        "n": None,
+    }
+
+
+def test_what_recall_needs_comes_from_the_node_where_no_older_point_is_known():
+    node = {"content": "c", "tags": ["a"], "tag_prefixes": ["a"], "summary": "s", "importance": 0.5}
+    assert standing_payload({"importance": 0.1}, None, node) == {
+        "importance": 0.1,
+        "content": "c",
+        "tags": ["a"],
+        "tag_prefixes": ["a"],
+    }
+    # An old point that never had them keeps to the rule: what only the node holds stays out.
+    assert standing_payload({"importance": 0.1}, {"importance": 0.1}, node) == {"importance": 0.1}
