@@ -16,8 +16,8 @@ from lib import cli
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
-    from lib.steps.restore import Site
     from lib.steps.restore_files import Wanted
+    from lib.steps.restore_site import Site
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def command(args: argparse.Namespace) -> int:
 def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
     """Open the stores that the files are for."""
     from lib import opening
-    from lib.steps.restore import Site
+    from lib.steps.restore_site import Site
 
     return Site(
         graph=opening.open_graph(config) if wanted.rdb else None,
@@ -95,8 +95,9 @@ def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
 def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Namespace) -> int:
     """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
     from lib.showing import restore as showing
-    from lib.steps.restore import Options, prove_files, require_quiet
+    from lib.steps.restore import prove_files, require_quiet
     from lib.steps.restore import restore as restore_all
+    from lib.steps.restore_site import Options
 
     options = Options(
         safety=not args.no_safety_backup,

@@ -11,30 +11,38 @@ from lib.showing.settings import RESTART, settings_lines
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
     from lib.config import Config
-    from lib.steps.restore import Proved, Restored, Site
+    from lib.steps.restore_site import Proved, Restored, Site
+    from lib.vectors.transport import Qdrant
 
 
 def show_restore_plan(site: Site, proved: Proved, console: Console) -> int:
     """What a restore would do: --dry-run stops before the first write."""
-    from lib.vectors.collection import exists, get_state
-
     lines = []
     document: dict[str, object] = {}
-    if proved.graph and proved.graph.proof.counts:
-        counts = proved.graph.proof.counts
-        lines.append(
-            f"graph '{proved.graph.graph}': {counts.nodes:,} nodes, {counts.relationships:,} relationships"
-        )
-        document["graph"] = {"nodes": counts.nodes, "relationships": counts.relationships}
+    if proved.graph:
+        counts, graph = proved.graph.proof.counts, proved.graph.graph
+        held = f"{counts.nodes:,} nodes, {counts.relationships:,} relationships" if counts else None
+        lines.append(f"graph '{graph}': {held or proved.graph.proof.note}")
+        document["graph"] = {
+            "nodes": counts.nodes if counts else None,
+            "relationships": counts.relationships if counts else None,
+        }
     if proved.collection and site.collection:
         one, name, qdrant = proved.collection, site.collection.collection, site.collection.qdrant
-        live = (
-            f"{get_state(qdrant, name).points:,} points stand there" if exists(qdrant, name) else "absent now"
-        )
+        live = _standing(qdrant, name)
         lines.append(f"collection '{name}': {one.proof.archive.ids:,} points of {one.size}d ({live})")
         document["collection"] = {"points": one.proof.archive.ids, "size": one.size}
     console.result(document, "would restore, after a safety backup:\n" + "\n".join(lines))
     return DONE
+
+
+def _standing(qdrant: Qdrant, name: str) -> str:
+    from lib.vectors.collection import get_state, health
+
+    state = health(qdrant, name)
+    if state == "missing":
+        return "absent now"
+    return f"{get_state(qdrant, name).points:,} points stand there" if state == "live" else f"{state} now"
 
 
 def show_restored(done: Restored, proved: Proved, config: Config, console: Console) -> int:
@@ -42,8 +50,14 @@ def show_restored(done: Restored, proved: Proved, config: Config, console: Conso
     lines = [*done.notes]
     document: dict[str, object] = {"safety_backup": done.safety.name if done.safety else None}
     if proved.graph:
-        lines.append(f"graph '{proved.graph.graph}' restored from {proved.graph.path}, digest equal")
-        document["graph"] = {"file": str(proved.graph.path), "digest": proved.graph.digest.digest}
+        digest, how = proved.graph.digest, "digest equal"
+        if digest is None:
+            how = "not compared: no FalkorDB engine is installed here"
+        lines.append(f"graph '{proved.graph.graph}' restored from {proved.graph.path}, {how}")
+        document["graph"] = {
+            "file": str(proved.graph.path),
+            "digest": digest.digest if digest else None,
+        }
     if proved.collection:
         one = proved.collection
         lines.append(

@@ -23,6 +23,7 @@ from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
 from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
 from lib.graph.scratch import Scratch
+from lib.graph.swap import rename_graph
 from lib.vectors.open_segments import open_segments_count
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
@@ -88,6 +89,8 @@ def loaded_graph(
 ) -> Iterator[tuple[GraphProof, Scratch]]:
     """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared."""
     with scratch_server(engine, path) as scratch:
+        if facts.dumped_graph and facts.dumped_graph.startswith(f"{graph}__pre_"):
+            rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
         try:
             require_graph(scratch.conn, graph, scratch.address)
         except MissingData as error:

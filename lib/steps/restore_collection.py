@@ -6,54 +6,27 @@ starting again: so never onto a live one, and a temporary one whose restore fail
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import CollectionHalf
 from lib.errors import BackupDamaged, MigrationError, StoreFailed
 from lib.journal import Journal
-from lib.steps.present import as_id, points_present
 from lib.steps.progress import Progress, steps_of
-from lib.steps.prove import CollectionProof, prove_collection
+from lib.steps.prove import prove_collection
+from lib.steps.restored_points import CollectionBackup, compare, same_points, sample_ids
 from lib.vectors import snapshots
-from lib.vectors.collection import delete_collection, exists, get_state, list_collections
-from lib.vectors.points import retrieve
+from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
 from lib.vectors.recreate import aliases_of, put_aliases
-from lib.vectors.restoring import can_fetch_itself, recover, upload_and_restore
+from lib.vectors.restoring import can_fetch_itself, recover, upload_and_restore, wait_restored
 from lib.vectors.transport import Qdrant
 from lib.vectors.versions import restorable
 
 REHEARSED, SWITCHING, SWITCHED = "collection rehearsed", "deleting the live collection", "collection restored"
-_SAMPLE = 200
-_PAGE = 500
-
-
-@dataclass(frozen=True)
-class CollectionBackup:
-    """A proved archive."""
-
-    path: Path
-    proof: CollectionProof
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """`collection.json` of the archive."""
-        return self.proof.archive.facts
-
-    @property
-    def sha256(self) -> str:
-        """The snapshot's own checksum."""
-        return self.proof.archive.snapshot_sha256
-
-    @property
-    def size(self) -> int:
-        """The dimension of the vectors inside."""
-        return self.proof.snapshot.size
+_UNDER_WAY_SECONDS = 60.0  # for a restore that the server goes on with though its client was killed
 
 
 def open_backup(path: Path, half: CollectionHalf | None) -> CollectionBackup:
@@ -96,68 +69,17 @@ def temporary_name(collection: str, backup: CollectionBackup) -> str:
 def rehearse(
     backup: CollectionBackup, qdrant: Qdrant, collection: str, journal: Journal, progress: Progress | None
 ) -> str:
-    """Restore under a temporary name and compare; returns that name. A failed one is deleted at once.
+    """Restore under a temporary name and compare; returns that name. The caller deletes a failed one at once.
 
     The rehearsal that a killed run proved (its name holds the snapshot's checksum) is used again.
     """
     name = temporary_name(collection, backup)
     journal.append("rehearsing the collection", temporary_collection=name)
-    try:
-        if name not in list_collections(qdrant):
-            _upload(qdrant, name, backup, f"{name}.snapshot", progress)
-        compare(backup, qdrant, name)
-    except BaseException:
-        drop_temporary(qdrant, name)
-        raise
+    if name not in list_collections(qdrant):
+        _upload(qdrant, name, backup, f"{name}.snapshot", progress)
+    compare(backup, qdrant, name)
     journal.append(REHEARSED)
     return name
-
-
-def compare(backup: CollectionBackup, qdrant: Qdrant, name: str) -> int:
-    """Size, distance and every promised id; the number of points. Raises BackupDamaged."""
-    state = get_state(qdrant, name)
-    if (state.size, state.distance) != (backup.size, backup.proof.snapshot.distance):
-        raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.size}d")
-    missing = 0
-    with points_present(qdrant, name, payload=False) as present:
-
-        def count(ids: Iterator[str]) -> None:
-            nonlocal missing
-            while page := [as_id(one) for one in islice(ids, _PAGE)]:
-                missing += len(page) - len(present.payloads(page))
-
-        read_archive(backup.path, on_ids=count)
-    if missing:
-        raise BackupDamaged(
-            f"{backup.path.name} restores without an error, "
-            f"but {missing} of {backup.proof.archive.ids} points are lost",
-            next_step="use another backup: python scripts/backup_automem.py --list",
-        )
-    return state.points
-
-
-def sample_ids(backup: CollectionBackup) -> list[int | str]:
-    """Ids spread over the whole backup, to compare point by point."""
-    step = max(1, backup.proof.archive.ids // _SAMPLE)
-    found: list[int | str] = []
-    read_archive(
-        backup.path, on_ids=lambda ids: found.extend(as_id(one) for one in islice(ids, 0, None, step))
-    )
-    return found[:_SAMPLE]
-
-
-def same_points(qdrant: Qdrant, left: str, right: str, ids: list[int | str]) -> bool:
-    """Whether these points are equal in both collections, payloads and vectors."""
-    import numpy as np
-
-    def points(name: str) -> dict[int | str, Any]:
-        return {point.id: point for point in retrieve(qdrant, name, ids, payload=True, vector=True)}
-
-    one, other = points(left), points(right)
-    return one.keys() == other.keys() and all(
-        one[key].payload == other[key].payload and np.array_equal(one[key].vector, other[key].vector)
-        for key in one
-    )
 
 
 def replace_live(
@@ -169,37 +91,49 @@ def replace_live(
     progress: Progress | None,
     *,
     undo: str,
+    aliases: Iterable[str] = (),
 ) -> None:
     """Delete the live collection and restore under its name from the copy that the server already holds.
 
     The way is proved before the delete: where the server cannot fetch from itself, the file is uploaded again.
+    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once.
     """
     held = snapshots.Snapshot(f"{temporary}.snapshot", backup.proof.archive.snapshot_size, backup.sha256, "")
     location = can_fetch_itself(qdrant, temporary, held, f"{temporary}_probe")
-    aliases = set(backup.facts["aliases"])
-    if exists(qdrant, collection):
-        aliases |= set(aliases_of(qdrant, collection))
-        journal.append(SWITCHING, undo=undo, aliases=sorted(aliases))
+    standing = exists(qdrant, collection)
+    wanted = {*aliases, *backup.facts["aliases"], *(aliases_of(qdrant, collection) if standing else ())}
+    journal.append(SWITCHING, undo=undo, aliases=sorted(wanted))
+    if standing:
         delete_collection(qdrant, collection)
-    if location:
-        recover(qdrant, collection, location, backup.sha256)
-    else:
-        _upload(qdrant, collection, backup, f"{temporary}-again.snapshot", progress)
-        snapshots.delete(qdrant, collection, f"{temporary}-again.snapshot")
-    compare(backup, qdrant, collection)
-    if not same_points(qdrant, collection, temporary, sample_ids(backup)):
-        raise BackupDamaged(f"'{collection}' differs from the rehearsal {temporary} after the restore")
-    put_aliases(qdrant, collection, sorted(aliases))
+    again = f"{temporary}-again.snapshot"
+    try:
+        if location:
+            recover(qdrant, collection, location, backup.sha256)
+        else:
+            _upload(qdrant, collection, backup, again, progress)
+        snapshots.delete(qdrant, collection, again)  # also one that a killed run uploaded
+        compare(backup, qdrant, collection)
+        if not same_points(qdrant, collection, temporary, sample_ids(backup)):
+            raise BackupDamaged(f"'{collection}' differs from the rehearsal {temporary} after the restore")
+    except MigrationError:
+        _drop_dead(qdrant, collection)
+        raise
+    put_aliases(qdrant, collection, free_aliases(qdrant, collection, wanted))
     journal.append(SWITCHED)
 
 
-@contextmanager
-def temporary_collection(qdrant: Qdrant, name: str) -> Iterator[None]:
-    """The temporary collection and its uploaded file go when the block ends, however it ends."""
-    try:
-        yield
-    finally:
-        drop_temporary(qdrant, name)
+def free_aliases(qdrant: Qdrant, collection: str, wanted: Iterable[str]) -> list[str]:
+    """Those of the aliases that no other collection has taken meanwhile, and that are no collection's own name."""
+    entries = qdrant.json("GET", "/aliases")["aliases"]
+    taken = {one["alias_name"] for one in entries if one["collection_name"] != collection}
+    return sorted(set(wanted) - taken - set(list_collections(qdrant)))
+
+
+def _drop_dead(qdrant: Qdrant, collection: str) -> None:
+    """Left dead it would keep a 1.11.3 server from starting again."""
+    with suppress(MigrationError):  # what went wrong first is what the operator must read
+        if is_dead(qdrant, collection):
+            delete_collection(qdrant, collection)
 
 
 def drop_temporary(qdrant: Qdrant, name: str) -> None:
@@ -218,6 +152,9 @@ def settle_collection(
     qdrant: Qdrant, collection: str, journal: Journal, backup: CollectionBackup | None
 ) -> list[str]:
     """Clean up after a run that was killed. The rehearsal of `backup`, if it was proved, is left for this run."""
+    if journal.has_reached(SWITCHING) and health(qdrant, collection) == "restoring":
+        with suppress(StoreFailed):  # dead in the end: this run replaces it
+            wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
     name = journal.fact("temporary_collection")
     if name is None or name not in list_collections(qdrant):
         return []
@@ -225,3 +162,10 @@ def settle_collection(
         return [f"going on from {name}, which an earlier run proved"]
     drop_temporary(qdrant, name)
     return [f"removed the temporary collection {name}"]
+
+
+def aliases_taken_off(journal: Journal) -> list[str]:
+    """The aliases that a killed run took off with the collection and did not put back."""
+    if journal.has_reached(SWITCHING) and not journal.has_reached(SWITCHED):
+        return list(journal.fact("aliases") or [])
+    return []

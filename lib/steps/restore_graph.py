@@ -1,83 +1,134 @@
 """Put a graph back from an RDB: proved in a scratch server, proved on the target, switched atomically.
 
 The old graph stays whole under a safety name until the new one is counted and digested. Nothing else on the
-instance is touched.
+instance is touched. A DUMP wrapped as an RDB goes back without an engine too: then its checksum, the versions and
+the way back stand in for the loaded copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.backup_set.manifest import GraphHalf
-from lib.backup_set.sets import GRAPH_DIR
-from lib.errors import BackupDamaged, StoreFailed
-from lib.files import atomic_writer, private_dir
-from lib.graph.client import list_graphs, server_versions
+from lib.backup_set.manifest import CHECKED, GraphHalf
+from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
+from lib.graph.client import server_versions
 from lib.graph.digest import GraphDigest, graph_digest
-from lib.graph.engine import Engine, engine_for
-from lib.graph.rdb import inspect_rdb, require_rdb_checksum, wrap_dump
+from lib.graph.engine import Engine, NoEngine, engine_for, newest_encoding
+from lib.graph.payload import graph_name
+from lib.graph.rdb import inspect_rdb, require_rdb_checksum, unwrap_dump
+from lib.graph.read import counts, schema
 from lib.graph.scratch import Scratch
-from lib.graph.swap import drop_graph, dump_as, dump_graph, prove_acceptance, swap_back, swap_in
+from lib.graph.swap import dump_as, dump_graph, prove_acceptance, require_readable, swap_back, swap_in
 from lib.journal import Journal
+from lib.steps.old_graph import SWITCHED, SWITCHING, keep_aside
 from lib.steps.prove import GraphProof, check_file, loaded_graph
 from lib.steps.take_graph import GraphSource
 
-Say = Callable[[str], None]
-SWITCHING, SWITCHED = "switching the graph", "graph switched"
+UNLOADED = "not loaded by any engine: its checksum, the versions and the way back stand in for that"
 
 
 @dataclass(frozen=True)
-class LoadedBackup:
-    """A proved RDB, loaded by a scratch server that lives as long as the `open_backup` block."""
+class GraphBackup:
+    """A proved RDB. `scratch` has it loaded while the `open_backup` block lasts; None where no engine could."""
 
     path: Path
     graph: str
     proof: GraphProof
-    scratch: Scratch
+    scratch: Scratch | None
 
     @property
-    def digest(self) -> GraphDigest:
-        """The digest of the graph in the file."""
-        assert self.proof.digest is not None
+    def digest(self) -> GraphDigest | None:
+        """The digest of the graph in the file, where an engine loaded it."""
         return self.proof.digest
 
 
 @contextmanager
 def open_backup(
     path: Path, source: GraphSource, engines: list[Engine], half: GraphHalf | None
-) -> Iterator[LoadedBackup]:
-    """Prove the file by loading it; nothing on the target is touched. Raises BackupDamaged, NoEngine."""
+) -> Iterator[GraphBackup]:
+    """Prove the file; nothing on the target is touched. Raises BackupDamaged, NoEngine."""
     if half:
         check_file(path, half.file)
     facts = inspect_rdb(path)
     require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
-    engine = engine_for(facts, engines, server_versions(source.conn))
+    try:
+        engine = engine_for(facts, engines, server_versions(source.conn))
+    except NoEngine:
+        payload = unwrap_dump(path)
+        if payload is None or graph_name(payload) != source.graph:
+            raise
+        yield GraphBackup(path, source.graph, GraphProof(CHECKED, UNLOADED, facts), None)
+        return
     with loaded_graph(path, source.graph, engine, facts, half=half) as (proof, scratch):
-        yield LoadedBackup(path, source.graph, proof, scratch)
+        _require_nodes(path, proof)
+        yield GraphBackup(path, source.graph, proof, scratch)
 
 
-def rehearse(backup: LoadedBackup, target: GraphSource, journal: Journal) -> bytes:
+def _require_nodes(path: Path, proof: GraphProof) -> None:
+    if proof.counts is not None and proof.counts.nodes == 0:
+        raise BackupDamaged(f"{path} holds an empty graph: there is nothing to put back")
+
+
+def require_version(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise StoreFailed where the target is known to be too old for this file; asked before anything is touched."""
+    falkordb = server_versions(target.conn).falkordb
+    reads, written = newest_encoding(falkordb), backup.proof.rdb.graph_encoding
+    if backup.scratch is None and reads is not None and written is not None and written > reads:
+        raise StoreFailed(
+            f"{backup.path.name} is of graph encoding {written}, FalkorDB {falkordb} reads up to {reads}",
+            next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
+        )
+
+
+def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise UsageProblem unless a running AutoMem would read the restored graph right.
+
+    It knows labels, relationship types and property keys by their number and is never told of new ones.
+    """
+    stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
+    kept = backup.proof.schema
+    if kept is None:
+        raise UsageProblem(
+            f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop
+        )
+    live = schema(target.conn, target.graph)
+    for name in ("labels", "relationship_types", "property_keys"):
+        if getattr(live, name) != getattr(kept, name):
+            raise UsageProblem(
+                f"--while-running is not safe here: the {name.replace('_', ' ')} of the live graph and of the backup"
+                " differ, and a running AutoMem knows them by number",
+                next_step=stop,
+            )
+
+
+def rehearse(backup: GraphBackup, target: GraphSource, journal: Journal) -> bytes:
     """Let the target take the graph under a throw-away name, digests compared; the payload under the real name.
 
     A payload carries its graph's name, and restoring it under another one can crash a server: so the scratch
-    graph is renamed before each DUMP.
+    graph is renamed before each DUMP, and without one only the versions are compared.
     """
     throwaway = f"{backup.graph}__try_{journal.run_id}"
-    payload = dump_as(backup.scratch.conn, backup.graph, throwaway)
     journal.append("rehearsing the graph", throwaway_graph=throwaway)
-    prove_acceptance(target.conn, payload, throwaway, backup.digest)
+    if backup.scratch is None or backup.digest is None:
+        payload = unwrap_dump(backup.path)
+        assert payload is not None
+        require_readable(target.conn, payload, throwaway)
+        return payload
+    copy = dump_as(backup.scratch.conn, backup.graph, throwaway)
+    prove_acceptance(target.conn, copy, throwaway, backup.digest)
     return dump_graph(backup.scratch.conn, backup.graph)
 
 
 def switch_graph(
-    backup: LoadedBackup,
+    backup: GraphBackup,
     target: GraphSource,
     payload: bytes,
     journal: Journal,
     *,
+    folder: Path,
     undo: str,
     quiet: bool = True,
 ) -> str | None:
@@ -87,59 +138,31 @@ def switch_graph(
     Returns the name under which the old graph now stands, None where there was none.
     """
     safety = f"{backup.graph}__pre_{journal.run_id}"
-    journal.append(SWITCHING, safety_graph=safety, undo=undo)
+    wanted = backup.digest.digest if backup.digest else ""
+    journal.append(SWITCHING, safety_graph=safety, restored_digest=wanted, undo=undo)
     had_old = swap_in(target.conn, backup.graph, payload, safety)
-    found = graph_digest(target.conn, backup.graph, by_id=True)
-    if quiet and found.digest != backup.digest.digest:
+    try:
+        found = _found(backup, target)
+    except MigrationError as error:
+        raise StoreFailed(
+            f"graph '{backup.graph}' is switched and could not be compared: {error}",
+            next_step=f"run the same command again; or undo:\n{undo}",
+        ) from error
+    if quiet and wanted and found != wanted:
+        aside = keep_aside(target, backup.graph, folder, journal)
         if had_old:
             swap_back(target.conn, backup.graph, safety)
         raise StoreFailed(
-            f"graph '{backup.graph}' does not have the backup's digest after the switch; the old graph is back",
-            next_step="run the same command again; if it fails again, keep the backup and report it",
+            f"graph '{backup.graph}' does not have the backup's digest after the switch; "
+            + (f"the old graph is back, what was found is in {aside}" if had_old else f"see {aside}"),
+            next_step="stop whatever writes to the graph, then run the same command again",
         )
-    journal.append(SWITCHED, digest=found.digest)
+    journal.append(SWITCHED, digest=found)
     return safety if had_old else None
 
 
-def retire_old(
-    target: GraphSource, safety_name: str, safety: GraphHalf | None, folder: Path, journal: Journal
-) -> Path | None:
-    """Drop the old graph; first its late writes are saved, where it differs from the safety backup.
-
-    Returns the file they were saved to, as a DUMP wrapped as an RDB under the safety name.
-    """
-    saved = None
-    if safety is not None and graph_digest(target.conn, safety_name, by_id=True).digest != safety.digest:
-        saved = private_dir(folder / GRAPH_DIR) / f"{safety_name}.rdb"
-        with atomic_writer(saved) as stream:
-            for chunk in wrap_dump(dump_graph(target.conn, safety_name), safety_name):
-                stream.write(chunk)
-        journal.append("late writes saved", late_writes=str(saved))
-    drop_graph(target.conn, safety_name)
-    return saved
-
-
-def settle_graph(target: GraphSource, journal: Journal) -> list[str]:
-    """Clean up after a run that was killed: its throw-away graph, and the old graph under its safety name.
-
-    The swap is atomic: either the old graph stands under its own name, or the new one does and the old one is
-    whole under its safety name. Then the old one is put back, because the new one was never compared.
-    """
-    done, graphs = [], list_graphs(target.conn)
-    throwaway, safety = journal.fact("throwaway_graph"), journal.fact("safety_graph")
-    if throwaway in graphs:
-        drop_graph(target.conn, throwaway)
-        done.append(f"removed the rehearsal graph {throwaway}")
-    if safety in graphs:
-        if journal.has_reached(SWITCHED):
-            done.append(f"the graph before that run still stands as {safety}")
-        else:
-            swap_back(target.conn, target.graph, safety)
-            done.append(f"put the old graph back from {safety}")
-    return done
-
-
-def require_loaded(backup: LoadedBackup) -> None:
-    """Raise BackupDamaged where the file holds no node at all: nothing to put back."""
-    if backup.proof.counts is not None and backup.proof.counts.nodes == 0:
-        raise BackupDamaged(f"{backup.path} holds an empty graph")
+def _found(backup: GraphBackup, target: GraphSource) -> str:
+    """The digest of the graph in its place; without an engine it is at least read and counted."""
+    if backup.digest is None and not counts(target.conn, target.graph).nodes:
+        raise StoreFailed(f"graph '{target.graph}' is empty after the switch")
+    return graph_digest(target.conn, target.graph, by_id=True).digest

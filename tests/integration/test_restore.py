@@ -1,0 +1,249 @@
+"""restore_from_backup.py as an operator runs it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import requests
+
+from lib.graph.client import connect
+from lib.graph.swap import drop_graph
+from lib.sandbox.automem_server import AutoMemServer
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
+from tests.qdrant_uploads import repacked
+from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
+
+pytestmark = pytest.mark.qdrant
+
+
+def upgrade(operator) -> None:
+    operator.export(VECTOR_SIZE=NEW_SIZE, EMBEDDING_MODEL=LARGE)
+    operator.run("reembed_embeddings", "--batch-size", "100")
+
+
+def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operator):
+    operator.load(orphans=2)
+    operator.call("PUT", "/index?wait=true", {"field_name": "importance", "field_schema": "float"})
+    actions = [
+        {"create_alias": {"collection_name": operator.collection, "alias_name": f"a_{operator.collection}"}}
+    ]
+    requests.post(
+        f"{operator.servers.qdrant_url}/collections/aliases", json={"actions": actions}, timeout=TIMEOUT
+    ).raise_for_status()
+    before, asset = operator.state(), settings(operator)
+    with neighbours(operator) as others:
+        untouched = others()
+        operator.run("backup_automem")
+        archive, rdb = operator.archive(), operator.rdb()
+        upgrade(operator)
+        upgraded = operator.state()
+        assert operator.info()["config"]["params"]["vectors"]["size"] == NEW_SIZE
+        first = operator.run("restore_from_backup", f"backups/qdrant/{archive.rsplit('/', 1)[1]}")
+        assert f"export VECTOR_SIZE={OLD_SIZE}\n" in first.out
+        assert f"export EMBEDDING_MODEL={SMALL}\n" in first.out
+        undo = re.search(r"python scripts/restore_from_backup.py (\S+)", first.err)
+        assert undo, first.err
+        operator.cypher("MATCH (m:Memory) WHERE id(m) < 20 SET m.content = 'changed since'")
+        operator.run("restore_from_backup", f"backups/falkordb/{rdb.rsplit('/', 1)[1]}")
+        assert operator.state() == before
+        assert settings(operator) == asset
+        assert others() == untouched
+        assert_tidy(operator)
+        safety = json.loads(Path(undo[1]).read_text())
+        assert safety["collection"]["proof"] in {"checked", "restored"}
+        assert safety["collection"]["size"] == NEW_SIZE
+        operator.run("restore_from_backup", undo[1])
+        assert operator.state() == upgraded
+        assert others() == untouched
+
+
+@pytest.mark.parametrize("words", ["manifest", "latest", "rdb archive", "archive rdb"])
+def test_the_pair_comes_back(operator, words):
+    operator.load()
+    before, asset = operator.state(), settings(operator)
+    operator.run("backup_automem")
+    names = {
+        "manifest": str(operator.manifests()[0]),
+        "latest": "latest",
+        "rdb": operator.rdb(),
+        "archive": operator.archive(),
+    }
+    spoil(operator)
+    spoilt = operator.state()
+    done = operator.run("restore_from_backup", "--json", *(names[word] for word in words.split())).json
+    assert operator.state() == before
+    assert settings(operator) == asset
+    assert_tidy(operator)
+    assert done["collection"]["points"] == before.points
+    assert done["graph"]["digest"] == before.graph
+    safety = json.loads((operator.backups / done["safety_backup"]).read_text())
+    assert safety["graph"]["digest"] == spoilt.graph
+    assert safety["graph"]["proof"] == "restored"
+    operator.run("restore_from_backup", "-q", str(operator.backups / done["safety_backup"]))
+    assert operator.state() == spoilt
+
+
+def test_onto_stores_that_hold_nothing(operator):
+    operator.load()
+    before, asset = operator.state(), settings(operator)
+    operator.run("backup_automem")
+    requests.delete(f"{operator.servers.qdrant_url}/collections/{operator.collection}", timeout=TIMEOUT)
+    with connect(operator.servers.falkordb.address) as conn:
+        drop_graph(conn, operator.graph)
+    done = operator.run("restore_from_backup", "latest", "--json").json
+    assert operator.state() == before
+    assert settings(operator) == asset
+    assert done["safety_backup"] is None
+    assert_tidy(operator)
+
+
+def test_no_safety_backup_and_dry_run(operator):
+    operator.load()
+    before = operator.state()
+    operator.run("backup_automem")
+    spoil(operator)
+    spoilt, files = operator.state(), sorted(operator.backups.rglob("*"))
+    plan = operator.run("restore_from_backup", "latest", "--dry-run", "--json").json
+    assert plan["collection"]["points"] == before.points
+    assert (operator.state(), sorted(operator.backups.rglob("*"))) == (spoilt, files)
+    operator.run("restore_from_backup", "latest", "--no-safety-backup")
+    assert operator.state() == before
+    assert len(operator.manifests()) == 1
+    assert_tidy(operator)
+
+
+def test_the_env_file_that_disagrees_is_named(operator):
+    operator.load()
+    operator.run("backup_automem")
+    file = operator.folder / "automem.env"
+    file.write_text(f"VECTOR_SIZE={NEW_SIZE}\nEMBEDDING_MODEL={LARGE}\n")
+    operator.export(VECTOR_SIZE="", EMBEDDING_MODEL="")
+    text = operator.run("restore_from_backup", operator.archive(), "--env-file", str(file)).out
+    assert f"and in {file}:\n  VECTOR_SIZE={OLD_SIZE}\n  EMBEDDING_MODEL={SMALL}\n" in text
+
+
+def kill_collection(operator) -> None:
+    """A restore that fails late leaves a dead collection in the live one's place."""
+    url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
+    made = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]["name"]
+    whole = requests.get(f"{url}/snapshots/{made}", timeout=TIMEOUT).content
+    requests.delete(f"{url}/snapshots/{made}", timeout=TIMEOUT).raise_for_status()
+    bad = repacked(
+        whole, lambda name, body: b"x" * len(body) if re.match(r"0/wal/(open|closed)-", name) else body
+    )
+    requests.delete(url, timeout=TIMEOUT)
+    answer = requests.post(
+        f"{url}/snapshots/upload?wait=true", files={"snapshot": ("bad.snapshot", bad)}, timeout=TIMEOUT
+    )
+    assert answer.status_code == 500, answer.text
+    requests.delete(f"{url}/snapshots/bad.snapshot", timeout=TIMEOUT)
+    assert requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).status_code == 500
+
+
+def test_a_dead_collection_is_replaced_and_said_to_be_lost(operator):
+    operator.load()
+    before, asset = operator.state(), settings(operator)
+    operator.run("backup_automem")
+    kill_collection(operator)
+    operator.run("restore_from_backup", operator.archive(), "--dry-run")
+    result = operator.run("restore_from_backup", operator.archive())
+    assert "is dead and cannot be read" in result.err
+    assert operator.state() == before
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_an_alias_that_moved_to_another_collection_stays_there(operator):
+    operator.load()
+    name, other = f"a_{operator.collection}", f"{operator.collection}_other"
+    server = operator.servers.qdrant_url
+    alias = {"create_alias": {"collection_name": operator.collection, "alias_name": name}}
+    requests.post(
+        f"{server}/collections/aliases", json={"actions": [alias]}, timeout=TIMEOUT
+    ).raise_for_status()
+    operator.run("backup_automem", "--only", "qdrant")
+    requests.put(
+        f"{server}/collections/{other}", json={"vectors": {"size": 4, "distance": "Dot"}}, timeout=TIMEOUT
+    )
+    moved = {"create_alias": {"collection_name": other, "alias_name": name}}
+    requests.post(
+        f"{server}/collections/aliases", json={"actions": [moved]}, timeout=TIMEOUT
+    ).raise_for_status()
+    operator.run("restore_from_backup", operator.archive())
+    aliases = requests.get(f"{server}/aliases", timeout=TIMEOUT).json()["result"]["aliases"]
+    assert {"alias_name": name, "collection_name": other} in aliases
+    assert operator.call("GET", "/aliases")["aliases"] == []
+
+
+def test_a_running_automem_keeps_its_graph(operator):
+    operator.load()
+    with AutoMemServer(env={**operator.environ, "AUTOMEM_API_TOKEN": "t"}) as automem:
+        operator.export(AUTOMEM_API_URL=automem.url, AUTOMEM_API_TOKEN="t")
+        before = operator.state()
+        operator.run("backup_automem")
+        rdb = operator.rdb()
+        operator.cypher("MATCH (m:Memory) WHERE id(m) < 10 SET m.content = 'changed since'")
+        changed = operator.state()
+        refused = operator.run("restore_from_backup", rdb, expect=2)
+        assert "docker compose stop flask-api" in refused.err
+        assert "AutoMem is running" in refused.err
+        operator.run("restore_from_backup", "latest", expect=2)
+        assert operator.state() == changed
+        operator.run("restore_from_backup", operator.archive())
+        operator.run("restore_from_backup", rdb, "--while-running")
+        assert operator.state() == before
+        operator.cypher("MATCH (m:Memory) WHERE id(m) < 3 SET m.a_key_of_its_own = 1")
+        other = operator.state()
+        refused = operator.run("restore_from_backup", rdb, "--while-running", expect=2)
+        assert "property keys" in refused.err
+        assert operator.state() == other
+    operator.run("restore_from_backup", rdb)
+    assert operator.state() == before
+
+
+def of_version(source: str, target, version: str) -> str:
+    """A copy of an archive that says it was taken from another version, outside of any set."""
+    target.parent.mkdir()
+    with tarfile.open(source, "r:gz") as old, tarfile.open(target, "w:gz") as new:
+        for member in old:
+            body = old.extractfile(member).read()
+            if member.name == "collection.json":
+                facts = json.loads(body)
+                facts["server"]["version"] = version
+                body = json.dumps(facts).encode()
+            member.size = len(body)
+            new.addfile(member, io.BytesIO(body))
+    return str(target)
+
+
+def test_a_version_jump_is_refused_before_anything_is_touched(operator):
+    operator.load()
+    before = operator.state()
+    operator.run("backup_automem")
+    far = of_version(operator.archive(), operator.folder / "far" / "qdrant_snapshot.tar.gz", "1.5.0")
+    spoil(operator)
+    spoilt, files = operator.state(), sorted(operator.backups.rglob("*"))
+    refused = operator.run("restore_from_backup", far, operator.rdb(), expect=1)
+    assert "1.5.0" in refused.err
+    assert "--force-version" in refused.err
+    assert (operator.state(), sorted(operator.backups.rglob("*"))) == (spoilt, files)
+    operator.run("restore_from_backup", far, operator.rdb(), "--force-version")
+    assert operator.state() == before
+
+
+def test_a_file_moved_away_from_its_manifest_restores_by_its_own_checksums(operator):
+    operator.load()
+    before = operator.state()
+    operator.run("backup_automem")
+    elsewhere = operator.folder / "elsewhere"
+    elsewhere.mkdir()
+    files = [shutil.move(path, elsewhere) for path in (operator.rdb(), operator.archive())]
+    spoil(operator)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == before
