@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -15,6 +16,7 @@ from lib.errors import BackupDamaged, BadFile
 from lib.files import write_atomic
 
 FORMAT = 1
+_SEAL = "checksum"
 CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
 PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
 _ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
@@ -120,7 +122,13 @@ class Manifest:
         """What the file holds."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
         del document["path"]
-        return document
+        return sealed(document)
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with its own `checksum`: a sha256 over all else in it, keys sorted, as compact JSON."""
+    rest = {name: value for name, value in document.items() if name != _SEAL}
+    return {**rest, _SEAL: hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -155,6 +163,8 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is of format {number}, this version reads up to {FORMAT}",
             next_step="use a newer checkout of these scripts",
         )
+    if sealed(raw) != raw:
+        raise BackupDamaged(f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER)
     try:
         drift = Drift(**raw["drift"]) if raw.get("drift") else None
         graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])

