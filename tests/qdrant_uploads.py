@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 RECORDINGS = Path(__file__).parent / "qdrant_recordings"
-Change = Callable[[str, bytes], "bytes | None"]  # an entry's name and content -> its new content, None to drop it
+# An entry's name and content -> its new content, None to drop it.
+Change = Callable[[str, bytes], "bytes | None"]
 
 
 def recorded_snapshots(version: str) -> dict[str, bytes]:
     """The snapshots recorded with a version, by file name."""
-    return {path.stem: gzip.decompress(path.read_bytes()) for path in (RECORDINGS / version).glob("*.snapshot.gz")}
+    return {
+        path.stem: gzip.decompress(path.read_bytes()) for path in (RECORDINGS / version).glob("*.snapshot.gz")
+    }
 
 
 def content(description: str, snapshots: dict[str, bytes], *, recorded: bool) -> bytes:
