@@ -84,6 +84,7 @@ def fill(target: Target, spool: Spool, total: int, bar: ProgressBar, aliases: li
         outcome = sync_collection(target.qdrant, target.collection, spool, progress=progress)
     if aliases:
         put_aliases(target.qdrant, target.collection, aliases)
-    with bar("wait for the index", None, ""):
-        wait_green(target.qdrant, target.collection, INDEX_SECONDS)
+    if outcome.wrote or not get_state(target.qdrant, target.collection).settled:
+        with bar("wait for the index", None, ""):
+            wait_green(target.qdrant, target.collection, INDEX_SECONDS)
     return outcome

@@ -48,6 +48,11 @@ class SyncOutcome:
     unembedded: int = 0
     rejected: list[Rejected] = field(default_factory=list)
 
+    @property
+    def wrote(self) -> bool:
+        """Whether any point was written."""
+        return bool(self.added or self.changed or self.payloads)
+
 
 def batches(rows: Iterator[MemoryRow], size: int = _BATCH) -> Iterator[list[MemoryRow]]:
     """Rows in lists of `size`."""

@@ -1,0 +1,212 @@
+"""The guard: nothing is deleted without a proved backup of it; and what the provider does to a run."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from lib.backup_set.manifest import sealed
+from lib.errors import GuardRefused
+from lib.steps.guard import Wanted, require_backup
+from lib.steps.present import IdTable
+from lib.vectors.collection import get_state
+from tests.operator_support import NEW_SIZE
+from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
+
+pytestmark = pytest.mark.qdrant
+
+
+@pytest.fixture
+def ready(operator):
+    """Sample memories, a backup of the collection, settings for another size."""
+    operator.load()
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    return operator
+
+
+def unprotected(operator, why: str) -> None:
+    """No backup protects the collection, for this reason."""
+    state = get_state(operator.qdrant, operator.collection)
+    with IdTable() as nothing, pytest.raises(GuardRefused) as refusal:
+        require_backup(operator.backups, Wanted(operator.servers.qdrant_url, state, nothing), NEW_SIZE)
+    assert why in str(refusal.value), refusal.value
+
+
+def refused(operator, why: str) -> None:
+    """The run is refused for this reason, before anything was bought or touched."""
+    before = operator.state()
+    operator.servers.openai.reset()
+    result = operator.run("reembed_embeddings", expect=2)
+    assert f"Collection '{operator.collection}' already exists with different dimension" in result.err
+    assert why in result.err, result.err
+    assert "python scripts/backup_automem.py" in result.err
+    assert operator.servers.openai.stats()["requests"] == 0
+    assert operator.state() == before
+
+
+def test_without_a_backup(operator):
+    operator.load()
+    upgrade(operator)
+    refused(operator, "there is none in")
+    operator.run("backup_automem", "--only", "falkordb")
+    refused(operator, "holds no collection")
+    operator.run("backup_automem", "--only", "qdrant", "--no-verify", expect=3, env={"VECTOR_SIZE": "48"})
+    refused(operator, "was never proved")
+
+
+def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(ready):
+    manifest = ready.manifests()[0]
+    good, archive = (
+        manifest.read_text(),
+        ready.backups / json.loads(manifest.read_text())["collection"]["file"]["name"],
+    )
+    data = archive.read_bytes()
+
+    def edited(change) -> None:
+        document = json.loads(good)
+        change(document)
+        manifest.write_text(json.dumps(sealed(document)))
+
+    old = (datetime.now(timezone.utc) - timedelta(hours=25)).isoformat()
+    for change, why in (
+        (lambda one: one["collection"].update(collection="another"), "is of 'another'"),
+        (
+            lambda one: one["collection"]["server"].update(address="http://10.0.0.1:6333"),
+            "on http://10.0.0.1:6333",
+        ),
+        (lambda one: one["collection"].update(size=NEW_SIZE), f"is of {NEW_SIZE}d vectors"),
+        (lambda one: one.update(created=old), "hours old (at most 24)"),
+        (lambda one: one["collection"].update(proof="unproved"), "was never proved"),
+    ):
+        edited(change)
+        unprotected(ready, why)
+    manifest.write_text("{}")
+    unprotected(ready, "there is none in")
+    manifest.write_text(good)
+
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    for damage, why in ((bytes(flipped), "sha256"), (data[:-1], "bytes"), (b"", "bytes")):
+        archive.write_bytes(damage)
+        unprotected(ready, why)
+    archive.unlink()
+    refused(ready, archive.name)
+    archive.write_bytes(data)
+    ready.run("reembed_embeddings")
+    assert ready.info()["config"]["params"]["vectors"]["size"] == NEW_SIZE
+
+
+def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
+    before = points_of(ready)
+    lonely = {"id": 7, "vector": [1.0] + [0.0] * 47, "payload": {"content": "mine alone"}}
+    ready.call("PUT", "/points?wait=true", {"points": [lonely]})
+    refused(ready, "does not hold 1 point(s) that are in the collection alone")
+    ready.call("POST", "/points/delete?wait=true", {"points": [7]})
+    # A memory's own point may be newer than the backup: it can be embedded again.
+    ready.cypher("CREATE (:Memory {id: 8, content: 'newer than the backup', tags: []})")
+    ready.call(
+        "PUT", "/points?wait=true", {"points": [{**lonely, "id": 8, "payload": {"content": "x", "mine": 1}}]}
+    )
+    ready.run("reembed_embeddings")
+    after = assert_migrated(ready, {**before, 8: ({"content": "x", "mine": 1}, None)})
+    assert after[8][0] == {"content": "newer than the backup", "mine": 1}
+
+
+def test_the_guard_is_asked_again_before_the_delete(ready):
+    """What was true when the purchase began need not be true hours later."""
+    before = ready.state()
+    ready.servers.openai.fault(hang_seconds=1.5, times=1)
+    ready.servers.openai.reset()
+    process = ready.start("reembed_embeddings")
+    while not ready.servers.openai.stats()["requests"]:
+        assert process.poll() is None
+    (ready.backups / ready.archive()).unlink()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "already exists with different dimension" in errors
+    assert ready.state() == before
+    ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": "48"})
+    ready.servers.openai.reset()
+    ready.run("reembed_embeddings")
+    assert ready.servers.openai.stats()["texts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (
+            {"status": 429, "code": "insufficient_quota", "error_type": "insufficient_quota"},
+            "insufficient_quota",
+        ),
+        ({"status": 401, "code": "invalid_api_key"}, "OPENAI_API_KEY"),
+    ],
+)
+def test_a_provider_that_refuses_stops_the_run_with_what_was_bought_kept(ready, fault, says):
+    before, openai = ready.state(), ready.servers.openai
+    openai.fault(**fault, after=5)
+    openai.reset()
+    result = ready.run("reembed_embeddings", "--batch-size", "20", "--workers", "2", expect=6)
+    assert says in result.err
+    assert "nothing is paid for twice" in result.err
+    assert ready.state() == before
+    bought = openai.stats()["texts"]
+    assert bought >= 80
+    openai.clear_faults()
+    left = ready.run("reembed_embeddings", "--json").json["bought"]["texts"]
+    assert openai.stats()["paid_twice"] == 0
+    assert (
+        openai.stats()["texts"]
+        == bought + left
+        == len({one["content"] for one in embeddable(ready).values()})
+    )
+
+
+def test_what_passes_is_survived_and_nothing_wrong_is_stored(ready):
+    before, openai = points_of(ready), ready.servers.openai
+    for after, fault in enumerate(
+        (
+            {"status": 429, "retry_after": 0.2, "times": 2},
+            {"status": 500, "times": 1},
+            {"status": 503, "times": 1},
+            {"cut": 0.5, "times": 1},
+            {"wrong_count": True, "times": 1},
+            {"nan": True, "times": 1},
+            {"not_unit": 3.0, "times": 1},
+            {"wrong_order": True},
+            {"no_base64": True},
+        )
+    ):
+        openai.fault(**fault, after=2 * after)
+    openai.reset()
+    ready.run("reembed_embeddings", "--batch-size", "10", "--workers", "3")
+    statuses = openai.stats()["statuses"]
+    assert (statuses["429"], statuses["500"], statuses["503"]) == (2, 1, 1)
+    assert_migrated(ready, before)
+
+
+def test_vectors_of_another_width_are_not_stored(ready):
+    before = ready.state()
+    ready.servers.openai.fault(wrong_width=NEW_SIZE // 2)
+    result = ready.run("reembed_embeddings", expect=2)
+    assert f"{NEW_SIZE // 2}" in result.err
+    assert ready.state() == before
+
+
+def test_a_text_that_the_provider_refuses_is_named_and_the_rest_is_done(ready):
+    before = points_of(ready)
+    poisoned, node = next(iter(embeddable(ready).items()))
+    ready.servers.openai.fault(poisoned_text=node["content"])
+    twins = {one for one, other in embeddable(ready).items() if node["content"] in other["content"]}
+    result = ready.run("reembed_embeddings", "--json", expect=3)
+    assert str(poisoned) in result.err
+    assert [one["label"] for one in result.json["refused"]] == [str(poisoned)]
+    after = assert_migrated(ready, before, but=twins)
+    assert result.json["points"] == len(after)
+    assert ready.run("verify_migration", "--json", expect=4)
+    ready.servers.openai.clear_faults()
+    ready.run("reembed_embeddings")
+    assert_migrated(ready, before)
+    ready.run("verify_migration")
