@@ -24,6 +24,7 @@ _LEVEL = 1
 _BLOCK = 512
 _CHUNK = 1 << 20
 _FACTS_LIMIT = 64 << 20
+_LINE_LIMIT = 128  # an id is a UUID or a number
 _PROMISES = {"collection", "config", "snapshot_size", "snapshot_sha256", "promised_ids"}
 _ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
@@ -165,7 +166,8 @@ def read_archive(
     name, ids = "", -1
     with _members(path) as tar:
         for member in tar:
-            stream = tar.extractfile(member) if member.isreg() else None
+            # A sparse member could claim any size without holding it; ours never are.
+            stream = tar.extractfile(member) if member.isreg() and not member.issparse() else None
             if stream is None:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
             if member.name == FACTS and facts is None and member.size < _FACTS_LIMIT:
@@ -203,9 +205,9 @@ def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None) -> int:
 
     def lines() -> Iterator[str]:
         nonlocal count
-        for line in stream:
+        while line := stream.readline(_LINE_LIMIT):
             count += 1
-            if not line.strip().isascii():
+            if not line.strip().isascii() or len(line) == _LINE_LIMIT:
                 raise BackupDamaged(f"{path}: line {count} of its {IDS} is no id")
             yield line.decode("ascii").strip()
 

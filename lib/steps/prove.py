@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from lib.backup_set.archive import ArchiveFacts, read_archive
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, CollectionHalf, GraphHalf
@@ -24,6 +24,7 @@ from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
 from lib.graph.scratch import Scratch
 from lib.graph.swap import rename_graph
+from lib.vectors.collection import vector_params
 from lib.vectors.open_segments import open_segments_count
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
@@ -142,11 +143,11 @@ def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> Colle
         raise BackupDamaged(
             f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
         )
-    if archive.ids != promised["promised_ids"] and half and half.promised_ids != archive.ids:
-        raise BackupDamaged(f"{path}: {archive.ids} ids inside, {half.promised_ids} were promised")
+    if archive.ids != promised["promised_ids"]:
+        raise BackupDamaged(f"{path}: {archive.ids} ids inside, {promised['promised_ids']} were promised")
     snapshot = seen[0]
-    live = promised["config"]["params"]["vectors"]
-    if not snapshot.vectors_named and (snapshot.size, snapshot.distance) != (live["size"], live["distance"]):
+    live = _shape_of(path, promised)
+    if not snapshot.vectors_named and (snapshot.size, snapshot.distance) != live:
         raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
     counted = _counted(path)
     if counted is None:
@@ -162,6 +163,18 @@ def _counted(path: Path) -> int | None:
     found: list[int | None] = []
     read_archive(path, on_snapshot=lambda stream: found.append(open_segments_count(cast("BinaryIO", stream))))
     return found[0]
+
+
+def _shape_of(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
+    """Size and distance of the live collection; raises BackupDamaged where `facts` lack what a restore reads."""
+    try:
+        vectors, version = facts["config"]["params"]["vectors"], facts["server"]["version"]
+        if all(isinstance(text, str) for text in (version, facts["model"], *facts["aliases"])):
+            size, distance, _ = vector_params(vectors)
+            return size, distance
+    except (KeyError, TypeError, AttributeError, ValueError):
+        pass
+    raise BackupDamaged(f"{path}: its collection.json is not whole", next_step="use another backup")
 
 
 def with_proof(half: GraphHalf, proof: GraphProof) -> GraphHalf:

@@ -18,6 +18,8 @@ _LONG_NAME = tarfile.GNUTYPE_LONGNAME
 _KNOWN = {*_REGULAR, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, _LONG_NAME}
 _NAME_LIMIT = 64 * 1024
 _STEP = "use another backup"
+# A sparse file holds less than it claims; a WAL segment is preallocated with 32 MiB, or as configured.
+_CLAIM_BYTES = 16 * 1024**3
 
 
 class ByteStream(Protocol):
@@ -167,6 +169,8 @@ def _sparse_map(section: Section, header: bytes) -> tuple[list[tuple[int, int]],
         if offset < at or offset + length > size:
             raise damaged(section.where, "holds a sparse map that is out of order")
         at = offset + length
+    if size > _CLAIM_BYTES + sum(length for _, length in pieces):
+        raise damaged(section.where, f"holds a sparse file that claims {size} bytes: refused as malicious")
     return pieces, size
 
 

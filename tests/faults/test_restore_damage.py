@@ -1,0 +1,352 @@
+"""Damaged, edited, swapped and malicious files: a restore refuses every one before it touches anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tarfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lib.backup_set.manifest import sealed
+from lib.errors import BackupDamaged, BadFile, MigrationError
+from lib.graph.engine import installed_engines
+from lib.steps.restore import prove_files
+from lib.steps.restore_files import read_wanted
+from lib.steps.restore_site import Options
+from tests.operator_support import Operator
+from tests.restore_support import damaged, site
+
+pytestmark = pytest.mark.qdrant
+
+KINDS = ("bit", "cut", "zeros", "junk", "gap")
+EACH = 13  # of five kinds: 65 damages of each file
+
+
+@pytest.fixture(scope="module")
+def loaded(session_servers, tmp_path_factory):
+    """Stores that no test of this module changes, and one backup of them."""
+    someone = Operator(session_servers, tmp_path_factory.mktemp("loaded"))
+    someone.load()
+    someone.run("backup_automem")
+    yield someone
+    someone.clean_up()
+
+
+@pytest.fixture
+def backed(loaded, tmp_path):
+    """The same stores with a copy of the backups that the test may damage."""
+    shutil.copytree(loaded.backups, tmp_path / "work" / "backups")
+    return Operator(loaded.servers, tmp_path / "work", loaded.graph, loaded.collection)
+
+
+def proved(place, *words: Path) -> None:
+    """What the restore does before it touches anything."""
+    with ExitStack() as stack:
+        prove_files(place, read_wanted([str(word) for word in words], place.folder), stack, Options())
+
+
+def assert_refused(place, *words: Path) -> str:
+    with pytest.raises(MigrationError) as told:
+        proved(place, *words)
+    # A head that is damaged enough is no backup at all any more.
+    assert isinstance(told.value, BackupDamaged | BadFile), repr(told.value)
+    return str(told.value)
+
+
+def file_of(operator, which: str) -> Path:
+    return {
+        "rdb": Path(operator.rdb()),
+        "archive": Path(operator.archive()),
+        "manifest": operator.manifests()[0],
+    }[which]
+
+
+@pytest.mark.parametrize("which", ["rdb", "archive", "manifest", "rdb alone", "archive alone"])
+def test_every_random_damage_is_refused(backed, tmp_path, which):
+    name, _, alone = which.partition(" ")
+    place, before = site(backed), backed.state()
+    path, chance = file_of(backed, name), random.Random(f"restore {which}")
+    whole = path.read_bytes()
+    if alone:  # without its manifest, the file's own checksums are all there is
+        path = shutil.copy(path, tmp_path / path.name)
+    proved(place, path)
+    for kind in KINDS:
+        for number in range(EACH):
+            bad = damaged(whole, kind, chance)
+            if bad == whole:  # zeros onto zeros
+                continue
+            path.write_bytes(bad)
+            try:
+                assert_refused(place, path)
+            except pytest.fail.Exception as error:
+                raise AssertionError(f"{kind} {number} of {which} passed") from error
+    assert backed.state() == before
+    assert backed.collections() == [backed.collection]
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "code"), [("rdb", "bit", 4), ("archive", "cut", 4), ("manifest", "gap", 4)]
+)
+def test_as_a_process_the_exit_code_is_4(backed, which, kind, code):
+    before, path = backed.state(), file_of(backed, which)
+    path.write_bytes(damaged(path.read_bytes(), kind, random.Random(7)))
+    for more in ((), ("--dry-run",)):
+        result = backed.run("restore_from_backup", str(path), *more, expect=code)
+        assert result.err.count("error:") == 1
+    assert backed.state() == before
+
+
+def test_swapped_files_and_other_graphs_are_refused(operator):
+    backed = operator
+    backed.load()
+    backed.run("backup_automem")
+    place = site(backed)
+    first = json.loads(backed.manifests()[0].read_text())
+    backed.cypher("CREATE (:Memory {id: 'x', content: 'one more'})")
+    backed.run("backup_automem")
+    second = json.loads(backed.manifests()[1].read_text())
+    for half in ("graph", "collection"):
+        ours, theirs = (backed.backups / one[half]["file"]["name"] for one in (first, second))
+        kept = ours.read_bytes()
+        shutil.copy(theirs, ours)
+        told = assert_refused(place, backed.manifests()[0])
+        assert "sha256" in told or "bytes" in told
+        ours.write_bytes(kept)
+    backed.export(FALKORDB_GRAPH="no_such_graph")
+    result = backed.run("restore_from_backup", backed.rdb(), expect=4)
+    assert "does not hold the graph 'no_such_graph'" in result.err
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda one: one["graph"].update(nodes=one["graph"]["nodes"] + 1),
+        lambda one: one["graph"].update(digest="0" * 32),
+        lambda one: one["graph"]["file"].update(sha256="0" * 64),
+        lambda one: one["collection"]["file"].update(size=1),
+        lambda one: one["collection"]["file"].update(name="qdrant/another.tar.gz"),
+    ],
+)
+def test_an_edited_manifest_is_refused_even_with_a_right_seal(backed, edit):
+    manifest = backed.manifests()[0]
+    document = json.loads(manifest.read_text())
+    edit(document)
+    manifest.write_text(json.dumps(document))
+    assert "damaged or edited" in assert_refused(site(backed), manifest)
+    manifest.write_text(json.dumps(sealed(document)))
+    assert_refused(site(backed), manifest)
+
+
+def test_an_rdb_without_a_checksum_needs_its_manifest(backed, tmp_path):
+    place, path = site(backed), Path(backed.rdb())
+    zeroed = path.read_bytes()[:-8] + bytes(8)
+    alone = tmp_path / "alone.rdb"
+    alone.write_bytes(zeroed)
+    assert "carries no checksum" in assert_refused(place, alone)
+    path.write_bytes(zeroed)
+    assert "sha256" in assert_refused(place, path)
+
+
+def add(tar: tarfile.TarFile, name: str, body: bytes, **more: object) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    for key, value in more.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(body))
+
+
+def rebuilt(source: Path, target: Path, change) -> Path:
+    """A copy of an archive, member by member; `change(tar, name, body)` writes what it likes and says so."""
+    with tarfile.open(source, "r:gz") as old, tarfile.open(target, "w:gz", format=tarfile.GNU_FORMAT) as new:
+        for member in old:
+            body = old.extractfile(member).read()
+            if not change(new, member.name, body):
+                add(new, member.name, body)
+    return target
+
+
+def evil_snapshot(body: bytes, **entry: object) -> bytes:
+    """The server's snapshot with one more entry."""
+    out = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(body)) as old,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as new,
+    ):
+        info = tarfile.TarInfo(str(entry.pop("name")))
+        for key, value in entry.items():
+            setattr(info, key, value)
+        new.addfile(info, io.BytesIO(bytes(info.size)) if info.isreg() else None)
+        for member in old:
+            if member.isfile():
+                add(new, member.name, old.extractfile(member).read())
+    return out.getvalue()
+
+
+def sparse_claim(size: int) -> bytes:
+    """A header of an old GNU sparse file that holds nothing and claims `size` bytes."""
+    info = tarfile.TarInfo("0/segments/huge.tar")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(format=tarfile.GNU_FORMAT))
+    header[386 : 386 + 24] = b"%011o\0%011o\0" % (0, 0)
+    header[483:495] = b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+OUTSIDE = [
+    {"name": "/etc/evil"},
+    {"name": "../evil"},
+    {"name": "0/../../evil"},
+    {"name": "link", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+    {"name": "hard", "type": tarfile.LNKTYPE, "linkname": "../../etc/passwd"},
+    {"name": "device", "type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3},
+    {"name": "pipe", "type": tarfile.FIFOTYPE},
+]
+
+
+def whole_tree(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.lstat().st_size) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("entry", OUTSIDE, ids=lambda entry: entry["name"])
+def test_malicious_members_write_nothing(backed, tmp_path, entry, monkeypatch):
+    place, source = site(backed), Path(backed.archive())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
+
+    def outer(tar, name, _body):
+        if name == "ids.txt":
+            more = {key: value for key, value in entry.items() if key != "name"}
+            add(tar, entry["name"], b"", **more)
+        return False
+
+    def inner(tar, name, body):
+        if not name.startswith("snapshot/"):
+            return False
+        add(tar, name, evil_snapshot(body, **entry))
+        return True
+
+    for number, change in enumerate((outer, inner)):
+        path = rebuilt(source, tmp_path / f"evil{number}.tar.gz", change)
+        before = whole_tree(tmp_path), whole_tree(backed.backups)
+        assert_refused(place, path)
+        assert (whole_tree(tmp_path), whole_tree(backed.backups)) == before
+    assert not Path("/etc/evil").exists()
+    assert not (tmp_path.parent / "evil").exists()
+
+
+def test_huge_claims_are_refused_at_once(backed, tmp_path):
+    place, source = site(backed), Path(backed.archive())
+
+    def sparse_outer(tar, name, _body):
+        if name == "ids.txt":
+            header = tarfile.TarInfo(name)
+            header.pax_headers = {
+                "GNU.sparse.map": "0,0",
+                "GNU.sparse.size": str(1 << 60),
+                "GNU.sparse.name": name,
+            }
+            tar.fileobj.write(header.tobuf(format=tarfile.PAX_FORMAT))
+            return True
+        return False
+
+    def sparse_inner(tar, name, body):
+        if not name.startswith("snapshot/"):
+            return False
+        add(tar, name, sparse_claim(1 << 62) + body)
+        return True
+
+    def no_lines(tar, name, _body):
+        if name == "ids.txt":
+            add(tar, name, bytes(1 << 26))
+            return True
+        return False
+
+    def long_claim(tar, name, body):
+        if name == "ids.txt":
+            info = tarfile.TarInfo(name)
+            info.size = 1 << 40
+            tar.fileobj.write(info.tobuf(format=tarfile.GNU_FORMAT) + body)
+            return True
+        return False
+
+    for number, change in enumerate((sparse_outer, sparse_inner, no_lines, long_claim)):
+        path = rebuilt(source, tmp_path / f"claim{number}.tar.gz", change)
+        began = os.times()
+        assert_refused(place, path)
+        assert os.times().user - began.user < 10, change.__name__
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda one: one.pop("server"),
+        lambda one: one.update(server="1.18.3"),
+        lambda one: one.update(config={}),
+        lambda one: one["config"]["params"].update(vectors=None),
+        lambda one: one["config"]["params"].update(vectors={"size": 7, "distance": "Dot"}),
+        lambda one: one.update(aliases=[1]),
+        lambda one: one.pop("model"),
+        lambda one: one.update(promised_ids=3),
+        lambda one: one.update(snapshot_sha256="0" * 64),
+        lambda one: one.update(snapshot_size=1),
+    ],
+)
+def test_an_archive_whose_own_facts_are_off_is_refused(backed, tmp_path, edit):
+    def change(tar, name, body):
+        if name != "collection.json":
+            return False
+        facts = json.loads(body)
+        edit(facts)
+        add(tar, name, json.dumps(facts).encode())
+        return True
+
+    path = rebuilt(Path(backed.archive()), tmp_path / "edited.tar.gz", change)
+    assert_refused(site(backed), path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
+    """A file that passes its checksum and does not load: the scratch server says so and leaves nothing."""
+    from lib.graph.rdb_fields import crc64
+
+    place, whole = site(backed), Path(backed.rdb()).read_bytes()
+    chance, refused = random.Random(11), 0
+    for _ in range(6):
+        at = chance.randrange(len(whole) // 2, len(whole) - 4096)
+        body = whole[:at] + chance.randbytes(2048) + whole[at + 2048 : -8]
+        path = tmp_path / "forged.rdb"
+        path.write_bytes(body + crc64(body).to_bytes(8, "little"))
+        try:
+            proved(place, path)
+        except BackupDamaged:
+            refused += 1
+    servers = {str(engine.server) for engine in installed_engines({})}
+    left = [pid for pid in Path("/proc").glob("[0-9]*") if _runs(pid, servers) and _is_ours(pid)]
+    assert left == []
+    assert refused >= 4  # a forged checksum over changed text may well load: only the manifest would tell
+
+
+def _runs(pid: Path, servers: set[str]) -> bool:
+    try:
+        return (pid / "cmdline").read_bytes().split(b"\0")[0].decode() in servers
+    except OSError:
+        return False
+
+
+def _is_ours(pid: Path) -> bool:
+    try:
+        words = (pid / "cmdline").read_bytes().decode()
+        parent = int((pid / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return False
+    return "falkordb-scratch-" in words and parent == os.getpid()
