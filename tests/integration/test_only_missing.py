@@ -1,0 +1,176 @@
+"""reembed_embeddings.py --only-missing: a collection brought level with the graph, and never two models in one."""
+
+from __future__ import annotations
+
+import uuid
+
+import numpy as np
+import pytest
+
+from lib.sandbox.vectors import vector_for
+from lib.steps.payloads import point_id
+from tests.operator_support import LARGE, OLD_SIZE, SMALL
+from tests.reembed_support import assert_migrated, assert_vectors, embeddable, points_of
+
+pytestmark = pytest.mark.qdrant
+
+
+@pytest.fixture
+def level(operator):
+    """Sample memories in both stores, made level once: what `last_accessed` lagged behind is up to date."""
+    operator.load()
+    operator.run("reembed_embeddings", "--only-missing")
+    operator.servers.openai.reset()
+    return operator
+
+
+def repair(operator, **expected: int) -> dict[str, int]:
+    """What --only-missing did, as (added, changed, ...); what is not named must be 0."""
+    done = operator.run("reembed_embeddings", "--only-missing", "--json").json
+    counts = {name: done[name] for name in ("added", "changed", "payloads", "mended", "removed")}
+    counts["bought"] = done["bought"]["texts"]
+    assert counts == dict.fromkeys(counts, 0) | expected
+    return done
+
+
+def some_ids(operator, count: int) -> list[str]:
+    """Plain memories with unique content."""
+    memories = embeddable(operator)
+    contents = [one["content"] for one in memories.values()]
+    plain = [
+        one for one, node in memories.items() if isinstance(one, str) and contents.count(node["content"]) == 1
+    ]
+    return plain[20 : 20 + count]
+
+
+def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_bought(level):
+    before = points_of(level)
+    missing, changed, tagged, keyless = some_ids(level, 4)
+    added = str(uuid.uuid4())
+    level.call("POST", "/points/delete?wait=true", {"points": [missing]})
+    level.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'another content altogether'", id=changed)
+    level.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['renamed'], m.archived = true", id=tagged)
+    level.call("POST", "/points/payload/delete?wait=true", {"points": [keyless], "keys": ["tags"]})
+    level.cypher("CREATE (:Memory {id: $id, content: 'a memory that never had a point'})", id=added)
+    surplus = {
+        "id": 99,
+        "vector": [1.0] + [0.0] * (OLD_SIZE - 1),
+        "payload": {"content": "deleted from the graph"},
+    }
+    level.call("PUT", "/points?wait=true", {"points": [surplus]})
+
+    repair(level, added=2, changed=1, payloads=2, removed=1, bought=3)
+    # Three unchanged points prove the model, three texts are new.
+    assert level.servers.openai.stats()["texts"] == 6
+    del before[missing]
+    after = points_of(level)
+    assert after[tagged][0]["tags"] == ["renamed"]
+    assert after[tagged][0]["archived"] is True
+    assert "tags" in after[keyless][0]
+    assert 99 not in after
+    assert_migrated(level, {**before, keyless: after[keyless]}, model=SMALL, size=OLD_SIZE)
+    repair(level)
+    level.run("verify_migration", "--after-restart")
+
+
+def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
+    one, *_ = some_ids(level, 1)
+    # A vector that no model made would be renewed with the content, and must not be with a payload.
+    odd = np.eye(OLD_SIZE, dtype=np.float32)[5]
+    level.call("PUT", "/points/vectors?wait=true", {"points": [{"id": one, "vector": odd.tolist()}]})
+    level.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.123", id=one)
+    repair(level, payloads=1)
+    payload, vector = points_of(level)[one]
+    assert payload["importance"] == 0.123
+    assert np.allclose(vector, odd)
+
+
+def test_a_surplus_point_is_kept_before_it_goes(level):
+    from lib.embedding.spool import Spool
+
+    vector = np.eye(OLD_SIZE, dtype=np.float32)[3]
+    lonely = {"id": 99, "vector": vector.tolist(), "payload": {"content": "mine alone", "note": "dear"}}
+    level.call("PUT", "/points?wait=true", {"points": [lonely]})
+    repair(level, removed=1)
+    folder = level.backups / "embeddings"
+    [path] = folder.glob(f"{level.collection}*.sqlite3")
+    with Spool(path, vectors=folder / "vectors.sqlite3") as spool:
+        kept = spool.kept([99])[99]
+    assert b'"note":"dear"' in kept.payload
+    assert np.array_equal(np.frombuffer(kept.vector, dtype="<f4"), vector)
+
+
+def test_many_surplus_points_need_a_backup(level):
+    rows = [
+        {"id": n, "vector": vector_for(SMALL, str(n), OLD_SIZE).tolist(), "payload": {}} for n in range(1, 9)
+    ]
+    level.call("PUT", "/points?wait=true", {"points": rows})
+    before = points_of(level).keys()
+    refused = level.run("reembed_embeddings", "--only-missing", expect=2)
+    assert "python scripts/backup_automem.py" in refused.err
+    assert points_of(level).keys() == before
+    level.run("backup_automem", "--only", "qdrant")
+    repair(level, removed=8)
+    assert points_of(level).keys() == before - set(range(1, 9))
+
+
+def test_the_point_of_a_memory_that_cannot_be_embedded_is_left_alone(level):
+    one, *_ = some_ids(level, 1)
+    level.cypher("MATCH (m:Memory {id: $id}) SET m.content = '  '", id=one)
+    repair(level)
+    assert one in points_of(level)
+    level.run("verify_migration", "--after-restart")
+
+
+def test_another_model_at_the_same_size_is_refused(level):
+    gone, *_ = some_ids(level, 1)
+    level.call("POST", "/points/delete?wait=true", {"points": [gone]})
+    before = level.state()
+    refused = level.run("reembed_embeddings", "--only-missing", expect=2, env={"EMBEDDING_MODEL": LARGE})
+    assert "would mix two models" in refused.err
+    assert level.state() == before
+
+
+@pytest.mark.parametrize("script", ["reembed_embeddings", "verify_migration"])
+def test_a_dimension_mismatch_is_told_in_the_words_that_operators_know(operator, script):
+    operator.load(20)
+    operator.export(VECTOR_SIZE=3072, EMBEDDING_MODEL=LARGE)
+    words = ["--only-missing"] if script == "reembed_embeddings" else []
+    result = operator.run(script, *words, expect=2)
+    assert result.err.startswith(
+        "ValueError: VECTOR DIMENSION MISMATCH\n"
+        f"Qdrant collection '{operator.collection}': {OLD_SIZE}d\n"
+        "Config VECTOR_SIZE: 3072d\n"
+    )
+    assert f"export VECTOR_SIZE={OLD_SIZE}" in result.err
+
+
+def test_a_missing_collection_is_an_error(operator):
+    operator.load(20)
+    operator.call("DELETE", "")
+    result = operator.run("reembed_embeddings", "--only-missing", expect=1)
+    assert operator.collection in result.err
+    assert operator.collections() == []
+
+
+def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_found(operator):
+    """The old service writes on until it is restarted, and no dimension check tells."""
+    operator.load()
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.export(EMBEDDING_MODEL=LARGE)
+    operator.run("reembed_embeddings")
+    late, text = str(uuid.uuid4()), "written by the old service after the migration"
+    operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: []})", id=late, text=text)
+    vector = vector_for(SMALL, text, OLD_SIZE).tolist()
+    operator.call(
+        "PUT",
+        "/points?wait=true",
+        {"points": [{"id": late, "vector": vector, "payload": {"content": text, "tags": []}}]},
+    )
+    known, *_ = some_ids(operator, 1)
+    stale = vector_for(SMALL, embeddable(operator)[known]["content"], OLD_SIZE).tolist()
+    operator.call("PUT", "/points/vectors?wait=true", {"points": [{"id": known, "vector": stale}]})
+    done = operator.run("reembed_embeddings", "--only-missing", "--json").json
+    assert (done["mended"], done["added"], done["bought"]["texts"]) == (2, 0, 1)
+    assert_vectors(points_of(operator), LARGE, OLD_SIZE)
+    assert point_id(late) in points_of(operator)
