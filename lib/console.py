@@ -36,6 +36,10 @@ class Console:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def notice(self, text: str) -> None:
+        """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
     def warn(self, text: str) -> None:
         """Something the operator must see, also when quiet."""
         print(f"warning: {text}", file=sys.stderr, flush=True)
