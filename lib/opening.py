@@ -9,10 +9,11 @@ from lib.backup_set.sets import SPOOL_DIR
 from lib.config import Config
 from lib.embedding.spool import Spool
 from lib.files import TargetLock, private_dir
-from lib.graph.client import GraphAddress, connect
+from lib.graph.client import GraphAddress, connect, list_graphs
 from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
+from lib.vectors.collection import list_collections
 from lib.vectors.transport import Qdrant
 
 
@@ -28,15 +29,18 @@ def graph_address(config: Config) -> GraphAddress:
 
 
 def open_graph(config: Config) -> GraphSource:
-    """A FalkorDB that has answered. Raises StoreUnreachable, AccessRefused."""
+    """A FalkorDB that lists its graphs to us. Raises StoreUnreachable, StoreFailed, AccessRefused."""
     address = graph_address(config)
-    return GraphSource(address, connect(address), config.graph)
+    source = GraphSource(address, connect(address), config.graph)
+    list_graphs(source.conn)
+    return source
 
 
 def open_collection(config: Config) -> CollectionSource:
-    """A Qdrant that has answered with its version. Raises StoreUnreachable, AccessRefused."""
+    """A Qdrant that lists its collections to us. Raises StoreUnreachable, StoreFailed, AccessRefused."""
     qdrant = Qdrant(config.qdrant_url, config.qdrant_api_key, config.qdrant_timeout)
-    qdrant.version()
+    qdrant.version()  # which it tells without a key, too
+    list_collections(qdrant)
     return CollectionSource(qdrant, config.collection, config.spec)
 
 

@@ -100,6 +100,8 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
         return StoreUnreachable(f"FalkorDB at {where} does not answer: {text}", next_step=START_HINT)
     if text.startswith(_REFUSALS):
         return access_refused(where, text)
+    if isinstance(error, redis.exceptions.InvalidResponse) or "unknown command 'GRAPH." in text:
+        return StoreFailed(f"what answers at {where} is not FalkorDB: {text}", next_step=START_HINT)
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}")
 
 

@@ -12,7 +12,7 @@ import requests
 
 from lib.errors import StoreUnreachable
 from lib.vectors.address import check_key, is_loopback, split_login
-from lib.vectors.refusals import lost, not_qdrant, refusal
+from lib.vectors.refusals import QdrantError, lost, not_qdrant, refusal
 
 CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses from the headers stops reading it
@@ -54,7 +54,10 @@ class Qdrant:
 
     def version(self) -> str:
         """The server's version, such as "1.11.3". Raises StoreFailed where something else answers."""
-        body = self._decode(self.call("GET", "/"))
+        try:
+            body = self._decode(self.call("GET", "/"))
+        except QdrantError as error:
+            raise not_qdrant(self.display) if error.status < 500 else error from error
         if not isinstance(body, dict) or "version" not in body or "qdrant" not in str(body.get("title")):
             raise not_qdrant(self.display)
         return str(body["version"])

@@ -117,25 +117,20 @@ def test_a_cut_file(whole, damaged, quarter):
     assert "damaged.tar.gz" in str(caught.value)
 
 
-def test_a_flipped_bit_anywhere(whole, damaged):
-    data = whole.read_bytes()
-    spots = [*range(3), *range(10, len(data), len(data) // 60), *range(len(data) - 8, len(data))]
+def test_a_flipped_bit_is_refused_or_changes_nothing(whole, damaged):
+    """Nothing: in what gzip says of itself (bytes 3 to 9), and in the padding between deflate's blocks."""
+    data, facts = whole.read_bytes(), read_archive(whole)
+    spots = [*range(10), *range(10, len(data), len(data) // 60), *range(len(data) - 8, len(data))]
+    harmless = []
     for spot in spots:
         for bit in (0, 4, 7):
-            with pytest.raises(BackupDamaged):
-                read_archive(damaged(flipped(data, spot, bit)))
-
-
-def test_a_flipped_bit_in_what_gzip_says_of_itself_changes_nothing(whole, damaged):
-    """Flags, time, level and system: refused, or read as it was."""
-    data, facts = whole.read_bytes(), read_archive(whole)
-    for spot in range(3, 10):
-        for bit in range(8):
             try:
                 found = read_archive(damaged(flipped(data, spot, bit)))
             except BackupDamaged:
                 continue
             assert found == facts
+            harmless.append(spot)
+    assert len([spot for spot in harmless if spot > 9]) < len(spots) // 10
 
 
 def flipped(data: bytes, spot: int, bit: int) -> bytes:
