@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Check the settings without a network, then do the work under the lock."""
-    from lib import opening
     from lib.config import config_of, require_openai_key
     from lib.console import Console
     from lib.dimensions import check_model, model_fault
@@ -72,6 +71,8 @@ def command(args: argparse.Namespace) -> int:
         console.warn(fault)
     else:
         check_model(config.embedding_model, config.vector_size)
+    from lib import opening
+
     with opening.target_lock(config):
         return reembed(config, console, args)
 

@@ -52,13 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Tell the files apart, open what they need, restore under the lock."""
-    from lib import opening
     from lib.config import config_of
     from lib.console import Console
     from lib.errors import UsageProblem
-    from lib.files import private_dir
     from lib.showing.settings import announce_open, show_config
-    from lib.steps.restore_files import read_wanted
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -69,6 +66,10 @@ def command(args: argparse.Namespace) -> int:
         raise UsageProblem(
             "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"
         )
+    from lib import opening
+    from lib.files import private_dir
+    from lib.steps.restore_files import read_wanted
+
     wanted = read_wanted(args.files, config.backup_dir)
     private_dir(config.backup_dir)
     with opening.target_lock(config):

@@ -15,6 +15,7 @@ from lib import cli
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
+    from lib.steps.verify import Stores
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,20 +41,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Open both stores and ask every question."""
-    from lib import opening
+    """Read the settings, then verify."""
     from lib.config import config_of
     from lib.console import Console
-    from lib.showing import verify as showing
     from lib.showing.settings import announce_open, show_config
-    from lib.steps.take_pair import require_sources
-    from lib.steps.verify import Stores, record, verify
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
     announce_open(config, console)
+    return verification(config, console, args)
+
+
+def verification(config: Config, console: Console, args: argparse.Namespace) -> int:
+    """Open both stores and ask every question."""
+    from lib import opening
+    from lib.showing import verify as showing
+    from lib.steps.take_pair import require_sources
+    from lib.steps.verify import Stores, verify
+
     graph, collection = opening.open_graph(config), opening.open_collection(config)
     require_sources(graph, collection)
     stores = Stores(graph, collection, opening.automem_api(config), config.backup_dir, config.targets())
@@ -63,22 +70,33 @@ def command(args: argparse.Namespace) -> int:
         )
     lines = recall_lines(config, console, args.recall) if args.recall else []
     code = showing.show_checks(checks, lines, config, console)
-    if args.record and code == 0:
-        console.say(f"recorded as memory {record(stores)}")
-    return code
+    return code or (record(stores, console) if args.record else code)
 
 
 def recall_lines(config: Config, console: Console, query: str) -> list[str]:
     """What recalling `query` brings, for the operator to judge."""
     from lib import opening
-    from lib.errors import StoreUnreachable
+    from lib.errors import MigrationError
     from lib.steps.recall import recall_lines
 
     try:
         return recall_lines(opening.automem_api(config), query)
-    except StoreUnreachable as error:
+    except MigrationError as error:
         console.warn(f"--recall: {error}")
         return []
+
+
+def record(stores: Stores, console: Console) -> int:
+    """Store the migration record; that it could not be stored remains, the verification stands."""
+    from lib.errors import DONE, REMAINING, MigrationError
+    from lib.steps.verify import record
+
+    try:
+        console.say(f"recorded as memory {record(stores)}")
+    except MigrationError as error:
+        console.warn(f"--record: {error}")
+        return REMAINING
+    return DONE
 
 
 if __name__ == "__main__":
