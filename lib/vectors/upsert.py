@@ -88,7 +88,7 @@ def _rows(
     import orjson
 
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    finite = np.isfinite(vectors).all(axis=1)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1), dtype=np.bool_)
     for index, (point_id, payload) in enumerate(zip(ids, payloads, strict=True)):
         if not finite[index]:
             yield Rejected(point_id, "its vector holds a number that is not finite")
