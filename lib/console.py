@@ -62,11 +62,11 @@ class Console:
                 yield advance
 
     def result(self, document: Mapping[str, object], text: str) -> None:
-        """The outcome, last, on stdout."""
-        if self.as_json:
-            print(json.dumps(document, default=_as_json))
-        elif text:
-            print(text, flush=True)
+        """The outcome, last, on stdout. Where its reader has left, what was done is done all the same."""
+        shown = json.dumps(document, default=_as_json) if self.as_json else text
+        with contextlib.suppress(BrokenPipeError):
+            if shown:
+                print(shown, flush=True)
 
 
 def _as_json(value: object) -> str:
