@@ -22,7 +22,7 @@ import uvicorn
 
 from lib.sandbox.qdrant_server.app import build
 from lib.sandbox.qdrant_server.auth import Keys
-from lib.sandbox.qdrant_server.connections import StallingProtocol
+from lib.sandbox.qdrant_server.connections import protocol
 from lib.sandbox.qdrant_server.dialect import DIALECTS
 from lib.sandbox.qdrant_server.errors import StartRefused
 from lib.sandbox.qdrant_server.storage import Storage
@@ -63,7 +63,7 @@ def _serve(storage: Storage, keys: Keys, host: str, port: int) -> None:
         sys.stdout.flush()
         config = uvicorn.Config(
             build(storage, keys),
-            http=StallingProtocol,
+            http=protocol(storage.dialect),
             ws="none",
             lifespan="off",
             loop="asyncio",

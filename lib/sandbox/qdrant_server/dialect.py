@@ -28,7 +28,9 @@ class Dialect:
         bool  # 1.18 writes the log as GNU sparse entries, config.json late; 1.11 plain, config.json early
     )
     refuses_to_start_damaged: bool  # 1.11 does not start with a shard that it cannot load
-    sorted_names: bool
+    closes_refused_bodies: (
+        bool  # 1.18 closes the connection behind a refusal, 1.11 keeps it and stops reading
+    )
 
     @property
     def modern(self) -> bool:
@@ -102,7 +104,7 @@ DIALECTS = {
         plain_upload_refusal=False,
         sparse_snapshots=False,
         refuses_to_start_damaged=True,
-        sorted_names=False,
+        closes_refused_bodies=False,
     ),
     "1.18.3": Dialect(
         version="1.18.3",
@@ -117,6 +119,6 @@ DIALECTS = {
         plain_upload_refusal=True,
         sparse_snapshots=True,
         refuses_to_start_damaged=False,
-        sorted_names=True,
+        closes_refused_bodies=True,
     ),
 }
