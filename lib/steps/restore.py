@@ -15,7 +15,7 @@ from lib.steps.old_graph import SAFE, retire_old
 from lib.steps.own_snapshot import removed
 from lib.steps.restore_files import Wanted
 from lib.steps.restore_site import Options, Proved, Restored, Site, Undo
-from lib.steps.settle_restore import COMMAND, settle, supersede
+from lib.steps.settle_restore import COMMAND, settle, settle_last, supersede
 from lib.steps.take_pair import take_backup
 from lib.vectors.collection import exists, is_dead
 
@@ -59,10 +59,10 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
 def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restored:
     """Rehearse, back up what is there, switch. Raises with the stores as they were, or says how to go on."""
     result = Restored()
-    aliases = settle(site, proved, result.notes)
     journal = start_journal(site.folder, COMMAND, site.targets)
     back = ""
     try:
+        settled = settle(site, proved, journal, result.notes)
         payload, temporary = _rehearse(site, proved, journal)
         if options.safety:
             result.safety = _safety_backup(site, proved, journal)
@@ -73,7 +73,14 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
             with site.bar("restore the collection", None, "bytes") as progress:
                 qdrant, name = site.collection.qdrant, site.collection.collection
                 collections.replace_live(
-                    proved.collection, qdrant, name, temporary, journal, progress, undo=back, aliases=aliases
+                    proved.collection,
+                    qdrant,
+                    name,
+                    temporary,
+                    journal,
+                    progress,
+                    undo=back,
+                    aliases=settled.aliases,
                 )
     except BaseException as error:
         if _abandon(site, journal, error) or not isinstance(error, MigrationError):
@@ -89,6 +96,7 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
         _switch_graph(site, proved.graph, payload, journal, back, options, result)
     supersede(site, proved)
     journal.close("done")
+    settle_last(site, settled)
     return result
 
 
@@ -154,6 +162,7 @@ def _abandon(site: Site, journal: Journal, error: BaseException) -> bool:
     with suppress(MigrationError):  # what went wrong first is what the operator must read
         if site.collection and temporary:
             collections.drop_temporary(site.collection.qdrant, temporary)
-        if isinstance(error, MigrationError) and not isinstance(error, StoreUnreachable) and removed(journal):
+        told = isinstance(error, MigrationError) and not isinstance(error, StoreUnreachable)
+        if told and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
     return True

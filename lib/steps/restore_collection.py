@@ -165,7 +165,5 @@ def settle_collection(
 
 
 def aliases_taken_off(journal: Journal) -> list[str]:
-    """The aliases that a killed run took off with the collection and did not put back."""
-    if journal.has_reached(SWITCHING) and not journal.has_reached(SWITCHED):
-        return list(journal.fact("aliases") or [])
-    return []
+    """The aliases that a run, or one that it went on from, took off with the collection and did not put back."""
+    return [] if journal.has_reached(SWITCHED) else list(journal.fact("aliases") or [])

@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from lib.journal import Journal, open_journals
 from lib.steps import restore_collection as collections
 from lib.steps.old_graph import SWITCHING, settle_graph
+from lib.steps.own_snapshot import removed
 from lib.steps.restore_site import Proved, Site
 from lib.steps.run_backup import settle_backup
 
 COMMAND = "restore"
+_GRAPH_SETTLED, _COLLECTION_SETTLED = "graph settled", "collection settled"
+_OUTCOME = "settled by the next restore"
 
 
-def settle(site: Site, proved: Proved, notes: list[str]) -> list[str]:
-    """Put in order what killed restores of this target left; the rehearsal that one proved is kept for this run.
+@dataclass
+class Settled:
+    """What killed runs left: aliases taken off and not put back, journals whose snapshot was not found yet."""
 
-    Returns the aliases that one took off and did not put back. A journal stays open where this run does not open
-    the store that its rest is in.
+    aliases: list[str] = field(default_factory=list)
+    left: list[Journal] = field(default_factory=list)
+
+
+def settle(site: Site, proved: Proved, run: Journal, notes: list[str]) -> Settled:
+    """Put in order what killed restores of this target left; the rehearsal that one proved is kept for `run`.
+
+    A journal stays open where `run` does not open the store that its rest is in.
     """
-    aliases: list[str] = []
+    found = Settled()
     for journal in open_journals(site.folder):
-        if journal.command != COMMAND or journal.targets != site.targets:
-            continue
-        clean = settle_backup(site.folder, site.collection, journal)
-        if site.graph:
-            notes += settle_graph(site.graph, journal, site.folder)
-        if site.collection:
-            qdrant, name = site.collection.qdrant, site.collection.collection
-            notes += collections.settle_collection(qdrant, name, journal, proved.collection)
-            aliases += collections.aliases_taken_off(journal)
-        if journal.fact("manifest") and any(map(journal.has_reached, (collections.SWITCHING, SWITCHING))):
-            notes.append(
-                f"what stood there before an unfinished run: {site.folder / journal.fact('manifest')}"
-            )
-        if clean and _reachable(site, journal):
-            journal.close("settled by the next restore")
-    return aliases
+        if journal.command == COMMAND and journal.targets == site.targets and journal.path != run.path:
+            _settle_one(site, proved, run, journal, found, notes)
+    return found
 
 
-def _reachable(site: Site, journal: Journal) -> bool:
-    """Whether this run has opened every store that the journal names something in."""
+def _settle_one(
+    site: Site, proved: Proved, run: Journal, journal: Journal, found: Settled, notes: list[str]
+) -> None:
+    clean = settle_backup(site.folder, site.collection, journal)
+    if site.graph:
+        notes += settle_graph(site.graph, journal, site.folder)
+        journal.append(_GRAPH_SETTLED)
+    if site.collection:
+        qdrant, name = site.collection.qdrant, site.collection.collection
+        notes += collections.settle_collection(qdrant, name, journal, proved.collection)
+        found.aliases += collections.aliases_taken_off(journal)
+        run.append("going on", aliases=found.aliases)
+        journal.append(_COLLECTION_SETTLED)
+    if journal.fact("manifest") and any(map(journal.has_reached, (collections.SWITCHING, SWITCHING))):
+        notes.append(f"what stood there before an unfinished run: {site.folder / journal.fact('manifest')}")
+    if not _is_settled(journal):
+        return
+    if clean:
+        journal.close(_OUTCOME)
+    else:
+        found.left.append(journal)
+
+
+def settle_last(site: Site, found: Settled) -> None:
+    """At the end of a run: by now the server has ended what a killed run asked it for, or never began it."""
+    for journal in found.left:
+        settle_backup(site.folder, site.collection, journal)
+        journal.close(_OUTCOME)
+
+
+def _is_settled(journal: Journal) -> bool:
+    """Whether nothing that the journal names is left in a store that no run has opened since."""
     in_graph = journal.fact("throwaway_graph") or journal.fact("safety_graph")
-    in_collection = journal.fact("temporary_collection")
-    return not (in_graph and site.graph is None) and not (in_collection and site.collection is None)
+    in_collection = journal.fact("temporary_collection") or not removed(journal)
+    return not (in_graph and not journal.has_reached(_GRAPH_SETTLED)) and not (
+        in_collection and not journal.has_reached(_COLLECTION_SETTLED)
+    )
 
 
 def supersede(site: Site, proved: Proved) -> None:

@@ -1,0 +1,307 @@
+"""A restore killed at every journal transition and destructive call: the same command again ends in the backup's state.
+
+Set AUTOMEM_KILLS to kill more often: so many times in each window, those that differ in the journal alone included.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import requests
+
+from lib.graph.client import connect
+from lib.graph.digest import graph_digest
+from lib.sandbox.state import state_of
+from lib.vectors.collection import exists
+from tests.kill_support import kill, run_killed
+from tests.operator_support import Operator
+from tests.restore_support import TIMEOUT, assert_tidy, faults, journal_of, phases, settings, spoil, wait_for
+
+pytestmark = pytest.mark.qdrant
+
+KILLS = int(os.environ.get("AUTOMEM_KILLS", "0"))
+CALLED = {
+    name.rsplit(".", 1)[1]: f"called lib.steps.{name}"
+    for name in (
+        "restore_graph.prove_acceptance",
+        "restore_collection.upload_and_restore",
+        "restore_collection.can_fetch_itself",
+        "restore_collection.delete_collection",
+        "restore_collection.recover",
+        "restore_collection.put_aliases",
+        "restore_graph.swap_in",
+        "old_graph.drop_graph",
+    )
+}
+# Each leaves another state behind, in the order in which a run passes them.
+WINDOWS = [
+    CALLED["prove_acceptance"],
+    "after rehearsing the collection",
+    CALLED["upload_and_restore"],
+    "before backup begun",
+    "before snapshot announced",
+    "after snapshot announced",
+    "before snapshot made",
+    "before snapshot removed",
+    "after snapshot removed",
+    "before safety backup",
+    "after deleting the live collection",
+    CALLED["delete_collection"],
+    CALLED["recover"],
+    "before collection restored",
+    "before switching the graph",
+    "after switching the graph",
+    CALLED["swap_in"],
+    "after graph switched",
+    "before closed",
+]
+# These differ from one of the above in the journal alone.
+ALMOST = [
+    "after started",
+    "before rehearsing the graph",
+    "after rehearsing the graph",
+    "before rehearsing the collection",
+    "before collection rehearsed",
+    "after collection rehearsed",
+    "after backup begun",
+    "after snapshot made",
+    "after safety backup",
+    CALLED["can_fetch_itself"],
+    "before deleting the live collection",
+    CALLED["put_aliases"],
+    "after collection restored",
+    "before graph switched",
+    CALLED["drop_graph"],
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(session_servers, tmp_path_factory):
+    someone = Operator(session_servers, tmp_path_factory.mktemp("loaded"))
+    someone.load()
+    alias = {"create_alias": {"collection_name": someone.collection, "alias_name": f"a_{someone.collection}"}}
+    requests.post(
+        f"{session_servers.qdrant_url}/collections/aliases", json={"actions": [alias]}, timeout=TIMEOUT
+    ).raise_for_status()
+    someone.run("backup_automem")
+    yield someone
+    someone.clean_up()
+
+
+@pytest.fixture
+def ready(loaded):
+    """Stores that differ from the backup; its files, the state it holds, and the one that stands."""
+    files = [loaded.rdb_of_first, loaded.archive_of_first] if hasattr(loaded, "rdb_of_first") else None
+    if files is None:
+        loaded.rdb_of_first, loaded.archive_of_first = files = [loaded.rdb(), loaded.archive()]
+        loaded.wanted = loaded.state(), settings(loaded)
+    spoil(loaded)
+    return loaded, files, loaded.wanted, loaded.state()
+
+
+def points_of(operator: Operator, name: str) -> str:
+    return state_of(operator.servers.falkordb.address, operator.graph, operator.qdrant, name).collection
+
+
+def assert_one_is_whole(operator: Operator, wanted, old) -> None:
+    """Each store holds the old state or the backup's; the collection may be absent while its rehearsal is whole."""
+    with connect(operator.servers.falkordb.address) as conn:
+        assert graph_digest(conn, operator.graph, by_id=True).digest in {old.graph, wanted.graph}
+    name = operator.collection
+    if not exists(operator.qdrant, name):
+        name = next(one for one in operator.collections() if "__try_" in one)
+    assert points_of(operator, name) in {old.collection, wanted.collection}
+
+
+@pytest.mark.parametrize("where", (WINDOWS + ALMOST) * KILLS or WINDOWS)
+def test_killed_there_it_goes_on(ready, where):
+    operator, files, (wanted, asset), old = ready
+    run_killed(operator, where, "restore_from_backup", *files)
+    assert_one_is_whole(operator, wanted, old)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_killed_twice_in_different_windows_it_still_goes_on(ready):
+    operator, files, (wanted, asset), _ = ready
+    for where in (
+        CALLED["delete_collection"],
+        "after snapshot made",
+        CALLED["swap_in"],
+    ):
+        if where == "after snapshot made":
+            requests.put(
+                f"{operator.servers.qdrant_url}/collections/{operator.collection}",
+                json={"vectors": {"size": 48, "distance": "Cosine"}},
+                timeout=TIMEOUT,
+            )  # AutoMem made it anew, empty
+        run_killed(operator, where, "restore_from_backup", *files)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_another_restore_does_not_close_what_it_cannot_reach(ready):
+    operator, files, (wanted, asset), _ = ready
+    run_killed(operator, CALLED["delete_collection"], "restore_from_backup", *files)
+    operator.run("restore_from_backup", files[0])
+    assert any("__try_" in name for name in operator.collections())
+    operator.run("restore_from_backup", files[1])
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_what_stood_there_before_the_killed_run_is_named_by_the_rerun(ready):
+    operator, files, _, old = ready
+    run_killed(operator, CALLED["swap_in"], "restore_from_backup", *files)
+    safety = operator.manifests()[-1]
+    rerun = operator.run("restore_from_backup", *files)
+    assert f"what stood there before an unfinished run: {safety}" in rerun.out
+    operator.run("restore_from_backup", str(safety))
+    assert operator.state() == old
+
+
+IN_FLIGHT = {
+    "upload": {"method": "POST", "path": r"upload\?.*checksum=(?!0000)"},
+    "recover": {"method": "PUT", "path": "snapshots/recover"},
+    "delete": {"method": "DELETE", "path": r"/collections/c_\w{10}$"},
+    "snapshot": {"method": "POST", "path": r"/snapshots\?"},
+    "compare": {"method": "POST", "path": "__try_.*/points/scroll"},
+}
+
+
+def wait_for_phase(operator: Operator, known: object, phase: str) -> None:
+    """Until a journal newer than `known` has announced `phase`."""
+
+    def announced() -> bool:
+        journal = journal_of(operator, "restore")
+        return journal != known and phase in phases(journal)
+
+    assert wait_for(announced), phase
+
+
+@pytest.mark.parametrize("request_", IN_FLIGHT)
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.3, 0.5, 0.8] if KILLS else [0.3])
+def test_killed_while_a_request_is_in_flight(ready, request_, seconds, stand_in):
+    operator, files, (wanted, asset), _ = ready
+    rule = {**IN_FLIGHT[request_], "delay_seconds": 0.6}
+    if request_ == "recover":
+        rule["path"] = rf"{operator.collection}/snapshots/recover"
+    faults(operator, rule)
+    known = journal_of(operator, "restore")
+    process = operator.start("restore_from_backup", *files)
+    before = {
+        "upload": "rehearsing the collection",
+        "recover": "deleting the live collection",
+        "delete": "deleting the live collection",
+        "snapshot": "snapshot announced",
+        "compare": "rehearsing the collection",
+    }[request_]
+    wait_for_phase(operator, known, before)
+    time.sleep(seconds)
+    assert kill(process)
+    faults(operator)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    time.sleep(0.7)  # what the server was still asked for by the killed run
+    left = set(operator.collections()) - {operator.collection}
+    if left:  # it came after the rerun's clean-up; the next run of the same command takes it
+        operator.run("restore_from_backup", *files)
+    assert_tidy(operator)
+
+
+@pytest.fixture
+def stand_in(qdrant_url):
+    """Fault rules are the stand-in's own."""
+    if requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT).status_code == 404:
+        pytest.skip("a real server takes no fault rules")
+    yield
+    requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT)
+
+
+def test_a_refused_recover_says_how_to_go_on_and_the_rerun_does(ready, stand_in):
+    operator, files, (wanted, asset), _ = ready
+    faults(
+        operator,
+        {
+            "method": "PUT",
+            "path": f"{operator.collection}/snapshots/recover",
+            "status": 500,
+            "times": 1,
+            "body": {"status": {"error": "disk on fire"}},
+        },
+    )
+    failed = operator.run("restore_from_backup", *files, expect=1)
+    assert "disk on fire" in failed.err
+    assert "run the same command again" in failed.err
+    assert "python scripts/restore_from_backup.py" in failed.err.split("next:")[1]
+    assert not exists(operator.qdrant, operator.collection)
+    assert (
+        points_of(operator, next(one for one in operator.collections() if "__try_" in one))
+        == wanted.collection
+    )
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+@pytest.mark.parametrize("which", ["rehearsal", "last"])
+def test_a_refused_upload_leaves_the_old_state_or_says_how_to_go_on(ready, stand_in, which):
+    operator, files, (wanted, asset), old = ready
+    upload = {"method": "POST", "status": 500, "times": 1, "body": {"status": {"error": "no space"}}}
+    if which == "rehearsal":
+        faults(operator, {**upload, "path": r"__try_.*upload\?.*checksum=(?!0000)"})
+        failed = operator.run("restore_from_backup", *files, expect=1)
+        assert operator.state() == old
+        assert_tidy(operator)
+    else:  # the server cannot fetch from itself, and the second upload fails
+        faults(
+            operator,
+            {"method": "PUT", "path": "snapshots/recover", "status": 403, "body": "Forbidden"},
+            {**upload, "path": rf"{operator.collection}/.*upload\?.*checksum=(?!0000)"},
+        )
+        failed = operator.run("restore_from_backup", *files, expect=None)
+        assert failed.code in {1, 2}, failed.err
+    assert "no space" in failed.err or "Forbidden" in failed.err
+    faults(operator)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_a_server_that_cannot_fetch_from_itself_gets_a_second_upload(ready, stand_in):
+    operator, files, (wanted, asset), _ = ready
+    refused = {"status": {"error": "Wrong input: Failed to download snapshot: connection refused"}}
+    faults(operator, {"method": "PUT", "path": "snapshots/recover", "status": 400, "body": refused})
+    operator.run("restore_from_backup", *files)
+    faults(operator)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+@pytest.mark.parametrize("number", [15, 2])
+def test_a_signal_leaves_the_old_state_or_the_way_on(ready, number):
+    operator, files, (wanted, asset), _ = ready
+    for phase in ("snapshot announced", "deleting the live collection"):
+        known = journal_of(operator, "restore")
+        process = operator.start("restore_from_backup", *files)
+        wait_for_phase(operator, known, phase)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert "the same command again" in err
+        assert "Traceback" not in err
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
