@@ -43,7 +43,7 @@ def configured(site: Site, ran: Ran, before: State) -> None:
     settings = json.loads(site.script("verify_migration", "--show-config", "--json").out)["settings"]
     assert settings["VECTOR_SIZE"]["value"] == LARGE[0]
     assert ".env:" in settings["VECTOR_SIZE"]["from"]
-    assert SMALL[1] in site.automem_env.read_text().splitlines()[10]
+    assert f"EMBEDDING_MODEL={SMALL[1]}" in site.automem_env.read_text().splitlines()
 
 
 def dry(site: Site, ran: Ran, before: State) -> None:
@@ -111,8 +111,19 @@ GUIDE: dict[tuple[str, str], Check] = {
     ("A backup failed", "snapshots"): by_hand,
     ("After a migration", "POST"): recorded,
 }
+
+
+def told_of_the_service(site: Site, ran: Ran, before: State) -> None:
+    """The drill is held while AutoMem runs; the real run would refuse."""
+    upgraded(site, ran, before)
+    assert "warning: AutoMem is running" in ran.err
+    refused = site.script("restore_from_backup", "latest")
+    assert refused.code == 2
+    assert "docker compose stop flask-api" in refused.err
+
+
 OVERVIEW: dict[tuple[str, str], Check] = {
-    ("The scripts", "restore_from_backup.py latest --dry-run"): upgraded,
+    ("The scripts", "restore_from_backup.py latest --dry-run"): told_of_the_service,
 }
 
 
