@@ -18,7 +18,6 @@ UNDECIDED_COUNTS = {  # 1.11.3 stores some of the good points of a refused batch
     ("1.11.3", "count after that"): {51, 52, 53},
     ("1.11.3", "count after no wait"): {51, 52, 53},
 }
-GOLDEN_SUM_OF = {"memories_4d.snapshot": "snap"}
 OWN_SNAPSHOTS = {  # file of the recording -> (collection, capture) of the same snapshot made during the replay
     "memories_4d.snapshot": ("memories", "snap"),
     "memories_8d.snapshot": ("other8", "s_other8"),
