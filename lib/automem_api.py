@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib.addresses import without_login
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
 
 _OPTIONAL_SECONDS = 3.0
@@ -36,14 +37,9 @@ def _request(api: AutoMemApi, method: str, path: str, *, seconds: float, **sent:
         return requests.request(method, api.url + path, headers=headers, timeout=seconds, **sent)
     except requests.RequestException as error:
         raise StoreUnreachable(
-            f"AutoMem's API does not answer at {display(api.url)} ({type(error).__name__})",
+            f"AutoMem's API does not answer at {without_login(api.url)} ({type(error).__name__})",
             next_step="start AutoMem, or set AUTOMEM_API_URL",
         ) from None
-
-
-def display(url: str) -> str:
-    """The URL without credentials."""
-    return url.split("://", 1)[0] + "://" + url.rsplit("@", 1)[1] if "@" in url else url
 
 
 def _checked(response: Any) -> dict[str, Any]:

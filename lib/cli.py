@@ -61,7 +61,7 @@ def parser(description: str) -> Parser:
     common = made.add_argument_group("common")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
-    common.add_argument("-v", "--verbose", action="store_true", help="every step on stderr")
+    common.add_argument("-v", "--verbose", action="store_true", help="also each setting, and where it came from")
     common.add_argument(
         "--show-config",
         action="store_true",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lib.addresses import one_spelling
 from lib.dimensions import EmbeddingSpec
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
@@ -16,7 +17,6 @@ from lib.setting_values import Reader, masked
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 OPENAI_URL = "https://api.openai.com/v1"
 _QDRANT_PORT = 6333
-_THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
 
 DEFAULTS: dict[str, str] = {
     "FALKORDB_HOST": "localhost",
@@ -75,19 +75,14 @@ class Config:
 
     def targets(self) -> list[str]:
         """The graph and the collection by address and name, one spelling for one target, no secret."""
-        host = _one_spelling(self.falkordb_host)
+        host = one_spelling(self.falkordb_host)
         parts = urlsplit(self.qdrant_url)
-        qdrant = f"{_one_spelling(parts.hostname or '')}:{parts.port}{parts.path}"
+        qdrant = f"{one_spelling(parts.hostname or '')}:{parts.port}{parts.path}"
         return [f"falkordb {host}:{self.falkordb_port} {self.graph}", f"qdrant {qdrant} {self.collection}"]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Each setting as (name, value with secrets masked, where it came from)."""
         return [(name, masked(name, one.value), one.origin) for name, one in self.settings.items()]
-
-
-def _one_spelling(host: str) -> str:
-    name = host.lower().rstrip(".")
-    return "127.0.0.1" if name in _THIS_MACHINE else name
 
 
 def _qdrant_url(read: Reader, settings: dict[str, Setting]) -> str:
@@ -132,7 +127,7 @@ def _build(read: Reader, settings: dict[str, Setting]) -> Config:
         falkordb_username=read.text("FALKORDB_USERNAME") or ("default" if password else ""),
         falkordb_password=password,
         falkordb_tls=read.flag("FALKORDB_TLS"),
-        graph=read.text("FALKORDB_GRAPH"),
+        graph=read.name("FALKORDB_GRAPH"),
         scratch_server=read.text("FALKORDB_SCRATCH_SERVER"),
         scratch_module=read.text("FALKORDB_SCRATCH_MODULE"),
         qdrant_url=_qdrant_url(read, settings),

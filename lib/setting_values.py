@@ -91,7 +91,7 @@ class Reader:
         return f"{parts.scheme}://{login}{at}{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
     def name(self, name: str) -> str:
-        """A collection's name."""
+        """A name that becomes part of a file's name."""
         value = self.text(name)
         if "/" in value or value != value.strip():
             self.fault(name, "must not hold a slash or blanks at its ends")

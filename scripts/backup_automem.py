@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lib.console import Console
 
 
+KEEP = 5
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.parser(__doc__ or "")
@@ -24,11 +27,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-verify", action="store_true", help="skip the proof (re-embed will not trust it)"
     )
-    parser.add_argument("--check", metavar="FILE|MANIFEST|all", help="prove existing backups again")
-    parser.add_argument("--list", action="store_true", help="what there is, newest first")
-    parser.add_argument("--cleanup", action="store_true", help="delete old sets whole, see --keep")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", metavar="FILE|MANIFEST|all", help="prove existing backups again")
+    instead.add_argument("--list", action="store_true", help="what there is, newest first")
+    instead.add_argument("--cleanup", action="store_true", help="delete old sets whole, see --keep")
     parser.add_argument(
-        "--keep", type=int, metavar="N", default=5, help="with --cleanup: sets to keep (default 5)"
+        "--keep", type=int, metavar="N", help=f"with --cleanup: sets to keep (default {KEEP})"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, touch nothing")
     return parser
@@ -44,20 +48,24 @@ def command(args: argparse.Namespace) -> int:
     """Open what is needed and do the one thing that was asked."""
     from lib.config import config_of
     from lib.console import Console
+    from lib.errors import UsageProblem
     from lib.showing import backup as showing
-    from lib.showing.settings import announce_open, show_config
+    from lib.showing.settings import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    announce_open(config, console)
+    if args.keep is not None and not args.cleanup:
+        raise UsageProblem("--keep is of --cleanup alone", next_step=f"--cleanup --keep {args.keep}")
+    announce(config, console)
     if args.list:
         return showing.show_sets(config.backup_dir, console)
     if args.check:
         return check(config, console, args.check)
     if args.cleanup:
-        return cleanup(config, console, args.keep, dry_run=args.dry_run)
+        keep = KEEP if args.keep is None else args.keep
+        return cleanup(config, console, keep, dry_run=args.dry_run)
     return backup(config, console, args)
 
 

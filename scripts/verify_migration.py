@@ -44,13 +44,13 @@ def command(args: argparse.Namespace) -> int:
     """Read the settings, then verify."""
     from lib.config import config_of
     from lib.console import Console
-    from lib.showing.settings import announce_open, show_config
+    from lib.showing.settings import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    announce_open(config, console)
+    announce(config, console)
     return verification(config, console, args)
 
 

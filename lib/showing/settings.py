@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lib.console import Console, table
+from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
 
 if TYPE_CHECKING:
     from lib.config import Config
+    from lib.journal import Journal
 
 # An `export` reaches no container, and `restart` keeps the old environment.
 RESTART = """\
@@ -17,7 +19,11 @@ RESTART = """\
     systemd:  sudo systemctl restart automem
     Railway:  set both as variables, then  railway up"""
 
-_SCRIPTS = {"reembed": "reembed_embeddings.py", "restore": "restore_from_backup.py"}
+_SCRIPTS = {
+    "backup": "backup_automem.py",
+    "reembed": "reembed_embeddings.py",
+    "restore": "restore_from_backup.py",
+}
 
 
 def show_config(config: Config, console: Console) -> int:
@@ -65,19 +71,25 @@ def _live_collection(config: Config) -> str:
     return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model} ({known})"
 
 
-def announce_open(config: Config, console: Console) -> None:
-    """Tell of runs on this target that never came to their end."""
+def announce(config: Config, console: Console) -> None:
+    """What counts before a command begins: runs that never came to their end, and with -v the settings."""
     from lib.journal import open_journals
 
+    for name, value, origin in config.rows():
+        if origin != DEFAULT:
+            console.detail(f"{name}={value}   ({origin})")
     for journal in open_journals(config.backup_dir):
-        if journal.targets == config.targets():
-            command = {"reembed": "reembed_embeddings.py", "restore": "restore_from_backup.py"}.get(
-                journal.command
-            )
-            if command:
-                console.say(
-                    f"an earlier run of {command} is unfinished ({journal.run_id}, at: {journal.phase})"
-                )
+        console.say(_unfinished(journal, config.targets()))
+
+
+def _unfinished(journal: Journal, targets: list[str]) -> str:
+    """How a run that is open goes on, and the way back from it."""
+    script = _SCRIPTS.get(journal.command, journal.command)
+    text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
+    if journal.targets != targets:
+        return f"{text}; it is of other stores: {', '.join(journal.targets)}"
+    text += f"\n  go on:  python scripts/{script}   with the same settings and arguments"
+    return f"{text}\n  undo:\n{journal.undo}" if journal.undo else text
 
 
 def settings_lines(size: int, model: str, config: Config) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 
-from lib.automem_api import display, health
+from lib.addresses import without_login
+from lib.automem_api import health
 from lib.backup_set.manifest import Manifest
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable, UsageProblem
 from lib.graph.client import list_graphs
@@ -47,7 +48,7 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
         return
     if not options.while_running:
         raise UsageProblem(
-            f"AutoMem is running ({display(site.api.url)} answers): after the graph is replaced its caches would"
+            f"AutoMem is running ({without_login(site.api.url)} answers): after the graph is replaced its caches would"
             " write values under wrong names",
             next_step="stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
             " and start it afterwards:  docker compose up -d --force-recreate flask-api",

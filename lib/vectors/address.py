@@ -35,11 +35,6 @@ def split_login(url: str) -> tuple[str, Login | None]:
     return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}", login
 
 
-def is_loopback(url: str) -> bool:
-    """Whether the URL names this very machine."""
-    return urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}
-
-
 def check_key(api_key: str) -> None:
     """Raise UsageProblem for a key that no header can carry (the error of requests would show it)."""
     if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):

@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 import orjson
 import requests
 
+from lib.addresses import is_this_machine
 from lib.errors import StoreUnreachable
-from lib.vectors.address import check_key, is_loopback, split_login
+from lib.vectors.address import check_key, split_login
 from lib.vectors.refusals import QdrantError, lost, not_qdrant, refusal
 
 CONNECT_SECONDS = 10.0
@@ -134,7 +135,7 @@ class Qdrant:
         session.auth = self._login or _no_auth
         if self.api_key:
             session.headers["api-key"] = self.api_key
-        if is_loopback(self.base_url):
+        if is_this_machine(self.base_url):
             session.trust_env = False  # no proxy leads to this machine
             session.headers["Accept-Encoding"] = "identity"  # compressing costs more than the way
         return session

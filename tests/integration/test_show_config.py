@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lib.config import DEFAULTS
+from lib.config import DEFAULTS, load_config
+from lib.journal import start_journal
 from lib.sandbox.process import free_port
 
 pytestmark = pytest.mark.qdrant
@@ -63,3 +64,31 @@ def test_a_file_of_the_working_directory_counts_where_nothing_is_exported(operat
     operator.export(EMBEDDING_MODEL="")
     shown = operator.run("backup_automem", "--show-config", "--json").json
     assert shown["settings"]["EMBEDDING_MODEL"] == {"value": "two", "from": f"{env_file}:2"}
+
+
+def test_every_command_tells_of_a_run_that_never_ended(operator):
+    operator.backups.mkdir()
+    mine = load_config(operator.environ).targets()
+    start_journal(operator.backups, "reembed", mine).append("deleting", undo="  the way back")
+    start_journal(operator.backups, "backup", ["falkordb elsewhere:1 g", "qdrant elsewhere:2 c"])
+    start_journal(operator.backups, "backup", mine).close("done")
+    for words in (
+        ("backup_automem", "--list"),
+        ("verify_migration",),
+        ("restore_from_backup",),
+        ("reembed_embeddings",),
+    ):
+        err = operator.run(*words, expect=None).err
+        assert err.count("is unfinished, or still running") == 2
+        assert "at: deleting)\n  go on:  python scripts/reembed_embeddings.py" in err
+        assert "undo:\n  the way back" in err
+        assert "it is of other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err
+    assert operator.run("backup_automem", "--list", "-q").err == ""
+
+
+def test_verbose_tells_the_settings_that_are_not_defaults(operator):
+    err = operator.run("backup_automem", "--list", "-v", env={"QDRANT_API_KEY": SECRET}).err
+    assert "VECTOR_SIZE=48   (environment)" in err
+    assert "QDRANT_API_KEY=****   (environment)" in err
+    assert "FALKORDB_TLS" not in err
+    assert SECRET not in err

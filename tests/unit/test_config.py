@@ -217,6 +217,8 @@ def test_all_faults_in_one_go(places, load):
         ("QDRANT_HOST", "http://localhost"),
         ("QDRANT_HOST", "localhost:6333"),
         ("QDRANT_PORT", "abc"),
+        ("QDRANT_COLLECTION", "a/b"),
+        ("FALKORDB_GRAPH", "../g"),
         ("AUTOMEM_BACKUP_DIR", "~nobody-has-this-name/x"),
     ],
 )

@@ -1,0 +1,34 @@
+"""Network addresses: one spelling for one place, so that they can be compared, and none with a login in it."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+_THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
+
+
+def one_spelling(host: str) -> str:
+    """The host in lower case; this machine by its number, however it is called."""
+    name = host.lower().rstrip(".")
+    return "127.0.0.1" if name in _THIS_MACHINE else name
+
+
+def is_this_machine(url: str) -> bool:
+    """Whether the URL's host is this very machine."""
+    return one_spelling(urlsplit(url).hostname or "") == "127.0.0.1"
+
+
+def same_server(left: str, right: str) -> bool:
+    """Whether two addresses (URLs, or `host:port`) are of one server, as far as their spelling tells."""
+    return _place(left) == _place(right)
+
+
+def _place(address: str) -> tuple[str, int | None, str]:
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    return one_spelling(parts.hostname or ""), parts.port, parts.path.rstrip("/")
+
+
+def without_login(url: str) -> str:
+    """The URL without user and password, as it may be shown."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]

@@ -1,0 +1,43 @@
+"""One spelling for one place, and no login in what is shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from lib.addresses import is_this_machine, same_server, without_login
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("localhost:6379", "127.0.0.1:6379", True),
+        ("http://localhost:6333", "http://[::1]:6333", True),
+        ("http://Host:6333/", "http://host.:6333", True),
+        ("http://me:pw@host:1", "http://host:1", True),
+        ("host:1", "host:2", False),
+        ("http://host:1", "http://other:1", False),
+        ("http://host:1/a", "http://host:1/b", False),
+    ],
+)
+def test_whether_two_addresses_are_of_one_server(left, right, same):
+    assert same_server(left, right) == same == same_server(right, left)
+
+
+@pytest.mark.parametrize(
+    ("url", "here"), [("http://localhost:1", True), ("http://[::1]", True), ("http://h", False)]
+)
+def test_whether_it_is_this_machine(url, here):
+    assert is_this_machine(url) == here
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://h:1/p", "http://h:1/p"),
+        ("http://me:s3@h:1/p", "http://h:1/p"),
+        ("https://me:p@ss@h", "https://h"),
+        ("me:s3@h:1", "h:1"),
+    ],
+)
+def test_a_login_is_left_out(url, shown):
+    assert without_login(url) == shown
