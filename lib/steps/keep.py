@@ -40,17 +40,13 @@ def keep_payloads(
 
 def _laid_over(points: list[Point], spool: Spool) -> list[KeptPoint]:
     """The points with what was kept of them before, where they lack it."""
-    before = {
-        one: orjson.loads(row.payload) for one, row in spool.kept([point.id for point in points]).items()
-    }
-    return [
-        _row(
-            replace(
-                point, payload=dict(standing_payload(point.payload or {}, before.get(point.id), {}) or {})
-            )
-        )
-        for point in points
-    ]
+    rows = spool.kept([point.id for point in points])
+    before = {one: orjson.loads(row.payload) for one, row in rows.items()}
+    laid = []
+    for point in points:
+        payload = standing_payload(point.payload or {}, before.get(point.id), {}, whole=True)
+        laid.append(_row(replace(point, payload=dict(payload or {}))))
+    return laid
 
 
 def keep_whole(points: list[Point], spool: Spool) -> None:

@@ -57,6 +57,14 @@ def point_id(value: object) -> PointId | None:
     return int(value) if is_number and int(value) <= _U64 and str(int(value)) == value else None
 
 
+def spellings(identity: PointId) -> list[str | int]:
+    """Every way in which a memory's `id` may spell this point's: what `point_id` takes, in the usual cases."""
+    if isinstance(identity, int):
+        return [identity, str(identity)]
+    found = [identity, identity.replace("-", ""), f"urn:uuid:{identity}", f"{{{identity}}}"]
+    return [*found, found[0].upper(), found[1].upper(), f"urn:uuid:{found[0].upper()}", found[3].upper()]
+
+
 def _decoded(metadata: object) -> object:
     """AutoMem keeps `metadata` as a JSON string in the graph and as an object in the point; malformed stays text."""
     if not isinstance(metadata, str):
@@ -93,19 +101,26 @@ def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def standing_payload(
-    live: Mapping[str, Any] | None, kept: Mapping[str, Any] | None, properties: Mapping[str, Any]
+    live: Mapping[str, Any] | None,
+    kept: Mapping[str, Any] | None,
+    properties: Mapping[str, Any],
+    *,
+    whole: bool = False,
 ) -> Mapping[str, Any] | None:
     """What a memory's payload starts from: the live point's, else the one `kept` from before the migration.
 
     Where the live point was made anew meanwhile, it gets back what only the old one held, and what recall needs
-    (without an old one: what recall needs and the node has). AutoMem's other keys are its own to drop.
+    (without an old one: what recall needs and the node has). AutoMem's other keys are its own to drop, but for
+    `whole`, while the migration is under way: then every key of the old point comes back.
     """
     if live is None:
         return kept
     if kept is None:
         lost = {key: properties[key] for key in _NEEDED if properties.get(key) is not None}
     else:
-        lost = {key: value for key, value in kept.items() if key not in PAYLOAD_KEYS or key in _NEEDED}
+        lost = {
+            key: value for key, value in kept.items() if whole or key not in PAYLOAD_KEYS or key in _NEEDED
+        }
     return {**lost, **live}
 
 

@@ -60,8 +60,11 @@ def batches(rows: Iterator[MemoryRow], size: int = _BATCH) -> Iterator[list[Memo
         yield batch
 
 
-def changes(spool: Spool, present: IdTable) -> Iterator[list[Change]]:
-    """What the plan wants and the collection does not have so, in batches (some may be empty)."""
+def changes(spool: Spool, present: IdTable, *, whole: bool = False) -> Iterator[list[Change]]:
+    """What the plan wants and the collection does not have so, in batches (some may be empty).
+
+    `whole`: see `standing_payload`.
+    """
     for rows in batches(spool.memories()):
         ids: list[PointId] = [row.point_id for row in rows]
         live, kept = present.payloads(ids), spool.kept(ids)
@@ -70,7 +73,8 @@ def changes(spool: Spool, present: IdTable) -> Iterator[list[Change]]:
             old = live.get(row.point_id)
             known = kept.get(row.point_id)
             before, properties = orjson.loads(known.payload) if known else None, orjson.loads(row.payload)
-            payload = merged_payload(standing_payload(old, before, properties), properties)
+            base = standing_payload(old, before, properties, whole=whole)
+            payload = merged_payload(base, properties)
             change = Change(row, payload, old)
             if old is None or old != payload or change.needs_vector:
                 found.append(change)
@@ -96,16 +100,17 @@ def missing_of(spool: Spool, present: IdTable) -> Missing:
 
 
 def sync_collection(
-    qdrant: Qdrant, collection: str, spool: Spool, *, progress: Progress | None = None
+    qdrant: Qdrant, collection: str, spool: Spool, *, whole: bool = False, progress: Progress | None = None
 ) -> SyncOutcome:
     """Bring `collection` to the spool's plan, with the spool's vectors.
 
-    A payload starts from the live point's, else from the one kept in the spool, overlaid by the graph's values.
+    A payload starts from the live point's, else from the one kept in the spool (`whole`: see `standing_payload`),
+    overlaid by the graph's values.
     Memories whose vector is not in the spool are counted in `unembedded` and left alone.
     """
     outcome = SyncOutcome()
     with points_present(qdrant, collection) as present:
-        for batch in changes(spool, present):
+        for batch in changes(spool, present, whole=whole):
             _write(qdrant, collection, spool, batch, outcome)
             if progress:
                 progress(len(batch))

@@ -149,6 +149,11 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
     }
 
 
+def test_while_the_migration_is_under_way_every_key_of_the_old_point_comes_back():
+    kept = {"content": "c", "t_valid": "2026", "source_app": "import"}
+    assert standing_payload({"content": "d"}, kept, {}, whole=True) == {**kept, "content": "d"}
+
+
 def test_what_recall_needs_comes_from_the_node_where_no_older_point_is_known():
     node = {"content": "c", "tags": ["a"], "tag_prefixes": ["a"], "summary": "s", "importance": 0.5}
     assert standing_payload({"importance": 0.1}, None, node) == {
