@@ -1,0 +1,304 @@
+"""The re-embedding killed at every turn, and gone on with by the same command."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+import requests
+
+from lib.journal import Journal, open_journals, read_journal
+from lib.steps.switch import CREATED, DELETED, DELETING
+from tests.gate import Gate, Stop
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
+from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade
+
+pytestmark = pytest.mark.qdrant
+
+# Besides the one migration that is killed in every window, each window is hit so often in migrations of its own.
+KILLS_EACH = int(os.environ.get("KILLS_EACH", "0"))
+MEMORIES = 520  # three batches of points
+WORKERS, BATCH = 2, 20
+COMMAND = ("--workers", str(WORKERS), "--batch-size", str(BATCH))
+PROVED = "proved"
+SCROLL, POINTS, INDEX = "/points/scroll", r"/points\?wait", "/index"
+
+# (method, path, phase of the journal, nth request of that kind, has the server carried it out?)
+WINDOWS = {
+    "before the guard's last look": ("POST", SCROLL, "started", 1, False),
+    "payloads read, not yet kept": ("POST", SCROLL, "started", 2, True),
+    "delete announced, not sent": ("DELETE", "", DELETING, 1, False),
+    "deleted, not yet noted": ("DELETE", "", DELETING, 1, True),
+    "deleted and noted": ("PUT", "", DELETED, 1, False),
+    "created, no index yet": ("PUT", "", DELETED, 1, True),
+    "before the second index": ("PUT", INDEX, DELETED, 2, False),
+    "all indexes there, not yet noted": ("PUT", INDEX, DELETED, 2, True),
+    "created and noted": ("PUT", POINTS, CREATED, 1, False),
+    "first batch in": ("PUT", POINTS, CREATED, 1, True),
+    "second batch in": ("PUT", POINTS, CREATED, 2, True),
+    "before the aliases": ("POST", "/collections/aliases", CREATED, 1, False),
+    "aliases there": ("POST", "/collections/aliases", CREATED, 1, True),
+    "before the stamp": ("PATCH", "", CREATED, 1, False),
+    "stamped, not yet noted": ("PATCH", "", CREATED, 1, True),
+}
+
+
+class Rig:
+    """An operator behind a gate, ready to upgrade; knows how everything was."""
+
+    def __init__(self, operator, gate: Gate) -> None:
+        self.operator, self.gate = operator, gate
+        operator.load(MEMORIES)
+        aliases = [{"create_alias": {"collection_name": operator.collection, "alias_name": self.alias}}]
+        requests.post(
+            f"{operator.servers.qdrant_url}/collections/aliases", json={"actions": aliases}, timeout=60
+        )
+        operator.export(QDRANT_URL=gate.url)
+        operator.run("backup_automem", "--only", "qdrant")
+        self.before: Points = points_of(operator)
+        self.settings = settings(operator)
+        upgrade(operator)
+        operator.servers.openai.reset()
+
+    @property
+    def alias(self) -> str:
+        return f"{self.operator.collection}_alias"
+
+    def journal(self) -> Journal | None:
+        newest = max(self.operator.backups.glob("journal_*_reembed.jsonl"), default=None)
+        return read_journal(newest) if newest else None
+
+    def phase(self) -> str | None:
+        journal = self.journal()
+        return journal.phase if journal else None
+
+    def start(self) -> subprocess.Popen[str]:
+        return self.operator.start("reembed_embeddings", *COMMAND)
+
+    def kill_when(self, reached: Callable[[], bool], how: int = signal.SIGKILL) -> int:
+        """Start the command, end it once `reached`; its exit code."""
+        process = self.start()
+        while process.poll() is None and not reached():
+            time.sleep(0.002)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+        assert "Traceback" not in errors, errors
+        return process.returncode
+
+    def kill_at(self, window: str, how: int = signal.SIGKILL) -> int:
+        stop = self.stop_at(window)
+        code = self.kill_when(stop.reached.is_set, how)
+        assert stop.reached.is_set(), f"{window}: never reached"
+        self.gate.open()
+        return code
+
+    def stop_at(self, window: str) -> Stop:
+        method, path, phase, nth, carried_out = WINDOWS[window]
+        # Without a path it is the collection itself.
+        path = path or f"^/collections/{self.operator.collection}$"
+        self.gate.stops.append(Stop(method, path, nth, carried_out, when=lambda: self.phase() == phase))
+        return self.gate.stops[-1]
+
+    def finish(self) -> Points:
+        """The same command once more; then everything must be as after a run that nobody disturbed."""
+        self.operator.run("reembed_embeddings", *COMMAND)
+        after = assert_migrated(self.operator, self.before)
+        assert settings(self.operator) == self.settings
+        assert self.operator.collections() == [self.operator.collection]
+        assert open_journals(self.operator.backups) == []
+        return after
+
+    def paid_twice(self) -> int:
+        return int(self.operator.servers.openai.stats()["paid_twice"])
+
+
+@pytest.fixture
+def rig(operator):
+    with Gate(operator.servers.qdrant_url) as gate:
+        yield Rig(operator, gate)
+
+
+def test_one_migration_killed_in_every_window(rig):
+    for window in WINDOWS:
+        assert rig.kill_at(window) == -signal.SIGKILL, window
+    rig.finish()
+    assert rig.paid_twice() == 0
+
+
+@pytest.mark.skipif(not KILLS_EACH, reason="minutes: KILLS_EACH=5 hits each window five times")
+@pytest.mark.parametrize("window", WINDOWS)
+def test_killed_in_a_named_window(rig, window):
+    for hit in range(KILLS_EACH):
+        assert rig.kill_at(window) == -signal.SIGKILL
+        if hit + 1 < KILLS_EACH:
+            _set_back(rig)
+    rig.finish()
+    assert rig.paid_twice() == 0
+
+
+def _set_back(rig: Rig) -> None:
+    """Finish, and make the collection what it was, so that the window can be hit again."""
+    rig.finish()
+    rig.operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
+    rig.operator.run("backup_automem", "--only", "qdrant")
+    rig.operator.run("reembed_embeddings")
+    rig.operator.run("backup_automem", "--only", "qdrant")
+    upgrade(rig.operator)
+
+
+def test_killed_while_it_buys(rig):
+    openai = rig.operator.servers.openai
+    openai.fault(hang_seconds=0.05)
+    for requests_seen in (1, 9):
+        at = openai.stats()["requests"] + requests_seen
+        assert rig.kill_when(lambda at=at: openai.stats()["requests"] >= at) == -signal.SIGKILL
+    assert rig.journal() is None
+    rig.finish()
+    assert rig.paid_twice() <= 2 * WORKERS * BATCH
+
+
+def test_killed_as_soon_as_a_phase_is_noted(rig):
+    for phase in ("started", DELETING, DELETED, CREATED, PROVED):
+        rig.kill_when(lambda phase=phase: _reached(rig, phase))
+    rig.finish()
+    assert rig.paid_twice() == 0
+
+
+def _reached(rig: Rig, phase: str) -> bool:
+    journal = rig.journal()
+    return journal is not None and journal.has_reached(phase)
+
+
+def test_killed_at_random_moments(rig):
+    rng = random.Random(11)
+    rig.operator.servers.openai.fault(hang_seconds=0.03)
+    kills = 0
+    for _ in range(4):
+        deadline = time.monotonic() + rng.uniform(0.8, 4.0)
+        kills += rig.kill_when(lambda deadline=deadline: time.monotonic() > deadline) == -signal.SIGKILL
+    assert kills
+    rig.finish()
+    assert rig.paid_twice() <= kills * WORKERS * BATCH
+
+
+def test_interrupted_and_gone_on_with(rig):
+    assert rig.kill_at("delete announced, not sent", signal.SIGINT) == 130
+    assert rig.kill_at("first batch in", signal.SIGTERM) == 130
+    assert open_journals(rig.operator.backups)
+    rig.finish()
+    assert rig.paid_twice() == 0
+
+
+def test_ctrl_c_while_it_buys_keeps_what_is_in_flight(rig):
+    openai = rig.operator.servers.openai
+    openai.fault(hang_seconds=0.4)
+    assert rig.kill_when(lambda: openai.stats()["requests"] >= 5, signal.SIGINT) == 130
+    openai.clear_faults()
+    rig.finish()
+    assert rig.paid_twice() == 0
+
+
+def test_an_answer_that_never_comes_costs_at_most_one_more_start(rig):
+    lost = [
+        "deleted, not yet noted",
+        "created, no index yet",
+        "all indexes there, not yet noted",
+        "first batch in",
+    ]
+    stops = [rig.stop_at(window) for window in lost]
+    for stop in stops:
+        stop.let_go.set()
+    first = rig.operator.run("reembed_embeddings", *COMMAND, expect=None)
+    assert first.code in {0, 1}, first.err
+    second = rig.operator.run("reembed_embeddings", *COMMAND)
+    assert [stop.reached.is_set() for stop in stops] == [True] * 4, second.err
+    rig.finish()
+
+
+def test_another_run_meanwhile_is_told_to_wait(rig):
+    stop = rig.stop_at("before the guard's last look")
+    process = rig.start()
+    assert stop.reached.wait(60)
+    for words in ((), ("--only-missing",), ("--dry-run",)):
+        other = rig.operator.run("reembed_embeddings", *words, expect=5)
+        assert "another run is working on" in other.err
+    rig.gate.open()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    rig.finish()
+
+
+def test_other_settings_after_the_delete_are_refused_and_name_both_ways_out(rig):
+    rig.kill_at("deleted and noted")
+    refused = rig.operator.run("reembed_embeddings", expect=2, env={"VECTOR_SIZE": "64"})
+    assert f"an unfinished run was making '{rig.operator.collection}' {NEW_SIZE}d with {LARGE}" in refused.err
+    assert f"export VECTOR_SIZE={NEW_SIZE} EMBEDDING_MODEL={LARGE}" in refused.err
+    assert rig.operator.archive() in refused.err
+    assert rig.operator.collections() == []
+    told = rig.operator.run("backup_automem", "--list")
+    assert "reembed_embeddings.py is unfinished" in told.err
+    with rig.journal().path.open("ab") as stream:
+        stream.write(b'{"phase": "closed", "at"')  # a line cut by a crash is no end
+    rig.finish()
+
+
+def test_other_settings_before_the_delete_begin_anew(rig):
+    rig.kill_at("before the guard's last look")
+    rig.operator.run("reembed_embeddings", *COMMAND, env={"VECTOR_SIZE": "64"})
+    assert_migrated(rig.operator, rig.before, size=64)
+    outcomes = [read_journal(path) for path in rig.operator.backups.glob("journal_*_reembed.jsonl")]
+    assert sorted(str(one.fact("outcome"))[:8] for one in outcomes) == ["done", "given up"]
+
+
+@pytest.mark.parametrize("size", [OLD_SIZE, NEW_SIZE])
+def test_what_automem_made_anew_meanwhile_is_no_obstacle_and_no_loss(rig, size):
+    """AutoMem was restarted while the collection was away: it made it anew and repaired some points."""
+    rig.kill_at("deleted and noted")
+    operator = rig.operator
+    operator.call("PUT", "", {"vectors": {"size": size, "distance": "Cosine"}})
+    special = [one for one, (payload, _) in rig.before.items() if "source_app" in payload]
+    repaired = [*special, *list(rig.before)[:5]]
+    own = {"content", "tags", "tag_prefixes", "importance"}
+    rows = [
+        {
+            "id": one,
+            "vector": [1.0] + [0.0] * (size - 1),
+            "payload": {key: value for key, value in rig.before[one][0].items() if key in own},
+        }
+        for one in repaired
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": rows})
+    if size == OLD_SIZE:
+        # Not even an old backup is needed: every id is the graph's.
+        (operator.backups / operator.archive()).unlink()
+    rig.finish()
+
+
+def test_a_point_that_only_the_new_collection_holds_is_not_deleted_unprotected(rig):
+    rig.kill_at("deleted and noted")
+    operator = rig.operator
+    operator.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Cosine"}})
+    lonely = {"id": 99, "vector": [1.0] + [0.0] * (OLD_SIZE - 1), "payload": {"content": "mine alone"}}
+    operator.call("PUT", "/points?wait=true", {"points": [lonely]})
+    refused = operator.run("reembed_embeddings", *COMMAND, expect=2)
+    assert "does not hold 1 point(s)" in refused.err
+    assert list(points_of(operator)) == [99]
+    operator.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
+    rig.finish()
+
+
+def test_a_delete_that_was_announced_but_never_came_is_guarded_anew(rig):
+    rig.kill_at("delete announced, not sent")
+    operator = rig.operator
+    (operator.backups / operator.archive()).unlink()
+    before = operator.state()
+    refused = operator.run("reembed_embeddings", *COMMAND, expect=2)
+    assert "already exists with different dimension" in refused.err
+    assert operator.state() == before
+    operator.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
+    rig.finish()
