@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import IO, Any, BinaryIO, cast
 from lib.backup_set.archive import ArchiveFacts, read_archive
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, CollectionHalf, GraphHalf
 from lib.errors import BackupDamaged, MissingData
-from lib.files import sha256_file
+from lib.files import free_bytes, sha256_file
 from lib.graph.client import ServerVersions, require_graph
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
@@ -27,6 +28,8 @@ from lib.graph.swap import rename_graph
 from lib.vectors.collection import vector_params
 from lib.vectors.open_segments import open_segments_count
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
+
+_ROOM = 64 << 20  # what shall stay free beside the segments that are opened
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,12 @@ def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> Colle
     live = _shape_of(path, promised)
     if not snapshot.vectors_named and (snapshot.size, snapshot.distance) != live:
         raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-    counted = _counted(path)
+    room = free_bytes(Path(tempfile.gettempdir())) >= 2 * archive.snapshot_size + _ROOM
+    counted = _counted(path) if room else None
     if counted is None:
         note = "checksum, both tar levels, configuration and ids"
+        if not room:
+            note += f"; no room in {tempfile.gettempdir()} to open its segments"
         return CollectionProof(CHECKED, note, archive, snapshot)
     if counted < archive.ids:
         raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} were promised")

@@ -31,6 +31,8 @@ def build(storage: Storage, keys: Keys) -> ASGIApp:
             await (await rules.control(request))(scope, receive, send)
             return
         rule = rules.take(request) or faults.NO_FAULT
+        if rule.delay_seconds:
+            await request.body()  # a client that hangs up meanwhile stops nothing, as on the real server
         response = await faults.before_answer(rule) or await _allowed(storage, keys, routes, request)
         with contextlib.suppress(faults.Cut):
             await response(scope, receive, await faults.around(send, rule))
