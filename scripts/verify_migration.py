@@ -15,6 +15,7 @@ from lib import cli
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
+    from lib.steps.checks import Check
     from lib.steps.verify import Stores
 
 
@@ -57,6 +58,7 @@ def command(args: argparse.Namespace) -> int:
 def verification(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open both stores and ask every question."""
     from lib import opening
+    from lib.errors import DONE, REMAINING
     from lib.showing import verify as showing
     from lib.steps.take_pair import require_sources
     from lib.steps.verify import Stores, verify
@@ -69,8 +71,9 @@ def verification(config: Config, console: Console, args: argparse.Namespace) -> 
             stores, spool, samples=args.sample, after_restart=args.after_restart, bar=console.progress
         )
     lines = recall_lines(config, console, args.recall) if args.recall else []
-    code = showing.show_checks(checks, lines, config, console)
-    return code or (record(stores, console) if args.record else code)
+    recorded = record(stores, checks, console) if args.record else None
+    code = showing.show_checks(checks, lines, recorded, config, console)
+    return code or (REMAINING if args.record and not recorded else DONE)
 
 
 def recall_lines(config: Config, console: Console, query: str) -> list[str]:
@@ -86,17 +89,19 @@ def recall_lines(config: Config, console: Console, query: str) -> list[str]:
         return []
 
 
-def record(stores: Stores, console: Console) -> int:
-    """Store the migration record; that it could not be stored remains, the verification stands."""
-    from lib.errors import DONE, REMAINING, MigrationError
-    from lib.steps.verify import record
+def record(stores: Stores, checks: list[Check], console: Console) -> str | None:
+    """Store the migration record once everything has passed; that it is not stored does not undo the verification."""
+    from lib.errors import MigrationError
+    from lib.steps.verify import is_settled, record
 
+    if not is_settled(checks):
+        console.warn("--record: not stored before every check has passed")
+        return None
     try:
-        console.say(f"recorded as memory {record(stores)}")
+        return record(stores)
     except MigrationError as error:
         console.warn(f"--record: {error}")
-        return REMAINING
-    return DONE
+        return None
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from lib.steps.checks import Check
 
 
-def show_checks(checks: list[Check], recalled: list[str], config: Config, console: Console) -> int:
-    """Every check with its figures; exit code 4 where one failed."""
+def show_checks(
+    checks: list[Check], recalled: list[str], recorded: str | None, config: Config, console: Console
+) -> int:
+    """Every check with its figures, and what helps where one failed; exit code 4 then."""
     from lib.steps.checks import FAILED, PENDING
 
     failed = [check for check in checks if check.status == FAILED]
@@ -24,9 +26,18 @@ def show_checks(checks: list[Check], recalled: list[str], config: Config, consol
     if recalled:
         text += "\n\nrecalled:\n" + "\n".join(recalled)
     if failed:
-        text += f"\n\n{len(failed)} check(s) FAILED: repair with  python scripts/reembed_embeddings.py --only-missing"
+        remedies = dict.fromkeys(line for check in failed for line in check.remedy.splitlines())
+        text += f"\n\n{len(failed)} check(s) FAILED. What helps:\n  " + "\n  ".join(remedies)
     elif any(check.status == PENDING for check in checks):
         text += "\n\nrestart AutoMem with the new settings, then:  python scripts/verify_migration.py --after-restart"
-    document = {"checks": [dataclasses.asdict(check) for check in checks], "recalled": recalled}
-    console.result({**document, "collection": config.collection, "failed": len(failed)}, text)
+    if recorded:
+        text += f"\n\nrecorded as memory {recorded}"
+    document = {
+        "collection": config.collection,
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "failed": len(failed),
+        "recalled": recalled,
+        "recorded": recorded,
+    }
+    console.result(document, text)
     return VERIFICATION_FAILED if failed else DONE

@@ -8,40 +8,47 @@ from typing import Any
 from lib.dimensions import EmbeddingSpec, check_dimension
 from lib.embedding.spool import Spool
 from lib.steps.findings import Findings
+from lib.steps.mend import compared
 from lib.steps.payloads import PointId
 from lib.steps.progress import Progress
 from lib.steps.take_collection import STAMP_KEY
 from lib.vectors.collection import CollectionState
-from lib.vectors.compare import vectors_differ
 from lib.vectors.points import Point, scroll
 from lib.vectors.recreate import AUTOMEM_INDEXES
 from lib.vectors.transport import Qdrant
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
+_LEVEL = "python scripts/reembed_embeddings.py --only-missing"
+ANEW = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer: `passed`, `FAILED`, `restart pending` or `not checked`, with the figures."""
+    """One question and its answer: `passed`, `FAILED`, `restart pending` or `not checked`, with the figures.
+
+    `remedy` are the commands that help where it failed.
+    """
 
     name: str
     status: str
     detail: str
+    remedy: str = ""
 
 
 def check_size(state: CollectionState, spec: EmbeddingSpec) -> Check:
     """The guide's step 4; raises DimensionMismatch where the size is not the configured one."""
     check_dimension(state.name, state.size, spec.size)
     same = state.distance == "Cosine"
-    return Check("size and distance", PASSED if same else FAILED, f"{state.size}d {state.distance}")
+    return Check("size and distance", PASSED if same else FAILED, f"{state.size}d {state.distance}", ANEW)
 
 
 def check_status(state: CollectionState) -> Check:
     """Green, and nothing left to optimise."""
     ok = state.status in {"green", "yellow", "grey"} and state.optimizer_ok
     word = state.status if state.status == "green" else f"{state.status} (indexing goes on by itself)"
-    return Check("status", PASSED if ok else FAILED, word if ok else f"{state.status}, optimizer not ok")
+    detail = word if ok else f"{state.status}, optimizer {state.raw.get('optimizer_status')}"
+    return Check("status", PASSED if ok else FAILED, detail, "look into Qdrant's log and at its free disk")
 
 
 def check_indexes(state: CollectionState, before: dict[str, Any] | None) -> Check:
@@ -51,7 +58,13 @@ def check_indexes(state: CollectionState, before: dict[str, Any] | None) -> Chec
     have = {name: one["data_type"] for name, one in state.payload_schema.items()}
     lacking = [f"{name} ({kind})" for name, kind in wanted.items() if have.get(name) != kind]
     if lacking:
-        return Check("payload indexes", FAILED, f"missing: {', '.join(lacking)}")
+        remedy = "\n".join(
+            f"curl -X PUT $QDRANT_URL/collections/{state.name}/index -H 'content-type: application/json'"
+            f""" -d '{{"field_name": "{name}", "field_schema": "{kind}"}}'"""
+            for name, kind in wanted.items()
+            if have.get(name) != kind
+        )
+        return Check("payload indexes", FAILED, f"missing: {', '.join(lacking)}", remedy)
     return Check("payload indexes", PASSED, ", ".join(sorted(have)))
 
 
@@ -63,9 +76,9 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
             "model stamp", SKIPPED, "this server keeps no metadata, or the collection was not stamped"
         )
     ok = stamp.get("model") == spec.model
-    return Check(
-        "model stamp", PASSED if ok else FAILED, f"{stamp.get('model')}, EMBEDDING_MODEL is {spec.model}"
-    )
+    detail = f"{stamp.get('model')}, EMBEDDING_MODEL is {spec.model}"
+    remedy = f"export EMBEDDING_MODEL={stamp.get('model')}   or   {ANEW}"
+    return Check("model stamp", PASSED if ok else FAILED, detail, remedy)
 
 
 def _some(ids: list[Any]) -> str:
@@ -84,7 +97,7 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
     missing = found.missing + (found.newer if strict else [])
     ids = Check("ids", PASSED, points)
     if missing:
-        ids = Check("ids", FAILED, f"{len(missing)} memories have no point: {_some(missing)}")
+        ids = Check("ids", FAILED, f"{len(missing)} memories have no point: {_some(missing)}", _LEVEL)
     elif found.newer:
         ids = Check(
             "ids", late, f"{len(found.newer)} memories are newer than the migration: {_some(found.newer)}"
@@ -92,13 +105,15 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
     contents = Check("content", PASSED, "every point holds its memory's content")
     if found.contents or (strict and found.newer_contents):
         stale = found.contents + found.newer_contents
-        contents = Check("content", FAILED, f"{len(stale)} points hold another content: {_some(stale)}")
+        contents = Check(
+            "content", FAILED, f"{len(stale)} points hold another content: {_some(stale)}", _LEVEL
+        )
     elif found.newer_contents:
         contents = Check("content", late, f"{len(found.newer_contents)} memories changed since the migration")
     surplus = Check("surplus points", PASSED, "none")
     if found.surplus:
         surplus = Check(
-            "surplus points", FAILED, f"{len(found.surplus)} have no memory: {_some(found.surplus)}"
+            "surplus points", FAILED, f"{len(found.surplus)} have no memory: {_some(found.surplus)}", _LEVEL
         )
     return [ids, surplus, contents, _judge_payloads(found, strict=strict)]
 
@@ -107,7 +122,9 @@ def _judge_payloads(found: Findings, *, strict: bool) -> Check:
     wrong = found.payloads + (found.newer_payloads if strict else [])
     if wrong:
         some = "; ".join(f"{one}: {keys}" for one, keys in wrong[:_EXAMPLES])
-        return Check("payloads", FAILED, f"{len(wrong)} are not as graph and old points have it ({some})")
+        return Check(
+            "payloads", FAILED, f"{len(wrong)} are not as graph and old points have it ({some})", _LEVEL
+        )
     if found.newer_payloads:
         return Check("payloads", PENDING, f"{len(found.newer_payloads)} memories changed since the migration")
     return Check("payloads", PASSED, "equal to the graph, nothing of the old points lost")
@@ -119,24 +136,28 @@ def check_vectors(
     """Every stored vector: right width, finite, not zero; and equal to the spool's where the spool knows it."""
     bad: list[PointId] = []
     different: list[PointId] = []
-    compared = total = 0
+    known = total = 0
     for page in scroll(qdrant, state.name, payload=["content"], vector=True):
         bad += [point.id for point in page if not _sound(point, spec.size)]
         if spool:
-            checked, wrong = _against_spool(
-                [one for one in page if _sound(one, spec.size)], spool, spec, state
-            )
-            compared, different = compared + checked, different + wrong
+            sound = [one for one in page if _sound(one, spec.size)]
+            count, wrong = compared(sound, spool, spec, state.distance)
+            known, different = known + count, different + [point.id for point, _ in wrong]
         total += len(page)
         progress(len(page))
     if bad:
-        return Check("vectors", FAILED, f"{len(bad)} are unusable (width, zero or not finite): {_some(bad)}")
+        return Check(
+            "vectors", FAILED, f"{len(bad)} are unusable (width, zero or not finite): {_some(bad)}", ANEW
+        )
     if different:
         return Check(
-            "vectors", FAILED, f"{len(different)} are not the model's for their content: {_some(different)}"
+            "vectors",
+            FAILED,
+            f"{len(different)} are not the model's for their content: {_some(different)}",
+            ANEW,
         )
     return Check(
-        "vectors", PASSED, f"{total} of {spec.size}d, {compared} equal to the vectors that were paid for"
+        "vectors", PASSED, f"{total} of {spec.size}d, {known} equal to the vectors that were paid for"
     )
 
 
@@ -147,18 +168,3 @@ def _sound(point: Point, size: int) -> bool:
     return (
         vector is not None and len(vector) == size and bool(np.isfinite(vector).all()) and bool(vector.any())
     )
-
-
-def _against_spool(
-    points: list[Point], spool: Spool, spec: EmbeddingSpec, state: CollectionState
-) -> tuple[int, list[PointId]]:
-    import numpy as np
-
-    keyed = [(point, spool.text_key(spec, str((point.payload or {}).get("content", "")))) for point in points]
-    known = spool.get_vectors([key for _, key in keyed])
-    pairs = [(point, np.frombuffer(known[key], dtype="<f4")) for point, key in keyed if key in known]
-    if not pairs:
-        return 0, []
-    stored = np.vstack([point.vector for point, _ in pairs if point.vector is not None])
-    differ = vectors_differ(stored, np.vstack([vector for _, vector in pairs]), state.distance)
-    return len(pairs), [point.id for (point, _), wrong in zip(pairs, differ, strict=True) if wrong]

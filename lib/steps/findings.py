@@ -120,17 +120,25 @@ def _compare_one(identity: PointId, pair: _Pair, planned: MemoryRow | None, foun
         moved = planned is None or planned.content != properties["content"]
         (found.newer_contents if moved else found.contents).append(identity)
         return
-    differs = _differing(payload, pair.kept, properties)
+    then = orjson.loads(planned.payload) if planned else None
+    moved = then is None or _steady(then) != _steady(properties)
+    # Where the memory moved on AutoMem has written its point anew: what it dropped was not lost by the migration.
+    kept = None if moved else pair.kept
+    differs = _differing(payload, kept, properties)
     if differs:
-        then = _differing(payload, pair.kept, orjson.loads(planned.payload)) if planned else differs
-        (found.payloads if then else found.newer_payloads).append((identity, ", ".join(differs)))
+        stale = differs if then is None else _differing(payload, kept, then)
+        (found.payloads if stale else found.newer_payloads).append((identity, ", ".join(differs)))
 
 
 def _differing(payload: dict[str, Any], kept: dict[str, Any] | None, properties: dict[str, Any]) -> list[str]:
     """The keys in which a point is not as the migration would write it."""
-    steady = {key: value for key, value in properties.items() if key not in _MOVING}
+    steady = _steady(properties)
     wanted = merged_payload(standing_payload(payload, kept, steady), steady)
     return sorted(key for key in wanted if key not in payload or wanted[key] != payload[key])
+
+
+def _steady(properties: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in properties.items() if key not in _MOVING}
 
 
 def _find_surplus(present: IdTable, seen: IdTable, found: Findings) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import orjson
 
+from lib.errors import MigrationError
 from lib.steps.payloads import PointId
 from lib.vectors.points import scroll
 from lib.vectors.transport import Qdrant
@@ -26,12 +29,25 @@ def as_id(text: str) -> PointId:
     return int(text) if text.isdigit() else text
 
 
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """A temporary table that outgrew its disk is told as that."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise MigrationError(
+            f"the temporary folder has no room for the ids of the collection: {error}",
+            next_step=f"df -h {tempfile.gettempdir()}   or   export SQLITE_TMPDIR=... to a larger disk",
+        ) from error
+
+
 class IdTable:
     """Ids with payloads in SQLite's own temporary file, gone when closed."""
 
     def __init__(self) -> None:
         self._db = sqlite3.connect("", isolation_level=None)
-        self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
+        with _room():
+            self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
     def __enter__(self) -> IdTable:
         return self
@@ -43,12 +59,11 @@ class IdTable:
 
     def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
         """Add ids; a known one gets the new payload."""
-        self._db.execute("BEGIN")
-        self._db.executemany(
-            "INSERT OR REPLACE INTO points VALUES (?, ?)",
-            ((as_text(one), orjson.dumps(payload) if payload is not None else None) for one, payload in rows),
-        )
-        self._db.execute("COMMIT")
+        texts = ((as_text(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
+        with _room():
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
+            self._db.execute("COMMIT")
 
     def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
         """Those of `ids` that are here, with their payloads."""
@@ -61,9 +76,10 @@ class IdTable:
 
     def discard(self, ids: Iterable[PointId]) -> None:
         """Forget ids."""
-        self._db.execute("BEGIN")
-        self._db.executemany("DELETE FROM points WHERE id = ?", ((as_text(one),) for one in ids))
-        self._db.execute("COMMIT")
+        with _room():
+            self._db.execute("BEGIN")
+            self._db.executemany("DELETE FROM points WHERE id = ?", ((as_text(one),) for one in ids))
+            self._db.execute("COMMIT")
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])

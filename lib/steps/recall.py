@@ -10,9 +10,12 @@ from lib.automem_api import AutoMemApi
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.spool import Spool
 from lib.steps.candidates import Sample
-from lib.steps.checks import FAILED, PASSED, PENDING, SKIPPED, Check
+from lib.steps.checks import ANEW, FAILED, PASSED, PENDING, SKIPPED, Check
 from lib.vectors.search import search
 from lib.vectors.transport import Qdrant
+
+_SIZES = ("configured", "effective", "collection")
+_RESTART = "restart AutoMem with the VECTOR_SIZE and EMBEDDING_MODEL that are set here"
 
 
 def agrees(health: dict[str, Any], spec: EmbeddingSpec) -> bool:
@@ -32,11 +35,10 @@ def check_recall_api(
 ) -> list[Check]:
     """Recall through AutoMem: proved only by `match_type: vector`, the memory's own content bringing it first."""
     if not agrees(health, spec):
-        shown = health.get("vector_dimensions")
-        detail = (
-            f"AutoMem does not run at {spec.size}d yet (/health: {shown}): restart it with the new settings"
-        )
-        return [Check("recall", FAILED if after_restart else PENDING, detail)]
+        sizes = health.get("vector_dimensions") or {}
+        shown = ", ".join(f"{name} {sizes[name]}" for name in _SIZES if sizes.get(name) is not None)
+        detail = f"AutoMem does not run at {spec.size}d yet (/health: {shown or 'no sizes'})"
+        return [Check("recall", FAILED if after_restart else PENDING, detail, _RESTART)]
     wrong, times, method = [], [], ""
     for sample in samples:
         answer = automem_api.recall(api, sample.content, 5)
@@ -54,7 +56,7 @@ def check_recall_api(
         detail = (
             f"{len(wrong)} of {len(samples)} samples are not found first by vector: {'; '.join(wrong[:3])}"
         )
-        return [Check("recall", FAILED if after_restart else PENDING, detail), latency]
+        return [Check("recall", FAILED if after_restart else PENDING, detail, _RESTART), latency]
     return [
         Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"),
         latency,
@@ -78,9 +80,8 @@ def check_recall_direct(
         if not hits or str(hits[0].id) != sample.id:
             wrong.append(sample.id)
     if wrong:
-        return [
-            Check("recall", FAILED, f"{len(wrong)} of {len(usable)} samples are not found first: {wrong[:3]}")
-        ]
+        detail = f"{len(wrong)} of {len(usable)} samples are not found first: {', '.join(wrong[:3])}"
+        return [Check("recall", FAILED, detail, ANEW)]
     return [Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")]
 
 

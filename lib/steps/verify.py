@@ -10,6 +10,8 @@ from lib.embedding.spool import Spool
 from lib.graph.client import require_graph
 from lib.steps.candidates import Candidates, Sample
 from lib.steps.checks import (
+    FAILED,
+    PENDING,
     Check,
     check_indexes,
     check_model,
@@ -74,8 +76,15 @@ def _recall(stores: Stores, spool: Spool, samples: list[Sample], *, after_restar
     return check_recall_api(stores.api, answer, source.spec, samples, after_restart=after_restart)
 
 
+def is_settled(checks: list[Check]) -> bool:
+    """Whether nothing failed and nothing waits for the restart."""
+    return not any(check.status in {FAILED, PENDING} for check in checks)
+
+
 def record(stores: Stores) -> str:
     """Store the migration record that the guide asks for; the memory's id."""
     spec = stores.collection.spec
-    content = f"Migrated to {spec.size}d embeddings ({spec.model}) for better semantic precision"
+    content = (
+        f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
+    )
     return remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
