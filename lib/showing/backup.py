@@ -71,9 +71,11 @@ def _proof(level: str, note: str) -> str:
 
 def show_sets(folder: Path, console: Console) -> int:
     """Every set, newest first."""
-    from lib.backup_set.sets import all_sets, is_complete
+    from lib.backup_set.sets import all_sets, is_complete, manifest_paths
 
     sets = all_sets(folder)
+    for path in set(manifest_paths(folder)) - {one.path for one in sets}:
+        console.warn(f"{path.name} cannot be read: backup_automem.py --check {path} says why")
     rows = [
         (
             one.stamp,

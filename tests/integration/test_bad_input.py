@@ -446,6 +446,9 @@ def test_one_broken_manifest_does_not_stop_the_drill(operator, tmp_path):
     assert levels[0] == "damaged"
     assert set(levels[1:]) <= {"checked", "restored"}
     assert len(levels) == 3
+    listed = operator.run("backup_automem", "--list", "--json", *folder)
+    assert "backup_20990101_000000.json cannot be read" in listed.err
+    assert len(listed.json["sets"]) == 1
     refused_latest = operator.run("restore_from_backup", "latest", "--json", *folder, expect=4)
     assert "backup_20990101_000000.json" in refused_latest.json["error"]
 
