@@ -1,6 +1,6 @@
 """The journal of a run that changes a store: what it is doing, what it made, how to go back.
 
-One file per run, `journal_<UTC>_<command>.jsonl`, a JSON object a line, fsynced before the step it announces.
+One file per run, `journal_<UTC>_<id>_<command>.jsonl`, a JSON object a line, fsynced before the step it announces.
 Only names found in a journal are ever removed from a server; a journal without a closing line is open.
 """
 
@@ -56,6 +56,12 @@ class Journal:
     def is_open(self) -> bool:
         """Whether the run never came to its end."""
         return self.phase != CLOSED
+
+    @property
+    def age_hours(self) -> float:
+        """Hours since the last entry."""
+        last = datetime.fromisoformat(str(self.entries[-1]["at"]))
+        return (datetime.now(timezone.utc) - last).total_seconds() / 3600
 
     @property
     def undo(self) -> str:

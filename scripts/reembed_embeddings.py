@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
     from lib.steps.embed import Buyer
-    from lib.steps.migrate import Migration
+    from lib.steps.migration import Migration
     from lib.vectors.collection import CollectionState
 
 
@@ -53,13 +53,13 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.dimensions import check_model, model_fault
     from lib.errors import UsageProblem
-    from lib.showing.settings import announce_open, show_config
+    from lib.showing.settings import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    announce_open(config, console)
+    announce(config, console)
     if args.fresh and (args.dry_run or args.only_missing):
         raise UsageProblem(
             "--fresh forgets what was paid for: not with --dry-run or --only-missing",
@@ -82,8 +82,10 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib import opening
     from lib.dimensions import check_dimension
     from lib.showing import reembed as showing
-    from lib.steps import migrate
+    from lib.steps import migrate, situation
     from lib.steps.embed import try_one_batch
+    from lib.steps.migration import Migration
+    from lib.steps.open_run import open_run
     from lib.steps.switch import Target
     from lib.steps.take_pair import require_sources
     from lib.vectors.cluster import refuse_partial, topology
@@ -96,16 +98,20 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
         check_dimension(config.collection, live_size, config.vector_size)
     with opening.open_spool(config) as spool:
         target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
-        run = migrate.Migration(graph, target, spool, config.backup_dir, config.targets(), bar, args.fresh)
-        run.journal = migrate.find_open_run(run)
-        plan, kind, live = migrate.look(run, level=args.only_missing)
+        run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
+        run.journal = open_run(run.folder, run.targets, run.spec)
+        run.fresh = args.fresh and not migrate.is_fresh(run)
+        plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
             refuse_partial(topology(source.qdrant, config.collection))
         showing.show_plan(plan, kind, console)
+        buyer = buyer_of(config, args)
         if args.dry_run:
-            return showing.show_tried(try_one_batch(buyer_of(config, args), spool), run, console)
-        showing.require_cheap(plan, args.max_cost)
-        return work(config, console, run, args, (kind, live))
+            return showing.show_tried(try_one_batch(buyer, spool), run, console)
+        buyer.require_affordable(plan.tokens, run.bought)
+        if args.only_missing:
+            return repair(run, buyer, console)
+        return replace(run, buyer, (kind, live), console)
 
 
 def buyer_of(config: Config, args: argparse.Namespace) -> Buyer:
@@ -114,35 +120,37 @@ def buyer_of(config: Config, args: argparse.Namespace) -> Buyer:
     from lib.steps.embed import Buyer, sample_spec
 
     spec = sample_spec(config.spec) if args.dry_run else config.spec
-    return Buyer(EmbeddingClient(spec, config.openai_api_key), config.spec, args.workers, args.batch_size)
+    client = EmbeddingClient(spec, config.openai_api_key)
+    return Buyer(client, config.spec, args.workers, args.batch_size, args.max_cost)
 
 
-def work(
-    config: Config,
-    console: Console,
-    run: Migration,
-    args: argparse.Namespace,
-    found: tuple[str, CollectionState | None],
-) -> int:
-    """Embed, then replace the collection (or, with --only-missing, repair it)."""
+def repair(run: Migration, buyer: Buyer, console: Console) -> int:
+    """--only-missing: bring the collection level with the graph."""
+    from lib.showing import reembed as showing
+    from lib.steps.drift import only_missing
+    from lib.vectors.collection import get_state
+
+    state = get_state(run.target.qdrant, run.target.collection)
+    return showing.show_drift(only_missing(run, buyer, state), run, console)
+
+
+def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:
+    """Embed, then make the collection anew."""
     from lib.showing import reembed as showing
     from lib.steps import migrate
-    from lib.steps.drift import only_missing
     from lib.steps.embed import buy_missing
+    from lib.steps.open_run import give_up_others
+    from lib.steps.situation import protection
 
-    kind, live = found
-    buyer = buyer_of(config, args)
-    if args.only_missing and live is not None:
-        return showing.show_drift(only_missing(run, buyer, live), run, console)
-    manifest = migrate.protect(run, kind, live)
-    undo = showing.undo_of(manifest)
+    manifest = protection(run, *found)
+    give_up_others(run.folder, run.targets, run.spec)
     if run.fresh:
-        migrate.forget_bought(run)
+        migrate.forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)
-    if kind == migrate.REPLACE:
-        showing.announce_replacing(config.collection, undo, console)
-    outcome = migrate.migrate(run, buyer, undo, manifest)
-    return showing.show_migrated(outcome, run, undo, console)
+    filled = migrate.migrate(
+        run, buyer, manifest, showing.undo_of, lambda undo: showing.announce_replacing(run, undo, console)
+    )
+    return showing.show_migrated(filled.outcome, run, console)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from lib.addresses import same_server
 from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
 from lib.files import sync_dir
@@ -35,10 +36,12 @@ def latest(folder: Path) -> Manifest:
     raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
 
 
-def newest_with(folder: Path, collection: str) -> Manifest | None:
-    """The newest whole set that holds this collection."""
+def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:
+    """The newest whole set that holds this collection of this server."""
     for manifest in all_sets(folder):
-        if manifest.collection and manifest.collection.collection == collection and is_complete(manifest):
+        half = manifest.collection
+        here = half and half.collection == collection and same_server(half.server["address"], server)
+        if here and is_complete(manifest):
             return manifest
     return None
 

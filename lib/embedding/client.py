@@ -95,6 +95,7 @@ class EmbeddingClient:
             headers, body = self._provider.send(texts)
             limits = rate_limits(headers)
             answer = read_answer(body, len(texts), self.spec, limits)
+            self._refuse_one_for_all(texts, answer)
         except BadInput:
             self.pacer.answered(tokens, None)
             raise
@@ -107,6 +108,14 @@ class EmbeddingClient:
         self.pacer.answered(tokens, limits)
         self._last_answer = time.monotonic()
         return answer
+
+    def _refuse_one_for_all(self, texts: list[str], answer: Answer) -> None:
+        """Raise ProviderRefused where several different texts got one and the same vector: nothing could be found."""
+        if len(set(texts)) > 2 and bool((answer.vectors == answer.vectors[0]).all()):
+            raise ProviderRefused(
+                f"{self.provider} answers every text with the same vector",
+                next_step="check EMBEDDING_MODEL and OPENAI_BASE_URL, then run the same command again",
+            )
 
     def _waits(self, stop: threading.Event, started: float) -> Generator[float, Any, None]:
         """Pauses between tries, for backoff. It waits here itself, so that a stop ends the wait at once.

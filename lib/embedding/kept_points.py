@@ -55,9 +55,9 @@ class KeptPoints(SpoolFile):
         return self._number("SELECT count(*) FROM kept_points")
 
     def clear_kept(self) -> None:
-        """Forget the kept points: the migration they were kept for is proved."""
+        """Forget the payloads of an earlier migration; points kept whole, vector and all, stay: they were removed."""
         with self._transaction():
-            self._db.execute("DELETE FROM kept_points")
+            self._db.execute("DELETE FROM kept_points WHERE vector IS NULL")
 
 
 def _kept_point(values: tuple[object, ...]) -> KeptPoint:

@@ -6,18 +6,19 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from lib.console import Console, size_text, table
-from lib.errors import DONE, REMAINING, UsageProblem
+from lib.errors import DONE, REMAINING
 from lib.showing.settings import RESTART
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
     from lib.steps.drift import Drifted
     from lib.steps.embed import Tried
-    from lib.steps.migrate import Migration
+    from lib.steps.migration import Migration
     from lib.steps.plan import Plan
     from lib.steps.sync import SyncOutcome
 
 _EXAMPLES = 10
+_FEW = 3
 
 
 def _dollars(price: float | None) -> str:
@@ -27,9 +28,12 @@ def _dollars(price: float | None) -> str:
 def show_plan(plan: Plan, kind: str, console: Console) -> None:
     """What a re-embedding will do, cost and leave out."""
     from lib.embedding.pricing import PRICES_AS_OF
+    from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE
 
-    now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else "absent"
-    what = {"absent": "create it", "adopt": "bring it level", "replace": "delete it, make it anew"}[kind]
+    now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else kind
+    what = {ABSENT: "create it", ADOPT: "bring it level", REPLACE: "delete it, make it anew", DEAD: "none"}[
+        kind
+    ]
     rows = [
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; to do: {what} at {plan.spec.size}d with {plan.spec.model}"),
@@ -39,26 +43,16 @@ def show_plan(plan: Plan, kind: str, console: Console) -> None:
     ]
     console.say(table(rows))
     for reason, count in plan.scan.skipped.items():
-        names = [name for name, why in plan.scan.examples if why == reason][:_EXAMPLES]
+        names = [name for name, why in plan.scan.examples if why == reason][:_FEW]
         console.say(
             f"skipped, {reason}: {count:,} ({', '.join(names)}{', ...' if count > len(names) else ''})"
         )
-    if plan.only_live and kind == "replace":
+    if plan.only_live and kind == REPLACE:
         some = ", ".join(plan.only_live_examples[:_EXAMPLES])
         console.warn(
             f"{plan.only_live} point(s) have no memory in the graph: they stay in the backup and leave the"
             f" collection ({some})"
         )
-
-
-def require_cheap(plan: Plan, most: float | None) -> None:
-    """Raise UsageProblem where --max-cost cannot be kept; a model without a list price may cost anything."""
-    if most is None or not plan.texts or (plan.price is not None and plan.price <= most):
-        return
-    raise UsageProblem(
-        f"this would cost {_dollars(plan.price)}, --max-cost is ${most:g}; nothing was spent",
-        next_step="raise --max-cost (or leave it out), or use a cheaper EMBEDDING_MODEL",
-    )
 
 
 def show_tried(tried: Tried, run: Migration, console: Console) -> int:
@@ -79,15 +73,23 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
         console.warn(f"memory {rejected.id} was rejected by Qdrant: {rejected.reason}")
     for label in run.bought.cut[:_EXAMPLES]:
         console.warn(f"memory {label} is longer than the model takes: its end was cut for the vector")
-    return REMAINING if run.bought.refused or outcome.rejected else DONE
+    for alias in run.aliases_taken:
+        console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
+    if not run.indexed:
+        console.warn(
+            "the index is not whole after an hour: look at the collection's status, search is slower"
+        )
+    left = run.bought.refused or outcome.rejected or run.aliases_taken or not run.indexed
+    return REMAINING if left else DONE
 
 
-def announce_replacing(collection: str, undo: str, console: Console) -> None:
-    """Said before the live collection is deleted."""
-    console.say(f"\nreplacing '{collection}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
+def announce_replacing(run: Migration, undo: str, console: Console) -> None:
+    """Said right before the live collection is deleted, also when quiet."""
+    name = run.target.collection
+    console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
 
 
-def show_migrated(outcome: SyncOutcome, run: Migration, undo: str, console: Console) -> int:
+def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     """The result of a re-embedding, with the way back and the next steps."""
     code = _remaining(outcome, run, console)
     price = run.bought.price(run.spec.model)
@@ -102,13 +104,15 @@ def show_migrated(outcome: SyncOutcome, run: Migration, undo: str, console: Cons
         "absent_seconds": round(run.absent_seconds, 3),
         "refused": [dataclasses.asdict(one) for one in run.bought.refused],
         "rejected": [dataclasses.asdict(one) for one in outcome.rejected],
-        "undo": undo,
+        "aliases_taken": run.aliases_taken,
+        "indexed": run.indexed,
+        "undo": run.undo,
     }
     text = (
         f"'{run.target.collection}' is {run.spec.size}d now: {points:,} points, every vector compared.\n"
         f"Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {_dollars(price)}."
         f" The collection was absent or incomplete for {run.absent_seconds:.1f} s.\n\n"
-        f"undo:\n{undo}\n\nnext:\n{RESTART}\n"
+        f"undo:\n{run.undo}\n\nnext:\n{RESTART}\n"
         "  python scripts/reembed_embeddings.py --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"
     )
@@ -139,7 +143,7 @@ def show_drift(done: Drifted, run: Migration, console: Console) -> int:
 def undo_of(manifest: Manifest | None) -> str:
     """The way back from a re-embedding: the collection's half of the backup; the graph was not changed."""
     if manifest is None or manifest.collection is None:
-        return "  (none: there was no collection before)"
+        return "  (none: no collection was replaced)"
     half = manifest.collection
     return (
         f"  python scripts/restore_from_backup.py {manifest.file_of(half)}\n"

@@ -12,8 +12,8 @@ from lib.steps.guard import Wanted, require_backup
 from lib.steps.keep import keep_whole
 from lib.steps.last_run import kept_the_size
 from lib.steps.mend import mend_vectors
-from lib.steps.migrate import Migration
-from lib.steps.payloads import PointId, point_id
+from lib.steps.migration import Migration
+from lib.steps.payloads import PointId, point_id, spellings
 from lib.steps.plan import only_live_ids
 from lib.steps.present import points_present
 from lib.steps.sync import SyncOutcome, missing_of, sync_collection, texts_to_buy
@@ -44,8 +44,9 @@ def only_missing(run: Migration, buyer: Buyer, state: CollectionState) -> Drifte
     if not compare:
         require_same_model(run, buyer, state)
     with points_present(qdrant, state.name) as present:
-        total = missing_of(run.spool, present).texts
-        buy(buyer, run.spool, texts_to_buy(run.spool, present), total, run.bar, run.bought)
+        missing = missing_of(run.spool, present)
+        buyer.require_affordable(missing.tokens, run.bought)
+        buy(buyer, run.spool, texts_to_buy(run.spool, present), missing.texts, run.bar, run.bought)
     with run.bar("sync", None, "points") as progress:
         outcome = sync_collection(qdrant, state.name, run.spool, progress=progress)
     if compare:
@@ -62,6 +63,11 @@ def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> 
     import numpy as np
 
     points = _unchanged(run, state)
+    if not points and state.points:
+        raise GuardRefused(
+            f"no point of '{state.name}' holds its memory's content: nothing tells which model made its vectors",
+            next_step="make all anew:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py",
+        )
     if not points:
         return
     answer = buyer.client.embed([str((point.payload or {})["content"]) for point in points])
@@ -103,7 +109,9 @@ def _remove_surplus(run: Migration, state: CollectionState) -> int:
                 next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
             )
         if len(surplus) > _SURPLUS_SHARE * state.points:
-            require_backup(run.folder, Wanted(run.target.qdrant.display, state, surplus), run.spec.size)
+            with points_present(run.target.qdrant, state.name, payload=False) as live:
+                wanted = Wanted(run.target.qdrant.display, state, live, surplus)
+                require_backup(run.folder, wanted, run.spec.size)
         return sum(_remove_page(run, state.name, page) for page in surplus.ids())
 
 
@@ -111,8 +119,8 @@ def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
     removed, left = 0, iter(ids)
     while page := list(islice(left, _PAGE)):
         points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
-        spellings = [*page, *(str(one) for one in page if isinstance(one, int))]
-        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, spellings)}
+        asked = [spelling for one in page for spelling in spellings(one)]
+        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, asked)}
         gone = [point for point in points if point.id not in there]
         keep_whole(gone, run.spool)
         delete_points(run.target.qdrant, collection, [point.id for point in gone])

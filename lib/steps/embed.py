@@ -14,6 +14,7 @@ from lib.embedding.plan_table import TextRow
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
 from lib.embedding.workers import embed_missing
+from lib.errors import UsageProblem
 from lib.steps.memories import Scan, scan_graph
 from lib.steps.progress import ProgressBar, steps_of
 from lib.steps.take_graph import GraphSource
@@ -41,12 +42,29 @@ class Bought:
 
 @dataclass(frozen=True)
 class Buyer:
-    """An opened provider and how hard to drive it."""
+    """An opened provider, how hard to drive it, and the most that may be spent (US dollars; None: no limit)."""
 
     client: EmbeddingClient
     spec: EmbeddingSpec
     workers: int
     batch_size: int
+    max_cost: float | None = None
+
+    def require_affordable(self, tokens: int, bought: Bought) -> None:
+        """Raise UsageProblem where these tokens on top of what was bought would cost more than `max_cost`.
+
+        A model without a list price may cost anything.
+        """
+        each = price_per_million(self.spec.model)
+        price = None if each is None else (bought.tokens + tokens) * each / 1e6
+        if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
+            return
+        shown = "unknown (no list price for this model)" if price is None else f"${price:.4f}"
+        spent = f"${bought.price(self.spec.model) or 0:.4f}" if bought.tokens else "nothing"
+        raise UsageProblem(
+            f"this would cost {shown}, --max-cost is ${self.max_cost:g}; {spent} was spent",
+            next_step="raise --max-cost (or leave it out), or use a cheaper EMBEDDING_MODEL",
+        )
 
 
 def buy(
@@ -75,7 +93,9 @@ def buy(
 
 def buy_missing(buyer: Buyer, spool: Spool, bar: ProgressBar, into: Bought) -> None:
     """Embed every text of the plan that has no vector, identical texts once."""
-    buy(buyer, spool, spool.missing_texts(buyer.spec), spool.missing_total().texts, bar, into)
+    missing = spool.missing_total()
+    buyer.require_affordable(missing.tokens, into)
+    buy(buyer, spool, spool.missing_texts(buyer.spec), missing.texts, bar, into)
 
 
 def catch_up(buyer: Buyer, graph: GraphSource, spool: Spool, bar: ProgressBar, into: Bought) -> Scan:

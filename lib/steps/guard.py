@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from lib.addresses import same_server
 from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, CollectionHalf, Manifest
 from lib.backup_set.sets import all_sets
@@ -18,14 +18,17 @@ from lib.vectors.collection import CollectionState
 
 MAX_AGE_HOURS = 24.0
 _PAGE = 500
+_CLOCK_HOURS = 0.1
+_SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment's ids are others
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the backup must be of: server, live state, and the live ids that the graph does not hold."""
+    """What the backup must be of: server, live state, all live ids, and those of them that the graph does not hold."""
 
     server: str
     state: CollectionState
+    live: IdTable
     only_live: IdTable
 
 
@@ -63,9 +66,12 @@ def _fault(manifest: Manifest, wanted: Wanted) -> str | None:
     try:
         path = manifest.file_of(half)
         check_file(path, half.file)
-        missing = _unpromised(path, wanted.only_live)
+        promised, alone = _promised(path, wanted)
     except BackupDamaged as error:
         return str(error)
+    if promised < _SAME_SHARE * len(wanted.live):
+        return f"is of other data: it holds {promised} of the {len(wanted.live)} points that stand there"
+    missing = len(wanted.only_live) - alone
     return f"does not hold {missing} point(s) that are in the collection alone" if missing else None
 
 
@@ -76,32 +82,22 @@ def _unfit(manifest: Manifest, half: CollectionHalf, wanted: Wanted) -> str | No
         return f"is of {half.size}d vectors"
     if manifest.age_hours > MAX_AGE_HOURS:
         return f"is {manifest.age_hours:.0f} hours old (at most {MAX_AGE_HOURS:.0f})"
+    if manifest.age_hours < -_CLOCK_HOURS:
+        return f"is dated {-manifest.age_hours:.0f} hours in the future"
     if PROOF_LEVELS.index(half.proof) < PROOF_LEVELS.index(CHECKED):
         return "was never proved (--no-verify)"
     return None
 
 
-def _unpromised(path: Path, only_live: IdTable) -> int:
-    """How many ids that only the collection holds are not promised by the archive."""
-    if not len(only_live):
-        return 0
-    promised = 0
+def _promised(path: Path, wanted: Wanted) -> tuple[int, int]:
+    """How many of the live ids the archive promises, and how many of those that only the collection holds."""
+    live = alone = 0
 
     def count(ids: Iterator[str]) -> None:
-        nonlocal promised
+        nonlocal live, alone
         while page := [as_id(one) for one in islice(ids, _PAGE)]:
-            promised += len(only_live.payloads(page))
+            live += len(wanted.live.payloads(page))
+            alone += len(wanted.only_live.payloads(page))
 
     read_archive(path, on_ids=count)
-    return len(only_live) - promised
-
-
-def same_server(left: str, right: str) -> bool:
-    """Whether two addresses are of one server, as far as their spelling tells."""
-    return _place(left) == _place(right)
-
-
-def _place(address: str) -> tuple[str, int | None]:
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    host = (parts.hostname or "").lower()
-    return ("127.0.0.1" if host in {"localhost", "::1"} else host), parts.port
+    return live, alone

@@ -1,194 +1,102 @@
-"""The whole re-embedding, from the plan in the spool to a proved collection, killed anywhere and gone on with."""
+"""The whole re-embedding, from a bought plan to a proved collection, killed anywhere and gone on with."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from lib.backup_set.manifest import Manifest
-from lib.backup_set.sets import newest_with
-from lib.dimensions import EmbeddingSpec
-from lib.embedding.spool import Spool
-from lib.errors import GuardRefused, MissingData, VerificationFailed
-from lib.graph.client import require_graph
-from lib.journal import Journal, open_journals, start_journal
-from lib.steps.embed import Bought, Buyer, catch_up
-from lib.steps.guard import Wanted, require_backup
+from lib.errors import VerificationFailed
+from lib.journal import start_journal
+from lib.steps.embed import Buyer, catch_up
 from lib.steps.last_run import COMMAND, spec_as_json
-from lib.steps.mend import mend_vectors, vectors_agree
-from lib.steps.plan import Plan, only_live_ids, read_plan, whole_plan
-from lib.steps.present import points_present
-from lib.steps.progress import ProgressBar
-from lib.steps.switch import (
-    CREATED,
-    DELETED,
-    DELETING,
-    RECOVERED,
-    Target,
-    drop_live,
-    fill,
-    make_collection,
-    stamp,
+from lib.steps.mend import mend_vectors
+from lib.steps.migration import Migration
+from lib.steps.situation import (
+    ABSENT,
+    ADOPT,
+    DEAD,
+    REPLACE,
+    journal_of,
+    protection,
+    require_whole_graph,
+    situation,
 )
-from lib.steps.sync import SyncOutcome, missing_of
-from lib.steps.take_graph import GraphSource
-from lib.vectors.collection import CollectionState, exists, get_state, is_dead, set_metadata
+from lib.steps.switch import DELETING, RECOVERED, Filled, drop_live, fill, make_collection, stamp
+from lib.vectors.collection import set_metadata
 
-ABSENT, ADOPT, REPLACE = "absent", "adopt", "replace"
-
-
-@dataclass
-class Migration:
-    """One run's opened stores and what it has done so far; `fresh`: what was bought earlier does not count."""
-
-    graph: GraphSource
-    target: Target
-    spool: Spool
-    folder: Path
-    targets: list[str]
-    bar: ProgressBar
-    fresh: bool = False
-    journal: Journal | None = None
-    bought: Bought = field(default_factory=Bought)
-    mended: int = 0
-    absent_seconds: float = 0.0
-
-    @property
-    def spec(self) -> EmbeddingSpec:
-        """What the new vectors are."""
-        return self.target.spec
+UndoOf = Callable[[Manifest | None], str]
+Announce = Callable[[str], None]
+_FRESH = "fresh since"
 
 
-def find_open_run(run: Migration) -> Journal | None:
-    """The journal of a re-embedding of this target that never ended.
+def is_fresh(run: Migration) -> bool:
+    """Whether `--fresh` was begun by an earlier start of this migration: what was bought since then counts."""
+    return run.spool.get_meta(_FRESH) == _fresh_mark(run)
 
-    Raises GuardRefused where it had deleted the collection for another model, size or endpoint: going on with
-    this one's settings would throw away what it had begun.
+
+def forget_bought(run: Migration, buyer: Buyer) -> None:
+    """`--fresh`: drop the vectors of the plan's texts, so that they are bought anew, once.
+
+    The provider must answer first: with a refused key nothing that was paid for is thrown away.
     """
-    for journal in reversed(open_journals(run.folder)):
-        if journal.command != COMMAND or journal.targets != run.targets:
-            continue
-        spec = journal.fact("spec")
-        if spec == spec_as_json(run.spec):
-            run.fresh = run.fresh and not journal.has_reached(DELETING)
-            return journal
-        if journal.has_reached(DELETING):
-            raise GuardRefused(
-                f"an unfinished run was making '{run.target.collection}' {spec['size']}d with {spec['model']} of"
-                f" {spec['endpoint']}; VECTOR_SIZE is {run.spec.size} and EMBEDDING_MODEL {run.spec.model} of"
-                f" {spec_as_json(run.spec)['endpoint']} now",
-                next_step=f"finish it:  export VECTOR_SIZE={spec['size']} EMBEDDING_MODEL={spec['model']}"
-                f" OPENAI_BASE_URL={spec['endpoint']} && python scripts/reembed_embeddings.py\n"
-                f"or go back:\n{journal.undo}",
-            )
-        journal.close("given up before anything was deleted: other settings now")
-    return None
-
-
-def look(run: Migration, *, level: bool = False) -> tuple[Plan, str, CollectionState | None]:
-    """Read the graph into the plan and look at the live collection; nothing is changed on a server.
-
-    `level`: what stands there is to be brought level with the graph, not to be made anew.
-    """
-    require_graph(run.graph.conn, run.graph.graph, run.graph.address)
-    scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
-    kind, state = situation(run)
-    if scan.usable == 0 and (state is None or state.points):
-        raise MissingData(
-            f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
-            f" '{run.target.collection}' is not touched",
-            next_step="check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT with --show-config",
-        )
-    missing = run.spool.text_total() if run.fresh else run.spool.missing_total()
-    if state is None:
-        return whole_plan(scan, missing, run.spec, None, None), kind, None
-    if level:
-        kind = ADOPT
-        with points_present(run.target.qdrant, state.name) as present:
-            missing = missing_of(run.spool, present)
-    with only_live_ids(run.target.qdrant, state.name, run.spool) as only_live:
-        return whole_plan(scan, missing, run.spec, state, only_live), kind, state
-
-
-def situation(run: Migration) -> tuple[str, CollectionState | None]:
-    """What stands under the collection's name: nothing, this migration's own result, or what is to be replaced."""
-    target = run.target
-    if not exists(target.qdrant, target.collection):
-        return ABSENT, None
-    if is_dead(target.qdrant, target.collection):
-        return REPLACE, None
-    state = get_state(target.qdrant, target.collection)
-    if state.size != run.spec.size:
-        return REPLACE, state
-    deleted, created = _reached(run, DELETING), _reached(run, CREATED)
-    fresh = state.points == 0 and not deleted
-    if created or fresh:
-        return ADOPT, state
-    if not run.fresh and vectors_agree(target.qdrant, state, run.spool, run.spec):
-        return ADOPT, state
-    return REPLACE, state
-
-
-def _reached(run: Migration, phase: str) -> bool:
-    return run.journal is not None and run.journal.has_reached(phase)
-
-
-def guard(run: Migration, state: CollectionState | None) -> Manifest | None:
-    """The backup that protects what is to be deleted; None where nothing is at stake. Raises GuardRefused."""
-    if state is None:
-        raise GuardRefused(
-            f"Collection '{run.target.collection}' is dead: it answers with errors only and cannot be read",
-            next_step="put a backup back first: python scripts/restore_from_backup.py latest",
-        )
-    if state.points == 0:
-        return None
-    with only_live_ids(run.target.qdrant, state.name, run.spool) as only_live:
-        if _reached(run, DELETED) and not len(only_live):
-            return None  # made anew meanwhile, every id of it in the graph: its payloads are kept
-        wanted = Wanted(run.target.qdrant.display, state, only_live)
-        return require_backup(run.folder, wanted, run.spec.size)
-
-
-def protect(run: Migration, kind: str, live: CollectionState | None) -> Manifest | None:
-    """The backup that a run goes back to: asked of the guard where something is to be replaced, before any purchase."""
-    newest = newest_with(run.folder, run.target.collection)
-    return guard(run, live) or newest if kind == REPLACE else newest
-
-
-def forget_bought(run: Migration) -> None:
-    """`--fresh`: drop the vectors of the plan's texts, so that they are bought anew."""
+    buyer.client.embed(["hello"])
     run.spool.forget_planned()
+    run.spool.set_meta(_FRESH, _fresh_mark(run))
     run.fresh = False
 
 
-def migrate(run: Migration, buyer: Buyer, undo: str, manifest: Manifest | None) -> SyncOutcome:
-    """From a bought plan to a proved collection. The guard is asked again right before the delete."""
+def _fresh_mark(run: Migration) -> str:
+    spec = spec_as_json(run.spec)
+    return f"{spec['endpoint']} {spec['model']} {spec['size']}"
+
+
+def migrate(
+    run: Migration, buyer: Buyer, first: Manifest | None, undo_of: UndoOf, announce: Announce
+) -> Filled:
+    """Catch up, replace (or adopt) the collection, fill it, catch up again, prove it.
+
+    `first` is the backup that protected the plan; the guard is asked again right before the delete, and what it
+    accepts then is what the journal names and `announce` is told the way back to.
+    """
     if run.journal is None:
-        facts = {"spec": spec_as_json(run.spec), "manifest": manifest.name if manifest else None}
+        facts = {"spec": spec_as_json(run.spec), "manifest": first.name if first else None}
         run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)
-    catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+    run.undo = run.journal.undo or undo_of(first)
+    scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
     kind, state = situation(run)
+    manifest = protection(run, kind, state) if kind in {REPLACE, DEAD} else first
     began = time.monotonic()
     if kind == REPLACE:
-        guard(run, state)
-        began = drop_live(run.target, run.spool, run.journal, run.bar, undo=undo)
+        require_whole_graph(run, scan.usable)
+        began = _drop(run, manifest, undo_of, announce)
     if kind == ABSENT and not run.journal.fact("settings") and manifest:
         run.journal.append(RECOVERED, **_settings_of(manifest))
     if kind != ADOPT:
         make_collection(run.target, run.journal.fact("settings"), run.journal)
-    outcome = _fill(run)
+    filled = _fill(run)
     run.absent_seconds = time.monotonic() - began if kind != ADOPT else 0.0
     catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
     late = _fill(run)
-    outcome.added += late.added
-    outcome.unembedded, outcome.rejected = late.unembedded, late.rejected
+    late.outcome.added += filled.outcome.added
     _prove(run)
     set_metadata(run.target.qdrant, run.target.collection, stamp(run.spec))
-    run.journal.append("proved", points=outcome.added)
+    run.spool.set_meta(_FRESH, "")
+    run.journal.append("proved", points=late.outcome.added)
     run.journal.close("done")
-    return outcome
+    return late
+
+
+def _drop(run: Migration, manifest: Manifest | None, undo_of: UndoOf, announce: Announce) -> float:
+    """Delete the live collection; the way back is journalled and told before. Monotonic seconds of the delete."""
+    journal = journal_of(run)
+    if manifest and manifest.name != journal.fact("manifest"):
+        journal.append("backup accepted by the guard", manifest=manifest.name)
+    if manifest or not journal.undo:
+        run.undo = undo_of(manifest)
+    announce(run.undo)
+    return drop_live(run.target, run.spool, journal, run.bar, undo=run.undo)
 
 
 def _settings_of(manifest: Manifest) -> dict[str, Any]:
@@ -201,10 +109,12 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
     return {"settings": settings, "aliases": manifest.collection.aliases}
 
 
-def _fill(run: Migration) -> SyncOutcome:
-    assert run.journal is not None
-    aliases = run.journal.fact("aliases") or []
-    return fill(run.target, run.spool, run.spool.memory_count(), run.bar, aliases)
+def _fill(run: Migration) -> Filled:
+    aliases = journal_of(run).fact("aliases") or []
+    whole = run.reached(DELETING)
+    filled = fill(run.target, run.spool, run.spool.memory_count(), run.bar, aliases, whole=whole)
+    run.aliases_taken, run.indexed = filled.aliases_taken, filled.indexed
+    return filled
 
 
 def _prove(run: Migration) -> None:

@@ -20,7 +20,7 @@ from lib.steps.prove import prove_collection
 from lib.steps.restored_points import CollectionBackup, compare, same_points, sample_ids
 from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
-from lib.vectors.recreate import aliases_of, put_aliases
+from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
 from lib.vectors.restoring import can_fetch_itself, recover, upload_and_restore, wait_restored
 from lib.vectors.transport import Qdrant
 from lib.vectors.versions import restorable
@@ -120,13 +120,6 @@ def replace_live(
         raise
     put_aliases(qdrant, collection, free_aliases(qdrant, collection, wanted))
     journal.append(SWITCHED)
-
-
-def free_aliases(qdrant: Qdrant, collection: str, wanted: Iterable[str]) -> list[str]:
-    """Those of the aliases that no other collection has taken meanwhile, and that are no collection's own name."""
-    entries = qdrant.json("GET", "/aliases")["aliases"]
-    taken = {one["alias_name"] for one in entries if one["collection_name"] != collection}
-    return sorted(set(wanted) - taken - set(list_collections(qdrant)))
 
 
 def _drop_dead(qdrant: Qdrant, collection: str) -> None:

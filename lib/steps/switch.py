@@ -18,7 +18,7 @@ from lib.steps.progress import ProgressBar
 from lib.steps.sync import SyncOutcome, sync_collection
 from lib.steps.take_collection import STAMP_KEY
 from lib.vectors.collection import delete_collection, exists, get_state, wait_green
-from lib.vectors.recreate import aliases_of, create_default, create_like, put_aliases
+from lib.vectors.recreate import aliases_of, create_default, create_like, free_aliases, put_aliases
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 3600.0
@@ -78,13 +78,28 @@ def make_collection(target: Target, settings: dict[str, Any] | None, journal: Jo
     journal.append(CREATED)
 
 
-def fill(target: Target, spool: Spool, total: int, bar: ProgressBar, aliases: list[str]) -> SyncOutcome:
-    """Put every planned point in, then the aliases, then wait for the index; rejected rows are in the outcome."""
+@dataclass
+class Filled:
+    """What filling did, which aliases somebody else has taken meanwhile, and whether the index was seen whole."""
+
+    outcome: SyncOutcome
+    aliases_taken: list[str]
+    indexed: bool
+
+
+def fill(
+    target: Target, spool: Spool, total: int, bar: ProgressBar, aliases: list[str], *, whole: bool
+) -> Filled:
+    """Put every planned point in, then the aliases, then wait for the index; rejected rows are in the outcome.
+
+    `whole`: the old points are gone, so every key of theirs comes back (see `standing_payload`).
+    """
     with bar("upsert", total, "points") as progress:
-        outcome = sync_collection(target.qdrant, target.collection, spool, progress=progress)
-    if aliases:
-        put_aliases(target.qdrant, target.collection, aliases)
-    if outcome.wrote or not get_state(target.qdrant, target.collection).settled:
+        outcome = sync_collection(target.qdrant, target.collection, spool, whole=whole, progress=progress)
+    free = free_aliases(target.qdrant, target.collection, aliases)
+    put_aliases(target.qdrant, target.collection, free)
+    state = get_state(target.qdrant, target.collection)
+    if outcome.wrote or not state.settled:
         with bar("wait for the index", None, ""):
-            wait_green(target.qdrant, target.collection, INDEX_SECONDS)
-    return outcome
+            state = wait_green(target.qdrant, target.collection, INDEX_SECONDS)
+    return Filled(outcome, sorted(set(aliases) - set(free)), state.settled)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib.errors import UsageProblem
 from lib.vectors.address import collection_path
-from lib.vectors.collection import vector_params
+from lib.vectors.collection import list_collections, vector_params
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 600.0  # the server answers when the index is built
@@ -88,6 +88,13 @@ def aliases_of(q: Qdrant, name: str) -> list[str]:
     """The aliases that stand on the collection. Raises NotFound."""
     entries = q.json("GET", collection_path(name, "aliases"))["aliases"]
     return sorted(str(entry["alias_name"]) for entry in entries if entry["collection_name"] == name)
+
+
+def free_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
+    """Those of the aliases that no other collection has taken meanwhile, and that are no collection's own name."""
+    entries = q.json("GET", "/aliases")["aliases"]
+    taken = {one["alias_name"] for one in entries if one["collection_name"] != name}
+    return sorted(set(wanted) - taken - set(list_collections(q)))
 
 
 def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -31,7 +32,9 @@ def unprotected(operator, why: str) -> None:
     """No backup protects the collection, for this reason."""
     state = get_state(operator.qdrant, operator.collection)
     with IdTable() as nothing, pytest.raises(GuardRefused) as refusal:
-        require_backup(operator.backups, Wanted(operator.servers.qdrant_url, state, nothing), NEW_SIZE)
+        require_backup(
+            operator.backups, Wanted(operator.servers.qdrant_url, state, nothing, nothing), NEW_SIZE
+        )
     assert why in str(refusal.value), refusal.value
 
 
@@ -71,6 +74,7 @@ def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(
         manifest.write_text(json.dumps(sealed(document)))
 
     old = (datetime.now(timezone.utc) - timedelta(hours=25)).isoformat()
+    ahead = (datetime.now(timezone.utc) + timedelta(hours=2)).isoformat()
     for change, why in (
         (lambda one: one["collection"].update(collection="another"), "is of 'another'"),
         (
@@ -79,6 +83,7 @@ def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(
         ),
         (lambda one: one["collection"].update(size=NEW_SIZE), f"is of {NEW_SIZE}d vectors"),
         (lambda one: one.update(created=old), "hours old (at most 24)"),
+        (lambda one: one.update(created=ahead), "in the future"),
         (lambda one: one["collection"].update(proof="unproved"), "was never proved"),
     ):
         edited(change)
@@ -210,3 +215,27 @@ def test_a_text_that_the_provider_refuses_is_named_and_the_rest_is_done(ready):
     ready.run("reembed_embeddings")
     assert_migrated(ready, before)
     ready.run("verify_migration")
+
+
+def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
+    """As through a tunnel that led elsewhere when the backup was taken: same name, same size, other ids."""
+    state = get_state(ready.qdrant, ready.collection)
+    with IdTable() as live, IdTable() as nothing:
+        live.put((f"00000000-0000-4000-8000-{number:012x}", None) for number in range(state.points))
+        wanted = Wanted(ready.servers.qdrant_url, state, live, nothing)
+        with pytest.raises(GuardRefused, match="is of other data: it holds 0 of the"):
+            require_backup(ready.backups, wanted, NEW_SIZE)
+
+
+def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready):
+    before = ready.state()
+    ready.servers.openai.fault(hang_seconds=1.5)
+    process = ready.start("reembed_embeddings", "--workers", "1")
+    deadline = time.monotonic() + 60
+    while ready.servers.openai.stats()["requests"] < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ready.cypher("MATCH (m:Memory) SET m.content = ''")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "memories since the plan was made" in err
+    assert ready.state().collection == before.collection

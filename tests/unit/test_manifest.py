@@ -213,8 +213,9 @@ def test_the_newest_whole_set_that_holds_a_collection(tmp_path):
     incomplete = make(tmp_path, 4)
     incomplete.file_of(incomplete.collection).write_bytes(b"longer")
     assert not is_complete(incomplete)
-    assert newest_with(tmp_path, "c") == wanted
-    assert newest_with(tmp_path, "none") is None
+    assert newest_with(tmp_path, "c", COLLECTION.server["address"]) == wanted
+    assert newest_with(tmp_path, "none", COLLECTION.server["address"]) is None
+    assert newest_with(tmp_path, "c", "http://elsewhere:6333") is None
 
 
 def names(chosen):

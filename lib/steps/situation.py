@@ -1,0 +1,139 @@
+"""What stands under the collection's name, what is to be done with it, and the backup that this asks for."""
+
+from __future__ import annotations
+
+from lib.backup_set.manifest import Manifest
+from lib.backup_set.sets import newest_with
+from lib.errors import BackupDamaged, GuardRefused, MissingData
+from lib.graph.client import require_graph
+from lib.journal import Journal
+from lib.steps.guard import MAX_AGE_HOURS, Wanted, require_backup
+from lib.steps.last_run import kept_the_size
+from lib.steps.mend import vectors_agree
+from lib.steps.migration import Migration
+from lib.steps.open_run import manifest_of, refuse_stranger
+from lib.steps.plan import Plan, only_live_ids, read_plan, whole_plan
+from lib.steps.present import IdTable, points_present
+from lib.steps.prove import check_file
+from lib.steps.switch import CREATED, DELETED, DELETING
+from lib.steps.sync import missing_of
+from lib.vectors.collection import CollectionState, exists, get_state, is_dead
+
+ABSENT, ADOPT, REPLACE, DEAD = "absent", "adopt", "replace", "dead"
+# A graph that lost more than this while texts were bought is a fault to look at, not a change to follow.
+_LOST_SHARE, _LOST_FEW = 0.01, 10
+
+
+def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, CollectionState | None]:
+    """Read the graph into the plan and look at the live collection; nothing is changed on a server.
+
+    `repair`: what stands there is to be brought level with the graph, not to be made anew.
+    """
+    require_graph(run.graph.conn, run.graph.graph, run.graph.address)
+    scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
+    run.planned = scan.usable
+    kind, state = situation(run)
+    if scan.usable == 0 and (state is None or state.points):
+        raise MissingData(
+            f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
+            f" '{run.target.collection}' is not touched",
+            next_step="check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT with --show-config",
+        )
+    missing = run.spool.text_total() if run.fresh else run.spool.missing_total()
+    if state is None:
+        return whole_plan(scan, missing, run.spec, None, None), kind, None
+    if repair:
+        kind = ADOPT
+        if not kept_the_size(run.folder, run.targets, run.spec):
+            with points_present(run.target.qdrant, state.name) as present:
+                missing = missing_of(run.spool, present)
+    with only_live_ids(run.target.qdrant, state.name, run.spool) as only_live:
+        return whole_plan(scan, missing, run.spec, state, only_live), kind, state
+
+
+def situation(run: Migration) -> tuple[str, CollectionState | None]:
+    """What stands there: nothing, something dead, this migration's own result, or what is to be replaced."""
+    target = run.target
+    if not exists(target.qdrant, target.collection):
+        refuse_stranger(run.folder, run.targets)
+        return ABSENT, None
+    if is_dead(target.qdrant, target.collection):
+        return DEAD, None
+    state = get_state(target.qdrant, target.collection)
+    if state.points == 0:
+        refuse_stranger(run.folder, run.targets)
+    if state.size != run.spec.size:
+        return REPLACE, state
+    fresh = state.points == 0 and not run.reached(DELETING)
+    if run.reached(CREATED) or fresh:
+        return ADOPT, state
+    if not run.fresh and vectors_agree(target.qdrant, state, run.spool, run.spec):
+        return ADOPT, state
+    return REPLACE, state
+
+
+def protection(run: Migration, kind: str, live: CollectionState | None) -> Manifest | None:
+    """The backup that this run goes back to; the guard is asked where something is to be replaced.
+
+    A run that deleted the collection earlier goes back to what it had then, never to a later backup of its own
+    half-filled result. Raises GuardRefused.
+    """
+    if kind == DEAD:
+        raise GuardRefused(
+            f"Collection '{run.target.collection}' is dead: it answers with errors only and cannot be read",
+            next_step="put a backup back first: python scripts/restore_from_backup.py latest",
+        )
+    accepted = _guard(run, live) if kind == REPLACE and live is not None else None
+    if accepted or run.reached(DELETING):
+        return accepted or manifest_of(run.folder, run.journal)
+    if kind == ADOPT:
+        return None
+    return newest_with(run.folder, run.target.collection, run.target.qdrant.display)
+
+
+def _guard(run: Migration, state: CollectionState) -> Manifest | None:
+    """The set that the guard accepts; None where nothing is at stake."""
+    if state.points == 0:
+        return None
+    with (
+        points_present(run.target.qdrant, state.name, payload=False) as live,
+        only_live_ids(run.target.qdrant, state.name, run.spool) as only_live,
+    ):
+        if run.reached(DELETED) and not len(only_live) and _is_recent(run):
+            return None  # made anew meanwhile, every id of it in the graph: its payloads are kept
+        return require_backup(run.folder, _wanted(run, state, live, only_live), run.spec.size)
+
+
+def _wanted(run: Migration, state: CollectionState, live: IdTable, only_live: IdTable) -> Wanted:
+    return Wanted(run.target.qdrant.display, state, live, only_live)
+
+
+def _is_recent(run: Migration) -> bool:
+    """Whether the run that deleted the collection is of today, and the backup it relied on is still in place."""
+    assert run.journal is not None
+    manifest = manifest_of(run.folder, run.journal)
+    if run.journal.age_hours > MAX_AGE_HOURS or manifest is None or manifest.collection is None:
+        return False
+    try:
+        check_file(manifest.file_of(manifest.collection), manifest.collection.file)
+    except BackupDamaged:
+        return False
+    return True
+
+
+def require_whole_graph(run: Migration, usable: int) -> None:
+    """Raise MissingData, before the delete, where the graph lost memories since the plan was shown."""
+    lost = run.planned - usable
+    if usable and lost <= max(_LOST_FEW, _LOST_SHARE * run.planned):
+        return
+    raise MissingData(
+        f"graph '{run.graph.graph}' lost {lost} of {run.planned} memories since the plan was made:"
+        f" '{run.target.collection}' is not touched",
+        next_step="look at the graph; if this is meant, run the same command again (nothing is bought twice)",
+    )
+
+
+def journal_of(run: Migration) -> Journal:
+    """The run's journal, which is open by now."""
+    assert run.journal is not None
+    return run.journal
