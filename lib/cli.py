@@ -26,6 +26,8 @@ exit codes:
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+_INSTALL = "make venv && source .venv/bin/activate   or   pip install -r requirements.txt"
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: leaves by the same road as Ctrl-C, so that nothing stays half done."""
@@ -61,7 +63,9 @@ def parser(description: str) -> Parser:
     common = made.add_argument_group("common")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
-    common.add_argument("-v", "--verbose", action="store_true", help="also each setting, and where it came from")
+    common.add_argument(
+        "-v", "--verbose", action="store_true", help="also each setting, and where it came from"
+    )
     common.add_argument(
         "--show-config",
         action="store_true",
@@ -131,6 +135,11 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
         known = error
     except KeyboardInterrupt:
         known = _Interrupted("interrupted", next_step="run the same command again, it goes on where it was")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in {"", "lib"}:
+            raise
+        known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=_INSTALL)
     except OSError as error:
         trouble = None if isinstance(error, BrokenPipeError) else _file_trouble(error)
         if trouble is None:

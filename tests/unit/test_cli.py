@@ -126,6 +126,17 @@ SHOW = "from lib.console import Console\nConsole().result({}, 'result')\nreturn 
 FLOOD = "for _ in range(100_000):\n    print('x' * 10)\nreturn 3"
 
 
+@pytest.mark.parametrize("script", ["backup_automem", "quickstart"])
+def test_without_its_packages_it_says_how_to_install_them(script):
+    """As typed into a shell whose Python is not the virtual environment's."""
+    words = [sys.executable, "-S", "-E", str(ROOT / "scripts" / f"{script}.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd="/")
+    assert done.returncode == 2
+    assert "not installed" in done.stderr
+    assert "make" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("body", "expected"), [("print('x')\nreturn 3", 3), (SHOW, 3), (FLOOD, 130)])
 def test_a_reader_that_leaves_changes_no_code_of_work_that_is_done(body, expected):
     """`| head`: cut in the middle of its output, a command ends as interrupted."""
