@@ -17,6 +17,10 @@ from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, 
 # A dead peer is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 START_HINT = "start it (`docker compose up -d falkordb`) or correct FALKORDB_HOST and FALKORDB_PORT"
+# What only asks: a server of the Docker image cuts a query at one second; a large DUMP or RESTORE of somebody else can
+# keep the answer waiting for longer.
+READ_SECONDS = 120.0
+_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "GRAPH.LIST", "GRAPH.RO_QUERY"}
 _REFUSALS = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
 
 
@@ -45,33 +49,54 @@ class ServerVersions:
     falkordb: str
 
 
-def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis:
+class _Client(redis.Redis):
+    """A client whose reads are bounded in time, and whose other commands may take as long as they need."""
+
+    reads: redis.Redis
+
+    def execute_command(self, *words: Any, **options: Any) -> Any:
+        """Questions go over a connection of their own, which a server that fell silent cannot hold for ever."""
+        if str(words[0]).split()[0].upper() in _READS:
+            return self.reads.execute_command(*words, **options)
+        return super().execute_command(*words, **options)  # type: ignore[no-untyped-call]  # redis-py has no types here
+
+    def close(self) -> None:
+        """Close both connections."""
+        self.reads.close()
+        super().close()
+
+
+def connect(
+    address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS
+) -> redis.Redis:
     """A connection that has answered a PING within `timeout_seconds`.
 
-    Afterwards commands may take as long as they need, and nothing is ever sent twice: redis-py's own retries
-    would repeat writes. Raises StoreUnreachable, AccessRefused.
+    Afterwards a question may take `read_seconds`, then it raises StoreUnreachable; DUMP, RESTORE and all that writes
+    may take as long as it needs. Nothing is ever sent twice: redis-py's own retries would repeat writes. Raises
+    StoreUnreachable, AccessRefused.
     """
-    probe = _client(address, timeout_seconds, answer_seconds=timeout_seconds)
+    options = _options(address, timeout_seconds)
+    probe = redis.Redis(**options, socket_timeout=timeout_seconds)
     with translated(address.display), contextlib.closing(probe):
         probe.ping()
-    return _client(address, timeout_seconds, answer_seconds=None)
+    client = _Client(**options, socket_timeout=None)
+    client.reads = redis.Redis(**options, socket_timeout=read_seconds)
+    return client
 
 
-def _client(address: GraphAddress, connect_seconds: float, answer_seconds: float | None) -> redis.Redis:
+def _options(address: GraphAddress, connect_seconds: float) -> dict[str, Any]:
     where: dict[str, Any] = {"host": address.host, "port": address.port, "ssl": address.tls}
     if address.unix_socket:
         where = {"unix_socket_path": address.unix_socket}
     else:
         where |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive_options()}
-    return redis.Redis(
-        **where,
-        username=address.username or None,
-        password=address.password or None,
-        socket_connect_timeout=connect_seconds,
-        socket_timeout=answer_seconds,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-    )
+    return where | {
+        "username": address.username or None,
+        "password": address.password or None,
+        "socket_connect_timeout": connect_seconds,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
 
 
 def _keepalive_options() -> dict[int, int]:

@@ -1,0 +1,100 @@
+"""A FalkorDB that falls silent: questions end after a while, what writes is waited for."""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+import time
+
+import pytest
+
+from lib.errors import StoreUnreachable
+from lib.graph.client import GraphAddress, command, connect, list_graphs
+from lib.graph.paging import raw_rows
+from lib.graph.read import counts, read_rows
+
+READ_SECONDS, SLOW_SECONDS = 0.4, 1.2
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.silent = threading.Event()
+        self.asked: list[bytes] = []
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    """Speaks as much of the protocol as it takes to say hello; DUMP is slow."""
+
+    def handle(self) -> None:
+        while words := self._words():
+            name = words[0].upper()
+            self.server.asked.append(name)
+            if self.server.silent.is_set() and name != b"DUMP":
+                continue
+            if name == b"DUMP":
+                time.sleep(SLOW_SECONDS)
+            self.wfile.write({b"PING": b"+PONG\r\n", b"GRAPH.LIST": b"*0\r\n"}.get(name, b"+OK\r\n"))
+
+    def _words(self) -> list[bytes]:
+        head = self.rfile.readline()
+        words = []
+        for _ in range(int(head[1:] or 0)):
+            size = int(self.rfile.readline()[1:])
+            words.append(self.rfile.read(size + 2)[:-2])
+        return words
+
+
+@pytest.fixture
+def server():
+    with _Server() as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def conn(server):
+    address = GraphAddress("127.0.0.1", server.server_address[1])
+    with connect(address, read_seconds=READ_SECONDS) as opened:
+        assert list_graphs(opened) == []
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        list_graphs,
+        lambda conn: raw_rows(conn, "g", "RETURN 1"),
+        lambda conn: read_rows(conn, "g", "RETURN 1"),
+        lambda conn: counts(conn, "g"),
+        lambda conn: command(conn, "EXISTS", "g"),
+        lambda conn: command(conn, "MODULE", "LIST"),
+    ],
+)
+def test_a_question_ends_and_says_where_it_was_asked(server, conn, ask):
+    server.silent.set()
+    began = time.monotonic()
+    with pytest.raises(
+        StoreUnreachable, match=f"FalkorDB at 127.0.0.1:{server.server_address[1]} does not answer"
+    ):
+        ask(conn)
+    assert READ_SECONDS * 0.9 < time.monotonic() - began < READ_SECONDS + 2
+
+
+def test_what_takes_long_is_waited_for(conn):
+    began = time.monotonic()
+    assert command(conn, "DUMP", "g") == b"OK"
+    assert time.monotonic() - began > SLOW_SECONDS > 2 * READ_SECONDS
+
+
+def test_a_question_is_asked_once_and_the_next_one_anew(server, conn):
+    server.silent.set()
+    with pytest.raises(StoreUnreachable):
+        raw_rows(conn, "g", "RETURN 1")
+    assert server.asked.count(b"GRAPH.RO_QUERY") == 1
+    server.silent.clear()
+    assert list_graphs(conn) == []
