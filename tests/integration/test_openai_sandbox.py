@@ -52,7 +52,13 @@ def test_dimensions_are_the_full_vector_cut_and_scaled(server):
 def test_texts_that_share_words_are_near_and_models_differ(server):
     rows = embed(
         server,
-        ["Which database holds our graph?", "The graph database is FalkorDB", "Dinner with Anna on Friday", "咖啡很好喝", "他爱喝咖啡"],
+        [
+            "Which database holds our graph?",
+            "The graph database is FalkorDB",
+            "Dinner with Anna on Friday",
+            "咖啡很好喝",
+            "他爱喝咖啡",
+        ],
     )
     near = rows @ rows.T
     assert near[0, 1] > near[0, 2] + 0.3
@@ -70,7 +76,12 @@ def test_texts_that_share_words_are_near_and_models_differ(server):
         (["word " * 9000], {}, 400, "maximum context length is 8192 tokens"),
         (["word " * 8000] * 38, {}, 400, "max 300000 tokens per request"),
         (["x"], {"dimensions": 4000}, 400, "Must be less than or equal to 3072"),
-        (["x"], {"model": "text-embedding-ada-002", "dimensions": 512}, 400, "does not support specifying dimensions"),
+        (
+            ["x"],
+            {"model": "text-embedding-ada-002", "dimensions": 512},
+            400,
+            "does not support specifying dimensions",
+        ),
         (["x"], {"model": "text-embedding-9"}, 404, "does not exist"),
     ],
 )
@@ -129,7 +140,9 @@ def test_the_limits_refill_and_are_announced():
         assert headers["x-ratelimit-limit-tokens"] == "6000"
         assert math.isclose(int(headers["x-ratelimit-remaining-tokens"]), 5900, abs_tol=20)
         assert headers["x-ratelimit-remaining-requests"] == "599"
-        assert headers["x-ratelimit-reset-tokens"] == "1s" or headers["x-ratelimit-reset-tokens"].endswith("ms")
+        assert headers["x-ratelimit-reset-tokens"] == "1s" or headers["x-ratelimit-reset-tokens"].endswith(
+            "ms"
+        )
         create(model=LARGE, input=[text[: 4 * 5800]])
         with pytest.raises(openai.RateLimitError) as caught:
             create(model=LARGE, input=["z" * 4 * 200])

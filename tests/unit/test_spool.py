@@ -200,7 +200,9 @@ def test_kept_points_keep_their_vector_when_read_again_without_it(spool):
     assert [point.point_id for point in spool.kept_points(page=1)] == [1, 2]
     assert spool.kept_count() == 2
     spool.clear_kept()
-    assert [point.point_id for point in spool.kept_points()] == [1]  # kept whole: it was removed from the collection
+    assert [point.point_id for point in spool.kept_points()] == [
+        1
+    ]  # kept whole: it was removed from the collection
 
 
 def test_meta(spool):
