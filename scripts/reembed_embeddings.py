@@ -83,6 +83,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.dimensions import check_dimension
     from lib.showing import reembed as showing
     from lib.steps import migrate, situation
+    from lib.steps.drift import only_missing
     from lib.steps.embed import try_one_batch
     from lib.steps.migration import Migration
     from lib.steps.open_run import open_run
@@ -110,7 +111,8 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             return showing.show_tried(try_one_batch(buyer, spool), run, console)
         buyer.require_affordable(plan.tokens, run.bought)
         if args.only_missing:
-            return repair(run, buyer, console)
+            state = live or get_state(source.qdrant, config.collection)
+            return showing.show_drift(only_missing(run, buyer, state), run, console)
         return replace(run, buyer, (kind, live), console)
 
 
@@ -122,16 +124,6 @@ def buyer_of(config: Config, args: argparse.Namespace) -> Buyer:
     spec = sample_spec(config.spec) if args.dry_run else config.spec
     client = EmbeddingClient(spec, config.openai_api_key)
     return Buyer(client, config.spec, args.workers, args.batch_size, args.max_cost)
-
-
-def repair(run: Migration, buyer: Buyer, console: Console) -> int:
-    """--only-missing: bring the collection level with the graph."""
-    from lib.showing import reembed as showing
-    from lib.steps.drift import only_missing
-    from lib.vectors.collection import get_state
-
-    state = get_state(run.target.qdrant, run.target.collection)
-    return showing.show_drift(only_missing(run, buyer, state), run, console)
 
 
 def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:
