@@ -52,9 +52,9 @@ def refuse_stranger(folder: Path, targets: list[str]) -> None:
 
 def manifest_of(folder: Path, journal: Journal | None) -> Manifest | None:
     """The backup that the guard accepted when this run began to delete, where it still reads."""
-    name = journal.fact("manifest") if journal else None
+    path = folder / str(journal.fact("manifest") if journal else None)
     try:
-        return read_manifest(folder / str(name)) if name else None
+        return read_manifest(path) if path.is_file() else None
     except (BackupDamaged, BadFile):
         return None
 
