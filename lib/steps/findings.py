@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import islice
 from typing import Any
 
@@ -48,9 +49,11 @@ def compare_stores(
     spool: Spool | None,
     progress: Progress,
     candidates: Candidates,
+    proved: datetime | None,
 ) -> Findings:
     """Every memory against its point; flat in memory but for the ids that are found wrong.
 
+    What was written after `proved`, the end of the last migration, is newer than it, whatever the plan holds by now.
     `candidates` is shown every memory that has a point of its content: recall may be tried with it.
     """
     found = Findings()
@@ -59,7 +62,7 @@ def compare_stores(
         while page := list(islice(nodes, _PAGE)):
             rows = _usable(page, seen, found)
             points = present.payloads(list(rows))
-            _compare_page(rows, points, spool, found)
+            _compare_page(rows, points, spool, found, proved)
             candidates.show(rows, points)
             progress(len(page))
         _find_surplus(present, seen, found)
@@ -92,41 +95,44 @@ def _compare_page(
     points: dict[PointId, dict[str, Any]],
     spool: Spool | None,
     found: Findings,
+    proved: datetime | None,
 ) -> None:
     ids = list(rows)
     planned = spool.memories_of(ids) if spool else {}
     kept = {one: orjson.loads(row.payload) for one, row in spool.kept(ids).items()} if spool else {}
     for identity, properties in rows.items():
-        pair = _Pair(properties, points.get(identity), kept.get(identity))
+        late = proved is not None and _written(properties) > proved
+        pair = _Pair(properties, points.get(identity), kept.get(identity), late)
         _compare_one(identity, pair, planned.get(identity), found)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A memory, its point's payload, and the payload that the old point had."""
+    """A memory, its point's payload, the payload that the old point had; `late`: written since the migration."""
 
     properties: dict[str, Any]
     payload: dict[str, Any] | None
     kept: dict[str, Any] | None
+    late: bool
 
 
 def _compare_one(identity: PointId, pair: _Pair, planned: MemoryRow | None, found: Findings) -> None:
     """`planned` is the memory at the last catch-up: what differs from it was written since."""
     properties, payload = pair.properties, pair.payload
     if payload is None:
-        (found.missing if planned is not None else found.newer).append(identity)
+        (found.newer if planned is None or pair.late else found.missing).append(identity)
         return
     if payload.get("content") != properties["content"]:
-        moved = planned is None or planned.content != properties["content"]
+        moved = planned is None or pair.late or planned.content != properties["content"]
         (found.newer_contents if moved else found.contents).append(identity)
         return
     then = orjson.loads(planned.payload) if planned else None
-    moved = then is None or _steady(then) != _steady(properties)
+    moved = then is None or pair.late or _steady(then) != _steady(properties)
     # Where the memory moved on AutoMem has written its point anew: what it dropped was not lost by the migration.
     kept = None if moved else pair.kept
     differs = _differing(payload, kept, properties)
     if differs:
-        stale = differs if then is None else _differing(payload, kept, then)
+        stale = not pair.late and (then is None or _differing(payload, kept, then))
         (found.payloads if stale else found.newer_payloads).append((identity, ", ".join(differs)))
 
 
@@ -135,6 +141,18 @@ def _differing(payload: dict[str, Any], kept: dict[str, Any] | None, properties:
     steady = _steady(properties)
     wanted = merged_payload(standing_payload(payload, kept, steady), steady)
     return sorted(key for key in wanted if key not in payload or wanted[key] != payload[key])
+
+
+def _written(properties: dict[str, Any]) -> datetime:
+    """When AutoMem last wrote the memory, as the memory itself says."""
+    found = [datetime.min.replace(tzinfo=timezone.utc)]
+    for key in ("timestamp", "updated_at"):
+        try:
+            moment = datetime.fromisoformat(str(properties.get(key)).replace("Z", "+00:00"))
+        except ValueError:
+            continue
+        found.append(moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc))
+    return max(found)
 
 
 def _steady(properties: dict[str, Any]) -> dict[str, Any]:

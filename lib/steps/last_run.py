@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lib.dimensions import EmbeddingSpec
 from lib.embedding.endpoint import public_url
 from lib.journal import Journal, read_journal
 
-COMMAND = "reembed"
+COMMAND, PROVED = "reembed", "proved"
 
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
@@ -24,6 +25,13 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
         if journal and journal.targets == targets and journal.fact("settings"):
             return journal
     return None
+
+
+def proved_at(folder: Path, targets: list[str]) -> datetime | None:
+    """When the last migration had proved its result; None where none did."""
+    journal = last_migration(folder, targets)
+    entries = [entry for entry in journal.entries if entry["phase"] == PROVED] if journal else []
+    return datetime.fromisoformat(entries[-1]["at"]) if entries else None
 
 
 def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from lib.steps.checks import (
     judge,
 )
 from lib.steps.findings import compare_stores
-from lib.steps.last_run import settings_before
+from lib.steps.last_run import proved_at, settings_before
 from lib.steps.progress import ProgressBar
 from lib.steps.recall import check_recall_api, check_recall_direct
 from lib.steps.take_collection import CollectionSource
@@ -59,6 +59,7 @@ def verify(
             known,
             progress,
             candidates,
+            proved_at(stores.folder, stores.targets),
         )
         chosen = candidates.samples()
     checks += judge(found, have_plan=known is not None, after_restart=after_restart)

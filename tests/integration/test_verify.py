@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
@@ -163,9 +164,15 @@ def test_without_a_spool_a_difference_cannot_wait_for_the_restart(operator):
 
 def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(migrated):
     changed, tagged = [one for one in points_of(migrated) if isinstance(one, str)][5:7]
-    migrated.cypher("CREATE (:Memory {id: $id, content: 'new here'})", id=str(uuid.uuid4()))
-    migrated.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'changed since'", id=changed)
-    migrated.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['since']", id=tagged)
+    now = datetime.now(timezone.utc).isoformat()
+    migrated.cypher(
+        "CREATE (:Memory {id: $id, content: 'new here', timestamp: $now})", id=str(uuid.uuid4()), now=now
+    )
+    since = "MATCH (m:Memory {id: $id}) SET m.updated_at = $now, "
+    migrated.cypher(since + "m.content = 'changed since'", id=changed, now=now)
+    migrated.cypher(since + "m.tags = ['since']", id=tagged, now=now)
+    # Another reading of the graph makes it no older.
+    migrated.run("reembed_embeddings", "--dry-run")
     checks = verify(migrated)
     waiting = [name for name, one in checks.items() if one["status"] == PENDING]
     assert waiting == ["ids", "content", "payloads"]
