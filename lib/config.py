@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.addresses import one_spelling
+from lib.backup_set.sets import Deployment
 from lib.dimensions import EmbeddingSpec
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
@@ -79,6 +80,11 @@ class Config:
         parts = urlsplit(self.qdrant_url)
         qdrant = f"{one_spelling(parts.hostname or '')}:{parts.port}{parts.path}"
         return [f"falkordb {host}:{self.falkordb_port} {self.graph}", f"qdrant {qdrant} {self.collection}"]
+
+    def deployment(self) -> Deployment:
+        """Whose backup sets are this configuration's."""
+        graph_server = f"{self.falkordb_host}:{self.falkordb_port}"
+        return Deployment(graph_server, self.graph, self.qdrant_url, self.collection)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Each setting as (name, value with secrets masked, where it came from)."""

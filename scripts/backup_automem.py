@@ -108,13 +108,13 @@ def check(config: Config, console: Console, word: str) -> int:
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
     """Delete whole sets beyond the newest `keep`."""
     from lib import opening
-    from lib.backup_set.sets import delete_set, to_delete
-    from lib.journal import open_journals
+    from lib.backup_set.sets import delete_set, named_in_journals, to_delete
     from lib.showing import backup as showing
 
     with opening.target_lock(config):
-        named = [str(journal.fact("manifest")) for journal in open_journals(config.backup_dir)]
-        chosen = to_delete(config.backup_dir, keep, named)
+        owner = config.deployment()
+        spared = named_in_journals(config.backup_dir, owner, config.targets())
+        chosen = to_delete(config.backup_dir, keep, owner, spared)
         for manifest in [] if dry_run else chosen:
             delete_set(manifest)
     return showing.show_deleted(chosen, console, dry_run=dry_run)

@@ -70,7 +70,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.files import private_dir
     from lib.steps.restore_files import read_wanted
 
-    wanted = read_wanted(args.files, config.backup_dir)
+    wanted = read_wanted(args.files, config.backup_dir, config.deployment())
     private_dir(config.backup_dir)
     with opening.target_lock(config):
         return restore(config, console, wanted, args)
@@ -90,6 +90,7 @@ def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
         api=opening.automem_api(config),
         bar=console.progress,
         say=console.say,
+        notice=console.notice,
     )
 
 
@@ -117,7 +118,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
                 raise
             console.warn(str(error))
         if args.dry_run:
-            return showing.show_restore_plan(site, proved, console)
+            return showing.show_restore_plan(site, proved, options, console)
         done = restore_all(site, proved, showing.undo_restore, options)
         return showing.show_restored(done, proved, config, console)
 

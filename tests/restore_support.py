@@ -18,6 +18,7 @@ from lib.graph.client import connect, list_graphs
 from lib.graph.digest import graph_digest
 from lib.graph.engine import Engine, installed_engines
 from lib.journal import open_journals
+from lib.steps.restore_files import Wanted, read_wanted
 from lib.steps.restore_site import Site
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
@@ -121,7 +122,16 @@ def site(operator: Operator, engines: list[Engine] | None = None, *, both: bool 
         api=AutoMemApi("http://127.0.0.1:1"),
         bar=bar,
         say=lambda _text: None,
+        notice=lambda _text: None,
     )
+
+
+def wanted(operator: Operator, *words: object) -> Wanted:
+    """The files that a restore is to put back."""
+    from lib.config import load_config
+
+    owner = load_config(operator.environ).deployment()
+    return read_wanted([str(word) for word in words], operator.backups, owner)
 
 
 def targets(operator: Operator) -> list[str]:

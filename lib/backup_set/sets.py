@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib.addresses import same_server
 from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
 from lib.files import sync_dir
+from lib.journal import Journal, read_journal
 
 GRAPH_DIR, COLLECTION_DIR, SPOOL_DIR = "falkordb", "qdrant", "embeddings"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Whose sets: the graph and the collection by address and name. Several may share one backup folder."""
+
+    graph_server: str
+    graph: str
+    collection_server: str
+    collection: str
+
+    def owns(self, manifest: Manifest) -> bool:
+        """Whether every half of the set was taken here."""
+        graph, collection = manifest.graph, manifest.collection
+        return (graph is None or self._is(graph.graph, graph.server, self.graph, self.graph_server)) and (
+            collection is None
+            or self._is(collection.collection, collection.server, self.collection, self.collection_server)
+        )
+
+    @staticmethod
+    def _is(name: str, server: dict[str, str], own_name: str, own_server: str) -> bool:
+        return name == own_name and same_server(server["address"], own_server)
 
 
 def manifest_paths(folder: Path) -> list[Path]:
@@ -29,11 +53,20 @@ def all_sets(folder: Path) -> list[Manifest]:
     return found
 
 
-def latest(folder: Path) -> Manifest:
-    """The newest set; raises MissingData where there is none, BackupDamaged where its manifest does not read."""
+def latest(folder: Path, owner: Deployment) -> Manifest:
+    """The newest set of this deployment.
+
+    Raises MissingData where there is none, BackupDamaged where a newer manifest does not read: never an older set
+    in silence.
+    """
     for path in manifest_paths(folder):
-        return read_manifest(path)  # never an older set in silence
-    raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+        manifest = read_manifest(path)
+        if owner.owns(manifest):
+            return manifest
+    raise MissingData(
+        f"no backup in {folder} is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses",
+        next_step="python scripts/backup_automem.py   or name the file: backup_automem.py --list",
+    )
 
 
 def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:
@@ -64,14 +97,32 @@ def _proved(manifest: Manifest) -> bool:
     return is_complete(manifest) and PROOF_LEVELS.index(manifest.proof) >= PROOF_LEVELS.index(CHECKED)
 
 
-def to_delete(folder: Path, keep: int, named: Iterable[str]) -> list[Manifest]:
-    """The sets beyond the newest `keep`: never the newest proved pair nor one whose name is in `named`."""
+def to_delete(folder: Path, keep: int, owner: Deployment, spared: Collection[str]) -> list[Manifest]:
+    """This deployment's sets beyond the newest `keep`: never its newest proved pair nor a name in `spared`."""
     if keep < 1:
         raise UsageProblem("--keep must be at least 1", next_step="--cleanup --keep 3")
-    sets, spared = all_sets(folder), set(named)
+    sets = [one for one in all_sets(folder) if owner.owns(one)]
     newest = next((one.name for one in sets if _proved(one) and one.graph and one.collection), None)
     newest = newest or next((one.name for one in sets if _proved(one)), None)
     return [one for one in sets[keep:] if one.name != newest and one.name not in spared]
+
+
+def named_in_journals(folder: Path, owner: Deployment, targets: list[str]) -> set[str]:
+    """The sets that a run may still need.
+
+    All that an open journal names anywhere, and those that the newest finished re-embedding of these targets names,
+    until a newer proved set of the collection is there.
+    """
+    journals = [one for path in sorted(folder.glob("journal_*.jsonl")) if (one := read_journal(path))]
+    finished = [one for one in journals if one.command == "reembed" and one.targets == targets]
+    named = {name for one in journals if one.is_open for name in _manifests(one)}
+    last = _manifests(finished[-1]) if finished else set()
+    newer = (one.name for one in all_sets(folder) if owner.owns(one) and one.collection and _proved(one))
+    return named | (last if last and next(newer, "") <= max(last) else set())
+
+
+def _manifests(journal: Journal) -> set[str]:
+    return {str(entry["manifest"]) for entry in journal.entries if entry.get("manifest")}
 
 
 def delete_set(manifest: Manifest) -> None:

@@ -11,11 +11,11 @@ from lib.showing.settings import RESTART, settings_lines
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
     from lib.config import Config
-    from lib.steps.restore_site import Proved, Restored, Site
+    from lib.steps.restore_site import Options, Proved, Restored, Site
     from lib.vectors.transport import Qdrant
 
 
-def show_restore_plan(site: Site, proved: Proved, console: Console) -> int:
+def show_restore_plan(site: Site, proved: Proved, options: Options, console: Console) -> int:
     """What a restore would do: --dry-run stops before the first write."""
     lines = []
     document: dict[str, object] = {}
@@ -32,7 +32,8 @@ def show_restore_plan(site: Site, proved: Proved, console: Console) -> int:
         live = _standing(qdrant, name)
         lines.append(f"collection '{name}': {one.proof.archive.ids:,} points of {one.size}d ({live})")
         document["collection"] = {"points": one.proof.archive.ids, "size": one.size}
-    console.result(document, "would restore, after a safety backup:\n" + "\n".join(lines))
+    how = "after a safety backup" if options.safety else "without a safety backup"
+    console.result(document, f"would restore, {how}:\n" + "\n".join(lines))
     return DONE
 
 
@@ -67,9 +68,15 @@ def show_restored(done: Restored, proved: Proved, config: Config, console: Conso
     if done.safety:
         lines.append(f"what stood there before: {done.safety.path}")
     if done.late_writes:
-        lines.append(f"writes after the safety backup: {done.late_writes}")
+        lines.append(
+            f"the old graph as it was at the switch, with writes after the safety backup: {done.late_writes}"
+        )
+        document["late_writes"] = str(done.late_writes)
     if proved.collection:
-        lines += settings_lines(proved.collection.size, str(proved.collection.facts["model"]), config)
+        settings = settings_lines(proved.collection.size, str(proved.collection.facts["model"]), config)
+        document["settings"] = [line.strip() for line in settings if line]
+        lines += settings
+    document["notes"] = done.notes
     lines += ["", "next:", RESTART, "  python scripts/verify_migration.py"]
     console.result(document, "\n".join(lines))
     return DONE

@@ -47,8 +47,8 @@ def settle_graph(target: GraphSource, journal: Journal, folder: Path) -> list[st
     """Clean up after a run that was killed: its throw-away graph, and the old graph under its safety name.
 
     The swap is atomic: either the old graph stands under its own name, or the new one does and the old one is
-    whole under its safety name. Where the new one is what the file holds, the old one is retired; where it was
-    never seen to be, the old one is put back, and what stood in its place is saved into a file first.
+    whole under its safety name. Where the new one is what the file holds, the old one is retired. Where something
+    else stands there by now, both stay: it may hold days of work.
     """
     done = []
     throwaway, safety = journal.fact("throwaway_graph"), journal.fact("safety_graph")
@@ -61,12 +61,14 @@ def settle_graph(target: GraphSource, journal: Journal, folder: Path) -> list[st
     if journal.has_reached(SWITCHED) or (standing and standing == journal.fact("restored_digest")):
         saved = retire_old(target, safety, _saved_digest(journal, folder), folder, journal)
         done.append(f"dropped {safety}, the graph before that run" + (f"; see {saved}" if saved else ""))
-    else:
-        found = keep_aside(target, target.graph, folder, journal) if standing else None
-        swap_back(target.conn, target.graph, safety)
+    elif standing:
         done.append(
-            f"put the old graph back from {safety}" + (f"; what stood there: {found}" if found else "")
+            f"the graph before that run is kept as {safety}: what stands as '{target.graph}' has changed since."
+            f" When it is of no use any more: GRAPH.DELETE {safety}"
         )
+    else:
+        swap_back(target.conn, target.graph, safety)
+        done.append(f"put the old graph back from {safety}")
     return done
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 
-from lib.addresses import without_login
+from lib.addresses import same_server, without_login
 from lib.automem_api import health
 from lib.backup_set.manifest import Manifest
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable, UsageProblem
@@ -16,7 +16,9 @@ from lib.steps.old_graph import SAFE, retire_old
 from lib.steps.own_snapshot import removed
 from lib.steps.restore_files import Wanted
 from lib.steps.restore_site import Options, Proved, Restored, Site, Undo
-from lib.steps.settle_restore import COMMAND, settle, settle_last, supersede
+from lib.steps.settle_restore import COMMAND, settle, settle_graphs, settle_last, supersede
+from lib.steps.take_collection import CollectionSource
+from lib.steps.take_graph import GraphSource
 from lib.steps.take_pair import take_backup
 from lib.vectors.collection import exists, is_dead
 
@@ -28,6 +30,7 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
         assert site.collection is not None
         site.say(f"proving {wanted.archive}")
         proved.collection = collections.open_backup(wanted.archive, wanted.collection_half)
+        collections.require_same_name(proved.collection, site.collection)
         collections.check_version(proved.collection, site.collection.qdrant, force=options.force_version)
     if wanted.rdb:
         assert site.graph is not None
@@ -35,7 +38,21 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
         opened = graphs.open_backup(wanted.rdb, site.graph, site.engines, wanted.graph_half)
         proved.graph = stack.enter_context(opened)
         graphs.require_version(proved.graph, site.graph)
+    for half, server in (
+        (wanted.graph_half, _server(site.graph)),
+        (wanted.collection_half, _server(site.collection)),
+    ):
+        if half and not same_server(half.server["address"], server):
+            site.notice(
+                f"warning: {half.file.name} was taken from {half.server['address']}, it goes to {server}"
+            )
     return proved
+
+
+def _server(source: GraphSource | CollectionSource | None) -> str:
+    if isinstance(source, GraphSource):
+        return source.address.display
+    return source.qdrant.display if source else ""
 
 
 def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> None:
@@ -65,11 +82,12 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
     try:
         settled = settle(site, proved, journal, result.notes)
         payload, temporary = _rehearse(site, proved, journal)
+        settle_graphs(site, settled, result.notes)
         if options.safety:
             result.safety = _safety_backup(site, proved, journal)
             journal.append(SAFE, manifest=result.safety.name if result.safety else None)
         back = undo(result.safety)
-        site.say(f"\nswitching now. To undo:\n{back}\nTo go on after a crash: the same command again.\n")
+        site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash: the same command again.\n")
         if proved.collection and site.collection and temporary:
             with site.bar("restore the collection", None, "bytes") as progress:
                 qdrant, name = site.collection.qdrant, site.collection.collection

@@ -13,11 +13,12 @@ from typing import IO, BinaryIO, cast
 
 from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import CollectionHalf
-from lib.errors import BackupDamaged, MigrationError, StoreFailed
+from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.journal import Journal
 from lib.steps.progress import Progress, steps_of
 from lib.steps.prove import prove_collection
 from lib.steps.restored_points import CollectionBackup, compare, same_points, sample_ids
+from lib.steps.take_collection import CollectionSource
 from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
 from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
@@ -32,6 +33,16 @@ _UNDER_WAY_SECONDS = 60.0  # for a restore that the server goes on with though i
 def open_backup(path: Path, half: CollectionHalf | None) -> CollectionBackup:
     """Prove the archive; nothing on the target is touched. Raises BackupDamaged."""
     return CollectionBackup(path, prove_collection(path, half=half))
+
+
+def require_same_name(backup: CollectionBackup, target: CollectionSource) -> None:
+    """Raise UsageProblem where the archive is of another collection than the one that it would replace."""
+    name = backup.facts["collection"]
+    if name != target.collection:
+        raise UsageProblem(
+            f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
+            next_step=f"export QDRANT_COLLECTION={name}   if that is the collection to restore",
+        )
 
 
 def check_version(backup: CollectionBackup, qdrant: Qdrant, *, force: bool) -> None:

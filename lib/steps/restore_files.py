@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup_set.manifest import CollectionHalf, GraphHalf, Manifest, read_manifest
-from lib.backup_set.sets import find_set, latest
+from lib.backup_set.sets import Deployment, find_set, latest
 from lib.errors import BadFile
 from lib.steps.drill import ARCHIVE, MANIFEST, RDB, kind_of
 
@@ -21,12 +21,12 @@ class Wanted:
     collection_half: CollectionHalf | None = None
 
 
-def read_wanted(words: list[str], folder: Path) -> Wanted:
+def read_wanted(words: list[str], folder: Path, owner: Deployment) -> Wanted:
     """Sort the FILE arguments; raises BadFile for one that is missing, empty, a folder or of an unknown kind."""
     wanted = Wanted()
     for word in words:
         if word == "latest":
-            _take_set(wanted, latest(folder))
+            _take_set(wanted, latest(folder, owner))
             continue
         path = Path(word)
         kind = kind_of(path)

@@ -31,6 +31,7 @@ class Site:
     api: AutoMemApi
     bar: ProgressBar
     say: Say
+    notice: Say
 
 
 @dataclass(frozen=True)

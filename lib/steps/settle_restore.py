@@ -18,45 +18,68 @@ _OUTCOME = "settled by the next restore"
 
 @dataclass
 class Settled:
-    """What killed runs left: aliases taken off and not put back, journals whose snapshot was not found yet."""
+    """What killed runs left: aliases taken off and not put back, their journals, whether the snapshot is gone."""
 
     aliases: list[str] = field(default_factory=list)
+    journals: list[Journal] = field(default_factory=list)
     left: list[Journal] = field(default_factory=list)
 
 
 def settle(site: Site, proved: Proved, run: Journal, notes: list[str]) -> Settled:
-    """Put in order what killed restores of this target left; the rehearsal that one proved is kept for `run`.
+    """Put in order what killed restores of this target left in the collection's server and in the backup folder.
 
-    A journal stays open where `run` does not open the store that its rest is in.
+    The rehearsal that one proved is kept for `run`. The graph is not touched yet: see `settle_graphs`.
     """
     found = Settled()
     for journal in open_journals(site.folder):
         if journal.command == COMMAND and journal.targets == site.targets and journal.path != run.path:
-            _settle_one(site, proved, run, journal, found, notes)
+            settle_backup(site.folder, site.collection, journal)
+            _tell(site, notes, _before(site, journal))
+            _settle_collection(site, proved, run, journal, found, notes)
+            found.journals.append(journal)
     return found
 
 
-def _settle_one(
+def _settle_collection(
     site: Site, proved: Proved, run: Journal, journal: Journal, found: Settled, notes: list[str]
 ) -> None:
-    clean = settle_backup(site.folder, site.collection, journal)
-    if site.graph:
-        notes += settle_graph(site.graph, journal, site.folder)
-        journal.append(_GRAPH_SETTLED)
-    if site.collection:
-        qdrant, name = site.collection.qdrant, site.collection.collection
-        notes += collections.settle_collection(qdrant, name, journal, proved.collection)
-        found.aliases += collections.aliases_taken_off(journal)
-        run.append("going on", aliases=found.aliases)
-        journal.append(_COLLECTION_SETTLED)
-    if journal.fact("manifest") and any(map(journal.has_reached, (collections.SWITCHING, SWITCHING))):
-        notes.append(f"what stood there before an unfinished run: {site.folder / journal.fact('manifest')}")
-    if not _is_settled(journal):
+    if site.collection is None:
         return
-    if clean:
-        journal.close(_OUTCOME)
-    else:
-        found.left.append(journal)
+    qdrant, name = site.collection.qdrant, site.collection.collection
+    _tell(site, notes, collections.settle_collection(qdrant, name, journal, proved.collection))
+    found.aliases += collections.aliases_taken_off(journal)
+    run.append("going on", aliases=found.aliases)
+    journal.append(_COLLECTION_SETTLED)
+
+
+def settle_graphs(site: Site, found: Settled, notes: list[str]) -> None:
+    """The graphs that killed restores left, once this run has proved that it can go on. Closes what is settled.
+
+    A journal stays open where this run does not open the store that its rest is in.
+    """
+    for journal in found.journals:
+        if site.graph:
+            _tell(site, notes, settle_graph(site.graph, journal, site.folder))
+            journal.append(_GRAPH_SETTLED)
+        if _is_settled(journal) and removed(journal):
+            journal.close(_OUTCOME)
+        elif _is_settled(journal):
+            found.left.append(journal)
+
+
+def _before(site: Site, journal: Journal) -> list[str]:
+    """Where the state is that stood there before a run which began to switch."""
+    name = journal.fact("manifest")
+    if not name or not any(map(journal.has_reached, (collections.SWITCHING, SWITCHING))):
+        return []
+    return [f"what stood there before an unfinished run: {site.folder / name}"]
+
+
+def _tell(site: Site, notes: list[str], news: list[str]) -> None:
+    """At once, and again in the result."""
+    for text in news:
+        site.notice(text)
+    notes += news
 
 
 def settle_last(site: Site, found: Settled) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from lib.backup_set.archive import read_archive
@@ -14,7 +16,7 @@ from lib.graph.engine import Engine
 from lib.graph.read import iter_memories
 from lib.journal import Journal
 from lib.steps.memories import unusable
-from lib.steps.payloads import point_id
+from lib.steps.payloads import PointId, point_id
 from lib.steps.present import IdTable, as_id, as_text
 from lib.steps.progress import ProgressBar
 from lib.steps.take_collection import CollectionSource, take_collection
@@ -22,6 +24,7 @@ from lib.steps.take_graph import GraphSource, take_graph
 from lib.vectors.collection import get_state
 
 _EXAMPLES = 20
+_PAGE = 500
 _ROOM = 64 << 20  # what the files need at the very least; a full disk is also noticed while writing
 
 
@@ -107,19 +110,31 @@ def _drift(graph: GraphSource | None, folder: Path, half: CollectionHalf | None)
     """Ids on one side only: memories without a point, points without a memory."""
     if graph is None or half is None:
         return None
-    with IdTable() as points:
+    with IdTable() as points, IdTable() as seen:
         read_archive(
             folder / half.file.name, on_ids=lambda ids: points.put((as_id(one), None) for one in ids)
         )
-        only_graph, missing = 0, []
-        for node in iter_memories(graph.conn, graph.graph):
-            identity = point_id(node.properties.get("id"))
-            if unusable(node.properties) or identity is None:
-                continue
-            if points.payloads([identity]):
-                points.discard([identity])
-            else:
-                only_graph += 1
-                missing.append(as_text(identity))
-        left = [as_text(one) for page in points.ids() for one in page[:_EXAMPLES]]
-        return Drift(only_graph, len(points), missing[:_EXAMPLES], left[:_EXAMPLES])
+        missing: set[PointId] = set()
+        for page in _pages(point_ids(graph)):
+            present = points.payloads(page).keys()
+            seen.put((one, None) for one in present)
+            missing |= set(page) - present
+        left: list[str] = []
+        for page in points.ids():
+            known = seen.payloads(page).keys()
+            left += [as_text(one) for one in page if one not in known][: _EXAMPLES - len(left)]
+        examples = sorted(map(as_text, missing))[:_EXAMPLES]
+        return Drift(len(missing), len(points) - len(seen), examples, left)
+
+
+def point_ids(graph: GraphSource) -> Iterator[PointId]:
+    """The ids of the memories that should have a point."""
+    for node in iter_memories(graph.conn, graph.graph):
+        identity = point_id(node.properties.get("id"))
+        if identity is not None and not unusable(node.properties):
+            yield identity
+
+
+def _pages(ids: Iterator[PointId]) -> Iterator[list[PointId]]:
+    while page := list(islice(ids, _PAGE)):
+        yield page

@@ -18,10 +18,9 @@ from lib.backup_set.manifest import sealed
 from lib.errors import BackupDamaged, BadFile, MigrationError
 from lib.graph.engine import installed_engines
 from lib.steps.restore import prove_files
-from lib.steps.restore_files import read_wanted
 from lib.steps.restore_site import Options
 from tests.operator_support import Operator
-from tests.restore_support import damaged, site
+from tests.restore_support import damaged, site, wanted
 
 pytestmark = pytest.mark.qdrant
 
@@ -46,15 +45,15 @@ def backed(loaded, tmp_path):
     return Operator(loaded.servers, tmp_path / "work", loaded.graph, loaded.collection)
 
 
-def proved(place, *words: Path) -> None:
+def proved(operator, place, *words: Path) -> None:
     """What the restore does before it touches anything."""
     with ExitStack() as stack:
-        prove_files(place, read_wanted([str(word) for word in words], place.folder), stack, Options())
+        prove_files(place, wanted(operator, *words), stack, Options())
 
 
-def assert_refused(place, *words: Path) -> str:
+def assert_refused(operator, place, *words: Path) -> str:
     with pytest.raises(MigrationError) as told:
-        proved(place, *words)
+        proved(operator, place, *words)
     # A head that is damaged enough is no backup at all any more.
     assert isinstance(told.value, BackupDamaged | BadFile), repr(told.value)
     return str(told.value)
@@ -76,7 +75,7 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
     whole = path.read_bytes()
     if alone:  # without its manifest, the file's own checksums are all there is
         path = shutil.copy(path, tmp_path / path.name)
-    proved(place, path)
+    proved(backed, place, path)
     for kind in KINDS:
         for number in range(EACH):
             bad = damaged(whole, kind, chance)
@@ -84,7 +83,7 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
                 continue
             path.write_bytes(bad)
             try:
-                assert_refused(place, path)
+                assert_refused(backed, place, path)
             except pytest.fail.Exception as error:
                 raise AssertionError(f"{kind} {number} of {which} passed") from error
     assert backed.state() == before
@@ -116,7 +115,7 @@ def test_swapped_files_and_other_graphs_are_refused(operator):
         ours, theirs = (backed.backups / one[half]["file"]["name"] for one in (first, second))
         kept = ours.read_bytes()
         shutil.copy(theirs, ours)
-        told = assert_refused(place, backed.manifests()[0])
+        told = assert_refused(backed, place, backed.manifests()[0])
         assert "sha256" in told or "bytes" in told
         ours.write_bytes(kept)
     backed.export(FALKORDB_GRAPH="no_such_graph")
@@ -139,9 +138,9 @@ def test_an_edited_manifest_is_refused_even_with_a_right_seal(backed, edit):
     document = json.loads(manifest.read_text())
     edit(document)
     manifest.write_text(json.dumps(document))
-    assert "damaged or edited" in assert_refused(site(backed), manifest)
+    assert "damaged or edited" in assert_refused(backed, site(backed), manifest)
     manifest.write_text(json.dumps(sealed(document)))
-    assert_refused(site(backed), manifest)
+    assert_refused(backed, site(backed), manifest)
 
 
 def test_an_rdb_without_a_checksum_needs_its_manifest(backed, tmp_path):
@@ -149,9 +148,9 @@ def test_an_rdb_without_a_checksum_needs_its_manifest(backed, tmp_path):
     zeroed = path.read_bytes()[:-8] + bytes(8)
     alone = tmp_path / "alone.rdb"
     alone.write_bytes(zeroed)
-    assert "carries no checksum" in assert_refused(place, alone)
+    assert "carries no checksum" in assert_refused(backed, place, alone)
     path.write_bytes(zeroed)
-    assert "sha256" in assert_refused(place, path)
+    assert "sha256" in assert_refused(backed, place, path)
 
 
 def add(tar: tarfile.TarFile, name: str, body: bytes, **more: object) -> None:
@@ -238,7 +237,7 @@ def test_malicious_members_write_nothing(backed, tmp_path, entry, monkeypatch):
     for number, change in enumerate((outer, inner)):
         path = rebuilt(source, tmp_path / f"evil{number}.tar.gz", change)
         before = whole_tree(tmp_path), whole_tree(backed.backups)
-        assert_refused(place, path)
+        assert_refused(backed, place, path)
         assert (whole_tree(tmp_path), whole_tree(backed.backups)) == before
     assert not Path("/etc/evil").exists()
     assert not (tmp_path.parent / "evil").exists()
@@ -282,7 +281,7 @@ def test_huge_claims_are_refused_at_once(backed, tmp_path):
     for number, change in enumerate((sparse_outer, sparse_inner, no_lines, long_claim)):
         path = rebuilt(source, tmp_path / f"claim{number}.tar.gz", change)
         began = os.times()
-        assert_refused(place, path)
+        assert_refused(backed, place, path)
         assert os.times().user - began.user < 10, change.__name__
 
 
@@ -311,7 +310,7 @@ def test_an_archive_whose_own_facts_are_off_is_refused(backed, tmp_path, edit):
         return True
 
     path = rebuilt(Path(backed.archive()), tmp_path / "edited.tar.gz", change)
-    assert_refused(site(backed), path)
+    assert_refused(backed, site(backed), path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -327,7 +326,7 @@ def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
         path = tmp_path / "forged.rdb"
         path.write_bytes(body + crc64(body).to_bytes(8, "little"))
         try:
-            proved(place, path)
+            proved(backed, place, path)
         except BackupDamaged:
             refused += 1
     servers = {str(engine.server) for engine in installed_engines({})}

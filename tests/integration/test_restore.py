@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import requests
 
+from lib.backup_set.manifest import sealed
 from lib.graph.client import connect
 from lib.graph.swap import drop_graph
 from lib.sandbox.automem_server import AutoMemServer
-from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
 from tests.qdrant_uploads import repacked
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
 
@@ -247,3 +248,40 @@ def test_a_file_moved_away_from_its_manifest_restores_by_its_own_checksums(opera
     spoil(operator)
     operator.run("restore_from_backup", *files)
     assert operator.state() == before
+
+
+def test_another_deployment_in_the_same_folder_is_never_taken_or_deleted(operator):
+    other = Operator(operator.servers, operator.folder)
+    try:
+        operator.load(60)
+        other.load(60)
+        operator.run("backup_automem")
+        mine, before = operator.manifests()[0], operator.state()
+        for _ in range(2):
+            other.run("backup_automem")
+        theirs = other.archive()
+        planned = other.run("backup_automem", "--cleanup", "--keep", "1", "--json").json["sets"]
+        assert len(planned) == 1
+        assert mine.exists()
+        done = operator.run("restore_from_backup", "latest", "--json").json
+        assert done["collection"]["points"] == before.points
+        assert operator.state() == before
+        refused = operator.run("restore_from_backup", theirs, expect=2)
+        assert f"export QDRANT_COLLECTION={other.collection}" in refused.err
+        operator.run("restore_from_backup", theirs, "--dry-run", expect=2)
+        assert operator.state() == before
+    finally:
+        other.clean_up()
+
+
+def test_a_backup_of_another_server_is_told_before_the_switch(operator):
+    operator.load(60)
+    operator.run("backup_automem", "--only", "qdrant")
+    manifest = operator.manifests()[0]
+    document = json.loads(manifest.read_text())
+    document["collection"]["server"]["address"] = "http://10.1.2.3:6333"
+    manifest.write_text(json.dumps(sealed(document)))
+    for more in (["--dry-run"], ["-q"]):
+        told = operator.run("restore_from_backup", str(manifest), *more).err
+        assert "was taken from http://10.1.2.3:6333, it goes to http://127.0.0.1" in told
+    operator.run("restore_from_backup", "latest", "--dry-run")  # the safety backup, of this server

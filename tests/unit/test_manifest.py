@@ -22,8 +22,19 @@ from lib.backup_set.manifest import (
     sealed,
     write_manifest,
 )
-from lib.backup_set.sets import all_sets, delete_set, find_set, is_complete, latest, newest_with, to_delete
+from lib.backup_set.sets import (
+    Deployment,
+    all_sets,
+    delete_set,
+    find_set,
+    is_complete,
+    latest,
+    named_in_journals,
+    newest_with,
+    to_delete,
+)
 from lib.errors import USAGE, VERIFICATION_FAILED, BackupDamaged, BadFile, MissingData, UsageProblem
+from lib.journal import start_journal
 
 GRAPH = GraphHalf(
     file=BackupFile("falkordb/g.rdb", 3, "00"),
@@ -57,6 +68,7 @@ COLLECTION = CollectionHalf(
     promised_ids=2,
     proof=CHECKED,
 )
+HERE = Deployment("localhost:6379", "g", "http://localhost:6333", "c")
 
 
 def stamp_of(number: int) -> str:
@@ -197,13 +209,13 @@ def test_a_file_is_found_beside_its_own_manifest_when_the_folder_is_another(tmp_
 
 def test_latest_is_never_an_older_set_in_silence(tmp_path):
     with pytest.raises(MissingData, match="no backup in"):
-        latest(tmp_path)
+        latest(tmp_path, HERE)
     make(tmp_path, 1)
     newest = make(tmp_path, 2)
-    assert latest(tmp_path) == newest
+    assert latest(tmp_path, HERE) == newest
     newest.path.write_bytes(newest.path.read_bytes()[:100])
     with pytest.raises(BackupDamaged):
-        latest(tmp_path)
+        latest(tmp_path, HERE)
 
 
 def test_the_newest_whole_set_that_holds_a_collection(tmp_path):
@@ -225,12 +237,12 @@ def names(chosen):
 def test_cleanup_keeps_the_newest_ones(tmp_path):
     for number in range(1, 6):
         make(tmp_path, number)
-    assert names(to_delete(tmp_path, 2, [])) == ["3", "2", "1"]
-    assert names(to_delete(tmp_path, 2, [f"backup_{stamp_of(2)}.json"])) == ["3", "1"]
-    assert to_delete(tmp_path, 9, []) == []
+    assert names(to_delete(tmp_path, 2, HERE, [])) == ["3", "2", "1"]
+    assert names(to_delete(tmp_path, 2, HERE, [f"backup_{stamp_of(2)}.json"])) == ["3", "1"]
+    assert to_delete(tmp_path, 9, HERE, []) == []
     for keep in (0, -1):
         with pytest.raises(UsageProblem, match="--keep must be at least 1"):
-            to_delete(tmp_path, keep, [])
+            to_delete(tmp_path, keep, HERE, [])
 
 
 def test_cleanup_never_takes_the_newest_proved_pair(tmp_path):
@@ -242,7 +254,7 @@ def test_cleanup_never_takes_the_newest_proved_pair(tmp_path):
     broken.file_of(broken.graph).unlink()
     make(tmp_path, 5, collection=unproved)
     make(tmp_path, 6, collection=unproved)
-    assert names(to_delete(tmp_path, 1, [])) == ["5", "4", "3", "1"]
+    assert names(to_delete(tmp_path, 1, HERE, [])) == ["5", "4", "3", "1"]
 
 
 def test_deleting_a_set_takes_its_own_files_alone(tmp_path):
@@ -261,3 +273,32 @@ def test_an_edited_manifest_is_damaged(tmp_path):
     written.path.write_text(json.dumps(raw))
     with pytest.raises(BackupDamaged, match="damaged or edited"):
         read_manifest(written.path)
+
+
+def test_another_deployments_sets_are_neither_latest_nor_cleaned_up(tmp_path):
+    own = [make(tmp_path, number) for number in (1, 2)]
+    other = dataclasses.replace(COLLECTION, collection="theirs")
+    theirs = [make(tmp_path, number, collection=other) for number in (3, 4)]
+    away = dataclasses.replace(GRAPH, server={**GRAPH.server, "address": "10.0.0.1:6379"})
+    make(tmp_path, 5, graph=away)
+    assert latest(tmp_path, HERE) == own[1]
+    assert to_delete(tmp_path, 1, HERE, []) == [own[0]]
+    assert to_delete(tmp_path, 1, dataclasses.replace(HERE, collection="theirs"), []) == [theirs[0]]
+
+
+def test_what_journals_name_is_spared(tmp_path):
+    for number in range(1, 5):
+        make(tmp_path, number)
+    name = "backup_{}.json".format
+    running = start_journal(tmp_path, "restore", ["t"])
+    running.append("safety backup", manifest=name(stamp_of(1)))
+    running.append("again", manifest=name(stamp_of(2)))
+    assert named_in_journals(tmp_path, HERE, ["t"]) == {name(stamp_of(1)), name(stamp_of(2))}
+    running.close("done")
+    done = start_journal(tmp_path, "reembed", ["t"])
+    done.append("guarded", manifest=name(stamp_of(4)))
+    done.close("done")
+    assert named_in_journals(tmp_path, HERE, ["t"]) == {name(stamp_of(4))}
+    assert named_in_journals(tmp_path, HERE, ["another"]) == set()
+    make(tmp_path, 6)
+    assert named_in_journals(tmp_path, HERE, ["t"]) == set()
