@@ -101,14 +101,20 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
                     undo=back,
                     aliases=settled.aliases,
                 )
-    except BaseException as error:
-        if _abandon(site, journal, error) or not isinstance(error, MigrationError):
+    except MigrationError as error:
+        if not _between(journal):
+            # Where the server may still be at work on what was asked, the journal stays open for the next run.
+            _clean_up(site, journal, close=not isinstance(error, StoreUnreachable))
             raise
         raise StoreFailed(
             f"the collection is not in place: {error}; its rehearsal {journal.fact('temporary_collection')} stands"
             " whole on the server",
             next_step=f"run the same command again, it goes on from the rehearsal; or undo:\n{back}",
         ) from error
+    except BaseException:
+        if not _between(journal):
+            _clean_up(site, journal, close=False)
+        raise
     if temporary and site.collection:
         collections.drop_temporary(site.collection.qdrant, temporary)
     if proved.graph and site.graph and payload is not None:
@@ -170,18 +176,16 @@ def _switch_graph(
     result.late_writes = retire_old(site.graph, old, saved, site.folder, journal)
 
 
-def _abandon(site: Site, journal: Journal, error: BaseException) -> bool:
-    """Before the delete nothing has changed: clean up, True. After it the rehearsal is what the next run uses.
+def _between(journal: Journal) -> bool:
+    """Whether the old collection is gone and the new one not in place: the rehearsal is what the next run uses."""
+    return journal.has_reached(collections.SWITCHING) and not journal.has_reached(collections.SWITCHED)
 
-    Where the server may still be at work on what was asked, the journal stays open for the next run to clean up.
-    """
-    if journal.has_reached(collections.SWITCHING) and not journal.has_reached(collections.SWITCHED):
-        return False
+
+def _clean_up(site: Site, journal: Journal, *, close: bool) -> None:
+    """Nothing has changed yet: drop the rehearsal; with `close` the journal too, where surely nothing is left."""
     temporary = journal.fact("temporary_collection")
     with suppress(MigrationError):  # what went wrong first is what the operator must read
         if site.collection and temporary:
             collections.drop_temporary(site.collection.qdrant, temporary)
-        told = isinstance(error, MigrationError) and not isinstance(error, StoreUnreachable)
-        if told and removed(journal) and not collections.aliases_taken_off(journal):
+        if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
-    return True
