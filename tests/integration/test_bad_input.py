@@ -68,7 +68,12 @@ def operator(stocked):
 def refused(
     operator, code: int, *words: str, says: tuple[str, ...], next_step: str | None = None, **env: str
 ):
-    """The command ends with this code, one message on stderr and one document on stdout."""
+    """The command ends with this code, one message on stderr and one document on stdout.
+
+    The newest set is named by its file: `latest` is of the address that is configured, which is wrong here.
+    """
+    if "--backup-dir" not in words:
+        words = tuple(str(operator.manifests()[-1]) if word == "latest" else word for word in words)
     result = operator.run(words[0], *words[1:], "--json", expect=code, env=env)
     heads = [line for line in result.err.splitlines() if line.startswith(("error:", "ValueError:", "usage:"))]
     assert len(heads) == 1, result.err
