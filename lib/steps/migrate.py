@@ -10,7 +10,7 @@ from lib.backup_set.manifest import Manifest
 from lib.errors import VerificationFailed
 from lib.journal import start_journal
 from lib.steps.embed import Buyer, catch_up
-from lib.steps.last_run import COMMAND, spec_as_json
+from lib.steps.last_run import COMMAND, PROVED, spec_as_json
 from lib.steps.mend import mend_vectors
 from lib.steps.migration import Migration
 from lib.steps.situation import (
@@ -83,7 +83,7 @@ def migrate(
     _prove(run)
     set_metadata(run.target.qdrant, run.target.collection, stamp(run.spec))
     run.spool.set_meta(_FRESH, "")
-    run.journal.append("proved", points=late.outcome.added)
+    run.journal.append(PROVED, points=late.outcome.added)
     run.journal.close("done")
     return late
 

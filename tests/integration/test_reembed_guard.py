@@ -229,6 +229,7 @@ def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
 
 def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready):
     before = ready.state()
+    ready.servers.openai.reset()
     ready.servers.openai.fault(hang_seconds=1.5)
     process = ready.start("reembed_embeddings", "--workers", "1")
     deadline = time.monotonic() + 60
