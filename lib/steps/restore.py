@@ -88,19 +88,8 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
             journal.append(SAFE, manifest=result.safety.name if result.safety else None)
         back = undo(result.safety)
         site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash: the same command again.\n")
-        if proved.collection and site.collection and temporary:
-            with site.bar("restore the collection", None, "bytes") as progress:
-                qdrant, name = site.collection.qdrant, site.collection.collection
-                collections.replace_live(
-                    proved.collection,
-                    qdrant,
-                    name,
-                    temporary,
-                    journal,
-                    progress,
-                    undo=back,
-                    aliases=settled.aliases,
-                )
+        if temporary:
+            _switch_collection(site, proved, temporary, journal, back, settled.aliases)
     except MigrationError as error:
         if not _between(journal):
             # Where the server may still be at work on what was asked, the journal stays open for the next run.
@@ -123,6 +112,18 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
     journal.close("done")
     settle_last(site, settled)
     return result
+
+
+def _switch_collection(
+    site: Site, proved: Proved, temporary: str, journal: Journal, undo: str, aliases: list[str]
+) -> None:
+    assert proved.collection is not None
+    assert site.collection is not None
+    qdrant, name = site.collection.qdrant, site.collection.collection
+    with site.bar("restore the collection", None, "bytes") as progress:
+        collections.replace_live(
+            proved.collection, qdrant, name, temporary, journal, progress, undo=undo, aliases=aliases
+        )
 
 
 def _rehearse(site: Site, proved: Proved, journal: Journal) -> tuple[bytes | None, str | None]:
