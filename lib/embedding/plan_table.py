@@ -123,10 +123,6 @@ class PlanTable(SpoolFile):
             found.update(point_id_of(stored) for (stored,) in self._rows(sql, [self._scan(), *part]))
         return found
 
-    def uses(self, key: bytes) -> int:
-        """How many memories have the text of this key."""
-        return self._number("SELECT count(*) FROM memories WHERE key = ?", [key])
-
     def missing_rows(self, page: int = 500) -> Iterator[TextRow]:
         """Distinct texts of the plan that have no vector yet; vectors may be stored while this is read."""
         for _, row in self._pages(_MISSING, 0, page):

@@ -37,7 +37,7 @@ def compared(
     """How many points the spool knows, and those whose stored vector is not the spool's, with that one."""
     import numpy as np
 
-    pairs = [(point, vector) for point, vector in _wanted(points, spool, spec)]
+    pairs = _wanted(points, spool, spec)
     sized = [pair for pair in pairs if pair[0].vector is not None and len(pair[0].vector) == spec.size]
     wrong = [pair for pair in pairs if pair[0].vector is None or len(pair[0].vector) != spec.size]
     if sized:

@@ -13,7 +13,7 @@ from lib.steps.mend import vectors_agree
 from lib.steps.migration import Migration
 from lib.steps.open_run import manifest_of, refuse_stranger
 from lib.steps.plan import Plan, only_live_ids, read_plan, whole_plan
-from lib.steps.present import IdTable, points_present
+from lib.steps.present import points_present
 from lib.steps.prove import check_file
 from lib.steps.switch import CREATED, DELETED, DELETING
 from lib.steps.sync import missing_of
@@ -101,11 +101,8 @@ def _guard(run: Migration, state: CollectionState) -> Manifest | None:
     ):
         if run.reached(DELETED) and not len(only_live) and _is_recent(run):
             return None  # made anew meanwhile, every id of it in the graph: its payloads are kept
-        return require_backup(run.folder, _wanted(run, state, live, only_live), run.spec.size)
-
-
-def _wanted(run: Migration, state: CollectionState, live: IdTable, only_live: IdTable) -> Wanted:
-    return Wanted(run.target.qdrant.display, state, live, only_live)
+        wanted = Wanted(run.target.qdrant.display, state, live, only_live)
+        return require_backup(run.folder, wanted, run.spec.size)
 
 
 def _is_recent(run: Migration) -> bool:
