@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from lib.automem_api import AutoMemApi
 from lib.backup_set.sets import SPOOL_DIR
 from lib.config import Config
-from lib.embedding.spool import Spool
 from lib.files import TargetLock, private_dir
 from lib.graph.client import GraphAddress, connect, list_graphs
 from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
@@ -15,6 +15,9 @@ from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import list_collections
 from lib.vectors.transport import Qdrant
+
+if TYPE_CHECKING:
+    from lib.embedding.spool import Spool
 
 
 def graph_address(config: Config) -> GraphAddress:
@@ -41,7 +44,8 @@ def open_collection(config: Config) -> CollectionSource:
     qdrant = Qdrant(config.qdrant_url, config.qdrant_api_key, config.qdrant_timeout)
     qdrant.version()  # which it tells without a key, too
     list_collections(qdrant)
-    return CollectionSource(qdrant, config.collection, config.spec)
+    nodes = [Qdrant(url, config.qdrant_api_key, config.qdrant_timeout) for url in config.qdrant_node_urls]
+    return CollectionSource(qdrant, config.collection, config.spec, tuple(nodes))
 
 
 def engines(config: Config) -> list[Engine]:
@@ -60,6 +64,8 @@ def open_spool(config: Config) -> Spool:
     `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
     file of this graph and this collection alone, so that two deployments never mix.
     """
+    from lib.embedding.spool import Spool
+
     folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")

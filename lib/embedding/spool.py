@@ -13,8 +13,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from lib.dimensions import EmbeddingSpec, takes_dimensions
 from lib.embedding.endpoint import public_url
 from lib.embedding.kept_points import KeptPoints
@@ -166,5 +164,7 @@ def _key(spec_digest: bytes, text: str) -> bytes:
 
 
 def _cut(blob: bytes, size: int) -> bytes:
+    import numpy as np
+
     part = np.frombuffer(blob, dtype="<f4")[:size].astype(np.float64)
     return bytes((part / np.linalg.norm(part)).astype("<f4").tobytes())
