@@ -45,6 +45,8 @@ class EmbeddingClient:
         self._provider = Provider(spec, api_key, timeout_seconds)
         self._max_wait = max_wait_seconds
         self._last_answer: float | None = None
+        # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
+        self._decoding = threading.Lock()
 
     @property
     def provider(self) -> str:
@@ -92,9 +94,11 @@ class EmbeddingClient:
         tokens = estimated_tokens(texts)
         self.pacer.acquire(tokens, stop)
         try:
-            headers, body = self._provider.send(texts)
+            headers, content = self._provider.send(texts)
             limits = rate_limits(headers)
-            answer = read_answer(body, len(texts), self.spec, limits)
+            with self._decoding:
+                body = self._provider.opened(texts, headers, content)
+                answer = read_answer(body, len(texts), self.spec, limits)
             self._refuse_one_for_all(texts, answer)
         except BadInput:
             self.pacer.answered(tokens, None)

@@ -38,8 +38,8 @@ class Provider:
         if takes_dimensions(spec.model) and spec.size != native_size(spec.model):
             self._options["dimensions"] = spec.size
 
-    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], dict[str, object]]:
-        """Headers and JSON body of a good answer.
+    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
+        """Headers and body of a 200.
 
         Raises RateLimited, Transient, BadInput or ProviderRefused for any other (lib/embedding/refusals.py).
         """
@@ -57,12 +57,16 @@ class Provider:
             raise Transient("no answer in time") from error
         except openai.APIConnectionError as error:
             raise Transient(redacted(str(error.__cause__ or error), self._key) or "no connection") from None
-        headers, body = raw.headers, parsed(raw.content)
+        return raw.headers, raw.content
+
+    def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
+        """The JSON of a 200. Raises BadAnswer, and as `send` where it holds an error after all."""
+        body = parsed(content)
         if "data" not in body:  # some proxies wrap an error of the model's host into a 200
             error_body = body.get("error")
             code = error_body.get("code") if isinstance(error_body, dict) else None
             raise self._judged(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
-        return headers, body
+        return body
 
     def close(self) -> None:
         """Close the connections."""
