@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from lib.backup_set.archive import ArchiveFacts, read_archive
+from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, CollectionHalf, GraphHalf
+from lib.backup_set.members import ArchiveFacts
 from lib.errors import BackupDamaged, MissingData
 from lib.files import free_bytes, sha256_file
 from lib.graph.client import ServerVersions, require_graph

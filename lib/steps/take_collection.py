@@ -34,11 +34,15 @@ _GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072:
 
 @dataclass(frozen=True)
 class CollectionSource:
-    """An opened Qdrant, the collection in it, and what the configuration says of its vectors."""
+    """An opened Qdrant, the collection in it, and what the configuration says of its vectors.
+
+    `nodes` are those of its cluster that the configuration lists, none of them asked yet.
+    """
 
     qdrant: Qdrant
     collection: str
     spec: EmbeddingSpec
+    nodes: tuple[Qdrant, ...] = ()
 
 
 def known_model(state: CollectionState, spec: EmbeddingSpec) -> tuple[str, str]:
