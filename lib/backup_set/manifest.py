@@ -113,6 +113,16 @@ class Manifest:
         """The lower level of its halves."""
         return min((half.proof for half in self.halves), key=PROOF_LEVELS.index, default=UNPROVED)
 
+    @property
+    def files(self) -> list[BackupFile]:
+        """Every file that the set has, the manifest apart."""
+        return [
+            value
+            for half in self.halves
+            for one in dataclasses.fields(half)
+            if isinstance(value := getattr(half, one.name), BackupFile)
+        ]
+
     def file_of(self, half: GraphHalf | CollectionHalf) -> Path:
         """Where the half's file lies, beside this manifest."""
         assert self.path is not None
@@ -147,12 +157,17 @@ def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest from disk.
+    """A manifest from disk; raises like `parse_manifest`."""
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """A manifest from its bytes, which lie or will lie at `path`.
 
     Raises BadFile where it is another's JSON or of a newer format, BackupDamaged where it is ours and broken.
     """
     try:
-        raw = orjson.loads(path.read_bytes())
+        raw = orjson.loads(data)
     except ValueError as error:
         raise BackupDamaged(f"{path} cannot be read: {error}", next_step=_ANOTHER) from error
     number = raw.get("format") if isinstance(raw, dict) else None
