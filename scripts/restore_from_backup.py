@@ -98,7 +98,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
     """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
     from lib.errors import UsageProblem
     from lib.showing import restore as showing
-    from lib.steps.restore import prove_files, require_quiet
+    from lib.steps.before_restore import prove_files, require_quiet, tell_other_clients
     from lib.steps.restore import restore as restore_all
     from lib.steps.restore_site import Options
 
@@ -112,6 +112,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
         proved = prove_files(site, wanted, stack, options)
         try:
             if proved.graph:
+                tell_other_clients(site)
                 require_quiet(site, proved.graph, options)
         except UsageProblem as error:
             if not args.dry_run:  # a drill may well be held while the service runs
