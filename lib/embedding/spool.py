@@ -17,6 +17,7 @@ from lib.dimensions import EmbeddingSpec, takes_dimensions
 from lib.embedding.endpoint import public_url
 from lib.embedding.kept_points import KeptPoints
 from lib.embedding.plan_table import PlanTable, TextRow
+from lib.embedding.pricing import CUT_TO_TOKENS, input_limit
 from lib.embedding.spool_file import chunks, marks
 
 PREFIX_BYTES = 4
@@ -92,6 +93,16 @@ class Spool(PlanTable, KeptPoints):
             if row.key != self.text_key(spec, row.text):
                 raise ValueError("the plan was made for another model, size or endpoint")
             yield row
+
+    def _most_tokens(self) -> tuple[int, int]:
+        some = self._rows("SELECT key FROM memories LIMIT 1")
+        spec = (
+            self._specs.get(bytes(some[0][0])[:PREFIX_BYTES])
+            if some and isinstance(some[0][0], bytes)
+            else None
+        )
+        limit = input_limit(spec.model) if spec else None
+        return super()._most_tokens() if limit is None else (limit, CUT_TO_TOKENS)
 
     def derive(self, spec: EmbeddingSpec, texts: Sequence[str]) -> list[tuple[bytes, bytes]]:
         """Vectors of `spec` cut from larger ones of the same model and endpoint: (key, blob), nothing is stored.

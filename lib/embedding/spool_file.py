@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import MigrationError
-from lib.files import private_dir
+from lib.files import private_dir, sync_dir
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,7 +61,9 @@ class SpoolFile:
         self._read_only = read_only
         for file in [] if read_only else self._files:
             private_dir(file.parent)
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+            if not file.exists():
+                os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+                sync_dir(file.parent)  # SQLite syncs what it writes, not the name of the file
         self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self._guarded():
@@ -94,6 +96,9 @@ class SpoolFile:
         self._db.execute(f"PRAGMA {schema}.journal_mode = WAL")
         # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
         self._db.execute(f"PRAGMA {schema}.synchronous = FULL")
+        # On macOS an fsync stops at the drive's cache without these (https://www.sqlite.org/pragma.html#pragma_fullfsync).
+        self._db.execute("PRAGMA fullfsync = ON")
+        self._db.execute("PRAGMA checkpoint_fullfsync = ON")
         if empty:
             with self._transaction():
                 if self._number(tables_there):
