@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import math
@@ -22,9 +21,6 @@ exit codes:
   0 done   1 failed, nothing lost   2 bad usage, configuration, a dimension mismatch, or the guard refused
   3 done, but something listed remains   4 verification failed   5 another run holds the lock
   6 the provider refused, progress kept   130 interrupted, run the same command again"""
-
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _INSTALL = "make venv && source .venv/bin/activate   or   pip install -r requirements.txt"
 
@@ -118,8 +114,10 @@ class _Interrupted(MigrationError):
 
 def _file_trouble(error: OSError) -> MigrationError | None:
     """A full disk, or what the system says of a file that it names; None where it is another fault."""
+    from lib.files import FULL_DISK
+
     where = str(error.filename or "the backup folder or the folder for temporary files")
-    if error.errno in _DISK_FULL:
+    if error.errno in FULL_DISK:
         return MigrationError(
             f"no room left for {where}: {error.strerror}", next_step="df -h   and free some room"
         )

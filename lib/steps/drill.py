@@ -11,6 +11,7 @@ from lib.backup_set.sets import find_set, manifest_paths
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
+from lib.steps.compare_manifest import compare_names
 from lib.steps.prove import prove_collection, prove_graph
 
 _GZIP = b"\x1f\x8b"
@@ -77,9 +78,11 @@ def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
 
 
 def _manifest_of(folder: Path, path: Path) -> Path:
-    if kind_of(path) == MANIFEST:
-        return path
     found = find_set(folder, path)
+    if path.is_file() and path in manifest_paths(path.parent):
+        return path
+    if found is None and kind_of(path) == MANIFEST:
+        return path
     if found is None or found.path is None:
         raise BadFile(
             f"{path} belongs to no backup set in {folder}: there is no manifest to prove it against",
@@ -96,6 +99,7 @@ def _prove_manifest(path: Path, engines: list[Engine]) -> list[Proof]:
 
 
 def _prove_set(manifest: Manifest, engines: list[Engine]) -> list[Proof]:
+    compare_names(manifest)
     proofs = []
     for half in manifest.halves:
         path = manifest.file_of(half)

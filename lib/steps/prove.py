@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, CollectionHalf, GraphHalf
-from lib.backup_set.members import ArchiveFacts
+from lib.backup_set.members import ArchiveFacts, promised_snapshots
 from lib.errors import BackupDamaged, MissingData
-from lib.files import free_bytes, sha256_file
+from lib.files import FULL_DISK, free_bytes, sha256_file
 from lib.graph.client import ServerVersions, require_graph
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
@@ -27,10 +28,13 @@ from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
 from lib.graph.scratch import Scratch
 from lib.graph.swap import rename_graph
+from lib.steps.compare_manifest import compare_collection, compare_graph, compare_rdb
+from lib.steps.present import as_id, as_text
 from lib.vectors.collection import vector_params
-from lib.vectors.open_segments import open_segments_count
+from lib.vectors.open_segments import Segments, opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
+_PAGE = 1000
 _ROOM = 64 << 20  # what shall stay free beside the segments that are opened
 
 
@@ -81,6 +85,8 @@ def prove_graph(
         check_file(path, half.file)
     facts = inspect_rdb(path)
     require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
+    if half:
+        compare_rdb(path, half, facts)
     try:
         engine = engine_for(facts, engines, target)
     except NoEngine as error:
@@ -110,24 +116,8 @@ def loaded_graph(
             graph_digest(scratch.conn, graph, by_id=True),
         )
         if half:
-            _compare_graph(path, half, proof)
+            compare_graph(path, half, proof)
         yield proof, scratch
-
-
-def _compare_graph(path: Path, half: GraphHalf, found: GraphProof) -> None:
-    assert found.counts is not None
-    assert found.digest is not None
-    if half.proof != RESTORED:
-        return
-    expected = {"nodes": half.nodes, "relationships": half.relationships, "digest": half.digest}
-    actual = {
-        "nodes": found.counts.nodes,
-        "relationships": found.counts.relationships,
-        "digest": found.digest.digest,
-    }
-    for name, value in expected.items():
-        if actual[name] != value:
-            raise BackupDamaged(f"{path} loads, but its {name} are {actual[name]}, the manifest says {value}")
 
 
 def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> CollectionProof:
@@ -141,36 +131,78 @@ def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> Colle
 
     archive = read_archive(path, on_snapshot=inspect)
     promised = archive.facts
-    if (
-        archive.snapshot_size != promised["snapshot_size"]
-        or archive.snapshot_sha256 != promised["snapshot_sha256"]
-    ):
-        raise BackupDamaged(
-            f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
-        )
+    _compare_snapshots(path, archive, seen)
     if archive.ids != promised["promised_ids"]:
         raise BackupDamaged(f"{path}: {archive.ids} ids inside, {promised['promised_ids']} were promised")
     snapshot = seen[0]
     live = _shape_of(path, promised)
-    if not snapshot.vectors_named and (snapshot.size, snapshot.distance) != live:
+    if half:
+        compare_collection(path, half, {**promised, "size": live[0], "distance": live[1]})
+    if any((one.size, one.distance) != live for one in seen if not one.vectors_named):
         raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
     room = free_bytes(Path(tempfile.gettempdir())) >= 2 * archive.snapshot_size + _ROOM
-    counted = _counted(path) if room and find_spec("qdrant_edge") else None
+    try:
+        counted = _asked(path) if room and find_spec("qdrant_edge") else None
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        room, counted = False, None
     if counted is None:
         note = "checksum, both tar levels, configuration and ids"
         if not room:
             note += f"; no room in {tempfile.gettempdir()} to open its segments"
         return CollectionProof(CHECKED, note, archive, snapshot)
-    if counted < archive.ids:
-        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} were promised")
     return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot)
 
 
-def _counted(path: Path) -> int | None:
-    """The points in the segments, where the engine is installed here and reads their format."""
-    found: list[int | None] = []
-    read_archive(path, on_snapshot=lambda stream: found.append(open_segments_count(cast("BinaryIO", stream))))
-    return found[0]
+def _asked(path: Path) -> int | None:
+    """The points in the segments, where the engine is installed here and reads their format.
+
+    Raises BackupDamaged where a promised id is not among them.
+    """
+    opened: list[Segments | None] = []
+
+    def ask(lines: Iterator[str]) -> None:
+        while page := {as_id(line) for line in islice(lines, _PAGE)}:
+            for segments in opened:
+                page -= segments.held(list(page)) if segments else page
+            if page:
+                raise BackupDamaged(
+                    f"{path}: its segments lack promised points, {as_text(min(page, key=str))} for one"
+                )
+
+    with ExitStack() as stack:
+        read_archive(
+            path,
+            on_snapshot=lambda stream: opened.append(
+                stack.enter_context(opened_segments(cast("BinaryIO", stream)))
+            ),
+            on_ids=ask,
+        )
+        counts = [segments.count for segments in opened if segments]
+    return sum(counts) if len(counts) == len(opened) else None
+
+
+def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFacts]) -> None:
+    """Each snapshot is the one that was downloaded, and together they hold every shard; raises BackupDamaged."""
+    facts = archive.facts
+    try:
+        promised, whole = promised_snapshots(facts), (facts["snapshot_size"], facts["snapshot_sha256"])
+    except ValueError as error:
+        raise BackupDamaged(
+            f"{path}: its collection.json is not whole", next_step="use another backup"
+        ) from error
+    if promised != archive.snapshots or whole != (archive.snapshot_size, archive.snapshot_sha256):
+        raise BackupDamaged(
+            f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
+        )
+    held = {shard for one in seen for shard, segments in one.shards.items() if segments}
+    missing = {shard for one in seen for shard in one.shards} - held
+    if missing:
+        raise BackupDamaged(
+            f"{path} holds no points of shard {min(missing)}: they are on another Qdrant node",
+            next_step="use another backup; a new one needs QDRANT_NODE_URLS to list every node",
+        )
 
 
 def _shape_of(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
