@@ -27,7 +27,7 @@ def arguments() -> argparse.ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
-        help="memories_*.rdb, qdrant_snapshot_*.tar.gz, backup_*.json for the pair, or `latest`",
+        help="memories_*.rdb, qdrant_snapshot_*.tar.gz, backup_*.json for the pair, `latest`, or a URL of one of them",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="prove the files and print the plan, touch nothing"
@@ -68,9 +68,12 @@ def command(args: argparse.Namespace) -> int:
         )
     from lib import opening
     from lib.files import private_dir
+    from lib.steps.offsite_sets import fetched
     from lib.steps.restore_files import read_wanted
 
-    wanted = read_wanted(args.files, config.backup_dir, config.deployment())
+    owner = config.deployment()
+    files = [fetched(word, config.backup_dir, owner, console.progress) for word in args.files]
+    wanted = read_wanted(files, config.backup_dir, owner)
     private_dir(config.backup_dir)
     with opening.target_lock(config):
         return restore(config, console, wanted, args)

@@ -15,8 +15,9 @@ from pathlib import Path
 from shlex import quote
 
 from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest
-from lib.backup_set.offsite_store import OffsiteStore, Progress
-from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
+from lib.backup_set.offsite_address import offsite_address
+from lib.backup_set.offsite_store import OffsiteStore, Progress, open_offsite
+from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed
 from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, write_atomic
 
 Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
@@ -40,34 +41,41 @@ class Uploaded:
     there: int
 
 
-def upload(store: OffsiteStore, manifest: Manifest, bar: Bar) -> Uploaded:
+def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
     """Bring a set there, manifest last, each file read back and compared; what is there already is not sent again.
 
     Raises NotArrived where anything is not as it should be: then no manifest of the set is there, and no file of
     another's was touched. Raises BackupDamaged where a file here is not what the manifest says.
     """
     assert manifest.path is not None
-    sealed = _file_here(manifest.path, manifest.name)
+    shown = offsite_address(url).shown
+    files = [*manifest.files, _file_here(manifest.path, manifest.name)]
+    for file in manifest.files:
+        _require_whole(manifest.path.parent / file.name, file)
     try:
-        there = {
-            name: size for folder in ("", *_folders(manifest)) for name, size in store.sizes(folder).items()
-        }
-        if _is_there(store, manifest, sealed, there, bar):
-            return Uploaded(store.shown, manifest.name, 0, 0, len(manifest.files) + 1)
-        for file in manifest.files:
-            _require_whole(manifest.path.parent / file.name, file)
-        files = [*manifest.files, sealed]
-        sent = [file for file in files if _bring(store, file, manifest.path.parent, bar, there)]
-    except BackupDamaged:
-        raise
+        sent = _bring_all(open_offsite(url), manifest, files, bar)
     except MigrationError as error:
         raise NotArrived(
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
-            next_step=f"{error.next_step}\n{again(manifest.path, store.shown)}".strip(),
+            next_step=f"{error.next_step}\n{again(manifest.path, shown)}".strip(),
         ) from error
-    return Uploaded(
-        store.shown, manifest.name, len(sent), sum(file.size for file in sent), len(files) - len(sent)
-    )
+    return Uploaded(shown, manifest.name, len(sent), sum(file.size for file in sent), len(files) - len(sent))
+
+
+def _bring_all(
+    store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: Bar
+) -> list[BackupFile]:
+    """Bring the files in their order, the manifest last; those that were sent."""
+    assert manifest.path is not None
+    here = manifest.path.parent
+    there = {name: size for one in ("", *folders_of(manifest)) for name, size in store.sizes(one).items()}
+    if all(there.get(file.name) == file.size for file in files):
+        with bar("manifest there", files[-1].size, "bytes") as progress:
+            if store.holds(
+                files[-1], files[-1].name, progress
+            ):  # it proves that the files once were whole there
+                return []
+    return [file for file in files if _bring(store, file, here, bar, there)]
 
 
 def again(path: Path, url: str) -> str:
@@ -75,7 +83,8 @@ def again(path: Path, url: str) -> str:
     return f"python scripts/backup_automem.py --check {quote(str(path))} --upload {quote(url)}"
 
 
-def _folders(manifest: Manifest) -> list[str]:
+def folders_of(manifest: Manifest) -> list[str]:
+    """The folders, relative to the set's own, in which its files lie."""
     return sorted({file.name.rpartition("/")[0] for file in manifest.files})
 
 
@@ -89,17 +98,6 @@ def _require_whole(path: Path, file: BackupFile) -> None:
             f"{path} is not what its manifest says: nothing was uploaded",
             next_step="python scripts/backup_automem.py   takes a new backup",
         )
-
-
-def _is_there(
-    store: OffsiteStore, manifest: Manifest, sealed: BackupFile, there: dict[str, int], bar: Bar
-) -> bool:
-    """Whether this manifest is there, which proves that the files once were, and they still have their sizes."""
-    files = [*manifest.files, sealed]
-    if any(there.get(file.name) != file.size for file in files):
-        return False
-    with bar("manifest there", sealed.size, "bytes") as progress:
-        return store.holds(sealed, sealed.name, progress)
 
 
 def _bring(store: OffsiteStore, file: BackupFile, folder: Path, bar: Bar, there: dict[str, int]) -> bool:
@@ -118,7 +116,7 @@ def _bring(store: OffsiteStore, file: BackupFile, folder: Path, bar: Bar, there:
         arrived = store.holds(file, name, progress)
     if not arrived:
         store.remove(name)
-        raise BackupDamaged(f"{store.shown}/{file.name} reads back as something else than what was sent")
+        raise StoreFailed(f"{store.shown}/{file.name} reads back as something else than what was sent")
     store.keep(name, file.name)
     return True
 

@@ -22,7 +22,7 @@ RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
 class Proof:
     """One file and what could be proved of it; `fault` is empty where it is what it should be."""
 
-    path: Path
+    path: Path | str
     level: str
     note: str
     fault: str = ""
@@ -68,13 +68,18 @@ def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
     What is damaged becomes a Proof with its fault, the others go on. Raises MissingData where there is nothing to
     prove, BadFile for a file of no set.
     """
-    if word == "all":
-        paths = manifest_paths(folder)
-        if not paths:
-            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
-    else:
-        paths = [_manifest_of(folder, Path(word))]
+    paths = named_manifests(folder, word)
     return [proof for path in paths for proof in _prove_manifest(path, engines)]
+
+
+def named_manifests(folder: Path, word: str) -> list[Path]:
+    """The manifests of the sets that `--check` names; raises like `prove_named`."""
+    if word != "all":
+        return [_manifest_of(folder, Path(word))]
+    paths = manifest_paths(folder)
+    if not paths:
+        raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+    return paths
 
 
 def _manifest_of(folder: Path, path: Path) -> Path:

@@ -29,6 +29,8 @@ ROOMS = {
     "tiktoken": "lib/embedding",
     "sqlite3": ("lib/embedding", "lib/steps/present.py"),
     "isal": "lib/backup_set",
+    "fsspec": "lib/backup_set",
+    "paramiko": "lib/backup_set/offsite_sftp.py",
     "dotenv": "lib/env_files.py",
     "rich": "lib/console.py",
     "portalocker": "lib/files.py",
