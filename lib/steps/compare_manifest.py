@@ -30,7 +30,7 @@ _COLLECTION = (
     "model",
     "model_known",
 )
-_SNAPSHOT = ("snapshot_name", "snapshot_size", "snapshot_sha256", "promised_ids")
+_SNAPSHOT = ("nodes", "snapshot_name", "snapshot_size", "snapshot_sha256", "promised_ids")
 
 
 def compare_names(manifest: Manifest) -> None:

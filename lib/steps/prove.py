@@ -158,7 +158,8 @@ def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> Colle
 def _asked(path: Path) -> int | None:
     """The points in the segments, where the engine is installed here and reads their format.
 
-    Raises BackupDamaged where a promised id is not among them.
+    Of a shard that several nodes hold the replica with fewest counts: each was made while all promised ids were in.
+    Raises BackupDamaged where a promised id is in none, or a replica has too few.
     """
     opened: list[Segments | None] = []
 
@@ -172,15 +173,22 @@ def _asked(path: Path) -> int | None:
                 )
 
     with ExitStack() as stack:
-        read_archive(
+        inside = read_archive(
             path,
             on_snapshot=lambda stream: opened.append(
                 stack.enter_context(opened_segments(cast("BinaryIO", stream)))
             ),
             on_ids=ask,
         )
-        counts = [segments.count for segments in opened if segments]
-    return sum(counts) if len(counts) == len(opened) else None
+        if None in opened:
+            return None
+        fewest: dict[int, int] = {}
+        for shard, points in (one for segments in opened if segments for one in segments.counts.items()):
+            fewest[shard] = min(points, fewest.get(shard, points))
+    counted = sum(fewest.values())
+    if counted < inside.ids:
+        raise BackupDamaged(f"{path}: its segments hold {counted} points, {inside.ids} were promised")
+    return counted
 
 
 def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFacts]) -> None:

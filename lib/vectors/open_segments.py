@@ -6,7 +6,7 @@ import errno
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,22 +23,27 @@ _STEP = "use another backup"
 
 
 class Segments:
-    """The shards of a snapshot, as the engine opened them."""
+    """The shards of a snapshot by their numbers, as the engine opened them."""
 
-    def __init__(self, shards: Sequence[Any]) -> None:
+    def __init__(self, shards: Mapping[int, Any]) -> None:
         self._shards = shards
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """The number of points in each shard."""
+        from qdrant_edge import CountRequest
+
+        return {number: int(shard.count(CountRequest(exact=True))) for number, shard in self._shards.items()}
 
     @property
     def count(self) -> int:
         """The number of points."""
-        from qdrant_edge import CountRequest
-
-        return sum(int(shard.count(CountRequest(exact=True))) for shard in self._shards)
+        return sum(self.counts.values())
 
     def held(self, ids: Sequence[PointId]) -> set[PointId]:
         """Which of these ids are points of it. Raises BackupDamaged where one is no id at all."""
         found: set[PointId] = set()
-        for shard in self._shards:
+        for shard in self._shards.values():
             try:
                 records = shard.retrieve(list(ids), with_payload=False, with_vector=False)
             except Exception as error:  # noqa: BLE001 - the engine raises nothing finer
@@ -62,16 +67,15 @@ def opened_segments(stream: BinaryIO, scratch_dir: Path | None = None) -> Iterat
         return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="segments-", dir=scratch_dir)))
-        shards = []
-        for index, archive in enumerate(_sort_out(stream, folder)):
-            shard = _load(archive, folder / f"shard-{index}")
+        shards = {}
+        for number, archive in _sort_out(stream, folder).items():
+            shards[number] = shard = _load(archive, folder / f"shard-{number}")
             if shard is not None:
                 stack.callback(shard.close)
-            shards.append(shard)
-        yield Segments(shards) if all(shard is not None for shard in shards) else None
+        yield Segments(shards) if None not in shards.values() else None
 
 
-def _sort_out(stream: BinaryIO, folder: Path) -> list[Path]:
+def _sort_out(stream: BinaryIO, folder: Path) -> dict[int, Path]:
     """One archive per shard, of its segments alone and under names made here."""
     archives: dict[str, tarfile.TarFile] = {}
     try:
@@ -90,7 +94,7 @@ def _sort_out(stream: BinaryIO, folder: Path) -> list[Path]:
     finally:
         for archive in archives.values():
             archive.close()
-    return [Path(str(archive.name)) for archive in archives.values()]
+    return {int(shard): Path(str(archive.name)) for shard, archive in archives.items()}
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Section | Sparse, folder: Path) -> None:
