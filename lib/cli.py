@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from lib.addresses import without_logins
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 
 EXIT_CODES = """\
@@ -49,6 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
+        message = without_logins(message)  # it repeats the words that were typed
         _report(UsageProblem(message, next_step=f"python scripts/{self.prog} --help"), as_json=self._as_json)
         raise SystemExit(USAGE)
 
