@@ -18,6 +18,7 @@ from lib.graph.read import counts, schema
 from lib.graph.swap import dump_graph
 from lib.steps.progress import Progress, steps_of
 from lib.steps.prove import prove_graph, with_proof
+from lib.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,19 @@ def take_graph(
     *,
     verify: bool = True,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> GraphHalf:
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and prove it.
 
-    The file appears under its name only when it is whole. Raises MissingData where the graph is absent.
+    The file appears under its name only when it is whole; from the first `progress` on its moment is fixed. `stop`
+    ends it from another thread (Stopped, or what a connection that hung up raises). Raises MissingData where the
+    graph is absent.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     seen, plan = counts(source.conn, source.graph), schema(source.conn, source.graph)
     versions = server_versions(source.conn)
-    kind, size, sha256 = _transfer(source, path, progress)
+    kind, size, sha256 = _transfer(source, path, progress, stop)
     half = GraphHalf(
         file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
         kind=kind,
@@ -67,12 +71,14 @@ def take_graph(
     return with_proof(half, prove_graph(path, source.graph, engines, half=half))
 
 
-def _transfer(source: GraphSource, path: Path, progress: Progress | None) -> tuple[str, int, str]:
+def _transfer(
+    source: GraphSource, path: Path, progress: Progress | None, stop: Stop | None
+) -> tuple[str, int, str]:
     steps = steps_of(progress) if progress else None
     tell = (lambda done: steps(done, 0)) if steps else None
     try:
         with atomic_writer(path) as stream:
-            moved = stream_rdb(source.address, stream.write, progress=tell)
+            moved = stream_rdb(source.address, stream.write, progress=tell, stop=stop)
         return "rdb", moved.size, moved.sha256
     except PsyncRefused:
         import hashlib
@@ -83,4 +89,6 @@ def _transfer(source: GraphSource, path: Path, progress: Progress | None) -> tup
                 stream.write(chunk)
                 digest.update(chunk)
                 size += len(chunk)
+                if tell:
+                    tell(size)
         return "dump", size, digest.hexdigest()

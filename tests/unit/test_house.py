@@ -27,7 +27,7 @@ ROOMS = {
     "qdrant_edge": "lib/vectors",
     "openai": "lib/embedding",
     "tiktoken": "lib/embedding",
-    "sqlite3": ("lib/embedding", "lib/steps/present.py"),
+    "sqlite3": ("lib/embedding", "lib/steps/present.py", "lib/steps/pair_drift.py"),
     "isal": "lib/backup_set",
     "fsspec": "lib/backup_set",
     "paramiko": "lib/backup_set/offsite_sftp.py",
