@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from lib.vectors.refusals import NotFound
 from lib.vectors.transport import Qdrant
 
 ACTIVE = "Active"
+_POLL_SECONDS, _STABLE_POLLS = 0.2, 3
 _VARIABLE = "QDRANT_NODE_URLS"
 _EXAMPLE = f"export {_VARIABLE}=http://node1:6333,http://node2:6333   (every node's own address)"
 
@@ -80,6 +82,45 @@ def _known_peers(q: Qdrant) -> dict[int, str]:
     except AccessRefused:
         return {}
     return {int(peer): str(entry.get("uri", "")) for peer, entry in (cluster.get("peers") or {}).items()}
+
+
+def peers_of(q: Qdrant) -> tuple[int, int]:
+    """The peer id of the node at `q`, and how many nodes its cluster has; (0, 0) for a server without a cluster."""
+    cluster = q.json("GET", "/cluster")
+    return int(cluster.get("peer_id") or 0), len(cluster.get("peers") or ())
+
+
+def wait_settled(
+    nodes: Sequence[Qdrant], name: str, place: Qdrant, shards: Iterable[int], seconds: float
+) -> None:
+    """Poll until the node at `place` holds these shards and every node calls each replica active.
+
+    A restore into a cluster answers seconds before that: until then counts lack points, and another restore begun
+    meanwhile can leave a shard without any active replica (seen on 1.11.3 and 1.18.3). Raises StoreFailed.
+    """
+    wanted, deadline, stable = set(shards), time.monotonic() + seconds, 0
+    while stable < _STABLE_POLLS:
+        states, there = _states(nodes, name), set(_ids(topology(place, name).local))
+        stable = stable + 1 if states == {ACTIVE} and wanted <= there else 0
+        if time.monotonic() >= deadline:
+            raise StoreFailed(
+                f"the shards of '{name}' did not come to rest on the nodes ({', '.join(sorted(states))})",
+                next_step="look at the Qdrant servers' logs, then run the same command again",
+            )
+        place.sleep(_POLL_SECONDS)
+
+
+def _states(nodes: Iterable[Qdrant], name: str) -> set[str]:
+    """The states of all replicas, as all nodes tell them."""
+    found: set[str] = set()
+    for node in nodes:
+        try:
+            view = topology(node, name)
+        except NotFound:
+            found.add("not known to every node yet")
+        else:
+            found |= {shard.state for shard in view.shards} | ({"being moved"} if view.transfers else set())
+    return found
 
 
 def refuse_partial(topology: Topology) -> None:
