@@ -96,6 +96,15 @@ def dollars(text: str) -> float:
     return value
 
 
+def refuse_together(args: argparse.Namespace, *flags: str) -> None:
+    """Raise UsageProblem where more than one of these flags is given."""
+    given = [flag for flag in flags if getattr(args, flag.lstrip("-").replace("-", "_"))]
+    if len(given) > 1:
+        raise UsageProblem(
+            f"{' and '.join(given)} do not go together", next_step=f"give one of {', '.join(given)}"
+        )
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise Terminated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from lib.vectors.transport import Qdrant
 
 if TYPE_CHECKING:
     from lib.embedding.spool import Spool
+    from lib.steps.embed import Buyer
 
 
 def graph_address(config: Config) -> GraphAddress:
@@ -69,6 +71,24 @@ def open_spool(config: Config) -> Spool:
     folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
+
+
+def open_buyer(
+    config: Config,
+    workers: int,
+    batch_size: int,
+    max_cost: float | None,
+    tell: Callable[[str], None],
+    *,
+    sample: bool,
+) -> Buyer:
+    """The provider, not asked yet; a `sample` is taken at the model's own size where VECTOR_SIZE is beyond it."""
+    from lib.embedding.client import EmbeddingClient
+    from lib.steps.embed import Buyer, sample_spec
+
+    spec = sample_spec(config.spec) if sample else config.spec
+    client = EmbeddingClient(spec, config.openai_api_key)
+    return Buyer(client, config.spec, workers, batch_size, max_cost, tell)
 
 
 def target_lock(config: Config) -> TargetLock:

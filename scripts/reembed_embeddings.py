@@ -23,21 +23,16 @@ if TYPE_CHECKING:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument(
-        "--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)"
-    )
-    parser.add_argument("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed"
-    )
-    parser.add_argument("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
-    parser.add_argument("--in-place", action="store_true", help="delete, create, fill (also the default)")
-    parser.add_argument(
-        "--only-missing", action="store_true", help="repair drift: add, renew and remove points"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="forget vectors bought earlier and buy them again"
-    )
+    add = parser.add_argument
+    add("--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)")
+    add("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
+    add("--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed")
+    add("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
+    add("--limit", type=cli.positive, metavar="N", help="spot check: N memories beside the live collection")
+    add("--in-place", action="store_true", help="delete, create, fill (also the default)")
+    add("--only-missing", action="store_true", help="repair drift: add, renew and remove points")
+    add("--fresh", action="store_true", help="forget vectors bought earlier and buy them again")
+    add("--prune-spool", action="store_true", help="delete bought vectors that no plan needs")
     return parser
 
 
@@ -52,7 +47,6 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of, require_openai_key
     from lib.console import Console
     from lib.dimensions import check_model, model_fault
-    from lib.errors import UsageProblem
     from lib.showing.settings import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
@@ -60,11 +54,10 @@ def command(args: argparse.Namespace) -> int:
     if args.show_config:
         return show_config(config, console)
     announce(config, console)
-    if args.fresh and (args.dry_run or args.only_missing):
-        raise UsageProblem(
-            "--fresh forgets what was paid for: not with --dry-run or --only-missing",
-            next_step="give one of them",
-        )
+    cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh")
+    cli.refuse_together(args, "--dry-run", "--limit", "--fresh")
+    if args.prune_spool:
+        return prune(config, console, dry_run=args.dry_run)
     require_openai_key(config)
     fault = model_fault(config.embedding_model, config.vector_size)
     if fault and args.dry_run:
@@ -77,12 +70,22 @@ def command(args: argparse.Namespace) -> int:
         return reembed(config, console, args)
 
 
+def prune(config: Config, console: Console, *, dry_run: bool) -> int:
+    """Delete from the spool what no plan needs."""
+    from lib import opening
+    from lib.showing.spool import show_pruned
+    from lib.steps.prune_spool import prune_spool
+
+    with opening.target_lock(config), opening.open_spool(config) as spool:
+        return show_pruned(prune_spool(spool, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
+
+
 def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open, plan, and go the way that was asked for."""
     from lib import opening
     from lib.dimensions import check_dimension
     from lib.showing import reembed as showing
-    from lib.steps import migrate, situation
+    from lib.steps import migrate, situation, spot_check
     from lib.steps.drift import only_missing
     from lib.steps.embed import try_one_batch
     from lib.steps.migration import Migration
@@ -100,30 +103,24 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     with opening.open_spool(config) as spool:
         target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
         run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
+        spot_check.clear_up(run)
         run.journal = open_run(run.folder, run.targets, run.spec)
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
             refuse_partial(topology(source.qdrant, config.collection))
-        showing.show_plan(plan, kind, console)
-        buyer = buyer_of(config, args)
+        showing.show_plan(plan, kind, run, console)
+        pace = (args.workers, args.batch_size, args.max_cost)
+        buyer = opening.open_buyer(config, *pace, console.say, sample=args.dry_run)
         if args.dry_run:
-            return showing.show_tried(try_one_batch(buyer, spool), run, console)
+            return showing.show_tried(try_one_batch(buyer, spool), plan, run, console)
+        if args.limit:
+            return showing.show_spot_check(spot_check.spot_check(run, buyer, live, args.limit), run, console)
         buyer.require_affordable(plan.tokens, run.bought)
         if args.only_missing:
             state = live or get_state(source.qdrant, config.collection)
             return showing.show_drift(only_missing(run, buyer, state), run, console)
         return replace(run, buyer, (kind, live), console)
-
-
-def buyer_of(config: Config, args: argparse.Namespace) -> Buyer:
-    """The provider, opened; a dry run asks for the model's own size where VECTOR_SIZE is beyond it."""
-    from lib.embedding.client import EmbeddingClient
-    from lib.steps.embed import Buyer, sample_spec
-
-    spec = sample_spec(config.spec) if args.dry_run else config.spec
-    client = EmbeddingClient(spec, config.openai_api_key)
-    return Buyer(client, config.spec, args.workers, args.batch_size, args.max_cost)
 
 
 def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:

@@ -44,6 +44,7 @@ class EmbeddingClient:
         self.pacer = Pacer(max_wait_seconds)
         self._provider = Provider(spec, api_key, timeout_seconds)
         self._max_wait = max_wait_seconds
+        self.request_seconds: float | None = None  # what the first good answer took
         self._last_answer: float | None = None
         # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
         self._decoding = threading.Lock()
@@ -93,6 +94,7 @@ class EmbeddingClient:
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
         self.pacer.acquire(tokens, stop)
+        began = time.monotonic()
         try:
             headers, content = self._provider.send(texts)
             limits = rate_limits(headers)
@@ -111,6 +113,7 @@ class EmbeddingClient:
             raise
         self.pacer.answered(tokens, limits)
         self._last_answer = time.monotonic()
+        self.request_seconds = self.request_seconds or self._last_answer - began
         return answer
 
     def _refuse_one_for_all(self, texts: list[str], answer: Answer) -> None:

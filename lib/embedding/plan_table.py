@@ -134,10 +134,6 @@ class PlanTable(SpoolFile):
             )
         return found
 
-    def payload_bytes(self) -> int:
-        """Bytes of all payloads of the plan, as JSON."""
-        return self._number("SELECT sum(length(payload)) FROM memories")
-
     def missing_rows(self, page: int = 500) -> Iterator[TextRow]:
         """Distinct texts of the plan that have no vector yet; vectors may be stored while this is read."""
         for _, row in self._pages(_MISSING, 0, page):

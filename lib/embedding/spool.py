@@ -18,15 +18,15 @@ from lib.embedding.endpoint import public_url
 from lib.embedding.kept_points import KeptPoints
 from lib.embedding.plan_table import PlanTable, TextRow
 from lib.embedding.pricing import CUT_TO_TOKENS, input_limit
+from lib.embedding.pruning import PREFIX_BYTES, Pruning
 from lib.embedding.spool_file import chunks, marks
 
-PREFIX_BYTES = 4
 TEXT_BYTES = 12
 FLOAT_BYTES = 4
 TEXTS_AT_ONCE = 500
 
 
-class Spool(PlanTable, KeptPoints):
+class Spool(PlanTable, KeptPoints, Pruning):
     """The open spool; see SpoolFile for its arguments. Raises SpoolDamaged where the file cannot be used."""
 
     def __init__(self, path: Path, *, vectors: Path | None = None, read_only: bool = False) -> None:

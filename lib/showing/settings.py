@@ -23,6 +23,7 @@ _SCRIPTS = {
     "backup": "backup_automem.py",
     "reembed": "reembed_embeddings.py",
     "restore": "restore_from_backup.py",
+    "spot_check": "reembed_embeddings.py",
 }
 
 

@@ -29,12 +29,14 @@ BLANK, BAD_ID, DUPLICATE = "blank content", "id is neither a UUID nor an unsigne
 class Scan:
     """One reading of the graph: `memories` nodes seen, `usable` planned, the rest counted by reason with examples.
 
-    `tokens` are all of them, identical texts for each memory; `too_long` memories are embedded without their end.
+    `tokens` are all of them, identical texts for each memory; `too_long` memories are embedded without their end;
+    `payload_bytes` are those of the usable ones' properties as JSON.
     """
 
     memories: int = 0
     usable: int = 0
     tokens: int = 0
+    payload_bytes: int = 0
     too_long: int = 0
     too_long_examples: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -118,6 +120,7 @@ def _plan(nodes: list[MemoryNode], spool: Spool, spec: EmbeddingSpec, scan: Scan
     spool.put_memories(list(rows.values()))
     scan.usable += len(rows)
     scan.tokens += sum(row.tokens for row in rows.values())
+    scan.payload_bytes += sum(len(row.payload) for row in rows.values())
 
 
 def _tokens(spool: Spool, texts: dict[bytes, str]) -> dict[bytes, int]:

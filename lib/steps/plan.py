@@ -18,6 +18,8 @@ from lib.vectors.collection import CollectionState
 from lib.vectors.transport import Qdrant
 
 _EXAMPLES = 20
+# Beside its vector a point takes about so much on the server's disk: its payload with indexes, its links.
+_PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Plan:
     """The whole of a re-embedding.
 
     `texts` and `tokens` are what must be bought, `price` in US dollars (None: unknown model), `only_live` the ids
-    that the collection alone holds, `disk_peak` bytes that the Qdrant server needs at the worst moment.
+    that the collection alone holds, `disk_peak` bytes that the Qdrant server holds at the worst moment: the old
+    collection, the new one, its snapshot and the copy restored from that.
     """
 
     scan: Scan
@@ -83,5 +86,11 @@ def whole_plan(
         price=None if price is None else missing.tokens * price / 1e6,
         only_live=len(only_live) if only_live else 0,
         only_live_examples=examples,
-        disk_peak=scan.usable * (spec.size * 4 + 2048) * 2,
+        disk_peak=_disk_peak(scan, spec, live),
     )
+
+
+def _disk_peak(scan: Scan, spec: EmbeddingSpec, live: CollectionState | None) -> int:
+    beside = _PAYLOAD_SHARE * scan.payload_bytes / max(1, scan.usable) + _LINKS_BYTES
+    old = live.points * (live.size * 4 + beside) if live else 0.0
+    return round(old + 3 * scan.usable * (spec.size * 4 + beside))
