@@ -189,7 +189,7 @@ class _Wire:
         while line and not line.strip():
             with self._told():
                 line = self._reader.readline(CHUNK_BYTES)
-        if not line:
+        if not line.endswith(b"\n"):
             raise StoreUnreachable(
                 f"FalkorDB at {self.where} closed the connection instead of sending an RDB",
                 next_step="look at the server's log: it may lack the memory to fork",
