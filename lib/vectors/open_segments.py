@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lib.errors import BackupDamaged
+from lib.scratch_folder import scratch_folder
 from lib.vectors.points import PointId
 from lib.vectors.tar_stream import PIECE_BYTES, Section, Sparse, entries
 
@@ -66,7 +67,7 @@ def opened_segments(stream: BinaryIO, scratch_dir: Path | None = None) -> Iterat
         yield None
         return
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="segments-", dir=scratch_dir)))
+        folder = stack.enter_context(scratch_folder("segments-", scratch_dir)).path
         shards = {}
         for number, archive in _sort_out(stream, folder).items():
             shards[number] = shard = _load(archive, folder / f"shard-{number}")
