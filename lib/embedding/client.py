@@ -54,10 +54,9 @@ class EmbeddingClient:
         """Model and endpoint, to be shown."""
         return self._provider.name
 
-    @property
-    def proven(self) -> bool:
-        """Whether the endpoint has answered with good vectors yet."""
-        return self._last_answer is not None
+    def answered_since(self, moment: float) -> bool:
+        """Whether good vectors came after `moment` (monotonic seconds)."""
+        return self._last_answer is not None and self._last_answer >= moment
 
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
         """Vectors of `texts` (at most 2,048, none blank), in their order.
