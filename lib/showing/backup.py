@@ -48,13 +48,15 @@ def show_sources(
 
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """The new set; exit code 3 where a half is not even `checked`."""
-    from lib.backup_set.manifest import UNPROVED
+    from lib.backup_set.manifest import CHECKED, UNPROVED
 
     rows = []
     if manifest.graph:
-        half = manifest.graph
-        what = f"{half.nodes:,} nodes, {half.relationships:,} relationships"
-        rows.append((half.file.name, size_text(half.file.size), what, _proof(half.proof, half.proof_note)))
+        graph = manifest.graph
+        what = f"{graph.nodes:,} nodes, {graph.relationships:,} relationships"
+        rows.append(
+            (graph.file.name, size_text(graph.file.size), what, _proof(graph.proof, graph.proof_note))
+        )
     if manifest.collection:
         one = manifest.collection
         what = f"{one.points:,} points, {one.size}d, {one.model} ({one.model_known})"
@@ -71,6 +73,9 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
         document["uploaded"] = dataclasses.asdict(uploaded)
         lines.append(_arrived(uploaded))
     console.result(document, "\n".join(lines))
+    for half in manifest.halves:
+        if half.proof == CHECKED:
+            console.warn(f"{half.file.name} is CHECKED only, it was not loaded: {half.proof_note}")
     if manifest.proof == UNPROVED:
         console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
         return REMAINING

@@ -12,7 +12,8 @@ from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
 from lib.steps.compare_manifest import compare_names
-from lib.steps.prove import prove_collection, prove_graph
+from lib.steps.prove import prove_graph
+from lib.steps.prove_collection import prove_collection
 
 _GZIP = b"\x1f\x8b"
 RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"

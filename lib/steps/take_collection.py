@@ -23,7 +23,7 @@ from lib.steps.on_nodes import NodeJournal
 from lib.steps.own_snapshot import own_snapshot
 from lib.steps.payloads import PointId
 from lib.steps.progress import Progress, steps_of
-from lib.steps.prove import prove_collection
+from lib.steps.prove_collection import prove_collection
 from lib.vectors import snapshots
 from lib.vectors.cluster import Node, whole_nodes
 from lib.vectors.collection import CollectionState, get_state

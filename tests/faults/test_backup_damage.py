@@ -573,7 +573,7 @@ def random_cases(times: int) -> list[tuple[str, int]]:
 @pytest.fixture
 def no_segments(monkeypatch):
     """A machine without Qdrant's engine."""
-    monkeypatch.setattr("lib.steps.prove.find_spec", lambda _name: None)
+    monkeypatch.setattr("lib.steps.prove_collection.find_spec", lambda _name: None)
 
 
 def test_without_an_engine_all_but_skilled_edits_are_caught(backed, tmp_path, no_segments):
@@ -613,7 +613,7 @@ GUARDS = {
     ),
     "the set's own name": ("lib.steps.drill.compare_names", lambda _manifest: None, "edited: created"),
     "a file's size and sha256": (
-        "lib.steps.prove.check_file",
+        "lib.steps.prove_collection.check_file",
         lambda _path, _file: None,
         "gzip: packed anew",
     ),
@@ -628,17 +628,17 @@ GUARDS = {
         "rdb: another letter, every checksum right",
     ),
     "the manifest against the archive": (
-        "lib.steps.prove.compare_collection",
+        "lib.steps.prove_collection.compare_collection",
         lambda _path, _half, _facts: None,
         "collection: of the other set resealed",
     ),
     "the snapshot's own sha256": (
-        "lib.steps.prove._compare_snapshots",
+        "lib.steps.prove_collection._compare_snapshots",
         lambda _path, _archive, _seen: None,
         "archive: another byte in a segment, the archive's own checksums right",
     ),
     "the ids in the segments": (
-        "lib.steps.prove._asked",
+        "lib.steps.prove_collection._asked",
         lambda _path: None,
         "archive: another id, resealed",
     ),
