@@ -80,6 +80,21 @@ def retrieve(
     return found
 
 
+def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
+    """Payload and vectors of these points as the server's JSON has them, named vectors and sparse ones included."""
+    path = collection_path(name, "points")
+    found: dict[PointId, tuple[Any, Any]] = {}
+    for start in range(0, len(ids), PAGE_WITH_VECTORS):
+        body = {
+            "ids": list(ids[start : start + PAGE_WITH_VECTORS]),
+            "with_payload": True,
+            "with_vector": True,
+        }
+        for raw in q.json("POST", path, body, retry=True):
+            found[raw["id"]] = (raw.get("payload"), raw.get("vector"))
+    return found
+
+
 def count(q: Qdrant, name: str, *, exact: bool = True) -> int:
     """How many points the collection holds. Raises NotFound, QdrantError."""
     return int(
