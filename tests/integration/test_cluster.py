@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -315,6 +316,20 @@ def test_each_nodes_snapshot_goes_back_to_its_own_node(operator, pair):
         "restore_from_backup", str(operator.manifests()[-1])
     )  # its safety backup is of both nodes, too
     assert contents(operator) == spoilt
+
+
+def test_the_snapshots_go_back_by_hand_too(operator, pair, tmp_path):
+    """The README's lines: unpack, upload each to its own node, wait in between."""
+    before = contents(operator)
+    operator.run("backup_automem", "--only", "qdrant")
+    subprocess.run(["tar", "-xzf", operator.archive(), "-C", str(tmp_path)], check=True)
+    operator.call("DELETE", "")
+    for node, one in zip(pair.nodes, half(operator)["nodes"], strict=True):
+        url = f"{node.url}/collections/{operator.collection}/snapshots/upload?wait=true&priority=snapshot"
+        file = tmp_path / "snapshot" / one["snapshot_name"]
+        subprocess.run(["curl", "-sf", "-F", f"snapshot=@{file}", url], check=True, capture_output=True)
+        pair.wait_settled(operator.collection)
+    assert contents(operator) == before
 
 
 def test_a_whole_set_goes_back_though_the_collection_is_gone(operator, pair):
