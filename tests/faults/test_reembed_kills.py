@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -15,13 +14,12 @@ import requests
 from lib.journal import Journal, open_journals, read_journal
 from lib.steps.switch import CREATED, DELETED, DELETING
 from tests.gate import Gate, Stop
+from tests.kill_support import KILLS_EACH
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade
 
 pytestmark = pytest.mark.qdrant
 
-# Besides the one migration that is killed in every window, each window is hit so often in migrations of its own.
-KILLS_EACH = int(os.environ.get("KILLS_EACH", "0"))
 MEMORIES = 540  # three batches of points
 WORKERS, BATCH = 2, 20
 COMMAND = ("--workers", str(WORKERS), "--batch-size", str(BATCH))
@@ -132,7 +130,7 @@ def test_one_migration_killed_in_every_window(rig):
     assert rig.paid_twice() == 0
 
 
-@pytest.mark.skipif(not KILLS_EACH, reason="minutes: KILLS_EACH=5 hits each window five times")
+@pytest.mark.skipif(KILLS_EACH == 1, reason="minutes: `make faults` hits each window five times")
 @pytest.mark.parametrize("window", WINDOWS)
 def test_killed_in_a_named_window(rig, window):
     for hit in range(KILLS_EACH):
