@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 60.0
 class ClusterNode(RealQdrant):
     """One node; `bootstrap` is the address under which the first node is known to the others (None: it is the first)."""
 
-    def __init__(self, binary: Path, folder: Path, replicas: int, bootstrap: str | None = None) -> None:
+    def __init__(self, binary: Path, folder: Path, bootstrap: str | None = None) -> None:
         super().__init__(binary, folder)
         peer_port = free_port()
         self.peer_uri = f"http://127.0.0.1:{peer_port}"
@@ -28,8 +28,7 @@ class ClusterNode(RealQdrant):
             "QDRANT__CLUSTER__P2P__PORT": str(peer_port),
             # Half a second is the default; a killed neighbour shall be noticed soon.
             "QDRANT__CLUSTER__CONSENSUS__TICK_PERIOD_MS": "50",
-            # What a collection gets that is created without saying: an empty WAL of 32 MB would be in every snapshot.
-            "QDRANT__STORAGE__COLLECTION__REPLICATION_FACTOR": str(replicas),
+            # An empty WAL of 32 MB, the default, would be in every snapshot.
             "QDRANT__STORAGE__WAL__WAL_CAPACITY_MB": "1",
         }
         words = ["--uri", self.peer_uri, *(["--bootstrap", bootstrap] if bootstrap else [])]
@@ -57,11 +56,11 @@ class ClusterNode(RealQdrant):
 
 
 class Pair:
-    """Two nodes of one cluster, whose new collections get a shard a node and so many replicas; a context manager."""
+    """Two nodes of one cluster, whose new collections get a shard a node; a context manager."""
 
-    def __init__(self, binary: Path, folder: Path, replicas: int = 1) -> None:
-        self.one = ClusterNode(binary, folder / "one", replicas)
-        self.two = ClusterNode(binary, folder / "two", replicas, self.one.peer_uri)
+    def __init__(self, binary: Path, folder: Path) -> None:
+        self.one = ClusterNode(binary, folder / "one")
+        self.two = ClusterNode(binary, folder / "two", self.one.peer_uri)
         self._stack = ExitStack()
 
     @property
@@ -90,6 +89,16 @@ class Pair:
     def wait_settled(self, name: str) -> None:
         """Until every replica of the collection is active, as both nodes see it."""
         wait_until(lambda: all(_settled(node, name) for node in self.nodes))
+
+    def replicate(self, name: str) -> None:
+        """Copy each shard of the collection to the other node, too, and let that be its setting."""
+        self.one.ask("PATCH", f"/collections/{name}", {"params": {"replication_factor": 2}})
+        for source, target in (self.nodes, self.nodes[::-1]):
+            for shard in source.shards(name) - target.shards(name):
+                order = {"shard_id": shard, "from_peer_id": source.peer, "to_peer_id": target.peer}
+                source.ask("POST", f"/collections/{name}/cluster", {"replicate_shard": order})
+            wait_until(lambda source=source, target=target: source.shards(name) <= target.shards(name))
+            self.wait_settled(name)
 
     def clean_up(self, prefix: str) -> None:
         """Delete the collections of these names, their snapshot files on both nodes first."""

@@ -31,15 +31,15 @@ POINTS = 220
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Iterator[dict[int, Pair]]:
-    """Clusters of two nodes, by how many replicas a new collection gets; started when first asked for."""
+    """Clusters of two nodes, the first and a second one; started when first asked for."""
     started: dict[int, Pair] = {}
 
     class Pairs(dict[int, Pair]):
-        def __missing__(self, replicas: int) -> Pair:
+        def __missing__(self, number: int) -> Pair:
             assert SERVER is not None
-            folder = tmp_path_factory.mktemp(f"replicas-{replicas}")
-            self[replicas] = started[replicas] = Pair(SERVER, folder, replicas).__enter__()
-            return self[replicas]
+            folder = tmp_path_factory.mktemp(f"cluster-{number}")
+            self[number] = started[number] = Pair(SERVER, folder).__enter__()
+            return self[number]
 
     yield Pairs()
     for pair in started.values():
@@ -68,9 +68,10 @@ def operator(pair, session_servers, tmp_path) -> Iterator[Operator]:
 
 
 @pytest.fixture
-def replicated(pairs, session_servers, tmp_path) -> Iterator[Operator]:
+def replicated(operator, pair) -> Operator:
     """An operator whose collection has two shards, each on both nodes."""
-    yield from operator_at(pairs[2], session_servers, tmp_path)
+    pair.replicate(operator.collection)
+    return operator
 
 
 def half(operator: Operator) -> dict:
@@ -214,7 +215,7 @@ def test_a_node_that_is_down_is_named_and_the_next_run_is_whole(operator, pair):
     operator.run("backup_automem")
 
 
-def test_replicas_are_counted_once(replicated, pairs):
+def test_replicas_are_counted_once(replicated, pair):
     points = replicated.state().points
     replicated.run("backup_automem")
     found = half(replicated)
@@ -224,11 +225,10 @@ def test_replicas_are_counted_once(replicated, pairs):
     assert "DAMAGED" not in told
     if found["proof"] == "restored":
         assert f"{points} points counted" in told
-    assert_nothing_left(replicated, pairs[2])
+    assert_nothing_left(replicated, pair)
 
 
-def test_a_node_that_is_down_may_be_left_out_where_the_other_holds_every_shard(replicated, pairs):
-    pair = pairs[2]
+def test_a_node_that_is_down_may_be_left_out_where_the_other_holds_every_shard(replicated, pair):
     points = replicated.state().points
     pair.two.kill()
     try:
@@ -343,13 +343,13 @@ def test_a_whole_set_goes_back_though_the_collection_is_gone(operator, pair):
     assert operator.state().graph == graph
 
 
-def test_replicas_come_back_on_both_nodes(replicated, pairs):
+def test_replicas_come_back_on_both_nodes(replicated, pair):
     before = contents(replicated)
     replicated.run("backup_automem", "--only", "qdrant")
     spoil(replicated)
     replicated.run("restore_from_backup", "latest")
-    assert_restored(replicated, pairs[2], before)
-    assert [node.shards(replicated.collection) for node in pairs[2].nodes] == [{0, 1}, {0, 1}]
+    assert_restored(replicated, pair, before)
+    assert [node.shards(replicated.collection) for node in pair.nodes] == [{0, 1}, {0, 1}]
 
 
 def test_a_cluster_that_the_backup_does_not_know_takes_it_in_the_listed_order(operator, pairs):
