@@ -115,7 +115,7 @@ def _members(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with (
             igzip.open(path, "rb") as plain,
-            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|") as tar,
+            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
         ):
             yield tar
             while plain.read(_CHUNK):  # the gzip trailer holds its own checksum
@@ -210,7 +210,7 @@ def peek_facts(path: Path) -> dict[str, Any]:
     try:
         with (
             igzip.open(path, "rb") as plain,
-            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|") as tar,
+            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
         ):
             member = tar.next()
             stream = tar.extractfile(member) if member and member.name == FACTS and member.isreg() else None

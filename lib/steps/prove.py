@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import redis
 
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, GraphHalf
 from lib.errors import BackupDamaged, MissingData
@@ -61,8 +63,13 @@ def prove_graph(
     *,
     half: GraphHalf | None = None,
     target: ServerVersions | None = None,
+    progress: Callable[[int], None] | None = None,
+    on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphProof:
-    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be."""
+    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be.
+
+    `progress` gets the nodes and relationships read so far, `on_loaded` the scratch server where one has loaded it.
+    """
     if half:
         check_file(path, half.file)
     facts = inspect_rdb(path)
@@ -76,7 +83,9 @@ def prove_graph(
     lacking = _lacking(facts)
     if lacking:
         return GraphProof(CHECKED, f"not loaded: {lacking}", facts)
-    with loaded_graph(path, graph, engine, facts, half=half) as (proof, _scratch):
+    with loaded_graph(path, graph, engine, facts, half=half, progress=progress) as (proof, scratch):
+        if on_loaded:
+            on_loaded(scratch.conn)
         return proof
 
 
@@ -95,7 +104,13 @@ def _lacking(facts: RdbFacts) -> str:
 
 @contextmanager
 def loaded_graph(
-    path: Path, graph: str, engine: Engine, facts: RdbFacts, *, half: GraphHalf | None = None
+    path: Path,
+    graph: str,
+    engine: Engine,
+    facts: RdbFacts,
+    *,
+    half: GraphHalf | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[GraphProof, Scratch]]:
     """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared."""
     with scratch_server(engine, path) as scratch:
@@ -111,7 +126,7 @@ def loaded_graph(
             facts,
             counts(scratch.conn, graph),
             schema(scratch.conn, graph),
-            graph_digest(scratch.conn, graph, by_id=True),
+            graph_digest(scratch.conn, graph, by_id=True, progress=progress),
         )
         if half:
             compare_graph(path, half, proof)

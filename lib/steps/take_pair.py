@@ -53,12 +53,17 @@ def take_backup(
     def take_the_graph(source: GraphSource, beside: Beside[GraphHalf] | None) -> GraphHalf:
         with bar("graph", None, "bytes") as progress:
             told, stop = (beside.moving(progress), beside.stop) if beside else (progress, None)
-            return take_graph(source, folder, stamp, engines, verify=verify, progress=told, stop=stop)
+            ids_of = partial(ids.read_graph, graph=source.graph)
+            return take_graph(
+                source, folder, stamp, engines, verify=verify, progress=told, stop=stop, on_loaded=ids_of
+            )
 
     def take_the_collection(source: CollectionSource, beside: Beside[GraphHalf] | None) -> CollectionHalf:
         with bar("collection", None, "bytes") as progress:
             told = beside.watching(progress) if beside else progress
-            return take_collection(source, folder, stamp, journal, verify=verify, progress=told)
+            return take_collection(
+                source, folder, stamp, journal, verify=verify, progress=told, on_ids=ids.take_points
+            )
 
     try:
         with PairIds() as ids:
