@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -49,32 +49,10 @@ def take_backup(
     private_dir(folder)
     _check_room(folder, collection)
     stamp, created = claim_stamp(folder, journal)
-
-    def take_the_graph(source: GraphSource, beside: Beside[GraphHalf] | None) -> GraphHalf:
-        with bar("graph", None, "bytes") as progress:
-            told, stop = (beside.moving(progress), beside.stop) if beside else (progress, None)
-            ids_of = partial(ids.read_graph, graph=source.graph)
-            return take_graph(
-                source, folder, stamp, engines, verify=verify, progress=told, stop=stop, on_loaded=ids_of
-            )
-
-    def take_the_collection(source: CollectionSource, beside: Beside[GraphHalf] | None) -> CollectionHalf:
-        with bar("collection", None, "bytes") as progress:
-            told = beside.watching(progress) if beside else progress
-            return take_collection(
-                source, folder, stamp, journal, verify=verify, progress=told, on_ids=ids.take_points
-            )
-
     try:
         with PairIds() as ids:
-            halves: tuple[GraphHalf | None, CollectionHalf | None]
-            if graph and collection:
-                halves = _both(partial(take_the_graph, graph), partial(take_the_collection, collection))
-            else:
-                halves = (
-                    take_the_graph(graph, None) if graph else None,
-                    take_the_collection(collection, None) if collection else None,
-                )
+            taking = _Taking(folder, stamp, engines, journal, bar, ids, verify)
+            halves = taking.halves(graph, collection)
             drift = _drift(ids, graph, folder, halves[1])
         return write_manifest(folder, Manifest(stamp, created, *halves, drift))
     except BaseException:
@@ -95,19 +73,61 @@ def _check_room(folder: Path, collection: CollectionSource | None) -> None:
         )
 
 
-def _both(
-    take_the_graph: Callable[[Beside[GraphHalf]], GraphHalf],
-    take_the_collection: Callable[[Beside[GraphHalf]], CollectionHalf],
-) -> tuple[GraphHalf, CollectionHalf]:
-    """Both at the same time: the collection from the moment on that the graph's is fixed, never before it.
+@dataclass(frozen=True)
+class _Taking:
+    """The halves of one set."""
 
-    So what the graph's file holds was in the collection when its ids were read. The collection is the main thread's:
-    it journals, and undoes on the server what a signal breaks off.
-    """
-    with Beside(take_the_graph) as graph:
-        graph.wait_begun()
-        collection_half = take_the_collection(graph)
-        return graph.result(), collection_half
+    folder: Path
+    stamp: str
+    engines: list[Engine]
+    journal: Journal
+    bar: ProgressBar
+    ids: PairIds
+    verify: bool
+
+    def halves(
+        self, graph: GraphSource | None, collection: CollectionSource | None
+    ) -> tuple[GraphHalf | None, CollectionHalf | None]:
+        """What is given; both at the same time, the collection from the moment on that the graph's is fixed.
+
+        So what the graph's file holds was in the collection when its ids were read. The collection is the main
+        thread's: it journals, and undoes on the server what a signal breaks off.
+        """
+        if graph is None:
+            return None, self._collection(collection) if collection else None
+        if collection is None:
+            return self._graph(graph), None
+        with Beside(partial(self._graph, graph)) as beside:
+            beside.wait_begun()
+            collection_half = self._collection(collection, beside)
+            return beside.result(), collection_half
+
+    def _graph(self, source: GraphSource, beside: Beside[GraphHalf] | None = None) -> GraphHalf:
+        with self.bar("graph", None, "bytes") as progress:
+            return take_graph(
+                source,
+                self.folder,
+                self.stamp,
+                self.engines,
+                verify=self.verify,
+                progress=beside.moving(progress) if beside else progress,
+                stop=beside.stop if beside else None,
+                on_loaded=partial(self.ids.read_graph, graph=source.graph),
+            )
+
+    def _collection(
+        self, source: CollectionSource, beside: Beside[GraphHalf] | None = None
+    ) -> CollectionHalf:
+        with self.bar("collection", None, "bytes") as progress:
+            return take_collection(
+                source,
+                self.folder,
+                self.stamp,
+                self.journal,
+                verify=self.verify,
+                progress=beside.watching(progress) if beside else progress,
+                on_ids=self.ids.take_points,
+            )
 
 
 def _drift(
