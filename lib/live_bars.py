@@ -21,7 +21,8 @@ class _Amount(ProgressColumn):
         """For one bar."""
         amount, unit = task.fields["amount"], task.fields["unit"]
         of = f"/{amount(task.total)}" if task.total and task.fields["counts"] else ""
-        speed = task.finished_speed or task.speed
+        average = task.completed / task.finished_time if task.finished_time else 0.0
+        speed = average if task.finished else task.speed
         rate = f"  {amount(speed)}/s" if speed and task.completed else ""
         return Text(f"{amount(task.completed)}{of} {unit}".rstrip() + rate)
 

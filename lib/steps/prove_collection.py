@@ -87,7 +87,10 @@ class _Aside:
         own = self._folder / str(len(self.segments))
         own.mkdir()
         self.segments.append(SegmentFiles(own))
-        return inspect_snapshot(stream, self.segments[-1].keep)
+        facts = inspect_snapshot(stream, self.segments[-1].keep)
+        if self.segments[-1].full:
+            self.hindrance = _no_room()
+        return facts
 
     def keep_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
         """Write the ids down as they pass to `on_ids`."""

@@ -74,6 +74,8 @@ class SegmentFiles:
 
     def finished(self) -> dict[int, Path]:
         """The archives by their shards. Raises OSError where the room was too little."""
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self._folder))
         for archive in self._archives.values():
             archive.end()
         return {shard: archive.path for shard, archive in self._archives.items()}
