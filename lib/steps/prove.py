@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import redis
 
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, GraphHalf
 from lib.errors import BackupDamaged, MissingData
@@ -23,7 +21,7 @@ from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
 from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
-from lib.graph.scratch import Scratch
+from lib.graph.scratch import Scratch, ScratchKilled
 from lib.graph.swap import rename_graph
 from lib.memory import free_memory
 from lib.steps.compare_manifest import compare_graph, compare_rdb
@@ -63,13 +61,8 @@ def prove_graph(
     *,
     half: GraphHalf | None = None,
     target: ServerVersions | None = None,
-    progress: Callable[[int], None] | None = None,
-    on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphProof:
-    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be.
-
-    `progress` gets the nodes and relationships read so far, `on_loaded` the scratch server where one has loaded it.
-    """
+    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be."""
     if half:
         check_file(path, half.file)
     facts = inspect_rdb(path)
@@ -83,10 +76,11 @@ def prove_graph(
     lacking = _lacking(facts)
     if lacking:
         return GraphProof(CHECKED, f"not loaded: {lacking}", facts)
-    with loaded_graph(path, graph, engine, facts, half=half, progress=progress) as (proof, scratch):
-        if on_loaded:
-            on_loaded(scratch.conn)
-        return proof
+    try:
+        with loaded_graph(path, graph, engine, facts, half=half) as (proof, _scratch):
+            return proof
+    except ScratchKilled as error:
+        return GraphProof(CHECKED, f"not loaded: {error}", facts)
 
 
 def _lacking(facts: RdbFacts) -> str:
@@ -104,13 +98,7 @@ def _lacking(facts: RdbFacts) -> str:
 
 @contextmanager
 def loaded_graph(
-    path: Path,
-    graph: str,
-    engine: Engine,
-    facts: RdbFacts,
-    *,
-    half: GraphHalf | None = None,
-    progress: Callable[[int], None] | None = None,
+    path: Path, graph: str, engine: Engine, facts: RdbFacts, *, half: GraphHalf | None = None
 ) -> Iterator[tuple[GraphProof, Scratch]]:
     """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared."""
     with scratch_server(engine, path) as scratch:
@@ -126,7 +114,7 @@ def loaded_graph(
             facts,
             counts(scratch.conn, graph),
             schema(scratch.conn, graph),
-            graph_digest(scratch.conn, graph, by_id=True, progress=progress),
+            graph_digest(scratch.conn, graph, by_id=True),
         )
         if half:
             compare_graph(path, half, proof)
