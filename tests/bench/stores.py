@@ -49,7 +49,7 @@ def collection_source(folder: Path, points: int, size: int) -> Iterator[Collecti
         rows = noise.standard_normal((len(texts), size)).astype(np.float32)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    with _qdrant(folder) as url:
+    with running_qdrant(folder) as url:
         qdrant = Qdrant(url)
         load_points(url, "", name, size, embed, generate(points))
         try:
@@ -59,7 +59,7 @@ def collection_source(folder: Path, points: int, size: int) -> Iterator[Collecti
 
 
 @contextlib.contextmanager
-def _qdrant(folder: Path) -> Iterator[str]:
+def running_qdrant(folder: Path) -> Iterator[str]:
     """QDRANT_TEST_URL, else a server started from QDRANT_TEST_SERVER, else the stand-in."""
     binary = test_server()
     if os.environ.get("QDRANT_TEST_URL"):
