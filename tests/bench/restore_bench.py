@@ -192,20 +192,23 @@ def _peak_of(source: CollectionSource, folder: Path, archive: Path) -> float:
         "AUTOMEM_BACKUP_DIR": str(folder),
     }
     words = [sys.executable, str(ROOT / "scripts" / "restore_from_backup.py"), "-q", str(archive)]
-    starter = [sys.executable, "-c", _STARTER, *words]
+    starter = [sys.executable, "-c", _STARTER, sys.executable, "-c", _RUNNER, *words[1:]]
     told = subprocess.run(
         starter, env=settings, cwd=folder, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     return int(told.splitlines()[-1]) / (MEBIBYTE if sys.platform == "darwin" else 1024)
 
 
-# A process begins with the peak of the one that it was forked from: so from a small one.
-_STARTER = """
-import os, sys
-pid = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:])
-_, status, usage = os.wait4(pid, 0)
-print(usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status))
+# A process begins with the peak of the one that it was forked from: so from a small one. Its own peak alone is
+# asked: the process that opens segments, and a scratch server, are others.
+_STARTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+_RUNNER = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 """
 
 BENCHES = {
