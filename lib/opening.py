@@ -7,10 +7,12 @@ from hashlib import sha256
 from lib.automem_api import AutoMemApi
 from lib.backup_set.sets import SPOOL_DIR
 from lib.config import Config
+from lib.embedding.client import EmbeddingClient
 from lib.embedding.spool import Spool
 from lib.files import TargetLock, private_dir
 from lib.graph.client import GraphAddress, connect, list_graphs
 from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
+from lib.steps.embed import sample_spec
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import list_collections
@@ -63,6 +65,11 @@ def open_spool(config: Config) -> Spool:
     folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
+
+
+def open_provider(config: Config, *, trial: bool) -> EmbeddingClient:
+    """The embeddings provider; on `trial` at the model's own size where VECTOR_SIZE is beyond it."""
+    return EmbeddingClient(sample_spec(config.spec) if trial else config.spec, config.openai_api_key)
 
 
 def target_lock(config: Config) -> TargetLock:

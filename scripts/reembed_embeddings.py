@@ -31,7 +31,8 @@ def arguments() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed"
     )
     parser.add_argument("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
-    parser.add_argument("--in-place", action="store_true", help="delete, create, fill (also the default)")
+    parser.add_argument("--no-switch", action="store_true", help="stop when the staged collection is proved")
+    parser.add_argument("--in-place", action="store_true", help="stage nothing: delete, create, fill")
     parser.add_argument(
         "--only-missing", action="store_true", help="repair drift: add, renew and remove points"
     )
@@ -61,10 +62,9 @@ def command(args: argparse.Namespace) -> int:
         return show_config(config, console)
     announce(config, console)
     if args.fresh and (args.dry_run or args.only_missing):
-        raise UsageProblem(
-            "--fresh forgets what was paid for: not with --dry-run or --only-missing",
-            next_step="give one of them",
-        )
+        raise UsageProblem("--fresh forgets what was paid for: not with --dry-run or --only-missing")
+    if args.no_switch and (args.in_place or args.only_missing):
+        raise UsageProblem("--no-switch stages a collection: not with --in-place or --only-missing")
     require_openai_key(config)
     fault = model_fault(config.embedding_model, config.vector_size)
     if fault and args.dry_run:
@@ -84,7 +84,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.showing import reembed as showing
     from lib.steps import migrate, situation
     from lib.steps.drift import only_missing
-    from lib.steps.embed import try_one_batch
+    from lib.steps.embed import Buyer, try_one_batch
     from lib.steps.migration import Migration
     from lib.steps.open_run import open_run
     from lib.steps.switch import Target
@@ -101,12 +101,15 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
         target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
         run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
         run.journal = open_run(run.folder, run.targets, run.spec)
+        run.in_place, run.no_switch = args.in_place, args.no_switch
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
-            refuse_partial(topology(source.qdrant, config.collection))
-        showing.show_plan(plan, kind, console)
-        buyer = buyer_of(config, args)
+            refuse_partial(nodes := topology(source.qdrant, config.collection))
+            run.in_place |= nodes.peers > 1
+        showing.show_plan(plan, kind, run, console)
+        client = opening.open_provider(config, trial=args.dry_run)
+        buyer = Buyer(client, config.spec, args.workers, args.batch_size, args.max_cost)
         if args.dry_run:
             return showing.show_tried(try_one_batch(buyer, spool), run, console)
         buyer.require_affordable(plan.tokens, run.bought)
@@ -114,16 +117,6 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             state = live or get_state(source.qdrant, config.collection)
             return showing.show_drift(only_missing(run, buyer, state), run, console)
         return replace(run, buyer, (kind, live), console)
-
-
-def buyer_of(config: Config, args: argparse.Namespace) -> Buyer:
-    """The provider, opened; a dry run asks for the model's own size where VECTOR_SIZE is beyond it."""
-    from lib.embedding.client import EmbeddingClient
-    from lib.steps.embed import Buyer, sample_spec
-
-    spec = sample_spec(config.spec) if args.dry_run else config.spec
-    client = EmbeddingClient(spec, config.openai_api_key)
-    return Buyer(client, config.spec, args.workers, args.batch_size, args.max_cost)
 
 
 def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:
@@ -134,15 +127,16 @@ def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | No
     from lib.steps.open_run import give_up_others
     from lib.steps.situation import protection
 
-    manifest = protection(run, *found)
-    give_up_others(run.folder, run.targets, run.spec)
+    manifest = None if run.no_switch else protection(run, *found)
+    give_up_others(run.folder, run.targets, run.spec, run.target.qdrant)
     if run.fresh:
         migrate.forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)
-    filled = migrate.migrate(
-        run, buyer, manifest, showing.undo_of, lambda undo: showing.announce_replacing(run, undo, console)
-    )
-    return showing.show_migrated(filled.outcome, run, console)
+    voice = showing.voice(run, console)
+    migrate.begin(run, manifest, voice)
+    if run.no_switch:
+        return showing.show_staged(migrate.only_stage(run, buyer), run, console)
+    return showing.show_migrated(migrate.migrate(run, buyer, manifest, voice).outcome, run, console)
 
 
 if __name__ == "__main__":

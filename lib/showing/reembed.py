@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
     from lib.steps.drift import Drifted
     from lib.steps.embed import Tried
+    from lib.steps.exchange import Voice
     from lib.steps.migration import Migration
     from lib.steps.plan import Plan
     from lib.steps.sync import SyncOutcome
+    from lib.vectors.collection import CollectionState
 
 _EXAMPLES = 10
 _FEW = 3
@@ -25,13 +27,18 @@ def _dollars(price: float | None) -> str:
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
-def show_plan(plan: Plan, kind: str, console: Console) -> None:
-    """What a re-embedding will do, cost and leave out."""
+def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
+    """Where an unfinished run is gone on with; what a re-embedding will do, cost and leave out."""
     from lib.embedding.pricing import PRICES_AS_OF
+    from lib.steps.open_run import going_on
     from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE
 
+    if run.journal:
+        console.notice(going_on(run.journal))
     now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else kind
-    what = {ABSENT: "create it", ADOPT: "bring it level", REPLACE: "delete it, make it anew", DEAD: "none"}[
+    make = "delete it, make it anew" if run.in_place else f"stage {run.staged}, exchange the two"
+    make = f"stage {run.staged}, stop there" if run.no_switch else make
+    what = {ABSENT: "create it", ADOPT: "bring it level", REPLACE: make, DEAD: "delete it, make it anew"}[
         kind
     ]
     rows = [
@@ -83,10 +90,46 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     return REMAINING if left else DONE
 
 
-def announce_replacing(run: Migration, undo: str, console: Console) -> None:
-    """Said right before the live collection is deleted, also when quiet."""
-    name = run.target.collection
-    console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
+def voice(run: Migration, console: Console) -> Voice:
+    """What is said right before the live collection is deleted, also when quiet."""
+    from lib.steps.exchange import Voice
+
+    def announce(undo: str) -> None:
+        name = run.target.collection
+        console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
+
+    return Voice(undo_of, announce)
+
+
+def show_staged(state: CollectionState | None, run: Migration, console: Console) -> int:
+    """The result of --no-switch, with the way on and the way back."""
+    from lib.steps.migration import journal_of
+    from lib.steps.open_run import delete_line
+
+    if state is None:
+        console.result(
+            {"staged": None}, f"'{run.target.collection}' is what it should be: nothing was staged"
+        )
+        return DONE
+    drop = f"  {delete_line(run.target.qdrant, run.staged)}\n  rm {journal_of(run).path}"
+    price = run.bought.price(run.spec.model)
+    document = {
+        "staged": run.staged,
+        "size": run.spec.size,
+        "model": run.spec.model,
+        "points": state.points,
+        "bought": {"texts": run.bought.texts, "tokens": run.bought.tokens, "price": price},
+        "refused": [dataclasses.asdict(one) for one in run.bought.refused],
+        "undo": drop,
+    }
+    text = (
+        f"'{run.staged}' stands beside '{run.target.collection}': {state.points:,} points, {run.spec.size}d, every"
+        f" vector compared. Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {_dollars(price)}.\n\n"
+        f"to go on (after days, too; what changes meanwhile is caught up):\n"
+        f"  python scripts/reembed_embeddings.py\nto drop it (what was bought stays in the spool):\n{drop}"
+    )
+    console.result(document, text)
+    return REMAINING if run.bought.refused else DONE
 
 
 def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int:
@@ -101,7 +144,9 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         "points": points,
         "bought": {"texts": run.bought.texts, "tokens": run.bought.tokens, "price": price},
         "mended": run.mended,
+        "removed": run.removed,
         "absent_seconds": round(run.absent_seconds, 3),
+        "way": run.way,
         "refused": [dataclasses.asdict(one) for one in run.bought.refused],
         "rejected": [dataclasses.asdict(one) for one in outcome.rejected],
         "aliases_taken": run.aliases_taken,
@@ -111,7 +156,8 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
     text = (
         f"'{run.target.collection}' is {run.spec.size}d now: {points:,} points, every vector compared.\n"
         f"Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {_dollars(price)}."
-        f" The collection was absent or incomplete for {run.absent_seconds:.1f} s.\n\n"
+        f" The collection was absent or incomplete for {run.absent_seconds:.1f} s"
+        f"{f' ({run.way})' if run.way else ''}.\n\n"
         f"undo:\n{run.undo}\n\nnext:\n{RESTART}\n"
         "  python scripts/reembed_embeddings.py --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"

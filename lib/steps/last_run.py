@@ -9,8 +9,9 @@ from typing import Any
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.endpoint import public_url
 from lib.journal import Journal, read_journal
+from lib.steps.phases import PROVED
 
-COMMAND, PROVED = "reembed", "proved"
+COMMAND = "reembed"
 
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:

@@ -11,13 +11,16 @@ from lib.dimensions import EmbeddingSpec
 from lib.embedding.plan_table import Missing
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
-from lib.steps.memories import Scan, scan_graph
+from lib.steps.memories import Scan, embeddable_now, scan_graph
 from lib.steps.present import IdTable, points_present, surplus_ids
 from lib.steps.progress import ProgressBar
+from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import CollectionState
 from lib.vectors.transport import Qdrant
 
 _EXAMPLES = 20
+_PAGE = 60  # ids a question: each has up to eight spellings
+_PAYLOAD_BYTES = 2048  # of one point, indexes included
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,17 @@ def read_plan(conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, 
     return scan
 
 
-def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool) -> IdTable:
-    """The ids that the collection holds and the plan does not."""
+def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSource) -> IdTable:
+    """The ids that the collection holds and no memory does that can be embedded.
+
+    The graph is asked after the points were read: a memory stored since its scan is none of them.
+    """
     table = IdTable()
     with points_present(qdrant, collection, payload=False) as present:
-        table.put((one, None) for one in surplus_ids(present, lambda ids: set(spool.memories_of(ids))))
+        surplus = surplus_ids(present, lambda ids: set(spool.memories_of(ids)))
+        while page := list(islice(surplus, _PAGE)):
+            newer = embeddable_now(graph.conn, graph.graph, page)
+            table.put((one, None) for one in page if one not in newer)
     return table
 
 
@@ -83,5 +92,23 @@ def whole_plan(
         price=None if price is None else missing.tokens * price / 1e6,
         only_live=len(only_live) if only_live else 0,
         only_live_examples=examples,
-        disk_peak=scan.usable * (spec.size * 4 + 2048) * 2,
+        disk_peak=room_of(live.points, live.size) + room_needed(scan.usable, spec.size)
+        if live
+        else room_of(scan.usable, spec.size),
     )
+
+
+def _peak(points: int, size: int, live: CollectionState | None) -> int:
+    if live is None:
+        return room_of(points, size)
+    return room_of(live.points, live.size) + room_needed(points, size)
+
+
+def room_of(points: int, size: int) -> int:
+    """Bytes that a collection of so many vectors takes on the server's disk, about."""
+    return points * (size * 4 + _PAYLOAD_BYTES)
+
+
+def room_needed(points: int, size: int) -> int:
+    """Bytes beside the live collection while the new one is staged: it, its snapshot, what is made of that."""
+    return 3 * room_of(points, size)
