@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
@@ -26,6 +27,11 @@ def same_server(left: str, right: str) -> bool:
 def _place(address: str) -> tuple[str, int | None, str]:
     parts = urlsplit(address if "://" in address else f"//{address}")
     return one_spelling(parts.hostname or ""), parts.port, parts.path.rstrip("/")
+
+
+def without_logins(text: str) -> str:
+    """A text with the logins of all URLs in it masked."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def without_login(url: str) -> str:

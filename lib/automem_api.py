@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lib.addresses import without_login
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
 
 _OPTIONAL_SECONDS = 3.0
+_GATEWAY_TIMEOUT = 504
+_NOBODY = ("Failed to establish a new connection", "NameResolutionError", "Connection refused")
+
+Presence = Literal["running", "silent", "absent"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,30 @@ def health(api: AutoMemApi) -> dict[str, Any] | None:
     except (StoreUnreachable, ValueError):
         return None
     return answer if isinstance(answer, dict) and "falkordb" in answer else None
+
+
+def presence(api: AutoMemApi) -> Presence:
+    """Whether AutoMem may be at work there: only what nobody listens at, or what answers as another, is "absent".
+
+    "silent": a connection was taken and no answer came within 3 seconds, as of a service that is busy or hangs.
+    """
+    import requests
+
+    try:
+        response = requests.get(f"{api.url}/health", timeout=_OPTIONAL_SECONDS)
+    except requests.ConnectTimeout:
+        return "absent"
+    except requests.ConnectionError as error:
+        return "absent" if any(sign in str(error) for sign in _NOBODY) else "silent"
+    except requests.RequestException as error:
+        return "silent" if isinstance(error, requests.Timeout) else "absent"
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if isinstance(answer, dict) and "falkordb" in answer:
+        return "running"
+    return "silent" if response.status_code == _GATEWAY_TIMEOUT else "absent"
 
 
 def recall(api: AutoMemApi, query: str, limit: int) -> Recall:

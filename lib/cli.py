@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import math
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from lib.addresses import without_logins
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 
 EXIT_CODES = """\
@@ -23,14 +23,15 @@ exit codes:
   3 done, but something listed remains   4 verification failed   5 another run holds the lock
   6 the provider refused, progress kept   130 interrupted, run the same command again"""
 
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 _INSTALL = "make venv && source .venv/bin/activate   or   pip install -r requirements.txt"
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: leaves by the same road as Ctrl-C, so that nothing stays half done."""
+    """SIGTERM, or a terminal that closed: leaves by the same road as Ctrl-C, so that nothing stays half done."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
+        message = without_logins(message)  # it repeats the words that were typed
         _report(UsageProblem(message, next_step=f"python scripts/{self.prog} --help"), as_json=self._as_json)
         raise SystemExit(USAGE)
 
@@ -98,18 +100,47 @@ def dollars(text: str) -> float:
     return value
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def refuse_together(args: argparse.Namespace, *flags: str) -> None:
+    """Raise UsageProblem where more than one of these flags is given."""
+    given = [flag for flag in flags if getattr(args, flag.lstrip("-").replace("-", "_"))]
+    if len(given) > 1:
+        raise UsageProblem(
+            f"{' and '.join(given)} do not go together", next_step=f"give one of {', '.join(given)}"
+        )
+
+
+def _tidy_on_signals() -> None:
+    """The first signal ends the run by an exception, the second lets that clean up, a third ends the cleaning too."""
+    seen = 0
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            with contextlib.suppress(OSError):
+                os.write(2, _PATIENCE)  # print might be what the signal came into
+            return
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _report(error: MigrationError, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"error": str(error), "next": error.next_step, "exit_code": error.exit_code}))
     name = "ValueError" if isinstance(error, DimensionMismatch) else "error"
-    sys.stdout.flush()
-    print(f"{name}: {error}", file=sys.stderr)
-    if error.next_step:
-        print("\nnext:\n  " + error.next_step.replace("\n", "\n  "), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that closed
+        if as_json:
+            print(json.dumps({"error": str(error), "next": error.next_step, "exit_code": error.exit_code}))
+        sys.stdout.flush()
+        print(f"{name}: {error}", file=sys.stderr)
+        if error.next_step:
+            print("\nnext:\n  " + error.next_step.replace("\n", "\n  "), file=sys.stderr)
 
 
 class _Interrupted(MigrationError):
@@ -118,8 +149,10 @@ class _Interrupted(MigrationError):
 
 def _file_trouble(error: OSError) -> MigrationError | None:
     """A full disk, or what the system says of a file that it names; None where it is another fault."""
+    from lib.files import FULL_DISK
+
     where = str(error.filename or "the backup folder or the folder for temporary files")
-    if error.errno in _DISK_FULL:
+    if error.errno in FULL_DISK:
         return MigrationError(
             f"no room left for {where}: {error.strerror}", next_step="df -h   and free some room"
         )
@@ -134,6 +167,7 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     except MigrationError as error:
         known = error
     except KeyboardInterrupt:
+        _ignore_signals()  # all is tidied up, only the word is left
         known = _Interrupted("interrupted", next_step="run the same command again, it goes on where it was")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
@@ -150,17 +184,17 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
 
 
 def _let_go(stream: io.TextIOBase) -> None:
-    """A reader that left (head, less) must not fail the interpreter's own last flush."""
+    """A reader that left (head, less, a terminal) must not fail the interpreter's own last flush."""
     with contextlib.suppress(ValueError):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(command: Callable[[], int], *, as_json: bool = False) -> int:
     """Run a command and turn known errors into one message and an exit code; bugs keep their traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _tidy_on_signals()
     streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, io.TextIOWrapper)]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a memory's words

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, str] = {
     "QDRANT_URL": "",
     "QDRANT_HOST": "localhost",
     "QDRANT_PORT": str(_QDRANT_PORT),
+    "QDRANT_NODE_URLS": "",
     "QDRANT_API_KEY": "",
     "QDRANT_COLLECTION": "memories",
     "QDRANT_TIMEOUT_SECONDS": "60",
@@ -57,6 +58,7 @@ class Config:
     scratch_server: str
     scratch_module: str
     qdrant_url: str = field(repr=False)
+    qdrant_node_urls: tuple[str, ...] = field(repr=False)
     qdrant_api_key: str = field(repr=False)
     collection: str
     qdrant_timeout: float
@@ -137,6 +139,7 @@ def _build(read: Reader, settings: dict[str, Setting]) -> Config:
         scratch_server=read.text("FALKORDB_SCRATCH_SERVER"),
         scratch_module=read.text("FALKORDB_SCRATCH_MODULE"),
         qdrant_url=_qdrant_url(read, settings),
+        qdrant_node_urls=read.urls("QDRANT_NODE_URLS", "http://node1:6333,http://node2:6333", _QDRANT_PORT),
         qdrant_api_key=read.header("QDRANT_API_KEY"),
         collection=read.name("QDRANT_COLLECTION"),
         qdrant_timeout=read.number("QDRANT_TIMEOUT_SECONDS", 1, 86400, float),

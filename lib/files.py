@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import IO
 from lib.errors import LockHeld, UsageProblem
 
 PARTIAL = ".partial"
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
 
 
@@ -166,3 +168,46 @@ class TargetLock:
         for stream in self._held:
             stream.close()
         self._held.clear()
+
+
+class UsedFile:
+    """Says to other processes that a file is in use, by many at a time or by one alone; the kernel forgets it.
+
+    Args:
+        path: a file beside the used one, made where it is missing. Locking the file itself could undo the locks that
+            SQLite holds on it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb")
+        try:
+            self._lock(alone=False)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else uses the file during the block. Raises LockHeld."""
+        self._lock(alone=True)
+        try:
+            yield
+        finally:
+            self._lock(alone=False)
+
+    def _lock(self, *, alone: bool) -> None:
+        import portalocker
+
+        kind = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
+        try:
+            portalocker.lock(self._stream, kind | portalocker.LOCK_NB)
+        except portalocker.AlreadyLocked as error:
+            raise LockHeld(
+                f"another run uses {self._path.with_suffix('')} right now",
+                next_step="wait until it has ended, then run the same command again",
+            ) from error
+
+    def close(self) -> None:
+        """Let go."""
+        self._stream.close()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from lib.automem_api import AutoMemApi
 from lib.backup_set.sets import SPOOL_DIR
 from lib.config import Config
-from lib.embedding.client import EmbeddingClient
-from lib.embedding.spool import Spool
 from lib.files import TargetLock, private_dir
 from lib.graph.client import GraphAddress, connect, list_graphs
 from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
-from lib.steps.embed import sample_spec
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import list_collections
 from lib.vectors.transport import Qdrant
+
+if TYPE_CHECKING:
+    from lib.embedding.spool import Spool
+    from lib.steps.embed import Buyer
 
 
 def graph_address(config: Config) -> GraphAddress:
@@ -43,7 +46,8 @@ def open_collection(config: Config) -> CollectionSource:
     qdrant = Qdrant(config.qdrant_url, config.qdrant_api_key, config.qdrant_timeout)
     qdrant.version()  # which it tells without a key, too
     list_collections(qdrant)
-    return CollectionSource(qdrant, config.collection, config.spec)
+    nodes = [Qdrant(url, config.qdrant_api_key, config.qdrant_timeout) for url in config.qdrant_node_urls]
+    return CollectionSource(qdrant, config.collection, config.spec, tuple(nodes))
 
 
 def engines(config: Config) -> list[Engine]:
@@ -62,14 +66,29 @@ def open_spool(config: Config) -> Spool:
     `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
     file of this graph and this collection alone, so that two deployments never mix.
     """
+    from lib.embedding.spool import Spool
+
     folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
 
 
-def open_provider(config: Config, *, trial: bool) -> EmbeddingClient:
-    """The embeddings provider; on `trial` at the model's own size where VECTOR_SIZE is beyond it."""
-    return EmbeddingClient(sample_spec(config.spec) if trial else config.spec, config.openai_api_key)
+def open_buyer(
+    config: Config,
+    workers: int,
+    batch_size: int,
+    max_cost: float | None,
+    tell: Callable[[str], None],
+    *,
+    sample: bool,
+) -> Buyer:
+    """The provider, not asked yet; a `sample` is taken at the model's own size where VECTOR_SIZE is beyond it."""
+    from lib.embedding.client import EmbeddingClient
+    from lib.steps.embed import Buyer, sample_spec
+
+    spec = sample_spec(config.spec) if sample else config.spec
+    client = EmbeddingClient(spec, config.openai_api_key)
+    return Buyer(client, config.spec, workers, batch_size, max_cost, tell)
 
 
 def target_lock(config: Config) -> TargetLock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ def masked(name: str, value: str) -> str:
     """The value as it may be shown: secrets as stars, addresses without credentials and query."""
     if name in SECRETS:
         return "****" if value else "(not set)"
+    if name.endswith("_URLS"):
+        return ",".join(masked(name.removesuffix("S"), one) for one in _several(value))
     if not name.endswith(("_URL", "_HOST")):
         return value
     if "@" in value:
@@ -23,6 +26,11 @@ def masked(name: str, value: str) -> str:
         value = f"{scheme}****@{value.rsplit('@', 1)[1]}"
     place, mark, _query = value.partition("?")
     return place + ("?****" if mark else "")
+
+
+def _several(value: str) -> list[str]:
+    """The URLs between commas; a comma within a password parts nothing."""
+    return [one for one in re.split(r"[\s,]*,\s*(?=[a-z]+://|$)", value.strip()) if one]
 
 
 class Reader:
@@ -75,7 +83,13 @@ class Reader:
 
     def url(self, name: str, example: str, default_port: int | None = None) -> str:
         """An http(s) URL with its port, without a slash at its end."""
-        value = self.text(name)
+        return self._url(name, self.text(name), example, default_port)
+
+    def urls(self, name: str, example: str, default_port: int | None = None) -> tuple[str, ...]:
+        """Several of them between commas; none where nothing is set."""
+        return tuple(self._url(name, one, example, default_port) for one in _several(self.text(name)))
+
+    def _url(self, name: str, value: str, example: str, default_port: int | None) -> str:
         try:
             parts = urlsplit(value)
             port = parts.port

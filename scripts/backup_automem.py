@@ -28,11 +28,18 @@ def arguments() -> argparse.ArgumentParser:
         "--no-verify", action="store_true", help="skip the proof (re-embed will not trust it)"
     )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--check", metavar="FILE|MANIFEST|all", help="prove existing backups again")
-    instead.add_argument("--list", action="store_true", help="what there is, newest first")
+    instead.add_argument("--check", metavar="FILE|MANIFEST|all|URL", help="prove existing backups again")
+    instead.add_argument(
+        "--list", nargs="?", const="", metavar="URL", help="what there is, here or at URL, newest first"
+    )
     instead.add_argument("--cleanup", action="store_true", help="delete old sets whole, see --keep")
     parser.add_argument(
         "--keep", type=int, metavar="N", help=f"with --cleanup: sets to keep (default {KEEP})"
+    )
+    parser.add_argument(
+        "--upload",
+        metavar="URL",
+        help="also copy the set there and read it back; with --check: an existing one",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, touch nothing")
     return parser
@@ -46,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Open what is needed and do the one thing that was asked."""
+    from lib.backup_set.shelf import shelf_at
     from lib.config import config_of
     from lib.console import Console
     from lib.errors import UsageProblem
@@ -58,11 +66,13 @@ def command(args: argparse.Namespace) -> int:
         return show_config(config, console)
     if args.keep is not None and not args.cleanup:
         raise UsageProblem("--keep is of --cleanup alone", next_step=f"--cleanup --keep {args.keep}")
+    if args.upload and (args.cleanup or args.list is not None):
+        raise UsageProblem("--upload is of a new backup, or of --check", next_step="--check all --upload URL")
     announce(config, console)
-    if args.list:
-        return showing.show_sets(config.backup_dir, console)
+    if args.list is not None:
+        return showing.show_sets(shelf_at(args.list, config.backup_dir), console)
     if args.check:
-        return check(config, console, args.check)
+        return check(config, console, args.check, args.upload)
     if args.cleanup:
         keep = KEEP if args.keep is None else args.keep
         return cleanup(config, console, keep, dry_run=args.dry_run)
@@ -74,14 +84,18 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib import opening
     from lib.files import private_dir
     from lib.showing import backup as showing
+    from lib.steps.offsite_sets import require_place
     from lib.steps.run_backup import run_backup
+    from lib.steps.take_collection import require_whole
     from lib.steps.take_pair import require_sources
 
+    place = require_place(args.upload, write=not args.dry_run) if args.upload else ""
     graph = opening.open_graph(config) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
+    require_whole(collection)
     require_sources(graph, collection)
     if args.dry_run:
-        return showing.show_sources(graph, collection, config.backup_dir, console)
+        return showing.show_sources(graph, collection, config.backup_dir, console, place)
     private_dir(config.backup_dir)
     with opening.target_lock(config):
         manifest = run_backup(
@@ -93,16 +107,25 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
             console.progress,
             verify=not args.no_verify,
         )
-    return showing.show_backup(manifest, console)
+    if not args.upload:
+        return showing.show_backup(manifest, console)
+    from lib.backup_set.offsite import again, upload
+
+    assert manifest.path is not None
+    console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, place)}")
+    return showing.show_backup(manifest, console, upload(args.upload, manifest, console.progress))
 
 
-def check(config: Config, console: Console, word: str) -> int:
-    """Prove existing backups again; exit code 4 where one is damaged."""
+def check(config: Config, console: Console, word: str, url: str | None) -> int:
+    """Prove existing backups again, and upload those that prove; exit code 4 where one is damaged."""
     from lib import opening
     from lib.showing import backup as showing
-    from lib.steps.drill import prove_named
+    from lib.steps.offsite_sets import prove_and_upload
 
-    return showing.show_proofs(prove_named(config.backup_dir, word, opening.engines(config)), console)
+    engines = opening.engines(config)
+    return showing.show_proofs(
+        *prove_and_upload(config.backup_dir, word, url, engines, console.progress), console
+    )
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:

@@ -23,22 +23,17 @@ if TYPE_CHECKING:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument(
-        "--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)"
-    )
-    parser.add_argument("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed"
-    )
-    parser.add_argument("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
-    parser.add_argument("--no-switch", action="store_true", help="stop when the staged collection is proved")
-    parser.add_argument("--in-place", action="store_true", help="stage nothing: delete, create, fill")
-    parser.add_argument(
-        "--only-missing", action="store_true", help="repair drift: add, renew and remove points"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="forget vectors bought earlier and buy them again"
-    )
+    add = parser.add_argument
+    add("--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)")
+    add("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
+    add("--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed")
+    add("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
+    add("--limit", type=cli.positive, metavar="N", help="spot check: N memories beside the live collection")
+    add("--no-switch", action="store_true", help="stop when the staged collection is proved")
+    add("--in-place", action="store_true", help="stage nothing: delete, create, fill")
+    add("--only-missing", action="store_true", help="repair drift: add, renew and remove points")
+    add("--fresh", action="store_true", help="forget vectors bought earlier and buy them again")
+    add("--prune-spool", action="store_true", help="delete bought vectors that no plan needs")
     return parser
 
 
@@ -53,7 +48,6 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of, require_openai_key
     from lib.console import Console
     from lib.dimensions import check_model, model_fault
-    from lib.errors import UsageProblem
     from lib.showing.settings import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
@@ -61,10 +55,11 @@ def command(args: argparse.Namespace) -> int:
     if args.show_config:
         return show_config(config, console)
     announce(config, console)
-    if args.fresh and (args.dry_run or args.only_missing):
-        raise UsageProblem("--fresh forgets what was paid for: not with --dry-run or --only-missing")
-    if args.no_switch and (args.in_place or args.only_missing):
-        raise UsageProblem("--no-switch stages a collection: not with --in-place or --only-missing")
+    cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh")
+    cli.refuse_together(args, "--dry-run", "--limit", "--fresh")
+    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--prune-spool")
+    if args.prune_spool:
+        return prune(config, console, dry_run=args.dry_run)
     require_openai_key(config)
     fault = model_fault(config.embedding_model, config.vector_size)
     if fault and args.dry_run:
@@ -77,14 +72,24 @@ def command(args: argparse.Namespace) -> int:
         return reembed(config, console, args)
 
 
+def prune(config: Config, console: Console, *, dry_run: bool) -> int:
+    """Delete from the spool what no plan needs."""
+    from lib import opening
+    from lib.showing.spool import show_pruned
+    from lib.steps.prune_spool import prune_spool
+
+    with opening.target_lock(config), opening.open_spool(config) as spool:
+        return show_pruned(prune_spool(spool, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
+
+
 def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open, plan, and go the way that was asked for."""
     from lib import opening
     from lib.dimensions import check_dimension
     from lib.showing import reembed as showing
-    from lib.steps import migrate, situation
+    from lib.steps import migrate, situation, spot_check
     from lib.steps.drift import only_missing
-    from lib.steps.embed import Buyer, try_one_batch
+    from lib.steps.embed import try_one_batch
     from lib.steps.migration import Migration
     from lib.steps.open_run import open_run
     from lib.steps.switch import Target
@@ -100,6 +105,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     with opening.open_spool(config) as spool:
         target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
         run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
+        spot_check.clear_up(run)
         run.journal = open_run(run.folder, run.targets, run.spec)
         run.in_place, run.no_switch = args.in_place, args.no_switch
         run.fresh = args.fresh and not migrate.is_fresh(run)
@@ -108,10 +114,12 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             refuse_partial(nodes := topology(source.qdrant, config.collection))
             run.in_place |= nodes.peers > 1
         showing.show_plan(plan, kind, run, console)
-        client = opening.open_provider(config, trial=args.dry_run)
-        buyer = Buyer(client, config.spec, args.workers, args.batch_size, args.max_cost)
+        pace = (args.workers, args.batch_size, args.max_cost)
+        buyer = opening.open_buyer(config, *pace, console.say, sample=args.dry_run)
         if args.dry_run:
-            return showing.show_tried(try_one_batch(buyer, spool), run, console)
+            return showing.show_tried(try_one_batch(buyer, spool), plan, run, console)
+        if args.limit:
+            return showing.show_spot_check(spot_check.spot_check(run, buyer, live, args.limit), run, console)
         buyer.require_affordable(plan.tokens, run.bought)
         if args.only_missing:
             state = live or get_state(source.qdrant, config.collection)

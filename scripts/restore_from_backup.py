@@ -27,7 +27,7 @@ def arguments() -> argparse.ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
-        help="memories_*.rdb, qdrant_snapshot_*.tar.gz, backup_*.json for the pair, or `latest`",
+        help="memories_*.rdb, qdrant_snapshot_*.tar.gz, backup_*.json for the pair, `latest`, or a URL of one of them",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="prove the files and print the plan, touch nothing"
@@ -68,9 +68,12 @@ def command(args: argparse.Namespace) -> int:
         )
     from lib import opening
     from lib.files import private_dir
+    from lib.steps.offsite_sets import fetched
     from lib.steps.restore_files import read_wanted
 
-    wanted = read_wanted(args.files, config.backup_dir, config.deployment())
+    owner = config.deployment()
+    files = [fetched(word, config.backup_dir, owner, console.progress) for word in args.files]
+    wanted = read_wanted(files, config.backup_dir, owner)
     private_dir(config.backup_dir)
     with opening.target_lock(config):
         return restore(config, console, wanted, args)
@@ -98,7 +101,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
     """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
     from lib.errors import UsageProblem
     from lib.showing import restore as showing
-    from lib.steps.restore import prove_files, require_quiet
+    from lib.steps.before_restore import prove_files, require_quiet, tell_other_clients
     from lib.steps.restore import restore as restore_all
     from lib.steps.restore_site import Options
 
@@ -112,6 +115,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
         proved = prove_files(site, wanted, stack, options)
         try:
             if proved.graph:
+                tell_other_clients(site)
                 require_quiet(site, proved.graph, options)
         except UsageProblem as error:
             if not args.dry_run:  # a drill may well be held while the service runs

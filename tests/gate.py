@@ -20,15 +20,18 @@ class Stop:
 
     `carried_out`: the server has answered, the answer is held back; else the request never reaches it. `reached` is
     set when a request stands there; it goes nowhere any more, and its connection is closed once `let_go` is set.
+    With `late` the server gets the request then after all, and `ended` is set when it has answered.
     """
 
     method: str
     path: str
     nth: int = 1
     carried_out: bool = False
+    late: bool = False
     when: Callable[[], bool] = lambda: True
     reached: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def takes(self, method: str, path: str) -> bool:
@@ -85,7 +88,8 @@ def _handler(gate: Gate) -> type[BaseHTTPRequestHandler]:
             stop = next((one for one in gate.stops if one.takes(self.command, self.path)), None)
             if stop and not stop.carried_out:
                 self.drop(stop)
-                return
+                if not stop.late:
+                    return
             upstream = http.client.HTTPConnection(*gate.target, timeout=LONGEST_SECONDS)
             headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
             upstream.request(self.command, self.path, body or None, headers)
@@ -93,7 +97,10 @@ def _handler(gate: Gate) -> type[BaseHTTPRequestHandler]:
             content = answer.read()
             upstream.close()
             if stop:
-                self.drop(stop)
+                if stop.late:
+                    stop.ended.set()
+                else:
+                    self.drop(stop)
                 return
             self.send_response(answer.status)
             for name, value in answer.getheaders():

@@ -1,6 +1,7 @@
 """`qdrant_snapshot_*.tar.gz`: the server's own snapshot, the raw configuration and the promised ids.
 
-Members in order: `collection.json`, `snapshot/<name>`, `ids.txt` (one id a line). Written and read as a stream;
+Members in order: `collection.json`, `snapshot/<name>` (of a cluster one of each node), `ids.txt` (one id a line).
+Written and read as a stream;
 igzip (isal) at level 1 compresses at the speed of the network. Nothing is ever unpacked by a name from the file.
 """
 
@@ -10,12 +11,12 @@ import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import orjson
 
+from lib.backup_set.members import ArchiveFacts, SnapshotMember, SnapshotReader, read_snapshot
 from lib.errors import BackupDamaged, BadFile
 from lib.files import atomic_writer
 
@@ -97,37 +98,6 @@ def archive_writer(path: Path) -> Iterator[ArchiveWriter]:
         yield ArchiveWriter(stream)
 
 
-@dataclass(frozen=True)
-class ArchiveFacts:
-    """What an archive says of itself: `collection.json`, and the snapshot's name, bytes and sha256 as read."""
-
-    facts: dict[str, Any]
-    snapshot_name: str
-    snapshot_size: int
-    snapshot_sha256: str
-    ids: int
-
-
-class _HashingReader:
-    """A readable that hashes what passes and can be drained to its end."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self.sha256.update(data)
-        self.size += len(data)
-        return data
-
-    def drain(self) -> None:
-        while self.read(_CHUNK):
-            pass
-
-
-SnapshotReader = Callable[[IO[bytes]], object]
 IdsReader = Callable[[Iterator[str]], object]
 
 
@@ -155,15 +125,21 @@ def _members(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def read_archive(
-    path: Path, on_snapshot: SnapshotReader | None = None, on_ids: IdsReader | None = None
+    path: Path,
+    on_snapshot: SnapshotReader | None = None,
+    on_ids: IdsReader | None = None,
+    *,
+    only: str | None = None,
 ) -> ArchiveFacts:
-    """Read an archive to its end; the callbacks see the snapshot's bytes and the ids as they pass.
+    """Read an archive to its end; the callbacks see each snapshot's bytes and the ids as they pass.
+
+    `only` names the one snapshot that `on_snapshot` is to see.
 
     Raises BackupDamaged where a member is missing, cut, foreign, or not as `collection.json` promises.
     """
     facts: dict[str, Any] | None = None
-    reader: _HashingReader | None = None
-    name, ids = "", -1
+    found: list[SnapshotMember] = []
+    ids = -1
     with _members(path) as tar:
         for member in tar:
             # A sparse member could claim any size without holding it; ours never are.
@@ -172,18 +148,21 @@ def read_archive(
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
             if member.name == FACTS and facts is None and member.size < _FACTS_LIMIT:
                 facts = _read_facts(path, stream)
-            elif member.name.startswith(SNAPSHOT) and facts is not None and reader is None:
-                name, reader = member.name.removeprefix(SNAPSHOT), _HashingReader(stream)
-                if on_snapshot:
-                    on_snapshot(cast("IO[bytes]", reader))
-                reader.drain()
-            elif member.name == IDS and reader is not None and ids < 0:
+            elif member.name.startswith(SNAPSHOT) and ids < 0 and len(found) < _snapshots_of(facts):
+                name = member.name.removeprefix(SNAPSHOT)
+                found.append(read_snapshot(name, stream, on_snapshot if only in {None, name} else None))
+            elif member.name == IDS and found and ids < 0:
                 ids = _read_ids(path, stream, on_ids)
             else:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
-    if facts is None or reader is None or ids < 0:
-        raise BackupDamaged(f"{path} is not whole: collection.json, the snapshot or ids.txt is missing")
-    return ArchiveFacts(facts, name, reader.size, reader.sha256.hexdigest(), ids)
+    if facts is None or len(found) < _snapshots_of(facts) or ids < 0:
+        raise BackupDamaged(f"{path} is not whole: collection.json, a snapshot or ids.txt is missing")
+    return ArchiveFacts(facts, tuple(found), ids)
+
+
+def _snapshots_of(facts: dict[str, Any] | None) -> int:
+    """How many snapshots the archive must hold; none may come before `collection.json`."""
+    return 0 if facts is None else len(facts.get("nodes") or "1")
 
 
 def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
@@ -193,6 +172,8 @@ def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
         raise BackupDamaged(f"{path}: its {FACTS} cannot be read: {error}") from error
     if not isinstance(facts, dict) or not facts.keys() >= _PROMISES:
         raise _foreign(path)
+    if not isinstance(facts.get("nodes", []), list):
+        raise BackupDamaged(f"{path}: its {FACTS} is not whole")
     return facts
 
 

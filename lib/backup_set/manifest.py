@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
 
+from lib.backup_set.shape import misfit
 from lib.errors import BackupDamaged, BadFile
 from lib.files import write_atomic
 
@@ -52,7 +53,11 @@ class GraphHalf:
 
 @dataclass(frozen=True)
 class CollectionHalf:
-    """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`."""
+    """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`.
+
+    `nodes` has an entry for each snapshot where there are several: peer, address, shards, snapshot_name, snapshot_size,
+    snapshot_sha256. Without a name, `snapshot_*` stand for all of them then.
+    """
 
     file: BackupFile
     collection: str
@@ -70,6 +75,7 @@ class CollectionHalf:
     promised_ids: int
     proof: str
     proof_note: str = ""
+    nodes: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,16 @@ class Manifest:
         """The lower level of its halves."""
         return min((half.proof for half in self.halves), key=PROOF_LEVELS.index, default=UNPROVED)
 
+    @property
+    def files(self) -> list[BackupFile]:
+        """Every file that the set has, the manifest apart."""
+        return [
+            value
+            for half in self.halves
+            for one in dataclasses.fields(half)
+            if isinstance(value := getattr(half, one.name), BackupFile)
+        ]
+
     def file_of(self, half: GraphHalf | CollectionHalf) -> Path:
         """Where the half's file lies, beside this manifest."""
         assert self.path is not None
@@ -147,16 +163,21 @@ def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest from disk.
+    """A manifest from disk; raises like `parse_manifest`."""
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """A manifest from its bytes, which lie or will lie at `path`.
 
     Raises BadFile where it is another's JSON or of a newer format, BackupDamaged where it is ours and broken.
     """
     try:
-        raw = orjson.loads(path.read_bytes())
+        raw = orjson.loads(data)
     except ValueError as error:
         raise BackupDamaged(f"{path} cannot be read: {error}", next_step=_ANOTHER) from error
     number = raw.get("format") if isinstance(raw, dict) else None
-    if not isinstance(number, int) or "stamp" not in raw:
+    if type(number) is not int or number < 1 or "stamp" not in raw:
         raise BadFile(f"{path} is JSON, but no manifest of a backup", next_step=_ANOTHER)
     if number > FORMAT:
         raise BadFile(
@@ -166,6 +187,7 @@ def read_manifest(path: Path) -> Manifest:
     if sealed(raw) != raw:
         raise BackupDamaged(f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER)
     try:
+        _require_shape(raw)
         drift = Drift(**raw["drift"]) if raw.get("drift") else None
         graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])
         return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path)
@@ -173,3 +195,21 @@ def read_manifest(path: Path) -> Manifest:
         raise BackupDamaged(
             f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER
         ) from error
+
+
+def _require_shape(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError where an edited manifest would lead astray: wrong types, or a file outside its folder."""
+    for name, kind in (("graph", GraphHalf), ("collection", CollectionHalf), ("drift", Drift)):
+        wrong = misfit(kind, raw[name]) if raw[name] is not None else None
+        if wrong:
+            raise ValueError(f"{wrong} of {name}")
+    if not isinstance(raw["stamp"], str) or not (raw["graph"] or raw["collection"]):
+        raise ValueError("no stamp or no half")
+    if datetime.fromisoformat(raw["created"]).tzinfo is None:
+        raise ValueError("created has no time zone")
+    for half in (raw["graph"], raw["collection"]):
+        if half and half["proof"] not in PROOF_LEVELS:
+            raise ValueError(f"proof {half['proof']}")
+        where = PurePosixPath(half["file"]["name"] if half else "")
+        if where.is_absolute() or ".." in where.parts:
+            raise ValueError(f"{where} is outside the backup folder")

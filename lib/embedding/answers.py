@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import json
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pybase64
 
 from lib.dimensions import EmbeddingSpec, native_size
 from lib.embedding.limit_headers import RateLimits
@@ -64,7 +64,7 @@ def read_answer(
 def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
     try:
         if isinstance(embedding, str):
-            row = np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
+            row = np.frombuffer(pybase64.b64decode(embedding, validate=True), dtype="<f4")
         else:  # a server that ignores base64; None stands for NaN in JSON
             row = np.asarray(embedding, dtype=np.float32)
     except (ValueError, TypeError, binascii.Error) as error:
@@ -81,7 +81,7 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
 
 def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
     """Check the lengths; OpenAI's models answer with length 1, others may not and are scaled."""
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     if not np.isfinite(norms).all():
         raise BadAnswer("a vector with values that are not numbers")
     off = np.abs(norms - 1) > NORM_TOLERANCE

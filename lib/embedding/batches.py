@@ -43,7 +43,7 @@ def batches(
     their labels told to `cut`; the key stays that of the whole text.
     """
     batch: list[TextRow] = []
-    tokens = 0
+    tokens, limits = 0, caps()
     for row in rows:
         if not row.text.strip():
             refused(Refused(row.label, "blank content"))
@@ -51,11 +51,10 @@ def batches(
         sent = _fitting(row, model)
         if sent.text != row.text:
             cut(row.label)
-        limits = caps()
         weight = max(sent.tokens, estimated_tokens([sent.text]))
         if batch and (len(batch) >= limits.inputs or tokens + weight > limits.tokens):
             yield batch
-            batch, tokens = [], 0
+            batch, tokens, limits = [], 0, caps()
         batch.append(sent)
         tokens += weight
     if batch:
@@ -66,5 +65,5 @@ def _fitting(row: TextRow, model: str) -> TextRow:
     tokens = row.tokens or count_tokens([row.text])[0]
     limit = input_limit(model)
     if limit is None or tokens <= limit:
-        return replace(row, tokens=tokens)
+        return row if row.tokens == tokens else replace(row, tokens=tokens)
     return replace(row, text=cut_to_tokens(row.text, CUT_TO_TOKENS), tokens=CUT_TO_TOKENS)

@@ -44,17 +44,19 @@ class EmbeddingClient:
         self.pacer = Pacer(max_wait_seconds)
         self._provider = Provider(spec, api_key, timeout_seconds)
         self._max_wait = max_wait_seconds
+        self.request_seconds: float | None = None  # what the first good answer took
         self._last_answer: float | None = None
+        # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
+        self._decoding = threading.Lock()
 
     @property
     def provider(self) -> str:
         """Model and endpoint, to be shown."""
         return self._provider.name
 
-    @property
-    def proven(self) -> bool:
-        """Whether the endpoint has answered with good vectors yet."""
-        return self._last_answer is not None
+    def answered_since(self, moment: float) -> bool:
+        """Whether good vectors came after `moment` (monotonic seconds)."""
+        return self._last_answer is not None and self._last_answer >= moment
 
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
         """Vectors of `texts` (at most 2,048, none blank), in their order.
@@ -91,10 +93,13 @@ class EmbeddingClient:
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
         self.pacer.acquire(tokens, stop)
+        began = time.monotonic()
         try:
-            headers, body = self._provider.send(texts)
+            headers, content = self._provider.send(texts)
             limits = rate_limits(headers)
-            answer = read_answer(body, len(texts), self.spec, limits)
+            with self._decoding:
+                body = self._provider.opened(texts, headers, content)
+                answer = read_answer(body, len(texts), self.spec, limits)
             self._refuse_one_for_all(texts, answer)
         except BadInput:
             self.pacer.answered(tokens, None)
@@ -107,6 +112,7 @@ class EmbeddingClient:
             raise
         self.pacer.answered(tokens, limits)
         self._last_answer = time.monotonic()
+        self.request_seconds = self.request_seconds or self._last_answer - began
         return answer
 
     def _refuse_one_for_all(self, texts: list[str], answer: Answer) -> None:

@@ -64,6 +64,10 @@ class _Bucket:
         self.capacity = state.limit
         self._rate = state.refill or self._rate
 
+    def rate_and_level(self) -> tuple[float, float] | None:
+        """Units a second and units left; None where no answer has told."""
+        return (self._rate, self.level) if self._rate else None
+
     def delay(self, wanted: float, share: float) -> float:
         """Seconds until `wanted` is there; what exceeds the whole bucket waits for a full one."""
         lacking = min(wanted, self.capacity) - self.level
@@ -105,6 +109,11 @@ class Pacer:
         """What happened so far."""
         with self._changed:
             return PaceCounts(self._sent, self._rate_limited, max(0.0, self._gate - self._clock()))
+
+    def buckets(self) -> list[tuple[float, float] | None]:
+        """(refill a second, what is left now) of the request and the token limit; None where that is not known."""
+        with self._changed:
+            return [bucket.rate_and_level() for bucket in (self._requests, self._tokens)]
 
     def acquire(self, tokens: int, stop: threading.Event) -> None:
         """Wait for the turn of a request of `tokens` estimated tokens. Raises Stopped, and RateLimited."""

@@ -17,7 +17,8 @@ _MISSING = f"{_DISTINCT} AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m
 class MemoryRow:
     """One memory of the graph: its point id, its node, and what its point should hold.
 
-    `key` is the vector's key in the spool, `payload` the JSON of the graph's values, `tokens` the real ones.
+    `key` is the vector's key in the spool, `payload` the JSON of the graph's values, `tokens` those of
+    the whole content.
     """
 
     point_id: str | int
@@ -40,7 +41,7 @@ class TextRow:
 
 @dataclass(frozen=True)
 class Missing:
-    """Distinct texts of the plan without a vector, and their tokens."""
+    """Distinct texts of the plan without a vector, and the tokens that they are billed for."""
 
     texts: int
     tokens: int
@@ -123,6 +124,16 @@ class PlanTable(SpoolFile):
             found.update(point_id_of(stored) for (stored,) in self._rows(sql, [self._scan(), *part]))
         return found
 
+    def tokens_of(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """The tokens of those texts that the plan holds already."""
+        found: dict[bytes, int] = {}
+        for part in chunks(list(keys)):
+            sql = f"SELECT key, tokens FROM memories WHERE key IN ({marks(part)})"  # noqa: S608 - only marks
+            found.update(
+                {key: int(str(count)) for key, count in self._rows(sql, part) if isinstance(key, bytes)}
+            )
+        return found
+
     def missing_rows(self, page: int = 500) -> Iterator[TextRow]:
         """Distinct texts of the plan that have no vector yet; vectors may be stored while this is read."""
         for _, row in self._pages(_MISSING, 0, page):
@@ -137,8 +148,15 @@ class PlanTable(SpoolFile):
         return self._total(_DISTINCT)
 
     def _total(self, source: str) -> Missing:
-        rows = self._rows(f"SELECT count(*), coalesce(sum(m.tokens), 0) {source}")
+        rows = self._rows(
+            f"SELECT count(*), coalesce(sum(CASE WHEN m.tokens > ? THEN ? ELSE m.tokens END), 0) {source}",
+            self._most_tokens(),
+        )
         return Missing(*(int(str(value)) for value in rows[0]))
+
+    def _most_tokens(self) -> tuple[int, int]:
+        """The most tokens that a text of this plan may have, and what it is cut to where it has more."""
+        return 1 << 62, 1 << 62
 
     def _pages(self, source: str, after: int, page: int) -> Iterator[tuple[int, MemoryRow]]:
         # Each page is a statement of its own: no read transaction stays open while the caller works.

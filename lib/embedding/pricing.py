@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 # List prices in USD per million tokens (https://openai.com/api/pricing).
-PRICES_AS_OF = "2026"
+PRICES_AS_OF = "2026-11"
 _PRICES = {
     "text-embedding-3-small": 0.02,
     "text-embedding-3-large": 0.13,

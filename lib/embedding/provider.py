@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from lib.dimensions import EmbeddingSpec, native_size, takes_dimensions
 from lib.embedding.answers import parsed
@@ -12,13 +14,20 @@ from lib.embedding.pacing import estimated_tokens
 from lib.embedding.refusals import Transient, judged, redacted, refusal_of
 from lib.errors import UsageProblem
 
+if TYPE_CHECKING:
+    import openai
+
+# Azure's own header for a key (https://learn.microsoft.com/azure/ai-services/openai/reference#authentication).
+_AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
+_VOYAGE_HOST = (
+    "api.voyageai.com"  # takes `output_dimension` (https://docs.voyageai.com/reference/embeddings-api)
+)
+
 
 class Provider:
     """One key at one endpoint, for one model and size. Thread-safe; `name` is fit to be shown."""
 
     def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
-        import openai
-
         if not api_key.isascii() or any(character.isspace() for character in api_key):
             raise UsageProblem(
                 "OPENAI_API_KEY holds a space, a line break or a letter that no key has",
@@ -26,20 +35,37 @@ class Provider:
             )
         self.name = f"{spec.model} at {public_url(spec.base_url)}"
         self._key = api_key
-        # The package's own retries know neither quota codes nor the other workers.
-        self._openai = openai.OpenAI(
-            api_key=api_key or "none",
-            base_url=spec.base_url or OPENAI_BASE_URL,
-            timeout=timeout_seconds,
-            max_retries=0,
-        )
+        self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
+        self._made: openai.OpenAI | None = None
+        self._making = threading.Lock()
         # base64, decoded here: a list of numbers costs 30 to 60 times the CPU.
         self._options: dict[str, Any] = {"model": spec.model, "encoding_format": "base64"}
+        self._beside: dict[str, object] = {}
         if takes_dimensions(spec.model) and spec.size != native_size(spec.model):
             self._options["dimensions"] = spec.size
+        if urlsplit(self._base_url).hostname == _VOYAGE_HOST:
+            self._beside["output_dimension"] = spec.size
 
-    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], dict[str, object]]:
-        """Headers and JSON body of a good answer.
+    def _client(self) -> openai.OpenAI:
+        """The package's client, made when something is to be sent: importing it costs half a second."""
+        with self._making:
+            if self._made is None:
+                import openai
+
+                parts = urlsplit(self._base_url)
+                azure = (parts.hostname or "").endswith(_AZURE_HOSTS)
+                self._made = openai.OpenAI(
+                    api_key=self._key or "none",
+                    base_url=urlunsplit(parts._replace(query="", fragment="")),
+                    default_query=dict(parse_qsl(parts.query)),
+                    default_headers={"api-key": self._key} if azure else None,
+                    timeout=self._timeout,
+                    max_retries=0,  # the package's own retries know neither quota codes nor the other workers
+                )
+            return self._made
+
+    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
+        """Headers and body of a 200.
 
         Raises RateLimited, Transient, BadInput or ProviderRefused for any other (lib/embedding/refusals.py).
         """
@@ -47,8 +73,8 @@ class Provider:
 
         try:
             # As extra_body the texts replace `input` unlooked at; else the package walks through every one of them.
-            raw = self._openai.embeddings.with_raw_response.create(
-                input="", extra_body={"input": list(texts)}, **self._options
+            raw = self._client().embeddings.with_raw_response.create(
+                input="", extra_body={"input": list(texts), **self._beside}, **self._options
             )
         except openai.APIStatusError as error:
             # Its own text may hold the key: it is not chained.
@@ -57,16 +83,21 @@ class Provider:
             raise Transient("no answer in time") from error
         except openai.APIConnectionError as error:
             raise Transient(redacted(str(error.__cause__ or error), self._key) or "no connection") from None
-        headers, body = raw.headers, parsed(raw.content)
+        return raw.headers, raw.content
+
+    def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
+        """The JSON of a 200. Raises BadAnswer, and as `send` where it holds an error after all."""
+        body = parsed(content)
         if "data" not in body:  # some proxies wrap an error of the model's host into a 200
             error_body = body.get("error")
             code = error_body.get("code") if isinstance(error_body, dict) else None
             raise self._judged(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
-        return headers, body
+        return body
 
     def close(self) -> None:
         """Close the connections."""
-        self._openai.close()
+        if self._made is not None:
+            self._made.close()
 
     def _judged(
         self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object

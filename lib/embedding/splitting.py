@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,22 +34,26 @@ def embed_split(
     stop: threading.Event,
     deliver: Callable[[Arrived], None],
     too_many: Callable[[int], None],
+    since: float | None = None,
 ) -> bool:
     """Embed `batch` and deliver what comes of it, piece by piece; returns whether every row was taken.
 
     A refused batch is never sent again as it is: its halves are. Where both are taken whole, it was the number
-    of texts, and `too_many` hears how many are fine. Raises what EmbeddingClient.embed raises, except BadInput.
+    of texts, and `too_many` hears how many are fine. `since`: when the whole batch was first sent (monotonic).
+    Raises what EmbeddingClient.embed raises, except BadInput.
     """
+    since = time.monotonic() if since is None else since
     try:
         answer = client.embed([row.text for row in batch], stop=stop)
     except BadInput as problem:
         if len(batch) == 1:
-            _prove_endpoint(client, stop)
+            _prove_endpoint(client, stop, since)
             deliver(Arrived([], refused=Refused(batch[0].label, str(problem))))
             return False
         middle = (len(batch) + 1) // 2
         halves = [
-            embed_split(client, half, stop, deliver, too_many) for half in (batch[:middle], batch[middle:])
+            embed_split(client, half, stop, deliver, too_many, since)
+            for half in (batch[:middle], batch[middle:])
         ]
         if all(halves) and not isinstance(problem, BadAnswer):
             too_many(middle)
@@ -59,9 +64,12 @@ def embed_split(
     return True
 
 
-def _prove_endpoint(client: EmbeddingClient, stop: threading.Event) -> None:
-    """Before the first row is called bad: does the endpoint take any text at all?"""
-    if client.proven:
+def _prove_endpoint(client: EmbeddingClient, stop: threading.Event, since: float) -> None:
+    """Before a row is called bad: has the endpoint taken any other text since, or does it take a plain word?
+
+    One that has begun to refuse everything must not look like a graph full of bad memories.
+    """
+    if client.answered_since(since):
         return
     try:
         client.embed([CONTROL_TEXT], stop=stop)

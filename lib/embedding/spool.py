@@ -13,21 +13,20 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from lib.dimensions import EmbeddingSpec, takes_dimensions
 from lib.embedding.endpoint import public_url
 from lib.embedding.kept_points import KeptPoints
 from lib.embedding.plan_table import PlanTable, TextRow
+from lib.embedding.pricing import CUT_TO_TOKENS, input_limit
+from lib.embedding.pruning import PREFIX_BYTES, Pruning
 from lib.embedding.spool_file import chunks, marks
 
-PREFIX_BYTES = 4
 TEXT_BYTES = 12
 FLOAT_BYTES = 4
 TEXTS_AT_ONCE = 500
 
 
-class Spool(PlanTable, KeptPoints):
+class Spool(PlanTable, KeptPoints, Pruning):
     """The open spool; see SpoolFile for its arguments. Raises SpoolDamaged where the file cannot be used."""
 
     def __init__(self, path: Path, *, vectors: Path | None = None, read_only: bool = False) -> None:
@@ -94,6 +93,16 @@ class Spool(PlanTable, KeptPoints):
             if row.key != self.text_key(spec, row.text):
                 raise ValueError("the plan was made for another model, size or endpoint")
             yield row
+
+    def _most_tokens(self) -> tuple[int, int]:
+        some = self._rows("SELECT key FROM memories LIMIT 1")
+        spec = (
+            self._specs.get(bytes(some[0][0])[:PREFIX_BYTES])
+            if some and isinstance(some[0][0], bytes)
+            else None
+        )
+        limit = input_limit(spec.model) if spec else None
+        return super()._most_tokens() if limit is None else (limit, CUT_TO_TOKENS)
 
     def derive(self, spec: EmbeddingSpec, texts: Sequence[str]) -> list[tuple[bytes, bytes]]:
         """Vectors of `spec` cut from larger ones of the same model and endpoint: (key, blob), nothing is stored.
@@ -166,5 +175,7 @@ def _key(spec_digest: bytes, text: str) -> bytes:
 
 
 def _cut(blob: bytes, size: int) -> bytes:
+    import numpy as np
+
     part = np.frombuffer(blob, dtype="<f4")[:size].astype(np.float64)
     return bytes((part / np.linalg.norm(part)).astype("<f4").tobytes())

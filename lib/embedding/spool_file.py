@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import MigrationError
-from lib.files import private_dir
+from lib.files import UsedFile, private_dir, sync_dir
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,16 +58,22 @@ class SpoolFile:
     def __init__(self, path: Path, *, vectors: Path | None = None, read_only: bool = False) -> None:
         self.path = path
         self._files = [path] if vectors is None else [path, vectors]
+        self._bought_schema = _MAIN if vectors is None else _BOUGHT
+        self.vectors_path = vectors or path
         self._read_only = read_only
         for file in [] if read_only else self._files:
             private_dir(file.parent)
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+            if not file.exists():
+                os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+                sync_dir(file.parent)  # SQLite syncs what it writes, not the name of the file
+        # Through the run's end, not for each statement: what a run relies on must not be pruned under it.
+        self._used = UsedFile(self.vectors_path.with_name(self.vectors_path.name + ".lock"))
         self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self._guarded():
                 self._open(vectors)
         except BaseException:
-            self._db.close()
+            self.close()
             raise
 
     def _open(self, vectors: Path | None) -> None:
@@ -94,6 +100,9 @@ class SpoolFile:
         self._db.execute(f"PRAGMA {schema}.journal_mode = WAL")
         # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
         self._db.execute(f"PRAGMA {schema}.synchronous = FULL")
+        # On macOS an fsync stops at the drive's cache without these (https://www.sqlite.org/pragma.html#pragma_fullfsync).
+        self._db.execute("PRAGMA fullfsync = ON")
+        self._db.execute("PRAGMA checkpoint_fullfsync = ON")
         if empty:
             with self._transaction():
                 if self._number(tables_there):
@@ -157,9 +166,14 @@ class SpoolFile:
         files = [file.with_name(file.name + ending) for file in self._files for ending in ("", "-wal")]
         return sum(each.stat().st_size for each in files if each.exists())
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody else uses the vectors during the block. Raises LockHeld."""
+        return self._used.alone()
+
     def close(self) -> None:
         """Fold the log into the file and close it."""
         self._db.close()
+        self._used.close()
 
     def __enter__(self) -> Self:
         return self

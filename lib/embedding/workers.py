@@ -19,7 +19,8 @@ from lib.errors import MigrationError
 
 GRACE_SECONDS = 3.0  # what is in flight when the run ends is paid for: so long it may still arrive
 TICK_SECONDS = 1.0
-SPARE_BATCHES = 4  # ready for the next free worker
+# Beyond one for each worker, so that none waits while the disk takes what others brought; fewer where they are large.
+SPARE_BATCHES, SPARE_TEXTS = 16, 1600
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def embed_missing(
     for _ in range(workers):
         threading.Thread(target=run.work, name="embedding", daemon=True).start()
     try:
-        run.feed(rows, workers + SPARE_BATCHES)
+        run.feed(rows, workers + min(SPARE_BATCHES, 1 + SPARE_TEXTS // batch_size))
     except BaseException:
         run.abandon()
         raise

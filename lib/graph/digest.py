@@ -105,7 +105,16 @@ class _Reader:
         return total % _MODULUS
 
     def _properties(self, properties: Iterable[list[Any]]) -> bytes:
-        return b"".join(sorted([self._keys[key] + _typed(kind, value) for key, kind, value in properties]))
+        known = self._keys.known
+        try:
+            parts = [
+                known[key] + (b"s%d:%s" % (len(value), value) if kind == _STRING else _typed(kind, value))
+                for key, kind, value in properties
+            ]
+        except IndexError:
+            parts = [self._keys[key] + _typed(kind, value) for key, kind, value in properties]
+        parts.sort()
+        return b"".join(parts)
 
     def _keep(self, node_id: int, value: bytes) -> None:
         at = node_id * HASH_BYTES
@@ -123,16 +132,16 @@ class _Names:
 
     def __init__(self, conn: redis.Redis, graph: str, procedure: str, column: str) -> None:
         self._lookup = (conn, graph, procedure, column)
-        self._names: list[bytes] = []
+        self.known: list[bytes] = []
 
     def __getitem__(self, number: int) -> bytes:
         try:
-            return self._names[number]
+            return self.known[number]
         except IndexError:
-            self._names = [_text(b"k", name.encode()) for name in names(*self._lookup)]
-        if number >= len(self._names):
+            self.known = [_text(b"k", name.encode()) for name in names(*self._lookup)]
+        if number >= len(self.known):
             raise StoreFailed(f"graph '{self._lookup[1]}' uses a name that {self._lookup[2]} does not list")
-        return self._names[number]
+        return self.known[number]
 
 
 def _hash(data: bytes) -> bytes:
@@ -150,7 +159,10 @@ def _typed(kind: int, value: Any) -> bytes:
     if kind in _PLAIN:
         return _PLAIN[kind] + (value if isinstance(value, bytes) else str(value).encode()) + b";"
     if kind == _ARRAY:
-        return b"[" + b"".join([_typed(*item) for item in value]) + b"]"
+        items = [
+            b"s%d:%s" % (len(one), one) if type_ == _STRING else _typed(type_, one) for type_, one in value
+        ]
+        return b"[" + b"".join(items) + b"]"
     if kind == _MAP:
         pairs = zip(value[::2], value[1::2], strict=True)
         return b"{" + b"".join(sorted(_text(b"k", key) + _typed(*item) for key, item in pairs)) + b"}"

@@ -120,6 +120,22 @@ def _probe(server: Path, module: Path, origin: str) -> Engine:
     )
 
 
+def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
+    """Whether an engine here surely loads what this server writes: neither redis nor FalkorDB is a newer minor version.
+
+    Where the server does not tell FalkorDB's version, redis's decides.
+    """
+    redis_minor, falkordb_minor = _minor(server.redis), _minor(server.falkordb)
+    return any(
+        _minor(engine.redis_version) >= redis_minor and _minor(engine.falkordb_version) >= falkordb_minor
+        for engine in engines
+    )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
+
+
 def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions | None) -> Engine:
     """The oldest engine that loads `rdb`; where a `target` is given, one whose graph encoding it can read.
 

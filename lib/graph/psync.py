@@ -17,6 +17,7 @@ from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed
 from lib.graph.client import START_HINT, GraphAddress, access_refused
 from lib.graph.rdb import MAGIC
 from lib.graph.rdb_fields import crc64
+from lib.stopping import Stop
 
 CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 1 << 20
@@ -50,13 +51,14 @@ def stream_rdb(
     *,
     progress: Callable[[int], None] | None = None,
     idle_seconds: float = 60.0,
+    stop: Stop | None = None,
 ) -> RdbTransfer:
-    """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far.
+    """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` hangs up.
 
     `idle_seconds` of silence (the server sends newlines while it prepares) end it. Raises PsyncRefused where DUMP
     is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a whole RDB.
     """
-    with contextlib.closing(_Wire(address, idle_seconds)) as wire:
+    with contextlib.closing(_Wire(address, idle_seconds)) as wire, (stop or Stop()).ends(wire.hang_up):
         wire.introduce()
         header = wire.request_rdb()
         arrival = _Arrival(write, progress)
@@ -143,6 +145,11 @@ class _Wire:
         self._reader.close()
         self._socket.close()
 
+    def hang_up(self) -> None:
+        """End what is waited for; from any thread, so not by TLS's own good-bye."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
     def introduce(self) -> None:
         """Log in, and say what kind of replica this is."""
         if self._address.password:
@@ -182,7 +189,7 @@ class _Wire:
         while line and not line.strip():
             with self._told():
                 line = self._reader.readline(CHUNK_BYTES)
-        if not line:
+        if not line.endswith(b"\n"):
             raise StoreUnreachable(
                 f"FalkorDB at {self.where} closed the connection instead of sending an RDB",
                 next_step="look at the server's log: it may lack the memory to fork",

@@ -34,6 +34,7 @@ class RdbFacts:
 
     `crc_ok`: it carries a checksum, and it is right. `dumped_graph`: the graph that it wraps, where it is a DUMP
     in the shape of an RDB. `graph_encoding`: the version of FalkorDB's encoding, where it could be told.
+    `memory`: the bytes that the server used when it wrote the file, 0 where it did not say.
     """
 
     version: int
@@ -44,6 +45,7 @@ class RdbFacts:
     crc_ok: bool
     dumped_graph: str | None
     graph_encoding: int | None
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def inspect_rdb(path: Path) -> RdbFacts:
         crc_ok=stored == computed,
         dumped_graph=head.aux.get(_DUMP_MARK),
         graph_encoding=head.graph_encoding,
+        memory=int(used) if (used := head.aux.get("used-mem", "")).isdecimal() else 0,
     )
 
 

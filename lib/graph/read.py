@@ -64,16 +64,23 @@ def read_rows(
 
 
 def iter_memories(
-    conn: redis.Redis, graph: str, *, after: int = -1, page: int = PAGE_ROWS
+    conn: redis.Redis, graph: str, *, after: int = -1, page: int = PAGE_ROWS, keys: Sequence[str] = ()
 ) -> Iterator[MemoryNode]:
     """Every memory whose node id is above `after`, by ascending node id; `page` ids are asked for at a time.
 
+    `keys` are the only properties wanted (default: all); one that a memory lacks comes as None.
     Doubles arrive with 15 digits, as FalkorDB prints them. Bytes that are no UTF-8, which FalkorDB stores without
     a word, arrive as U+FFFD.
     """
-    for rows in pages(conn, graph, nodes(MEMORY_LABEL), "id(n), properties(n)", first=after + 1, size=page):
-        for node_id, properties in sorted(rows, key=_first_number):
-            yield MemoryNode(node_id[1], _python_properties(properties[1]))
+    wanted = [f"n.{quoted(key)}" for key in keys]
+    columns = ", ".join(["id(n)", *(wanted or ["properties(n)"])])
+    named = [key.encode() for key in keys]
+    for rows in pages(conn, graph, nodes(MEMORY_LABEL), columns, first=after + 1, size=page):
+        for node_id, *cells in sorted(rows, key=_first_number):
+            pairs = (
+                [part for pair in zip(named, cells, strict=True) for part in pair] if keys else cells[0][1]
+            )
+            yield MemoryNode(node_id[1], _python_properties(pairs))
 
 
 def _first_number(row: list[Any]) -> int:

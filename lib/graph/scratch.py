@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +14,10 @@ import redis
 
 from lib.errors import BackupDamaged, StoreFailed, StoreUnreachable
 from lib.graph.client import GraphAddress, connect
+from lib.scratch_folder import ScratchFolder, scratch_folder
 
 POLL_SECONDS = 0.02
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
-# Ends the server and removes its directory when this process dies without doing so (its end of the pipe closes).
-_UNDERTAKER = 'read -r word; [ "$word" = done ] || { kill -9 "$1"; rm -rf "$2"; }'
 
 
 @dataclass(frozen=True)
@@ -38,42 +35,23 @@ def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Ite
 
     Raises BackupDamaged where the file does not load, StoreFailed where the server does not start without one.
     """
-    folder = Path(tempfile.mkdtemp(prefix="falkordb-scratch-"))  # 0700
-    child: subprocess.Popen[bytes] | None = None
-    undertaker: subprocess.Popen[bytes] | None = None
-    try:
+    with scratch_folder("falkordb-scratch-") as scratch:
         if rdb is not None:
-            (folder / "dump.rdb").symlink_to(rdb.resolve())
-        child = _start(server, module, folder)
-        undertaker = subprocess.Popen(
-            ["/bin/sh", "-c", _UNDERTAKER, "sh", str(child.pid), str(folder)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        address = GraphAddress(unix_socket=str(folder / "s"))
-        with contextlib.closing(_loaded(child, address, rdb, folder / "log", seconds)) as conn:
-            yield Scratch(address, conn, child.pid)
-    finally:
-        if child is not None:
+            (scratch.path / "dump.rdb").symlink_to(rdb.resolve())
+        child = _start(server, module, scratch)
+        try:
+            address = GraphAddress(unix_socket=str(scratch.path / "s"))
+            with contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn:
+                yield Scratch(address, conn, child.pid)
+        finally:
             child.kill()
             child.wait()
-        if undertaker is not None:
-            undertaker.communicate(b"done\n")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(server: Path, module: Path, folder: Path) -> subprocess.Popen[bytes]:
-    settings = ["--port", "0", "--unixsocket", str(folder / "s"), "--unixsocketperm", "700"]
-    settings += ["--dir", str(folder), "--save", "", "--appendonly", "no", "--loadmodule", str(module)]
-    with (folder / "log").open("wb") as log:
-        return subprocess.Popen(
-            [str(server), *settings],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            start_new_session=True,  # a Ctrl-C is for the command, which then ends its server itself
-        )
+def _start(server: Path, module: Path, scratch: ScratchFolder) -> subprocess.Popen[bytes]:
+    settings = ["--port", "0", "--unixsocket", str(scratch.path / "s"), "--unixsocketperm", "700"]
+    settings += ["--dir", str(scratch.path), "--save", "", "--appendonly", "no", "--loadmodule", str(module)]
+    return scratch.start([str(server), *settings], scratch.path / "log")
 
 
 def _loaded(

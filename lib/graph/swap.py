@@ -22,9 +22,9 @@ from lib.errors import (
 from lib.graph.client import command, list_graphs, place, translated
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.payload import graph_encoding, graph_name, rdb_version
+from lib.graph.preflight import GRANT
 
 BULK_BYTES = 512 * 1024 * 1024  # proto-max-bulk-len, as redis has it unless configured
-_GRANT = "grant what a restore needs: ACL SETUSER <user> +restore +rename +multi +exec +graph.delete"
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
@@ -202,7 +202,7 @@ def _told(conn: redis.Redis, payload: bytes) -> Iterator[None]:
         with translated(place(conn)):
             yield
     except AccessRefused as error:
-        raise AccessRefused(str(error), next_step=_GRANT) from error
+        raise AccessRefused(str(error), next_step=GRANT) from error
     except StoreUnreachable as error:
         if len(payload) <= BULK_BYTES:
             raise
@@ -223,4 +223,4 @@ def _remedy(text: str, payload: bytes) -> str:
         return (
             "old and new graph stand side by side for a while: raise maxmemory, or free memory on the target"
         )
-    return _GRANT if "unknown command" in text.lower() else ""
+    return GRANT if "unknown command" in text.lower() else ""

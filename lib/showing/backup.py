@@ -11,13 +11,19 @@ from lib.errors import DONE, REMAINING, VERIFICATION_FAILED
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
+    from lib.backup_set.offsite import Uploaded
+    from lib.backup_set.shelf import Shelf
     from lib.steps.drill import Proof
     from lib.steps.take_collection import CollectionSource
     from lib.steps.take_graph import GraphSource
 
 
 def show_sources(
-    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, console: Console
+    graph: GraphSource | None,
+    collection: CollectionSource | None,
+    folder: Path,
+    console: Console,
+    elsewhere: str = "",
 ) -> int:
     """What a backup would take: --dry-run."""
     from lib.files import free_bytes
@@ -34,19 +40,23 @@ def show_sources(
         state = get_state(collection.qdrant, collection.collection)
         rows.append((f"collection '{state.name}'", f"{state.points:,} points of {state.size}d"))
     rows.append(("folder", f"{folder}, {size_text(free_bytes(folder))} free"))
+    if elsewhere:
+        rows.append(("copy", elsewhere))
     console.result(dict(rows), "would back up:\n" + table(rows))
     return DONE
 
 
-def show_backup(manifest: Manifest, console: Console) -> int:
+def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """The new set; exit code 3 where a half is not even `checked`."""
-    from lib.backup_set.manifest import UNPROVED
+    from lib.backup_set.manifest import CHECKED, UNPROVED
 
     rows = []
     if manifest.graph:
-        half = manifest.graph
-        what = f"{half.nodes:,} nodes, {half.relationships:,} relationships"
-        rows.append((half.file.name, size_text(half.file.size), what, _proof(half.proof, half.proof_note)))
+        graph = manifest.graph
+        what = f"{graph.nodes:,} nodes, {graph.relationships:,} relationships"
+        rows.append(
+            (graph.file.name, size_text(graph.file.size), what, _proof(graph.proof, graph.proof_note))
+        )
     if manifest.collection:
         one = manifest.collection
         what = f"{one.points:,} points, {one.size}d, {one.model} ({one.model_known})"
@@ -58,7 +68,14 @@ def show_backup(manifest: Manifest, console: Console) -> int:
             f"drift: {drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
             "   (reembed_embeddings.py --only-missing repairs it)"
         )
-    console.result(manifest.as_json(), "\n".join(lines))
+    document = manifest.as_json()
+    if uploaded:
+        document["uploaded"] = dataclasses.asdict(uploaded)
+        lines.append(_arrived(uploaded))
+    console.result(document, "\n".join(lines))
+    for half in manifest.halves:
+        if half.proof == CHECKED:
+            console.warn(f"{half.file.name} is CHECKED only, it was not loaded: {half.proof_note}")
     if manifest.proof == UNPROVED:
         console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
         return REMAINING
@@ -69,38 +86,68 @@ def _proof(level: str, note: str) -> str:
     return f"{level.upper()}: {note}"
 
 
-def show_sets(folder: Path, console: Console) -> int:
-    """Every set, newest first."""
-    from lib.backup_set.sets import all_sets, is_complete, manifest_paths
-
-    sets = all_sets(folder)
-    for path in set(manifest_paths(folder)) - {one.path for one in sets}:
-        console.warn(f"{path.name} cannot be read: backup_automem.py --check {path} says why")
-    rows = [
-        (
-            one.stamp,
-            size_text(sum(half.file.size for half in one.halves)),
-            f"{one.graph.nodes:,}" if one.graph else "-",
-            f"{one.collection.points:,}" if one.collection else "-",
-            f"{one.collection.size}d" if one.collection else "-",
-            one.collection.model if one.collection else "-",
-            one.proof if is_complete(one) else "INCOMPLETE",
-        )
-        for one in sets
-    ]
-    header = ("set (UTC)", "size", "nodes", "points", "dimension", "model", "proof")
-    text = table(rows, header) if rows else f"no backup in {folder}"
-    console.result({"sets": [one.as_json() for one in sets]}, text)
+def show_sets(shelf: Shelf, console: Console) -> int:
+    """Every set, newest first: a line of figures, and one of what they are made of, within 80 columns."""
+    for where in shelf.unreadable:
+        console.warn(f"{where.rpartition('/')[2]} cannot be read: backup_automem.py --check {where} says why")
+    rows = [_set_row(one, complete=complete) for one, complete in shelf.sets]
+    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "proof")
+    lines = table(rows, header).splitlines()
+    for at, (one, _) in reversed(list(enumerate(shelf.sets, len(lines) - len(rows)))):
+        lines.insert(at + 1, f"  {_made_of(one)}")
+    console.result(
+        {
+            "where": shelf.where,
+            "sets": [{**one.as_json(), "proof": one.proof, "complete": whole} for one, whole in shelf.sets],
+            "unreadable": shelf.unreadable,
+        },
+        "\n".join(lines) if rows else f"no backup in {shelf.where}",
+    )
     return DONE
 
 
-def show_proofs(proofs: list[Proof], console: Console) -> int:
-    """The restore drill; exit code 4 where a file is damaged."""
-    rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in proofs]
-    console.result(
-        {"proofs": [dataclasses.asdict(one) for one in proofs]}, table(rows) if rows else "nothing to prove"
+def _set_row(one: Manifest, *, complete: bool) -> tuple[str, ...]:
+    graph, collection, drift = one.graph, one.collection, one.drift
+    return (
+        one.stamp,
+        size_text(sum(file.size for file in one.files)),
+        f"{graph.nodes:,}" if graph else "-",
+        f"{collection.points:,}" if collection else "-",
+        f"{collection.size}d" if collection else "-",
+        f"{drift.only_graph + drift.only_collection:,}" if drift else "-",
+        one.proof if complete else "INCOMPLETE",
     )
+
+
+def _made_of(one: Manifest) -> str:
+    """The second line of a set: the day, the sizes of its halves, the model."""
+    parts = [one.created[:16].replace("T", " ")]
+    if one.graph:
+        parts.append(f"graph {size_text(one.graph.file.size)}")
+    if one.collection:
+        half = one.collection
+        parts += [f"collection {size_text(half.file.size)}", f"{half.model} ({half.model_known})"]
+    return ", ".join(parts)
+
+
+def show_proofs(proofs: list[Proof], uploaded: list[Uploaded] | None, console: Console) -> int:
+    """The restore drill, and what of it was uploaded; exit code 4 where a file is damaged."""
+    rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in proofs]
+    document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in proofs]}
+    lines = [table(rows) if rows else "nothing to prove"]
+    if uploaded is not None:
+        document["uploaded"] = [dataclasses.asdict(one) for one in uploaded]
+        lines += ["", *map(_arrived, uploaded)] if uploaded else ["", "nothing was uploaded"]
+    console.result(document, "\n".join(lines))
     return VERIFICATION_FAILED if any(one.fault for one in proofs) else DONE
+
+
+def _arrived(one: Uploaded) -> str:
+    there = f", {one.there} were there already" if one.there else ""
+    return (
+        f"uploaded: {one.manifest} is whole at {one.url} ({one.sent} files sent and read back, "
+        f"{size_text(one.sent_bytes)}{there})"
+    )
 
 
 def show_deleted(chosen: list[Manifest], console: Console, *, dry_run: bool) -> int:

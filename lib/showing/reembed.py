@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lib.steps.exchange import Voice
     from lib.steps.migration import Migration
     from lib.steps.plan import Plan
+    from lib.steps.spot_check import SpotCheck
     from lib.steps.sync import SyncOutcome
     from lib.vectors.collection import CollectionState
 
@@ -46,9 +47,15 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
         ("collection", f"{now}; to do: {what} at {plan.spec.size}d with {plan.spec.model}"),
         ("to embed", f"{plan.texts:,} texts, {plan.tokens:,} tokens; {plan.spooled:,} need no purchase"),
         ("price", f"{_dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
-        ("server's disk", f"up to {size_text(plan.disk_peak)}"),
+        ("spool", f"{size_text(run.spool.size_bytes())} in {run.spool.path.parent}"),
+        ("server's disk", f"up to {size_text(plan.disk_peak)}, the old collection among it"),
     ]
     console.say(table(rows))
+    if plan.scan.too_long:
+        some = ", ".join(plan.scan.too_long_examples[:_EXAMPLES])
+        console.warn(
+            f"{plan.scan.too_long:,} longer than the model takes, embedded without their end: {some}"
+        )
     for reason, count in plan.scan.skipped.items():
         names = [name for name, why in plan.scan.examples if why == reason][:_FEW]
         console.say(
@@ -62,23 +69,26 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
         )
 
 
-def show_tried(tried: Tried, run: Migration, console: Console) -> int:
+def show_tried(tried: Tried, plan: Plan, run: Migration, console: Console) -> int:
     """The outcome of --dry-run."""
-    left = run.spool.missing_total()
-    rate = tried.texts / tried.seconds if tried.seconds else 0.0
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
-    if rate:
-        text += f"; one request at a time does {rate:.0f} texts/s, {left.texts:,} are left"
-    console.result({"dry_run": dataclasses.asdict(tried), "left": dataclasses.asdict(left)}, text)
+    if tried.expected:
+        text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
+    document = {
+        "plan": dataclasses.asdict(plan) | {"spooled": plan.spooled, "spool_bytes": run.spool.size_bytes()},
+        "dry_run": dataclasses.asdict(tried),
+        "left": dataclasses.asdict(tried.left),
+    }
+    console.result(document, text)
     return DONE
 
 
 def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
-    for refused in run.bought.refused[:_EXAMPLES]:
+    for refused in run.bought.refused:
         console.warn(f"memory {refused.label} was not embedded: {refused.reason}")
-    for rejected in outcome.rejected[:_EXAMPLES]:
+    for rejected in outcome.rejected:
         console.warn(f"memory {rejected.id} was rejected by Qdrant: {rejected.reason}")
-    for label in run.bought.cut[:_EXAMPLES]:
+    for label in run.bought.cut:
         console.warn(f"memory {label} is longer than the model takes: its end was cut for the vector")
     for alias in run.aliases_taken:
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
@@ -148,6 +158,7 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         "absent_seconds": round(run.absent_seconds, 3),
         "way": run.way,
         "refused": [dataclasses.asdict(one) for one in run.bought.refused],
+        "cut": run.bought.cut,
         "rejected": [dataclasses.asdict(one) for one in outcome.rejected],
         "aliases_taken": run.aliases_taken,
         "indexed": run.indexed,
@@ -161,6 +172,34 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         f"undo:\n{run.undo}\n\nnext:\n{RESTART}\n"
         "  python scripts/reembed_embeddings.py --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"
+    )
+    console.result(document, text)
+    return code
+
+
+def show_spot_check(done: SpotCheck, run: Migration, console: Console) -> int:
+    """The result of --limit; the exit code says whether every memory of the sample got its point."""
+    code = _remaining(done.outcome, run, console)
+    document = {
+        "memories": done.memories,
+        "points": done.outcome.added,
+        "bought": {"texts": run.bought.texts, "tokens": run.bought.tokens},
+        "recall": done.compared and dataclasses.asdict(done.compared),
+        "refused": [dataclasses.asdict(one) for one in run.bought.refused],
+        "rejected": [dataclasses.asdict(one) for one in done.outcome.rejected],
+    }
+    seen, name = done.compared, run.target.collection
+    recall = f"nothing to compare, '{name}' holds no vectors of these memories"
+    if seen:
+        recall = (
+            f"of the {seen.neighbours} nearest in the sample {seen.overlap:.0%} are the same as in '{name}'"
+            f" ({seen.queries} queries); median score of the nearest {seen.live_score:.3f} there,"
+            f" {seen.side_score:.3f} here"
+        )
+    text = (
+        f"spot check: {done.outcome.added} of {done.memories} memories at {run.spec.size}d with {run.spec.model};"
+        f" {run.bought.texts} texts bought, {run.bought.tokens:,} tokens\nrecall: {recall}\n"
+        f"The side collection is gone, '{name}' was only read. What was bought is in the spool."
     )
     console.result(document, text)
     return code

@@ -23,6 +23,7 @@ _SCRIPTS = {
     "backup": "backup_automem.py",
     "reembed": "reembed_embeddings.py",
     "restore": "restore_from_backup.py",
+    "spot_check": "reembed_embeddings.py",
 }
 
 
@@ -84,12 +85,26 @@ def announce(config: Config, console: Console) -> None:
 
 def _unfinished(journal: Journal, targets: list[str]) -> str:
     """How a run that is open goes on, and the way back from it."""
+    from lib.steps.own_snapshot import AWAITED
+
+    if journal.phase == AWAITED and journal.targets == targets:
+        return _awaited(journal)
     script = _SCRIPTS.get(journal.command, journal.command)
     text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
     if journal.targets != targets:
         return f"{text}; it is of other stores: {', '.join(journal.targets)}"
     text += f"\n  go on:  python scripts/{script}   with the same settings and arguments"
     return f"{text}\n  undo:\n{journal.undo}" if journal.undo else text
+
+
+def _awaited(journal: Journal) -> str:
+    """What may still appear on the server of a run of which nothing else is left."""
+    collection = journal.fact("collection")
+    asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{collection}'"
+    unsure = journal.fact("unsure")
+    if unsure:
+        return f"{asked}: it is one of {', '.join(unsure)}; which one cannot be told, delete it yourself"
+    return f"{asked}: should the file still appear there, the next backup deletes it"
 
 
 def settings_lines(size: int, model: str, config: Config) -> list[str]:

@@ -40,7 +40,7 @@ def only_missing(run: Migration, buyer: Buyer, state: CollectionState) -> Drifte
     with points_present(qdrant, state.name) as present:
         missing = missing_of(run.spool, present)
         buyer.require_affordable(missing.tokens, run.bought)
-        buy(buyer, run.spool, texts_to_buy(run.spool, present), missing.texts, run.bar, run.bought)
+        buy(buyer, run.spool, texts_to_buy(run.spool, present), missing, run.bar, run.bought)
     with run.bar("sync", None, "points") as progress:
         outcome = sync_collection(qdrant, state.name, run.spool, progress=progress)
     if compare:

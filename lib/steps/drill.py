@@ -11,7 +11,9 @@ from lib.backup_set.sets import find_set, manifest_paths
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
-from lib.steps.prove import prove_collection, prove_graph
+from lib.steps.compare_manifest import compare_names
+from lib.steps.prove import prove_graph
+from lib.steps.prove_collection import prove_collection
 
 _GZIP = b"\x1f\x8b"
 RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
@@ -21,7 +23,7 @@ RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
 class Proof:
     """One file and what could be proved of it; `fault` is empty where it is what it should be."""
 
-    path: Path
+    path: Path | str
     level: str
     note: str
     fault: str = ""
@@ -67,19 +69,26 @@ def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
     What is damaged becomes a Proof with its fault, the others go on. Raises MissingData where there is nothing to
     prove, BadFile for a file of no set.
     """
-    if word == "all":
-        paths = manifest_paths(folder)
-        if not paths:
-            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
-    else:
-        paths = [_manifest_of(folder, Path(word))]
+    paths = named_manifests(folder, word)
     return [proof for path in paths for proof in _prove_manifest(path, engines)]
 
 
+def named_manifests(folder: Path, word: str) -> list[Path]:
+    """The manifests of the sets that `--check` names; raises like `prove_named`."""
+    if word != "all":
+        return [_manifest_of(folder, Path(word))]
+    paths = manifest_paths(folder)
+    if not paths:
+        raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+    return paths
+
+
 def _manifest_of(folder: Path, path: Path) -> Path:
-    if kind_of(path) == MANIFEST:
-        return path
     found = find_set(folder, path)
+    if path.is_file() and path in manifest_paths(path.parent):
+        return path
+    if found is None and kind_of(path) == MANIFEST:
+        return path
     if found is None or found.path is None:
         raise BadFile(
             f"{path} belongs to no backup set in {folder}: there is no manifest to prove it against",
@@ -96,6 +105,7 @@ def _prove_manifest(path: Path, engines: list[Engine]) -> list[Proof]:
 
 
 def _prove_set(manifest: Manifest, engines: list[Engine]) -> list[Proof]:
+    compare_names(manifest)
     proofs = []
     for half in manifest.halves:
         path = manifest.file_of(half)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from lib.dimensions import EmbeddingSpec, native_size
 from lib.embedding.batches import Refused
 from lib.embedding.client import EmbeddingClient
-from lib.embedding.plan_table import TextRow
+from lib.embedding.estimate import Expected, expected
+from lib.embedding.plan_table import Missing, TextRow
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
-from lib.embedding.workers import embed_missing
+from lib.embedding.workers import EmbedProgress, embed_missing
 from lib.errors import UsageProblem
 from lib.steps.memories import Scan, scan_graph
 from lib.steps.progress import ProgressBar, steps_of
@@ -42,13 +42,25 @@ class Bought:
 
 @dataclass(frozen=True)
 class Buyer:
-    """An opened provider, how hard to drive it, and the most that may be spent (US dollars; None: no limit)."""
+    """An opened provider, how hard to drive it, and the most that may be spent (US dollars; None: no limit).
+
+    `tell` hears how long a purchase will take, when its first batch has arrived.
+    """
 
     client: EmbeddingClient
     spec: EmbeddingSpec
     workers: int
     batch_size: int
     max_cost: float | None = None
+    tell: Callable[[str], None] | None = None
+
+    def expected(self, texts: int, tokens: int) -> Expected | None:
+        """How long so many more will take; None before the first answer."""
+        seconds = self.client.request_seconds
+        if seconds is None or not texts:
+            return None
+        pacer = self.client.pacer
+        return expected(pacer, seconds, texts, tokens, workers=self.workers, batch_size=self.batch_size)
 
     def require_affordable(self, tokens: int, bought: Bought) -> None:
         """Raise UsageProblem where these tokens on top of what was bought would cost more than `max_cost`.
@@ -67,21 +79,38 @@ class Buyer:
         )
 
 
+def _told(
+    buyer: Buyer, total: Missing, advance: Callable[[int, int], None]
+) -> Callable[[EmbedProgress], None]:
+    """Progress for the bar; once, when the first batch has arrived, what is left of the time."""
+    left = [buyer.tell] if buyer.tell else []
+
+    def tell(seen: EmbedProgress) -> None:
+        advance(seen.embedded, total.texts)
+        if left and seen.embedded:
+            share = 1 - seen.embedded / total.texts
+            rest = buyer.expected(total.texts - seen.embedded, round(total.tokens * share))
+            speak = left.pop()
+            if rest:
+                speak(f"embedding the other {total.texts - seen.embedded:,} texts takes about {rest.text}")
+
+    return tell
+
+
 def buy(
-    buyer: Buyer, spool: Spool, rows: Iterable[TextRow], total: int, bar: ProgressBar, into: Bought
+    buyer: Buyer, spool: Spool, rows: Iterable[TextRow], total: Missing, bar: ProgressBar, into: Bought
 ) -> None:
     """Embed these texts and store each answer before the next is asked for; adds to `into`."""
-    if not total:
+    if not total.texts:
         return
-    with bar("embed", total, "texts") as progress:
-        tell = steps_of(progress)
+    with bar("embed", total.texts, "texts") as progress:
         outcome = embed_missing(
             buyer.client,
             rows,
             spool.put_vectors,
             workers=buyer.workers,
             batch_size=buyer.batch_size,
-            progress=lambda seen: tell(seen.embedded, total),
+            progress=_told(buyer, total, steps_of(progress)),
         )
     into.texts += outcome.embedded
     into.tokens += outcome.tokens
@@ -95,7 +124,7 @@ def buy_missing(buyer: Buyer, spool: Spool, bar: ProgressBar, into: Bought) -> N
     """Embed every text of the plan that has no vector, identical texts once."""
     missing = spool.missing_total()
     buyer.require_affordable(missing.tokens, into)
-    buy(buyer, spool, spool.missing_texts(buyer.spec), missing.texts, bar, into)
+    buy(buyer, spool, spool.missing_texts(buyer.spec), missing, bar, into)
 
 
 def catch_up(buyer: Buyer, graph: GraphSource, spool: Spool, bar: ProgressBar, into: Bought) -> Scan:
@@ -114,13 +143,15 @@ def catch_up(buyer: Buyer, graph: GraphSource, spool: Spool, bar: ProgressBar, i
 
 @dataclass(frozen=True)
 class Tried:
-    """One real batch: what it says of key, model, size and speed."""
+    """One real batch: what it says of key, model, size and speed, and how long the rest would take."""
 
     size: int
     texts: int
     tokens: int
     seconds: float
     note: str
+    left: Missing
+    expected: Expected | None = None
 
 
 def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
@@ -132,16 +163,24 @@ def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
 def try_one_batch(buyer: Buyer, spool: Spool) -> Tried:
     """Embed one batch for real; it lands in the spool, so that it is not paid for again.
 
-    Where the client's size is not the plan's (see `sample_spec`) the vectors are thrown away.
+    Where the client's size is not the plan's (see `sample_spec`) the vectors are thrown away. A row that the provider
+    refuses is found, and left out.
     """
-    rows = list(islice(spool.missing_texts(buyer.spec), buyer.batch_size))
-    if not rows:
-        return Tried(buyer.spec.size, 0, 0, 0.0, "every text is in the spool already")
-    began, size = time.monotonic(), buyer.client.spec.size
-    answer = buyer.client.embed([row.text for row in rows])
-    seconds = time.monotonic() - began
-    if size != buyer.spec.size:
-        return Tried(size, len(rows), answer.tokens, seconds, f"sampled at the model's own {size}d, not kept")
-    blobs = [vector.astype("<f4").tobytes() for vector in answer.vectors]
-    spool.put_vectors([(row.key, blob) for row, blob in zip(rows, blobs, strict=True)])
-    return Tried(size, len(rows), answer.tokens, seconds, "kept in the spool")
+    first = list(islice(spool.missing_texts(buyer.spec), buyer.batch_size))
+    if not first:
+        return Tried(buyer.spec.size, 0, 0, 0.0, "every text is in the spool already", spool.missing_total())
+    size = buyer.client.spec.size
+    kept = size == buyer.spec.size
+    note = "kept in the spool" if kept else f"sampled at the model's own {size}d, not kept"
+    done = embed_missing(
+        buyer.client,
+        first,
+        spool.put_vectors if kept else lambda _vectors: None,
+        workers=1,
+        batch_size=buyer.batch_size,
+    )
+    if done.refused:
+        note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
+    left = spool.missing_total()
+    rest = buyer.expected(left.texts, left.tokens)
+    return Tried(size, done.embedded, done.tokens, buyer.client.request_seconds or 0.0, note, left, rest)

@@ -13,7 +13,7 @@ import redis
 
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.plan_table import MemoryRow
-from lib.embedding.pricing import count_tokens
+from lib.embedding.pricing import count_tokens, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
 from lib.graph.read import MemoryNode, iter_memories, read_rows
@@ -27,11 +27,18 @@ BLANK, BAD_ID, DUPLICATE = "blank content", "id is neither a UUID nor an unsigne
 
 @dataclass
 class Scan:
-    """One reading of the graph: `memories` nodes seen, `usable` planned, the rest counted by reason with examples."""
+    """One reading of the graph: `memories` nodes seen, `usable` planned, the rest counted by reason with examples.
+
+    `tokens` are all of them, identical texts for each memory; `too_long` memories are embedded without their end;
+    `payload_bytes` are those of the usable ones' properties as JSON.
+    """
 
     memories: int = 0
     usable: int = 0
     tokens: int = 0
+    payload_bytes: int = 0
+    too_long: int = 0
+    too_long_examples: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[str, str]] = field(default_factory=list)
 
@@ -40,6 +47,12 @@ class Scan:
         self.skipped[reason] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append((str(node.properties.get("id", f"node {node.node_id}")), reason))
+
+    def cut(self, identity: str) -> None:
+        """Count a memory whose text is longer than the model takes."""
+        self.too_long += 1
+        if self.too_long <= _EXAMPLES:
+            self.too_long_examples.append(identity)
 
 
 def unusable(properties: Mapping[str, Any]) -> str | None:
@@ -101,17 +114,28 @@ def scan_graph(
 
 
 def _plan(nodes: list[MemoryNode], spool: Spool, spec: EmbeddingSpec, scan: Scan) -> None:
-    tokens = count_tokens([str(node.properties["content"]) for node in nodes])
     rows: dict[PointId, MemoryRow] = {}
     identities = [point_id(node.properties["id"]) for node in nodes]
+    texts = [str(node.properties["content"]) for node in nodes]
+    keys = [spool.text_key(spec, text) for text in texts]
+    tokens, limit = _tokens(spool, dict(zip(keys, texts, strict=True))), input_limit(spec.model)
     known = spool.scanned([one for one in identities if one is not None])
-    for node, identity, count in zip(nodes, identities, tokens, strict=True):
+    for node, identity, key in zip(nodes, identities, keys, strict=True):
         assert identity is not None
         if identity in known or identity in rows:
             scan.skip(node, DUPLICATE)
             continue
-        key = spool.text_key(spec, str(node.properties["content"]))
-        rows[identity] = _row(node, identity, key, count)
+        rows[identity] = _row(node, identity, key, tokens[key])
+        if limit is not None and tokens[key] > limit:
+            scan.cut(str(identity))
     spool.put_memories(list(rows.values()))
     scan.usable += len(rows)
     scan.tokens += sum(row.tokens for row in rows.values())
+    scan.payload_bytes += sum(len(row.payload) for row in rows.values())
+
+
+def _tokens(spool: Spool, texts: dict[bytes, str]) -> dict[bytes, int]:
+    """The tokens of each text; what the plan holds already is not counted again."""
+    known = spool.tokens_of(list(texts))
+    new = {key: text for key, text in texts.items() if key not in known}
+    return known | (dict(zip(new, count_tokens(list(new.values())), strict=True)) if new else {})

@@ -18,11 +18,11 @@ from lib.steps.take_graph import GraphSource
 class Migration:
     """A run on one target.
 
-    `fresh`: what was bought earlier does not count. `in_place`: no staged collection.
-    `no_switch`: nothing but that. `planned`: memories to have a
-    point when the plan was shown. `undo`: the way back, as commands. `absent_seconds`: how long the collection was
-    absent or incomplete. `way`: how the new one came under its name. `upsert_rate`: points a second, as seen.
-    `aliases_taken`: aliases that somebody else took meanwhile. `indexed`: whether the index was seen whole.
+    `fresh`: what was bought earlier does not count. `in_place`: no staged collection. `no_switch`: nothing but that.
+    `planned`: memories to have a point when the plan was shown. `room`: bytes that the server needs beside the live
+    collection. `undo`: the way back, as commands. `absent_seconds`: how long the collection was absent or incomplete.
+    `way`: how the new one came under its name. `upsert_rate`: points a second, as seen. `aliases_taken`: aliases that
+    somebody else took meanwhile. `indexed`: whether the index was seen whole.
     """
 
     graph: GraphSource
@@ -36,6 +36,7 @@ class Migration:
     no_switch: bool = False
     journal: Journal | None = None
     planned: int = 0
+    room: int = 0
     bought: Bought = field(default_factory=Bought)
     mended: int = 0
     removed: int = 0

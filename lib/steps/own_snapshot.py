@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 
 from lib.errors import AccessRefused, MigrationError
 from lib.journal import Journal
+from lib.steps.on_nodes import by_node
+from lib.steps.snapshot_owner import age, owned_by, unsure_of
 from lib.vectors import snapshots
+from lib.vectors.clock import server_time
 from lib.vectors.refusals import QdrantError
 from lib.vectors.transport import Qdrant
 
 ANNOUNCED, MADE, REMOVED = "snapshot announced", "snapshot made", "snapshot removed"
-# A server names a snapshot by the moment (UTC) at which it began to make it; seen on 1.11.3 and 1.18.3.
-_MOMENT = re.compile(r"-(\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d)\.snapshot$")
-_NEAR = timedelta(seconds=60)
+AWAITED = "snapshot awaited"  # all else of the run is settled, but the server may not have come to its end
 _POLL_SECONDS = 0.5
-_APPEAR_SECONDS = 5.0  # how long an interrupted run waits for the file that the server is still making
+_APPEAR_SECONDS = 5.0  # how long a run waits for the file that the server is still making
+_MAKING = timedelta(hours=1)  # what a server has not made by then, it makes no more
 
 
 @contextmanager
 def own_snapshot(qdrant: Qdrant, collection: str, journal: Journal) -> Iterator[snapshots.Snapshot]:
     """A snapshot for the block, announced in the journal before it is asked for, deleted afterwards."""
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-    journal.append(ANNOUNCED, collection=collection, known_snapshots=known)
+    now = server_time(qdrant).isoformat()
+    journal.append(ANNOUNCED, collection=collection, known_snapshots=known, server_time=now)
     try:
         made = _make(qdrant, collection, journal)
         journal.append(MADE, snapshot=made.name)
         yield made
     finally:
-        remove_own(qdrant, journal, _APPEAR_SECONDS)
+        remove_own(qdrant, journal, seconds=_APPEAR_SECONDS)
 
 
 def _make(qdrant: Qdrant, collection: str, journal: Journal) -> snapshots.Snapshot:
@@ -44,21 +46,24 @@ def _make(qdrant: Qdrant, collection: str, journal: Journal) -> snapshots.Snapsh
 
 
 def removed(journal: Journal) -> bool:
-    """Whether surely nothing of this run is left on the server."""
-    return not journal.has_reached(ANNOUNCED) or journal.has_reached(REMOVED)
+    """Whether surely nothing of this run is left on the server, or on any node of its cluster."""
+    return all(not one.has_reached(ANNOUNCED) or one.has_reached(REMOVED) for _, one in by_node(journal))
 
 
-def remove_own(qdrant: Qdrant, journal: Journal, seconds: float = 0.0) -> bool:
+def remove_own(
+    qdrant: Qdrant, journal: Journal, pending: Sequence[Journal] = (), *, seconds: float = 0.0
+) -> bool:
     """Delete the run's snapshot file, also after a kill; `removed` says what came of it, and so does the answer.
 
     A server goes on making a snapshot when its client is gone: where the name never reached the journal, the file
-    is waited for, at most `seconds`. It is ours when it appeared since the announcement, alone, and by its name at
-    that very time: an operator's own snapshots stay.
+    is waited for, at most `seconds`. Which one it is, `owned_by` tells, seeing also the other runs that are
+    `pending`: an operator's own snapshots stay.
     """
     deadline = time.monotonic() + seconds
+    pending = [one for one in pending if not removed(one)]
     with suppress(MigrationError):  # the backup itself is what counts; an open journal tries again
         while not removed(journal):
-            name = journal.fact("snapshot") or _found(qdrant, journal)
+            name = journal.fact("snapshot") or owned_by(_listed(qdrant, journal), journal, pending)
             if name:
                 snapshots.delete(qdrant, str(journal.fact("collection")), str(name))
                 journal.append(REMOVED, snapshot=name)
@@ -69,18 +74,25 @@ def remove_own(qdrant: Qdrant, journal: Journal, seconds: float = 0.0) -> bool:
     return removed(journal)
 
 
-def _found(qdrant: Qdrant, journal: Journal) -> str | None:
-    announced = next(entry["at"] for entry in reversed(journal.entries) if entry["phase"] == ANNOUNCED)
-    collection, known = str(journal.fact("collection")), journal.fact("known_snapshots")
-    names = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-    fresh = [name for name in names if name not in known and name.startswith(f"{collection}-")]
-    mine = [name for name in fresh if _made_near(name, datetime.fromisoformat(announced))]
-    return mine[0] if len(mine) == 1 else None
+def remove_late(qdrant: Qdrant, journal: Journal, pending: Sequence[Journal]) -> bool:
+    """As `remove_own` at the end of the next run; whether the journal can be closed.
+
+    What the server was asked for moments ago is waited for. What does not appear leaves the journal open, for the
+    run after this one, until the server surely makes it no more.
+    """
+    waited = age(journal).total_seconds()
+    if remove_own(qdrant, journal, pending, seconds=max(0.0, _APPEAR_SECONDS - waited)):
+        return True
+    with suppress(MigrationError):
+        listed = _listed(qdrant, journal)
+        unsure = unsure_of(listed, journal, [one for one in pending if not removed(one)])
+        gone = any(name not in listed for name in unsure)  # the operator, who was told of them, has chosen
+        if gone or age(journal) > _MAKING:
+            return True
+        if journal.phase != AWAITED:
+            journal.append(AWAITED, unsure=unsure)
+    return False
 
 
-def _made_near(name: str, moment: datetime) -> bool:
-    told = _MOMENT.search(name)
-    if told is None:
-        return False
-    made = datetime.strptime(told[1], "%Y-%m-%d-%H-%M-%S").replace(tzinfo=timezone.utc)
-    return abs(made - moment) <= _NEAR
+def _listed(qdrant: Qdrant, journal: Journal) -> list[str]:
+    return [one.name for one in snapshots.list_snapshots(qdrant, str(journal.fact("collection")))]

@@ -117,9 +117,8 @@ def _restore(run: Migration, way: Way) -> None:
     assert way.snapshot is not None
     assert way.snapshot.checksum is not None
     qdrant, name, checksum = run.target.qdrant, run.target.collection, way.snapshot.checksum
-    patience = {"seconds": way.patience, "answer_seconds": way.patience}
     if way.kind == FETCH:
-        recover(qdrant, name, way.location, checksum, **patience)
+        recover(qdrant, name, way.location, checksum, seconds=way.patience, answer_seconds=way.patience)
         return
     assert way.file is not None
     sent = unique_filename(run.staged)
@@ -133,6 +132,7 @@ def _restore(run: Migration, way: Way) -> None:
             filename=sent,
             checksum=checksum,
             progress=steps_of(progress),
-            **patience,
+            seconds=way.patience,
+            answer_seconds=way.patience,
         )
     snapshots.delete(qdrant, name, sent)

@@ -20,7 +20,8 @@ from lib.vectors.transport import Qdrant
 
 _EXAMPLES = 20
 _PAGE = 60  # ids a question: each has up to eight spellings
-_PAYLOAD_BYTES = 2048  # of one point, indexes included
+# Beside its vector a point takes about so much on the server's disk: its payload with indexes, its links.
+_PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Plan:
     """The whole of a re-embedding.
 
     `texts` and `tokens` are what must be bought, `price` in US dollars (None: unknown model), `only_live` the ids
-    that the collection alone holds, `disk_peak` bytes that the Qdrant server needs at the worst moment.
+    that the collection alone holds, `disk_peak` bytes that the Qdrant server holds at the worst moment: the old
+    collection, the new one, its snapshot and the copy restored from that.
     """
 
     scan: Scan
@@ -92,23 +94,19 @@ def whole_plan(
         price=None if price is None else missing.tokens * price / 1e6,
         only_live=len(only_live) if only_live else 0,
         only_live_examples=examples,
-        disk_peak=room_of(live.points, live.size) + room_needed(scan.usable, spec.size)
-        if live
-        else room_of(scan.usable, spec.size),
+        disk_peak=_disk_peak(scan, spec, live),
     )
 
 
-def _peak(points: int, size: int, live: CollectionState | None) -> int:
-    if live is None:
-        return room_of(points, size)
-    return room_of(live.points, live.size) + room_needed(points, size)
+def _disk_peak(scan: Scan, spec: EmbeddingSpec, live: CollectionState | None) -> int:
+    old = live.points * (live.size * 4 + _beside(scan)) if live else 0.0
+    return round(old) + room_needed(scan, spec)
 
 
-def room_of(points: int, size: int) -> int:
-    """Bytes that a collection of so many vectors takes on the server's disk, about."""
-    return points * (size * 4 + _PAYLOAD_BYTES)
+def room_needed(scan: Scan, spec: EmbeddingSpec) -> int:
+    """Bytes on the server beside the live collection: the staged one, its snapshot, what is made of that."""
+    return round(3 * scan.usable * (spec.size * 4 + _beside(scan)))
 
 
-def room_needed(points: int, size: int) -> int:
-    """Bytes beside the live collection while the new one is staged: it, its snapshot, what is made of that."""
-    return 3 * room_of(points, size)
+def _beside(scan: Scan) -> float:
+    return _PAYLOAD_SHARE * scan.payload_bytes / max(1, scan.usable) + _LINKS_BYTES

@@ -30,7 +30,7 @@ def as_id(text: str) -> PointId:
 
 
 @contextlib.contextmanager
-def _room() -> Iterator[None]:
+def temporary_room() -> Iterator[None]:
     """A temporary table that outgrew its disk is told as that."""
     try:
         yield
@@ -46,7 +46,7 @@ class IdTable:
 
     def __init__(self) -> None:
         self._db = sqlite3.connect("", isolation_level=None)
-        with _room():
+        with temporary_room():
             self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
     def __enter__(self) -> IdTable:
@@ -60,7 +60,7 @@ class IdTable:
     def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
         """Add ids; a known one gets the new payload."""
         texts = ((as_text(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
-        with _room():
+        with temporary_room():
             self._db.execute("BEGIN")
             self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
             self._db.execute("COMMIT")
@@ -76,7 +76,7 @@ class IdTable:
 
     def discard(self, ids: Iterable[PointId]) -> None:
         """Forget ids."""
-        with _room():
+        with temporary_room():
             self._db.execute("BEGIN")
             self._db.executemany("DELETE FROM points WHERE id = ?", ((as_text(one),) for one in ids))
             self._db.execute("COMMIT")

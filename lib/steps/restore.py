@@ -1,77 +1,21 @@
-"""The whole restore: every file proved first, both rehearsed, a safety backup, then the switches."""
+"""The restore of what was proved: both files rehearsed, a safety backup, then the switches."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
-from lib.addresses import same_server, without_login
-from lib.automem_api import health
 from lib.backup_set.manifest import Manifest
-from lib.errors import MigrationError, StoreFailed, StoreUnreachable, UsageProblem
+from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.graph.client import list_graphs
 from lib.journal import Journal, start_journal
 from lib.steps import restore_collection as collections
 from lib.steps import restore_graph as graphs
 from lib.steps.old_graph import SAFE, retire_old
 from lib.steps.own_snapshot import removed
-from lib.steps.restore_files import Wanted
 from lib.steps.restore_site import Options, Proved, Restored, Site, Undo
 from lib.steps.settle_restore import COMMAND, settle, settle_graphs, settle_last, supersede
-from lib.steps.take_collection import CollectionSource
-from lib.steps.take_graph import GraphSource
 from lib.steps.take_pair import take_backup
 from lib.vectors.collection import exists, is_dead
-
-
-def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) -> Proved:
-    """Prove every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
-    proved = Proved()
-    if wanted.archive:
-        assert site.collection is not None
-        site.say(f"proving {wanted.archive}")
-        proved.collection = collections.open_backup(wanted.archive, wanted.collection_half)
-        collections.require_same_name(proved.collection, site.collection)
-        collections.check_version(proved.collection, site.collection.qdrant, force=options.force_version)
-    if wanted.rdb:
-        assert site.graph is not None
-        site.say(f"proving {wanted.rdb}: loading it into a scratch FalkorDB")
-        opened = graphs.open_backup(wanted.rdb, site.graph, site.engines, wanted.graph_half)
-        proved.graph = stack.enter_context(opened)
-        graphs.require_version(proved.graph, site.graph)
-    for half, server in (
-        (wanted.graph_half, _server(site.graph)),
-        (wanted.collection_half, _server(site.collection)),
-    ):
-        if half and not same_server(half.server["address"], server):
-            site.notice(
-                f"warning: {half.file.name} was taken from {half.server['address']}, it goes to {server}"
-            )
-    return proved
-
-
-def _server(source: GraphSource | CollectionSource | None) -> str:
-    if isinstance(source, GraphSource):
-        return source.address.display
-    return source.qdrant.display if source else ""
-
-
-def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> None:
-    """Refuse the graph while AutoMem answers: its caches would write values under wrong names.
-
-    With `while_running` it goes on only where labels, relationship types and property keys are the same, in order.
-    """
-    assert site.graph is not None
-    if health(site.api) is None:
-        return
-    if not options.while_running:
-        raise UsageProblem(
-            f"AutoMem is running ({without_login(site.api.url)} answers): after the graph is replaced its caches would"
-            " write values under wrong names",
-            next_step="stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
-            " and start it afterwards:  docker compose up -d --force-recreate flask-api",
-        )
-    if site.graph.graph in list_graphs(site.graph.conn):
-        graphs.require_same_numbers(backup, site.graph)
 
 
 def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restored:

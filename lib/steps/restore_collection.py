@@ -6,6 +6,7 @@ starting again: so never onto a live one, and a temporary one whose restore fail
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +22,14 @@ from lib.steps.restored_points import CollectionBackup, compare, same_points, sa
 from lib.steps.take_collection import CollectionSource
 from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
-from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
-from lib.vectors.restoring import can_fetch_itself, recover, upload_and_restore, wait_restored
+from lib.vectors.recreate import alias_target, aliases_of, free_aliases, put_aliases
+from lib.vectors.restoring import (
+    can_fetch_itself,
+    preflight_upload,
+    recover,
+    upload_and_restore,
+    wait_restored,
+)
 from lib.vectors.transport import Qdrant
 from lib.vectors.versions import restorable
 
@@ -43,6 +50,18 @@ def require_same_name(backup: CollectionBackup, target: CollectionSource) -> Non
             f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
             next_step=f"export QDRANT_COLLECTION={name}   if that is the collection to restore",
         )
+
+
+def require_target(qdrant: Qdrant, collection: str) -> None:
+    """Raise where this key may not put a collection in place, or where the name is an alias; nothing is changed."""
+    stands_on = alias_target(qdrant, collection)
+    if stands_on:
+        raise UsageProblem(
+            f"'{collection}' (QDRANT_COLLECTION) is an alias at {qdrant.display}, it stands on '{stands_on}';"
+            " a restore needs the name of a collection",
+            next_step=f"export QDRANT_COLLECTION={stands_on}   if that is the collection to restore",
+        )
+    preflight_upload(qdrant, f"{collection}__try_{secrets.token_hex(4)}")
 
 
 def check_version(backup: CollectionBackup, qdrant: Qdrant, *, force: bool) -> None:

@@ -7,6 +7,7 @@ the way back stand in for the loaded copy.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lib.graph.client import server_versions
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, newest_encoding
 from lib.graph.payload import graph_name
+from lib.graph.preflight import memory_used, require_memory, require_writable
 from lib.graph.rdb import inspect_rdb, require_rdb_checksum, unwrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.scratch import Scratch
@@ -27,6 +29,7 @@ from lib.steps.old_graph import SWITCHED, SWITCHING, keep_aside
 from lib.steps.prove import GraphProof, check_file, loaded_graph
 from lib.steps.take_graph import GraphSource
 
+_UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
 UNLOADED = "not loaded by any engine: its checksum, the versions and the way back stand in for that"
 
 
@@ -81,6 +84,15 @@ def require_version(backup: GraphBackup, target: GraphSource) -> None:
             f"{backup.path.name} is of graph encoding {written}, FalkorDB {falkordb} reads up to {reads}",
             next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
         )
+
+
+def require_target(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise where the target would refuse the swap half-way: rights, memory, a replica, a taken name."""
+    mark = secrets.token_hex(4)
+    require_writable(target.conn, target.graph, f"{target.graph}__try_{mark}", f"{target.graph}__pre_{mark}")
+    payload = backup.path.stat().st_size
+    loaded = memory_used(backup.scratch.conn) if backup.scratch else _UNLOADED_FACTOR * payload
+    require_memory(target.conn, loaded + payload)
 
 
 def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:

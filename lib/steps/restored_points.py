@@ -11,7 +11,7 @@ from typing import Any
 from lib.backup_set.archive import read_archive
 from lib.errors import BackupDamaged
 from lib.steps.present import as_id, points_present
-from lib.steps.prove import CollectionProof
+from lib.steps.prove_collection import CollectionProof
 from lib.vectors.collection import get_state
 from lib.vectors.points import retrieve
 from lib.vectors.transport import Qdrant

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from lib.journal import Journal, open_journals
 from lib.steps import restore_collection as collections
 from lib.steps.old_graph import SWITCHING, settle_graph
-from lib.steps.own_snapshot import removed
+from lib.steps.own_snapshot import AWAITED, removed
 from lib.steps.restore_site import Proved, Site
-from lib.steps.run_backup import settle_backup
+from lib.steps.run_backup import settle_backup, settle_late
 
 COMMAND = "restore"
 _GRAPH_SETTLED, _COLLECTION_SETTLED = "graph settled", "collection settled"
@@ -34,9 +34,12 @@ def settle(site: Site, proved: Proved, run: Journal, notes: list[str]) -> Settle
     for journal in open_journals(site.folder):
         if journal.command == COMMAND and journal.targets == site.targets and journal.path != run.path:
             settle_backup(site.folder, site.collection, journal)
-            _tell(site, notes, _before(site, journal))
-            _settle_collection(site, proved, run, journal, found, notes)
-            found.journals.append(journal)
+            if journal.phase == AWAITED:
+                found.left.append(journal)
+            elif journal.is_open:
+                _tell(site, notes, _before(site, journal))
+                _settle_collection(site, proved, run, journal, found, notes)
+                found.journals.append(journal)
     return found
 
 
@@ -84,9 +87,8 @@ def _tell(site: Site, notes: list[str], news: list[str]) -> None:
 
 def settle_last(site: Site, found: Settled) -> None:
     """At the end of a run: by now the server has ended what a killed run asked it for, or never began it."""
-    for journal in found.left:
-        settle_backup(site.folder, site.collection, journal)
-        journal.close(_OUTCOME)
+    if site.collection:
+        settle_late(site.collection, found.left)
 
 
 def _is_settled(journal: Journal) -> bool:

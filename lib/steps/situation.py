@@ -14,7 +14,7 @@ from lib.steps.mend import vectors_agree
 from lib.steps.migration import Migration
 from lib.steps.open_run import manifest_of, refuse_stranger, refuse_stranger_staged
 from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING
-from lib.steps.plan import Plan, only_live_ids, read_plan, whole_plan
+from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, whole_plan
 from lib.steps.present import points_present
 from lib.steps.prove import check_file
 from lib.steps.sync import missing_of
@@ -35,7 +35,7 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     """
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
     scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
-    run.planned = scan.usable
+    run.planned, run.room = scan.usable, room_needed(scan, run.spec)
     if not (repair or run.in_place):
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     kind, state = situation(run)

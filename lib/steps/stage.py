@@ -12,7 +12,6 @@ from lib.steps.embed import FEW_CONTENTS, MOST_ROUNDS, Buyer, catch_up
 from lib.steps.migration import Migration, journal_of
 from lib.steps.open_run import refuse_stranger_staged
 from lib.steps.phases import DELETING, READ, STAGED, STAGING, TIDYING
-from lib.steps.plan import room_needed
 from lib.steps.present import points_present, surplus_ids
 from lib.steps.prove_points import prove_points
 from lib.steps.restore_collection import drop_temporary
@@ -121,7 +120,7 @@ def room_kept(run: Migration) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         drop_staged(run)
-        room = room_needed(run.spool.memory_count(), run.spec.size) / 2**20
+        room = run.room / 2**20
         raise StoreFailed(
             f"the Qdrant server's disk is full: {error.text}\n'{run.target.collection}' is untouched,"
             f" '{run.staged}' was removed again; about {room:,.0f} MiB are needed beside the live collection",

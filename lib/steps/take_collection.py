@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,33 +13,41 @@ import orjson
 
 from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, ArchiveWriter, archive_writer
 from lib.backup_set.manifest import UNPROVED, BackupFile, CollectionHalf
+from lib.backup_set.members import SnapshotMember, together
 from lib.backup_set.sets import COLLECTION_DIR
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import private_dir
 from lib.journal import Journal
+from lib.steps.on_nodes import NodeJournal
 from lib.steps.own_snapshot import own_snapshot
 from lib.steps.payloads import PointId
 from lib.steps.progress import Progress, steps_of
-from lib.steps.prove import prove_collection
+from lib.steps.prove_collection import prove_collection
 from lib.vectors import snapshots
-from lib.vectors.cluster import refuse_partial, topology
+from lib.vectors.cluster import Node, whole_nodes
 from lib.vectors.collection import CollectionState, get_state
 from lib.vectors.points import scroll
 from lib.vectors.recreate import aliases_of
+from lib.vectors.refusals import NotFound
 from lib.vectors.transport import Qdrant
 
 STAMP_KEY = "automem_migration"
+Made = list[tuple[Node, snapshots.Snapshot]]
 _GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072: "text-embedding-3-large"}
 
 
 @dataclass(frozen=True)
 class CollectionSource:
-    """An opened Qdrant, the collection in it, and what the configuration says of its vectors."""
+    """An opened Qdrant, the collection in it, and what the configuration says of its vectors.
+
+    `nodes` are those of its cluster that the configuration lists, none of them asked yet.
+    """
 
     qdrant: Qdrant
     collection: str
     spec: EmbeddingSpec
+    nodes: tuple[Qdrant, ...] = ()
 
 
 def known_model(state: CollectionState, spec: EmbeddingSpec) -> tuple[str, str]:
@@ -97,11 +106,12 @@ def take_collection(
 ) -> CollectionHalf:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and prove it.
 
-    The server-side snapshot is deleted again, whatever happens (see `own_snapshot`). Raises MissingData where the
-    collection is absent, MigrationError where it lies on several nodes.
+    The server-side snapshots, one on each node that holds a part, are deleted again, whatever happens (see
+    `own_snapshot`). Raises MissingData where the collection is absent, and like `whole_nodes` where no set of
+    snapshots would hold all of it.
     """
+    nodes = holding_nodes(source)
     state = get_state(source.qdrant, source.collection)
-    refuse_partial(topology(source.qdrant, source.collection))
     path = private_dir(folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
     model, known = known_model(state, source.spec)
     facts: dict[str, Any] = {
@@ -114,13 +124,33 @@ def take_collection(
         "model": model,
         "model_known": known,
     }
-    file, facts = _archive(source, path, facts, journal, progress)
+    file, facts = _archive(source, nodes, path, facts, journal, progress)
     half = _half(file, facts, state)
     return _proved(path, half) if verify else half
 
 
+def holding_nodes(source: CollectionSource) -> list[Node]:
+    """The nodes whose snapshots together hold the collection; raises like `whole_nodes`, and MissingData."""
+    try:
+        return whole_nodes(source.qdrant, source.nodes, source.collection)
+    except NotFound:
+        get_state(source.qdrant, source.collection)  # says what there is instead
+        raise
+
+
+def require_whole(source: CollectionSource | None) -> None:
+    """Raise like `holding_nodes` where a backup of the collection would not hold all of it; nothing is written."""
+    if source:
+        holding_nodes(source)
+
+
 def _archive(
-    source: CollectionSource, path: Path, facts: dict[str, Any], journal: Journal, progress: Progress | None
+    source: CollectionSource,
+    nodes: list[Node],
+    path: Path,
+    facts: dict[str, Any],
+    journal: Journal,
+    progress: Progress | None,
 ) -> tuple[BackupFile, dict[str, Any]]:
     with (
         tempfile.TemporaryFile() as before,
@@ -128,24 +158,51 @@ def _archive(
         tempfile.TemporaryFile() as both,
     ):
         _write_ids(source, before)
-        with own_snapshot(source.qdrant, source.collection, journal) as made:
-            if made.checksum is None:
-                raise MigrationError(f"Qdrant gave no checksum with snapshot {made.name}")
+        with ExitStack() as standing:
+            made = [(node, standing.enter_context(_snapshot_on(node, source, journal))) for node in nodes]
             _write_ids(source, after)
             facts["promised_ids"] = _in_both(before, after, both)
-            facts["snapshot_name"], facts["snapshot_size"] = made.name, made.size
-            facts["snapshot_sha256"] = made.checksum
+            facts |= _facts_of(made)
             with archive_writer(path) as archive:
                 _fill(source, archive, facts, made, both, progress)
                 size, sha256 = archive.finish()
     return BackupFile(f"{COLLECTION_DIR}/{path.name}", size, sha256), facts
 
 
+@contextmanager
+def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iterator[snapshots.Snapshot]:
+    about = NodeJournal(journal, node.qdrant.display) if source.nodes else journal
+    with own_snapshot(node.qdrant, source.collection, about) as made:
+        if made.checksum is None:
+            raise MigrationError(
+                f"Qdrant at {node.qdrant.display} gave no checksum with snapshot {made.name}"
+            )
+        yield made
+
+
+def _facts_of(made: Made) -> dict[str, Any]:
+    """What collection.json says of the snapshots, and where there are several, of each."""
+    each = [
+        {
+            "peer": node.peer,
+            "address": node.qdrant.display,
+            "shards": list(node.shards),
+            "snapshot_name": one.name,
+            "snapshot_size": one.size,
+            "snapshot_sha256": one.checksum,
+        }
+        for node, one in made
+    ]
+    whole = together([SnapshotMember(one.name, one.size, str(one.checksum)) for _, one in made])
+    facts = {"snapshot_name": whole.name, "snapshot_size": whole.size, "snapshot_sha256": whole.sha256}
+    return {**facts, "nodes": each if len(each) > 1 else []}
+
+
 def _fill(
     source: CollectionSource,
     archive: ArchiveWriter,
     facts: dict[str, Any],
-    made: snapshots.Snapshot,
+    made: Made,
     ids: IO[bytes],
     progress: Progress | None,
 ) -> None:
@@ -153,17 +210,13 @@ def _fill(
 
     document = orjson.dumps(facts, option=orjson.OPT_INDENT_2)
     archive.add(FACTS, io.BytesIO(document), len(document))
-    archive.begin(SNAPSHOT + made.name, made.size)
-    got = snapshots.download(
-        source.qdrant,
-        source.collection,
-        made,
-        archive.write,
-        steps_of(progress) if progress else None,
-    )
-    archive.end()
-    if got.sha256 != made.checksum:
-        raise BackupDamaged(f"snapshot {made.name} arrived damaged: its sha256 is not the server's")
+    for node, one in made:
+        archive.begin(SNAPSHOT + one.name, one.size)
+        shown = steps_of(progress) if progress else None
+        got = snapshots.download(node.qdrant, source.collection, one, archive.write, shown)
+        archive.end()
+        if got.sha256 != one.checksum:
+            raise BackupDamaged(f"snapshot {one.name} arrived damaged: its sha256 is not the server's")
     size = ids.tell()
     ids.seek(0)
     archive.add(IDS, ids, size)
@@ -171,7 +224,7 @@ def _fill(
 
 def _half(file: BackupFile, facts: dict[str, Any], state: CollectionState) -> CollectionHalf:
     names = ("collection", "server", "points", "payload_schema", "aliases", "model", "model_known")
-    more = ("snapshot_name", "snapshot_size", "snapshot_sha256", "promised_ids")
+    more = ("snapshot_name", "snapshot_size", "snapshot_sha256", "nodes", "promised_ids")
     return CollectionHalf(
         file=file,
         size=state.size,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import redis
 
 from lib.backup_set.manifest import UNPROVED, BackupFile, GraphHalf
 from lib.backup_set.sets import GRAPH_DIR
+from lib.errors import AccessRefused
 from lib.files import atomic_writer, private_dir
 from lib.graph.client import GraphAddress, require_graph, server_versions
-from lib.graph.engine import Engine
+from lib.graph.engine import Engine, reads_from
 from lib.graph.psync import PsyncRefused, stream_rdb
 from lib.graph.rdb import wrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.swap import dump_graph
 from lib.steps.progress import Progress, steps_of
 from lib.steps.prove import prove_graph, with_proof
+from lib.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,22 @@ def take_graph(
     *,
     verify: bool = True,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> GraphHalf:
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and prove it.
 
-    The file appears under its name only when it is whole. Raises MissingData where the graph is absent.
+    The file appears under its name only when it is whole; from the first `progress` on its moment is fixed. `stop`
+    ends it from another thread (Stopped, or what a connection that hung up raises). Raises MissingData where the
+    graph is absent.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     seen, plan = counts(source.conn, source.graph), schema(source.conn, source.graph)
     versions = server_versions(source.conn)
-    kind, size, sha256 = _transfer(source, path, progress)
+    taken = _taken(source, path, _told(progress), stop, loadable=reads_from(versions, engines))
     half = GraphHalf(
-        file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
-        kind=kind,
+        file=BackupFile(f"{GRAPH_DIR}/{path.name}", taken.size, taken.sha256),
+        kind=taken.kind,
         graph=source.graph,
         server={"address": source.address.display, "redis": versions.redis, "falkordb": versions.falkordb},
         nodes=seen.nodes,
@@ -62,25 +70,56 @@ def take_graph(
         proof=UNPROVED,
         proof_note="--no-verify",
     )
-    if not verify:
-        return half
-    return with_proof(half, prove_graph(path, source.graph, engines, half=half))
+    if verify:
+        half = with_proof(half, prove_graph(path, source.graph, engines, half=half))
+    return replace(half, proof_note="; ".join(filter(None, (half.proof_note, taken.why))))
 
 
-def _transfer(source: GraphSource, path: Path, progress: Progress | None) -> tuple[str, int, str]:
-    steps = steps_of(progress) if progress else None
-    tell = (lambda done: steps(done, 0)) if steps else None
+@dataclass(frozen=True)
+class _Taken:
+    """The file: its kind, bytes and sha256, and why it is a DUMP."""
+
+    kind: str
+    size: int
+    sha256: str
+    why: str = ""
+
+
+def _taken(
+    source: GraphSource,
+    path: Path,
+    tell: Callable[[int], None] | None,
+    stop: Stop | None,
+    *,
+    loadable: bool,
+) -> _Taken:
+    """The replication stream; DUMP where that is refused, or where nothing here would load it, but a server a DUMP."""
+    if not loadable:
+        with suppress(AccessRefused):
+            return _dumped(source, path, tell, "no engine here loads what this server writes")
     try:
         with atomic_writer(path) as stream:
-            moved = stream_rdb(source.address, stream.write, progress=tell)
-        return "rdb", moved.size, moved.sha256
+            moved = stream_rdb(source.address, stream.write, progress=tell, stop=stop)
+        return _Taken("rdb", moved.size, moved.sha256)
     except PsyncRefused:
-        import hashlib
+        return _dumped(source, path, tell, "its RDB is refused")
 
-        digest, size = hashlib.sha256(), 0
-        with atomic_writer(path) as stream:
-            for chunk in wrap_dump(dump_graph(source.conn, source.graph), source.graph):
-                stream.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-        return "dump", size, digest.hexdigest()
+
+def _dumped(source: GraphSource, path: Path, tell: Callable[[int], None] | None, why: str) -> _Taken:
+    digest, size = hashlib.sha256(), 0
+    payload = dump_graph(source.conn, source.graph)
+    with atomic_writer(path) as stream:
+        for chunk in wrap_dump(payload, source.graph):
+            stream.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+            if tell:
+                tell(size)
+    return _Taken("dump", size, digest.hexdigest(), f"taken with DUMP: {why}")
+
+
+def _told(progress: Progress | None) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    steps = steps_of(progress)
+    return lambda done: steps(done, 0)

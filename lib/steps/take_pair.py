@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lib.backup_set.archive import read_archive
@@ -13,18 +13,14 @@ from lib.errors import MigrationError
 from lib.files import free_bytes, private_dir
 from lib.graph.client import require_graph
 from lib.graph.engine import Engine
-from lib.graph.read import iter_memories
 from lib.journal import Journal
-from lib.steps.memories import unusable
-from lib.steps.payloads import PointId, point_id
-from lib.steps.present import IdTable, as_id, as_text
+from lib.steps.beside import Beside
+from lib.steps.pair_drift import PairIds
 from lib.steps.progress import ProgressBar
 from lib.steps.take_collection import CollectionSource, take_collection
 from lib.steps.take_graph import GraphSource, take_graph
 from lib.vectors.collection import get_state
 
-_EXAMPLES = 20
-_PAGE = 500
 _ROOM = 64 << 20  # what the files need at the very least; a full disk is also noticed while writing
 
 
@@ -53,11 +49,29 @@ def take_backup(
     private_dir(folder)
     _check_room(folder, collection)
     stamp, created = claim_stamp(folder, journal)
+
+    def take_the_graph(source: GraphSource, beside: Beside[GraphHalf] | None) -> GraphHalf:
+        with bar("graph", None, "bytes") as progress:
+            told, stop = (beside.moving(progress), beside.stop) if beside else (progress, None)
+            return take_graph(source, folder, stamp, engines, verify=verify, progress=told, stop=stop)
+
+    def take_the_collection(source: CollectionSource, beside: Beside[GraphHalf] | None) -> CollectionHalf:
+        with bar("collection", None, "bytes") as progress:
+            told = beside.watching(progress) if beside else progress
+            return take_collection(source, folder, stamp, journal, verify=verify, progress=told)
+
     try:
-        graph_half = _graph(graph, folder, stamp, engines, bar, verify=verify)
-        collection_half = _collection(collection, folder, stamp, journal, bar, verify=verify)
-        drift = _drift(graph, folder, collection_half)
-        return write_manifest(folder, Manifest(stamp, created, graph_half, collection_half, drift))
+        with PairIds() as ids:
+            halves: tuple[GraphHalf | None, CollectionHalf | None]
+            if graph and collection:
+                halves = _both(partial(take_the_graph, graph), partial(take_the_collection, collection))
+            else:
+                halves = (
+                    take_the_graph(graph, None) if graph else None,
+                    take_the_collection(collection, None) if collection else None,
+                )
+            drift = _drift(ids, graph, folder, halves[1])
+        return write_manifest(folder, Manifest(stamp, created, *halves, drift))
     except BaseException:
         remove_unfinished(folder, journal)  # both or neither
         raise
@@ -76,65 +90,29 @@ def _check_room(folder: Path, collection: CollectionSource | None) -> None:
         )
 
 
-def _graph(
-    source: GraphSource | None,
-    folder: Path,
-    stamp: str,
-    engines: list[Engine],
-    bar: ProgressBar,
-    *,
-    verify: bool,
-) -> GraphHalf | None:
-    if source is None:
+def _both(
+    take_the_graph: Callable[[Beside[GraphHalf]], GraphHalf],
+    take_the_collection: Callable[[Beside[GraphHalf]], CollectionHalf],
+) -> tuple[GraphHalf, CollectionHalf]:
+    """Both at the same time: the collection from the moment on that the graph's is fixed, never before it.
+
+    So what the graph's file holds was in the collection when its ids were read. The collection is the main thread's:
+    it journals, and undoes on the server what a signal breaks off.
+    """
+    with Beside(take_the_graph) as graph:
+        graph.wait_begun()
+        collection_half = take_the_collection(graph)
+        return graph.result(), collection_half
+
+
+def _drift(
+    ids: PairIds, graph: GraphSource | None, folder: Path, collection_half: CollectionHalf | None
+) -> Drift | None:
+    """Of what the files hold; where the graph's was not opened for a proof, of the live graph."""
+    if graph is None or collection_half is None:
         return None
-    with bar("graph", None, "bytes") as progress:
-        return take_graph(source, folder, stamp, engines, verify=verify, progress=progress)
-
-
-def _collection(
-    source: CollectionSource | None,
-    folder: Path,
-    stamp: str,
-    journal: Journal,
-    bar: ProgressBar,
-    *,
-    verify: bool,
-) -> CollectionHalf | None:
-    if source is None:
-        return None
-    with bar("collection", None, "bytes") as progress:
-        return take_collection(source, folder, stamp, journal, verify=verify, progress=progress)
-
-
-def _drift(graph: GraphSource | None, folder: Path, half: CollectionHalf | None) -> Drift | None:
-    """Ids on one side only: memories without a point, points without a memory."""
-    if graph is None or half is None:
-        return None
-    with IdTable() as points, IdTable() as seen:
-        read_archive(
-            folder / half.file.name, on_ids=lambda ids: points.put((as_id(one), None) for one in ids)
-        )
-        missing: set[PointId] = set()
-        for page in _pages(point_ids(graph)):
-            present = points.payloads(page).keys()
-            seen.put((one, None) for one in present)
-            missing |= set(page) - present
-        left: list[str] = []
-        for page in points.ids():
-            known = seen.payloads(page).keys()
-            left += [as_text(one) for one in page if one not in known][: _EXAMPLES - len(left)]
-        examples = sorted(map(as_text, missing))[:_EXAMPLES]
-        return Drift(len(missing), len(points) - len(seen), examples, left)
-
-
-def point_ids(graph: GraphSource) -> Iterator[PointId]:
-    """The ids of the memories that should have a point."""
-    for node in iter_memories(graph.conn, graph.graph):
-        identity = point_id(node.properties.get("id"))
-        if identity is not None and not unusable(node.properties):
-            yield identity
-
-
-def _pages(ids: Iterator[PointId]) -> Iterator[list[PointId]]:
-    while page := list(islice(ids, _PAGE)):
-        yield page
+    if not ids.has_graph:
+        ids.read_graph(graph.conn, graph.graph)
+    if not ids.has_points:
+        read_archive(folder / collection_half.file.name, on_ids=ids.take_points)
+    return ids.drift()

@@ -109,12 +109,13 @@ def _smaller(error: QdrantError, limit: int) -> int:
 
 
 def _point(raw: dict[str, Any]) -> Point:
-    import numpy as np
-
     vector = raw.get("vector")
     if isinstance(vector, dict):
         if vector:
             raise UsageProblem("the collection has named vectors; AutoMem keeps one unnamed vector per point")
         vector = None
-    array = None if vector is None else np.array(vector, dtype=np.float32)
-    return Point(raw["id"], raw.get("payload"), array)
+    if vector is None:
+        return Point(raw["id"], raw.get("payload"), None)
+    import numpy as np  # 0.1 s, spared where ids and payloads alone are read
+
+    return Point(raw["id"], raw.get("payload"), np.array(vector, dtype=np.float32))

@@ -90,6 +90,12 @@ def aliases_of(q: Qdrant, name: str) -> list[str]:
     return sorted(str(entry["alias_name"]) for entry in entries if entry["collection_name"] == name)
 
 
+def alias_target(q: Qdrant, name: str) -> str | None:
+    """The collection that `name` stands on, where it is an alias."""
+    entries = q.json("GET", "/aliases")["aliases"]
+    return next((str(one["collection_name"]) for one in entries if one["alias_name"] == name), None)
+
+
 def free_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
     """Those of the aliases that no other collection has taken meanwhile, and that are no collection's own name."""
     entries = q.json("GET", "/aliases")["aliases"]

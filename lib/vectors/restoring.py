@@ -66,15 +66,18 @@ def upload_and_restore(
     progress: Callable[[int, int], object] | None = None,
     seconds: float = RESTORE_SECONDS,
     answer_seconds: float = ANSWER_SECONDS,
+    beside: bool = False,
 ) -> Restored:
     """Send a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
 
     The file stays in the collection's folder as `filename` (see `unique_filename`), also when this fails. An answer
     of 200 proves nothing about the points: count them and compare. `progress` gets (bytes sent, bytes in all).
+    `beside`: other parts of the collection, from other nodes' snapshots, are in place already.
     Raises MigrationError where the collection exists, AccessRefused, QdrantError and StoreFailed (look at `health`
     then, and delete a dead collection), NoAnswer where the sending broke off, BackupDamaged for a short source.
     """
-    _refuse_existing(q, collection)
+    if not beside:
+        _refuse_existing(q, collection)
     preflight_upload(q, collection)
     if isinstance(source, Path):
         with source.open("rb") as stream:
@@ -93,12 +96,14 @@ def recover(
     *,
     seconds: float = RESTORE_SECONDS,
     answer_seconds: float = ANSWER_SECONDS,
+    beside: bool = False,
 ) -> Restored:
     """Have the server restore `collection` from a `location` that it fetches itself (see `can_fetch_itself`).
 
     Like `upload_and_restore` otherwise; a second restore of the same collection that is under way is waited for.
     """
-    _refuse_existing(q, collection)
+    if not beside:
+        _refuse_existing(q, collection)
     began = time.monotonic()
     try:
         _put_recover(q, collection, location, checksum, answer_seconds)

@@ -41,14 +41,26 @@ class Searcher:
             self._client.close()
 
     def search(
-        self, name: str, vector: Sequence[float] | NDArray[np.float32], limit: int, *, payload: bool = True
+        self,
+        name: str,
+        vector: Sequence[float] | NDArray[np.float32],
+        limit: int,
+        *,
+        payload: bool = True,
+        among: Sequence[PointId] | None = None,
     ) -> list[Hit]:
-        """The `limit` nearest points to `vector` (dims,), best first. Raises QdrantError, NoAnswer."""
+        """The `limit` nearest points to `vector` (dims,), best first; `among` these ids, where given, and then exactly.
+
+        Raises QdrantError, NoAnswer.
+        """
         from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
         query = [float(number) for number in vector]
+        narrowed = {} if among is None else _narrowed(among)
         try:
-            answer = self._open().query_points(name, query=query, limit=limit, with_payload=payload)
+            answer = self._open().query_points(
+                name, query=query, limit=limit, with_payload=payload, **narrowed
+            )
         except UnexpectedResponse as error:
             text = error.content.decode("utf-8", "replace")
             raise QdrantError(self._q.display, error.status_code or 0, text) from None
@@ -68,6 +80,13 @@ def search(
     """One search; for several, keep a `Searcher`."""
     with Searcher(q) as searcher:
         return searcher.search(name, vector, limit, payload=payload)
+
+
+def _narrowed(ids: Sequence[PointId]) -> dict[str, Any]:
+    from qdrant_client import models
+
+    wanted = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
+    return {"query_filter": wanted, "search_params": models.SearchParams(exact=True)}
 
 
 def _client(q: Qdrant) -> QdrantClient:

@@ -151,6 +151,8 @@ class _Fetch:
         if self.done:
             headers["Range"] = f"bytes={self.done}-"
         with self._q.call("GET", self._path, headers=headers, stream=True) as response:
+            if response.status_code == 206 and "Content-Range" not in response.headers:
+                return  # its head broke off
             self._check(response)
             # What breaks here ends this connection's pieces early.
             with contextlib.suppress(HTTPError, OSError):

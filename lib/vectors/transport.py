@@ -76,7 +76,8 @@ class Qdrant:
         """Send JSON and return the answer's `result` (None where it has none).
 
         `body` is serialised by orjson (numpy arrays too); bytes are sent as they are. `retry` repeats the request
-        after a lost connection, a gateway's 502 to 504 and a 429 that says when (default: for GET alone).
+        after a lost connection and a gateway's 502 to 504 (default: for GET alone); a 429 that says when to come again
+        was not carried out and is waited out always.
         Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
         """
         content = body if body is None or isinstance(body, bytes) else encode(body)
@@ -103,7 +104,8 @@ class Qdrant:
 
         `timeout` is in seconds between two pieces of the answer. Raises like `json`.
         """
-        patience = _Patience(allowed=(method == "GET") if retry is None else retry)
+        streamed = not isinstance(content, bytes | None)
+        patience = _Patience(allowed=(method == "GET") if retry is None else retry, streamed=streamed)
         options = {"params": params, "headers": headers, "stream": stream}
         while True:
             try:
@@ -154,10 +156,12 @@ class Qdrant:
         # The key would go along to wherever a redirect points: none is followed.
         options = {**options, "timeout": timeout, "allow_redirects": False}
         try:
-            return self._session().request(method, url, data=content, **options)
+            response = self._session().request(method, url, data=content, **options)
+            _require_framed(response)
         except requests.RequestException as error:
             self.close()
             raise lost(self.display, error) from error
+        return response
 
     def _refusal(self, response: requests.Response, *, has_body: bool) -> Exception:
         error = refusal(self.display, response, (self.api_key, *(self._login or ())))
@@ -177,9 +181,10 @@ class Qdrant:
 class _Patience:
     """How often, and how long, one request may be repeated; `pause` is the next wait in seconds."""
 
-    def __init__(self, *, allowed: bool) -> None:
+    def __init__(self, *, allowed: bool, streamed: bool) -> None:
         self.pause = 0.0
-        self._allowed = allowed
+        self._allowed = allowed and not streamed
+        self._streamed = streamed
         self._tries = 0
         self._waited = 0.0
 
@@ -194,7 +199,7 @@ class _Patience:
         if response.status_code in _GATEWAY_TROUBLE:
             return self.after_connection()
         told = response.headers.get("Retry-After", "")
-        if not self._allowed or response.status_code != 429 or not told.isdecimal():
+        if self._streamed or response.status_code != 429 or not told.isdecimal():
             return False
         self.pause = max(1.0, float(told))
         self._waited += self.pause
@@ -204,6 +209,17 @@ class _Patience:
 def encode(value: object) -> bytes:
     """JSON bytes, numpy arrays included. Raises orjson.JSONEncodeError."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _require_framed(response: requests.Response) -> None:
+    """Raise requests' ConnectionError where the head broke off: Python's http.client takes its end for the head's end.
+
+    Every answer with a body tells its length, or comes in chunks; one that just ends with the connection may be cut.
+    """
+    framed = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+    if not framed and response.status_code != 204:
+        response.close()
+        raise requests.exceptions.ConnectionError("the head of the answer broke off")
 
 
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -1,193 +1,25 @@
-"""A backup that is killed, cut off, refused or out of room: no half set is ever trusted, nothing stays on the server."""
+"""A backup that is cut off, refused or out of room: no half set is ever trusted, nothing stays on the server."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import requests
 
-from lib.graph.client import connect
-from lib.graph.engine import installed_engines, scratch_server
-from lib.graph.read import read_rows
 from lib.journal import open_journals, start_journal
-from lib.steps.run_backup import run_backup
-from tests.kill_support import kill, run_killed
+from tests.backup_support import assert_one_set, delete_server_file, files, server_files
+from tests.gate import Gate, Stop
 from tests.operator_support import ROOT, Operator
-from tests.restore_support import TIMEOUT, faults, journal_of, phases, site, targets, wait_for
+from tests.restore_support import faults, phases, wait_for
 
 pytestmark = pytest.mark.qdrant
-
-KILLS = int(os.environ.get("AUTOMEM_KILLS", "1"))
-WINDOWS = [
-    "before backup begun",
-    "after backup begun",
-    "called lib.steps.take_graph.stream_rdb",
-    "called lib.steps.take_pair.take_graph",
-    "after snapshot announced",
-    "before snapshot made",
-    "after snapshot made",
-    "called lib.vectors.snapshots.download",
-    "before snapshot removed",
-    "after snapshot removed",
-    "called lib.steps.take_pair.take_collection",
-    "called lib.steps.take_pair.write_manifest",
-]
-
-
-@pytest.fixture(scope="module")
-def loaded(session_servers, tmp_path_factory):
-    someone = Operator(session_servers, tmp_path_factory.mktemp("loaded"))
-    someone.load()
-    yield someone
-    someone.clean_up()
-
-
-@pytest.fixture
-def backing(loaded, tmp_path):
-    """The loaded stores, with a backup folder of the test's own."""
-    return Operator(loaded.servers, tmp_path, loaded.graph, loaded.collection)
-
-
-@pytest.fixture
-def stand_in(qdrant_url):
-    """Fault rules are the stand-in's own."""
-    if requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT).status_code == 404:
-        pytest.skip("a real server takes no fault rules")
-    yield
-    requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT)
-
-
-def files(operator: Operator) -> list[str]:
-    """Every file of the backup folder but the journals."""
-    found = (path for path in operator.backups.rglob("*") if path.is_file() and path.suffix != ".jsonl")
-    return sorted(str(path.relative_to(operator.backups)) for path in found)
-
-
-def assert_one_set(operator: Operator) -> None:
-    """One set with its two files, nothing else here, nothing on the server, no open journal."""
-    manifest = json.loads(operator.manifests()[0].read_text())
-    names = [manifest[half]["file"]["name"] for half in ("graph", "collection")]
-    assert files(operator) == sorted([operator.manifests()[0].name, *names])
-    assert operator.call("GET", "/snapshots") == []
-    assert operator.collections() == [operator.collection]
-    assert open_journals(operator.backups) == []
-
-
-@pytest.mark.parametrize("where", WINDOWS * KILLS)
-def test_killed_there_the_next_run_cleans_up_and_works(backing, where):
-    run_killed(backing, where, "backup_automem")
-    done = where.endswith("write_manifest")
-    assert len(backing.manifests()) == int(done)  # a set is whole, or none is there to be trusted
-    if not done:
-        assert backing.run("backup_automem", "--list", "--json").json["sets"] == []
-        backing.run("restore_from_backup", "latest", expect=1)
-    backing.run("backup_automem")
-    if done:
-        backing.run("backup_automem", "--check", "all")
-        backing.run("backup_automem", "--cleanup", "--keep", "1")
-    assert_one_set(backing)
-
-
-@pytest.mark.parametrize("seconds", [0.05, 0.4, 0.8])
-def test_killed_while_the_server_makes_the_snapshot(backing, stand_in, seconds):
-    faults(backing, {"method": "POST", "path": r"/snapshots\?", "delay_seconds": 0.6, "times": 1})
-    process = backing.start("backup_automem")
-    assert wait_for(lambda: "snapshot announced" in phases(journal_of(backing, "backup")))
-    time.sleep(seconds)
-    kill(process)
-    backing.run("backup_automem")
-    assert_one_set(backing)
-
-
-def test_killed_during_the_download(backing, stand_in):
-    faults(backing, {"method": "GET", "path": r"/snapshots/.+\.snapshot", "delay_seconds": 1.0, "times": 1})
-    process = backing.start("backup_automem")
-    assert wait_for(lambda: "snapshot made" in phases(journal_of(backing, "backup")))
-    time.sleep(0.2)
-    assert kill(process)
-    assert any(name.endswith(".partial") for name in files(backing))
-    backing.run("backup_automem")
-    assert_one_set(backing)
-
-
-def assert_undone(operator: Operator, process: subprocess.Popen[str]) -> None:
-    """Exit code 130, no file and no snapshot left, and the next run leaves nothing open."""
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert "run the same command again" in err
-    assert files(operator) == []
-    assert operator.call("GET", "/snapshots") == []
-    operator.run("backup_automem")
-    assert_one_set(operator)
-
-
-@pytest.mark.parametrize(
-    ("number", "window"),
-    [
-        (signal.SIGTERM, "backup begun"),
-        (signal.SIGTERM, "snapshot announced"),
-        (signal.SIGINT, "snapshot made"),
-        (signal.SIGTERM, "snapshot made"),
-        (signal.SIGTERM, "snapshot removed"),
-    ],
-)
-def test_a_signal_leaves_nothing_half_done(backing, number, window):
-    process = backing.start("backup_automem")
-    assert wait_for(lambda: window in phases(journal_of(backing, "backup")))
-    process.send_signal(number)
-    assert_undone(backing, process)
-
-
-def test_a_signal_while_the_server_makes_the_snapshot(backing, stand_in):
-    faults(backing, {"method": "POST", "path": r"/snapshots\?", "delay_seconds": 1.0, "times": 1})
-    process = backing.start("backup_automem")
-    assert wait_for(lambda: "snapshot announced" in phases(journal_of(backing, "backup")))
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    assert backing.call("GET", "/snapshots") == []  # it was waited for
-    assert open_journals(backing.backups) == []
-    assert_undone(backing, process)
-
-
-def test_snapshots_and_files_of_others_stay(backing, stand_in):
-    """A snapshot that the operator made while ours was being made, and files that are in no set."""
-    faults(backing, {"method": "POST", "path": r"/snapshots\?", "delay_seconds": 0.8, "times": 1})
-    run = backing.start("backup_automem")
-    assert wait_for(lambda: "snapshot announced" in phases(journal_of(backing, "backup")))
-    theirs = backing.call("POST", "/snapshots")["name"]
-    run.communicate(timeout=60)
-    assert run.returncode == 0
-    assert [one["name"] for one in backing.call("GET", "/snapshots")] == [theirs]
-    run_killed(backing, "before snapshot made", "backup_automem")
-    for name in (
-        "falkordb/mine.rdb.partial",
-        "falkordb/memories_20200101_000000.rdb",
-        "qdrant/other.tar.gz.partial",
-    ):
-        (backing.backups / name).write_text("of another run")
-    backing.run("backup_automem")
-    assert {
-        "falkordb/mine.rdb.partial",
-        "falkordb/memories_20200101_000000.rdb",
-        "qdrant/other.tar.gz.partial",
-    } <= set(files(backing))
-    names = [one["name"] for one in backing.call("GET", "/snapshots")]
-    assert names == [theirs]
-    requests.delete(
-        f"{backing.servers.qdrant_url}/collections/{backing.collection}/snapshots/{theirs}", timeout=TIMEOUT
-    )
+pytest_plugins = ["tests.backup_fixtures"]
 
 
 def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
@@ -238,28 +70,27 @@ def test_a_server_error_ends_it_with_nothing_left(backing, stand_in, rule):
     faults(backing)
     assert "on fire" in failed.err or rule["status"] == 404
     assert files(backing) == []
-    assert backing.call("GET", "/snapshots") == []
+    assert server_files(backing) == []
     assert open_journals(backing.backups) == []
     backing.run("backup_automem")
     assert_one_set(backing)
 
 
-def test_a_silent_server_is_not_waited_for_for_ever(backing, stand_in):
+def test_a_lost_answer_to_the_snapshot_is_none(backing):
     """The answer to the snapshot is lost: the list tells that it is there, and it is used."""
-    faults(backing, {"method": "POST", "path": r"/snapshots\?", "status": 504, "body": "gateway", "times": 1})
-    backing.call("POST", "/snapshots")
-    theirs = [one["name"] for one in backing.call("GET", "/snapshots")]
-    process = backing.start("backup_automem")
-    assert wait_for(lambda: "snapshot announced" in phases(journal_of(backing, "backup")))
-    time.sleep(1.5)
-    backing.call("POST", "/snapshots")  # what the server made after the gateway gave up
-    _, err = process.communicate(timeout=60)
+    theirs = backing.call("POST", "/snapshots")["name"]
+    time.sleep(1.1)  # two snapshots in one second are one file: the server names them by the second
+    with Gate(backing.servers.qdrant_url) as gate:
+        stop = Stop("POST", r"/snapshots\?", carried_out=True)
+        gate.stops.append(stop)
+        backing.export(QDRANT_URL=gate.url)
+        process = backing.start("backup_automem")
+        assert wait_for(stop.reached.is_set)
+        gate.open()  # the connection breaks without an answer
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert [one["name"] for one in backing.call("GET", "/snapshots")] == theirs
-    for name in theirs:
-        requests.delete(
-            f"{backing.servers.qdrant_url}/collections/{backing.collection}/snapshots/{name}", timeout=TIMEOUT
-        )
+    assert server_files(backing) == [theirs]
+    delete_server_file(backing, theirs)
     assert_one_set(backing)
 
 
@@ -280,7 +111,7 @@ def test_a_file_size_limit_ends_it_with_nothing_left(backing, only):
     assert "no room left" in done.stderr
     assert "Traceback" not in done.stderr
     assert files(backing) == []
-    assert backing.call("GET", "/snapshots") == []
+    assert server_files(backing) == []
     assert open_journals(backing.backups) == []
 
 
@@ -313,7 +144,7 @@ def test_a_full_disk_is_told_before_and_while_writing(backing, small_disk):
     assert "no room left" in err
     left = [path for path in small_disk.glob("backups/**/*") if path.is_file() and path.suffix != ".jsonl"]
     assert left == []
-    assert backing.call("GET", "/snapshots") == []
+    assert server_files(backing) == []
     filler.unlink()
     backing.run("backup_automem")
 
@@ -341,64 +172,6 @@ def test_a_disk_without_room_for_the_journal_says_so(backing, tmp_path):
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-
-
-BACKUPS, WRITERS = 8, 4
-
-
-def write_pairs(operator: Operator, number: int, stop: threading.Event) -> None:
-    """Two nodes and the relationship between them, in one query."""
-    from falkordb.graph import Graph
-
-    with connect(operator.servers.falkordb.address) as conn:
-        graph, count = Graph(conn, operator.graph), 0
-        while not stop.is_set():
-            key = f"{number}-{count}"
-            graph.query(
-                "CREATE (:Pair {key: $key, side: 1})-[:TWIN {key: $key}]->(:Pair {key: $key, side: 2})",
-                {"key": key},
-            )
-            count += 1
-            time.sleep(0.002)
-
-
-def test_backups_under_writers_never_hold_half_a_pair(operator):
-    operator.load(60)
-    stop = threading.Event()
-    writers = [threading.Thread(target=write_pairs, args=(operator, one, stop)) for one in range(WRITERS)]
-    for one in writers:
-        one.start()
-    place, seen = site(operator), []
-    try:
-        for _ in range(BACKUPS):
-            manifest = run_backup(
-                place.graph, place.collection, place.folder, targets(operator), place.engines, place.bar
-            )
-            seen.append(manifest)
-    finally:
-        stop.set()
-        for one in writers:
-            one.join()
-    engine = installed_engines({})[0]
-    pairs = []
-    for manifest in seen:
-        with scratch_server(engine, manifest.file_of(manifest.graph)) as scratch:
-            rows = read_rows(
-                scratch.conn,
-                operator.graph,
-                "MATCH (p:Pair) RETURN count(p), count(DISTINCT p.key)",
-            )
-            twins = read_rows(
-                scratch.conn,
-                operator.graph,
-                "MATCH (a:Pair {side: 1})-[t:TWIN]->(b:Pair {side: 2}) WHERE a.key = b.key AND t.key = a.key RETURN count(t)",
-            )
-            nodes, keys = rows[0]
-            assert nodes == 2 * keys == 2 * twins[0][0]
-            assert manifest.graph.labels["Pair"] == nodes  # the manifest tells what the file holds
-            pairs.append(keys)
-    assert pairs == sorted(pairs)
-    assert pairs[-1] > pairs[0] > 0
 
 
 def test_drift_made_while_the_backup_runs_is_reported(operator):

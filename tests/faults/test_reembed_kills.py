@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -23,14 +22,12 @@ from lib.steps.phases import (
     TIDYING,
 )
 from tests.gate import Gate
+from tests.kill_support import KILLS_EACH
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import BATCH, COMMAND, DEFAULT_WINDOWS, IN_PLACE_WINDOWS, WINDOWS, WORKERS, Rig
 from tests.reembed_support import assert_migrated, points_of, upgrade
 
 pytestmark = pytest.mark.qdrant
-
-# Besides the one migration that is killed in every window, each window is hit so often in migrations of its own.
-KILLS_EACH = int(os.environ.get("KILLS_EACH", "0"))
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def test_one_migration_killed_in_every_window(rig, windows):
     assert rig.paid_twice() == 0
 
 
-@pytest.mark.skipif(not KILLS_EACH, reason="minutes: KILLS_EACH=5 hits each window five times")
+@pytest.mark.skipif(KILLS_EACH == 1, reason="minutes: `make faults` hits each window five times")
 @pytest.mark.parametrize("window", WINDOWS)
 def test_killed_in_a_named_window(rig, window):
     if window in IN_PLACE_WINDOWS:

@@ -17,7 +17,7 @@ import pytest
 from lib.backup_set.manifest import sealed
 from lib.errors import BackupDamaged, BadFile, MigrationError
 from lib.graph.engine import installed_engines
-from lib.steps.restore import prove_files
+from lib.steps.before_restore import prove_files
 from lib.steps.restore_site import Options
 from tests.operator_support import Operator
 from tests.restore_support import damaged, site, wanted

@@ -124,10 +124,11 @@ class Site:
         return self.run(["python", f"scripts/{name}.py", *words], **more)
 
     def here(self, text: str) -> str:
-        """The text with this site's addresses, and the first backup's time for the placeholder."""
+        """The text with this site's addresses and folder, and the first backup's time for the placeholder."""
         assert self.stack.automem is None or self.stack.automem.url
         automem = self.stack.automem.url if self.stack.automem else "http://127.0.0.1:1"
         text = text.replace("http://localhost:6333", self.stack.qdrant.url)
+        text = text.replace("/mnt/copies", str(self.folder / "copies"))
         return text.replace("http://localhost:8001", automem).replace(STAMP, self.stamp or STAMP)
 
     def do(self, reason: str) -> None:

@@ -21,7 +21,19 @@ FOREIGN = {"--force-recreate": "docker compose", "--data-urlencode": "curl", "--
 # What no DEFAULTS entry has: read from the environment alone, or by tests alone.
 ENVIRONMENT_ONLY = {"AUTOMEM_ENV_FILE"}
 # AutoMem's own, other programs', and words that only look like a variable.
-NOT_OURS = {"EMBEDDING_PROVIDER", "NO_COLOR"}
+NOT_OURS = {
+    "EMBEDDING_PROVIDER",
+    "NO_COLOR",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_PROFILE",
+    "AWS_ENDPOINT_URL",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "FSSPEC_SFTP_PASSWORD",
+}
 # File names that look like one.
 FILES = {"ENVIRONMENT_VARIABLES", "MONITORING_AND_BACKUPS", "RAILWAY_DEPLOYMENT", "YYYYMMDD_HHMMSS"}
 

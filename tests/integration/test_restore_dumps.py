@@ -13,8 +13,9 @@ from lib.graph.digest import graph_digest
 from lib.graph.engine import NoEngine
 from lib.graph.rdb import inspect_rdb
 from lib.journal import open_journals, start_journal
+from lib.steps.before_restore import prove_files, require_quiet
 from lib.steps.old_graph import retire_old, settle_graph
-from lib.steps.restore import prove_files, require_quiet, restore
+from lib.steps.restore import restore
 from lib.steps.restore_site import Options
 from tests.restore_support import neighbours, site, wanted
 
@@ -126,7 +127,7 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
     operator = without_psync
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
-    monkeypatch.setattr("lib.steps.restore.health", lambda _api: {"falkordb": "connected"})
+    monkeypatch.setattr("lib.steps.before_restore.presence", lambda _api: "running")
     with pytest.raises(UsageProblem, match="not loaded by any engine"):
         run_restore(
             operator, site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True)

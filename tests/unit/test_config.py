@@ -214,6 +214,8 @@ def test_all_faults_in_one_go(places, load):
         ("FALKORDB_PORT", "0"),
         ("QDRANT_URL", "http://"),
         ("QDRANT_URL", "http://localhost:0"),
+        ("QDRANT_NODE_URLS", "http://a:1,http://b:0"),
+        ("QDRANT_NODE_URLS", "a:6333,b:6333"),
         ("QDRANT_HOST", "http://localhost"),
         ("QDRANT_HOST", "localhost:6333"),
         ("QDRANT_PORT", "abc"),
@@ -252,6 +254,22 @@ def test_qdrant_url_beats_host_and_port_wherever_each_is_set(places, load):
     assert config.settings["QDRANT_URL"].origin == f"{places / 'root' / '.env'}:1"
 
 
+@pytest.mark.parametrize(
+    ("value", "urls"),
+    [
+        ("", ()),
+        ("http://a", ("http://a:6333",)),
+        (
+            "http://a:1, https://b/sub/ ,http://[::1]:7,",
+            ("http://a:1", "https://b:6333/sub", "http://[::1]:7"),
+        ),
+        (f"http://me:{SECRET},x@a,http://b", (f"http://me:{SECRET},x@a:6333", "http://b:6333")),
+    ],
+)
+def test_the_nodes_of_a_cluster_are_listed_between_commas(load, value, urls):
+    assert load(QDRANT_NODE_URLS=value).qdrant_node_urls == urls
+
+
 def test_a_made_url_says_what_it_was_made_of(load):
     assert load().settings["QDRANT_URL"].origin == "default"
     origin = load(QDRANT_PORT="7").settings["QDRANT_URL"].origin
@@ -259,7 +277,11 @@ def test_a_made_url_says_what_it_was_made_of(load):
 
 
 def test_secrets_are_in_no_text(load):
-    config = load(**dict.fromkeys(SECRETS, SECRET), QDRANT_URL=f"http://me:{SECRET}@u?key={SECRET}")
+    config = load(
+        **dict.fromkeys(SECRETS, SECRET),
+        QDRANT_URL=f"http://me:{SECRET}@u?key={SECRET}",
+        QDRANT_NODE_URLS=f"http://me:{SECRET}@a,http://me:{SECRET},x@b",
+    )
     shown = {name: value for name, value, _ in config.rows()}
     for text in (
         repr(config),
@@ -272,11 +294,20 @@ def test_secrets_are_in_no_text(load):
         assert SECRET not in text
     assert {shown[name] for name in SECRETS} == {"****"}
     assert shown["QDRANT_URL"] == "http://****@u?****"
+    assert shown["QDRANT_NODE_URLS"] == "http://****@a,http://****@b"
     assert {row[1] for row in load().rows() if row[0] in SECRETS} == {"(not set)"}
 
 
 @pytest.mark.parametrize(
-    "name", ["QDRANT_URL", "OPENAI_BASE_URL", "AUTOMEM_API_URL", "QDRANT_HOST", "FALKORDB_HOST"]
+    "name",
+    [
+        "QDRANT_URL",
+        "QDRANT_NODE_URLS",
+        "OPENAI_BASE_URL",
+        "AUTOMEM_API_URL",
+        "QDRANT_HOST",
+        "FALKORDB_HOST",
+    ],
 )
 @pytest.mark.parametrize(
     "value",

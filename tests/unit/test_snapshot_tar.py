@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lib.errors import BackupDamaged
-from lib.vectors.open_segments import open_segments_count
+from lib.vectors.open_segments import opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 from lib.vectors.tar_stream import Section, Sparse, entries
 from tests.qdrant_uploads import content, recorded_snapshots
@@ -289,16 +289,33 @@ def test_memory_stays_flat_over_a_large_entry():
 def test_the_engine_counts_what_it_can_open():
     pytest.importorskip("qdrant_edge")
     new = SNAPSHOTS["1.18.3"]
-    assert open_segments_count(io.BytesIO(new["memories_4d.snapshot"])) == 50
-    assert open_segments_count(io.BytesIO(new["memories_two_shards.snapshot"])) == 40
-    assert open_segments_count(io.BytesIO(SNAPSHOTS["1.11.3"]["memories_4d.snapshot"])) is None
+    for name, points in (("memories_4d.snapshot", {0: 50}), ("memories_two_shards.snapshot", {0: 26, 1: 14})):
+        with opened_segments(io.BytesIO(new[name])) as segments:
+            assert segments.counts == points
+            assert segments.count == sum(points.values())
+    with opened_segments(io.BytesIO(SNAPSHOTS["1.11.3"]["memories_4d.snapshot"])) as segments:
+        assert segments is None
+
+
+def test_the_engine_tells_which_ids_are_there():
+    pytest.importorskip("qdrant_edge")
+    with opened_segments(io.BytesIO(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"])) as segments:
+        every = segments.held(
+            [*range(100), *(f"00000000-0000-4000-8000-{number:012x}" for number in range(100))]
+        )
+        assert len(every) == 50
+        some = sorted(every, key=str)[:7]
+        assert segments.held([*some, 2**60, "ffffffff-0000-4000-8000-000000000000"]) == set(some)
+        with pytest.raises(BackupDamaged, match="the engine refuses"):
+            segments.held(["no id"])
 
 
 def test_a_dropped_segment_shows_in_the_engines_count(tmp_path):
     pytest.importorskip("qdrant_edge")
     data = content("memories_4d.snapshot without its first segment", SNAPSHOTS["1.18.3"], recorded=True)
     assert inspect(data).segments == 1
-    assert open_segments_count(io.BytesIO(data), tmp_path) in range(1, 50)
+    with opened_segments(io.BytesIO(data), tmp_path) as segments:
+        assert segments.count in range(1, 50)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,201 @@
+"""Backup sets elsewhere: uploaded whole, manifest last, each file read back; listed, and fetched again.
+
+The layout is that of a backup folder. A file that bears its name there was read back or is in doubt until the
+manifest names it: so the manifest is what makes files there a set, as it does here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest
+from lib.backup_set.offsite_address import offsite_address
+from lib.backup_set.offsite_store import OffsiteStore, Progress, open_offsite
+from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed
+from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, write_atomic
+
+Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
+MANIFEST_NAME = re.compile(r"backup_\d{8}_\d{6}\.json")
+_SAFE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SPARE = 16 << 20
+
+
+class NotArrived(MigrationError):
+    """The set is whole here, and not there."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A set that is whole at `url` (as it may be shown): how many files and bytes were sent, how many were there."""
+
+    url: str
+    manifest: str
+    sent: int
+    sent_bytes: int
+    there: int
+
+
+def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
+    """Bring a set there, manifest last, each file read back and compared; what is there already is not sent again.
+
+    Raises NotArrived where anything is not as it should be: then no manifest of the set is there, and no file of
+    another's was touched. Raises BackupDamaged where a file here is not what the manifest says.
+    """
+    assert manifest.path is not None
+    shown = offsite_address(url).shown
+    files = [*manifest.files, _file_here(manifest.path, manifest.name)]
+    for file in manifest.files:
+        _require_whole(manifest.path.parent / file.name, file)
+    try:
+        sent = _bring_all(open_offsite(url), manifest, files, bar)
+    except MigrationError as error:
+        raise NotArrived(
+            f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
+            next_step=f"{error.next_step}\n{again(manifest.path, shown)}".strip(),
+        ) from error
+    return Uploaded(shown, manifest.name, len(sent), sum(file.size for file in sent), len(files) - len(sent))
+
+
+def _bring_all(
+    store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: Bar
+) -> list[BackupFile]:
+    """Bring the files in their order, the manifest last; those that were sent."""
+    assert manifest.path is not None
+    here = manifest.path.parent
+    there = {name: size for one in ("", *folders_of(manifest)) for name, size in store.sizes(one).items()}
+    if all(there.get(file.name) == file.size for file in files):
+        with bar("manifest there", files[-1].size, "bytes") as progress:
+            if store.holds(
+                files[-1], files[-1].name, progress
+            ):  # it proves that the files once were whole there
+                return []
+    return [file for file in files if _bring(store, file, here, bar, there)]
+
+
+def again(path: Path, url: str) -> str:
+    """The command that uploads an existing set."""
+    return f"python scripts/backup_automem.py --check {quote(str(path))} --upload {quote(url)}"
+
+
+def folders_of(manifest: Manifest) -> list[str]:
+    """The folders, relative to the set's own, in which its files lie."""
+    return sorted({file.name.rpartition("/")[0] for file in manifest.files})
+
+
+def _file_here(path: Path, name: str) -> BackupFile:
+    return BackupFile(name, path.stat().st_size, sha256_file(path))
+
+
+def _require_whole(path: Path, file: BackupFile) -> None:
+    if not path.is_file() or _file_here(path, file.name) != file:
+        raise BackupDamaged(
+            f"{path} is not what its manifest says: nothing was uploaded",
+            next_step="python scripts/backup_automem.py   takes a new backup",
+        )
+
+
+def _bring(store: OffsiteStore, file: BackupFile, folder: Path, bar: Bar, there: dict[str, int]) -> bool:
+    """Send one file and read it back; False where it is there already. Never replaces another file."""
+    if file.name in there:
+        with bar(f"read back {file.name}", file.size, "bytes") as progress:
+            if there[file.name] == file.size and store.holds(file, file.name, progress):
+                return False
+        raise BadFile(
+            f"{store.shown}/{file.name} is another file",
+            next_step="name another folder, or see what that file is and remove it there",
+        )
+    with bar(f"upload {file.name}", file.size, "bytes") as progress:
+        name = store.send(folder / file.name, file.name, progress)
+    with bar(f"read back {file.name}", file.size, "bytes") as progress:
+        arrived = store.holds(file, name, progress)
+    if not arrived:
+        store.remove(name)
+        raise StoreFailed(f"{store.shown}/{file.name} reads back as something else than what was sent")
+    store.keep(name, file.name)
+    return True
+
+
+def manifests(store: OffsiteStore) -> list[str]:
+    """The names of the manifests there, newest first; raises MissingData where there is nothing at all."""
+    found = sorted(filter(MANIFEST_NAME.fullmatch, store.sizes()), reverse=True)
+    if not found:
+        raise MissingData(
+            f"no backup at {store.shown}", next_step="see whether the bucket and the folder are spelled right"
+        )
+    return found
+
+
+def read_there(store: OffsiteStore, name: str) -> tuple[Manifest, bytes]:
+    """A manifest there, and its bytes; raises MissingData, BackupDamaged, BadFile."""
+    data = store.read(name)
+    return parse_manifest(data, Path(name)), data
+
+
+def fetch(store: OffsiteStore, name: str, folder: Path, bar: Bar) -> Path:
+    """Bring a set into `folder`, its manifest last; returns the manifest's path here.
+
+    Every byte is compared with the manifest's checksum before it bears a name here. Whole files that are here already
+    are not fetched again, others are never replaced. Raises BackupDamaged, BadFile, MissingData, MigrationError.
+    """
+    manifest, data = read_there(store, name)
+    for file in manifest.files:
+        _require_safe(store, file.name)
+    path = private_dir(folder) / manifest.name
+    if path.exists() and path.read_bytes() != data:
+        raise _another(path)
+    missing = [file for file in manifest.files if not _is_here(folder / file.name, file)]
+    need = sum(file.size for file in missing) + _SPARE
+    if missing and free_bytes(folder) < need:
+        raise MigrationError(
+            f"{folder} has {free_bytes(folder) >> 20} MiB free, the set needs {need >> 20} MiB",
+            next_step=f"df -h {folder}   then free some room, or name another folder with --backup-dir",
+        )
+    for file in missing:
+        private_dir((folder / file.name).parent)
+        with bar(f"fetch {file.name}", file.size, "bytes") as progress:
+            _receive(store, file, folder / file.name, progress)
+    if not path.exists():
+        write_atomic(path, data)
+    return path
+
+
+def _require_safe(store: OffsiteStore, name: str) -> None:
+    """A manifest from elsewhere names files in here: never one outside of the folder."""
+    if not all(map(_SAFE_PART.fullmatch, name.split("/"))):
+        raise BadFile(f"the manifest at {store.shown} names a file that no backup has: {name!r}")
+
+
+def _is_here(path: Path, file: BackupFile) -> bool:
+    if not path.exists():
+        return False
+    if not path.is_file() or _file_here(path, file.name) != file:
+        raise _another(path)
+    return True
+
+
+def _another(path: Path) -> BadFile:
+    return BadFile(
+        f"{path} is here already, and is not the one of the set to fetch",
+        next_step="fetch into another folder with --backup-dir",
+    )
+
+
+def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progress) -> None:
+    digest, size = hashlib.sha256(), 0
+    with atomic_writer(path) as stream:
+        for data in store.chunks(file.name):
+            stream.write(data)
+            digest.update(data)
+            size += len(data)
+            progress(len(data))
+        if (size, digest.hexdigest()) != (file.size, file.sha256):
+            raise BackupDamaged(
+                f"{store.shown}/{file.name} is not what its manifest says ({size} of {file.size} bytes)",
+                next_step=f"use another set: python scripts/backup_automem.py --list {store.shown}",
+            )

@@ -1,0 +1,62 @@
+"""A temporary folder that goes with this process, however it dies, and the server that works in it with it."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+# A shell that outlives this process: its end of the pipe closes when the process, and a child that has not told its
+# number yet, are gone. Without the word `done` the children are killed and the folder is removed.
+_UNDERTAKER = """
+trap '' HUP INT TERM
+children=
+while read -r word; do
+    [ "$word" = done ] && exit
+    children="$children $word"
+done
+[ -z "$children" ] || kill -9 $children
+rm -rf "$1"
+"""
+# A child tells its number before it becomes the server: there is no moment at which a kill leaves one behind.
+_CHILD = 'echo $$; exec "$@" >"$0" 2>&1'
+
+
+@dataclass
+class ScratchFolder:
+    """The folder, and how to start a server in it that does not outlive this process."""
+
+    path: Path
+    _pipe: IO[bytes]
+
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start `command` in the folder, its output in `log`; the caller ends it, and the undertaker after a kill."""
+        return subprocess.Popen(
+            ["/bin/sh", "-c", _CHILD, str(log), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._pipe,
+            cwd=self.path,
+            start_new_session=True,  # a Ctrl-C is for the command, which then ends its server itself
+        )
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchFolder]:
+    """A new folder (0700) in `parent` (default: the system's temporary folder), removed when the block ends."""
+    folder = Path(parent or tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(4)}"
+    undertaker = subprocess.Popen(
+        ["/bin/sh", "-c", _UNDERTAKER, "sh", str(folder)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert undertaker.stdin is not None
+    try:
+        folder.mkdir(mode=0o700)
+        yield ScratchFolder(folder, undertaker.stdin)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        undertaker.communicate(b"done\n")

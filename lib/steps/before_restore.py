@@ -1,0 +1,94 @@
+"""What a restore asks before it touches anything: the files proved, the targets able, AutoMem at rest."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from lib.addresses import same_server, without_login
+from lib.automem_api import presence
+from lib.errors import UsageProblem
+from lib.graph.client import list_graphs
+from lib.graph.preflight import other_clients
+from lib.steps import restore_collection as collections
+from lib.steps import restore_graph as graphs
+from lib.steps.restore_files import Wanted
+from lib.steps.restore_site import Options, Proved, Site
+from lib.steps.take_collection import CollectionSource
+from lib.steps.take_graph import GraphSource
+
+_NAMED = 3  # clients that are named one by one
+_STOP_AUTOMEM = (
+    "stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
+    " and start it afterwards:  docker compose up -d --force-recreate flask-api\n"
+    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is)"
+)
+
+
+def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) -> Proved:
+    """Prove every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
+    proved = Proved()
+    if wanted.archive:
+        assert site.collection is not None
+        site.say(f"proving {wanted.archive}")
+        proved.collection = collections.open_backup(wanted.archive, wanted.collection_half)
+        collections.require_same_name(proved.collection, site.collection)
+        collections.check_version(proved.collection, site.collection.qdrant, force=options.force_version)
+        collections.require_target(site.collection.qdrant, site.collection.collection)
+    if wanted.rdb:
+        assert site.graph is not None
+        site.say(f"proving {wanted.rdb}: loading it into a scratch FalkorDB")
+        opened = graphs.open_backup(wanted.rdb, site.graph, site.engines, wanted.graph_half)
+        proved.graph = stack.enter_context(opened)
+        graphs.require_version(proved.graph, site.graph)
+        graphs.require_target(proved.graph, site.graph)
+    for half, server in (
+        (wanted.graph_half, _server(site.graph)),
+        (wanted.collection_half, _server(site.collection)),
+    ):
+        if half and not same_server(half.server["address"], server):
+            site.notice(
+                f"warning: {half.file.name} was taken from {half.server['address']}, it goes to {server}"
+            )
+    return proved
+
+
+def _server(source: GraphSource | CollectionSource | None) -> str:
+    if isinstance(source, GraphSource):
+        return source.address.display
+    return source.qdrant.display if source else ""
+
+
+def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> None:
+    """Refuse the graph while AutoMem may run: its caches would write values under wrong names.
+
+    With `while_running` it goes on only where labels, relationship types and property keys are the same, in order.
+    """
+    assert site.graph is not None
+    state = presence(site.api)
+    if state == "absent":
+        return
+    if not options.while_running:
+        raise UsageProblem(_still_there(state, without_login(site.api.url)), next_step=_STOP_AUTOMEM)
+    if site.graph.graph in list_graphs(site.graph.conn):
+        graphs.require_same_numbers(backup, site.graph)
+
+
+def tell_other_clients(site: Site) -> None:
+    """Name who else is connected to FalkorDB: they are never told that the graph was replaced."""
+    assert site.graph is not None
+    others = other_clients(site.graph.conn)
+    if not others:
+        return
+    named = ", ".join(f"{one.address} ({one.command}, {one.idle_seconds} s ago)" for one in others[:_NAMED])
+    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    site.notice(
+        f"warning: {len(others)} other client(s) of FalkorDB: {named}{more}. One that knows the graph reads and writes"
+        " under wrong names after the switch, until it is restarted"
+    )
+
+
+def _still_there(state: str, url: str) -> str:
+    how = f"is running ({url} answers)"
+    if state == "silent":
+        how = f"may be running ({url} takes connections and does not answer)"
+    return f"AutoMem {how}: after the graph is replaced its caches would write values under wrong names"

@@ -1,0 +1,158 @@
+"""Commands on sets that lie elsewhere: a FILE that is a URL, the restore drill of a copy, uploads of what proves."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.backup_set.manifest import read_manifest
+from lib.backup_set.offsite import MANIFEST_NAME, Uploaded, fetch, manifests, read_there, upload
+from lib.backup_set.offsite_address import is_url
+from lib.backup_set.offsite_store import OffsiteStore, open_offsite
+from lib.backup_set.sets import Deployment
+from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
+from lib.files import TargetLock, private_dir
+from lib.graph.engine import Engine
+from lib.steps.drill import Proof, named_manifests, prove_named
+from lib.steps.progress import ProgressBar
+
+LATEST = "latest"
+_SET_FILE = re.compile(r".+_(\d{8}_\d{6})\.[a-z.]+")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A URL taken apart: the folder, the manifest's name (LATEST, or none for all), a file of that set."""
+
+    folder: str
+    manifest: str = ""
+    file: str = ""
+
+
+def _named(url: str) -> _Named:
+    parent, _, last = url.rstrip("/").rpartition("/")
+    if last == LATEST or MANIFEST_NAME.fullmatch(last):
+        return _Named(parent, last)
+    if found := _SET_FILE.fullmatch(last):
+        folder, _, within = parent.rpartition("/")
+        return _Named(folder, f"backup_{found[1]}.json", f"{within}/{last}")
+    return _Named(url)
+
+
+def require_place(url: str, *, write: bool = True) -> str:
+    """Raise where sets could not be uploaded to the URL, as far as that can be known; the URL as it may be shown.
+
+    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. With `write` a small file is
+    written there, read back and deleted.
+    """
+    store = open_offsite(url)
+    if write:
+        store.prove_writable()
+    else:
+        store.sizes()
+    return store.shown
+
+
+def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str:
+    """A FILE argument as it is, or the set that a URL names brought into `folder`: the path of its file there.
+
+    The URL of a manifest or of one of its files, or of a folder with `/latest` behind it: the newest set there that
+    is of this deployment. Raises like `offsite.fetch`, and BadFile for another URL.
+    """
+    if not is_url(word):
+        return word
+    named = _named(word)
+    store = open_offsite(named.folder)
+    if not named.manifest:
+        raise BadFile(
+            f"{store.shown} names no backup: end it with backup_*.json, a file of a set, or {LATEST}",
+            next_step=f"python scripts/backup_automem.py --list {store.shown}",
+        )
+    name = _newest(store, owner) if named.manifest == LATEST else named.manifest
+    with TargetLock([f"fetching into {folder.absolute()}"]):
+        path = fetch(store, name, folder, bar)
+    if named.file and named.file not in {file.name for file in read_manifest(path).files}:
+        raise BadFile(f"{store.shown}/{named.file} is no file of the set {name}")
+    return str(folder / named.file if named.file else path)
+
+
+def _newest(store: OffsiteStore, owner: Deployment) -> str:
+    """The newest set there that is of this deployment; a newer manifest that does not read raises."""
+    for name in manifests(store):
+        if owner.owns(read_there(store, name)[0]):
+            return name
+    raise MissingData(
+        f"no backup at {store.shown} is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses",
+        next_step=f"name the set: python scripts/backup_automem.py --list {store.shown}",
+    )
+
+
+def prove_there(url: str, folder: Path, engines: list[Engine], bar: ProgressBar) -> list[Proof]:
+    """The restore drill of the sets elsewhere, one after the other: fetched into `folder`, proved, removed again.
+
+    The URL of a folder, or of one set in it. What is damaged or missing becomes a Proof with its fault. Raises
+    MissingData where no set is there.
+    """
+    named = _named(url)
+    store = open_offsite(named.folder)
+    names = manifests(store) if named.manifest in {"", LATEST} else [named.manifest]
+    proofs: list[Proof] = []
+    for name in names[:1] if named.manifest == LATEST else names:
+        with _drill_folder(folder) as drill:
+            try:
+                found = prove_named(drill, str(fetch(store, name, drill, bar)), engines)
+            except (BackupDamaged, BadFile, MissingData) as error:
+                found = [Proof(drill / name, "damaged", "", str(error))]
+        proofs += [_there(store, drill, one) for one in found]
+    return proofs
+
+
+def _there(store: OffsiteStore, drill: Path, proof: Proof) -> Proof:
+    """The proof as of the file there, not of the copy that was proved."""
+    path = Path(proof.path).relative_to(drill)
+    fault = proof.fault.replace(str(drill), store.shown)
+    return dataclasses.replace(proof, path=f"{store.shown}/{path}", fault=fault)
+
+
+@contextmanager
+def _drill_folder(folder: Path) -> Iterator[Path]:
+    """A folder for copies, empty; what a killed drill left in it goes first."""
+    drill = private_dir(folder) / "drill"
+    with TargetLock([f"drill in {folder.absolute()}"]):
+        shutil.rmtree(drill, ignore_errors=True)
+        try:
+            yield drill
+        finally:
+            shutil.rmtree(drill, ignore_errors=True)
+
+
+def prove_and_upload(
+    folder: Path, word: str, url: str | None, engines: list[Engine], bar: ProgressBar
+) -> tuple[list[Proof], list[Uploaded] | None]:
+    """Prove what `--check` names, here or elsewhere, and bring the sets that prove to `url`, oldest first.
+
+    Raises UsageProblem for sets that are elsewhere already, else like `prove_named`, `require_place` and `upload`.
+    """
+    if is_url(word):
+        if url:
+            raise UsageProblem(
+                "--upload is for sets that are here, --check names some that are elsewhere",
+                next_step="python scripts/backup_automem.py --check all --upload URL",
+            )
+        return prove_there(word, folder, engines, bar), None
+    if url:
+        require_place(url)
+    proofs = prove_named(folder, word, engines)
+    faulty = {Path(one.path) for one in proofs if one.fault}
+    if not url:
+        return proofs, None
+    manifests_here = [
+        read_manifest(one) for one in sorted(named_manifests(folder, word)) if one not in faulty
+    ]
+    sound = [one for one in manifests_here if not faulty & {one.file_of(half) for half in one.halves}]
+    return proofs, [upload(url, manifest, bar) for manifest in sound]

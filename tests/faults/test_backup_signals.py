@@ -1,0 +1,200 @@
+"""The backup ended by a signal: at any phase nothing is left half done, by one Ctrl-C or by two, or as the terminal closes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from lib.journal import open_journals
+from tests.backup_support import (
+    assert_final_files_prove,
+    assert_no_scratch,
+    assert_one_set,
+    assert_sets,
+    awaited,
+    delete_server_file,
+    files,
+    server_files,
+)
+from tests.gate import Gate, Stop
+from tests.kill_support import Held, start_held
+from tests.operator_support import ROOT, Operator
+from tests.restore_support import wait_for
+
+pytestmark = pytest.mark.qdrant
+pytest_plugins = ["tests.backup_fixtures"]
+
+PLACES = {
+    "an engine is tried": "called lib.graph.scratch._start",
+    "begun": "after backup begun",
+    "the RDB is there": "called lib.steps.take_graph.stream_rdb",
+    "the scratch server loads": "entering lib.graph.scratch._loaded",
+    "the scratch server is asked": "entering lib.steps.prove.counts",
+    "snapshot made": "before snapshot made",
+    "snapshot noted": "after snapshot made",
+    "downloaded": "called lib.vectors.snapshots.download",
+    "snapshot removed": "after snapshot removed",
+    "segments are opened": "called lib.vectors.open_segments._sort_out",
+    "drift is counted": "entering lib.steps.take_pair._drift",
+    "before the manifest": "entering lib.steps.take_pair.write_manifest",
+}
+
+
+def standing(held: Held, number: int = 0) -> subprocess.Popen[str]:
+    """The process, once it stands at the place."""
+    assert wait_for(lambda: held.stands_at(number) or held.process.poll() is not None)
+    assert held.process.poll() is None, held.process.communicate()
+    return held.process
+
+
+def assert_undone(operator: Operator, process: subprocess.Popen[str]) -> str:
+    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said."""
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+    assert files(operator) == []
+    assert server_files(operator) == []
+    assert_no_scratch(operator)
+    if operator.backups.exists():
+        assert open_journals(operator.backups) == []
+    operator.run("backup_automem")
+    assert_one_set(operator)
+    return err
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_leaves_nothing_half_done(backing, place):
+    number = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP][list(PLACES).index(place) % 3]
+    held = start_held(backing, PLACES[place], "backup_automem")
+    standing(held).send_signal(number)
+    held.go_on()
+    assert_undone(backing, held.process)
+
+
+def ended_at(operator: Operator, place: str) -> None:
+    held = start_held(operator, place, "backup_automem")
+    standing(held).send_signal(signal.SIGTERM)
+    held.go_on()
+    held.process.communicate(timeout=60)
+    assert held.process.returncode == 130
+
+
+def test_a_signal_right_after_the_manifest_leaves_the_whole_set(backing):
+    ended_at(backing, "called lib.steps.take_pair.write_manifest")
+    assert_one_set(backing)
+    assert_final_files_prove(backing)
+
+
+def test_a_signal_before_the_snapshot_was_asked_for(backing):
+    """That it was not asked for cannot be known: it is reckoned with, and said."""
+    ended_at(backing, "after snapshot announced")
+    assert files(backing) == []
+    backing.run("backup_automem")
+    assert_sets(backing)
+    assert len(awaited(backing)) == 1
+
+
+def test_a_signal_while_the_server_makes_the_snapshot(backing):
+    """The file is waited for."""
+    with Gate(backing.servers.qdrant_url) as gate:
+        backing.export(QDRANT_URL=gate.url)
+        stop = Stop("POST", r"/snapshots\?", late=True)
+        gate.stops.append(stop)
+        process = backing.start("backup_automem")
+        assert wait_for(stop.reached.is_set)
+        process.send_signal(signal.SIGTERM)
+        stop.let_go.set()
+        assert_undone(backing, process)
+
+
+@pytest.mark.parametrize(
+    "clean_up", ["entering lib.vectors.snapshots.delete", "entering lib.steps.take_pair.remove_unfinished"]
+)
+def test_a_second_ctrl_c_lets_it_clean_up(backing, clean_up):
+    held = start_held(backing, f"called lib.vectors.snapshots.download; {clean_up}", "backup_automem")
+    standing(held).send_signal(signal.SIGINT)
+    held.go_on()
+    standing(held, 1).send_signal(signal.SIGINT)
+    held.go_on(1)
+    assert "cleaning up" in assert_undone(backing, held.process)
+
+
+@pytest.mark.parametrize(
+    "clean_up", ["entering lib.vectors.snapshots.delete", "entering lib.steps.take_pair.remove_unfinished"]
+)
+def test_a_third_ctrl_c_ends_it_and_the_next_run_cleans_up(backing, clean_up):
+    held = start_held(backing, f"called lib.vectors.snapshots.download; {clean_up}", "backup_automem")
+    standing(held).send_signal(signal.SIGINT)
+    held.go_on()
+    process = standing(held, 1)
+    process.send_signal(signal.SIGINT)
+    while "cleaning up" not in process.stderr.readline():  # two signals of one number may arrive as one
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    held.go_on(1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    backing.run("backup_automem")
+    assert_one_set(backing)
+    assert_no_scratch(backing)
+
+
+def test_a_terminal_that_closes_leaves_nothing_half_done(backing):
+    """The kernel's own SIGHUP to the terminal's foreground, every further write to it failing."""
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    with Gate(backing.servers.qdrant_url) as gate:
+        backing.export(QDRANT_URL=gate.url)
+        stop = Stop("GET", r"/snapshots/.+\.snapshot")
+        gate.stops.append(stop)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "backup_automem.py")],
+            cwd=backing.folder,
+            env={**backing.environ, "TERM": "xterm"},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=take_terminal,  # noqa: PLW1509 - the gate's threads hold nothing that it needs
+        )
+        os.close(slave)
+        assert wait_for(stop.reached.is_set)
+        os.close(master)
+        gate.open()
+        process.wait(60)
+    backing.export(QDRANT_URL=backing.servers.qdrant_url)
+    assert process.returncode != 0
+    assert files(backing) == []
+    assert server_files(backing) == []
+    assert open_journals(backing.backups) == []
+    assert_no_scratch(backing)
+    backing.run("backup_automem")
+    assert_one_set(backing)
+
+
+def test_nohup_goes_on_without_its_terminal(backing):
+    held = start_held(backing, "after backup begun", "backup_automem", nohup=True)
+    standing(held).send_signal(signal.SIGHUP)
+    held.go_on()
+    _, err = held.process.communicate(timeout=60)
+    assert held.process.returncode == 0, err
+    assert_one_set(backing)
+
+
+@pytest.fixture(autouse=True)
+def no_foreign_snapshot(backing):
+    yield
+    for name in server_files(backing):
+        delete_server_file(backing, name)

@@ -1,0 +1,180 @@
+"""Copies of the backups elsewhere, through the real scripts: S3 over HTTP, SFTP over SSH, a local folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import paramiko
+import pytest
+
+from lib.backup_set.manifest import read_manifest
+from tests.offsite_support import BUCKET, PASSWORD, SECRET_KEY, USER, S3Server, SFTPServer
+from tests.restore_support import assert_tidy, spoil
+
+pytestmark = pytest.mark.qdrant
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ssh_key() -> paramiko.PKey:
+    return paramiko.RSAKey.generate(2048)
+
+
+@pytest.fixture
+def sftp(tmp_path, ssh_key) -> Iterator[SFTPServer]:
+    with SFTPServer(tmp_path / "sftp", ssh_key) as server:
+        server.be_known(tmp_path)
+        ssh_key.write_private_key_file(str(tmp_path / ".ssh" / "id_rsa"))
+        yield server
+
+
+@pytest.fixture(params=["file", "folder", "s3", "sftp"])
+def place(request, operator, s3, tmp_path) -> Place:
+    """A place elsewhere of each kind, empty."""
+    if request.param == "s3":
+        operator.export(**s3.environ)
+        return Place(f"s3://{BUCKET}/{operator.graph}", lambda: s3.objects(operator.graph))
+    if request.param == "sftp":
+        server = request.getfixturevalue("sftp")
+        return Place(server.url("/copies/of automem"), lambda: files_in(server.folder / "copies/of automem"))
+    folder = tmp_path / "copies"
+    return Place(f"file://{folder}" if request.param == "file" else str(folder), lambda: files_in(folder))
+
+
+class Place:
+    def __init__(self, url, files) -> None:
+        self.url = url
+        self.files = files
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def set_files(manifest: Path) -> dict[str, int]:
+    files = {one.name: one.size for one in read_manifest(manifest).files}
+    return {**files, manifest.name: manifest.stat().st_size}
+
+
+def test_a_backup_is_uploaded_listed_proved_and_restored_from_there(operator, place, tmp_path):
+    operator.load()
+    done = operator.run("backup_automem", "--upload", place.url, "--json")
+    (manifest,) = operator.manifests()
+    assert done.json["uploaded"]["manifest"] == manifest.name
+    assert done.json["uploaded"]["sent"] == 3
+    assert place.files() == set_files(manifest)
+    before = operator.state()
+
+    listed = operator.run("backup_automem", "--list", place.url, "--json").json
+    assert [(one["stamp"], one["complete"]) for one in listed["sets"]] == [
+        (json.loads(manifest.read_text())["stamp"], True)
+    ]
+    # The way there says nothing about what is here: from now on only the copy exists.
+    shutil.move(operator.backups, tmp_path / "lost")
+    if "://" in place.url:
+        drill = operator.run("backup_automem", "--check", place.url, "--json").json["proofs"]
+        assert {one["level"] for one in drill} <= {"restored", "checked"}
+        assert len(drill) == 2
+        assert files_in(operator.backups) == {}
+        latest = f"{place.url}/latest"
+    else:
+        latest = f"{place.url}/{manifest.name}"
+    spoil(operator)
+    operator.run("restore_from_backup", latest, "--no-safety-backup")
+    assert operator.state() == before
+    assert_tidy(operator)
+    if "://" in place.url:
+        assert files_in(operator.backups).items() >= set_files(manifest).items()
+        fetched = operator.backups / manifest.name
+        assert fetched.read_bytes() == (tmp_path / "lost" / manifest.name).read_bytes()
+        assert {path.stat().st_mode & 0o777 for path in operator.backups.rglob("*.rdb")} == {0o600}
+
+
+def test_what_is_there_already_is_not_sent_again(operator, place):
+    operator.load()
+    operator.run("backup_automem")
+    (manifest,) = operator.manifests()
+    first = operator.run("backup_automem", "--check", "all", "--upload", place.url, "--json").json["uploaded"]
+    assert [(one["sent"], one["there"]) for one in first] == [(3, 0)]
+    again = operator.run("backup_automem", "--check", str(manifest), "--upload", place.url, "--json").json
+    assert [(one["sent"], one["there"]) for one in again["uploaded"]] == [(0, 3)]
+    assert place.files() == set_files(manifest)
+
+
+@pytest.mark.parametrize("part", ["rdb", "tar.gz"])
+def test_one_half_is_restored_by_its_own_url(operator, s3, part):
+    operator.export(**s3.environ)
+    operator.load()
+    url = f"s3://{BUCKET}/{operator.graph}"
+    operator.run("backup_automem", "--upload", url)
+    (manifest,) = operator.manifests()
+    before = operator.state()
+    (name,) = [one.name for one in read_manifest(manifest).files if one.name.endswith(part)]
+    shutil.rmtree(operator.backups)
+    spoil(operator)
+    operator.run("restore_from_backup", f"{url}/{name}")
+    after = operator.state()
+    same = "graph" if part == "rdb" else "points"
+    assert getattr(after, same) == getattr(before, same)
+    assert after != before
+
+
+def test_a_dry_run_writes_nothing_there(operator, place):
+    operator.load()
+    told = operator.run("backup_automem", "--upload", place.url, "--dry-run").out
+    assert "copy" in told
+    assert place.files() == {}
+
+
+def test_a_password_in_the_url_reaches_the_server_and_nothing_else(operator, sftp, tmp_path):
+    shutil.rmtree(tmp_path / ".ssh")
+    sftp.be_known(tmp_path)  # and no key: the password alone opens
+    operator.load()
+    url = sftp.url("/copies", login=f"{USER}:{quote(PASSWORD, safe='')}")
+    told = [
+        operator.run("backup_automem", "-v", "--upload", url),
+        operator.run("backup_automem", "-v", "--list", url),
+        operator.run("backup_automem", "-v", "--check", url),
+        operator.run("restore_from_backup", "-v", f"{url}/latest", "--dry-run"),
+        operator.run("restore_from_backup", "-v", url, expect=2),
+        operator.run("backup_automem", "--list", "--upload", url, expect=2),
+        operator.run("backup_automem", "--cleanup", url, expect=2),
+        operator.run("backup_automem", "--list", url.replace(":p", ":wrong-p"), expect=2),
+        operator.run("backup_automem", "--list", url.replace(f":{sftp.port}", ":1"), expect=1),
+    ]
+    sftp.mischief.deny = ("open",)
+    told.append(operator.run("backup_automem", "--check", "all", "--upload", url, expect=2))
+    sftp.mischief.deny = ("rename",)
+    told.append(operator.run("backup_automem", "--check", "all", "--json", "--upload", f"{url}/2", expect=1))
+    secrets = (PASSWORD, quote(PASSWORD, safe=""), "p4ss", "wrong-p")
+    for result in told:
+        assert not [secret for secret in secrets if secret in result.out + result.err], result
+    assert "sftp://keeper:***@127.0.0.1" in told[0].out
+    for path in operator.backups.rglob("*"):
+        if path.is_file():
+            assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
+
+
+def test_a_secret_key_reaches_no_output(operator, s3):
+    operator.load()
+    operator.export(**s3.environ)
+    for words, code in (
+        ((f"s3://{BUCKET}/{operator.graph}",), 0),
+        ((f"s3://{BUCKET}-that-is-not",), 1),
+        ((f"s3://AKIAOFFSITE:{SECRET_KEY}@{BUCKET}/x",), 2),
+        ((f"s3://{BUCKET}/x?secret={SECRET_KEY}",), 2),
+    ):
+        result = operator.run("backup_automem", "-v", "--upload", *words, expect=code)
+        assert SECRET_KEY not in result.out + result.err
+    assert len(operator.manifests()) == 1

@@ -1,0 +1,163 @@
+"""`--limit N`: a sample beside the live collection, compared with it, and nothing left of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from tests.kill_support import run_killed
+from tests.operator_support import LARGE, NEW_SIZE, SMALL
+from tests.reembed_support import embeddable, points_of, upgrade
+
+pytestmark = pytest.mark.qdrant
+
+
+def journals(operator, command="spot_check"):
+    return sorted(operator.backups.glob(f"journal_*_{command}.jsonl"))
+
+
+def same_points(left, right):
+    return left.keys() == right.keys() and all(
+        left[one][0] == right[one][0] and (left[one][1] == right[one][1]).all() for one in left
+    )
+
+
+def test_a_sample_is_compared_and_leaves_nothing_but_what_was_bought(operator):
+    operator.load(240)
+    upgrade(operator)
+    before, openai = points_of(operator), operator.servers.openai
+    openai.reset()
+    done = operator.run("reembed_embeddings", "--limit", "40", "--json").json
+    assert (done["memories"], done["points"]) == (40, 40)
+    recall = done["recall"]
+    assert recall["queries"] == 40
+    assert recall["neighbours"] == 10
+    # Both models see which texts share words; chance alone would give a quarter.
+    assert 0.5 < recall["overlap"] <= 1
+    assert 0 < recall["live_score"] <= 1
+    assert 0 < recall["side_score"] <= 1
+    assert openai.stats()["texts"] == done["bought"]["texts"] <= 40
+    assert operator.collections() == [operator.collection]
+    assert same_points(points_of(operator), before)
+    assert operator.info()["config"]["params"]["vectors"]["size"] != NEW_SIZE
+    assert [path.name for path in (operator.backups / "embeddings").glob("*check*")] == []
+    assert "removed" in journals(operator)[0].read_text().splitlines()[-1]
+    operator.run("backup_automem")
+    operator.run("reembed_embeddings")
+    stats = openai.stats()
+    assert stats["paid_twice"] == 0
+    assert points_of(operator).keys() == embeddable(operator).keys()
+
+
+def test_more_than_there_is_means_all(operator):
+    operator.load(60)
+    upgrade(operator)
+    done = operator.run("reembed_embeddings", "--limit", "5000", "--json").json
+    assert done["memories"] == done["points"] == len(embeddable(operator))
+
+
+def test_the_sample_is_spread_over_all_memories(operator):
+    operator.load(200)
+    upgrade(operator)
+    operator.run("reembed_embeddings", "--limit", "10")
+    assert operator.servers.openai.stats()["texts"] >= 10
+    spool = next((operator.backups / "embeddings").glob(f"{operator.collection}-*.sqlite3"))
+    import sqlite3
+
+    with sqlite3.connect(spool) as db:
+        db.execute("ATTACH DATABASE ? AS b", [str(spool.with_name("vectors.sqlite3"))])
+        rows = (
+            "SELECT m.id - (SELECT min(id) FROM memories) FROM memories m JOIN b.vectors v ON v.key = m.key"
+        )
+        places = sorted(place for (place,) in db.execute(rows))
+    assert max(after - place for place, after in pairwise(places)) <= 40
+
+
+def test_the_same_model_finds_the_same_neighbours(operator):
+    """What is compared is recall: the model that made the live vectors agrees with itself."""
+    operator.load(120)
+    operator.export(VECTOR_SIZE=48, EMBEDDING_MODEL=SMALL)
+    recall = operator.run("reembed_embeddings", "--limit", "30", "--json").json["recall"]
+    assert recall["overlap"] > 0.98
+    assert recall["live_score"] == pytest.approx(recall["side_score"], abs=1e-4)
+
+
+def test_without_a_live_collection_nothing_is_compared(operator):
+    operator.load(30)
+    operator.call("DELETE", "")
+    upgrade(operator)
+    done = operator.run("reembed_embeddings", "--limit", "10", "--json").json
+    assert (done["points"], done["recall"]) == (10, None)
+    assert operator.collections() == []
+
+
+def test_it_costs_no_more_than_was_allowed(operator):
+    operator.load(60)
+    upgrade(operator)
+    operator.servers.openai.reset()
+    refused = operator.run("reembed_embeddings", "--limit", "20", "--max-cost", "0", expect=2)
+    assert "--max-cost is $0" in refused.err
+    assert operator.servers.openai.stats()["requests"] == 0
+    assert journals(operator) == []
+
+
+def test_a_memory_that_the_provider_refuses_is_listed(operator):
+    operator.load(30)
+    upgrade(operator)
+    operator.cypher("MATCH (m:Memory) WITH m ORDER BY id(m) LIMIT 1 SET m.content = 'poison here'")
+    operator.servers.openai.fault(poisoned_text="poison")
+    done = operator.run("reembed_embeddings", "--limit", "30", "--json", expect=3).json
+    assert len(done["refused"]) == 1
+    assert done["points"] == done["memories"] - 1
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "after side collection announced",
+        "called lib.steps.spot_check._make",
+        "called lib.steps.spot_check.sync_collection",
+        "called lib.steps.spot_check.compare",
+        "before removed",
+        "entering lib.steps.spot_check.delete_collection",
+        "called lib.steps.spot_check.delete_collection",
+    ],
+)
+def test_a_kill_leaves_nothing_after_the_next_start(operator, where):
+    operator.load(60)
+    upgrade(operator)
+    before = points_of(operator)
+    if where == "before removed":
+        where = "before closed"
+    run_killed(operator, where, "reembed_embeddings", "--limit", "20")
+    assert same_points(points_of(operator), before)
+    again = operator.run("reembed_embeddings", "--dry-run")
+    assert "a run of reembed_embeddings.py is unfinished" in again.err
+    assert operator.collections() == [operator.collection]
+    assert list((operator.backups / "embeddings").glob("*check*")) == []
+    assert all("closed" in path.read_text().splitlines()[-1] for path in journals(operator))
+    assert same_points(points_of(operator), before)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--limit", "5", "--only-missing"),
+        ("--limit", "5", "--dry-run"),
+        ("--limit", "5", "--fresh"),
+        ("--limit", "5", "--prune-spool"),
+        ("--fresh", "--dry-run"),
+        ("--fresh", "--only-missing"),
+    ],
+)
+def test_flags_that_do_not_go_together(operator, flags):
+    refused = operator.run("reembed_embeddings", *flags, expect=2)
+    assert "do not go together" in refused.err
+
+
+def test_another_model_at_the_same_size_is_compared_too(operator):
+    operator.load(80)
+    operator.export(VECTOR_SIZE=48, EMBEDDING_MODEL=LARGE)
+    recall = operator.run("reembed_embeddings", "--limit", "40", "--json").json["recall"]
+    assert 0.3 < recall["overlap"] < 1

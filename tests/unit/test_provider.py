@@ -1,0 +1,83 @@
+"""What differs between OpenAI-compatible servers in a request, seen before it leaves."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from lib.dimensions import EmbeddingSpec
+from lib.embedding.provider import Provider
+from lib.errors import UsageProblem
+
+KEY = "sk-sandbox-0123456789abcdef"
+
+
+def request_of(url, model="text-embedding-3-large", size=768):
+    """The request that `send` would make, built and not sent."""
+    provider = Provider(EmbeddingSpec(url, model, size), KEY, 5.0)
+    seen = []
+    provider._client()._client.event_hooks["request"] = [seen.append]
+    with pytest.raises(Exception):  # noqa: B017 - nobody answers
+        provider.send(["a text"])
+    provider.close()
+    return seen[0]
+
+
+def body_of(request):
+    import orjson
+
+    return orjson.loads(request.content)
+
+
+DEAD = "http://127.0.0.1:9"
+
+
+def test_dimensions_are_sent_only_where_the_model_takes_them():
+    assert body_of(request_of(DEAD))["dimensions"] == 768
+    assert "dimensions" not in body_of(request_of(DEAD, size=3072))
+    assert "dimensions" not in body_of(request_of(DEAD, "text-embedding-ada-002", 1536))
+    assert "dimensions" not in body_of(request_of(DEAD, "nomic-embed-text", 512))
+
+
+def test_the_texts_are_sent_as_they_are_and_base64_is_asked_for():
+    body = body_of(request_of(DEAD))
+    assert (body["input"], body["encoding_format"]) == (["a text"], "base64")
+
+
+@pytest.mark.parametrize(
+    "host", ["me.openai.azure.com", "me.cognitiveservices.azure.com", "me.services.ai.azure.com"]
+)
+def test_azure_gets_the_key_in_its_own_header_and_its_version_in_the_query(host, monkeypatch):
+    spec = EmbeddingSpec(f"https://{host}/openai/deployments/large?api-version=2024-10-21", "m", 8)
+    client = Provider(spec, KEY, 5.0)._client()
+    assert client.default_headers["api-key"] == KEY
+    assert str(client.base_url) == f"https://{host}/openai/deployments/large/"
+    assert client.default_query == {"api-version": "2024-10-21"}
+
+
+def test_nobody_else_gets_that_header():
+    for url in ("", "https://openai.azure.com.example.org/v1", DEAD):
+        assert "api-key" not in Provider(EmbeddingSpec(url, "m", 8), KEY, 5.0)._client().default_headers
+
+
+def test_voyage_is_asked_for_a_size_by_its_own_name():
+    provider = Provider(EmbeddingSpec("https://api.voyageai.com/v1", "voyage-3-large", 512), KEY, 5.0)
+    assert provider._beside == {"output_dimension": 512}
+    assert "output_dimension" not in body_of(request_of(DEAD))
+
+
+def test_the_package_is_imported_only_to_send(tmp_path):
+    import subprocess
+
+    code = (
+        "import sys; from lib.dimensions import EmbeddingSpec; from lib.embedding.client import EmbeddingClient;"
+        "EmbeddingClient(EmbeddingSpec('', 'm', 8), 'sk-x').close(); print('openai' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_a_key_that_cannot_be_one_is_refused_before_that():
+    with pytest.raises(UsageProblem, match="OPENAI_API_KEY"):
+        Provider(EmbeddingSpec("", "m", 8), "sk-a b", 5.0)
