@@ -50,12 +50,12 @@ def exchange(run: Migration, first: Manifest | None, voice: Voice) -> float | No
         kind, state = situation(run)
         if kind == ADOPT:
             return began
+        if kind != REPLACE and began is None:
+            began = time.monotonic()
         if way is None:
             way = _way(run, kind)
-        if kind != ABSENT:
-            gone = _clear(run, (kind, state), voice)
-            began = gone if began is None else began
-        began = time.monotonic() if began is None else began
+        gone = time.monotonic() if kind == ABSENT else _clear(run, (kind, state), voice)
+        began = gone if began is None else began
         _know_settings(run, first)
         if way.kind == FILL or len(failed) == _TRIES or standing_staged(run) is None:
             make_collection(run.target, journal_of(run).fact("settings"), journal_of(run))

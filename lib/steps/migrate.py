@@ -83,7 +83,10 @@ def migrate(run: Migration, buyer: Buyer, first: Manifest | None, voice: Voice) 
     catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
     late = _fill(run)
     late.outcome.added += filled.outcome.added
-    run.removed = remove_surplus(run, get_state(run.target.qdrant, run.target.collection))
+    if (
+        began is not None
+    ):  # a memory that went after the last sync took no point of the new collection with it
+        run.removed = remove_surplus(run, get_state(run.target.qdrant, run.target.collection))
     rejected = [one.id for one in late.outcome.rejected]
     run.mended = prove_points(run, run.target.collection, rejected, own=False)
     _end(run, late)
