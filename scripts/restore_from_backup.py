@@ -80,20 +80,32 @@ def command(args: argparse.Namespace) -> int:
 
 
 def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
-    """Open the stores that the files are for."""
+    """Open the stores that the files are for; where one is stopped, say how to start just the stores."""
     from lib import opening
+    from lib.errors import StoreUnreachable
+    from lib.showing.restore import again
     from lib.steps.restore_site import Site
 
+    try:
+        graph = opening.open_graph(config) if wanted.rdb else None
+        collection = opening.open_collection(config) if wanted.archive else None
+    except StoreUnreachable as error:
+        step = (
+            "start just the stores, in AutoMem's folder, or correct the address:"
+            f"  docker compose up -d falkordb qdrant\nthen:  {again(sys.argv[1:])}"
+        )
+        raise StoreUnreachable(str(error), next_step=step) from error
     return Site(
-        graph=opening.open_graph(config) if wanted.rdb else None,
-        collection=opening.open_collection(config) if wanted.archive else None,
+        graph=graph,
+        collection=collection,
         folder=config.backup_dir,
         targets=config.targets(),
-        engines=opening.engines(config) if wanted.rdb else [],
+        engines=opening.engines(config) if graph else [],
         api=opening.automem_api(config),
         bar=console.progress,
         say=console.say,
         notice=console.notice,
+        again=again(sys.argv[1:]),
     )
 
 

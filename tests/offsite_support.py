@@ -21,7 +21,6 @@ from lib.sandbox.process import free_port
 ACCESS_KEY, SECRET_KEY = "AKIAOFFSITE", "s3cr3t-of-the-bucket"
 BUCKET = "automem-copies"
 USER, PASSWORD = "keeper", "p4ss:w@rd/of sftp"
-# moto's own server; a rule may cut, refuse or spoil what a client sends (told through the environment, no restart).
 _S3 = """
 import logging, sys
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -42,7 +41,6 @@ class S3Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": "1048576"},
         )
         deadline = time.monotonic() + 60
         while True:
@@ -103,8 +101,15 @@ class Mischief:
 
     spoil: str = ""  # a byte of what is written to files with this in their name arrives changed
     cut_after: int | None = None  # the connection breaks when so many bytes were written
-    pause: float = 0.0  # seconds before each write
     deny: tuple[str, ...] = ()  # of open, mkdir, remove, rename
+    hold: tuple[str, str] = ("", "")  # an operation and a part of a name: it waits there until `let_go`
+    reached: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
+
+    def wait_at(self, what: str, name: str) -> None:
+        if self.hold[0] == what and self.hold[1] in name:
+            self.reached.set()
+            self.let_go.wait(60)
 
 
 class _Login(paramiko.ServerInterface):
@@ -142,7 +147,7 @@ class _Handle(paramiko.SFTPHandle):
 
     def write(self, offset: int, data: bytes) -> int:
         mischief = self._files.server.mischief
-        time.sleep(mischief.pause)
+        mischief.wait_at("write", self._path.name)
         if mischief.cut_after is not None:
             mischief.cut_after -= len(data)
             if mischief.cut_after < 0:
@@ -188,6 +193,8 @@ class _Files(paramiko.SFTPServerInterface):
     lstat = stat
 
     def open(self, path: str, flags: int, _attr: Any) -> Any:
+        self.server.mischief.wait_at("open" if flags & os.O_CREAT else "read", path)
+
         def opened() -> Any:
             if flags & os.O_CREAT:
                 os.close(os.open(self._path(path), flags, 0o666))
@@ -199,6 +206,7 @@ class _Files(paramiko.SFTPServerInterface):
         return self._do("remove", lambda: self._path(path).unlink() or paramiko.SFTP_OK)
 
     def rename(self, oldpath: str, newpath: str) -> Any:
+        self.server.mischief.wait_at("rename", newpath)
         if self._path(newpath).exists():  # as OpenSSH answers the plain rename
             return paramiko.SFTP_FAILURE
         return self._do(

@@ -112,11 +112,15 @@ def _bring(store: OffsiteStore, file: BackupFile, folder: Path, bar: Bar, there:
         )
     with bar(f"upload {file.name}", file.size, "bytes") as progress:
         name = store.send(folder / file.name, file.name, progress)
-    with bar(f"read back {file.name}", file.size, "bytes") as progress:
-        arrived = store.holds(file, name, progress)
-    if not arrived:
+    try:
+        with bar(f"read back {file.name}", file.size, "bytes") as progress:
+            if not store.holds(file, name, progress):
+                raise StoreFailed(
+                    f"{store.shown}/{file.name} reads back as something else than what was sent"
+                )
+    except MigrationError:  # S3's own checksums refuse the reading where the bytes are others
         store.remove(name)
-        raise StoreFailed(f"{store.shown}/{file.name} reads back as something else than what was sent")
+        raise
     store.keep(name, file.name)
     return True
 

@@ -9,6 +9,7 @@ from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, 
 _REFUSED = {
     "PermissionError",
     "AuthenticationException",  # paramiko
+    "BadHostKeyException",
     "NoCredentialsError",  # botocore
     "PartialCredentialsError",
     "ClientAuthenticationError",  # azure.core
@@ -34,10 +35,12 @@ def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationEr
     text = address.clean(" ".join(str(error).split())) or type(error).__name__
     message = f"{what}: {text}"
     if "not found in known_hosts" in text:
-        host = f"[{address.host}]:{address.port}" if address.port else address.host
-        port = f"-p {address.port} " if address.port else ""
-        way_out = f"ssh {port}{address.host}   shows its key to compare and keeps it under {host} in ~/.ssh/known_hosts"
-        return AccessRefused(f"{what}: the host's key is not known here", next_step=way_out)
+        return AccessRefused(f"{what}: the host's key is not known here", next_step=_look_at_key(address))
+    if "BadHostKeyException" in families:
+        return AccessRefused(
+            f"{what}: the host's key is not the one in ~/.ssh/known_hosts: another machine may stand in between",
+            next_step=_look_at_key(address),
+        )
     if isinstance(error, FileNotFoundError):
         return MissingData(message, next_step="see whether the bucket, container or folder is spelled right")
     if families & _REFUSED:
@@ -48,3 +51,8 @@ def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationEr
     if families & _UNREACHABLE:
         return StoreUnreachable(message, next_step="check host, port and network")
     return StoreFailed(message)
+
+
+def _look_at_key(address: OffsiteAddress) -> str:
+    port = f"-p {address.port} " if address.port else ""
+    return f"ssh {port}{address.host}   shows its key, to be compared with the host's own"

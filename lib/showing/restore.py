@@ -2,48 +2,150 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shlex
+from typing import TYPE_CHECKING, Any
 
-from lib.console import Console
+from lib.addresses import without_login
+from lib.console import Console, size_text
 from lib.errors import DONE
 from lib.showing.settings import RESTART, settings_lines
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
     from lib.config import Config
-    from lib.steps.restore_site import Options, Proved, Restored, Site
-    from lib.vectors.transport import Qdrant
+    from lib.steps.restore_graph import GraphBackup
+    from lib.steps.restore_site import Newer, NewerThanBackup, Options, Proved, Restored, Site
+    from lib.steps.restored_points import CollectionBackup
+    from lib.steps.take_collection import CollectionSource
+    from lib.steps.take_graph import GraphSource
+
+# The graph alone: no setting goes with it, but AutoMem knows labels and keys by the old graph's numbers.
+RESTART_GRAPH = """\
+  start AutoMem anew: its caches are of the old graph
+    Docker:   docker compose up -d --force-recreate flask-api
+    systemd:  sudo systemctl restart automem
+    Railway:  railway redeploy"""
+
+
+def again(words: list[str]) -> str:
+    """The restore's very command line, as a shell takes it; without the logins of URLs."""
+    return shlex.join(
+        ["python", "scripts/restore_from_backup.py"]
+        + [without_login(word) if "://" in word else word for word in words]
+    )
 
 
 def show_restore_plan(site: Site, proved: Proved, options: Options, console: Console) -> int:
     """What a restore would do: --dry-run stops before the first write."""
-    lines = []
-    document: dict[str, object] = {}
-    if proved.graph:
-        counts, graph = proved.graph.proof.counts, proved.graph.graph
-        held = f"{counts.nodes:,} nodes, {counts.relationships:,} relationships" if counts else None
-        lines.append(f"graph '{graph}': {held or proved.graph.proof.note}")
-        document["graph"] = {
-            "nodes": counts.nodes if counts else None,
-            "relationships": counts.relationships if counts else None,
-        }
+    from lib.steps.newer import newer_than
+
+    found = newer_than(site, proved)
+    document: dict[str, Any] = {}
+    if proved.graph and site.graph:
+        document["graph"] = _graph_plan(proved.graph, site.graph) | {"newer": _newer(found.graph)}
     if proved.collection and site.collection:
-        one, name, qdrant = proved.collection, site.collection.collection, site.collection.qdrant
-        live = _standing(qdrant, name)
-        lines.append(f"collection '{name}': {one.proof.archive.ids:,} points of {one.size}d ({live})")
-        document["collection"] = {"points": one.proof.archive.ids, "size": one.size}
+        document["collection"] = _collection_plan(proved.collection, site.collection) | {
+            "newer": _newer(found.collection)
+        }
     how = "after a safety backup" if options.safety else "without a safety backup"
-    console.result(document, f"would restore, {how}:\n" + "\n".join(lines))
+    where = "in the safety backup that a restore takes" if options.safety else "nowhere: --no-safety-backup"
+    text = [f"would restore, {how}:", *_plan_lines(document), *newer_lines(found, where)]
+    console.result(document, "\n".join(text))
     return DONE
 
 
-def _standing(qdrant: Qdrant, name: str) -> str:
+def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
+    from lib.graph.client import list_graphs
+    from lib.graph.preflight import memory_used
+    from lib.graph.read import counts
+
+    held, live = backup.proof.counts, None
+    if target.graph in list_graphs(target.conn):
+        seen = counts(target.conn, target.graph)
+        live = {"nodes": seen.nodes, "relationships": seen.relationships}
+    return {
+        "name": target.graph,
+        "file": str(backup.path),
+        "bytes": backup.path.stat().st_size,
+        "memory_bytes": memory_used(backup.scratch.conn) if backup.scratch else None,
+        "nodes": held.nodes if held else None,
+        "relationships": held.relationships if held else None,
+        "note": backup.proof.note,
+        "live": live,
+    }
+
+
+def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict[str, Any]:
     from lib.vectors.collection import get_state, health
 
+    name, qdrant = target.collection, target.qdrant
     state = health(qdrant, name)
-    if state == "missing":
-        return "absent now"
-    return f"{get_state(qdrant, name).points:,} points stand there" if state == "live" else f"{state} now"
+    live: dict[str, Any] | None = None if state == "missing" else {"state": state}
+    if live and state == "live":
+        seen = get_state(qdrant, name)
+        live |= {"points": seen.points, "size": seen.size, "vector_bytes": 4 * seen.points * seen.size}
+    return {
+        "name": name,
+        "file": str(backup.path),
+        "bytes": backup.path.stat().st_size,
+        "snapshot_bytes": backup.proof.archive.snapshot_size,
+        "points": backup.points,
+        "size": backup.size,
+        "live": live,
+    }
+
+
+def _plan_lines(document: dict[str, Any]) -> list[str]:
+    lines = []
+    if graph := document.get("graph"):
+        held = graph["note"]
+        if graph["nodes"] is not None:
+            held = f"{graph['nodes']:,} nodes, {graph['relationships']:,} relationships"
+            held += f", {size_text(graph['memory_bytes'])} in memory"
+        live = graph["live"]
+        stands = f"{live['nodes']:,} nodes, {live['relationships']:,} relationships" if live else "absent"
+        lines.append(
+            f"graph '{graph['name']}': {held} ({size_text(graph['bytes'])} file); there now: {stands}"
+        )
+    if one := document.get("collection"):
+        points = "an unknown number of" if one["points"] is None else f"{one['points']:,}"
+        sizes = f"{size_text(one['bytes'])} file, {size_text(one['snapshot_bytes'])} snapshot"
+        lines.append(
+            f"collection '{one['name']}': {points} points of {one['size']}d ({sizes});"
+            f" there now: {_standing(one['live'])}"
+        )
+    return lines
+
+
+def _standing(live: dict[str, Any] | None) -> str:
+    if live is None:
+        return "absent"
+    if live["state"] != "live":
+        return str(live["state"])
+    return f"{live['points']:,} points of {live['size']}d ({size_text(live['vector_bytes'])} of vectors)"
+
+
+def _newer(found: Newer | None) -> dict[str, Any] | None:
+    return None if found is None else {"added": found.added, "changed": found.changed, "ids": found.named}
+
+
+def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
+    """What the backup lacks of what stands there, and where it remains."""
+    lines = []
+    for what, half in (("memories", found.graph), ("points", found.collection)):
+        if not half:
+            continue
+        changed = f", {half.changed:,} {what} have another content than in it" if half.changed else ""
+        more = "" if half.added + half.changed <= len(half.named) else ", ..."
+        lines.append(
+            f"{half.added:,} {what} are newer than the backup{changed}: {', '.join(half.named)}{more}"
+            f"\n  they remain {where}"
+        )
+        if what == "points" and found.graph is None:
+            lines.append(
+                "  and in the graph: python scripts/reembed_embeddings.py --only-missing   embeds them again"
+            )
+    return lines
 
 
 def show_restored(done: Restored, proved: Proved, config: Config, console: Console) -> int:
@@ -62,11 +164,15 @@ def show_restored(done: Restored, proved: Proved, config: Config, console: Conso
     if proved.collection:
         one = proved.collection
         lines.append(
-            f"collection '{config.collection}' restored: {one.proof.archive.ids:,} points of {one.size}d"
+            f"collection '{config.collection}' restored from {one.path}: {one.ids.count:,} points of {one.size}d"
         )
-        document["collection"] = {"file": str(one.path), "points": one.proof.archive.ids, "size": one.size}
+        document["collection"] = {"file": str(one.path), "points": one.ids.count, "size": one.size}
     if done.safety:
         lines.append(f"what stood there before: {done.safety.path}")
+    if done.newer:
+        kept = done.late_writes or (done.safety.path if done.safety else None)
+        lines += newer_lines(done.newer, f"in {kept}" if kept else "nowhere: there was no safety backup")
+        document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
     if done.late_writes:
         lines.append(
             f"the old graph as it was at the switch, with writes after the safety backup: {done.late_writes}"
@@ -77,7 +183,8 @@ def show_restored(done: Restored, proved: Proved, config: Config, console: Conso
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings
     document["notes"] = done.notes
-    lines += ["", "next:", RESTART, "  python scripts/verify_migration.py"]
+    restart = RESTART if proved.collection else RESTART_GRAPH
+    lines += ["", "next:", restart, "  python scripts/verify_migration.py"]
     console.result(document, "\n".join(lines))
     return DONE
 

@@ -9,9 +9,16 @@ from lib.automem_api import presence
 from lib.errors import UsageProblem
 from lib.graph.client import list_graphs
 from lib.graph.preflight import other_clients
-from lib.steps import restore_collection as collections
 from lib.steps import restore_graph as graphs
+from lib.steps.collection_backup import (
+    check_version,
+    open_backup,
+    open_bare,
+    require_same_name,
+    require_target,
+)
 from lib.steps.restore_files import Wanted
+from lib.steps.restore_nodes import parts_of
 from lib.steps.restore_site import Options, Proved, Site
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
@@ -30,10 +37,16 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
     if wanted.archive:
         assert site.collection is not None
         site.say(f"proving {wanted.archive}")
-        proved.collection = collections.open_backup(wanted.archive, wanted.collection_half)
-        collections.require_same_name(proved.collection, site.collection)
-        collections.check_version(proved.collection, site.collection.qdrant, force=options.force_version)
-        collections.require_target(site.collection.qdrant, site.collection.collection)
+        if wanted.bare:
+            proved.collection = open_bare(wanted.archive, site.collection)
+        else:
+            proved.collection = open_backup(wanted.archive, wanted.collection_half)
+        require_same_name(proved.collection, site.collection)
+        check_version(proved.collection, site.collection.qdrant, force=options.force_version)
+        require_target(site.collection.qdrant, site.collection.collection)
+        parts_of(
+            proved.collection, site.collection
+        )  # refused where there is no node for each of its snapshots
     if wanted.rdb:
         assert site.graph is not None
         site.say(f"proving {wanted.rdb}: loading it into a scratch FalkorDB")

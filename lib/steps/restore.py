@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import NoReturn
 
 from lib.backup_set.manifest import Manifest
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
@@ -10,8 +11,11 @@ from lib.graph.client import list_graphs
 from lib.journal import Journal, start_journal
 from lib.steps import restore_collection as collections
 from lib.steps import restore_graph as graphs
+from lib.steps.collection_backup import open_backup
+from lib.steps.newer import newer_than
 from lib.steps.old_graph import SAFE, retire_old
 from lib.steps.own_snapshot import removed
+from lib.steps.restore_nodes import parts_of, put_parts_back, rehearse_parts, replace_parts
 from lib.steps.restore_site import Options, Proved, Restored, Site, Undo
 from lib.steps.settle_restore import COMMAND, settle, settle_graphs, settle_last, supersede
 from lib.steps.take_pair import take_backup
@@ -27,11 +31,12 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
         settled = settle(site, proved, journal, result.notes)
         payload, temporary = _rehearse(site, proved, journal)
         settle_graphs(site, settled, result.notes)
+        result.newer = newer_than(site, proved)
         if options.safety:
             result.safety = _safety_backup(site, proved, journal)
             journal.append(SAFE, manifest=result.safety.name if result.safety else None)
         back = undo(result.safety)
-        site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash: the same command again.\n")
+        site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash:\n  {site.again}\n")
         if temporary:
             _switch_collection(site, proved, temporary, journal, back, settled.aliases)
     except MigrationError as error:
@@ -39,17 +44,13 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
             # Where the server may still be at work on what was asked, the journal stays open for the next run.
             _clean_up(site, journal, close=not isinstance(error, StoreUnreachable))
             raise
-        raise StoreFailed(
-            f"the collection is not in place: {error}; its rehearsal {journal.fact('temporary_collection')} stands"
-            " whole on the server",
-            next_step=f"run the same command again, it goes on from the rehearsal; or undo:\n{back}",
-        ) from error
+        _raise_not_in_place(site, result.safety, journal, error, back)
     except BaseException:
         if not _between(journal):
             _clean_up(site, journal, close=False)
         raise
     if temporary and site.collection:
-        collections.drop_temporary(site.collection.qdrant, temporary)
+        collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
     if proved.graph and site.graph and payload is not None:
         _switch_graph(site, proved.graph, payload, journal, back, options, result)
     supersede(site, proved)
@@ -58,16 +59,61 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
     return result
 
 
+def _raise_not_in_place(
+    site: Site, safety: Manifest | None, journal: Journal, error: MigrationError, undo: str
+) -> NoReturn:
+    """The last step failed: the old collection is put back, or the commands that finish the job are told."""
+    trouble = _put_back(site, safety, journal)
+    if trouble is None:
+        _clean_up(site, journal, close=True)
+        raise StoreFailed(
+            f"the collection could not be put in place: {error}; the one that stood there is back, as its safety"
+            " backup has it",
+            next_step=error.next_step or f"look at the Qdrant server's log, then:\n{site.again}",
+        ) from error
+    raise StoreFailed(
+        f"the collection is not in place: {error}; its rehearsal {journal.fact('temporary_collection')} stands"
+        f" whole on the server. {trouble}",
+        next_step=f"go on from the rehearsal:\n{site.again}\nor undo:\n{undo}",
+    ) from error
+
+
+def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
+    """Put the collection back that the safety backup holds; why that could not be, or None where it is back."""
+    half = safety.collection if safety else None
+    if site.collection is None or safety is None or half is None:
+        return "There is no safety backup to put back"
+    qdrant, name = site.collection.qdrant, site.collection.collection
+    site.notice(f"putting '{name}' back as it was, from {safety.path}")
+    try:
+        saved = open_backup(safety.file_of(half), half)
+        temporary = str(journal.fact("temporary_collection"))
+        parts, aliases = parts_of(saved, site.collection), journal.fact("aliases") or []
+        if parts:
+            put_parts_back(parts, saved, site.collection, temporary, aliases)
+        else:
+            collections.put_back(saved, qdrant, name, temporary, aliases)
+    except MigrationError as error:
+        return f"The old one could not be put back either: {error}"
+    journal.append(collections.PUT_BACK)
+    return None
+
+
 def _switch_collection(
     site: Site, proved: Proved, temporary: str, journal: Journal, undo: str, aliases: list[str]
 ) -> None:
     assert proved.collection is not None
     assert site.collection is not None
-    qdrant, name = site.collection.qdrant, site.collection.collection
+    target, one = site.collection, proved.collection
+    parts = parts_of(one, target)
     with site.bar("restore the collection", None, "bytes") as progress:
-        collections.replace_live(
-            proved.collection, qdrant, name, temporary, journal, progress, undo=undo, aliases=aliases
-        )
+        if parts:
+            replace_parts(parts, one, target, temporary, journal, progress, undo=undo, aliases=aliases)
+        else:
+            name = target.collection
+            collections.replace_live(
+                one, target.qdrant, name, temporary, journal, progress, undo=undo, aliases=aliases
+            )
 
 
 def _rehearse(site: Site, proved: Proved, journal: Journal) -> tuple[bytes | None, str | None]:
@@ -79,7 +125,11 @@ def _rehearse(site: Site, proved: Proved, journal: Journal) -> tuple[bytes | Non
         size = proved.collection.proof.archive.snapshot_size
         with site.bar("rehearse the collection", size, "bytes") as progress:
             qdrant, name = site.collection.qdrant, site.collection.collection
-            temporary = collections.rehearse(proved.collection, qdrant, name, journal, progress)
+            parts = parts_of(proved.collection, site.collection)
+            if parts:
+                temporary = rehearse_parts(parts, proved.collection, site.collection, journal, progress)
+            else:
+                temporary = collections.rehearse(proved.collection, qdrant, name, journal, progress)
     return payload, temporary
 
 
@@ -123,7 +173,8 @@ def _switch_graph(
 
 def _between(journal: Journal) -> bool:
     """Whether the old collection is gone and the new one not in place: the rehearsal is what the next run uses."""
-    return journal.has_reached(collections.SWITCHING) and not journal.has_reached(collections.SWITCHED)
+    over = (collections.SWITCHED, collections.PUT_BACK)
+    return journal.has_reached(collections.SWITCHING) and not any(map(journal.has_reached, over))
 
 
 def _clean_up(site: Site, journal: Journal, *, close: bool) -> None:
@@ -131,6 +182,6 @@ def _clean_up(site: Site, journal: Journal, *, close: bool) -> None:
     temporary = journal.fact("temporary_collection")
     with suppress(MigrationError):  # what went wrong first is what the operator must read
         if site.collection and temporary:
-            collections.drop_temporary(site.collection.qdrant, temporary)
+            collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
         if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")

@@ -19,6 +19,7 @@ class Wanted:
     archive: Path | None = None
     graph_half: GraphHalf | None = None
     collection_half: CollectionHalf | None = None
+    bare: bool = False  # the archive is none, but a snapshot as Qdrant's own API gives it
 
 
 def read_wanted(words: list[str], folder: Path, owner: Deployment) -> Wanted:
@@ -37,11 +38,8 @@ def read_wanted(words: list[str], folder: Path, owner: Deployment) -> Wanted:
         elif kind == ARCHIVE:
             _take_archive(wanted, path, _half_of(folder, path, "collection"))
         else:
-            raise BadFile(
-                f"{path} is a bare Qdrant snapshot: it promises no points, so that a restore could not be proved",
-                next_step="name a qdrant_snapshot_*.tar.gz, or put it back by hand:"
-                " https://qdrant.tech/documentation/concepts/snapshots/",
-            )
+            _take_archive(wanted, path, None)
+            wanted.bare = True
     return wanted
 
 

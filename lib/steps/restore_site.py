@@ -9,11 +9,15 @@ from pathlib import Path
 from lib.automem_api import AutoMemApi
 from lib.backup_set.manifest import Manifest
 from lib.graph.engine import Engine
+from lib.steps.payloads import PointId
+from lib.steps.present import as_text
 from lib.steps.progress import ProgressBar
 from lib.steps.restore_graph import GraphBackup
 from lib.steps.restored_points import CollectionBackup
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
+
+_NAMED = 20
 
 Say = Callable[[str], None]
 Undo = Callable[[Manifest | None], str]
@@ -32,6 +36,7 @@ class Site:
     bar: ProgressBar
     say: Say
     notice: Say
+    again: str = "the same command again"  # that very command line, where it is known
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,38 @@ class Proved:
 
 
 @dataclass
+class Newer:
+    """Of one store: how many ids the backup lacks, of how many it has another content, and the first of their ids."""
+
+    added: int = 0
+    changed: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed)
+
+    def name(self, identity: PointId) -> None:
+        """Name one more, while there are few."""
+        if len(self.named) < _NAMED:
+            self.named.append(as_text(identity))
+
+
+@dataclass
+class NewerThanBackup:
+    """What a restore takes away; None where the file does not tell, or nothing stands there."""
+
+    graph: Newer | None = None
+    collection: Newer | None = None
+
+
+@dataclass
 class Restored:
-    """What was done: the safety backup, where late writes to the old graph went, what an earlier run had left."""
+    """What was done: the safety backup, where late writes to the old graph went, what an earlier run had left.
+
+    `newer` is what stood there and was not in the files.
+    """
 
     safety: Manifest | None = None
     late_writes: Path | None = None
     notes: list[str] = field(default_factory=list)
+    newer: NewerThanBackup | None = None

@@ -48,8 +48,8 @@ def _settle_collection(
 ) -> None:
     if site.collection is None:
         return
-    qdrant, name = site.collection.qdrant, site.collection.collection
-    _tell(site, notes, collections.settle_collection(qdrant, name, journal, proved.collection))
+    qdrant, name, nodes = site.collection.qdrant, site.collection.collection, site.collection.nodes
+    _tell(site, notes, collections.settle_collection(qdrant, name, journal, proved.collection, nodes))
     found.aliases += collections.aliases_taken_off(journal)
     run.append("going on", aliases=found.aliases)
     journal.append(_COLLECTION_SETTLED)

@@ -1,11 +1,10 @@
 """A restore killed at every journal transition and destructive call: the same command again ends in the backup's state.
 
-Set AUTOMEM_KILLS to kill more often: so many times in each window, those that differ in the journal alone included.
+KILLS_EACH=5 (`make faults`) kills so many times in each window, those that differ in the journal alone included.
 """
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
@@ -15,13 +14,13 @@ from lib.graph.client import connect
 from lib.graph.digest import graph_digest
 from lib.sandbox.state import state_of
 from lib.vectors.collection import exists
-from tests.kill_support import kill, run_killed
+from tests.kill_support import KILLS_EACH, kill, run_killed
 from tests.operator_support import Operator
 from tests.restore_support import TIMEOUT, assert_tidy, faults, journal_of, phases, settings, spoil, wait_for
 
 pytestmark = pytest.mark.qdrant
 
-KILLS = int(os.environ.get("AUTOMEM_KILLS", "0"))
+OFTEN = KILLS_EACH > 1
 CALLED = {
     name.rsplit(".", 1)[1]: f"called lib.steps.{name}"
     for name in (
@@ -115,7 +114,7 @@ def assert_one_is_whole(operator: Operator, wanted, old) -> None:
     assert points_of(operator, name) in {old.collection, wanted.collection}
 
 
-@pytest.mark.parametrize("where", (WINDOWS + ALMOST) * KILLS or WINDOWS)
+@pytest.mark.parametrize("where", (WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS)
 def test_killed_there_it_goes_on(ready, where):
     operator, files, (wanted, asset), old = ready
     run_killed(operator, where, "restore_from_backup", *files)
@@ -187,7 +186,7 @@ def wait_for_phase(operator: Operator, known: object, phase: str) -> None:
 
 
 @pytest.mark.parametrize("request_", IN_FLIGHT)
-@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.3, 0.5, 0.8] if KILLS else [0.3])
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.3, 0.5, 0.8] if OFTEN else [0.3])
 def test_killed_while_a_request_is_in_flight(ready, request_, seconds, stand_in):
     operator, files, (wanted, asset), _ = ready
     rule = {**IN_FLIGHT[request_], "delay_seconds": 0.6}
@@ -226,28 +225,53 @@ def stand_in(qdrant_url):
     requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT)
 
 
-def test_a_refused_recover_says_how_to_go_on_and_the_rerun_does(ready, stand_in):
-    operator, files, (wanted, asset), _ = ready
-    faults(
-        operator,
-        {
-            "method": "PUT",
-            "path": f"{operator.collection}/snapshots/recover",
-            "status": 500,
-            "times": 1,
-            "body": {"status": {"error": "disk on fire"}},
-        },
-    )
+def test_a_refused_recover_puts_the_old_collection_back(ready, stand_in):
+    operator, files, (wanted, asset), old = ready
+    faults(operator, {**REFUSED_RECOVER, "path": f"{operator.collection}/snapshots/recover"})
     failed = operator.run("restore_from_backup", *files, expect=1)
     assert "disk on fire" in failed.err
-    assert "run the same command again" in failed.err
-    assert "python scripts/restore_from_backup.py" in failed.err.split("next:")[1]
-    assert not exists(operator.qdrant, operator.collection)
-    assert (
-        points_of(operator, next(one for one in operator.collections() if "__try_" in one))
-        == wanted.collection
-    )
+    assert "the one that stood there is back" in failed.err
+    assert operator.state() == old
+    assert settings(operator) == asset
+    assert_tidy(operator)
     operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+REFUSED_RECOVER = {
+    "method": "PUT",
+    "status": 500,
+    "times": 1,
+    "body": {"status": {"error": "disk on fire"}},
+}
+
+
+@pytest.mark.parametrize("how", ["no safety backup", "the upload fails too"])
+def test_a_refused_recover_that_nothing_makes_good_says_the_commands(ready, stand_in, how):
+    operator, files, (wanted, asset), old = ready
+    words = [*files, *(["--no-safety-backup"] if how == "no safety backup" else [])]
+    upload = {"method": "POST", "status": 500, "body": {"status": {"error": "no space either"}}}
+    faults(
+        operator,
+        {**REFUSED_RECOVER, "path": f"{operator.collection}/snapshots/recover"},
+        {**upload, "path": rf"{operator.collection}/snapshots/upload\?.*checksum=(?!0000)"},
+    )
+    failed = operator.run("restore_from_backup", *words, expect=1)
+    faults(operator)
+    assert "disk on fire" in failed.err
+    assert ("no space either" in failed.err) == (how != "no safety backup")
+    step = failed.err.split("next:")[1]
+    assert f"python scripts/restore_from_backup.py {' '.join(words)}\n" in step
+    if how != "no safety backup":
+        assert f"python scripts/restore_from_backup.py {operator.manifests()[-1]}" in step
+    assert not exists(operator.qdrant, operator.collection)
+    temporary = next(one for one in operator.collections() if "__try_" in one)
+    assert points_of(operator, temporary) == wanted.collection
+    with connect(operator.servers.falkordb.address) as conn:
+        assert graph_digest(conn, operator.graph, by_id=True).digest == old.graph
+    operator.run("restore_from_backup", *words)
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)

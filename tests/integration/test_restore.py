@@ -276,12 +276,12 @@ def test_another_deployment_in_the_same_folder_is_never_taken_or_deleted(operato
 
 def test_a_backup_of_another_server_is_told_before_the_switch(operator):
     operator.load(60)
-    operator.run("backup_automem", "--only", "qdrant")
+    operator.run("backup_automem", "--only", "falkordb")
     manifest = operator.manifests()[0]
     document = json.loads(manifest.read_text())
-    document["collection"]["server"]["address"] = "http://10.1.2.3:6333"
+    document["graph"]["server"]["address"] = "10.1.2.3:6379"
     manifest.write_text(json.dumps(sealed(document)))
     for more in (["--dry-run"], ["-q"]):
         told = operator.run("restore_from_backup", str(manifest), *more).err
-        assert "was taken from http://10.1.2.3:6333, it goes to http://127.0.0.1" in told
+        assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in told
     operator.run("restore_from_backup", "latest", "--dry-run")  # the safety backup, of this server

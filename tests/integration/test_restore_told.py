@@ -1,0 +1,88 @@
+"""What a restore tells: both sides before it begins, what is newer than the file, how AutoMem is started anew."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+import requests
+
+from tests.operator_support import OLD_SIZE
+from tests.restore_support import TIMEOUT
+
+pytestmark = pytest.mark.qdrant
+
+
+def test_what_is_newer_than_the_files_is_counted_named_and_kept(operator):
+    operator.load()
+    operator.run("backup_automem")
+    fresh = [str(uuid.UUID(int=number)) for number in range(3)]
+    operator.cypher("UNWIND $ids AS id CREATE (:Memory {id: id, content: 'since the backup'})", ids=fresh)
+    operator.cypher(
+        "MATCH (m:Memory) WHERE m.id IS NOT NULL WITH m LIMIT 2 SET m.content = 'rewritten since'"
+    )
+    point = {"id": fresh[0], "vector": [0.5] * OLD_SIZE, "payload": {"content": "since the backup"}}
+    operator.call("PUT", "/points?wait=true", {"points": [point]})
+    plan = operator.run("restore_from_backup", "latest", "--dry-run", "--json").json
+    graph, collection = plan["graph"], plan["collection"]
+    assert (graph["newer"]["added"], graph["newer"]["changed"]) == (3, 2)
+    assert set(fresh) < set(graph["newer"]["ids"])
+    assert (collection["newer"]["added"], collection["newer"]["ids"]) == (1, fresh[:1])
+    assert graph["live"]["nodes"] == graph["nodes"] + 3
+    assert collection["live"]["points"] == collection["points"] + 1
+    assert graph["bytes"] > 0 < collection["snapshot_bytes"]
+    text = operator.run("restore_from_backup", "latest", "--dry-run").out
+    assert "3 memories are newer than the backup, 2 memories have another content" in text
+    assert "remain in the safety backup that a restore takes" in text
+    done = operator.run("restore_from_backup", "latest")
+    assert all(identity in done.out for identity in fresh)
+    kept = operator.manifests()[-1]
+    assert f"remain in {kept}" in done.out
+    assert operator.cypher("MATCH (m:Memory) WHERE m.id IN $ids RETURN count(m)", ids=fresh) == [[0]]
+    operator.run("restore_from_backup", "-q", str(kept))
+    assert operator.cypher("MATCH (m:Memory) WHERE m.id IN $ids RETURN count(m)", ids=fresh) == [[3]]
+
+
+def test_points_newer_than_the_file_remain_in_the_graph_too(operator):
+    operator.load(60)
+    operator.run("backup_automem", "--only", "qdrant")
+    point = {"id": 10**12, "vector": [0.5] * OLD_SIZE, "payload": {"content": "since the backup"}}
+    operator.call("PUT", "/points?wait=true", {"points": [point]})
+    text = operator.run("restore_from_backup", operator.archive()).out
+    assert "1 points are newer than the backup: 1000000000000" in text
+    assert "reembed_embeddings.py --only-missing" in text
+
+
+def test_after_the_graph_alone_no_setting_is_spoken_of(operator):
+    operator.load(60)
+    operator.run("backup_automem")
+    text = operator.run("restore_from_backup", operator.rdb()).out
+    assert "VECTOR_SIZE" not in text
+    assert "docker compose up -d --force-recreate flask-api" in text
+    assert "verify_migration.py" in text
+    assert "newer" not in text
+    assert "VECTOR_SIZE" in operator.run("restore_from_backup", operator.archive()).out
+
+
+def test_a_store_that_is_absent_is_told_in_the_plan(operator):
+    operator.load(60)
+    operator.run("backup_automem")
+    requests.delete(f"{operator.servers.qdrant_url}/collections/{operator.collection}", timeout=TIMEOUT)
+    operator.cypher("MATCH (n) DETACH DELETE n")
+    from lib.graph.client import connect
+
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.execute_command("GRAPH.DELETE", operator.graph)
+    plan = operator.run("restore_from_backup", "latest", "--dry-run", "--json").json
+    assert plan["graph"]["live"] is None
+    assert plan["collection"]["live"] is None
+
+
+def test_stopped_stores_say_how_to_start_just_them_and_the_same_line(operator):
+    operator.load(60)
+    operator.run("backup_automem")
+    words = ["--no-safety-backup", operator.archive(), operator.rdb()]
+    for setting in ({"FALKORDB_PORT": "1"}, {"QDRANT_URL": "http://127.0.0.1:1"}):
+        text = operator.run("restore_from_backup", *words, env=setting, expect=1).err
+        assert "docker compose up -d falkordb qdrant" in text
+        assert f"python scripts/restore_from_backup.py {' '.join(words)}\n" in text
