@@ -9,7 +9,7 @@ from typing import Any
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.endpoint import public_url
 from lib.journal import Journal, read_journal
-from lib.steps.phases import DELETING, PROVED
+from lib.steps.phases import CREATED, DELETING, PLACING, PROVED
 
 COMMAND = "reembed"
 
@@ -60,7 +60,9 @@ def journalled_model(folder: Path, collection: str, size: int) -> str | None:
     """
     for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
         journal = read_journal(path)
-        if journal is None or journal.targets[-1:] != [collection] or not journal.has_reached(DELETING):
+        if journal is None or journal.targets[-1:] != [collection]:
+            continue
+        if not any(map(journal.has_reached, (DELETING, PLACING, CREATED))):
             continue
         stamped = (
             journal.fact("stamp") if journal.command == COMMAND and journal.has_reached(PROVED) else None

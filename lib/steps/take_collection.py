@@ -19,8 +19,8 @@ from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import private_dir
 from lib.journal import Journal
-from lib.steps.on_nodes import NodeJournal
 from lib.steps.last_run import journalled_model
+from lib.steps.on_nodes import NodeJournal
 from lib.steps.own_snapshot import own_snapshot
 from lib.steps.payloads import PointId
 from lib.steps.progress import Progress, steps_of
@@ -54,7 +54,7 @@ class CollectionSource:
 def known_model(
     state: CollectionState, spec: EmbeddingSpec, journalled: str | None = None
 ) -> tuple[str, str]:
-    """Which model made the vectors, and how that is known: `stamped` (there or `journalled`), `configured`, `guessed`."""
+    """Which model made the vectors, and how that is known: `stamped` (or `journalled`), `configured` or `guessed`."""
     stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
     if stamp.get("model") or journalled:
         return str(stamp.get("model") or journalled), "stamped"
