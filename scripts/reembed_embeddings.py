@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh")
-    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--prune-spool")
+    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit")
     if args.prune_spool:
         return prune(config, console, dry_run=args.dry_run)
     require_openai_key(config)
@@ -114,8 +114,8 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             refuse_partial(nodes := topology(source.qdrant, config.collection))
             run.in_place |= nodes.peers > 1
         showing.show_plan(plan, kind, run, console)
-        pace = (args.workers, args.batch_size, args.max_cost)
-        buyer = opening.open_buyer(config, *pace, console.say, sample=args.dry_run)
+        pace = (args.workers, args.batch_size, args.max_cost, console.say)
+        buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
         if args.dry_run:
             return showing.show_tried(try_one_batch(buyer, spool), plan, run, console)
         if args.limit:
