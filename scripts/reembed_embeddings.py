@@ -100,14 +100,14 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     graph, source = opening.open_graph(config), opening.open_collection(config)
     require_sources(graph, source if args.only_missing else None)
     if args.only_missing:
-        live_size = get_state(source.qdrant, config.collection).size
-        check_dimension(config.collection, live_size, config.vector_size)
+        now = get_state(source.qdrant, config.collection)
+        check_dimension(config.collection, now.size, config.vector_size)
     with opening.open_spool(config) as spool:
         target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
         run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
         spot_check.clear_up(run)
-        run.journal = open_run(run.folder, run.targets, run.spec)
         run.in_place, run.no_switch = args.in_place, args.no_switch
+        run.journal = open_run(run.folder, run.targets, run.spec)
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
@@ -122,8 +122,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             return showing.show_spot_check(spot_check.spot_check(run, buyer, live, args.limit), run, console)
         buyer.require_affordable(plan.tokens, run.bought)
         if args.only_missing:
-            state = live or get_state(source.qdrant, config.collection)
-            return showing.show_drift(only_missing(run, buyer, state), run, console)
+            return showing.show_drift(only_missing(run, buyer, live or now), run, console)
         return replace(run, buyer, (kind, live), console)
 
 
@@ -140,8 +139,7 @@ def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | No
     if run.fresh:
         migrate.forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)
-    voice = showing.voice(run, console)
-    migrate.begin(run, manifest, voice)
+    migrate.begin(run, manifest, voice := showing.voice(run, console))
     if run.no_switch:
         return showing.show_staged(migrate.only_stage(run, buyer), run, console)
     return showing.show_migrated(migrate.migrate(run, buyer, manifest, voice).outcome, run, console)

@@ -46,7 +46,8 @@ def stage(run: Migration, buyer: Buyer, live: CollectionState) -> CollectionStat
                 break
         prove_points(run, run.staged, [one.id for one in outcome.rejected], own=True)
         state = get_state(run.target.qdrant, run.staged)
-    journal.append(STAGED, points=state.points, upsert_rate=run.upsert_rate, proved=True)
+    rate = {"upsert_rate": run.upsert_rate} if run.upsert_rate else {}
+    journal.append(STAGED, points=state.points, proved=True, **rate)
     return state
 
 
