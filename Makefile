@@ -11,13 +11,19 @@ STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-falkordb-4.22.txt
 CODE := lib scripts tests
 
-.PHONY: quickstart test lint bench venv clean
+.PHONY: quickstart test faults lint bench venv clean
 
 quickstart: venv
 	$(BIN)/python scripts/quickstart.py
 
 test: venv
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# How often each window of a kill matrix is hit; `make test` hits it once.
+KILLS_EACH ?= 5
+
+faults: venv
+	KILLS_EACH=$(KILLS_EACH) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/faults
 
 lint: venv
 	$(BIN)/ruff check $(CODE)

@@ -55,7 +55,9 @@ class Console:
         if self.quiet:
             yield lambda _step: None
         elif sys.stderr.isatty():
-            with _bar(title, total, unit) as advance:
+            from lib.live_bars import bar
+
+            with bar(title, total, _amounts(unit), "" if unit == "bytes" else unit) as advance:
                 yield advance
         else:
             with _plain(title, total, unit) as advance:
@@ -69,6 +71,10 @@ class Console:
                 print(shown, flush=True)
 
 
+def _amounts(unit: str) -> Callable[[float], str]:
+    return size_text if unit == "bytes" else lambda count: f"{count:,.0f}"
+
+
 def _as_json(value: object) -> str:
     if isinstance(value, Path):
         return str(value)
@@ -76,38 +82,9 @@ def _as_json(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
-    from rich.console import Console as RichConsole
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bars
-
-    counts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *counts,
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    ]
-    with Bars(*columns, console=RichConsole(stderr=True)) as bars:
-        task = bars.add_task(title, total=total)
-        yield lambda step: bars.advance(task, step)
-
-
-@contextlib.contextmanager
 def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     started = shown = time.monotonic()
-    done = 0
-
-    def amount(count: float) -> str:
-        return size_text(count) if unit == "bytes" else f"{count:,.0f}"
+    done, amount = 0, _amounts(unit)
 
     def advance(step: int) -> None:
         nonlocal done, shown

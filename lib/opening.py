@@ -66,8 +66,10 @@ def open_spool(config: Config) -> Spool:
     `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
     file of this graph and this collection alone, so that two deployments never mix.
     """
+    from lib.embedding.memory import return_large_blocks
     from lib.embedding.spool import Spool
 
+    return_large_blocks()  # whoever opens a spool moves vectors about
     folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")

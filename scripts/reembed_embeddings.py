@@ -93,9 +93,10 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.steps.migration import Migration
     from lib.steps.open_run import open_run
     from lib.steps.switch import Target
+    from lib.steps.take_collection import require_whole
     from lib.steps.take_pair import require_sources
-    from lib.vectors.cluster import refuse_partial, topology
     from lib.vectors.collection import get_state
+    from lib.vectors.recreate import refuse_foreign
 
     graph, source = opening.open_graph(config), opening.open_collection(config)
     require_sources(graph, source if args.only_missing else None)
@@ -111,8 +112,8 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
-            refuse_partial(nodes := topology(source.qdrant, config.collection))
-            run.in_place |= nodes.peers > 1
+            refuse_foreign(live.raw)
+            require_whole(source)
         showing.show_plan(plan, kind, run, console)
         pace = (args.workers, args.batch_size, args.max_cost, console.say)
         buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
@@ -131,11 +132,9 @@ def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | No
     from lib.showing import reembed as showing
     from lib.steps import migrate
     from lib.steps.embed import buy_missing
-    from lib.steps.open_run import give_up_others
     from lib.steps.situation import protection
 
     manifest = None if run.no_switch else protection(run, *found)
-    give_up_others(run.folder, run.targets, run.spec, run.target.qdrant)
     if run.fresh:
         migrate.forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)

@@ -7,6 +7,7 @@ igzip (isal) at level 1 compresses at the speed of the network. Nothing is ever 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import IO, Any, cast
 
 import orjson
 
+from lib.backup_set.behind import Behind
 from lib.backup_set.members import ArchiveFacts, SnapshotMember, SnapshotReader, read_snapshot
 from lib.errors import BackupDamaged, BadFile
 from lib.files import atomic_writer
@@ -55,6 +57,7 @@ class ArchiveWriter:
 
         self._out = _HashingFile(stream)
         self._gzip = igzip.IGzipFile(fileobj=self._out, mode="wb", compresslevel=_LEVEL, filename="", mtime=0)
+        self._behind = Behind(self._gzip.write)
         self._left = self._size = 0
 
     def begin(self, name: str, size: int) -> None:
@@ -62,20 +65,20 @@ class ArchiveWriter:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o600
         self._left = self._size = size
-        self._gzip.write(info.tobuf(format=tarfile.PAX_FORMAT))
+        self._behind.write(info.tobuf(format=tarfile.PAX_FORMAT))
 
     def write(self, data: bytes) -> None:
         """More bytes of the member."""
         self._left -= len(data)
         if self._left < 0:
             raise BackupDamaged("the server sent more bytes of the snapshot than it announced")
-        self._gzip.write(data)
+        self._behind.write(data)
 
     def end(self) -> None:
         """The member is whole; raises BackupDamaged where bytes are missing."""
         if self._left:
             raise BackupDamaged(f"the server sent {self._left} bytes of the snapshot too few")
-        self._gzip.write(b"\0" * (-self._size % _BLOCK))
+        self._behind.write(b"\0" * (-self._size % _BLOCK))
 
     def add(self, name: str, stream: IO[bytes], size: int) -> None:
         """A whole member from a file."""
@@ -86,16 +89,21 @@ class ArchiveWriter:
 
     def finish(self) -> tuple[int, str]:
         """Close the archive; its size in bytes and its sha256 in hex."""
-        self._gzip.write(b"\0" * (2 * _BLOCK))
+        self._behind.write(b"\0" * (2 * _BLOCK))
+        self._behind.finish()
         self._gzip.close()
         return self._out.size, self._out.sha256.hexdigest()
+
+    def close(self) -> None:
+        """End what an error left undone; after `finish` there is nothing."""
+        self._behind.close()
 
 
 @contextmanager
 def archive_writer(path: Path) -> Iterator[ArchiveWriter]:
     """An archive that appears under `path` only when it is whole."""
-    with atomic_writer(path) as stream:
-        yield ArchiveWriter(stream)
+    with atomic_writer(path) as stream, contextlib.closing(ArchiveWriter(stream)) as writer:
+        yield writer
 
 
 IdsReader = Callable[[Iterator[str]], object]
@@ -115,7 +123,7 @@ def _members(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with (
             igzip.open(path, "rb") as plain,
-            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|") as tar,
+            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
         ):
             yield tar
             while plain.read(_CHUNK):  # the gzip trailer holds its own checksum
@@ -210,7 +218,7 @@ def peek_facts(path: Path) -> dict[str, Any]:
     try:
         with (
             igzip.open(path, "rb") as plain,
-            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|") as tar,
+            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
         ):
             member = tar.next()
             stream = tar.extractfile(member) if member and member.name == FACTS and member.isreg() else None

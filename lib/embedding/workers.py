@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lib.embedding.batches import MAX_INPUTS, MAX_TOKENS, Caps, Refused, batches
 from lib.embedding.client import EmbeddingClient
+from lib.embedding.memory import give_back
 from lib.embedding.pacing import Stopped
 from lib.embedding.plan_table import TextRow
 from lib.embedding.splitting import Arrived, Vectors, embed_split
@@ -77,6 +78,7 @@ def embed_missing(
         raise
     finally:
         run.dismiss(workers)
+        give_back()
     return run.outcome()
 
 

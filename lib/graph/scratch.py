@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ POLL_SECONDS = 0.02
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 
 
+class ScratchKilled(StoreFailed):
+    """Somebody killed the scratch server, as a kernel that runs out of memory does: nothing is known of its file."""
+
+
 @dataclass(frozen=True)
 class Scratch:
     """A running scratch server: private, without persistence, gone with its context."""
@@ -33,7 +38,8 @@ class Scratch:
 def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Iterator[Scratch]:
     """Start `server` with `module`, let it load `rdb` within `seconds`, and kill it on leaving.
 
-    Raises BackupDamaged where the file does not load, StoreFailed where the server does not start without one.
+    Raises BackupDamaged where the file does not load, StoreFailed where the server does not start without one,
+    ScratchKilled.
     """
     with scratch_folder("falkordb-scratch-") as scratch:
         if rdb is not None:
@@ -43,9 +49,21 @@ def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Ite
             address = GraphAddress(unix_socket=str(scratch.path / "s"))
             with contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn:
                 yield Scratch(address, conn, child.pid)
+        except StoreUnreachable:
+            _require_alive(child)
+            raise
         finally:
             child.kill()
             child.wait()
+
+
+def _require_alive(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if child.wait(1.0) == -signal.SIGKILL:
+            raise ScratchKilled(
+                "the scratch FalkorDB was killed from outside, as a machine does that runs out of memory",
+                next_step="free some memory, or prove the backup on a larger machine with --check",
+            )
 
 
 def _start(server: Path, module: Path, scratch: ScratchFolder) -> subprocess.Popen[bytes]:
@@ -62,6 +80,8 @@ def _loaded(
         with contextlib.suppress(StoreUnreachable):
             return connect(address, timeout_seconds=max(1.0, deadline - time.monotonic()))
         time.sleep(POLL_SECONDS)
+    if child.poll() is not None:
+        _require_alive(child)
     ended = "gave up" if child.poll() is not None else f"was not ready after {seconds:.0f} s"
     reason = _telling_line(log.read_text("utf-8", "replace"))
     if rdb is None:

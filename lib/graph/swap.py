@@ -7,7 +7,7 @@ under, and never over an existing key. 4.16 crashes otherwise, 4.22 ends with tw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import redis
 
@@ -19,7 +19,7 @@ from lib.errors import (
     StoreUnreachable,
     VerificationFailed,
 )
-from lib.graph.client import command, list_graphs, place, translated
+from lib.graph.client import GraphAddress, command, connect, list_graphs, place, translated
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.payload import graph_encoding, graph_name, rdb_version
 from lib.graph.preflight import GRANT
@@ -38,6 +38,12 @@ def dump_graph(conn: redis.Redis, name: str) -> bytes:
     return bytes(payload)
 
 
+def dump_apart(address: GraphAddress, name: str) -> bytes:
+    """`dump_graph` over a connection of its own, for a thread beside one that reads the same server."""
+    with contextlib.closing(connect(address)) as conn:
+        return dump_graph(conn, name)
+
+
 def rename_graph(conn: redis.Redis, old: str, new: str) -> None:
     """Rename a graph on a scratch server, so that DUMP writes another name into the payload."""
     if not command(conn, "RENAMENX", old, new):
@@ -54,16 +60,25 @@ def dump_as(conn: redis.Redis, name: str, other: str) -> bytes:
     return payload
 
 
-def prove_acceptance(conn: redis.Redis, payload: bytes, throwaway: str, expected: GraphDigest) -> None:
+def prove_acceptance(
+    conn: redis.Redis,
+    payload: bytes,
+    throwaway: str,
+    expected: GraphDigest,
+    then: Callable[[], object] = lambda: None,
+) -> None:
     """Prove on the target that it takes this graph: restore it under `throwaway`, compare, delete it again.
 
     The payload must have been dumped under the name `throwaway`. Raises VerificationFailed where the copy differs,
-    StoreFailed or AccessRefused where the target does not take it; nothing is left behind.
+    StoreFailed or AccessRefused where the target does not take it; nothing is left behind. `then` is called once the
+    copy is there, before it is read.
     """
     _require_name(payload, throwaway)
     _require_free(conn, throwaway)
     try:
         _restore(conn, payload, throwaway)
+        del payload
+        then()
         copy = graph_digest(conn, throwaway, by_id=expected.by_id)
     except MigrationError:
         with contextlib.suppress(MigrationError):  # what went wrong first is what the operator must read

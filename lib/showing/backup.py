@@ -120,13 +120,14 @@ def _set_row(one: Manifest, *, complete: bool) -> tuple[str, ...]:
 
 
 def _made_of(one: Manifest) -> str:
-    """The second line of a set: the day, the sizes of its halves, the model."""
+    """The second line of a set: the day, the sizes of its halves, the model (with `?` where it is guessed)."""
     parts = [one.created[:16].replace("T", " ")]
     if one.graph:
         parts.append(f"graph {size_text(one.graph.file.size)}")
     if one.collection:
         half = one.collection
-        parts += [f"collection {size_text(half.file.size)}", f"{half.model} ({half.model_known})"]
+        guessed = "?" if half.model_known == "guessed" else ""
+        parts += [f"collection {size_text(half.file.size)}", f"{half.model}{guessed}"]
     return ", ".join(parts)
 
 

@@ -69,13 +69,34 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
         )
 
 
+def _plan_document(plan: Plan, run: Migration) -> dict[str, object]:
+    scan = plan.scan
+    return {
+        "memories": scan.memories,
+        "usable": scan.usable,
+        "skipped": dict(scan.skipped),
+        "skipped_examples": [{"id": one, "reason": reason} for one, reason in scan.examples],
+        "too_long": scan.too_long_examples,
+        "model": plan.spec.model,
+        "size": plan.spec.size,
+        "texts": plan.texts,
+        "tokens": plan.tokens,
+        "price": plan.price,
+        "need_no_purchase": plan.spooled,
+        "spool_bytes": run.spool.size_bytes(),
+        "live": {"size": plan.live_size, "points": plan.live_points},
+        "only_live": plan.only_live,
+        "disk_peak": plan.disk_peak,
+    }
+
+
 def show_tried(tried: Tried, plan: Plan, run: Migration, console: Console) -> int:
     """The outcome of --dry-run."""
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
     if tried.expected:
         text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
     document = {
-        "plan": dataclasses.asdict(plan) | {"spooled": plan.spooled, "spool_bytes": run.spool.size_bytes()},
+        "plan": _plan_document(plan, run),
         "dry_run": dataclasses.asdict(tried),
         "left": dataclasses.asdict(tried.left),
     }

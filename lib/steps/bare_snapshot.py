@@ -13,10 +13,11 @@ from lib.backup_set.members import ArchiveFacts, SnapshotMember, read_snapshot
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged
 from lib.files import free_bytes
+from lib.scratch_folder import scratch_folder
 from lib.steps.prove_collection import CollectionProof
 from lib.steps.take_collection import known_model
 from lib.vectors.collection import CollectionState
-from lib.vectors.open_segments import opened_segments
+from lib.vectors.open_segments import SegmentFiles, engine_here, opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
 UNKNOWN = -1  # how many points are promised
@@ -67,10 +68,14 @@ def _compare_checksum(path: Path, sha256: str) -> None:
 
 
 def _counted(path: Path, size: int) -> int | None:
-    if free_bytes(Path(tempfile.gettempdir())) < 2 * size + _ROOM:
+    if not engine_here() or free_bytes(Path(tempfile.gettempdir())) < 2 * size + _ROOM:
         return None
-    with path.open("rb") as stream, opened_segments(stream) as segments:
-        return segments.count if segments else None
+    with scratch_folder("segments-") as scratch:
+        files = SegmentFiles(scratch.path)
+        with path.open("rb") as stream:
+            inspect_snapshot(stream, files.keep)
+        with opened_segments(files) as segments:
+            return segments.count if segments else None
 
 
 def _facts(

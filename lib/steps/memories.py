@@ -13,7 +13,7 @@ import redis
 
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.plan_table import MemoryRow
-from lib.embedding.pricing import count_tokens, input_limit
+from lib.embedding.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
 from lib.graph.read import MemoryNode, iter_memories, read_rows
@@ -110,6 +110,7 @@ def scan_graph(
         if progress:
             progress(len(page))
     spool.end_scan()
+    forget_tokenizer()
     return scan
 
 

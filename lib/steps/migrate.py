@@ -9,6 +9,7 @@ from lib.steps.embed import Buyer, catch_up
 from lib.steps.exchange import Voice, exchange, standing_staged
 from lib.steps.last_run import COMMAND, spec_as_json
 from lib.steps.migration import Migration, journal_of
+from lib.steps.open_run import give_up_others
 from lib.steps.phases import DELETING, PLACING, PROVED
 from lib.steps.place import file_of
 from lib.steps.prove_points import prove_points
@@ -43,7 +44,8 @@ def _fresh_mark(run: Migration) -> str:
 
 
 def begin(run: Migration, first: Manifest | None, voice: Voice) -> None:
-    """Open the journal, or go on with it. `first` is the backup that protected the plan."""
+    """Open the journal, or go on with it; runs of other settings are given up. `first` protected the plan."""
+    give_up_others(run.folder, run.targets, run.spec, run.target.qdrant)
     if run.journal is None:
         facts = {"spec": spec_as_json(run.spec), "manifest": first.name if first else None}
         run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)

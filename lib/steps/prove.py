@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import redis
 
 from lib.backup_set.manifest import CHECKED, RESTORED, BackupFile, GraphHalf
 from lib.errors import BackupDamaged, MissingData
@@ -21,8 +24,8 @@ from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
 from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
-from lib.graph.scratch import Scratch
-from lib.graph.swap import rename_graph
+from lib.graph.scratch import Scratch, ScratchKilled
+from lib.graph.swap import dump_apart, rename_graph
 from lib.memory import free_memory
 from lib.steps.compare_manifest import compare_graph, compare_rdb
 
@@ -61,8 +64,13 @@ def prove_graph(
     *,
     half: GraphHalf | None = None,
     target: ServerVersions | None = None,
+    progress: Callable[[int], None] | None = None,
+    on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphProof:
-    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be."""
+    """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be.
+
+    `progress` gets the nodes and relationships read so far, `on_loaded` the scratch server where one has loaded it.
+    """
     if half:
         check_file(path, half.file)
     facts = inspect_rdb(path)
@@ -76,8 +84,13 @@ def prove_graph(
     lacking = _lacking(facts)
     if lacking:
         return GraphProof(CHECKED, f"not loaded: {lacking}", facts)
-    with loaded_graph(path, graph, engine, facts, half=half) as (proof, _scratch):
-        return proof
+    try:
+        with loaded_graph(path, graph, engine, facts, half=half, progress=progress) as (proof, scratch):
+            if on_loaded:
+                on_loaded(scratch.conn)
+            return proof
+    except ScratchKilled as error:
+        return GraphProof(CHECKED, f"not loaded: {error}", facts)
 
 
 def _lacking(facts: RdbFacts) -> str:
@@ -95,9 +108,19 @@ def _lacking(facts: RdbFacts) -> str:
 
 @contextmanager
 def loaded_graph(
-    path: Path, graph: str, engine: Engine, facts: RdbFacts, *, half: GraphHalf | None = None
+    path: Path,
+    graph: str,
+    engine: Engine,
+    facts: RdbFacts,
+    *,
+    half: GraphHalf | None = None,
+    dump: tuple[str, list[bytes]] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[GraphProof, Scratch]]:
-    """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared."""
+    """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared.
+
+    `dump` is a name and a list: the list gets the payload of a DUMP under that name, taken while the graph is read.
+    """
     with scratch_server(engine, path) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith(f"{graph}__pre_"):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
@@ -105,17 +128,35 @@ def loaded_graph(
             require_graph(scratch.conn, graph, scratch.address)
         except MissingData as error:
             raise BackupDamaged(f"{path} does not hold the graph '{graph}': {error}") from error
-        proof = GraphProof(
-            RESTORED,
-            f"loaded by FalkorDB {engine.falkordb_version}",
-            facts,
-            counts(scratch.conn, graph),
-            schema(scratch.conn, graph),
-            graph_digest(scratch.conn, graph, by_id=True),
-        )
+        if dump:
+            rename_graph(scratch.conn, graph, dump[0])
+            with ThreadPoolExecutor(1) as beside:
+                payload = beside.submit(dump_apart, scratch.address, dump[0])
+                proof = _read(scratch, dump[0], engine, facts, progress)
+                dump[1].append(payload.result())
+            rename_graph(scratch.conn, dump[0], graph)
+        else:
+            proof = _read(scratch, graph, engine, facts, progress)
         if half:
             compare_graph(path, half, proof)
         yield proof, scratch
+
+
+def _read(
+    scratch: Scratch,
+    name: str,
+    engine: Engine,
+    facts: RdbFacts,
+    progress: Callable[[int], None] | None,
+) -> GraphProof:
+    return GraphProof(
+        RESTORED,
+        f"loaded by FalkorDB {engine.falkordb_version}",
+        facts,
+        counts(scratch.conn, name),
+        schema(scratch.conn, name),
+        graph_digest(scratch.conn, name, by_id=True, progress=progress),
+    )
 
 
 def with_proof(half: GraphHalf, proof: GraphProof) -> GraphHalf:

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any
 
-from lib.backup_set.archive import read_archive
+from lib.backup_set.archive import IdsReader, peek_facts, read_archive
 from lib.backup_set.manifest import CHECKED, RESTORED, CollectionHalf
 from lib.backup_set.members import ArchiveFacts, promised_snapshots
 from lib.errors import BackupDamaged
 from lib.files import FULL_DISK, free_bytes
+from lib.scratch_folder import scratch_folder
 from lib.steps.compare_manifest import compare_collection
 from lib.steps.present import as_id, as_text
 from lib.steps.prove import check_file
 from lib.vectors.collection import vector_params
-from lib.vectors.open_segments import Segments, opened_segments
+from lib.vectors.open_segments import SegmentFiles, opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
 _PAGE = 1000
@@ -37,82 +38,126 @@ class CollectionProof:
     snapshot: SnapshotFacts
 
 
-def prove_collection(path: Path, *, half: CollectionHalf | None = None) -> CollectionProof:
-    """Prove an archive; raises BackupDamaged where bytes, structure or configuration are off."""
+def prove_collection(
+    path: Path, *, half: CollectionHalf | None = None, on_ids: IdsReader | None = None
+) -> CollectionProof:
+    """Prove an archive; raises BackupDamaged where bytes, structure or configuration are off.
+
+    It is read once: what the engine is to open is put aside as it passes, and `on_ids` sees the promised ids.
+    """
     if half:
         check_file(path, half.file)
-    seen: list[SnapshotFacts] = []
-
-    def inspect(stream: IO[bytes]) -> None:
-        seen.append(inspect_snapshot(stream))
-
-    archive = read_archive(path, on_snapshot=inspect)
-    promised = archive.facts
-    _compare_snapshots(path, archive, seen)
-    if archive.ids != promised["promised_ids"]:
-        raise BackupDamaged(f"{path}: {archive.ids} ids inside, {promised['promised_ids']} were promised")
-    snapshot = seen[0]
-    live = _shape_of(path, promised)
-    if half:
-        compare_collection(path, half, {**promised, "size": live[0], "distance": live[1]})
-    if any((one.size, one.distance) != live for one in seen if not one.vectors_named):
-        raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-    counted, why_not = _opened(path, archive)
+    with scratch_folder("segments-") as scratch:
+        aside = _Aside(scratch.path, _hindrance(path))
+        seen: list[SnapshotFacts] = []
+        archive = read_archive(
+            path,
+            on_snapshot=lambda stream: seen.append(aside.inspected(stream)),
+            on_ids=lambda lines: aside.keep_ids(lines, on_ids),
+        )
+        promised = archive.facts
+        _compare_snapshots(path, archive, seen)
+        if archive.ids != promised["promised_ids"]:
+            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {promised['promised_ids']} were promised")
+        live = _shape_of(path, promised)
+        if half:
+            compare_collection(path, half, {**promised, "size": live[0], "distance": live[1]})
+        if any((one.size, one.distance) != live for one in seen if not one.vectors_named):
+            raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
+        counted, why_not = _opened(path, archive, aside)
     if counted is None:
         note = f"checksum, both tar levels, configuration and ids; {why_not}"
-        return CollectionProof(CHECKED, note, archive, snapshot)
-    return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot)
+        return CollectionProof(CHECKED, note, archive, seen[0])
+    return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0])
 
 
-def _opened(path: Path, archive: ArchiveFacts) -> tuple[int | None, str]:
-    """The points that the engine counts, or why it cannot."""
-    place = Path(tempfile.gettempdir())
-    no_room = f"no room in {place} to open its segments"
+class _Aside:
+    """What an archive holds for the engine, put aside while it is read, unless something hinders the engine."""
+
+    def __init__(self, folder: Path, hindrance: str) -> None:
+        self.hindrance = hindrance
+        self.segments: list[SegmentFiles] = []
+        self.ids = folder / "ids.txt"
+        self._folder = folder
+
+    def inspected(self, stream: IO[bytes]) -> SnapshotFacts:
+        """Read a snapshot to its end."""
+        if self.hindrance:
+            return inspect_snapshot(stream)
+        own = self._folder / str(len(self.segments))
+        own.mkdir()
+        self.segments.append(SegmentFiles(own))
+        facts = inspect_snapshot(stream, self.segments[-1].keep)
+        if self.segments[-1].full:
+            self.hindrance = _no_room()
+        return facts
+
+    def keep_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
+        """Write the ids down as they pass to `on_ids`."""
+        with self.ids.open("w", encoding="ascii") as copy:
+            passing = lines if self.hindrance else _copied(lines, copy)
+            if on_ids:
+                on_ids(passing)
+            for _ in passing:
+                pass
+
+
+def _copied(lines: Iterator[str], copy: IO[str]) -> Iterator[str]:
+    for line in lines:
+        copy.write(f"{line}\n")
+        yield line
+
+
+def _hindrance(path: Path) -> str:
+    """Why the engine cannot open an archive's segments here, as far as that is known before; empty: it may."""
     if not find_spec("qdrant_edge"):
-        return None, "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
-    if free_bytes(place) < 2 * archive.snapshot_size + _ROOM:
-        return None, no_room
+        return "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
+    size = peek_facts(path)["snapshot_size"]
+    need = 2 * size + _ROOM if isinstance(size, int) else 0
+    return "" if free_bytes(Path(tempfile.gettempdir())) >= need else _no_room()
+
+
+def _no_room() -> str:
+    return f"no room in {tempfile.gettempdir()} to open its segments"
+
+
+def _opened(path: Path, archive: ArchiveFacts, aside: _Aside) -> tuple[int | None, str]:
+    """The points that the engine counts, or why it cannot."""
+    if aside.hindrance:
+        return None, aside.hindrance
     try:
-        return _asked(path), "its segments are of a format that Qdrant's engine here does not open"
+        counted = _asked(path, archive, aside)
+        return counted, "its segments are of a format that Qdrant's engine here does not open"
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        return None, no_room
+        return None, _no_room()
 
 
-def _asked(path: Path) -> int | None:
-    """The points in the segments, where the engine is installed here and reads their format.
+def _asked(path: Path, archive: ArchiveFacts, aside: _Aside) -> int | None:
+    """The points in the segments, where the engine reads their format.
 
     Of a shard that several nodes hold the replica with fewest counts: each was made while all promised ids were in.
     Raises BackupDamaged where a promised id is in none, or a replica has too few.
     """
-    opened: list[Segments | None] = []
-
-    def ask(lines: Iterator[str]) -> None:
-        while page := {as_id(line) for line in islice(lines, _PAGE)}:
-            for segments in opened:
-                page -= segments.held(list(page)) if segments else page
-            if page:
-                raise BackupDamaged(
-                    f"{path}: its segments lack promised points, {as_text(min(page, key=str))} for one"
-                )
-
     with ExitStack() as stack:
-        inside = read_archive(
-            path,
-            on_snapshot=lambda stream: opened.append(
-                stack.enter_context(opened_segments(cast("BinaryIO", stream)))
-            ),
-            on_ids=ask,
-        )
-        if None in opened:
+        opened = [stack.enter_context(opened_segments(files)) for files in aside.segments]
+        known = [one for one in opened if one is not None]
+        if len(known) < len(opened):
             return None
+        lines = stack.enter_context(aside.ids.open(encoding="ascii"))
+        while page := {as_id(line.strip()) for line in islice(lines, _PAGE)}:
+            for segments in known:
+                page -= segments.held(list(page))
+            if page:
+                one = as_text(min(page, key=str))
+                raise BackupDamaged(f"{path}: its segments lack promised points, {one} for one")
         fewest: dict[int, int] = {}
-        for shard, points in (one for segments in opened if segments for one in segments.counts.items()):
+        for shard, points in (one for segments in known for one in segments.counts.items()):
             fewest[shard] = min(points, fewest.get(shard, points))
     counted = sum(fewest.values())
-    if counted < inside.ids:
-        raise BackupDamaged(f"{path}: its segments hold {counted} points, {inside.ids} were promised")
+    if counted < archive.ids:
+        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} were promised")
     return counted
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.backup_set.manifest import CHECKED, GraphHalf
@@ -23,7 +24,7 @@ from lib.graph.preflight import memory_used, require_memory, require_writable
 from lib.graph.rdb import inspect_rdb, require_rdb_checksum, unwrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.scratch import Scratch
-from lib.graph.swap import dump_as, dump_graph, prove_acceptance, require_readable, swap_back, swap_in
+from lib.graph.swap import dump_apart, dump_as, prove_acceptance, require_readable, swap_back, swap_in
 from lib.journal import Journal
 from lib.steps.old_graph import SWITCHED, SWITCHING, keep_aside
 from lib.steps.prove import GraphProof, check_file, loaded_graph
@@ -41,6 +42,8 @@ class GraphBackup:
     graph: str
     proof: GraphProof
     scratch: Scratch | None
+    throwaway: str = ""  # the name of the rehearsal, and
+    copies: list[bytes] = field(default_factory=list, repr=False)  # the payload under it, until it is used
 
     @property
     def digest(self) -> GraphDigest | None:
@@ -65,9 +68,11 @@ def open_backup(
             raise
         yield GraphBackup(path, source.graph, GraphProof(CHECKED, UNLOADED, facts), None)
         return
-    with loaded_graph(path, source.graph, engine, facts, half=half) as (proof, scratch):
+    throwaway, copies = f"{source.graph}__try_{secrets.token_hex(6)}", list[bytes]()
+    loaded = loaded_graph(path, source.graph, engine, facts, half=half, dump=(throwaway, copies))
+    with loaded as (proof, scratch):
         _require_nodes(path, proof)
-        yield GraphBackup(path, source.graph, proof, scratch)
+        yield GraphBackup(path, source.graph, proof, scratch, throwaway, copies)
 
 
 def _require_nodes(path: Path, proof: GraphProof) -> None:
@@ -122,16 +127,27 @@ def rehearse(backup: GraphBackup, target: GraphSource, journal: Journal) -> byte
     A payload carries its graph's name, and restoring it under another one can crash a server: so the scratch
     graph is renamed before each DUMP, and without one only the versions are compared.
     """
-    throwaway = f"{backup.graph}__try_{journal.run_id}"
+    throwaway = backup.throwaway or f"{backup.graph}__try_{journal.run_id}"
     journal.append("rehearsing the graph", throwaway_graph=throwaway)
     if backup.scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
         assert payload is not None
         require_readable(target.conn, payload, throwaway)
         return payload
-    copy = dump_as(backup.scratch.conn, backup.graph, throwaway)
-    prove_acceptance(target.conn, copy, throwaway, backup.digest)
-    return dump_graph(backup.scratch.conn, backup.graph)
+    with ThreadPoolExecutor(1) as beside:
+        dumped: list[Future[bytes]] = []
+
+        def dump() -> None:  # while the target's copy is read; one payload at a time is held
+            assert backup.scratch is not None
+            dumped.append(beside.submit(dump_apart, backup.scratch.address, backup.graph))
+
+        prove_acceptance(target.conn, _copy(backup, backup.scratch), throwaway, backup.digest, dump)
+        return dumped[0].result()
+
+
+def _copy(backup: GraphBackup, scratch: Scratch) -> bytes:
+    """The payload under the rehearsal's name: the one that was taken with the proof, at its first use."""
+    return backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.throwaway)
 
 
 def switch_graph(

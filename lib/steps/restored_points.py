@@ -16,7 +16,7 @@ from lib.steps.payloads import PointId
 from lib.steps.present import as_id, as_text, points_present
 from lib.steps.prove_collection import CollectionProof
 from lib.vectors.collection import get_state
-from lib.vectors.points import retrieve, scroll
+from lib.vectors.points import raw_points, scroll
 from lib.vectors.transport import Qdrant
 
 _SAMPLE = 200
@@ -129,15 +129,6 @@ def sample_ids(backup: CollectionBackup) -> list[PointId]:
 
 
 def require_same_points(qdrant: Qdrant, name: str, rehearsal: str, ids: list[PointId]) -> None:
-    """Raise BackupDamaged unless these points are equal in both collections, payloads and vectors."""
-    import numpy as np
-
-    def points(name: str) -> dict[PointId, Any]:
-        return {point.id: point for point in retrieve(qdrant, name, ids, payload=True, vector=True)}
-
-    one, other = points(name), points(rehearsal)
-    if one.keys() != other.keys() or any(
-        one[key].payload != other[key].payload or not np.array_equal(one[key].vector, other[key].vector)
-        for key in one
-    ):
+    """Raise BackupDamaged unless these points are equal in both collections, payloads and vectors (named ones, too)."""
+    if raw_points(qdrant, name, ids) != raw_points(qdrant, rehearsal, ids):
         raise BackupDamaged(f"'{name}' differs from the rehearsal {rehearsal} after the restore")

@@ -18,6 +18,7 @@ from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, whole_pl
 from lib.steps.present import points_present
 from lib.steps.prove import check_file
 from lib.steps.sync import missing_of
+from lib.vectors.cluster import topology
 from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
 from lib.vectors.restoring import wait_restored
 
@@ -39,6 +40,8 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     if not (repair or run.in_place):
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     kind, state = situation(run)
+    if state is not None:  # a snapshot of one node would not be the collection
+        run.in_place |= topology(run.target.qdrant, state.name).peers > 1
     if scan.usable == 0 and (state is None or state.points):
         raise MissingData(
             f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import orjson
 
-from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, ArchiveWriter, archive_writer
+from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, ArchiveWriter, IdsReader, archive_writer
 from lib.backup_set.manifest import UNPROVED, BackupFile, CollectionHalf
 from lib.backup_set.members import SnapshotMember, together
 from lib.backup_set.sets import COLLECTION_DIR
@@ -89,7 +89,7 @@ def _in_both(before: IO[bytes], after: IO[bytes], promised: IO[bytes]) -> int:
     count, later = 0, _lines(after)
     other = next(later, None)
     for line in _lines(before):
-        while other is not None and order(parsed(other)) < order(parsed(line)):
+        while other is not None and other != line and order(parsed(other)) < order(parsed(line)):
             other = next(later, None)
         if other == line:
             promised.write(f"{line}\n".encode())
@@ -106,6 +106,7 @@ def take_collection(
     *,
     verify: bool = True,
     progress: Progress | None = None,
+    on_ids: IdsReader | None = None,
 ) -> CollectionHalf:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and prove it.
 
@@ -130,7 +131,7 @@ def take_collection(
     }
     file, facts = _archive(source, nodes, path, facts, journal, progress)
     half = _half(file, facts, state)
-    return _proved(path, half) if verify else half
+    return _proved(path, half, on_ids) if verify else half
 
 
 def holding_nodes(source: CollectionSource) -> list[Node]:
@@ -239,8 +240,8 @@ def _half(file: BackupFile, facts: dict[str, Any], state: CollectionState) -> Co
     )
 
 
-def _proved(path: Path, half: CollectionHalf) -> CollectionHalf:
+def _proved(path: Path, half: CollectionHalf, on_ids: IdsReader | None) -> CollectionHalf:
     import dataclasses
 
-    proof = prove_collection(path, half=half)
+    proof = prove_collection(path, half=half, on_ids=on_ids)
     return dataclasses.replace(half, proof=proof.level, proof_note=proof.note)

@@ -43,12 +43,13 @@ def take_graph(
     verify: bool = True,
     progress: Progress | None = None,
     stop: Stop | None = None,
+    on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphHalf:
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and prove it.
 
     The file appears under its name only when it is whole; from the first `progress` on its moment is fixed. `stop`
-    ends it from another thread (Stopped, or what a connection that hung up raises). Raises MissingData where the
-    graph is absent.
+    ends it from another thread (Stopped, or what a connection that hung up raises); `on_loaded` gets the scratch
+    server that has loaded the file. Raises MissingData where the graph is absent.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
@@ -71,7 +72,9 @@ def take_graph(
         proof_note="--no-verify",
     )
     if verify:
-        half = with_proof(half, prove_graph(path, source.graph, engines, half=half))
+        watch = (lambda _done: stop.check()) if stop else None
+        proof = prove_graph(path, source.graph, engines, half=half, progress=watch, on_loaded=on_loaded)
+        half = with_proof(half, proof)
     return replace(half, proof_note="; ".join(filter(None, (half.proof_note, taken.why))))
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import errno
-import re
 import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lib.errors import BackupDamaged
-from lib.scratch_folder import scratch_folder
+from lib.files import FULL_DISK
 from lib.vectors.points import PointId
-from lib.vectors.tar_stream import PIECE_BYTES, Section, Sparse, entries
+from lib.vectors.tar_stream import BLOCK, ByteStream, Section, Sparse
 
-_SEGMENT = re.compile(r"(\d+)/segments/[^/]+\.tar")
 # Segments over RocksDB (Qdrant up to about 1.15) are what the engine cannot read; seen with 1.11.3.
 _FOREIGN = ("unknown variant", "rocksdb", "RocksDB", "Failed to deserialize")
 _FULL = "No space left"
@@ -53,59 +51,106 @@ class Segments:
         return found
 
 
+class SegmentFiles:
+    """A snapshot's segments, put aside below `folder` while `inspect_snapshot` reads them: an archive per shard.
+
+    The engine unpacks them beside that: room is needed for the segments twice. `full`: there was too little.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.full = False
+        self._folder = folder
+        self._archives: dict[int, _ShardArchive] = {}
+
+    def keep(self, shard: int, content: Section | Sparse) -> ByteStream:
+        """`content` again; what is read of it goes into the shard's archive."""
+        try:
+            if shard not in self._archives:
+                self._archives[shard] = _ShardArchive(self._folder / f"{shard}.tar")
+            self._archives[shard].begin(content.size or 0)
+        except OSError as error:
+            self._note(error)
+        return _Copied(content, self._archives.get(shard), self._note)
+
+    def finished(self) -> dict[int, Path]:
+        """The archives by their shards. Raises OSError where the room was too little."""
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self._folder))
+        for archive in self._archives.values():
+            archive.end()
+        return {shard: archive.path for shard, archive in self._archives.items()}
+
+    def _note(self, error: OSError) -> None:
+        if error.errno not in FULL_DISK:
+            raise error
+        self.full = True
+
+
+class _ShardArchive:
+    """A tar of segments under names made here."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._number = self._padding = 0
+
+    def begin(self, size: int) -> None:
+        """The next segment, of exactly `size` bytes."""
+        info = tarfile.TarInfo(f"segments/00000000-0000-4000-8000-{self._number:012x}.tar")
+        info.size = size
+        self._file.write(bytes(self._padding) + info.tobuf(tarfile.GNU_FORMAT))
+        self._number += 1
+        self._padding = -size % BLOCK
+
+    def write(self, piece: bytes) -> None:
+        """More bytes of it."""
+        self._file.write(piece)
+
+    def end(self) -> None:
+        """Close the file."""
+        self._file.write(bytes(self._padding + 2 * BLOCK))
+        self._file.close()
+
+
+class _Copied:
+    """A stream whose bytes also go into an archive, as long as that takes them."""
+
+    def __init__(
+        self, content: ByteStream, archive: _ShardArchive | None, failed: Callable[[OSError], None]
+    ) -> None:
+        self._content, self._archive, self._failed = content, archive, failed
+
+    def read(self, size: int, /) -> bytes:
+        """Like `Section.read`."""
+        piece = self._content.read(size)
+        if self._archive:
+            try:
+                self._archive.write(piece)
+            except OSError as error:
+                self._archive = None
+                self._failed(error)
+        return piece
+
+
+def engine_here() -> bool:
+    """Whether `qdrant-edge-py` is installed."""
+    return find_spec("qdrant_edge") is not None
+
+
 @contextmanager
-def opened_segments(stream: BinaryIO, scratch_dir: Path | None = None) -> Iterator[Segments | None]:
+def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
     """The segments of a snapshot that `inspect_snapshot` found whole, open inside the block.
 
-    None where `qdrant-edge-py` is not installed or cannot read the segments' format. Needs room for the segments
-    twice in `scratch_dir` (default: the system's temporary folder). Raises BackupDamaged, and OSError where the room
-    is too little.
+    None where the engine cannot read the segments' format. Raises BackupDamaged, and OSError where the room is too
+    little.
     """
-    try:
-        import qdrant_edge  # noqa: F401 - only whether it is there
-    except ImportError:
-        yield None
-        return
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch_folder("segments-", scratch_dir)).path
         shards = {}
-        for number, archive in _sort_out(stream, folder).items():
-            shards[number] = shard = _load(archive, folder / f"shard-{number}")
+        for number, archive in files.finished().items():
+            shards[number] = shard = _load(archive, archive.with_suffix(""))
             if shard is not None:
                 stack.callback(shard.close)
         yield Segments(shards) if None not in shards.values() else None
-
-
-def _sort_out(stream: BinaryIO, folder: Path) -> dict[int, Path]:
-    """One archive per shard, of its segments alone and under names made here."""
-    archives: dict[str, tarfile.TarFile] = {}
-    try:
-        for number, entry in enumerate(entries(Section(stream, None, "the snapshot"), needs_end=True)):
-            match = _SEGMENT.fullmatch(entry.name) if entry.is_file else None
-            if match is None:
-                continue
-            if match[1] not in archives:
-                archives[match[1]] = tarfile.open(folder / f"{len(archives)}.tar", "w")  # noqa: SIM115 - closed below
-            _add(
-                archives[match[1]],
-                f"segments/00000000-0000-4000-8000-{number:012x}.tar",
-                entry.content,
-                folder,
-            )
-    finally:
-        for archive in archives.values():
-            archive.close()
-    return {int(shard): Path(str(archive.name)) for shard, archive in archives.items()}
-
-
-def _add(archive: tarfile.TarFile, name: str, content: Section | Sparse, folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder) as copy:
-        while piece := content.read(PIECE_BYTES):
-            copy.write(piece)
-        info = tarfile.TarInfo(name)
-        info.size = copy.tell()
-        copy.seek(0)
-        archive.addfile(info, copy)
 
 
 def _load(archive: Path, target: Path) -> Any | None:

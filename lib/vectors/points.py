@@ -56,10 +56,11 @@ def scroll(
         except QdrantError as error:
             limit = _smaller(error, limit)
             continue
-        yield [_point(raw) for raw in result["points"]]
-        if result["next_page_offset"] is None:
+        offset, points = result["next_page_offset"], _points(result.pop("points"))
+        yield points
+        if offset is None:
             return
-        body["offset"] = result["next_page_offset"]
+        body["offset"] = offset
 
 
 def retrieve(
@@ -76,7 +77,22 @@ def retrieve(
     found: list[Point] = []
     for start in range(0, len(ids), batch):
         body = {"ids": list(ids[start : start + batch]), "with_payload": payload, "with_vector": vector}
-        found += [_point(raw) for raw in q.json("POST", path, body, retry=True)]
+        found += _points(q.json("POST", path, body, retry=True))
+    return found
+
+
+def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
+    """Payload and vectors of these points as the server's JSON has them, named vectors and sparse ones included."""
+    path = collection_path(name, "points")
+    found: dict[PointId, tuple[Any, Any]] = {}
+    for start in range(0, len(ids), PAGE_WITH_VECTORS):
+        body = {
+            "ids": list(ids[start : start + PAGE_WITH_VECTORS]),
+            "with_payload": True,
+            "with_vector": True,
+        }
+        for raw in q.json("POST", path, body, retry=True):
+            found[raw["id"]] = (raw.get("payload"), raw.get("vector"))
     return found
 
 
@@ -106,6 +122,12 @@ def _smaller(error: QdrantError, limit: int) -> int:
     if allowed is None or not 0 < int(allowed[1]) < limit:
         raise error
     return int(allowed[1])
+
+
+def _points(raws: list[dict[str, Any]]) -> list[Point]:
+    """The points in their order. A vector from JSON takes eight times its array's room: each goes as it is read."""
+    raws.reverse()
+    return [_point(raws.pop()) for _ in range(len(raws))]
 
 
 def _point(raw: dict[str, Any]) -> Point:

@@ -59,7 +59,7 @@ def create_body(
     """The body of the create call for `create_like`. Raises UsageProblem."""
     config = raw_info["config"]
     params = config["params"]
-    _refuse_foreign(params)
+    refuse_foreign(raw_info)
     body: dict[str, Any] = {"vectors": {**params["vectors"], "size": size}}
     body |= {key: params.get(key) for key in _FROM_PARAMS}
     body |= {target: config.get(source) for source, target in _FROM_CONFIG.items()}
@@ -110,7 +110,9 @@ def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
         q.json("POST", "/collections/aliases", {"actions": actions}, retry=True)
 
 
-def _refuse_foreign(params: Mapping[str, Any]) -> None:
+def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
+    """Raise UsageProblem where a collection of these settings cannot be made anew here; ask before any is deleted."""
+    params = raw_info["config"]["params"]
     size, _, named = vector_params(params.get("vectors") or {})
     if named or not size:
         raise UsageProblem(

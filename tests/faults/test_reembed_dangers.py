@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -29,7 +28,6 @@ def killed_after_delete(operator) -> None:
     assert wait_for(
         lambda: process.poll() is not None or deleted in phases(journal_of(operator, "reembed")), 60
     )
-    time.sleep(0.3)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -17,7 +17,12 @@ from tests.guide.documents import EXAMPLE, FLAG, MIGRATION, README, ROOT, sectio
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
 # Other programs' flags, with the program that a line must name.
-FOREIGN = {"--force-recreate": "docker compose", "--data-urlencode": "curl", "--rdb": "redis-cli"}
+FOREIGN = {
+    "--force-recreate": "docker compose",
+    "--data-urlencode": "curl",
+    "--rdb": "redis-cli",
+    "--now": "systemctl",
+}
 # What no DEFAULTS entry has: read from the environment alone, or by tests alone.
 ENVIRONMENT_ONLY = {"AUTOMEM_ENV_FILE"}
 # AutoMem's own, other programs', and words that only look like a variable.

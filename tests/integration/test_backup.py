@@ -95,6 +95,41 @@ def test_cleanup_deletes_whole_sets_and_never_the_newest_proved(operator):
 def test_list_shows_the_sets(operator):
     operator.load()
     operator.run("backup_automem")
+    manifest = json.loads(operator.manifests()[0].read_text())
+    graph, collection = manifest["graph"], manifest["collection"]
     table = operator.run("backup_automem", "--list").out
-    assert "48d" in table
-    assert len(operator.run("backup_automem", "--list", "--json").json["sets"]) == 1
+    day = manifest["created"][:16].replace("T", " ")
+    figures = [f"{graph['nodes']:,}", f"{collection['points']:,}", "48d", graph["proof"]]
+    for shown in (manifest["stamp"], day, *figures, collection["model"]):
+        assert shown in table
+    assert max(map(len, table.splitlines())) <= 80
+    (listed,) = operator.run("backup_automem", "--list", "--json").json["sets"]
+    assert listed.items() >= manifest.items()
+    assert (listed["proof"], listed["complete"]) == (min(graph["proof"], collection["proof"]), True)
+    (operator.backups / graph["file"]["name"]).unlink()
+    assert "INCOMPLETE" in operator.run("backup_automem", "--list").out
+    assert not operator.run("backup_automem", "--list", "--json").json["sets"][0]["complete"]
+
+
+def test_the_list_of_a_large_deployment_fits_a_terminal_of_80_columns(capsys):
+    """Millions of memories, the longest of OpenAI's model names, drift."""
+    from lib.backup_set import manifest as sets
+    from lib.backup_set.shelf import Shelf
+    from lib.console import Console
+    from lib.showing.backup import show_sets
+
+    rdb, archive = (sets.BackupFile(f"qdrant/{one}", 99_999_999_999, "0" * 64) for one in ("a", "b"))
+    server = {"address": "host:6379"}
+    graph = sets.GraphHalf(
+        rdb, "rdb", "memories", server, 9_999_999, 99_999_999, {}, {}, [], [], "", "restored"
+    )
+    collection = sets.CollectionHalf(
+        archive, "memories", server, 9_999_999, 3072, "Cosine", {}, [], "text-embedding-3-large", "guessed", "s", 1,
+        "0" * 64, 9_999_999, "restored",
+    )  # fmt: skip
+    drift = sets.Drift(99_999, 99_999)
+    one = sets.Manifest("20261122_235959", "2026-11-22T23:59:59+00:00", graph, collection, drift)
+    show_sets(Shelf("backups", [(one, False)], []), Console())
+    told = capsys.readouterr().out
+    assert "199,998" in told
+    assert max(map(len, told.splitlines())) <= 80, told

@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, archive_writer, peek_facts, read_archive
+from lib.backup_set.behind import Behind
 from lib.errors import VERIFICATION_FAILED, BackupDamaged, BadFile, MigrationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,3 +294,29 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             run = [sys.executable, "-c", code, str(tmp_path / f"{size}.tar.gz"), step, str(size)]
             peaks[step, size] = int(subprocess.run(run, cwd=ROOT, capture_output=True, check=True).stdout)
     assert peaks[what, 200 << 20] / peaks[what, 8 << 20] <= 1.15
+
+
+def test_what_the_disk_refuses_is_told_to_the_caller_and_ends_the_thread(tmp_path):
+    def full(_piece: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    def much() -> None:
+        for _ in range(1000):  # more than may wait: nobody is kept waiting by a writer that has failed
+            behind.write(b"x")
+        behind.finish()
+
+    behind = Behind(full)
+    with pytest.raises(OSError, match="No space left"):
+        much()
+    behind.close()
+    assert not behind._thread.is_alive()
+
+
+def test_pieces_are_written_in_their_order():
+    seen: list[bytes] = []
+    behind = Behind(seen.append)
+    pieces = [bytes([number % 256]) for number in range(300)]
+    for piece in pieces:
+        behind.write(piece)
+    behind.finish()
+    assert seen == pieces

@@ -32,7 +32,7 @@ ROOMS = {
     "fsspec": "lib/backup_set",
     "paramiko": "lib/backup_set/offsite_sftp.py",
     "dotenv": "lib/env_files.py",
-    "rich": "lib/console.py",
+    "rich": "lib/live_bars.py",
     "portalocker": "lib/files.py",
     "argparse": "lib/cli.py",
 }

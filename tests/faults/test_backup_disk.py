@@ -1,0 +1,203 @@
+"""Too little room, on this machine or the server's: told before where it can be known, and nothing half done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lib.errors import MigrationError
+from lib.graph import scratch
+from lib.graph.engine import installed_engines
+from lib.journal import open_journals
+from lib.steps import prove, prove_collection
+from lib.steps.drill import prove_named
+from lib.steps.run_backup import run_backup
+from tests.backup_support import assert_one_set, files, server_files
+from tests.faults.test_backup_network import CREATE, qdrant_way
+from tests.faulty_way import Fault, answer
+from tests.operator_support import Operator
+from tests.restore_support import site, targets
+
+pytestmark = pytest.mark.qdrant
+pytest_plugins = ["tests.backup_fixtures"]
+
+ENGINES = installed_engines({})
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(words, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(bytes(4096)):
+            pass
+
+
+def levels(operator: Operator) -> list[tuple[str, str]]:
+    return [(one.level, one.note) for one in prove_named(operator.backups, "all", ENGINES)]
+
+
+# --- the folder for temporary files -------------------------------------------------------------------------------
+
+
+def test_little_room_for_temporary_files_lowers_the_proof_and_says_so(backing, tmp_path):
+    with small_disk(tmp_path / "t", "600k") as place:
+        backing.export(TMPDIR=place)
+        result = backing.run("backup_automem", "--json")
+    for half in ("graph", "collection"):
+        assert result.json[half]["proof"] == "checked"
+        if half == "graph" or "engine here does not open" not in result.json[half]["proof_note"]:
+            assert f"no room in {place}" in result.json[half]["proof_note"]
+    assert result.err.count("CHECKED only") == 2
+    assert_one_set(backing)
+    assert levels(backing)[0][0] == "restored"
+
+
+def test_a_full_folder_for_temporary_files_is_passed_over(backing, tmp_path):
+    """Python takes the system's next one."""
+    with small_disk(tmp_path / "t", "64k") as place:
+        fill(place / "full")
+        backing.export(TMPDIR=place)
+        backing.run("backup_automem")
+    assert_one_set(backing)
+
+
+def test_room_that_goes_while_the_segments_are_opened_lowers_the_proof(backing, tmp_path, monkeypatch):
+    pytest.importorskip("qdrant_edge")
+    backing.run("backup_automem")
+    monkeypatch.setattr(prove_collection, "free_bytes", lambda _path: 1 << 60)
+    with small_disk(tmp_path / "t", "32k") as place:
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        (proof,) = (one for one in prove_named(backing.backups, "all", []) if "qdrant" in str(one.path))
+    assert (proof.level, proof.fault) == ("checked", "")
+    assert "no room" in proof.note
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_for_a_scratch_server_lowers_the_proof(backing, monkeypatch):
+    backing.run("backup_automem")
+    monkeypatch.setattr(prove, "free_memory", lambda: 20 << 20)
+    level, note = levels(backing)[0]
+    assert level == "checked"
+    assert "20 MiB of memory are free" in note
+    monkeypatch.setattr(prove, "free_memory", lambda: None)  # not told, as on macOS: tried
+    assert levels(backing)[0][0] == "restored"
+
+
+@pytest.mark.parametrize("when", ["while it loads", "while it is read"])
+def test_a_scratch_server_that_is_killed_says_nothing_about_the_file(backing, monkeypatch, when):
+    """As the kernel does where memory runs out after all."""
+    backing.run("backup_automem")
+    if when == "while it loads":
+        start = scratch._start
+
+        def start_and_kill(*words):
+            child = start(*words)
+            os.kill(child.pid, signal.SIGKILL)
+            return child
+
+        monkeypatch.setattr(scratch, "_start", start_and_kill)
+    else:
+        real = prove.graph_digest
+
+        def digest_of_a_dying_one(conn, graph, **more):
+            os.kill(int(conn.info("server")["process_id"]), signal.SIGKILL)
+            return real(conn, graph, **more)
+
+        monkeypatch.setattr(prove, "graph_digest", digest_of_a_dying_one)
+    level, note = levels(backing)[0]
+    assert level == "checked"
+    assert "killed from outside" in note
+
+
+# --- the folder for backups ---------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_cannot_fit_is_told_before_the_transfer(backing, monkeypatch):
+    monkeypatch.setattr("lib.steps.take_pair.memory_used", lambda _conn: 1 << 50)
+    place = site(backing)
+    with pytest.raises(MigrationError, match="MiB free, the backup may need"):
+        run_backup(place.graph, None, place.folder, targets(backing), place.engines, place.bar)
+    assert files(backing) == []
+
+
+@pytest.mark.parametrize("only", ["falkordb", "qdrant"])
+def test_a_disk_that_fills_while_a_file_is_written(backing, tmp_path, only):
+    """The early question lets it pass: the disk is filled when the transfer begins."""
+    with small_disk(tmp_path / "b", "96m") as disk:
+        backing.export(AUTOMEM_BACKUP_DIR=disk / "backups")
+        runner = tmp_path / "runner.py"
+        runner.write_text(FILLS_FIRST.format(path=str(disk / "full")))
+        words = [sys.executable, str(runner), "--only", only]
+        done = subprocess.run(
+            words, cwd=tmp_path, env=backing.environ, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 1, done.stderr
+        assert "no room left" in done.stderr
+        assert "Traceback" not in done.stderr
+        left = [path for path in (disk / "backups").rglob("*") if path.is_file() and path.suffix != ".jsonl"]
+        assert left == []
+        assert server_files(backing) == []
+        (disk / "full").unlink()
+        backing.run("backup_automem")
+
+
+FILLS_FIRST = f"""
+import contextlib, runpy, sys
+from pathlib import Path
+root = {str(Path(__file__).resolve().parents[2])!r}
+sys.path.insert(0, root)
+import lib.steps.take_graph as graph, lib.steps.take_collection as collection
+def filling(real):
+    def call(*words, **named):
+        with open({{path!r}}, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while stream.write(bytes(1 << 16)):
+                pass
+        return real(*words, **named)
+    return call
+graph.stream_rdb = filling(graph.stream_rdb)
+collection.snapshots.download = filling(collection.snapshots.download)
+sys.argv[0] = root + "/scripts/backup_automem.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# --- the server's disk --------------------------------------------------------------------------------------------
+
+
+def test_a_server_without_room_for_the_snapshot(backing):
+    """In the words of a real server."""
+    words = "Service internal error: No space left on device: WAL buffer size exceeds available disk space"
+    told = answer(500, json.dumps({"status": {"error": words}}), "Content-Type: application/json\r\n")
+    with qdrant_way(backing, Fault(CREATE, answer=told)):
+        failed = backing.run("backup_automem", expect=1)
+    assert "No space left on device" in failed.err
+    assert "free disk space on the Qdrant server" in failed.err
+    assert files(backing) == []
+    assert server_files(backing) == []
+    assert open_journals(backing.backups) == []
+    backing.run("backup_automem")
+    assert_one_set(backing)

@@ -1,0 +1,65 @@
+"""A collection with named vectors, which AutoMem never makes: backed up whole, and put back; embedded anew it is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lib.backup_set.archive import peek_facts
+from lib.graph.client import connect
+from lib.sandbox.sample_loading import load_graph
+from lib.sandbox.sample_memories import generate
+
+pytestmark = pytest.mark.qdrant
+VECTORS = {"text": {"size": 8, "distance": "Cosine"}, "image": {"size": 4, "distance": "Dot"}}
+
+
+@pytest.fixture
+def named(operator):
+    """20 points with two vectors each."""
+    memories = list(generate(20))
+    with connect(operator.servers.falkordb.address) as conn:
+        load_graph(conn, operator.graph, memories)
+    operator.call("PUT", "", {"vectors": VECTORS})
+    points = [
+        {
+            "id": number,
+            "vector": {"text": [1.0] * 7 + [number], "image": [number, 1.0, 2.0, 3.0]},
+            "payload": {"n": number},
+        }
+        for number in range(1, 21)
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": points})
+    return operator
+
+
+def contents(operator) -> list[dict]:
+    body = {"limit": 100, "with_payload": True, "with_vector": True}
+    return operator.call("POST", "/points/scroll", body)["points"]
+
+
+def test_both_vectors_are_in_the_backup_and_come_back(named):
+    before = contents(named)
+    assert set(before[0]["vector"]) == set(VECTORS)
+    named.run("backup_automem", "--only", "qdrant")
+    half = json.loads(named.manifests()[-1].read_text())["collection"]
+    assert half["points"] == half["promised_ids"] == 20
+    assert half["proof"] in {"checked", "restored"}
+    recorded = peek_facts(named.backups / half["file"]["name"])["config"]["params"]["vectors"]
+    assert {
+        name: {"size": one["size"], "distance": one["distance"]} for name, one in recorded.items()
+    } == VECTORS
+    assert "DAMAGED" not in named.run("backup_automem", "--check", "all").out
+    named.call("POST", "/points/delete?wait=true", {"points": [1, 2, 3]})
+    named.run("restore_from_backup", "latest")
+    assert contents(named) == before
+    assert named.collections() == [named.collection]
+
+
+def test_it_is_not_embedded_anew(named):
+    named.run("backup_automem", "--only", "qdrant")
+    before = contents(named)
+    refused = named.run("reembed_embeddings", expect=2)
+    assert "named vectors" in refused.err
+    assert contents(named) == before

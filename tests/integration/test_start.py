@@ -1,0 +1,53 @@
+"""What a command loads: nothing heavy that it does not use. By names, as times tell of the machine."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+HEAVY = {"openai", "tiktoken", "qdrant_client", "numpy", "rich", "fsspec", "paramiko", "qdrant_edge"}
+_IMPORTED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\w+)", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def loaded(session_servers, tmp_path_factory):
+    from tests.operator_support import Operator
+
+    someone = Operator(session_servers, tmp_path_factory.mktemp("loaded"))
+    someone.load(60)
+    someone.run("backup_automem")
+    yield someone
+    someone.clean_up()
+
+
+def heavy(operator, script: str, *words: str) -> set[str]:
+    """The heavy packages that a command loads (https://docs.python.org/3/using/cmdline.html, -X importtime)."""
+    shown = operator.run(script, *words, env={"PYTHONPROFILEIMPORTTIME": "1"}, expect=None)
+    names = set(_IMPORTED.findall(shown.err))
+    assert "lib" in names
+    return names & HEAVY
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--cleanup", "--dry-run"], ["--dry-run"], ["--no-verify"]])
+def test_a_backup_without_its_proof_loads_nothing_heavy(loaded, words):
+    assert heavy(loaded, "backup_automem", *words) == set()
+
+
+@pytest.mark.parametrize("words", [[], ["--check", "all"]])
+def test_the_proof_loads_the_engine_alone(loaded, words):
+    assert heavy(loaded, "backup_automem", *words) <= {"qdrant_edge"}
+
+
+def test_a_restore_of_the_graph_loads_nothing_heavy(loaded):
+    assert heavy(loaded, "restore_from_backup", loaded.rdb(), "--dry-run") == set()
+
+
+def test_verification_looks_at_vectors_and_embeds_nothing(loaded):
+    assert heavy(loaded, "verify_migration") <= {"numpy"}
+
+
+def test_a_reembedding_that_has_nothing_to_buy_loads_no_provider(loaded):
+    loaded.run("reembed_embeddings")
+    loaded.run("backup_automem")
+    assert heavy(loaded, "reembed_embeddings") <= {"numpy"}
