@@ -203,7 +203,9 @@ class _Run:
         while (batch := self._jobs.get()) is not None:
             error: BaseException | None = None
             try:
-                embed_split(self._client, batch, self._stop, self._deliver, self._too_many)
+                while batch:  # made before it was learnt how many the server takes, it may be too large
+                    part, batch = batch[: self._max_inputs], batch[self._max_inputs :]
+                    embed_split(self._client, part, self._stop, self._deliver, self._too_many)
             except Stopped:
                 pass
             except BaseException as problem:  # noqa: BLE001 - raised again by the caller's thread

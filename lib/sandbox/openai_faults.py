@@ -16,7 +16,7 @@ class Rule:
     """One fault.
 
     Applies to `times` requests (None: all) after the first `after`, and only to those that hold `poisoned_text`
-    in one of their inputs, where given (without another effect: a 400).
+    in one of their inputs, or more than `more_than` inputs, where given (the former without another effect: a 400).
 
     Before the answer: `status` with the error body's `code`, `error_type` and `message` (and `retry_after`
     seconds), nothing is charged. `hang_seconds` delays the answer; what is then answered is charged.
@@ -34,6 +34,7 @@ class Rule:
     times: int | None = None
     after: int = 0
     poisoned_text: str | None = None
+    more_than: int | None = None
     hang_seconds: float = 0.0
     cut: float | None = None
     wrong_count: bool = False
@@ -54,6 +55,8 @@ class Rule:
     def fires(self, texts: Sequence[str]) -> bool:
         """Whether this request is hit; counts it."""
         if self.poisoned_text and not any(self.poisoned_text in text for text in texts):
+            return False
+        if self.more_than is not None and len(texts) <= self.more_than:
             return False
         if self.after > 0:
             self.after -= 1

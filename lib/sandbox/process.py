@@ -14,6 +14,15 @@ from pathlib import Path
 POLL_SECONDS = 0.02
 LOG_TAIL_BYTES = 4000
 
+# A shell that outlives the parent: the pipe from it closes when it is gone, however it died. Without the word `done`
+# the server goes too, if its number still is the server's.
+_UNDERTAKER = """
+trap '' HUP INT TERM
+read -r word
+[ "$word" = done ] && exit
+case $(ps -o args= -p "$1") in "$2"*) kill -9 "$1" ;; esac
+"""
+
 
 class ServerStartError(RuntimeError):
     """The child exited, or did not answer in time; the text ends with the tail of its log."""
@@ -28,6 +37,8 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 class ServerProcess:
     """One child process. Its stdout and stderr are appended to `log`; it is signalled by its own pid only.
+
+    It does not outlive its parent: a parent that is killed takes it along.
 
     The child leads a process group of its own, so a Ctrl-C meant for the parent does not reach it before the
     parent has tidied up.
@@ -45,6 +56,7 @@ class ServerProcess:
         self._env = dict(env or {})  # added to the parent's own environment
         self._cwd = cwd
         self._child: subprocess.Popen[bytes] | None = None
+        self._undertaker: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -62,6 +74,7 @@ class ServerProcess:
         """Start the child; does not wait for it to answer (see `wait_ready`)."""
         if self.running:
             raise ServerStartError(f"{self.argv[0]} is running already")
+        self._dismiss()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
@@ -73,6 +86,13 @@ class ServerProcess:
                 cwd=self._cwd,
                 start_new_session=True,
             )
+        self._undertaker = subprocess.Popen(
+            ["/bin/sh", "-c", _UNDERTAKER, "sh", str(self._child.pid), self.argv[0]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         return self
 
     def wait_ready(self, check: Callable[[], bool], seconds: float = 20.0) -> ServerProcess:
@@ -96,16 +116,22 @@ class ServerProcess:
         if self._child is not None and self._child.poll() is None:
             self._child.kill()
             self._child.wait()
+        self._dismiss()
 
     def stop(self, seconds: float = 5.0) -> None:
         """SIGTERM, and SIGKILL after `seconds`. Nothing happens if the child is gone already."""
-        if self._child is None or self._child.poll() is not None:
-            return
-        self._child.send_signal(signal.SIGTERM)
-        try:
-            self._child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(seconds)
+        self.kill()
+
+    def _dismiss(self) -> None:
+        """The child is gone: nobody is left to be taken along."""
+        if self._undertaker is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._undertaker.communicate(b"done\n")
+            self._undertaker = None
 
     def log_tail(self, size: int = LOG_TAIL_BYTES) -> str:
         """The last `size` bytes of the log, as text."""

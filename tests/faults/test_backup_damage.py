@@ -6,7 +6,6 @@ that also put right the checksums above the damage (`resealed`) show what the de
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from isal import igzip
 
 from lib.backup_set.manifest import sealed
 from lib.graph.engine import Engine, installed_engines
@@ -348,12 +348,15 @@ Members = list[tuple[str, bytes]]
 
 
 def read_members(path: Path) -> Members:
-    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes()))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(igzip.decompress(path.read_bytes()))) as tar:
         return [(one.name, tar.extractfile(one).read()) for one in tar]
 
 
 def write_members(path: Path, members: Members) -> None:
-    with gzip.GzipFile(path, "wb", compresslevel=1) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
+    with (
+        igzip.IGzipFile(path, "wb", compresslevel=1) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -469,7 +472,7 @@ def byte_in_a_segment(sets: Sets, chance: random.Random) -> Path:
 @kind(1, "gzip: packed anew")
 def packed_anew(sets: Sets, _: random.Random) -> Path:
     path = sets.file(COLLECTION)
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1))
+    path.write_bytes(igzip.compress(igzip.decompress(path.read_bytes()), 1))
     return path
 
 
@@ -488,7 +491,7 @@ GZIP: dict[str, Callable[[bytes], bytes]] = {
     "its length wrong": lambda data: data[:-4] + bytes(4),
     "cut in its trailer": lambda data: data[:-3],
     "cut in the middle": lambda data: data[: len(data) // 2],
-    "no gzip": gzip.decompress,
+    "no gzip": igzip.decompress,
     "something behind it": lambda data: data + b"something",
 }
 for _name, _function in GZIP.items():

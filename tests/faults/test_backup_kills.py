@@ -49,7 +49,7 @@ WINDOWS = [
     "called lib.vectors.snapshots.download",
     "before snapshot removed",
     "after snapshot removed",
-    "called lib.vectors.open_segments._sort_out",
+    "called lib.vectors.open_segments._load",
     "called lib.steps.take_pair.take_collection",
     "called lib.steps.take_pair._drift",
     "called lib.steps.take_pair.write_manifest",
@@ -58,7 +58,7 @@ WINDOWS = [
 ALMOST = [
     "after started",
     "before backup begun",
-    "called lib.steps.take_graph._transfer",
+    "called lib.steps.take_graph._taken",
     "entering lib.graph.scratch._loaded",
     "before snapshot announced",
     "entering lib.vectors.snapshots.delete",

@@ -164,6 +164,17 @@ def test_a_server_with_a_smaller_batch_is_learnt(server, spool, monkeypatch):
     job.check_stored()
 
 
+def test_a_server_that_takes_32_texts_is_learnt_at_once(server, spool):
+    server.fault(more_than=32, status=422, message="batch size 100 > maximum allowed batch size 32")
+    job = Job(server, spool, texts_of(1200))
+    outcome = job.run(workers=2, batch_size=100)
+    assert (outcome.embedded, outcome.refused) == (1200, [])
+    # 100, 50 and 50 by each worker at most; then 25 at a time.
+    assert server.stats()["statuses"]["422"] <= 2 * 3
+    assert server.stats()["paid_twice"] == 0
+    job.check_stored()
+
+
 def test_batches_close_under_the_token_limit(server, spool):
     job = Job(server, spool, [f"{n} " + "word " * 7900 for n in range(64)])
     assert job.run(batch_size=64).refused == []

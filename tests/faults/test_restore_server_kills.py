@@ -1,0 +1,172 @@
+"""A server killed under a restore: it starts again, and one whole state is in place or reachable by the same command.
+
+The script is held at a place, let go, and the server is killed (SIGKILL) so many seconds later; or it is killed while
+the script stands still. QDRANT_TEST_SERVER names a real Qdrant; KILLS_EACH adds moments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lib.graph.client import connect
+from lib.graph.digest import graph_digest
+from lib.sandbox.falkordb_server import FalkorServer
+from lib.sandbox.qdrant_server.process import QdrantServer
+from lib.vectors.collection import exists
+from tests.conftest import STAND_IN_VERSION
+from tests.kill_support import KILLS_EACH, start_held
+from tests.operator_support import Operator
+from tests.real_qdrant import RealQdrant, test_server
+from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait_for
+
+pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(900)]
+
+COLLECTION, SWAP = "lib.steps.restore_collection", "lib.graph.swap"
+# Seconds after the script was let go; None: while it stands there.
+QDRANT = [
+    (f"called {COLLECTION}.delete_collection", None),
+    (f"entering {COLLECTION}.upload_and_restore", 0.05),
+    (f"entering {COLLECTION}.recover", 0.05),
+    (f"entering {COLLECTION}.recover", 0.3),
+    (f"called {COLLECTION}.recover", None),
+]
+FALKORDB = [
+    (f"entering {SWAP}._exchange", 0.002),
+    (f"called {SWAP}._exchange", None),
+    ("entering lib.steps.restore_graph.prove_acceptance", 0.01),
+]
+MORE = [0.0, 0.02, 0.1, 0.2, 0.5, 1.0][: KILLS_EACH - 1]
+
+
+def moments(places: list[tuple[str, float | None]]) -> list[tuple[str, float | None]]:
+    entered = dict.fromkeys(place for place, seconds in places if seconds is not None)
+    return places + [(place, seconds) for place in entered for seconds in MORE]
+
+
+@pytest.fixture
+def qdrant(tmp_path) -> Iterator[RealQdrant | QdrantServer]:
+    binary = test_server()
+    server = (
+        RealQdrant(binary, tmp_path / "qdrant")
+        if binary
+        else QdrantServer(tmp_path / "qdrant", STAND_IN_VERSION)
+    )
+    with server:
+        yield server
+
+
+@pytest.fixture
+def falkordb(tmp_path) -> Iterator[FalkorServer]:
+    server = FalkorServer(tmp_path / "falkordb", sync_delay_seconds=0)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def ready(session_servers, qdrant, falkordb, tmp_path):
+    """Stores of this test's own that differ from their backup; the state it holds, and the one that stands."""
+    servers = replace(session_servers, falkordb=falkordb, qdrant_url=qdrant.url)
+    operator = Operator(servers, tmp_path / "work")
+    operator.folder.mkdir()
+    operator.load()
+    operator.run("backup_automem")
+    files = [operator.archive(), operator.rdb()]
+    wanted = operator.state(), settings(operator)
+    spoil(operator)
+    return operator, files, wanted, operator.state()
+
+
+def run_under(
+    operator: Operator, where: str, seconds: float | None, files: list[str], server
+) -> tuple[int, str]:
+    """A restore whose server is killed and started again; its exit code, and what it said."""
+    held = start_held(operator, where, "restore_from_backup", *files)
+    assert wait_for(held.stands_at), held.process.communicate()
+    if seconds is not None:
+        held.go_on()
+        time.sleep(seconds)
+    server.kill()
+    if seconds is None:
+        held.go_on()
+    time.sleep(0.5)
+    server.start()  # raises where it does not come up again
+    _, err = held.process.communicate(timeout=400)
+    assert "Traceback" not in err, err
+    return held.process.returncode, err
+
+
+def assert_one_is_whole(operator: Operator, wanted, old) -> None:
+    with connect(operator.servers.falkordb.address) as conn:
+        assert graph_digest(conn, operator.graph, by_id=True).digest in {old.graph, wanted.graph}
+    name = operator.collection
+    if not exists(operator.qdrant, name):
+        name = next(one for one in operator.collections() if "__try_" in one)
+    there = replace_collection(operator, name).state().collection
+    assert there in {old.collection, wanted.collection}
+
+
+def replace_collection(operator: Operator, name: str) -> Operator:
+    return Operator(operator.servers, operator.folder, operator.graph, name)
+
+
+@pytest.mark.parametrize(("where", "seconds"), moments(QDRANT))
+def test_qdrant_killed(ready, qdrant, where, seconds):
+    operator, files, (wanted, asset), old = ready
+    code, err = run_under(operator, where, seconds, files, qdrant)
+    assert_one_is_whole(operator, wanted, old)
+    if code:
+        assert "error:" in err
+        operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+    qdrant.kill()
+    qdrant.start()
+    assert operator.state() == wanted
+
+
+@pytest.mark.parametrize(("where", "seconds"), moments(FALKORDB))
+def test_falkordb_killed(ready, falkordb, where, seconds):
+    operator, files, (wanted, asset), old = ready
+    with neighbours(operator) as others:
+        untouched = others()
+        code, _ = run_under(operator, where, seconds, files, falkordb)
+        assert_one_is_whole(operator, wanted, old)
+        if code:
+            operator.run("restore_from_backup", *files)
+        assert operator.state() == wanted
+        assert settings(operator) == asset
+        assert_tidy(operator)
+        falkordb.kill()
+        falkordb.start()
+        assert operator.state() == wanted
+        assert others() == untouched
+
+
+def test_qdrant_stays_down_and_the_next_command_finishes(ready, qdrant):
+    """The machine is gone for longer than the script waits for an answer: the journal and the safety backup remain."""
+    operator, files, (wanted, asset), old = ready
+    held = start_held(operator, f"entering {COLLECTION}.recover", "restore_from_backup", *files)
+    assert wait_for(held.stands_at)
+    qdrant.kill()
+    held.process.kill()
+    held.process.communicate(timeout=60)
+    told = operator.run("restore_from_backup", *files, expect=1).err
+    assert "docker compose up -d falkordb qdrant" in told
+    qdrant.start()
+    assert_one_is_whole(operator, wanted, old)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+    kept = Path(operator.manifests()[1])  # what the killed run saved before it deleted anything
+    operator.run("restore_from_backup", str(kept))
+    assert operator.state() == old

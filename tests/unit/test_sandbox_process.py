@@ -1,0 +1,56 @@
+"""Servers of the sandbox do not outlive who started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lib.sandbox.process import ServerProcess
+from tests.operator_support import ROOT
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from lib.sandbox.process import ServerProcess
+server = ServerProcess([sys.executable, "-c", "import time; time.sleep(600)"], Path(sys.argv[1])).start()
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_killed_parent_takes_its_server_along(tmp_path, number):
+    words = [sys.executable, "-c", PARENT, str(tmp_path / "log")]
+    parent = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    server = int(parent.stdout.readline())
+    assert alive(server)
+    parent.send_signal(number)
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while alive(server) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(server)
+
+
+def test_stopped_and_started_again(tmp_path):
+    server = ServerProcess([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "log")
+    first = server.start().pid
+    server.stop()
+    assert not alive(first)
+    second = server.start().pid
+    assert alive(second)
+    server.kill()
+    assert not server.running
