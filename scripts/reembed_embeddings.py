@@ -129,6 +129,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
 
 def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:
     """Embed, then make the collection anew."""
+    from lib.showing import exchange
     from lib.showing import reembed as showing
     from lib.steps import migrate
     from lib.steps.embed import buy_missing
@@ -138,9 +139,9 @@ def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | No
     if run.fresh:
         migrate.forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)
-    migrate.begin(run, manifest, voice := showing.voice(run, console))
+    migrate.begin(run, manifest, voice := exchange.voice(run, console))
     if run.no_switch:
-        return showing.show_staged(migrate.only_stage(run, buyer), run, console)
+        return exchange.show_staged(migrate.only_stage(run, buyer), run, console)
     return showing.show_migrated(migrate.migrate(run, buyer, manifest, voice).outcome, run, console)
 
 

@@ -10,21 +10,19 @@ from lib.errors import DONE, REMAINING
 from lib.showing.settings import RESTART
 
 if TYPE_CHECKING:
-    from lib.backup_set.manifest import Manifest
     from lib.steps.drift import Drifted
     from lib.steps.embed import Tried
-    from lib.steps.exchange import Voice
     from lib.steps.migration import Migration
     from lib.steps.plan import Plan
     from lib.steps.spot_check import SpotCheck
     from lib.steps.sync import SyncOutcome
-    from lib.vectors.collection import CollectionState
 
 _EXAMPLES = 10
 _FEW = 3
 
 
-def _dollars(price: float | None) -> str:
+def dollars(price: float | None) -> str:
+    """A price in US dollars, or that none is known."""
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
@@ -46,7 +44,7 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; to do: {what} at {plan.spec.size}d with {plan.spec.model}"),
         ("to embed", f"{plan.texts:,} texts, {plan.tokens:,} tokens; {plan.spooled:,} need no purchase"),
-        ("price", f"{_dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
+        ("price", f"{dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
         ("spool", f"{size_text(run.spool.size_bytes())} in {run.spool.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, the old collection among it"),
     ]
@@ -121,48 +119,6 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     return REMAINING if left else DONE
 
 
-def voice(run: Migration, console: Console) -> Voice:
-    """What is said right before the live collection is deleted, also when quiet."""
-    from lib.steps.exchange import Voice
-
-    def announce(undo: str) -> None:
-        name = run.target.collection
-        console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
-
-    return Voice(undo_of, announce)
-
-
-def show_staged(state: CollectionState | None, run: Migration, console: Console) -> int:
-    """The result of --no-switch, with the way on and the way back."""
-    from lib.steps.migration import journal_of
-    from lib.steps.open_run import delete_line
-
-    if state is None:
-        console.result(
-            {"staged": None}, f"'{run.target.collection}' is what it should be: nothing was staged"
-        )
-        return DONE
-    drop = f"  {delete_line(run.target.qdrant, run.staged)}\n  rm {journal_of(run).path}"
-    price = run.bought.price(run.spec.model)
-    document = {
-        "staged": run.staged,
-        "size": run.spec.size,
-        "model": run.spec.model,
-        "points": state.points,
-        "bought": {"texts": run.bought.texts, "tokens": run.bought.tokens, "price": price},
-        "refused": [dataclasses.asdict(one) for one in run.bought.refused],
-        "undo": drop,
-    }
-    text = (
-        f"'{run.staged}' stands beside '{run.target.collection}': {state.points:,} points, {run.spec.size}d, every"
-        f" vector compared. Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {_dollars(price)}.\n\n"
-        f"to go on (after days, too; what changes meanwhile is caught up):\n"
-        f"  python scripts/reembed_embeddings.py\nto drop it (what was bought stays in the spool):\n{drop}"
-    )
-    console.result(document, text)
-    return REMAINING if run.bought.refused else DONE
-
-
 def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     """The result of a re-embedding, with the way back and the next steps."""
     code = _remaining(outcome, run, console)
@@ -187,7 +143,7 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
     }
     text = (
         f"'{run.target.collection}' is {run.spec.size}d now: {points:,} points, every vector compared.\n"
-        f"Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {_dollars(price)}."
+        f"Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {dollars(price)}."
         f" The collection was absent or incomplete for {run.absent_seconds:.1f} s"
         f"{f' ({run.way})' if run.way else ''}.\n\n"
         f"undo:\n{run.undo}\n\nnext:\n{RESTART}\n"
@@ -244,16 +200,3 @@ def show_drift(done: Drifted, run: Migration, console: Console) -> int:
     }
     console.result(document, text)
     return code
-
-
-def undo_of(manifest: Manifest | None) -> str:
-    """The way back from a re-embedding: the collection's half of the backup; the graph was not changed."""
-    if manifest is None or manifest.collection is None:
-        return "  (none: no collection was replaced)"
-    half = manifest.collection
-    return (
-        f"  python scripts/restore_from_backup.py {manifest.file_of(half)}\n"
-        f"  export VECTOR_SIZE={half.size}\n"
-        f"  export EMBEDDING_MODEL={half.model}\n"
-        "  python scripts/reembed_embeddings.py --only-missing"
-    )
