@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 DEFAULT = "default"
@@ -13,10 +13,11 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Setting:
-    """One value (out of reprs, it may be a secret) and where it came from."""
+    """One value (out of reprs, it may be a secret), where it came from, and what it beats, the next one first."""
 
     value: str = field(repr=False)
     origin: str
+    beaten: tuple[Setting, ...] = field(default=(), repr=False)
 
 
 def env_files(
@@ -92,5 +93,5 @@ def read_settings(
     settings = {}
     for name, default in defaults.items():
         found = [source[name] for source in sources if name in source]
-        settings[name] = found[0] if found else Setting(default, DEFAULT)
+        settings[name] = replace(found[0], beaten=tuple(found[1:])) if found else Setting(default, DEFAULT)
     return settings, faults

@@ -110,19 +110,35 @@ def _awaited(journal: Journal) -> str:
 
 
 def settings_lines(size: int, model: str, config: Config) -> list[str]:
-    """Lines to put back where the collection's size or model is not the configured one; else none."""
-    if (size, model) == (config.vector_size, config.embedding_model):
-        return []
-    origins = {config.settings[name].origin for name in ("VECTOR_SIZE", "EMBEDDING_MODEL")}
-    files = sorted({origin.rsplit(":", 1)[0] for origin in origins if ":" in origin})
-    configured = f"{config.vector_size}d ({config.embedding_model})"
-    lines = [
-        "",
-        f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
-        f"  export VECTOR_SIZE={size}",
-        f"  export EMBEDDING_MODEL={model}",
-    ]
+    """Lines to put back where the collection's size or model is not the configured one; else none.
+
+    A `.env` that says another is named also where the environment beats it: AutoMem may read it.
+    """
+    wanted = {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": model}
+    files = _files_that_disagree(wanted, config)
+    lines = []
+    if (size, model) != (config.vector_size, config.embedding_model):
+        configured = f"{config.vector_size}d ({config.embedding_model})"
+        lines = [
+            "",
+            f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
+            *(f"  export {name}={value}" for name, value in wanted.items()),
+        ]
+    elif files:
+        lines = [
+            "",
+            f"warning: the collection is {size}d ({model}), and so says the environment, but a file does not:",
+        ]
     for file in files:
-        lines.append(f"and in {file}:")
-        lines += [f"  VECTOR_SIZE={size}", f"  EMBEDDING_MODEL={model}"]
+        lines += [f"and in {file}:", *(f"  {name}={value}" for name, value in wanted.items())]
     return lines
+
+
+def _files_that_disagree(wanted: dict[str, str], config: Config) -> list[str]:
+    found = set()
+    for name, value in wanted.items():
+        setting = config.settings[name]
+        told = next((one for one in (setting, *setting.beaten) if ":" in one.origin), None)
+        if told and told.value != value:
+            found.add(told.origin.rsplit(":", 1)[0])
+    return sorted(found)

@@ -21,7 +21,7 @@ from lib.steps.compare_manifest import compare_collection
 from lib.steps.present import as_id, as_text
 from lib.steps.prove import check_file
 from lib.vectors.collection import vector_params
-from lib.vectors.open_segments import SegmentFiles, opened_segments
+from lib.vectors.open_segments import EngineKilled, SegmentFiles, opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
 _PAGE = 1000
@@ -128,6 +128,8 @@ def _opened(path: Path, archive: ArchiveFacts, aside: _Aside) -> tuple[int | Non
     try:
         counted = _asked(path, archive, aside)
         return counted, "its segments are of a format that Qdrant's engine here does not open"
+    except EngineKilled as error:
+        return None, f"not opened: {error}"
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lib.errors import BackupDamaged
+import orjson
+
+from lib.errors import BackupDamaged, MigrationError
 from lib.files import FULL_DISK
 from lib.vectors.points import PointId
 from lib.vectors.tar_stream import BLOCK, ByteStream, Section, Sparse
@@ -18,21 +23,20 @@ from lib.vectors.tar_stream import BLOCK, ByteStream, Section, Sparse
 # Segments over RocksDB (Qdrant up to about 1.15) are what the engine cannot read; seen with 1.11.3.
 _FOREIGN = ("unknown variant", "rocksdb", "RocksDB", "Failed to deserialize")
 _FULL = "No space left"
+_ENGINE = Path(__file__).with_name("segment_engine.py")
 _STEP = "use another backup"
 
 
+class EngineKilled(MigrationError):
+    """The engine's process was killed by the system, which says nothing about the segments."""
+
+
 class Segments:
-    """The shards of a snapshot by their numbers, as the engine opened them."""
+    """The shards of a snapshot, opened by the engine in a process of its own; `counts` is the points in each."""
 
-    def __init__(self, shards: Mapping[int, Any]) -> None:
-        self._shards = shards
-
-    @property
-    def counts(self) -> dict[int, int]:
-        """The number of points in each shard."""
-        from qdrant_edge import CountRequest
-
-        return {number: int(shard.count(CountRequest(exact=True))) for number, shard in self._shards.items()}
+    def __init__(self, ask: Callable[[dict[str, Any]], Any], counts: Mapping[int, int]) -> None:
+        self.counts = dict(counts)
+        self._ask = ask
 
     @property
     def count(self) -> int:
@@ -41,14 +45,14 @@ class Segments:
 
     def held(self, ids: Sequence[PointId]) -> set[PointId]:
         """Which of these ids are points of it. Raises BackupDamaged where one is no id at all."""
-        found: set[PointId] = set()
-        for shard in self._shards.values():
-            try:
-                records = shard.retrieve(list(ids), with_payload=False, with_vector=False)
-            except Exception as error:  # noqa: BLE001 - the engine raises nothing finer
-                raise BackupDamaged(f"an id that the engine refuses: {error}", next_step=_STEP) from None
-            found.update(record.id if isinstance(record.id, int) else str(record.id) for record in records)
-        return found
+        try:
+            return set(self._ask({"held": list(ids)}))
+        except _EngineError as error:
+            raise BackupDamaged(f"an id that the engine refuses: {error}", next_step=_STEP) from None
+
+
+class _EngineError(Exception):
+    """What the engine said."""
 
 
 class SegmentFiles:
@@ -59,14 +63,14 @@ class SegmentFiles:
 
     def __init__(self, folder: Path) -> None:
         self.full = False
-        self._folder = folder
+        self.folder = folder
         self._archives: dict[int, _ShardArchive] = {}
 
     def keep(self, shard: int, content: Section | Sparse) -> ByteStream:
         """`content` again; what is read of it goes into the shard's archive."""
         try:
             if shard not in self._archives:
-                self._archives[shard] = _ShardArchive(self._folder / f"{shard}.tar")
+                self._archives[shard] = _ShardArchive(self.folder / f"{shard}.tar")
             self._archives[shard].begin(content.size or 0)
         except OSError as error:
             self._note(error)
@@ -75,7 +79,7 @@ class SegmentFiles:
     def finished(self) -> dict[int, Path]:
         """The archives by their shards. Raises OSError where the room was too little."""
         if self.full:
-            raise OSError(errno.ENOSPC, "No space left on device", str(self._folder))
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder))
         for archive in self._archives.values():
             archive.end()
         return {shard: archive.path for shard, archive in self._archives.items()}
@@ -141,29 +145,56 @@ def engine_here() -> bool:
 def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
     """The segments of a snapshot that `inspect_snapshot` found whole, open inside the block.
 
-    None where the engine cannot read the segments' format. Raises BackupDamaged, and OSError where the room is too
-    little.
+    None where the engine cannot read the segments' format. Raises BackupDamaged, EngineKilled, and OSError where the
+    room is too little.
     """
-    with ExitStack() as stack:
-        shards = {}
-        for number, archive in files.finished().items():
-            shards[number] = shard = _load(archive, archive.with_suffix(""))
-            if shard is not None:
-                stack.callback(shard.close)
-        yield Segments(shards) if None not in shards.values() else None
+    archives = {str(shard): str(path) for shard, path in files.finished().items()}
+    with _engine() as ask:
+        try:
+            counts = ask({"open": archives})
+        except _EngineError as error:
+            if _FULL in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device", str(files.folder)) from None
+            if not any(sign in str(error) for sign in _FOREIGN):
+                raise BackupDamaged(
+                    f"the engine cannot open the snapshot's segments: {error}", next_step=_STEP
+                ) from None
+            counts = None
+        yield None if counts is None else Segments(ask, {int(shard): n for shard, n in counts.items()})
 
 
-def _load(archive: Path, target: Path) -> Any | None:
-    from qdrant_edge import EdgeShard
+@contextmanager
+def _engine() -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Ask the engine; its process ends with the block, and with this process."""
+    with subprocess.Popen(
+        [sys.executable, str(_ENGINE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is for the command, which then ends this
+    ) as child:
 
-    try:
-        EdgeShard.unpack_snapshot(str(archive), str(target))
-        return EdgeShard.load(str(target))
-    except Exception as error:  # noqa: BLE001 - the engine raises nothing finer (pypi.org/project/qdrant-edge-py)
-        if _FULL in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
-        if any(sign in str(error) for sign in _FOREIGN):
-            return None
-        raise BackupDamaged(
-            f"the engine cannot open the snapshot's segments: {error}", next_step=_STEP
-        ) from None
+        def ask(question: dict[str, Any]) -> Any:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            with suppress(BrokenPipeError):
+                child.stdin.write(orjson.dumps(question) + b"\n")
+                child.stdin.flush()
+            line = child.stdout.readline()
+            if not line.endswith(b"\n"):
+                raise _ended(child.wait())
+            told = orjson.loads(line)
+            if "error" in told:
+                raise _EngineError(told["error"])
+            return told["answer"]
+
+        try:
+            yield ask
+        finally:
+            child.kill()
+
+
+def _ended(code: int) -> MigrationError:
+    if code == -signal.SIGKILL:
+        return EngineKilled("Qdrant's engine was killed while it opened the segments: memory may be short")
+    return BackupDamaged(f"the segments crash Qdrant's engine (exit {code})", next_step=_STEP)

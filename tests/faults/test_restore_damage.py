@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -67,12 +68,27 @@ def file_of(operator, which: str) -> Path:
     }[which]
 
 
-@pytest.mark.parametrize("which", ["rdb", "archive", "manifest", "rdb alone", "archive alone"])
+def bare_snapshot(operator, path: Path, change=lambda body: body) -> Path:
+    """The server's own snapshot out of the archive."""
+    with tarfile.open(operator.archive(), "r:gz") as tar:
+        name = next(one for one in tar.getnames() if one.startswith("snapshot/"))
+        path.write_bytes(change(tar.extractfile(name).read()))
+    return path
+
+
+def bare_with_checksum(operator, folder: Path) -> Path:
+    """As a server keeps it on its disk."""
+    path = bare_snapshot(operator, folder / "bare.snapshot")
+    (folder / "bare.snapshot.checksum").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.mark.parametrize("which", ["rdb", "archive", "manifest", "rdb alone", "archive alone", "bare"])
 def test_every_random_damage_is_refused(backed, tmp_path, which):
     name, _, alone = which.partition(" ")
     place, before = site(backed), backed.state()
-    path, chance = file_of(backed, name), random.Random(f"restore {which}")
-    whole = path.read_bytes()
+    path = bare_with_checksum(backed, tmp_path) if name == "bare" else file_of(backed, name)
+    whole, chance = path.read_bytes(), random.Random(f"restore {which}")
     if alone:  # without its manifest, the file's own checksums are all there is
         path = shutil.copy(path, tmp_path / path.name)
     proved(backed, place, path)
@@ -234,8 +250,11 @@ def test_malicious_members_write_nothing(backed, tmp_path, entry, monkeypatch):
         add(tar, name, evil_snapshot(body, **entry))
         return True
 
-    for number, change in enumerate((outer, inner)):
-        path = rebuilt(source, tmp_path / f"evil{number}.tar.gz", change)
+    evil = [
+        rebuilt(source, tmp_path / f"evil{number}.tar.gz", one) for number, one in enumerate((outer, inner))
+    ]
+    evil.append(bare_snapshot(backed, tmp_path / "evil.snapshot", lambda body: evil_snapshot(body, **entry)))
+    for path in evil:
         before = whole_tree(tmp_path), whole_tree(backed.backups)
         assert_refused(backed, place, path)
         assert (whole_tree(tmp_path), whole_tree(backed.backups)) == before

@@ -86,3 +86,14 @@ def test_stopped_stores_say_how_to_start_just_them_and_the_same_line(operator):
         text = operator.run("restore_from_backup", *words, env=setting, expect=1).err
         assert "docker compose up -d falkordb qdrant" in text
         assert f"python scripts/restore_from_backup.py {' '.join(words)}\n" in text
+
+
+def test_a_file_that_the_environment_beats_is_named_while_it_disagrees(operator):
+    operator.load(60)
+    operator.run("backup_automem", "--only", "qdrant")
+    file = operator.folder / "automem.env"
+    for size, named in ((2 * OLD_SIZE, True), (OLD_SIZE, False)):
+        file.write_text(f"VECTOR_SIZE={size}\n")
+        text = operator.run("restore_from_backup", operator.archive(), "--env-file", str(file)).out
+        assert (f"and in {file}:\n  VECTOR_SIZE={OLD_SIZE}\n" in text) == named
+        assert ("a file does not" in text) == named

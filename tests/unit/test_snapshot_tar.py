@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import BackupDamaged
-from lib.vectors.open_segments import SegmentFiles, Segments, opened_segments
+from lib.vectors.open_segments import EngineKilled, SegmentFiles, Segments, opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 from lib.vectors.tar_stream import Section, Sparse, entries
 from tests.qdrant_uploads import content, recorded_snapshots
@@ -319,6 +319,16 @@ def test_the_engine_tells_which_ids_are_there(tmp_path):
         assert segments.held([*some, 2**60, "ffffffff-0000-4000-8000-000000000000"]) == set(some)
         with pytest.raises(BackupDamaged, match="the engine refuses"):
             segments.held(["no id"])
+
+
+@pytest.mark.parametrize(("number", "error"), [(9, EngineKilled), (11, BackupDamaged)])
+def test_an_engine_that_dies_ends_nothing_else(tmp_path, monkeypatch, number, error):
+    dying = tmp_path / "dying.py"
+    dying.write_text(f"import os\ninput()\nos.kill(os.getpid(), {number})\n")
+    monkeypatch.setattr("lib.vectors.open_segments._ENGINE", dying)
+    (tmp_path / "aside").mkdir()
+    with pytest.raises(error), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "aside"):
+        pass
 
 
 def test_a_dropped_segment_shows_in_the_engines_count(tmp_path):

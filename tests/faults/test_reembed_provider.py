@@ -1,0 +1,325 @@
+"""The provider fails in every way it can while the real command runs: the exit code, the spool, the collection, the bill."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from lib.sandbox.vectors import vectors_for
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, Operator, Result
+from tests.reembed_support import Points, assert_migrated, embeddable, points_of, upgrade
+
+pytestmark = pytest.mark.qdrant
+
+BATCH, WORKERS = 10, 4
+MEMORIES = 120
+PACE = ("--batch-size", str(BATCH), "--workers", str(WORKERS))
+# The script itself, with a shorter patience: a request of a second is late, eight seconds of failures are ten minutes.
+_IMPATIENT = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+from lib.embedding import client
+client.EmbeddingClient.__init__.__kwdefaults__.update(timeout_seconds={timeout}, max_wait_seconds={patience})
+client.FIRST_PAUSE_SECONDS, client.LONGEST_PAUSE_SECONDS = 0.02, 0.2
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass
+class Rig:
+    operator: Operator
+    before: Points
+    url: str = ""
+    timeout: float = 20.0
+    patience: float = 8.0
+
+    @property
+    def openai(self):
+        return self.operator.servers.openai
+
+    def reembed(self, *words: str, expect: int) -> Result:
+        program = _IMPATIENT.format(root=str(ROOT), timeout=self.timeout, patience=self.patience)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(ROOT / "scripts/reembed_embeddings.py"), *PACE, *words],
+            cwd=self.operator.folder,
+            env=self.operator.environ | ({"OPENAI_BASE_URL": self.url} if self.url else {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stderr}\n{done.stdout}"
+        assert "Traceback" not in done.stderr, done.stderr
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def spooled(self) -> int:
+        """How many vectors the spool holds; each is its text's own, as the endpoint makes it."""
+        folder = self.operator.backups / "embeddings"
+        plan = next(folder.glob(f"{self.operator.collection}-*.sqlite3"))
+        with contextlib.closing(sqlite3.connect(plan)) as db:
+            db.execute("ATTACH DATABASE ? AS bought", [str(folder / "vectors.sqlite3")])
+            total = db.execute("SELECT count(*) FROM bought.vectors").fetchone()[0]
+            found = db.execute(
+                "SELECT DISTINCT m.content, v.vector FROM memories m JOIN bought.vectors v ON v.key = m.key"
+            ).fetchall()
+        assert len(found) == total
+        if found:
+            stored = np.vstack([np.frombuffer(blob, "<f4") for _, blob in found])
+            assert np.array_equal(stored, vectors_for(LARGE, [text for text, _ in found], NEW_SIZE))
+        return total
+
+    def assert_untouched(self) -> None:
+        after = points_of(self.operator)
+        assert after.keys() == self.before.keys()
+        assert all((after[one][1] == vector).all() for one, (_, vector) in self.before.items())
+        assert self.operator.info()["config"]["params"]["vectors"]["size"] == OLD_SIZE
+        assert self.operator.collections() == [self.operator.collection]
+
+    def assert_done(self, *, but: set = frozenset()) -> None:
+        assert_migrated(self.operator, self.before, but=but)
+        self.spooled()
+
+
+@pytest.fixture
+def rig(operator) -> Rig:
+    operator.load(MEMORIES)
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.servers.openai.reset()
+    return Rig(operator, points_of(operator))
+
+
+# --- what passes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passing:
+    """A fault that ends, and how many texts it may make the run pay for twice."""
+
+    fault: dict
+    paid_twice: int = 0
+    timeout: float = 20.0
+
+
+PASSING = {
+    "a storm of 429s": Passing(
+        {"status": 429, "code": "rate_limit_exceeded", "retry_after": 0.05, "times": 40}
+    ),
+    "429s that do not say how long": Passing({"status": 429, "after": 2, "times": 2}),
+    "500s": Passing({"status": 500, "after": 2, "times": 12}),
+    "503s from the first request": Passing({"status": 503, "times": 6}),
+    "a proxy's 200 with a 502 in it": Passing({"status": 200, "code": 502, "after": 2, "times": 4}),
+    "timeouts": Passing({"hang_seconds": 40, "after": 2, "times": 3}, paid_twice=3 * BATCH, timeout=6.0),
+    "half an answer": Passing({"cut": 0.5, "after": 1, "times": 4}, paid_twice=4 * BATCH),
+    "headers and no answer": Passing({"cut": 0.0, "after": 1, "times": 4}, paid_twice=4 * BATCH),
+    "too few vectors": Passing({"wrong_count": True, "after": 2, "times": 3}, paid_twice=3 * BATCH),
+    "foreign indices": Passing({"wrong_indices": True, "after": 2, "times": 3}, paid_twice=3 * BATCH),
+    "NaN": Passing({"nan": True, "after": 2, "times": 3}, paid_twice=3 * BATCH),
+    "vectors of another length": Passing({"not_unit": 2.0, "after": 2, "times": 3}, paid_twice=3 * BATCH),
+    "another order": Passing({"wrong_order": True}),
+    "lists of numbers": Passing({"no_base64": True}),
+    "no announced limits": Passing({"no_headers": True}),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_passes_costs_time_alone(rig, name):
+    case = PASSING[name]
+    rig.timeout, rig.patience = case.timeout, 120.0
+    rig.openai.fault(**case.fault)
+    done = rig.reembed("--json", expect=0)
+    assert done.json["refused"] == []
+    rig.assert_done()
+    stats = rig.openai.stats()
+    assert stats["paid_twice"] <= case.paid_twice
+    assert done.json["bought"]["texts"] == stats["distinct_texts"]
+
+
+# --- what does not ----------------------------------------------------------------------------------------------
+
+QUOTA = [
+    "insufficient_quota",
+    "credit_balance_exhausted",
+    "organization_usage_limit_exceeded",
+    "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded",
+]
+LASTING = {
+    **{code: ({"status": 429, "code": code}, 6, code) for code in QUOTA},
+    "quota as a type": ({"status": 429, "error_type": "insufficient_quota"}, 6, "insufficient_quota"),
+    "401 mid-way": ({"status": 401, "code": "invalid_api_key"}, 6, "invalid_api_key"),
+    "402": ({"status": 402, "message": "out of credit"}, 6, "out of credit"),
+    "403": ({"status": 403, "code": "unsupported_country"}, 6, "unsupported_country"),
+    "a model that is gone": ({"status": 404, "code": "model_not_found"}, 6, "model_not_found"),
+    "429s without end": ({"status": 429, "retry_after": 0.3}, 6, "Rate limit exceeded during re-embedding"),
+    "a rate limit of an hour": ({"status": 429, "retry_after": 3600}, 6, "Rate limit exceeded"),
+    "500s without end": ({"status": 500}, 6, "no good answer"),
+    "only NaN from now on": ({"nan": True}, 6, "does not even embed a plain word"),
+    "always too few": ({"wrong_count": True}, 6, "does not even embed a plain word"),
+    "400 to everything": ({"status": 400}, 6, "does not even embed a plain word"),
+    "another width": ({"wrong_width": NEW_SIZE // 2}, 2, f"VECTOR_SIZE is {NEW_SIZE}"),
+}
+PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_lasts_ends_the_run_and_keeps_what_was_bought(rig, name):
+    fault, code, said = LASTING[name]
+    rig.openai.fault(**fault, after=5)
+    done = rig.reembed(expect=code)
+    assert said in done.err
+    assert "next:" in done.err
+    rig.assert_untouched()
+    assert rig.spooled() == 5 * BATCH
+    if name not in PAID_FOR_NOTHING:
+        assert rig.openai.stats()["texts"] == 5 * BATCH
+    rig.openai.clear_faults()
+    before = rig.openai.stats()["paid_twice"]
+    rig.reembed(expect=0)
+    if name not in PAID_FOR_NOTHING:
+        assert rig.openai.stats()["paid_twice"] == before == 0
+    rig.assert_done()
+
+
+def test_a_provider_that_hangs_without_end(rig):
+    """Each request that hangs is charged, so few are sent: the workers', again and again until the patience ends."""
+    rig.timeout, rig.patience = 0.5, 2.0
+    rig.openai.fault(hang_seconds=30, after=5)
+    done = rig.reembed(expect=6)
+    assert "no answer in time" in done.err
+    rig.assert_untouched()
+    assert rig.spooled() == 5 * BATCH
+
+
+def test_a_wrong_key_from_the_first_request(rig):
+    rig.operator.export(OPENAI_API_KEY="sk-wrong-key-of-somebody")
+    done = rig.reembed("--json", expect=6)
+    assert "sk-wrong" not in done.err + done.out
+    assert done.json["exit_code"] == 6
+    rig.assert_untouched()
+    assert rig.openai.stats()["texts"] == 0
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault", [{}, {"nan": True}, {"wrong_count": True}, {"status": 422}, {"status": 500}]
+)
+def test_a_poisoned_row_is_found_and_named_and_all_others_are_there(rig, fault):
+    victim = str(min(embeddable(rig.operator), key=str))
+    rig.operator.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'poison in here'", id=victim)
+    rig.openai.fault(poisoned_text="poison", **fault)
+    done = rig.reembed("--json", expect=3)
+    assert [one["label"] for one in done.json["refused"]] == [victim]
+    assert f"memory {victim} was not embedded" in done.err
+    rig.assert_done(but={victim})
+    rig.openai.clear_faults()
+    rig.reembed("--only-missing", expect=0)
+    rig.assert_done()
+
+
+def test_a_long_memory_is_cut_and_named_before_and_after(rig):
+    victim = str(min(embeddable(rig.operator), key=str))
+    rig.operator.cypher("MATCH (m:Memory {id: $id}) SET m.content = $text", id=victim, text="long " * 9000)
+    dry = rig.reembed("--dry-run", "--json", expect=0)
+    assert f"embedded without their end: {victim}" in dry.err
+    plan = dry.json["plan"]
+    assert plan["too_long"] == [victim]
+    done = rig.reembed("--json", expect=0)
+    assert done.json["cut"] == [victim]
+    assert f"memory {victim} is longer than the model takes" in done.err
+    # What was announced is what is billed: the cut text, not the whole one.
+    assert plan["tokens"] == rig.openai.stats()["tokens"]
+
+
+# --- the network ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Resetting:
+    """A way to the endpoint that answers chosen requests with a TCP reset: before they are passed on, or after."""
+
+    port: int
+    resets: int
+    after_it_was_paid: bool
+    hits: int = field(default=0, init=False)
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[str]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=self._accept, args=[listener], daemon=True).start()
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                threading.Thread(target=self._serve, args=[near], daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        with contextlib.suppress(OSError), near, socket.create_connection(("127.0.0.1", self.port)) as far:
+            threading.Thread(target=self._upwards, args=[near, far], daemon=True).start()
+            while data := far.recv(65536):
+                if self.after_it_was_paid and data.startswith(b"HTTP/1.1") and self._takes():
+                    _reset(near)
+                    return
+                near.sendall(data)
+
+    def _upwards(self, near: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := near.recv(65536):
+                if not self.after_it_was_paid and data.startswith(b"POST") and self._takes():
+                    _reset(near)
+                    far.shutdown(socket.SHUT_RDWR)
+                    return
+                far.sendall(data)
+            far.shutdown(socket.SHUT_RDWR)
+
+    def _takes(self) -> bool:
+        with self._turn:
+            self.hits += 1
+            return 2 < self.hits <= 2 + self.resets
+
+
+def _reset(one: socket.socket) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RD)  # whoever reads from it holds it open
+    one.close()
+
+
+@pytest.mark.parametrize("after_it_was_paid", [False, True])
+def test_connections_that_are_reset(rig, after_it_was_paid):
+    way = Resetting(rig.openai.port, resets=6, after_it_was_paid=after_it_was_paid)
+    with way.open() as rig.url:
+        rig.reembed(expect=0)
+    assert way.hits > 8
+    rig.url = ""
+    assert rig.openai.stats()["paid_twice"] <= (6 * BATCH if after_it_was_paid else 0)
+    after = points_of(rig.operator)
+    assert after.keys() == embeddable(rig.operator).keys()
+    assert_migrated(rig.operator, rig.before)
+
+
+def test_every_connection_is_reset(rig):
+    rig.patience = 2.0
+    way = Resetting(rig.openai.port, resets=1 << 30, after_it_was_paid=False)
+    with way.open() as rig.url:
+        rig.reembed(expect=6)
+    rig.assert_untouched()
+    assert rig.spooled() == 2 * BATCH
+    assert rig.openai.stats()["texts"] == 2 * BATCH
