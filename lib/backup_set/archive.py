@@ -118,11 +118,11 @@ def _damage() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _members(path: Path) -> Iterator[tarfile.TarFile]:
-    from isal import igzip
+    from isal import igzip_threaded  # inflates the next piece while this one is used
 
     try:
         with (
-            igzip.open(path, "rb") as plain,
+            igzip_threaded.open(path, "rb") as plain,
             tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
         ):
             yield tar
