@@ -27,7 +27,7 @@ def arguments() -> argparse.ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
-        help="memories_*.rdb, qdrant_snapshot_*.tar.gz, backup_*.json for the pair, `latest`, or a URL of one of them",
+        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, or a URL",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="prove the files and print the plan, touch nothing"
