@@ -95,11 +95,19 @@ def refuse_stranger(folder: Path, targets: list[str]) -> None:
 def refuse_stranger_staged(folder: Path, targets: list[str], qdrant: Qdrant, staged: str) -> None:
     """Raise GuardRefused where a staged collection stands there that no open run of these targets has made."""
     made = [one.fact("staged_collection") for one in _open_here(folder, targets)]
-    if staged not in made and exists(qdrant, staged):
+    if staged in made or not exists(qdrant, staged):
+        return
+    others = [one for one in open_journals(folder) if one.fact("staged_collection") == staged]
+    if others:
         raise GuardRefused(
-            f"'{staged}' exists, and no unfinished run here made it: it is not taken over",
-            next_step=f"look whose it is, then delete it and run this again:\n  {delete_line(qdrant, staged)}",
+            f"'{staged}' was made by an unfinished run on other stores, or another spelling of these:"
+            f" {' and '.join(others[0].targets)}; here it is {' and '.join(targets)}",
+            next_step="spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did and run this again",
         )
+    raise GuardRefused(
+        f"'{staged}' exists, and no unfinished run here made it: it is not taken over",
+        next_step=f"look whose it is, then delete it and run this again:\n  {delete_line(qdrant, staged)}",
+    )
 
 
 def delete_line(qdrant: Qdrant, collection: str) -> str:

@@ -37,9 +37,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
     scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
     run.planned, run.room = scan.usable, room_needed(scan, run.spec)
+    kind, state = situation(run)
     if not (repair or run.in_place):
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
-    kind, state = situation(run)
     if state is not None:  # a snapshot of one node would not be the collection
         run.in_place |= topology(run.target.qdrant, state.name).peers > 1
     if scan.usable == 0 and (state is None or state.points):
