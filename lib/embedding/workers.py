@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lib.embedding.batches import MAX_INPUTS, MAX_TOKENS, Caps, Refused, batches
 from lib.embedding.client import EmbeddingClient
-from lib.embedding.memory import give_back
+from lib.embedding.memory import give_back, return_large_blocks
 from lib.embedding.pacing import Stopped
 from lib.embedding.plan_table import TextRow
 from lib.embedding.splitting import Arrived, Vectors, embed_split
@@ -68,6 +68,7 @@ def embed_missing(
     Raises:
         ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows` or `store` raise.
     """
+    return_large_blocks()
     run = _Run(client, store, progress, max(1, min(batch_size, MAX_INPUTS)))
     for _ in range(workers):
         threading.Thread(target=run.work, name="embedding", daemon=True).start()
