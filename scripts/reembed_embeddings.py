@@ -29,7 +29,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed")
     add("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
     add("--limit", type=cli.positive, metavar="N", help="spot check: N memories beside the live collection")
-    add("--in-place", action="store_true", help="delete, create, fill (also the default)")
+    add("--no-switch", action="store_true", help="stop when the staged collection is proved")
+    add("--in-place", action="store_true", help="stage nothing: delete, create, fill")
     add("--only-missing", action="store_true", help="repair drift: add, renew and remove points")
     add("--fresh", action="store_true", help="forget vectors bought earlier and buy them again")
     add("--prune-spool", action="store_true", help="delete bought vectors that no plan needs")
@@ -56,6 +57,7 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh")
+    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit")
     if args.prune_spool:
         return prune(config, console, dry_run=args.dry_run)
     require_openai_key(config)
@@ -99,12 +101,13 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     graph, source = opening.open_graph(config), opening.open_collection(config)
     require_sources(graph, source if args.only_missing else None)
     if args.only_missing:
-        live_size = get_state(source.qdrant, config.collection).size
-        check_dimension(config.collection, live_size, config.vector_size)
+        now = get_state(source.qdrant, config.collection)
+        check_dimension(config.collection, now.size, config.vector_size)
     with opening.open_spool(config) as spool:
         target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
         run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
         spot_check.clear_up(run)
+        run.in_place, run.no_switch = args.in_place, args.no_switch
         run.journal = open_run(run.folder, run.targets, run.spec)
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
@@ -112,36 +115,34 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
             refuse_foreign(live.raw)
             require_whole(source)
         showing.show_plan(plan, kind, run, console)
-        pace = (args.workers, args.batch_size, args.max_cost)
-        buyer = opening.open_buyer(config, *pace, console.say, sample=args.dry_run)
+        pace = (args.workers, args.batch_size, args.max_cost, console.say)
+        buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
         if args.dry_run:
             return showing.show_tried(try_one_batch(buyer, spool), plan, run, console)
         if args.limit:
             return showing.show_spot_check(spot_check.spot_check(run, buyer, live, args.limit), run, console)
         buyer.require_affordable(plan.tokens, run.bought)
         if args.only_missing:
-            state = live or get_state(source.qdrant, config.collection)
-            return showing.show_drift(only_missing(run, buyer, state), run, console)
+            return showing.show_drift(only_missing(run, buyer, live or now), run, console)
         return replace(run, buyer, (kind, live), console)
 
 
 def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:
     """Embed, then make the collection anew."""
+    from lib.showing import exchange
     from lib.showing import reembed as showing
     from lib.steps import migrate
     from lib.steps.embed import buy_missing
-    from lib.steps.open_run import give_up_others
     from lib.steps.situation import protection
 
-    manifest = protection(run, *found)
-    give_up_others(run.folder, run.targets, run.spec)
+    manifest = None if run.no_switch else protection(run, *found)
     if run.fresh:
         migrate.forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)
-    filled = migrate.migrate(
-        run, buyer, manifest, showing.undo_of, lambda undo: showing.announce_replacing(run, undo, console)
-    )
-    return showing.show_migrated(filled.outcome, run, console)
+    migrate.begin(run, manifest, voice := exchange.voice(run, console))
+    if run.no_switch:
+        return exchange.show_staged(migrate.only_stage(run, buyer), run, console)
+    return showing.show_migrated(migrate.migrate(run, buyer, manifest, voice).outcome, run, console)
 
 
 if __name__ == "__main__":

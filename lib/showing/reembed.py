@@ -10,7 +10,6 @@ from lib.errors import DONE, REMAINING
 from lib.showing.settings import RESTART
 
 if TYPE_CHECKING:
-    from lib.backup_set.manifest import Manifest
     from lib.steps.drift import Drifted
     from lib.steps.embed import Tried
     from lib.steps.migration import Migration
@@ -22,24 +21,30 @@ _EXAMPLES = 10
 _FEW = 3
 
 
-def _dollars(price: float | None) -> str:
+def dollars(price: float | None) -> str:
+    """A price in US dollars, or that none is known."""
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
 def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
-    """What a re-embedding will do, cost and leave out."""
+    """Where an unfinished run is gone on with; what a re-embedding will do, cost and leave out."""
     from lib.embedding.pricing import PRICES_AS_OF
+    from lib.steps.open_run import going_on
     from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE
 
+    if run.journal:
+        console.notice(going_on(run.journal))
     now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else kind
-    what = {ABSENT: "create it", ADOPT: "bring it level", REPLACE: "delete it, make it anew", DEAD: "none"}[
+    make = "delete it, make it anew" if run.in_place else f"stage {run.staged}, exchange the two"
+    make = f"stage {run.staged}, stop there" if run.no_switch else make
+    what = {ABSENT: "create it", ADOPT: "bring it level", REPLACE: make, DEAD: "delete it, make it anew"}[
         kind
     ]
     rows = [
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; to do: {what} at {plan.spec.size}d with {plan.spec.model}"),
         ("to embed", f"{plan.texts:,} texts, {plan.tokens:,} tokens; {plan.spooled:,} need no purchase"),
-        ("price", f"{_dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
+        ("price", f"{dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
         ("spool", f"{size_text(run.spool.size_bytes())} in {run.spool.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, the old collection among it"),
     ]
@@ -114,12 +119,6 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     return REMAINING if left else DONE
 
 
-def announce_replacing(run: Migration, undo: str, console: Console) -> None:
-    """Said right before the live collection is deleted, also when quiet."""
-    name = run.target.collection
-    console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
-
-
 def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     """The result of a re-embedding, with the way back and the next steps."""
     code = _remaining(outcome, run, console)
@@ -132,7 +131,9 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         "points": points,
         "bought": {"texts": run.bought.texts, "tokens": run.bought.tokens, "price": price},
         "mended": run.mended,
+        "removed": run.removed,
         "absent_seconds": round(run.absent_seconds, 3),
+        "way": run.way,
         "refused": [dataclasses.asdict(one) for one in run.bought.refused],
         "cut": run.bought.cut,
         "rejected": [dataclasses.asdict(one) for one in outcome.rejected],
@@ -142,8 +143,9 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
     }
     text = (
         f"'{run.target.collection}' is {run.spec.size}d now: {points:,} points, every vector compared.\n"
-        f"Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {_dollars(price)}."
-        f" The collection was absent or incomplete for {run.absent_seconds:.1f} s.\n\n"
+        f"Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {dollars(price)}."
+        f" The collection was absent or incomplete for {run.absent_seconds:.1f} s"
+        f"{f' ({run.way})' if run.way else ''}.\n\n"
         f"undo:\n{run.undo}\n\nnext:\n{RESTART}\n"
         "  python scripts/reembed_embeddings.py --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"
@@ -198,16 +200,3 @@ def show_drift(done: Drifted, run: Migration, console: Console) -> int:
     }
     console.result(document, text)
     return code
-
-
-def undo_of(manifest: Manifest | None) -> str:
-    """The way back from a re-embedding: the collection's half of the backup; the graph was not changed."""
-    if manifest is None or manifest.collection is None:
-        return "  (none: no collection was replaced)"
-    half = manifest.collection
-    return (
-        f"  python scripts/restore_from_backup.py {manifest.file_of(half)}\n"
-        f"  export VECTOR_SIZE={half.size}\n"
-        f"  export EMBEDDING_MODEL={half.model}\n"
-        "  python scripts/reembed_embeddings.py --only-missing"
-    )

@@ -63,12 +63,14 @@ def _live_graph(config: Config) -> str:
 
 def _live_collection(config: Config) -> str:
     from lib import opening
+    from lib.steps.last_run import journalled_model
     from lib.steps.take_collection import known_model
     from lib.vectors.collection import get_state
 
     source = opening.open_collection(config)
     state = get_state(source.qdrant, source.collection)
-    model, known = known_model(state, source.spec)
+    journalled = journalled_model(config.backup_dir, config.targets()[-1], state.size)
+    model, known = known_model(state, source.spec, journalled)
     return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model} ({known})"
 
 

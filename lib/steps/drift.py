@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 
-from lib.errors import GuardRefused, MissingData
-from lib.graph.read import memory_ids_present
+from lib.errors import GuardRefused
 from lib.steps.embed import Buyer, buy, buy_missing
-from lib.steps.guard import Wanted, require_backup
-from lib.steps.keep import keep_whole
 from lib.steps.last_run import kept_the_size
 from lib.steps.mend import mend_vectors
 from lib.steps.migration import Migration
-from lib.steps.payloads import PointId, point_id, spellings
-from lib.steps.plan import only_live_ids
 from lib.steps.present import points_present
+from lib.steps.surplus import remove_surplus
 from lib.steps.sync import SyncOutcome, missing_of, sync_collection, texts_to_buy
 from lib.vectors.collection import CollectionState
-from lib.vectors.points import Point, delete_points, retrieve, scroll
+from lib.vectors.points import Point, scroll
 
 SAME_MODEL_COSINE = 0.99
 _TRIES = 3
-_SURPLUS_SHARE = 0.01
 _PAGE = 256
 
 
@@ -52,7 +46,7 @@ def only_missing(run: Migration, buyer: Buyer, state: CollectionState) -> Drifte
     if compare:
         buy_missing(buyer, run.spool, run.bar, run.bought)
         run.mended = mend_vectors(qdrant, state.name, run.spool, run.spec, run.bar)
-    return Drifted(outcome, _remove_surplus(run, state))
+    return Drifted(outcome, remove_surplus(run, state))
 
 
 def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> None:
@@ -96,33 +90,3 @@ def _unchanged(run: Migration, state: CollectionState) -> list[Point]:
         if len(found) >= _TRIES:
             break
     return found[:_TRIES]
-
-
-def _remove_surplus(run: Migration, state: CollectionState) -> int:
-    """Remove points that no memory has: asked by id after the point was read, kept in the spool before."""
-    with only_live_ids(run.target.qdrant, state.name, run.spool) as surplus:
-        if not len(surplus):
-            return 0
-        if run.spool.memory_count() == 0:
-            raise MissingData(
-                f"graph '{run.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
-                next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
-            )
-        if len(surplus) > _SURPLUS_SHARE * state.points:
-            with points_present(run.target.qdrant, state.name, payload=False) as live:
-                wanted = Wanted(run.target.qdrant.display, state, live, surplus)
-                require_backup(run.folder, wanted, run.spec.size)
-        return sum(_remove_page(run, state.name, page) for page in surplus.ids())
-
-
-def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
-    removed, left = 0, iter(ids)
-    while page := list(islice(left, _PAGE)):
-        points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
-        asked = [spelling for one in page for spelling in spellings(one)]
-        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, asked)}
-        gone = [point for point in points if point.id not in there]
-        keep_whole(gone, run.spool)
-        delete_points(run.target.qdrant, collection, [point.id for point in gone])
-        removed += len(gone)
-    return removed

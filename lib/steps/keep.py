@@ -20,14 +20,21 @@ def _row(point: Point) -> KeptPoint:
 
 
 def keep_payloads(
-    qdrant: Qdrant, collection: str, spool: Spool, *, add: bool = False, progress: Progress | None = None
+    qdrant: Qdrant,
+    collection: str,
+    spool: Spool,
+    *,
+    first: bool = True,
+    add: bool = False,
+    progress: Progress | None = None,
 ) -> int:
-    """Keep every live point's payload (fsynced), in place of an earlier reading's, or with `add` laid over it.
+    """Keep every live point's payload (fsynced); the `first` reading of a migration forgets those of earlier ones.
 
-    `add` is for a run that goes on after the delete: what stands there now was made anew, what was kept before the
-    delete is all that is left of the old points, and no key that only they held is lost.
+    With `add` it is laid over what was kept: for a run that goes on after the delete. What stands there then was
+    made anew, what was kept before the delete is all that is left of the old points, and no key that only they held
+    is lost.
     """
-    if not add:
+    if first and not add:
         spool.clear_kept()
     count = 0
     for page in scroll(qdrant, collection, payload=True):

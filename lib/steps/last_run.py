@@ -9,8 +9,9 @@ from typing import Any
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.endpoint import public_url
 from lib.journal import Journal, read_journal
+from lib.steps.phases import CREATED, DELETING, PLACING, PROVED
 
-COMMAND, PROVED = "reembed", "proved"
+COMMAND = "reembed"
 
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
@@ -49,3 +50,23 @@ def kept_the_size(folder: Path, targets: list[str], spec: EmbeddingSpec) -> bool
     if journal is None or journal.fact("spec") != spec_as_json(spec):
         return False
     return bool(journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size)
+
+
+def journalled_model(folder: Path, collection: str, size: int) -> str | None:
+    """The model that the newest run which put this collection (address and name) in place stamped into its journal.
+
+    For servers that keep no metadata (before 1.16). None where that run was no migration, never came to its end, or
+    made vectors of another size.
+    """
+    for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
+        journal = read_journal(path)
+        if journal is None or journal.targets[-1:] != [collection]:
+            continue
+        if not any(map(journal.has_reached, (DELETING, PLACING, CREATED))):
+            continue
+        stamped = (
+            journal.fact("stamp") if journal.command == COMMAND and journal.has_reached(PROVED) else None
+        )
+        made = next(iter(stamped.values())) if isinstance(stamped, dict) else {}
+        return str(made["model"]) if made.get("size") == size else None
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -16,8 +16,8 @@ from lib.embedding.plan_table import MemoryRow
 from lib.embedding.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
-from lib.graph.read import MemoryNode, iter_memories
-from lib.steps.payloads import PointId, point_id
+from lib.graph.read import MemoryNode, iter_memories, read_rows
+from lib.steps.payloads import PointId, point_id, spellings
 from lib.steps.progress import Progress
 
 _PAGE = 500
@@ -61,6 +61,17 @@ def unusable(properties: Mapping[str, Any]) -> str | None:
     if not isinstance(content, str) or not content.strip():
         return BLANK
     return None if point_id(properties.get("id")) is not None else BAD_ID
+
+
+def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
+    """Those of `ids` whose memory is in the graph right now, with content to embed."""
+    query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
+    asked = [spelling for one in ids for spelling in spellings(one)]
+    rows = read_rows(conn, graph, query, {"ids": asked}) if asked else []
+    found = [
+        point_id(identity) for identity, content in rows if not unusable({"id": identity, "content": content})
+    ]
+    return {one for one in found if one is not None}
 
 
 def _pages(nodes: Iterator[MemoryNode]) -> Iterator[list[MemoryNode]]:

@@ -21,23 +21,28 @@ _SAMPLE = 64
 
 
 def _wanted(
-    points: list[Point], spool: Spool, spec: EmbeddingSpec
+    points: list[Point], spool: Spool, spec: EmbeddingSpec, *, planned: bool
 ) -> list[tuple[Point, NDArray[np.float32]]]:
-    """Each point with the spool's vector for its content, where the spool has one."""
+    """Each point with the spool's vector for its content (`planned`: its memory's), where the spool has one."""
     import numpy as np
 
-    keyed = [(point, spool.text_key(spec, str((point.payload or {}).get("content", "")))) for point in points]
+    if planned:
+        rows = spool.memories_of([point.id for point in points])
+        keyed = [(point, rows[point.id].key) for point in points if point.id in rows]
+    else:
+        texts = [str((point.payload or {}).get("content", "")) for point in points]
+        keyed = [(point, spool.text_key(spec, text)) for point, text in zip(points, texts, strict=True)]
     known = spool.get_vectors([key for _, key in keyed])
     return [(point, np.frombuffer(known[key], dtype="<f4")) for point, key in keyed if key in known]
 
 
 def compared(
-    points: list[Point], spool: Spool, spec: EmbeddingSpec, distance: str
+    points: list[Point], spool: Spool, spec: EmbeddingSpec, distance: str, *, planned: bool = False
 ) -> tuple[int, list[tuple[Point, NDArray[np.float32]]]]:
     """How many points the spool knows, and those whose stored vector is not the spool's, with that one."""
     import numpy as np
 
-    pairs = _wanted(points, spool, spec)
+    pairs = _wanted(points, spool, spec, planned=planned)
     sized = [pair for pair in pairs if pair[0].vector is not None and len(pair[0].vector) == spec.size]
     wrong = [pair for pair in pairs if pair[0].vector is None or len(pair[0].vector) != spec.size]
     if sized:
@@ -55,17 +60,26 @@ def vectors_agree(qdrant: Qdrant, state: CollectionState, spool: Spool, spec: Em
     return False
 
 
-def mend_vectors(qdrant: Qdrant, collection: str, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar) -> int:
+def mend_vectors(
+    qdrant: Qdrant,
+    collection: str,
+    spool: Spool,
+    spec: EmbeddingSpec,
+    bar: ProgressBar,
+    *,
+    planned: bool = False,
+) -> int:
     """Compare every stored vector with the spool's and put the spool's in where they differ; how many did.
 
-    The old service may still write vectors of the old model while a migration keeps the size.
+    The old service may still write vectors of the old model while a migration keeps the size. What a vector should
+    be tells the point's own content, or with `planned` its memory in the plan.
     """
     import numpy as np
 
     state, mended = get_state(qdrant, collection), 0
     with bar("compare vectors", state.points, "points") as progress:
         for page in scroll(qdrant, collection, payload=True, vector=True):
-            _, wrong = compared(page, spool, spec, state.distance)
+            _, wrong = compared(page, spool, spec, state.distance, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]
                 payloads = [point.payload or {} for point, _ in wrong]

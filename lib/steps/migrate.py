@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
-
 from lib.backup_set.manifest import Manifest
-from lib.errors import VerificationFailed
+from lib.errors import UsageProblem
 from lib.journal import start_journal
 from lib.steps.embed import Buyer, catch_up
-from lib.steps.last_run import COMMAND, PROVED, spec_as_json
-from lib.steps.mend import mend_vectors
-from lib.steps.migration import Migration
-from lib.steps.situation import (
-    ABSENT,
-    ADOPT,
-    DEAD,
-    REPLACE,
-    journal_of,
-    protection,
-    require_whole_graph,
-    situation,
-)
-from lib.steps.switch import DELETING, RECOVERED, Filled, drop_live, fill, make_collection, stamp
-from lib.vectors.collection import set_metadata
+from lib.steps.exchange import Voice, exchange, standing_staged
+from lib.steps.last_run import COMMAND, spec_as_json
+from lib.steps.migration import Migration, journal_of
+from lib.steps.open_run import give_up_others
+from lib.steps.phases import DELETING, PLACING, PROVED
+from lib.steps.place import file_of
+from lib.steps.prove_points import prove_points
+from lib.steps.situation import ABSENT, ADOPT, REPLACE, require_whole_graph, situation
+from lib.steps.stage import drop_staged, stage
+from lib.steps.surplus import remove_surplus
+from lib.steps.switch import Filled, fill, stamp
+from lib.vectors.collection import CollectionState, get_state, set_metadata
 
-UndoOf = Callable[[Manifest | None], str]
-Announce = Callable[[str], None]
 _FRESH = "fresh since"
 
 
@@ -52,76 +43,79 @@ def _fresh_mark(run: Migration) -> str:
     return f"{spec['endpoint']} {spec['model']} {spec['size']}"
 
 
-def migrate(
-    run: Migration, buyer: Buyer, first: Manifest | None, undo_of: UndoOf, announce: Announce
-) -> Filled:
-    """Catch up, replace (or adopt) the collection, fill it, catch up again, prove it.
-
-    `first` is the backup that protected the plan; the guard is asked again right before the delete, and what it
-    accepts then is what the journal names and `announce` is told the way back to.
-    """
+def begin(run: Migration, first: Manifest | None, voice: Voice) -> None:
+    """Open the journal, or go on with it; runs of other settings are given up. `first` protected the plan."""
+    give_up_others(run.folder, run.targets, run.spec, run.target.qdrant)
     if run.journal is None:
         facts = {"spec": spec_as_json(run.spec), "manifest": first.name if first else None}
         run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)
-    run.undo = run.journal.undo or undo_of(first)
-    scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
-    kind, state = situation(run)
-    manifest = protection(run, kind, state) if kind in {REPLACE, DEAD} else first
-    began = time.monotonic()
-    if kind == REPLACE:
-        require_whole_graph(run, scan.usable)
-        began = _drop(run, manifest, undo_of, announce)
-    if kind == ABSENT and not run.journal.fact("settings") and manifest:
-        run.journal.append(RECOVERED, **_settings_of(manifest))
-    if kind != ADOPT:
-        make_collection(run.target, run.journal.fact("settings"), run.journal)
+    run.undo = run.journal.undo or voice.undo_of(first)
+
+
+def only_stage(run: Migration, buyer: Buyer) -> CollectionState | None:
+    """`--no-switch`: the staged collection, proved; None where the live one is this migration's result already."""
+    kind, live = situation(run)
+    if kind == ADOPT:
+        return None
+    if live is None:
+        raise UsageProblem(
+            f"there is no collection '{run.target.collection}' to stand beside: --no-switch has nothing to wait for",
+            next_step="python scripts/reembed_embeddings.py",
+        )
+    return stage(run, buyer, live)
+
+
+def migrate(run: Migration, buyer: Buyer, first: Manifest | None, voice: Voice) -> Filled:
+    """Stage, exchange (or adopt) the collection, catch up, prove it, clean up.
+
+    The guard is asked again right before the delete, and what it accepts then is what the journal names and
+    `voice` is told the way back to.
+    """
+    kind, live = situation(run)
+    if kind == REPLACE and live is not None and not run.in_place:
+        stage(run, buyer, live)
+    elif kind != ABSENT or standing_staged(run) is None:
+        scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+        if kind == REPLACE:
+            require_whole_graph(run, scan.usable)
+    began = exchange(run, first, voice)
     filled = _fill(run)
-    run.absent_seconds = time.monotonic() - began if kind != ADOPT else 0.0
+    if began is not None and not run.absent_seconds:
+        run.absent_seconds = filled.whole_at - began
     catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
     late = _fill(run)
     late.outcome.added += filled.outcome.added
-    _prove(run)
-    set_metadata(run.target.qdrant, run.target.collection, stamp(run.spec))
-    run.spool.set_meta(_FRESH, "")
-    run.journal.append(PROVED, points=late.outcome.added)
-    run.journal.close("done")
+    if (
+        began is not None
+    ):  # a memory that went after the last sync took no point of the new collection with it
+        run.removed = remove_surplus(run, get_state(run.target.qdrant, run.target.collection))
+    rejected = [one.id for one in late.outcome.rejected]
+    run.mended = prove_points(run, run.target.collection, rejected, own=False)
+    _end(run, late)
     return late
 
 
-def _drop(run: Migration, manifest: Manifest | None, undo_of: UndoOf, announce: Announce) -> float:
-    """Delete the live collection; the way back is journalled and told before. Monotonic seconds of the delete."""
-    journal = journal_of(run)
-    if manifest and manifest.name != journal.fact("manifest"):
-        journal.append("backup accepted by the guard", manifest=manifest.name)
-    if manifest or not journal.undo:
-        run.undo = undo_of(manifest)
-    announce(run.undo)
-    return drop_live(run.target, run.spool, journal, run.bar, undo=run.undo)
-
-
-def _settings_of(manifest: Manifest) -> dict[str, Any]:
-    """The collection's settings and aliases from a backup, where the collection itself is gone."""
-    from lib.backup_set.archive import peek_facts
-
-    assert manifest.collection is not None
-    facts = peek_facts(manifest.file_of(manifest.collection))
-    settings = {"config": facts["config"], "payload_schema": facts["payload_schema"]}
-    return {"settings": settings, "aliases": manifest.collection.aliases}
-
-
 def _fill(run: Migration) -> Filled:
-    aliases = journal_of(run).fact("aliases") or []
-    whole = run.reached(DELETING)
-    filled = fill(run.target, run.spool, run.spool.memory_count(), run.bar, aliases, whole=whole)
+    filled = fill(
+        run.target,
+        run.spool,
+        run.spool.memory_count(),
+        run.bar,
+        journal_of(run).fact("aliases") or [],
+        whole=run.reached(DELETING) or run.reached(PLACING),
+        copied_from=standing_staged(run),
+    )
     run.aliases_taken, run.indexed = filled.aliases_taken, filled.indexed
     return filled
 
 
-def _prove(run: Migration) -> None:
-    """Every vector equal to the spool's; what the old service wrote meanwhile is renewed, then compared again."""
-    run.mended = mend_vectors(run.target.qdrant, run.target.collection, run.spool, run.spec, run.bar)
-    if run.mended and mend_vectors(run.target.qdrant, run.target.collection, run.spool, run.spec, run.bar):
-        raise VerificationFailed(
-            f"points of '{run.target.collection}' keep changing to other vectors: something else writes to it",
-            next_step="stop AutoMem, then python scripts/reembed_embeddings.py   (goes on from the spool)",
-        )
+def _end(run: Migration, filled: Filled) -> None:
+    """Stamp, note, and remove what was staged: the snapshot's files first, then the collection."""
+    journal, stamped = journal_of(run), stamp(run.spec)
+    set_metadata(run.target.qdrant, run.target.collection, stamped)
+    run.spool.set_meta(_FRESH, "")
+    journal.append(PROVED, points=filled.outcome.added, stamp=stamped)
+    if run.has_staged:
+        drop_staged(run)
+        file_of(run).unlink(missing_ok=True)
+    journal.close("done")

@@ -18,9 +18,11 @@ from lib.steps.take_graph import GraphSource
 class Migration:
     """A run on one target.
 
-    `fresh`: what was bought earlier does not count. `planned`: memories to have a point when the plan was shown.
-    `undo`: the way back, as commands. `absent_seconds`: how long the collection was absent or incomplete.
-    `aliases_taken`: aliases that somebody else took meanwhile. `indexed`: whether the index was seen whole.
+    `fresh`: what was bought earlier does not count. `in_place`: no staged collection. `no_switch`: nothing but that.
+    `planned`: memories to have a point when the plan was shown. `room`: bytes that the server needs beside the live
+    collection. `undo`: the way back, as commands. `absent_seconds`: how long the collection was absent or incomplete.
+    `way`: how the new one came under its name. `upsert_rate`: points a second, as seen. `aliases_taken`: aliases that
+    somebody else took meanwhile. `indexed`: whether the index was seen whole.
     """
 
     graph: GraphSource
@@ -30,11 +32,17 @@ class Migration:
     targets: list[str]
     bar: ProgressBar
     fresh: bool = False
+    in_place: bool = False
+    no_switch: bool = False
     journal: Journal | None = None
     planned: int = 0
+    room: int = 0
     bought: Bought = field(default_factory=Bought)
     mended: int = 0
+    removed: int = 0
     absent_seconds: float = 0.0
+    way: str = ""
+    upsert_rate: float = 0.0
     undo: str = ""
     aliases_taken: list[str] = field(default_factory=list)
     indexed: bool = True
@@ -44,6 +52,22 @@ class Migration:
         """What the new vectors are."""
         return self.target.spec
 
+    @property
+    def staged(self) -> str:
+        """The name of the collection that is built beside the live one."""
+        return f"{self.target.collection}__next"
+
+    @property
+    def has_staged(self) -> bool:
+        """Whether the staged collection, if one stands there, is this run's own."""
+        return self.journal is not None and self.journal.fact("staged_collection") == self.staged
+
     def reached(self, phase: str) -> bool:
         """Whether the run that is gone on with ever announced `phase`."""
         return self.journal is not None and self.journal.has_reached(phase)
+
+
+def journal_of(run: Migration) -> Journal:
+    """The run's journal, which is open by now."""
+    assert run.journal is not None
+    return run.journal

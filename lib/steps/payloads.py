@@ -124,6 +124,15 @@ def standing_payload(
     return {**lost, **live}
 
 
+def own_payload(
+    live: Mapping[str, Any] | None, written: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """What of a point's payload is not just as the migration itself `written` it; None where nothing is."""
+    if live is None or written is None:
+        return live
+    return {key: value for key, value in live.items() if key not in written or written[key] != value} or None
+
+
 def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:
     """The live point's payload overlaid by the graph's value of every key that the point has.
 

@@ -11,13 +11,15 @@ from lib.dimensions import EmbeddingSpec
 from lib.embedding.plan_table import Missing
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
-from lib.steps.memories import Scan, scan_graph
+from lib.steps.memories import Scan, embeddable_now, scan_graph
 from lib.steps.present import IdTable, points_present, surplus_ids
 from lib.steps.progress import ProgressBar
+from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import CollectionState
 from lib.vectors.transport import Qdrant
 
 _EXAMPLES = 20
+_PAGE = 60  # ids a question: each has up to eight spellings
 # Beside its vector a point takes about so much on the server's disk: its payload with indexes, its links.
 _PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
 
@@ -56,11 +58,17 @@ def read_plan(conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, 
     return scan
 
 
-def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool) -> IdTable:
-    """The ids that the collection holds and the plan does not."""
+def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSource) -> IdTable:
+    """The ids that the collection holds and no memory does that can be embedded.
+
+    The graph is asked after the points were read: a memory stored since its scan is none of them.
+    """
     table = IdTable()
     with points_present(qdrant, collection, payload=False) as present:
-        table.put((one, None) for one in surplus_ids(present, lambda ids: set(spool.memories_of(ids))))
+        surplus = surplus_ids(present, lambda ids: set(spool.memories_of(ids)))
+        while page := list(islice(surplus, _PAGE)):
+            newer = embeddable_now(graph.conn, graph.graph, page)
+            table.put((one, None) for one in page if one not in newer)
     return table
 
 
@@ -91,6 +99,14 @@ def whole_plan(
 
 
 def _disk_peak(scan: Scan, spec: EmbeddingSpec, live: CollectionState | None) -> int:
-    beside = _PAYLOAD_SHARE * scan.payload_bytes / max(1, scan.usable) + _LINKS_BYTES
-    old = live.points * (live.size * 4 + beside) if live else 0.0
-    return round(old + 3 * scan.usable * (spec.size * 4 + beside))
+    old = live.points * (live.size * 4 + _beside(scan)) if live else 0.0
+    return round(old) + room_needed(scan, spec)
+
+
+def room_needed(scan: Scan, spec: EmbeddingSpec) -> int:
+    """Bytes on the server beside the live collection: the staged one, its snapshot, what is made of that."""
+    return round(3 * scan.usable * (spec.size * 4 + _beside(scan)))
+
+
+def _beside(scan: Scan) -> float:
+    return _PAYLOAD_SHARE * scan.payload_bytes / max(1, scan.usable) + _LINKS_BYTES

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from lib.backup_set.manifest import Manifest
 from lib.backup_set.sets import newest_with
-from lib.errors import BackupDamaged, GuardRefused, MissingData
+from lib.errors import BackupDamaged, GuardRefused, MissingData, StoreFailed
 from lib.graph.client import require_graph
-from lib.journal import Journal
 from lib.steps.guard import MAX_AGE_HOURS, Wanted, require_backup
 from lib.steps.last_run import kept_the_size
 from lib.steps.mend import vectors_agree
 from lib.steps.migration import Migration
-from lib.steps.open_run import manifest_of, refuse_stranger
-from lib.steps.plan import Plan, only_live_ids, read_plan, whole_plan
+from lib.steps.open_run import manifest_of, refuse_stranger, refuse_stranger_staged
+from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING
+from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, whole_plan
 from lib.steps.present import points_present
 from lib.steps.prove import check_file
-from lib.steps.switch import CREATED, DELETED, DELETING
 from lib.steps.sync import missing_of
-from lib.vectors.collection import CollectionState, exists, get_state, is_dead
+from lib.vectors.cluster import topology
+from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
+from lib.vectors.restoring import wait_restored
 
 ABSENT, ADOPT, REPLACE, DEAD = "absent", "adopt", "replace", "dead"
 # A graph that lost more than this while texts were bought is a fault to look at, not a change to follow.
 _LOST_SHARE, _LOST_FEW = 0.01, 10
+# A restore that the server goes on with though its client was killed.
+_UNDER_WAY, _UNDER_WAY_SECONDS = {"restoring", "dead", "failing"}, 60.0
 
 
 def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, CollectionState | None]:
@@ -31,8 +36,12 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     """
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
     scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
-    run.planned = scan.usable
+    run.planned, run.room = scan.usable, room_needed(scan, run.spec)
     kind, state = situation(run)
+    if not (repair or run.in_place):
+        refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
+    if state is not None:  # a snapshot of one node would not be the collection
+        run.in_place |= topology(run.target.qdrant, state.name).peers > 1
     if scan.usable == 0 and (state is None or state.points):
         raise MissingData(
             f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
@@ -47,13 +56,16 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         if not kept_the_size(run.folder, run.targets, run.spec):
             with points_present(run.target.qdrant, state.name) as present:
                 missing = missing_of(run.spool, present)
-    with only_live_ids(run.target.qdrant, state.name, run.spool) as only_live:
+    with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live:
         return whole_plan(scan, missing, run.spec, state, only_live), kind, state
 
 
 def situation(run: Migration) -> tuple[str, CollectionState | None]:
     """What stands there: nothing, something dead, this migration's own result, or what is to be replaced."""
     target = run.target
+    if run.reached(PLACING) and health(target.qdrant, target.collection) in _UNDER_WAY:
+        with suppress(StoreFailed):  # dead in the end: the run deletes it
+            wait_restored(target.qdrant, target.collection, _UNDER_WAY_SECONDS)
     if not exists(target.qdrant, target.collection):
         refuse_stranger(run.folder, run.targets)
         return ABSENT, None
@@ -65,7 +77,7 @@ def situation(run: Migration) -> tuple[str, CollectionState | None]:
     if state.size != run.spec.size:
         return REPLACE, state
     fresh = state.points == 0 and not run.reached(DELETING)
-    if run.reached(CREATED) or fresh:
+    if run.reached(CREATED) or run.reached(PLACED) or fresh:
         return ADOPT, state
     if not run.fresh and vectors_agree(target.qdrant, state, run.spool, run.spec):
         return ADOPT, state
@@ -78,7 +90,7 @@ def protection(run: Migration, kind: str, live: CollectionState | None) -> Manif
     A run that deleted the collection earlier goes back to what it had then, never to a later backup of its own
     half-filled result. Raises GuardRefused.
     """
-    if kind == DEAD:
+    if kind == DEAD and not run.reached(DELETING):
         raise GuardRefused(
             f"Collection '{run.target.collection}' is dead: it answers with errors only and cannot be read",
             next_step="put a backup back first: python scripts/restore_from_backup.py latest",
@@ -97,7 +109,7 @@ def _guard(run: Migration, state: CollectionState) -> Manifest | None:
         return None
     with (
         points_present(run.target.qdrant, state.name, payload=False) as live,
-        only_live_ids(run.target.qdrant, state.name, run.spool) as only_live,
+        only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live,
     ):
         if run.reached(DELETED) and not len(only_live) and _is_recent(run):
             return None  # made anew meanwhile, every id of it in the graph: its payloads are kept
@@ -128,9 +140,3 @@ def require_whole_graph(run: Migration, usable: int) -> None:
         f" '{run.target.collection}' is not touched",
         next_step="look at the graph; if this is meant, run the same command again (nothing is bought twice)",
     )
-
-
-def journal_of(run: Migration) -> Journal:
-    """The run's journal, which is open by now."""
-    assert run.journal is not None
-    return run.journal

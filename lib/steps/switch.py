@@ -1,4 +1,4 @@
-"""The direct way to a new collection: keep what only the points hold, delete, create, fill from the spool.
+"""The live collection exchanged: keep what only its points hold, delete it, create, fill from the spool.
 
 Every call here is announced in the journal first, so that a run killed at any point goes on where it was.
 """
@@ -14,6 +14,7 @@ from lib.dimensions import EmbeddingSpec
 from lib.embedding.spool import Spool
 from lib.journal import Journal
 from lib.steps.keep import keep_payloads
+from lib.steps.phases import CREATED, DELETED, DELETING, KEPT, READ
 from lib.steps.progress import ProgressBar
 from lib.steps.sync import SyncOutcome, sync_collection
 from lib.steps.take_collection import STAMP_KEY
@@ -22,9 +23,6 @@ from lib.vectors.recreate import aliases_of, create_default, create_like, free_a
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 3600.0
-KEPT, CREATED = "payloads kept", "collection created"
-RECOVERED = "settings taken from the backup"
-DELETING, DELETED = "deleting the live collection", "live collection deleted"
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,44 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
     return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now}}
 
 
-def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, *, undo: str) -> float:
-    """Keep the payloads, journal the settings, delete the live collection. The guard has spoken before this.
+def made_anew(spool: Spool, journal: Journal, points: int) -> bool:
+    """Whether somebody made the collection anew since this run read it: most of the points it had are gone."""
+    return journal.has_reached(READ) and 2 * points < spool.kept_count()
 
-    Returns the moment (monotonic seconds) from which the collection is absent.
+
+def keep_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, points: int) -> int:
+    """Keep the payloads of the live collection, which has `points`; how many were read.
+
+    What was made anew meanwhile (this run deleted the old one; or somebody did, and most of the points that were
+    kept are gone) is laid over what was kept.
+    """
+    began = journal.has_reached(READ) or journal.has_reached(KEPT)
+    anew = journal.has_reached(DELETING) or made_anew(spool, journal, points)
+    with bar("keep payloads", points, "points") as progress:
+        return keep_payloads(
+            target.qdrant, target.collection, spool, first=not began, add=anew, progress=progress
+        )
+
+
+def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, *, undo: str) -> float:
+    """Journal the settings, keep the payloads, delete the live collection. The guard has spoken before this.
+
+    The payloads are read by the last request before the delete. Returns the moment (monotonic seconds) from which
+    the collection is absent.
 
     Where the journal says that the old collection is gone already, what stands there was made anew meanwhile: its
     payloads are kept beside the old ones, the old settings stay.
     """
-    again = journal.has_reached(DELETING)
-    state = get_state(target.qdrant, target.collection)
-    with bar("keep payloads", state.points, "points") as progress:
-        count = keep_payloads(target.qdrant, target.collection, spool, add=again, progress=progress)
-    if again:
-        journal.append(KEPT, kept_again=count)
-    else:
-        aliases = aliases_of(target.qdrant, target.collection)
-        journal.append(KEPT, kept=count, settings=state.raw, aliases=aliases)
+    state, facts = get_state(target.qdrant, target.collection), {}
+    if not journal.has_reached(DELETING):
+        anew = made_anew(spool, journal, state.points)
+        known = journal.fact("aliases") or [] if anew else []
+        facts = {
+            "settings": journal.fact("staged_like") if anew else state.raw,
+            "aliases": sorted({*known, *aliases_of(target.qdrant, target.collection)}),
+        }
+    count = keep_live(target, spool, journal, bar, state.points)
+    journal.append(KEPT, kept=count, **facts)
     journal.append(DELETING, undo=undo)
     began = time.monotonic()
     delete_collection(target.qdrant, target.collection)
@@ -80,26 +99,52 @@ def make_collection(target: Target, settings: dict[str, Any] | None, journal: Jo
 
 @dataclass
 class Filled:
-    """What filling did, which aliases somebody else has taken meanwhile, and whether the index was seen whole."""
+    """What filling did, which aliases somebody else has taken meanwhile, and whether the index was seen whole.
+
+    `whole_at`: when the last point was in (monotonic seconds).
+    """
 
     outcome: SyncOutcome
     aliases_taken: list[str]
     indexed: bool
+    whole_at: float
 
 
 def fill(
-    target: Target, spool: Spool, total: int, bar: ProgressBar, aliases: list[str], *, whole: bool
+    target: Target,
+    spool: Spool,
+    total: int,
+    bar: ProgressBar,
+    aliases: list[str],
+    *,
+    whole: bool,
+    copied_from: str | None = None,
 ) -> Filled:
     """Put every planned point in, then the aliases, then wait for the index; rejected rows are in the outcome.
 
-    `whole`: the old points are gone, so every key of theirs comes back (see `standing_payload`).
+    `whole`: the old points are gone, so every key of theirs comes back (see `standing_payload`). `copied_from`: see
+    `sync_collection`.
     """
     with bar("upsert", total, "points") as progress:
-        outcome = sync_collection(target.qdrant, target.collection, spool, whole=whole, progress=progress)
-    free = free_aliases(target.qdrant, target.collection, aliases)
-    put_aliases(target.qdrant, target.collection, free)
+        outcome = sync_collection(
+            target.qdrant,
+            target.collection,
+            spool,
+            whole=whole,
+            copied_from=copied_from,
+            progress=progress,
+        )
+    whole_at = time.monotonic()
+    taken = put_back_aliases(target, aliases)
     state = get_state(target.qdrant, target.collection)
     if outcome.wrote or not state.settled:
         with bar("wait for the index", None, ""):
             state = wait_green(target.qdrant, target.collection, INDEX_SECONDS)
-    return Filled(outcome, sorted(set(aliases) - set(free)), state.settled)
+    return Filled(outcome, taken, state.settled, whole_at)
+
+
+def put_back_aliases(target: Target, aliases: list[str]) -> list[str]:
+    """Let the collection have its aliases again; those that somebody else has taken meanwhile."""
+    free = free_aliases(target.qdrant, target.collection, aliases)
+    put_aliases(target.qdrant, target.collection, free)
+    return sorted(set(aliases) - set(free))

@@ -5,6 +5,7 @@ Idempotent: what is already right is not written again, so an interrupted run go
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,7 +15,7 @@ import orjson
 
 from lib.embedding.plan_table import MemoryRow, Missing, TextRow
 from lib.embedding.spool import Spool
-from lib.steps.payloads import PointId, merged_payload, standing_payload
+from lib.steps.payloads import PointId, merged_payload, own_payload, standing_payload
 from lib.steps.present import IdTable, points_present
 from lib.steps.progress import Progress
 from lib.vectors.points import overwrite_payload
@@ -60,20 +61,25 @@ def batches(rows: Iterator[MemoryRow], size: int = _BATCH) -> Iterator[list[Memo
         yield batch
 
 
-def changes(spool: Spool, present: IdTable, *, whole: bool = False) -> Iterator[list[Change]]:
+def changes(
+    spool: Spool, present: IdTable, *, whole: bool = False, copies: IdTable | None = None
+) -> Iterator[list[Change]]:
     """What the plan wants and the collection does not have so, in batches (some may be empty).
 
-    `whole`: see `standing_payload`.
+    `whole`: see `standing_payload`. `copies`: payloads that this migration itself wrote; what a point has as they
+    have it is not its own word, and gives way to what was kept since.
     """
     for rows in batches(spool.memories()):
         ids: list[PointId] = [row.point_id for row in rows]
         live, kept = present.payloads(ids), spool.kept(ids)
+        written = copies.payloads(ids) if copies is not None else {}
         found = []
         for row in rows:
             old = live.get(row.point_id)
             known = kept.get(row.point_id)
             before, properties = orjson.loads(known.payload) if known else None, orjson.loads(row.payload)
-            base = standing_payload(old, before, properties, whole=whole)
+            own = own_payload(old, written.get(row.point_id))
+            base = standing_payload(own, before, properties, whole=whole)
             payload = merged_payload(base, properties)
             change = Change(row, payload, old)
             if old is None or old != payload or change.needs_vector:
@@ -100,17 +106,28 @@ def missing_of(spool: Spool, present: IdTable) -> Missing:
 
 
 def sync_collection(
-    qdrant: Qdrant, collection: str, spool: Spool, *, whole: bool = False, progress: Progress | None = None
+    qdrant: Qdrant,
+    collection: str,
+    spool: Spool,
+    *,
+    whole: bool = False,
+    copied_from: str | None = None,
+    progress: Progress | None = None,
 ) -> SyncOutcome:
     """Bring `collection` to the spool's plan, with the spool's vectors.
 
     A payload starts from the live point's, else from the one kept in the spool (`whole`: see `standing_payload`),
-    overlaid by the graph's values.
+    overlaid by the graph's values. `copied_from`: the collection that this one was made from by this migration, or
+    itself where nobody else writes to it (see `changes`).
     Memories whose vector is not in the spool are counted in `unembedded` and left alone.
     """
     outcome = SyncOutcome()
-    with points_present(qdrant, collection) as present:
-        for batch in changes(spool, present, whole=whole):
+    with contextlib.ExitStack() as tables:
+        present = tables.enter_context(points_present(qdrant, collection))
+        copies = present if copied_from == collection else None
+        if copied_from and copies is None:
+            copies = tables.enter_context(points_present(qdrant, copied_from))
+        for batch in changes(spool, present, whole=whole, copies=copies):
             _write(qdrant, collection, spool, batch, outcome)
             if progress:
                 progress(len(batch))

@@ -19,6 +19,7 @@ from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import private_dir
 from lib.journal import Journal
+from lib.steps.last_run import journalled_model
 from lib.steps.on_nodes import NodeJournal
 from lib.steps.own_snapshot import own_snapshot
 from lib.steps.payloads import PointId
@@ -50,11 +51,13 @@ class CollectionSource:
     nodes: tuple[Qdrant, ...] = ()
 
 
-def known_model(state: CollectionState, spec: EmbeddingSpec) -> tuple[str, str]:
-    """Which model made the vectors, and how that is known: `stamped`, `configured` or `guessed`."""
+def known_model(
+    state: CollectionState, spec: EmbeddingSpec, journalled: str | None = None
+) -> tuple[str, str]:
+    """Which model made the vectors, and how that is known: `stamped` (or `journalled`), `configured` or `guessed`."""
     stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
-    if stamp.get("model"):
-        return str(stamp["model"]), "stamped"
+    if stamp.get("model") or journalled:
+        return str(stamp.get("model") or journalled), "stamped"
     if state.size == spec.size:
         return spec.model, "configured"
     return _GUESSES.get(state.size, "unknown"), "guessed"
@@ -114,7 +117,8 @@ def take_collection(
     nodes = holding_nodes(source)
     state = get_state(source.qdrant, source.collection)
     path = private_dir(folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
-    model, known = known_model(state, source.spec)
+    journalled = journalled_model(folder, journal.targets[-1], state.size)
+    model, known = known_model(state, source.spec, journalled)
     facts: dict[str, Any] = {
         "collection": source.collection,
         "server": {"address": source.qdrant.display, "version": source.qdrant.version()},

@@ -23,6 +23,9 @@ _NOT_CONNECTED = {
 }
 
 
+_FULL = ("No space left", "Not enough space available")
+
+
 class QdrantError(StoreFailed):
     """The server answered with an error status.
 
@@ -44,6 +47,11 @@ class NotFound(QdrantError, MissingData):
 
 class NoAnswer(StoreUnreachable):
     """The request may have reached the server, but no answer came: it may have been carried out."""
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether the server said that its disk has no room (its words on 1.11.3 and 1.18.3)."""
+    return isinstance(error, QdrantError) and any(sign in error.text for sign in _FULL)
 
 
 def lost(display: str, error: Exception) -> StoreUnreachable:

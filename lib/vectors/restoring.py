@@ -12,7 +12,7 @@ from typing import BinaryIO
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 from lib.vectors.address import collection_path
 from lib.vectors.collection import Health, health
-from lib.vectors.refusals import NoAnswer, QdrantError
+from lib.vectors.refusals import NoAnswer, QdrantError, is_disk_full
 from lib.vectors.snapshots import Snapshot
 from lib.vectors.transport import Qdrant
 
@@ -122,7 +122,8 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
     """The URL under which the server fetches this snapshot of its own, or None where it cannot.
 
     Proved by a recover as `probe` (a name that nobody has) with a wrong checksum: the mismatch that it answers
-    names the right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused.
+    names the right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError
+    where the server has no room for what it fetches.
     """
     for base in dict.fromkeys((q.base_url, _OWN_URL)):
         location = base + collection_path(collection, "snapshots", snapshot.name)
@@ -131,6 +132,8 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
         except NoAnswer:
             continue
         except QdrantError as error:
+            if is_disk_full(error):
+                raise
             mismatch = error.status == 400 and "checksum mismatch" in error.text.lower()
             if mismatch and snapshot.checksum is not None and snapshot.checksum in error.text:
                 return location

@@ -4,117 +4,30 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 
 import pytest
-import requests
 
-from lib.journal import Journal, open_journals, read_journal
-from lib.steps.switch import CREATED, DELETED, DELETING
-from tests.gate import Gate, Stop
+from lib.journal import open_journals, read_journal
+from lib.steps.phases import (
+    DELETED,
+    DELETING,
+    PLACED,
+    PLACING,
+    PROVED,
+    READ,
+    SNAPPED,
+    STAGED,
+    STAGING,
+    TIDYING,
+)
+from tests.gate import Gate
 from tests.kill_support import KILLS_EACH
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
-from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade
+from tests.reembed_rig import BATCH, COMMAND, DEFAULT_WINDOWS, IN_PLACE_WINDOWS, WINDOWS, WORKERS, Rig
+from tests.reembed_support import assert_migrated, points_of, upgrade
 
 pytestmark = pytest.mark.qdrant
-
-MEMORIES = 540  # three batches of points
-WORKERS, BATCH = 2, 20
-COMMAND = ("--workers", str(WORKERS), "--batch-size", str(BATCH))
-PROVED = "proved"
-SCROLL, POINTS, INDEX = "/points/scroll", r"/points\?wait", "/index"
-
-# A run that goes on finds the collection gone: nothing is noted before it is made anew.
-GONE = (DELETING, DELETED)
-# (method, path, phases of the journal, nth request of that kind, has the server carried it out?)
-WINDOWS = {
-    "before the guard's last look": ("POST", SCROLL, ("started",), 1, False),
-    "payloads read, not yet kept": ("POST", SCROLL, ("started",), 2, True),
-    "delete announced, not sent": ("DELETE", "", (DELETING,), 1, False),
-    "deleted, not yet noted": ("DELETE", "", (DELETING,), 1, True),
-    "deleted and noted": ("PUT", "", GONE, 1, False),
-    "created, no index yet": ("PUT", "", GONE, 1, True),
-    "before the second index": ("PUT", INDEX, GONE, 2, False),
-    "all indexes there, not yet noted": ("PUT", INDEX, GONE, 2, True),
-    "created and noted": ("PUT", POINTS, (CREATED,), 1, False),
-    "first batch in": ("PUT", POINTS, (CREATED,), 1, True),
-    "second batch in": ("PUT", POINTS, (CREATED,), 2, True),
-    "before the aliases": ("POST", "/collections/aliases", (CREATED,), 1, False),
-    "aliases there": ("POST", "/collections/aliases", (CREATED,), 1, True),
-    "before the stamp": ("PATCH", "", (CREATED,), 1, False),
-    "stamped, not yet noted": ("PATCH", "", (CREATED,), 1, True),
-}
-
-
-class Rig:
-    """An operator behind a gate, ready to upgrade; knows how everything was."""
-
-    def __init__(self, operator, gate: Gate) -> None:
-        self.operator, self.gate = operator, gate
-        operator.load(MEMORIES)
-        aliases = [{"create_alias": {"collection_name": operator.collection, "alias_name": self.alias}}]
-        requests.post(
-            f"{operator.servers.qdrant_url}/collections/aliases", json={"actions": aliases}, timeout=60
-        )
-        operator.export(QDRANT_URL=gate.url)
-        operator.run("backup_automem", "--only", "qdrant")
-        self.before: Points = points_of(operator)
-        self.settings = settings(operator)
-        upgrade(operator)
-        operator.servers.openai.reset()
-
-    @property
-    def alias(self) -> str:
-        return f"{self.operator.collection}_alias"
-
-    def journal(self) -> Journal | None:
-        newest = max(self.operator.backups.glob("journal_*_reembed.jsonl"), default=None)
-        return read_journal(newest) if newest else None
-
-    def phase(self) -> str | None:
-        journal = self.journal()
-        return journal.phase if journal else None
-
-    def start(self) -> subprocess.Popen[str]:
-        return self.operator.start("reembed_embeddings", *COMMAND)
-
-    def kill_when(self, reached: Callable[[], bool], how: int = signal.SIGKILL) -> int:
-        """Start the command, end it once `reached`; its exit code."""
-        process = self.start()
-        while process.poll() is None and not reached():
-            time.sleep(0.002)
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-        assert "Traceback" not in errors, errors
-        return process.returncode
-
-    def kill_at(self, window: str, how: int = signal.SIGKILL) -> int:
-        stop = self.stop_at(window)
-        code = self.kill_when(stop.reached.is_set, how)
-        assert stop.reached.is_set(), f"{window}: never reached"
-        self.gate.open()
-        return code
-
-    def stop_at(self, window: str) -> Stop:
-        method, path, phases, nth, carried_out = WINDOWS[window]
-        # Without a path it is the collection itself.
-        path = path or f"^/collections/{self.operator.collection}$"
-        self.gate.stops.append(Stop(method, path, nth, carried_out, when=lambda: self.phase() in phases))
-        return self.gate.stops[-1]
-
-    def finish(self) -> Points:
-        """The same command once more; then everything must be as after a run that nobody disturbed."""
-        self.operator.run("reembed_embeddings", *COMMAND)
-        after = assert_migrated(self.operator, self.before)
-        assert settings(self.operator) == self.settings
-        assert self.operator.collections() == [self.operator.collection]
-        assert open_journals(self.operator.backups) == []
-        return after
-
-    def paid_twice(self) -> int:
-        return int(self.operator.servers.openai.stats()["paid_twice"])
 
 
 @pytest.fixture
@@ -123,8 +36,11 @@ def rig(operator):
         yield Rig(operator, gate)
 
 
-def test_one_migration_killed_in_every_window(rig):
-    for window in WINDOWS:
+@pytest.mark.parametrize("windows", [DEFAULT_WINDOWS, IN_PLACE_WINDOWS], ids=["staged", "in-place"])
+def test_one_migration_killed_in_every_window(rig, windows):
+    if windows is IN_PLACE_WINDOWS:
+        rig.words = (*COMMAND, "--in-place")
+    for window in windows:
         assert rig.kill_at(window) == -signal.SIGKILL, window
     rig.finish()
     assert rig.paid_twice() == 0
@@ -133,6 +49,8 @@ def test_one_migration_killed_in_every_window(rig):
 @pytest.mark.skipif(KILLS_EACH == 1, reason="minutes: `make faults` hits each window five times")
 @pytest.mark.parametrize("window", WINDOWS)
 def test_killed_in_a_named_window(rig, window):
+    if window in IN_PLACE_WINDOWS:
+        rig.words = (*COMMAND, "--in-place")
     for hit in range(KILLS_EACH):
         assert rig.kill_at(window) == -signal.SIGKILL
         if hit + 1 < KILLS_EACH:
@@ -163,7 +81,19 @@ def test_killed_while_it_buys(rig):
 
 
 def test_killed_as_soon_as_a_phase_is_noted(rig):
-    for phase in ("started", DELETING, DELETED, CREATED, PROVED):
+    for phase in (
+        "started",
+        STAGING,
+        READ,
+        STAGED,
+        SNAPPED,
+        DELETING,
+        DELETED,
+        PLACING,
+        PLACED,
+        PROVED,
+        TIDYING,
+    ):
         rig.kill_when(lambda phase=phase: _reached(rig, phase))
     rig.finish()
     assert rig.paid_twice() == 0
@@ -188,7 +118,7 @@ def test_killed_at_random_moments(rig):
 
 def test_interrupted_and_gone_on_with(rig):
     assert rig.kill_at("delete announced, not sent", signal.SIGINT) == 130
-    assert rig.kill_at("first batch in", signal.SIGTERM) == 130
+    assert rig.kill_at("deleted and noted", signal.SIGTERM) == 130
     assert open_journals(rig.operator.backups)
     rig.finish()
     assert rig.paid_twice() == 0
@@ -205,10 +135,11 @@ def test_ctrl_c_while_it_buys_keeps_what_is_in_flight(rig):
 
 def test_an_answer_that_never_comes_costs_at_most_one_more_start(rig):
     lost = [
+        "staged collection there, no index yet",
+        "first batch staged",
+        "snapshot made, not yet noted",
         "deleted, not yet noted",
-        "created, no index yet",
-        "all indexes there, not yet noted",
-        "first batch in",
+        "in place, not yet noted",
     ]
     stops = [rig.stop_at(window) for window in lost]
     for stop in stops:
@@ -216,7 +147,7 @@ def test_an_answer_that_never_comes_costs_at_most_one_more_start(rig):
     first = rig.operator.run("reembed_embeddings", *COMMAND, expect=None)
     assert first.code in {0, 1}, first.err
     second = rig.operator.run("reembed_embeddings", *COMMAND)
-    assert [stop.reached.is_set() for stop in stops] == [True] * 4, second.err
+    assert [stop.reached.is_set() for stop in stops] == [True] * 5, second.err
     rig.finish()
 
 
@@ -236,10 +167,11 @@ def test_another_run_meanwhile_is_told_to_wait(rig):
 def test_other_settings_after_the_delete_are_refused_and_name_both_ways_out(rig):
     rig.kill_at("deleted and noted")
     refused = rig.operator.run("reembed_embeddings", expect=2, env={"VECTOR_SIZE": "64"})
+    assert "another dimension (VECTOR_SIZE)" in refused.err
     assert f"an unfinished run was making '{rig.operator.collection}' {NEW_SIZE}d with {LARGE}" in refused.err
     assert f"export VECTOR_SIZE={NEW_SIZE} EMBEDDING_MODEL={LARGE}" in refused.err
     assert rig.operator.archive() in refused.err
-    assert rig.operator.collections() == []
+    assert rig.operator.collections() == [f"{rig.operator.collection}__next"]
     told = rig.operator.run("backup_automem", "--list")
     assert "reembed_embeddings.py is unfinished" in told.err
     with rig.journal().path.open("ab") as stream:
@@ -256,9 +188,12 @@ def test_other_settings_before_the_delete_begin_anew(rig):
 
 
 @pytest.mark.parametrize("size", [OLD_SIZE, NEW_SIZE])
-def test_what_automem_made_anew_meanwhile_is_no_obstacle_and_no_loss(rig, size):
+@pytest.mark.parametrize("way", ["", "in place: "], ids=["staged", "in-place"])
+def test_what_automem_made_anew_meanwhile_is_no_obstacle_and_no_loss(rig, size, way):
     """AutoMem was restarted while the collection was away: it made it anew and repaired some points."""
-    rig.kill_at("deleted and noted")
+    if way:
+        rig.words = (*COMMAND, "--in-place")
+    rig.kill_at(f"{way}deleted and noted")
     operator = rig.operator
     operator.call("PUT", "", {"vectors": {"size": size, "distance": "Cosine"}})
     special = [one for one, (payload, _) in rig.before.items() if "source_app" in payload]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import uuid
@@ -67,8 +68,11 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
     assert (result["bought"]["texts"], result["mended"], result["absent_seconds"]) == (0, 0, 0.0)
     assert operator.state() == state
 
+    # Where the server keeps no metadata the run's journal tells, even under the settings of before.
     operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
     operator.run("backup_automem", "--only", "qdrant")
+    half = json.loads(operator.manifests()[-1].read_text())["collection"]
+    assert (half["model"], half["model_known"]) == (LARGE, "stamped")
     operator.run("reembed_embeddings")
     assert_migrated(operator, after, model=SMALL, size=OLD_SIZE)
     assert settings(operator) == was

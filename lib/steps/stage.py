@@ -1,0 +1,136 @@
+"""The new collection built and proved beside the live one, which serves all the while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lib.errors import StoreFailed
+from lib.steps.embed import FEW_CONTENTS, MOST_ROUNDS, Buyer, catch_up
+from lib.steps.migration import Migration, journal_of
+from lib.steps.open_run import refuse_stranger_staged
+from lib.steps.phases import DELETING, READ, STAGED, STAGING, TIDYING
+from lib.steps.present import points_present, surplus_ids
+from lib.steps.prove_points import prove_points
+from lib.steps.restore_collection import drop_temporary
+from lib.steps.situation import require_whole_graph
+from lib.steps.switch import INDEX_SECONDS, keep_live, made_anew, stamp
+from lib.steps.sync import SyncOutcome, sync_collection
+from lib.vectors.collection import CollectionState, exists, get_state, health, wait_green
+from lib.vectors.points import delete_points
+from lib.vectors.recreate import aliases_of, create_body, create_like, put_indexes
+from lib.vectors.refusals import QdrantError, is_disk_full
+
+_FEW_POINTS = 1000  # fewer say nothing of the rate
+
+
+def stage(run: Migration, buyer: Buyer, live: CollectionState) -> CollectionState:
+    """Make the staged collection, or go on with it, and prove it; the live one, which is `live`, is only read.
+
+    Catching up and syncing repeat until a round buys fewer than 100 contents. Raises StoreFailed where the server's
+    disk is full (the staged collection is removed again), MissingData where the graph lost memories meanwhile.
+    """
+    journal = journal_of(run)
+    with room_kept(run):
+        _begin(run, live)
+        for _ in range(MOST_ROUNDS):
+            before = run.bought.texts
+            scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+            require_whole_graph(run, scan.usable)
+            count = keep_live(run.target, run.spool, journal, run.bar, live.points)
+            journal.append(READ, kept=count)
+            outcome = _sync(run)
+            if run.bought.texts - before < FEW_CONTENTS:
+                break
+        prove_points(run, run.staged, [one.id for one in outcome.rejected], own=True)
+        state = get_state(run.target.qdrant, run.staged)
+    rate = {"upsert_rate": run.upsert_rate} if run.upsert_rate else {}
+    journal.append(STAGED, points=state.points, proved=True, **rate)
+    return state
+
+
+def _begin(run: Migration, live: CollectionState) -> None:
+    """Announce and create; what an earlier start made is gone on with where the live one's settings are the same."""
+    refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
+    qdrant, journal = run.target.qdrant, journal_of(run)
+    anew = run.reached(DELETING) or made_anew(run.spool, journal, live.points)
+    like = (journal.fact("staged_like") if anew else None) or live.raw
+    standing = health(qdrant, run.staged)
+    same = run.has_staged and _settings(journal.fact("staged_like"), run) == _settings(like, run)
+    if standing != "missing" and not (standing == "live" and same):
+        drop_temporary(qdrant, run.staged)
+    aliases = {*(journal.fact("aliases") or () if anew else ()), *aliases_of(qdrant, run.target.collection)}
+    journal.append(
+        STAGING,
+        staged_collection=run.staged,
+        staged_like=like,
+        aliases=sorted(aliases),
+        snapshot=None,
+        proved=False,
+    )
+    if not exists(qdrant, run.staged):
+        create_like(qdrant, run.staged, like, run.spec.size, metadata=stamp(run.spec))
+    else:
+        put_indexes(qdrant, run.staged, like.get("payload_schema") or {})
+
+
+def _settings(raw: dict[str, Any], run: Migration) -> dict[str, Any]:
+    body = create_body(raw, run.spec.size)
+    return {name: value for name, value in body.items() if name != "metadata"}
+
+
+def _sync(run: Migration) -> SyncOutcome:
+    """Nobody else writes to the staged collection: what the plan does not have leaves it."""
+    qdrant, began = run.target.qdrant, time.monotonic()
+    with run.bar("stage", run.spool.memory_count(), "points") as progress:
+        outcome = sync_collection(
+            qdrant, run.staged, run.spool, whole=True, copied_from=run.staged, progress=progress
+        )
+    if outcome.added >= _FEW_POINTS:
+        run.upsert_rate = outcome.added / (time.monotonic() - began)
+    with points_present(qdrant, run.staged, payload=False) as present:
+        delete_points(
+            qdrant, run.staged, list(surplus_ids(present, lambda ids: set(run.spool.memories_of(ids))))
+        )
+    if outcome.wrote or not get_state(qdrant, run.staged).settled:
+        with run.bar("wait for the index", None, ""):
+            run.indexed = wait_green(qdrant, run.staged, INDEX_SECONDS, _refuse_full(run)).settled
+    return outcome
+
+
+def _refuse_full(run: Migration) -> Any:
+    """For a disk that fills while the index is built, which no request tells."""
+
+    def look(state: CollectionState) -> None:
+        trouble = str(state.raw.get("optimizer_status"))
+        error = QdrantError(run.target.qdrant.display, 500, trouble)
+        if is_disk_full(error):
+            raise error
+
+    return look
+
+
+@contextmanager
+def room_kept(run: Migration) -> Iterator[None]:
+    """A disk that fills before the delete: the staged collection goes again, the live one is untouched."""
+    try:
+        yield
+    except QdrantError as error:
+        if not is_disk_full(error):
+            raise
+        drop_staged(run)
+        room = run.room / 2**20
+        raise StoreFailed(
+            f"the Qdrant server's disk is full: {error.text}\n'{run.target.collection}' is untouched,"
+            f" '{run.staged}' was removed again; about {room:,.0f} MiB are needed beside the live collection",
+            next_step="make room on the server, then run the same command again (nothing is bought twice), or\n"
+            "python scripts/reembed_embeddings.py --in-place   (needs less: the old collection goes first)",
+        ) from error
+
+
+def drop_staged(run: Migration) -> None:
+    """Delete the staged collection of this run, its snapshot files first."""
+    journal_of(run).append(TIDYING, snapshot=None, proved=False)
+    drop_temporary(run.target.qdrant, run.staged)

@@ -1,0 +1,52 @@
+"""Points that no memory has: removed with care, kept in the spool before."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from lib.errors import MissingData
+from lib.graph.read import memory_ids_present
+from lib.steps.guard import Wanted, require_backup
+from lib.steps.keep import keep_whole
+from lib.steps.migration import Migration
+from lib.steps.payloads import PointId, point_id, spellings
+from lib.steps.plan import only_live_ids
+from lib.steps.present import points_present
+from lib.vectors.collection import CollectionState
+from lib.vectors.points import delete_points, retrieve
+
+_SHARE = 0.01
+_PAGE = 256
+
+
+def remove_surplus(run: Migration, state: CollectionState) -> int:
+    """Remove points that no memory has: asked by id after the point was read; how many went.
+
+    Raises MissingData for an empty graph, GuardRefused where more than 1% would go without a proved backup.
+    """
+    with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as surplus:
+        if not len(surplus):
+            return 0
+        if run.spool.memory_count() == 0:
+            raise MissingData(
+                f"graph '{run.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
+                next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
+            )
+        if len(surplus) > _SHARE * state.points:
+            with points_present(run.target.qdrant, state.name, payload=False) as live:
+                wanted = Wanted(run.target.qdrant.display, state, live, surplus)
+                require_backup(run.folder, wanted, run.spec.size)
+        return sum(_remove_page(run, state.name, page) for page in surplus.ids())
+
+
+def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
+    removed, left = 0, iter(ids)
+    while page := list(islice(left, _PAGE)):
+        points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
+        asked = [spelling for one in page for spelling in spellings(one)]
+        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, asked)}
+        gone = [point for point in points if point.id not in there]
+        keep_whole(gone, run.spool)
+        delete_points(run.target.qdrant, collection, [point.id for point in gone])
+        removed += len(gone)
+    return removed

@@ -1,0 +1,398 @@
+"""The staged way, and what may happen to the stores while it is under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from lib.journal import open_journals
+from lib.sandbox.vectors import vectors_for
+from lib.steps.phases import PLACED, PLACING
+from tests.gate import Gate, Stop
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
+from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
+from tests.reembed_support import assert_migrated, embeddable, points_of, settings, upgrade
+from tests.restore_support import faults
+
+pytestmark = pytest.mark.qdrant
+REAL = "QDRANT_TEST_URL" in os.environ or "QDRANT_TEST_SERVER" in os.environ
+on_the_stand_in = pytest.mark.skipif(REAL, reason="needs the stand-in's faults on demand")
+FULL = "Service internal error: No space left on device: WAL buffer size exceeds available disk space"
+
+
+@pytest.fixture
+def rig(operator):
+    with Gate(operator.servers.qdrant_url) as gate:
+        yield Rig(operator, gate)
+
+
+@pytest.fixture
+def ready(operator):
+    """Sample memories, a backup of the collection, settings for another size."""
+    operator.load()
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.servers.openai.reset()
+    return operator
+
+
+def staged(operator) -> str:
+    return f"{operator.collection}__next"
+
+
+def remember(operator, text: str, *, point: bool = True, size: int = OLD_SIZE, **more: object) -> str:
+    """A memory as the running AutoMem stores it: in the graph, and its point with the old model's vector."""
+    one = str(uuid.uuid4())
+    operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: ['late']})", id=one, text=text)
+    if point:
+        payload = {"content": text, "tags": ["late"], **more}
+        row = {"id": one, "vector": vectors_for(SMALL, [text], size)[0].tolist(), "payload": payload}
+        operator.call("PUT", "/points?wait=true", {"points": [row]})
+    return one
+
+
+def age(operator, hours: float) -> None:
+    """The open run was begun long ago."""
+    (journal,) = open_journals(operator.backups)
+    lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
+    for line in lines:
+        at = datetime.fromisoformat(line["at"]) - timedelta(hours=hours)
+        line["at"] = at.astimezone(timezone.utc).isoformat(timespec="milliseconds")
+    journal.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# --- what happens between two steps -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", ["the plan's look at the collection", "before the guard's last look"])
+def test_a_memory_stored_between_the_scan_and_the_read_of_the_points_is_not_surplus(rig, window):
+    operator = rig.operator
+    if window.startswith("the plan"):
+        rig.gate.stops.append(Stop("POST", f"/{operator.collection}/points/scroll"))
+        stop = rig.gate.stops[-1]
+    else:
+        stop = rig.stop_at(window)
+    process = rig.start()
+    assert stop.reached.wait(400)
+    # More than the backup may lack, and no backup holds it: as surplus it would be refused.
+    late = [remember(operator, f"stored meanwhile {number}", only_here=number) for number in range(3)]
+    rig.before |= {one: point for one, point in points_of(operator).items() if one in late}
+    rig.gate.open()
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "have no memory in the graph" not in errors
+    after = rig.finish()
+    assert [after[one][0]["only_here"] for one in late] == [0, 1, 2]
+
+
+def test_a_staged_collection_of_two_days_ago_catches_up(ready):
+    before = points_of(ready)
+    done = ready.run("reembed_embeddings", "--no-switch")
+    assert f"curl -s -X DELETE {ready.servers.qdrant_url}/collections/{staged(ready)}" in done.out
+    assert ready.collections() == [ready.collection, staged(ready)]
+    assert points_of(ready).keys() == before.keys()
+    assert points_of(ready, staged(ready)).keys() == embeddable(ready).keys()
+    paid = ready.servers.openai.stats()["texts"]
+    age(ready, 48)
+
+    changed, tagged, keyed, dropped, gone = [one for one in before if isinstance(one, str)][30:35]
+    added = [
+        remember(ready, "two days later", only_here=1),
+        remember(ready, "in the graph alone", point=False),
+    ]
+    ready.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'said otherwise since'", id=changed)
+    ready.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['moved-on'], m.archived = true", id=tagged)
+    ready.cypher("MATCH (m:Memory {id: $id}) DELETE m", id=gone)
+    own = {"payload": {"point_only": "of yesterday", "source_app": "since"}, "points": [keyed]}
+    ready.call("POST", "/points/payload?wait=true", own)
+    ready.call("POST", "/points/payload/delete?wait=true", {"points": [dropped], "keys": ["importance"]})
+    ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
+    before = points_of(ready)
+
+    done = ready.run("reembed_embeddings", "--json")
+    assert "going on with the run of" in done.err
+    assert "the staged collection is proved, the live one is untouched" in done.err
+    after = assert_migrated(ready, before)
+    assert after[keyed][0]["point_only"] == "of yesterday"
+    assert "importance" not in after[dropped][0]
+    assert gone not in after
+    assert set(added) <= after.keys()
+    assert ready.servers.openai.stats()["texts"] - paid == 3
+    assert ready.collections() == [ready.collection]
+
+
+def test_what_is_written_to_the_points_after_the_last_sync_is_not_lost(rig):
+    """The staged collection has the old values by then, and so has what is made of it."""
+    operator = rig.operator
+    one, other = [one for one, (payload, _) in rig.before.items() if "source_app" in payload][:2]
+    stop = rig.stop_at("before the way is proved")
+    process = rig.start()
+    assert stop.reached.wait(400)
+    values = {"payload": {"source_app": "written late", "point_only": 7}, "points": [one]}
+    operator.call("POST", "/points/payload?wait=true", values)
+    rig.before |= {one: points_of(operator)[one]}
+    stop.let_go.set()
+    # In the new collection, by an AutoMem that found the same size.
+    later = rig.stop_at("before the aliases")
+    assert later.reached.wait(400) or process.poll() is not None
+    operator.call("POST", "/points/payload?wait=true", {"payload": {"point_only": 8}, "points": [other]})
+    rig.before[other] = ({**rig.before[other][0], "point_only": 8}, None)
+    rig.gate.open()
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode in {0, 1}, errors  # without an answer to the probe it is sent, or run again
+    after = rig.finish()
+    assert (after[one][0]["source_app"], after[one][0]["point_only"]) == ("written late", 7)
+    assert after[other][0]["point_only"] == 8
+
+
+def test_an_empty_collection_that_automem_made_after_the_delete_is_replaced(rig):
+    rig.kill_at("deleted and noted")
+    rig.operator.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Cosine"}})
+    rig.finish()
+    assert rig.paid_twice() == 0
+
+
+def test_the_operators_own_delete_after_the_staging_loses_nothing(ready):
+    """And AutoMem, restarted meanwhile, has made the collection anew."""
+    was, before = settings(ready), points_of(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    ready.call("DELETE", "")
+    ready.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Cosine"}})
+    ready.run("reembed_embeddings")
+    assert_migrated(ready, before)
+    assert settings(ready) == was
+
+
+def test_what_our_own_restore_put_there_is_adopted(rig):
+    rig.kill_at("in place, not yet noted")
+    live = LIVE.format(live=rig.operator.collection)
+    again = [
+        Stop("DELETE", live),
+        Stop("PUT", RECOVER.format(live=rig.operator.collection)),
+        Stop("PUT", live),
+    ]
+    rig.gate.stops += again
+    rig.finish()
+    assert not any(stop.reached.is_set() for stop in again)
+
+
+def test_an_answer_of_the_restore_that_never_comes_is_waited_for_not_repeated(rig):
+    lost, again = (
+        rig.stop_at("in place, not yet noted"),
+        Stop("PUT", RECOVER.format(live=rig.operator.collection), 2),
+    )
+    lost.let_go.set()
+    rig.gate.stops.append(again)
+    rig.operator.run("reembed_embeddings", *COMMAND)
+    assert lost.reached.is_set()
+    assert not again.reached.is_set()
+    rig.finish()
+
+
+def test_an_archived_flag_set_while_the_collection_is_away_arrives(rig):
+    rig.kill_at("deleted and noted")
+    some = [one for one in rig.before if isinstance(one, str)][40:43]
+    for one in some:
+        rig.operator.cypher(
+            "MATCH (m:Memory {id: $id}) SET m.archived = true, m.relevance_score = 0.01", id=one
+        )
+    after = rig.finish()
+    assert all(after[one][0]["archived"] is True for one in some)
+
+
+def test_what_the_old_service_writes_at_the_same_size_is_renewed(rig):
+    operator = rig.operator
+    operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=LARGE)
+    stop = rig.stop_at("before the aliases")
+    process = rig.start()
+    assert stop.reached.wait(400)
+    new = [remember(operator, "by the old service"), remember(operator, "by the old service, too")]
+    old = [one for one in rig.before if isinstance(one, str)][50:55]
+    rows = [
+        {
+            "id": one,
+            "vector": vectors_for(SMALL, [payload["content"]], OLD_SIZE)[0].tolist(),
+            "payload": payload,
+        }
+        for one, (payload, _) in points_of(operator).items()
+        if one in old
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": rows})
+    rig.before |= {one: points_of(operator)[one] for one in new}
+    rig.gate.open()
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    after = assert_migrated(operator, rig.before, size=OLD_SIZE)
+    assert set(new) <= after.keys()
+
+
+def test_a_graph_that_is_empty_after_the_staging_removes_nothing(ready):
+    before = points_of(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    staged_before = points_of(ready, staged(ready))
+    ready.cypher("MATCH (m:Memory) DELETE m")
+    ready.run("reembed_embeddings", expect=1)
+    assert points_of(ready).keys() == before.keys()
+    assert points_of(ready, staged(ready)).keys() == staged_before.keys()
+
+
+# --- what is refused, and what is left --------------------------------------------------------------------------
+
+
+def test_a_staged_collection_that_no_journal_knows_is_refused(ready):
+    url = f"{ready.servers.qdrant_url}/collections/{staged(ready)}"
+    import requests
+
+    requests.put(
+        url, json={"vectors": {"size": NEW_SIZE, "distance": "Cosine"}}, timeout=30
+    ).raise_for_status()
+    refused = ready.run("reembed_embeddings", expect=2)
+    assert f"'{staged(ready)}' exists, and no unfinished run here made it" in refused.err
+    assert f"curl -s -X DELETE {url}" in refused.err
+    assert ready.servers.openai.stats()["requests"] == 0
+    assert ready.collections() == [ready.collection, staged(ready)]
+    # What stages nothing has nothing to do with it.
+    ready.run("reembed_embeddings", "--in-place")
+    assert ready.collections() == [ready.collection, staged(ready)]
+
+
+def test_what_was_staged_with_other_settings_gives_way(ready):
+    before = points_of(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    ready.run("reembed_embeddings", env={"VECTOR_SIZE": "64"})
+    assert_migrated(ready, before, size=64)
+    assert ready.collections() == [ready.collection]
+    assert open_journals(ready.backups) == []
+
+
+def test_no_switch_says_when_there_is_nothing_to_stage(ready):
+    ready.run("reembed_embeddings", "--no-switch", "--in-place", expect=2)
+    ready.run("reembed_embeddings")
+    assert ready.run("reembed_embeddings", "--no-switch", "--json").json["staged"] is None
+    ready.call("DELETE", "")
+    assert "nothing to wait for" in ready.run("reembed_embeddings", "--no-switch", expect=2).err
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"EMBEDDING_MODEL": SMALL}, "another EMBEDDING_MODEL"),
+        ({"VECTOR_SIZE": "64"}, "another dimension (VECTOR_SIZE)"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}, "another OPENAI_BASE_URL"),
+    ],
+)
+def test_after_the_delete_each_other_setting_is_refused_by_its_name(rig, setting, says):
+    rig.kill_at("deleted and noted")
+    assert says in rig.operator.run("reembed_embeddings", expect=2, env=setting).err
+    rig.finish()
+
+
+def test_after_the_delete_another_collection_is_refused(rig):
+    rig.kill_at("deleted and noted")
+    other = f"{rig.operator.collection}_other"
+    refused = rig.operator.run("reembed_embeddings", expect=2, env={"QDRANT_COLLECTION": other})
+    assert f"was making the collection '{rig.operator.collection}'" in refused.err
+    rig.finish()
+
+
+# --- a server that cannot -----------------------------------------------------------------------------------------
+
+
+@on_the_stand_in
+@pytest.mark.parametrize("rate", [None, 1e9], ids=["sent", "filled"])
+def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, rate):
+    before, was = points_of(ready), settings(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    if rate:
+        (journal,) = open_journals(ready.backups)
+        journal.append("seen", upsert_rate=rate)
+    faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", "status": 500, "body": "no"})
+    result = ready.run("reembed_embeddings", "--json").json
+    assert result["way"] == ("filled from the spool" if rate else "sent")
+    assert_migrated(ready, before)
+    assert settings(ready) == was
+    assert ready.call("GET", "/snapshots") == []
+    assert list((ready.backups / "embeddings").glob("*.partial")) == []
+
+
+@on_the_stand_in
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "__next/points"), ("POST", "__next/snapshots"), ("PUT", "__next_probe/snapshots/recover")],
+)
+def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouched(ready, method, path):
+    before, paid = ready.state(), None
+    faults(ready, {"method": method, "path": path, "status": 500, "body": {"status": {"error": FULL}}})
+    failed = ready.run("reembed_embeddings", expect=1)
+    assert f"'{ready.collection}' is untouched" in failed.err
+    assert "MiB are needed" in failed.err
+    assert ready.state() == before
+    assert ready.collections() == [ready.collection]
+    faults(ready)
+    paid = ready.servers.openai.stats()["texts"]
+    points = points_of(ready)
+    ready.run("reembed_embeddings")
+    assert ready.servers.openai.stats()["texts"] == paid
+    assert_migrated(ready, points)
+
+
+@on_the_stand_in
+def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
+    before = points_of(ready)
+    full = {"status": 500, "body": {"status": {"error": FULL}}}
+    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **full})
+    result = ready.run("reembed_embeddings", "--json").json
+    assert result["way"] == "filled from the spool"
+    assert_migrated(ready, before)
+    assert ready.collections() == [ready.collection]
+
+
+@on_the_stand_in
+def test_a_restore_that_fails_twice_ends_in_the_spool(ready):
+    before = points_of(ready)
+    broken = {"status": 500, "body": {"status": {"error": "Service internal error: something broke"}}}
+    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **broken})
+    assert ready.run("reembed_embeddings", "--json").json["way"] == "filled from the spool"
+    assert_migrated(ready, before)
+
+
+# --- a server that is killed ------------------------------------------------------------------------------------
+
+KILLS = int(os.environ.get("SERVER_KILLS", "3"))
+
+
+@pytest.mark.skipif("QDRANT_TEST_SERVER" not in os.environ, reason="kills a real server")
+def test_a_server_killed_while_it_restores_starts_again_and_the_run_goes_on(operator, tmp_path):
+    from dataclasses import replace
+
+    from tests.real_qdrant import RealQdrant, test_server
+
+    binary = test_server()
+    assert binary is not None
+    for turn in range(KILLS):
+        with RealQdrant(binary, tmp_path / f"killed{turn}") as server:
+            folder = tmp_path / f"operator{turn}"
+            folder.mkdir()
+            someone = replace(
+                operator,
+                servers=replace(operator.servers, qdrant_url=server.url),
+                folder=folder,
+                exports={},
+            )
+            with Gate(server.url) as gate:
+                rig = Rig(someone, gate)
+                process = rig.start()
+                while process.poll() is None and rig.phase() not in {PLACING, PLACED}:
+                    time.sleep(0.001)
+                time.sleep(0.02 * turn)
+                server.kill()
+                _, errors = process.communicate(timeout=300)
+                assert process.returncode in {0, 1}, errors
+                server.start()
+                rig.finish()
+            someone.clean_up()
