@@ -81,7 +81,9 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
     assert open_journals(operator.backups) == []
     assert (done.safety is None) == (standing == "absent")
     if done.safety:
-        assert done.safety.graph.kind == "dump"  # what no engine here could load is taken so that none is needed
+        assert (
+            done.safety.graph.kind == "dump"
+        )  # what no engine here could load is taken so that none is needed
         assert done.safety.graph.proof == "checked"
         assert (
             done.late_writes is not None
