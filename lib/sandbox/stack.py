@@ -95,6 +95,7 @@ class Stack:
             "FALKORDB_TLS": "false",
             "FALKORDB_GRAPH": GRAPH,
             "QDRANT_URL": self.qdrant.url,
+            "QDRANT_NODE_URLS": self.qdrant.url,
             "QDRANT_API_KEY": KEY,
             "QDRANT_COLLECTION": COLLECTION,
             "QDRANT_TIMEOUT_SECONDS": "60",

@@ -32,6 +32,7 @@ PRODUCTION = {
     "QDRANT_URL": "https://production.invalid",
     "QDRANT_HOST": "production.invalid",
     "QDRANT_PORT": "443",
+    "QDRANT_NODE_URLS": "https://production.invalid",
     "QDRANT_API_KEY": "not for the sandbox",
     "QDRANT_COLLECTION": "production",
     "QDRANT_TIMEOUT_SECONDS": "soon",
