@@ -178,7 +178,9 @@ def test_a_block_that_is_not_run_says_what_it_would_need():
     for block in left_out:
         assert any(word in block.not_run for word in ("needs ", "runs", "the tests bring")), block.name
     for block in shell_blocks():
-        foreign = [word for word in ("docker", "systemctl", "railway", "make ", "node1") if word in block.text]
+        foreign = [
+            word for word in ("docker", "systemctl", "railway", "make ", "node1") if word in block.text
+        ]
         assert bool(foreign) == bool(block.not_run), f"{block.name}: {foreign}"
 
 
