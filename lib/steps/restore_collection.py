@@ -109,14 +109,14 @@ def replace_live(
         for one in (again, old_filename(temporary)):  # also one that a killed run uploaded
             snapshots.delete(qdrant, collection, one)
     except MigrationError:
-        _drop_dead(qdrant, collection)
+        drop_dead(qdrant, collection)
         raise
-    _require_equal(backup, qdrant, collection, temporary)
+    require_equal(backup, qdrant, collection, temporary)
     put_aliases(qdrant, collection, free_aliases(qdrant, collection, wanted))
     journal.append(SWITCHED)
 
 
-def _require_equal(backup: CollectionBackup, qdrant: Qdrant, collection: str, temporary: str) -> None:
+def require_equal(backup: CollectionBackup, qdrant: Qdrant, collection: str, temporary: str) -> None:
     """What was restored is what the rehearsal is; what differs is of no use and is deleted. Raises BackupDamaged."""
     try:
         compare(backup, qdrant, collection)
@@ -137,7 +137,7 @@ def put_back(
         snapshots.delete(qdrant, collection, filename)
         compare(saved, qdrant, collection)
     except MigrationError:
-        _drop_dead(qdrant, collection)
+        drop_dead(qdrant, collection)
         raise
     put_aliases(qdrant, collection, free_aliases(qdrant, collection, aliases))
 
@@ -147,7 +147,7 @@ def old_filename(temporary: str) -> str:
     return f"{temporary}-old.snapshot"
 
 
-def _drop_dead(qdrant: Qdrant, collection: str) -> None:
+def drop_dead(qdrant: Qdrant, collection: str) -> None:
     """Left dead it would keep a 1.11.3 server from starting again."""
     with suppress(MigrationError):  # what went wrong first is what the operator must read
         if is_dead(qdrant, collection):

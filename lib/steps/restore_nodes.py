@@ -9,28 +9,29 @@ node's replica outdated, and both can be lost (seen on 1.11.3).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
 
 from lib.backup_set.archive import read_archive
 from lib.backup_set.members import SnapshotMember, SnapshotReader
-from lib.errors import BackupDamaged, MigrationError, UsageProblem
+from lib.errors import MigrationError, UsageProblem
 from lib.journal import Journal
 from lib.steps.progress import Progress, steps_of
 from lib.steps.restore_collection import (
     REHEARSED,
     SWITCHED,
     SWITCHING,
+    drop_dead,
     old_filename,
     patience,
+    require_equal,
     temporary_name,
 )
-from lib.steps.restored_points import CollectionBackup, compare, require_same_points, sample_ids
+from lib.steps.restored_points import CollectionBackup, compare
 from lib.steps.take_collection import CollectionSource
 from lib.vectors import snapshots
 from lib.vectors.cluster import peers_of, wait_settled
-from lib.vectors.collection import delete_collection, exists, is_dead, list_collections
+from lib.vectors.collection import delete_collection, exists, list_collections
 from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
 from lib.vectors.restoring import can_fetch_itself, recover, upload_and_restore
 from lib.vectors.transport import Qdrant
@@ -146,9 +147,9 @@ def replace_parts(
             _upload(parts, backup, target, name, again, progress)
         _forget(parts, name, again)
     except MigrationError:
-        _drop_dead(qdrant, name)
+        drop_dead(qdrant, name)
         raise
-    _require_equal(backup, qdrant, name, temporary)
+    require_equal(backup, qdrant, name, temporary)
     put_aliases(qdrant, name, free_aliases(qdrant, name, wanted))
     journal.append(SWITCHED)
 
@@ -167,7 +168,7 @@ def put_parts_back(
         _forget(parts, target.collection, stem)
         compare(saved, target.qdrant, target.collection)
     except MigrationError:
-        _drop_dead(target.qdrant, target.collection)
+        drop_dead(target.qdrant, target.collection)
         raise
     put_aliases(target.qdrant, target.collection, free_aliases(target.qdrant, target.collection, aliases))
 
@@ -219,20 +220,3 @@ def _nodes(target: CollectionSource) -> tuple[Qdrant, ...]:
 def _forget(parts: Iterable[Part], name: str, stem: str) -> None:
     for part in parts:
         snapshots.delete(part.node, name, part.filename(stem))
-
-
-def _require_equal(backup: CollectionBackup, qdrant: Qdrant, name: str, temporary: str) -> None:
-    """What was restored is what the rehearsal is; what differs is of no use and is deleted. Raises BackupDamaged."""
-    try:
-        compare(backup, qdrant, name)
-        require_same_points(qdrant, name, temporary, sample_ids(backup))
-    except BackupDamaged:
-        with suppress(MigrationError):  # what went wrong first is what the operator must read
-            delete_collection(qdrant, name)
-        raise
-
-
-def _drop_dead(qdrant: Qdrant, name: str) -> None:
-    with suppress(MigrationError):  # what went wrong first is what the operator must read
-        if is_dead(qdrant, name):
-            delete_collection(qdrant, name)
