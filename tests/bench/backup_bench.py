@@ -16,10 +16,10 @@ from lib.journal import start_journal
 from lib.steps.take_collection import CollectionSource, take_collection
 from lib.steps.take_graph import GraphSource, take_graph
 from tests.bench.figures import PAIRS, Figure, at_most, load, pairs
+from tests.bench.peak import ROOT, peak_mb
 from tests.bench.references import raw_rdb, raw_snapshot
 from tests.bench.stores import MODEL, collection_source, graph_source, on_graph, on_qdrant
 
-ROOT = Path(__file__).resolve().parents[2]
 GRAPH_MEMORIES = 50_000
 POINTS, SIZES = 10_000, (768, 3072)
 PEAK_MEMORIES, PEAK_SIZE = (10_000, 100_000, 300_000), 64
@@ -79,17 +79,10 @@ def _both_raw(graph: GraphSource, points: CollectionSource, folder: Path) -> Non
     raw_snapshot(points, folder / "raw.snapshot")
 
 
-def _script(graph: GraphSource, points: CollectionSource, backups: Path) -> int:
-    """Run it; its peak of memory in kB, ru_maxrss of that one process."""
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "backup_automem.py"), "-q", "--backup-dir", str(backups)],
-        env={**os.environ, **_settings(graph, points)},
-        stdout=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return usage.ru_maxrss
+def _script(graph: GraphSource, points: CollectionSource, backups: Path) -> None:
+    words = [sys.executable, str(ROOT / "scripts" / "backup_automem.py"), "-q", "--backup-dir", str(backups)]
+    environ = {**os.environ, **_settings(graph, points)}
+    subprocess.run(words, env=environ, stdout=subprocess.DEVNULL, check=True)
 
 
 def _settings(graph: GraphSource, points: CollectionSource) -> dict[str, str]:
@@ -112,7 +105,10 @@ def peak(folder: Path) -> Iterator[Figure]:
         with contextlib.ExitStack() as stack:
             graph = stack.enter_context(graph_source(own, memories))
             points = stack.enter_context(collection_source(own, memories, PEAK_SIZE))
-            peaks[memories] = median(_script(graph, points, own / "backups") for _ in range(3)) / 1024
+            environ = {**os.environ, **_settings(graph, points), "AUTOMEM_BACKUP_DIR": str(own / "backups")}
+            peaks[memories] = median(
+                peak_mb("backup_automem", "-q", env=environ, folder=own) for _ in range(3)
+            )
             on = on_qdrant(points.qdrant, memories, PEAK_SIZE)
             yield at_most(f"backup.peak_mb_{memories // 1000}k", peaks[memories], PEAK_MB, 1.0, on)
     largest, smallest = peaks[PEAK_MEMORIES[-1]], peaks[PEAK_MEMORIES[0]]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,9 +26,9 @@ from lib.sandbox.sample_loading import load_graph
 from lib.sandbox.sample_memories import generate
 from tests.bench.cheap_endpoint import CheapEndpoint
 from tests.bench.figures import Figure, at_least, at_most, load
+from tests.bench.peak import peak_mb
 from tests.bench.stores import running_qdrant
 
-ROOT = Path(__file__).resolve().parents[2]
 LARGE, SIZE, BATCH, WORKERS, LATENCY_SECONDS = "text-embedding-3-large", 3072, 100, 16, 0.3
 SEQUENTIAL_BATCH, SEQUENTIAL_BATCHES = 32, 20
 TOKENS_A_MINUTE = 3_000_000
@@ -173,7 +171,7 @@ def peaks(_folder: Path) -> Iterator[Figure]:
 
 
 def _peak_of(count: int) -> float:
-    """MB (ru_maxrss) of reembed_embeddings.py for so many memories into a collection that is not there yet."""
+    """MiB (ru_maxrss) of reembed_embeddings.py for so many memories into a collection that is not there yet."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         falkordb = FalkorServer(folder / "falkordb", sync_delay_seconds=0)
@@ -198,21 +196,11 @@ def _peak_of(count: int) -> float:
             "AUTOMEM_BACKUP_DIR": str(folder / "backups"),
         }
         try:
-            return _peak_of_command(environ, folder)
+            return peak_mb("reembed_embeddings", "-q", env=environ, folder=folder, codes=(0, 3))
         finally:
             import requests
 
             requests.delete(f"{url}/collections/{name}", timeout=60)
-
-
-def _peak_of_command(environ: dict[str, str], folder: Path) -> float:
-    words = [sys.executable, str(ROOT / "scripts" / "reembed_embeddings.py"), "-q"]
-    with (folder / "log").open("w") as log:
-        child = subprocess.Popen(words, cwd=folder, env=environ, stdout=log, stderr=log)
-        _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode in {0, 3}, (folder / "log").read_text()
-    return usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
 
 
 BENCHES = {

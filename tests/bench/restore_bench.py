@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -31,14 +29,14 @@ from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection
 from lib.vectors.restoring import upload_and_restore
 from tests.bench.figures import PAIRS, Figure, at_most, seconds_of
+from tests.bench.peak import peak_mb
 from tests.bench.references import Stopwatch
 from tests.bench.stores import GRAPH, MODEL, collection_source, on_graph, on_qdrant
 
-ROOT = Path(__file__).resolve().parents[2]
 NODES, BATCH = 150_000, 5_000  # and as many relationships
 POINTS, FEW_POINTS, SIZE = 10_000, 1_000, 3072
 NO_LIMITS = "MAX_QUEUED_QUERIES 25 RESULTSET_SIZE 10000"  # the graph is filled in large pieces
-MEBIBYTE, LIMIT_MB = 1 << 20, 150
+LIMIT_MB = 150
 
 
 # --- the graph --------------------------------------------------------------------------------------------------
@@ -191,25 +189,8 @@ def _peak_of(source: CollectionSource, folder: Path, archive: Path) -> float:
         "AUTOMEM_API_URL": "http://127.0.0.1:1",
         "AUTOMEM_BACKUP_DIR": str(folder),
     }
-    words = [sys.executable, str(ROOT / "scripts" / "restore_from_backup.py"), "-q", str(archive)]
-    starter = [sys.executable, "-c", _STARTER, sys.executable, "-c", _RUNNER, *words[1:]]
-    told = subprocess.run(
-        starter, env=settings, cwd=folder, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return int(told.splitlines()[-1]) / (MEBIBYTE if sys.platform == "darwin" else 1024)
+    return peak_mb("restore_from_backup", "-q", str(archive), env=settings, folder=folder)
 
-
-# A process begins with the peak of the one that it was forked from: so from a small one. Its own peak alone is
-# asked: the process that opens segments, and a scratch server, are others.
-_STARTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
-_RUNNER = """
-import resource, runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
-"""
 
 BENCHES = {
     "restore.graph_vs_bare": graph_restore,
