@@ -28,7 +28,7 @@ def own_snapshot(qdrant: Qdrant, collection: str, journal: Journal) -> Iterator[
     """A snapshot for the block, announced in the journal before it is asked for, deleted afterwards."""
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
     now = server_time(qdrant).isoformat()
-    journal.append(ANNOUNCED, collection=collection, known_snapshots=known, server_time=now)
+    journal.append(ANNOUNCED, collection=collection, known_snapshots=known, server_time=now, snapshot=None)
     try:
         made = _make(qdrant, collection, journal)
         journal.append(MADE, snapshot=made.name)
@@ -47,7 +47,13 @@ def _make(qdrant: Qdrant, collection: str, journal: Journal) -> snapshots.Snapsh
 
 def removed(journal: Journal) -> bool:
     """Whether surely nothing of this run is left on the server, or on any node of its cluster."""
-    return all(not one.has_reached(ANNOUNCED) or one.has_reached(REMOVED) for _, one in by_node(journal))
+    return all(_phase(one) != ANNOUNCED for _, one in by_node(journal))
+
+
+def _phase(journal: Journal) -> str | None:
+    """Whether the latest snapshot is announced or removed; None where none was asked for."""
+    phases = [entry["phase"] for entry in journal.entries]
+    return next((phase for phase in reversed(phases) if phase in {ANNOUNCED, REMOVED}), None)
 
 
 def remove_own(

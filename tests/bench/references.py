@@ -41,7 +41,7 @@ def _line(wire: socket.socket) -> bytes:
 
 def raw_snapshot(source: CollectionSource, path: Path) -> None:
     """Create, download, delete."""
-    made = snapshots.create(source.qdrant, source.collection, known_before=[])
+    made = snapshots.create(source.qdrant, source.collection)
     with path.open("wb") as out:
         snapshots.download(source.qdrant, source.collection, made, out.write, None)
     snapshots.delete(source.qdrant, source.collection, made.name)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.journal import open_journals, start_journal
+from lib.steps.own_snapshot import own_snapshot, removed
 from tests.backup_support import assert_one_set, delete_server_file, files, server_files
 from tests.gate import Gate, Stop
 from tests.operator_support import ROOT, Operator
@@ -198,3 +199,13 @@ def test_an_unfinished_backup_of_another_target_is_left_alone(backing):
 def _made(operator: Operator) -> Path:
     operator.backups.mkdir()
     return operator.backups
+
+
+def test_a_run_that_makes_two_snapshots_leaves_neither(backing):
+    journal = start_journal(_made(backing), "backup", ["one run"])
+    for _ in range(2):
+        with own_snapshot(backing.qdrant, backing.collection, journal) as made:
+            assert made.name in server_files(backing)
+            assert not removed(journal)
+        assert removed(journal)
+        assert server_files(backing) == []
