@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from lib.errors import AccessRefused, MigrationError
 from lib.journal import Journal
 from lib.steps.on_nodes import by_node
-from lib.steps.snapshot_owner import age, owned_by, unsure_of
+from lib.steps.snapshot_owner import age, begun, owned_by, unsure_of
 from lib.vectors import snapshots
 from lib.vectors.clock import server_time
 from lib.vectors.refusals import QdrantError
@@ -27,14 +27,28 @@ _MAKING = timedelta(hours=1)  # what a server has not made by then, it makes no 
 def own_snapshot(qdrant: Qdrant, collection: str, journal: Journal) -> Iterator[snapshots.Snapshot]:
     """A snapshot for the block, announced in the journal before it is asked for, deleted afterwards."""
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-    now = server_time(qdrant).isoformat()
+    now = _second_of_our_own(qdrant, known).isoformat()
     journal.append(ANNOUNCED, collection=collection, known_snapshots=known, server_time=now, snapshot=None)
     try:
         made = _make(qdrant, collection, journal)
-        journal.append(MADE, snapshot=made.name)
+        if made.name in known:
+            journal.append(REMOVED)  # somebody's, made in the same second: never deleted
+        else:
+            journal.append(MADE, snapshot=made.name)
         yield made
     finally:
         remove_own(qdrant, journal, seconds=_APPEAR_SECONDS)
+
+
+def _second_of_our_own(qdrant: Qdrant, known: Sequence[str]) -> datetime:
+    """The server's time, once no snapshot that is there was begun in this second: a second one would replace it."""
+    latest = max(filter(None, map(begun, known)), default=None)
+    give_up = time.monotonic() + _APPEAR_SECONDS  # the clocks of a proxy and of the server may differ
+    while True:
+        now = server_time(qdrant)
+        if latest is None or now > latest or time.monotonic() >= give_up:
+            return now
+        qdrant.sleep(_POLL_SECONDS)
 
 
 def _make(qdrant: Qdrant, collection: str, journal: Journal) -> snapshots.Snapshot:

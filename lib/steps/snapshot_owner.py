@@ -61,9 +61,12 @@ def _candidates(listed: Sequence[str], journal: Journal) -> list[str]:
     return sorted(name for name in mine if _begun_after(name, asked))
 
 
-def _begun_after(name: str, asked: datetime) -> bool:
+def begun(name: str) -> datetime | None:
+    """The second in which the server began to make the snapshot; None where its name does not tell."""
     told = _MOMENT.search(name)
-    if told is None:
-        return False
-    begun = datetime.strptime(told[1], "%Y-%m-%d-%H-%M-%S").replace(tzinfo=timezone.utc)
-    return -_ROUNDING <= begun - asked <= _ON_THE_WAY
+    return datetime.strptime(told[1], "%Y-%m-%d-%H-%M-%S").replace(tzinfo=timezone.utc) if told else None
+
+
+def _begun_after(name: str, asked: datetime) -> bool:
+    moment = begun(name)
+    return moment is not None and -_ROUNDING <= moment - asked <= _ON_THE_WAY

@@ -209,3 +209,13 @@ def test_a_run_that_makes_two_snapshots_leaves_neither(backing):
             assert not removed(journal)
         assert removed(journal)
         assert server_files(backing) == []
+
+
+def test_a_snapshot_made_in_the_same_second_stays(backing):
+    """A server names a snapshot by the second: one made by the operator a moment before would be replaced by ours."""
+    journal = start_journal(_made(backing), "backup", ["one run"])
+    theirs = backing.call("POST", "/snapshots")["name"]
+    with own_snapshot(backing.qdrant, backing.collection, journal) as made:
+        assert made.name != theirs
+    assert server_files(backing) == [theirs]
+    delete_server_file(backing, theirs)

@@ -49,7 +49,7 @@ WINDOWS = [
     "called lib.vectors.snapshots.download",
     "before snapshot removed",
     "after snapshot removed",
-    "called lib.vectors.open_segments._load",
+    "entering lib.steps.prove_collection._asked",
     "called lib.steps.take_pair.take_collection",
     "called lib.steps.take_pair._drift",
     "called lib.steps.take_pair.write_manifest",

@@ -41,7 +41,7 @@ PLACES = {
     "snapshot noted": "after snapshot made",
     "downloaded": "called lib.vectors.snapshots.download",
     "snapshot removed": "after snapshot removed",
-    "segments are opened": "called lib.vectors.open_segments._load",
+    "segments are opened": "entering lib.steps.prove_collection._asked",
     "drift is counted": "entering lib.steps.take_pair._drift",
     "before the manifest": "entering lib.steps.take_pair.write_manifest",
 }
