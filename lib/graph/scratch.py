@@ -69,7 +69,9 @@ def _require_alive(child: subprocess.Popen[bytes]) -> None:
 def _start(server: Path, module: Path, scratch: ScratchFolder) -> subprocess.Popen[bytes]:
     settings = ["--port", "0", "--unixsocket", str(scratch.path / "s"), "--unixsocketperm", "700"]
     settings += ["--dir", str(scratch.path), "--save", "", "--appendonly", "no", "--loadmodule", str(module)]
-    return scratch.start([str(server), *settings], scratch.path / "log")
+    log = scratch.path / "log"
+    log.touch()  # it is read also where the server never came to write it
+    return scratch.start([str(server), *settings], log)
 
 
 def _loaded(

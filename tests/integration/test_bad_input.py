@@ -112,7 +112,7 @@ def test_qdrant_is_down(operator, command):
         1,
         *COMMANDS[command],
         says=(f"Qdrant at {url} is unreachable",),
-        next_step="docker compose up -d qdrant",
+        next_step=f"docker compose up -d {'falkordb qdrant' if command == 'restore' else 'qdrant'}",
     )
 
 
