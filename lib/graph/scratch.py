@@ -21,8 +21,8 @@ POLL_SECONDS = 0.02
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 
 
-class ScratchKilled(StoreFailed):
-    """Somebody killed the scratch server, as a kernel that runs out of memory does: nothing is known of its file."""
+class ScratchFailed(StoreFailed):
+    """Killed from outside, as a kernel does that runs out of memory, or too slow: nothing is known of its file."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Ite
     """Start `server` with `module`, let it load `rdb` within `seconds`, and kill it on leaving.
 
     Raises BackupDamaged where the file does not load, StoreFailed where the server does not start without one,
-    ScratchKilled.
+    ScratchFailed.
     """
     with scratch_folder("falkordb-scratch-") as scratch:
         if rdb is not None:
@@ -60,7 +60,7 @@ def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Ite
 def _require_alive(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         if child.wait(1.0) == -signal.SIGKILL:
-            raise ScratchKilled(
+            raise ScratchFailed(
                 "the scratch FalkorDB was killed from outside, as a machine does that runs out of memory",
                 next_step="free some memory, or prove the backup on a larger machine with --check",
             )
@@ -82,13 +82,16 @@ def _loaded(
         with contextlib.suppress(StoreUnreachable):
             return connect(address, timeout_seconds=max(1.0, deadline - time.monotonic()))
         time.sleep(POLL_SECONDS)
-    if child.poll() is not None:
-        _require_alive(child)
-    ended = "gave up" if child.poll() is not None else f"was not ready after {seconds:.0f} s"
     reason = _telling_line(log.read_text("utf-8", "replace"))
+    if child.poll() is None:
+        raise ScratchFailed(
+            f"the scratch FalkorDB was not ready after {seconds:.0f} s: {reason}",
+            next_step="run it again when this machine is less busy, or prove the backup on another with --check",
+        )
+    _require_alive(child)
     if rdb is None:
-        raise StoreFailed(f"the scratch FalkorDB {ended}: {reason}")
-    raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB {ended}: {reason}")
+        raise StoreFailed(f"the scratch FalkorDB gave up: {reason}")
+    raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB gave up: {reason}")
 
 
 def _telling_line(log: str) -> str:

@@ -24,7 +24,7 @@ from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, scratch_server
 from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum
 from lib.graph.read import GraphCounts, GraphSchema, counts, schema
-from lib.graph.scratch import Scratch, ScratchKilled
+from lib.graph.scratch import Scratch, ScratchFailed
 from lib.graph.swap import dump_apart, rename_graph
 from lib.memory import free_memory
 from lib.steps.compare_manifest import compare_graph, compare_rdb
@@ -89,7 +89,7 @@ def prove_graph(
             if on_loaded:
                 on_loaded(scratch.conn)
             return proof
-    except ScratchKilled as error:
+    except ScratchFailed as error:
         return GraphProof(CHECKED, f"not loaded: {error}", facts)
 
 

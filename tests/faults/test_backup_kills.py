@@ -65,6 +65,13 @@ ALMOST = [
     "before closed",
 ]
 NEVER_SENT = {"after snapshot announced"}
+# Reached by the graph's thread: where the collection's is by then, depends on the moment.
+BESIDE = {
+    "called lib.steps.take_graph.stream_rdb",
+    "called lib.steps.take_graph._taken",
+    "called lib.steps.prove.counts",
+    "called lib.steps.take_pair.take_graph",
+}
 DONE = {"called lib.steps.take_pair.write_manifest", "before closed"}
 OFTEN = KILLS_EACH > 1
 RANDOM = 6 * KILLS_EACH if OFTEN else 3
@@ -107,7 +114,7 @@ def test_killed_there_the_next_run_cleans_up_and_works(busy, where, record_prope
     record_property("left", left_by_kill(busy))
     done = where in DONE
     assert len(busy.manifests()) == int(done)  # a set is whole, or none is there to be trusted
-    assert_recovered(busy, done=done, awaiting=where in NEVER_SENT)
+    assert_recovered(busy, done=done, awaiting=None if where in BESIDE else where in NEVER_SENT)
 
 
 @pytest.fixture(scope="module")

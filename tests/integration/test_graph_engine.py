@@ -24,6 +24,7 @@ from lib.graph.engine import (
     scratch_server,
 )
 from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum, unwrap_dump, wrap_dump
+from lib.graph.scratch import ScratchFailed
 from lib.graph.swap import dump_graph
 from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import fill, fill_rich, take, write
@@ -212,7 +213,7 @@ def test_waiting_ends_at_the_limit(engine: Engine, server: FalkorServer, conn: r
     fill(conn, "g", 50_000, characters=200)
     rdb = take(server.address, tmp_path / "g.rdb")
     with (
-        pytest.raises(BackupDamaged, match=r"was not ready after 0 s"),
+        pytest.raises(ScratchFailed, match=r"was not ready after 0 s"),
         scratch_server(engine, rdb, seconds=0.0),
     ):
         pytest.fail("it loaded")
