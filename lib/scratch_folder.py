@@ -22,7 +22,12 @@ while read -r word; do
     children="$children $word"
 done
 [ -z "$children" ] || kill -9 $children
-rm -rf "$1"
+# A process that dies at this moment may still be writing there.
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    rm -rf "$1" 2>/dev/null
+    [ -e "$1" ] || break
+    sleep 0.2
+done
 """
 # A child tells its number before it becomes the server: there is no moment at which a kill leaves one behind.
 _CHILD = 'echo $$; exec "$@" >"$0" 2>&1'

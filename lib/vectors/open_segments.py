@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
 def _engine() -> Iterator[Callable[[dict[str, Any]], Any]]:
     """Ask the engine; its process ends with the block, and with this process."""
     with subprocess.Popen(
-        [sys.executable, str(_ENGINE)],
+        [sys.executable, str(_ENGINE), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,13 +1,15 @@
 """Run as a process of its own: Qdrant's engine over shards, one question a line, one answer a line, both JSON.
 
 What it maps of the segments is not the caller's memory, and a file that crashes it crashes nothing else. It ends with
-its standard input. It is started by its path and knows nothing of this project.
+its standard input, and with its parent, whose process id is its argument. It is started by its path and knows nothing
+of this project.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from typing import Any
 
@@ -18,6 +20,8 @@ def die_with_parent() -> None:
     """On Linux: not even a moment longer, in which this could write into a folder that is being removed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # it was gone before
+        raise SystemExit
 
 
 def opened(archives: dict[str, str]) -> dict[str, Any]:
