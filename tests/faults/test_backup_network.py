@@ -100,13 +100,19 @@ def start_anew(operator: Operator) -> None:
 
 @contextmanager
 def framing(operator: Operator, diskless: str) -> Iterator[None]:
-    """How the server frames the RDB: until a mark (diskless), or of a length (from its disk)."""
+    """How the server frames the RDB: until a mark (diskless), or of a length (from its disk).
+
+    The module's stream of past queries is taken out: it grows and is trimmed in jumps, and no two answers were alike.
+    """
     with connect(operator.servers.falkordb.address) as conn:
         before = conn.config_get("repl-diskless-sync")["repl-diskless-sync"]
         conn.config_set("repl-diskless-sync", diskless)
+        conn.execute_command("GRAPH.CONFIG", "SET", "CMD_INFO", "no")
+        conn.delete(f"telemetry{{{operator.graph}}}")
         try:
             yield
         finally:
+            conn.execute_command("GRAPH.CONFIG", "SET", "CMD_INFO", "yes")
             conn.config_set("repl-diskless-sync", before)
 
 
@@ -118,9 +124,7 @@ def test_the_replication_stream_is_cut_anywhere(backing, diskless):
         with falkordb_way(backing, whole):
             back_up(backing, only="falkordb")
         start_anew(backing)
-        rdb = (
-            whole.passed - 300
-        )  # newlines while the server prepares make the next answer a little longer or shorter
+        rdb = whole.passed - 300  # the server's newlines while it prepares make an answer a little longer or shorter
         for cut in [0, 1, 2, 13, 40, 56, 57, 58, 70, 100, rdb, *(chance.randrange(rdb) for _ in range(30))]:
             with (
                 falkordb_way(backing, Fault(b"PSYNC", cut=cut)),
