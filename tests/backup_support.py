@@ -106,9 +106,9 @@ def assert_archive(data: bytes) -> None:
 
 
 def assert_no_scratch(operator: Operator) -> None:
-    """No scratch folder is left, and no process that works in one; a killed run's own are given ten seconds."""
+    """No scratch folder is left, and no process that works in one; a killed run's own are given time to go."""
     place = Path(operator.exports["TMPDIR"])
-    assert wait_for(lambda: not any(place.iterdir()) and not _processes(str(place)), 10, 0.05), (
+    assert wait_for(lambda: not any(place.iterdir()) and not _processes(str(place)), 120, 0.05), (
         list(place.rglob("*")),
         _processes(str(place)),
     )

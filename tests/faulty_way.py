@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 PIECE_BYTES = 65536
-LONGEST_SECONDS = 120
+LONGEST_SECONDS = 600
 
 
 def answer(status: int, text: str, headers: str = "") -> bytes:

@@ -81,7 +81,7 @@ def fill_rich(conn: redis.Redis, graph: str) -> None:
 def constrain(conn: redis.Redis, graph: str, kind: str, entity: str, label: str, key: str) -> None:
     """Make a constraint and wait until the server has enforced it, or given it up."""
     conn.execute_command("GRAPH.CONSTRAINT", "CREATE", graph, kind, entity, label, "PROPERTIES", "1", key)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         rows = conn.execute_command("GRAPH.RO_QUERY", graph, "CALL db.constraints()")[1]
         if all(row[-1] != b"PENDING" for row in rows) and rows:

@@ -25,7 +25,7 @@ def stop(number):
     if not held:
         os.kill(os.getpid(), signal.SIGKILL)
     open(held + "." + str(number), "w").close()
-    for _ in range(6000):  # a signal's exception leaves from here
+    for _ in range(30_000):  # ten minutes; a signal's exception leaves from here
         if os.path.exists(held + ".go." + str(number)):
             return
         time.sleep(0.02)

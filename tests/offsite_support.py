@@ -42,7 +42,7 @@ class S3Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/moto-api/", timeout=5).close()
@@ -109,7 +109,7 @@ class Mischief:
     def wait_at(self, what: str, name: str) -> None:
         if self.hold[0] == what and self.hold[1] in name:
             self.reached.set()
-            self.let_go.wait(60)
+            self.let_go.wait(600)
 
 
 class _Login(paramiko.ServerInterface):

@@ -12,7 +12,7 @@ import requests
 from lib.sandbox.process import ServerProcess, free_port
 from tests.real_qdrant import RealQdrant
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
 
 
 class ClusterNode(RealQdrant):

@@ -10,7 +10,7 @@ import requests
 
 from lib.sandbox.process import ServerProcess, free_port
 
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 
 
 def test_server() -> Path | None:

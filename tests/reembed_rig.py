@@ -140,7 +140,7 @@ class Rig:
         while process.poll() is None and not reached():
             time.sleep(0.002)
         process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert "Traceback" not in errors, errors
         return process.returncode
 

@@ -166,7 +166,7 @@ def faults(operator: Operator, *rules: dict[str, Any]) -> None:
         requests.post(url, json=list(rules), timeout=TIMEOUT).raise_for_status()
 
 
-def wait_for(check: Callable[[], bool], seconds: float = 60.0, pause: float = 0.002) -> bool:
+def wait_for(check: Callable[[], bool], seconds: float = 300.0, pause: float = 0.002) -> bool:
     """Poll until `check` is true."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -153,7 +153,7 @@ def test_a_disk_that_fills_while_a_file_is_written(backing, tmp_path, only):
         runner.write_text(FILLS_FIRST.format(path=str(disk / "full")))
         words = [sys.executable, str(runner), "--only", only]
         done = subprocess.run(
-            words, cwd=tmp_path, env=backing.environ, capture_output=True, text=True, timeout=120, check=False
+            words, cwd=tmp_path, env=backing.environ, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 1, done.stderr
         assert "no room left" in done.stderr

@@ -32,7 +32,7 @@ def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
         for _ in range(2):
             runs = [one.start("backup_automem") for one in both]
             for run in runs:
-                _, err = run.communicate(timeout=120)
+                _, err = run.communicate(timeout=300)
                 assert run.returncode == 0, err
         manifests = [json.loads(path.read_text()) for path in both[0].manifests()]
         assert len(manifests) == 4
@@ -88,7 +88,7 @@ def test_a_lost_answer_to_the_snapshot_is_none(backing):
         process = backing.start("backup_automem")
         assert wait_for(stop.reached.is_set)
         gate.open()  # the connection breaks without an answer
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert server_files(backing) == [theirs]
     delete_server_file(backing, theirs)
@@ -104,7 +104,7 @@ def test_a_file_size_limit_ends_it_with_nothing_left(backing, only):
         env=backing.environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
@@ -139,7 +139,7 @@ def test_a_full_disk_is_told_before_and_while_writing(backing, small_disk):
     process = backing.start("backup_automem")
     assert wait_for(lambda: "backup begun" in phases(max(small_disk.glob("backups/journal_*"), default=None)))
     fill(small_disk / "more")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     (small_disk / "more").unlink()
     assert process.returncode == 1, err
     assert "no room left" in err
@@ -167,7 +167,7 @@ def test_a_disk_without_room_for_the_journal_says_so(backing, tmp_path):
         env=backing.environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         preexec_fn=limit,
     )

@@ -56,7 +56,7 @@ def standing(held: Held, number: int = 0) -> subprocess.Popen[str]:
 
 def assert_undone(operator: Operator, process: subprocess.Popen[str]) -> str:
     """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said."""
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "run the same command again" in err
@@ -83,7 +83,7 @@ def ended_at(operator: Operator, place: str) -> None:
     held = start_held(operator, place, "backup_automem")
     standing(held).send_signal(signal.SIGTERM)
     held.go_on()
-    held.process.communicate(timeout=60)
+    held.process.communicate(timeout=300)
     assert held.process.returncode == 130
 
 
@@ -140,7 +140,7 @@ def test_a_third_ctrl_c_ends_it_and_the_next_run_cleans_up(backing, clean_up):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     held.go_on(1)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     backing.run("backup_automem")
@@ -173,7 +173,7 @@ def test_a_terminal_that_closes_leaves_nothing_half_done(backing):
         assert wait_for(stop.reached.is_set)
         os.close(master)
         gate.open()
-        process.wait(60)
+        process.wait(300)
     backing.export(QDRANT_URL=backing.servers.qdrant_url)
     assert process.returncode != 0
     assert files(backing) == []
@@ -188,7 +188,7 @@ def test_nohup_goes_on_without_its_terminal(backing):
     held = start_held(backing, "after backup begun", "backup_automem", nohup=True)
     standing(held).send_signal(signal.SIGHUP)
     held.go_on()
-    _, err = held.process.communicate(timeout=60)
+    _, err = held.process.communicate(timeout=300)
     assert held.process.returncode == 0, err
     assert_one_set(backing)
 

@@ -233,7 +233,7 @@ def test_a_bucket_that_is_gone_midway(operator, backed_up, tmp_path):
         operator.export(**s3_environ(gate.url))
         held = gate.rule("PUT", ".tar.gz", "hold")
         process = operator.start("backup_automem", "--check", "all", "--upload", f"s3://{BUCKET}/gone")
-        assert held.reached.wait(120)
+        assert held.reached.wait(300)
         own.__exit__()
         gate.open()
         _, err = process.communicate(timeout=300)
@@ -278,7 +278,7 @@ def test_killed_at_any_point_of_an_upload(operator, sftp, backed_up, what, part)
     sftp.mischief.hold = (what, name)
     process = operator.start("backup_automem", "--check", "all", "--upload", sftp.url("/copies"))
     try:
-        assert sftp.mischief.reached.wait(120), "it never came there"
+        assert sftp.mischief.reached.wait(300), "it never came there"
     finally:
         assert kill(process)
     there = files_in(folder)
@@ -297,7 +297,7 @@ def test_killed_at_any_object_of_an_upload(operator, gate, s3, backed_up, act, p
     rule = gate.rule("PUT", part, act)
     process = operator.start("backup_automem", "--check", "all", "--upload", f"s3://{BUCKET}/{prefix}")
     try:
-        assert rule.reached.wait(120)
+        assert rule.reached.wait(300)
         if act == "held after":
             assert wait_until(lambda: any(one.startswith(part) for one in s3.objects(prefix)))
     finally:
@@ -322,10 +322,10 @@ def test_ctrl_c_while_uploading(operator, sftp, backed_up):
 
     sftp.mischief.hold = ("write", ".tar.gz")
     process = operator.start("backup_automem", "--check", "all", "--upload", sftp.url("/copies"))
-    assert sftp.mischief.reached.wait(120)
+    assert sftp.mischief.reached.wait(300)
     os.kill(process.pid, signal.SIGTERM)
     sftp.mischief.let_go.set()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     sftp.mischief = Mischief()
@@ -406,10 +406,10 @@ def test_a_fetch_that_breaks_off_goes_on(operator, sftp, backed_up, tmp_path):
     shutil.move(operator.backups, tmp_path / "lost")
     sftp.mischief.hold = ("read", ".tar.gz")
     process = operator.start("restore_from_backup", f"{sftp.url('/copies')}/latest", "--dry-run")
-    assert sftp.mischief.reached.wait(120)
+    assert sftp.mischief.reached.wait(300)
     sftp.cut()
     sftp.mischief.let_go.set()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert "Traceback" not in err
     assert not operator.manifests()

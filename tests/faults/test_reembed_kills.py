@@ -154,12 +154,12 @@ def test_an_answer_that_never_comes_costs_at_most_one_more_start(rig):
 def test_another_run_meanwhile_is_told_to_wait(rig):
     stop = rig.stop_at("before the guard's last look")
     process = rig.start()
-    assert stop.reached.wait(60)
+    assert stop.reached.wait(300)
     for words in ((), ("--only-missing",), ("--dry-run",)):
         other = rig.operator.run("reembed_embeddings", *words, expect=5)
         assert "another run is working on" in other.err
     rig.gate.open()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     rig.finish()
 

@@ -25,10 +25,10 @@ CALLED = {
     name.rsplit(".", 1)[1]: f"called lib.steps.{name}"
     for name in (
         "restore_graph.prove_acceptance",
-        "restore_collection.upload_and_restore",
-        "restore_collection.can_fetch_itself",
+        "restore_parts.upload_and_restore",
+        "restore_parts.can_fetch_itself",
         "restore_collection.delete_collection",
-        "restore_collection.recover",
+        "restore_parts.recover",
         "restore_collection.put_aliases",
         "restore_graph.swap_in",
         "old_graph.drop_graph",

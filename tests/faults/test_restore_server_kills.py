@@ -26,14 +26,14 @@ from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(900)]
 
-COLLECTION, SWAP = "lib.steps.restore_collection", "lib.graph.swap"
+COLLECTION, PARTS, SWAP = "lib.steps.restore_collection", "lib.steps.restore_parts", "lib.graph.swap"
 # Seconds after the script was let go; None: while it stands there.
 QDRANT = [
     (f"called {COLLECTION}.delete_collection", None),
-    (f"entering {COLLECTION}.upload_and_restore", 0.05),
-    (f"entering {COLLECTION}.recover", 0.05),
-    (f"entering {COLLECTION}.recover", 0.3),
-    (f"called {COLLECTION}.recover", None),
+    (f"entering {PARTS}.upload_and_restore", 0.05),
+    (f"entering {PARTS}.recover", 0.05),
+    (f"entering {PARTS}.recover", 0.3),
+    (f"called {PARTS}.recover", None),
 ]
 FALKORDB = [
     (f"entering {SWAP}._exchange", 0.002),
@@ -154,7 +154,7 @@ def test_falkordb_killed(ready, falkordb, where, seconds):
 def test_qdrant_stays_down_and_the_next_command_finishes(ready, qdrant):
     """The machine is gone for longer than the script waits for an answer: the journal and the safety backup remain."""
     operator, files, (wanted, asset), old = ready
-    held = start_held(operator, f"entering {COLLECTION}.recover", "restore_from_backup", *files)
+    held = start_held(operator, f"entering {PARTS}.recover", "restore_from_backup", *files)
     assert wait_for(held.stands_at)
     qdrant.kill()
     held.process.kill()

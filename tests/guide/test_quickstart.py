@@ -123,7 +123,7 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder):
 
 def test_where_it_fails_it_says_how_and_keeps_what_it_made(folder):
     run = Quickstart(folder, "--memories", "30", FALKORDB_SCRATCH_SERVER="/nowhere/redis-server")
-    out, err = run.process.communicate(timeout=120)
+    out, err = run.process.communicate(timeout=300)
     assert run.process.returncode == 4
     assert "FALKORDB_SCRATCH_SERVER" in out
     assert "exit code of scripts/backup_automem.py: 2, expected 0" in err
@@ -148,7 +148,7 @@ def test_serve_refuses_a_taken_port_and_says_which(folder):
             taken.bind(("127.0.0.1", GUIDE_PORTS.automem))
             taken.listen()
         run = Quickstart(folder, "serve")
-        _, err = run.process.communicate(timeout=60)
+        _, err = run.process.communicate(timeout=300)
     assert run.process.returncode == 1
     assert "8001 (AutoMem)" in err
     assert "taken" in err
@@ -167,7 +167,7 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, end):
         told = ""
         while "Ctrl-C" not in told:
             line = run.process.stdout.readline()
-            assert line, f"it ended: {run.process.communicate(timeout=30)}"
+            assert line, f"it ended: {run.process.communicate(timeout=300)}"
             told += line
         exports = dict(re.findall(r"export (\w+)=(\S+)", told))
         assert exports["AUTOMEM_API_TOKEN"] == TOKEN
@@ -180,13 +180,13 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, end):
             env={**os.environ, **exports, "AUTOMEM_BACKUP_DIR": str(folder / "backups")},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert listed.returncode == 0, listed.stderr + listed.stdout
     finally:
         run.process.send_signal(end)
-        run.process.communicate(timeout=60)
+        run.process.communicate(timeout=300)
     assert run.process.returncode == 0
     assert all(free(port) for port in PORTS)
     assert [path.name for path in folder.iterdir()] == ["backups"]

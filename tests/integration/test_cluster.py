@@ -191,12 +191,12 @@ def test_a_download_that_fails_on_one_node_leaves_nothing_on_either(operator, pa
         stop = Stop("GET", r"/snapshots/.*\.snapshot$")
         gate.stops.append(stop)
         running = operator.start("backup_automem")
-        assert stop.reached.wait(60)
+        assert stop.reached.wait(300)
         (name,) = pair.two.snapshots(operator.collection)
         assert len(pair.one.snapshots(operator.collection)) == 1
         pair.two.ask("DELETE", f"/collections/{operator.collection}/snapshots/{name}")
         stop.let_go.set()
-        _, err = running.communicate(timeout=120)
+        _, err = running.communicate(timeout=300)
     assert running.returncode == 1, err
     assert gate.url in err
     assert not operator.manifests()
@@ -383,10 +383,10 @@ def test_what_cannot_take_the_parts_is_told_before_anything_is_touched(operator,
 @pytest.mark.parametrize(
     "where",
     [
-        "called lib.steps.restore_nodes.upload_and_restore",  # one of two parts is there
+        "called lib.steps.restore_parts.upload_and_restore",  # one of two parts is there
         "after collection rehearsed",
         "after deleting the live collection",
-        "called lib.steps.restore_nodes.recover",
+        "called lib.steps.restore_parts.recover",
         "before collection restored",
     ],
 )

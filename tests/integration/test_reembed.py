@@ -335,7 +335,7 @@ def test_a_change_of_content_or_payload_during_the_run_is_in_the_new_collection(
     operator.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'said otherwise'", id=changed)
     operator.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['moved-on'], m.archived = true", id=tagged)
     operator.cypher("MATCH (m:Memory {id: $id}) DELETE m", id=gone)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     after = assert_migrated(operator, before)
     assert after[changed][0]["content"] == "said otherwise"

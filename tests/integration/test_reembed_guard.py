@@ -129,7 +129,7 @@ def test_the_guard_is_asked_again_before_the_delete(ready):
     while not ready.servers.openai.stats()["requests"]:
         assert process.poll() is None
     (ready.backups / ready.archive()).unlink()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
     assert "already exists with different dimension" in errors
     assert ready.state() == before
@@ -236,7 +236,7 @@ def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready
     while ready.servers.openai.stats()["requests"] < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     ready.cypher("MATCH (m:Memory) SET m.content = ''")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert "memories since the plan was made" in err
     assert ready.state().collection == before.collection

@@ -30,7 +30,7 @@ def run(body: str, *, as_json: bool = False, **more) -> tuple[int, str, str]:
     """`body` is the command's own body."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     process = start(f"def command():\n{lines}\nraise SystemExit(cli.run(command, as_json={as_json}))", **more)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out or "", err
 
 
@@ -89,7 +89,7 @@ def test_interrupted_runs_tidy_up_and_say_how_to_go_on(name, as_json):
     assert process.stderr.readline() == "ready\n"
     process.send_signal(getattr(signal, name))
     err = process.stderr.read()
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.startswith("tidied\nerror: interrupted\n")
     assert "run the same command again" in err
@@ -175,11 +175,11 @@ def test_bad_usage(words, says):
         "print(p.parse_args([{}]))"
     )
     process = start(code.format(words))
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
     assert err.startswith(f"error: {says}\n\nnext:\n")
     process = start(code.format(f"'--json', {words}"))
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert json.loads(out)["exit_code"] == 2
     assert json.loads(out)["error"] == says
 
@@ -189,4 +189,4 @@ def test_good_usage():
         "p = cli.parser('what it does')\np.add_argument('--usd', type=cli.dollars)\n"
         "args = p.parse_args(['--usd', '0.5', '-q'])\nprint(args.usd, args.quiet, args.json)"
     )
-    assert process.communicate(timeout=30)[0] == "0.5 True False\n"
+    assert process.communicate(timeout=300)[0] == "0.5 True False\n"

@@ -111,7 +111,7 @@ def on_a_terminal(**env: str) -> str:
         pass  # how Linux tells that the other end is closed
     finally:
         os.close(mine)
-    out, _ = child.communicate(timeout=30)
+    out, _ = child.communicate(timeout=300)
     assert (child.returncode, out) == (0, b"")
     return shown.decode()
 

@@ -162,7 +162,7 @@ def test_a_folder_of_another_user(open_place):
     """
     process = start(code, str(open_place / "theirs"), str(NOBODY))
     told = process.stdout.read()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert "Permission denied" in told
     assert "chown" in told
 
