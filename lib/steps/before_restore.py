@@ -18,7 +18,7 @@ from lib.steps.collection_backup import (
     require_target,
 )
 from lib.steps.restore_files import Wanted
-from lib.steps.restore_nodes import parts_of
+from lib.steps.restore_parts import place
 from lib.steps.restore_site import Options, Proved, Site
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
@@ -38,15 +38,13 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
         assert site.collection is not None
         site.say(f"proving {wanted.archive}")
         if wanted.bare:
-            proved.collection = open_bare(wanted.archive, site.collection)
+            backup = open_bare(wanted.archive, site.collection)
         else:
-            proved.collection = open_backup(wanted.archive, wanted.collection_half)
-        require_same_name(proved.collection, site.collection)
-        check_version(proved.collection, site.collection.qdrant, force=options.force_version)
+            backup = open_backup(wanted.archive, wanted.collection_half)
+        require_same_name(backup, site.collection)
+        check_version(backup, site.collection.qdrant, force=options.force_version)
         require_target(site.collection.qdrant, site.collection.collection)
-        parts_of(
-            proved.collection, site.collection
-        )  # refused where there is no node for each of its snapshots
+        proved.placement = place(backup, site.collection)
     if wanted.rdb:
         assert site.graph is not None
         site.say(f"proving {wanted.rdb}: loading it into a scratch FalkorDB")

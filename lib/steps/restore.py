@@ -15,7 +15,7 @@ from lib.steps.collection_backup import open_backup
 from lib.steps.newer import newer_than
 from lib.steps.old_graph import SAFE, retire_old
 from lib.steps.own_snapshot import removed
-from lib.steps.restore_nodes import parts_of, put_parts_back, rehearse_parts, replace_parts
+from lib.steps.restore_parts import place
 from lib.steps.restore_site import Options, Proved, Restored, Site, Undo
 from lib.steps.settle_restore import COMMAND, settle, settle_graphs, settle_last, supersede
 from lib.steps.take_pair import take_backup
@@ -37,8 +37,11 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
             journal.append(SAFE, manifest=result.safety.name if result.safety else None)
         back = undo(result.safety)
         site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash:\n  {site.again}\n")
-        if temporary:
-            _switch_collection(site, proved, temporary, journal, back, settled.aliases)
+        if proved.placement and temporary:
+            with site.bar("restore the collection", None, "bytes") as progress:
+                collections.replace_live(
+                    proved.placement, temporary, journal, progress, undo=back, aliases=settled.aliases
+                )
     except MigrationError as error:
         if not _between(journal):
             # Where the server may still be at work on what was asked, the journal stays open for the next run.
@@ -83,37 +86,15 @@ def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | No
     half = safety.collection if safety else None
     if site.collection is None or safety is None or half is None:
         return "There is no safety backup to put back"
-    qdrant, name = site.collection.qdrant, site.collection.collection
-    site.notice(f"putting '{name}' back as it was, from {safety.path}")
+    site.notice(f"putting '{site.collection.collection}' back as it was, from {safety.path}")
     try:
-        saved = open_backup(safety.file_of(half), half)
+        saved = place(open_backup(safety.file_of(half), half), site.collection)
         temporary = str(journal.fact("temporary_collection"))
-        parts, aliases = parts_of(saved, site.collection), journal.fact("aliases") or []
-        if parts:
-            put_parts_back(parts, saved, site.collection, temporary, aliases)
-        else:
-            collections.put_back(saved, qdrant, name, temporary, aliases)
+        collections.put_back(saved, temporary, journal.fact("aliases") or [])
     except MigrationError as error:
         return f"The old one could not be put back either: {error}"
     journal.append(collections.PUT_BACK)
     return None
-
-
-def _switch_collection(
-    site: Site, proved: Proved, temporary: str, journal: Journal, undo: str, aliases: list[str]
-) -> None:
-    assert proved.collection is not None
-    assert site.collection is not None
-    target, one = site.collection, proved.collection
-    parts = parts_of(one, target)
-    with site.bar("restore the collection", None, "bytes") as progress:
-        if parts:
-            replace_parts(parts, one, target, temporary, journal, progress, undo=undo, aliases=aliases)
-        else:
-            name = target.collection
-            collections.replace_live(
-                one, target.qdrant, name, temporary, journal, progress, undo=undo, aliases=aliases
-            )
 
 
 def _rehearse(site: Site, proved: Proved, journal: Journal) -> tuple[bytes | None, str | None]:
@@ -121,15 +102,10 @@ def _rehearse(site: Site, proved: Proved, journal: Journal) -> tuple[bytes | Non
     if proved.graph and site.graph:
         site.say("the target proves that it takes the graph, under a throw-away name")
         payload = graphs.rehearse(proved.graph, site.graph, journal)
-    if proved.collection and site.collection:
-        size = proved.collection.proof.archive.snapshot_size
+    if proved.placement:
+        size = proved.placement.backup.proof.archive.snapshot_size
         with site.bar("rehearse the collection", size, "bytes") as progress:
-            qdrant, name = site.collection.qdrant, site.collection.collection
-            parts = parts_of(proved.collection, site.collection)
-            if parts:
-                temporary = rehearse_parts(parts, proved.collection, site.collection, journal, progress)
-            else:
-                temporary = collections.rehearse(proved.collection, qdrant, name, journal, progress)
+            temporary = collections.rehearse(proved.placement, journal, progress)
     return payload, temporary
 
 

@@ -13,6 +13,7 @@ from lib.steps.payloads import PointId
 from lib.steps.present import as_text
 from lib.steps.progress import ProgressBar
 from lib.steps.restore_graph import GraphBackup
+from lib.steps.restore_parts import Placement
 from lib.steps.restored_points import CollectionBackup
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
@@ -53,7 +54,12 @@ class Proved:
     """The files, proved; the graph's stays loaded while the restore runs."""
 
     graph: GraphBackup | None = None
-    collection: CollectionBackup | None = None
+    placement: Placement | None = None
+
+    @property
+    def collection(self) -> CollectionBackup | None:
+        """The collection's backup, wherever its snapshots go."""
+        return self.placement.backup if self.placement else None
 
 
 @dataclass

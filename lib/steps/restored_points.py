@@ -79,10 +79,10 @@ class CollectionBackup:
         """How many points are promised; None for a bare snapshot whose segments no engine here could count."""
         return None if self.proof.archive.ids < 0 else self.proof.archive.ids
 
-    def send(self, take: SnapshotReader) -> None:
-        """Hand over the snapshot as a stream; the ids are kept as they pass."""
+    def send(self, take: SnapshotReader, snapshot: str) -> None:
+        """Hand over the snapshot of this name as a stream; the ids are kept as they pass."""
         if not self.bare:
-            read_archive(self.path, on_snapshot=take, on_ids=self.ids.keep)
+            read_archive(self.path, on_snapshot=take, on_ids=self.ids.keep, only=snapshot)
             return
         with self.path.open("rb") as stream:
             take(stream)

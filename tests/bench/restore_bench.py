@@ -22,6 +22,7 @@ from lib.journal import Journal, start_journal
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.steps import restore_collection, restore_graph
 from lib.steps.collection_backup import open_backup
+from lib.steps.restore_parts import Placement, place
 from lib.steps.restored_points import CollectionBackup
 from lib.steps.take_collection import CollectionSource, take_collection
 from lib.steps.take_graph import GraphSource, take_graph
@@ -130,7 +131,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         ours, bare, absent = [], [], []
         for number in range(PAIRS):
             journal = start_journal(folder, "restore", ["bench"])
-            ours.append(seconds_of(functools.partial(_replace, backup, source, journal)))
+            ours.append(seconds_of(functools.partial(_replace, place(backup, source), journal)))
             absent.append(_between(journal))
             name = f"{source.collection}_bare"
             bare.append(seconds_of(functools.partial(_put, raw, backup, source, f"{name}_{number}", name)))
@@ -141,11 +142,10 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         yield at_most("restore.absent_vs_bare", median(absent), median(bare), None, on)
 
 
-def _replace(backup: CollectionBackup, source: CollectionSource, journal: Journal) -> None:
-    qdrant, name = source.qdrant, source.collection
-    temporary = restore_collection.rehearse(backup, qdrant, name, journal, None)
-    restore_collection.replace_live(backup, qdrant, name, temporary, journal, None, undo="")
-    restore_collection.drop_temporary(qdrant, temporary)
+def _replace(placement: Placement, journal: Journal) -> None:
+    temporary = restore_collection.rehearse(placement, journal, None)
+    restore_collection.replace_live(placement, temporary, journal, None, undo="")
+    restore_collection.drop_temporary(placement.target.qdrant, temporary)
 
 
 def _put(raw: Path, backup: CollectionBackup, source: CollectionSource, file: str, name: str) -> None:
