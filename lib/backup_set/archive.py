@@ -1,8 +1,7 @@
 """`qdrant_snapshot_*.tar.gz`: the server's own snapshot, the raw configuration and the promised ids.
 
 Members in order: `collection.json`, `snapshot/<name>` (of a cluster one of each node), `ids.txt` (one id a line).
-Written and read as a stream;
-igzip (isal) at level 1 compresses at the speed of the network. Nothing is ever unpacked by a name from the file.
+Written and read as a stream, deflated where that is worth its time. Nothing is ever unpacked by a name from the file.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from lib.errors import BackupDamaged, BadFile
 from lib.files import atomic_writer
 
 FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
-_LEVEL = 1
 _BLOCK = 512
 _CHUNK = 1 << 20
 _FACTS_LIMIT = 64 << 20
@@ -53,10 +51,10 @@ class ArchiveWriter:
     """Writes tar members whose bytes arrive by push: `begin`, `write` ..., `end`."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        from isal import igzip
+        from lib.backup_set.gzip_blocks import GzipBlocks
 
         self._out = _HashingFile(stream)
-        self._gzip = igzip.IGzipFile(fileobj=self._out, mode="wb", compresslevel=_LEVEL, filename="", mtime=0)
+        self._gzip = GzipBlocks(cast("IO[bytes]", self._out))
         self._behind = Behind(self._gzip.write)
         self._left = self._size = 0
 

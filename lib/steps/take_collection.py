@@ -75,7 +75,7 @@ def parsed(line: str) -> PointId:
 
 def _write_ids(source: CollectionSource, stream: IO[bytes]) -> None:
     for page in scroll(source.qdrant, source.collection):
-        stream.writelines(f"{point.id}\n".encode() for point in page)
+        stream.write("".join([f"{point.id}\n" for point in page]).encode())
     stream.flush()
 
 
