@@ -60,6 +60,7 @@ def test_any_gunzip_reads_it(size, tmp_path):
 
 
 def test_what_deflate_hardly_shrinks_is_stored_and_the_rest_deflated():
+    assert BLOCK_BYTES < len(packed(FLOATS[:BLOCK_BYTES])) < 1.001 * BLOCK_BYTES
     assert len(packed(ZEROS[:BLOCK_BYTES])) < 0.02 * BLOCK_BYTES
     assert gzip.decompress(packed(b"")) == b""
 
