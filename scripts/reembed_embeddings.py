@@ -118,7 +118,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
         pace = (args.workers, args.batch_size, args.max_cost, console.say)
         buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
         if args.dry_run:
-            return showing.show_tried(try_one_batch(buyer, spool), plan, run, console)
+            return showing.show_tried(try_one_batch(buyer, spool, run.bought.log), plan, run, console)
         if args.limit:
             return showing.show_spot_check(spot_check.spot_check(run, buyer, live, args.limit), run, console)
         buyer.require_affordable(plan.tokens, run.bought)

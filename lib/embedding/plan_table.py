@@ -106,6 +106,11 @@ class PlanTable(SpoolFile):
         for _, row in self._pages("FROM memories m WHERE 1", after, page):
             yield row
 
+    def sample(self, count: int) -> list[MemoryRow]:
+        """Some memories of distinct texts, the same ones each time: keys are hashes, the first are like any others."""
+        sql = f"SELECT {_COLUMNS} {_DISTINCT} ORDER BY m.key, m.id LIMIT ?"
+        return [_memory_row(values) for values in self._rows(sql, [count])]
+
     def memories_of(self, point_ids: Sequence[str | int]) -> dict[str | int, MemoryRow]:
         """Those of `point_ids` that the plan knows."""
         found: dict[str | int, MemoryRow] = {}

@@ -140,6 +140,7 @@ class _Run:
             while self._outstanding > 0 and time.monotonic() < deadline:
                 self._take(0.1)
             self._take(0.0)
+            self._report()
 
     def dismiss(self, workers: int) -> None:
         """Let the worker threads end."""

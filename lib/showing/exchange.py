@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 
 def voice(run: Migration, console: Console) -> Voice:
-    """What is said right before the live collection is deleted, also when quiet."""
+    """What is said right before the live collection is deleted, also when quiet; and how the report is written."""
+    from lib.showing.report import write
     from lib.steps.exchange import Voice
 
     def announce(undo: str) -> None:
         name = run.target.collection
         console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
 
-    return Voice(undo_of, announce)
+    return Voice(undo_of, announce, lambda report: write(report, run.folder, console))
 
 
 def show_staged(state: CollectionState | None, run: Migration, console: Console) -> int:

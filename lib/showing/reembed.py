@@ -120,10 +120,12 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
 
 
 def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int:
-    """The result of a re-embedding, with the way back and the next steps."""
+    """The result of a re-embedding, with the way back, the next steps and where the report is."""
+    from lib.steps.report import points_in_place
+
     code = _remaining(outcome, run, console)
     price = run.bought.price(run.spec.model)
-    points = run.spool.memory_count() - outcome.unembedded - len(outcome.rejected)
+    points = points_in_place(run, outcome)
     document = {
         "collection": run.target.collection,
         "size": run.spec.size,
@@ -140,6 +142,7 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         "aliases_taken": run.aliases_taken,
         "indexed": run.indexed,
         "undo": run.undo,
+        "report": run.report,
     }
     text = (
         f"'{run.target.collection}' is {run.spec.size}d now: {points:,} points, every vector compared.\n"
@@ -150,7 +153,7 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         "  python scripts/reembed_embeddings.py --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"
     )
-    console.result(document, text)
+    console.result(document, "\n\nreport:\n  ".join([text, *map(str, run.report[-1:])]))
     return code
 
 

@@ -17,6 +17,7 @@ from lib.embedding.workers import EmbedProgress, embed_missing
 from lib.errors import UsageProblem
 from lib.steps.memories import Scan, scan_graph
 from lib.steps.progress import ProgressBar, steps_of
+from lib.steps.purchases import PurchaseLog, watched
 from lib.steps.take_graph import GraphSource
 
 MOST_ROUNDS = 5
@@ -25,7 +26,10 @@ FEW_CONTENTS = 100
 
 @dataclass
 class Bought:
-    """What was embedded and paid for in this run; `refused` are texts that the provider does not take."""
+    """What was embedded and paid for in this run; `refused` are texts that the provider does not take.
+
+    `log` notes it for the report that is written when all is done; None: nothing is reported.
+    """
 
     texts: int = 0
     tokens: int = 0
@@ -33,6 +37,7 @@ class Bought:
     seconds: float = 0.0
     refused: list[Refused] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    log: PurchaseLog | None = None
 
     def price(self, model: str) -> float | None:
         """In US dollars; None for a model without a known price."""
@@ -80,12 +85,16 @@ class Buyer:
 
 
 def _told(
-    buyer: Buyer, total: Missing, advance: Callable[[int, int], None]
+    buyer: Buyer,
+    total: Missing,
+    advance: Callable[[int, int], None],
+    note: Callable[[EmbedProgress], None],
 ) -> Callable[[EmbedProgress], None]:
-    """Progress for the bar; once, when the first batch has arrived, what is left of the time."""
+    """Progress for the bar and the log; once, when the first batch has arrived, what is left of the time."""
     left = [buyer.tell] if buyer.tell else []
 
     def tell(seen: EmbedProgress) -> None:
+        note(seen)
         advance(seen.embedded, total.texts)
         if left and seen.embedded:
             share = 1 - seen.embedded / total.texts
@@ -103,14 +112,14 @@ def buy(
     """Embed these texts and store each answer before the next is asked for; adds to `into`."""
     if not total.texts:
         return
-    with bar("embed", total.texts, "texts") as progress:
+    with bar("embed", total.texts, "texts") as progress, watched(into.log) as note:
         outcome = embed_missing(
             buyer.client,
             rows,
             spool.put_vectors,
             workers=buyer.workers,
             batch_size=buyer.batch_size,
-            progress=_told(buyer, total, steps_of(progress)),
+            progress=_told(buyer, total, steps_of(progress), note),
         )
     into.texts += outcome.embedded
     into.tokens += outcome.tokens
@@ -160,7 +169,7 @@ def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
     return replace(spec, size=native) if native is not None and spec.size > native else spec
 
 
-def try_one_batch(buyer: Buyer, spool: Spool) -> Tried:
+def try_one_batch(buyer: Buyer, spool: Spool, log: PurchaseLog | None = None) -> Tried:
     """Embed one batch for real; it lands in the spool, so that it is not paid for again.
 
     Where the client's size is not the plan's (see `sample_spec`) the vectors are thrown away. A row that the provider
@@ -172,13 +181,15 @@ def try_one_batch(buyer: Buyer, spool: Spool) -> Tried:
     size = buyer.client.spec.size
     kept = size == buyer.spec.size
     note = "kept in the spool" if kept else f"sampled at the model's own {size}d, not kept"
-    done = embed_missing(
-        buyer.client,
-        first,
-        spool.put_vectors if kept else lambda _vectors: None,
-        workers=1,
-        batch_size=buyer.batch_size,
-    )
+    with watched(log) as seen:
+        done = embed_missing(
+            buyer.client,
+            first,
+            spool.put_vectors if kept else lambda _vectors: None,
+            workers=1,
+            batch_size=buyer.batch_size,
+            progress=seen,
+        )
     if done.refused:
         note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
     left = spool.missing_total()

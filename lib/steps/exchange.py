@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lib.backup_set.manifest import Manifest
@@ -12,6 +13,7 @@ from lib.errors import StoreFailed
 from lib.steps.migration import Migration, journal_of
 from lib.steps.phases import RECOVERED, STAGED
 from lib.steps.place import FILL, Way, prove_way, put_in_place
+from lib.steps.report import Report
 from lib.steps.restore_collection import drop_temporary
 from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE, protection, situation
 from lib.steps.stage import room_kept
@@ -24,10 +26,11 @@ _TRIES = 2  # restores of the staged collection, before it is filled from the sp
 
 @dataclass(frozen=True)
 class Voice:
-    """How the operator is told: the way back from a backup, and what is said right before a delete."""
+    """How the operator is told: the way back from a backup, what is said right before a delete, the report's files."""
 
     undo_of: Callable[[Manifest | None], str]
     announce: Callable[[str], None]
+    report: Callable[[Report], list[Path]]
 
 
 def standing_staged(run: Migration) -> str | None:

@@ -9,10 +9,12 @@ from lib.steps.embed import Buyer, catch_up
 from lib.steps.exchange import Voice, exchange, standing_staged
 from lib.steps.last_run import COMMAND, spec_as_json
 from lib.steps.migration import Migration, journal_of
+from lib.steps.neighbours import keep_before
 from lib.steps.open_run import give_up_others
 from lib.steps.phases import DELETING, PLACING, PROVED
 from lib.steps.place import file_of
 from lib.steps.prove_points import prove_points
+from lib.steps.report import make_report
 from lib.steps.situation import ABSENT, ADOPT, REPLACE, require_whole_graph, situation
 from lib.steps.stage import drop_staged, stage
 from lib.steps.surplus import remove_surplus
@@ -66,23 +68,26 @@ def only_stage(run: Migration, buyer: Buyer) -> CollectionState | None:
 
 
 def migrate(run: Migration, buyer: Buyer, first: Manifest | None, voice: Voice) -> Filled:
-    """Stage, exchange (or adopt) the collection, catch up, prove it, clean up.
+    """Stage, exchange (or adopt) the collection, catch up, prove it, clean up, report.
 
     The guard is asked again right before the delete, and what it accepts then is what the journal names and
     `voice` is told the way back to.
     """
     kind, live = situation(run)
+    went_on_after_delete = run.reached(DELETING)
     if kind == REPLACE and live is not None and not run.in_place:
         stage(run, buyer, live)
     elif kind != ABSENT or standing_staged(run) is None:
         scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
         if kind == REPLACE:
             require_whole_graph(run, scan.usable)
+    if kind == REPLACE:
+        keep_before(run)
     began = exchange(run, first, voice)
     filled = _fill(run)
     if began is not None and not run.absent_seconds:
         run.absent_seconds = filled.whole_at - began
-    catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+    scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
     late = _fill(run)
     late.outcome.added += filled.outcome.added
     if (
@@ -91,7 +96,9 @@ def migrate(run: Migration, buyer: Buyer, first: Manifest | None, voice: Voice) 
         run.removed = remove_surplus(run, get_state(run.target.qdrant, run.target.collection))
     rejected = [one.id for one in late.outcome.rejected]
     run.mended = prove_points(run, run.target.collection, rejected, own=False)
-    _end(run, late)
+    _tidy(run, late)
+    run.report = voice.report(make_report(run, scan, late.outcome, went_on_after_delete=went_on_after_delete))
+    _end(run)
     return late
 
 
@@ -109,7 +116,7 @@ def _fill(run: Migration) -> Filled:
     return filled
 
 
-def _end(run: Migration, filled: Filled) -> None:
+def _tidy(run: Migration, filled: Filled) -> None:
     """Stamp, note, and remove what was staged: the snapshot's files first, then the collection."""
     journal, stamped = journal_of(run), stamp(run.spec)
     set_metadata(run.target.qdrant, run.target.collection, stamped)
@@ -118,4 +125,10 @@ def _end(run: Migration, filled: Filled) -> None:
     if run.has_staged:
         drop_staged(run)
         file_of(run).unlink(missing_ok=True)
-    journal.close("done")
+
+
+def _end(run: Migration) -> None:
+    """The report is written; a run killed before its journal is closed writes it again."""
+    if run.bought.log:
+        run.bought.log.settle(journal_of(run).run_id)
+    journal_of(run).close("done")

@@ -22,7 +22,7 @@ class Migration:
     `planned`: memories to have a point when the plan was shown. `room`: bytes that the server needs beside the live
     collection. `undo`: the way back, as commands. `absent_seconds`: how long the collection was absent or incomplete.
     `way`: how the new one came under its name. `upsert_rate`: points a second, as seen. `aliases_taken`: aliases that
-    somebody else took meanwhile. `indexed`: whether the index was seen whole.
+    somebody else took meanwhile. `indexed`: whether the index was seen whole. `report`: the files that tell of the run.
     """
 
     graph: GraphSource
@@ -46,6 +46,7 @@ class Migration:
     undo: str = ""
     aliases_taken: list[str] = field(default_factory=list)
     indexed: bool = True
+    report: list[Path] = field(default_factory=list)
 
     @property
     def spec(self) -> EmbeddingSpec:

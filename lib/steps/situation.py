@@ -17,6 +17,7 @@ from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING
 from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, whole_plan
 from lib.steps.present import points_present
 from lib.steps.prove import check_file
+from lib.steps.purchases import PurchaseLog
 from lib.steps.sync import missing_of
 from lib.vectors.cluster import topology
 from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
@@ -37,6 +38,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
     scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
     run.planned, run.room = scan.usable, room_needed(scan, run.spec)
+    if not repair:
+        run.bought.log = PurchaseLog(run.spool, run.spec)
+        run.bought.log.begin(run.journal.run_id if run.journal else None)
     kind, state = situation(run)
     if not (repair or run.in_place):
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)

@@ -34,6 +34,7 @@ ROOMS = {
     "dotenv": "lib/env_files.py",
     "rich": "lib/live_bars.py",
     "portalocker": "lib/files.py",
+    "jinja2": "lib/showing",
     "argparse": "lib/cli.py",
 }
 # With brackets, so that this file does not hold what it looks for.

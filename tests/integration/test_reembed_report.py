@@ -1,0 +1,423 @@
+"""The report beside the backups: what it says against what can be computed apart from it, and what it must not hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.showing import plots
+from lib.showing.report import page
+from lib.steps.phases import DELETED, DELETING
+from lib.steps.purchases import MOST_SLOTS, Purchases, Slot
+from tests.kill_support import run_killed
+from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL
+from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
+
+pytestmark = pytest.mark.qdrant
+HOSTILE = "<script>alert('1')</script> & \"quoted\" <img src=x onerror=alert(2)> </style></title>"
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """The page as a reader has it: its texts, its elements, and that each one which begins ends."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def tags(self) -> set[str]:
+        return {tag for tag, _ in self.elements}
+
+
+@pytest.fixture
+def ready(operator):
+    operator.load()
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.servers.openai.reset()
+    return operator
+
+
+def reports(operator) -> list[Path]:
+    return sorted((operator.backups / "reports").glob("*"))
+
+
+def the_report(operator) -> tuple[dict, Page, str]:
+    """The only report there is, both files of it."""
+    html, document = reports(operator)
+    assert (html.suffix, document.suffix) == (".html", ".json")
+    return json.loads(document.read_text()), Page(html.read_text()), html.read_text()
+
+
+def nearest(points, one, most=10):
+    """The ids of the nearest by cosine, computed here, and their scores."""
+    ids = list(points)
+    matrix = np.vstack([vector for _, vector in points.values()]).astype(np.float64)
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    scores = matrix @ matrix[ids.index(one)]
+    order = [at for at in np.argsort(-scores) if ids[at] != one][: most + 1]
+    return [ids[at] for at in order], [float(scores[at]) for at in order]
+
+
+def assert_found(near, scores, wanted):
+    """The same scores, and the same points but where scores are equal."""
+    ids, best = wanted
+    assert scores == pytest.approx(best[:10], abs=2e-4)
+    sure = {one for one, score in zip(ids, best, strict=True) if score > best[9] + 2e-4}
+    assert sure <= set(near)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_was_done_and_how_to_undo_it(ready):
+    result = ready.run("reembed_embeddings", "--json", "--batch-size", "30").json
+    document, shown, _ = the_report(ready)
+    assert result["report"] == [str(path) for path in reports(ready)[::-1]]
+    assert result["undo"] == document["undo"]
+    assert "\n".join(line.strip() for line in document["undo"].splitlines()) in "\n".join(
+        line.strip() for text in shown.texts for line in text.splitlines()
+    )
+    assert (document["format"], document["collection"]) == (1, ready.collection)
+    assert document["old"] == {
+        "size": OLD_SIZE,
+        "points": json.loads(ready.manifests()[0].read_text())["collection"]["points"],
+        "model": SMALL,
+        "model_known": json.loads(ready.manifests()[0].read_text())["collection"]["model_known"],
+    }
+    points = points_of(ready)
+    assert (document["new"]["size"], document["new"]["model"]) == (NEW_SIZE, LARGE)
+    assert document["new"]["points"] == len(points) == result["points"]
+    assert document["way"] == result["way"]
+    assert document["absent_seconds"] == result["absent_seconds"]
+    assert document["absent_known"] == "measured"
+    assert document["backup"] == ready.manifests()[0].name
+    assert [one["phase"] for one in document["steps"]][:2] == ["started", "staging"]
+    assert ready.collection in shown.text
+    assert f"{len(points):,}" in shown.text
+
+    stats = ready.servers.openai.stats()
+    bought = document["bought"]
+    assert (bought["texts"], bought["tokens"], bought["requests"]) == (
+        stats["texts"],
+        stats["tokens"],
+        stats["requests"],
+    )
+    assert bought["price"] == pytest.approx(stats["tokens"] * 0.13 / 1e6)
+    assert sum(slot["texts"] for slot in document["rates"]) == stats["texts"]
+    assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(bought["seconds"], abs=0.1)
+    assert f"${bought['price']:.4f}" in shown.text
+
+
+def test_the_terminal_names_the_page(ready):
+    out = ready.run("reembed_embeddings").out
+    assert out.rstrip().endswith(f"report:\n  {reports(ready)[0]}")
+
+
+def test_recall_is_what_can_be_computed_from_the_vectors(ready):
+    before, stats = points_of(ready), ready.servers.openai.stats()
+    ready.run("reembed_embeddings")
+    after = points_of(ready)
+    recall = the_report(ready)[0]["recall"]
+    assert len(recall["memories"]) == 50
+    assert recall["neighbours"] == 10
+    for one in recall["memories"]:
+        was, now = nearest(before, one["id"]), nearest(after, one["id"])
+        assert one["before"] == pytest.approx(was[1][:10], abs=2e-4)
+        assert one["after"] == pytest.approx(now[1][:10], abs=2e-4)
+        # Where the tenth and the eleventh score the same either is right.
+        apart = was[1][9] - was[1][10] > 2e-4 and now[1][9] - now[1][10] > 2e-4
+        same = len(set(was[0][:10]) & set(now[0][:10]))
+        assert one["same"] == same or (not apart and abs(one["same"] - same) <= 2)
+    shares = [one["same"] / one["near"] for one in recall["memories"]]
+    assert recall["overlap"] == pytest.approx(np.mean(shares))
+    assert 0.1 < recall["overlap"] < 1
+    scores = [score for one in recall["memories"] for score in one["before"]]
+    assert recall["before_score"] == pytest.approx(np.median(scores))
+    assert stats["requests"] == 0  # before; and nothing was bought but the texts themselves:
+    texts = {node["content"] for node in embeddable(ready).values()}
+    assert ready.servers.openai.stats()["texts"] == len(texts)
+    contents = {str(one): payload["content"] for one, (payload, _) in after.items()}
+    for one in recall["memories"]:
+        assert " ".join(contents[str(one["id"])].split()).startswith(one["content"].removesuffix("..."))
+
+
+def test_skipped_and_refused_memories_are_listed(ready):
+    node = ready.cypher("MATCH (m:Memory) RETURN m.id ORDER BY id(m) LIMIT 1")[0][0]
+    ready.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'poison here'", id=node)
+    ready.cypher("CREATE (:Memory {id: 'legacy-4711', content: 'an id that no point can have'})")
+    ready.servers.openai.fault(poisoned_text="poison")
+    ready.run("reembed_embeddings", expect=3)
+    document, shown, _ = the_report(ready)
+    assert [one["label"] for one in document["refused"]] == [node]
+    assert document["skipped"]["counts"]["id is neither a UUID nor an unsigned integer"] >= 1
+    assert ["legacy-4711", "id is neither a UUID nor an unsigned integer"] in document["skipped"]["examples"]
+    assert "legacy-4711" in shown.text
+    assert f"memory {node} was not embedded" in shown.text
+    assert "Left to do" in shown.text
+
+
+def test_a_long_memory_is_named_as_cut(ready):
+    ready.cypher(
+        "CREATE (:Memory {id: '5b0c8f6e-11f6-4c5e-9a5e-4d4f3a2b1c00', content: $text})", text="word " * 9000
+    )
+    ready.run("reembed_embeddings")
+    document, shown, _ = the_report(ready)
+    assert document["cut"] == 1
+    assert "5b0c8f6e-11f6-4c5e-9a5e-4d4f3a2b1c00 : its end was cut" in shown.text
+
+
+# --- what it must not hold --------------------------------------------------------------------------------------
+
+
+def test_hostile_content_is_text_and_the_page_needs_nothing_else(ready):
+    ready.cypher("MATCH (m:Memory) SET m.content = $text + m.content", text=HOSTILE)
+    rows = [
+        {
+            "id": one,
+            "vector": vector.tolist(),
+            "payload": {**payload, "content": HOSTILE + payload["content"]},
+        }
+        for one, (payload, vector) in points_of(ready).items()
+    ]
+    ready.call("PUT", "/points?wait=true", {"points": rows})
+    ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
+    ready.run("reembed_embeddings")
+    document, shown, html = the_report(ready)
+    assert document["recall"]["memories"][0]["content"].startswith("<script>alert('1')</script>")
+    assert "<script>alert('1')</script>" in shown.text
+    assert "<script" not in html
+    assert "<img" not in html
+    assert shown.tags & {"script", "img", "link", "iframe", "object", "base", "form", "a"} == set()
+    attributes = {name for _, found in shown.elements for name in found}
+    assert not {name for name in attributes if name.startswith("on")}
+    assert attributes & {"src", "href", "srcset", "style", "action"} == set()
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = [found["content"] for tag, found in shown.elements if found.get("http-equiv")]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert {"svg", "path", "rect"} <= shown.tags
+
+
+def test_it_is_private_and_holds_no_key(ready):
+    ready.export(QDRANT_URL=ready.servers.qdrant_url.replace("//", "//me:l0gin-of-a-proxy@"))
+    ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
+    ready.run("reembed_embeddings")
+    folder = ready.backups / "reports"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for path in reports(ready):
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert KEY not in path.read_text()
+        assert "l0gin-of-a-proxy" not in path.read_text()
+
+
+# --- over several starts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [(f"after {DELETING}", ()), (f"after {DELETED}", ("--in-place",)), ("before closed", ())],
+)
+def test_a_run_that_is_killed_and_goes_on_still_has_what_was_before(ready, where, words):
+    before = points_of(ready)
+    run_killed(ready, where, "reembed_embeddings", *words)
+    result = ready.run("reembed_embeddings", *words)
+    after = assert_migrated(ready, before)
+    document, shown, _ = the_report(ready)
+    assert len(document["recall"]["memories"]) == 50
+    for one in document["recall"]["memories"][:5]:
+        assert one["before"] == pytest.approx(nearest(before, one["id"])[1][:10], abs=2e-4)
+        assert one["after"] == pytest.approx(nearest(after, one["id"])[1][:10], abs=2e-4)
+    assert document["old"]["size"] == OLD_SIZE
+    stats = ready.servers.openai.stats()
+    assert (document["bought"]["texts"], document["bought"]["tokens"]) == (stats["texts"], stats["tokens"])
+    assert document["absent_seconds"] > 0
+    assert document["absent_known"].startswith("at most")
+    assert ready.archive() in document["undo"]
+    assert document["undo"] in result.out
+    assert "of the 10 nearest" in shown.text
+
+
+def test_what_an_earlier_start_paid_for_is_in_the_sums(ready):
+    ready.run("reembed_embeddings", "--dry-run", "--batch-size", "20")
+    ready.servers.openai.fault(status=401, after=3)
+    ready.run("reembed_embeddings", "--batch-size", "20", "--workers", "1", expect=6)
+    ready.servers.openai.clear_faults()
+    assert reports(ready) == []
+    ready.run("reembed_embeddings", "--batch-size", "20")
+    document, shown, _ = the_report(ready)
+    stats = ready.servers.openai.stats()
+    assert document["bought"]["texts"] == stats["texts"]
+    assert document["bought"]["tokens"] == stats["tokens"]
+    assert [slot["after_pause"] for slot in document["rates"]].count(True) == 2
+    assert "broken lines: a pause" in shown.text
+
+
+def test_the_next_one_has_a_report_and_sums_of_its_own(ready):
+    ready.run("reembed_embeddings")
+    first = the_report(ready)[0]
+    result = ready.run("reembed_embeddings", "--json").json
+    assert len(reports(ready)) == 4
+    second = json.loads(Path(result["report"][0]).read_text())
+    assert second["run"] != first["run"]
+    assert (second["bought"]["texts"], second["rates"], second["recall"]) == (0, [], None)
+    assert second["recall_note"] == "no collection was replaced"
+    shown = Page(Path(result["report"][1]).read_text())
+    assert "Not measured: no collection was replaced" in shown.text
+    assert "Nothing had to be bought" in shown.text
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_collection_that_was_gone_has_no_before(ready):
+    ready.call("DELETE", "")
+    ready.run("reembed_embeddings")
+    document, shown, _ = the_report(ready)
+    assert document["recall"] is None
+    assert "Not measured" in shown.text
+
+
+def test_searches_that_fail_fail_no_migration(ready):
+    from tests.gate import Gate, Stop
+
+    before = points_of(ready)
+    with Gate(ready.servers.qdrant_url) as gate:
+        stop = Stop("POST", f"/{ready.collection}/points/query")
+        stop.let_go.set()  # its connection is closed at once
+        gate.stops.append(stop)
+        ready.run(
+            "backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE), "QDRANT_URL": gate.url}
+        )
+        ready.run("reembed_embeddings", env={"QDRANT_URL": gate.url})
+        assert stop.reached.is_set()
+    assert_migrated(ready, before)
+    document, shown, _ = the_report(ready)
+    assert document["recall"] is None
+    assert "the old collection could not be searched" in document["recall_note"]
+    assert "Not measured: the old collection could not be searched" in shown.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_fails_no_migration(ready):
+    before = points_of(ready)
+    (ready.backups / "reports").mkdir(mode=0o500)
+    result = ready.run("reembed_embeddings", "--json")
+    assert "the report could not be written" in result.err
+    assert result.json["report"] == []
+    assert_migrated(ready, before)
+
+
+def test_a_report_that_cannot_be_written_fails_no_migration(ready):
+    before = points_of(ready)
+    (ready.backups / "reports").write_text("a file where the folder should be")
+    result = ready.run("reembed_embeddings", "--json")
+    assert "the report could not be written" in result.err
+    assert result.json["report"] == []
+    assert_migrated(ready, before)
+
+
+def test_backups_are_listed_and_cleaned_up_beside_reports(ready):
+    ready.run("reembed_embeddings")
+    ready.run("backup_automem", "--only", "qdrant")
+    assert len(ready.run("backup_automem", "--list", "--json").json["sets"]) == 2
+    ready.run("backup_automem", "--cleanup", "--keep", "1")
+    ready.run("backup_automem", "--check", "all")
+    assert len(reports(ready)) == 2
+
+
+# --- figures and plots ------------------------------------------------------------------------------------------
+
+
+def test_slots_are_bounded_however_long_a_run_is():
+    made = Purchases()
+    for number in range(10_000):
+        made.add(Slot(float(number), 1.0, 7, 1 if number == 5000 else 0, after_pause=number == 3000), 70, 1)
+        assert len(made.slots) <= MOST_SLOTS
+    assert (made.texts, made.tokens, made.requests, made.rate_limited) == (70_000, 700_000, 10_000, 1)
+    assert sum(slot.texts for slot in made.slots) == 70_000
+    assert sum(slot.seconds for slot in made.slots) == pytest.approx(10_000)
+    assert [slot.after_pause for slot in made.slots].count(True) == 1
+    assert all(slot.texts == pytest.approx(7 * slot.seconds) for slot in made.slots)
+    assert [slot.at for slot in made.slots] == sorted(slot.at for slot in made.slots)
+
+
+def numbers(path: str) -> list[tuple[float, float]]:
+    words = path.removesuffix(" Z")[1:].split(" L")
+    return [tuple(map(float, word.split(","))) for word in words]
+
+
+def test_a_plot_of_rates_is_in_its_frame_and_in_proportion():
+    slots = [
+        {"at": 0.0, "seconds": 10.0, "texts": 100, "after_pause": False},
+        {"at": 60.0, "seconds": 30.0, "texts": 900, "after_pause": True},
+    ]
+    plot = plots.rates(slots)
+    points = numbers(plot.areas[0].outline)
+    assert all(plot.left <= x <= plot.right and plot.top <= y <= plot.bottom for x, y in points)
+    slow, fast = plot.bottom - points[0][1], plot.bottom - points[-1][1]
+    assert fast == pytest.approx(3 * slow, abs=0.1)
+    assert plot.marks == [pytest.approx(plot.left + (plot.right - plot.left) / 4, abs=0.1)]
+    assert plots.rates([]) is None
+    assert plots.rates([{**slots[0], "texts": 0}]) is not None
+
+
+def test_a_plot_of_scores_lays_both_over_one_scale():
+    plot = plots.scores([0.2] * 10, [0.8] * 10)
+    old, new = (numbers(area.outline) for area in plot.areas)
+    assert [area.kind for area in plot.areas] == ["old", "new"]
+    assert min(y for _, y in old) == min(y for _, y in new)
+    assert min(old, key=lambda point: point[1])[0] < min(new, key=lambda point: point[1])[0]
+    assert plots.scores([], []) is None
+    assert plots.scores([0.5], [0.5]) is not None
+
+
+def test_a_plot_of_overlaps_counts_every_memory():
+    memories = [{"same": 10, "near": 10}, {"same": 3, "near": 5}, {"same": 0, "near": 10}]
+    bars = plots.overlaps(memories, 10).bars
+    assert [bar.label for bar in bars] == [
+        "0 of 10 the same: 1 memories",
+        "6 of 10 the same: 1 memories",
+        "10 of 10 the same: 1 memories",
+    ]
+
+
+def test_half_a_character_is_no_trouble(ready, tmp_path):
+    from lib.backup_set.reports import write_document, write_page
+
+    ready.run("reembed_embeddings")
+    document = the_report(ready)[0]
+    document["recall"]["memories"][0]["content"] = "half \ud83d of it"
+    written = write_document(tmp_path, "x", document)
+    assert json.loads(written.read_text()) == document
+    assert "half ? of it" in write_page(written, page(document)).read_text()
