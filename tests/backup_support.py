@@ -11,7 +11,7 @@ import tarfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,21 @@ def age_journals(operator: Operator, hours: int) -> None:
 
 
 @contextmanager
-def writers(operator: Operator, count: int, pause: float, keep: int = 100) -> Iterator[None]:
+def writers(operator: Operator, count: int, pause: float, keep: int = 100) -> Iterator[Callable[[], bool]]:
     """Threads that create pairs (both nodes and their relationship in one query), then their points.
 
-    Each deletes its own pairs again, beyond the newest `keep`; no pair is ever half there.
+    Each deletes its own pairs again, beyond the newest `keep`; no pair is ever half there. What is given waits until
+    another pair was created from now on (False: none came).
     """
-    stop, faults = threading.Event(), []
+    stop, faults, created = threading.Event(), [], [0]
+
+    def another() -> bool:
+        before = created[0]
+        return wait_for(lambda: created[0] > before or bool(faults))
 
     def work(number: int) -> None:
         try:
-            _write_pairs(operator, number, stop, pause, keep)
+            _write_pairs(operator, number, stop, pause, keep, created)
         except Exception as error:  # noqa: BLE001 - told by the block's end, whatever it is
             faults.append(error)
 
@@ -147,7 +152,7 @@ def writers(operator: Operator, count: int, pause: float, keep: int = 100) -> It
     for one in threads:
         one.start()
     try:
-        yield
+        yield another
     finally:
         stop.set()
         for one in threads:
@@ -155,7 +160,9 @@ def writers(operator: Operator, count: int, pause: float, keep: int = 100) -> It
     assert not faults, faults
 
 
-def _write_pairs(operator: Operator, number: int, stop: threading.Event, pause: float, keep: int) -> None:
+def _write_pairs(
+    operator: Operator, number: int, stop: threading.Event, pause: float, keep: int, created: list[int]
+) -> None:
     from falkordb.graph import Graph
 
     alive: list[tuple[str, list[str]]] = []
@@ -172,6 +179,7 @@ def _write_pairs(operator: Operator, number: int, stop: threading.Event, pause: 
         while not stop.is_set():
             key, ids = f"{number}-{count}", [str(uuid.uuid4()), str(uuid.uuid4())]
             graph.query(CREATE_PAIR, {"key": key, "left": ids[0], "right": ids[1]})
+            created[0] += 1
             rows = [{"id": one, "vector": [1.0] * OLD_SIZE, "payload": {"content": key}} for one in ids]
             call("PUT", "/points?wait=true", {"points": rows})
             alive.append((key, ids))

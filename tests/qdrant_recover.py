@@ -18,7 +18,7 @@ from tests.qdrant_uploads import repacked
 
 KEY = "secretkey"
 POINTS, SIZE = 8000, 256
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 120.0
 POLL_SECONDS = 0.1
 HANG_UP_SECONDS = {"own URL, the client": 0.1, "snapshot create, the client": 0.05}
 FRESH_TARGET = ("own URL, wait=false", "own URL, the client hangs up", "two restores at once")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import uuid
 from collections import Counter
@@ -78,6 +79,7 @@ class EmbeddingsApp:
         self._latency = latency_seconds
         self._ledger = Ledger()
         self._rules: list[Rule] = []
+        self._dropped = asyncio.Event()  # of the rules that there are; the next ones get another
 
     def asgi(self) -> Starlette:
         """The application to serve."""
@@ -112,7 +114,7 @@ class EmbeddingsApp:
         body = _parsed(await request.body())
         given = body.get("input", "") if isinstance(body, dict) else ""
         texts = [text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str)]
-        rules = [rule for rule in self._rules if rule.fires(texts)]
+        rules, dropped = [rule for rule in self._rules if rule.fires(texts)], self._dropped
         refusal = self._limits.take(estimated_tokens(texts))
         headers = {} if any(rule.no_headers for rule in rules) else self._limits.headers()
         try:
@@ -123,11 +125,12 @@ class EmbeddingsApp:
             counts = checks.token_counts(texts)
             checks.check_tokens(counts)
         except ApiError as error:
-            await asyncio.sleep(sum(rule.hang_seconds for rule in rules))
+            await _hang(rules, dropped)
             error.headers = {**headers, **error.headers}
             raise
         self._ledger.charge(wanted, sum(counts))
-        await asyncio.sleep(self._latency + sum(rule.hang_seconds for rule in rules))
+        await asyncio.sleep(self._latency)
+        await _hang(rules, dropped)
         return _success(wanted, sum(counts), rules, headers)
 
     async def stats(self, _: Request) -> Response:
@@ -151,7 +154,17 @@ class EmbeddingsApp:
     async def clear_faults(self, _: Request) -> Response:
         """DELETE /_sandbox/faults."""
         self._rules.clear()
+        self._dropped.set()
+        self._dropped = asyncio.Event()
         return _json({"ok": True})
+
+
+async def _hang(rules: list[Rule], dropped: asyncio.Event) -> None:
+    """As long as the rules say, or until they are dropped."""
+    seconds = sum(rule.hang_seconds for rule in rules)
+    if seconds:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(dropped.wait(), seconds)
 
 
 def _raise_ordered(rules: list[Rule]) -> None:

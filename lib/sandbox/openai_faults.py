@@ -19,7 +19,8 @@ class Rule:
     in one of their inputs, or more than `more_than` inputs, where given (the former without another effect: a 400).
 
     Before the answer: `status` with the error body's `code`, `error_type` and `message` (and `retry_after`
-    seconds), nothing is charged. `hang_seconds` delays the answer; what is then answered is charged.
+    seconds), nothing is charged. `hang_seconds` delays the answer, at most until the rule is dropped; what is then
+    answered is charged.
     On the answer: `cut` ends the connection after that share of the body (0..1); `wrong_count` leaves the last
     vector out; `wrong_order` turns the list round with its indices kept; `wrong_indices` numbers from 1;
     `wrong_width` answers that many dimensions; `nan` puts one into the vectors (of the poisoned inputs, or the

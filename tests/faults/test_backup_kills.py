@@ -232,7 +232,6 @@ def test_an_operators_own_snapshot_stays(backing):
 def test_an_operators_older_snapshot_stays(backing):
     """There before the killed run, or made when it was long dead."""
     before = backing.call("POST", "/snapshots")["name"]
-    time.sleep(1.1)  # as above
     run_killed(backing, "before snapshot made", "backup_automem")
     for journal in open_journals(backing.backups):  # the server made ours two minutes ago
         text = journal.path.read_text()

@@ -71,10 +71,11 @@ def _set_back(rig: Rig) -> None:
 
 def test_killed_while_it_buys(rig):
     openai = rig.operator.servers.openai
-    openai.fault(hang_seconds=0.05)
-    for requests_seen in (1, 9):
-        at = openai.stats()["requests"] + requests_seen
+    for answered in (0, 8):
+        openai.fault(hang_seconds=600, after=answered)
+        at = openai.stats()["requests"] + answered + 1
         assert rig.kill_when(lambda at=at: openai.stats()["requests"] >= at) == -signal.SIGKILL
+        openai.clear_faults()
     assert rig.journal() is None
     rig.finish()
     assert rig.paid_twice() <= 2 * WORKERS * BATCH
@@ -106,10 +107,15 @@ def _reached(rig: Rig, phase: str) -> bool:
 
 def test_killed_at_random_moments(rig):
     rng = random.Random(11)
-    rig.operator.servers.openai.fault(hang_seconds=0.03)
+    rig.operator.servers.openai.fault(hang_seconds=0.1)
     kills = 0
-    for _ in range(4):
-        deadline = time.monotonic() + rng.uniform(0.8, 4.0)
+    for longest in (
+        1.2,
+        4.0,
+        4.0,
+        4.0,
+    ):  # the first one ends while it buys: that takes 1.3 s at the very least
+        deadline = time.monotonic() + rng.uniform(0.3, longest)
         kills += rig.kill_when(lambda deadline=deadline: time.monotonic() > deadline) == -signal.SIGKILL
     assert kills
     rig.finish()

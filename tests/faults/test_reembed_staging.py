@@ -17,7 +17,7 @@ from tests.gate import Gate, Stop
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
 from tests.reembed_support import assert_migrated, embeddable, points_of, settings, upgrade
-from tests.restore_support import faults
+from tests.restore_support import faults, wait_for
 
 pytestmark = pytest.mark.qdrant
 REAL = "QDRANT_TEST_URL" in os.environ or "QDRANT_TEST_SERVER" in os.environ
@@ -139,7 +139,7 @@ def test_what_is_written_to_the_points_after_the_last_sync_is_not_lost(rig):
     stop.let_go.set()
     # In the new collection, by an AutoMem that found the same size.
     later = rig.stop_at("before the aliases")
-    assert later.reached.wait(400) or process.poll() is not None
+    assert wait_for(lambda: later.reached.is_set() or process.poll() is not None, 400)
     operator.call("POST", "/points/payload?wait=true", {"payload": {"point_only": 8}, "points": [other]})
     rig.before[other] = ({**rig.before[other][0], "point_only": 8}, None)
     rig.gate.open()

@@ -86,8 +86,8 @@ class Quickstart:
         return found
 
     def most_processes_seen(self, wanted: int) -> int:
-        """Wait until `wanted` processes live, for at most a minute."""
-        deadline, most = time.monotonic() + 60, 0
+        """Wait until `wanted` processes live, for at most five minutes."""
+        deadline, most = time.monotonic() + 300, 0
         while most < wanted and time.monotonic() < deadline and self.process.poll() is None:
             most = max(most, len(self.processes()))
             time.sleep(0.2)

@@ -81,7 +81,7 @@ def send(server: AutoMemServer, title: str, sent: dict[str, Any]) -> requests.Re
 
 
 def wait_idle(server: AutoMemServer, memories: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         state = server.health()["enrichment"]
         if state["processed"] + state["failed"] >= memories and not state["inflight"]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from lib.graph.swap import drop_graph, dump_as, dump_graph, prove_acceptance, re
 from lib.sandbox.falkordb_server import DOCKER_LIMITS, FalkorServer
 from tests.graph_fixtures import ENGINES
 from tests.graph_support import fill, fill_rich, take, write
+from tests.restore_support import wait_for
 
 pytest_plugins = ["tests.graph_fixtures"]
 SAFETY = "memories__pre_20260101_000000"
@@ -271,7 +271,7 @@ def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer
     fill(target_conn, "memories", 300)
     old, new = digest(target_conn, "memories"), digest(conn, "memories")
     swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
-    target_conn.execute_command("WAITAOF", 1, 0, 5000)
+    assert target_conn.execute_command("WAITAOF", 1, 0, 60_000)[0] == 1
     target.kill()
     target.start()
     with connect(target.address) as after:
@@ -349,10 +349,10 @@ def cut_after(words: bytes, port: int) -> Iterator[int]:
         with client, socket.create_connection(("127.0.0.1", port)) as server, contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
                 server.sendall(data)
+                answer = server.recv(1 << 20)
                 if words in data:
-                    time.sleep(0.3)
                     return
-                client.sendall(server.recv(1 << 20))
+                client.sendall(answer)
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -382,13 +382,14 @@ def test_readers_never_find_the_graph_missing(
     reader = threading.Thread(target=read)
     reader.start()
     try:
+        assert wait_for(lambda: 1000 in seen)
         for number in range(5):
             swap_in(target_conn, "memories", payload, f"{SAFETY}_{number}")
+        assert wait_for(lambda: 2000 in seen)
     finally:
         stop.set()
         reader.join()
-    assert seen <= {1000, 2000}
-    assert 2000 in seen
+    assert seen == {1000, 2000}
 
 
 def test_a_graph_that_is_not_there_cannot_be_dumped(conn: redis.Redis):

@@ -120,11 +120,11 @@ def test_a_cut_answer_breaks_the_connection_and_is_charged(server):
 
 
 def test_a_hanging_answer_runs_into_the_timeout(server):
-    server.fault(hang_seconds=5, times=1)
+    server.fault(hang_seconds=300, times=1)
     started = time.monotonic()
     with pytest.raises(openai.APITimeoutError):
         client_of(server, timeout=0.3).embeddings.create(model=LARGE, input=["a"])
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 60
 
 
 def test_an_unknown_fault_setting_is_an_error(server):
@@ -135,7 +135,7 @@ def test_an_unknown_fault_setting_is_an_error(server):
 def test_the_limits_refill_and_are_announced():
     with OpenAIServer(tokens_per_minute=6000, requests_per_minute=600) as server:
         create = client_of(server).embeddings.with_raw_response.create
-        text = "x" * 4 * 5900
+        text, started = "x" * 4 * 5900, time.monotonic()
         headers = create(model=LARGE, input=["y" * 400]).headers
         assert headers["x-ratelimit-limit-tokens"] == "6000"
         assert math.isclose(int(headers["x-ratelimit-remaining-tokens"]), 5900, abs_tol=20)
@@ -144,10 +144,10 @@ def test_the_limits_refill_and_are_announced():
             "ms"
         )
         create(model=LARGE, input=[text[: 4 * 5800]])
-        with pytest.raises(openai.RateLimitError) as caught:
-            create(model=LARGE, input=["z" * 4 * 200])
+        with pytest.raises(openai.RateLimitError) as caught:  # 100 are left, and 100 come in a second
+            create(model=LARGE, input=["z" * 4 * 3000])
         assert caught.value.code == "rate_limit_exceeded"
         wait = int(caught.value.response.headers["retry-after-ms"]) / 1000
-        assert 0.1 < wait < 2
-        time.sleep(wait + 0.05)
+        assert 29 - (time.monotonic() - started) - 0.01 <= wait <= 29.01
+        time.sleep(1)
         create(model=LARGE, input=["z" * 4 * 200])

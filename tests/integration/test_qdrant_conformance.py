@@ -25,7 +25,7 @@ from tests.qdrant_uploads import repacked
 from tests.real_qdrant import RealQdrant, test_server
 
 VERSIONS = ("1.11.3", "1.18.3")
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 120.0
 COMPARED_AT_LEAST = 300
 AFTER_NO_WAIT = "after good, wait=false"  # these follow a restore that was not waited for
 

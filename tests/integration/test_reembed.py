@@ -22,6 +22,7 @@ from tests.reembed_support import (
     settings,
     upgrade,
 )
+from tests.restore_support import wait_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -328,13 +329,14 @@ def test_a_change_of_content_or_payload_during_the_run_is_in_the_new_collection(
     before = backed_up(operator)
     changed, tagged, gone = [one for one in before if isinstance(one, str)][:3]
     upgrade(operator)
-    operator.servers.openai.fault(hang_seconds=1.5, times=1)
+    operator.servers.openai.fault(hang_seconds=300, times=1)
     process = operator.start("reembed_embeddings", "--batch-size", "50", "--workers", "1", "--json")
-    while not operator.servers.openai.stats()["requests"]:
-        assert process.poll() is None
+    assert wait_for(lambda: operator.servers.openai.stats()["requests"] or process.poll() is not None)
     operator.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'said otherwise'", id=changed)
     operator.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['moved-on'], m.archived = true", id=tagged)
     operator.cypher("MATCH (m:Memory {id: $id}) DELETE m", id=gone)
+    assert process.poll() is None
+    operator.servers.openai.clear_faults()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     after = assert_migrated(operator, before)

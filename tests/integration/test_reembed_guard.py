@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -15,6 +14,7 @@ from lib.steps.present import IdTable
 from lib.vectors.collection import get_state
 from tests.operator_support import NEW_SIZE
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
+from tests.restore_support import wait_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -123,12 +123,13 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
 def test_the_guard_is_asked_again_before_the_delete(ready):
     """What was true when the purchase began need not be true hours later."""
     before = ready.state()
-    ready.servers.openai.fault(hang_seconds=1.5, times=1)
+    ready.servers.openai.fault(hang_seconds=300, times=1)
     ready.servers.openai.reset()
     process = ready.start("reembed_embeddings")
-    while not ready.servers.openai.stats()["requests"]:
-        assert process.poll() is None
+    assert wait_for(lambda: ready.servers.openai.stats()["requests"] or process.poll() is not None)
     (ready.backups / ready.archive()).unlink()
+    assert process.poll() is None
+    ready.servers.openai.clear_faults()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
     assert "already exists with different dimension" in errors
@@ -230,12 +231,12 @@ def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
 def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready):
     before = ready.state()
     ready.servers.openai.reset()
-    ready.servers.openai.fault(hang_seconds=1.5)
+    ready.servers.openai.fault(hang_seconds=300)
     process = ready.start("reembed_embeddings", "--workers", "1")
-    deadline = time.monotonic() + 60
-    while ready.servers.openai.stats()["requests"] < 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_for(lambda: ready.servers.openai.stats()["requests"] or process.poll() is not None)
     ready.cypher("MATCH (m:Memory) SET m.content = ''")
+    assert process.poll() is None
+    ready.servers.openai.clear_faults()
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert "memories since the plan was made" in err

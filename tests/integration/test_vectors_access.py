@@ -81,7 +81,7 @@ def test_a_large_upload_with_a_wrong_key_ends_before_it_begins(guarded: Qdrant, 
             filename=restoring.unique_filename("x"),
             checksum="0" * 64,
         )
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25
 
 
 def test_large_upserts_with_a_wrong_key_say_so(guarded: Qdrant, monkeypatch: pytest.MonkeyPatch):
