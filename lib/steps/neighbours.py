@@ -30,8 +30,8 @@ _SPARE = 14  # some have no point, or one of another content
 _LONGEST_SECONDS = 15.0
 _EXAMPLES, _EXCERPT = 3, 120
 _KEPT = "neighbours before"
-# What servers, their answers and this disk do wrong.
-_TROUBLE = (MigrationError, OSError, ValueError, LookupError)
+# What servers, their answers and this disk do wrong, and what an earlier version of these scripts kept.
+_TROUBLE = (MigrationError, OSError, ValueError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ def compare_after(run: Migration) -> tuple[Recall | None, str]:
         return None, "the old collection was not searched before it went"
     if kept["trouble"]:
         return None, str(kept["trouble"])
-    before = [Near(**one) for one in kept["near"]]
     try:
-        recall = _compare(run, before)
+        recall = _compare(run, [Near(**one) for one in kept["near"]])
     except _TROUBLE as error:
         return None, f"the new collection could not be searched: {error}".splitlines()[0]
     return recall, "" if recall else "no memory had a point of its content and another one beside it"
@@ -172,4 +171,4 @@ def _compared(spool: Spool, row: MemoryRow, was: Near, now: Near) -> Compared:
 
 def _excerpt(content: str) -> str:
     words = " ".join(content[: 4 * _EXCERPT].split())
-    return words if len(words) <= _EXCERPT else f"{words[:_EXCERPT]}..."
+    return words if len(words) <= _EXCERPT else f"{words[:_EXCERPT].rstrip()}..."
