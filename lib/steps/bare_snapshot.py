@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,14 @@ from lib.backup_set.manifest import CHECKED, RESTORED
 from lib.backup_set.members import ArchiveFacts, SnapshotMember, read_snapshot
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged
-from lib.files import free_bytes
 from lib.scratch_folder import scratch_folder
-from lib.steps.prove_collection import CollectionProof
+from lib.steps.prove_collection import Aside, CollectionProof
 from lib.steps.take_collection import known_model
 from lib.vectors.collection import CollectionState
-from lib.vectors.open_segments import SegmentFiles, engine_here, opened_segments
-from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
+from lib.vectors.open_segments import SegmentFiles, opened_segments
+from lib.vectors.snapshot_tar import SnapshotFacts
 
 UNKNOWN = -1  # how many points are promised
-_ROOM = 64 << 20  # what shall stay free beside the segments that are opened
 # A server names a snapshot by its collection, its own number and the moment (seen on 1.11.3 and 1.18.3).
 _NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
@@ -31,20 +28,10 @@ def prove_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionPr
 
     Raises BackupDamaged. A segment left out of the file shows in the count alone: only a backup of ours promises ids.
     """
-    seen: list[SnapshotFacts] = []
-    try:
-        with path.open("rb") as stream:
-            member = read_snapshot(path.name, stream, lambda one: seen.append(inspect_snapshot(one)))
-    except BackupDamaged as error:
-        raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
-    _compare_checksum(path, member.sha256)
-    snapshot = seen[0]
-    if snapshot.absent_shards:
-        raise BackupDamaged(
-            f"{path} holds no points of shard {snapshot.absent_shards[0]}: they were on another Qdrant node",
-            next_step="use a backup that has every node: python scripts/backup_automem.py --list",
-        )
-    counted = _counted(path, member.size)
+    with scratch_folder("segments-") as scratch:
+        aside = Aside(scratch.path, path.stat().st_size)
+        member, snapshot = _inspected(path, aside)
+        counted, _ = aside.counted(lambda: _count(aside.segments[0]))
     archive = ArchiveFacts(
         _facts(path, collection, spec, snapshot, member), (member,), UNKNOWN if counted is None else counted
     )
@@ -53,6 +40,22 @@ def prove_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionPr
             CHECKED, "a bare snapshot: both tar levels and its configuration", archive, snapshot
         )
     return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot)
+
+
+def _inspected(path: Path, aside: Aside) -> tuple[SnapshotMember, SnapshotFacts]:
+    seen: list[SnapshotFacts] = []
+    try:
+        with path.open("rb") as stream:
+            member = read_snapshot(path.name, stream, lambda one: seen.append(aside.inspected(one)))
+    except BackupDamaged as error:
+        raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
+    _compare_checksum(path, member.sha256)
+    if seen[0].absent_shards:
+        raise BackupDamaged(
+            f"{path} holds no points of shard {seen[0].absent_shards[0]}: they were on another Qdrant node",
+            next_step="use a backup that has every node: python scripts/backup_automem.py --list",
+        )
+    return member, seen[0]
 
 
 def _compare_checksum(path: Path, sha256: str) -> None:
@@ -67,15 +70,9 @@ def _compare_checksum(path: Path, sha256: str) -> None:
         )
 
 
-def _counted(path: Path, size: int) -> int | None:
-    if not engine_here() or free_bytes(Path(tempfile.gettempdir())) < 2 * size + _ROOM:
-        return None
-    with scratch_folder("segments-") as scratch:
-        files = SegmentFiles(scratch.path)
-        with path.open("rb") as stream:
-            inspect_snapshot(stream, files.keep)
-        with opened_segments(files) as segments:
-            return segments.count if segments else None
+def _count(files: SegmentFiles) -> int | None:
+    with opened_segments(files) as segments:
+        return segments.count if segments else None
 
 
 def _facts(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +20,11 @@ from lib.steps.compare_manifest import compare_collection
 from lib.steps.present import as_id, as_text
 from lib.steps.prove import check_file
 from lib.vectors.collection import vector_params
-from lib.vectors.open_segments import EngineKilled, SegmentFiles, opened_segments
+from lib.vectors.open_segments import EngineKilled, SegmentFiles, engine_here, opened_segments
 from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
 
 _PAGE = 1000
-_ROOM = 64 << 20  # what shall stay free beside the segments that are opened
+_ROOM = 64 << 20  # what shall stay free
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,26 @@ class CollectionProof:
 
 
 def prove_collection(
-    path: Path, *, half: CollectionHalf | None = None, on_ids: IdsReader | None = None
+    path: Path,
+    *,
+    half: CollectionHalf | None = None,
+    on_ids: IdsReader | None = None,
+    passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
 ) -> CollectionProof:
     """Prove an archive; raises BackupDamaged where bytes, structure or configuration are off.
 
-    It is read once: what the engine is to open is put aside as it passes, and `on_ids` sees the promised ids.
+    It is read once: what the engine is to open is put aside as it passes. `on_ids` sees the promised ids; `passing`
+    gets each snapshot's stream and gives back what is read in its place.
     """
     if half:
         check_file(path, half.file)
     with scratch_folder("segments-") as scratch:
-        aside = _Aside(scratch.path, _hindrance(path))
+        size = peek_facts(path)["snapshot_size"]
+        aside = Aside(scratch.path, size if isinstance(size, int) else 0)
         seen: list[SnapshotFacts] = []
         archive = read_archive(
             path,
-            on_snapshot=lambda stream: seen.append(aside.inspected(stream)),
+            on_snapshot=lambda stream: seen.append(aside.inspected(passing(stream) if passing else stream)),
             on_ids=lambda lines: aside.keep_ids(lines, on_ids),
         )
         promised = archive.facts
@@ -64,18 +69,23 @@ def prove_collection(
             compare_collection(path, half, {**promised, "size": live[0], "distance": live[1]})
         if any((one.size, one.distance) != live for one in seen if not one.vectors_named):
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-        counted, why_not = _opened(path, archive, aside)
+        counted, why_not = aside.counted(lambda: _asked(path, archive, aside))
     if counted is None:
         note = f"checksum, both tar levels, configuration and ids; {why_not}"
         return CollectionProof(CHECKED, note, archive, seen[0])
     return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0])
 
 
-class _Aside:
-    """What an archive holds for the engine, put aside while it is read, unless something hinders the engine."""
+class Aside:
+    """What is there for the engine to open, put aside below `folder` while it is read, unless something hinders it.
 
-    def __init__(self, folder: Path, hindrance: str) -> None:
-        self.hindrance = hindrance
+    `size`: bytes of all snapshots.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.hindrance = "" if has_room(2 * size) else _no_room()
+        if not engine_here():
+            self.hindrance = "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
         self.segments: list[SegmentFiles] = []
         self.ids = folder / "ids.txt"
         self._folder = folder
@@ -101,6 +111,19 @@ class _Aside:
             for _ in passing:
                 pass
 
+    def counted(self, count: Callable[[], int | None]) -> tuple[int | None, str]:
+        """The points that `count` finds in the segments, or why it cannot; None of it: a format not read here."""
+        if self.hindrance:
+            return None, self.hindrance
+        try:
+            return count(), "its segments are of a format that Qdrant's engine here does not open"
+        except EngineKilled as error:
+            return None, f"not opened: {error}"
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            return None, _no_room()
+
 
 def _copied(lines: Iterator[str], copy: IO[str]) -> Iterator[str]:
     for line in lines:
@@ -108,35 +131,16 @@ def _copied(lines: Iterator[str], copy: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _hindrance(path: Path) -> str:
-    """Why the engine cannot open an archive's segments here, as far as that is known before; empty: it may."""
-    if not find_spec("qdrant_edge"):
-        return "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
-    size = peek_facts(path)["snapshot_size"]
-    need = 2 * size + _ROOM if isinstance(size, int) else 0
-    return "" if free_bytes(Path(tempfile.gettempdir())) >= need else _no_room()
+def has_room(size: int) -> bool:
+    """Whether the temporary folder takes so many bytes and is not full then."""
+    return free_bytes(Path(tempfile.gettempdir())) >= size + _ROOM
 
 
 def _no_room() -> str:
     return f"no room in {tempfile.gettempdir()} to open its segments"
 
 
-def _opened(path: Path, archive: ArchiveFacts, aside: _Aside) -> tuple[int | None, str]:
-    """The points that the engine counts, or why it cannot."""
-    if aside.hindrance:
-        return None, aside.hindrance
-    try:
-        counted = _asked(path, archive, aside)
-        return counted, "its segments are of a format that Qdrant's engine here does not open"
-    except EngineKilled as error:
-        return None, f"not opened: {error}"
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        return None, _no_room()
-
-
-def _asked(path: Path, archive: ArchiveFacts, aside: _Aside) -> int | None:
+def _asked(path: Path, archive: ArchiveFacts, aside: Aside) -> int | None:
     """The points in the segments, where the engine reads their format.
 
     Of a shard that several nodes hold the replica with fewest counts: each was made while all promised ids were in.

@@ -586,7 +586,7 @@ def random_cases(times: int) -> list[tuple[str, int]]:
 @pytest.fixture
 def no_segments(monkeypatch):
     """A machine without Qdrant's engine."""
-    monkeypatch.setattr("lib.steps.prove_collection.find_spec", lambda _name: None)
+    monkeypatch.setattr("lib.steps.prove_collection.engine_here", lambda: False)
 
 
 def test_without_an_engine_all_but_skilled_edits_are_caught(backed, tmp_path, no_segments):
