@@ -81,7 +81,7 @@ def prove_graph(
         engine = engine_for(facts, engines, target)
     except NoEngine as error:
         return GraphProof(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
-    lacking = _lacking(facts)
+    lacking = machine_lacks(facts)
     if lacking:
         return GraphProof(CHECKED, f"not loaded: {lacking}", facts)
     try:
@@ -93,7 +93,7 @@ def prove_graph(
         return GraphProof(CHECKED, f"not loaded: {error}", facts)
 
 
-def _lacking(facts: RdbFacts) -> str:
+def machine_lacks(facts: RdbFacts) -> str:
     """What this machine lacks to load the file, empty where nothing: known before a server is started.
 
     A server that loads a file takes what the one that wrote it did, as seen on 4.16.3 and 4.22.1; where the file does

@@ -21,17 +21,21 @@ from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, newest_encoding
 from lib.graph.payload import graph_name
 from lib.graph.preflight import memory_used, require_memory, require_writable
-from lib.graph.rdb import inspect_rdb, require_rdb_checksum, unwrap_dump
+from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum, unwrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.scratch import Scratch
 from lib.graph.swap import dump_apart, dump_as, prove_acceptance, require_readable, swap_back, swap_in
 from lib.journal import Journal
 from lib.steps.old_graph import SWITCHED, SWITCHING, keep_aside
-from lib.steps.prove import GraphProof, check_file, loaded_graph
+from lib.steps.prove import GraphProof, check_file, loaded_graph, machine_lacks
 from lib.steps.take_graph import GraphSource
 
 _UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
 UNLOADED = "not loaded by any engine: its checksum, the versions and the way back stand in for that"
+
+
+class TooSmall(MigrationError):
+    """This machine has too little memory or room for a scratch server with the graph in it."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,34 @@ class GraphBackup:
 def open_backup(
     path: Path, source: GraphSource, engines: list[Engine], half: GraphHalf | None
 ) -> Iterator[GraphBackup]:
-    """Prove the file; nothing on the target is touched. Raises BackupDamaged, NoEngine."""
+    """Prove the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall."""
     if half:
         check_file(path, half.file)
     facts = inspect_rdb(path)
     require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
     try:
         engine = engine_for(facts, engines, server_versions(source.conn))
-    except NoEngine:
+        _require_loadable(path, facts)
+    except (NoEngine, TooSmall) as error:
         payload = unwrap_dump(path)
         if payload is None or graph_name(payload) != source.graph:
             raise
-        yield GraphBackup(path, source.graph, GraphProof(CHECKED, UNLOADED, facts), None)
+        yield GraphBackup(path, source.graph, GraphProof(CHECKED, f"{UNLOADED} ({error})", facts), None)
         return
     throwaway, copies = f"{source.graph}__try_{secrets.token_hex(6)}", list[bytes]()
     loaded = loaded_graph(path, source.graph, engine, facts, half=half, dump=(throwaway, copies))
     with loaded as (proof, scratch):
         _require_nodes(path, proof)
         yield GraphBackup(path, source.graph, proof, scratch, throwaway, copies)
+
+
+def _require_loadable(path: Path, facts: RdbFacts) -> None:
+    lacking = machine_lacks(facts)
+    if lacking:
+        raise TooSmall(
+            f"{path.name} cannot be loaded here to be proved: {lacking}",
+            next_step="free some, or run this on another machine that reaches both stores; nothing was touched",
+        )
 
 
 def _require_nodes(path: Path, proof: GraphProof) -> None:

