@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import CollectionHalf
 from lib.errors import StoreFailed, UsageProblem
 from lib.steps.bare_snapshot import prove_bare
-from lib.steps.prove_collection import prove_collection
+from lib.steps.prove_collection import has_room, prove_collection
+from lib.steps.restore_kept import KeptSnapshots, PromisedIds
 from lib.steps.restored_points import CollectionBackup
 from lib.steps.take_collection import CollectionSource
 from lib.vectors.recreate import alias_target
@@ -16,10 +18,15 @@ from lib.vectors.restoring import preflight_upload
 from lib.vectors.transport import Qdrant
 from lib.vectors.versions import restorable
 
+_TIMES = 3  # the room that a snapshot takes in the temporary folder: kept once, and twice while the engine opens it
+
 
 def open_backup(path: Path, half: CollectionHalf | None) -> CollectionBackup:
     """Prove the archive; nothing on the target is touched. Raises BackupDamaged."""
-    return CollectionBackup(path, prove_collection(path, half=half))
+    size = peek_facts(path)["snapshot_size"]
+    ids, kept = PromisedIds(), KeptSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
+    proof = prove_collection(path, half=half, on_ids=ids.keep, passing=kept.passing)
+    return CollectionBackup(path, proof, ids=ids, kept=kept)
 
 
 def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:

@@ -7,13 +7,14 @@ starting again: so never onto a live one, and a temporary one whose restore fail
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from lib.errors import BackupDamaged, MigrationError, StoreFailed
 from lib.journal import Journal
 from lib.steps.progress import Progress
 from lib.steps.restore_parts import Placement
-from lib.steps.restored_points import CollectionBackup, compare, require_same_points, sample_ids
+from lib.steps.restored_points import CollectionBackup, Sample, compare, require_equal, sample
 from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
 from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
@@ -60,7 +61,9 @@ def replace_live(
     `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once.
     """
     qdrant, name = placement.target.qdrant, placement.target.collection
-    urls = placement.fetched_from(temporary, temporary)
+    with ThreadPoolExecutor(1) as beside:
+        rehearsed = beside.submit(sample, qdrant, temporary, placement.backup)
+        urls = placement.fetched_from(temporary, temporary)
     standing = exists(qdrant, name)
     wanted = {*aliases, *placement.backup.facts["aliases"], *(aliases_of(qdrant, name) if standing else ())}
     journal.append(SWITCHING, undo=undo, aliases=sorted(wanted))
@@ -77,17 +80,16 @@ def replace_live(
     except MigrationError:
         drop_dead(qdrant, name)
         raise
-    _require_equal(placement, temporary)
+    _require_equal(placement, rehearsed.result())
     put_aliases(qdrant, name, free_aliases(qdrant, name, wanted))
     journal.append(SWITCHED)
 
 
-def _require_equal(placement: Placement, temporary: str) -> None:
+def _require_equal(placement: Placement, rehearsed: Sample) -> None:
     """What was restored is what the rehearsal is; what differs is of no use and is deleted. Raises BackupDamaged."""
     backup, qdrant, name = placement.backup, placement.target.qdrant, placement.target.collection
     try:
-        compare(backup, qdrant, name)
-        require_same_points(qdrant, name, temporary, sample_ids(backup))
+        require_equal(backup, qdrant, name, rehearsed)
     except BackupDamaged:
         with suppress(MigrationError):  # what went wrong first is what the operator must read
             delete_collection(qdrant, name)

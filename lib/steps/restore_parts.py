@@ -57,7 +57,7 @@ class Placement:
     def upload(self, name: str, stem: str, progress: Progress | None) -> None:
         """Send every snapshot and have it restored as `name`; the nodes keep the files by `stem`."""
         for part in self.parts:
-            self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot.name)
+            self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
             self._wait_settled(part, name)
 
     def fetched_from(self, name: str, stem: str) -> list[str] | None:

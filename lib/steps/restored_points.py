@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lib.backup_set.archive import read_archive
-from lib.backup_set.members import SnapshotReader
+from lib.backup_set.members import SnapshotMember, SnapshotReader
 from lib.errors import BackupDamaged
 from lib.steps.payloads import PointId
-from lib.steps.present import as_id, as_text, points_present
+from lib.steps.present import as_text, points_present
 from lib.steps.prove_collection import CollectionProof
+from lib.steps.restore_kept import KeptSnapshots, PromisedIds
 from lib.vectors.collection import get_state
 from lib.vectors.points import raw_points, scroll
 from lib.vectors.transport import Qdrant
 
+Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
 _SAMPLE = 200
-_PAGE = 500
 _ANOTHER = "use another backup: python scripts/backup_automem.py --list"
-
-
-class PromisedIds:
-    """The ids that a backup promises, in a temporary file of its own; `count` is None until they were read."""
-
-    def __init__(self) -> None:
-        self.count: int | None = None
-        self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="ascii")  # noqa: SIM115 - closed with its owner
-
-    def keep(self, ids: Iterator[str]) -> None:
-        """Take them, in place of what an earlier reading told."""
-        self._file.seek(0)
-        self._file.truncate()
-        count = 0
-        for one in ids:
-            self._file.write(f"{one}\n")
-            count += 1
-        self._file.flush()
-        self.count = count
-
-    def pages(self) -> Iterator[list[PointId]]:
-        """All of them, in their order."""
-        self._file.seek(0)
-        ids = (as_id(line.rstrip("\n")) for line in self._file)
-        while page := list(islice(ids, _PAGE)):
-            yield page
 
 
 @dataclass(frozen=True)
@@ -58,6 +33,7 @@ class CollectionBackup:
     proof: CollectionProof
     bare: bool = False
     ids: PromisedIds = field(default_factory=PromisedIds, repr=False, compare=False)
+    kept: KeptSnapshots = field(default_factory=KeptSnapshots, repr=False, compare=False)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -79,18 +55,18 @@ class CollectionBackup:
         """How many points are promised; None for a bare snapshot whose segments no engine here could count."""
         return None if self.proof.archive.ids < 0 else self.proof.archive.ids
 
-    def send(self, take: SnapshotReader, snapshot: str) -> None:
-        """Hand over the snapshot of this name as a stream; the ids are kept as they pass."""
-        if not self.bare:
-            read_archive(self.path, on_snapshot=take, on_ids=self.ids.keep, only=snapshot)
-            return
-        with self.path.open("rb") as stream:
-            take(stream)
+    def send(self, take: SnapshotReader, snapshot: SnapshotMember) -> None:
+        """Hand over this snapshot as a stream: as its proof kept it, else from the archive."""
+        if self.bare:
+            with self.path.open("rb") as stream:
+                take(stream)
+        elif kept := self.kept.stream(self.proof.archive.snapshots.index(snapshot)):
+            take(kept)
+        else:
+            read_archive(self.path, on_snapshot=take, only=snapshot.name)
 
     def promised(self) -> Iterator[list[PointId]]:
-        """The promised ids in pages."""
-        if self.ids.count is None and not self.bare:
-            read_archive(self.path, on_ids=self.ids.keep)
+        """The promised ids in pages; none of a bare snapshot before its rehearsal was compared."""
         return self.ids.pages()
 
 
@@ -121,14 +97,24 @@ def _promise(backup: CollectionBackup, qdrant: Qdrant, rehearsal: str, found: in
     backup.ids.keep(as_text(point.id) for page in scroll(qdrant, rehearsal) for point in page)
 
 
-def sample_ids(backup: CollectionBackup) -> list[PointId]:
-    """Ids spread over the whole backup, to compare point by point; they were read before."""
+def _sample_ids(backup: CollectionBackup) -> list[PointId]:
     step = max(1, (backup.ids.count or 0) // _SAMPLE)
     every = (one for page in backup.promised() for one in page)
     return list(islice(every, 0, step * _SAMPLE, step))
 
 
-def require_same_points(qdrant: Qdrant, name: str, rehearsal: str, ids: list[PointId]) -> None:
-    """Raise BackupDamaged unless these points are equal in both collections, payloads and vectors (named ones, too)."""
-    if raw_points(qdrant, name, ids) != raw_points(qdrant, rehearsal, ids):
-        raise BackupDamaged(f"'{name}' differs from the rehearsal {rehearsal} after the restore")
+def sample(qdrant: Qdrant, name: str, backup: CollectionBackup) -> Sample:
+    """Points spread over the whole backup as they stand in this collection; its ids were compared before."""
+    return raw_points(qdrant, name, _sample_ids(backup))
+
+
+def require_equal(backup: CollectionBackup, qdrant: Qdrant, name: str, rehearsed: Sample) -> None:
+    """`compare`, and raise BackupDamaged unless the sampled points are those of the rehearsal.
+
+    Equal are payloads and vectors (named ones, too).
+    """
+    with ThreadPoolExecutor(1) as beside:
+        found = beside.submit(raw_points, qdrant, name, list(rehearsed))
+        compare(backup, qdrant, name)
+        if found.result() != rehearsed:
+            raise BackupDamaged(f"'{name}' differs from its rehearsal after the restore")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 from lib.vectors.address import collection_path
@@ -25,6 +26,7 @@ WRONG_CHECKSUM = "0" * 64
 # A container's own port, where QDRANT_URL is a mapped one.
 _OWN_URL = "http://localhost:6333"
 _GATEWAY_GAVE_UP = (502, 503, 504)
+_PIECE_BYTES = 256 << 10  # each has the seconds that a send may take
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,9 @@ def preflight_upload(q: Qdrant, collection: str) -> None:
 
     It changes and leaves nothing, whether the collection exists or not (seen on 1.11.3 and 1.18.3).
     """
-    from requests_toolbelt import MultipartEncoder
-
-    encoder = MultipartEncoder({"snapshot": (unique_filename("preflight"), b"0" * 1024, _BINARY)})
     try:
-        _post(q, collection, encoder, WRONG_CHECKSUM, q.timeout_seconds)
+        form = _Form(unique_filename("preflight"), b"0" * 1024)
+        _post(q, collection, form, WRONG_CHECKSUM, q.timeout_seconds)
     except QdrantError as error:
         if error.status != 400:
             raise
@@ -79,13 +79,9 @@ def upload_and_restore(
     if not beside:
         _refuse_existing(q, collection)
     preflight_upload(q, collection)
-    if isinstance(source, Path):
-        with source.open("rb") as stream:
-            body = _Body(stream, size)
-            return _upload(q, collection, body, filename, checksum, progress, (answer_seconds, seconds))
-    return _upload(
-        q, collection, _Body(source, size), filename, checksum, progress, (answer_seconds, seconds)
-    )
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as stream:
+        body = _Body(stream, size, progress)
+        return _upload(q, collection, body, filename, checksum, (answer_seconds, seconds))
 
 
 def recover(
@@ -161,22 +157,37 @@ def wait_restored(q: Qdrant, collection: str, seconds: float) -> None:
         q.sleep(POLL_SECONDS)
 
 
-_BINARY = "application/octet-stream"
-
-
 class _Body:
     """A stream of known length, as the multipart encoder wants it."""
 
-    def __init__(self, stream: BinaryIO, size: int) -> None:
+    def __init__(self, stream: BinaryIO, size: int, progress: Callable[[int, int], object] | None) -> None:
         self.len = size  # what is left
-        self._stream = stream
+        self._stream, self._size, self._progress = stream, size, progress
 
     def read(self, size: int = -1) -> bytes:
         piece = self._stream.read(self.len if size < 0 else min(size, self.len))
         if not piece and self.len:
             raise BackupDamaged(f"the snapshot ends {self.len} bytes early", next_step="use another backup")
         self.len -= len(piece)
+        if self._progress:
+            self._progress(self._size - self.len, self._size)
         return piece
+
+
+class _Form:
+    """A snapshot as multipart, in pieces: of a file, 16 KiB would be read at a time. `left`: bytes not sent yet."""
+
+    def __init__(self, filename: str, content: bytes | _Body) -> None:
+        from requests_toolbelt import MultipartEncoder
+
+        self._encoder = MultipartEncoder({"snapshot": (filename, content, "application/octet-stream")})
+        self.len = self.left = int(self._encoder.len)
+        self.content_type = str(self._encoder.content_type)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self._encoder.read(_PIECE_BYTES):
+            yield piece
+            self.left -= len(piece)
 
 
 def _upload(
@@ -185,18 +196,13 @@ def _upload(
     body: _Body,
     filename: str,
     checksum: str,
-    progress: Callable[[int, int], object] | None,
     patience: tuple[float, float],
 ) -> Restored:
-    from requests_toolbelt import MultipartEncoder, MultipartEncoderMonitor
-
-    total, began = body.len, time.monotonic()
-    encoder = MultipartEncoder({"snapshot": (filename, body, _BINARY)})
-    monitor = MultipartEncoderMonitor(encoder, lambda _: progress and progress(total - body.len, total))
+    form, began = _Form(filename, body), time.monotonic()
     try:
-        _post(q, collection, monitor, checksum, patience[0])
+        _post(q, collection, form, checksum, patience[0])
     except NoAnswer:
-        if body.len:
+        if form.left:
             raise  # the server got a part, and restores nothing
     except QdrantError as error:
         if error.status not in _GATEWAY_GAVE_UP:
@@ -207,12 +213,11 @@ def _upload(
     return Restored(time.monotonic() - began, answered=False)
 
 
-def _post(q: Qdrant, collection: str, body: object, checksum: str, seconds: float) -> None:
-    """`body` is a multipart encoder, or its monitor: it is streamed."""
+def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float) -> None:
     path = collection_path(collection, "snapshots", "upload")
     params = {"wait": "true", "priority": "snapshot", "checksum": checksum}
-    headers = {"Content-Type": body.content_type}  # type: ignore[attr-defined]
-    q.call("POST", path, body, params=params, headers=headers, timeout=seconds, retry=False)  # type: ignore[arg-type]
+    headers, body = {"Content-Type": form.content_type}, cast("BinaryIO", form)
+    q.call("POST", path, body, params=params, headers=headers, timeout=seconds, retry=False)
 
 
 def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, seconds: float) -> None:

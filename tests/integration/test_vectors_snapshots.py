@@ -251,7 +251,7 @@ def test_an_upload_that_breaks_half_way_is_not_waited_for(q: Qdrant, filled: str
         def read(self, size: int = -1, /) -> bytes:
             if self.tell() > len(data) // 2:
                 raise ConnectionResetError
-            return super().read(size)
+            return super().read(min(size, 1000))
 
     with pytest.raises(NoAnswer):
         restoring.upload_and_restore(

@@ -1,0 +1,41 @@
+"""What was proved is what is sent: the archive is not read again, but where the room to keep its snapshot was lacking."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lib.errors import BackupDamaged
+from lib.steps.before_restore import prove_files
+from lib.steps.restore import restore
+from lib.steps.restore_site import Options
+from tests.restore_support import assert_tidy, site, spoil, wanted
+
+pytestmark = pytest.mark.qdrant
+
+
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("meanwhile", ["stays", "is damaged"])
+def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, meanwhile):
+    operator.load(80)
+    operator.run("backup_automem", "--only", "qdrant")
+    before, archive = operator.state(), Path(operator.archive())
+    if not room:
+        monkeypatch.setattr("lib.steps.collection_backup.has_room", lambda _size: False)
+    spoil(operator)
+    spoilt = operator.state()
+    with ExitStack() as stack:
+        place = site(operator)
+        proved = prove_files(place, wanted(operator, archive), stack, Options())
+        if meanwhile == "is damaged":
+            archive.write_bytes(archive.read_bytes()[:-5000] + bytes(5000))
+        if room or meanwhile == "stays":
+            restore(place, proved, lambda _: "the undo", Options())
+            assert operator.state().collection == before.collection
+        else:
+            with pytest.raises(BackupDamaged):
+                restore(place, proved, lambda _: "the undo", Options())
+            assert operator.state() == spoilt
+    assert_tidy(operator)
