@@ -5,8 +5,6 @@ KILLS_EACH=5 (`make faults`) kills so many times in each window, those that diff
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import requests
 
@@ -14,9 +12,10 @@ from lib.graph.client import connect
 from lib.graph.digest import graph_digest
 from lib.sandbox.state import state_of
 from lib.vectors.collection import exists
-from tests.kill_support import KILLS_EACH, kill, run_killed
+from tests.gate import LONGEST_SECONDS, Gate, Stop
+from tests.kill_support import KILLS_EACH, kill, run_killed, start_held
 from tests.operator_support import Operator
-from tests.restore_support import TIMEOUT, assert_tidy, faults, journal_of, phases, settings, spoil, wait_for
+from tests.restore_support import TIMEOUT, assert_tidy, faults, settings, spoil, wait_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -167,52 +166,38 @@ def test_what_stood_there_before_the_killed_run_is_named_by_the_rerun(ready):
 
 
 IN_FLIGHT = {
-    "upload": {"method": "POST", "path": r"upload\?.*checksum=(?!0000)"},
-    "recover": {"method": "PUT", "path": "snapshots/recover"},
-    "delete": {"method": "DELETE", "path": r"/collections/c_\w{10}$"},
-    "snapshot": {"method": "POST", "path": r"/snapshots\?"},
-    "compare": {"method": "POST", "path": "__try_.*/points/scroll"},
+    "upload": ("POST", r"upload\?.*checksum=(?!0000)"),
+    "recover": ("PUT", r"/collections/c_\w{10}/snapshots/recover"),
+    "delete": ("DELETE", r"/collections/c_\w{10}$"),
+    "snapshot": ("POST", r"/snapshots\?"),
+    "compare": ("POST", "__try_.*/points/scroll"),
 }
 
 
-def wait_for_phase(operator: Operator, known: object, phase: str) -> None:
-    """Until a journal newer than `known` has announced `phase`."""
+@pytest.fixture
+def gate(ready):
+    """The script's way to Qdrant, with a gate in it."""
+    operator, direct = ready[0], ready[0].environ["QDRANT_URL"]
+    with Gate(direct) as found:
+        operator.export(QDRANT_URL=found.url)
+        yield found
+        operator.export(QDRANT_URL=direct)
 
-    def announced() -> bool:
-        journal = journal_of(operator, "restore")
-        return journal != known and phase in phases(journal)
 
-    assert wait_for(announced), phase
-
-
+@pytest.mark.parametrize("late", [True, False], ids=["the server hears of it later", "the answer is lost"])
 @pytest.mark.parametrize("request_", IN_FLIGHT)
-@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.3, 0.5, 0.8] if OFTEN else [0.3])
-def test_killed_while_a_request_is_in_flight(ready, request_, seconds, stand_in):
+def test_killed_while_a_request_is_in_flight(ready, gate, request_, late):
     operator, files, (wanted, asset), _ = ready
-    rule = {**IN_FLIGHT[request_], "delay_seconds": 0.6}
-    if request_ == "recover":
-        rule["path"] = rf"{operator.collection}/snapshots/recover"
-    faults(operator, rule)
-    known = journal_of(operator, "restore")
+    stop = Stop(*IN_FLIGHT[request_], late=late, carried_out=not late)
+    gate.stops.append(stop)
     process = operator.start("restore_from_backup", *files)
-    before = {
-        "upload": "rehearsing the collection",
-        "recover": "deleting the live collection",
-        "delete": "deleting the live collection",
-        "snapshot": "snapshot announced",
-        "compare": "rehearsing the collection",
-    }[request_]
-    wait_for_phase(operator, known, before)
-    time.sleep(seconds)
+    assert stop.reached.wait(LONGEST_SECONDS), process.communicate()
     assert kill(process)
-    faults(operator)
+    gate.open()
+    assert not late or stop.ended.wait(LONGEST_SECONDS)
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
     assert settings(operator) == asset
-    time.sleep(0.7)  # what the server was still asked for by the killed run
-    left = set(operator.collections()) - {operator.collection}
-    if left:  # it came after the rerun's clean-up; the next run of the same command takes it
-        operator.run("restore_from_backup", *files)
     assert_tidy(operator)
 
 
@@ -317,12 +302,11 @@ def test_a_server_that_cannot_fetch_from_itself_gets_a_second_upload(ready, stan
 def test_a_signal_leaves_the_old_state_or_the_way_on(ready, number):
     operator, files, (wanted, asset), _ = ready
     for phase in ("snapshot announced", "deleting the live collection"):
-        known = journal_of(operator, "restore")
-        process = operator.start("restore_from_backup", *files)
-        wait_for_phase(operator, known, phase)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
+        held = start_held(operator, f"after {phase}", "restore_from_backup", *files)
+        assert wait_for(held.stands_at), held.process.communicate()
+        held.process.send_signal(number)
+        _, err = held.process.communicate(timeout=300)
+        assert held.process.returncode == 130, err
         assert "the same command again" in err
         assert "Traceback" not in err
     operator.run("restore_from_backup", *files)
