@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-LONGEST_SECONDS = 120
+from tests.http_proxy import LONGEST_SECONDS, HttpProxy, Request
 
 
 @dataclass
@@ -51,72 +48,32 @@ class Stop:
         self.let_go.wait(LONGEST_SECONDS)
 
 
-class Gate:
+class Gate(HttpProxy):
     """An HTTP proxy on a port of its own; a context manager."""
 
     def __init__(self, target: str) -> None:
         place = urlsplit(target)
-        self.target = (place.hostname, place.port)
+        assert place.hostname
+        assert place.port
+        super().__init__(place.hostname, place.port)
         self.stops: list[Stop] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Gate:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open()
-        self._server.shutdown()
-        self._server.server_close()
 
     def open(self) -> None:
-        """Let go what is held, and everything pass."""
         held, self.stops = self.stops, []
         for stop in held:
             stop.let_go.set()
 
-
-def _handler(gate: Gate) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            stop = next((one for one in gate.stops if one.takes(self.command, self.path)), None)
-            if stop and not stop.carried_out:
-                self.drop(stop)
-                if not stop.late:
-                    return
-            upstream = http.client.HTTPConnection(*gate.target, timeout=LONGEST_SECONDS)
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
-            upstream.request(self.command, self.path, body or None, headers)
-            answer = upstream.getresponse()
-            content = answer.read()
-            upstream.close()
-            if stop:
-                if stop.late:
-                    stop.ended.set()
-                else:
-                    self.drop(stop)
-                return
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in HOP_BY_HOP | {"date", "server"}:
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def drop(self, stop: Stop) -> None:
+    def answer(self, request: Request, body: bytes) -> None:
+        stop = next((one for one in self.stops if one.takes(request.command, request.path)), None)
+        if stop is None:
+            request.reply(*request.forward(body))
+            return
+        request.close_connection = True
+        if stop.carried_out:
+            request.forward(body)
             stop.hold()
-            self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = forward  # noqa: N815
-
-    return Handler
+            return
+        stop.hold()
+        if stop.late:
+            request.forward(body)
+            stop.ended.set()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 POLL_SECONDS = 0.02
@@ -28,11 +29,19 @@ class ServerStartError(RuntimeError):
     """The child exited, or did not answer in time; the text ends with the tail of its log."""
 
 
+# Below those that Linux and macOS give to whoever asks for just any port: such a one could be given to another before
+# the server that it is for has started. Each process begins elsewhere, and takes none twice.
+_PORTS = range(20_000, 32_000)
+_choices = islice(cycle(_PORTS), os.getpid() * 997 % len(_PORTS), None)
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of `host` that nobody listens on. Raises ServerStartError where there is none."""
+    for port in islice(_choices, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise ServerStartError(f"no port of {host} from {_PORTS.start} to {_PORTS.stop} is free")
 
 
 class ServerProcess:

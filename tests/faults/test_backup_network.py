@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from lib.steps.run_backup import run_backup
 from lib.steps.take_graph import GraphSource
 from lib.vectors.transport import Qdrant
 from tests.backup_support import assert_final_files_prove, assert_one_set, files, server_files
+from tests.certificate import self_signed
 from tests.faulty_way import Fault, FaultyWay, answer
 from tests.operator_support import Operator
 from tests.restore_support import site, targets
@@ -392,26 +392,7 @@ def test_a_user_who_may_neither_stream_nor_dump_is_told_what_to_grant(backing):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> tuple[Path, ssl.SSLContext]:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate of this test")
-    folder = tmp_path_factory.mktemp("tls")
-    path, key = folder / "cert.pem", folder / "key.pem"
-    words = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        "-keyout",
-        key,
-        "-out",
-        path,
-    ]
-    words += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run(words, check=True, capture_output=True)
+    path, key = self_signed(tmp_path_factory.mktemp("tls"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path, key)
     return path, context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -104,6 +105,14 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture
+def guide_ports() -> Iterator[None]:
+    """The guide's ports are the machine's: one test at a time has them, of whichever run."""
+    with Path(tempfile.gettempdir(), "automem-guide-ports.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
 def test_it_walks_through_the_guide_and_leaves_nothing(folder):
     """Also where the environment is that of an operator with a production to lose."""
@@ -141,7 +150,7 @@ def test_production_names_every_setting_but_the_engine():
     }
 
 
-def test_serve_refuses_a_taken_port_and_says_which(folder):
+def test_serve_refuses_a_taken_port_and_says_which(folder, guide_ports):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if free(GUIDE_PORTS.automem):
@@ -158,7 +167,7 @@ def test_serve_refuses_a_taken_port_and_says_which(folder):
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, end):
+def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_ports, end):
     taken = [port for port in PORTS if not free(port)]
     if taken:
         pytest.skip(f"port {taken} is taken on this machine")

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import resource
-import shutil
 import socket
 import ssl
 import subprocess
@@ -24,6 +23,7 @@ from lib.graph.rdb import inspect_rdb
 from lib.graph.read import counts
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.process import free_port
+from tests.certificate import self_signed
 from tests.graph_support import (
     fill,
     fill_rich,
@@ -314,32 +314,11 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 24 * 1024
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate of this test")
 def test_tls_is_used_and_its_certificate_checked(
     server: FalkorServer, conn: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fill(conn, "g", 50)
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-keyout",
-            key,
-            "-out",
-            certificate,
-            *subject,
-        ],
-        check=True,
-        capture_output=True,
-    )
+    certificate, key = self_signed(tmp_path)
     with tls_proxy(server.port, certificate, key) as port:
         address = GraphAddress("localhost", port, tls=True)
         for attempt in (collect, connect):
