@@ -78,7 +78,7 @@ def replace_live(
         for stem in (again, _old(temporary)):  # also what a killed run uploaded
             placement.forget(name, stem)
     except MigrationError:
-        drop_dead(qdrant, name)
+        _drop_unusable(placement)
         raise
     _require_equal(placement, rehearsed.result())
     put_aliases(qdrant, name, free_aliases(qdrant, name, wanted))
@@ -104,7 +104,7 @@ def put_back(saved: Placement, temporary: str, aliases: Iterable[str]) -> None:
         saved.forget(name, stem)
         compare(saved.backup, qdrant, name)
     except MigrationError:
-        drop_dead(qdrant, name)
+        _drop_unusable(saved)
         raise
     put_aliases(qdrant, name, free_aliases(qdrant, name, aliases))
 
@@ -114,11 +114,12 @@ def _old(temporary: str) -> str:
     return f"{temporary}-old"
 
 
-def drop_dead(qdrant: Qdrant, collection: str) -> None:
-    """Left dead it would keep a 1.11.3 server from starting again."""
+def _drop_unusable(placement: Placement) -> None:
+    """Left dead it would keep a 1.11.3 server from starting again; with some of its parts it would pass for whole."""
+    qdrant, name = placement.target.qdrant, placement.target.collection
     with suppress(MigrationError):  # what went wrong first is what the operator must read
-        if is_dead(qdrant, collection):
-            delete_collection(qdrant, collection)
+        if name in placement.begun or is_dead(qdrant, name):
+            delete_collection(qdrant, name)
 
 
 def drop_temporary(qdrant: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:

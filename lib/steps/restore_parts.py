@@ -9,7 +9,7 @@ outdated, and both can be lost (seen on 1.11.3).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any, BinaryIO, cast
 
@@ -48,11 +48,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Placement:
-    """A backup, the collection that it is for, and where each of its snapshots goes."""
+    """A backup, the collection that it is for, and where each of its snapshots goes.
+
+    `begun`: names under which at least one of several parts was put in place.
+    """
 
     backup: CollectionBackup
     target: CollectionSource
     parts: tuple[Part, ...]
+    begun: set[str] = field(default_factory=set, compare=False)
 
     def upload(self, name: str, stem: str, progress: Progress | None) -> None:
         """Send every snapshot and have it restored as `name`; the nodes keep the files by `stem`."""
@@ -92,6 +96,7 @@ class Placement:
 
     def _wait_settled(self, part: Part, name: str) -> None:
         if part.number is not None:
+            self.begun.add(name)
             nodes = self.target.nodes or (self.target.qdrant,)
             wait_settled(nodes, name, part.node, part.shards, part.patience)
 
