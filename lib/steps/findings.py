@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import islice
 from typing import Any
 
 import orjson
@@ -15,6 +14,7 @@ from lib.embedding.spool import Spool
 from lib.graph.read import MemoryNode, iter_memories
 from lib.steps.candidates import Candidates
 from lib.steps.memories import unusable
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId, merged_payload, point_id, standing_payload
 from lib.steps.present import IdTable, points_present
 from lib.steps.progress import Progress
@@ -58,8 +58,7 @@ def compare_stores(
     """
     found = Findings()
     with points_present(qdrant, collection) as present, IdTable() as seen:
-        nodes = iter_memories(conn, graph)
-        while page := list(islice(nodes, _PAGE)):
+        for page in pages(iter_memories(conn, graph), _PAGE):
             rows = _usable(page, seen, found)
             points = present.payloads(list(rows))
             _compare_page(rows, points, spool, found, proved)

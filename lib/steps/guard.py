@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from lib.addresses import same_server
@@ -12,6 +11,7 @@ from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, CollectionHalf, Manifest
 from lib.backup_set.sets import all_sets
 from lib.errors import BackupDamaged, GuardRefused
+from lib.steps.pages import pages
 from lib.steps.present import IdTable, as_id
 from lib.steps.prove import check_file
 from lib.vectors.collection import CollectionState
@@ -95,7 +95,7 @@ def _promised(path: Path, wanted: Wanted) -> tuple[int, int]:
 
     def count(ids: Iterator[str]) -> None:
         nonlocal live, alone
-        while page := [as_id(one) for one in islice(ids, _PAGE)]:
+        for page in pages(map(as_id, ids), _PAGE):
             live += len(wanted.live.payloads(page))
             alone += len(wanted.only_live.payloads(page))
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import orjson
@@ -17,6 +16,7 @@ from lib.embedding.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
 from lib.graph.read import MemoryNode, iter_memories, read_rows
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId, point_id, spellings
 from lib.steps.progress import Progress
 
@@ -74,11 +74,6 @@ def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set
     return {one for one in found if one is not None}
 
 
-def _pages(nodes: Iterator[MemoryNode]) -> Iterator[list[MemoryNode]]:
-    while page := list(islice(nodes, _PAGE)):
-        yield page
-
-
 def _row(node: MemoryNode, identity: PointId, key: bytes, tokens: int) -> MemoryRow:
     content = str(node.properties["content"])
     try:
@@ -97,7 +92,7 @@ def scan_graph(
     """
     scan = Scan()
     spool.begin_scan()
-    for page in _pages(iter_memories(conn, graph)):
+    for page in pages(iter_memories(conn, graph), _PAGE):
         usable = []
         for node in page:
             reason = unusable(node.properties)

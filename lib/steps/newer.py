@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from hashlib import blake2b
-from itertools import islice
 
 import redis
 
 from lib.graph.client import list_graphs
 from lib.graph.read import iter_memories
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId
 from lib.steps.present import IdTable, as_id
 from lib.steps.restore_graph import GraphBackup
@@ -56,7 +56,7 @@ def _newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
 def _contents_of(conn: redis.Redis, graph: str) -> IdTable:
     """By id, the sum of the hashes of all contents that bear it: an id may be used twice."""
     table = IdTable()
-    for page in _pages(_contents(conn, graph)):
+    for page in pages(_contents(conn, graph), _PAGE):
         sums = {one: int(row[_HASH]) for one, row in table.payloads([one for one, _ in page]).items()}
         for identity, value in page:
             sums[identity] = (sums.get(identity, 0) + value) % _MODULUS
@@ -89,8 +89,3 @@ def _newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | N
                     found.added += 1
                     found.name(point.id)
     return found
-
-
-def _pages(rows: Iterator[tuple[PointId, int]]) -> Iterator[list[tuple[PointId, int]]]:
-    while page := list(islice(rows, _PAGE)):
-        yield page

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from types import TracebackType
 
 import redis
@@ -13,6 +12,7 @@ import redis
 from lib.backup_set.manifest import Drift
 from lib.graph.read import iter_memories
 from lib.steps.memories import unusable
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId, point_id
 from lib.steps.present import as_text, temporary_room
 
@@ -72,8 +72,7 @@ class PairIds:
         return Drift(missing[0], left[0], missing[1], left[1])
 
     def _put(self, table: str, ids: Iterable[str]) -> None:
-        left = iter(ids)
-        while page := [(one,) for one in islice(left, _PAGE)]:
+        for page in pages(((one,) for one in ids), _PAGE):
             with self._lock, temporary_room():
                 self._db.execute("BEGIN")
                 self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?)", page)  # noqa: S608 - a constant

@@ -12,6 +12,7 @@ from lib.embedding.plan_table import Missing
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
 from lib.steps.memories import Scan, embeddable_now, scan_graph
+from lib.steps.pages import pages
 from lib.steps.present import IdTable, points_present, surplus_ids
 from lib.steps.progress import ProgressBar
 from lib.steps.take_graph import GraphSource
@@ -66,7 +67,7 @@ def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSou
     table = IdTable()
     with points_present(qdrant, collection, payload=False) as present:
         surplus = surplus_ids(present, lambda ids: set(spool.memories_of(ids)))
-        while page := list(islice(surplus, _PAGE)):
+        for page in pages(surplus, _PAGE):
             newer = embeddable_now(graph.conn, graph.graph, page)
             table.put((one, None) for one in page if one not in newer)
     return table

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 
@@ -21,6 +20,8 @@ from lib.journal import Journal, open_journals, start_journal
 from lib.steps.embed import Buyer, buy
 from lib.steps.last_run import spec_as_json
 from lib.steps.migration import Migration
+from lib.steps.open_run import delete_line
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId
 from lib.steps.sync import SyncOutcome, sync_collection
 from lib.vectors.collection import CollectionState, delete_collection
@@ -65,7 +66,7 @@ def spot_check(run: Migration, buyer: Buyer, live: CollectionState | None, count
     _buy(run, buyer, rows)
     journal = start_journal(run.folder, COMMAND, run.targets, spec=spec_as_json(run.spec))
     side = f"{run.target.collection}__check_{journal.run_id}"
-    journal.append(ANNOUNCED, side=side, undo=f"  curl -X DELETE $QDRANT_URL/collections/{side}")
+    journal.append(ANNOUNCED, side=side, undo=f"  {delete_line(run.target.qdrant, side)}")
     try:
         _make(run, side, live)
         with plan_of(run.spool, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
@@ -171,8 +172,7 @@ def _others(hits: list[Hit], own: PointId, near: int) -> list[Hit]:
 def _live_vectors(
     qdrant: Qdrant, collection: str, ids: Sequence[PointId]
 ) -> Iterator[tuple[PointId, np.ndarray[tuple[int], np.dtype[np.float32]]]]:
-    left = iter(ids)
-    while page := list(islice(left, _PAGE)):
+    for page in pages(ids, _PAGE):
         for point in retrieve(qdrant, collection, page, vector=True):
             if point.vector is not None and point.vector.any():
                 yield point.id, point.vector

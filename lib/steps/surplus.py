@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 from lib.errors import MissingData
 from lib.graph.read import memory_ids_present
 from lib.steps.guard import Wanted, require_backup
 from lib.steps.keep import keep_whole
 from lib.steps.migration import Migration
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId, point_id, spellings
 from lib.steps.plan import only_live_ids
 from lib.steps.present import points_present
@@ -40,8 +39,8 @@ def remove_surplus(run: Migration, state: CollectionState) -> int:
 
 
 def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
-    removed, left = 0, iter(ids)
-    while page := list(islice(left, _PAGE)):
+    removed = 0
+    for page in pages(ids, _PAGE):
         points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
         asked = [spelling for one in page for spelling in spellings(one)]
         there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, asked)}
