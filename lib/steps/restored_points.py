@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -113,8 +112,6 @@ def require_equal(backup: CollectionBackup, qdrant: Qdrant, name: str, rehearsed
 
     Equal are payloads and vectors (named ones, too).
     """
-    with ThreadPoolExecutor(1) as beside:
-        found = beside.submit(raw_points, qdrant, name, list(rehearsed))
-        compare(backup, qdrant, name)
-        if found.result() != rehearsed:
-            raise BackupDamaged(f"'{name}' differs from its rehearsal after the restore")
+    compare(backup, qdrant, name)
+    if raw_points(qdrant, name, list(rehearsed)) != rehearsed:
+        raise BackupDamaged(f"'{name}' differs from its rehearsal after the restore")
