@@ -62,8 +62,9 @@ def replace_live(
     """
     qdrant, name = placement.target.qdrant, placement.target.collection
     with ThreadPoolExecutor(1) as beside:
-        rehearsed = beside.submit(sample, qdrant, temporary, placement.backup)
+        sampled = beside.submit(sample, qdrant, temporary, placement.backup)
         urls = placement.fetched_from(temporary, temporary)
+        rehearsed = sampled.result()
     standing = exists(qdrant, name)
     wanted = {*aliases, *placement.backup.facts["aliases"], *(aliases_of(qdrant, name) if standing else ())}
     journal.append(SWITCHING, undo=undo, aliases=sorted(wanted))
@@ -80,7 +81,7 @@ def replace_live(
     except MigrationError:
         _drop_unusable(placement)
         raise
-    _require_equal(placement, rehearsed.result())
+    _require_equal(placement, rehearsed)
     put_aliases(qdrant, name, free_aliases(qdrant, name, wanted))
     journal.append(SWITCHED)
 
