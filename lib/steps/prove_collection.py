@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +16,7 @@ from lib.errors import BackupDamaged
 from lib.files import FULL_DISK, free_bytes
 from lib.scratch_folder import scratch_folder
 from lib.steps.compare_manifest import compare_collection
+from lib.steps.pages import pages
 from lib.steps.present import as_id, as_text
 from lib.steps.prove import check_file
 from lib.vectors.collection import vector_params
@@ -152,11 +152,12 @@ def _asked(path: Path, archive: ArchiveFacts, aside: Aside) -> int | None:
         if len(known) < len(opened):
             return None
         lines = stack.enter_context(aside.ids.open(encoding="ascii"))
-        while page := {as_id(line.strip()) for line in islice(lines, _PAGE)}:
+        for page in pages((as_id(line.strip()) for line in lines), _PAGE):
+            lacking = set(page)
             for segments in known:
-                page -= segments.held(list(page))
-            if page:
-                one = as_text(min(page, key=str))
+                lacking -= segments.held(list(lacking))
+            if lacking:
+                one = as_text(min(lacking, key=str))
                 raise BackupDamaged(f"{path}: its segments lack promised points, {one} for one")
         fewest: dict[int, int] = {}
         for shard, points in (one for segments in known for one in segments.counts.items()):

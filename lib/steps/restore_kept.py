@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from typing import IO, cast
 
 from lib.files import FULL_DISK
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId
 from lib.steps.present import as_id
 
@@ -35,9 +35,7 @@ class PromisedIds:
     def pages(self) -> Iterator[list[PointId]]:
         """All of them, in their order."""
         self._file.seek(0)
-        ids = (as_id(line.rstrip("\n")) for line in self._file)
-        while page := list(islice(ids, _PAGE)):
-            yield page
+        return pages((as_id(line.rstrip("\n")) for line in self._file), _PAGE)
 
 
 class KeptSnapshots:
