@@ -225,7 +225,7 @@ class SFTPServer:
         self.folder = folder
         self.mischief = Mischief()
         self.logins = 0
-        self.host_key = paramiko.RSAKey.generate(2048)
+        self.host_key = paramiko.ECDSAKey.generate()  # an RSA key takes a second
         self._key = key
         self._transports: list[paramiko.Transport] = []
 

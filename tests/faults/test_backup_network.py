@@ -127,12 +127,14 @@ def test_the_replication_stream_is_cut_anywhere(backing, diskless):
         rdb = (
             whole.passed - 300
         )  # the server's newlines while it prepares make an answer a little longer or shorter
-        for cut in [0, 1, 2, 13, 40, 56, 57, 58, 70, 100, rdb, *(chance.randrange(rdb) for _ in range(30))]:
+        borders = [(cut, "") for cut in (0, 1, 2, 13, 40, 56, 57, 58, 70, 100, rdb)]
+        anywhere = [(chance.randrange(rdb), "" if number < 4 else "falkordb") for number in range(30)]
+        for cut, only in [*borders, *anywhere]:  # what the collection's half comes to is told by a few
             with (
                 falkordb_way(backing, Fault(b"PSYNC", cut=cut)),
                 pytest.raises(StoreUnreachable, match="closed"),
             ):
-                back_up(backing)
+                back_up(backing, only=only)
             assert_nothing_left(backing)
     backing.run("backup_automem")
     assert_one_set(backing)

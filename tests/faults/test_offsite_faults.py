@@ -29,7 +29,7 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture
 def gate(s3, operator) -> Iterator[S3Gate]:
     with S3Gate(s3.port) as way:
-        operator.export(**s3_environ(way.url))
+        operator.export(**s3_environ(way.url), AWS_MAX_ATTEMPTS=2)  # five, with pauses, where nobody says so
         yield way
 
 
@@ -230,7 +230,7 @@ def test_a_bucket_that_refuses_midway(operator, gate, s3, backed_up, part, act):
 
 def test_a_bucket_that_is_gone_midway(operator, backed_up, tmp_path):
     with S3Server() as own, S3Gate(own.port) as gate:
-        operator.export(**s3_environ(gate.url))
+        operator.export(**s3_environ(gate.url), AWS_MAX_ATTEMPTS=1)
         held = gate.rule("PUT", ".tar.gz", "hold")
         process = operator.start("backup_automem", "--check", "all", "--upload", f"s3://{BUCKET}/gone")
         assert held.reached.wait(300)

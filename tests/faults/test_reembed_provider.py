@@ -177,6 +177,7 @@ PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}
 @pytest.mark.parametrize("name", LASTING)
 def test_what_lasts_ends_the_run_and_keeps_what_was_bought(rig, name):
     fault, code, said = LASTING[name]
+    rig.patience = 4.0
     rig.openai.fault(**fault, after=5)
     done = rig.reembed(expect=code)
     assert said in done.err
