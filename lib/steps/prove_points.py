@@ -8,11 +8,11 @@ from lib.errors import VerificationFailed
 from lib.steps.memories import embeddable_now
 from lib.steps.mend import mend_vectors
 from lib.steps.migration import Migration
+from lib.steps.pages import pages
 from lib.steps.payloads import PointId
 from lib.steps.present import points_present, surplus_ids
-from lib.steps.sync import batches
 
-_EXAMPLES = 3
+_EXAMPLES, _PAGE = 3, 256
 
 
 def prove_points(run: Migration, collection: str, rejected: Iterable[PointId], *, own: bool) -> int:
@@ -46,7 +46,7 @@ def _ids(run: Migration, collection: str, rejected: set[PointId]) -> tuple[list[
     """Planned ids with a vector that are not there; ids there that no plan has."""
     missing: list[PointId] = []
     with points_present(run.target.qdrant, collection, payload=False) as present:
-        for rows in batches(run.spool.memories()):
+        for rows in pages(run.spool.memories(), _PAGE):
             known = run.spool.known([row.key for row in rows])
             wanted = [row.point_id for row in rows if row.key in known and row.point_id not in rejected]
             there = present.payloads(wanted)

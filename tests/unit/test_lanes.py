@@ -1,0 +1,62 @@
+"""Items worked at side by side: in order, never more than told, nothing read ahead, an error waits for the others."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from lib.steps.lanes import in_lanes
+
+
+def test_results_come_in_the_items_order_though_the_first_ends_last():
+    first = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 0:
+            assert first.wait(60)
+        elif item == 2:
+            first.set()
+        return item * item
+
+    assert list(in_lanes(work, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
+
+
+def test_never_more_at_once_than_lanes_and_none_read_ahead():
+    lock, all_in = threading.Lock(), threading.Barrier(3)
+    now, most, read = 0, 0, []
+
+    def items():
+        for item in range(9):
+            read.append(item)
+            yield item
+
+    def work(item: int) -> int:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        all_in.wait(60)  # three do meet; a fourth would break it in the end
+        with lock:
+            now -= 1
+        return item
+
+    for done in in_lanes(work, items(), 3):
+        assert len(read) <= done + 4
+    assert most == 3
+
+
+def test_the_first_error_is_raised_when_those_at_work_have_ended():
+    failed, ended = threading.Event(), []
+
+    def work(item: int) -> None:
+        if item == 0:
+            failed.set()
+            raise ValueError("no room")
+        assert failed.wait(60)
+        ended.append(item)
+
+    with pytest.raises(ValueError, match="no room"):
+        list(in_lanes(work, iter(range(100)), 4))
+    assert set(ended) <= {1, 2, 3}
+    assert threading.active_count() == 1 or not any("lane" in one.name for one in threading.enumerate())
