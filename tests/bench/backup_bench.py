@@ -24,6 +24,8 @@ GRAPH_MEMORIES = 50_000
 POINTS, SIZES = 10_000, (768, 3072)
 PEAK_MEMORIES, PEAK_SIZE = (10_000, 100_000, 300_000), 64
 PEAK_MB = 150
+# Right after an RDB its child process still stands, and the next one waits for the server's clock of a second.
+REAPED_SECONDS = 2.0
 
 
 def graph_vs_raw(folder: Path) -> Iterator[Figure]:
@@ -33,6 +35,7 @@ def graph_vs_raw(folder: Path) -> Iterator[Figure]:
         ours, raw = pairs(
             lambda: take_graph(source, folder, f"bench_{next(stamps)}", [], verify=False),
             lambda: raw_rdb(source.address, folder / "raw.rdb"),
+            rest_seconds=REAPED_SECONDS,
         )
         yield at_most("backup.graph_vs_raw", ours, raw, 1.1, on_graph(source, GRAPH_MEMORIES))
 
@@ -69,6 +72,7 @@ def whole(folder: Path) -> Iterator[Figure]:
                 ours, raw = pairs(
                     functools.partial(_script, graph, points, folder / name / "backups"),
                     functools.partial(_both_raw, graph, points, folder),
+                    rest_seconds=REAPED_SECONDS,
                 )
                 wait = "no wait before the RDB" if delay == 0 else "5 s wait before the RDB, in both"
                 yield at_most(name, ours, raw, 2.0, f"{on_qdrant(points.qdrant, POINTS, size)}; {wait}")

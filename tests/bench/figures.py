@@ -44,9 +44,16 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def pairs(ours: Callable[[], object], reference: Callable[[], object]) -> tuple[float, float]:
-    """Medians of both in seconds, alternated so that both meet the same weather."""
-    taken = [(seconds_of(ours), seconds_of(reference)) for _ in range(PAIRS)]
+def pairs(
+    ours: Callable[[], object], reference: Callable[[], object], *, rest_seconds: float = 0.0
+) -> tuple[float, float]:
+    """Medians of both in seconds, alternated so that both meet the same weather, each after a rest of the server's."""
+    taken: list[tuple[float, float]] = []
+    for _ in range(PAIRS):
+        time.sleep(rest_seconds)
+        first = seconds_of(ours)
+        time.sleep(rest_seconds)
+        taken.append((first, seconds_of(reference)))
     return median(one[0] for one in taken), median(one[1] for one in taken)
 
 
