@@ -23,7 +23,7 @@ _TIMES = 3  # the room that a snapshot takes in the temporary folder: kept once,
 
 def open_backup(path: Path, half: CollectionHalf | None) -> CollectionBackup:
     """Prove the archive; nothing on the target is touched. Raises BackupDamaged."""
-    size = peek_facts(path)["snapshot_size"]
+    size = half.snapshot_size if half else peek_facts(path)["snapshot_size"]
     ids, kept = PromisedIds(), KeptSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
     proof = prove_collection(path, half=half, on_ids=ids.keep, passing=kept.passing)
     return CollectionBackup(path, proof, ids=ids, kept=kept)
