@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tests.operator_support import Operator, Servers
 from tests.real_qdrant import RealQdrant
 
 STAND_IN_VERSION = "1.18.3"
+
+# A suite that a shell runs in the background, as CI may, has Ctrl-C ignored, and so had all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ class Stop:
 
     `carried_out`: the server has answered, the answer is held back; else the request never reaches it. `reached` is
     set when a request stands there; it goes nowhere any more, and its connection is closed once `let_go` is set.
-    With `late` the server gets the request then after all, and `ended` is set when it has answered.
+    With `late` the server gets the request then after all, and `ended` is set when it has answered. With `alone` it
+    never hears of those of this kind that come after it over other connections.
     """
 
     method: str
@@ -25,6 +26,7 @@ class Stop:
     nth: int = 1
     carried_out: bool = False
     late: bool = False
+    alone: bool = False
     when: Callable[[], bool] = lambda: True
     reached: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
@@ -42,6 +44,11 @@ class Stop:
                 return False
             self.nth -= 1
             return self.nth == 0
+
+    def bars(self, method: str, path: str) -> bool:
+        """Whether such a request comes after the one that was taken, and before that one was let go."""
+        taken = self.alone and self.nth <= 0 and not self.let_go.is_set()
+        return taken and method == self.method and bool(re.search(self.path, path))
 
     def hold(self) -> None:
         self.reached.set()
@@ -65,6 +72,11 @@ class Gate(HttpProxy):
 
     def answer(self, request: Request, body: bytes) -> None:
         stop = next((one for one in self.stops if one.takes(request.command, request.path)), None)
+        barring = next((one for one in self.stops if one.bars(request.command, request.path)), None)
+        if stop is None and barring is not None:
+            request.close_connection = True
+            barring.let_go.wait(LONGEST_SECONDS)
+            return
         if stop is None:
             request.reply(*request.forward(body))
             return

@@ -158,7 +158,7 @@ class Rig:
             return self.phase() in phases and (window not in ANEW or self.entries() > self.noted)
 
         path = path.format(live=self.operator.collection)
-        self.gate.stops.append(Stop(method, path, nth, carried_out, when=there))
+        self.gate.stops.append(Stop(method, path, nth, carried_out, alone=True, when=there))
         return self.gate.stops[-1]
 
     def finish(self) -> Points:
