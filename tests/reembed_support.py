@@ -101,6 +101,15 @@ def assert_vectors(points: Points, model: str = LARGE, size: int = NEW_SIZE) -> 
     assert np.abs(stored - wanted).max() < 1e-5
 
 
+def make_ready(operator: Operator) -> Operator:
+    """Sample memories, a backup of the collection, settings for another size."""
+    operator.load()
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.servers.openai.reset()
+    return operator
+
+
 def upgrade(operator: Operator) -> None:
     """The settings of the migration."""
     operator.export(VECTOR_SIZE=NEW_SIZE, EMBEDDING_MODEL=LARGE)

@@ -16,7 +16,7 @@ from lib.steps.phases import PLACED, PLACING
 from tests.gate import Gate, Stop
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
-from tests.reembed_support import assert_migrated, embeddable, points_of, settings, upgrade
+from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of, settings
 from tests.restore_support import faults, wait_for
 
 pytestmark = pytest.mark.qdrant
@@ -33,12 +33,7 @@ def rig(operator):
 
 @pytest.fixture
 def ready(operator):
-    """Sample memories, a backup of the collection, settings for another size."""
-    operator.load()
-    operator.run("backup_automem", "--only", "qdrant")
-    upgrade(operator)
-    operator.servers.openai.reset()
-    return operator
+    return make_ready(operator)
 
 
 def staged(operator) -> str:

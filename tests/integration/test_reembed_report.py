@@ -16,7 +16,7 @@ from lib.steps.phases import DELETED, DELETING
 from lib.steps.purchases import MOST_SLOTS, Purchases, Slot
 from tests.kill_support import run_killed
 from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL
-from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
+from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of
 
 pytestmark = pytest.mark.qdrant
 HOSTILE = "<script>alert('1')</script> & \"quoted\" <img src=x onerror=alert(2)> </style></title>"
@@ -61,11 +61,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def ready(operator):
-    operator.load()
-    operator.run("backup_automem", "--only", "qdrant")
-    upgrade(operator)
-    operator.servers.openai.reset()
-    return operator
+    return make_ready(operator)
 
 
 def reports(operator) -> list[Path]:
