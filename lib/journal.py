@@ -89,8 +89,8 @@ class Journal:
                 line = "\n" + line
             stream.write(line.encode())
             stream.flush()
+            self.entries.append(entry)  # now, since a signal may come into what takes long
             os.fsync(stream.fileno())
-        self.entries.append(entry)
 
     def close(self, outcome: str) -> None:
         """The run came to its end; nothing is left to go on from."""

@@ -16,8 +16,9 @@ from tests.real_qdrant import RealQdrant
 
 STAND_IN_VERSION = "1.18.3"
 
-# A suite that a shell runs in the background, as CI may, has Ctrl-C ignored, and so had all that it starts.
+# A suite that runs in the background or under nohup ignores these signals, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

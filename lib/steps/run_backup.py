@@ -37,8 +37,10 @@ def run_backup(
     journal = start_journal(folder, COMMAND, targets)
     try:
         manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
-    except BaseException:
+    except BaseException as error:
         remove_unfinished(folder, journal)  # once more: a third Ctrl-C may have ended the first time
+        if isinstance(error, KeyboardInterrupt) and collection:
+            _remove(collection, journal, pending)  # once more: it may have come into the first time
         if removed(journal):
             journal.close("failed, nothing left")
         raise

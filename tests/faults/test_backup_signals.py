@@ -14,6 +14,7 @@ import termios
 import pytest
 
 from lib.journal import open_journals
+from lib.steps.own_snapshot import ANNOUNCED
 from tests.backup_support import (
     assert_final_files_prove,
     assert_no_scratch,
@@ -45,6 +46,7 @@ PLACES = {
     "segments are opened": "entering lib.steps.prove_collection._asked",
     "drift is counted": "entering lib.steps.take_pair._drift",
     "before the manifest": "entering lib.steps.take_pair.write_manifest",
+    "the snapshot goes": "entering lib.vectors.snapshots.delete",
 }
 
 
@@ -55,8 +57,15 @@ def standing(held: Held, number: int = 0) -> subprocess.Popen[str]:
     return held.process
 
 
-def assert_undone(operator: Operator, process: subprocess.Popen[str]) -> str:
-    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said."""
+# Of the graph's thread: the collection's may have announced a snapshot by then, and not asked for it.
+BESIDE = {"the RDB is there", "the scratch server loads", "the scratch server is asked"}
+
+
+def assert_undone(operator: Operator, process: subprocess.Popen[str], *, may_await: bool = False) -> str:
+    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said.
+
+    `may_await`: a snapshot that was announced last may be reckoned with.
+    """
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
@@ -64,10 +73,10 @@ def assert_undone(operator: Operator, process: subprocess.Popen[str]) -> str:
     assert files(operator) == []
     assert server_files(operator) == []
     assert_no_scratch(operator)
-    if operator.backups.exists():
-        assert open_journals(operator.backups) == []
+    left = open_journals(operator.backups) if operator.backups.exists() else []
+    assert [one.phase for one in left] in ([[], [ANNOUNCED]] if may_await else [[]])
     operator.run("backup_automem")
-    assert_one_set(operator)
+    assert_sets(operator) if left else assert_one_set(operator)
     return err
 
 
@@ -77,7 +86,7 @@ def test_a_signal_leaves_nothing_half_done(backing, place):
     held = start_held(backing, PLACES[place], "backup_automem")
     standing(held).send_signal(number)
     held.go_on()
-    assert_undone(backing, held.process)
+    assert_undone(backing, held.process, may_await=place in BESIDE)
 
 
 def ended_at(operator: Operator, place: str) -> None:

@@ -351,7 +351,9 @@ def test_a_limit_is_reached_with_hardly_a_refusal(spool):
         )
         assert outcome.embedded == 2930
         assert seconds > 5  # the limit was really met
-        assert accepted / given > 0.6  # how near it comes is the bench's business, a slow machine none of this test's
+        assert (
+            accepted / given > 0.6
+        )  # how near it comes is the bench's business, a slow machine none of this test's
         assert outcome.rate_limited / outcome.requests < 0.05
         assert limited.stats()["paid_twice"] == 0
 
