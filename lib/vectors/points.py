@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PointId = str | int  # a lower-case hyphenated UUID, or an unsigned integer
 
 PAGE = 1000
+PAGE_OF_IDS = 5000  # alone they cost hardly more than the request
 PAGE_WITH_VECTORS = 256  # larger pages of vectors are read more slowly
 DELETE_BATCH = 1000
 
@@ -48,7 +49,7 @@ def scroll(
     `payload` may list the keys wanted. Pages shrink to what strict mode allows. Raises NotFound, QdrantError.
     """
     path = collection_path(name, "points", "scroll")
-    limit = page or (PAGE_WITH_VECTORS if vector else PAGE)
+    limit = page or (PAGE_WITH_VECTORS if vector else PAGE if payload else PAGE_OF_IDS)
     body: dict[str, Any] = {"with_payload": payload, "with_vector": vector}
     while True:
         try:

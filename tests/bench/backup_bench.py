@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from lib.files import private_dir
+from lib.graph.engine import installed_engines
 from lib.journal import start_journal
 from lib.steps.take_collection import CollectionSource, take_collection
 from lib.steps.take_graph import GraphSource, take_graph
@@ -31,9 +32,10 @@ REAPED_SECONDS = 2.0
 def graph_vs_raw(folder: Path) -> Iterator[Figure]:
     """Counted, checksummed, fsynced and atomically named, without the proof by loading, against the bare stream."""
     stamps = iter(range(PAIRS))
+    engines = installed_engines({})  # with none that loads the file the graph would be taken with DUMP
     with graph_source(folder, GRAPH_MEMORIES) as source:
         ours, raw = pairs(
-            lambda: take_graph(source, folder, f"bench_{next(stamps)}", [], verify=False),
+            lambda: take_graph(source, folder, f"bench_{next(stamps)}", engines, verify=False),
             lambda: raw_rdb(source.address, folder / "raw.rdb"),
             rest_seconds=REAPED_SECONDS,
         )
