@@ -42,7 +42,7 @@ def qdrant_url(tmp_path_factory) -> Iterator[str]:
 def session_servers(tmp_path_factory, qdrant_url) -> Iterator[Servers]:
     """FalkorDB as the Docker image starts it (but without the pause before replication), Qdrant, embeddings."""
     folder: Path = tmp_path_factory.mktemp("servers")
-    falkordb = FalkorServer(folder / "falkordb", sync_delay_seconds=0)
+    falkordb = FalkorServer(folder / "falkordb", sync_delay_seconds=0, telemetry=True)
     openai = OpenAIServer(log=folder / "openai.log")
     try:
         falkordb.start()

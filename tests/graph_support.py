@@ -84,7 +84,7 @@ def constrain(conn: redis.Redis, graph: str, kind: str, entity: str, label: str,
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         rows = conn.execute_command("GRAPH.RO_QUERY", graph, "CALL db.constraints()")[1]
-        if all(row[-1] != b"PENDING" for row in rows) and rows:
+        if rows and all(row[-1] != b"UNDER CONSTRUCTION" for row in rows):
             return
         time.sleep(0.02)
     pytest.fail("the constraint stays pending")

@@ -24,7 +24,7 @@ from isal import igzip
 from lib.backup_set.manifest import sealed
 from lib.graph.engine import Engine, installed_engines
 from lib.graph.rdb_fields import crc64
-from lib.sandbox.falkordb_server import DOCKER_LIMITS, FalkorServer
+from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.sample_memories import generate
 from lib.steps.drill import prove_named
 from tests.operator_support import Operator
@@ -507,8 +507,7 @@ CASES = [(name, number) for name, (_, times) in KINDS.items() for number in rang
 def backed(session_servers, tmp_path_factory):
     """Two backups with different content in both stores; no other graph in their RDBs, and no list of queries."""
     folder = tmp_path_factory.mktemp("backed")
-    limits = f"{DOCKER_LIMITS} CMD_INFO no"
-    falkor = FalkorServer(folder / "falkordb", sync_delay_seconds=0, limits=limits).start()
+    falkor = FalkorServer(folder / "falkordb", sync_delay_seconds=0).start()
     someone = Operator(replace(session_servers, falkordb=falkor), folder)
     someone.load()
     someone.run("backup_automem")

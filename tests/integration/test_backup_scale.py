@@ -9,7 +9,7 @@ import pytest
 
 from lib.graph.client import connect
 from lib.graph.digest import graph_digest
-from lib.sandbox.falkordb_server import DOCKER_LIMITS, FalkorServer
+from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_fixtures import ENGINES
 from tests.graph_support import write
 from tests.operator_support import Operator, Servers
@@ -22,9 +22,7 @@ STEP = 5_000  # made well within the second that a query has
 @pytest.fixture(scope="module", params=ENGINES, ids=[engine.falkordb_version for engine in ENGINES])
 def big(request: pytest.FixtureRequest, session_servers: Servers, tmp_path_factory) -> Iterator[Operator]:
     folder = tmp_path_factory.mktemp("big")
-    falkor = FalkorServer(
-        folder / "falkordb", engine=request.param, sync_delay_seconds=0, limits=f"{DOCKER_LIMITS} CMD_INFO no"
-    ).start()
+    falkor = FalkorServer(folder / "falkordb", engine=request.param, sync_delay_seconds=0).start()
     someone = Operator(Servers(falkor, session_servers.qdrant_url, session_servers.openai), folder)
     with connect(falkor.address) as conn:
         for label, number in LABELS.items():
