@@ -11,8 +11,9 @@ import pytest
 
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.openai_server import OpenAIServer
+from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.operator_support import Operator, Servers
-from tests.real_qdrant import RealQdrant
+from tests.real_qdrant import RealQdrant, test_server
 
 STAND_IN_VERSION = "1.18.3"
 
@@ -32,10 +33,17 @@ def qdrant_url(tmp_path_factory) -> Iterator[str]:
         with RealQdrant(Path(os.environ["QDRANT_TEST_SERVER"]), folder / "real") as real:
             yield real.url
         return
-    from lib.sandbox.qdrant_server.process import QdrantServer
-
     with QdrantServer(folder / "data", STAND_IN_VERSION) as stand_in:
         yield stand_in.url
+
+
+@pytest.fixture
+def own_qdrant(tmp_path) -> Iterator[RealQdrant | QdrantServer]:
+    """A server of the test's own, to be killed: QDRANT_TEST_SERVER's, else the stand-in."""
+    binary = test_server()
+    folder = tmp_path / "own_qdrant"
+    with RealQdrant(binary, folder) if binary else QdrantServer(folder, STAND_IN_VERSION) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

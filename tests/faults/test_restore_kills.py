@@ -5,11 +5,16 @@ KILLS_EACH=5 (`make faults`) kills so many times in each window, those that diff
 
 from __future__ import annotations
 
+import json
+import random
+import time
+
 import pytest
 import requests
 
 from lib.graph.client import connect
 from lib.graph.digest import graph_digest
+from lib.journal import open_journals
 from lib.sandbox.state import state_of
 from lib.vectors.collection import exists
 from tests.gate import LONGEST_SECONDS, Gate, Stop
@@ -20,6 +25,7 @@ from tests.restore_support import TIMEOUT, assert_tidy, faults, settings, spoil,
 pytestmark = pytest.mark.qdrant
 
 OFTEN = KILLS_EACH > 1
+RANDOM = 6 * KILLS_EACH if OFTEN else 3
 CALLED = {
     name.rsplit(".", 1)[1]: f"called lib.steps.{name}"
     for name in (
@@ -118,6 +124,38 @@ def test_killed_there_it_goes_on(ready, where):
     operator, files, (wanted, asset), old = ready
     run_killed(operator, where, "restore_from_backup", *files)
     assert_one_is_whole(operator, wanted, old)
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+@pytest.fixture(scope="module")
+def usual_seconds(loaded):
+    """How long a restore takes here."""
+    files = loaded.rdb(), loaded.archive()
+    begun = time.monotonic()
+    loaded.run("restore_from_backup", *files)
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("number", range(RANDOM))
+def test_killed_at_a_random_moment_it_goes_on(usual_seconds, ready, number, record_property):
+    operator, files, (wanted, asset), old = ready
+    chance = random.Random(number)
+    for _ in range(20):  # a moment after the end is no kill
+        process = operator.start("restore_from_backup", *files)
+        time.sleep(chance.uniform(0.05, 1.0) * usual_seconds)
+        if kill(process):
+            break
+        spoil(operator)
+        old = operator.state()
+    else:
+        pytest.fail("every run ended before its kill")
+    assert_one_is_whole(operator, wanted, old)
+    journals = open_journals(operator.backups)
+    names = [name.removeprefix(operator.collection) or "live" for name in operator.collections()]
+    record_property("left", json.dumps([journals[-1].phase if journals else "no journal", sorted(names)]))
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
     assert settings(operator) == asset

@@ -16,12 +16,9 @@ import pytest
 from lib.graph.client import connect
 from lib.graph.digest import graph_digest
 from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.qdrant_server.process import QdrantServer
 from lib.vectors.collection import exists
-from tests.conftest import STAND_IN_VERSION
 from tests.kill_support import KILLS_EACH, start_held
 from tests.operator_support import Operator
-from tests.real_qdrant import RealQdrant, test_server
 from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait_for
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(900)]
@@ -49,18 +46,6 @@ def moments(places: list[tuple[str, float | None]]) -> list[tuple[str, float | N
 
 
 @pytest.fixture
-def qdrant(tmp_path) -> Iterator[RealQdrant | QdrantServer]:
-    binary = test_server()
-    server = (
-        RealQdrant(binary, tmp_path / "qdrant")
-        if binary
-        else QdrantServer(tmp_path / "qdrant", STAND_IN_VERSION)
-    )
-    with server:
-        yield server
-
-
-@pytest.fixture
 def falkordb(tmp_path) -> Iterator[FalkorServer]:
     server = FalkorServer(tmp_path / "falkordb", sync_delay_seconds=0)
     server.start()
@@ -71,9 +56,9 @@ def falkordb(tmp_path) -> Iterator[FalkorServer]:
 
 
 @pytest.fixture
-def ready(session_servers, qdrant, falkordb, tmp_path):
+def ready(session_servers, own_qdrant, falkordb, tmp_path):
     """Stores of this test's own that differ from their backup; the state it holds, and the one that stands."""
-    servers = replace(session_servers, falkordb=falkordb, qdrant_url=qdrant.url)
+    servers = replace(session_servers, falkordb=falkordb, qdrant_url=own_qdrant.url)
     operator = Operator(servers, tmp_path / "work")
     operator.folder.mkdir()
     operator.load()
@@ -118,9 +103,9 @@ def replace_collection(operator: Operator, name: str) -> Operator:
 
 
 @pytest.mark.parametrize(("where", "seconds"), moments(QDRANT))
-def test_qdrant_killed(ready, qdrant, where, seconds):
+def test_qdrant_killed(ready, own_qdrant, where, seconds):
     operator, files, (wanted, asset), old = ready
-    code, err = run_under(operator, where, seconds, files, qdrant)
+    code, err = run_under(operator, where, seconds, files, own_qdrant)
     assert_one_is_whole(operator, wanted, old)
     if code:
         assert "error:" in err
@@ -128,8 +113,8 @@ def test_qdrant_killed(ready, qdrant, where, seconds):
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)
-    qdrant.kill()
-    qdrant.start()
+    own_qdrant.kill()
+    own_qdrant.start()
     assert operator.state() == wanted
 
 
@@ -151,17 +136,17 @@ def test_falkordb_killed(ready, falkordb, where, seconds):
         assert others() == untouched
 
 
-def test_qdrant_stays_down_and_the_next_command_finishes(ready, qdrant):
+def test_qdrant_stays_down_and_the_next_command_finishes(ready, own_qdrant):
     """The machine is gone for longer than the script waits for an answer: the journal and the safety backup remain."""
     operator, files, (wanted, asset), old = ready
     held = start_held(operator, f"entering {PARTS}.recover", "restore_from_backup", *files)
     assert wait_for(held.stands_at)
-    qdrant.kill()
+    own_qdrant.kill()
     held.process.kill()
     held.process.communicate(timeout=60)
     told = operator.run("restore_from_backup", *files, expect=1).err
     assert "docker compose up -d falkordb qdrant" in told
-    qdrant.start()
+    own_qdrant.start()
     assert_one_is_whole(operator, wanted, old)
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted

@@ -1,0 +1,141 @@
+"""Migrations up and down, killed at random moments while AutoMem writes: the script in one test, Qdrant in the other.
+
+KILLS_EACH=5 (`make faults`) kills the script 60 times and the server 20 times.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from lib.journal import open_journals
+from tests.automem_writer import AutoMemAtWork
+from tests.kill_support import KILLS_EACH
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
+from tests.reembed_rig import BATCH, COMMAND, MEMORIES, WORKERS
+from tests.reembed_support import assert_migrated, points_of, upgrade
+
+pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(3600)]
+
+SCRIPT_KILLS = 6 * KILLS_EACH if KILLS_EACH > 1 else 3
+SERVER_KILLS = 2 * KILLS_EACH if KILLS_EACH > 1 else 1
+WAYS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged", "in-place"])
+SETTINGS = {OLD_SIZE: SMALL, NEW_SIZE: LARGE}
+
+
+class Seesaw:
+    """An operator who changes the size, and changes it back, for as long as he is asked to."""
+
+    def __init__(self, operator: Operator, words: tuple[str, ...]) -> None:
+        self.operator = operator
+        self.words = (*COMMAND, *words)
+        operator.load(MEMORIES)
+        operator.run("backup_automem", "--only", "qdrant")
+        self.before = points_of(operator)
+        upgrade(operator)
+        operator.servers.openai.reset()
+        self.automem = AutoMemAtWork(operator, SMALL, OLD_SIZE)
+        self.size = NEW_SIZE
+        self.states: Counter[str] = Counter()
+        self.longest = 0.0
+
+    def start(self) -> subprocess.Popen[str]:
+        return self.operator.start("reembed_embeddings", *self.words)
+
+    def done(self) -> None:
+        """A run went through: AutoMem is started with these settings, and the next change is the other way."""
+        self.automem.configure(SETTINGS[self.size], self.size)
+        self.operator.run("backup_automem", "--only", "qdrant", env=self._settings(self.size))
+        self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
+        self.operator.export(**self._settings(self.size))
+
+    def note_state(self) -> None:
+        """What a kill left: the journal's last word, and the collections."""
+        journals = open_journals(self.operator.backups)
+        try:
+            there = self.operator.collections()
+        except OSError:
+            there = ["no answer"]
+        names = "+".join(name.removeprefix(self.operator.collection) or "live" for name in there)
+        self.states[f"{journals[-1].phase if journals else 'no journal'}: {names or 'no collection'}"] += 1
+
+    @staticmethod
+    def _settings(size: int) -> dict[str, str]:
+        return {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": SETTINGS[size]}
+
+
+def swing(
+    seesaw: Seesaw, kills: int, strike: Callable[[subprocess.Popen[str]], bool], rng: random.Random
+) -> int:
+    """Start runs, and strike each at a random moment, until so many strikes met one; returns how many."""
+    struck = 0
+    while struck < kills:
+        begun = time.monotonic()
+        process = seesaw.start()
+        until = begun + rng.uniform(0.2, max(seesaw.longest, 3.0))
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.002)
+        if process.poll() is None:
+            struck += strike(process)
+        _, errors = process.communicate(timeout=600)
+        assert "Traceback" not in errors, errors
+        if process.returncode == 0:
+            seesaw.longest = max(seesaw.longest, time.monotonic() - begun)
+            seesaw.done()
+    return struck
+
+
+def finish(seesaw: Seesaw, kills: int) -> None:
+    """Nobody disturbs the last run: every memory has its point, nothing is left over, little was paid for twice."""
+    operator = seesaw.operator
+    operator.run("reembed_embeddings", *seesaw.words)
+    assert_migrated(operator, seesaw.before, model=SETTINGS[seesaw.size], size=seesaw.size)
+    assert operator.call("GET", "/snapshots") == []
+    assert operator.collections() == [operator.collection]
+    assert open_journals(operator.backups) == []
+    assert seesaw.automem.stored > 10
+    assert operator.servers.openai.stats()["paid_twice"] <= kills * WORKERS * BATCH
+
+
+@WAYS
+def test_the_script_is_killed_at_random_moments(operator, words, record_property):
+    seesaw = Seesaw(operator, words)
+    operator.servers.openai.fault(hang_seconds=0.05)
+
+    def strike(process: subprocess.Popen[str]) -> bool:
+        process.kill()
+        process.wait()
+        seesaw.note_state()
+        return process.returncode == -signal.SIGKILL
+
+    with seesaw.automem:
+        kills = swing(seesaw, SCRIPT_KILLS, strike, random.Random(f"script {words}"))
+    finish(seesaw, kills)
+    record_property("states", json.dumps(seesaw.states))
+
+
+@WAYS
+def test_the_server_is_killed_at_random_moments(operator, own_qdrant, words, record_property):
+    someone = replace(operator, servers=replace(operator.servers, qdrant_url=own_qdrant.url), exports={})
+    seesaw = Seesaw(someone, words)
+    rng = random.Random(f"server {words}")
+
+    def strike(process: subprocess.Popen[str]) -> bool:
+        own_qdrant.kill()
+        time.sleep(rng.uniform(0.0, 1.0))
+        own_qdrant.start()  # raises where it does not come up again
+        seesaw.note_state()
+        return True
+
+    with seesaw.automem:
+        kills = swing(seesaw, SERVER_KILLS, strike, rng)
+    finish(seesaw, kills)
+    record_property("states", json.dumps(seesaw.states))
