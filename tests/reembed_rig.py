@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import requests
 
@@ -23,8 +24,10 @@ from lib.steps.phases import (
     TIDYING,
 )
 from tests.gate import Gate, Stop
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade
 
+MODELS = {OLD_SIZE: SMALL, NEW_SIZE: LARGE}
 MEMORIES = 540  # three batches of points
 WORKERS, BATCH = 2, 20
 COMMAND = ("--workers", str(WORKERS), "--batch-size", str(BATCH))
@@ -101,7 +104,8 @@ class Rig:
     def __init__(self, operator, gate: Gate) -> None:
         self.operator, self.gate = operator, gate
         self.words: tuple[str, ...] = COMMAND
-        self.noted = 0
+        self.noted: tuple[Path | None, int] = (None, 0)
+        self.size = NEW_SIZE
         operator.load(MEMORIES)
         aliases = [{"create_alias": {"collection_name": operator.collection, "alias_name": self.alias}}]
         requests.post(
@@ -130,9 +134,16 @@ class Rig:
         self.noted = self.entries()
         return self.operator.start("reembed_embeddings", *self.words)
 
-    def entries(self) -> int:
+    def entries(self) -> tuple[Path | None, int]:
+        """The newest journal, and how much is in it."""
         journal = self.journal()
-        return len(journal.entries) if journal else 0
+        return (journal.path, len(journal.entries)) if journal else (None, 0)
+
+    def turn(self) -> None:
+        """The migration is done: the next one goes the other way."""
+        self.operator.run("backup_automem", "--only", "qdrant")
+        self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
+        self.operator.export(VECTOR_SIZE=self.size, EMBEDDING_MODEL=MODELS[self.size])
 
     def kill_when(self, reached: Callable[[], bool], how: int = signal.SIGKILL) -> int:
         """Start the command, end it once `reached`; its exit code."""
@@ -155,7 +166,7 @@ class Rig:
         method, path, phases, nth, carried_out = WINDOWS[window]
 
         def there() -> bool:
-            return self.phase() in phases and (window not in ANEW or self.entries() > self.noted)
+            return self.phase() in phases and (window not in ANEW or self.entries() != self.noted)
 
         path = path.format(live=self.operator.collection)
         self.gate.stops.append(Stop(method, path, nth, carried_out, alone=True, when=there))
@@ -164,7 +175,7 @@ class Rig:
     def finish(self) -> Points:
         """The same command once more; then everything must be as after a run that nobody disturbed."""
         self.operator.run("reembed_embeddings", *self.words)
-        after = assert_migrated(self.operator, self.before)
+        after = assert_migrated(self.operator, self.before, model=MODELS[self.size], size=self.size)
         assert settings(self.operator) == self.settings
         assert self.operator.call("GET", "/snapshots") == []
         assert self.operator.collections() == [self.operator.collection]

@@ -15,6 +15,7 @@ from lib.vectors.address import collection_path
 from lib.vectors.collection import Health, health
 from lib.vectors.refusals import NoAnswer, QdrantError, is_disk_full
 from lib.vectors.snapshots import Snapshot
+from lib.vectors.startup import restarted, startup
 from lib.vectors.transport import Qdrant
 
 ANSWER_SECONDS = 300.0  # the server answers when the restore is done; after that the collection is asked
@@ -100,7 +101,7 @@ def recover(
     """
     if not beside:
         _refuse_existing(q, collection)
-    began = time.monotonic()
+    began, process = time.monotonic(), startup(q)
     try:
         _put_recover(q, collection, location, checksum, answer_seconds)
     except NoAnswer:
@@ -110,7 +111,7 @@ def recover(
             raise
     else:
         return Restored(time.monotonic() - began, answered=True)
-    wait_restored(q, collection, seconds)
+    wait_restored(q, collection, seconds, process)
     return Restored(time.monotonic() - began, answered=False)
 
 
@@ -136,20 +137,23 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
     return None
 
 
-def wait_restored(q: Qdrant, collection: str, seconds: float) -> None:
+def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | None = None) -> None:
     """Poll until the collection answers. Raises StoreFailed: dead, or not there after `seconds`.
 
-    Until a restore is done, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3).
+    Until a restore is done, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3). `process` is the server
+    that was asked (`startup`): another one restores nothing.
     """
     deadline = time.monotonic() + seconds
     dead_since: float | None = None
     while True:
+        gone = restarted(q, process)
         state = _health(q, collection)
         now = time.monotonic()
         if state == "live":
             return
         dead_since = (dead_since or now) if state == "dead" else None
-        if now >= deadline or (dead_since is not None and now - dead_since >= DEAD_SECONDS):
+        lost = gone and state == "missing"
+        if lost or now >= deadline or (dead_since is not None and now - dead_since >= DEAD_SECONDS):
             raise StoreFailed(
                 f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}",
                 next_step="look at the Qdrant server's log, then run the same command again",
@@ -198,7 +202,7 @@ def _upload(
     checksum: str,
     patience: tuple[float, float],
 ) -> Restored:
-    form, began = _Form(filename, body), time.monotonic()
+    form, began, process = _Form(filename, body), time.monotonic(), startup(q)
     try:
         _post(q, collection, form, checksum, patience[0])
     except NoAnswer:
@@ -209,7 +213,7 @@ def _upload(
             raise
     else:
         return Restored(time.monotonic() - began, answered=True)
-    wait_restored(q, collection, patience[1])
+    wait_restored(q, collection, patience[1], process)
     return Restored(time.monotonic() - began, answered=False)
 
 

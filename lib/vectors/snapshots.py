@@ -16,12 +16,15 @@ from urllib3.exceptions import HTTPError
 from lib.errors import BackupDamaged, StoreFailed
 from lib.vectors.address import collection_path
 from lib.vectors.refusals import NoAnswer, NotFound, QdrantError
+from lib.vectors.startup import restarted, startup
 from lib.vectors.transport import PAUSES_SECONDS, Qdrant
 
 ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is asked
 CREATE_SECONDS = 1800.0
 POLL_SECONDS = 1.0
 PIECE_BYTES = 1024 * 1024
+
+_SERVERS = 3  # so many of them, one after the other, may fall over one snapshot
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GATEWAY_GAVE_UP = (502, 503, 504)
@@ -61,25 +64,37 @@ def create(
 ) -> Snapshot:
     """Have one snapshot made and wait for it, at most `seconds`; never two.
 
-    A lost answer stops nothing on the server (seen on 1.11.3 and 1.18.3), so the list is polled then. With
-    `known_before` (the list before an earlier try) a snapshot that is not in it is taken as that try's.
-    Raises NoAnswer where none appears, QdrantError, AccessRefused.
+    A lost answer stops nothing on the server (seen on 1.11.3 and 1.18.3), so the list is polled then; a server that
+    was started anew meanwhile is asked again. With `known_before` (the list before an earlier try) a snapshot that is
+    not in it is taken as that try's. Raises NoAnswer where none appears, QdrantError, AccessRefused.
     """
     now = list_snapshots(q, collection)
     known = now if known_before is None else known_before
     earlier = [snapshot for snapshot in now if snapshot not in known]
     if earlier:
         return _newest(earlier)
+    for _ in range(_SERVERS):
+        process = startup(q)
+        made = _ask(q, collection, answer_seconds) or _await_new(q, collection, known, seconds, process)
+        if made:
+            return made
+    raise NoAnswer(
+        f"Qdrant at {q.display} was started anew {_SERVERS} times while it made a snapshot of '{collection}'",
+        next_step="look at the server's log and its memory, then run again",
+    )
+
+
+def _ask(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | None:
+    """The snapshot, or None where no answer came."""
     path = collection_path(collection, "snapshots")
     try:
-        raw = q.json("POST", path, params={"wait": "true"}, timeout=answer_seconds, retry=False)
+        return _snapshot(q.json("POST", path, params={"wait": "true"}, timeout=answer_seconds, retry=False))
     except NoAnswer:
-        raw = None
+        return None
     except QdrantError as error:
         if error.status not in _GATEWAY_GAVE_UP:
             raise
-        raw = None
-    return _snapshot(raw) if raw else _await_new(q, collection, known, seconds)
+        return None
 
 
 def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
@@ -180,13 +195,19 @@ class _Fetch:
         return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
 
 
-def _await_new(q: Qdrant, collection: str, known: Sequence[Snapshot], seconds: float) -> Snapshot:
+def _await_new(
+    q: Qdrant, collection: str, known: Sequence[Snapshot], seconds: float, process: str | None
+) -> Snapshot | None:
+    """What appears in the list; None where the server `process` that was asked is gone, and left nothing."""
     deadline = time.monotonic() + seconds
     seen: Snapshot | None = None
     while time.monotonic() < deadline:
+        gone = restarted(q, process)  # asked before the list: what that one made is in it
         fresh = [snapshot for snapshot in list_snapshots(q, collection) if snapshot not in known]
         if fresh and _newest(fresh) == seen:
             return seen  # twice the same: nothing writes to it any more
+        if gone and not fresh:
+            return None
         seen = _newest(fresh) if fresh else None
         q.sleep(POLL_SECONDS)
     raise NoAnswer(

@@ -23,9 +23,9 @@ from lib.steps.phases import (
 )
 from tests.gate import Gate
 from tests.kill_support import KILLS_EACH
-from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
 from tests.reembed_rig import BATCH, COMMAND, DEFAULT_WINDOWS, IN_PLACE_WINDOWS, WINDOWS, WORKERS, Rig
-from tests.reembed_support import assert_migrated, points_of, upgrade
+from tests.reembed_support import assert_migrated, left_by_kill, points_of
 
 pytestmark = pytest.mark.qdrant
 
@@ -48,25 +48,15 @@ def test_one_migration_killed_in_every_window(rig, windows):
 
 @pytest.mark.skipif(KILLS_EACH == 1, reason="minutes: `make faults` hits each window five times")
 @pytest.mark.parametrize("window", WINDOWS)
-def test_killed_in_a_named_window(rig, window):
+def test_killed_in_a_named_window(rig, window, record_property):
     if window in IN_PLACE_WINDOWS:
         rig.words = (*COMMAND, "--in-place")
-    for hit in range(KILLS_EACH):
+    for _ in range(KILLS_EACH):
         assert rig.kill_at(window) == -signal.SIGKILL
-        if hit + 1 < KILLS_EACH:
-            _set_back(rig)
-    rig.finish()
+        record_property("left", left_by_kill(rig.operator))
+        rig.finish()
+        rig.turn()
     assert rig.paid_twice() == 0
-
-
-def _set_back(rig: Rig) -> None:
-    """Finish, and make the collection what it was, so that the window can be hit again."""
-    rig.finish()
-    rig.operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
-    rig.operator.run("backup_automem", "--only", "qdrant")
-    rig.operator.run("reembed_embeddings")
-    rig.operator.run("backup_automem", "--only", "qdrant")
-    upgrade(rig.operator)
 
 
 def test_killed_while_it_buys(rig):

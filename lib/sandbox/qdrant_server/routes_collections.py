@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from datetime import datetime, timezone
 from typing import Any
 
 from starlette.responses import Response
@@ -11,6 +13,9 @@ from lib.sandbox.qdrant_server.collection import must_live
 from lib.sandbox.qdrant_server.dialect import UPDATE
 from lib.sandbox.qdrant_server.routing import Call, Routes, json_response
 
+_PROCESS = str(uuid.uuid4())
+_STARTUP = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
 
 def add_to(routes: Routes) -> None:
     """Register the endpoints."""
@@ -18,6 +23,7 @@ def add_to(routes: Routes) -> None:
         routes.add("GET", path, lambda _call: Response("healthz check passed", media_type="text/plain"))
     routes.add("GET", "/readyz", lambda _call: Response("all shards are ready", media_type="text/plain"))
     routes.add("GET", "/", _root)
+    routes.add("GET", "/telemetry", _telemetry)
     routes.add("GET", "/cluster", lambda _call: {"status": "disabled"})
     routes.add("GET", "/aliases", lambda call: {"aliases": call.storage.alias_rows()})
     routes.add(
@@ -38,6 +44,16 @@ def add_to(routes: Routes) -> None:
 
 def _root(call: Call) -> Response:
     return json_response({"title": "qdrant - vector search engine", "version": call.dialect.version})
+
+
+def _telemetry(call: Call) -> Any:
+    """Of the real one's answer who it is, how many collections there are, and that it is alone."""
+    return {
+        "id": _PROCESS,
+        "app": {"name": "qdrant", "version": call.dialect.version, "startup": _STARTUP},
+        "collections": {"number_of_collections": len(call.storage.names())},
+        "cluster": {"enabled": False},
+    }
 
 
 def _create(call: Call) -> bool:

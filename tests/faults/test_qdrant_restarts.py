@@ -1,0 +1,86 @@
+"""Qdrant killed and started again under a request that it would have gone on with alone: nobody waits for it in vain."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import requests
+
+from lib.errors import StoreFailed
+from lib.vectors.restoring import can_fetch_itself, recover
+from lib.vectors.snapshots import create, list_snapshots
+from lib.vectors.startup import restarted, startup
+from lib.vectors.transport import Qdrant
+from tests.gate import Gate, Stop
+
+pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(300)]
+
+
+def put_points(url: str, collection: str) -> None:
+    points = [{"id": one, "vector": [1, 2, 3, one]} for one in range(5)]
+    for path, body in (
+        ("", {"vectors": {"size": 4, "distance": "Cosine"}}),
+        ("/points?wait=true", {"points": points}),
+    ):
+        requests.put(f"{url}/collections/{collection}{path}", json=body, timeout=60).raise_for_status()
+
+
+def start_anew(server, stop: Stop) -> threading.Thread:
+    """Once a request stands there the server is killed and started again; then the request's connection ends."""
+
+    def work() -> None:
+        assert stop.reached.wait(60)
+        server.kill()
+        server.start()
+        stop.let_go.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_a_server_that_was_started_anew_is_asked_again_for_the_snapshot(own_qdrant):
+    put_points(own_qdrant.url, "c")
+    with Gate(own_qdrant.url) as gate:
+        gate.stops.append(Stop("POST", "/collections/c/snapshots"))
+        thread = start_anew(own_qdrant, gate.stops[0])
+        made = create(Qdrant(gate.url), "c", seconds=60)
+        thread.join()
+    assert list_snapshots(Qdrant(own_qdrant.url), "c") == [made]
+
+
+def test_a_snapshot_that_was_whole_before_the_server_was_started_anew_is_taken(own_qdrant):
+    put_points(own_qdrant.url, "c")
+    with Gate(own_qdrant.url) as gate:
+        gate.stops.append(Stop("POST", "/collections/c/snapshots", carried_out=True))
+        thread = start_anew(own_qdrant, gate.stops[0])
+        made = create(Qdrant(gate.url), "c", seconds=60)
+        thread.join()
+    assert [one.name for one in list_snapshots(Qdrant(own_qdrant.url), "c")] == [made.name]
+
+
+def test_a_restore_of_which_the_server_that_was_started_anew_knows_nothing_is_given_up(own_qdrant):
+    put_points(own_qdrant.url, "c")
+    q = Qdrant(own_qdrant.url)
+    made = create(q, "c")
+    location = can_fetch_itself(q, "c", made, "probe")
+    with Gate(own_qdrant.url) as gate:
+        gate.stops.append(Stop("PUT", "/collections/d/snapshots/recover"))
+        thread = start_anew(own_qdrant, gate.stops[0])
+        with pytest.raises(StoreFailed, match="did not finish: the collection is missing"):
+            recover(Qdrant(gate.url), "d", location, made.checksum, seconds=600)
+        thread.join()
+
+
+def test_another_process_is_told_from_the_same_one(own_qdrant):
+    q = Qdrant(own_qdrant.url)
+    process = startup(q)
+    assert process
+    assert not restarted(q, process)
+    assert not restarted(q, None)  # one that did not say cannot be told from another
+    own_qdrant.kill()
+    assert startup(q) is None
+    assert not restarted(q, process)
+    own_qdrant.start()
+    assert restarted(q, process)
