@@ -47,6 +47,8 @@ def check_status(state: CollectionState) -> Check:
     """Green, and nothing left to optimise."""
     ok = state.status in {"green", "yellow", "grey"} and state.optimizer_ok
     word = state.status if state.status == "green" else f"{state.status} (indexing goes on by itself)"
+    if state.asleep:
+        word = f"{state.status} (indexing goes on with the next write)"
     detail = word if ok else f"{state.status}, optimizer {state.raw.get('optimizer_status')}"
     return Check("status", PASSED if ok else FAILED, detail, "look into Qdrant's log and at its free disk")
 

@@ -27,6 +27,7 @@ _DEAD = re.compile(
     r"|does not have enough active replicas"
     r"|has no active replica"
 )
+_ASLEEP = "awaiting update operation"
 _ELSEWHERE = re.compile(r"Tonic|tcp connect error|Unavailable", re.IGNORECASE)  # another node is down
 
 
@@ -57,9 +58,17 @@ class CollectionState:
         return dict(self.raw["config"].get("metadata") or {})
 
     @property
+    def asleep(self) -> bool:
+        """Whether optimisations have waited for a change since the server was started.
+
+        1.18.3 calls that grey; 1.11.3 may call it green, with these words as the optimiser's error (seen after a kill).
+        """
+        return self.status == "grey" or _ASLEEP in str(self.raw.get("optimizer_status"))
+
+    @property
     def settled(self) -> bool:
-        """Whether nothing is being optimised or indexed."""
-        return self.status == "green" and self.optimizer_ok
+        """Whether nothing is being optimised or indexed, or waits for it."""
+        return self.status == "green" and self.optimizer_ok and not self.asleep
 
 
 def list_collections(q: Qdrant) -> list[str]:
@@ -86,7 +95,8 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
             next_step="check QDRANT_COLLECTION and QDRANT_URL",
         ) from None
     size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
-    optimizer_ok = raw.get("optimizer_status") == "ok"
+    told = raw.get("optimizer_status")
+    optimizer_ok = told == "ok" or _ASLEEP in str(told)
     return CollectionState(name, size, distance, int(points), str(raw["status"]), optimizer_ok, named, raw)
 
 
@@ -148,18 +158,16 @@ def wait_green(
 ) -> CollectionState:
     """Poll until the collection is `settled` over several polls, at most `seconds`; returns the last state seen.
 
-    A grey collection (optimisations wait for a change since the server's restart) is woken by an empty update, as
-    https://qdrant.tech/documentation/concepts/collections/ says.
+    One that is `asleep` is woken by an empty update, as https://qdrant.tech/documentation/concepts/collections/ says.
     """
     deadline = time.monotonic() + seconds
-    stable, woken = 0, False
+    stable = 0
     while True:
         state = get_state(q, name)
         if progress is not None:
             progress(state)
-        if state.status == "grey" and not woken:
+        if state.asleep:
             q.json("PATCH", collection_path(name), {"optimizers_config": {}}, retry=True)
-            woken = True
         stable = stable + 1 if state.settled else 0
         if stable >= STABLE_POLLS or time.monotonic() >= deadline:
             return state

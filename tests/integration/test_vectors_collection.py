@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+from urllib.parse import urlsplit
 
+import orjson
 import pytest
 
 from lib.errors import BackupDamaged, MigrationError, MissingData, UsageProblem
+from lib.steps.checks import PASSED, check_status
 from lib.vectors import cluster, collection, points, recreate, restoring, snapshots, upsert
 from lib.vectors.refusals import QdrantError
 from lib.vectors.snapshot_tar import inspect_snapshot
 from lib.vectors.transport import Qdrant
+from tests.http_proxy import HttpProxy, Request
 from tests.qdrant_uploads import content
 from tests.vectors_support import (
     vectors_of,
@@ -42,6 +46,38 @@ def test_the_state_of_a_collection(q: Qdrant, filled: str):
     assert collection.wait_green(q, filled, 30).settled
     assert collection.health(q, filled) == "live"
     assert collection.exists(q, filled)
+
+
+class Asleep(HttpProxy):
+    """After the server's start its optimisers wait for an update, as 1.11.3 and 1.18.3 say it."""
+
+    def __init__(self, q: Qdrant, status: str) -> None:
+        place = urlsplit(q.base_url)
+        super().__init__(str(place.hostname), int(place.port or 0))
+        self.status, self.woken = status, False
+
+    def open(self) -> None:
+        pass
+
+    def answer(self, request: Request, body: bytes) -> None:
+        self.woken |= request.command == "PATCH"
+        status, headers, content = request.forward(body)
+        if request.command == "GET" and not self.woken:
+            told = orjson.loads(content)
+            told["result"]["status"] = self.status
+            told["result"]["optimizer_status"] = {"error": "optimizations pending, awaiting update operation"}
+            content = orjson.dumps(told)
+        request.reply(status, headers, content)
+
+
+@pytest.mark.parametrize("status", ["green", "grey"])
+def test_optimisers_that_wait_since_the_servers_start_are_woken(q: Qdrant, filled: str, status: str):
+    with Asleep(q, status) as way:
+        near = Qdrant(way.url)
+        told = check_status(collection.get_state(near, filled))
+        assert (told.status, told.detail) == (PASSED, f"{status} (indexing goes on with the next write)")
+        assert collection.wait_green(near, filled, 30).settled
+        assert way.woken
 
 
 def test_a_missing_collection_names_those_that_exist(q: Qdrant, filled: str, names: list[str]):
