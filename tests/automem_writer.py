@@ -14,7 +14,7 @@ from lib.graph.client import connect
 from lib.sandbox.vectors import vectors_for
 from tests.operator_support import Operator
 
-SECONDS_BETWEEN = 0.1
+SECONDS_BETWEEN = 0.5
 
 
 class AutoMemAtWork:

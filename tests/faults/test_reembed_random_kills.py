@@ -52,13 +52,15 @@ class Seesaw:
 
     def go_through(self) -> None:
         """A run that nothing disturbs; where so much was written that it asks for another backup, it gets one."""
-        begun = time.monotonic()
-        result = self.operator.run("reembed_embeddings", *self.words, expect=None)
-        if result.code == 2:
+        for _ in range(10):
+            begun = time.monotonic()
+            result = self.operator.run("reembed_embeddings", *self.words, expect=None)
+            if result.code == 0:
+                self.longest = max(self.longest, time.monotonic() - begun)
+                return
+            assert result.code == 2, result.err
             self.back_up(result.err)
-            result = self.operator.run("reembed_embeddings", *self.words)
-        assert result.code == 0, result.err
-        self.longest = max(self.longest, time.monotonic() - begun)
+        pytest.fail("AutoMem writes faster than a backup and a migration follow each other here")
 
     def back_up(self, errors: str) -> None:
         """As it was told."""
@@ -109,7 +111,7 @@ def finish(seesaw: Seesaw, kills: int) -> None:
     assert operator.call("GET", "/snapshots") == []
     assert operator.collections() == [operator.collection]
     assert open_journals(operator.backups) == []
-    assert seesaw.automem.stored > 10
+    assert seesaw.automem.stored > 3
     assert operator.servers.openai.stats()["paid_twice"] <= kills * WORKERS * BATCH
 
 
