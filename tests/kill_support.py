@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.journal import open_journals
 from tests.operator_support import ROOT, Operator
 
 # How often each window of a kill matrix is hit; `make faults` sets it.
@@ -125,3 +126,10 @@ def kill(process: subprocess.Popen[str]) -> bool:
         os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     return running and process.returncode == -signal.SIGKILL
+
+
+def left_by_kill(operator: Operator) -> str:
+    """What stands there after a kill: the journal's last word, and the collections."""
+    journals = open_journals(operator.backups)
+    names = [name.removeprefix(operator.collection) or "live" for name in operator.collections()]
+    return f"{journals[-1].phase if journals else 'no journal'}: {'+'.join(names) or 'no collection'}"

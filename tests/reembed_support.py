@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import requests
 
-from lib.journal import open_journals
 from lib.sandbox.vectors import vectors_for
 from lib.vectors.points import scroll
 from tests.operator_support import LARGE, NEW_SIZE, Operator
@@ -100,13 +99,6 @@ def assert_vectors(points: Points, model: str = LARGE, size: int = NEW_SIZE) -> 
     wanted = vectors_for(model, [payload["content"] for payload, _ in points.values()], size)
     assert stored.shape == wanted.shape
     assert np.abs(stored - wanted).max() < 1e-5
-
-
-def left_by_kill(operator: Operator) -> str:
-    """What stands there after a kill: the journal's last word, and the collections."""
-    journals = open_journals(operator.backups)
-    names = [name.removeprefix(operator.collection) or "live" for name in operator.collections()]
-    return f"{journals[-1].phase if journals else 'no journal'}: {'+'.join(names) or 'no collection'}"
 
 
 def make_ready(operator: Operator) -> Operator:

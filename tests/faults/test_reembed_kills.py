@@ -22,10 +22,10 @@ from lib.steps.phases import (
     TIDYING,
 )
 from tests.gate import Gate
-from tests.kill_support import KILLS_EACH
+from tests.kill_support import KILLS_EACH, left_by_kill
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
 from tests.reembed_rig import BATCH, COMMAND, DEFAULT_WINDOWS, IN_PLACE_WINDOWS, WINDOWS, WORKERS, Rig
-from tests.reembed_support import assert_migrated, left_by_kill, points_of
+from tests.reembed_support import assert_migrated, points_of
 
 pytestmark = pytest.mark.qdrant
 

@@ -18,17 +18,16 @@ import pytest
 
 from lib.journal import open_journals
 from tests.automem_writer import AutoMemAtWork
-from tests.kill_support import KILLS_EACH
-from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
-from tests.reembed_rig import BATCH, COMMAND, MEMORIES, WORKERS
-from tests.reembed_support import assert_migrated, left_by_kill, points_of, upgrade
+from tests.kill_support import KILLS_EACH, left_by_kill
+from tests.operator_support import NEW_SIZE, OLD_SIZE, SMALL, Operator
+from tests.reembed_rig import BATCH, COMMAND, MEMORIES, MODELS, WORKERS
+from tests.reembed_support import assert_migrated, points_of, upgrade
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(3600)]
 
 SCRIPT_KILLS = 6 * KILLS_EACH if KILLS_EACH > 1 else 3
 SERVER_KILLS = 2 * KILLS_EACH if KILLS_EACH > 1 else 1
 WAYS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged", "in-place"])
-SETTINGS = {OLD_SIZE: SMALL, NEW_SIZE: LARGE}
 
 
 class Seesaw:
@@ -69,14 +68,10 @@ class Seesaw:
 
     def turn(self) -> None:
         """A run went through: AutoMem is started with these settings, and the next change is the other way."""
-        self.automem.configure(SETTINGS[self.size], self.size)
-        self.operator.run("backup_automem", "--only", "qdrant", env=self._settings(self.size))
+        self.automem.configure(MODELS[self.size], self.size)
+        self.operator.run("backup_automem", "--only", "qdrant")
         self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
-        self.operator.export(**self._settings(self.size))
-
-    @staticmethod
-    def _settings(size: int) -> dict[str, str]:
-        return {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": SETTINGS[size]}
+        self.operator.export(VECTOR_SIZE=self.size, EMBEDDING_MODEL=MODELS[self.size])
 
 
 def swing(
@@ -107,7 +102,7 @@ def finish(seesaw: Seesaw, kills: int) -> None:
     """Nobody disturbs the last run: every memory has its point, nothing is left over, little was paid for twice."""
     operator = seesaw.operator
     seesaw.go_through()
-    assert_migrated(operator, seesaw.before, model=SETTINGS[seesaw.size], size=seesaw.size)
+    assert_migrated(operator, seesaw.before, model=MODELS[seesaw.size], size=seesaw.size)
     assert operator.call("GET", "/snapshots") == []
     assert operator.collections() == [operator.collection]
     assert open_journals(operator.backups) == []

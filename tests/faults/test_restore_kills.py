@@ -5,7 +5,6 @@ KILLS_EACH=5 (`make faults`) kills so many times in each window, those that diff
 
 from __future__ import annotations
 
-import json
 import random
 import time
 
@@ -15,11 +14,10 @@ import requests
 from lib.errors import MigrationError
 from lib.graph.client import connect
 from lib.graph.digest import graph_digest
-from lib.journal import open_journals
 from lib.sandbox.state import state_of
 from lib.vectors.collection import exists
 from tests.gate import LONGEST_SECONDS, Gate, Stop
-from tests.kill_support import KILLS_EACH, kill, run_killed, start_held
+from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
 from tests.operator_support import Operator
 from tests.restore_support import TIMEOUT, assert_tidy, faults, settings, spoil, wait_for
 
@@ -161,9 +159,7 @@ def test_killed_at_a_random_moment_it_goes_on(usual_seconds, ready, number, reco
     else:
         pytest.fail("every run ended before its kill")
     assert_one_is_whole(operator, wanted, old)
-    journals = open_journals(operator.backups)
-    names = [name.removeprefix(operator.collection) or "live" for name in operator.collections()]
-    record_property("left", json.dumps([journals[-1].phase if journals else "no journal", sorted(names)]))
+    record_property("left", left_by_kill(operator))
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
     assert settings(operator) == asset
