@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -23,6 +23,10 @@ from lib.steps.progress import Progress
 from lib.vectors.points import overwrite_payload
 from lib.vectors.transport import Qdrant
 from lib.vectors.upsert import Rejected, upsert
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _BATCH = 256
 _LANES = 4  # connections at once: a third more points a second than over one; more bring nothing
@@ -141,31 +145,36 @@ def sync_collection(
     return outcome
 
 
-_Batch = tuple[list[Change], dict[bytes, bytes]]
+@dataclass(frozen=True)
+class _Batch:
+    """What one lane writes: `vectors` (n, dims) are those of `ready`; the others' are right, or not bought yet."""
+
+    changes: list[Change]
+    ready: list[Change]
+    vectors: NDArray[np.float32] | None
 
 
 def _with_vectors(spool: Spool, found: Iterator[list[Change]]) -> Iterator[_Batch]:
-    for batch in found:
-        yield batch, spool.get_vectors([change.row.key for change in batch if change.needs_vector])
-
-
-def _write(qdrant: Qdrant, collection: str, work: _Batch) -> tuple[SyncOutcome, int]:
-    """Write one batch; what came of it, and how many rows it had."""
     import numpy as np
 
-    batch, vectors = work
-    outcome = SyncOutcome()
-    wanted = [change for change in batch if change.needs_vector]
-    ready = [change for change in wanted if change.row.key in vectors]
-    outcome.unembedded = len(wanted) - len(ready)
-    if ready:
-        matrix = np.vstack([np.frombuffer(vectors[change.row.key], dtype="<f4") for change in ready])
-        ids = [change.row.point_id for change in ready]
-        outcome.rejected = upsert(qdrant, collection, ids, matrix, [change.payload for change in ready])
+    for batch in found:
+        vectors = spool.get_vectors([change.row.key for change in batch if change.needs_vector])
+        ready = [change for change in batch if change.needs_vector and change.row.key in vectors]
+        rows = [np.frombuffer(vectors[change.row.key], dtype="<f4") for change in ready]
+        yield _Batch(batch, ready, np.vstack(rows) if rows else None)
+
+
+def _write(qdrant: Qdrant, collection: str, batch: _Batch) -> tuple[SyncOutcome, int]:
+    """Write one batch; what came of it, and how many rows it had."""
+    outcome, ready = SyncOutcome(), batch.ready
+    outcome.unembedded = sum(change.needs_vector for change in batch.changes) - len(ready)
+    if batch.vectors is not None:
+        ids, payloads = [change.row.point_id for change in ready], [change.payload for change in ready]
+        outcome.rejected = upsert(qdrant, collection, ids, batch.vectors, payloads)
         outcome.added = sum(change.old is None for change in ready)
         outcome.changed = sum(change.old is not None for change in ready)
-    for change in batch:
+    for change in batch.changes:
         if not change.needs_vector:
             overwrite_payload(qdrant, collection, change.row.point_id, change.payload)
             outcome.payloads += 1
-    return outcome, len(batch)
+    return outcome, len(batch.changes)

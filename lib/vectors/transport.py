@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import orjson
@@ -21,6 +22,31 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0)  # between tries after a lost connection or a g
 LONGEST_WAIT_SECONDS = 600.0  # of rate limits, for one request
 
 _GATEWAY_TROUBLE = (502, 503, 504)
+_SENT_AT_ONCE_BYTES = 256 << 10
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A body that is never put together: its parts are sent one after the other, anew where a request is repeated."""
+
+    parts: Sequence[bytes]
+
+    @property
+    def len(self) -> int:
+        """Bytes in all, as requests asks for them."""
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[bytes]:
+        few: list[bytes] = []
+        size = 0
+        for part in self.parts:
+            few.append(part)
+            size += len(part)
+            if size >= _SENT_AT_ONCE_BYTES:
+                yield b"".join(few)
+                few, size = [], 0
+        if few:
+            yield b"".join(few)
 
 
 class Qdrant:
@@ -75,12 +101,12 @@ class Qdrant:
     ) -> Any:
         """Send JSON and return the answer's `result` (None where it has none).
 
-        `body` is serialised by orjson (numpy arrays too); bytes are sent as they are. `retry` repeats the request
-        after a lost connection and a gateway's 502 to 504 (default: for GET alone); a 429 that says when to come again
-        was not carried out and is waited out always.
+        `body` is serialised by orjson (numpy arrays too); bytes and Parts are sent as they are. `retry` repeats the
+        request after a lost connection and a gateway's 502 to 504 (default: for GET alone); a 429 that says when to
+        come again was not carried out and is waited out always.
         Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
         """
-        content = body if body is None or isinstance(body, bytes) else encode(body)
+        content = body if isinstance(body, bytes | Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         response = self.call(
             method, path, content, params=params, headers=headers, timeout=timeout, retry=retry
@@ -92,7 +118,7 @@ class Qdrant:
         self,
         method: str,
         path: str,
-        content: bytes | BinaryIO | None = None,
+        content: bytes | Parts | BinaryIO | None = None,
         *,
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
@@ -104,7 +130,7 @@ class Qdrant:
 
         `timeout` is in seconds between two pieces of the answer. Raises like `json`.
         """
-        streamed = not isinstance(content, bytes | None)
+        streamed = not isinstance(content, bytes | Parts | None)
         patience = _Patience(allowed=(method == "GET") if retry is None else retry, streamed=streamed)
         options = {"params": params, "headers": headers, "stream": stream}
         while True:
@@ -146,7 +172,7 @@ class Qdrant:
         self,
         method: str,
         path: str,
-        content: bytes | BinaryIO | None,
+        content: bytes | Parts | BinaryIO | None,
         seconds: float,
         options: dict[str, Any],
     ) -> requests.Response:

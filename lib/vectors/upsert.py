@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lib.vectors.address import collection_path
 from lib.vectors.points import PointId
 from lib.vectors.refusals import NoAnswer, QdrantError
-from lib.vectors.transport import Qdrant, encode
+from lib.vectors.transport import Parts, Qdrant, encode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,8 +118,8 @@ def _batches(rows: Sequence[_Row], points: int) -> Iterator[list[_Row]]:
 
 
 def _put(q: Qdrant, path: str, batch: Sequence[_Row]) -> None:
-    body = b'{"points":[' + b",".join(row.json for row in batch) + b"]}"
-    q.json("PUT", path, body, params={"wait": "true"}, retry=True)
+    rows = [part for row in batch for part in (b",", row.json)]
+    q.json("PUT", path, Parts([b'{"points":[', *rows[1:], b"]}"]), params={"wait": "true"}, retry=True)
 
 
 def _split(batch: list[_Row], error: QdrantError) -> list[list[_Row]]:

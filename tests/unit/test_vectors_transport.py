@@ -278,6 +278,17 @@ def test_float32_arrives_as_it_is():
     assert np.array_equal(np.array(sent, dtype=np.float32), vectors)
 
 
+def test_a_body_in_parts_is_sent_whole_and_whole_again_where_the_request_is_repeated():
+    payloads = [{"content": f"{number}" * 40_000} for number in range(20)]  # more than one piece
+    with Scripted((503, {}, "no upstream"), fine()) as server:
+        upsert.upsert(server.qdrant, "x", list(range(20)), np.ones((20, 4), np.float32), payloads)
+        first, second = server.seen
+        assert first[3] == second[3]
+        assert [point["payload"] for point in json.loads(second[3])["points"]] == payloads
+        assert second[2]["Content-Length"] == str(len(second[3]))
+        assert "Transfer-Encoding" not in second[2]  # some proxies keep such a body until its end
+
+
 def shards_of(local: list[dict], remote: list[dict], transfers: list[dict] | None = None) -> tuple:
     return fine(
         {
