@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lib.steps.place import FILL, Way, prove_way, put_in_place
 from lib.steps.report import Report
 from lib.steps.restore_collection import drop_temporary
 from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE, protection, situation
-from lib.steps.stage import room_kept
+from lib.steps.stage import room_kept, with_room
 from lib.steps.switch import drop_live, make_collection
 from lib.vectors.collection import CollectionState, health
 
@@ -61,7 +62,7 @@ def exchange(run: Migration, first: Manifest | None, voice: Voice) -> float | No
         began = gone if began is None else began
         _know_settings(run, first)
         if way.kind == FILL or len(failed) == _TRIES or standing_staged(run) is None:
-            make_collection(run.target, journal_of(run).fact("settings"), journal_of(run))
+            with_room(run, partial(_make, run))
             run.way = FILL
             return began
         if put_in_place(run, way):
@@ -98,6 +99,10 @@ def _clear(run: Migration, found: tuple[str, CollectionState | None], voice: Voi
         drop_temporary(run.target.qdrant, run.target.collection)
         return time.monotonic()
     return drop_live(run.target, run.spool, journal, run.bar, undo=run.undo)
+
+
+def _make(run: Migration) -> None:
+    make_collection(run.target, journal_of(run).fact("settings"), journal_of(run))
 
 
 def _know_settings(run: Migration, first: Manifest | None) -> None:

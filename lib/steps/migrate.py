@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lib.backup_set.manifest import Manifest
 from lib.errors import UsageProblem
 from lib.journal import start_journal
@@ -16,7 +18,7 @@ from lib.steps.place import file_of
 from lib.steps.prove_points import prove_points
 from lib.steps.report import make_report
 from lib.steps.situation import ABSENT, ADOPT, REPLACE, require_whole_graph, situation
-from lib.steps.stage import drop_staged, stage
+from lib.steps.stage import drop_staged, stage, with_room
 from lib.steps.surplus import remove_surplus
 from lib.steps.switch import Filled, fill, stamp
 from lib.vectors.collection import CollectionState, get_state, set_metadata
@@ -103,6 +105,10 @@ def migrate(run: Migration, buyer: Buyer, first: Manifest | None, voice: Voice) 
 
 
 def _fill(run: Migration) -> Filled:
+    return with_room(run, partial(_filled, run))
+
+
+def _filled(run: Migration) -> Filled:
     filled = fill(
         run.target,
         run.spool,

@@ -18,11 +18,13 @@ from lib.steps.restored_points import CollectionBackup, Sample, compare, require
 from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
 from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
+from lib.vectors.refusals import QdrantError
 from lib.vectors.restoring import wait_restored
 from lib.vectors.transport import Qdrant
 
 REHEARSED, SWITCHING, SWITCHED = "collection rehearsed", "deleting the live collection", "collection restored"
 PUT_BACK = "old collection put back"
+_ROOM_FACTOR = 4  # the file, the rehearsal, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server goes on with though its client was killed
 
 
@@ -40,10 +42,27 @@ def rehearse(placement: Placement, journal: Journal, progress: Progress | None) 
     name = temporary_name(placement.target.collection, backup)
     journal.append("rehearsing the collection", temporary_collection=name)
     if name not in list_collections(qdrant):
-        placement.upload(name, name, progress)
+        try:
+            placement.upload(name, name, progress)
+        except QdrantError as error:
+            with suppress(MigrationError):  # what went wrong first is what the operator must read
+                placement.withdraw(name, name)
+            if error.status < 500:
+                raise
+            raise _not_rehearsed(placement, error) from error
     compare(backup, qdrant, name)
     journal.append(REHEARSED)
     return name
+
+
+def _not_rehearsed(placement: Placement, error: QdrantError) -> StoreFailed:
+    # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
+    room = _ROOM_FACTOR * sum(part.snapshot.size for part in placement.parts) / 2**20
+    return StoreFailed(
+        f"'{placement.target.collection}' is untouched: the backup's rehearsal failed: {error}",
+        next_step=f"look at the Qdrant server's log and at its disk (about {room:,.0f} MiB beside what is there now are"
+        " needed), then run the same command again",
+    )
 
 
 def replace_live(

@@ -20,6 +20,8 @@ from lib.steps.restored_points import CollectionBackup
 from lib.steps.take_collection import CollectionSource
 from lib.vectors import snapshots
 from lib.vectors.cluster import peers_of, wait_settled
+from lib.vectors.collection import delete_collection, list_collections
+from lib.vectors.recreate import create_small
 from lib.vectors.restoring import can_fetch_itself, recover, upload_and_restore
 from lib.vectors.transport import Qdrant
 
@@ -80,6 +82,17 @@ class Placement:
         """Delete the files that were uploaded to `name` by `stem`, where there are any."""
         for part in self.parts:
             snapshots.delete(part.node, name, part.filename(stem))
+
+    def withdraw(self, name: str, stem: str) -> None:
+        """Delete the files of a restore that made no collection `name`: they are reached through a small one."""
+        qdrant = self.target.qdrant
+        if name in list_collections(qdrant):
+            return
+        create_small(qdrant, name)
+        try:
+            self.forget(name, stem)
+        finally:
+            delete_collection(qdrant, name)
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
         upload_and_restore(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from lib.errors import StoreFailed
 from lib.steps.embed import FEW_CONTENTS, MOST_ROUNDS, Buyer, catch_up
@@ -22,6 +22,8 @@ from lib.vectors.collection import CollectionState, exists, get_state, health, w
 from lib.vectors.points import delete_points
 from lib.vectors.recreate import aliases_of, create_body, create_like, put_indexes
 from lib.vectors.refusals import QdrantError, is_disk_full
+
+T = TypeVar("T")
 
 _FEW_POINTS = 1000  # fewer say nothing of the rate
 
@@ -96,20 +98,8 @@ def _sync(run: Migration) -> SyncOutcome:
         )
     if outcome.wrote or not get_state(qdrant, run.staged).settled:
         with run.bar("wait for the index", None, ""):
-            run.indexed = wait_green(qdrant, run.staged, INDEX_SECONDS, _refuse_full(run)).settled
+            run.indexed = wait_green(qdrant, run.staged, INDEX_SECONDS).settled
     return outcome
-
-
-def _refuse_full(run: Migration) -> Any:
-    """For a disk that fills while the index is built, which no request tells."""
-
-    def look(state: CollectionState) -> None:
-        trouble = str(state.raw.get("optimizer_status"))
-        error = QdrantError(run.target.qdrant.display, 500, trouble)
-        if is_disk_full(error):
-            raise error
-
-    return look
 
 
 @contextmanager
@@ -128,6 +118,27 @@ def room_kept(run: Migration) -> Iterator[None]:
             next_step="make room on the server, then run the same command again (nothing is bought twice), or\n"
             "python scripts/reembed_embeddings.py --in-place   (needs less: the old collection goes first)",
         ) from error
+
+
+def with_room(run: Migration, work: Callable[[], T]) -> T:
+    """What `work` gives, after the delete; on a full disk the staged collection makes room: the spool has all of it.
+
+    Raises StoreFailed where that is not enough.
+    """
+    while True:
+        try:
+            return work()
+        except QdrantError as error:
+            if not is_disk_full(error):
+                raise
+            if not run.has_staged or health(run.target.qdrant, run.staged) == "missing":
+                raise StoreFailed(
+                    f"the Qdrant server's disk is full: {error.text}\n'{run.target.collection}' is at the new size"
+                    " already, but not whole; the spool holds every vector that was bought",
+                    next_step="make room on the server (1.11 must be restarted then, to forget that its disk was full)"
+                    " and run the same command again: it goes on from the spool",
+                ) from error
+        drop_staged(run)
 
 
 def drop_staged(run: Migration) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lib.errors import MissingData
 from lib.vectors.address import collection_path
-from lib.vectors.refusals import NoAnswer, NotFound, QdrantError
+from lib.vectors.refusals import NoAnswer, NotFound, QdrantError, is_disk_full
 from lib.vectors.transport import Qdrant
 
 Health = Literal["missing", "live", "restoring", "dead", "failing"]
@@ -150,24 +150,22 @@ def delete_collection(q: Qdrant, name: str) -> bool:
         return True
 
 
-def wait_green(
-    q: Qdrant,
-    name: str,
-    seconds: float,
-    progress: Callable[[CollectionState], object] | None = None,
-) -> CollectionState:
+def wait_green(q: Qdrant, name: str, seconds: float) -> CollectionState:
     """Poll until the collection is `settled` over several polls, at most `seconds`; returns the last state seen.
 
-    One that is `asleep` is woken by an empty update, as https://qdrant.tech/documentation/concepts/collections/ says.
+    One that is `asleep`, or whose optimiser stopped over an error, is woken by an empty update, as
+    https://qdrant.tech/documentation/concepts/collections/ says: 1.18.3 forgets the error and tries again, 1.11.3
+    keeps it until the server is restarted. Raises QdrantError where the disk has no room for what is to be optimised.
     """
     deadline = time.monotonic() + seconds
-    stable = 0
+    stable, tried_again = 0, False
     while True:
         state = get_state(q, name)
-        if progress is not None:
-            progress(state)
-        if state.asleep:
+        if state.asleep or not (state.optimizer_ok or tried_again):
+            tried_again |= not state.optimizer_ok
             q.json("PATCH", collection_path(name), {"optimizers_config": {}}, retry=True)
+        elif is_disk_full(trouble := QdrantError(q.display, 500, str(state.raw.get("optimizer_status")))):
+            raise trouble
         stable = stable + 1 if state.settled else 0
         if stable >= STABLE_POLLS or time.monotonic() >= deadline:
             return state

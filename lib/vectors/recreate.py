@@ -76,6 +76,12 @@ def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] 
     put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
 
+def create_small(q: Qdrant, name: str) -> None:
+    """Create `name` for nothing but its name, with so small a log that it finds room on a full disk."""
+    body = {"vectors": {"size": 1, "distance": "Dot"}, "wal_config": {"wal_capacity_mb": 1}}
+    q.json("PUT", collection_path(name), body)
+
+
 def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, Any]]) -> None:
     """Create the payload indexes of an info's `payload_schema`: by their `params`, else by their `data_type`."""
     for key, entry in payload_schema.items():

@@ -23,7 +23,13 @@ _NOT_CONNECTED = {
 }
 
 
-_FULL = ("No space left", "Not enough space available")
+_FULL = (
+    "No space left",
+    "Not enough space available",
+    # How a full disk is told over a snapshot and over a restore, and hardly anything else.
+    "Error while copy WAL",
+    "failed to unpack `",
+)
 
 
 class QdrantError(StoreFailed):
@@ -51,7 +57,11 @@ class NoAnswer(StoreUnreachable):
 
 def is_disk_full(error: Exception) -> bool:
     """Whether the server said that its disk has no room (its words on 1.11.3 and 1.18.3)."""
-    return isinstance(error, QdrantError) and any(sign in error.text for sign in _FULL)
+    return isinstance(error, QdrantError) and _tells_full(error.text)
+
+
+def _tells_full(text: str) -> bool:
+    return any(sign in text for sign in _FULL)
 
 
 def lost(display: str, error: Exception) -> StoreUnreachable:
@@ -85,7 +95,7 @@ def refusal(display: str, response: requests.Response, secrets: Iterable[str]) -
         )
     if status == 404:
         return NotFound(display, status, text)
-    step = "free disk space on the Qdrant server" if "No space left" in text else ""
+    step = "free disk space on the Qdrant server" if _tells_full(text) else ""
     waitable = "Retry-After" in response.headers
     return QdrantError(display, status, text, waitable=waitable, next_step=step)
 

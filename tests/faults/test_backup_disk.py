@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,31 +24,12 @@ from tests.faults.test_backup_network import CREATE, qdrant_way
 from tests.faulty_way import Fault, answer
 from tests.operator_support import Operator
 from tests.restore_support import site, targets
+from tests.small_disk import fill, small_disk
 
 pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
 
 ENGINES = installed_engines({})
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    mounted = subprocess.run(words, capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until the disk is full."""
-    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
-        while stream.write(bytes(4096)):
-            pass
 
 
 def levels(operator: Operator) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import subprocess
@@ -18,6 +17,7 @@ from tests.gate import Gate, Stop
 from tests.kill_support import start_held
 from tests.operator_support import ROOT, Operator
 from tests.restore_support import faults, wait_for
+from tests.small_disk import fill, small_disk
 
 pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
@@ -116,45 +116,31 @@ def test_a_file_size_limit_ends_it_with_nothing_left(backing, only):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small(tmp_path):
+    with small_disk(tmp_path / "small", "96m") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_told_before_and_while_writing(backing, small_disk):
-    backing.export(AUTOMEM_BACKUP_DIR=small_disk / "backups")
-    filler = small_disk / "filler"
+def test_a_full_disk_is_told_before_and_while_writing(backing, small):
+    backing.export(AUTOMEM_BACKUP_DIR=small / "backups")
+    filler = small / "filler"
     filler.write_bytes(bytes(60 << 20))
     early = backing.run("backup_automem", expect=1)
     assert "MiB free" in early.err
     filler.write_bytes(bytes(20 << 20))
     held = start_held(backing, "after backup begun", "backup_automem")
     assert wait_for(lambda: held.stands_at() or held.process.poll() is not None)
-    fill(small_disk / "more")
+    fill(small / "more")
     held.go_on()
     _, err = held.process.communicate(timeout=300)
-    (small_disk / "more").unlink()
+    (small / "more").unlink()
     assert held.process.returncode == 1, err
     assert "no room left" in err
-    left = [path for path in small_disk.glob("backups/**/*") if path.is_file() and path.suffix != ".jsonl"]
+    left = [path for path in small.glob("backups/**/*") if path.is_file() and path.suffix != ".jsonl"]
     assert left == []
     assert server_files(backing) == []
     filler.unlink()
     backing.run("backup_automem")
-
-
-def fill(path: Path) -> None:
-    """Write until the disk is full."""
-    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
-        while stream.write(bytes(1 << 16)):
-            pass
 
 
 def test_a_disk_without_room_for_the_journal_says_so(backing, tmp_path):

@@ -7,12 +7,13 @@ import os
 import time
 import uuid
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
-from lib.journal import open_journals
+from lib.journal import open_journals, read_journal
 from lib.sandbox.vectors import vectors_for
-from lib.steps.phases import PLACED, PLACING
+from lib.steps.phases import PLACED, PLACING, PROVED, TIDYING
 from tests.gate import Gate, Stop
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
@@ -49,6 +50,10 @@ def remember(operator, text: str, *, point: bool = True, size: int = OLD_SIZE, *
         row = {"id": one, "vector": vectors_for(SMALL, [text], size)[0].tolist(), "payload": payload}
         operator.call("PUT", "/points?wait=true", {"points": [row]})
     return one
+
+
+def journals(operator) -> list[Path]:
+    return sorted(operator.backups.glob("journal_*_reembed.jsonl"))
 
 
 def age(operator, hours: float) -> None:
@@ -345,6 +350,41 @@ def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
     assert result["way"] == "filled from the spool"
     assert_migrated(ready, before)
     assert ready.collections() == [ready.collection]
+
+
+@on_the_stand_in
+def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_told(ready):
+    """A restore that unpacks onto a full disk says only that it failed to unpack (1.18.3)."""
+    before = points_of(ready)
+    unpack = {
+        "status": 500,
+        "body": {"status": {"error": "Service runtime error: IO Error: failed to unpack"}},
+    }
+    full = {"status": 500, "body": {"status": {"error": FULL}}, "times": 1}
+    recover = {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **unpack}
+    faults(ready, recover, {"method": "PUT", "path": f"/{ready.collection}/points", **full})
+    result = ready.run("reembed_embeddings", "--json").json
+    assert result["way"] == "filled from the spool"
+    assert_migrated(ready, before)
+    assert ready.collections() == [ready.collection]
+    (phases,) = [[one["phase"] for one in read_journal(path).entries] for path in journals(ready)]
+    assert phases.index(TIDYING) < phases.index(PROVED)
+
+
+@on_the_stand_in
+def test_a_disk_without_room_for_the_new_collection_alone_says_how_to_go_on(ready):
+    before = points_of(ready)
+    full = {"status": 500, "body": {"status": {"error": FULL}}}
+    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/points", **full})
+    failed = ready.run("reembed_embeddings", "--in-place", expect=1)
+    assert "disk is full" in failed.err
+    assert "not whole" in failed.err
+    assert "make room on the server" in failed.err
+    paid = ready.servers.openai.stats()["texts"]
+    faults(ready)
+    ready.run("reembed_embeddings", "--in-place")
+    assert ready.servers.openai.stats()["texts"] == paid
+    assert_migrated(ready, before)
 
 
 @on_the_stand_in

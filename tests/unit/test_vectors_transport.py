@@ -45,7 +45,7 @@ class Scripted:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+            do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -366,3 +366,30 @@ def test_only_a_shard_that_is_lost_makes_a_collection_dead(text: str, health: st
 def test_a_collection_that_is_listed_but_not_found_is_on_its_way():
     with Scripted(fine({"collections": [{"name": "x"}]}), refused(404, "Not found")) as server:
         assert collection.health(server.qdrant, "x") == "restoring"
+
+
+def info(told: object) -> tuple:
+    """A collection of one point whose optimiser says this."""
+    params = {"vectors": {"size": 4, "distance": "Cosine"}}
+    status = "green" if told == "ok" else "red"
+    return fine({"status": status, "optimizer_status": told, "config": {"params": params}})
+
+
+NO_ROOM = {
+    "error": "Service runtime error: Not enough space available for optimization, needed: 2, available: 1"
+}
+ONE = fine({"count": 1})
+
+
+def test_an_optimiser_that_stopped_for_want_of_room_tries_once_more_then_it_is_told():
+    with Scripted(info(NO_ROOM), ONE, fine(), info(NO_ROOM), ONE, fine()) as server:
+        with pytest.raises(QdrantError, match="Not enough space available"):
+            collection.wait_green(server.qdrant, "x", 3600)
+        assert [method for method, *_ in server.seen] == ["GET", "POST", "PATCH", "GET", "POST"]
+
+
+def test_an_optimiser_that_has_room_again_goes_on():
+    well = [info("ok"), ONE] * collection.STABLE_POLLS
+    with Scripted(info(NO_ROOM), ONE, fine(), *well) as server:
+        assert collection.wait_green(server.qdrant, "x", 3600).settled
+        assert [method for method, *_ in server.seen].count("PATCH") == 1
