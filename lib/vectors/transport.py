@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import orjson
@@ -14,6 +13,7 @@ import requests
 from lib.addresses import is_this_machine
 from lib.errors import StoreUnreachable
 from lib.vectors.address import check_key, split_login
+from lib.vectors.body import Parts
 from lib.vectors.refusals import QdrantError, lost, not_qdrant, refusal
 
 CONNECT_SECONDS = 10.0
@@ -22,31 +22,6 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0)  # between tries after a lost connection or a g
 LONGEST_WAIT_SECONDS = 600.0  # of rate limits, for one request
 
 _GATEWAY_TROUBLE = (502, 503, 504)
-_SENT_AT_ONCE_BYTES = 256 << 10
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A body that is never put together: its parts are sent one after the other, anew where a request is repeated."""
-
-    parts: Sequence[bytes]
-
-    @property
-    def len(self) -> int:
-        """Bytes in all, as requests asks for them."""
-        return sum(map(len, self.parts))
-
-    def __iter__(self) -> Iterator[bytes]:
-        few: list[bytes] = []
-        size = 0
-        for part in self.parts:
-            few.append(part)
-            size += len(part)
-            if size >= _SENT_AT_ONCE_BYTES:
-                yield b"".join(few)
-                few, size = [], 0
-        if few:
-            yield b"".join(few)
 
 
 class Qdrant:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lib.vectors.address import collection_path
+from lib.vectors.body import Parts
 from lib.vectors.points import PointId
 from lib.vectors.refusals import NoAnswer, QdrantError
-from lib.vectors.transport import Parts, Qdrant, encode
+from lib.vectors.transport import Qdrant, encode
 
 if TYPE_CHECKING:
     import numpy as np
