@@ -64,9 +64,8 @@ class AutoMemAtWork:
         vector = vectors_for(model, [str(memory["content"])], size)[0].tolist()
         point = {"id": memory["id"], "vector": vector, "payload": payload}
         url = f"{self._operator.servers.qdrant_url}/collections/{self._operator.collection}/points?wait=true"
-        with contextlib.suppress(
-            requests.RequestException
-        ):  # AutoMem logs it: the memory is stored in the graph
+        # AutoMem logs it: the memory is stored in the graph
+        with contextlib.suppress(requests.RequestException):
             http.put(url, json={"points": [point]}, timeout=30)
 
 

@@ -62,7 +62,8 @@ def exchange(run: Migration, first: Manifest | None, voice: Voice) -> float | No
         began = gone if began is None else began
         _know_settings(run, first)
         if way.kind == FILL or len(failed) == _TRIES or standing_staged(run) is None:
-            with_room(run, partial(_make, run))
+            journal = journal_of(run)
+            with_room(run, partial(make_collection, run.target, journal.fact("settings"), journal))
             run.way = FILL
             return began
         if put_in_place(run, way):
@@ -99,10 +100,6 @@ def _clear(run: Migration, found: tuple[str, CollectionState | None], voice: Voi
         drop_temporary(run.target.qdrant, run.target.collection)
         return time.monotonic()
     return drop_live(run.target, run.spool, journal, run.bar, undo=run.undo)
-
-
-def _make(run: Migration) -> None:
-    make_collection(run.target, journal_of(run).fact("settings"), journal_of(run))
 
 
 def _know_settings(run: Migration, first: Manifest | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lib.errors import MissingData
 from lib.vectors.address import collection_path
-from lib.vectors.refusals import NoAnswer, NotFound, QdrantError, is_disk_full
+from lib.vectors.refusals import NoAnswer, NotFound, QdrantError, tells_full
 from lib.vectors.transport import Qdrant
 
 Health = Literal["missing", "live", "restoring", "dead", "failing"]
@@ -58,12 +58,17 @@ class CollectionState:
         return dict(self.raw["config"].get("metadata") or {})
 
     @property
+    def optimizer_said(self) -> str:
+        """The optimiser's own words: "ok", or its error."""
+        return str(self.raw.get("optimizer_status"))
+
+    @property
     def asleep(self) -> bool:
         """Whether optimisations have waited for a change since the server was started.
 
         1.18.3 calls that grey; 1.11.3 may call it green, with these words as the optimiser's error (seen after a kill).
         """
-        return self.status == "grey" or _ASLEEP in str(self.raw.get("optimizer_status"))
+        return self.status == "grey" or _ASLEEP in self.optimizer_said
 
     @property
     def settled(self) -> bool:
@@ -164,8 +169,8 @@ def wait_green(q: Qdrant, name: str, seconds: float) -> CollectionState:
         if state.asleep or not (state.optimizer_ok or tried_again):
             tried_again |= not state.optimizer_ok
             q.json("PATCH", collection_path(name), {"optimizers_config": {}}, retry=True)
-        elif is_disk_full(trouble := QdrantError(q.display, 500, str(state.raw.get("optimizer_status")))):
-            raise trouble
+        elif tells_full(state.optimizer_said):
+            raise QdrantError(q.display, 500, state.optimizer_said)
         stable = stable + 1 if state.settled else 0
         if stable >= STABLE_POLLS or time.monotonic() >= deadline:
             return state

@@ -56,11 +56,12 @@ class NoAnswer(StoreUnreachable):
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether the server said that its disk has no room (its words on 1.11.3 and 1.18.3)."""
-    return isinstance(error, QdrantError) and _tells_full(error.text)
+    """Whether the server refused because its disk has no room."""
+    return isinstance(error, QdrantError) and tells_full(error.text)
 
 
-def _tells_full(text: str) -> bool:
+def tells_full(text: str) -> bool:
+    """Whether the server says here that its disk has no room (its words on 1.11.3 and 1.18.3)."""
     return any(sign in text for sign in _FULL)
 
 
@@ -95,7 +96,7 @@ def refusal(display: str, response: requests.Response, secrets: Iterable[str]) -
         )
     if status == 404:
         return NotFound(display, status, text)
-    step = "free disk space on the Qdrant server" if _tells_full(text) else ""
+    step = "free disk space on the Qdrant server" if tells_full(text) else ""
     waitable = "Retry-After" in response.headers
     return QdrantError(display, status, text, waitable=waitable, next_step=step)
 

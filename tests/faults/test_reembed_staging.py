@@ -7,7 +7,6 @@ import os
 import time
 import uuid
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 
 import pytest
 
@@ -37,6 +36,11 @@ def ready(operator):
     return make_ready(operator)
 
 
+def refusal(text: str) -> dict[str, object]:
+    """A 500 of the server's, in its own form."""
+    return {"status": 500, "body": {"status": {"error": text}}}
+
+
 def staged(operator) -> str:
     return f"{operator.collection}__next"
 
@@ -50,10 +54,6 @@ def remember(operator, text: str, *, point: bool = True, size: int = OLD_SIZE, *
         row = {"id": one, "vector": vectors_for(SMALL, [text], size)[0].tolist(), "payload": payload}
         operator.call("PUT", "/points?wait=true", {"points": [row]})
     return one
-
-
-def journals(operator) -> list[Path]:
-    return sorted(operator.backups.glob("journal_*_reembed.jsonl"))
 
 
 def age(operator, hours: float) -> None:
@@ -327,7 +327,7 @@ def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, rate):
 )
 def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouched(ready, method, path):
     before, paid = ready.state(), None
-    faults(ready, {"method": method, "path": path, "status": 500, "body": {"status": {"error": FULL}}})
+    faults(ready, {"method": method, "path": path, **refusal(FULL)})
     failed = ready.run("reembed_embeddings", expect=1)
     assert f"'{ready.collection}' is untouched" in failed.err
     assert "MiB are needed" in failed.err
@@ -344,8 +344,7 @@ def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouche
 @on_the_stand_in
 def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
     before = points_of(ready)
-    full = {"status": 500, "body": {"status": {"error": FULL}}}
-    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **full})
+    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **refusal(FULL)})
     result = ready.run("reembed_embeddings", "--json").json
     assert result["way"] == "filled from the spool"
     assert_migrated(ready, before)
@@ -356,26 +355,24 @@ def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
 def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_told(ready):
     """A restore that unpacks onto a full disk says only that it failed to unpack (1.18.3)."""
     before = points_of(ready)
-    unpack = {
-        "status": 500,
-        "body": {"status": {"error": "Service runtime error: IO Error: failed to unpack"}},
-    }
-    full = {"status": 500, "body": {"status": {"error": FULL}}, "times": 1}
+    unpack = refusal("Service runtime error: IO Error: failed to unpack")
     recover = {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **unpack}
-    faults(ready, recover, {"method": "PUT", "path": f"/{ready.collection}/points", **full})
+    faults(
+        ready, recover, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL), "times": 1}
+    )
     result = ready.run("reembed_embeddings", "--json").json
     assert result["way"] == "filled from the spool"
     assert_migrated(ready, before)
     assert ready.collections() == [ready.collection]
-    (phases,) = [[one["phase"] for one in read_journal(path).entries] for path in journals(ready)]
+    (path,) = ready.backups.glob("journal_*_reembed.jsonl")
+    phases = [entry["phase"] for entry in read_journal(path).entries]
     assert phases.index(TIDYING) < phases.index(PROVED)
 
 
 @on_the_stand_in
 def test_a_disk_without_room_for_the_new_collection_alone_says_how_to_go_on(ready):
     before = points_of(ready)
-    full = {"status": 500, "body": {"status": {"error": FULL}}}
-    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/points", **full})
+    faults(ready, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL)})
     failed = ready.run("reembed_embeddings", "--in-place", expect=1)
     assert "disk is full" in failed.err
     assert "not whole" in failed.err
@@ -390,7 +387,7 @@ def test_a_disk_without_room_for_the_new_collection_alone_says_how_to_go_on(read
 @on_the_stand_in
 def test_a_restore_that_fails_twice_ends_in_the_spool(ready):
     before = points_of(ready)
-    broken = {"status": 500, "body": {"status": {"error": "Service internal error: something broke"}}}
+    broken = refusal("Service internal error: something broke")
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **broken})
     assert ready.run("reembed_embeddings", "--json").json["way"] == "filled from the spool"
     assert_migrated(ready, before)
