@@ -1,9 +1,11 @@
-"""Servers for the whole session, and an operator who runs the scripts as processes on stores of his own."""
+"""Servers for the whole session, an operator with stores of his own, and which tests belong to the matrices."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,25 @@ STAND_IN_VERSION = "1.18.3"
 # A suite that runs in the background or under nohup ignores these signals, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+RAM_DISK, ROOM_BYTES = Path("/dev/shm"), 4 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary folders lie on the RAM disk if there is one with room: an fsync costs nothing there."""
+    if config.option.basetemp or hasattr(config, "workerinput") or not os.access(RAM_DISK, os.W_OK):
+        return
+    if shutil.disk_usage(RAM_DISK).free < ROOM_BYTES:
+        return
+    config.option.basetemp = tempfile.mkdtemp(prefix="automem-", dir=RAM_DISK)
+    config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of tests/faults is part of a matrix unless it is marked `core`."""
+    for item in items:
+        if "faults" in item.path.parts and item.get_closest_marker("core") is None:
+            item.add_marker(pytest.mark.matrix)
 
 
 @pytest.fixture(scope="session")

@@ -4,30 +4,56 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.journal import open_journals
-from tests.operator_support import ROOT, Operator
+from tests.operator_support import Operator
+from tests.script_process import ScriptProcess
 
 # How often each window of a kill matrix is hit; `make faults` sets it.
 KILLS_EACH = int(os.environ.get("KILLS_EACH", "1"))
 assert KILLS_EACH > 0, "KILLS_EACH is how often each window is hit: a number from 1 on"
 
-# Places: "before PHASE", "after PHASE", "entering MODULE.FUNCTION", "called MODULE.FUNCTION", joined by "; ".
-_RUNNER = """
-import importlib, os, runpy, signal, sys, time
-sys.path.insert(0, {root!r})
+# What a script may be stopped at, beside the entries of its journal: a name, and the call that it stands for.
+HOOKS = {
+    "scratch server started": "lib.graph.scratch._start",
+    "scratch server loading": "lib.graph.scratch._loaded",
+    "scratch graph counted": "lib.steps.prove.counts",
+    "RDB streamed": "lib.steps.take_graph.stream_rdb",
+    "RDB file written": "lib.steps.take_graph._taken",
+    "graph taken": "lib.steps.take_pair.take_graph",
+    "snapshot downloaded": "lib.vectors.snapshots.download",
+    "snapshot deleted": "lib.vectors.snapshots.delete",
+    "segments opened": "lib.steps.prove_collection._asked",
+    "collection taken": "lib.steps.take_pair.take_collection",
+    "drift counted": "lib.steps.take_pair._drift",
+    "manifest written": "lib.steps.take_pair.write_manifest",
+    "unfinished files removed": "lib.steps.take_pair.remove_unfinished",
+    "graph accepted": "lib.steps.restore_graph.prove_acceptance",
+    "copy uploaded": "lib.steps.restore_parts.upload_and_restore",
+    "own address found": "lib.steps.restore_parts.can_fetch_itself",
+    "live collection deleted": "lib.steps.restore_collection.delete_collection",
+    "copy recovered": "lib.steps.restore_parts.recover",
+    "aliases written": "lib.steps.restore_collection.put_aliases",
+    "graph swapped in": "lib.steps.restore_graph.swap_in",
+    "graph exchanged": "lib.graph.swap._exchange",
+    "old graph dropped": "lib.steps.old_graph.drop_graph",
+    "spot check's collection made": "lib.steps.spot_check._make",
+    "spot check's points written": "lib.steps.spot_check.sync_collection",
+    "spot check compared": "lib.steps.spot_check.compare",
+    "spot check's collection deleted": "lib.steps.spot_check.delete_collection",
+}
+# Places: "before PHASE", "after PHASE" (of the journal), "entering HOOK", "called HOOK", joined by "; ".
+_PRELUDE = """
+import importlib, os, signal, time
 
 def stop(number):
-    held = os.environ.get("HELD")
-    if not held:
+    if not HELD:
         os.kill(os.getpid(), signal.SIGKILL)
-    open(held + "." + str(number), "w").close()
+    open(HELD + "." + str(number), "w").close()
     for _ in range(30_000):  # ten minutes; a signal's exception leaves from here
-        if os.path.exists(held + ".go." + str(number)):
+        if os.path.exists(HELD + ".go." + str(number)):
             return
         time.sleep(0.02)
 
@@ -55,42 +81,35 @@ def at_entry(number, when, place):
             stop(number)
     Journal.append = announce
 
-for number, where in enumerate(os.environ["STOP_AT"].split("; ")):
+for number, where in enumerate(PLACES.split("; ")):
     when, place = where.split(" ", 1)
-    (at_call if when in ("called", "entering") else at_entry)(number, when, place)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+    if when in ("called", "entering"):
+        at_call(number, when, HOOKS[place])
+    else:
+        at_entry(number, when, place)
+if NOHUP:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 """
 
 
-def _command(script: str, words: tuple[str, ...]) -> list[str]:
-    program = _RUNNER.format(root=str(ROOT))
-    return [sys.executable, "-c", program, str(ROOT / "scripts" / f"{script}.py"), *words]
+def _prelude(where: str, held: Path | None = None, *, nohup: bool = False) -> str:
+    named = {"PLACES": where, "HOOKS": HOOKS, "HELD": str(held or ""), "NOHUP": nohup}
+    return "".join(f"{name} = {value!r}\n" for name, value in named.items()) + _PRELUDE
 
 
 def run_killed(operator: Operator, where: str, script: str, *words: str) -> str:
     """Run the script until it kills itself at `where`; returns what it said. Fails where it never came there."""
-    done = subprocess.run(
-        _command(script, words),
-        cwd=operator.folder,
-        env={**operator.environ, "STOP_AT": where},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, (
-        f"{where}: exit {done.returncode}\n{done.stderr}\n{done.stdout}"
-    )
-    return done.stderr
+    process = operator.start(script, *words, prelude=_prelude(where))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, f"{where}: exit {process.returncode}\n{err}\n{out}"
+    return err
 
 
 @dataclass
 class Held:
     """A script that stands still wherever it comes to one of its places, for a signal to take it from there."""
 
-    process: subprocess.Popen[str]
+    process: ScriptProcess
     marker: Path
 
     def stands_at(self, number: int = 0) -> bool:
@@ -107,19 +126,11 @@ def start_held(operator: Operator, where: str, script: str, *words: str, nohup: 
     marker = operator.folder / "held"
     for old in operator.folder.glob("held.*"):
         old.unlink()
-    process = subprocess.Popen(
-        [*(["nohup"] if nohup else []), *_command(script, words)],
-        cwd=operator.folder,
-        env={**operator.environ, "STOP_AT": where, "HELD": str(marker)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = operator.start(script, *words, prelude=_prelude(where, marker, nohup=nohup))
     return Held(process, marker)
 
 
-def kill(process: subprocess.Popen[str]) -> bool:
+def kill(process: ScriptProcess) -> bool:
     """SIGKILL; whether the process was still running."""
     running = process.poll() is None
     if running:

@@ -1,11 +1,8 @@
-"""An operator at a terminal: runs the scripts as processes, with settings in the environment, and looks at the stores."""
+"""An operator at a terminal: runs the scripts, with settings in the environment, and looks at the stores."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,8 +20,10 @@ from lib.sandbox.sample_memories import generate
 from lib.sandbox.state import State, state_of
 from lib.sandbox.vectors import vectors_for
 from lib.vectors.transport import Qdrant
+from tests.script_process import ROOT, Result, ScriptProcess, call_script, start_script
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["ROOT", "Operator", "Result", "Servers"]
+
 SMALL, LARGE = "text-embedding-3-small", "text-embedding-3-large"
 # The models make any size up to their own: small vectors keep the tests quick.
 OLD_SIZE, NEW_SIZE = 48, 96
@@ -36,17 +35,6 @@ class Servers:
     falkordb: FalkorServer
     qdrant_url: str
     openai: OpenAIServer
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out)
 
 
 @dataclass
@@ -90,27 +78,25 @@ class Operator:
         """What the operator exports before the next commands."""
         self.exports |= {name: str(value) for name, value in settings.items()}
 
-    def start(self, script: str, *words: str, **more: str) -> subprocess.Popen[str]:
+    def start(self, script: str, *words: str, prelude: str = "", **more: str) -> ScriptProcess:
         """A script as a process that the test may kill."""
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words],
-            cwd=self.folder,
-            env={**self.environ, **more},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_script(script, words, self.folder, {**self.environ, **more}, prelude)
 
     def run(
         self, script: str, *words: str, expect: int | None = 0, env: Mapping[str, str] | None = None
     ) -> Result:
-        """A script from start to end; its exit code is checked unless `expect` is None."""
-        process = self.start(script, *words, **(env or {}))
-        out, err = process.communicate(timeout=300)
-        result = Result(process.returncode, out, err)
-        assert expect is None or result.code == expect, f"exit {result.code}\n{err}\n{out}"
-        assert "Traceback" not in err, err
+        """A script from start to end; its exit code is checked unless `expect` is None.
+
+        It is called in this process; in a thread of the test's it is a process.
+        """
+        result = call_script(script, words, self.folder, {**self.environ, **(env or {})})
+        if result is None:
+            process = self.start(script, *words, **(env or {}))
+            out, err = process.communicate(timeout=300)
+            assert process.returncode is not None
+            result = Result(process.returncode, out, err)
+        assert expect is None or result.code == expect, f"exit {result.code}\n{result.err}\n{result.out}"
+        assert "Traceback" not in result.err, result.err
         return result
 
     def load(self, count: int = 220, *, size: int = OLD_SIZE, model: str = SMALL, orphans: int = 0) -> None:

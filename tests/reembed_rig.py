@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from lib.steps.phases import (
 from tests.gate import Gate, Stop
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade
+from tests.script_process import ScriptProcess
 
 MODELS = {OLD_SIZE: SMALL, NEW_SIZE: LARGE}
 MEMORIES = 540  # three batches of points
@@ -130,7 +130,7 @@ class Rig:
         journal = self.journal()
         return journal.phase if journal else None
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> ScriptProcess:
         self.noted = self.entries()
         return self.operator.start("reembed_embeddings", *self.words)
 

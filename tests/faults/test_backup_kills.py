@@ -38,41 +38,41 @@ pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
 
 WINDOWS = [
-    "called lib.graph.scratch._start",  # an engine is tried, before anything else
+    "called scratch server started",  # an engine is tried, before anything else
     "after backup begun",
-    "called lib.steps.take_graph.stream_rdb",
-    "called lib.steps.prove.counts",  # of the graph in the scratch server
-    "called lib.steps.take_pair.take_graph",
+    "called RDB streamed",
+    "called scratch graph counted",  # of the graph in the scratch server
+    "called graph taken",
     "after snapshot announced",
     "before snapshot made",
     "after snapshot made",
-    "called lib.vectors.snapshots.download",
+    "called snapshot downloaded",
     "before snapshot removed",
     "after snapshot removed",
-    "entering lib.steps.prove_collection._asked",
-    "called lib.steps.take_pair.take_collection",
-    "called lib.steps.take_pair._drift",
-    "called lib.steps.take_pair.write_manifest",
+    "entering segments opened",
+    "called collection taken",
+    "called drift counted",
+    "called manifest written",
 ]
 # These differ from one of the above in the journal alone.
 ALMOST = [
     "after started",
     "before backup begun",
-    "called lib.steps.take_graph._taken",
-    "entering lib.graph.scratch._loaded",
+    "called RDB file written",
+    "entering scratch server loading",
     "before snapshot announced",
-    "entering lib.vectors.snapshots.delete",
+    "entering snapshot deleted",
     "before closed",
 ]
 NEVER_SENT = {"after snapshot announced"}
 # Reached by the graph's thread: where the collection's is by then, depends on the moment.
 BESIDE = {
-    "called lib.steps.take_graph.stream_rdb",
-    "called lib.steps.take_graph._taken",
-    "called lib.steps.prove.counts",
-    "called lib.steps.take_pair.take_graph",
+    "called RDB streamed",
+    "called RDB file written",
+    "called scratch graph counted",
+    "called graph taken",
 }
-DONE = {"called lib.steps.take_pair.write_manifest", "before closed"}
+DONE = {"called manifest written", "before closed"}
 OFTEN = KILLS_EACH > 1
 RANDOM = 6 * KILLS_EACH if OFTEN else 3
 

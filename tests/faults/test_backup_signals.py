@@ -29,28 +29,29 @@ from tests.gate import Gate, Stop
 from tests.kill_support import Held, start_held
 from tests.operator_support import ROOT, Operator
 from tests.restore_support import wait_for
+from tests.script_process import ScriptProcess
 
 pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
 
 PLACES = {
-    "an engine is tried": "called lib.graph.scratch._start",
+    "an engine is tried": "called scratch server started",
     "begun": "after backup begun",
-    "the RDB is there": "called lib.steps.take_graph.stream_rdb",
-    "the scratch server loads": "entering lib.graph.scratch._loaded",
-    "the scratch server is asked": "entering lib.steps.prove.counts",
+    "the RDB is there": "called RDB streamed",
+    "the scratch server loads": "entering scratch server loading",
+    "the scratch server is asked": "entering scratch graph counted",
     "snapshot made": "before snapshot made",
     "snapshot noted": "after snapshot made",
-    "downloaded": "called lib.vectors.snapshots.download",
+    "downloaded": "called snapshot downloaded",
     "snapshot removed": "after snapshot removed",
-    "segments are opened": "entering lib.steps.prove_collection._asked",
-    "drift is counted": "entering lib.steps.take_pair._drift",
-    "before the manifest": "entering lib.steps.take_pair.write_manifest",
-    "the snapshot goes": "entering lib.vectors.snapshots.delete",
+    "segments are opened": "entering segments opened",
+    "drift is counted": "entering drift counted",
+    "before the manifest": "entering manifest written",
+    "the snapshot goes": "entering snapshot deleted",
 }
 
 
-def standing(held: Held, number: int = 0) -> subprocess.Popen[str]:
+def standing(held: Held, number: int = 0) -> ScriptProcess:
     """The process, once it stands at the place."""
     assert wait_for(lambda: held.stands_at(number) or held.process.poll() is not None)
     assert held.process.poll() is None, held.process.communicate()
@@ -61,7 +62,7 @@ def standing(held: Held, number: int = 0) -> subprocess.Popen[str]:
 BESIDE = {"the RDB is there", "the scratch server loads", "the scratch server is asked"}
 
 
-def assert_undone(operator: Operator, process: subprocess.Popen[str], *, may_await: bool = False) -> str:
+def assert_undone(operator: Operator, process: ScriptProcess, *, may_await: bool = False) -> str:
     """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said.
 
     `may_await`: a snapshot that was announced last may be reckoned with.
@@ -98,7 +99,7 @@ def ended_at(operator: Operator, place: str) -> None:
 
 
 def test_a_signal_right_after_the_manifest_leaves_the_whole_set(backing):
-    ended_at(backing, "called lib.steps.take_pair.write_manifest")
+    ended_at(backing, "called manifest written")
     assert_one_set(backing)
     assert_final_files_prove(backing)
 
@@ -125,11 +126,9 @@ def test_a_signal_while_the_server_makes_the_snapshot(backing):
         assert_undone(backing, process)
 
 
-@pytest.mark.parametrize(
-    "clean_up", ["entering lib.vectors.snapshots.delete", "entering lib.steps.take_pair.remove_unfinished"]
-)
+@pytest.mark.parametrize("clean_up", ["entering snapshot deleted", "entering unfinished files removed"])
 def test_a_second_ctrl_c_lets_it_clean_up(backing, clean_up):
-    held = start_held(backing, f"called lib.vectors.snapshots.download; {clean_up}", "backup_automem")
+    held = start_held(backing, f"called snapshot downloaded; {clean_up}", "backup_automem")
     standing(held).send_signal(signal.SIGINT)
     held.go_on()
     standing(held, 1).send_signal(signal.SIGINT)
@@ -137,11 +136,9 @@ def test_a_second_ctrl_c_lets_it_clean_up(backing, clean_up):
     assert "cleaning up" in assert_undone(backing, held.process)
 
 
-@pytest.mark.parametrize(
-    "clean_up", ["entering lib.vectors.snapshots.delete", "entering lib.steps.take_pair.remove_unfinished"]
-)
+@pytest.mark.parametrize("clean_up", ["entering snapshot deleted", "entering unfinished files removed"])
 def test_a_third_ctrl_c_ends_it_and_the_next_run_cleans_up(backing, clean_up):
-    held = start_held(backing, f"called lib.vectors.snapshots.download; {clean_up}", "backup_automem")
+    held = start_held(backing, f"called snapshot downloaded; {clean_up}", "backup_automem")
     standing(held).send_signal(signal.SIGINT)
     held.go_on()
     process = standing(held, 1)

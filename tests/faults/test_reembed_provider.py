@@ -6,8 +6,6 @@ import contextlib
 import socket
 import sqlite3
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 
 from lib.sandbox.vectors import vectors_for
-from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, Operator, Result
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, Operator, Result
 from tests.reembed_support import Points, assert_migrated, embeddable, points_of, upgrade
 
 pytestmark = pytest.mark.qdrant
@@ -26,13 +24,9 @@ MEMORIES = 120
 PACE = ("--batch-size", str(BATCH), "--workers", str(WORKERS))
 # The script itself, with a shorter patience: a request of a second is late, eight seconds of failures are ten minutes.
 _IMPATIENT = """
-import runpy, sys
-sys.path.insert(0, {root!r})
 from lib.embedding import client
 client.EmbeddingClient.__init__.__kwdefaults__.update(timeout_seconds={timeout}, max_wait_seconds={patience})
 client.FIRST_PAUSE_SECONDS, client.LONGEST_PAUSE_SECONDS = 0.02, 0.2
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -49,20 +43,13 @@ class Rig:
         return self.operator.servers.openai
 
     def reembed(self, *words: str, expect: int) -> Result:
-        program = _IMPATIENT.format(root=str(ROOT), timeout=self.timeout, patience=self.patience)
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(ROOT / "scripts/reembed_embeddings.py"), *PACE, *words],
-            cwd=self.operator.folder,
-            env=self.operator.environ | ({"OPENAI_BASE_URL": self.url} if self.url else {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == expect, f"exit {done.returncode}\n{done.stderr}\n{done.stdout}"
-        assert "Traceback" not in done.stderr, done.stderr
-        return Result(done.returncode, done.stdout, done.stderr)
+        impatient = _IMPATIENT.format(timeout=self.timeout, patience=self.patience)
+        url = {"OPENAI_BASE_URL": self.url} if self.url else {}
+        process = self.operator.start("reembed_embeddings", *PACE, *words, prelude=impatient, **url)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == expect, f"exit {process.returncode}\n{err}\n{out}"
+        assert "Traceback" not in err, err
+        return Result(process.returncode, out, err)
 
     def spooled(self) -> int:
         """How many vectors the spool holds; each is its text's own, as the endpoint makes it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from tests.kill_support import KILLS_EACH, left_by_kill
 from tests.operator_support import NEW_SIZE, OLD_SIZE, SMALL, Operator
 from tests.reembed_rig import BATCH, COMMAND, MEMORIES, MODELS, WORKERS
 from tests.reembed_support import assert_migrated, points_of, upgrade
+from tests.script_process import ScriptProcess
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(3600)]
 
@@ -46,7 +46,7 @@ class Seesaw:
         self.states: Counter[str] = Counter()
         self.longest = 0.0
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> ScriptProcess:
         return self.operator.start("reembed_embeddings", *self.words)
 
     def go_through(self) -> None:
@@ -74,9 +74,7 @@ class Seesaw:
         self.operator.export(VECTOR_SIZE=self.size, EMBEDDING_MODEL=MODELS[self.size])
 
 
-def swing(
-    seesaw: Seesaw, kills: int, strike: Callable[[subprocess.Popen[str]], bool], rng: random.Random
-) -> int:
+def swing(seesaw: Seesaw, kills: int, strike: Callable[[ScriptProcess], bool], rng: random.Random) -> int:
     """Start runs, and strike each at a random moment, until so many strikes met one; returns how many."""
     seesaw.go_through()
     seesaw.turn()
@@ -115,7 +113,7 @@ def test_the_script_is_killed_at_random_moments(operator, words, record_property
     seesaw = Seesaw(operator, words)
     operator.servers.openai.fault(hang_seconds=0.05)
 
-    def strike(process: subprocess.Popen[str]) -> bool:
+    def strike(process: ScriptProcess) -> bool:
         process.kill()
         process.wait()
         seesaw.states[left_by_kill(seesaw.operator)] += 1
@@ -133,7 +131,7 @@ def test_the_server_is_killed_at_random_moments(operator, own_qdrant, words, rec
     seesaw = Seesaw(someone, words)
     rng = random.Random(f"server {words}")
 
-    def strike(process: subprocess.Popen[str]) -> bool:
+    def strike(process: ScriptProcess) -> bool:
         own_qdrant.kill()
         time.sleep(rng.uniform(0.0, 1.0))
         own_qdrant.start()  # raises where it does not come up again

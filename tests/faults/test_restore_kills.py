@@ -25,24 +25,11 @@ pytestmark = pytest.mark.qdrant
 
 OFTEN = KILLS_EACH > 1
 RANDOM = 6 * KILLS_EACH if OFTEN else 3
-CALLED = {
-    name.rsplit(".", 1)[1]: f"called lib.steps.{name}"
-    for name in (
-        "restore_graph.prove_acceptance",
-        "restore_parts.upload_and_restore",
-        "restore_parts.can_fetch_itself",
-        "restore_collection.delete_collection",
-        "restore_parts.recover",
-        "restore_collection.put_aliases",
-        "restore_graph.swap_in",
-        "old_graph.drop_graph",
-    )
-}
 # Each leaves another state behind, in the order in which a run passes them.
 WINDOWS = [
-    CALLED["prove_acceptance"],
+    "called graph accepted",
     "after rehearsing the collection",
-    CALLED["upload_and_restore"],
+    "called copy uploaded",
     "before backup begun",
     "before snapshot announced",
     "after snapshot announced",
@@ -51,12 +38,12 @@ WINDOWS = [
     "after snapshot removed",
     "before safety backup",
     "after deleting the live collection",
-    CALLED["delete_collection"],
-    CALLED["recover"],
+    "called live collection deleted",
+    "called copy recovered",
     "before collection restored",
     "before switching the graph",
     "after switching the graph",
-    CALLED["swap_in"],
+    "called graph swapped in",
     "after graph switched",
     "before closed",
 ]
@@ -71,12 +58,12 @@ ALMOST = [
     "after backup begun",
     "after snapshot made",
     "after safety backup",
-    CALLED["can_fetch_itself"],
+    "called own address found",
     "before deleting the live collection",
-    CALLED["put_aliases"],
+    "called aliases written",
     "after collection restored",
     "before graph switched",
-    CALLED["drop_graph"],
+    "called old graph dropped",
 ]
 
 
@@ -169,9 +156,9 @@ def test_killed_at_a_random_moment_it_goes_on(usual_seconds, ready, number, reco
 def test_killed_twice_in_different_windows_it_still_goes_on(ready):
     operator, files, (wanted, asset), _ = ready
     for where in (
-        CALLED["delete_collection"],
+        "called live collection deleted",
         "after snapshot made",
-        CALLED["swap_in"],
+        "called graph swapped in",
     ):
         if where == "after snapshot made":
             requests.put(
@@ -188,7 +175,7 @@ def test_killed_twice_in_different_windows_it_still_goes_on(ready):
 
 def test_another_restore_does_not_close_what_it_cannot_reach(ready):
     operator, files, (wanted, asset), _ = ready
-    run_killed(operator, CALLED["delete_collection"], "restore_from_backup", *files)
+    run_killed(operator, "called live collection deleted", "restore_from_backup", *files)
     operator.run("restore_from_backup", files[0])
     assert any("__try_" in name for name in operator.collections())
     operator.run("restore_from_backup", files[1])
@@ -199,7 +186,7 @@ def test_another_restore_does_not_close_what_it_cannot_reach(ready):
 
 def test_what_stood_there_before_the_killed_run_is_named_by_the_rerun(ready):
     operator, files, _, old = ready
-    run_killed(operator, CALLED["swap_in"], "restore_from_backup", *files)
+    run_killed(operator, "called graph swapped in", "restore_from_backup", *files)
     safety = operator.manifests()[-1]
     rerun = operator.run("restore_from_backup", *files)
     assert f"what stood there before an unfinished run: {safety}" in rerun.out

@@ -23,19 +23,18 @@ from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(900)]
 
-COLLECTION, PARTS, SWAP = "lib.steps.restore_collection", "lib.steps.restore_parts", "lib.graph.swap"
 # Seconds after the script was let go; None: while it stands there.
 QDRANT = [
-    (f"called {COLLECTION}.delete_collection", None),
-    (f"entering {PARTS}.upload_and_restore", 0.05),
-    (f"entering {PARTS}.recover", 0.05),
-    (f"entering {PARTS}.recover", 0.3),
-    (f"called {PARTS}.recover", None),
+    ("called live collection deleted", None),
+    ("entering copy uploaded", 0.05),
+    ("entering copy recovered", 0.05),
+    ("entering copy recovered", 0.3),
+    ("called copy recovered", None),
 ]
 FALKORDB = [
-    (f"entering {SWAP}._exchange", 0.002),
-    (f"called {SWAP}._exchange", None),
-    ("entering lib.steps.restore_graph.prove_acceptance", 0.01),
+    ("entering graph exchanged", 0.002),
+    ("called graph exchanged", None),
+    ("entering graph accepted", 0.01),
 ]
 MORE = [0.0, 0.02, 0.1, 0.2, 0.5, 1.0][: KILLS_EACH - 1]
 
@@ -139,7 +138,7 @@ def test_falkordb_killed(ready, falkordb, where, seconds):
 def test_qdrant_stays_down_and_the_next_command_finishes(ready, own_qdrant):
     """The machine is gone for longer than the script waits for an answer: the journal and the safety backup remain."""
     operator, files, (wanted, asset), old = ready
-    held = start_held(operator, f"entering {PARTS}.recover", "restore_from_backup", *files)
+    held = start_held(operator, "entering copy recovered", "restore_from_backup", *files)
     assert wait_for(held.stands_at)
     own_qdrant.kill()
     held.process.kill()

@@ -152,8 +152,8 @@ def test_a_node_of_a_cluster_that_has_a_collection_of_that_name_is_told_apart(op
     ("where", "left"),
     [
         ("after snapshot made", [1, 0]),  # the first node's
-        ("called lib.vectors.snapshots.download", [1, 1]),
-        ("entering lib.vectors.snapshots.delete", [1, 1]),
+        ("called snapshot downloaded", [1, 1]),
+        ("entering snapshot deleted", [1, 1]),
         ("before snapshot removed", [1, 0]),  # deleted on the second node, which the journal does not say
     ],
 )
@@ -383,10 +383,10 @@ def test_what_cannot_take_the_parts_is_told_before_anything_is_touched(operator,
 @pytest.mark.parametrize(
     "where",
     [
-        "called lib.steps.restore_parts.upload_and_restore",  # one of two parts is there
+        "called copy uploaded",  # one of two parts is there
         "after collection rehearsed",
         "after deleting the live collection",
-        "called lib.steps.restore_parts.recover",
+        "called copy recovered",
         "before collection restored",
     ],
 )

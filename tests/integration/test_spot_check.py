@@ -116,12 +116,12 @@ def test_a_memory_that_the_provider_refuses_is_listed(operator):
     "where",
     [
         "after side collection announced",
-        "called lib.steps.spot_check._make",
-        "called lib.steps.spot_check.sync_collection",
-        "called lib.steps.spot_check.compare",
+        "called spot check's collection made",
+        "called spot check's points written",
+        "called spot check compared",
         "before removed",
-        "entering lib.steps.spot_check.delete_collection",
-        "called lib.steps.spot_check.delete_collection",
+        "entering spot check's collection deleted",
+        "called spot check's collection deleted",
     ],
 )
 def test_a_kill_leaves_nothing_after_the_next_start(operator, where):
