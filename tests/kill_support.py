@@ -11,7 +11,7 @@ from lib.journal import open_journals
 from tests.operator_support import Operator
 from tests.script_process import ScriptProcess
 
-# How often each window of a kill matrix is hit; `make faults` sets it.
+# How often each window of a kill matrix is hit: `KILLS_EACH=5 make faults`.
 KILLS_EACH = int(os.environ.get("KILLS_EACH", "1"))
 assert KILLS_EACH > 0, "KILLS_EACH is how often each window is hit: a number from 1 on"
 

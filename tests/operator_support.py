@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from lib.sandbox.sample_memories import generate
 from lib.sandbox.state import State, state_of
 from lib.sandbox.vectors import vectors_for
 from lib.vectors.transport import Qdrant
-from tests.script_process import ROOT, Result, ScriptProcess, call_script, start_script
+from tests.script_process import ROOT, Result, ScriptProcess, call_script, is_for_python, start_script
 
 __all__ = ["ROOT", "Operator", "Result", "Servers"]
 
@@ -78,18 +80,32 @@ class Operator:
         """What the operator exports before the next commands."""
         self.exports |= {name: str(value) for name, value in settings.items()}
 
-    def start(self, script: str, *words: str, prelude: str = "", **more: str) -> ScriptProcess:
-        """A script as a process that the test may kill."""
-        return start_script(script, words, self.folder, {**self.environ, **more}, prelude)
+    def start(
+        self, script: str, *words: str, prelude: str = "", **more: str
+    ) -> ScriptProcess | subprocess.Popen[str]:
+        """A script as a process that the test may kill; a Python started for it alone if a setting of Python's is given."""
+        environ = {**self.environ, **more}
+        if not is_for_python(environ):
+            return start_script(script, words, self.folder, environ, prelude)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words],
+            cwd=self.folder,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(
         self, script: str, *words: str, expect: int | None = 0, env: Mapping[str, str] | None = None
     ) -> Result:
         """A script from start to end; its exit code is checked unless `expect` is None.
 
-        It is called in this process; in a thread of the test's it is a process.
+        It is called in this process, unless that is impossible: in a thread of the test's, or with settings of Python's.
         """
-        result = call_script(script, words, self.folder, {**self.environ, **(env or {})})
+        environ = {**self.environ, **(env or {})}
+        result = None if is_for_python(environ) else call_script(script, words, self.folder, environ)
         if result is None:
             process = self.start(script, *words, **(env or {}))
             out, err = process.communicate(timeout=300)

@@ -45,6 +45,11 @@ class Result:
         return json.loads(self.out)
 
 
+def is_for_python(environ: Mapping[str, str]) -> bool:
+    """Whether it holds what an interpreter reads at its own start (PYTHONPATH)."""
+    return any(name.startswith("PYTHON") for name in environ)
+
+
 # --- in the test's own process -----------------------------------------------------------------------------------
 
 
@@ -106,6 +111,20 @@ def _set_environ(environ: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environ)
     tempfile.tempdir = None  # it is asked for again
+    if "fsspec" in sys.modules:  # it reads the environment once, and keeps its connections
+        from fsspec import AbstractFileSystem
+        from fsspec.config import conf, set_conf_env
+
+        conf.clear()
+        set_conf_env(conf)
+        for kind in _kinds(AbstractFileSystem):
+            kind.clear_instance_cache()
+
+
+def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for one in kind.__subclasses__():
+        yield from _kinds(one)
 
 
 def _restore(before: tuple[Any, ...], handlers: dict[signal.Signals, Any]) -> None:

@@ -550,6 +550,7 @@ def test_there_are_enough_of_them():
     assert len(CASES) >= 280
 
 
+@pytest.mark.core
 def test_whole_sets_prove(backed):
     assert [proof.fault for proof in prove_named(backed.backups, "all", ENGINES)] == [""] * 4
 
@@ -706,6 +707,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("name", "word"), COMMANDS)
+@pytest.mark.core
 def test_as_a_process_the_exit_code_is_4(backed, tmp_path, name, word):
     sets = copied(backed, tmp_path / "w")
     manifest = str(sets.manifest)

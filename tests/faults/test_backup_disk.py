@@ -114,6 +114,7 @@ def test_a_scratch_server_that_is_killed_says_nothing_about_the_file(backing, mo
 # --- the folder for backups ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_a_graph_that_cannot_fit_is_told_before_the_transfer(backing, monkeypatch):
     monkeypatch.setattr("lib.steps.take_pair.memory_used", lambda _conn: 1 << 50)
     place = site(backing)

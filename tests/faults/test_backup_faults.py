@@ -23,6 +23,7 @@ pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
 
 
+@pytest.mark.core
 def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
     """Two AutoMems backed up by one checkout: neither takes the other's stamp or removes its files."""
     both = [Operator(session_servers, tmp_path) for _ in range(2)]
@@ -45,6 +46,7 @@ def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
             one.clean_up()
 
 
+@pytest.mark.core
 def test_a_cut_download_is_resumed(backing, stand_in):
     faults(
         backing, {"method": "GET", "path": r"/snapshots/.+\.snapshot", "cut_after_bytes": 300_000, "times": 3}

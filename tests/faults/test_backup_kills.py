@@ -31,6 +31,7 @@ from tests.backup_support import (
 )
 from tests.gate import Gate, Stop
 from tests.kill_support import KILLS_EACH, kill, run_killed
+from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import journal_of, phases, wait_for
 
@@ -108,7 +109,9 @@ def left_by_kill(operator: Operator) -> str:
     return f"{at}; files: {' '.join(sorted(kinds)) or 'none'}; on the server: {len(server_files(operator))}"
 
 
-@pytest.mark.parametrize("where", (WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS)
+@pytest.mark.parametrize(
+    "where", matrix((WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS, "after snapshot made")
+)
 def test_killed_there_the_next_run_cleans_up_and_works(busy, where, record_property):
     run_killed(busy, where, "backup_automem")
     record_property("left", left_by_kill(busy))

@@ -187,6 +187,7 @@ def assert_final_collections_prove(operator: Operator) -> None:
     assert_archive(data)
 
 
+@pytest.mark.core
 def test_a_download_that_breaks_again_and_again_still_arrives(backing):
     fault = Fault(DOWNLOAD, times=None, cut=150_000)
     with qdrant_way(backing, fault):
@@ -409,6 +410,7 @@ def locked_falkordb(folder: Path) -> Iterator[FalkorServer]:
         falkor.kill()
 
 
+@pytest.mark.core
 def test_tls_and_a_password(loaded, tmp_path, certificate):
     """The wheels' servers have no TLS: a proxy ends it, as hosted ones do."""
     path, context = certificate

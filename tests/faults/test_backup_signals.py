@@ -27,6 +27,7 @@ from tests.backup_support import (
 )
 from tests.gate import Gate, Stop
 from tests.kill_support import Held, start_held
+from tests.matrix import matrix
 from tests.operator_support import ROOT, Operator
 from tests.restore_support import wait_for
 from tests.script_process import ScriptProcess
@@ -81,7 +82,7 @@ def assert_undone(operator: Operator, process: ScriptProcess, *, may_await: bool
     return err
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", matrix(PLACES, "snapshot noted"))
 def test_a_signal_leaves_nothing_half_done(backing, place):
     number = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP][list(PLACES).index(place) % 3]
     held = start_held(backing, PLACES[place], "backup_automem")
@@ -113,6 +114,7 @@ def test_a_signal_before_the_snapshot_was_asked_for(backing):
     assert len(awaited(backing)) == 1
 
 
+@pytest.mark.core
 def test_a_signal_while_the_server_makes_the_snapshot(backing):
     """The file is waited for."""
     with Gate(backing.servers.qdrant_url) as gate:

@@ -13,6 +13,7 @@ import pytest
 
 from lib.backup_set.manifest import read_manifest, sealed
 from tests.kill_support import kill
+from tests.matrix import matrix
 from tests.offsite_gate import S3Gate
 from tests.offsite_support import BUCKET, USER, Mischief, S3Server, SFTPServer, s3_environ
 from tests.operator_support import ROOT, Operator
@@ -189,7 +190,7 @@ def test_a_backup_whose_upload_fails_is_whole_here_and_says_how_to_go_on(operato
     arrived(operator, url, sftp.folder / "copies", manifest)
 
 
-@pytest.mark.parametrize("part", [".rdb", ".tar.gz", ".json"])
+@pytest.mark.parametrize("part", matrix([".rdb", ".tar.gz", ".json"], ".rdb"))
 def test_what_arrives_spoiled_never_gets_its_name(operator, sftp, backed_up, part):
     sftp.mischief.spoil = part
     told = upload(operator, sftp.url("/copies"), 1)
@@ -242,6 +243,7 @@ def test_a_bucket_that_is_gone_midway(operator, backed_up, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.core
 def test_a_file_of_anothers_is_never_replaced(operator, sftp, backed_up):
     """The same size or another, under the name of any file of the set."""
     folder = sftp.folder / "copies"
@@ -376,6 +378,7 @@ def test_a_copy_that_lacks_a_file(operator, copied, part):
     assert not list(operator.backups.glob("backup_*"))
 
 
+@pytest.mark.core
 def test_a_manifest_that_leads_out_of_the_folder(operator, copied, tmp_path):
     url, _, manifest = copied
     raw = orjson.loads(manifest.read_bytes())
@@ -421,6 +424,7 @@ def test_a_fetch_that_breaks_off_goes_on(operator, sftp, backed_up, tmp_path):
     assert set_of(operator.backups / backed_up.name) == set_of(tmp_path / "lost" / backed_up.name)
 
 
+@pytest.mark.core
 def test_what_a_url_may_name(operator, copied):
     url, _, manifest = copied
     stamp = dataclasses.asdict(read_manifest(manifest))["stamp"]

@@ -73,6 +73,7 @@ def test_a_restore_of_which_the_server_that_was_started_anew_knows_nothing_is_gi
         thread.join()
 
 
+@pytest.mark.core
 def test_another_process_is_told_from_the_same_one(own_qdrant):
     q = Qdrant(own_qdrant.url)
     process = startup(q)

@@ -64,6 +64,7 @@ def test_a_resumed_run_goes_back_to_the_backup_it_began_with(operator):
     assert good in operator.run("reembed_embeddings", "--json").json["undo"]
 
 
+@pytest.mark.core
 def test_an_old_unfinished_run_does_not_waive_the_guard(operator):
     operator.load(60)
     before = points_of(operator)
@@ -109,6 +110,7 @@ def test_another_spelling_of_the_address_does_not_lose_what_the_points_held(oper
     assert all("mine_alone" in after[one][0] for one in ids)
 
 
+@pytest.mark.core
 def test_an_alias_that_was_taken_meanwhile_is_left_there(operator):
     operator.load(60)
     alias = f"{operator.collection}_reader"
@@ -152,6 +154,7 @@ def test_fresh_pays_once_however_often_it_is_started(operator):
     assert operator.servers.openai.stats()["texts"] == texts + 1  # and one word to prove the key
 
 
+@pytest.mark.core
 def test_a_provider_that_gives_one_vector_to_every_text_is_refused(operator, monkeypatch):
     from lib.dimensions import EmbeddingSpec
     from lib.embedding import client as clients

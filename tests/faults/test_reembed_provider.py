@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lib.sandbox.vectors import vectors_for
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, Operator, Result
 from tests.reembed_support import Points, assert_migrated, embeddable, points_of, upgrade
 
@@ -121,7 +122,7 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("name", PASSING)
+@pytest.mark.parametrize("name", matrix(PASSING, "a storm of 429s", "foreign indices"))
 def test_what_passes_costs_time_alone(rig, name):
     case = PASSING[name]
     rig.timeout, rig.patience = case.timeout, 120.0
@@ -161,7 +162,7 @@ LASTING = {
 PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}
 
 
-@pytest.mark.parametrize("name", LASTING)
+@pytest.mark.parametrize("name", matrix(LASTING, "insufficient_quota", "401 mid-way", "another width"))
 def test_what_lasts_ends_the_run_and_keeps_what_was_bought(rig, name):
     fault, code, said = LASTING[name]
     rig.patience = 4.0
@@ -204,7 +205,7 @@ def test_a_wrong_key_from_the_first_request(rig):
 
 
 @pytest.mark.parametrize(
-    "fault", [{}, {"nan": True}, {"wrong_count": True}, {"status": 422}, {"status": 500}]
+    "fault", matrix([{}, {"nan": True}, {"wrong_count": True}, {"status": 422}, {"status": 500}], {})
 )
 def test_a_poisoned_row_is_found_and_named_and_all_others_are_there(rig, fault):
     victim = str(min(embeddable(rig.operator), key=str))

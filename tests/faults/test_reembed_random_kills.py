@@ -1,6 +1,6 @@
 """Migrations up and down, killed at random moments while AutoMem writes: the script in one test, Qdrant in the other.
 
-KILLS_EACH=5 (`make faults`) kills the script 60 times and the server 20 times.
+`KILLS_EACH=5 make faults` kills the script 60 times and the server 20 times.
 """
 
 from __future__ import annotations

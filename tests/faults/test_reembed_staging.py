@@ -126,6 +126,7 @@ def test_a_staged_collection_of_two_days_ago_catches_up(ready):
     assert ready.collections() == [ready.collection]
 
 
+@pytest.mark.core
 def test_what_is_written_to_the_points_after_the_last_sync_is_not_lost(rig):
     """The staged collection has the old values by then, and so has what is made of it."""
     operator = rig.operator
@@ -244,6 +245,7 @@ def test_a_graph_that_is_empty_after_the_staging_removes_nothing(ready):
 # --- what is refused, and what is left --------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_a_staged_collection_that_no_journal_knows_is_refused(ready):
     url = f"{ready.servers.qdrant_url}/collections/{staged(ready)}"
     import requests
@@ -342,6 +344,7 @@ def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouche
 
 
 @on_the_stand_in
+@pytest.mark.core
 def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
     before = points_of(ready)
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **refusal(FULL)})

@@ -109,6 +109,7 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
 @pytest.mark.parametrize(
     ("which", "kind", "code"), [("rdb", "bit", 4), ("archive", "cut", 4), ("manifest", "gap", 4)]
 )
+@pytest.mark.core
 def test_as_a_process_the_exit_code_is_4(backed, which, kind, code):
     before, path = backed.state(), file_of(backed, which)
     path.write_bytes(damaged(path.read_bytes(), kind, random.Random(7)))
@@ -232,6 +233,7 @@ def whole_tree(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("entry", OUTSIDE, ids=lambda entry: entry["name"])
+@pytest.mark.core
 def test_malicious_members_write_nothing(backed, tmp_path, entry, monkeypatch):
     place, source = site(backed), Path(backed.archive())
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 """A restore killed at every journal transition and destructive call: the same command again ends in the backup's state.
 
-KILLS_EACH=5 (`make faults`) kills so many times in each window, those that differ in the journal alone included.
+`KILLS_EACH=5 make faults` kills so many times in each window, those that differ in the journal alone included.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lib.sandbox.state import state_of
 from lib.vectors.collection import exists
 from tests.gate import LONGEST_SECONDS, Gate, Stop
 from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
+from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import TIMEOUT, assert_tidy, faults, settings, spoil, wait_for
 
@@ -112,7 +113,9 @@ def assert_one_is_whole(operator: Operator, wanted, old) -> None:
     assert wait_for(stands, pause=0.1)
 
 
-@pytest.mark.parametrize("where", (WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS)
+@pytest.mark.parametrize(
+    "where", matrix((WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS, "called live collection deleted")
+)
 def test_killed_there_it_goes_on(ready, where):
     operator, files, (wanted, asset), old = ready
     run_killed(operator, where, "restore_from_backup", *files)
@@ -239,6 +242,7 @@ def stand_in(qdrant_url):
     requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT)
 
 
+@pytest.mark.core
 def test_a_refused_recover_puts_the_old_collection_back(ready, stand_in):
     operator, files, (wanted, asset), old = ready
     faults(operator, {**REFUSED_RECOVER, "path": f"{operator.collection}/snapshots/recover"})
