@@ -16,6 +16,7 @@ from lib.sandbox.openai_server import OpenAIServer
 from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.operator_support import Operator, Servers
 from tests.real_qdrant import RealQdrant, test_server
+from tests.script_process import do_not_wait
 
 STAND_IN_VERSION = "1.18.3"
 
@@ -70,6 +71,7 @@ def own_qdrant(tmp_path) -> Iterator[RealQdrant | QdrantServer]:
 @pytest.fixture(scope="session")
 def session_servers(tmp_path_factory, qdrant_url) -> Iterator[Servers]:
     """FalkorDB as the Docker image starts it (but without the pause before replication), Qdrant, embeddings."""
+    do_not_wait()
     folder: Path = tmp_path_factory.mktemp("servers")
     falkordb = FalkorServer(folder / "falkordb", sync_delay_seconds=0, telemetry=True)
     openai = OpenAIServer(log=folder / "openai.log")

@@ -50,6 +50,18 @@ def is_for_python(environ: Mapping[str, str]) -> bool:
     return any(name.startswith("PYTHON") for name in environ)
 
 
+def do_not_wait() -> None:
+    """Waits that are for real servers and scarce memory are switched off in this process, if Qdrant is the stand-in."""
+    from lib.embedding import pricing
+    from lib.steps import memories
+    from lib.vectors import collection
+
+    memories.forget_tokenizer = lambda: None  # 45 MB, and half a second to load them again
+    pricing.count_tokens(["the tables are loaded"])
+    if not {"QDRANT_TEST_URL", "QDRANT_TEST_SERVER"} & os.environ.keys():
+        collection.POLL_SECONDS = 0.02
+
+
 # --- in the test's own process -----------------------------------------------------------------------------------
 
 
@@ -311,6 +323,7 @@ def _import_all() -> None:
         "sqlite3",
     ):
         importlib.import_module(name)
+    do_not_wait()
     assert threading.active_count() == 1, threading.enumerate()
 
 

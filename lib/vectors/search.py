@@ -80,20 +80,26 @@ class Searcher:
 def search(
     q: Qdrant, name: str, vector: Sequence[float] | NDArray[np.float32], limit: int, *, payload: bool = True
 ) -> list[Hit]:
-    """One search; for several, keep a `Searcher`."""
-    with Searcher(q) as searcher:
-        return searcher.search(name, vector, limit, payload=payload)
+    """The `limit` nearest points to `vector` (dims,), best first. Raises NotFound, QdrantError, NoAnswer."""
+    return _query(q, name, [float(number) for number in vector], limit, payload=payload)
 
 
 def nearest_to(q: Qdrant, name: str, point_id: PointId, limit: int) -> list[Hit]:
     """The `limit` nearest points to a stored one, by its own vector, itself left out; best first, without payloads.
 
-    One request of its own (https://api.qdrant.tech/api-reference/search/query-points; 1.10 and later): a migration
-    needs no more, and the client takes a second and 45 MB. Raises NotFound, QdrantError, NoAnswer.
+    Raises NotFound, QdrantError, NoAnswer.
     """
-    body = {"query": point_id, "limit": limit, "with_payload": False}
+    return _query(q, name, point_id, limit, payload=False)
+
+
+def _query(q: Qdrant, name: str, query: PointId | list[float], limit: int, *, payload: bool) -> list[Hit]:
+    """One request (https://api.qdrant.tech/api-reference/search/query-points; 1.10 and later).
+
+    The official client would take a second to import, and 45 MB.
+    """
+    body = {"query": query, "limit": limit, "with_payload": payload}
     answer = q.json("POST", collection_path(name, "points", "query"), body, timeout=_SECONDS, retry=False)
-    return [Hit(point["id"], float(point["score"]), None) for point in answer["points"]]
+    return [Hit(point["id"], float(point["score"]), point.get("payload")) for point in answer["points"]]
 
 
 def _narrowed(ids: Sequence[PointId]) -> dict[str, Any]:
