@@ -19,6 +19,7 @@ import requests
 
 from lib.sandbox.stack import GUIDE_PORTS, TOKEN
 from tests.guide.documents import ROOT
+from tests.matrix import matrix
 
 pytestmark = pytest.mark.qdrant
 MARK = "AUTOMEM_QUICKSTART_UNDER_TEST"
@@ -166,7 +167,7 @@ def test_serve_refuses_a_taken_port_and_says_which(folder, guide_ports):
     run.assert_gone()
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", matrix([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_ports, end):
     taken = [port for port in PORTS if not free(port)]
     if taken:

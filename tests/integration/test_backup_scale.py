@@ -14,6 +14,7 @@ from tests.graph_fixtures import ENGINES
 from tests.graph_support import write
 from tests.operator_support import Operator, Servers
 
+pytestmark = pytest.mark.matrix
 LABELS = {"Memory": 50_000, "Entity": 40_000, "Tag": 15_000}
 TYPES = {"RELATES_TO": 12_000, "PRECEDED_BY": 10_500}
 STEP = 5_000  # made well within the second that a query has

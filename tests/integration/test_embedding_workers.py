@@ -25,6 +25,7 @@ from lib.embedding.workers import embed_missing
 from lib.errors import ProviderRefused
 from lib.sandbox.openai_server import OpenAIServer
 from lib.sandbox.vectors import vectors_for
+from tests.matrix import matrix
 
 MODEL, SIZE = "text-embedding-3-large", 256
 KEY = "sk-sandbox-0123456789abcdef"
@@ -313,7 +314,10 @@ def start_run(server, spool_path):
     return child
 
 
-@pytest.mark.parametrize(("with_signal", "most_paid_twice"), [(signal.SIGKILL, 40), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("with_signal", "most_paid_twice"),
+    matrix([(signal.SIGKILL, 40), (signal.SIGINT, 0)], (signal.SIGKILL, 40)),
+)
 def test_a_run_that_was_ended_pays_again_for_nothing_but_what_was_in_flight(
     server, tmp_path, with_signal, most_paid_twice
 ):

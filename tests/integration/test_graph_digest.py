@@ -122,6 +122,7 @@ def test_a_missing_graph_has_no_digest(conn: redis.Redis):
         graph_digest(conn, "absent")
 
 
+@pytest.mark.matrix
 def test_throughput_of_rdb_and_digest(
     server: FalkorServer, conn: redis.Redis, engine: Engine, tmp_path: Path, capsys
 ):

@@ -12,6 +12,7 @@ import paramiko
 import pytest
 
 from lib.backup_set.manifest import read_manifest
+from tests.matrix import matrix
 from tests.offsite_support import BUCKET, PASSWORD, SECRET_KEY, USER, S3Server, SFTPServer
 from tests.restore_support import assert_tidy, spoil
 
@@ -37,7 +38,7 @@ def sftp(tmp_path, ssh_key) -> Iterator[SFTPServer]:
         yield server
 
 
-@pytest.fixture(params=["file", "folder", "s3", "sftp"])
+@pytest.fixture(params=matrix(["file", "folder", "s3", "sftp"], "file", "s3"))
 def place(request, operator, s3, tmp_path) -> Place:
     """A place elsewhere of each kind, empty."""
     if request.param == "s3":
@@ -112,7 +113,7 @@ def test_what_is_there_already_is_not_sent_again(operator, place):
     assert place.files() == set_files(manifest)
 
 
-@pytest.mark.parametrize("part", ["rdb", "tar.gz"])
+@pytest.mark.parametrize("part", matrix(["rdb", "tar.gz"], "rdb"))
 def test_one_half_is_restored_by_its_own_url(operator, s3, part):
     operator.export(**s3.environ)
     operator.load()

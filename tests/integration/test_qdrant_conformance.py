@@ -20,6 +20,7 @@ import requests
 
 from lib.sandbox.process import ServerStartError
 from lib.sandbox.qdrant_server.process import QdrantServer
+from tests.matrix import matrix
 from tests.qdrant_recover import KEY, RecoverReplay
 from tests.qdrant_replay import Replay, rows
 from tests.qdrant_uploads import repacked
@@ -77,7 +78,7 @@ def tmp_path() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(params=[REAL] if REAL else VERSIONS)
+@pytest.fixture(params=[REAL] if REAL else matrix(VERSIONS, "1.18.3"))
 def version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -117,6 +118,7 @@ def _tell(recording: str, version: str, compared: int, total: int, left_out: lis
         print(f"  left out: {line}")
 
 
+@pytest.mark.matrix
 def test_recover_is_answered_as_recorded(version: str, tmp_path: Path) -> None:
     recording = rows(version, "recover")[1:]
     with _server(tmp_path, version, KEY) as server:

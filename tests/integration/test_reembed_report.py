@@ -15,6 +15,7 @@ from lib.showing.report import page
 from lib.steps.phases import DELETED, DELETING
 from lib.steps.purchases import MOST_SLOTS, Purchases, Slot
 from tests.kill_support import run_killed
+from tests.matrix import matrix
 from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of
 
@@ -242,7 +243,10 @@ def test_it_is_private_and_holds_no_key(ready):
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [(f"after {DELETING}", ()), (f"after {DELETED}", ("--in-place",)), ("before closed", ())],
+    matrix(
+        [(f"after {DELETING}", ()), (f"after {DELETED}", ("--in-place",)), ("before closed", ())],
+        (f"after {DELETING}", ()),
+    ),
 )
 def test_a_run_that_is_killed_and_goes_on_still_has_what_was_before(ready, where, words):
     before = points_of(ready)

@@ -16,6 +16,7 @@ from lib.backup_set.manifest import sealed
 from lib.graph.client import connect
 from lib.graph.swap import drop_graph
 from lib.sandbox.automem_server import AutoMemServer
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
 from tests.qdrant_uploads import repacked
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
@@ -64,7 +65,7 @@ def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operato
         assert others() == untouched
 
 
-@pytest.mark.parametrize("words", ["manifest", "latest", "rdb archive", "archive rdb"])
+@pytest.mark.parametrize("words", matrix(["manifest", "latest", "rdb archive", "archive rdb"], "manifest"))
 def test_the_pair_comes_back(operator, words):
     operator.load()
     before, asset = operator.state(), settings(operator)

@@ -11,12 +11,13 @@ from lib.errors import BackupDamaged
 from lib.steps.before_restore import prove_files
 from lib.steps.restore import restore
 from lib.steps.restore_site import Options
+from tests.matrix import matrix
 from tests.restore_support import assert_tidy, site, spoil, wanted
 
 pytestmark = pytest.mark.qdrant
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", matrix([True, False], True))
 @pytest.mark.parametrize("meanwhile", ["stays", "is damaged"])
 def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, meanwhile):
     operator.load(80)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from tests.kill_support import run_killed
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, SMALL
 from tests.reembed_support import embeddable, points_of, upgrade
 
@@ -114,15 +115,18 @@ def test_a_memory_that_the_provider_refuses_is_listed(operator):
 
 @pytest.mark.parametrize(
     "where",
-    [
-        "after side collection announced",
-        "called spot check's collection made",
+    matrix(
+        [
+            "after side collection announced",
+            "called spot check's collection made",
+            "called spot check's points written",
+            "called spot check compared",
+            "before removed",
+            "entering spot check's collection deleted",
+            "called spot check's collection deleted",
+        ],
         "called spot check's points written",
-        "called spot check compared",
-        "before removed",
-        "entering spot check's collection deleted",
-        "called spot check's collection deleted",
-    ],
+    ),
 )
 def test_a_kill_leaves_nothing_after_the_next_start(operator, where):
     operator.load(60)
