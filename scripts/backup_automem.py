@@ -89,7 +89,8 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.steps.take_collection import require_whole
     from lib.steps.take_pair import require_sources
 
-    place = require_place(args.upload, write=not args.dry_run) if args.upload else ""
+    name = config.graph if args.only != "qdrant" else ""
+    place = require_place(args.upload, graph=name, write=not args.dry_run) if args.upload else ""
     graph = opening.open_graph(config) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)

@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup_set.manifest import read_manifest
-from lib.backup_set.offsite import MANIFEST_NAME, Uploaded, fetch, manifests, read_there, upload
+from lib.backup_set.offsite import (
+    MANIFEST_NAME,
+    Uploaded,
+    fetch,
+    manifests,
+    read_there,
+    require_fetchable,
+    upload,
+)
 from lib.backup_set.offsite_address import is_url
 from lib.backup_set.offsite_store import OffsiteStore, open_offsite
-from lib.backup_set.sets import Deployment, newest_full, safety_copies, with_purpose
+from lib.backup_set.sets import GRAPH_DIR, Deployment, newest_full, safety_copies, with_purpose
 from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
 from lib.files import TargetLock, private_dir
 from lib.graph.engine import Engine
@@ -44,12 +52,14 @@ def _named(url: str) -> _Named:
     return _Named(url)
 
 
-def require_place(url: str, *, write: bool = True) -> str:
+def require_place(url: str, *, graph: str = "", write: bool = True) -> str:
     """Raise where sets could not be uploaded to the URL, as far as that can be known; the URL as it may be shown.
 
-    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. With `write` a small file is
-    written there, read back and deleted.
+    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. `graph` is the one that will be
+    backed up. With `write` a small file is written there, read back and deleted.
     """
+    if graph:
+        require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
     store = open_offsite(url)
     if write:
         store.prove_writable()

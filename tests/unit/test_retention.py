@@ -99,7 +99,7 @@ def test_what_an_open_journal_names_is_protected_however_old(tmp_path):
     age(running, 400)
     plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
     assert set(plan.protected) == {name(1), name(2), name(3)}
-    assert {why for why in plan.protected.values()} == {f"the unfinished run {running.run_id} needs it"}
+    assert set(plan.protected.values()) == {f"the unfinished run {running.run_id} needs it"}
 
 
 @pytest.mark.parametrize("command", ["reembed", "restore"])
