@@ -117,7 +117,9 @@ def download(
     """Hand every byte of the snapshot to `write`, in order and once; goes on where the connection broke.
 
     A server that keeps its snapshots in S3 sends neither a length nor a part of a file: the length is the list's, and
-    after a break the bytes that are here already are passed over. `progress` gets (bytes so far, bytes in all). Raises BackupDamaged where the server's own checksum differs,
+    after a break the bytes that are here already are passed over.
+
+    `progress` gets (bytes so far, bytes in all). Raises BackupDamaged where the server's own checksum differs,
     StoreFailed where the file changes on the way, NoAnswer after several connections without a byte.
     """
     fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size)
