@@ -91,7 +91,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
 
     name = config.graph if args.only != "qdrant" else ""
     place = require_place(args.upload, graph=name, write=not args.dry_run) if args.upload else ""
-    graph = opening.open_graph(config) if args.only != "qdrant" else None
+    graph = opening.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)
     require_sources(graph, collection)

@@ -16,7 +16,7 @@ from lib.errors import AccessRefused
 from lib.files import atomic_writer, private_dir
 from lib.graph.client import GraphAddress, require_graph, server_versions
 from lib.graph.engine import Engine, reads_from
-from lib.graph.psync import PsyncRefused, stream_rdb
+from lib.graph.psync import PsyncRefused, RdbNotMade, stream_rdb
 from lib.graph.rdb import wrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.swap import dump_graph
@@ -106,6 +106,8 @@ def _taken(
         return _Taken("rdb", moved.size, moved.sha256)
     except PsyncRefused:
         return _dumped(source, path, tell, "its RDB is refused")
+    except RdbNotMade as error:
+        return _dumped(source, path, tell, str(error))
 
 
 def _dumped(source: GraphSource, path: Path, tell: Callable[[int], None] | None, why: str) -> _Taken:
