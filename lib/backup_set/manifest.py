@@ -36,7 +36,11 @@ class BackupFile:
 
 @dataclass(frozen=True)
 class GraphHalf:
-    """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB)."""
+    """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB).
+
+    `expires`: when the server was to delete the key; `functions`: the server's libraries (GRAPH.UDF). A restore of the
+    graph brings back neither.
+    """
 
     file: BackupFile
     kind: str
@@ -51,6 +55,8 @@ class GraphHalf:
     digest: str
     proof: str
     proof_note: str = ""
+    expires: str = ""
+    functions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

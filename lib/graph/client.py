@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import redis
@@ -23,7 +24,7 @@ START_HINT = "start it (`docker compose up -d falkordb`) or correct FALKORDB_HOS
 # What only asks: a server of the Docker image cuts a query at one second; a large DUMP or RESTORE of somebody else can
 # keep the answer waiting for longer.
 READ_SECONDS = 120.0
-_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "GRAPH.LIST", "GRAPH.RO_QUERY"}
+_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY"}
 _REFUSALS = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
 _CANNOT_SAVE = "MISCONF"
 # Refused before it is executed, so that every command may be sent again.
@@ -244,6 +245,29 @@ def _dotted(number: int) -> str:
 def list_graphs(conn: redis.Redis) -> list[str]:
     """Names of the graphs, sorted. GRAPH.LIST, not KEYS: `telemetry{g}` are ordinary keys beside them."""
     return sorted(name.decode() for name in command(conn, "GRAPH.LIST"))
+
+
+def expires_at(conn: redis.Redis, graph: str) -> str:
+    """When the server will delete the graph's key (ISO 8601, UTC); "" if never, or if this user may not ask."""
+    try:
+        milliseconds = int(command(conn, "PEXPIRETIME", graph))
+    except (AccessRefused, StoreFailed):
+        return ""
+    if milliseconds < 0:
+        return ""
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
+
+
+def function_libraries(conn: redis.Redis) -> list[str]:
+    """Names of the libraries of functions (GRAPH.UDF), sorted; they belong to the server, not to a graph.
+
+    Empty if the version has none, or if this user may not ask.
+    """
+    try:
+        listed = command(conn, "GRAPH.UDF", "LIST")
+    except (AccessRefused, StoreFailed):
+        return []
+    return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
 
 
 def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:

@@ -60,7 +60,8 @@ def stream_rdb(
     """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` hangs up.
 
     `idle_seconds` of silence (the server sends newlines while it prepares) end it. Raises PsyncRefused and RdbNotMade
-    where DUMP is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a whole RDB.
+    where DUMP is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a
+    whole RDB.
     """
     with contextlib.closing(_Wire(address, idle_seconds)) as wire, (stop or Stop()).ends(wire.hang_up):
         wire.introduce()

@@ -10,7 +10,7 @@ from lib.console import Console, size_text, table
 from lib.errors import DONE, REMAINING, VERIFICATION_FAILED
 
 if TYPE_CHECKING:
-    from lib.backup_set.manifest import Manifest
+    from lib.backup_set.manifest import GraphHalf, Manifest
     from lib.backup_set.offsite import Uploaded
     from lib.backup_set.retention import Cleanup
     from lib.backup_set.shelf import Shelf
@@ -84,10 +84,26 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     for half in manifest.halves:
         if half.proof == CHECKED:
             console.warn(f"{half.file.name} is CHECKED only, it was not loaded: {half.proof_note}")
+    if manifest.graph:
+        _warn_left_out(manifest.graph, console)
     if manifest.proof == UNPROVED:
         console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
         return REMAINING
     return DONE
+
+
+def _warn_left_out(half: GraphHalf, console: Console) -> None:
+    """What a restore of the graph will not bring back."""
+    if half.expires:
+        console.warn(
+            f"graph '{half.graph}' has an expiry: the server deletes it at {half.expires}."
+            f" `PERSIST {half.graph}` in redis-cli keeps it"
+        )
+    if half.functions:
+        console.warn(
+            f"the server has function libraries (GRAPH.UDF): {', '.join(half.functions)}. A restore of the graph does"
+            " not bring them back: keep their code"
+        )
 
 
 def _proof(level: str, note: str) -> str:

@@ -6,8 +6,9 @@ from contextlib import ExitStack
 
 from lib.addresses import same_server, without_login
 from lib.automem_api import HealthAnswer, ask_health
+from lib.backup_set.manifest import GraphHalf
 from lib.errors import UsageProblem
-from lib.graph.client import list_graphs
+from lib.graph.client import expires_at, function_libraries, list_graphs
 from lib.graph.preflight import other_clients
 from lib.steps import restore_graph as graphs
 from lib.steps.collection_backup import (
@@ -53,6 +54,7 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
         proved.graph = stack.enter_context(opened)
         graphs.require_version(proved.graph, site.graph)
         graphs.require_target(proved.graph, site.graph)
+        _tell_left_out(site, site.graph, proved.graph, wanted.graph_half)
     for half, server in (
         (wanted.graph_half, _server(site.graph)),
         (wanted.collection_half, _server(site.collection)),
@@ -62,6 +64,27 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
                 f"warning: {half.file.name} was taken from {half.server['address']}, it goes to {server}"
             )
     return proved
+
+
+def _tell_left_out(
+    site: Site, target: GraphSource, backup: graphs.GraphBackup, half: GraphHalf | None
+) -> None:
+    """Name what a restore of the graph does not bring back: function libraries, and an expiry of its key."""
+    held = half.functions if half else []
+    if backup.scratch:
+        held = sorted({*held, *function_libraries(backup.scratch.conn)})
+    missing = [name for name in held if name not in function_libraries(target.conn)]
+    if missing:
+        site.notice(
+            "warning: the backup's server had function libraries (GRAPH.UDF) that this one lacks:"
+            f" {', '.join(missing)}. A restore of the graph does not bring them back: GRAPH.UDF LOAD them from their code"
+        )
+    live = expires_at(target.conn, target.graph)
+    for whose, moment in (("the backup's key had", half.expires if half else ""), ("the live key has", live)):
+        if moment:
+            site.notice(
+                f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one"
+            )
 
 
 def _server(source: GraphSource | CollectionSource | None) -> str:

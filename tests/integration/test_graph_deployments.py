@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ from lib.graph.client import connect, temporary_name
 from lib.journal import open_journals
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.process import free_port
-from tests.operator_support import Operator, Servers
-from tests.restore_support import site, wait_for
+from tests.operator_support import LARGE, NEW_SIZE, Operator, Servers
+from tests.restore_support import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,141 @@ def test_a_name_that_has_no_neighbour_in_its_slot_is_refused(monkeypatch, server
         for other in ("memories", "a{b", "{tag}x", "x{tag}"):
             name = temporary_name(conn, other, "pre", "1").encode()
             assert redis.cluster.key_slot(name) == redis.cluster.key_slot(other.encode())
+
+
+# --- other modules' keys -----------------------------------------------------------------------------------------
+
+MODULE = r"""
+#include <stddef.h>
+typedef struct Ctx Ctx; typedef struct Str Str; typedef struct Key Key; typedef struct Type Type; typedef struct IO IO;
+typedef struct { unsigned long long version; void *(*load)(IO *, int); void (*save)(IO *, void *); void *rewrite;
+                 void *mem_usage; void *digest; void (*free)(void *); void *rest[16]; } Methods;
+static int (*GetApi)(const char *, void *);
+static int (*SetModuleAttribs)(Ctx *, const char *, int, int);
+static Type *(*CreateDataType)(Ctx *, const char *, int, Methods *);
+static int (*CreateCommand)(Ctx *, const char *, int (*)(Ctx *, Str **, int), const char *, int, int, int);
+static Key *(*OpenKey)(Ctx *, Str *, int);
+static int (*ModuleTypeSetValue)(Key *, Type *, void *);
+static void (*CloseKey)(Key *);
+static int (*ReplyWithLongLong)(Ctx *, long long);
+static void (*SaveUnsigned)(IO *, unsigned long long);
+static unsigned long long (*LoadUnsigned)(IO *);
+static Type *type; static int value;
+static void *load(IO *io, int v) { LoadUnsigned(io); return &value; }
+static void save(IO *io, void *p) { SaveUnsigned(io, 7); }
+static void drop(void *p) { }
+static int set(Ctx *ctx, Str **argv, int argc) {
+  Key *key = OpenKey(ctx, argv[1], 3); ModuleTypeSetValue(key, type, &value); CloseKey(key);
+  return ReplyWithLongLong(ctx, 1);
+}
+int RedisModule_OnLoad(Ctx *ctx, Str **argv, int argc) {
+  GetApi = (int (*)(const char *, void *))((void **)ctx)[0];
+  GetApi("RedisModule_SetModuleAttribs", &SetModuleAttribs); GetApi("RedisModule_CreateDataType", &CreateDataType);
+  GetApi("RedisModule_CreateCommand", &CreateCommand); GetApi("RedisModule_OpenKey", &OpenKey);
+  GetApi("RedisModule_ModuleTypeSetValue", &ModuleTypeSetValue); GetApi("RedisModule_CloseKey", &CloseKey);
+  GetApi("RedisModule_ReplyWithLongLong", &ReplyWithLongLong);
+  GetApi("RedisModule_SaveUnsigned", &SaveUnsigned); GetApi("RedisModule_LoadUnsigned", &LoadUnsigned);
+  SetModuleAttribs(ctx, "othermod", 1, 1);
+  static Methods methods = {1, load, save, NULL, NULL, NULL, drop};
+  type = CreateDataType(ctx, "othertype", 0, &methods);
+  return CreateCommand(ctx, "other.set", set, "write", 1, 1, 1);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def other_module(tmp_path_factory) -> Iterator[FalkorServer]:
+    """A FalkorDB with a key of another module."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler to make a redis module with")
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "other.c").write_text(MODULE)
+    words = [compiler, "-shared", "-fPIC", "-w", "-o", folder / "other.so", folder / "other.c"]
+    subprocess.run(words, check=True)
+    with running(folder, f"loadmodule {folder / 'other.so'}") as server, connect(server.address) as conn:
+        assert conn.execute_command("other.set", "of the other module") == 1
+        yield server
+
+
+@pytest.fixture
+def neighboured(session_servers, other_module, tmp_path) -> Iterator[Operator]:
+    someone = operator_of(session_servers, other_module, tmp_path)
+    someone.load(40)
+    yield someone
+    someone.clean_up()
+
+
+def test_a_graph_among_another_modules_keys_is_dumped_and_verified(neighboured):
+    before = neighboured.state()
+    neighboured.run("backup_automem")
+    taken = half(neighboured)
+    assert (taken["kind"], taken["digest"]) == ("dump", before.graph)
+    assert taken["proof"] == "restored"
+    assert "the redis module othermod" in taken["proof_note"]
+    neighboured.run("backup_automem", "--check", "all")
+    neighboured.cypher("MATCH (m:Memory) WHERE id(m) % 3 = 0 DETACH DELETE m")
+    neighboured.run("restore_from_backup", "latest")
+    assert neighboured.state() == before
+    with connect(neighboured.servers.falkordb.address) as conn:
+        assert conn.type("of the other module") == b"othertype"
+    neighboured.export(VECTOR_SIZE=NEW_SIZE, EMBEDDING_MODEL=LARGE)
+    neighboured.run("backup_automem")
+    neighboured.run("reembed_embeddings")
+
+
+def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighboured, monkeypatch):
+    """As an earlier version took it, or redis-cli."""
+    monkeypatch.setattr("lib.steps.take_graph.foreign_modules", lambda *_: [])
+    result = neighboured.run("backup_automem", "--only", "falkordb")
+    assert "data of the redis module 'othertype'" in result.out
+    assert (half(neighboured)["kind"], half(neighboured)["proof"]) == ("rdb", "checked")
+    checked = neighboured.run("backup_automem", "--check", "all")
+    assert "DAMAGED" not in checked.out
+    assert "'othertype'" in checked.out
+    refused = neighboured.run("restore_from_backup", neighboured.rdb(), expect=1)
+    assert "'othertype'" in refused.err
+    assert "uses DUMP on such a server" in refused.err
+
+
+# --- what a graph restore does not bring back --------------------------------------------------------------------
+
+
+def test_a_graph_with_an_expiry_is_backed_up_so_that_it_outlives_it(operator):
+    """An RDB keeps the expiry: after that moment no server would load the graph from it."""
+    operator.load(40)
+    before = operator.state()
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.pexpire(operator.graph, 6000)
+        started = operator.run("backup_automem", "--only", "falkordb")
+        assert "has an expiry: the server deletes it at 20" in started.err
+        assert f"PERSIST {operator.graph}" in started.err
+        assert half(operator)["kind"] == "dump"
+        assert half(operator)["expires"].startswith("20")
+        assert wait_for(lambda: not conn.exists(operator.graph), 30, 0.05)
+    operator.run("backup_automem", "--check", "all")
+    told = operator.run("restore_from_backup", operator.rdb()).err
+    assert "the backup's key had an expiry (20" in told
+    with connect(operator.servers.falkordb.address) as conn:
+        assert conn.pttl(operator.graph) == -1
+    assert operator.state() == before
+
+
+def test_function_libraries_are_named_by_backup_and_restore(operator):
+    operator.load(40)
+    code = "function f(x) { return x + 1; } falkor.register('f', f);"
+    with connect(operator.servers.falkordb.address) as conn:
+        try:
+            conn.execute_command("GRAPH.UDF", "LOAD", "mine", code)
+        except redis.exceptions.ResponseError as error:
+            pytest.skip(f"this FalkorDB has no function libraries: {error}")
+        try:
+            assert "(GRAPH.UDF): mine" in operator.run("backup_automem", "--only", "falkordb").err
+            assert half(operator)["functions"] == ["mine"]
+            kept = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
+            assert "function libraries" not in kept
+        finally:
+            conn.execute_command("GRAPH.UDF", "DELETE", "mine")
+    for words in (("--dry-run",), ()):
+        told = operator.run("restore_from_backup", operator.rdb(), *words).err
+        assert "this one lacks: mine" in told
