@@ -77,7 +77,8 @@ def _tell_left_out(
     if missing:
         site.notice(
             "warning: the backup's server had function libraries (GRAPH.UDF) that this one lacks:"
-            f" {', '.join(missing)}. A restore of the graph does not bring them back: GRAPH.UDF LOAD them from their code"
+            f" {', '.join(missing)}. A restore of the graph does not bring them back: GRAPH.UDF LOAD brings them from"
+            " their code"
         )
     live = expires_at(target.conn, target.graph)
     for whose, moment in (("the backup's key had", half.expires if half else ""), ("the live key has", live)):
