@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from urllib.parse import urlsplit
 
@@ -15,8 +16,12 @@ def one_spelling(host: str) -> str:
 
 
 def is_this_machine(url: str) -> bool:
-    """Whether the URL's host is this very machine."""
-    return one_spelling(urlsplit(url).hostname or "") == "127.0.0.1"
+    """Whether the URL's host is this very machine, by any of its loopback names and numbers."""
+    host = one_spelling(urlsplit(url).hostname or "")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.endswith(".localhost")
 
 
 def same_server(left: str, right: str) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lib.addresses import without_login
+from lib.addresses import is_this_machine, without_login
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
 
 _OPTIONAL_SECONDS = 3.0
-_GATEWAY_TIMEOUT = 504
 _NOBODY = ("Failed to establish a new connection", "NameResolutionError", "Connection refused")
+# Answers of a gateway, a login or a proxy in front of a service; a status from 500 on may also be the service's own.
+_MAY_HIDE_IT = {401, 403, 407, 408, 425, 429}
 
 Presence = Literal["running", "silent", "absent"]
 
@@ -25,6 +26,24 @@ class AutoMemApi:
 
 
 @dataclass(frozen=True)
+class HealthAnswer:
+    """What answered at `/health`. `health` is AutoMem's own answer, None if it was anything else.
+
+    `presence`: "running"; "silent" if it may be running all the same; "absent" if nothing listens there, or another
+    service answers. `seen` says in words what came; it is empty only if nothing listens.
+    """
+
+    presence: Presence
+    seen: str = ""
+    health: dict[str, Any] | None = None
+
+    @property
+    def summary(self) -> str:
+        """What came, for messages."""
+        return self.seen or "nothing listens there"
+
+
+@dataclass(frozen=True)
 class Recall:
     """The answer to one recall: rows as the API gives them, and the method that the server took."""
 
@@ -33,12 +52,22 @@ class Recall:
     milliseconds: float
 
 
-def _request(api: AutoMemApi, method: str, path: str, *, seconds: float, **sent: Any) -> Any:
+def _send(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
+    """One request. Raises requests.RequestException."""
+    import requests
+
+    with requests.Session() as session:
+        if is_this_machine(api.url):
+            session.trust_env = False  # no proxy leads to this machine
+        return session.request(method, api.url + path, **sent)
+
+
+def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
     import requests
 
     headers = {"Authorization": f"Bearer {api.token}"} if api.token else {}
     try:
-        return requests.request(method, api.url + path, headers=headers, timeout=seconds, **sent)
+        return _send(api, method, path, headers=headers, timeout=api.timeout_seconds, **sent)
     except requests.RequestException as error:
         raise StoreUnreachable(
             f"AutoMem's API does not answer at {without_login(api.url)} ({type(error).__name__})",
@@ -60,51 +89,48 @@ def _checked(response: Any) -> dict[str, Any]:
         raise StoreFailed("what answers at AUTOMEM_API_URL is not AutoMem: no JSON") from error
 
 
-def health(api: AutoMemApi) -> dict[str, Any] | None:
-    """`GET /health`, whatever its status (a degraded service runs too); None where no AutoMem answers there."""
-    try:
-        response = _request(api, "GET", "/health", seconds=_OPTIONAL_SECONDS)
-        answer = response.json()
-    except (StoreUnreachable, ValueError):
-        return None
-    return answer if isinstance(answer, dict) and "falkordb" in answer else None
-
-
-def presence(api: AutoMemApi) -> Presence:
-    """Whether AutoMem may be at work there: only what nobody listens at, or what answers as another, is "absent".
-
-    "silent": a connection was taken and no answer came within 3 seconds, as of a service that is busy or hangs.
-    """
+def ask_health(api: AutoMemApi) -> HealthAnswer:
+    """`GET /health`, whatever its status: a degraded service runs too. Waits 3 seconds at most, raises nothing."""
     import requests
 
     try:
-        response = requests.get(f"{api.url}/health", timeout=_OPTIONAL_SECONDS)
-    except requests.ConnectTimeout:
-        return "absent"
-    except requests.ConnectionError as error:
-        return "absent" if any(sign in str(error) for sign in _NOBODY) else "silent"
+        response = _send(api, "GET", "/health", timeout=_OPTIONAL_SECONDS)
     except requests.RequestException as error:
-        return "silent" if isinstance(error, requests.Timeout) else "absent"
+        return _without_answer(error)
     try:
         answer = response.json()
     except ValueError:
         answer = None
     if isinstance(answer, dict) and "falkordb" in answer:
-        return "running"
-    return "silent" if response.status_code == _GATEWAY_TIMEOUT else "absent"
+        return HealthAnswer("running", "AutoMem", answer)
+    server = response.headers.get("Server", "")
+    seen = f"HTTP {response.status_code}{f' from {server[:60]}' if server else ''}, not AutoMem's health"
+    hidden = response.status_code >= 500 or response.status_code in _MAY_HIDE_IT
+    return HealthAnswer("silent" if hidden else "absent", seen)
+
+
+def _without_answer(error: Exception) -> HealthAnswer:
+    """What a failed request shows: only a connection that the machine itself refused shows that nothing listens."""
+    import requests
+
+    if isinstance(error, requests.exceptions.ProxyError):
+        return HealthAnswer("silent", "the proxy of HTTP_PROXY or HTTPS_PROXY did not reach it")
+    if isinstance(error, requests.ConnectTimeout):
+        return HealthAnswer("silent", "no connection within 3 s")
+    if isinstance(error, requests.ConnectionError) and any(sign in str(error) for sign in _NOBODY):
+        return HealthAnswer("absent")
+    if isinstance(error, requests.Timeout):
+        return HealthAnswer("silent", "it takes connections and does not answer")
+    return HealthAnswer("silent", f"no complete answer ({type(error).__name__})")
 
 
 def recall(api: AutoMemApi, query: str, limit: int) -> Recall:
     """POST /recall as the guide writes it; GET where the server answers 405, as released versions do."""
     method = "POST"
-    response = _request(
-        api, "POST", "/recall", seconds=api.timeout_seconds, json={"query": query, "limit": limit}
-    )
+    response = _request(api, "POST", "/recall", json={"query": query, "limit": limit})
     if response.status_code == 405:
         method = "GET"
-        response = _request(
-            api, "GET", "/recall", seconds=api.timeout_seconds, params={"query": query, "limit": str(limit)}
-        )
+        response = _request(api, "GET", "/recall", params={"query": query, "limit": str(limit)})
     results = _checked(response).get("results")
     if not isinstance(results, list):
         raise StoreFailed("AutoMem's /recall answered without `results`")
@@ -114,5 +140,5 @@ def recall(api: AutoMemApi, query: str, limit: int) -> Recall:
 def remember(api: AutoMemApi, content: str, tags: list[str], importance: float) -> str:
     """`POST /memory`; the id of the memory."""
     body = {"content": content, "tags": tags, "importance": importance}
-    answer = _checked(_request(api, "POST", "/memory", seconds=api.timeout_seconds, json=body))
+    answer = _checked(_request(api, "POST", "/memory", json=body))
     return str(answer.get("memory_id") or answer.get("id") or "")

@@ -47,10 +47,22 @@ class Parser(argparse.ArgumentParser):
         self._as_json = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does it; remembers whether JSON was asked for."""
+        """Parse as argparse does, but refuse empty values; remembers whether JSON was asked for."""
         words = list(sys.argv[1:] if args is None else args)
         self._as_json = "--json" in words
+        self._refuse_empty(words)
         return super().parse_known_args(words, namespace)
+
+    def _refuse_empty(self, words: list[str]) -> None:
+        """An unset shell variable between quotes would silently mean something else than what was asked for."""
+        for before, word in zip(["", *words], words, strict=False):
+            flag, equals, value = word.partition("=")
+            if not word.strip():
+                self.error(
+                    f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?"
+                )
+            if word.startswith("-") and equals and not value.strip():
+                self.error(f"{flag} is empty: is a variable unset?")
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""

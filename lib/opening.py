@@ -10,7 +10,7 @@ from lib.automem_api import AutoMemApi
 from lib.backup_set.sets import SPOOL_DIR
 from lib.config import Config
 from lib.files import TargetLock, private_dir
-from lib.graph.client import GraphAddress, connect, list_graphs
+from lib.graph.client import GraphAddress, connect, list_graphs, save_trouble
 from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
@@ -33,11 +33,16 @@ def graph_address(config: Config) -> GraphAddress:
     )
 
 
-def open_graph(config: Config) -> GraphSource:
-    """A FalkorDB that lists its graphs to us. Raises StoreUnreachable, StoreFailed, AccessRefused."""
+def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
+    """A FalkorDB that lists its graphs to us; `warn` gets what is wrong with it and hinders no reading.
+
+    Raises StoreUnreachable, StoreFailed, AccessRefused.
+    """
     address = graph_address(config)
     source = GraphSource(address, connect(address), config.graph)
     list_graphs(source.conn)
+    if trouble := save_trouble(source.conn):
+        warn(trouble)
     return source
 
 

@@ -34,7 +34,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     instead.add_argument("--cleanup", action="store_true", help="delete old sets whole, see --keep")
     parser.add_argument(
-        "--keep", type=int, metavar="N", help=f"with --cleanup: sets to keep (default {KEEP})"
+        "--keep", type=int, metavar="N", help=f"with --cleanup: sets of each kind to keep (default {KEEP})"
     )
     parser.add_argument(
         "--upload",
@@ -89,8 +89,9 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.steps.take_collection import require_whole
     from lib.steps.take_pair import require_sources
 
-    place = require_place(args.upload, write=not args.dry_run) if args.upload else ""
-    graph = opening.open_graph(config) if args.only != "qdrant" else None
+    name = config.graph if args.only != "qdrant" else ""
+    place = require_place(args.upload, graph=name, write=not args.dry_run) if args.upload else ""
+    graph = opening.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)
     require_sources(graph, collection)
@@ -129,18 +130,17 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
-    """Delete whole sets beyond the newest `keep`."""
+    """Delete whole sets beyond the newest `keep` of each kind."""
     from lib import opening
-    from lib.backup_set.sets import delete_set, named_in_journals, to_delete
+    from lib.backup_set.retention import plan_cleanup
+    from lib.backup_set.sets import delete_set
     from lib.showing import backup as showing
 
     with opening.target_lock(config):
-        owner = config.deployment()
-        spared = named_in_journals(config.backup_dir, owner, config.targets())
-        chosen = to_delete(config.backup_dir, keep, owner, spared)
-        for manifest in [] if dry_run else chosen:
+        plan = plan_cleanup(config.backup_dir, keep, config.deployment(), config.targets())
+        for manifest in [] if dry_run else plan.delete:
             delete_set(manifest)
-    return showing.show_deleted(chosen, console, dry_run=dry_run)
+    return showing.show_deleted(plan, console, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.vectors.collection import get_state
     from lib.vectors.recreate import refuse_foreign
 
-    graph, source = opening.open_graph(config), opening.open_collection(config)
+    graph, source = opening.open_graph(config, console.warn), opening.open_collection(config)
     require_sources(graph, source if args.only_missing else None)
     if args.only_missing:
         now = get_state(source.qdrant, config.collection)

@@ -87,7 +87,7 @@ def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
     from lib.steps.restore_site import Site
 
     try:
-        graph = opening.open_graph(config) if wanted.rdb else None
+        graph = opening.open_graph(config, console.warn) if wanted.rdb else None
         collection = opening.open_collection(config) if wanted.archive else None
     except StoreUnreachable as error:
         step = (

@@ -63,7 +63,7 @@ def verification(config: Config, console: Console, args: argparse.Namespace) -> 
     from lib.steps.take_pair import require_sources
     from lib.steps.verify import Stores, verify
 
-    graph, collection = opening.open_graph(config), opening.open_collection(config)
+    graph, collection = opening.open_graph(config, console.warn), opening.open_collection(config)
     require_sources(graph, collection)
     stores = Stores(graph, collection, opening.automem_api(config), config.backup_dir, config.targets())
     with opening.open_spool(config) as spool:

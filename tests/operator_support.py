@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import requests
 
 from lib.graph.client import connect
 from lib.graph.swap import drop_graph
+from lib.sandbox.automem_server import AutoMemServer
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.openai_server import OpenAIServer
 from lib.sandbox.sample_loading import load_graph, load_points
@@ -114,6 +116,17 @@ class Operator:
         assert expect is None or result.code == expect, f"exit {result.code}\n{result.err}\n{result.out}"
         assert "Traceback" not in result.err, result.err
         return result
+
+    @contextmanager
+    def restarted(self) -> Iterator[None]:
+        """AutoMem runs with the operator's settings meanwhile."""
+        before = dict(self.exports)
+        with AutoMemServer(env=self.environ) as automem:
+            self.export(AUTOMEM_API_URL=automem.url)
+            try:
+                yield
+            finally:
+                self.exports = before
 
     def load(self, count: int = 220, *, size: int = OLD_SIZE, model: str = SMALL, orphans: int = 0) -> None:
         """Sample memories into both stores, the awkward ones among them (from 200 on)."""

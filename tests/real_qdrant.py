@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +27,12 @@ class RealQdrant:
     """A server process over `binary`; port and data stay the same over restarts."""
 
     def __init__(
-        self, binary: Path, folder: Path, api_key: str | None = None, read_only_key: str | None = None
+        self,
+        binary: Path,
+        folder: Path,
+        api_key: str | None = None,
+        read_only_key: str | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -35,7 +41,7 @@ class RealQdrant:
         self._process = ServerProcess(
             [binary.resolve()],
             folder / "server.log",
-            env=self._environment(api_key, read_only_key),
+            env={**self._environment(api_key, read_only_key), **(settings or {})},
             cwd=folder,
         )
 

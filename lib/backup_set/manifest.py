@@ -20,6 +20,8 @@ FORMAT = 1
 _SEAL = "checksum"
 CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
 PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
+BACKUP, SAFETY = "backup", "safety"  # why a set was taken
+FULL, GRAPH_ONLY, COLLECTION_ONLY, SAFETY_COPY = "full", "graph only", "collection only", "safety copy"
 _ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
 
@@ -34,7 +36,11 @@ class BackupFile:
 
 @dataclass(frozen=True)
 class GraphHalf:
-    """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB)."""
+    """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB).
+
+    `expires`: when the server was to delete the key; `functions`: the server's libraries (GRAPH.UDF). A restore of the
+    graph brings back neither.
+    """
 
     file: BackupFile
     kind: str
@@ -49,6 +55,8 @@ class GraphHalf:
     digest: str
     proof: str
     proof_note: str = ""
+    expires: str = ""
+    functions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One backup set; `graph` or `collection` is None where only one half was asked for."""
+    """One backup set; `graph` or `collection` is None where only one half was asked for.
+
+    `purpose` is `backup`, or `safety` if a restore took it of what it replaced.
+    """
 
     stamp: str
     created: str
@@ -98,6 +109,7 @@ class Manifest:
     collection: CollectionHalf | None
     drift: Drift | None
     path: Path | None = None
+    purpose: str = BACKUP
 
     @property
     def name(self) -> str:
@@ -113,6 +125,15 @@ class Manifest:
     def halves(self) -> list[GraphHalf | CollectionHalf]:
         """The halves that the set has."""
         return [half for half in (self.graph, self.collection) if half is not None]
+
+    @property
+    def kind(self) -> str:
+        """`full`, `graph only`, `collection only`, or `safety copy` of a restore, with one half or both."""
+        if self.purpose != BACKUP:
+            return SAFETY_COPY
+        if self.graph and self.collection:
+            return FULL
+        return GRAPH_ONLY if self.graph else COLLECTION_ONLY
 
     @property
     def proof(self) -> str:
@@ -190,7 +211,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         _require_shape(raw)
         drift = Drift(**raw["drift"]) if raw.get("drift") else None
         graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])
-        return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path)
+        purpose = str(raw.get("purpose", BACKUP))
+        return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path, purpose)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackupDamaged(
             f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER

@@ -17,12 +17,11 @@ from shlex import quote
 from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest
 from lib.backup_set.offsite_address import offsite_address
 from lib.backup_set.offsite_store import OffsiteStore, Progress, open_offsite
-from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed
+from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
 from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, write_atomic
 
 Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
 MANIFEST_NAME = re.compile(r"backup_\d{8}_\d{6}\.json")
-_SAFE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SPARE = 16 << 20
 
 
@@ -45,12 +44,14 @@ def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
     """Bring a set there, manifest last, each file read back and compared; what is there already is not sent again.
 
     Raises NotArrived where anything is not as it should be: then no manifest of the set is there, and no file of
-    another's was touched. Raises BackupDamaged where a file here is not what the manifest says.
+    another's was touched. Raises BackupDamaged where a file here is not what the manifest says, UsageProblem for a
+    name that could not be fetched back.
     """
     assert manifest.path is not None
     shown = offsite_address(url).shown
     files = [*manifest.files, _file_here(manifest.path, manifest.name)]
     for file in manifest.files:
+        require_fetchable(file.name)
         _require_whole(manifest.path.parent / file.name, file)
     try:
         sent = _bring_all(open_offsite(url), manifest, files, bar)
@@ -169,9 +170,26 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: Bar) -> Path:
     return path
 
 
+def require_fetchable(name: str) -> None:
+    """Raise UsageProblem for a file's name that `fetch` would refuse: asked before anything is uploaded."""
+    if not _is_plain(name):
+        raise UsageProblem(
+            f"{name!r} cannot be fetched back from a copy: a part of its name is '.' or '..', or holds a backslash or"
+            " a character that cannot be printed; nothing was uploaded",
+            next_step="back up without --upload and copy the files yourself, or give the graph another name",
+        )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file's name stays in its folder, and is the same on every system."""
+    return all(
+        part not in {"", ".", ".."} and "\\" not in part and part.isprintable() for part in name.split("/")
+    )
+
+
 def _require_safe(store: OffsiteStore, name: str) -> None:
     """A manifest from elsewhere names files in here: never one outside of the folder."""
-    if not all(map(_SAFE_PART.fullmatch, name.split("/"))):
+    if not _is_plain(name):
         raise BadFile(f"the manifest at {store.shown} names a file that no backup has: {name!r}")
 
 

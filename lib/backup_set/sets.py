@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from lib.addresses import same_server
-from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, Manifest, read_manifest
-from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
+from lib.backup_set.manifest import FULL, SAFETY, Manifest, read_manifest
+from lib.errors import BackupDamaged, BadFile, MissingData
 from lib.files import sync_dir
-from lib.journal import Journal, read_journal
+from lib.journal import read_journal
 
 GRAPH_DIR, COLLECTION_DIR, SPOOL_DIR = "falkordb", "qdrant", "embeddings"
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,63 @@ def manifest_paths(folder: Path) -> list[Path]:
 
 def all_sets(folder: Path) -> list[Manifest]:
     """Every set whose manifest reads, newest first; broken manifests are passed over (see `--check all`)."""
-    found = []
+    found, safety = [], safety_copies(folder)
     for path in manifest_paths(folder):
         try:
-            found.append(read_manifest(path))
+            found.append(with_purpose(read_manifest(path), safety))
         except (BackupDamaged, BadFile):
             continue
     return found
 
 
+def safety_copies(folder: Path) -> set[str]:
+    """The sets that restores took of what they replaced, as their journals say: older manifests do not."""
+    journals = (read_journal(path) for path in folder.glob("journal_*_restore.jsonl"))
+    return {
+        str(entry["manifest"]) for one in journals if one for entry in one.entries if entry.get("manifest")
+    }
+
+
+def with_purpose(manifest: Manifest, safety: Collection[str]) -> Manifest:
+    """The manifest; marked as a safety copy if its name is in `safety`."""
+    return replace(manifest, purpose=SAFETY) if manifest.name in safety else manifest
+
+
 def latest(folder: Path, owner: Deployment) -> Manifest:
-    """The newest set of this deployment.
+    """The newest full set of this deployment that is no safety copy.
 
     Raises MissingData where there is none, BackupDamaged where a newer manifest does not read: never an older set
     in silence.
     """
-    for path in manifest_paths(folder):
-        manifest = read_manifest(path)
-        if owner.owns(manifest):
+    safety = safety_copies(folder)
+    found = (with_purpose(read_manifest(path), safety) for path in manifest_paths(folder))
+    return newest_full(found, owner, str(folder))
+
+
+def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: str) -> Manifest:
+    """The first of `manifests` that is a full set of `owner` (None: of anybody) and no safety copy.
+
+    Raises MissingData, naming the halves and safety copies: these are taken only by name.
+    """
+    others = []
+    for manifest in manifests:
+        if owner and not owner.owns(manifest):
+            continue
+        if manifest.kind == FULL:
             return manifest
+        others.append(f"{manifest.name} ({manifest.kind})")
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise MissingData(
+            f"no full backup in {where}: `latest` takes neither one half alone nor a safety copy of a restore. There"
+            f" are: {', '.join(others[:_NAMED])}{more}",
+            next_step=f"name one: python scripts/restore_from_backup.py {quote(f'{where}/{others[0].split()[0]}')}",
+        )
+    whose = (
+        f" is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses" if owner else ""
+    )
     raise MissingData(
-        f"no backup in {folder} is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses",
+        f"no backup in {where}{whose}",
         next_step="python scripts/backup_automem.py   or name the file: backup_automem.py --list",
     )
 
@@ -91,38 +129,6 @@ def is_complete(manifest: Manifest) -> bool:
     """Whether every file of the set is in place with its size."""
     files = [(manifest.file_of(half), half.file.size) for half in manifest.halves]
     return all(path.is_file() and path.stat().st_size == size for path, size in files)
-
-
-def _proved(manifest: Manifest) -> bool:
-    return is_complete(manifest) and PROOF_LEVELS.index(manifest.proof) >= PROOF_LEVELS.index(CHECKED)
-
-
-def to_delete(folder: Path, keep: int, owner: Deployment, spared: Collection[str]) -> list[Manifest]:
-    """This deployment's sets beyond the newest `keep`: never its newest proved pair nor a name in `spared`."""
-    if keep < 1:
-        raise UsageProblem("--keep must be at least 1", next_step="--cleanup --keep 3")
-    sets = [one for one in all_sets(folder) if owner.owns(one)]
-    newest = next((one.name for one in sets if _proved(one) and one.graph and one.collection), None)
-    newest = newest or next((one.name for one in sets if _proved(one)), None)
-    return [one for one in sets[keep:] if one.name != newest and one.name not in spared]
-
-
-def named_in_journals(folder: Path, owner: Deployment, targets: list[str]) -> set[str]:
-    """The sets that a run may still need.
-
-    All that an open journal names anywhere, and those that the newest finished re-embedding of these targets names,
-    until a newer proved set of the collection is there.
-    """
-    journals = [one for path in sorted(folder.glob("journal_*.jsonl")) if (one := read_journal(path))]
-    finished = [one for one in journals if one.command == "reembed" and one.targets == targets]
-    named = {name for one in journals if one.is_open for name in _manifests(one)}
-    last = _manifests(finished[-1]) if finished else set()
-    newer = (one.name for one in all_sets(folder) if owner.owns(one) and one.collection and _proved(one))
-    return named | (last if last and next(newer, "") <= max(last) else set())
-
-
-def _manifests(journal: Journal) -> set[str]:
-    return {str(entry["manifest"]) for entry in journal.entries if entry.get("manifest")}
 
 
 def delete_set(manifest: Manifest) -> None:

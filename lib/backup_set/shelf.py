@@ -8,7 +8,7 @@ from pathlib import Path
 from lib.backup_set.manifest import Manifest, read_manifest
 from lib.backup_set.offsite import folders_of, manifests, read_there
 from lib.backup_set.offsite_store import OffsiteStore, open_offsite
-from lib.backup_set.sets import is_complete, manifest_paths
+from lib.backup_set.sets import is_complete, manifest_paths, safety_copies, with_purpose
 from lib.errors import BackupDamaged, BadFile, MissingData
 
 
@@ -28,10 +28,10 @@ def shelf_at(url: str, folder: Path) -> Shelf:
 
 def shelf_here(folder: Path) -> Shelf:
     """The sets in a backup folder."""
-    sets, unreadable = [], []
+    sets, unreadable, safety = [], [], safety_copies(folder)
     for path in manifest_paths(folder):
         try:
-            manifest = read_manifest(path)
+            manifest = with_purpose(read_manifest(path), safety)
             sets.append((manifest, is_complete(manifest)))
         except (BackupDamaged, BadFile):
             unreadable.append(str(path))

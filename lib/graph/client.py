@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import redis
@@ -20,8 +24,12 @@ START_HINT = "start it (`docker compose up -d falkordb`) or correct FALKORDB_HOS
 # What only asks: a server of the Docker image cuts a query at one second; a large DUMP or RESTORE of somebody else can
 # keep the answer waiting for longer.
 READ_SECONDS = 120.0
-_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "GRAPH.LIST", "GRAPH.RO_QUERY"}
+_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY"}
 _REFUSALS = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
+_CANNOT_SAVE = "MISCONF"
+# Refused before it is executed, so that every command may be sent again.
+_QUEUE_FULL = "Max pending queries exceeded"
+_QUEUE_SECONDS, _FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 0.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,14 @@ class GraphAddress:
 
 @dataclass(frozen=True)
 class ServerVersions:
-    """Versions such as "8.2.3" and "4.16.3"; `falkordb` is empty where the module list may not be read."""
+    """Versions such as "8.2.3" and "4.16.3"; `falkordb` is empty where the module list may not be read.
+
+    `modules` are the names of all loaded modules, FalkorDB's `graph` among them.
+    """
 
     redis: str
     falkordb: str
+    modules: frozenset[str] = frozenset()
 
 
 class _Client(redis.Redis):
@@ -55,6 +67,18 @@ class _Client(redis.Redis):
     reads: redis.Redis
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
+        """Send a command, and send it again while the server's queue of queries is full."""
+        give_up, pause = time.monotonic() + _QUEUE_SECONDS, _FIRST_PAUSE
+        while True:
+            try:
+                return self._execute_once(*words, **options)
+            except redis.exceptions.ResponseError as error:
+                if _QUEUE_FULL not in str(error) or time.monotonic() >= give_up:
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _execute_once(self, *words: Any, **options: Any) -> Any:
         """Questions go over a connection of their own, which a server that fell silent cannot hold for ever."""
         if str(words[0]).split()[0].upper() in _READS:
             return self.reads.execute_command(*words, **options)
@@ -72,16 +96,45 @@ def connect(
     """A connection that has answered a PING within `timeout_seconds`.
 
     Afterwards a question may take `read_seconds`, then it raises StoreUnreachable; DUMP, RESTORE and all that writes
-    may take as long as it needs. Nothing is ever sent twice: redis-py's own retries would repeat writes. Raises
-    StoreUnreachable, AccessRefused.
+    may take as long as it needs. Nothing that may have been executed is sent twice: redis-py's own retries would repeat
+    writes. Raises StoreUnreachable, AccessRefused.
     """
     options = _options(address, timeout_seconds)
     probe = redis.Redis(**options, socket_timeout=timeout_seconds)
     with translated(address.display), contextlib.closing(probe):
-        probe.ping()
+        _require_answer(probe)
     client = _Client(**options, socket_timeout=None)
     client.reads = redis.Redis(**options, socket_timeout=read_seconds)
     return client
+
+
+def _require_answer(probe: redis.Redis) -> None:
+    """PING. A server that cannot save to its disk refuses even that, though it reads and hands out its data."""
+    try:
+        probe.ping()
+    except redis.exceptions.ResponseError as error:
+        if not str(error).startswith(_CANNOT_SAVE):
+            raise
+
+
+def save_trouble(conn: redis.Redis) -> str:
+    """Why the server cannot save its data to its disk, for a warning; "" if it can, or does not tell this user."""
+    try:
+        with translated(place(conn)):
+            state = conn.info("persistence")
+    except AccessRefused:
+        return ""
+    names = {
+        "rdb_last_bgsave_status": "its last snapshot (BGSAVE)",
+        "aof_last_write_status": "its last AOF write",
+    }
+    failed = " and ".join(what for name, what in names.items() if state.get(name, "ok") != "ok")
+    if not failed:
+        return ""
+    return (
+        f"FalkorDB at {place(conn)} cannot save its data: {failed} failed. It may refuse every write until its disk"
+        " has room again; a backup reads it all the same"
+    )
 
 
 def _options(address: GraphAddress, connect_seconds: float) -> dict[str, Any]:
@@ -125,6 +178,22 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
         return StoreUnreachable(f"FalkorDB at {where} does not answer: {text}", next_step=START_HINT)
     if text.startswith(_REFUSALS):
         return access_refused(where, text)
+    return _failed(error, where, text)
+
+
+def _failed(error: redis.exceptions.RedisError, where: str, text: str) -> StoreFailed:
+    """The error for a refusal that no login and no waiting for the server helps."""
+    if isinstance(error, redis.exceptions.MovedError):
+        return StoreFailed(
+            f"FalkorDB at {where} is a node of a redis cluster, and another node holds this graph:"
+            f" {error.host}:{error.port}",
+            next_step=f"set FALKORDB_HOST and FALKORDB_PORT to {error.host}:{error.port}",
+        )
+    if _QUEUE_FULL in text:
+        return StoreFailed(
+            f"FalkorDB at {where} has refused a query for a minute: {text}",
+            next_step="raise its limit (GRAPH.CONFIG SET MAX_QUEUED_QUERIES 100), or run this at a quieter hour",
+        )
     if isinstance(error, redis.exceptions.InvalidResponse) or "unknown command 'GRAPH." in text:
         return StoreFailed(f"what answers at {where} is not FalkorDB: {text}", next_step=START_HINT)
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}")
@@ -164,8 +233,9 @@ def server_versions(conn: redis.Redis) -> ServerVersions:
     except AccessRefused:
         return ServerVersions(redis_version, "")
     facts = [dict(zip(module[::2], module[1::2], strict=True)) for module in modules]
-    numbers = [int(fact[b"ver"]) for fact in facts if fact[b"name"] == b"graph"]
-    return ServerVersions(redis_version, _dotted(numbers[0]) if numbers else "")
+    numbers = {fact[b"name"].decode(): int(fact[b"ver"]) for fact in facts}
+    falkordb = _dotted(numbers["graph"]) if "graph" in numbers else ""
+    return ServerVersions(redis_version, falkordb, frozenset(numbers))
 
 
 def _dotted(number: int) -> str:
@@ -177,11 +247,61 @@ def list_graphs(conn: redis.Redis) -> list[str]:
     return sorted(name.decode() for name in command(conn, "GRAPH.LIST"))
 
 
+def expires_at(conn: redis.Redis, graph: str) -> str:
+    """When the server will delete the graph's key (ISO 8601, UTC); "" if never, or if this user may not ask."""
+    try:
+        milliseconds = int(command(conn, "PEXPIRETIME", graph))
+    except (AccessRefused, StoreFailed):
+        return ""
+    if milliseconds < 0:
+        return ""
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
+
+
+def function_libraries(conn: redis.Redis) -> list[str]:
+    """Names of the libraries of functions (GRAPH.UDF), sorted; they belong to the server, not to a graph.
+
+    Empty if the version has none, or if this user may not ask.
+    """
+    try:
+        listed = command(conn, "GRAPH.UDF", "LIST")
+    except (AccessRefused, StoreFailed):
+        return []
+    return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
+
+
+def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:
+    """A name for a copy of `graph`, such as `memories__pre_1a2b`.
+
+    In a redis cluster RENAME needs both names in one slot: there the graph's name becomes the hash tag,
+    `{memories}__pre_1a2b` (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags).
+    Raises StoreFailed for a name that cannot be one.
+    """
+    name = f"{graph}__{kind}_{mark}"
+    if not _in_cluster(conn) or re.match(r"[^{]*\{[^}]+\}", graph):
+        return name
+    if "}" in graph:
+        raise StoreFailed(
+            f"FalkorDB at {place(conn)} is a redis cluster, in which no other name lies in the slot of '{graph}'",
+            next_step="restore into a graph without a '}' in its name, or into a FalkorDB that is no cluster",
+        )
+    return f"{{{graph}}}{name.removeprefix(graph)}"
+
+
+def _in_cluster(conn: redis.Redis) -> bool:
+    try:
+        with translated(place(conn)):
+            return bool(int(conn.info("cluster").get("cluster_enabled", 0)))
+    except AccessRefused:
+        return False
+
+
 def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     """Raise MissingData, naming the graphs that exist, where `name` is not one of them."""
     graphs = list_graphs(conn)
     if name in graphs:
         return
+    command(conn, "EXISTS", name)  # a node of a cluster says which other node holds it
     there = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
     raise MissingData(
         f"graph '{name}' does not exist on FalkorDB at {address.display}; {there}",

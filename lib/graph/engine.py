@@ -34,7 +34,8 @@ class NoEngine(MigrationError):
 class Engine:
     """A redis-server with a FalkorDB module that were seen to work on this machine.
 
-    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer.
+    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer. `modules` are the
+    names of those that it has loaded.
     """
 
     server: Path
@@ -44,6 +45,7 @@ class Engine:
     rdb_version: int
     graph_encoding: int
     origin: str
+    modules: frozenset[str] = frozenset()
 
     @property
     def display(self) -> str:
@@ -117,6 +119,7 @@ def _probe(server: Path, module: Path, origin: str) -> Engine:
         rdb_version(payload),
         graph_encoding(payload),
         origin,
+        versions.modules,
     )
 
 
@@ -130,6 +133,11 @@ def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
         _minor(engine.redis_version) >= redis_minor and _minor(engine.falkordb_version) >= falkordb_minor
         for engine in engines
     )
+
+
+def foreign_modules(server: ServerVersions, engines: Sequence[Engine]) -> list[str]:
+    """The modules of a server that no engine here has: none can load an RDB that holds their keys."""
+    return sorted(server.modules - {name for engine in engines for name in engine.modules})
 
 
 def _minor(version: str) -> tuple[int, ...]:

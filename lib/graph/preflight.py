@@ -49,7 +49,7 @@ def require_writable(conn: redis.Redis, graph: str, throwaway: str, safety: str)
         raise AccessRefused(
             f"FalkorDB at {place(conn)} does not permit this user {', '.join(lacking)}"
             f" on '{graph}' and the names beside it: nothing was touched",
-            next_step=f"{GRANT} ~{graph}*",
+            next_step=f"{GRANT} ~{graph}*" + (f" ~{{{graph}}}*" if safety.startswith(f"{{{graph}}}") else ""),
         )
     _require_graph_or_nothing(conn, graph)
 
@@ -82,7 +82,10 @@ def _raise_unwritable(conn: redis.Redis, text: str) -> None:
             next_step="raise maxmemory (CONFIG SET maxmemory ...), or free memory on the target",
         )
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
-        raise StoreFailed(f"{where} takes no writes now: {text}", next_step="look at the server's log first")
+        raise StoreFailed(
+            f"{where} takes no writes now: {text}",
+            next_step="look at the server's log and its free disk (df -h) first; nothing was touched",
+        )
 
 
 def _may_transact(conn: redis.Redis) -> bool:

@@ -36,6 +36,10 @@ class PsyncRefused(AccessRefused):
     """This user or this server does not hand out an RDB; DUMP of the graph is the way."""
 
 
+class RdbNotMade(StoreUnreachable):
+    """The server began to make an RDB and gave up: it lacks the memory to fork, or room on its disk."""
+
+
 @dataclass(frozen=True)
 class RdbTransfer:
     """What arrived: bytes, sha256, and whether the RDB's own CRC64 was there (it is then right)."""
@@ -55,8 +59,9 @@ def stream_rdb(
 ) -> RdbTransfer:
     """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` hangs up.
 
-    `idle_seconds` of silence (the server sends newlines while it prepares) end it. Raises PsyncRefused where DUMP
-    is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a whole RDB.
+    `idle_seconds` of silence (the server sends newlines while it prepares) end it. Raises PsyncRefused and RdbNotMade
+    where DUMP is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a
+    whole RDB.
     """
     with contextlib.closing(_Wire(address, idle_seconds)) as wire, (stop or Stop()).ends(wire.hang_up):
         wire.introduce()
@@ -165,7 +170,12 @@ class _Wire:
             raise StoreFailed(
                 f"FalkorDB at {self.where} answered PSYNC with {answer[:80].decode('utf-8', 'replace')}"
             )
-        return self._line()
+        try:
+            return self._line()
+        except StoreUnreachable as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            raise RdbNotMade(str(error), next_step=error.next_step) from error
 
     def chunk(self, size: int) -> bytes:
         """At least one byte and at most `size`."""

@@ -22,6 +22,8 @@ from lib.graph.rdb_fields import crc64, take_module_id, take_string, written_str
 MAGIC = b"REDIS"
 HEADER_BYTES = 9
 TRAILER_BYTES = 9  # 0xFF and the CRC64
+# Of a diskless transfer `redis-cli --rdb -` also writes the mark that ends it; servers load such a file.
+END_MARK_BYTES = 40
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 64 * 1024  # the auxiliary fields fit many times
 _AUX, _SELECT_DB, _MODULE_AUX, _END = 0xFA, 0xFE, 0xF7, 0xFF
@@ -96,8 +98,9 @@ def _version(path: Path) -> int:
 
 def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
     """CRC64 of all but the trailer's eight bytes, the CRC64 stored there, and the sha256 of the whole file."""
+    mark = _end_mark(file, size)
     file.seek(0)
-    crc, digest, left = 0, hashlib.sha256(), size - 8
+    crc, digest, left = 0, hashlib.sha256(), size - mark - 8
     last = b""
     while left:
         chunk = file.read(min(CHUNK_BYTES, left))
@@ -109,7 +112,17 @@ def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
         raise BackupDamaged(f"{path.name} is cut off: it does not end like an RDB file")
     trailer = file.read(8)
     digest.update(trailer)
+    digest.update(file.read(mark))
     return crc, int.from_bytes(trailer, "little"), digest.hexdigest()
+
+
+def _end_mark(file: BinaryIO, size: int) -> int:
+    """Bytes of the end mark behind the RDB: 40, or 0."""
+    if size < HEADER_BYTES + TRAILER_BYTES + END_MARK_BYTES:
+        return 0
+    file.seek(size - END_MARK_BYTES - TRAILER_BYTES)
+    tail = file.read(TRAILER_BYTES + END_MARK_BYTES)
+    return END_MARK_BYTES if tail[0] == _END and re.fullmatch(rb"[0-9a-f]{40}", tail[TRAILER_BYTES:]) else 0
 
 
 def require_rdb_checksum(path: Path, facts: RdbFacts, *, expected_sha256: str = "") -> None:

@@ -18,6 +18,7 @@ from lib.graph.client import GraphAddress, connect
 from lib.scratch_folder import ScratchFolder, scratch_folder
 
 POLL_SECONDS = 0.02
+_FOREIGN_MODULE = re.compile(r"no matching module(?: type)? '([^']+)'")
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 
 
@@ -91,6 +92,11 @@ def _loaded(
             next_step="run it again when this machine is less busy, or prove the backup on another with --check",
         )
     _require_alive(child)
+    if foreign := _FOREIGN_MODULE.search(reason):
+        raise ScratchFailed(
+            f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
+            next_step="take the graph alone: python scripts/backup_automem.py   uses DUMP on such a server",
+        )
     if rdb is None:
         raise StoreFailed(f"the scratch FalkorDB gave up: {reason}")
     raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB gave up: {reason}")

@@ -10,12 +10,20 @@ from lib.console import Console, size_text, table
 from lib.errors import DONE, REMAINING, VERIFICATION_FAILED
 
 if TYPE_CHECKING:
-    from lib.backup_set.manifest import Manifest
+    from lib.backup_set.manifest import GraphHalf, Manifest
     from lib.backup_set.offsite import Uploaded
+    from lib.backup_set.retention import Cleanup
     from lib.backup_set.shelf import Shelf
     from lib.steps.drill import Proof
     from lib.steps.take_collection import CollectionSource
     from lib.steps.take_graph import GraphSource
+
+# Of the kinds of sets that `latest` never means.
+_REMARKS = {
+    "graph only": ("  graph only",),
+    "collection only": ("  collection only",),
+    "safety copy": ("  safety copy: a restore took it of what it replaced",),
+}
 
 
 def show_sources(
@@ -76,10 +84,26 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     for half in manifest.halves:
         if half.proof == CHECKED:
             console.warn(f"{half.file.name} is CHECKED only, it was not loaded: {half.proof_note}")
+    if manifest.graph:
+        _warn_left_out(manifest.graph, console)
     if manifest.proof == UNPROVED:
         console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
         return REMAINING
     return DONE
+
+
+def _warn_left_out(half: GraphHalf, console: Console) -> None:
+    """What a restore of the graph will not bring back."""
+    if half.expires:
+        console.warn(
+            f"graph '{half.graph}' has an expiry: the server deletes it at {half.expires}."
+            f" `PERSIST {half.graph}` in redis-cli keeps it"
+        )
+    if half.functions:
+        console.warn(
+            f"the server has function libraries (GRAPH.UDF): {', '.join(half.functions)}. A restore of the graph does"
+            " not bring them back: keep their code"
+        )
 
 
 def _proof(level: str, note: str) -> str:
@@ -94,11 +118,16 @@ def show_sets(shelf: Shelf, console: Console) -> int:
     header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "proof")
     lines = table(rows, header).splitlines()
     for at, (one, _) in reversed(list(enumerate(shelf.sets, len(lines) - len(rows)))):
-        lines.insert(at + 1, f"  {_made_of(one)}")
+        lines[at + 1 : at + 1] = [f"  {_made_of(one)}", *_REMARKS.get(one.kind, ())]
+    if any(one.kind in _REMARKS for one, _ in shelf.sets):
+        lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
     console.result(
         {
             "where": shelf.where,
-            "sets": [{**one.as_json(), "proof": one.proof, "complete": whole} for one, whole in shelf.sets],
+            "sets": [
+                {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": whole}
+                for one, whole in shelf.sets
+            ],
             "unreadable": shelf.unreadable,
         },
         "\n".join(lines) if rows else f"no backup in {shelf.where}",
@@ -151,9 +180,11 @@ def _arrived(one: Uploaded) -> str:
     )
 
 
-def show_deleted(chosen: list[Manifest], console: Console, *, dry_run: bool) -> int:
-    """What --cleanup deleted, or would delete."""
+def show_deleted(plan: Cleanup, console: Console, *, dry_run: bool) -> int:
+    """What --cleanup deleted, or would delete, and what it protects."""
     word = "would delete" if dry_run else "deleted"
-    text = "\n".join(f"{word} {one.name} and its files" for one in chosen) or "nothing to delete"
-    console.result({"dry_run": dry_run, "sets": [one.name for one in chosen]}, text)
+    lines = [f"{word} {one.name} and its files" for one in plan.delete] or ["nothing to delete"]
+    lines += [f"kept {name}: {why}" for name, why in plan.protected.items()]
+    document = {"dry_run": dry_run, "sets": [one.name for one in plan.delete], "protected": plan.protected}
+    console.result(document, "\n".join(lines))
     return DONE

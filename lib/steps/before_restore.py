@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from lib.addresses import same_server, without_login
-from lib.automem_api import presence
+from lib.automem_api import HealthAnswer, ask_health
+from lib.backup_set.manifest import GraphHalf
 from lib.errors import UsageProblem
-from lib.graph.client import list_graphs
+from lib.graph.client import expires_at, function_libraries, list_graphs
 from lib.graph.preflight import other_clients
 from lib.steps import restore_graph as graphs
 from lib.steps.collection_backup import (
@@ -27,7 +28,8 @@ _NAMED = 3  # clients that are named one by one
 _STOP_AUTOMEM = (
     "stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
     " and start it afterwards:  docker compose up -d --force-recreate flask-api\n"
-    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is)"
+    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is; if only a proxy answers"
+    " for a stopped AutoMem: to AutoMem's own address, such as http://localhost:8001)"
 )
 
 
@@ -52,6 +54,7 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
         proved.graph = stack.enter_context(opened)
         graphs.require_version(proved.graph, site.graph)
         graphs.require_target(proved.graph, site.graph)
+        _tell_left_out(site, site.graph, proved.graph, wanted.graph_half)
     for half, server in (
         (wanted.graph_half, _server(site.graph)),
         (wanted.collection_half, _server(site.collection)),
@@ -61,6 +64,28 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
                 f"warning: {half.file.name} was taken from {half.server['address']}, it goes to {server}"
             )
     return proved
+
+
+def _tell_left_out(
+    site: Site, target: GraphSource, backup: graphs.GraphBackup, half: GraphHalf | None
+) -> None:
+    """Name what a restore of the graph does not bring back: function libraries, and an expiry of its key."""
+    held = half.functions if half else []
+    if backup.scratch:
+        held = sorted({*held, *function_libraries(backup.scratch.conn)})
+    missing = [name for name in held if name not in function_libraries(target.conn)]
+    if missing:
+        site.notice(
+            "warning: the backup's server had function libraries (GRAPH.UDF) that this one lacks:"
+            f" {', '.join(missing)}. A restore of the graph does not bring them back: GRAPH.UDF LOAD brings them from"
+            " their code"
+        )
+    live = expires_at(target.conn, target.graph)
+    for whose, moment in (("the backup's key had", half.expires if half else ""), ("the live key has", live)):
+        if moment:
+            site.notice(
+                f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one"
+            )
 
 
 def _server(source: GraphSource | CollectionSource | None) -> str:
@@ -75,11 +100,16 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
     With `while_running` it goes on only where labels, relationship types and property keys are the same, in order.
     """
     assert site.graph is not None
-    state = presence(site.api)
-    if state == "absent":
+    answer, url = ask_health(site.api), without_login(site.api.url)
+    if answer.presence == "absent":
+        if answer.seen:
+            site.notice(
+                f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
+                " stopped, wherever it runs"
+            )
         return
     if not options.while_running:
-        raise UsageProblem(_still_there(state, without_login(site.api.url)), next_step=_STOP_AUTOMEM)
+        raise UsageProblem(_may_run(answer, url), next_step=_STOP_AUTOMEM)
     if site.graph.graph in list_graphs(site.graph.conn):
         graphs.require_same_numbers(backup, site.graph)
 
@@ -98,8 +128,6 @@ def tell_other_clients(site: Site) -> None:
     )
 
 
-def _still_there(state: str, url: str) -> str:
-    how = f"is running ({url} answers)"
-    if state == "silent":
-        how = f"may be running ({url} takes connections and does not answer)"
+def _may_run(answer: HealthAnswer, url: str) -> str:
+    how = f"is running ({url} answers)" if answer.health else f"may be running ({url}: {answer.seen})"
     return f"AutoMem {how}: after the graph is replaced its caches would write values under wrong names"

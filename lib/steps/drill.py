@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,13 @@ from lib.steps.prove import prove_graph
 from lib.steps.prove_collection import prove_collection
 
 _GZIP = b"\x1f\x8b"
+# https://github.com/verygoodplugins/automem, scripts/backup_automem.py; the archive is that of its GET /backup.
+_AUTOMEM_HEAD = 4096
+_AUTOMEMS_OWN = {
+    "a graph": re.compile(rb'\s*\{[^\[]*"graph_name"\s*:'),
+    "a collection": re.compile(rb'\s*\{[^\[]*"collection_name"\s*:'),
+    "an archive": re.compile(rb"(?:\./)?(?:falkordb|qdrant)/(?:[^\0]*\.json\.gz)?\0"),
+}
 RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
 
 
@@ -36,6 +46,7 @@ def kind_of(path: Path) -> str:
         head = stream.read(512)
     if is_rdb(path):
         return RDB
+    _refuse_automems_own(path, head)
     if head.startswith(_GZIP):
         peek_facts(path)
         return ARCHIVE
@@ -47,6 +58,23 @@ def kind_of(path: Path) -> str:
         f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json",
         next_step="python scripts/backup_automem.py --list",
     )
+
+
+def _refuse_automems_own(path: Path, head: bytes) -> None:
+    """Raise BadFile for a backup of AutoMem's own scripts or of its GET /backup."""
+    if head.startswith(_GZIP):
+        try:
+            with gzip.open(path) as stream:
+                head = stream.read(_AUTOMEM_HEAD)
+        except (OSError, EOFError, zlib.error):
+            return
+    kind = next((kind for kind, sign in _AUTOMEMS_OWN.items() if sign.match(head)), None)
+    if kind:
+        raise BadFile(
+            f"{path} is {kind} as AutoMem's own backup writes it, not a backup of these scripts",
+            next_step="restore it with AutoMem's own scripts/restore_from_backup.py, in AutoMem's checkout; or take one"
+            " of these:  python scripts/backup_automem.py --list",
+        )
 
 
 def _require_file(path: Path) -> None:

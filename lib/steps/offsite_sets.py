@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup_set.manifest import read_manifest
-from lib.backup_set.offsite import MANIFEST_NAME, Uploaded, fetch, manifests, read_there, upload
+from lib.backup_set.offsite import (
+    MANIFEST_NAME,
+    Uploaded,
+    fetch,
+    manifests,
+    read_there,
+    require_fetchable,
+    upload,
+)
 from lib.backup_set.offsite_address import is_url
 from lib.backup_set.offsite_store import OffsiteStore, open_offsite
-from lib.backup_set.sets import Deployment
+from lib.backup_set.sets import GRAPH_DIR, Deployment, newest_full, safety_copies, with_purpose
 from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
 from lib.files import TargetLock, private_dir
 from lib.graph.engine import Engine
@@ -44,12 +52,14 @@ def _named(url: str) -> _Named:
     return _Named(url)
 
 
-def require_place(url: str, *, write: bool = True) -> str:
+def require_place(url: str, *, graph: str = "", write: bool = True) -> str:
     """Raise where sets could not be uploaded to the URL, as far as that can be known; the URL as it may be shown.
 
-    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. With `write` a small file is
-    written there, read back and deleted.
+    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. `graph` is the one that will be
+    backed up. With `write` a small file is written there, read back and deleted.
     """
+    if graph:
+        require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
     store = open_offsite(url)
     if write:
         store.prove_writable()
@@ -61,8 +71,8 @@ def require_place(url: str, *, write: bool = True) -> str:
 def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str:
     """A FILE argument as it is, or the set that a URL names brought into `folder`: the path of its file there.
 
-    The URL of a manifest or of one of its files, or of a folder with `/latest` behind it: the newest set there that
-    is of this deployment. Raises like `offsite.fetch`, and BadFile for another URL.
+    The URL of a manifest or of one of its files, or of a folder with `/latest` behind it: the newest full set there
+    that is of this deployment and no safety copy. Raises like `offsite.fetch`, and BadFile for another URL.
     """
     if not is_url(word):
         return word
@@ -73,7 +83,7 @@ def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str
             f"{store.shown} names no backup: end it with backup_*.json, a file of a set, or {LATEST}",
             next_step=f"python scripts/backup_automem.py --list {store.shown}",
         )
-    name = _newest(store, owner) if named.manifest == LATEST else named.manifest
+    name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
     with TargetLock([f"fetching into {folder.absolute()}"]):
         path = fetch(store, name, folder, bar)
     if named.file and named.file not in {file.name for file in read_manifest(path).files}:
@@ -81,15 +91,11 @@ def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str
     return str(folder / named.file if named.file else path)
 
 
-def _newest(store: OffsiteStore, owner: Deployment) -> str:
-    """The newest set there that is of this deployment; a newer manifest that does not read raises."""
-    for name in manifests(store):
-        if owner.owns(read_there(store, name)[0]):
-            return name
-    raise MissingData(
-        f"no backup at {store.shown} is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses",
-        next_step=f"name the set: python scripts/backup_automem.py --list {store.shown}",
-    )
+def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
+    """What `latest` means there, as it does in `folder`; a newer manifest that does not read raises."""
+    safety = safety_copies(folder)
+    found = (with_purpose(read_there(store, name)[0], safety) for name in manifests(store))
+    return newest_full(found, owner, store.shown).name
 
 
 def prove_there(url: str, folder: Path, engines: list[Engine], bar: ProgressBar) -> list[Proof]:
@@ -100,9 +106,11 @@ def prove_there(url: str, folder: Path, engines: list[Engine], bar: ProgressBar)
     """
     named = _named(url)
     store = open_offsite(named.folder)
-    names = manifests(store) if named.manifest in {"", LATEST} else [named.manifest]
+    names = [named.manifest] if named.manifest else manifests(store)
+    if named.manifest == LATEST:
+        names = [_newest(store, None, folder)]
     proofs: list[Proof] = []
-    for name in names[:1] if named.manifest == LATEST else names:
+    for name in names:
         with _drill_folder(folder) as drill:
             try:
                 found = prove_named(drill, str(fetch(store, name, drill, bar)), engines)

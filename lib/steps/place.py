@@ -45,9 +45,7 @@ def prove_way(run: Migration) -> Way:
     began = time.monotonic()
     snapshot = _snapshot(run)
     made = time.monotonic() - began
-    location = (
-        can_fetch_itself(qdrant, run.staged, snapshot, f"{run.staged}_probe") if snapshot.checksum else None
-    )
+    location = can_fetch_itself(qdrant, run.staged, snapshot, f"{run.staged}_probe")
     if location:
         rehearsal = time.monotonic() - began - made
         return Way(FETCH, snapshot, location, patience=_PATIENCE_SECONDS + 3 * rehearsal)
@@ -66,12 +64,12 @@ def _snapshot(run: Migration) -> snapshots.Snapshot:
     qdrant, journal = run.target.qdrant, journal_of(run)
     for one in snapshots.list_snapshots(qdrant, run.staged):
         if one.name == journal.fact("snapshot"):
-            return one
+            return snapshots.with_checksum(qdrant, run.staged, one)
         snapshots.delete(qdrant, run.staged, one.name)
     with run.bar("snapshot", None, ""):
         made = snapshots.create(qdrant, run.staged)
     journal.append(SNAPPED, snapshot=made.name)
-    return made
+    return snapshots.with_checksum(qdrant, run.staged, made)
 
 
 def file_of(run: Migration) -> Path:
@@ -82,7 +80,7 @@ def file_of(run: Migration) -> Path:
 def _fetched(run: Migration, snapshot: snapshots.Snapshot) -> Path | None:
     """The snapshot on this machine, whole by its checksum; None where there is no room for it."""
     folder = private_dir(run.folder / SPOOL_DIR)
-    if free_bytes(folder) < snapshot.size + _ROOM or snapshot.checksum is None:
+    if free_bytes(folder) < snapshot.size + _ROOM:
         return None
     path = file_of(run)
     with path.open("wb") as stream, run.bar("fetch the snapshot", snapshot.size, "bytes") as progress:

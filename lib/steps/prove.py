@@ -122,7 +122,7 @@ def loaded_graph(
     `dump` is a name and a list: the list gets the payload of a DUMP under that name, taken while the graph is read.
     """
     with scratch_server(engine, path) as scratch:
-        if facts.dumped_graph and facts.dumped_graph.startswith(f"{graph}__pre_"):
+        if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
         try:
             require_graph(scratch.conn, graph, scratch.address)

@@ -16,6 +16,11 @@ from lib.vectors.transport import Qdrant
 
 _SIZES = ("configured", "effective", "collection")
 _RESTART = "restart AutoMem with the VECTOR_SIZE and EMBEDDING_MODEL that are set here"
+START_AUTOMEM = (
+    "docker compose logs flask-api   (in AutoMem's folder: a service that refuses to start says why)\n"
+    "docker compose up -d --force-recreate flask-api\n"
+    "export AUTOMEM_API_URL=...   (if AutoMem listens at another address)"
+)
 
 
 def agrees(health: dict[str, Any], spec: EmbeddingSpec) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import NoReturn
 
-from lib.backup_set.manifest import Manifest
+from lib.backup_set.manifest import SAFETY, Manifest
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.graph.client import list_graphs
 from lib.journal import Journal, start_journal
@@ -25,7 +25,7 @@ from lib.vectors.collection import exists, is_dead
 def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restored:
     """Rehearse, back up what is there, switch. Raises with the stores as they were, or says how to go on."""
     result = Restored()
-    journal = start_journal(site.folder, COMMAND, site.targets)
+    journal = start_journal(site.folder, COMMAND, site.targets, files=proved.files)
     back = ""
     try:
         settled = settle(site, proved, journal, result.notes)
@@ -123,7 +123,7 @@ def _safety_backup(site: Site, proved: Proved, journal: Journal) -> Manifest | N
     if graph is None and collection is None:
         return None
     site.say("safety backup of what is there now")
-    return take_backup(graph, collection, site.folder, site.engines, journal, site.bar)
+    return take_backup(graph, collection, site.folder, site.engines, journal, site.bar, purpose=SAFETY)
 
 
 def _switch_graph(

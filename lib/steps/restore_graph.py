@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lib.backup_set.manifest import CHECKED, GraphHalf
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
-from lib.graph.client import server_versions
+from lib.graph.client import server_versions, temporary_name
 from lib.graph.digest import GraphDigest, graph_digest
 from lib.graph.engine import Engine, NoEngine, engine_for, newest_encoding
 from lib.graph.payload import graph_name
@@ -73,7 +73,8 @@ def open_backup(
             raise
         yield GraphBackup(path, source.graph, GraphProof(CHECKED, f"{UNLOADED} ({error})", facts), None)
         return
-    throwaway, copies = f"{source.graph}__try_{secrets.token_hex(6)}", list[bytes]()
+    throwaway = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
+    copies = list[bytes]()
     loaded = loaded_graph(path, source.graph, engine, facts, half=half, dump=(throwaway, copies))
     with loaded as (proof, scratch):
         _require_nodes(path, proof)
@@ -108,7 +109,8 @@ def require_version(backup: GraphBackup, target: GraphSource) -> None:
 def require_target(backup: GraphBackup, target: GraphSource) -> None:
     """Raise where the target would refuse the swap half-way: rights, memory, a replica, a taken name."""
     mark = secrets.token_hex(4)
-    require_writable(target.conn, target.graph, f"{target.graph}__try_{mark}", f"{target.graph}__pre_{mark}")
+    names = [temporary_name(target.conn, target.graph, kind, mark) for kind in ("try", "pre")]
+    require_writable(target.conn, target.graph, *names)
     payload = backup.path.stat().st_size
     loaded = memory_used(backup.scratch.conn) if backup.scratch else _UNLOADED_FACTOR * payload
     require_memory(target.conn, loaded + payload)
@@ -141,7 +143,7 @@ def rehearse(backup: GraphBackup, target: GraphSource, journal: Journal) -> byte
     A payload carries its graph's name, and restoring it under another one can crash a server: so the scratch
     graph is renamed before each DUMP, and without one only the versions are compared.
     """
-    throwaway = backup.throwaway or f"{backup.graph}__try_{journal.run_id}"
+    throwaway = backup.throwaway or temporary_name(target.conn, backup.graph, "try", journal.run_id)
     journal.append("rehearsing the graph", throwaway_graph=throwaway)
     if backup.scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
@@ -179,7 +181,7 @@ def switch_graph(
     `quiet` says that AutoMem is stopped: while it runs it may write at once, and the rehearsal alone is the proof.
     Returns the name under which the old graph now stands, None where there was none.
     """
-    safety = f"{backup.graph}__pre_{journal.run_id}"
+    safety = temporary_name(target.conn, backup.graph, "pre", journal.run_id)
     wanted = backup.digest.digest if backup.digest else ""
     journal.append(SWITCHING, safety_graph=safety, restored_digest=wanted, undo=undo)
     had_old = swap_in(target.conn, backup.graph, payload, safety)

@@ -61,6 +61,11 @@ class Proved:
         """The collection's backup, wherever its snapshots go."""
         return self.placement.backup if self.placement else None
 
+    @property
+    def files(self) -> list[str]:
+        """The paths of the files that are restored."""
+        return [str(one.path) for one in (self.graph, self.collection) if one]
+
 
 @dataclass
 class Newer:

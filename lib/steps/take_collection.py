@@ -16,7 +16,7 @@ from lib.backup_set.manifest import UNPROVED, BackupFile, CollectionHalf
 from lib.backup_set.members import SnapshotMember, together
 from lib.backup_set.sets import COLLECTION_DIR
 from lib.dimensions import EmbeddingSpec
-from lib.errors import BackupDamaged, MigrationError
+from lib.errors import BackupDamaged
 from lib.files import private_dir
 from lib.journal import Journal
 from lib.steps.last_run import journalled_model
@@ -178,11 +178,7 @@ def _archive(
 def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iterator[snapshots.Snapshot]:
     about = NodeJournal(journal, node.qdrant.display) if source.nodes else journal
     with own_snapshot(node.qdrant, source.collection, about) as made:
-        if made.checksum is None:
-            raise MigrationError(
-                f"Qdrant at {node.qdrant.display} gave no checksum with snapshot {made.name}"
-            )
-        yield made
+        yield snapshots.with_checksum(node.qdrant, source.collection, made)
 
 
 def _facts_of(made: Made) -> dict[str, Any]:

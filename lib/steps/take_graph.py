@@ -14,9 +14,16 @@ from lib.backup_set.manifest import UNPROVED, BackupFile, GraphHalf
 from lib.backup_set.sets import GRAPH_DIR
 from lib.errors import AccessRefused
 from lib.files import atomic_writer, private_dir
-from lib.graph.client import GraphAddress, require_graph, server_versions
-from lib.graph.engine import Engine, reads_from
-from lib.graph.psync import PsyncRefused, stream_rdb
+from lib.graph.client import (
+    GraphAddress,
+    ServerVersions,
+    expires_at,
+    function_libraries,
+    require_graph,
+    server_versions,
+)
+from lib.graph.engine import Engine, foreign_modules, reads_from
+from lib.graph.psync import PsyncRefused, RdbNotMade, stream_rdb
 from lib.graph.rdb import wrap_dump
 from lib.graph.read import counts, schema
 from lib.graph.swap import dump_graph
@@ -54,8 +61,9 @@ def take_graph(
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     seen, plan = counts(source.conn, source.graph), schema(source.conn, source.graph)
-    versions = server_versions(source.conn)
-    taken = _taken(source, path, _told(progress), stop, loadable=reads_from(versions, engines))
+    versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
+    why_dump = _why_dump(versions, engines, expires)
+    taken = _taken(source, path, _told(progress), stop, why_dump)
     half = GraphHalf(
         file=BackupFile(f"{GRAPH_DIR}/{path.name}", taken.size, taken.sha256),
         kind=taken.kind,
@@ -70,6 +78,8 @@ def take_graph(
         digest="",
         proof=UNPROVED,
         proof_note="--no-verify",
+        expires=expires,
+        functions=function_libraries(source.conn),
     )
     if verify:
         watch = (lambda _done: stop.check()) if stop else None
@@ -93,19 +103,29 @@ def _taken(
     path: Path,
     tell: Callable[[int], None] | None,
     stop: Stop | None,
-    *,
-    loadable: bool,
+    why_dump: str,
 ) -> _Taken:
-    """The replication stream; DUMP where that is refused, or where nothing here would load it, but a server a DUMP."""
-    if not loadable:
+    """The replication stream; DUMP if that is refused, or if there is a reason for it from the start."""
+    if why_dump:
         with suppress(AccessRefused):
-            return _dumped(source, path, tell, "no engine here loads what this server writes")
+            return _dumped(source, path, tell, why_dump)
     try:
         with atomic_writer(path) as stream:
             moved = stream_rdb(source.address, stream.write, progress=tell, stop=stop)
         return _Taken("rdb", moved.size, moved.sha256)
     except PsyncRefused:
         return _dumped(source, path, tell, "its RDB is refused")
+    except RdbNotMade as error:
+        return _dumped(source, path, tell, str(error))
+
+
+def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> str:
+    """Why an RDB of the whole server could not be loaded here, now or later; "" if it can."""
+    if not reads_from(versions, engines):
+        return "no engine here loads what this server writes"
+    if foreign := foreign_modules(versions, engines):
+        return f"the server also has the redis module {', '.join(foreign)}, whose data no engine here loads"
+    return f"its key expires at {expires}, and no engine loads it from an RDB after that" if expires else ""
 
 
 def _dumped(source: GraphSource, path: Path, tell: Callable[[int], None] | None, why: str) -> _Taken:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lib.backup_set.archive import read_archive
-from lib.backup_set.manifest import CollectionHalf, Drift, GraphHalf, Manifest, write_manifest
+from lib.backup_set.manifest import BACKUP, CollectionHalf, Drift, GraphHalf, Manifest, write_manifest
 from lib.backup_set.unfinished import claim_stamp, remove_unfinished
 from lib.errors import AccessRefused, MigrationError
 from lib.files import free_bytes, private_dir
@@ -44,6 +44,7 @@ def take_backup(
     bar: ProgressBar,
     *,
     verify: bool = True,
+    purpose: str = BACKUP,
 ) -> Manifest:
     """Take what is given and write the manifest; raises with nothing left under a final name.
 
@@ -57,7 +58,7 @@ def take_backup(
             taking = _Taking(folder, stamp, engines, journal, bar, ids, verify)
             halves = taking.halves(graph, collection)
             drift = _drift(ids, graph, folder, halves[1])
-        return write_manifest(folder, Manifest(stamp, created, *halves, drift))
+        return write_manifest(folder, Manifest(stamp, created, *halves, drift, purpose=purpose))
     except BaseException:
         remove_unfinished(folder, journal)  # both or neither
         raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.automem_api import AutoMemApi, health, remember
+from lib.addresses import without_login
+from lib.automem_api import AutoMemApi, ask_health, remember
 from lib.embedding.spool import Spool
 from lib.graph.client import require_graph
 from lib.steps.candidates import Candidates, Sample
@@ -23,7 +24,7 @@ from lib.steps.checks import (
 from lib.steps.findings import compare_stores
 from lib.steps.last_run import proved_at, settings_before
 from lib.steps.progress import ProgressBar
-from lib.steps.recall import check_recall_api, check_recall_direct
+from lib.steps.recall import START_AUTOMEM, check_recall_api, check_recall_direct
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import get_state
@@ -70,11 +71,13 @@ def verify(
 
 def _recall(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
     source = stores.collection
-    answer = health(stores.api)
-    if answer is None:
-        why = "AutoMem's API does not answer"
-        return check_recall_direct(source.qdrant, source.collection, spool, source.spec, samples, why)
-    return check_recall_api(stores.api, answer, source.spec, samples, after_restart=after_restart)
+    answer = ask_health(stores.api)
+    if answer.health is not None:
+        return check_recall_api(stores.api, answer.health, source.spec, samples, after_restart=after_restart)
+    why = f"AutoMem does not answer at {without_login(stores.api.url)}: {answer.summary}"
+    if after_restart:
+        return [Check("recall", FAILED, why, START_AUTOMEM)]
+    return check_recall_direct(source.qdrant, source.collection, spool, source.spec, samples, why)
 
 
 def is_settled(checks: list[Check]) -> bool:

@@ -116,10 +116,13 @@ def download(
 ) -> Download:
     """Hand every byte of the snapshot to `write`, in order and once; goes on where the connection broke.
 
+    A server that keeps its snapshots in S3 sends neither a length nor a part of a file: the length is the list's, and
+    after a break the bytes that are here already are passed over.
+
     `progress` gets (bytes so far, bytes in all). Raises BackupDamaged where the server's own checksum differs,
     StoreFailed where the file changes on the way, NoAnswer after several connections without a byte.
     """
-    fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name))
+    fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size)
     digest = hashlib.sha256()
     for piece in fetch.pieces():
         digest.update(piece)
@@ -135,12 +138,24 @@ def download(
     return Download(fetch.done, sha256, fetch.resumed)
 
 
+def with_checksum(q: Qdrant, collection: str, snapshot: Snapshot) -> Snapshot:
+    """The snapshot; if the server gave no checksum (its snapshots are in S3), with that of what it sends.
+
+    The snapshot is downloaded once more for this, onto no disk, so that a second download is compared with the first.
+    Raises like `download`.
+    """
+    if snapshot.checksum is not None:
+        return snapshot
+    return replace(snapshot, checksum=download(q, collection, snapshot, lambda _piece: None).sha256)
+
+
 class _Fetch:
     """One file over as many connections as it takes."""
 
-    def __init__(self, q: Qdrant, path: str) -> None:
+    def __init__(self, q: Qdrant, path: str, listed_size: int) -> None:
         self.done = 0
         self.total = -1
+        self._listed_size = listed_size
         self.resumed = 0
         self._q = q
         self._path = path
@@ -168,27 +183,33 @@ class _Fetch:
         with self._q.call("GET", self._path, headers=headers, stream=True) as response:
             if response.status_code == 206 and "Content-Range" not in response.headers:
                 return  # its head broke off
-            self._check(response)
+            known = self._check(response)
             # What breaks here ends this connection's pieces early.
             with contextlib.suppress(HTTPError, OSError):
-                for piece in response.raw.stream(PIECE_BYTES, decode_content=False):
+                for received in response.raw.stream(PIECE_BYTES, decode_content=False):
+                    piece, known = received[known:], max(0, known - len(received))
+                    if self.done + len(piece) > self.total:
+                        raise self._refuse("the download is longer than its length")
                     self.done += len(piece)
-                    yield piece
+                    if piece:
+                        yield piece
 
-    def _check(self, response: requests.Response) -> None:
+    def _check(self, response: requests.Response) -> int:
+        """How many bytes of this answer are here already."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise self._refuse("a proxy compresses the download")
         if self.done == 0:
             self._etag = response.headers.get("ETag", "")
-            self.total = int(response.headers.get("Content-Length", "-1"))
-            if self.total < 0:
-                raise self._refuse("the download comes without a length")
-            return
+            self.total = int(response.headers.get("Content-Length", self._listed_size))
+            return 0
+        if response.status_code == 200 and not self._etag and "Content-Length" not in response.headers:
+            return self.done
         wanted = f"bytes {self.done}-{self.total - 1}/{self.total}"
         if response.status_code != 206 or response.headers.get("Content-Range") != wanted:
             raise self._refuse("the rest of a broken download cannot be fetched")
         if response.headers.get("ETag", "") != self._etag:
             raise self._refuse("the snapshot changed while it was fetched")
+        return 0
 
     def _refuse(self, why: str) -> StoreFailed:
         step = "run the backup again, straight against the server"

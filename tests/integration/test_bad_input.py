@@ -9,6 +9,7 @@ import shutil
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 
 import pytest
 
@@ -473,6 +474,48 @@ def test_a_restore_into_a_backup_folder_that_cannot_be_written(operator):
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
+
+
+VALUED = [
+    (script, flag)
+    for script in (
+        "backup_automem",
+        "reembed_embeddings",
+        "restore_from_backup",
+        "verify_migration",
+        "quickstart",
+    )
+    for action in import_module(f"scripts.{script}").arguments()._actions
+    for flag in action.option_strings
+    if action.nargs != 0
+]
+
+
+@pytest.mark.parametrize(("script", "flag"), VALUED)
+def test_an_empty_value_is_refused_by_every_flag_that_takes_one(operator, script, flag):
+    """An unset variable between quotes: `--upload "$UNSET"` must not mean `no copy`."""
+    offline(operator)
+    before = sorted(operator.folder.rglob("*"))
+    for words in ((flag, ""), (flag, "  "), (f"{flag}=",), (f"{flag}= ",)):
+        result = operator.run(script, *words, expect=2)
+        assert f"error: {flag} is empty: is a variable unset?" in result.err
+        assert result.out == ""
+    assert sorted(operator.folder.rglob("*")) == before
+
+
+def test_every_flag_that_takes_a_value_is_known():
+    """The list above is read off the parsers: it must not become empty."""
+    assert {("backup_automem", one) for one in ("--upload", "--check", "--list", "--keep", "--only")} <= set(
+        VALUED
+    )
+    assert ("verify_migration", "--recall") in VALUED
+    assert sum(flag == "--backup-dir" for _, flag in VALUED) == 4
+
+
+def test_an_empty_file_argument_is_refused(operator):
+    offline(operator)
+    for words in (("",), ("latest", ""), ("", "latest"), ("--dry-run", "")):
+        assert "is empty: is a variable unset?" in operator.run("restore_from_backup", *words, expect=2).err
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def place(request, operator, s3, tmp_path) -> Place:
     """A place elsewhere of each kind, empty."""
     if request.param == "s3":
         operator.export(**s3.environ)
-        return Place(f"s3://{BUCKET}/{operator.graph}", lambda: s3.objects(operator.graph))
+        folder = operator.graph
+        return Place(f"s3://{BUCKET}/{folder}", lambda: s3.objects(folder))
     if request.param == "sftp":
         server = request.getfixturevalue("sftp")
         return Place(server.url("/copies/of automem"), lambda: files_in(server.folder / "copies/of automem"))
@@ -66,6 +67,42 @@ def files_in(folder: Path) -> dict[str, int]:
 def set_files(manifest: Path) -> dict[str, int]:
     files = {one.name: one.size for one in read_manifest(manifest).files}
     return {**files, manifest.name: manifest.stat().st_size}
+
+
+@pytest.mark.parametrize("place", ["folder", "s3", "sftp"], indirect=True)
+def test_a_graph_of_any_name_comes_back_from_a_copy(operator, place):
+    """What is uploaded can be fetched: names that a shell, a URL or a glob would read as something else."""
+    operator.graph += " caf\u00e9:m\u00e9mories [v2] *?#%20~'\"&;\u65e5"
+    operator.load(40)
+    before = operator.state()
+    operator.run("backup_automem", "--upload", place.url)
+    (manifest,) = operator.manifests()
+    assert place.files() == set_files(manifest)
+    if "://" not in place.url:
+        place.url = f"file://{quote(place.url)}"
+    operator.run("backup_automem", "--check", f"{place.url}/latest")
+    shutil.rmtree(operator.backups)
+    spoil(operator)
+    operator.run("restore_from_backup", f"{place.url}/latest")
+    assert operator.state() == before
+
+
+@pytest.mark.parametrize("odd", ["back\\slash", "new\nline", "tab\tname", "bell\x07", "half\udce9"])
+def test_a_name_that_no_copy_gives_back_is_refused_before_the_backup(operator, tmp_path, odd):
+    operator.export(FALKORDB_GRAPH=f"g{odd}")
+    result = operator.run("backup_automem", "--upload", str(tmp_path / "copies"), expect=2)
+    assert "cannot be fetched back" in result.err
+    assert not operator.backups.exists()
+    assert not (tmp_path / "copies").exists()
+
+
+def test_an_existing_set_that_no_copy_gives_back_is_not_uploaded(operator, tmp_path):
+    operator.graph += "back\\slash"
+    operator.load(20)
+    operator.run("backup_automem", "--only", "falkordb")
+    words = ("backup_automem", "--check", "all", "--upload", str(tmp_path / "copies"))
+    assert "cannot be fetched back" in operator.run(*words, expect=2).err
+    assert files_in(tmp_path / "copies") == {}
 
 
 def test_a_backup_is_uploaded_listed_proved_and_restored_from_there(operator, place, tmp_path):

@@ -70,7 +70,8 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_bought(level):
     assert 99 not in after
     assert_migrated(level, {**before, keyless: after[keyless]}, model=SMALL, size=OLD_SIZE)
     repair(level)
-    level.run("verify_migration", "--after-restart")
+    with level.restarted():
+        level.run("verify_migration", "--after-restart")
 
 
 def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
@@ -119,7 +120,8 @@ def test_the_point_of_a_memory_that_cannot_be_embedded_is_left_alone(level):
     level.cypher("MATCH (m:Memory {id: $id}) SET m.content = '  '", id=one)
     repair(level)
     assert one in points_of(level)
-    level.run("verify_migration", "--after-restart")
+    with level.restarted():
+        level.run("verify_migration", "--after-restart")
 
 
 def test_another_model_at_the_same_size_is_refused(level):

@@ -356,6 +356,21 @@ def test_backups_are_listed_and_cleaned_up_beside_reports(ready):
     assert len(reports(ready)) == 2
 
 
+def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
+    """However many newer sets there are: the undo and the report of the migration name the set before it."""
+    ready.run("reembed_embeddings")
+    undo = the_report(ready)[0]["backup"]
+    for words in ((), (), ("--only", "qdrant"), ("--only", "falkordb"), ("--only", "falkordb")):
+        ready.run("backup_automem", *words)
+    done = ready.run("backup_automem", "--cleanup", "--keep", "1", "--json").json
+    assert len(done["sets"]) == 2  # of the full sets one, of the graph halves one
+    assert undo not in done["sets"]
+    assert "names it" in done["protected"][undo]
+    assert ready.backups / undo in ready.manifests()
+    told = ready.run("backup_automem", "--cleanup", "--keep", "1").out
+    assert told.startswith(f"nothing to delete\nkept {undo}: the undo of reembed run ")
+
+
 # --- figures and plots ------------------------------------------------------------------------------------------
 
 

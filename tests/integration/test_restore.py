@@ -91,6 +91,41 @@ def test_the_pair_comes_back(operator, words):
     assert operator.state() == spoilt
 
 
+def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
+    """One half put back, then both: each leaves a safety copy, which is newer than the backup."""
+    operator.load(60)
+    before = operator.state()
+    operator.run("backup_automem")
+    wanted = operator.manifests()[0].name
+    for words in (operator.archive(), operator.rdb(), "latest"):
+        spoil(operator)
+        operator.run("restore_from_backup", words)
+    assert operator.state() == before
+    kinds = {one["kind"] for one in operator.run("backup_automem", "--list", "--json").json["sets"]}
+    assert kinds == {"full", "safety copy"}
+    table = operator.run("backup_automem", "--list").out
+    assert table.count("  safety copy: a restore took it of what it replaced\n") == 3
+    assert "`latest` is the newest full set" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+    operator.run("backup_automem", "--only", "qdrant")
+    spoil(operator)
+    plan = operator.run("restore_from_backup", "latest", "--dry-run", "--json").json
+    assert Path(plan["graph"]["file"]).stem[-15:] == wanted[7:22]
+    assert Path(plan["collection"]["file"]).name[-22:-7] == wanted[7:22]
+    operator.run("restore_from_backup", "latest")
+    assert operator.state() == before
+
+    cleaned = operator.run("backup_automem", "--cleanup", "--keep", "1", "--json").json
+    assert cleaned["sets"] == []
+    assert len(cleaned["protected"]) == 3  # of four safety copies, which undo a restore of the last 30 days
+    operator.manifests()[0].unlink()
+    assert "\n  collection only\n" in operator.run("backup_automem", "--list").out
+    refused = operator.run("restore_from_backup", "latest", expect=1)
+    assert "no full backup in" in refused.err
+    assert "(collection only)" in refused.err
+
+
 def test_onto_stores_that_hold_nothing(operator):
     operator.load()
     before, asset = operator.state(), settings(operator)
@@ -285,4 +320,5 @@ def test_a_backup_of_another_server_is_told_before_the_switch(operator):
     for more in (["--dry-run"], ["-q"]):
         told = operator.run("restore_from_backup", str(manifest), *more).err
         assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in told
-    operator.run("restore_from_backup", "latest", "--dry-run")  # the safety backup, of this server
+    safety = str(operator.manifests()[-1])
+    assert "was taken from" not in operator.run("restore_from_backup", safety, "--dry-run").err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.automem_api import HealthAnswer
 from lib.errors import StoreFailed, UsageProblem
 from lib.graph.client import connect
 from lib.graph.digest import graph_digest
@@ -156,7 +157,7 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
     operator = without_psync
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
-    monkeypatch.setattr("lib.steps.before_restore.presence", lambda _api: "running")
+    monkeypatch.setattr("lib.steps.before_restore.ask_health", lambda _api: HealthAnswer("running"))
     with pytest.raises(UsageProblem, match="not loaded by any engine"):
         run_restore(
             operator, site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True)

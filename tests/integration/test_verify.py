@@ -122,7 +122,8 @@ def test_what_verify_calls_drift_only_missing_repairs(migrated):
     put_points(migrated, {77: ({"content": "nobody's"}, good[one][1])})
     assert failing(migrated) == ["ids", "surplus points", "content", "payloads"]
     migrated.run("reembed_embeddings", "--only-missing")
-    verify(migrated, "--after-restart")
+    with migrated.restarted():
+        verify(migrated, "--after-restart")
     assert points_of(migrated)[special][0] == good[special][0]
 
 
@@ -176,9 +177,11 @@ def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(m
     checks = verify(migrated)
     waiting = [name for name, one in checks.items() if one["status"] == PENDING]
     assert waiting == ["ids", "content", "payloads"]
-    assert failing(migrated, "--after-restart") == waiting
+    with migrated.restarted():
+        assert failing(migrated, "--after-restart") == waiting
     migrated.run("reembed_embeddings", "--only-missing")
-    verify(migrated, "--after-restart")
+    with migrated.restarted():
+        verify(migrated, "--after-restart")
 
 
 def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
@@ -187,7 +190,8 @@ def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
     migrated.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.11, m.updated_at = '2027'", id=special)
     drop_key(migrated, special, "source_app")
     set_payload(migrated, special, importance=0.11, updated_at="2027")
-    verify(migrated, "--after-restart")
+    with migrated.restarted():
+        verify(migrated, "--after-restart")
 
 
 def test_a_memory_deleted_since_is_no_sample(migrated):

@@ -22,6 +22,7 @@ from lib.backup_set.manifest import (
     sealed,
     write_manifest,
 )
+from lib.backup_set.retention import plan_cleanup
 from lib.backup_set.sets import (
     Deployment,
     all_sets,
@@ -29,12 +30,9 @@ from lib.backup_set.sets import (
     find_set,
     is_complete,
     latest,
-    named_in_journals,
     newest_with,
-    to_delete,
 )
-from lib.errors import USAGE, VERIFICATION_FAILED, BackupDamaged, BadFile, MissingData, UsageProblem
-from lib.journal import start_journal
+from lib.errors import USAGE, VERIFICATION_FAILED, BackupDamaged, BadFile, MissingData
 
 GRAPH = GraphHalf(
     file=BackupFile("falkordb/g.rdb", 3, "00"),
@@ -230,33 +228,6 @@ def test_the_newest_whole_set_that_holds_a_collection(tmp_path):
     assert newest_with(tmp_path, "c", "http://elsewhere:6333") is None
 
 
-def names(chosen):
-    return [one.stamp[-1] for one in chosen]
-
-
-def test_cleanup_keeps_the_newest_ones(tmp_path):
-    for number in range(1, 6):
-        make(tmp_path, number)
-    assert names(to_delete(tmp_path, 2, HERE, [])) == ["3", "2", "1"]
-    assert names(to_delete(tmp_path, 2, HERE, [f"backup_{stamp_of(2)}.json"])) == ["3", "1"]
-    assert to_delete(tmp_path, 9, HERE, []) == []
-    for keep in (0, -1):
-        with pytest.raises(UsageProblem, match="--keep must be at least 1"):
-            to_delete(tmp_path, keep, HERE, [])
-
-
-def test_cleanup_never_takes_the_newest_proved_pair(tmp_path):
-    unproved = dataclasses.replace(COLLECTION, proof=UNPROVED)
-    make(tmp_path, 1)
-    make(tmp_path, 2)
-    make(tmp_path, 3, graph=None)  # proved, but half of a pair
-    broken = make(tmp_path, 4)
-    broken.file_of(broken.graph).unlink()
-    make(tmp_path, 5, collection=unproved)
-    make(tmp_path, 6, collection=unproved)
-    assert names(to_delete(tmp_path, 1, HERE, [])) == ["5", "4", "3", "1"]
-
-
 def test_deleting_a_set_takes_its_own_files_alone(tmp_path):
     one, other = make(tmp_path, 1), make(tmp_path, 2)
     delete_set(one)
@@ -282,23 +253,5 @@ def test_another_deployments_sets_are_neither_latest_nor_cleaned_up(tmp_path):
     away = dataclasses.replace(GRAPH, server={**GRAPH.server, "address": "10.0.0.1:6379"})
     make(tmp_path, 5, graph=away)
     assert latest(tmp_path, HERE) == own[1]
-    assert to_delete(tmp_path, 1, HERE, []) == [own[0]]
-    assert to_delete(tmp_path, 1, dataclasses.replace(HERE, collection="theirs"), []) == [theirs[0]]
-
-
-def test_what_journals_name_is_spared(tmp_path):
-    for number in range(1, 5):
-        make(tmp_path, number)
-    name = "backup_{}.json".format
-    running = start_journal(tmp_path, "restore", ["t"])
-    running.append("safety backup", manifest=name(stamp_of(1)))
-    running.append("again", manifest=name(stamp_of(2)))
-    assert named_in_journals(tmp_path, HERE, ["t"]) == {name(stamp_of(1)), name(stamp_of(2))}
-    running.close("done")
-    done = start_journal(tmp_path, "reembed", ["t"])
-    done.append("guarded", manifest=name(stamp_of(4)))
-    done.close("done")
-    assert named_in_journals(tmp_path, HERE, ["t"]) == {name(stamp_of(4))}
-    assert named_in_journals(tmp_path, HERE, ["another"]) == set()
-    make(tmp_path, 6)
-    assert named_in_journals(tmp_path, HERE, ["t"]) == set()
+    assert plan_cleanup(tmp_path, 1, HERE, []).delete == [own[0]]
+    assert plan_cleanup(tmp_path, 1, dataclasses.replace(HERE, collection="theirs"), []).delete == [theirs[0]]

@@ -34,7 +34,8 @@ START_REFUSED = 101  # what the real server exits with when it panics
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal comes; 0, or 101 where the data directory cannot be started with."""
     options = _parser().parse_args(argv)
-    storage = Storage(options.data, DIALECTS[options.version])
+    s3 = os.environ.get("QDRANT__STORAGE__SNAPSHOTS_CONFIG__SNAPSHOTS_STORAGE") == "s3"
+    storage = Storage(options.data, DIALECTS[options.version], s3=s3)
     try:
         storage.open()
     except StartRefused as refused:

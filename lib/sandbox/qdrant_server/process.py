@@ -27,6 +27,7 @@ class QdrantServer:
         port: int | None = None,
         api_key: str | None = None,
         read_only_key: str | None = None,
+        snapshot_store: str = "local",
     ) -> None:
         self.data = data
         self.version = version
@@ -39,6 +40,7 @@ class QdrantServer:
             env={
                 "QDRANT__SERVICE__API_KEY": api_key or "",
                 "QDRANT__SERVICE__READ_ONLY_API_KEY": read_only_key or "",
+                "QDRANT__STORAGE__SNAPSHOTS_CONFIG__SNAPSHOTS_STORAGE": snapshot_store,
             },
             cwd=PROJECT,
         )

@@ -39,9 +39,8 @@ def _delete(call: Call) -> Any:
 
 
 def _download(call: Call) -> Any:
-    return download.response(
-        snapshot_files.find(call.storage, call.names["name"], call.names["snapshot"]), call.request
-    )
+    path = snapshot_files.find(call.storage, call.names["name"], call.names["snapshot"])
+    return download.streamed(path) if call.storage.s3 else download.response(path, call.request)
 
 
 async def _upload(call: Call) -> Any:

@@ -33,7 +33,8 @@ def create(storage: Storage, collection: Collection) -> Json:
         _write(out, collection, storage, scratch)
     folder = storage.snapshot_folder(collection.name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.checksum").write_text(sha256(built))
+    if not storage.s3:
+        (folder / f"{name}.checksum").write_text(sha256(built))
     built.rename(folder / name)
     scratch.rmdir()
     return describe(folder / name)

@@ -24,10 +24,14 @@ Json = dict[str, Any]
 
 
 class Storage:
-    """Everything the server holds; its files lie under `folder` as the real server lays them out."""
+    """Everything the server holds; its files lie under `folder` as the real server lays them out.
 
-    def __init__(self, folder: Path, dialect: Dialect) -> None:
+    With `s3` snapshots are listed and sent as from a server that keeps them in S3.
+    """
+
+    def __init__(self, folder: Path, dialect: Dialect, *, s3: bool = False) -> None:
         self.folder = folder
+        self.s3 = s3
         self.dialect = dialect
         self.collections: dict[str, Collection] = {}
         self.aliases: dict[str, str] = {}  # alias -> collection

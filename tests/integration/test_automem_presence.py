@@ -1,0 +1,184 @@
+"""Is AutoMem running? What restore and verify conclude from each kind of answer at AUTOMEM_API_URL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lib.automem_api import AutoMemApi, ask_health
+from lib.sandbox.automem_server import AutoMemServer
+from tests.http_proxy import HttpProxy
+from tests.operator_support import NEW_SIZE, Operator
+from tests.restore_support import spoil
+
+
+class Answering(HttpProxy):
+    """Answers every request with the same status and body; counts them."""
+
+    def __init__(self, status: int, body: bytes = b"") -> None:
+        super().__init__("127.0.0.1", 1)
+        self.status, self.body, self.asked = status, body, 0
+
+    def open(self) -> None:
+        pass
+
+    def answer(self, request, body) -> None:
+        self.asked += 1
+        request.reply(self.status, [("Content-Type", "text/plain")], self.body)
+
+
+@pytest.fixture(scope="module")
+def stores(session_servers, tmp_path_factory):
+    someone = Operator(session_servers, tmp_path_factory.mktemp("presence"))
+    someone.load(40)
+    someone.run("backup_automem", "--only", "falkordb")
+    spoil(someone)
+    yield someone
+    someone.clean_up()
+
+
+@pytest.fixture
+def ready(stores, tmp_path):
+    """The stores, which differ from the backup; a copy of the backup folder and settings of the test's own."""
+    shutil.copytree(stores.backups, tmp_path / "backups")
+    return Operator(stores.servers, tmp_path, stores.graph, stores.collection)
+
+
+@pytest.fixture(scope="module")
+def service(stores):
+    with AutoMemServer(env=stores.environ) as automem:
+        yield automem
+
+
+def refused_restore(operator) -> str:
+    before = operator.state()
+    text = operator.run("restore_from_backup", operator.rdb(), expect=2).err
+    assert operator.state() == before
+    assert not list(operator.backups.glob("journal_*_restore.jsonl"))
+    return text
+
+
+@pytest.mark.parametrize("status", [502, 503, 504, 404])
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_no_proxy_is_asked_for_an_automem_of_this_machine(ready, service, status, variable):
+    with Answering(status) as proxy:
+        ready.export(AUTOMEM_API_URL=service.url.replace("127.0.0.1", "localhost"), **{variable: proxy.url})
+        assert "AutoMem is running" in refused_restore(ready)
+        assert proxy.asked == 0
+
+
+@pytest.mark.parametrize("status", [401, 403, 407, 429, 500, 502, 503, 504])
+def test_an_answer_that_may_hide_automem_counts_as_running(ready, status):
+    with Answering(status) as gateway:
+        ready.export(AUTOMEM_API_URL=gateway.url)
+        text = refused_restore(ready)
+    assert f"AutoMem may be running ({gateway.url}: HTTP {status}" in text
+    assert "docker compose stop flask-api" in text
+
+
+def test_a_proxy_that_does_not_reach_automem_shows_nothing(ready):
+    for proxy in ("http://127.0.0.1:1", "http://no-such-proxy.invalid:3128"):
+        ready.export(AUTOMEM_API_URL="http://automem.example:8001", HTTP_PROXY=proxy)
+        assert "may be running (http://automem.example:8001: the proxy" in refused_restore(ready)
+
+
+def test_a_degraded_automem_runs(ready):
+    body = json.dumps({"status": "unhealthy", "falkordb": "disconnected"}).encode()
+    with Answering(503, body) as degraded:
+        ready.export(AUTOMEM_API_URL=degraded.url)
+        assert "AutoMem is running" in refused_restore(ready)
+
+
+def test_a_cut_answer_is_no_sign_of_absence():
+    class Cutting(Answering):
+        def answer(self, request, body) -> None:
+            request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+            request.close_connection = True
+
+    with Cutting(200) as cutting:
+        assert ask_health(AutoMemApi(cutting.url)).presence == "silent"
+
+
+def test_another_service_is_named_and_the_restore_goes_ahead(ready):
+    for status, body in ((404, b"not here"), (200, b"<html>"), (200, b'{"status": "ok"}')):
+        with Answering(status, body) as other:
+            ready.export(AUTOMEM_API_URL=other.url)
+            result = ready.run("restore_from_backup", ready.rdb(), "--dry-run")
+        assert f"another service than AutoMem answers at {other.url} (HTTP {status}" in result.err
+
+
+# --- verify --after-restart --------------------------------------------------------------------------------------
+
+
+def recall_check(operator, *words: str, expect: int) -> dict[str, str]:
+    checks = operator.run("verify_migration", "--json", *words, expect=expect).json["checks"]
+    (found,) = [one for one in checks if one["name"] == "recall"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def settled(session_servers, tmp_path_factory):
+    """Stores that every check passes, with AutoMem at their size."""
+    someone = Operator(session_servers, tmp_path_factory.mktemp("settled"))
+    someone.load(40)
+    with AutoMemServer(env=someone.environ) as automem:
+        someone.export(AUTOMEM_API_URL=automem.url)
+        assert recall_check(someone, "--after-restart", expect=0)["status"] == "passed"
+        yield someone
+    someone.clean_up()
+
+
+def after_restart(settled, **exports: str) -> dict[str, str]:
+    """The recall check with other settings: FAILED, exit code 4, with what to do."""
+    operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+    operator.export(**exports)
+    found = recall_check(operator, "--after-restart", expect=4)
+    assert found["status"] == "FAILED"
+    assert "docker compose" in found["remedy"]
+    return found
+
+
+def test_after_the_restart_a_stopped_automem_fails(settled):
+    url = "http://127.0.0.1:1"
+    assert after_restart(settled, AUTOMEM_API_URL=url)["detail"] == (
+        f"AutoMem does not answer at {url}: nothing listens there"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(200, b"<html>"), (200, b'{"status": "ok"}'), (404, b""), (500, b""), (502, b"")]
+)
+def test_after_the_restart_another_server_fails(settled, status, body):
+    with Answering(status, body) as other:
+        found = after_restart(settled, AUTOMEM_API_URL=other.url.replace("//", "//me:secret-word@"))
+    assert found["detail"].startswith(f"AutoMem does not answer at {other.url}: HTTP {status} from ")
+    assert "secret-word" not in json.dumps(found)
+
+
+def test_an_automem_that_refuses_to_start_fails(settled, tmp_path):
+    """It was started with another size than the collection's, and ended."""
+    from lib.sandbox.process import ServerStartError
+
+    automem = AutoMemServer(env={**settled.environ, "VECTOR_SIZE": str(NEW_SIZE)}, log=tmp_path / "log")
+    with pytest.raises(ServerStartError, match="DIMENSION"):
+        automem.start()
+    assert "nothing listens" in after_restart(settled, AUTOMEM_API_URL=automem.url)["detail"]
+
+
+def test_before_the_restart_a_stopped_automem_is_no_failure(settled):
+    operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+    found = recall_check(operator, expect=0)
+    assert found["status"] == "not checked"
+    assert "nothing listens there" in found["detail"]
+
+
+def test_verify_asks_no_proxy_for_an_automem_of_this_machine(settled):
+    with Answering(502) as proxy:
+        settled.export(HTTP_PROXY=proxy.url)
+        try:
+            assert recall_check(settled, "--after-restart", expect=0)["status"] == "passed"
+        finally:
+            del settled.exports["HTTP_PROXY"]
+        assert proxy.asked == 0

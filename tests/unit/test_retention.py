@@ -1,0 +1,183 @@
+"""Which sets a cleanup deletes, which it protects, and which one `latest` is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from lib.backup_set.manifest import SAFETY, UNPROVED, read_manifest, sealed, write_manifest
+from lib.backup_set.retention import plan_cleanup
+from lib.backup_set.sets import all_sets, latest
+from lib.backup_set.shelf import shelf_here
+from lib.errors import MissingData, UsageProblem
+from lib.journal import start_journal
+from tests.unit.test_manifest import COLLECTION, HERE, make, stamp_of
+
+TARGETS = ["t"]
+GRAPH_HALF, COLLECTION_HALF = {"collection": None}, {"graph": None}
+
+
+def name(number: int) -> str:
+    return f"backup_{stamp_of(number)}.json"
+
+
+def safety(folder, number: int, **halves):
+    made = make(folder, number, **halves)
+    return write_manifest(folder, dataclasses.replace(made, purpose=SAFETY))
+
+
+def deleted(folder, keep: int, targets=TARGETS) -> list[int]:
+    """The numbers of the sets that a cleanup deletes."""
+    return [int(one.stamp[-2:]) for one in plan_cleanup(folder, keep, HERE, targets).delete]
+
+
+def age(journal, days: float) -> None:
+    """As if the run had ended so long ago."""
+    for entry in journal.entries:
+        entry["at"] = (datetime.now(timezone.utc) - timedelta(days=days)).isoformat()
+    journal.path.write_text("".join(json.dumps(entry) + "\n" for entry in journal.entries))
+
+
+def test_cleanup_keeps_the_newest_ones(tmp_path):
+    for number in range(1, 6):
+        make(tmp_path, number)
+    assert deleted(tmp_path, 2) == [3, 2, 1]
+    assert deleted(tmp_path, 9) == []
+    for keep in (0, -1):
+        with pytest.raises(UsageProblem, match="--keep must be at least 1"):
+            plan_cleanup(tmp_path, keep, HERE, TARGETS)
+
+
+def test_each_kind_is_counted_apart(tmp_path):
+    for number in (1, 2, 3):
+        make(tmp_path, number)
+    for number in (4, 5, 6):
+        make(tmp_path, number, **GRAPH_HALF)
+    for number in (7, 8, 9):
+        make(tmp_path, number, **COLLECTION_HALF)
+    for number in (10, 11, 12):
+        safety(tmp_path, number)
+    safety(tmp_path, 13, **COLLECTION_HALF)
+    assert deleted(tmp_path, 2) == [11, 10, 7, 4, 1]
+    assert deleted(tmp_path, 3) == [10]
+
+
+def test_cleanup_never_takes_the_newest_verified_of_a_kind(tmp_path):
+    unproved = dataclasses.replace(COLLECTION, proof=UNPROVED)
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    make(tmp_path, 3, **COLLECTION_HALF)
+    broken = make(tmp_path, 4)
+    broken.file_of(broken.graph).unlink()
+    make(tmp_path, 5, collection=unproved)
+    make(tmp_path, 6, collection=unproved)
+    make(tmp_path, 7, graph=None, collection=unproved)
+    assert deleted(tmp_path, 1) == [5, 4, 1]
+
+
+def test_a_set_with_a_missing_file_does_not_count(tmp_path):
+    for number in range(1, 7):
+        made = make(tmp_path, number)
+        if number in {3, 5, 6}:
+            made.file_of(made.graph).unlink()
+    assert deleted(tmp_path, 2) == [1]  # 4 and 2 are the two newest whole ones; what is newer stays
+    assert deleted(tmp_path, 1) == [3, 2, 1]
+
+
+def test_what_an_open_journal_names_is_protected_however_old(tmp_path):
+    for number in range(1, 6):
+        make(tmp_path, number)
+    running = start_journal(tmp_path, "reembed", ["others"], files=[f"qdrant/c_{stamp_of(3)}.tar.gz"])
+    running.append("guarded", manifest=name(1))
+    running.append("switching", undo=f"  restore_from_backup.py '/a b/backup_{stamp_of(2)}.json'")
+    assert deleted(tmp_path, 1) == [4]
+    age(running, 400)
+    plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
+    assert set(plan.protected) == {name(1), name(2), name(3)}
+    assert set(plan.protected.values()) == {f"the unfinished run {running.run_id} needs it"}
+
+
+@pytest.mark.parametrize("command", ["reembed", "restore"])
+def test_what_an_undo_of_the_last_30_days_names_is_protected(tmp_path, command):
+    for number in range(1, 5):
+        make(tmp_path, number)
+    done = start_journal(tmp_path, command, ["others"])
+    for number in (1, 2):
+        undo = f"  restore_from_backup.py /b/qdrant/c_{stamp_of(number)}.tar.gz\n  export X=1"
+        done.append("deleting", undo=undo)
+    done.close("done")
+    age(done, 29.9)
+    assert deleted(tmp_path, 1) == [3]
+    assert f"run {done.run_id}" in plan_cleanup(tmp_path, 1, HERE, TARGETS).protected[name(1)]
+    age(done, 30.1)
+    assert deleted(tmp_path, 1) == [3, 2, 1]
+
+
+def test_what_a_report_of_the_last_30_days_names_is_protected(tmp_path):
+    for number in range(1, 5):
+        make(tmp_path, number)
+    (tmp_path / "reports").mkdir()
+    report = tmp_path / "reports" / "reembed_20260101_000000_ab12.json"
+    undo = f"  python scripts/restore_from_backup.py /b/qdrant/qdrant_snapshot_{stamp_of(1)}.tar.gz"
+    report.write_text(json.dumps({"backup": name(2), "undo": undo}, indent=2))
+    assert deleted(tmp_path, 1) == [3]
+    os.utime(report, (time.time() - 31 * 86400,) * 2)
+    assert deleted(tmp_path, 1) == [3, 2, 1]
+
+
+def test_the_last_reembeddings_set_stays_until_a_newer_verified_one_exists(tmp_path):
+    for number in range(1, 5):
+        make(tmp_path, number, **(GRAPH_HALF if number > 1 else {}))
+    done = start_journal(tmp_path, "reembed", TARGETS)
+    done.append("guarded", manifest=name(1))
+    done.close("done")
+    age(done, 100)
+    make(tmp_path, 0)  # older
+    assert deleted(tmp_path, 1) == [3, 2, 0]
+    make(tmp_path, 5, **COLLECTION_HALF)
+    make(tmp_path, 6, collection=dataclasses.replace(COLLECTION, proof=UNPROVED))
+    assert name(1) not in {
+        one.name for one in plan_cleanup(tmp_path, 1, HERE, TARGETS).delete
+    }  # still verified
+
+
+def test_latest_is_the_newest_full_set(tmp_path):
+    wanted = make(tmp_path, 1)
+    make(tmp_path, 2, **GRAPH_HALF)
+    make(tmp_path, 3, **COLLECTION_HALF)
+    safety(tmp_path, 4, **COLLECTION_HALF)
+    safety(tmp_path, 5)
+    assert latest(tmp_path, HERE) == wanted
+
+
+def test_without_a_full_set_latest_names_the_others(tmp_path):
+    for number in range(1, 5):
+        make(tmp_path, number, **GRAPH_HALF)
+    safety(tmp_path, 5)
+    with pytest.raises(MissingData, match="no full backup in") as caught:
+        latest(tmp_path, HERE)
+    assert f"{name(5)} (safety copy), {name(4)} (graph only), {name(3)} (graph only) and 2 more" in str(
+        caught.value
+    )
+    assert str(tmp_path / name(5)) in caught.value.next_step
+
+
+def test_a_safety_copy_of_an_earlier_version_is_known_by_its_journal(tmp_path):
+    """Its manifest does not say what it was taken for."""
+    wanted, old = make(tmp_path, 1), make(tmp_path, 2)
+    raw = json.loads(old.path.read_text())
+    del raw["purpose"]
+    old.path.write_text(json.dumps(sealed(raw)))
+    assert read_manifest(old.path).kind == "full"
+    restoring = start_journal(tmp_path, "restore", TARGETS)
+    restoring.append("safety backup", manifest=old.name)
+    restoring.close("done")
+    assert latest(tmp_path, HERE) == wanted
+    assert [one.kind for one in all_sets(tmp_path)] == ["safety copy", "full"]
+    assert [one.kind for one, _ in shelf_here(tmp_path).sets] == ["safety copy", "full"]
+    assert deleted(tmp_path, 1) == []
