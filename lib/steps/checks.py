@@ -143,7 +143,7 @@ def check_vectors(
         bad += [point.id for point in page if not _sound(point, spec.size)]
         if spool:
             sound = [one for one in page if _sound(one, spec.size)]
-            count, wrong = compared(sound, spool, spec, state.distance)
+            count, wrong = compared(sound, spool, spec, state)
             known, different = known + count, different + [point.id for point, _ in wrong]
         total += len(page)
         progress(len(page))

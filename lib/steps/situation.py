@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 from lib.backup_set.manifest import Manifest
 from lib.backup_set.sets import newest_with
@@ -21,6 +22,7 @@ from lib.steps.purchases import PurchaseLog
 from lib.steps.sync import missing_of
 from lib.vectors.cluster import topology
 from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
+from lib.vectors.recreate import refuse_foreign
 from lib.vectors.restoring import wait_restored
 
 ABSENT, ADOPT, REPLACE, DEAD = "absent", "adopt", "replace", "dead"
@@ -54,7 +56,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         )
     missing = run.spool.text_total() if run.fresh else run.spool.missing_total()
     if state is None:
+        _refuse_foreign_settings(run)
         return whole_plan(scan, missing, run.spec, None, None), kind, None
+    refuse_foreign(state.raw)
     if repair:
         kind = ADOPT
         if not kept_the_size(run.folder, run.targets, run.spec):
@@ -62,6 +66,26 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
                 missing = missing_of(run.spool, present)
     with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live:
         return whole_plan(scan, missing, run.spec, state, only_live), kind, state
+
+
+def _refuse_foreign_settings(run: Migration) -> None:
+    """Raise UsageProblem where the collection that is gone, as the run's journal or a backup has it, was foreign."""
+    settings = run.journal and (run.journal.fact("settings") or run.journal.fact("staged_like"))
+    manifest = newest_with(run.folder, run.target.collection, run.target.qdrant.display)
+    if not settings and manifest:
+        settings = settings_of(manifest)["settings"]
+    if settings:
+        refuse_foreign(settings)
+
+
+def settings_of(manifest: Manifest) -> dict[str, Any]:
+    """The collection's settings and aliases from a backup, where the collection itself is gone."""
+    from lib.backup_set.archive import peek_facts
+
+    assert manifest.collection is not None
+    facts = peek_facts(manifest.file_of(manifest.collection))
+    settings = {"config": facts["config"], "payload_schema": facts["payload_schema"]}
+    return {"settings": settings, "aliases": manifest.collection.aliases}
 
 
 def situation(run: Migration) -> tuple[str, CollectionState | None]:
