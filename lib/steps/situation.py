@@ -10,12 +10,13 @@ from lib.backup_set.sets import newest_with
 from lib.errors import BackupDamaged, GuardRefused, MissingData, StoreFailed
 from lib.graph.client import require_graph
 from lib.steps.guard import MAX_AGE_HOURS, Wanted, require_backup
+from lib.steps.keep import payloads_now
 from lib.steps.last_run import kept_the_size
 from lib.steps.mend import vectors_agree
 from lib.steps.migration import Migration
 from lib.steps.open_run import manifest_of, refuse_stranger, refuse_stranger_staged
 from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING
-from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, whole_plan
+from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, textless_points, whole_plan
 from lib.steps.present import points_present
 from lib.steps.prove import check_file
 from lib.steps.purchases import PurchaseLog
@@ -38,8 +39,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     `repair`: what stands there is to be brought level with the graph, not to be made anew.
     """
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
-    scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
-    run.planned, run.room = scan.usable, room_needed(scan, run.spec)
+    scan = read_plan(run.graph, run.spool, run.spec, run.bar, payloads_now(run))
+    run.odd = [] if repair else scan.odd  # their points are left alone then
+    run.planned, run.room = scan.own_text, room_needed(scan, run.spec)
     if not repair:
         run.bought.log = PurchaseLog(run.spool, run.spec)
         run.bought.log.begin(run.journal.run_id if run.journal else None)
@@ -48,7 +50,7 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     if state is not None:  # a snapshot of one node would not be the collection
         run.in_place |= topology(run.target.qdrant, state.name).peers > 1
-    if scan.usable == 0 and (state is None or state.points):
+    if scan.own_text == 0 and (state is None or state.points):
         raise MissingData(
             f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
             f" '{run.target.collection}' is not touched",
@@ -57,7 +59,7 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     missing = run.spool.text_total() if run.fresh else run.spool.missing_total()
     if state is None:
         _refuse_foreign_settings(run)
-        return whole_plan(scan, missing, run.spec, None, None), kind, None
+        return whole_plan(scan, missing, run.spec, None, None, []), kind, None
     refuse_foreign(state.raw)
     if repair:
         kind = ADOPT
@@ -65,7 +67,8 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
             with points_present(run.target.qdrant, state.name) as present:
                 missing = missing_of(run.spool, present)
     with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live:
-        return whole_plan(scan, missing, run.spec, state, only_live), kind, state
+        run.textless = [] if repair else textless_points(only_live, run.graph)
+        return whole_plan(scan, missing, run.spec, state, only_live, run.textless), kind, state
 
 
 def _refuse_foreign_settings(run: Migration) -> None:
