@@ -50,7 +50,7 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     if state is not None:  # a snapshot of one node would not be the collection
         run.in_place |= topology(run.target.qdrant, state.name).peers > 1
-    if scan.own_text == 0 and (state is None or state.points):
+    if scan.own_text == 0 and (state.points if state else not _was_empty(run)):
         raise MissingData(
             f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
             f" '{run.target.collection}' is not touched",
@@ -69,6 +69,11 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live:
         run.textless = [] if repair else textless_points(only_live, run.graph)
         return whole_plan(scan, missing, run.spec, state, only_live, run.textless), kind, state
+
+
+def _was_empty(run: Migration) -> bool:
+    """Whether the collection that this run deleted held no point, so that recreating it empty loses nothing."""
+    return run.reached(DELETING) and run.spool.kept_count() == 0
 
 
 def _refuse_foreign_settings(run: Migration) -> None:
@@ -164,7 +169,7 @@ def _is_recent(run: Migration) -> bool:
 def require_whole_graph(run: Migration, usable: int) -> None:
     """Raise MissingData, before the delete, where the graph lost memories since the plan was shown."""
     lost = run.planned - usable
-    if usable and lost <= max(_LOST_FEW, _LOST_SHARE * run.planned):
+    if lost <= 0 or (usable and lost <= max(_LOST_FEW, _LOST_SHARE * run.planned)):
         return
     raise MissingData(
         f"graph '{run.graph.graph}' lost {lost} of {run.planned} memories since the plan was made:"
