@@ -131,9 +131,11 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
         return node_payload(properties)
     merged = dict(live)
     for key, value in properties.items():
+        had = live.get(key)
         if value is None or (key not in live and key not in NEEDED_KEYS):
             continue
-        had = live.get(key)
+        if had is not None and isinstance(value, list) and None in value:
+            continue  # an infinite number, which JSON lacks
         if unreadable(value) and had is not None:
             continue
         current = in_form_of(had, value[NOT_UTF8] if unreadable(value) else value)

@@ -182,7 +182,8 @@ WAYS = [("--dry-run",), ("--in-place",), ("--only-missing",), ("--limit", "5")]
 def test_what_is_not_carried_over_is_refused_before_anything_is_bought(operator, kind, words):
     operator.load(40)
     make_foreign(operator, kind)
-    operator.run("backup_automem", "--only", "qdrant")
+    if kind != "custom sharding":  # without a shard key it has no shard that could be backed up
+        operator.run("backup_automem", "--only", "qdrant")
     if words != ("--only-missing",):
         upgrade(operator)
     operator.servers.openai.reset()

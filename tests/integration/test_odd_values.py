@@ -238,12 +238,16 @@ def test_every_type_of_a_property_is_no_obstacle(odd):
     """Durations ended verify in a traceback and a re-embedding in an error without a next step."""
     odd.cypher(
         "MATCH (m:Memory) SET m.ttl = duration('P1Y2M3DT4H5M6S'), m.each = [duration('PT1S'), date('2026-01-01')],"
-        " m.at = localtime('07:08:09'), m.inf = 1.0 / 0.0, m.far = localdatetime('9999-12-31T23:59:59')"
+        " m.at = localtime('07:08:09'), m.inf = 1.0 / 0.0, m.infs = [1.0 / 0.0], m.far = localdatetime('9999-12-31T23:59:59')"
     )
-    odd.call("POST", "/points/payload?wait=true", {"points": IDS[:2], "payload": {"ttl": "P1D", "inf": 5}})
+    odd.call(
+        "POST",
+        "/points/payload?wait=true",
+        {"points": IDS[:2], "payload": {"ttl": "P1D", "inf": 5, "infs": [5]}},
+    )
     odd.run("verify_migration", expect=4)  # ttl differs
     migrate(odd)
     after = payloads(odd)
-    assert (after[IDS[0]]["ttl"], after[IDS[0]]["inf"]) == ("P1Y2M3DT4H5M6S", 5)
+    assert (after[IDS[0]]["ttl"], after[IDS[0]]["inf"], after[IDS[0]]["infs"]) == ("P1Y2M3DT4H5M6S", 5, [5])
     assert "ttl" not in after[IDS[5]]
     odd.run("verify_migration")
