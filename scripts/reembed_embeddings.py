@@ -96,7 +96,6 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.steps.take_collection import require_whole
     from lib.steps.take_pair import require_sources
     from lib.vectors.collection import get_state
-    from lib.vectors.recreate import refuse_foreign
 
     graph, source = opening.open_graph(config, console.warn), opening.open_collection(config)
     require_sources(graph, source if args.only_missing else None)
@@ -112,7 +111,6 @@ def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
-            refuse_foreign(live.raw)
             require_whole(source)
         showing.show_plan(plan, kind, run, console)
         pace = (args.workers, args.batch_size, args.max_cost, console.say)

@@ -18,6 +18,8 @@ AUTOMEM_KEYS = {
     "content", "tags", "tag_prefixes", "importance", "timestamp", "type", "confidence", "updated_at",
     "last_accessed", "metadata", "relevance_score", "t_valid", "t_invalid", "archived",
 }  # fmt: skip
+# What recall reads: a point without it gets the node's.
+NEEDED_KEYS = AUTOMEM_KEYS - {"t_valid", "updated_at", "last_accessed"}
 Points = dict[Any, tuple[dict[str, Any], np.ndarray]]
 
 
@@ -48,7 +50,7 @@ def _as_point_id(value: object) -> str | int | None:
 
 
 def expected_payload(old: dict[str, Any] | None, node: dict[str, Any]) -> dict[str, Any]:
-    """The rule: the old point's payload overlaid by the graph's values; without a point, AutoMem's keys."""
+    """The rule: the old point's payload overlaid by the graph's values, and what recall needs; without a point, AutoMem's keys."""
     node = dict(node)
     if isinstance(node.get("metadata"), str):
         try:
@@ -58,9 +60,7 @@ def expected_payload(old: dict[str, Any] | None, node: dict[str, Any]) -> dict[s
                 del node["metadata"]
     if old is None:
         return {key: value for key, value in node.items() if key in AUTOMEM_KEYS}
-    wanted = {
-        key: value for key, value in node.items() if key in old or key in {"archived", "relevance_score"}
-    }
+    wanted = {key: value for key, value in node.items() if key in old or key in NEEDED_KEYS}
     return {**old, **wanted}
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import redis
 
-from lib.errors import StoreFailed
-from lib.graph.client import place, translated
-from lib.graph.paging import PAGE_ROWS, missing_or, names, nodes, pages, quoted, raw_rows, single
+from lib.graph.paging import PAGE_ROWS, names, nodes, pages, quoted, raw_rows, single
+from lib.graph.values import plain_value
 
 MEMORY_LABEL = "Memory"
 IDS_PER_QUERY = 500
@@ -54,13 +53,11 @@ def read_rows(
 
     Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
     """
-    from falkordb.graph import Graph
+    from falkordb.helpers import stringify_param_value
 
-    try:
-        with translated(place(conn)):
-            return list(Graph(conn, graph).ro_query(cypher, dict(params) if params else None).result_set)
-    except StoreFailed as error:
-        raise missing_or(error, graph) from error
+    bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in (params or {}).items())
+    rows = raw_rows(conn, graph, f"CYPHER {bound}{cypher}" if bound else cypher)
+    return [[plain_value(cell) for cell in row] for row in rows]
 
 
 def iter_memories(
@@ -69,8 +66,7 @@ def iter_memories(
     """Every memory whose node id is above `after`, by ascending node id; `page` ids are asked for at a time.
 
     `keys` are the only properties wanted (default: all); one that a memory lacks comes as None.
-    Doubles arrive with 15 digits, as FalkorDB prints them. Bytes that are no UTF-8, which FalkorDB stores without
-    a word, arrive as U+FFFD.
+    Values are plain JSON, see `plain_value`. Doubles arrive with 15 digits, as FalkorDB prints them.
     """
     wanted = [f"n.{quoted(key)}" for key in keys]
     columns = ", ".join(["id(n)", *(wanted or ["properties(n)"])])
@@ -88,16 +84,8 @@ def _first_number(row: list[Any]) -> int:
 
 
 def _python_properties(pairs: list[Any]) -> dict[str, object]:
-    from falkordb.query_result import parse_scalar
-
-    properties: dict[str, object] = {}
-    for key, cell in zip(pairs[::2], pairs[1::2], strict=True):
-        try:
-            value = parse_scalar(cell, None)
-        except (ValueError, OverflowError):  # no UTF-8, or a date that Python does not know
-            value = cell[1].decode("utf-8", "replace") if isinstance(cell[1], bytes) else _canonical(cell)
-        properties[key.decode("utf-8", "replace")] = value
-    return properties
+    cells = zip(pairs[::2], pairs[1::2], strict=True)
+    return {key.decode("utf-8", "replace"): plain_value(cell) for key, cell in cells}
 
 
 def memory_ids_present(conn: redis.Redis, graph: str, ids: Sequence[str | int]) -> set[str | int]:

@@ -49,6 +49,13 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
         ("server's disk", f"up to {size_text(plan.disk_peak)}, the old collection among it"),
     ]
     console.say(table(rows))
+    _show_left_out(plan, kind, run, console)
+
+
+def _show_left_out(plan: Plan, kind: str, run: Migration, console: Console) -> None:
+    """Memories whose text is not embedded as it is, and points that leave the collection."""
+    from lib.steps.situation import REPLACE
+
     if plan.scan.too_long:
         some = ", ".join(plan.scan.too_long_examples[:_EXAMPLES])
         console.warn(
@@ -58,6 +65,13 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
         names = [name for name, why in plan.scan.examples if why == reason][:_FEW]
         console.say(
             f"skipped, {reason}: {count:,} ({', '.join(names)}{', ...' if count > len(names) else ''})"
+        )
+    for one, reason in plan.scan.odd[:_EXAMPLES]:
+        console.say(f"memory {one}: {reason}; embedding the text that its point has, or what is readable")
+    if run.textless and kind == REPLACE:
+        console.warn(
+            f"{len(run.textless)} point(s) leave the collection though their memory exists: neither has a text to"
+            f" embed ({', '.join(run.textless[:_EXAMPLES])}); they stay in the backup"
         )
     if plan.only_live and kind == REPLACE:
         some = ", ".join(plan.only_live_examples[:_EXAMPLES])
@@ -75,6 +89,8 @@ def _plan_document(plan: Plan, run: Migration) -> dict[str, object]:
         "skipped": dict(scan.skipped),
         "skipped_examples": [{"id": one, "reason": reason} for one, reason in scan.examples],
         "too_long": scan.too_long_examples,
+        "odd": [{"id": one, "reason": reason} for one, reason in scan.odd],
+        "textless": run.textless,
         "model": plan.spec.model,
         "size": plan.spec.size,
         "texts": plan.texts,
@@ -109,14 +125,20 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
         console.warn(f"memory {rejected.id} was rejected by Qdrant: {rejected.reason}")
     for label in run.bought.cut:
         console.warn(f"memory {label} is longer than the model takes: its end was cut for the vector")
+    for identity, reason in run.odd:
+        console.warn(
+            f"memory {identity}: {reason}; its point keeps the text that it had, or holds what is readable"
+        )
+    for identity in run.textless:
+        console.warn(f"memory {identity} exists, but neither it nor its point has a text: its point is gone")
     for alias in run.aliases_taken:
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not run.indexed:
         console.warn(
             "the index is not whole after an hour: look at the collection's status, search is slower"
         )
-    left = run.bought.refused or outcome.rejected or run.aliases_taken or not run.indexed
-    return REMAINING if left else DONE
+    left = run.bought.refused or outcome.rejected or run.odd or run.textless or run.aliases_taken
+    return REMAINING if left or not run.indexed else DONE
 
 
 def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int:
@@ -139,6 +161,8 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
         "refused": [dataclasses.asdict(one) for one in run.bought.refused],
         "cut": run.bought.cut,
         "rejected": [dataclasses.asdict(one) for one in outcome.rejected],
+        "odd": [{"id": one, "reason": reason} for one, reason in run.odd],
+        "textless": run.textless,
         "aliases_taken": run.aliases_taken,
         "indexed": run.indexed,
         "undo": run.undo,

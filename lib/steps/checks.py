@@ -95,7 +95,7 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
     """
     strict = after_restart or not have_plan
     late = FAILED if strict else PENDING
-    points = f"{found.expected} memories, {found.exempt} exempt (blank content, unusable or repeated id)"
+    points = f"{found.expected} memories, {found.exempt} exempt (no text, unusable or repeated id)"
     missing = found.missing + (found.newer if strict else [])
     ids = Check("ids", PASSED, points)
     if missing:
@@ -143,7 +143,7 @@ def check_vectors(
         bad += [point.id for point in page if not _sound(point, spec.size)]
         if spool:
             sound = [one for one in page if _sound(one, spec.size)]
-            count, wrong = compared(sound, spool, spec, state.distance)
+            count, wrong = compared(sound, spool, spec, state)
             known, different = known + count, different + [point.id for point, _ in wrong]
         total += len(page)
         progress(len(page))

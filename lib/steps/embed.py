@@ -15,7 +15,7 @@ from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
 from lib.embedding.workers import EmbedProgress, embed_missing
 from lib.errors import UsageProblem
-from lib.steps.memories import Scan, scan_graph
+from lib.steps.memories import Payloads, Scan, scan_graph
 from lib.steps.progress import ProgressBar, steps_of
 from lib.steps.purchases import PurchaseLog, watched
 from lib.steps.take_graph import GraphSource
@@ -136,13 +136,25 @@ def buy_missing(buyer: Buyer, spool: Spool, bar: ProgressBar, into: Bought) -> N
     buy(buyer, spool, spool.missing_texts(buyer.spec), missing, bar, into)
 
 
-def catch_up(buyer: Buyer, graph: GraphSource, spool: Spool, bar: ProgressBar, into: Bought) -> Scan:
-    """Read the graph again and embed what is new, until a round buys fewer than 100 contents (at most 5 rounds)."""
+def catch_up(
+    buyer: Buyer,
+    graph: GraphSource,
+    spool: Spool,
+    bar: ProgressBar,
+    into: Bought,
+    payloads: Payloads | None = None,
+) -> Scan:
+    """Read the graph again and embed what is new, until a round buys fewer than 100 contents (at most 5 rounds).
+
+    `payloads`: see `scan_graph`.
+    """
     scan = Scan()
     for _ in range(MOST_ROUNDS):
         before = into.texts
         with bar("read graph again", None, "memories") as progress:
-            scan = scan_graph(graph.conn, graph.graph, spool, buyer.spec, progress=progress)
+            scan = scan_graph(
+                graph.conn, graph.graph, spool, buyer.spec, payloads=payloads, progress=progress
+            )
         spool.derive_missing(buyer.spec)
         buy_missing(buyer, spool, bar, into)
         if into.texts - before < FEW_CONTENTS:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lib.backup_set.manifest import Manifest
 from lib.errors import StoreFailed
@@ -16,7 +15,7 @@ from lib.steps.phases import RECOVERED, STAGED
 from lib.steps.place import FILL, Way, prove_way, put_in_place
 from lib.steps.report import Report
 from lib.steps.restore_collection import drop_temporary
-from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE, protection, situation
+from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE, protection, settings_of, situation
 from lib.steps.stage import room_kept, with_room
 from lib.steps.switch import drop_live, make_collection
 from lib.vectors.collection import CollectionState, health
@@ -110,14 +109,4 @@ def _know_settings(run: Migration, first: Manifest | None) -> None:
     if journal.fact("staged_like"):
         journal.append(RECOVERED, settings=journal.fact("staged_like"))
     elif first:
-        journal.append(RECOVERED, **_settings_of(first))
-
-
-def _settings_of(manifest: Manifest) -> dict[str, Any]:
-    """The collection's settings and aliases from a backup, where the collection itself is gone."""
-    from lib.backup_set.archive import peek_facts
-
-    assert manifest.collection is not None
-    facts = peek_facts(manifest.file_of(manifest.collection))
-    settings = {"config": facts["config"], "payload_schema": facts["payload_schema"]}
-    return {"settings": settings, "aliases": manifest.collection.aliases}
+        journal.append(RECOVERED, **settings_of(first))

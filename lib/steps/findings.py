@@ -138,7 +138,7 @@ def _compare_one(identity: PointId, pair: _Pair, planned: MemoryRow | None, foun
 def _differing(payload: dict[str, Any], kept: dict[str, Any] | None, properties: dict[str, Any]) -> list[str]:
     """The keys in which a point is not as the migration would write it."""
     steady = _steady(properties)
-    wanted = merged_payload(standing_payload(payload, kept, steady), steady)
+    wanted = merged_payload(standing_payload(payload, kept), steady)
     return sorted(key for key in wanted if key not in payload or wanted[key] != payload[key])
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from lib.embedding.kept_points import KeptPoint
 from lib.embedding.spool import Spool
-from lib.steps.payloads import standing_payload
+from lib.steps.memories import Payloads
+from lib.steps.payloads import PointId, standing_payload
+from lib.steps.phases import DELETING
 from lib.steps.progress import Progress
-from lib.vectors.points import Point, scroll
+from lib.vectors.points import Point, retrieve, scroll
+from lib.vectors.refusals import QdrantError
 from lib.vectors.transport import Qdrant
+
+if TYPE_CHECKING:
+    from lib.steps.migration import Migration
 
 
 def _row(point: Point) -> KeptPoint:
@@ -51,9 +60,24 @@ def _laid_over(points: list[Point], spool: Spool) -> list[KeptPoint]:
     before = {one: orjson.loads(row.payload) for one, row in rows.items()}
     laid = []
     for point in points:
-        payload = standing_payload(point.payload or {}, before.get(point.id), {}, whole=True)
+        payload = standing_payload(point.payload or {}, before.get(point.id), whole=True)
         laid.append(_row(replace(point, payload=dict(payload or {}))))
     return laid
+
+
+def payloads_now(run: Migration) -> Payloads:
+    """Look payloads up by id: the live points', and once this run has deleted the collection those that it kept."""
+
+    def look_up(ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+        found: dict[PointId, dict[str, Any]] = {}
+        if run.reached(DELETING):
+            found = {one: orjson.loads(row.payload) for one, row in run.spool.kept(ids).items()}
+        with suppress(QdrantError):  # missing, or being restored
+            live = retrieve(run.target.qdrant, run.target.collection, ids, payload=True)
+            found |= {point.id: point.payload for point in live if point.payload}
+        return found
+
+    return look_up
 
 
 def keep_whole(points: list[Point], spool: Spool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from lib.embedding.plan_table import MemoryRow
 from lib.embedding.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
-from lib.graph.read import MemoryNode, iter_memories, read_rows
+from lib.graph.read import MemoryNode, iter_memories, memory_ids_present, read_rows
+from lib.graph.values import NOT_UTF8, unreadable
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId, point_id, spellings
 from lib.steps.progress import Progress
@@ -23,6 +24,10 @@ from lib.steps.progress import Progress
 _PAGE = 500
 _EXAMPLES = 200
 BLANK, BAD_ID, DUPLICATE = "blank content", "id is neither a UUID nor an unsigned integer", "id used twice"
+NOT_TEXT, UNREADABLE = "content is {kind}, not text", "content is not valid UTF-8"
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a point"}
+# The payloads, by id, that the points of these ids have now, or had when the collection was deleted.
+Payloads = Callable[[Sequence[PointId]], Mapping[PointId, Mapping[str, Any]]]
 
 
 @dataclass
@@ -30,7 +35,8 @@ class Scan:
     """One reading of the graph: `memories` nodes seen, `usable` planned, the rest counted by reason with examples.
 
     `tokens` are all of them, identical texts for each memory; `too_long` memories are embedded without their end;
-    `payload_bytes` are those of the usable ones' properties as JSON.
+    `payload_bytes` are those of the usable ones' properties as JSON. `odd` are ids of planned memories whose content
+    in the graph is not what is embedded, each with the reason.
     """
 
     memories: int = 0
@@ -41,6 +47,12 @@ class Scan:
     too_long_examples: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[str, str]] = field(default_factory=list)
+    odd: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def own_text(self) -> int:
+        """Memories that are embedded with their own content."""
+        return self.usable - len(self.odd)
 
     def skip(self, node: MemoryNode, reason: str) -> None:
         """Count a memory that cannot be embedded, and keep it as an example."""
@@ -56,10 +68,15 @@ class Scan:
 
 
 def unusable(properties: Mapping[str, Any]) -> str | None:
-    """Why a memory cannot have a point, or None. Verify exempts exactly what this names."""
+    """Why a memory's own content cannot be embedded, or None. Verify exempts exactly what this names."""
     content = properties.get("content")
-    if not isinstance(content, str) or not content.strip():
+    if content is None or (isinstance(content, str) and not content.strip()):
         return BLANK
+    if unreadable(content) and isinstance(content[NOT_UTF8], str):
+        return UNREADABLE
+    if not isinstance(content, str):
+        kind = "a list" if unreadable(content) else _KINDS[type(content)]
+        return NOT_TEXT.format(kind=kind)
     return None if point_id(properties.get("id")) is not None else BAD_ID
 
 
@@ -74,60 +91,114 @@ def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set
     return {one for one in found if one is not None}
 
 
-def _row(node: MemoryNode, identity: PointId, key: bytes, tokens: int) -> MemoryRow:
-    content = str(node.properties["content"])
+def memories_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
+    """Those of `ids` whose memory is in the graph right now, whatever its content is."""
+    asked = [spelling for one in ids for spelling in spellings(one)]
+    found = [point_id(one) for one in memory_ids_present(conn, graph, asked)]
+    return {one for one in found if one is not None}
+
+
+def _row(node: MemoryNode, identity: PointId, text: str, key: bytes, tokens: int) -> MemoryRow:
+    properties = dict(node.properties)
+    if properties.get("content") != text:
+        properties.pop("content", None)  # the point's own is kept, see `sync.changes`
     try:
-        payload = orjson.dumps(node.properties)
+        payload = orjson.dumps(properties)
     except TypeError as error:
         raise MigrationError(f"memory {identity} holds a property that no payload can: {error}") from error
-    return MemoryRow(identity, node.node_id, key, content, payload, tokens)
+    return MemoryRow(identity, node.node_id, key, text, payload, tokens)
 
 
 def scan_graph(
-    conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, *, progress: Progress | None = None
+    conn: redis.Redis,
+    graph: str,
+    spool: Spool,
+    spec: EmbeddingSpec,
+    *,
+    payloads: Payloads | None = None,
+    progress: Progress | None = None,
 ) -> Scan:
     """Read every memory into the spool's plan; rows of an earlier scan that are gone from the graph leave it.
 
-    Flat in memory: pages of 500. The first node with an id keeps it, further ones are listed.
+    Flat in memory: pages of 500. The first node with an id keeps it, further ones are listed. A memory whose content
+    cannot be embedded is planned with the content that its point has by `payloads`, so that the point is kept.
     """
-    scan = Scan()
+    scan, odd = Scan(), list[_Odd]()
     spool.begin_scan()
     for page in pages(iter_memories(conn, graph), _PAGE):
-        usable = []
+        usable, others = [], []
         for node in page:
             reason = unusable(node.properties)
             if reason:
-                scan.skip(node, reason)
+                others.append((node, reason))
             else:
-                usable.append(node)
+                usable.append((node, str(node.properties["content"])))
         _plan(usable, spool, spec, scan)
+        odd += _with_text(others, payloads, scan)
         scan.memories += len(page)
         if progress:
             progress(len(page))
+    for some in pages(odd, _PAGE):  # last: a usable memory of the same id goes before
+        taken = _plan([(one.node, one.text) for one in some], spool, spec, scan)
+        scan.odd += [
+            (str(point_id(one.node.properties["id"])), one.reason)
+            for one in some
+            if one.node.node_id in taken
+        ]
     spool.end_scan()
     forget_tokenizer()
     return scan
 
 
-def _plan(nodes: list[MemoryNode], spool: Spool, spec: EmbeddingSpec, scan: Scan) -> None:
+@dataclass(frozen=True)
+class _Odd:
+    """A memory whose content cannot be embedded, and the text that is embedded instead."""
+
+    node: MemoryNode
+    text: str
+    reason: str
+
+
+def _with_text(others: list[tuple[MemoryNode, str]], payloads: Payloads | None, scan: Scan) -> list[_Odd]:
+    """Those for which there is a text: their point's own content, else what is readable of theirs; skip the rest."""
+    identities = [point_id(node.properties.get("id")) for node, _ in others]
+    asked = [one for one in identities if one is not None]
+    known = payloads(asked) if payloads and asked else {}
+    found = []
+    for (node, reason), identity in zip(others, identities, strict=True):
+        text = known.get(identity, {}).get("content") if identity is not None else None
+        if reason == UNREADABLE and not isinstance(text, str):
+            text = node.properties["content"][NOT_UTF8]  # type: ignore[index]
+        if identity is not None and isinstance(text, str) and text.strip():
+            found.append(_Odd(node, text, reason))
+        else:
+            scan.skip(node, reason)
+    return found
+
+
+def _plan(nodes: list[tuple[MemoryNode, str]], spool: Spool, spec: EmbeddingSpec, scan: Scan) -> set[int]:
+    """Plan these memories with these texts; the node ids of those that were taken."""
     rows: dict[PointId, MemoryRow] = {}
-    identities = [point_id(node.properties["id"]) for node in nodes]
-    texts = [str(node.properties["content"]) for node in nodes]
+    taken: set[int] = set()
+    identities = [point_id(node.properties["id"]) for node, _ in nodes]
+    texts = [text for _, text in nodes]
     keys = [spool.text_key(spec, text) for text in texts]
     tokens, limit = _tokens(spool, dict(zip(keys, texts, strict=True))), input_limit(spec.model)
     known = spool.scanned([one for one in identities if one is not None])
-    for node, identity, key in zip(nodes, identities, keys, strict=True):
+    for (node, text), identity, key in zip(nodes, identities, keys, strict=True):
         assert identity is not None
         if identity in known or identity in rows:
             scan.skip(node, DUPLICATE)
             continue
-        rows[identity] = _row(node, identity, key, tokens[key])
+        rows[identity] = _row(node, identity, text, key, tokens[key])
+        taken.add(node.node_id)
         if limit is not None and tokens[key] > limit:
             scan.cut(str(identity))
     spool.put_memories(list(rows.values()))
     scan.usable += len(rows)
     scan.tokens += sum(row.tokens for row in rows.values())
     scan.payload_bytes += sum(len(row.payload) for row in rows.values())
+    return taken
 
 
 def _tokens(spool: Spool, texts: dict[bytes, str]) -> dict[bytes, int]:

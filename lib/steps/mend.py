@@ -37,9 +37,12 @@ def _wanted(
 
 
 def compared(
-    points: list[Point], spool: Spool, spec: EmbeddingSpec, distance: str, *, planned: bool = False
+    points: list[Point], spool: Spool, spec: EmbeddingSpec, state: CollectionState, *, planned: bool = False
 ) -> tuple[int, list[tuple[Point, NDArray[np.float32]]]]:
-    """How many points the spool knows, and those whose stored vector is not the spool's, with that one."""
+    """How many points the spool knows, and those whose stored vector is not the spool's, with that one.
+
+    `state` is the collection's: its distance and datatype say what Qdrant makes of a vector.
+    """
     import numpy as np
 
     pairs = _wanted(points, spool, spec, planned=planned)
@@ -47,7 +50,9 @@ def compared(
     wrong = [pair for pair in pairs if pair[0].vector is None or len(pair[0].vector) != spec.size]
     if sized:
         stored = np.vstack([point.vector for point, _ in sized if point.vector is not None])
-        differ = vectors_differ(stored, np.vstack([vector for _, vector in sized]), distance)
+        differ = vectors_differ(
+            stored, np.vstack([vector for _, vector in sized]), state.distance, state.datatype
+        )
         wrong += [pair for pair, bad in zip(sized, differ, strict=True) if bad]
     return len(pairs), wrong
 
@@ -55,7 +60,7 @@ def compared(
 def vectors_agree(qdrant: Qdrant, state: CollectionState, spool: Spool, spec: EmbeddingSpec) -> bool:
     """Whether a sample of the collection's vectors is known to the spool and equal to it: an earlier run's result."""
     for page in scroll(qdrant, state.name, payload=["content"], vector=True, page=_SAMPLE):
-        known, wrong = compared(page, spool, spec, state.distance)
+        known, wrong = compared(page, spool, spec, state)
         return known > 0 and not wrong
     return False
 
@@ -79,7 +84,7 @@ def mend_vectors(
     state, mended = get_state(qdrant, collection), 0
     with bar("compare vectors", state.points, "points") as progress:
         for page in scroll(qdrant, collection, payload=True, vector=True):
-            _, wrong = compared(page, spool, spec, state.distance, planned=planned)
+            _, wrong = compared(page, spool, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]
                 payloads = [point.payload or {} for point, _ in wrong]

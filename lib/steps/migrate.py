@@ -9,6 +9,7 @@ from lib.errors import UsageProblem
 from lib.journal import start_journal
 from lib.steps.embed import Buyer, catch_up
 from lib.steps.exchange import Voice, exchange, standing_staged
+from lib.steps.keep import payloads_now
 from lib.steps.last_run import COMMAND, spec_as_json
 from lib.steps.migration import Migration, journal_of
 from lib.steps.neighbours import keep_before
@@ -80,16 +81,17 @@ def migrate(run: Migration, buyer: Buyer, first: Manifest | None, voice: Voice) 
     if kind == REPLACE and live is not None and not run.in_place:
         stage(run, buyer, live)
     elif kind != ABSENT or standing_staged(run) is None:
-        scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+        scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought, payloads_now(run))
         if kind == REPLACE:
-            require_whole_graph(run, scan.usable)
+            require_whole_graph(run, scan.own_text)
     if kind == REPLACE:
         keep_before(run)
     began = exchange(run, first, voice)
     filled = _fill(run)
     if began is not None and not run.absent_seconds:
         run.absent_seconds = filled.whole_at - began
-    scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
+    scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought, payloads_now(run))
+    run.odd = scan.odd
     late = _fill(run)
     late.outcome.added += filled.outcome.added
     if (

@@ -22,7 +22,9 @@ class Migration:
     `planned`: memories to have a point when the plan was shown. `room`: bytes that the server needs beside the live
     collection. `undo`: the way back, as commands. `absent_seconds`: how long the collection was absent or incomplete.
     `way`: how the new one came under its name. `upsert_rate`: points a second, as seen. `aliases_taken`: aliases that
-    somebody else took meanwhile. `indexed`: whether the index was seen whole. `report`: the files that tell of the run.
+    somebody else took meanwhile. `odd`: memories whose content in the graph is not what was embedded, with the reason.
+    `textless`: points that leave the collection though their memory exists, for neither has a text. `indexed`: whether
+    the index was seen whole. `report`: the files that tell of the run.
     """
 
     graph: GraphSource
@@ -45,6 +47,8 @@ class Migration:
     upsert_rate: float = 0.0
     undo: str = ""
     aliases_taken: list[str] = field(default_factory=list)
+    odd: list[tuple[str, str]] = field(default_factory=list)
+    textless: list[str] = field(default_factory=list)
     indexed: bool = True
     report: list[Path] = field(default_factory=list)
 

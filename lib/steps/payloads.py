@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
+from lib.graph.values import NOT_UTF8, unreadable
+from lib.steps.forms import in_form_of, spelled_by
 
 PointId = str | int
 
@@ -31,13 +31,25 @@ PAYLOAD_KEYS = (
 )
 # Consolidation sets these in the graph first; its own write to the point may have failed silently.
 _GRAPH_DECIDES = ("archived", "relevance_score")
-# What recall filters on and shows: a point that lost them is broken.
-_NEEDED = ("content", "tags", "tag_prefixes")
+# What recall filters on, scores by and shows: it comes from the node wherever the point lacks it. Not t_valid:
+# AutoMem writes it into each node, and into a point only when the memory is updated.
+NEEDED_KEYS = (
+    "content",
+    "tags",
+    "tag_prefixes",
+    "importance",
+    "timestamp",
+    "type",
+    "confidence",
+    "metadata",
+    "t_invalid",
+    *_GRAPH_DECIDES,
+)
+_ALWAYS_BACK = ("content", "tags", "tag_prefixes")
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).
 _UUID = re.compile(rf"[0-9a-fA-F]{{32}}|(?:urn:uuid:)?{_HYPHENATED}|\{{{_HYPHENATED}\}}")
 _U64 = (1 << 64) - 1
-_DIGITS = 2e-14
 
 
 def point_id(value: object) -> PointId | None:
@@ -69,58 +81,33 @@ def _decoded(metadata: object) -> object:
     """AutoMem keeps `metadata` as a JSON string in the graph and as an object in the point; malformed stays text."""
     if not isinstance(metadata, str):
         return metadata
-    try:
-        value = orjson.loads(metadata)
-    except ValueError:
-        return metadata
+    value = spelled_by(metadata)
     return value if isinstance(value, dict) else metadata
-
-
-def same(left: object, right: object) -> bool:
-    """Equal as far as the stores can tell.
-
-    FalkorDB's client gets doubles with 15 digits (0.30000000000000004 is 0.3), Qdrant may give back another last one.
-    """
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-        return left == right or math.isclose(left, right, rel_tol=_DIGITS)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    return left == right
 
 
 def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
     """The payload for a memory that has no point: AutoMem's keys that the node has, metadata decoded."""
-    payload = {key: properties[key] for key in PAYLOAD_KEYS if properties.get(key) is not None}
+    found = {key: properties[key] for key in PAYLOAD_KEYS if properties.get(key) is not None}
+    payload = {key: value[NOT_UTF8] if unreadable(value) else value for key, value in found.items()}
     if "metadata" in payload:
         payload["metadata"] = _decoded(payload["metadata"])
     return payload
 
 
 def standing_payload(
-    live: Mapping[str, Any] | None,
-    kept: Mapping[str, Any] | None,
-    properties: Mapping[str, Any],
-    *,
-    whole: bool = False,
+    live: Mapping[str, Any] | None, kept: Mapping[str, Any] | None, *, whole: bool = False
 ) -> Mapping[str, Any] | None:
     """What a memory's payload starts from: the live point's, else the one `kept` from before the migration.
 
-    Where the live point was made anew meanwhile, it gets back what only the old one held, and what recall needs
-    (without an old one: what recall needs and the node has). AutoMem's other keys are its own to drop, but for
-    `whole`, while the migration is under way: then every key of the old point comes back.
+    Where the live point was made anew meanwhile, it gets back what only the old one held, and what recall needs.
+    AutoMem's other keys are its own to drop, but for `whole`, while the migration is under way: then every key of
+    the old point comes back.
     """
-    if live is None:
-        return kept
-    if kept is None:
-        lost = {key: properties[key] for key in _NEEDED if properties.get(key) is not None}
-    else:
-        lost = {
-            key: value for key, value in kept.items() if whole or key not in PAYLOAD_KEYS or key in _NEEDED
-        }
+    if live is None or kept is None:
+        return kept if live is None else live
+    lost = {
+        key: value for key, value in kept.items() if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_BACK
+    }
     return {**lost, **live}
 
 
@@ -134,19 +121,31 @@ def own_payload(
 
 
 def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The live point's payload overlaid by the graph's value of every key that the point has.
+    """The live point's payload overlaid by the graph's value of every key that the point has, or that recall needs.
 
-    `archived` and `relevance_score` are taken whenever the node has them. What only the point holds stays; what only
-    the node holds stays out. Where the node's metadata is malformed, the point's own is kept.
+    Where both say the same in two forms the point's stays, and what is newer in the graph is written in the point's
+    form (see `in_form_of`). What only the point holds stays; what else only the node holds stays out. Where the node's
+    metadata is malformed, or its value no UTF-8, the point's own is kept.
     """
     if live is None:
         return node_payload(properties)
     merged = dict(live)
     for key, value in properties.items():
-        if value is None or (key not in live and key not in _GRAPH_DECIDES):
+        had = live.get(key)
+        if value is None or (key not in live and key not in NEEDED_KEYS):
             continue
-        current = _decoded(value) if key == "metadata" else value
-        malformed = key == "metadata" and isinstance(current, str) and isinstance(live.get(key), dict)
-        if not malformed and not same(live.get(key), current):
-            merged[key] = current
+        if had is not None and isinstance(value, list) and None in value:
+            continue  # an infinite number, which JSON lacks
+        if unreadable(value) and had is not None:
+            continue
+        current = in_form_of(had, value[NOT_UTF8] if unreadable(value) else value)
+        merged[key] = _metadata_form(had, current) if key == "metadata" else current
     return merged
+
+
+def _metadata_form(had: object, current: object) -> object:
+    """The node's metadata text decoded, unless the point has it as text, too; malformed text replaces no object."""
+    if not isinstance(current, str) or current == had or isinstance(spelled_by(had), dict):
+        return current
+    decoded = _decoded(current)
+    return had if isinstance(decoded, str) and isinstance(had, dict) else decoded

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 
-import redis
-
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.plan_table import Missing
 from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
-from lib.steps.memories import Scan, embeddable_now, scan_graph
+from lib.steps.memories import Payloads, Scan, embeddable_now, memories_now, scan_graph
 from lib.steps.pages import pages
+from lib.steps.payloads import PointId
 from lib.steps.present import IdTable, points_present, surplus_ids
 from lib.steps.progress import ProgressBar
 from lib.steps.take_graph import GraphSource
@@ -53,10 +52,12 @@ class Plan:
         return self.scan.usable - self.texts
 
 
-def read_plan(conn: redis.Redis, graph: str, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar) -> Scan:
-    """Read the graph into the spool, and cut what vectors can be had from larger ones."""
+def read_plan(
+    graph: GraphSource, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar, payloads: Payloads
+) -> Scan:
+    """Read the graph into the spool, and cut what vectors can be had from larger ones; `payloads`: see `scan_graph`."""
     with bar("read graph", None, "memories") as progress:
-        scan = scan_graph(conn, graph, spool, spec, progress=progress)
+        scan = scan_graph(graph.conn, graph.graph, spool, spec, payloads=payloads, progress=progress)
     spool.derive_missing(spec)
     return scan
 
@@ -75,18 +76,27 @@ def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSou
     return table
 
 
+def textless_points(only_live: IdTable, graph: GraphSource) -> list[str]:
+    """Those of the points without a planned memory whose memory exists: neither it nor the point has a text."""
+    found: list[PointId] = []
+    for page in only_live.ids():
+        for ids in pages(page, _PAGE):
+            found += memories_now(graph.conn, graph.graph, ids)
+    return sorted(map(str, found))
+
+
 def whole_plan(
     scan: Scan,
     missing: Missing,
     spec: EmbeddingSpec,
     live: CollectionState | None,
     only_live: IdTable | None,
+    textless: list[str],
 ) -> Plan:
-    """Put the plan together for printing; `missing` is what must be bought."""
+    """Put the plan together for printing; `missing` is what must be bought, `textless` are no part of `only_live`."""
     price = price_per_million(spec.model)
-    examples = (
-        [str(one) for page in islice(only_live.ids(), 1) for one in page[:_EXAMPLES]] if only_live else []
-    )
+    alone = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
+    examples = list(islice((one for one in alone if one not in textless), _EXAMPLES))
     return Plan(
         scan=scan,
         spec=spec,
@@ -95,7 +105,7 @@ def whole_plan(
         texts=missing.texts,
         tokens=missing.tokens,
         price=None if price is None else missing.tokens * price / 1e6,
-        only_live=len(only_live) if only_live else 0,
+        only_live=len(only_live) - len(textless) if only_live else 0,
         only_live_examples=examples,
         disk_peak=_disk_peak(scan, spec, live),
     )

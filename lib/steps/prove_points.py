@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lib.errors import VerificationFailed
-from lib.steps.memories import embeddable_now
+from lib.steps.memories import memories_now
 from lib.steps.mend import mend_vectors
 from lib.steps.migration import Migration
 from lib.steps.pages import pages
@@ -24,7 +24,7 @@ def prove_points(run: Migration, collection: str, rejected: Iterable[PointId], *
     """
     missing, surplus = _ids(run, collection, set(rejected))
     if not own:  # with its memory the running AutoMem removes the point
-        missing = sorted(embeddable_now(run.graph.conn, run.graph.graph, missing), key=str)
+        missing = sorted(memories_now(run.graph.conn, run.graph.graph, missing), key=str)
     if missing or (own and surplus):
         one, what = (missing, "missing") if missing else (surplus, "not in the plan")
         some = ", ".join(str(each) for each in one[:_EXAMPLES])

@@ -77,7 +77,7 @@ def open_backup(
     copies = list[bytes]()
     loaded = loaded_graph(path, source.graph, engine, facts, half=half, dump=(throwaway, copies))
     with loaded as (proof, scratch):
-        _require_nodes(path, proof)
+        _require_nodes(path, proof, half)
         yield GraphBackup(path, source.graph, proof, scratch, throwaway, copies)
 
 
@@ -90,9 +90,13 @@ def _require_loadable(path: Path, facts: RdbFacts) -> None:
         )
 
 
-def _require_nodes(path: Path, proof: GraphProof) -> None:
-    if proof.counts is not None and proof.counts.nodes == 0:
-        raise BackupDamaged(f"{path} holds an empty graph: there is nothing to put back")
+def _require_nodes(path: Path, proof: GraphProof, half: GraphHalf | None) -> None:
+    """An empty graph is put back where the manifest says that it was empty; a bare RDB may be another server's."""
+    if proof.counts is not None and proof.counts.nodes == 0 and half is None:
+        raise BackupDamaged(
+            f"{path} holds an empty graph, and no manifest says that it was empty",
+            next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
+        )
 
 
 def require_version(backup: GraphBackup, target: GraphSource) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 from lib.backup_set.manifest import Manifest
 from lib.backup_set.sets import newest_with
 from lib.errors import BackupDamaged, GuardRefused, MissingData, StoreFailed
 from lib.graph.client import require_graph
 from lib.steps.guard import MAX_AGE_HOURS, Wanted, require_backup
+from lib.steps.keep import payloads_now
 from lib.steps.last_run import kept_the_size
 from lib.steps.mend import vectors_agree
 from lib.steps.migration import Migration
 from lib.steps.open_run import manifest_of, refuse_stranger, refuse_stranger_staged
 from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING
-from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, whole_plan
+from lib.steps.plan import Plan, only_live_ids, read_plan, room_needed, textless_points, whole_plan
 from lib.steps.present import points_present
 from lib.steps.prove import check_file
 from lib.steps.purchases import PurchaseLog
 from lib.steps.sync import missing_of
 from lib.vectors.cluster import topology
 from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
+from lib.vectors.recreate import refuse_foreign
 from lib.vectors.restoring import wait_restored
 
 ABSENT, ADOPT, REPLACE, DEAD = "absent", "adopt", "replace", "dead"
@@ -36,8 +39,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     `repair`: what stands there is to be brought level with the graph, not to be made anew.
     """
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
-    scan = read_plan(run.graph.conn, run.graph.graph, run.spool, run.spec, run.bar)
-    run.planned, run.room = scan.usable, room_needed(scan, run.spec)
+    scan = read_plan(run.graph, run.spool, run.spec, run.bar, payloads_now(run))
+    run.odd = [] if repair else scan.odd  # their points are left alone then
+    run.planned, run.room = scan.own_text, room_needed(scan, run.spec)
     if not repair:
         run.bought.log = PurchaseLog(run.spool, run.spec)
         run.bought.log.begin(run.journal.run_id if run.journal else None)
@@ -46,7 +50,7 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     if state is not None:  # a snapshot of one node would not be the collection
         run.in_place |= topology(run.target.qdrant, state.name).peers > 1
-    if scan.usable == 0 and (state is None or state.points):
+    if scan.own_text == 0 and (state.points if state else not _was_empty(run)):
         raise MissingData(
             f"graph '{run.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
             f" '{run.target.collection}' is not touched",
@@ -54,14 +58,42 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         )
     missing = run.spool.text_total() if run.fresh else run.spool.missing_total()
     if state is None:
-        return whole_plan(scan, missing, run.spec, None, None), kind, None
+        _refuse_foreign_settings(run)
+        return whole_plan(scan, missing, run.spec, None, None, []), kind, None
+    refuse_foreign(state.raw)
     if repair:
         kind = ADOPT
         if not kept_the_size(run.folder, run.targets, run.spec):
             with points_present(run.target.qdrant, state.name) as present:
                 missing = missing_of(run.spool, present)
     with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live:
-        return whole_plan(scan, missing, run.spec, state, only_live), kind, state
+        run.textless = [] if repair else textless_points(only_live, run.graph)
+        return whole_plan(scan, missing, run.spec, state, only_live, run.textless), kind, state
+
+
+def _was_empty(run: Migration) -> bool:
+    """Whether the collection that this run deleted held no point, so that recreating it empty loses nothing."""
+    return run.reached(DELETING) and run.spool.kept_count() == 0
+
+
+def _refuse_foreign_settings(run: Migration) -> None:
+    """Raise UsageProblem where the collection that is gone, as the run's journal or a backup has it, was foreign."""
+    settings = run.journal and (run.journal.fact("settings") or run.journal.fact("staged_like"))
+    manifest = newest_with(run.folder, run.target.collection, run.target.qdrant.display)
+    if not settings and manifest:
+        settings = settings_of(manifest)["settings"]
+    if settings:
+        refuse_foreign(settings)
+
+
+def settings_of(manifest: Manifest) -> dict[str, Any]:
+    """The collection's settings and aliases from a backup, where the collection itself is gone."""
+    from lib.backup_set.archive import peek_facts
+
+    assert manifest.collection is not None
+    facts = peek_facts(manifest.file_of(manifest.collection))
+    settings = {"config": facts["config"], "payload_schema": facts["payload_schema"]}
+    return {"settings": settings, "aliases": manifest.collection.aliases}
 
 
 def situation(run: Migration) -> tuple[str, CollectionState | None]:
@@ -137,7 +169,7 @@ def _is_recent(run: Migration) -> bool:
 def require_whole_graph(run: Migration, usable: int) -> None:
     """Raise MissingData, before the delete, where the graph lost memories since the plan was shown."""
     lost = run.planned - usable
-    if usable and lost <= max(_LOST_FEW, _LOST_SHARE * run.planned):
+    if lost <= 0 or (usable and lost <= max(_LOST_FEW, _LOST_SHARE * run.planned)):
         return
     raise MissingData(
         f"graph '{run.graph.graph}' lost {lost} of {run.planned} memories since the plan was made:"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lib.errors import StoreFailed
 from lib.steps.embed import FEW_CONTENTS, MOST_ROUNDS, Buyer, catch_up
+from lib.steps.keep import payloads_now
 from lib.steps.migration import Migration, journal_of
 from lib.steps.open_run import refuse_stranger_staged
 from lib.steps.phases import DELETING, READ, STAGED, STAGING, TIDYING
@@ -39,8 +40,8 @@ def stage(run: Migration, buyer: Buyer, live: CollectionState) -> CollectionStat
         _begin(run, live)
         for _ in range(MOST_ROUNDS):
             before = run.bought.texts
-            scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought)
-            require_whole_graph(run, scan.usable)
+            scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought, payloads_now(run))
+            require_whole_graph(run, scan.own_text)
             count = keep_live(run.target, run.spool, journal, run.bar, live.points)
             journal.append(READ, kept=count)
             outcome = _sync(run)

@@ -19,7 +19,14 @@ from lib.steps.progress import ProgressBar
 from lib.steps.sync import SyncOutcome, sync_collection
 from lib.steps.take_collection import STAMP_KEY
 from lib.vectors.collection import delete_collection, exists, get_state, wait_green
-from lib.vectors.recreate import aliases_of, create_default, create_like, free_aliases, put_aliases
+from lib.vectors.recreate import (
+    aliases_of,
+    create_default,
+    create_like,
+    free_aliases,
+    put_aliases,
+    refuse_foreign,
+)
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 3600.0
@@ -69,6 +76,7 @@ def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, 
     payloads are kept beside the old ones, the old settings stay.
     """
     state, facts = get_state(target.qdrant, target.collection), {}
+    refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
     if not journal.has_reached(DELETING):
         anew = made_anew(spool, journal, state.points)
         known = journal.fact("aliases") or [] if anew else []

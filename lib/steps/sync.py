@@ -42,8 +42,11 @@ class Change:
 
     @property
     def needs_vector(self) -> bool:
-        """False where only the payload moved on: the vector that stands there is right."""
-        return self.old is None or self.old.get("content", self.row.content) != self.row.content
+        """False where only the payload moved on: the vector that stands there is right.
+
+        A point without its content does not say which text its vector was made of.
+        """
+        return self.old is None or self.old.get("content") != self.row.content
 
 
 @dataclass
@@ -88,8 +91,9 @@ def changes(
             known = kept.get(row.point_id)
             before, properties = orjson.loads(known.payload) if known else None, orjson.loads(row.payload)
             own = own_payload(old, written.get(row.point_id))
-            base = standing_payload(own, before, properties, whole=whole)
-            payload = merged_payload(base, properties)
+            base = standing_payload(own, before, whole=whole)
+            # The text that is embedded: the node's, or the point's own where the node has none.
+            payload = {**merged_payload(base, properties), "content": row.content}
             change = Change(row, payload, old)
             if old is None or old != payload or change.needs_vector:
                 found.append(change)

@@ -15,6 +15,9 @@ from lib.vectors.transport import Qdrant
 
 Health = Literal["missing", "live", "restoring", "dead", "failing"]
 
+FLOAT32, FLOAT16, UINT8, TURBO4 = "float32", "float16", "uint8", "turbo4"
+DATATYPES = (FLOAT32, FLOAT16, UINT8, TURBO4)  # of dense vectors, up to 1.19
+
 POLL_SECONDS = 0.5
 STABLE_POLLS = 3  # green can flicker between two optimisations
 
@@ -46,6 +49,11 @@ class CollectionState:
     optimizer_ok: bool
     vectors_named: bool
     raw: dict[str, Any] = field(repr=False)
+
+    @property
+    def datatype(self) -> str:
+        """What the unnamed vector's numbers are stored as."""
+        return str((self.raw["config"]["params"].get("vectors") or {}).get("datatype") or FLOAT32)
 
     @property
     def payload_schema(self) -> dict[str, dict[str, Any]]:

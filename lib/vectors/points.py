@@ -134,9 +134,9 @@ def _points(raws: list[dict[str, Any]]) -> list[Point]:
 def _point(raw: dict[str, Any]) -> Point:
     vector = raw.get("vector")
     if isinstance(vector, dict):
-        if vector:
+        if any(name and isinstance(one, list) for name, one in vector.items()):
             raise UsageProblem("the collection has named vectors; AutoMem keeps one unnamed vector per point")
-        vector = None
+        vector = vector.get("")  # an unnamed vector with sparse vectors besides
     if vector is None:
         return Point(raw["id"], raw.get("payload"), None)
     import numpy as np  # 0.1 s, spared where ids and payloads alone are read

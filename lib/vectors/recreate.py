@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lib.errors import UsageProblem
 from lib.vectors.address import collection_path
-from lib.vectors.collection import list_collections, vector_params
+from lib.vectors.collection import DATATYPES, UINT8, list_collections, vector_params
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 600.0  # the server answers when the index is built
@@ -21,7 +21,7 @@ _FROM_PARAMS = (
     "replication_factor",
     "write_consistency_factor",
     "on_disk_payload",
-    "sparse_vectors",
+    "payload",
 )
 _FROM_CONFIG = {
     "hnsw_config": "hnsw_config",
@@ -31,6 +31,9 @@ _FROM_CONFIG = {
     "optimizer_config": "optimizers_config",
 }
 _BY_PATCH = ("read_fan_out_factor", "read_fan_out_delay_ms")
+# What `refuse_foreign` looks at itself; every other field is one that the create call here would leave out.
+_EXAMINED_PARAMS = ("vectors", "sparse_vectors")
+_EXAMINED_CONFIG = ("params", "metadata")
 
 
 def create_like(
@@ -43,7 +46,7 @@ def create_like(
     """Create `name` with everything that `raw_info` (the `result` of a collection's info) says, but `size`.
 
     Payload indexes are put back too; aliases are not (they can stand on one collection only). `metadata` is merged
-    over the old one's. Raises UsageProblem for named vectors and custom sharding, QdrantError where `name` exists.
+    over the old one's. Raises UsageProblem like `refuse_foreign`, QdrantError where `name` exists.
     """
     q.json("PUT", collection_path(name), create_body(raw_info, size, metadata))
     params = raw_info["config"]["params"]
@@ -117,13 +120,63 @@ def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
 
 
 def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
-    """Raise UsageProblem where a collection of these settings cannot be made anew here; ask before any is deleted."""
-    params = raw_info["config"]["params"]
-    size, _, named = vector_params(params.get("vectors") or {})
-    if named or not size:
-        raise UsageProblem(
-            "the collection has named vectors, or none; AutoMem keeps one unnamed vector per point",
-            next_step="point QDRANT_COLLECTION at AutoMem's collection",
-        )
+    """Raise UsageProblem where a collection of these settings cannot be recreated with all that it holds.
+
+    Ask before anything is paid for or deleted. Every field of `config` is either carried over or named here.
+    """
+    config = raw_info["config"]
+    found = [*_foreign_vectors(config["params"]), *_unknown_fields(config)]
+    if not found:
+        return
+    raise UsageProblem(
+        "the collection holds what a re-embedding would not carry over:\n"
+        + "\n".join(f"  - {one}" for one in found),
+        next_step="check QDRANT_COLLECTION. If it is AutoMem's collection: a backup (backup_automem.py) holds all of"
+        " this; then move what is listed into another collection, or remove it",
+    )
+
+
+def _foreign_vectors(params: Mapping[str, Any]) -> Iterator[str]:
+    vectors = params.get("vectors") or {}
+    size, _, named = vector_params(vectors)
+    if named:
+        yield f"named vectors: {', '.join(map(_name, sorted(vectors)))} (AutoMem keeps one unnamed vector per point)"
+    elif not size:
+        yield "no unnamed vector (AutoMem keeps one per point)"
+    else:
+        yield from _foreign_storage(vectors)
+    if params.get("sparse_vectors"):
+        yield f"sparse vectors: {', '.join(map(_name, sorted(params['sparse_vectors'])))}"
     if params.get("sharding_method") == "custom":
-        raise UsageProblem("the collection is sharded by keys of its own, which cannot be made anew here")
+        yield "custom sharding: each point has a shard key"
+
+
+def _foreign_storage(vector: Mapping[str, Any]) -> Iterator[str]:
+    """What of the unnamed vector's settings an embedding of one vector per memory cannot fill."""
+    if vector.get("multivector_config"):
+        yield "a multivector: several vectors per point under one name"
+    datatype = vector.get("datatype")
+    if datatype == UINT8:
+        yield "vectors of datatype uint8: whole numbers from 0 to 255, so that an embedding would be stored as zeros"
+    elif datatype and datatype not in DATATYPES:
+        yield f"vectors of datatype {datatype}: it is not known here, what is stored could not be verified"
+
+
+def _unknown_fields(config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of a newer server that the create call here would leave out."""
+    known_params = {*_FROM_PARAMS, *_BY_PATCH, *_EXAMINED_PARAMS}
+    known_config = {*_FROM_CONFIG, *_EXAMINED_CONFIG}
+    yield from (
+        f"the setting config.params.{key}, which is not known here"
+        for key, value in config["params"].items()
+        if value is not None and key not in known_params
+    )
+    yield from (
+        f"the setting config.{key}, which is not known here"
+        for key, value in config.items()
+        if value is not None and key not in known_config
+    )
+
+
+def _name(vector: str) -> str:
+    return f"'{vector}'"

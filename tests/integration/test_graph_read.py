@@ -8,6 +8,7 @@ from lib.graph.client import list_graphs, require_graph, server_versions
 from lib.graph.engine import Engine
 from lib.graph.paging import nodes, pages, relationships, row_cap
 from lib.graph.read import counts, iter_memories, memory_ids_present, read_rows, schema
+from lib.graph.values import NOT_UTF8
 from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import (
     constrain,
@@ -111,7 +112,57 @@ def test_bytes_that_are_no_text_do_not_stop_the_reading(conn: redis.Redis):
         "GRAPH.QUERY", "g", b"CREATE (:Memory {id: 'bad', content: 'ab\xffcd', tags: ['x\xfe'], ok: 1})"
     )
     bad = list(iter_memories(conn, "g"))[-1].properties
-    assert bad == {"id": "bad", "content": "ab\ufffdcd", "tags": "[x\ufffd]", "ok": 1}
+    marked = {"content": {NOT_UTF8: "ab\ufffdcd"}, "tags": {NOT_UTF8: ["x\ufffd"]}}
+    assert bad == {"id": "bad", "ok": 1, **marked}
+    assert read_rows(conn, "g", "MATCH (m:Memory {id: 'bad'}) RETURN m.content") == [[marked["content"]]]
+
+
+# Every type that FalkorDB stores (its documentation: data types), and what a payload has of it.
+TYPES = {
+    "'text \u2603'": "text \u2603",
+    "''": "",
+    "9223372036854775807": 9223372036854775807,
+    "-5": -5,
+    "true": True,
+    "false": False,
+    "0.25": 0.25,
+    "1e300": 1e300,
+    "[]": [],
+    "[1, 'a', true, 2.5]": [1, "a", True, 2.5],
+    "[[1], ['b']]": [[1], ["b"]],
+    "point({latitude: 52.52, longitude: 13.4})": {"latitude": 52.52, "longitude": 13.4},
+    "[point({latitude: -1.5, longitude: 0})]": [{"latitude": -1.5, "longitude": 0.0}],
+    "vecf32([0.1, -2.5])": [0.1, -2.5],
+    "localdatetime('2024-05-06T07:08:09')": "2024-05-06T07:08:09+00:00",
+    "localdatetime('0001-01-01T00:00:00')": "0001-01-01T00:00:00+00:00",
+    "localdatetime('9999-12-31T23:59:59')": "9999-12-31T23:59:59+00:00",
+    "date('2024-05-06')": "2024-05-06",
+    "date('1850-05-06')": "1850-05-06",
+    "localtime('07:08:09')": "07:08:09",
+    "duration('P30D')": "P30D",
+    "duration('P1Y2M3DT4H5M6S')": "P1Y2M3DT4H5M6S",
+    "duration('P0D')": "PT0S",
+    "[duration('PT90S'), date('2024-01-01')]": ["PT1M30S", "2024-01-01"],
+}
+
+
+def test_every_type_of_a_property_arrives_as_a_plain_value(conn: redis.Redis):
+    import orjson
+
+    sets = ", ".join(f"k{number}: {cypher}" for number, cypher in enumerate(TYPES))
+    write(conn, "g", f"CREATE (:Memory {{{sets}}})")
+    (node,) = iter_memories(conn, "g")
+    wanted = {f"k{number}": value for number, value in enumerate(TYPES.values())}
+    assert node.properties == wanted
+    assert orjson.loads(orjson.dumps(node.properties)) == wanted
+    (row,) = read_rows(conn, "g", f"MATCH (n) RETURN {', '.join(f'n.{key}' for key in wanted)}")
+    assert row == list(wanted.values())
+
+
+def test_infinite_numbers_are_no_json_and_stop_nothing(conn: redis.Redis):
+    write(conn, "g", "CREATE (:Memory {a: 1.0 / 0.0, b: [-1.0 / 0.0]})")
+    (node,) = iter_memories(conn, "g")
+    assert node.properties == {"a": float("inf"), "b": [float("-inf")]}
 
 
 def test_ids_are_looked_up_exactly(conn: redis.Redis):

@@ -117,7 +117,7 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
     )
     ready.run("reembed_embeddings")
     after = assert_migrated(ready, {**before, 8: ({"content": "x", "mine": 1}, None)})
-    assert after[8][0] == {"content": "newer than the backup", "mine": 1}
+    assert after[8][0] == {"content": "newer than the backup", "mine": 1, "tags": []}
 
 
 def test_the_guard_is_asked_again_before_the_delete(ready):

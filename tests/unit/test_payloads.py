@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lib.steps.payloads import PAYLOAD_KEYS, merged_payload, node_payload, point_id, same, standing_payload
+from lib.steps.forms import in_form_of, same
+from lib.steps.payloads import PAYLOAD_KEYS, merged_payload, node_payload, point_id, standing_payload
 
 UUID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
 
@@ -49,7 +50,7 @@ def test_what_only_the_point_holds_stays_and_what_only_the_node_holds_stays_out(
         "tags": ["a", "b"],
         "summary": "s",
         "enriched": True,
-        "importance": 0.5,
+        "t_valid": "2026",
         "id": UUID,
     }
     assert merged_payload(live, node) == {"content": "new", "tags": ["a", "b"], "source_app": "import"}
@@ -118,15 +119,15 @@ def test_a_memory_without_a_point_gets_automems_keys_that_its_node_has():
 def test_nothing_given_is_changed():
     live, node = {"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]}
     merged_payload(live, node)
-    standing_payload(live, {"source_app": "x"}, node)
+    standing_payload(live, {"source_app": "x"})
     assert (live, node) == ({"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]})
 
 
 def test_a_payload_starts_from_the_live_point_else_from_the_kept_one():
     kept = {"content": "c", "source_app": "import"}
-    assert standing_payload(None, None, {"content": "c"}) is None
-    assert standing_payload(None, kept, {"content": "c"}) == kept
-    assert standing_payload({"content": "d", "tags": []}, {"content": "c", "tags": ["a"]}, {}) == {
+    assert standing_payload(None, None) is None
+    assert standing_payload(None, kept) == kept
+    assert standing_payload({"content": "d", "tags": []}, {"content": "c", "tags": ["a"]}) == {
         "content": "d",
         "tags": [],
     }
@@ -141,7 +142,7 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
         "t_valid": "2026",
         "n": None,
     }
-    assert standing_payload({"content": "d"}, kept, {"content": "d"}) == {
+    assert standing_payload({"content": "d"}, kept) == {
         "content": "d",
         "tags": ["a"],
         "source_app": "import",
@@ -151,16 +152,108 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
 
 def test_while_the_migration_is_under_way_every_key_of_the_old_point_comes_back():
     kept = {"content": "c", "t_valid": "2026", "source_app": "import"}
-    assert standing_payload({"content": "d"}, kept, {}, whole=True) == {**kept, "content": "d"}
+    assert standing_payload({"content": "d"}, kept, whole=True) == {**kept, "content": "d"}
 
 
-def test_what_recall_needs_comes_from_the_node_where_no_older_point_is_known():
-    node = {"content": "c", "tags": ["a"], "tag_prefixes": ["a"], "summary": "s", "importance": 0.5}
-    assert standing_payload({"importance": 0.1}, None, node) == {
-        "importance": 0.1,
-        "content": "c",
-        "tags": ["a"],
-        "tag_prefixes": ["a"],
-    }
-    # An old point that never had them keeps to the rule: what only the node holds stays out.
-    assert standing_payload({"importance": 0.1}, {"importance": 0.1}, node) == {"importance": 0.1}
+NEEDED = {
+    "content": "c",
+    "tags": ["a"],
+    "tag_prefixes": ["a"],
+    "importance": 0.5,
+    "timestamp": "2026-01-01T00:00:00+00:00",
+    "type": "Decision",
+    "confidence": 0.9,
+    "metadata": '{"a": 1}',
+    "t_invalid": "2026-02-01T00:00:00+00:00",
+    "archived": True,
+    "relevance_score": 0.4,
+}
+
+
+@pytest.mark.parametrize("key", NEEDED)
+@pytest.mark.parametrize("live", [{}, {"content": "c", "relevance_score": 0.4}, {"source_app": "import"}])
+def test_what_recall_reads_comes_from_the_node_wherever_the_point_lacks_it(key, live):
+    node = {**NEEDED, "summary": "s", "t_valid": "2025", "updated_at": "2025", "last_accessed": "2025"}
+    live = {one: value for one, value in live.items() if one != key}
+    wanted = {"a": 1} if key == "metadata" else NEEDED[key]
+    merged = merged_payload(standing_payload(live, None), node)
+    assert merged[key] == wanted
+    assert merged_payload(standing_payload(live, live), node)[key] == wanted
+    assert merged.keys() == NEEDED.keys() | live.keys()
+
+
+GEO = {"lon": 13.4, "lat": 52.52000812345}
+FALKOR_POINT = {"latitude": 52.520008, "longitude": 13.4}  # as FalkorDB has it: 32 bits
+
+
+@pytest.mark.parametrize(
+    ("live", "node"),
+    [
+        (GEO, FALKOR_POINT),
+        ([GEO, {"lon": 0.0, "lat": 0.0}], [FALKOR_POINT, {"latitude": 0.0, "longitude": 0.0}]),
+        ({"a": 1, "b": [1, 2.5]}, '{"b": [1, 2.5], "a": 1}'),
+        ([{"a": 1}, 2], '[{"a": 1}, 2]'),
+        ('{"a":1}', {"a": 1}),
+        ("[1, 2]", [1, 2]),
+        (5, "5"),
+        ("5", 5),
+        (0.8, "0.80"),
+        (True, "true"),
+        ("false", False),
+        ([0.123456789, 0.5], [0.12345679, 0.5]),  # a vector: 32 bits
+        ("2024-05-06T07:08:09Z", "2024-05-06T07:08:09+00:00"),
+        ("2024-05-06T09:08:09+02:00", "2024-05-06T07:08:09+00:00"),
+        ("2024-05-06T07:08:09", "2024-05-06T07:08:09+00:00"),
+        (["5", {"x": None}], [5, {"x": None}]),
+        ({"deep": {"at": "2024-05-06T07:08:09Z"}}, {"deep": {"at": "2024-05-06T07:08:09+00:00"}}),
+    ],
+)
+@pytest.mark.parametrize("key", ["mine", "metadata"])
+def test_where_both_say_the_same_in_two_forms_the_points_stays(live, node, key):
+    merged = merged_payload({key: live}, {key: node})
+    assert merged == {key: live}
+    assert type(merged[key]) is type(live)
+
+
+@pytest.mark.parametrize(
+    ("live", "node", "written"),
+    [
+        (GEO, {"latitude": 1.5, "longitude": 13.4}, {"lon": 13.4, "lat": 1.5}),
+        ([GEO], [{"latitude": 1.5, "longitude": 2.5}] * 2, [{"lon": 2.5, "lat": 1.5}] * 2),
+        ({"a": 1}, '{"a": 2}', {"a": 2}),
+        ('{"a":1}', {"a": 2}, '{"a":2}'),
+        ([1], "[1, 2]", [1, 2]),
+        ("[1]", [1, 2], "[1,2]"),
+        (5, "6", 6),
+        ("5", 6, "6"),
+        (True, "false", False),
+        ("2024-05-06T07:08:09Z", "2025-05-06T07:08:09+00:00", "2025-05-06T07:08:09Z"),
+        ("2024-05-06T07:08:09+00:00", "2025-05-06T07:08:09Z", "2025-05-06T07:08:09+00:00"),
+        ("2024-05-06T07:08:09", "2025-05-06T07:08:09+00:00", "2025-05-06T07:08:09"),
+        ("2024-05-06T07:08:09Z", "2025-05-06T07:08:09+02:00", "2025-05-06T07:08:09+02:00"),
+        # A form that cannot be kept gives way.
+        ({"a": 1}, "free words", "free words"),
+        ({"a": 1}, "[1]", "[1]"),
+        ("free words", 5, 5),
+        (None, '{"a": 1}', '{"a": 1}'),
+        (1, True, True),
+        ("null", 5, 5),
+        ("5", "6", "6"),
+        (["a"], ["b", "c"], ["b", "c"]),
+        (["a"], [], []),
+        ([], ["b"], ["b"]),
+    ],
+)
+def test_what_is_newer_in_the_graph_is_written_in_the_points_form(live, node, written):
+    formed = in_form_of(live, node)
+    assert formed == written
+    assert type(formed) is type(written)
+    assert merged_payload({"mine": live}, {"mine": node}) == {"mine": written}
+
+
+def test_text_that_is_no_utf8_replaces_nothing_readable():
+    node = {"tags": {"not UTF-8": ["a", "caf\ufffd"]}, "type": {"not UTF-8": "D\ufffdcision"}}
+    live = {"tags": ["a", "caf\u00e9"], "type": "D\u00e9cision"}
+    assert merged_payload(live, node) == live
+    assert merged_payload({"tags": None}, node) == {"tags": ["a", "caf\ufffd"], "type": "D\ufffdcision"}
+    assert node_payload(node) == {"tags": ["a", "caf\ufffd"], "type": "D\ufffdcision"}

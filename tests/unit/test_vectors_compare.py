@@ -33,6 +33,45 @@ def test_other_distances_keep_the_bits():
     assert vectors_differ(stored(sent), sent, "Dot").all()
 
 
+@pytest.mark.parametrize("distance", ["Cosine", "Dot", "Euclid", "Manhattan"])
+@pytest.mark.parametrize("datatype", ["float32", "float16", "uint8", "turbo4"])
+def test_every_datatype_is_compared_as_the_engine_stores_it(datatype, distance, tmp_path):
+    edge = pytest.importorskip("qdrant_edge")
+    sent = rows(20, 96) * (100 if datatype == "uint8" else 1)
+    params = edge.EdgeVectorParams(
+        size=96,
+        distance=getattr(edge.Distance, distance),
+        datatype=getattr(edge.VectorStorageDatatype, datatype.capitalize()),
+    )
+    shard = edge.EdgeShard.create(str(tmp_path), edge.EdgeConfig(vectors=params))
+    points = [edge.Point(id=number, vector=one.tolist(), payload={}) for number, one in enumerate(sent)]
+    shard.update(edge.UpdateOperation.upsert_points(points))
+    found = sorted(shard.retrieve(list(range(20)), False, True), key=lambda one: one.id)
+    kept = np.array([one.vector for one in found], dtype=np.float32)
+    shard.close()
+    assert not vectors_differ(kept, sent, distance, datatype).any()
+    changed = kept.copy()
+    changed[7] = changed[8]
+    changed[9, 3] = np.nan
+    changed[11, 5] += 0 if datatype == "turbo4" else 1
+    wrong = [7, 9] if datatype == "turbo4" else [7, 9, 11]
+    assert list(np.flatnonzero(vectors_differ(changed, sent, distance, datatype))) == wrong
+
+
+def test_a_half_float_may_be_rounded_to_its_neighbour_and_no_further():
+    sent = rows(4, 768)
+    half = stored(sent).astype(np.float16)
+    near = np.nextafter(half, np.float16(1)).astype(np.float32)
+    far = np.nextafter(np.nextafter(half, np.float16(1)), np.float16(1)).astype(np.float32)
+    assert not vectors_differ(near, sent, "Cosine", "float16").any()
+    assert vectors_differ(far, sent, "Cosine", "float16").all()
+
+
+def test_a_datatype_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="float8"):
+        vectors_differ(rows(1, 4), rows(1, 4), "Cosine", "float8")
+
+
 def test_zeros_widths_and_infinities():
     zeros = np.zeros((1, 4), np.float32)
     assert not vectors_differ(zeros, zeros).any()

@@ -22,6 +22,9 @@ INDEX_PARAMS = {
     "datetime": edge.DatetimeIndexParams,
     "uuid": edge.UuidIndexParams,
 }
+DATATYPES = {
+    name.lower(): getattr(edge.VectorStorageDatatype, name) for name in ("Float32", "Float16", "Uint8")
+}
 TOKENIZERS = {
     name.lower(): getattr(edge.TokenizerType, name)
     for name in ("Prefix", "Whitespace", "Word", "Multilingual")
@@ -44,7 +47,12 @@ def engine_config(config: Json) -> edge.EdgeConfig:
 
 def _vector_params(params: Json) -> edge.EdgeVectorParams:
     distance = getattr(edge.Distance, params["distance"])
-    return edge.EdgeVectorParams(size=params["size"], distance=distance, on_disk=params.get("on_disk"))
+    return edge.EdgeVectorParams(
+        size=params["size"],
+        distance=distance,
+        on_disk=params.get("on_disk"),
+        datatype=DATATYPES[params.get("datatype", "float32")],
+    )
 
 
 def points(request: Json) -> list[Json]:

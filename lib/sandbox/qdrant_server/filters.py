@@ -95,8 +95,13 @@ def _field(one: Json) -> edge.FieldCondition:
     for flag in ("is_empty", "is_null"):
         if flag in one:
             return edge.FieldCondition(key, **{flag: one[flag]})
+    if "geo_radius" in one:
+        around = one["geo_radius"]
+        return edge.FieldCondition(
+            key, geo_radius=edge.GeoRadius(edge.GeoPoint(**around["center"]), around["radius"])
+        )
     if any(name.startswith("geo_") for name in one):
-        raise Refusal(400, "Bad request: the stand-in does not play geo filters")
+        raise Refusal(400, "Bad request: of the geo filters the stand-in plays geo_radius alone")
     raise NoSuchCondition
 
 

@@ -1,0 +1,271 @@
+"""What a re-embedding carries over of a collection: every field of its configuration and of a point, decided."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import requests
+
+from lib.errors import UsageProblem
+from lib.vectors.recreate import create_body, refuse_foreign
+from tests.operator_support import NEW_SIZE, OLD_SIZE
+from tests.reembed_support import assert_migrated, points_of, settings, upgrade
+
+pytestmark = pytest.mark.qdrant
+
+CARRIED, REFUSED, NEW, STATE = "carried over", "refused", "set by the migration", "state, not a setting"
+
+# Every field of `GET /collections/{name}` and of a point, in 1.11.3, 1.18.3 and 1.19.0 (lib/collection/src/config.rs,
+# operations/types.rs, lib/segment/src/types.rs). What lies deeper than a row is carried over with it.
+DECISIONS = {
+    "status": STATE,
+    "optimizer_status": STATE,
+    "warnings": STATE,
+    "vectors_count": STATE,
+    "indexed_vectors_count": STATE,
+    "points_count": STATE,
+    "segments_count": STATE,
+    "update_queue": STATE,
+    "config.params.vectors.size": NEW,
+    "config.params.vectors.distance": CARRIED,
+    "config.params.vectors.hnsw_config": CARRIED,
+    "config.params.vectors.quantization_config": CARRIED,
+    "config.params.vectors.on_disk": CARRIED,
+    "config.params.vectors.memory": CARRIED,
+    "config.params.vectors.datatype": CARRIED,  # uint8 is refused
+    "config.params.vectors.multivector_config": REFUSED,
+    "config.params.shard_number": CARRIED,
+    "config.params.sharding_method": CARRIED,  # custom is refused
+    "config.params.replication_factor": CARRIED,
+    "config.params.write_consistency_factor": CARRIED,
+    "config.params.read_fan_out_factor": CARRIED,
+    "config.params.read_fan_out_delay_ms": CARRIED,
+    "config.params.on_disk_payload": CARRIED,
+    "config.params.payload": CARRIED,
+    "config.params.sparse_vectors": REFUSED,
+    "config.hnsw_config": CARRIED,
+    "config.optimizer_config": CARRIED,
+    "config.wal_config": CARRIED,
+    "config.quantization_config": CARRIED,
+    "config.strict_mode_config": CARRIED,
+    "config.metadata": CARRIED,
+    "payload_schema": CARRIED,
+    "point.id": CARRIED,
+    "point.payload": CARRIED,
+    "point.vector": NEW,  # any further vector is refused
+    "point.shard_key": REFUSED,  # exists under custom sharding alone
+    "point.order_value": STATE,  # exists in answers to an ordered scroll alone
+}
+DEEPER = ("config", "config.params", "config.params.vectors")
+
+# A value for every field of the configuration, as the info shows it.
+WHOLE = {
+    "params": {
+        "vectors": {
+            "size": 48,
+            "distance": "Cosine",
+            "hnsw_config": {"m": 20},
+            "quantization_config": {"scalar": {"type": "int8"}},
+            "on_disk": True,
+            "memory": "cold",
+            "datatype": "float16",
+        },
+        "shard_number": 2,
+        "sharding_method": "auto",
+        "replication_factor": 2,
+        "write_consistency_factor": 2,
+        "read_fan_out_factor": 1,
+        "read_fan_out_delay_ms": 9,
+        "on_disk_payload": True,
+        "payload": {"memory": "cached"},
+    },
+    "hnsw_config": {"m": 24},
+    "optimizer_config": {"flush_interval_sec": 7},
+    "wal_config": {"wal_capacity_mb": 2},
+    "quantization_config": {"binary": {}},
+    "strict_mode_config": {"enabled": False},
+    "metadata": {"mine": 1},
+}
+
+
+def fields(info: dict, prefix: str = "") -> list[str]:
+    """The paths of an info's fields, as deep as the table goes."""
+    found = []
+    for key, value in info.items():
+        path = f"{prefix}{key}"
+        found += fields(value, f"{path}.") if path in DEEPER else [path]
+    return found
+
+
+def test_a_server_shows_no_field_that_is_not_decided(operator):
+    operator.load(20)
+    shown = fields(operator.info())
+    assert "config.params.vectors.size" in shown
+    assert [one for one in shown if one not in DECISIONS] == []
+    body = {"limit": 1, "with_payload": True, "with_vector": True}
+    (point,) = operator.call("POST", "/points/scroll", body)["points"]
+    assert [key for key in point if f"point.{key}" not in DECISIONS] == []
+
+
+def test_every_carried_field_is_in_the_create_call():
+    """But for what the create call does not take: `create_like` sets those by PATCH."""
+    decided = {path for path, what in DECISIONS.items() if path.startswith("config.") and what != REFUSED}
+    assert set(fields({"config": WHOLE})) == decided
+    body = create_body({"config": WHOLE}, 96)
+    params = dict(WHOLE["params"])
+    vectors = {**params.pop("vectors"), "size": 96}
+    rest = {key: value for key, value in WHOLE.items() if key not in {"params", "optimizer_config"}}
+    by_patch = {"read_fan_out_factor", "read_fan_out_delay_ms"}
+    taken = {key: value for key, value in params.items() if key not in by_patch}
+    assert body == {"vectors": vectors, **taken, **rest, "optimizers_config": WHOLE["optimizer_config"]}
+
+
+@pytest.mark.parametrize("where", ["params", "config"])
+def test_a_setting_of_a_newer_server_is_refused_by_name(where):
+    raw = json.loads(json.dumps({"config": WHOLE}))
+    (raw["config"]["params"] if where == "params" else raw["config"])["time_travel"] = {"on": True}
+    name = "config.params.time_travel" if where == "params" else "config.time_travel"
+    with pytest.raises(UsageProblem, match=name):
+        refuse_foreign(raw)
+    (raw["config"]["params"] if where == "params" else raw["config"])["time_travel"] = None
+    refuse_foreign(raw)
+
+
+DENSE = {"size": OLD_SIZE, "distance": "Cosine"}
+FOREIGN = {
+    "sparse vectors": ({"vectors": DENSE, "sparse_vectors": {"bm25": {}}}, "sparse vectors: 'bm25'"),
+    "named vectors": ({"vectors": {"text": DENSE, "image": DENSE}}, "named vectors: 'image', 'text'"),
+    "a multivector": (
+        {"vectors": {**DENSE, "multivector_config": {"comparator": "max_sim"}}},
+        "a multivector",
+    ),
+    "uint8": ({"vectors": {**DENSE, "datatype": "uint8"}}, "datatype uint8"),
+    "custom sharding": ({"vectors": DENSE, "sharding_method": "custom"}, "custom sharding"),
+}
+
+
+def make_foreign(operator, kind: str) -> None:
+    """The operator's collection once more, as `kind`; with its points, and a sparse vector each, for sparse vectors."""
+    points = points_of(operator)
+    operator.call("DELETE", "")
+    url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
+    answer = requests.put(url, json=FOREIGN[kind][0], timeout=60)
+    if not answer.ok and kind == "custom sharding":
+        pytest.skip(f"a server alone takes no shard keys: {answer.text}")
+    answer.raise_for_status()
+    if kind == "sparse vectors":
+        sparse = {"bm25": {"indices": [1, 7], "values": [0.5, 2.0]}}
+        rows = [
+            {"id": one, "payload": payload, "vector": {"": vector.tolist(), **sparse}}
+            for one, (payload, vector) in points.items()
+        ]
+        operator.call("PUT", "/points?wait=true", {"points": rows})
+
+
+def everything(operator) -> list[dict]:
+    body = {"limit": 1000, "with_payload": True, "with_vector": True}
+    return operator.call("POST", "/points/scroll", body)["points"]
+
+
+WAYS = [("--dry-run",), ("--in-place",), ("--only-missing",), ("--limit", "5")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        *((kind, ()) for kind in FOREIGN),
+        ("sparse vectors", ("--only-missing",)),
+        *(pytest.param(kind, words, marks=pytest.mark.matrix) for kind in FOREIGN for words in WAYS),
+    ],
+)
+def test_what_is_not_carried_over_is_refused_before_anything_is_bought(operator, kind, words):
+    operator.load(40)
+    make_foreign(operator, kind)
+    if kind != "custom sharding":  # without a shard key it has no shard that could be backed up
+        operator.run("backup_automem", "--only", "qdrant")
+    if words != ("--only-missing",):
+        upgrade(operator)
+    operator.servers.openai.reset()
+    before, config = everything(operator), operator.info()["config"]
+    refused = operator.run("reembed_embeddings", *words, expect=2)
+    assert FOREIGN[kind][1] in refused.err
+    assert operator.servers.openai.stats()["texts"] == 0
+    assert everything(operator) == before
+    assert operator.info()["config"] == config
+    assert operator.collections() == [operator.collection]
+
+
+def test_a_collection_that_is_gone_is_refused_by_its_backup(operator):
+    """Deleted by hand: the recreated one would lack what only the backup still has."""
+    operator.load(20)
+    make_foreign(operator, "sparse vectors")
+    before = everything(operator)
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.call("DELETE", "")
+    upgrade(operator)
+    operator.servers.openai.reset()
+    refused = operator.run("reembed_embeddings", expect=2)
+    assert "sparse vectors: 'bm25'" in refused.err
+    assert operator.servers.openai.stats()["texts"] == 0
+    operator.run("restore_from_backup", operator.archive())
+    assert everything(operator) == before
+
+
+def test_sparse_vectors_are_no_obstacle_to_verify(operator):
+    operator.load(40)
+    make_foreign(operator, "sparse vectors")
+    found = operator.run("verify_migration", "--json", expect=None).json["checks"]
+    assert {one["name"]: one["status"] for one in found}["vectors"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("datatype", "distance", "way"),
+    [
+        ("float16", "Cosine", ("--in-place",)),
+        *(
+            pytest.param(datatype, distance, way, marks=pytest.mark.matrix)
+            for datatype in ("float32", "float16", "turbo4")
+            for distance in ("Cosine", "Dot")
+            for way in ((), ("--in-place",))
+        ),
+    ],
+)
+def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datatype, distance, way):
+    operator.load(60)
+    points = points_of(operator)
+    operator.call("DELETE", "")
+    vectors = {"size": OLD_SIZE, "distance": distance, "datatype": datatype}
+    url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
+    answer = requests.put(url, json={"vectors": vectors}, timeout=60)
+    if not answer.ok and datatype == "turbo4":
+        pytest.skip(f"this server does not know it: {answer.text}")
+    for field in ("tags", "tag_prefixes"):
+        operator.call("PUT", "/index?wait=true", {"field_name": field, "field_schema": "keyword"})
+    rows = [
+        {"id": one, "payload": payload, "vector": vector.tolist()}
+        for one, (payload, vector) in points.items()
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": rows})
+    operator.run("backup_automem")
+    had = settings(operator)
+    upgrade(operator)
+    done = operator.run("reembed_embeddings", *way, "--json").json
+    assert done["mended"] == 0
+    assert settings(operator) == had
+    assert operator.info()["config"]["params"]["vectors"]["datatype"] == datatype
+    if datatype == "float32" and distance == "Cosine":
+        assert_migrated(operator, points)
+    assert points_of(operator).keys() == points.keys()
+    # The same command again finds its own result; a vector of another model is found, too.
+    assert operator.run("reembed_embeddings", "--only-missing", "--json").json["mended"] == 0
+    checks = {
+        one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]
+    }
+    assert checks["vectors"]["status"] == "passed"
+    assert f"{len(points)} equal to the vectors that were paid for" in checks["vectors"]["detail"]
+    one = next(iter(points))
+    wrong = points[one][1].tolist() * (NEW_SIZE // OLD_SIZE)
+    operator.call("PUT", "/points/vectors?wait=true", {"points": [{"id": one, "vector": wrong}]})
+    checks = {one["name"]: one for one in operator.run("verify_migration", "--json", expect=4).json["checks"]}
+    assert checks["vectors"]["status"] == "FAILED"

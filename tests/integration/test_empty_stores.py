@@ -1,0 +1,77 @@
+"""No memory yet: an empty graph and an empty collection are backed up, migrated, verified and restored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lib.journal import open_journals
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
+from tests.reembed_support import upgrade
+
+pytestmark = pytest.mark.qdrant
+
+
+@pytest.fixture
+def empty(operator):
+    """As AutoMem leaves its stores at its first start: an index in the graph, the collection with its two."""
+    operator.cypher("CREATE INDEX FOR (m:Memory) ON (m.id)")
+    operator.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Cosine"}})
+    for field in ("tags", "tag_prefixes"):
+        operator.call("PUT", "/index?wait=true", {"field_name": field, "field_schema": "keyword"})
+    return operator
+
+
+@pytest.mark.parametrize("words", [(), ("--in-place",)])
+def test_an_empty_collection_is_recreated_with_the_new_dimension(empty, words):
+    empty.run("backup_automem")
+    upgrade(empty)
+    empty.servers.openai.reset()
+    done = empty.run("reembed_embeddings", *words, "--json").json
+    assert (done["points"], done["size"], done["model"]) == (0, NEW_SIZE, LARGE)
+    assert empty.info()["config"]["params"]["vectors"]["size"] == NEW_SIZE
+    assert set(empty.info()["payload_schema"]) == {"tags", "tag_prefixes"}
+    assert empty.collections() == [empty.collection]
+    assert open_journals(empty.backups) == []
+    assert empty.servers.openai.stats()["texts"] == 0
+    empty.run("verify_migration")
+    again = empty.run("reembed_embeddings", "--only-missing", "--json").json
+    assert again["added"] == 0
+
+
+def test_an_empty_graph_is_restored(empty):
+    empty.run("backup_automem")
+    half = json.loads(empty.manifests()[-1].read_text())["graph"]
+    assert (half["nodes"], half["proof"]) == (0, "restored")
+    before = empty.state()
+    empty.cypher("CREATE (:Memory {id: 'x', content: 'later'})")
+    empty.run("restore_from_backup", "latest", "--dry-run")
+    empty.run("restore_from_backup", "latest")
+    assert empty.state() == before
+    assert empty.graphs() == [empty.graph]
+    assert len(empty.cypher("CALL db.indexes() YIELD label RETURN label")) == 1
+
+
+def test_an_empty_graph_in_a_bare_rdb_replaces_nothing(empty, tmp_path):
+    empty.run("backup_automem", "--only", "falkordb")
+    bare = tmp_path / "by_hand.rdb"
+    bare.write_bytes(Path(empty.rdb()).read_bytes())
+    empty.cypher("CREATE (:Memory {id: 'x', content: 'later'})")
+    before = empty.state()
+    refused = empty.run("restore_from_backup", str(bare), expect=4)
+    assert "no manifest says that it was empty" in refused.err
+    assert empty.state() == before
+
+
+@pytest.mark.parametrize("words", [(), ("--in-place",)])
+def test_a_graph_without_memories_still_empties_no_collection(operator, words):
+    operator.load(20)
+    operator.run("backup_automem")
+    operator.cypher("MATCH (m:Memory) DETACH DELETE m")
+    upgrade(operator)
+    before = operator.state()
+    refused = operator.run("reembed_embeddings", *words, expect=1)
+    assert "holds no memory that can be embedded" in refused.err
+    assert operator.state() == before
