@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.pasteable import pasteable
+
 Progress = Callable[[int], None]
 _PLAIN_SECONDS = 5.0
 
@@ -34,15 +36,15 @@ class Console:
     def say(self, text: str) -> None:
         """A step, on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(pasteable(text), file=sys.stderr, flush=True)
 
     def notice(self, text: str) -> None:
         """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(pasteable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Something the operator must see, also when quiet."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {pasteable(text)}", file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
         """A step that only --verbose shows."""
@@ -65,7 +67,7 @@ class Console:
 
     def result(self, document: Mapping[str, object], text: str) -> None:
         """The outcome, last, on stdout. Where its reader has left, what was done is done all the same."""
-        shown = json.dumps(document, default=_as_json) if self.as_json else text
+        shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else pasteable(text)
         with contextlib.suppress(BrokenPipeError):
             if shown:
                 print(shown, flush=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import IO
 
@@ -27,7 +28,8 @@ def private_dir(path: Path) -> Path:
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
-        way_out = f"ls -ld {path}   then   sudo chown $(id -un) {path}   or name another with --backup-dir"
+        shown = quote(str(path))
+        way_out = f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
         if isinstance(error, FileExistsError | NotADirectoryError):
             way_out = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(

@@ -65,7 +65,7 @@ def latest(folder: Path, owner: Deployment) -> Manifest:
             return manifest
     raise MissingData(
         f"no backup in {folder} is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses",
-        next_step="python scripts/backup_automem.py   or name the file: backup_automem.py --list",
+        next_step="python scripts/backup_automem.py   or name the file:  python scripts/backup_automem.py --list",
     )
 
 

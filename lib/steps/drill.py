@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import Manifest, read_manifest
@@ -53,14 +54,18 @@ def _require_file(path: Path) -> None:
     hint = "python scripts/backup_automem.py --list"
     try:
         if path.is_dir():
-            raise BadFile(f"{path} is a folder, a file is needed", next_step=f"ls -l {path}   or   {hint}")
+            raise BadFile(
+                f"{path} is a folder, a file is needed", next_step=f"ls -l {quote(str(path))}   or   {hint}"
+            )
         if not path.exists():
             raise BadFile(f"{path} does not exist", next_step=hint)
         if path.stat().st_size == 0:
             raise BadFile(f"{path} is empty", next_step=hint)
         path.open("rb").close()
     except PermissionError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {path}") from error
+        raise BadFile(
+            f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
+        ) from error
 
 
 def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:

@@ -23,6 +23,7 @@ class Migration:
     collection. `undo`: the way back, as commands. `absent_seconds`: how long the collection was absent or incomplete.
     `way`: how the new one came under its name. `upsert_rate`: points a second, as seen. `aliases_taken`: aliases that
     somebody else took meanwhile. `indexed`: whether the index was seen whole. `report`: the files that tell of the run.
+    `again`: the command line, without secrets.
     """
 
     graph: GraphSource
@@ -47,6 +48,7 @@ class Migration:
     aliases_taken: list[str] = field(default_factory=list)
     indexed: bool = True
     report: list[Path] = field(default_factory=list)
+    again: str = "python scripts/reembed_embeddings.py"
 
     @property
     def spec(self) -> EmbeddingSpec:

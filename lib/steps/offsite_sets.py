@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.manifest import read_manifest
 from lib.backup_set.offsite import MANIFEST_NAME, Uploaded, fetch, manifests, read_there, upload
@@ -71,7 +72,7 @@ def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str
     if not named.manifest:
         raise BadFile(
             f"{store.shown} names no backup: end it with backup_*.json, a file of a set, or {LATEST}",
-            next_step=f"python scripts/backup_automem.py --list {store.shown}",
+            next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
     name = _newest(store, owner) if named.manifest == LATEST else named.manifest
     with TargetLock([f"fetching into {folder.absolute()}"]):
@@ -88,7 +89,7 @@ def _newest(store: OffsiteStore, owner: Deployment) -> str:
             return name
     raise MissingData(
         f"no backup at {store.shown} is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses",
-        next_step=f"name the set: python scripts/backup_automem.py --list {store.shown}",
+        next_step=f"name the set: python scripts/backup_automem.py --list {quote(store.shown)}",
     )
 
 

@@ -48,7 +48,7 @@ def verify(
     require_graph(stores.graph.conn, stores.graph.graph, stores.graph.address)
     state = get_state(source.qdrant, source.collection)
     checks = [check_size(state, source.spec), check_status(state), check_model(state, source.spec)]
-    checks.append(check_indexes(state, settings_before(stores.folder, stores.targets)))
+    checks.append(check_indexes(source.qdrant, state, settings_before(stores.folder, stores.targets)))
     known = spool if spool.memory_count() else None
     with bar("compare stores", None, "memories") as progress, Candidates(samples, state.points) as candidates:
         found = compare_stores(
