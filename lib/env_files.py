@@ -35,11 +35,11 @@ def env_files(
         if not path.is_file():
             flag = "--env-file" if env_file else "AUTOMEM_ENV_FILE"
             faults.append(f"{flag} names {path}, which is no file")
-    for path in dict.fromkeys(path.absolute() for path in found):
-        if path.is_symlink() and not path.exists():
-            faults.append(
-                f"{path} is a link to {path.readlink()}, which does not exist: link it again or remove it"
-            )
+    faults += [
+        f"{path} is a link to {path.readlink()}, which does not exist: link it again or remove it"
+        for path in dict.fromkeys(path.absolute() for path in found)
+        if path.is_symlink() and not path.exists()
+    ]
     return list(dict.fromkeys(path.absolute() for path in found if path.is_file()))
 
 

@@ -38,6 +38,18 @@ def private_dir(path: Path) -> Path:
     return path
 
 
+def readable_bytes(path: Path) -> bytes:
+    """The content of a file of the backup folder. Raises UsageProblem if it belongs to another user."""
+    try:
+        return path.read_bytes()
+    except PermissionError as error:
+        folder = quote(str(path.parent))
+        raise UsageProblem(
+            f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
+            next_step=f"ls -l {folder}   then   sudo chown -R $(id -un) {folder}   or name another with --backup-dir",
+        ) from error
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free for us on the disk of `path`, or of its nearest parent that exists."""
     while not path.exists() and path != path.parent:

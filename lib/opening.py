@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -143,7 +142,7 @@ def open_buyer(
     workers: int,
     batch_size: int,
     max_cost: float | None,
-    tell: Callable[[str], None],
+    console: Console,
     *,
     sample: bool,
 ) -> Buyer:
@@ -153,7 +152,7 @@ def open_buyer(
 
     spec = sample_spec(config.spec) if sample else config.spec
     client = EmbeddingClient(spec, config.openai_api_key)
-    return Buyer(client, config.spec, workers, batch_size, max_cost, tell)
+    return Buyer(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
 def target_lock(config: Config) -> TargetLock:

@@ -29,6 +29,12 @@ def masked(name: str, value: str) -> str:
     return place + ("?****" if mark else "")
 
 
+def same_value(left: str, right: str) -> bool:
+    """Whether two texts set the same value: blanks around them and the word for true or false do not matter."""
+    one, other = left.strip(), right.strip()
+    return one == other or any({one.lower(), other.lower()} <= words for words in (_TRUE, _FALSE))
+
+
 def _several(value: str) -> list[str]:
     """The URLs between commas; a comma within a password parts nothing."""
     return [one for one in re.split(r"[\s,]*,\s*(?=[a-z]+://|$)", value.strip()) if one]

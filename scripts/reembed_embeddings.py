@@ -112,7 +112,7 @@ def embed(
     showing.show_plan(plan, found[0], run, console, limit=args.limit)
     refused = showing.warn_of_refusals(run, found, console) if args.dry_run else []
     require_openai_key(config)
-    pace = (args.workers, args.batch_size, args.max_cost, console.say)
+    pace = (args.workers, args.batch_size, args.max_cost, console)
     buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
     if args.dry_run:
         return showing.show_tried(

@@ -87,6 +87,20 @@ def find_set(folder: Path, path: Path) -> Manifest | None:
     return None
 
 
+def broken_manifests(folder: Path, path: Path) -> list[Path]:
+    """Manifests that do not read and may be of `path`: of the same time, or with its name in them."""
+    found = []
+    paths = {*manifest_paths(folder), *manifest_paths(path.absolute().parent.parent)}
+    for one in sorted(paths):
+        stamp = one.stem.removeprefix("backup_")
+        try:
+            read_manifest(one)
+        except (BackupDamaged, BadFile):
+            if stamp in path.name or path.name.encode() in one.read_bytes():
+                found.append(one)
+    return found
+
+
 def is_complete(manifest: Manifest) -> bool:
     """Whether every file of the set is in place with its size."""
     files = [(manifest.file_of(half), half.file.size) for half in manifest.halves]

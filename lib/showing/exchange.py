@@ -65,9 +65,12 @@ def undo_of(manifest: Manifest | None) -> str:
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
     half = manifest.collection
+    model = f"  export EMBEDDING_MODEL={quote(half.model)}\n"
+    if half.model == "unknown":
+        model = "  # export EMBEDDING_MODEL=...   to the model of the old vectors, which the backup does not know\n"
     return (
         f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(half)))}\n"
         f"  export VECTOR_SIZE={half.size}\n"
-        f"  export EMBEDDING_MODEL={quote(half.model)}\n"
+        f"{model}"
         "  python scripts/reembed_embeddings.py --only-missing"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lib.console import Console, table
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
-from lib.setting_values import SECRETS, masked
+from lib.setting_values import SECRETS, masked, same_value
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -101,7 +101,7 @@ def announce(config: Config, console: Console) -> None:
 
 def _hides(name: str, setting: Setting) -> str:
     """The next value that a setting hides, and where it is; empty if nothing different is hidden."""
-    other = next((one for one in setting.beaten if one.value.strip() != setting.value.strip()), None)
+    other = next((one for one in setting.beaten if not same_value(one.value, setting.value)), None)
     if other is None:
         return ""
     return f"{'another value' if name in SECRETS else masked(name, other.value)} in {other.origin}"

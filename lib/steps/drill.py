@@ -8,7 +8,7 @@ from shlex import quote
 
 from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import Manifest, read_manifest
-from lib.backup_set.sets import find_set, manifest_paths
+from lib.backup_set.sets import all_sets, find_set, is_complete, manifest_paths
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
@@ -80,6 +80,11 @@ def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
 
 def named_manifests(folder: Path, word: str) -> list[Path]:
     """The manifests of the sets that `--check` names; raises like `prove_named`."""
+    if word == "latest" and not Path(word).exists():
+        newest = next((one.path for one in all_sets(folder) if one.path and is_complete(one)), None)
+        if newest is None:
+            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+        return [newest]
     if word != "all":
         return [_manifest_of(folder, Path(word))]
     paths = manifest_paths(folder)

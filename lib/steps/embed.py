@@ -63,7 +63,8 @@ class Bought:
 class Buyer:
     """An opened provider, how hard to drive it, and the most that may be spent (US dollars; None: no limit).
 
-    `tell` hears how long a purchase will take, when its first batch has arrived.
+    `tell` hears how long a purchase will take, when its first batch has arrived; `waiting` why nothing arrives, as
+    often as progress is reported.
     """
 
     client: EmbeddingClient
@@ -72,6 +73,7 @@ class Buyer:
     batch_size: int
     max_cost: float | None = None
     tell: Callable[[str], None] | None = None
+    waiting: Callable[[str], None] | None = None
 
     def expected(self, texts: int, tokens: int) -> Expected | None:
         """How long so many more will take; None before the first answer."""
@@ -112,6 +114,8 @@ def _told(
     def tell(seen: EmbedProgress) -> None:
         note(seen)
         advance(seen.embedded, total.texts)
+        if buyer.waiting and seen.waiting_seconds >= 1:
+            buyer.waiting(f"embed: rate limited, next try in {seen.waiting_seconds:.0f} s")
         if left and seen.embedded:
             share = 1 - seen.embedded / total.texts
             rest = buyer.expected(total.texts - seen.embedded, round(total.tokens * share))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lib.automem_api import AutoMemApi, health, remember
 from lib.embedding.spool import Spool
+from lib.errors import MigrationError
 from lib.graph.client import require_graph
 from lib.steps.candidates import Candidates, Sample
 from lib.steps.checks import (
@@ -69,6 +70,13 @@ def verify(
 
 
 def _recall(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
+    try:
+        return _asked(stores, spool, samples, after_restart=after_restart)
+    except MigrationError as error:  # every other check has ended: what it found is shown
+        return [Check("recall", FAILED, str(error).replace("\n", " "), error.next_step)]
+
+
+def _asked(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
     source = stores.collection
     answer = health(stores.api)
     if answer is None:
