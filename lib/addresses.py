@@ -15,6 +15,16 @@ def one_spelling(host: str) -> str:
     return "127.0.0.1" if name in _THIS_MACHINE else name
 
 
+def container_hint(host: str, variable: str) -> str:
+    """What to try if a name without a domain does not resolve; empty for any other host."""
+    if "." in host or ":" in host or one_spelling(host) == "127.0.0.1":
+        return ""
+    return (
+        f"if '{host}' is the name of a container, it resolves only inside Docker: from here,"
+        f" export {variable}, if the port is published\n"
+    )
+
+
 def is_this_machine(url: str) -> bool:
     """Whether the URL's host is this very machine, by any of its loopback names and numbers."""
     host = one_spelling(urlsplit(url).hostname or "")

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 from lib.addresses import without_logins
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
+from lib.pasteable import pasteable, remember_flags
 
 EXIT_CODES = """\
 exit codes:
@@ -51,7 +53,10 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         self._as_json = "--json" in words
         self._refuse_empty(words)
-        return super().parse_known_args(words, namespace)
+        remember_flags(None, None)
+        parsed = super().parse_known_args(words, namespace)
+        remember_flags(getattr(parsed[0], "env_file", None), getattr(parsed[0], "backup_dir", None))
+        return parsed
 
     def _refuse_empty(self, words: list[str]) -> None:
         """An unset shell variable between quotes would silently mean something else than what was asked for."""
@@ -146,13 +151,14 @@ def _ignore_signals() -> None:
 
 def _report(error: MigrationError, *, as_json: bool) -> None:
     name = "ValueError" if isinstance(error, DimensionMismatch) else "error"
+    text, step = pasteable(str(error)), pasteable(error.next_step)
     with contextlib.suppress(OSError):  # a terminal that closed
         if as_json:
-            print(json.dumps({"error": str(error), "next": error.next_step, "exit_code": error.exit_code}))
+            print(json.dumps({"error": text, "next": step, "exit_code": error.exit_code}))
         sys.stdout.flush()
-        print(f"{name}: {error}", file=sys.stderr)
-        if error.next_step:
-            print("\nnext:\n  " + error.next_step.replace("\n", "\n  "), file=sys.stderr)
+        print(f"{name}: {text}", file=sys.stderr)
+        if step:
+            print("\nnext:\n  " + step.replace("\n", "\n  "), file=sys.stderr)
 
 
 class _Interrupted(MigrationError):
@@ -170,7 +176,7 @@ def _file_trouble(error: OSError) -> MigrationError | None:
         )
     if error.filename is None or isinstance(error, ConnectionError):
         return None
-    return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {where}")
+    return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(where)}")
 
 
 def _boundary(command: Callable[[], int], *, as_json: bool) -> int:

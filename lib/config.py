@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.addresses import one_spelling
 from lib.backup_set.sets import Deployment
-from lib.dimensions import EmbeddingSpec
+from lib.dimensions import EmbeddingSpec, check_model
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
 from lib.setting_values import Reader, masked
@@ -70,6 +70,7 @@ class Config:
     api_token: str = field(repr=False)
     backup_dir: Path
     settings: Mapping[str, Setting] = field(repr=False)
+    misspelt: tuple[str, ...] = ()
 
     @property
     def spec(self) -> EmbeddingSpec:
@@ -118,13 +119,13 @@ def load_config(
     Precedence: environment, `env_file` (or AUTOMEM_ENV_FILE), `.env` in `cwd`, `.env` in `root`,
     `~/.config/automem/.env`, defaults. An empty value counts as not set.
     """
-    settings, faults = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
+    settings, faults, misspelt = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
     config = _build(Reader(settings, faults), settings)
     if faults:
         raise ConfigError(faults)
-    return config
+    return replace(config, misspelt=tuple(misspelt))
 
 
 def _build(read: Reader, settings: dict[str, Setting]) -> Config:
@@ -144,9 +145,9 @@ def _build(read: Reader, settings: dict[str, Setting]) -> Config:
         collection=read.name("QDRANT_COLLECTION"),
         qdrant_timeout=read.number("QDRANT_TIMEOUT_SECONDS", 1, 86400, float),
         vector_size=int(read.number("VECTOR_SIZE", 1, 65536, int)),
-        embedding_model=read.text("EMBEDDING_MODEL"),
+        embedding_model=read.text("EMBEDDING_MODEL").strip(),
         openai_api_key=read.header("OPENAI_API_KEY"),
-        openai_base_url=read.url("OPENAI_BASE_URL", OPENAI_URL),
+        openai_base_url=read.url("OPENAI_BASE_URL", OPENAI_URL, query=True),
         api_url=read.url("AUTOMEM_API_URL", "http://localhost:8001"),
         api_token=read.header("AUTOMEM_API_TOKEN"),
         backup_dir=read.folder("AUTOMEM_BACKUP_DIR"),
@@ -157,6 +158,12 @@ def _build(read: Reader, settings: dict[str, Setting]) -> Config:
 def config_of(env_file: str | None, backup_dir: str | None) -> Config:
     """The configuration of this process."""
     return load_config(os.environ, env_file=env_file, backup_dir=backup_dir)
+
+
+def require_embedding(config: Config) -> None:
+    """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE; nothing is asked."""
+    require_openai_key(config)
+    check_model(config.embedding_model, config.vector_size)
 
 
 def require_openai_key(config: Config) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from lib.pasteable import pasteable
 
 Progress = Callable[[int], None]
 _PLAIN_SECONDS = 5.0
+_WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
 
 
 def size_text(count: float) -> str:
@@ -30,19 +34,27 @@ class Console:
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+    _waiting_at: float = field(default=-math.inf, repr=False)
 
     def say(self, text: str) -> None:
         """A step, on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(pasteable(text), file=sys.stderr, flush=True)
 
     def notice(self, text: str) -> None:
         """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(pasteable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Something the operator must see, also when quiet."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {pasteable(text)}", file=sys.stderr, flush=True)
+
+    def waiting(self, text: str) -> None:
+        """Why nothing moves: at most every ten seconds; when quiet, a line every five minutes."""
+        now, pause = time.monotonic(), _QUIET_SECONDS if self.quiet else _WAITING_SECONDS
+        if now - self._waiting_at >= pause:
+            self._waiting_at = now
+            self.notice(text)
 
     def detail(self, text: str) -> None:
         """A step that only --verbose shows."""
@@ -65,7 +77,7 @@ class Console:
 
     def result(self, document: Mapping[str, object], text: str) -> None:
         """The outcome, last, on stdout. Where its reader has left, what was done is done all the same."""
-        shown = json.dumps(document, default=_as_json) if self.as_json else text
+        shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else pasteable(text)
         with contextlib.suppress(BrokenPipeError):
             if shown:
                 print(shown, flush=True)

@@ -25,14 +25,20 @@ class EmbeddingSpec:
     size: int
 
 
+def bare_model(model: str) -> str:
+    """The model behind a gateway's prefix: `openai/text-embedding-3-large` is `text-embedding-3-large`."""
+    name = model.rpartition("/")[2]
+    return name if name in _NATIVE_SIZES else model
+
+
 def native_size(model: str) -> int | None:
     """The model's full size, or None for a model that is not known here."""
-    return _NATIVE_SIZES.get(model)
+    return _NATIVE_SIZES.get(bare_model(model))
 
 
 def takes_dimensions(model: str) -> bool:
     """Whether the API takes `dimensions` for this model."""
-    return model.startswith(_SHORTENED)
+    return bare_model(model).startswith(_SHORTENED)
 
 
 def model_fault(model: str, size: int) -> str | None:

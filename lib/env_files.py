@@ -35,6 +35,11 @@ def env_files(
         if not path.is_file():
             flag = "--env-file" if env_file else "AUTOMEM_ENV_FILE"
             faults.append(f"{flag} names {path}, which is no file")
+    faults += [
+        f"{path} is a link to {path.readlink()}, which does not exist: link it again or remove it"
+        for path in dict.fromkeys(path.absolute() for path in found)
+        if path.is_symlink() and not path.exists()
+    ]
     return list(dict.fromkeys(path.absolute() for path in found if path.is_file()))
 
 
@@ -54,6 +59,34 @@ def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, 
                 f" when {found[2]} was appended): put {found[2]} on a line of its own"
             )
     return faults
+
+
+# Names of AutoMem, of the tests and of other programs that resemble one of ours.
+_OTHERS = {
+    "AUTOMEM_ENV_FILE",
+    "QDRANT_TEST_URL",
+    "QDRANT_TEST_SERVER",
+    "FALKORDB_TEST_URL",
+    "OPENAI_API_KEYS",
+}
+_RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDRANT_PORT: 0.81
+
+
+def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> list[str]:
+    """A line for each name that looks like a misspelt setting; values are not shown."""
+    import difflib
+
+    found = {}
+    for source in sources:
+        for name, setting in source.items():
+            if name in known or name in _OTHERS:
+                continue
+            near = difflib.get_close_matches(name.upper(), known, 1, _RESEMBLANCE)
+            if near:
+                found[name] = (
+                    f"{name} ({setting.origin}) is no setting and has no effect: did you mean {near[0]}?"
+                )
+    return list(found.values())
 
 
 def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[str, Setting]:
@@ -83,8 +116,8 @@ def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[
 
 def read_settings(
     environ: Mapping[str, str], defaults: Mapping[str, str], env_file: str | None, cwd: Path, root: Path
-) -> tuple[dict[str, Setting], list[str]]:
-    """Every setting by precedence, and the faults found in the files."""
+) -> tuple[dict[str, Setting], list[str], list[str]]:
+    """Every setting by precedence, the faults found in the files, and names that look misspelt."""
     faults: list[str] = []
     sources = [{name: Setting(value, "environment") for name, value in environ.items() if value}]
     sources += [
@@ -94,4 +127,4 @@ def read_settings(
     for name, default in defaults.items():
         found = [source[name] for source in sources if name in source]
         settings[name] = replace(found[0], beaten=tuple(found[1:])) if found else Setting(default, DEFAULT)
-    return settings, faults
+    return settings, faults, _misspelt(sources, defaults)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import IO
 
@@ -27,13 +28,26 @@ def private_dir(path: Path) -> Path:
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
-        way_out = f"ls -ld {path}   then   sudo chown $(id -un) {path}   or name another with --backup-dir"
+        shown = quote(str(path))
+        way_out = f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
         if isinstance(error, FileExistsError | NotADirectoryError):
             way_out = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(
             f"cannot write to the folder {path}: {error.strerror}", next_step=way_out
         ) from error
     return path
+
+
+def readable_bytes(path: Path) -> bytes:
+    """The content of a file of the backup folder. Raises UsageProblem if it belongs to another user."""
+    try:
+        return path.read_bytes()
+    except PermissionError as error:
+        folder = quote(str(path.parent))
+        raise UsageProblem(
+            f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
+            next_step=f"ls -l {folder}   then   sudo chown -R $(id -un) {folder}   or name another with --backup-dir",
+        ) from error
 
 
 def free_bytes(path: Path) -> int:

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from lib.files import sync_dir
+from lib.files import readable_bytes, sync_dir
 
 CLOSED = "closed"
 
@@ -113,7 +113,7 @@ def start_journal(folder: Path, command: str, targets: list[str], **facts: objec
 def read_journal(path: Path) -> Journal | None:
     """A journal from disk; a last line cut by a crash is passed over, an empty or foreign file is None."""
     entries = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in readable_bytes(path).split(b"\n"):
         try:
             entry = json.loads(line)
         except ValueError:

@@ -20,11 +20,13 @@ class _Amount(ProgressColumn):
     def render(self, task: Task) -> Text:
         """For one bar."""
         amount, unit = task.fields["amount"], task.fields["unit"]
-        of = f"/{amount(task.total)}" if task.total and task.fields["counts"] else ""
+        total = task.fields["of"]
+        of = f"/{amount(total)}" if total else ""
+        done = task.fields.get("done", task.completed)
         average = task.completed / task.finished_time if task.finished_time else 0.0
         speed = average if task.finished else task.speed
-        rate = f"  {amount(speed)}/s" if speed and task.completed else ""
-        return Text(f"{amount(task.completed)}{of} {unit}".rstrip() + rate)
+        rate = f"  {amount(speed)}/s" if speed and done else ""
+        return Text(f"{amount(done)}{of} {unit}".rstrip() + rate)
 
 
 class _Clock(ProgressColumn):
@@ -46,11 +48,12 @@ def bar(
     with _LOCK:
         display = _OPEN[0] if _OPEN else _display()
         _OPEN.append(display)
-        task = display.add_task(title, total=total, amount=amount, unit=unit, counts=total is not None)
+        task = display.add_task(title, total=total, amount=amount, unit=unit, of=total)
     try:
         yield lambda step: display.advance(task, step)
         done = display.tasks[task].completed
-        display.update(task, total=done or 1, completed=done or 1)  # of an unknown total: a full bar
+        # A full bar also of an unknown total, or of nothing; what was done is shown as it is.
+        display.update(task, total=done or 1, completed=done or 1, done=done)
     finally:
         with _LOCK:
             _OPEN.remove(display)

@@ -14,12 +14,16 @@ from lib.graph.client import GraphAddress, connect, list_graphs, save_trouble
 from lib.graph.engine import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
-from lib.vectors.collection import list_collections
+from lib.vectors.recreate import refuse_alias
 from lib.vectors.transport import Qdrant
 
 if TYPE_CHECKING:
+    from lib.console import Console
     from lib.embedding.spool import Spool
     from lib.steps.embed import Buyer
+    from lib.steps.migration import Migration
+    from lib.steps.restore_files import Wanted
+    from lib.steps.restore_site import Site
 
 
 def graph_address(config: Config) -> GraphAddress:
@@ -47,10 +51,13 @@ def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None)
 
 
 def open_collection(config: Config) -> CollectionSource:
-    """A Qdrant that lists its collections to us. Raises StoreUnreachable, StoreFailed, AccessRefused."""
+    """A Qdrant that lists its collections to us.
+
+    Raises StoreUnreachable, StoreFailed, AccessRefused, and UsageProblem if QDRANT_COLLECTION is an alias.
+    """
     qdrant = Qdrant(config.qdrant_url, config.qdrant_api_key, config.qdrant_timeout)
     qdrant.version()  # which it tells without a key, too
-    list_collections(qdrant)
+    refuse_alias(qdrant, config.collection)
     nodes = [Qdrant(url, config.qdrant_api_key, config.qdrant_timeout) for url in config.qdrant_node_urls]
     return CollectionSource(qdrant, config.collection, config.spec, tuple(nodes))
 
@@ -80,22 +87,77 @@ def open_spool(config: Config) -> Spool:
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
 
 
+def open_migration(
+    config: Config, spool: Spool, console: Console, *, repair: bool
+) -> tuple[Migration, CollectionSource]:
+    """A re-embedding of these stores, the unfinished one if there is one; and its collection as a backup source.
+
+    `repair`: the collection must exist at the configured size. Raises DimensionMismatch, MissingData, GuardRefused.
+    """
+    from lib.dimensions import check_dimension
+    from lib.steps.abort import clean_up_untouched
+    from lib.steps.migration import Migration
+    from lib.steps.open_run import open_run
+    from lib.steps.switch import Target
+    from lib.steps.take_pair import require_sources
+    from lib.vectors.collection import get_state
+
+    graph, source = open_graph(config, console.warn), open_collection(config)
+    require_sources(graph, source if repair else None)
+    if repair:
+        now = get_state(source.qdrant, config.collection)
+        check_dimension(config.collection, now.size, config.vector_size)
+    clean_up_untouched(graph, source, config.backup_dir, config.targets())
+    target = Target(source.qdrant, config.collection, config.spec)
+    run = Migration(graph, target, spool, config.backup_dir, config.targets(), console.progress)
+    run.journal = open_run(run.folder, run.targets, run.spec)
+    return run, source
+
+
+def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> Site:
+    """The stores that the files are for; if one is stopped, the error says how to start just the stores."""
+    from lib.errors import StoreUnreachable
+    from lib.steps.restore_site import Site
+
+    try:
+        graph = open_graph(config, console.warn) if wanted.rdb else None
+        collection = open_collection(config) if wanted.archive else None
+    except StoreUnreachable as error:
+        step = (
+            "start just the stores, in AutoMem's folder, or correct the address:"
+            f"  docker compose up -d falkordb qdrant\nthen:  {again}"
+        )
+        raise StoreUnreachable(str(error), next_step=step) from error
+    return Site(
+        graph=graph,
+        collection=collection,
+        folder=config.backup_dir,
+        targets=config.targets(),
+        engines=engines(config) if graph else [],
+        api=automem_api(config),
+        bar=console.progress,
+        say=console.say,
+        notice=console.notice,
+        again=again,
+    )
+
+
 def open_buyer(
     config: Config,
     workers: int,
     batch_size: int,
     max_cost: float | None,
-    tell: Callable[[str], None],
+    console: Console,
     *,
     sample: bool,
 ) -> Buyer:
-    """The provider, not asked yet; a `sample` is taken at the model's own size where VECTOR_SIZE is beyond it."""
+    """The provider, not asked yet; a `sample` is taken at the model's own size if VECTOR_SIZE is beyond it."""
     from lib.embedding.client import EmbeddingClient
     from lib.steps.embed import Buyer, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
     client = EmbeddingClient(spec, config.openai_api_key)
-    return Buyer(client, config.spec, workers, batch_size, max_cost, tell)
+    return Buyer(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
 def target_lock(config: Config) -> TargetLock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,12 @@ def masked(name: str, value: str) -> str:
         value = f"{scheme}****@{value.rsplit('@', 1)[1]}"
     place, mark, _query = value.partition("?")
     return place + ("?****" if mark else "")
+
+
+def same_value(left: str, right: str) -> bool:
+    """Whether two texts set the same value: blanks around them and the word for true or false do not matter."""
+    one, other = left.strip(), right.strip()
+    return one == other or any({one.lower(), other.lower()} <= words for words in (_TRUE, _FALSE))
 
 
 def _several(value: str) -> list[str]:
@@ -81,9 +88,13 @@ class Reader:
             self.fault(name, f"must be a host alone, such as localhost (its port belongs into {port})")
         return value
 
-    def url(self, name: str, example: str, default_port: int | None = None) -> str:
-        """An http(s) URL with its port, without a slash at its end."""
-        return self._url(name, self.text(name), example, default_port)
+    def url(self, name: str, example: str, default_port: int | None = None, *, query: bool = False) -> str:
+        """An http(s) URL with its port, without a slash at its end; its query is kept only with `query`."""
+        url, query_text = self._url(name, self.text(name), example, default_port), ""
+        if query:
+            with contextlib.suppress(ValueError):
+                query_text = urlsplit(self.text(name)).query
+        return f"{url}?{query_text}" if query_text else url
 
     def urls(self, name: str, example: str, default_port: int | None = None) -> tuple[str, ...]:
         """Several of them between commas; none where nothing is set."""

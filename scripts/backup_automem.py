@@ -84,6 +84,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib import opening
     from lib.files import private_dir
     from lib.showing import backup as showing
+    from lib.steps.abort import clean_up_untouched
     from lib.steps.offsite_sets import require_place
     from lib.steps.run_backup import run_backup
     from lib.steps.take_collection import require_whole
@@ -99,6 +100,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
         return showing.show_sources(graph, collection, config.backup_dir, console, place)
     private_dir(config.backup_dir)
     with opening.target_lock(config):
+        clean_up_untouched(graph, collection, config.backup_dir, config.targets())
         manifest = run_backup(
             graph,
             collection,

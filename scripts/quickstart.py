@@ -110,8 +110,10 @@ def serve(folder: Path, memories: int) -> int:
             f"export OPENAI_BASE_URL={stack.openai.base_url}\n"
             f"export OPENAI_API_KEY={KEY}\n"
             f"export AUTOMEM_API_TOKEN={TOKEN}\n"
-            "export VECTOR_SIZE=768\n"
-            "export EMBEDDING_MODEL=text-embedding-3-small\n\n"
+            'echo "VECTOR_SIZE=768" >> .env\n'
+            'echo "EMBEDDING_MODEL=text-embedding-3-small" >> .env\n\n'
+            "The last two are in .env because the guide changes them there: an export would hide that change.\n"
+            "Take the lines that you added out of .env when you are done.\n\n"
             "then follow MIGRATION.md. Ctrl-C here ends it.",
             flush=True,
         )

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import cli
+from lib import cli, pasteable
 
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
     from lib.steps.embed import Buyer
     from lib.steps.migration import Migration
-    from lib.vectors.collection import CollectionState
+    from lib.steps.plan import Plan
+    from lib.steps.situation import Found
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -34,6 +35,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--only-missing", action="store_true", help="repair drift: add, renew and remove points")
     add("--fresh", action="store_true", help="forget vectors bought earlier and buy them again")
     add("--prune-spool", action="store_true", help="delete bought vectors that no plan needs")
+    add(
+        "--abort",
+        action="store_true",
+        help="give up an unfinished run: remove what it made, close its journal",
+    )
     return parser
 
 
@@ -45,87 +51,80 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Check the settings without a network, then do the work under the lock."""
-    from lib.config import config_of, require_openai_key
+    from lib import opening
+    from lib.config import config_of, require_embedding
     from lib.console import Console
-    from lib.dimensions import check_model, model_fault
+    from lib.showing.abort import abort
     from lib.showing.settings import announce, show_config
+    from lib.showing.spool import prune
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
     announce(config, console)
-    cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh")
-    cli.refuse_together(args, "--dry-run", "--limit", "--fresh")
-    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit")
-    if args.prune_spool:
-        return prune(config, console, dry_run=args.dry_run)
-    require_openai_key(config)
-    fault = model_fault(config.embedding_model, config.vector_size)
-    if fault and args.dry_run:
-        console.warn(fault)
-    else:
-        check_model(config.embedding_model, config.vector_size)
-    from lib import opening
-
+    cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
+    cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
+    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort")
     with opening.target_lock(config):
-        return reembed(config, console, args)
+        if args.prune_spool:
+            return prune(config, console, dry_run=args.dry_run)
+        if args.abort:
+            return abort(config, console, "reembed")
+        if not args.dry_run:
+            require_embedding(config)
+        return reembed(config, console, args, pasteable.command("reembed_embeddings", sys.argv[1:]))
 
 
-def prune(config: Config, console: Console, *, dry_run: bool) -> int:
-    """Delete from the spool what no plan needs."""
+def reembed(config: Config, console: Console, args: argparse.Namespace, again: str) -> int:
+    """Open both stores, plan, and do what was asked for."""
     from lib import opening
-    from lib.showing.spool import show_pruned
-    from lib.steps.prune_spool import prune_spool
-
-    with opening.target_lock(config), opening.open_spool(config) as spool:
-        return show_pruned(prune_spool(spool, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
-
-
-def reembed(config: Config, console: Console, args: argparse.Namespace) -> int:
-    """Open, plan, and go the way that was asked for."""
-    from lib import opening
-    from lib.dimensions import check_dimension
-    from lib.showing import reembed as showing
     from lib.steps import migrate, situation, spot_check
-    from lib.steps.drift import only_missing
-    from lib.steps.embed import try_one_batch
-    from lib.steps.migration import Migration
-    from lib.steps.open_run import open_run
-    from lib.steps.switch import Target
     from lib.steps.take_collection import require_whole
-    from lib.steps.take_pair import require_sources
-    from lib.vectors.collection import get_state
 
-    graph, source = opening.open_graph(config, console.warn), opening.open_collection(config)
-    require_sources(graph, source if args.only_missing else None)
-    if args.only_missing:
-        now = get_state(source.qdrant, config.collection)
-        check_dimension(config.collection, now.size, config.vector_size)
     with opening.open_spool(config) as spool:
-        target, bar = Target(source.qdrant, config.collection, config.spec), console.progress
-        run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
+        run, source = opening.open_migration(config, spool, console, repair=args.only_missing)
         spot_check.clear_up(run)
-        run.in_place, run.no_switch = args.in_place, args.no_switch
-        run.journal = open_run(run.folder, run.targets, run.spec)
+        run.in_place, run.no_switch, run.again = args.in_place, args.no_switch, again
         run.fresh = args.fresh and not migrate.is_fresh(run)
         plan, kind, live = situation.look(run, repair=args.only_missing)
         if live is not None:
             require_whole(source)
-        showing.show_plan(plan, kind, run, console)
-        pace = (args.workers, args.batch_size, args.max_cost, console.say)
-        buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
-        if args.dry_run:
-            return showing.show_tried(try_one_batch(buyer, spool, run.bought.log), plan, run, console)
-        if args.limit:
-            return showing.show_spot_check(spot_check.spot_check(run, buyer, live, args.limit), run, console)
-        buyer.require_affordable(plan.tokens, run.bought)
-        if args.only_missing:
-            return showing.show_drift(only_missing(run, buyer, live or now), run, console)
-        return replace(run, buyer, (kind, live), console)
+        return embed(run, plan, (kind, live), config, console, args)
 
 
-def replace(run: Migration, buyer: Buyer, found: tuple[str, CollectionState | None], console: Console) -> int:
+def embed(
+    run: Migration, plan: Plan, found: Found, config: Config, console: Console, args: argparse.Namespace
+) -> int:
+    """Show the plan; then sample, repair or replace."""
+    from lib import opening
+    from lib.config import require_openai_key
+    from lib.showing import reembed as showing
+    from lib.steps import migrate, situation, spot_check
+    from lib.steps.drift import only_missing
+    from lib.steps.embed import try_one_batch
+
+    explicit = args.fresh or args.only_missing or args.limit or migrate.is_fresh(run)
+    if not explicit and (lacking := situation.lacking_of_made(run, plan, found[1])):
+        return showing.show_made(lacking, run, console)
+    showing.show_plan(plan, found[0], run, console, limit=args.limit)
+    refused = showing.warn_of_refusals(run, found, console) if args.dry_run else []
+    require_openai_key(config)
+    pace = (args.workers, args.batch_size, args.max_cost, console)
+    buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
+    if args.dry_run:
+        return showing.show_tried(
+            try_one_batch(buyer, run.spool, run.bought.log), plan, run, refused, console
+        )
+    if args.limit:
+        return showing.show_spot_check(spot_check.spot_check(run, buyer, found[1], args.limit), run, console)
+    buyer.require_affordable(plan.tokens, run.bought)
+    if args.only_missing:
+        return showing.show_drift(only_missing(run, buyer), run, console)
+    return replace(run, buyer, found, console)
+
+
+def replace(run: Migration, buyer: Buyer, found: Found, console: Console) -> int:
     """Embed, then make the collection anew."""
     from lib.showing import exchange
     from lib.showing import reembed as showing

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
     from lib.steps.restore_files import Wanted
-    from lib.steps.restore_site import Site
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -37,6 +36,11 @@ def arguments() -> argparse.ArgumentParser:
         "--force-version", action="store_true", help="try a snapshot of another Qdrant version"
     )
     parser.add_argument(
+        "--abort",
+        action="store_true",
+        help="give up an unfinished restore: remove what it made, close its journal",
+    )
+    parser.add_argument(
         "--while-running",
         action="store_true",
         help="replace the graph though AutoMem runs, where that is safe",
@@ -52,9 +56,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Tell the files apart, open what they need, restore under the lock."""
+    from lib import opening
     from lib.config import config_of
     from lib.console import Console
     from lib.errors import UsageProblem
+    from lib.showing.abort import abort
     from lib.showing.settings import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
@@ -62,11 +68,16 @@ def command(args: argparse.Namespace) -> int:
     if args.show_config:
         return show_config(config, console)
     announce(config, console)
+    cli.refuse_together(args, "--abort", "--dry-run")
+    if args.abort and args.files:
+        raise UsageProblem("--abort takes no FILE", next_step="python scripts/restore_from_backup.py --abort")
+    if args.abort:
+        with opening.target_lock(config):
+            return abort(config, console, "restore")
     if not args.files:
         raise UsageProblem(
             "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"
         )
-    from lib import opening
     from lib.files import private_dir
     from lib.steps.offsite_sets import fetched
     from lib.steps.restore_files import read_wanted
@@ -79,38 +90,9 @@ def command(args: argparse.Namespace) -> int:
         return restore(config, console, wanted, args)
 
 
-def site_of(config: Config, console: Console, wanted: Wanted) -> Site:
-    """Open the stores that the files are for; where one is stopped, say how to start just the stores."""
-    from lib import opening
-    from lib.errors import StoreUnreachable
-    from lib.showing.restore import again
-    from lib.steps.restore_site import Site
-
-    try:
-        graph = opening.open_graph(config, console.warn) if wanted.rdb else None
-        collection = opening.open_collection(config) if wanted.archive else None
-    except StoreUnreachable as error:
-        step = (
-            "start just the stores, in AutoMem's folder, or correct the address:"
-            f"  docker compose up -d falkordb qdrant\nthen:  {again(sys.argv[1:])}"
-        )
-        raise StoreUnreachable(str(error), next_step=step) from error
-    return Site(
-        graph=graph,
-        collection=collection,
-        folder=config.backup_dir,
-        targets=config.targets(),
-        engines=opening.engines(config) if graph else [],
-        api=opening.automem_api(config),
-        bar=console.progress,
-        say=console.say,
-        notice=console.notice,
-        again=again(sys.argv[1:]),
-    )
-
-
 def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Namespace) -> int:
     """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
+    from lib import opening
     from lib.errors import UsageProblem
     from lib.showing import restore as showing
     from lib.steps.before_restore import prove_files, require_quiet, tell_other_clients
@@ -122,7 +104,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
         force_version=args.force_version,
         while_running=args.while_running,
     )
-    site = site_of(config, console, wanted)
+    site = opening.open_site(config, console, wanted, showing.again(sys.argv[1:]))
     with ExitStack() as stack:
         proved = prove_files(site, wanted, stack, options)
         try:

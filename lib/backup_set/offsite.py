@@ -159,7 +159,7 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: Bar) -> Path:
     if missing and free_bytes(folder) < need:
         raise MigrationError(
             f"{folder} has {free_bytes(folder) >> 20} MiB free, the set needs {need >> 20} MiB",
-            next_step=f"df -h {folder}   then free some room, or name another folder with --backup-dir",
+            next_step=f"df -h {quote(str(folder))}   then free some room, or name another folder with --backup-dir",
         )
     for file in missing:
         private_dir((folder / file.name).parent)
@@ -219,5 +219,5 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
         if (size, digest.hexdigest()) != (file.size, file.sha256):
             raise BackupDamaged(
                 f"{store.shown}/{file.name} is not what its manifest says ({size} of {file.size} bytes)",
-                next_step=f"use another set: python scripts/backup_automem.py --list {store.shown}",
+                next_step=f"use another set: python scripts/backup_automem.py --list {quote(store.shown)}",
             )

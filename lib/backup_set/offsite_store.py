@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lib.backup_set.manifest import BackupFile
@@ -162,7 +163,7 @@ class OffsiteStore:
                 private_dir(Path(self._root))
             except UsageProblem as error:
                 raise UsageProblem(
-                    str(error), next_step=f"ls -ld {self._root}   or upload into another folder"
+                    str(error), next_step=f"ls -ld {quote(str(self._root))}   or upload into another folder"
                 ) from error
             return
         path = self._path(_PROBE)

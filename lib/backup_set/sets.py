@@ -103,7 +103,7 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
     )
     raise MissingData(
         f"no backup in {where}{whose}",
-        next_step="python scripts/backup_automem.py   or name the file: backup_automem.py --list",
+        next_step="python scripts/backup_automem.py   or name the file:  python scripts/backup_automem.py --list",
     )
 
 
@@ -123,6 +123,20 @@ def find_set(folder: Path, path: Path) -> Manifest | None:
         if any(manifest.file_of(half).resolve() == path.resolve() for half in manifest.halves):
             return manifest
     return None
+
+
+def broken_manifests(folder: Path, path: Path) -> list[Path]:
+    """Manifests that do not read and may be of `path`: of the same time, or with its name in them."""
+    found = []
+    paths = {*manifest_paths(folder), *manifest_paths(path.absolute().parent.parent)}
+    for one in sorted(paths):
+        stamp = one.stem.removeprefix("backup_")
+        try:
+            read_manifest(one)
+        except (BackupDamaged, BadFile):
+            if stamp in path.name or path.name.encode() in one.read_bytes():
+                found.append(one)
+    return found
 
 
 def is_complete(manifest: Manifest) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import pybase64
 
 from lib.dimensions import EmbeddingSpec, native_size
 from lib.embedding.limit_headers import RateLimits
-from lib.embedding.refusals import BadAnswer, WrongWidth
+from lib.embedding.refusals import BadAnswer, BadIndices, WrongWidth
 
 FloatArray = npt.NDArray[np.float32]
 NORM_TOLERANCE = 0.01
@@ -51,14 +52,31 @@ def read_answer(
         raise BadAnswer(
             f"{len(data) if isinstance(data, list) else 'no'} vectors came back for {count} texts"
         )
-    indices = [item.get("index") if isinstance(item, dict) else None for item in data]
-    if not all(type(index) is int for index in indices) or set(indices) != set(range(count)):
-        raise BadAnswer("the answer's indices are not those of the texts")
+    indices = _indices(data)
     vectors = np.empty((count, spec.size), dtype=np.float32)
     while data:
         item = data.pop()  # the answer's text shrinks while the vectors grow
-        vectors[item["index"]] = _row(item.get("embedding"), spec)
-    return Answer(_unit(vectors, spec), _tokens(body.get("usage")), limits)
+        vectors[indices.pop()] = _row(item.get("embedding"), spec)
+    return Answer(_unit(vectors, spec), billed_tokens(body), limits)
+
+
+def _indices(data: list[Any]) -> list[int]:
+    """The index of each vector. Raises BadIndices if it does not follow from the answer which vector is which text's.
+
+    Without any index the order is that of the texts. One that is missing among others is the one that is left:
+    encoders that omit zeros leave out the 0 (protobuf's JSON, as Gemini's endpoint sends it).
+    """
+    if not all(isinstance(item, dict) for item in data):
+        raise BadAnswer("a vector that is no JSON object")
+    given = [item.get("index") for item in data]
+    if all(index is None for index in given):
+        return list(range(len(data)))
+    left = set(range(len(data))) - {index for index in given if type(index) is int}
+    if given.count(None) == 1 and len(left) == 1:
+        given[given.index(None)] = left.pop()
+    if not all(type(index) is int for index in given) or set(given) != set(range(len(data))):
+        raise BadIndices("the answer's indices do not say which vector is which text's")
+    return [int(index) for index in given if index is not None]
 
 
 def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
@@ -92,6 +110,8 @@ def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
     return np.asarray(vectors / norms[:, None], dtype=np.float32)
 
 
-def _tokens(usage: object) -> int:
+def billed_tokens(body: dict[str, object]) -> int:
+    """The tokens that an answer is billed for, whether or not its vectors are of use; 0 if it names none."""
+    usage = body.get("usage")
     billed = usage.get("total_tokens") or usage.get("prompt_tokens") if isinstance(usage, dict) else 0
     return billed if isinstance(billed, int) else 0

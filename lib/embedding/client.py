@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.answers import Answer, read_answer
+from lib.embedding.answers import Answer, billed_tokens, read_answer
 from lib.embedding.limit_headers import rate_limits
 from lib.embedding.pacing import Pacer, Stopped, estimated_tokens
 from lib.embedding.provider import Provider
@@ -47,6 +47,7 @@ class EmbeddingClient:
         self._max_wait = max_wait_seconds
         self.request_seconds: float | None = None  # what the first good answer took
         self._last_answer: float | None = None
+        self.billed_tokens = 0  # of every answer of the provider, those included that are of no use
         # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
         self._decoding = threading.Lock()
 
@@ -101,6 +102,7 @@ class EmbeddingClient:
             limits = rate_limits(headers)
             with self._decoding:
                 body = self._provider.opened(texts, headers, content)
+                self.billed_tokens += billed_tokens(body)
                 answer = read_answer(body, len(texts), self.spec, limits)
             self._refuse_one_for_all(texts, answer)
         except BadInput:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from lib.dimensions import bare_model
 from lib.embedding.memory import give_back
 
 if TYPE_CHECKING:
@@ -52,12 +53,12 @@ def forget_tokenizer() -> None:
 
 def price_per_million(model: str) -> float | None:
     """USD per million tokens at PRICES_AS_OF, or None for a model without a known price."""
-    return _PRICES.get(model)
+    return _PRICES.get(bare_model(model))
 
 
 def input_limit(model: str) -> int | None:
     """The most tokens one text may have, or None for a model that is not known here."""
-    return MAX_INPUT_TOKENS if model in _PRICES else None
+    return MAX_INPUT_TOKENS if bare_model(model) in _PRICES else None
 
 
 def cut_to_tokens(text: str, limit: int) -> str:

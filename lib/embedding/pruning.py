@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lib.dimensions import EmbeddingSpec
 from lib.embedding.spool_file import APPLICATION_ID, FORMAT_VERSION, SpoolDamaged, SpoolFile
@@ -77,7 +78,7 @@ class Pruning(SpoolFile):
             if found != (APPLICATION_ID, FORMAT_VERSION):
                 raise SpoolDamaged(
                     f"{plan} is no plan of this version of the tool: what it needs cannot be told, nothing is removed",
-                    next_step=f"move it away and run again:  mv {plan} {plan}.old",
+                    next_step=f"move it away and run again:  mv {quote(str(plan))} {quote(str(plan) + '.old')}",
                 )
             with self._guarded():
                 self._db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")

@@ -54,6 +54,14 @@ class BadAnswer(BadInput):
     """An answer that does not fit the question (count, indices, not a number, length): nothing of it is used."""
 
 
+class BadIndices(ProviderRefused):
+    """An answer whose vectors cannot be assigned to the texts: splitting the batch does not help."""
+
+    def __init__(self, message: str) -> None:
+        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text a request); {AGAIN}"
+        super().__init__(message, next_step=step)
+
+
 class WrongWidth(UsageProblem):
     """The model makes vectors of another size than VECTOR_SIZE."""
 
@@ -81,6 +89,12 @@ def refusal_of(status: int, headers: Mapping[str, str], body: object, secret: st
     if not texts["message"]:
         texts["message"] = redacted(str(fields.get("detail") or ""), secret)
     return Refusal(status, headers, texts["code"], texts["type"], texts["param"], texts["message"])
+
+
+def context_limit(text: str) -> int | None:
+    """The most tokens of one text, if a refusal says it ("maximum context length is 8192 tokens"); else None."""
+    found = re.search(r"maximum context length (?:is|of) (\d[\d,]*)", text, re.IGNORECASE)
+    return int(found[1].replace(",", "")) if found else None
 
 
 def redacted(text: str, secret: str) -> str:

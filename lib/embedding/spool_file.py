@@ -7,11 +7,12 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import MigrationError
-from lib.files import UsedFile, private_dir, sync_dir
+from lib.files import UsedFile, free_bytes, private_dir, sync_dir
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x414D5350  # "AMSP" in the file's header: tells a spool from any other SQLite file
 FORMAT_VERSION = 1
 BUSY_SECONDS = 30
+_PAGE_BYTES = 4096  # SQLite's default
+_LOCAL_BYTES = (
+    512  # of a row that continues on overflow pages (https://www.sqlite.org/fileformat2.html#cell_payload)
+)
+_INDEX_BYTES = 64  # of a key in the index
+_LOG_BYTES = 8 << 20  # the log is folded into the file each 1,000 pages (4 MB)
+_MOST_LOGGED = 3200  # texts that one transaction may bring into the log: all that are in flight
 VALUES_AT_ONCE = 500  # SQLite builds allow 999 bound values or more (https://www.sqlite.org/limits.html)
 
 # What is bought belongs to every graph and collection of this machine, what was read belongs to one.
@@ -93,7 +101,7 @@ class SpoolFile:
         if not empty and found != (APPLICATION_ID, FORMAT_VERSION):
             raise SpoolDamaged(
                 f"{path} is not a spool of this version of the tool",
-                next_step=f"move it away and run again:  mv {path} {path}.old",
+                next_step=f"move it away and run again:  mv {quote(str(path))} {quote(str(path) + '.old')}",
             )
         if self._read_only:
             return
@@ -120,7 +128,9 @@ class SpoolFile:
         except sqlite3.DatabaseError as error:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a fault of this program, not of the file
-            step = f"move it away and run again (its vectors are bought anew):  mv {self.path} {self.path}.damaged"
+            file = str(self.path)
+            away = f"mv {quote(file)} {quote(file + '.damaged')}"
+            step = f"move it away and run again (its vectors are paid for again):  {away}"
             if "full" in str(error):
                 step = f"make room on the disk of {self.path.parent}, then run the same command again"
             elif "locked" in str(error):
@@ -166,6 +176,17 @@ class SpoolFile:
         files = [file.with_name(file.name + ending) for file in self._files for ending in ("", "-wal")]
         return sum(each.stat().st_size for each in files if each.exists())
 
+    def require_room(self, texts: int, size: int) -> None:
+        """Raise MigrationError if the disk has no room for so many more vectors of this size."""
+        needed, free = room_of(texts, size), free_bytes(self.vectors_path)
+        if needed > free:
+            raise MigrationError(
+                f"no room for {texts:,} embeddings of {size}d: they need {needed / 2**20:,.0f} MiB below"
+                f" {self.vectors_path.parent}, {free / 2**20:,.0f} MiB are free; what does not fit is not bought",
+                next_step=f"df -h {quote(str(self.vectors_path.parent))}   and free some room, or name a larger"
+                " disk with --backup-dir, then run the same command again",
+            )
+
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Nobody else uses the vectors during the block. Raises LockHeld."""
         return self._used.alone()
@@ -182,6 +203,17 @@ class SpoolFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def room_of(texts: int, size: int) -> int:
+    """The most bytes that so many vectors of this size add to the file, its log included."""
+    row = 4 * size + 32
+    if row <= _PAGE_BYTES - 35:
+        on_disk = _PAGE_BYTES // ((_PAGE_BYTES - 35) // row)
+    else:
+        on_disk = -(-(row - _LOCAL_BYTES) // (_PAGE_BYTES - 4)) * _PAGE_BYTES + _LOCAL_BYTES
+    logged = min(texts, _MOST_LOGGED)
+    return (texts + logged) * (on_disk + _INDEX_BYTES) + _LOG_BYTES if texts else 0
 
 
 def chunks(items: Sequence[_Item], size: int = VALUES_AT_ONCE) -> Iterator[Sequence[_Item]]:

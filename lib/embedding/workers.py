@@ -26,7 +26,10 @@ SPARE_BATCHES, SPARE_TEXTS = 16, 1600
 
 @dataclass(frozen=True)
 class EmbedProgress:
-    """How far a run is; `waiting_seconds` is above 0 while a rate limit holds it."""
+    """How far a run is; `waiting_seconds` is above 0 while a rate limit holds it.
+
+    `tokens` are all billed ones, `discarded` those of them whose vectors are not stored (at the end: never will be).
+    """
 
     embedded: int
     refused: int
@@ -35,6 +38,7 @@ class EmbedProgress:
     rate_limited: int
     waiting_seconds: float
     seconds: float
+    discarded: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class EmbedOutcome:
     refused: list[Refused]
     cut: list[str]
     seconds: float
+    discarded: int = 0
 
 
 def embed_missing(
@@ -58,6 +63,7 @@ def embed_missing(
     workers: int,
     batch_size: int,
     progress: Callable[[EmbedProgress], None] | None = None,
+    require_room: Callable[[int], None] | None = None,
 ) -> EmbedOutcome:
     """Embed `rows` (distinct keys) and hand (key, float32 little-endian) pairs to `store` as they arrive.
 
@@ -65,11 +71,14 @@ def embed_missing(
     Memory holds a few batches a worker. When the run is interrupted or fails, workers stop before their next
     request, and all that was received is stored before the error leaves.
 
+    `require_room` is asked before each batch whether so many more texts can be stored. If it raises, no further batch
+    is sent, and its error leaves when all that was sent before is stored.
+
     Raises:
-        ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows` or `store` raise.
+        ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows`, `store` or `require_room` raise.
     """
     return_large_blocks()
-    run = _Run(client, store, progress, max(1, min(batch_size, MAX_INPUTS)))
+    run = _Run(client, store, progress, max(1, min(batch_size, MAX_INPUTS)), require_room)
     for _ in range(workers):
         threading.Thread(target=run.work, name="embedding", daemon=True).start()
     try:
@@ -90,8 +99,10 @@ class _Run:
         store: Callable[[Vectors], None],
         progress: Callable[[EmbedProgress], None] | None,
         batch_size: int,
+        require_room: Callable[[int], None] | None,
     ) -> None:
         self._client = client
+        self._require_room = require_room
         self._store = store
         self._progress = progress
         self._max_inputs = batch_size
@@ -99,12 +110,13 @@ class _Run:
         self._arrived: deque[Arrived] = deque()
         self._news = threading.Condition()
         self._stop = threading.Event()
-        self._outstanding = 0
+        self._outstanding = self._texts_outstanding = 0
+        self._no_room: MigrationError | None = None
         self._embedded = self._tokens = 0
         self._refused: list[Refused] = []
         self._cut: list[str] = []
         self._started = time.monotonic()
-        self._before = client.pacer.counts()
+        self._before, self._billed_before = client.pacer.counts(), client.billed_tokens
 
     # The caller's thread
 
@@ -117,16 +129,28 @@ class _Run:
         while more or self._outstanding:
             while more and self._outstanding < most_outstanding:
                 batch = next(made, None)
-                if batch is None:
+                if batch is None or not self._has_room(len(batch)):
                     more = False
                 else:
                     self._outstanding += 1
+                    self._texts_outstanding += len(batch)
                     self._jobs.put(batch)
             if self._outstanding:
                 error = self._take(TICK_SECONDS)
                 self._report()
                 if error is not None:
                     raise error
+        if self._no_room:
+            raise self._no_room
+
+    def _has_room(self, texts: int) -> bool:
+        """Whether so many texts can be stored together with all that are sent; notes the error if not."""
+        try:
+            if self._require_room:
+                self._require_room(self._texts_outstanding + texts)
+        except MigrationError as error:
+            self._no_room = error
+        return self._no_room is None
 
     def abandon(self) -> None:
         """Stop the workers, give what is in flight a moment to arrive, and store it."""
@@ -158,6 +182,7 @@ class _Run:
             self._refused,
             self._cut,
             told.seconds,
+            told.discarded,
         )
 
     def _take(self, seconds: float) -> BaseException | None:
@@ -174,6 +199,9 @@ class _Run:
             self._embedded += len(item.vectors)
             self._tokens += item.tokens
             self._outstanding -= item.batch_ended
+            self._texts_outstanding -= len(item.vectors) + (item.refused is not None)
+            if item.cut:
+                self._cut.append(item.cut)
             if item.refused:
                 self._refused.append(item.refused)
         return next((item.error for item in items if item.error), None)
@@ -183,15 +211,16 @@ class _Run:
             self._progress(self._status())
 
     def _status(self) -> EmbedProgress:
-        now = self._client.pacer.counts()
+        now, billed = self._client.pacer.counts(), self._client.billed_tokens - self._billed_before
         return EmbedProgress(
             self._embedded,
             len(self._refused),
-            self._tokens,
+            billed,
             now.requests - self._before.requests,
             now.rate_limited - self._before.rate_limited,
             now.waiting_seconds,
             time.monotonic() - self._started,
+            billed - self._tokens,
         )
 
     def _caps(self) -> Caps:

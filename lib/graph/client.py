@@ -16,6 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from lib.addresses import container_hint
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable
 
 # A dead peer is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
@@ -175,7 +176,11 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
         return access_refused(where, text)
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
-        return StoreUnreachable(f"FalkorDB at {where} does not answer: {text}", next_step=START_HINT)
+        unknown = re.search(
+            r"Name or service not known|name resolution|nodename nor servname|No address", text
+        )
+        hint = container_hint(where.rpartition(":")[0], "FALKORDB_HOST=localhost") if unknown else ""
+        return StoreUnreachable(f"FalkorDB at {where} does not answer: {text}", next_step=hint + START_HINT)
     if text.startswith(_REFUSALS):
         return access_refused(where, text)
     return _failed(error, where, text)

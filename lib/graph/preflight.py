@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import redis
 
-from lib.errors import AccessRefused, MigrationError, StoreFailed
+from lib.errors import AccessRefused, StoreFailed
 from lib.graph.client import command, list_graphs, place, translated
 
 GRANT = (
@@ -144,12 +144,9 @@ def memory_used(conn: redis.Redis) -> int:
 
 
 def other_clients(conn: redis.Redis) -> list[OtherClient]:
-    """Who else is connected: neither these connections nor replicas; empty where the list may not be read."""
-    try:
-        with translated(place(conn)):
-            listed, own = conn.client_list(), _own_ids(conn)
-    except MigrationError:
-        return []
+    """Who else is connected: neither these connections nor replicas. Raises MigrationError if it may not be asked."""
+    with translated(place(conn)):
+        listed, own = conn.client_list(), _own_ids(conn)
     return [
         OtherClient(str(one["addr"]), int(one["idle"]), str(one["cmd"]))
         for one in listed

@@ -22,8 +22,7 @@ from lib.graph.rdb_fields import crc64, take_module_id, take_string, written_str
 MAGIC = b"REDIS"
 HEADER_BYTES = 9
 TRAILER_BYTES = 9  # 0xFF and the CRC64
-# Of a diskless transfer `redis-cli --rdb -` also writes the mark that ends it; servers load such a file.
-END_MARK_BYTES = 40
+_MARK_BYTES = 40  # https://redis.io/docs/latest/operate/oss_and_stack/management/replication/ (diskless)
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 64 * 1024  # the auxiliary fields fit many times
 _AUX, _SELECT_DB, _MODULE_AUX, _END = 0xFA, 0xFE, 0xF7, 0xFF
@@ -73,7 +72,10 @@ def inspect_rdb(path: Path) -> RdbFacts:
     with path.open("rb") as file:
         head = _read_head(file.read(HEAD_BYTES))
         version = _version(path)
-        computed, stored, sha256 = _checksums(file, path, size)
+        mark = _end_mark_bytes(file, size)
+        computed, stored, sha256 = _checksums(file, path, size - mark)
+    if mark and stored != computed:
+        raise BackupDamaged(f"{path.name} is cut off: it does not end like an RDB file")
     if stored not in {0, computed}:
         raise BackupDamaged(
             f"{path.name} is damaged: its CRC64 is {stored:016x}, its content makes {computed:016x}"
@@ -96,11 +98,21 @@ def _version(path: Path) -> int:
         return int(file.read(HEADER_BYTES)[len(MAGIC) :])
 
 
+def _end_mark_bytes(file: BinaryIO, size: int) -> int:
+    """The length of the mark behind the RDB: `redis-cli --rdb -` writes out the one that ends a diskless sync."""
+    file.seek(max(0, size - _MARK_BYTES - TRAILER_BYTES))
+    tail = file.read()
+    marked = len(tail) == _MARK_BYTES + TRAILER_BYTES and tail[-TRAILER_BYTES] != _END and tail[0] == _END
+    return _MARK_BYTES if marked and re.fullmatch(rb"[0-9a-f]{40}", tail[-_MARK_BYTES:]) else 0
+
+
 def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
-    """CRC64 of all but the trailer's eight bytes, the CRC64 stored there, and the sha256 of the whole file."""
-    mark = _end_mark(file, size)
+    """CRC64 of all but the trailer's eight bytes, the CRC64 stored there, and the sha256 of the whole file.
+
+    `size`: without the mark of a diskless sync, if there is one.
+    """
     file.seek(0)
-    crc, digest, left = 0, hashlib.sha256(), size - mark - 8
+    crc, digest, left = 0, hashlib.sha256(), size - 8
     last = b""
     while left:
         chunk = file.read(min(CHUNK_BYTES, left))
@@ -111,18 +123,8 @@ def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
     if last[-1] != _END:
         raise BackupDamaged(f"{path.name} is cut off: it does not end like an RDB file")
     trailer = file.read(8)
-    digest.update(trailer)
-    digest.update(file.read(mark))
+    digest.update(trailer + file.read())
     return crc, int.from_bytes(trailer, "little"), digest.hexdigest()
-
-
-def _end_mark(file: BinaryIO, size: int) -> int:
-    """Bytes of the end mark behind the RDB: 40, or 0."""
-    if size < HEADER_BYTES + TRAILER_BYTES + END_MARK_BYTES:
-        return 0
-    file.seek(size - END_MARK_BYTES - TRAILER_BYTES)
-    tail = file.read(TRAILER_BYTES + END_MARK_BYTES)
-    return END_MARK_BYTES if tail[0] == _END and re.fullmatch(rb"[0-9a-f]{40}", tail[TRAILER_BYTES:]) else 0
 
 
 def require_rdb_checksum(path: Path, facts: RdbFacts, *, expected_sha256: str = "") -> None:

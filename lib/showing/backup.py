@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from lib.console import Console, size_text, table
@@ -74,7 +75,7 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     if drift and (drift.only_graph or drift.only_collection):
         lines.append(
             f"drift: {drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
-            "   (reembed_embeddings.py --only-missing repairs it)"
+            "   (python scripts/reembed_embeddings.py --only-missing repairs it)"
         )
     document = manifest.as_json()
     if uploaded:
@@ -113,7 +114,8 @@ def _proof(level: str, note: str) -> str:
 def show_sets(shelf: Shelf, console: Console) -> int:
     """Every set, newest first: a line of figures, and one of what they are made of, within 80 columns."""
     for where in shelf.unreadable:
-        console.warn(f"{where.rpartition('/')[2]} cannot be read: backup_automem.py --check {where} says why")
+        why = f"python scripts/backup_automem.py --check {quote(where)}"
+        console.warn(f"{where.rpartition('/')[2]} cannot be read; what is wrong says:  {why}")
     rows = [_set_row(one, complete=complete) for one, complete in shelf.sets]
     header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "proof")
     lines = table(rows, header).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from lib.console import Console
@@ -38,7 +39,7 @@ def show_staged(state: CollectionState | None, run: Migration, console: Console)
             {"staged": None}, f"'{run.target.collection}' is what it should be: nothing was staged"
         )
         return DONE
-    drop = f"  {delete_line(run.target.qdrant, run.staged)}\n  rm {journal_of(run).path}"
+    drop = f"  {delete_line(run.target.qdrant, run.staged)}\n  rm {quote(str(journal_of(run).path))}"
     price = run.bought.price(run.spec.model)
     document = {
         "staged": run.staged,
@@ -64,9 +65,12 @@ def undo_of(manifest: Manifest | None) -> str:
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
     half = manifest.collection
+    model = f"  export EMBEDDING_MODEL={quote(half.model)}\n"
+    if half.model == "unknown":
+        model = "  # export EMBEDDING_MODEL=...   to the model of the old vectors, which the backup does not know\n"
     return (
-        f"  python scripts/restore_from_backup.py {manifest.file_of(half)}\n"
+        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(half)))}\n"
         f"  export VECTOR_SIZE={half.size}\n"
-        f"  export EMBEDDING_MODEL={half.model}\n"
+        f"{model}"
         "  python scripts/reembed_embeddings.py --only-missing"
     )

@@ -10,10 +10,12 @@ from lib.errors import DONE, REMAINING
 from lib.showing.settings import RESTART
 
 if TYPE_CHECKING:
+    from lib.embedding.plan_table import Missing
     from lib.steps.drift import Drifted
     from lib.steps.embed import Tried
     from lib.steps.migration import Migration
     from lib.steps.plan import Plan
+    from lib.steps.situation import Found
     from lib.steps.spot_check import SpotCheck
     from lib.steps.sync import SyncOutcome
 
@@ -26,7 +28,7 @@ def dollars(price: float | None) -> str:
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
-def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
+def show_plan(plan: Plan, kind: str, run: Migration, console: Console, *, limit: int | None = None) -> None:
     """Where an unfinished run is gone on with; what a re-embedding will do, cost and leave out."""
     from lib.embedding.pricing import PRICES_AS_OF
     from lib.steps.open_run import going_on
@@ -40,6 +42,8 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console) -> None:
     what = {ABSENT: "create it", ADOPT: "bring it level", REPLACE: make, DEAD: "delete it, make it anew"}[
         kind
     ]
+    if limit:
+        what = f"only read it: the check of {min(limit, plan.scan.usable):,} memories gets a collection of its own"
     rows = [
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; to do: {what} at {plan.spec.size}d with {plan.spec.model}"),
@@ -81,6 +85,25 @@ def _show_left_out(plan: Plan, kind: str, run: Migration, console: Console) -> N
         )
 
 
+def warn_of_refusals(run: Migration, found: Found, console: Console) -> list[str]:
+    """What the real run would be refused for, each as a warning: --dry-run says it before anything is paid for."""
+    from lib.dimensions import model_fault
+    from lib.errors import GuardRefused
+    from lib.steps.situation import protection
+
+    reasons = []
+    fault = model_fault(run.spec.model, run.spec.size)
+    if fault:
+        reasons.append(fault)
+    try:
+        protection(run, *found)
+    except GuardRefused as error:
+        reasons.append(f"{error}\nfirst:  {error.next_step.splitlines()[0]}")
+    for reason in reasons:
+        console.warn(f"the run without --dry-run will be refused: {reason}")
+    return reasons
+
+
 def _plan_document(plan: Plan, run: Migration) -> dict[str, object]:
     scan = plan.scan
     return {
@@ -104,7 +127,7 @@ def _plan_document(plan: Plan, run: Migration) -> dict[str, object]:
     }
 
 
-def show_tried(tried: Tried, plan: Plan, run: Migration, console: Console) -> int:
+def show_tried(tried: Tried, plan: Plan, run: Migration, refused: list[str], console: Console) -> int:
     """The outcome of --dry-run."""
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
     if tried.expected:
@@ -113,6 +136,7 @@ def show_tried(tried: Tried, plan: Plan, run: Migration, console: Console) -> in
         "plan": _plan_document(plan, run),
         "dry_run": dataclasses.asdict(tried),
         "left": dataclasses.asdict(tried.left),
+        "will_be_refused": refused,
     }
     console.result(document, text)
     return DONE
@@ -179,6 +203,30 @@ def show_migrated(outcome: SyncOutcome, run: Migration, console: Console) -> int
     )
     console.result(document, "\n\nreport:\n  ".join([text, *map(str, run.report[-1:])]))
     return code
+
+
+def show_made(lacking: Missing, run: Migration, console: Console) -> int:
+    """The collection already is what the settings ask for; exit code 3 if some memories have no point of their text."""
+    name, what = run.target.collection, f"{run.spec.size}d {run.spec.model}"
+    text = f"'{name}' is already {what}: nothing was bought, nothing was changed."
+    if lacking.texts:
+        text += f"\n{lacking.texts:,} texts of the graph are not in it (new or changed memories)."
+    text += (
+        "\n\nto add and repair points (pays only for what is new):\n"
+        "  python scripts/reembed_embeddings.py --only-missing\n"
+        "to buy every embedding again:\n"
+        "  python scripts/reembed_embeddings.py --fresh"
+    )
+    document = {
+        "collection": name,
+        "already": True,
+        "size": run.spec.size,
+        "model": run.spec.model,
+        "bought": {"texts": 0, "tokens": 0},
+        "lacking": dataclasses.asdict(lacking),
+    }
+    console.result(document, text)
+    return REMAINING if lacking.texts else DONE
 
 
 def show_spot_check(done: SpotCheck, run: Migration, console: Console) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lib.backup_set.reports import write_document, write_page
 from lib.console import Console
 from lib.errors import MigrationError
+from lib.pasteable import pasteable
 from lib.showing import plots
 from lib.showing.reembed import dollars
 
@@ -24,6 +25,7 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 def write(report: Report, folder: Path, console: Console) -> list[Path]:
     """Write both below `folder`; those that are written. That one cannot be fails nothing: all is done by then."""
     document = {"format": FORMAT, **dataclasses.asdict(report)}
+    document["undo"] = pasteable(report.undo)
     written: list[Path] = []
     try:
         written.append(write_document(folder, report.run, document))

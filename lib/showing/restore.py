@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from lib.addresses import without_login
 from lib.console import Console, size_text
 from lib.errors import DONE
+from lib.pasteable import command
 from lib.showing.settings import RESTART, settings_lines
 
 if TYPE_CHECKING:
@@ -29,10 +29,7 @@ RESTART_GRAPH = """\
 
 def again(words: list[str]) -> str:
     """The restore's very command line, as a shell takes it; without the logins of URLs."""
-    return shlex.join(
-        ["python", "scripts/restore_from_backup.py"]
-        + [without_login(word) if "://" in word else word for word in words]
-    )
+    return command("restore_from_backup", words)
 
 
 def show_restore_plan(site: Site, proved: Proved, options: Options, console: Console) -> int:
@@ -193,4 +190,4 @@ def undo_restore(safety: Manifest | None) -> str:
     """The way back from a restore."""
     if safety is None:
         return "  (none: there was nothing before, or --no-safety-backup was given)"
-    return f"  python scripts/restore_from_backup.py {safety.path}"
+    return f"  python scripts/restore_from_backup.py {quote(str(safety.path))}"

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from lib.console import Console, table
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
+from lib.setting_values import SECRETS, masked, same_value
 
 if TYPE_CHECKING:
     from lib.config import Config
+    from lib.env_files import Setting
     from lib.journal import Journal
 
 # An `export` reaches no container, and `restart` keeps the old environment.
@@ -30,12 +32,22 @@ _SCRIPTS = {
 def show_config(config: Config, console: Console) -> int:
     """Every setting with its origin, secrets masked; and what the servers hold, where they answer."""
     live = _live(config)
-    rows = config.rows()
+    hidden = {name: _hides(name, one) for name, one in config.settings.items()}
+    rows = [(*row, hidden[row[0]]) for row in config.rows()]
+    for text in config.misspelt:
+        console.warn(text)
     document = {
-        "settings": {name: {"value": value, "from": origin} for name, value, origin in rows},
+        "settings": {
+            name: {"value": value, "from": origin, **({"hides": other} if other else {})}
+            for name, value, origin, other in rows
+        },
         "live": live,
     }
-    text = table(rows, ("setting", "value", "from")) + "\n\n" + table(list(live.items()), ("live", "state"))
+    text = (
+        table(rows, ("setting", "value", "from", "hides"))
+        + "\n\n"
+        + table(list(live.items()), ("live", "state"))
+    )
     console.result(document, text)
     return DONE
 
@@ -81,8 +93,29 @@ def announce(config: Config, console: Console) -> None:
     for name, value, origin in config.rows():
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
+    for text in [*hidden_settings(config), *config.misspelt]:
+        console.warn(text)
     for journal in open_journals(config.backup_dir):
         console.say(_unfinished(journal, config.targets()))
+
+
+def _hides(name: str, setting: Setting) -> str:
+    """The next value that a setting hides, and where it is; empty if nothing different is hidden."""
+    other = next((one for one in setting.beaten if not same_value(one.value, setting.value)), None)
+    if other is None:
+        return ""
+    return f"{'another value' if name in SECRETS else masked(name, other.value)} in {other.origin}"
+
+
+def hidden_settings(config: Config) -> list[str]:
+    """A line for each setting that hides a different value of the same name in a file that is also read."""
+    lines = []
+    for name, setting in config.settings.items():
+        hidden = _hides(name, setting)
+        if hidden:
+            shown = name if name in SECRETS else f"{name}={masked(name, setting.value)}"
+            lines.append(f"{shown} ({setting.origin}) hides {hidden}")
+    return lines
 
 
 def _unfinished(journal: Journal, targets: list[str]) -> str:
@@ -91,11 +124,14 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
 
     if journal.phase == AWAITED and journal.targets == targets:
         return _awaited(journal)
-    script = _SCRIPTS.get(journal.command, journal.command)
+    script = _SCRIPTS.get(journal.command, f"{journal.command}.py")
+    again = str(journal.fact("again") or f"python scripts/{script}   with the same settings and arguments")
     text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
     if journal.targets != targets:
         return f"{text}; it is of other stores: {', '.join(journal.targets)}"
-    text += f"\n  go on:  python scripts/{script}   with the same settings and arguments"
+    text += f"\n  resume:  {again}"
+    if journal.command in {"reembed", "restore"}:
+        text += f"\n  give it up:  python scripts/{script} --abort"
     return f"{text}\n  undo:\n{journal.undo}" if journal.undo else text
 
 

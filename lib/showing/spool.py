@@ -10,7 +10,17 @@ from lib.embedding.endpoint import public_url
 from lib.errors import DONE
 
 if TYPE_CHECKING:
+    from lib.config import Config
     from lib.steps.prune_spool import Pruned
+
+
+def prune(config: Config, console: Console, *, dry_run: bool) -> int:
+    """Delete from the embedding cache what no plan needs."""
+    from lib import opening
+    from lib.steps.prune_spool import prune_spool
+
+    with opening.open_spool(config) as spool:
+        return show_pruned(prune_spool(spool, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
 
 
 def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:

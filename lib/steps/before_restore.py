@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from lib.addresses import same_server, without_login
 from lib.automem_api import HealthAnswer, ask_health
 from lib.backup_set.manifest import GraphHalf
-from lib.errors import UsageProblem
+from lib.errors import MigrationError, UsageProblem
 from lib.graph.client import expires_at, function_libraries, list_graphs
 from lib.graph.preflight import other_clients
 from lib.steps import restore_graph as graphs
@@ -36,6 +36,8 @@ _STOP_AUTOMEM = (
 def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) -> Proved:
     """Prove every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
     proved = Proved()
+    for text in wanted.notes:
+        site.notice(f"warning: {text}")
     if wanted.archive:
         assert site.collection is not None
         site.say(f"proving {wanted.archive}")
@@ -117,7 +119,11 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
 def tell_other_clients(site: Site) -> None:
     """Name who else is connected to FalkorDB: they are never told that the graph was replaced."""
     assert site.graph is not None
-    others = other_clients(site.graph.conn)
+    try:
+        others = other_clients(site.graph.conn)
+    except MigrationError as error:
+        site.notice(f"warning: who else is connected to FalkorDB cannot be told: {error}")
+        return
     if not others:
         return
     named = ", ".join(f"{one.address} ({one.command}, {one.idle_seconds} s ago)" for one in others[:_NAMED])

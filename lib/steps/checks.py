@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from lib.dimensions import EmbeddingSpec, check_dimension
@@ -12,6 +14,7 @@ from lib.steps.mend import compared
 from lib.steps.payloads import PointId
 from lib.steps.progress import Progress
 from lib.steps.take_collection import STAMP_KEY
+from lib.vectors.address import curl_line
 from lib.vectors.collection import CollectionState
 from lib.vectors.points import Point, scroll
 from lib.vectors.recreate import AUTOMEM_INDEXES
@@ -53,7 +56,7 @@ def check_status(state: CollectionState) -> Check:
     return Check("status", PASSED if ok else FAILED, detail, "look into Qdrant's log and at its free disk")
 
 
-def check_indexes(state: CollectionState, before: dict[str, Any] | None) -> Check:
+def check_indexes(qdrant: Qdrant, state: CollectionState, before: dict[str, Any] | None) -> Check:
     """The payload indexes that recall filters on, and all that the collection had before the migration."""
     wanted = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
     wanted |= {name: one["data_type"] for name, one in ((before or {}).get("payload_schema") or {}).items()}
@@ -61,8 +64,8 @@ def check_indexes(state: CollectionState, before: dict[str, Any] | None) -> Chec
     lacking = [f"{name} ({kind})" for name, kind in wanted.items() if have.get(name) != kind]
     if lacking:
         remedy = "\n".join(
-            f"curl -X PUT $QDRANT_URL/collections/{state.name}/index -H 'content-type: application/json'"
-            f""" -d '{{"field_name": "{name}", "field_schema": "{kind}"}}'"""
+            f"{curl_line(qdrant, 'PUT', state.name, 'index')} -H 'content-type: application/json'"
+            f" -d {quote(json.dumps({'field_name': name, 'field_schema': kind}))}"
             for name, kind in wanted.items()
             if have.get(name) != kind
         )
@@ -79,7 +82,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
         )
     ok = stamp.get("model") == spec.model
     detail = f"{stamp.get('model')}, EMBEDDING_MODEL is {spec.model}"
-    remedy = f"export EMBEDDING_MODEL={stamp.get('model')}   or   {ANEW}"
+    remedy = f"export EMBEDDING_MODEL={quote(str(stamp.get('model')))}   or   {ANEW}"
     return Check("model stamp", PASSED if ok else FAILED, detail, remedy)
 
 
@@ -106,7 +109,7 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
         )
     contents = Check("content", PASSED, "every point holds its memory's content")
     if found.contents or (strict and found.newer_contents):
-        stale = found.contents + found.newer_contents
+        stale = found.contents + (found.newer_contents if strict else [])
         contents = Check(
             "content", FAILED, f"{len(stale)} points hold another content: {_some(stale)}", _LEVEL
         )
@@ -129,7 +132,12 @@ def _judge_payloads(found: Findings, *, strict: bool) -> Check:
         )
     if found.newer_payloads:
         return Check("payloads", PENDING, f"{len(found.newer_payloads)} memories changed since the migration")
-    return Check("payloads", PASSED, "equal to the graph, nothing of the old points lost")
+    text = "equal to the graph, nothing of the old points lost"
+    if found.moving:
+        text += (
+            f"; but for last_accessed of {found.moving:,}, which recall moves on (--only-missing renews it)"
+        )
+    return Check("payloads", PASSED, text)
 
 
 def check_vectors(

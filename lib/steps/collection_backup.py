@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import CollectionHalf
@@ -13,7 +14,7 @@ from lib.steps.prove_collection import has_room, prove_collection
 from lib.steps.restore_kept import KeptSnapshots, PromisedIds
 from lib.steps.restored_points import CollectionBackup
 from lib.steps.take_collection import CollectionSource
-from lib.vectors.recreate import alias_target
+from lib.vectors.recreate import refuse_alias
 from lib.vectors.restoring import preflight_upload
 from lib.vectors.transport import Qdrant
 from lib.vectors.versions import restorable
@@ -40,19 +41,13 @@ def require_same_name(backup: CollectionBackup, target: CollectionSource) -> Non
     if name != target.collection:
         raise UsageProblem(
             f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
-            next_step=f"export QDRANT_COLLECTION={name}   if that is the collection to restore",
+            next_step=f"export QDRANT_COLLECTION={quote(name)}   if that is the collection to restore",
         )
 
 
 def require_target(qdrant: Qdrant, collection: str) -> None:
     """Raise where this key may not put a collection in place, or where the name is an alias; nothing is changed."""
-    stands_on = alias_target(qdrant, collection)
-    if stands_on:
-        raise UsageProblem(
-            f"'{collection}' (QDRANT_COLLECTION) is an alias at {qdrant.display}, it stands on '{stands_on}';"
-            " a restore needs the name of a collection",
-            next_step=f"export QDRANT_COLLECTION={stands_on}   if that is the collection to restore",
-        )
+    refuse_alias(qdrant, collection)
     preflight_upload(qdrant, f"{collection}__try_{secrets.token_hex(4)}")
 
 

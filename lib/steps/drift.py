@@ -12,7 +12,7 @@ from lib.steps.migration import Migration
 from lib.steps.present import points_present
 from lib.steps.surplus import remove_surplus
 from lib.steps.sync import SyncOutcome, missing_of, sync_collection, texts_to_buy
-from lib.vectors.collection import CollectionState
+from lib.vectors.collection import CollectionState, get_state
 from lib.vectors.points import Point, scroll
 
 SAME_MODEL_COSINE = 0.99
@@ -28,12 +28,13 @@ class Drifted:
     removed: int
 
 
-def only_missing(run: Migration, buyer: Buyer, state: CollectionState) -> Drifted:
+def only_missing(run: Migration, buyer: Buyer) -> Drifted:
     """Add missing ids, renew points whose content or payload is not the graph's, remove surplus ones with care.
 
     Where the migration kept the size, the old service may have written the old model's vectors since: then every
     vector is compared, and what the spool does not know is embedded again.
     """
+    state = get_state(run.target.qdrant, run.target.collection)
     qdrant, compare = run.target.qdrant, kept_the_size(run.folder, run.targets, run.spec)
     if not compare:
         require_same_model(run, buyer, state)
@@ -65,6 +66,7 @@ def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> 
     if not points:
         return
     answer = buyer.client.embed([str((point.payload or {})["content"]) for point in points])
+    run.bought.pay(answer.tokens)
     for point, vector in zip(points, answer.vectors, strict=True):
         assert point.vector is not None
         lengths = float(np.linalg.norm(point.vector) * np.linalg.norm(vector))

@@ -7,10 +7,11 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import Manifest, read_manifest
-from lib.backup_set.sets import find_set, manifest_paths
+from lib.backup_set.sets import all_sets, find_set, is_complete, manifest_paths
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
@@ -81,14 +82,18 @@ def _require_file(path: Path) -> None:
     hint = "python scripts/backup_automem.py --list"
     try:
         if path.is_dir():
-            raise BadFile(f"{path} is a folder, a file is needed", next_step=f"ls -l {path}   or   {hint}")
+            raise BadFile(
+                f"{path} is a folder, a file is needed", next_step=f"ls -l {quote(str(path))}   or   {hint}"
+            )
         if not path.exists():
             raise BadFile(f"{path} does not exist", next_step=hint)
         if path.stat().st_size == 0:
             raise BadFile(f"{path} is empty", next_step=hint)
         path.open("rb").close()
     except PermissionError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {path}") from error
+        raise BadFile(
+            f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
+        ) from error
 
 
 def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
@@ -103,6 +108,11 @@ def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
 
 def named_manifests(folder: Path, word: str) -> list[Path]:
     """The manifests of the sets that `--check` names; raises like `prove_named`."""
+    if word == "latest" and not Path(word).exists():
+        newest = next((one.path for one in all_sets(folder) if one.path and is_complete(one)), None)
+        if newest is None:
+            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+        return [newest]
     if word != "all":
         return [_manifest_of(folder, Path(word))]
     paths = manifest_paths(folder)

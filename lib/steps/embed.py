@@ -28,16 +28,30 @@ FEW_CONTENTS = 100
 class Bought:
     """What was embedded and paid for in this run; `refused` are texts that the provider does not take.
 
+    `tokens` are all billed ones, `discarded` those of them whose vectors were of no use.
     `log` notes it for the report that is written when all is done; None: nothing is reported.
     """
 
     texts: int = 0
     tokens: int = 0
+    discarded: int = 0
     requests: int = 0
     seconds: float = 0.0
     refused: list[Refused] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     log: PurchaseLog | None = None
+
+    @property
+    def discarded_before(self) -> int:
+        """Tokens that earlier starts of this migration paid for answers of no use."""
+        return max(0, self.log.made.discarded - self.discarded) if self.log else 0
+
+    def pay(self, tokens: int) -> None:
+        """Count tokens of an answer that only tested the endpoint."""
+        self.tokens += tokens
+        self.discarded += tokens
+        if self.log:
+            self.log.pay(tokens)
 
     def price(self, model: str) -> float | None:
         """In US dollars; None for a model without a known price."""
@@ -49,7 +63,8 @@ class Bought:
 class Buyer:
     """An opened provider, how hard to drive it, and the most that may be spent (US dollars; None: no limit).
 
-    `tell` hears how long a purchase will take, when its first batch has arrived.
+    `tell` hears how long a purchase will take, when its first batch has arrived; `waiting` why nothing arrives, as
+    often as progress is reported.
     """
 
     client: EmbeddingClient
@@ -58,6 +73,7 @@ class Buyer:
     batch_size: int
     max_cost: float | None = None
     tell: Callable[[str], None] | None = None
+    waiting: Callable[[str], None] | None = None
 
     def expected(self, texts: int, tokens: int) -> Expected | None:
         """How long so many more will take; None before the first answer."""
@@ -70,14 +86,16 @@ class Buyer:
     def require_affordable(self, tokens: int, bought: Bought) -> None:
         """Raise UsageProblem where these tokens on top of what was bought would cost more than `max_cost`.
 
-        A model without a list price may cost anything.
+        What an earlier start of the same migration paid for and discarded counts, too. A model without a list price
+        may cost anything.
         """
         each = price_per_million(self.spec.model)
-        price = None if each is None else (bought.tokens + tokens) * each / 1e6
+        spent_tokens = bought.tokens + bought.discarded_before
+        price = None if each is None else (spent_tokens + tokens) * each / 1e6
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
             return
         shown = "unknown (no list price for this model)" if price is None else f"${price:.4f}"
-        spent = f"${bought.price(self.spec.model) or 0:.4f}" if bought.tokens else "nothing"
+        spent = f"${spent_tokens * (each or 0) / 1e6:.4f}" if spent_tokens else "nothing"
         raise UsageProblem(
             f"this would cost {shown}, --max-cost is ${self.max_cost:g}; {spent} was spent",
             next_step="raise --max-cost (or leave it out), or use a cheaper EMBEDDING_MODEL",
@@ -96,6 +114,8 @@ def _told(
     def tell(seen: EmbedProgress) -> None:
         note(seen)
         advance(seen.embedded, total.texts)
+        if buyer.waiting and seen.waiting_seconds >= 1:
+            buyer.waiting(f"embed: rate limited, next try in {seen.waiting_seconds:.0f} s")
         if left and seen.embedded:
             share = 1 - seen.embedded / total.texts
             rest = buyer.expected(total.texts - seen.embedded, round(total.tokens * share))
@@ -112,6 +132,7 @@ def buy(
     """Embed these texts and store each answer before the next is asked for; adds to `into`."""
     if not total.texts:
         return
+    spool.require_room(total.texts, buyer.spec.size)
     with bar("embed", total.texts, "texts") as progress, watched(into.log) as note:
         outcome = embed_missing(
             buyer.client,
@@ -120,9 +141,11 @@ def buy(
             workers=buyer.workers,
             batch_size=buyer.batch_size,
             progress=_told(buyer, total, steps_of(progress), note),
+            require_room=lambda texts: spool.require_room(texts, buyer.spec.size),
         )
     into.texts += outcome.embedded
     into.tokens += outcome.tokens
+    into.discarded += outcome.discarded
     into.requests += outcome.requests
     into.seconds += outcome.seconds
     into.cut += outcome.cut
@@ -192,8 +215,10 @@ def try_one_batch(buyer: Buyer, spool: Spool, log: PurchaseLog | None = None) ->
         return Tried(buyer.spec.size, 0, 0, 0.0, "every text is in the spool already", spool.missing_total())
     size = buyer.client.spec.size
     kept = size == buyer.spec.size
+    if kept:
+        spool.require_room(len(first), size)
     note = "kept in the spool" if kept else f"sampled at the model's own {size}d, not kept"
-    with watched(log) as seen:
+    with watched(log, kept=kept) as seen:
         done = embed_missing(
             buyer.client,
             first,

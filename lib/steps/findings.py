@@ -28,7 +28,10 @@ _EXEMPT = {"exempt": True}
 
 @dataclass
 class Findings:
-    """What one pass over graph and collection found; `newer*` is what moved on since the last catch-up."""
+    """What one pass over graph and collection found; `newer*` is what moved on since the last catch-up.
+
+    `moving`: points that are equal but for keys that recall moves on, in the graph first.
+    """
 
     expected: int = 0
     exempt: int = 0
@@ -39,6 +42,7 @@ class Findings:
     newer_contents: list[PointId] = field(default_factory=list)
     payloads: list[tuple[PointId, str]] = field(default_factory=list)
     newer_payloads: list[tuple[PointId, str]] = field(default_factory=list)
+    moving: int = 0
 
 
 def compare_stores(
@@ -130,6 +134,9 @@ def _compare_one(identity: PointId, pair: _Pair, planned: MemoryRow | None, foun
     # Where the memory moved on AutoMem has written its point anew: what it dropped was not lost by the migration.
     kept = None if moved else pair.kept
     differs = _differing(payload, kept, properties)
+    found.moving += not differs and any(
+        key in payload and key in properties and payload[key] != properties[key] for key in _MOVING
+    )
     if differs:
         stale = not pair.late and (then is None or _differing(payload, kept, then))
         (found.payloads if stale else found.newer_payloads).append((identity, ", ".join(differs)))

@@ -37,7 +37,7 @@ def forget_bought(run: Migration, buyer: Buyer) -> None:
 
     The provider must answer first: with a refused key nothing that was paid for is thrown away.
     """
-    buyer.client.embed(["hello"])
+    run.bought.pay(buyer.client.embed(["hello"]).tokens)
     run.spool.forget_planned()
     run.spool.set_meta(_FRESH, _fresh_mark(run))
     run.fresh = False
@@ -53,6 +53,7 @@ def begin(run: Migration, first: Manifest | None, voice: Voice) -> None:
     give_up_others(run.folder, run.targets, run.spec, run.target.qdrant)
     if run.journal is None:
         facts = {"spec": spec_as_json(run.spec), "manifest": first.name if first else None}
+        facts["again"] = run.again
         run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)
     run.undo = run.journal.undo or voice.undo_of(first)
 

@@ -25,6 +25,7 @@ class Migration:
     somebody else took meanwhile. `odd`: memories whose content in the graph is not what was embedded, with the reason.
     `textless`: points that leave the collection though their memory exists, for neither has a text. `indexed`: whether
     the index was seen whole. `report`: the files that tell of the run.
+    `again`: the command line, without secrets.
     """
 
     graph: GraphSource
@@ -51,6 +52,7 @@ class Migration:
     textless: list[str] = field(default_factory=list)
     indexed: bool = True
     report: list[Path] = field(default_factory=list)
+    again: str = "python scripts/reembed_embeddings.py"
 
     @property
     def spec(self) -> EmbeddingSpec:

@@ -30,8 +30,10 @@ _SPARE = 14  # some have no point, or one of another content
 _LONGEST_SECONDS = 15.0
 _EXAMPLES, _EXCERPT = 3, 120
 _KEPT = "neighbours before"
-# What servers, their answers and this disk do wrong, and what an earlier version of these scripts kept.
-_TROUBLE = (MigrationError, OSError, ValueError, LookupError, TypeError)
+_TROUBLE = (
+    MigrationError,
+    OSError,
+)  # of the servers and of this disk; a fault of this program keeps its traceback
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ def compare_after(run: Migration) -> tuple[Recall | None, str]:
         return None, "the old collection was not searched before it went"
     if kept["trouble"]:
         return None, str(kept["trouble"])
+    if not all(
+        isinstance(one, dict) and one.keys() == set(Near.__dataclass_fields__) for one in kept["near"]
+    ):
+        return None, "an earlier version of these scripts searched the old collection"
     try:
         recall = _compare(run, [Near(**one) for one in kept["near"]])
     except _TROUBLE as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.manifest import read_manifest
 from lib.backup_set.offsite import (
@@ -81,7 +82,7 @@ def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str
     if not named.manifest:
         raise BadFile(
             f"{store.shown} names no backup: end it with backup_*.json, a file of a set, or {LATEST}",
-            next_step=f"python scripts/backup_automem.py --list {store.shown}",
+            next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
     with TargetLock([f"fetching into {folder.absolute()}"]):

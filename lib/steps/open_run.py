@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.manifest import Manifest, read_manifest
 from lib.dimensions import EmbeddingSpec
@@ -11,6 +12,7 @@ from lib.journal import Journal, open_journals
 from lib.steps.last_run import COMMAND, spec_as_json
 from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING, PROVED, STAGED, STAGING
 from lib.steps.restore_collection import drop_temporary
+from lib.vectors.address import curl_line
 from lib.vectors.collection import exists
 from lib.vectors.transport import Qdrant
 
@@ -87,7 +89,7 @@ def refuse_stranger(folder: Path, targets: list[str]) -> None:
             raise GuardRefused(
                 f"an unfinished run of this graph was making the collection '{_name(journal.targets)}';"
                 f" QDRANT_COLLECTION is '{_name(targets)}' now, and there is nothing in that",
-                next_step=f"finish it:  export QDRANT_COLLECTION={_name(journal.targets)} &&"
+                next_step=f"finish it:  export QDRANT_COLLECTION={quote(_name(journal.targets))} &&"
                 f" python scripts/reembed_embeddings.py\nor go back:\n{journal.undo}",
             )
 
@@ -112,8 +114,7 @@ def refuse_stranger_staged(folder: Path, targets: list[str], qdrant: Qdrant, sta
 
 def delete_line(qdrant: Qdrant, collection: str) -> str:
     """The command that deletes a collection."""
-    key = ' -H "api-key: $QDRANT_API_KEY"' if qdrant.api_key else ""
-    return f"curl -s -X DELETE{key} {qdrant.display}/collections/{collection}"
+    return curl_line(qdrant, "DELETE", collection)
 
 
 def manifest_of(folder: Path, journal: Journal | None) -> Manifest | None:
@@ -137,8 +138,8 @@ def _other_settings(journal: Journal, targets: list[str], spec: EmbeddingSpec) -
         f"an unfinished run was making '{_name(targets)}' {was['size']}d with {was['model']} of"
         f" {was['endpoint']}; it cannot be gone on with: another {other} ({now['size']}d, {now['model']} of"
         f" {now['endpoint']})",
-        next_step=f"finish it:  export VECTOR_SIZE={was['size']} EMBEDDING_MODEL={was['model']}"
-        f" OPENAI_BASE_URL={was['endpoint']} && python scripts/reembed_embeddings.py\n"
+        next_step=f"finish it:  export VECTOR_SIZE={was['size']} EMBEDDING_MODEL={quote(was['model'])}"
+        f" OPENAI_BASE_URL={quote(was['endpoint'])} && python scripts/reembed_embeddings.py\n"
         f"or go back:\n{journal.undo}",
     )
 

@@ -74,7 +74,12 @@ def _snapshot(run: Migration) -> snapshots.Snapshot:
 
 def file_of(run: Migration) -> Path:
     """Where the snapshot is kept while it has to be sent from here."""
-    return run.folder / SPOOL_DIR / f"{run.staged}.snapshot.partial"
+    return snapshot_file(run.folder, run.staged)
+
+
+def snapshot_file(folder: Path, staged: str) -> Path:
+    """The snapshot of a staged collection, below the backup folder."""
+    return folder / SPOOL_DIR / f"{staged}.snapshot.partial"
 
 
 def _fetched(run: Migration, snapshot: snapshots.Snapshot) -> Path | None:

@@ -6,11 +6,13 @@ import contextlib
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from shlex import quote
 from types import TracebackType
 from typing import Any
 
 import orjson
 
+from lib.embedding.spool_file import chunks, marks
 from lib.errors import MigrationError
 from lib.steps.payloads import PointId
 from lib.vectors.points import scroll
@@ -37,7 +39,7 @@ def temporary_room() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         raise MigrationError(
             f"the temporary folder has no room for the ids of the collection: {error}",
-            next_step=f"df -h {tempfile.gettempdir()}   or   export SQLITE_TMPDIR=... to a larger disk",
+            next_step=f"df -h {quote(tempfile.gettempdir())}   or   export SQLITE_TMPDIR=... to a larger disk",
         ) from error
 
 
@@ -67,12 +69,12 @@ class IdTable:
 
     def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
         """Those of `ids` that are here, with their payloads."""
-        marks = ",".join("?" * len(ids))
-        found = self._db.execute(
-            f"SELECT id, payload FROM points WHERE id IN ({marks})",  # noqa: S608 - only question marks
-            [as_text(one) for one in ids],
-        )
-        return {as_id(text): orjson.loads(payload) if payload else {} for text, payload in found}
+        found: dict[PointId, dict[str, Any]] = {}
+        for part in chunks([as_text(one) for one in ids]):
+            sql = f"SELECT id, payload FROM points WHERE id IN ({marks(part)})"  # noqa: S608 - only question marks
+            for text, payload in self._db.execute(sql, part):
+                found[as_id(text)] = orjson.loads(payload) if payload else {}
+        return found
 
     def discard(self, ids: Iterable[PointId]) -> None:
         """Forget ids."""

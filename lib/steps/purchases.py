@@ -39,7 +39,10 @@ class Slot:
 
 @dataclass
 class Purchases:
-    """Sums over all slots; `settled_by` names the run whose report has told them."""
+    """Sums over all slots; `settled_by` names the run whose report has told them.
+
+    `discarded` are those of the `tokens` that were paid for vectors of no use.
+    """
 
     texts: int = 0
     tokens: int = 0
@@ -48,6 +51,7 @@ class Purchases:
     seconds: float = 0.0
     slots: list[Slot] = field(default_factory=list)
     settled_by: str = ""
+    discarded: int = 0
 
     def add(self, slot: Slot, tokens: int, requests: int) -> None:
         """Add one; where there are too many each two become one."""
@@ -92,6 +96,12 @@ class PurchaseLog:
         self.made.settled_by = run_id
         self.save()
 
+    def pay(self, tokens: int) -> None:
+        """Count tokens of an answer that only tested the endpoint; on the disk when it returns."""
+        self.made.tokens += tokens
+        self.made.discarded += tokens
+        self.save()
+
     def save(self) -> None:
         """On the disk when it returns."""
         self._spool.set_meta(self._name, json.dumps(dataclasses.asdict(self.made)))
@@ -108,12 +118,15 @@ def _read(stored: str | None) -> Purchases:
 
 
 @contextmanager
-def watched(log: PurchaseLog | None) -> Iterator[Callable[[EmbedProgress], None]]:
-    """A callback that notes one purchase's progress; what it saw last counts however the block ends."""
+def watched(log: PurchaseLog | None, *, kept: bool = True) -> Iterator[Callable[[EmbedProgress], None]]:
+    """A callback that notes one purchase's progress; what it saw last counts however the block ends.
+
+    `kept`: False if the vectors are thrown away, so that all tokens count as discarded.
+    """
     if log is None:
         yield lambda _seen: None
         return
-    watch = _Watch(log)
+    watch = _Watch(log, kept=kept)
     try:
         yield watch.see
     finally:
@@ -121,8 +134,8 @@ def watched(log: PurchaseLog | None) -> Iterator[Callable[[EmbedProgress], None]
 
 
 class _Watch:
-    def __init__(self, log: PurchaseLog) -> None:
-        self._log = log
+    def __init__(self, log: PurchaseLog, *, kept: bool) -> None:
+        self._log, self._kept = log, kept
         self._seen = self._noted = EmbedProgress(0, 0, 0, 0, 0, 0.0, 0.0)
         self._pause = bool(log.made.slots)
         self._saved = time.monotonic()
@@ -140,6 +153,7 @@ class _Watch:
     def end(self) -> None:
         if self._seen.requests > self._noted.requests or self._seen.embedded > self._noted.embedded:
             self._note()
+        self._log.made.discarded += self._seen.discarded if self._kept else self._seen.tokens
         self._log.save()
 
     def _note(self) -> None:

@@ -36,7 +36,10 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Paid:
-    """All that was bought for it, a dry run's batch and a spot check's sample included; `price` in US dollars."""
+    """All that was bought for it, a dry run's batch and a spot check's sample included; `price` in US dollars.
+
+    `discarded` are those of the `tokens` whose vectors were of no use.
+    """
 
     texts: int
     tokens: int
@@ -45,6 +48,7 @@ class Paid:
     seconds: float
     price: float | None
     prices_as_of: str
+    discarded: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ def _paid(made: Purchases, model: str) -> Paid:
         round(made.seconds, 3),
         price,
         PRICES_AS_OF,
+        made.discarded,
     )
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 from lib.backup_set.manifest import SAFETY, Manifest
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.graph.client import list_graphs
+from lib.graph.swap import drop_graph
 from lib.journal import Journal, start_journal
 from lib.steps import restore_collection as collections
 from lib.steps import restore_graph as graphs
@@ -25,7 +26,7 @@ from lib.vectors.collection import exists, is_dead
 def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restored:
     """Rehearse, back up what is there, switch. Raises with the stores as they were, or says how to go on."""
     result = Restored()
-    journal = start_journal(site.folder, COMMAND, site.targets, files=proved.files)
+    journal = start_journal(site.folder, COMMAND, site.targets, again=site.again, files=proved.files)
     back = ""
     try:
         settled = settle(site, proved, journal, result.notes)
@@ -50,7 +51,9 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
         _raise_not_in_place(site, result.safety, journal, error, back)
     except BaseException:
         if not _between(journal):
-            _clean_up(site, journal, close=False)
+            # During an upload the server may still be at work: the next run of any command closes the journal then.
+            busy = journal.phase == "rehearsing the collection" or journal.has_reached(collections.SWITCHING)
+            _clean_up(site, journal, close=not busy)
         raise
     if temporary and site.collection:
         collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
@@ -159,5 +162,8 @@ def _clean_up(site: Site, journal: Journal, *, close: bool) -> None:
     with suppress(MigrationError):  # what went wrong first is what the operator must read
         if site.collection and temporary:
             collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
+        throwaway = journal.fact("throwaway_graph")
+        if site.graph and throwaway in list_graphs(site.graph.conn):
+            drop_graph(site.graph.conn, throwaway)
         if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")

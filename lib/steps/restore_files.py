@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.manifest import CollectionHalf, GraphHalf, Manifest, read_manifest
-from lib.backup_set.sets import Deployment, find_set, latest
+from lib.backup_set.sets import Deployment, broken_manifests, find_set, latest
 from lib.errors import BadFile
 from lib.steps.drill import ARCHIVE, MANIFEST, RDB, kind_of
 
@@ -19,6 +20,7 @@ class Wanted:
     archive: Path | None = None
     graph_half: GraphHalf | None = None
     collection_half: CollectionHalf | None = None
+    notes: list[str] = field(default_factory=list)
     bare: bool = False  # the archive is none, but a snapshot as Qdrant's own API gives it
 
 
@@ -34,17 +36,22 @@ def read_wanted(words: list[str], folder: Path, owner: Deployment) -> Wanted:
         if kind == MANIFEST:
             _take_set(wanted, read_manifest(path))
         elif kind == RDB:
-            _take_rdb(wanted, path, _half_of(folder, path, "graph"))
+            _take_rdb(wanted, path, _half_of(folder, path, "graph", wanted))
         elif kind == ARCHIVE:
-            _take_archive(wanted, path, _half_of(folder, path, "collection"))
+            _take_archive(wanted, path, _half_of(folder, path, "collection", wanted))
         else:
             _take_archive(wanted, path, None)
             wanted.bare = True
     return wanted
 
 
-def _half_of(folder: Path, path: Path, name: str) -> GraphHalf | CollectionHalf | None:
+def _half_of(folder: Path, path: Path, name: str, wanted: Wanted) -> GraphHalf | CollectionHalf | None:
     manifest = find_set(folder, path)
+    for broken in [] if manifest else broken_manifests(folder, path):
+        wanted.notes.append(
+            f"{broken.name}, which may be the manifest of {path.name}, is damaged: the file is verified by its own"
+            f" checksum alone.  What is wrong says:  python scripts/backup_automem.py --check {quote(str(broken))}"
+        )
     return getattr(manifest, name) if manifest else None
 
 

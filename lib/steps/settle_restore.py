@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from lib.journal import Journal, open_journals
 from lib.steps import restore_collection as collections
-from lib.steps.old_graph import SWITCHING, settle_graph
+from lib.steps.old_graph import SWITCHING as GRAPH_SWITCHING
+from lib.steps.old_graph import settle_graph
 from lib.steps.own_snapshot import AWAITED, removed
 from lib.steps.restore_site import Proved, Site
 from lib.steps.run_backup import settle_backup, settle_late
@@ -73,7 +74,7 @@ def settle_graphs(site: Site, found: Settled, notes: list[str]) -> None:
 def _before(site: Site, journal: Journal) -> list[str]:
     """Where the state is that stood there before a run which began to switch."""
     name = journal.fact("manifest")
-    if not name or not any(map(journal.has_reached, (collections.SWITCHING, SWITCHING))):
+    if not name or not any(map(journal.has_reached, (collections.SWITCHING, GRAPH_SWITCHING))):
         return []
     return [f"what stood there before an unfinished run: {site.folder / name}"]
 

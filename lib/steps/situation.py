@@ -7,6 +7,7 @@ from typing import Any
 
 from lib.backup_set.manifest import Manifest
 from lib.backup_set.sets import newest_with
+from lib.embedding.plan_table import Missing
 from lib.errors import BackupDamaged, GuardRefused, MissingData, StoreFailed
 from lib.graph.client import require_graph
 from lib.steps.guard import MAX_AGE_HOURS, Wanted, require_backup
@@ -21,11 +22,13 @@ from lib.steps.present import points_present
 from lib.steps.prove import check_file
 from lib.steps.purchases import PurchaseLog
 from lib.steps.sync import missing_of
+from lib.steps.take_collection import STAMP_KEY
 from lib.vectors.cluster import topology
 from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
 from lib.vectors.recreate import refuse_foreign
 from lib.vectors.restoring import wait_restored
 
+Found = tuple[str, CollectionState | None]  # the kind of the situation, and the live collection
 ABSENT, ADOPT, REPLACE, DEAD = "absent", "adopt", "replace", "dead"
 # A graph that lost more than this while texts were bought is a fault to look at, not a change to follow.
 _LOST_SHARE, _LOST_FEW = 0.01, 10
@@ -118,6 +121,22 @@ def situation(run: Migration) -> tuple[str, CollectionState | None]:
     if not run.fresh and vectors_agree(target.qdrant, state, run.spool, run.spec):
         return ADOPT, state
     return REPLACE, state
+
+
+def lacking_of_made(run: Migration, plan: Plan, live: CollectionState | None) -> Missing | None:
+    """The texts that the collection lacks, if it is stamped with this model and size; None if it must be embedded.
+
+    Also None where nothing would be bought that its points have already: then the run costs nothing extra, and
+    repairs what differs.
+    """
+    stamp = live.metadata.get(STAMP_KEY) if live else None
+    if live is None or not isinstance(stamp, dict) or run.journal is not None or not live.points:
+        return None
+    if (stamp.get("model"), live.size) != (run.spec.model, run.spec.size):
+        return None
+    with points_present(run.target.qdrant, live.name) as present:
+        lacking = missing_of(run.spool, present)
+    return lacking if plan.texts > lacking.texts else None
 
 
 def protection(run: Migration, kind: str, live: CollectionState | None) -> Manifest | None:

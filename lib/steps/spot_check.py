@@ -90,10 +90,15 @@ def _remove(qdrant: Qdrant, spool: Spool, journal: Journal) -> None:
     side = str(journal.fact("side") or "")
     if side:
         delete_collection(qdrant, side)
+    remove_plan(spool, journal)
+    journal.close("removed")
+
+
+def remove_plan(spool: Spool, journal: Journal) -> None:
+    """Delete the plan of a check, which is a file of its own."""
     for ending in ("", "-wal", "-shm"):
         path = _plan_path(spool, journal)
         path.with_name(path.name + ending).unlink(missing_ok=True)
-    journal.close("removed")
 
 
 def spread(spool: Spool, count: int) -> list[MemoryRow]:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from lib.backup_set.archive import read_archive
 from lib.backup_set.manifest import BACKUP, CollectionHalf, Drift, GraphHalf, Manifest, write_manifest
@@ -76,7 +77,7 @@ def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionS
     if free < need:
         raise MigrationError(
             f"{folder} has {free >> 20} MiB free, the backup may need {need >> 20} MiB",
-            next_step=f"df -h {folder}   then free some room, or name another folder with --backup-dir",
+            next_step=f"df -h {quote(str(folder))}   then free some room, or name another folder with --backup-dir",
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from lib.addresses import without_login
 from lib.automem_api import AutoMemApi, ask_health, remember
 from lib.embedding.spool import Spool
+from lib.errors import MigrationError
 from lib.graph.client import require_graph
 from lib.steps.candidates import Candidates, Sample
 from lib.steps.checks import (
@@ -49,7 +50,7 @@ def verify(
     require_graph(stores.graph.conn, stores.graph.graph, stores.graph.address)
     state = get_state(source.qdrant, source.collection)
     checks = [check_size(state, source.spec), check_status(state), check_model(state, source.spec)]
-    checks.append(check_indexes(state, settings_before(stores.folder, stores.targets)))
+    checks.append(check_indexes(source.qdrant, state, settings_before(stores.folder, stores.targets)))
     known = spool if spool.memory_count() else None
     with bar("compare stores", None, "memories") as progress, Candidates(samples, state.points) as candidates:
         found = compare_stores(
@@ -70,6 +71,13 @@ def verify(
 
 
 def _recall(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
+    try:
+        return _asked(stores, spool, samples, after_restart=after_restart)
+    except MigrationError as error:  # every other check has ended: what it found is shown
+        return [Check("recall", FAILED, str(error).replace("\n", " "), error.next_step)]
+
+
+def _asked(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
     source = stores.collection
     answer = ask_health(stores.api)
     if answer.health is not None:

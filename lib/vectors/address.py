@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import shlex
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from lib.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from lib.vectors.transport import Qdrant
 
 # What a URL without a port means to qdrant-client, hence to AutoMem
 # (https://github.com/qdrant/qdrant-client, qdrant_remote.py).
@@ -46,3 +50,9 @@ def check_key(api_key: str) -> None:
 def collection_path(name: str, *parts: str) -> str:
     """The path of a collection, or of something in it; every part is quoted."""
     return "/".join(["/collections", quote(name, safe=""), *(quote(part, safe="") for part in parts)])
+
+
+def curl_line(qdrant: Qdrant, method: str, *path: str) -> str:
+    """The command that sends a request about a collection; the key stays in its variable."""
+    key = ' -H "api-key: $QDRANT_API_KEY"' if qdrant.api_key else ""
+    return f"curl -s -X {method}{key} {shlex.quote(qdrant.display + collection_path(*path))}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from shlex import quote
 from typing import Any
 
-from lib.errors import UsageProblem
+from lib.errors import AccessRefused, UsageProblem
 from lib.vectors.address import collection_path
-from lib.vectors.collection import DATATYPES, UINT8, list_collections, vector_params
+from lib.vectors.collection import DATATYPES, UINT8, exists, list_collections, vector_params
 from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 600.0  # the server answers when the index is built
@@ -103,6 +104,22 @@ def alias_target(q: Qdrant, name: str) -> str | None:
     """The collection that `name` stands on, where it is an alias."""
     entries = q.json("GET", "/aliases")["aliases"]
     return next((str(one["collection_name"]) for one in entries if one["alias_name"] == name), None)
+
+
+def refuse_alias(q: Qdrant, name: str) -> None:
+    """Raise UsageProblem if `name` is an alias: AutoMem does not find its collection under one, nor does a restore."""
+    if exists(q, name):
+        return
+    try:
+        target = alias_target(q, name)
+    except AccessRefused:  # a key for one collection alone: it does not see aliases
+        return
+    if target:
+        raise UsageProblem(
+            f"'{name}' (QDRANT_COLLECTION) is an alias at {q.display}, of the collection '{target}';"
+            " the name of a collection is needed here",
+            next_step=f"export QDRANT_COLLECTION={quote(target)}   if that is the collection you mean",
+        )
 
 
 def free_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:

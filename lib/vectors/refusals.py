@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 import orjson
 import requests
 
+from lib.addresses import container_hint
 from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable
 
 TEXT_LIMIT = 600  # characters of a server's error text that are worth showing
@@ -21,6 +23,7 @@ _NOT_CONNECTED = {
     "Failed to establish a new connection": "no connection can be made",
     "Tunnel connection failed": "the proxy refuses",
 }
+_UNRESOLVED = {"NameResolutionError", "Name or service not known"}
 
 
 _FULL = (
@@ -65,6 +68,11 @@ def tells_full(text: str) -> bool:
     return any(sign in text for sign in _FULL)
 
 
+def _hint(display: str) -> str:
+    host = urlsplit(display).hostname or ""
+    return container_hint(host, "QDRANT_URL=http://localhost:6333")
+
+
 def lost(display: str, error: Exception) -> StoreUnreachable:
     """What a broken connection means: StoreUnreachable where none was made, else NoAnswer."""
     text = str(error)
@@ -76,7 +84,8 @@ def lost(display: str, error: Exception) -> StoreUnreachable:
         if sign in text:
             return StoreUnreachable(
                 f"Qdrant at {display} is unreachable: {meaning}",
-                next_step="start it (docker compose up -d qdrant) or check QDRANT_URL",
+                next_step=(_hint(display) if sign in _UNRESOLVED else "")
+                + "start it (docker compose up -d qdrant) or check QDRANT_URL",
             )
     meaning = "timed out" if "timed out" in text else "the connection broke"
     return NoAnswer(

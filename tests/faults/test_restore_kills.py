@@ -19,7 +19,7 @@ from lib.vectors.collection import exists
 from tests.gate import LONGEST_SECONDS, Gate, Stop
 from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
 from tests.matrix import matrix
-from tests.operator_support import Operator
+from tests.operator_support import ROOT, Operator
 from tests.restore_support import TIMEOUT, assert_tidy, faults, settings, spoil, wait_for
 
 pytestmark = pytest.mark.qdrant
@@ -281,9 +281,9 @@ def test_a_refused_recover_that_nothing_makes_good_says_the_commands(ready, stan
     assert "disk on fire" in failed.err
     assert ("no space either" in failed.err) == (how != "no safety backup")
     step = failed.err.split("next:")[1]
-    assert f"python scripts/restore_from_backup.py {' '.join(words)}\n" in step
+    assert f"{ROOT}/scripts/restore_from_backup.py {' '.join(words)}\n" in step
     if how != "no safety backup":
-        assert f"python scripts/restore_from_backup.py {operator.manifests()[-1]}" in step
+        assert f"{ROOT}/scripts/restore_from_backup.py {operator.manifests()[-1]}" in step
     assert not exists(operator.qdrant, operator.collection)
     temporary = next(one for one in operator.collections() if "__try_" in one)
     assert points_of(operator, temporary) == wanted.collection

@@ -9,7 +9,7 @@ import pytest
 
 from lib.sandbox.vectors import vector_for
 from lib.steps.payloads import point_id
-from tests.operator_support import LARGE, OLD_SIZE, SMALL
+from tests.operator_support import LARGE, OLD_SIZE, ROOT, SMALL
 from tests.reembed_support import assert_migrated, assert_vectors, embeddable, points_of
 
 pytestmark = pytest.mark.qdrant
@@ -108,7 +108,7 @@ def test_many_surplus_points_need_a_backup(level):
     level.call("PUT", "/points?wait=true", {"points": rows})
     before = points_of(level).keys()
     refused = level.run("reembed_embeddings", "--only-missing", expect=2)
-    assert "python scripts/backup_automem.py" in refused.err
+    assert f"{ROOT}/scripts/backup_automem.py" in refused.err
     assert points_of(level).keys() == before
     level.run("backup_automem", "--only", "qdrant")
     repair(level, removed=8)

@@ -12,7 +12,7 @@ from lib.errors import GuardRefused
 from lib.steps.guard import Wanted, require_backup
 from lib.steps.present import IdTable
 from lib.vectors.collection import get_state
-from tests.operator_support import NEW_SIZE
+from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
 from tests.restore_support import wait_for
 
@@ -45,7 +45,7 @@ def refused(operator, why: str) -> None:
     result = operator.run("reembed_embeddings", expect=2)
     assert f"Collection '{operator.collection}' already exists with different dimension" in result.err
     assert why in result.err, result.err
-    assert "python scripts/backup_automem.py" in result.err
+    assert f"{ROOT}/scripts/backup_automem.py" in result.err
     assert operator.servers.openai.stats()["requests"] == 0
     assert operator.state() == before
 

@@ -17,7 +17,7 @@ from lib.graph.client import connect
 from lib.graph.swap import drop_graph
 from lib.sandbox.automem_server import AutoMemServer
 from tests.matrix import matrix
-from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL, Operator
 from tests.qdrant_uploads import repacked
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
 
@@ -49,7 +49,7 @@ def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operato
         first = operator.run("restore_from_backup", f"backups/qdrant/{archive.rsplit('/', 1)[1]}")
         assert f"export VECTOR_SIZE={OLD_SIZE}\n" in first.out
         assert f"export EMBEDDING_MODEL={SMALL}\n" in first.out
-        undo = re.search(r"python scripts/restore_from_backup.py (\S+)", first.err)
+        undo = re.search(rf"{ROOT}/scripts/restore_from_backup.py (\S+)", first.err)
         assert undo, first.err
         operator.cypher("MATCH (m:Memory) WHERE id(m) < 20 SET m.content = 'changed since'")
         operator.run("restore_from_backup", f"backups/falkordb/{rdb.rsplit('/', 1)[1]}")

@@ -7,7 +7,7 @@ import uuid
 import pytest
 import requests
 
-from tests.operator_support import OLD_SIZE
+from tests.operator_support import OLD_SIZE, ROOT
 from tests.restore_support import TIMEOUT
 
 pytestmark = pytest.mark.qdrant
@@ -85,7 +85,7 @@ def test_stopped_stores_say_how_to_start_just_them_and_the_same_line(operator):
     for setting in ({"FALKORDB_PORT": "1"}, {"QDRANT_URL": "http://127.0.0.1:1"}):
         text = operator.run("restore_from_backup", *words, env=setting, expect=1).err
         assert "docker compose up -d falkordb qdrant" in text
-        assert f"python scripts/restore_from_backup.py {' '.join(words)}\n" in text
+        assert f"{ROOT}/scripts/restore_from_backup.py {' '.join(words)}\n" in text
 
 
 def test_a_file_that_the_environment_beats_is_named_while_it_disagrees(operator):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lib.config import DEFAULTS, load_config
 from lib.journal import start_journal
 from lib.sandbox.process import free_port
+from tests.script_process import ROOT
 
 pytestmark = pytest.mark.qdrant
 SCRIPTS = ("backup_automem", "reembed_embeddings", "restore_from_backup", "verify_migration")
@@ -80,7 +83,8 @@ def test_every_command_tells_of_a_run_that_never_ended(operator):
     ):
         err = operator.run(*words, expect=None).err
         assert err.count("is unfinished, or still running") == 2
-        assert "at: deleting)\n  go on:  python scripts/reembed_embeddings.py" in err
+        assert re.search(rf"at: deleting\)\n  resume:  \S+ {ROOT}/scripts/reembed_embeddings.py ", err)
+        assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in err
         assert "undo:\n  the way back" in err
         assert "it is of other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err
     assert operator.run("backup_automem", "--list", "-q").err == ""

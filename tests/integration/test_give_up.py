@@ -1,0 +1,289 @@
+"""Unfinished runs that are given up or that clean up after themselves, and what is said while a run waits."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from lib.console import Console
+from lib.journal import open_journals, read_journal
+from lib.steps.phases import DELETING
+from tests.operator_support import LARGE, NEW_SIZE
+from tests.reembed_support import make_ready, points_of
+from tests.script_process import ROOT
+
+pytestmark = pytest.mark.qdrant
+
+
+@pytest.fixture
+def staged(operator):
+    """A migration that stopped when the new collection was built."""
+    make_ready(operator)
+    operator.run("reembed_embeddings", "--no-switch", "--batch-size", "50")
+    return operator
+
+
+def notice(operator) -> str:
+    return operator.run("backup_automem", "--list").err
+
+
+def interrupt(*_args, **_more):
+    raise KeyboardInterrupt
+
+
+def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
+    before = points_of(staged)
+    said = notice(staged)
+    assert f"{ROOT}/scripts/reembed_embeddings.py --no-switch --batch-size 50\n" in said
+    assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in said
+    assert staged.collections() == [staged.collection, f"{staged.collection}__next"]
+    bought = staged.servers.openai.stats()["texts"]
+    done = staged.run("reembed_embeddings", "--abort", "--json").json
+    assert done["removed"] == [f"collection {staged.collection}__next"]
+    assert any(f"{len(before)} points of 48d" in one for one in done["left"])
+    assert staged.collections() == [staged.collection]
+    assert open_journals(staged.backups) == []
+    assert "unfinished" not in notice(staged)
+    assert "nothing to abort" in staged.run("reembed_embeddings", "--abort").out
+    staged.run("reembed_embeddings")
+    assert staged.servers.openai.stats()["texts"] == bought  # what was paid for was not thrown away
+
+
+def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_place(staged):
+    (journal,) = open_journals(staged.backups)
+    journal.append(DELETING, undo="  the way back", settings=staged.info())
+    before = points_of(staged)
+    staged.call("DELETE", "")
+    refused = staged.run("reembed_embeddings", "--abort", expect=2)
+    assert "no whole one is in its place: nothing was removed" in refused.err
+    assert "the way back" in refused.err
+    assert staged.collections() == [f"{staged.collection}__next"]
+    assert [one.run_id for one in open_journals(staged.backups)] == [journal.run_id]
+    env = {"VECTOR_SIZE": "48", "EMBEDDING_MODEL": "text-embedding-3-small"}
+    staged.run("restore_from_backup", staged.archive(), env=env)
+    assert points_of(staged).keys() == before.keys()
+
+
+@pytest.mark.parametrize("how", ["the next backup", "--abort"])
+def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypatch, how):
+    operator.load(60)
+    operator.run("backup_automem")
+    state = operator.state()
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.steps.restore_collection.compare", interrupt)
+        operator.run("restore_from_backup", operator.archive(), expect=130)
+    assert operator.collections() == [operator.collection]
+    assert f"restore_from_backup.py {operator.archive()}\n" in notice(operator)
+    words = ("restore_from_backup", "--abort") if how == "--abort" else ("backup_automem", "--only", "qdrant")
+    operator.run(*words)
+    assert "unfinished" not in notice(operator)
+    assert open_journals(operator.backups) == []
+    assert operator.state() == state
+
+
+def test_a_trial_of_the_graph_that_was_interrupted_closes_its_own_journal(operator, monkeypatch):
+    operator.load(60)
+    operator.run("backup_automem")
+    state = operator.state()
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.steps.restore_graph.prove_acceptance", interrupt)
+        operator.run("restore_from_backup", operator.rdb(), expect=130)
+    assert "unfinished" not in notice(operator)
+    assert operator.graphs() == [operator.graph]
+    assert operator.state() == state
+
+
+def test_abort_takes_no_file_and_no_dry_run(operator):
+    for words in (["--abort", "latest"], ["--abort", "--dry-run"]):
+        operator.run("restore_from_backup", *words, expect=2)
+
+
+def test_a_manual_backup_of_a_real_redis_cli_is_restored(operator):
+    """MIGRATION's own block, with the 40 bytes that end a diskless sync."""
+    if not shutil.which("redis-cli"):
+        pytest.skip("there is no redis-cli here (Debian: redis-tools)")
+    operator.load(60)
+    before = operator.state()
+    port = operator.servers.falkordb.port
+    file = operator.folder / "by_hand.rdb"
+    with file.open("wb") as stream:
+        subprocess.run(["redis-cli", "-p", str(port), "--rdb", "-"], stdout=stream, check=True, timeout=60)
+    operator.cypher("MATCH (m:Memory) WITH m LIMIT 5 DETACH DELETE m")
+    operator.run("restore_from_backup", str(file))
+    assert operator.state() == before
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "bit", "short mark", "other mark"])
+def test_the_mark_of_a_diskless_sync_hides_no_damage(operator, damage):
+    operator.load(30)
+    operator.run("backup_automem", "--only", "falkordb")
+    whole = (operator.folder / "backups/falkordb").glob("*.rdb").__next__().read_bytes()
+    mark = b"0123456789abcdef" * 2 + b"01234567"
+    content = {
+        "none": whole + mark,
+        "cut": whole[:-100] + mark,
+        "bit": whole[:500] + bytes([whole[500] ^ 1]) + whole[501:] + mark,
+        "short mark": whole + mark[:-1],
+        "other mark": whole + mark[:-1] + b"Z",
+    }[damage]
+    file = operator.folder / "by_hand.rdb"
+    file.write_bytes(content)
+    operator.run("restore_from_backup", str(file), "--dry-run", expect=0 if damage == "none" else 4)
+
+
+def test_a_rate_limit_says_when_the_next_try_is(operator):
+    make_ready(operator)
+    operator.servers.openai.fault(status=429, retry_after=3, times=1, after=1)
+    said = operator.run("reembed_embeddings", "--dry-run", "--batch-size", "5").err
+    operator.servers.openai.clear_faults()
+    operator.servers.openai.fault(status=429, retry_after=3, times=1)
+    said += operator.run("reembed_embeddings", "--limit", "20", "--batch-size", "5").err
+    assert re.search(r"embed: rate limited, next try in [123] s", said)
+
+
+def test_a_quiet_run_says_it_every_five_minutes(capsys, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    quiet, loud = Console(quiet=True), Console()
+    for _ in range(61):  # ten minutes
+        quiet.waiting("quiet waits")
+        loud.waiting("loud waits")
+        now += 10.0
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("quiet waits") == 3
+    assert said.count("loud waits") == 61
+
+
+@pytest.mark.parametrize(
+    ("total", "steps", "shown"),
+    [(None, [], "0 points"), (0, [], "0 points"), (5, [2, 3], "5/5 points"), (None, [7], "7 points")],
+)
+def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
+    from lib import live_bars
+
+    with live_bars.bar("stage", total, lambda count: f"{count:.0f}", "points") as advance:
+        for step in steps:
+            advance(step)
+        display = live_bars._OPEN[0]
+    assert display.columns[2].render(display.tasks[0]).plain.startswith(shown)
+
+
+def test_another_users_journal_is_a_refusal_with_a_way_out(operator, monkeypatch):
+    from pathlib import Path
+
+    operator.backups.mkdir()
+    file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
+    file.write_text("{}")
+    real = Path.read_bytes
+
+    def refuse(path):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    refused = operator.run("backup_automem", "--list", expect=2)
+    assert f"cannot write to the folder {operator.backups}: {file.name}: Permission denied" in refused.err
+    assert f"sudo chown -R $(id -un) {operator.backups}" in refused.err
+
+
+def test_verify_counts_each_difference_once(operator):
+    operator.load(60)
+    operator.export(VECTOR_SIZE=NEW_SIZE, EMBEDDING_MODEL=LARGE)
+    operator.run("backup_automem")
+    operator.run("reembed_embeddings")
+    plain = [one for one in points_of(operator) if isinstance(one, str)]
+    query = "MATCH (m:Memory {id: $id}) SET m.content = $text, m.updated_at = '2099-01-01T00:00:00+00:00'"
+    for one in plain[:3]:
+        operator.cypher(query, id=one, text=f"newer {one}")
+    body = {"points": [plain[5]], "payload": {"content": "a wrong content"}}
+    operator.call("POST", "/points/payload?wait=true", body)
+    checks = {one["name"]: one for one in operator.run("verify_migration", "--json", expect=4).json["checks"]}
+    assert checks["content"]["detail"].startswith("1 points hold another content")
+    assert plain[5] in checks["content"]["detail"]
+
+
+def test_verify_says_what_only_missing_will_renew(operator):
+    operator.load(60)
+    operator.run("reembed_embeddings", "--only-missing")
+    ids = [one for one in points_of(operator) if isinstance(one, str)][:7]
+    for one in ids:
+        operator.cypher(
+            "MATCH (m:Memory {id: $id}) SET m.last_accessed = '2031-01-01T00:00:00+00:00'", id=one
+        )
+    checks = {
+        one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]
+    }
+    assert checks["payloads"]["status"] == "passed"
+    moving = int(re.search(r"last_accessed of (\d+)", checks["payloads"]["detail"])[1])
+    renewed = operator.run("reembed_embeddings", "--only-missing", "--json").json["payloads"]
+    assert moving == renewed >= 1
+
+
+def test_an_error_of_automem_leaves_the_other_checks(operator, monkeypatch):
+    from lib.errors import StoreFailed
+
+    def fail(_api):
+        raise StoreFailed("AutoMem answered 500 to /health", next_step="look at its log")
+
+    operator.load(60)
+    monkeypatch.setattr("lib.steps.verify.health", fail)
+    checks = operator.run("verify_migration", "--json", expect=4).json["checks"]
+    assert [one["name"] for one in checks][:3] == ["size and distance", "status", "model stamp"]
+    assert checks[-1] == {
+        "name": "recall",
+        "status": "FAILED",
+        "detail": "AutoMem answered 500 to /health",
+        "remedy": "look at its log",
+    }
+
+
+def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(operator, monkeypatch):
+    from lib.steps import neighbours
+
+    def bug(*_args):
+        raise KeyError("a bug")
+
+    make_ready(operator)
+    monkeypatch.setattr("lib.steps.neighbours.nearest_to", bug)
+    with pytest.raises(KeyError, match="a bug"):
+        operator.run("reembed_embeddings")
+    assert (LookupError, TypeError) not in neighbours._TROUBLE
+    assert operator.info()["config"]["params"]["vectors"]["size"] == 48  # the live one was not touched
+
+
+def test_a_damaged_manifest_of_a_restored_file_is_named(operator):
+    operator.load(30)
+    operator.run("backup_automem")
+    (manifest,) = operator.manifests()
+    manifest.write_text(manifest.read_text().replace('"nodes"', '"nodez"', 1))
+    said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
+    assert f"warning: {manifest.name}, which may be the manifest of" in said
+    assert "is damaged" in said
+
+
+def test_that_other_clients_cannot_be_listed_is_said(operator, monkeypatch):
+    from lib.errors import AccessRefused
+
+    def refuse(_conn):
+        raise AccessRefused("FalkorDB: NOPERM this user has no permissions to run the 'client|list' command")
+
+    operator.load(30)
+    operator.run("backup_automem")
+    monkeypatch.setattr("lib.steps.before_restore.other_clients", refuse)
+    said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
+    assert "warning: who else is connected to FalkorDB cannot be told" in said
+    assert "NOPERM" in said
+
+
+def test_the_journal_says_how_the_run_was_started(staged):
+    (path,) = staged.backups.glob("journal_*_reembed.jsonl")
+    journal = read_journal(path)
+    assert journal is not None
+    assert json.loads(path.read_text().splitlines()[0])["again"] == journal.fact("again")
+    assert journal.fact("again") == "python scripts/reembed_embeddings.py --no-switch --batch-size 50"

@@ -1,0 +1,163 @@
+"""Nothing is bought that cannot be stored, nothing that exists, and what was paid for is counted even if it is of no use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+
+import pytest
+
+from lib.embedding.pricing import price_per_million
+from lib.embedding.spool_file import room_of
+from tests.operator_support import LARGE, NEW_SIZE, SMALL
+from tests.reembed_support import make_ready, points_of
+from tests.small_disk import small_disk
+
+pytestmark = pytest.mark.qdrant
+MIB = 1 << 20
+
+
+@pytest.fixture
+def ready(operator):
+    return make_ready(operator)
+
+
+def cached(operator) -> int:
+    with contextlib.closing(sqlite3.connect(operator.backups / "embeddings/vectors.sqlite3")) as db:
+        return db.execute("SELECT count(*) FROM vectors").fetchone()[0]
+
+
+def limit_disk(monkeypatch, free) -> None:
+    """The backup folder's disk has `free()` bytes left."""
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=free()))
+
+
+def stats(operator) -> dict:
+    return operator.servers.openai.stats()
+
+
+def test_without_room_for_all_texts_none_is_bought(ready, monkeypatch):
+    limit_disk(monkeypatch, lambda: 8 * MIB)
+    before = points_of(ready)
+    result = ready.run("reembed_embeddings", expect=1)
+    assert "no room for 2" in result.err
+    assert "what does not fit is not bought" in result.err
+    assert stats(ready)["tokens"] == 0
+    assert points_of(ready).keys() == before.keys()
+    assert not list(ready.backups.glob("journal_*_reembed.jsonl"))
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], ["--limit", "20"]])
+def test_a_sample_is_not_bought_without_room_either(ready, monkeypatch, words):
+    limit_disk(monkeypatch, lambda: MIB)
+    result = ready.run("reembed_embeddings", *words, expect=1)
+    assert "no room for" in result.err
+    assert stats(ready)["tokens"] == 0
+
+
+def test_what_is_paid_for_is_stored_though_the_disk_fills_meanwhile(ready, monkeypatch):
+    """Another process takes the room: the batches that are sent are stored, no other is sent, and a next run goes on."""
+    wanted = json.loads(ready.run("reembed_embeddings", "--dry-run", "--batch-size", "10", "--json").out)
+    texts = wanted["plan"]["texts"]
+    assert cached(ready) == 10
+    looks = iter([1 << 40] * 4)
+    limit_disk(monkeypatch, lambda: next(looks, MIB))
+    result = ready.run("reembed_embeddings", "--batch-size", "10", "--workers", "2", expect=1)
+    assert "no room for" in result.err
+    bought = stats(ready)["texts"]
+    assert cached(ready) == bought
+    assert 10 < bought < texts
+    monkeypatch.undo()
+    ready.run("reembed_embeddings")
+    assert stats(ready)["texts"] == texts  # each text was paid for once
+
+
+def test_a_real_disk_that_is_nearly_full(ready, tmp_path):
+    """So much room that all vectors fit in, but not the room that writing them takes."""
+    ready.export(VECTOR_SIZE=3072)
+    with small_disk(tmp_path / "small", "10m") as disk:
+        result = ready.run("reembed_embeddings", "--limit", "200", "--backup-dir", str(disk), expect=1)
+        assert "no room for" in result.err
+        assert stats(ready)["tokens"] == 0
+
+
+@pytest.mark.parametrize("size", [48, 96, 256, 384, 768, 1024, 1536, 2048, 3072, 4096])
+def test_the_room_that_is_asked_for_is_what_sqlite_takes(tmp_path, size):
+    from lib.dimensions import EmbeddingSpec
+    from lib.embedding.spool import Spool
+
+    spec, count = EmbeddingSpec("", LARGE, size), 700
+    path = tmp_path / "spool.sqlite3"
+    with Spool(path) as spool:
+        empty = spool.size_bytes()
+        spool.put_vectors([(spool.text_key(spec, str(n)), bytes(4 * size)) for n in range(count)])
+        taken = spool.size_bytes() - empty
+    assert taken <= room_of(count, size)
+    assert (path.stat().st_size - empty) > 0.4 * (room_of(count, size) - 8 * MIB) / 2  # and not far more
+
+
+def stamped(operator) -> bool:
+    return bool(operator.info()["config"].get("metadata"))
+
+
+def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(ready):
+    ready.run("reembed_embeddings")
+    if not stamped(ready):
+        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+    before = points_of(ready)
+    ready.servers.openai.reset()
+    elsewhere = str(ready.folder / "other backups")
+    for words in ([], ["--dry-run"], ["--in-place"], ["--no-switch"]):
+        result = ready.run("reembed_embeddings", *words, "--backup-dir", elsewhere)
+        assert f"is already {NEW_SIZE}d {LARGE}" in result.out
+        assert "--only-missing" in result.out
+        assert "--fresh" in result.out
+    assert stats(ready)["tokens"] == 0
+    assert {one: payload for one, (payload, _) in points_of(ready).items()} == {
+        one: payload for one, (payload, _) in before.items()
+    }
+    ready.cypher("CREATE (:Memory {id: '3f0f2f0a-0000-4000-8000-00000000000a', content: 'new since then'})")
+    result = ready.run("reembed_embeddings", "--json", "--backup-dir", elsewhere, expect=3)
+    assert result.json["lacking"]["texts"] == 1
+    assert stats(ready)["tokens"] == 0
+    ready.run("backup_automem", "--only", "qdrant", "--backup-dir", elsewhere)
+    ready.run("reembed_embeddings", "--fresh", "--backup-dir", elsewhere)
+    assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
+
+
+def test_another_model_of_the_same_size_is_still_replaced(ready):
+    ready.run("reembed_embeddings")
+    ready.run("backup_automem", "--only", "qdrant")
+    ready.export(EMBEDDING_MODEL=SMALL)
+    result = ready.run("reembed_embeddings", "--json")
+    assert result.json["model"] == SMALL
+    assert result.json["bought"]["texts"] > 0
+
+
+def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
+    """One answer in which a vector is not a number is paid for and thrown away."""
+    ready.servers.openai.fault(nan=True, times=1)
+    ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "1")
+    billed = stats(ready)["tokens"]
+    report = json.loads(next((ready.backups / "reports").glob("*.json")).read_text())
+    assert report["bought"]["tokens"] == billed
+    assert 0 < report["bought"]["discarded"] < billed
+    assert report["bought"]["price"] == pytest.approx(billed * price_per_million(LARGE) / 1e6)
+
+
+def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
+    tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)[
+        "plan"
+    ]["tokens"]
+    ready.servers.openai.fault(nan=True)
+    ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "1", expect=6)
+    ready.servers.openai.clear_faults()
+    ready.servers.openai.reset()
+    just = tokens * price_per_million(LARGE) / 1e6  # enough, had nothing been thrown away
+    refused = ready.run("reembed_embeddings", "--max-cost", f"{just:.8f}", expect=2)
+    assert "was spent" in refused.err
+    assert "nothing was spent" not in refused.err
+    assert stats(ready)["tokens"] == 0

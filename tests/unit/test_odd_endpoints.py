@@ -1,0 +1,148 @@
+"""Answers and names that OpenAI's own endpoint never gives: every kind of index, prefixed models, learned limits, queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lib.config import load_config
+from lib.dimensions import EmbeddingSpec, check_model, native_size, takes_dimensions
+from lib.embedding.answers import read_answer
+from lib.embedding.plan_table import TextRow
+from lib.embedding.pricing import count_tokens, input_limit, price_per_million
+from lib.embedding.provider import Provider
+from lib.embedding.refusals import BadAnswer, BadIndices, context_limit
+from lib.embedding.splitting import _cut_to_limit
+from lib.embedding.spool_file import VALUES_AT_ONCE
+from lib.errors import ProviderRefused, UsageProblem
+from lib.steps.present import IdTable
+
+SPEC = EmbeddingSpec("", "a-model", 4)
+MISSING = object()
+
+
+def answer(indices: list[object], *, rows: list[int] | None = None) -> dict:
+    """Vectors of which number n is the nth unit vector; `rows` says which one each item holds."""
+    data = []
+    for at, index in enumerate(indices):
+        item: dict = {"embedding": np.eye(4)[rows[at] if rows else at].tolist()}
+        if index is not MISSING:
+            item["index"] = index
+        data.append(item)
+    return {"data": data, "usage": {"total_tokens": 9}}
+
+
+@pytest.mark.parametrize(
+    ("indices", "rows"),
+    [
+        ([0, 1, 2, 3], [0, 1, 2, 3]),
+        ([3, 2, 1, 0], [3, 2, 1, 0]),
+        ([MISSING, 1, 2, 3], [0, 1, 2, 3]),  # an encoder that omits zeros
+        ([2, 1, MISSING, 3], [2, 1, 0, 3]),  # the same, in another order
+        ([None, 1, 2, 3], [0, 1, 2, 3]),
+        ([0, 1, MISSING, 3], [0, 1, 2, 3]),
+        ([MISSING] * 4, [0, 1, 2, 3]),
+    ],
+)
+def test_every_vector_belongs_to_its_text(indices, rows):
+    read = read_answer(answer(indices, rows=rows), 4, SPEC, None)
+    assert (read.vectors == np.eye(4)).all()
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [1, 2, 3, 4],
+        [0, 0, 1, 2],
+        [2, 1, 0, 5],
+        [MISSING, MISSING, 2, 3],
+        [MISSING, 1, 2, 2],
+        ["0", "1", "2", "3"],
+        [0.0, 1.0, 2.0, 3.0],
+        [True, False, 2, 3],
+        [-1, 0, 1, 2],
+    ],
+)
+def test_indices_that_do_not_fit_end_the_run_instead_of_splitting_the_batch(indices):
+    with pytest.raises(BadIndices) as refused:
+        read_answer(answer(indices), 4, SPEC, None)
+    assert isinstance(refused.value, ProviderRefused)
+    assert not isinstance(refused.value, BadAnswer)
+    assert "--batch-size 1" in refused.value.next_step
+
+
+@pytest.mark.parametrize("prefix", ["", "openai/", "azure/openai/"])
+def test_the_model_behind_a_prefix_is_known(prefix):
+    model = f"{prefix}text-embedding-3-large"
+    assert native_size(model) == 3072
+    assert takes_dimensions(model)
+    assert input_limit(model) == 8192
+    assert price_per_million(model) == 0.13
+    with pytest.raises(UsageProblem, match="at most 3072d"):
+        check_model(model, 4096)
+    assert Provider(EmbeddingSpec("", model, 768), "k", 1.0)._options["dimensions"] == 768
+    assert native_size(f"{prefix}another-model") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "limit"),
+    [
+        ("400: This model's maximum context length is 8192 tokens, however you requested 9000 tokens", 8192),
+        ("maximum context length of 512", 512),
+        ("Maximum context length is 32,768 tokens", 32768),
+        ("the text is too long", None),
+    ],
+)
+def test_the_limit_that_a_refusal_names(said, limit):
+    assert context_limit(said) == limit
+
+
+def test_a_text_is_cut_to_what_the_refusal_names_and_further_if_that_is_refused_too():
+    row = TextRow(b"k" * 16, "word " * 900, "m1")
+    said = "maximum context length is 512 tokens"
+    once = _cut_to_limit(row, said)
+    assert once is not None
+    assert count_tokens([once.text])[0] == 511
+    assert row.text.startswith(once.text)
+    assert (once.key, once.label) == (row.key, row.label)
+    twice = _cut_to_limit(once, said)
+    assert twice is not None
+    assert count_tokens([twice.text])[0] == int(511 * 0.9)
+    assert _cut_to_limit(row, "no limit in it") is None
+
+
+def test_the_query_of_the_endpoint_is_sent(tmp_path):
+    azure = "https://host/openai/deployments/d?api-version=2024-06-01"
+    config = load_config({"OPENAI_BASE_URL": azure}, cwd=tmp_path, root=tmp_path)
+    provider = Provider(config.spec, "k", 1.0)
+    client = provider._client()
+    assert str(client.base_url).rstrip("/") == "https://host/openai/deployments/d"
+    assert client.default_query == {"api-version": "2024-06-01"}
+    assert provider.name.endswith("at https://host/openai/deployments/d")
+
+
+def test_a_model_name_with_blanks_around_it_is_stripped(tmp_path):
+    config = load_config({"EMBEDDING_MODEL": " text-embedding-3-large "}, cwd=tmp_path, root=tmp_path)
+    assert config.embedding_model == "text-embedding-3-large"
+
+
+def test_no_statement_binds_more_values_than_an_older_sqlite_takes(monkeypatch):
+    """5,000 ids at once: SQLite before 3.32 refuses more than 999 variables."""
+    most = 0
+    with IdTable() as table:
+        table.put((n, {"n": n}) for n in range(6000))
+        inner = table._db
+
+        class Watched:
+            def execute(self, sql, values=()):
+                nonlocal most
+                most = max(most, len(values))
+                return inner.execute(sql, values)
+
+            def close(self):
+                inner.close()
+
+        table._db = Watched()
+        found = table.payloads(range(5000))
+    assert found == {n: {"n": n} for n in range(5000)}
+    assert most <= VALUES_AT_ONCE <= 999
