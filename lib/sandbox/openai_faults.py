@@ -22,7 +22,8 @@ class Rule:
     seconds), nothing is charged. `hang_seconds` delays the answer, at most until the rule is dropped; what is then
     answered is charged.
     On the answer: `cut` ends the connection after that share of the body (0..1); `wrong_count` leaves the last
-    vector out; `omit_zero` leaves out an index that is 0; `wrong_order` turns the list round with its indices kept; `wrong_indices` numbers from 1;
+    vector out; `omit_zero` leaves out an index that is 0; `wrong_order` turns the list round with its indices kept;
+    `wrong_indices` numbers from 1;
     `wrong_width` answers that many dimensions; `nan` puts one into the vectors (of the poisoned inputs, or the
     first); `not_unit` scales them; `no_base64` answers lists whatever was asked; `no_headers` drops the limits.
     """
