@@ -187,6 +187,8 @@ def _success(wanted: Wanted, tokens: int, rules: list[Rule], headers: dict[str, 
         {"object": "embedding", "index": first + at, "embedding": _encoded(vector, in_base64=in_base64)}
         for at, vector in enumerate(vectors)
     ]
+    if any(rule.omit_zero for rule in rules):
+        del data[0]["index"]
     if any(rule.wrong_count for rule in rules):
         data.pop()
     if any(rule.wrong_order for rule in rules):

@@ -22,7 +22,8 @@ class Rule:
     seconds), nothing is charged. `hang_seconds` delays the answer, at most until the rule is dropped; what is then
     answered is charged.
     On the answer: `cut` ends the connection after that share of the body (0..1); `wrong_count` leaves the last
-    vector out; `wrong_order` turns the list round with its indices kept; `wrong_indices` numbers from 1;
+    vector out; `omit_zero` leaves out an index that is 0; `wrong_order` turns the list round with its indices kept;
+    `wrong_indices` numbers from 1;
     `wrong_width` answers that many dimensions; `nan` puts one into the vectors (of the poisoned inputs, or the
     first); `not_unit` scales them; `no_base64` answers lists whatever was asked; `no_headers` drops the limits.
     """
@@ -39,6 +40,7 @@ class Rule:
     hang_seconds: float = 0.0
     cut: float | None = None
     wrong_count: bool = False
+    omit_zero: bool = False
     wrong_order: bool = False
     wrong_indices: bool = False
     wrong_width: int | None = None
@@ -48,7 +50,14 @@ class Rule:
     no_headers: bool = False
 
     def __post_init__(self) -> None:
-        shaped = (self.wrong_count, self.wrong_order, self.wrong_indices, self.nan, self.no_base64)
+        shaped = (
+            self.wrong_count,
+            self.omit_zero,
+            self.wrong_order,
+            self.wrong_indices,
+            self.nan,
+            self.no_base64,
+        )
         others = (self.status, self.cut, self.wrong_width, self.not_unit)
         if self.poisoned_text and not any(shaped) and all(value is None for value in others):
             self.status = 400

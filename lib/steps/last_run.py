@@ -28,6 +28,15 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
     return None
 
 
+def restored_since(folder: Path, migration: Journal) -> bool:
+    """Whether a restore of the collection came to its end after this migration."""
+    found = map(read_journal, folder.glob("journal_*_restore.jsonl"))
+    later = [
+        one for one in found if one and one.targets == migration.targets and one.run_id > migration.run_id
+    ]
+    return any(one.fact("temporary_collection") and not one.is_open for one in later)
+
+
 def proved_at(folder: Path, targets: list[str]) -> datetime | None:
     """When the last migration had proved its result; None where none did."""
     journal = last_migration(folder, targets)

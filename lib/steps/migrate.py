@@ -10,7 +10,7 @@ from lib.journal import start_journal
 from lib.steps.embed import Buyer, catch_up
 from lib.steps.exchange import Voice, exchange, standing_staged
 from lib.steps.keep import payloads_now
-from lib.steps.last_run import COMMAND, spec_as_json
+from lib.steps.last_run import COMMAND, last_migration, restored_since, spec_as_json
 from lib.steps.migration import Migration, journal_of
 from lib.steps.neighbours import keep_before
 from lib.steps.open_run import give_up_others
@@ -22,7 +22,7 @@ from lib.steps.situation import ABSENT, ADOPT, REPLACE, require_whole_graph, sit
 from lib.steps.stage import drop_staged, stage, with_room
 from lib.steps.surplus import remove_surplus
 from lib.steps.switch import Filled, fill, stamp
-from lib.vectors.collection import CollectionState, get_state, set_metadata
+from lib.vectors.collection import CollectionState, exists, get_state, set_metadata
 
 _FRESH = "fresh since"
 
@@ -55,7 +55,20 @@ def begin(run: Migration, first: Manifest | None, voice: Voice) -> None:
         facts = {"spec": spec_as_json(run.spec), "manifest": first.name if first else None}
         facts["again"] = run.again
         run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)
-    run.undo = run.journal.undo or voice.undo_of(first)
+    run.undo = run.journal.undo or voice.undo_of(_undo_set(run, first))
+
+
+def _undo_set(run: Migration, first: Manifest | None) -> Manifest | None:
+    """The set that brings back what was there before this run; None if the newest one is older than that.
+
+    If somebody deleted the collection, it may have been the result of a later migration than the set.
+    """
+    last = last_migration(run.folder, run.targets)
+    if first is None or first.collection is None or last is None or not last.has_reached(PROVED):
+        return first
+    made = (last.fact("spec") or {}).get("size")
+    gone = not exists(run.target.qdrant, run.target.collection)
+    return None if gone and first.collection.size != made and not restored_since(run.folder, last) else first
 
 
 def only_stage(run: Migration, buyer: Buyer) -> CollectionState | None:

@@ -113,7 +113,7 @@ PASSING = {
     "half an answer": Passing({"cut": 0.5, "after": 1, "times": 4}, paid_twice=4 * BATCH),
     "headers and no answer": Passing({"cut": 0.0, "after": 1, "times": 4}, paid_twice=4 * BATCH),
     "too few vectors": Passing({"wrong_count": True, "after": 2, "times": 3}, paid_twice=3 * BATCH),
-    "foreign indices": Passing({"wrong_indices": True, "after": 2, "times": 3}, paid_twice=3 * BATCH),
+    "no index that is 0": Passing({"omit_zero": True}),
     "NaN": Passing({"nan": True, "after": 2, "times": 3}, paid_twice=3 * BATCH),
     "vectors of another length": Passing({"not_unit": 2.0, "after": 2, "times": 3}, paid_twice=3 * BATCH),
     "another order": Passing({"wrong_order": True}),

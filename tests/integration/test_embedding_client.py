@@ -176,7 +176,6 @@ def test_an_endpoint_that_is_not_there(server):
     ("fault", "problem"),
     [
         ({"wrong_count": True}, "4 vectors came back for 5 texts"),
-        ({"wrong_indices": True}, "indices"),
         ({"nan": True}, "not numbers"),
         ({"nan": True, "no_base64": True}, "not numbers"),
         ({"not_unit": 1.5}, "length 1.5 instead of 1"),
@@ -187,6 +186,14 @@ def test_an_answer_that_does_not_fit_is_not_used(server, fault, problem):
     server.fault(**fault)
     with pytest.raises(BadAnswer, match=problem):
         client_for(server).embed(TEXTS)
+    assert server.stats()["requests"] == 1
+
+
+def test_indices_that_do_not_fit_end_the_run(server):
+    server.fault(wrong_indices=True)
+    with pytest.raises(ProviderRefused, match="do not say which vector is which text's") as caught:
+        client_for(server).embed(TEXTS)
+    assert caught.value.exit_code == 6
     assert server.stats()["requests"] == 1
 
 

@@ -7,12 +7,14 @@ import json
 import shutil
 import sqlite3
 
+import numpy as np
 import pytest
 
-from lib.embedding.pricing import price_per_million
+from lib.embedding.pricing import cut_to_tokens, price_per_million
 from lib.embedding.spool_file import room_of
+from lib.sandbox.vectors import vectors_for
 from tests.operator_support import LARGE, NEW_SIZE, SMALL
-from tests.reembed_support import make_ready, points_of
+from tests.reembed_support import assert_migrated, make_ready, points_of
 from tests.small_disk import small_disk
 
 pytestmark = pytest.mark.qdrant
@@ -161,3 +163,48 @@ def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
     assert "was spent" in refused.err
     assert "nothing was spent" not in refused.err
     assert stats(ready)["tokens"] == 0
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_endpoint_that_omits_the_index_zero_is_served_by(ready, mixed):
+    """As Gemini's compatible endpoint does; also with the vectors in another order."""
+    before = points_of(ready)
+    ready.servers.openai.fault(omit_zero=True, wrong_order=mixed)
+    ready.run("reembed_embeddings", "--batch-size", "20")
+    assert stats(ready)["paid_twice"] == 0
+    assert_migrated(ready, before)
+
+
+def test_indices_that_do_not_fit_end_the_run_after_a_few_requests(ready):
+    before = points_of(ready)
+    ready.servers.openai.fault(wrong_indices=True)
+    refused = ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "2", expect=6)
+    assert "do not say which vector is which text's" in refused.err
+    assert stats(ready)["requests"] <= 3  # not split down to single texts
+    assert points_of(ready).keys() == before.keys()
+    ready.servers.openai.clear_faults()
+    ready.run("reembed_embeddings")
+
+
+def test_a_text_that_is_too_long_for_the_model_is_cut_when_the_refusal_says_how_long_it_may_be(ready):
+    identity = "3f0f2f0a-0000-4000-8000-00000000000b"
+    content = "word " * 300 + "BEYOND"
+    ready.cypher("CREATE (:Memory {id: $id, content: $text})", id=identity, text=content)
+    message = "This model's maximum context length is 200 tokens, however you requested 301 tokens."
+    ready.servers.openai.fault(poisoned_text="BEYOND", status=400, message=message)
+    done = ready.run("reembed_embeddings", "--json")
+    assert done.json["cut"] == [identity]
+    assert done.json["refused"] == []
+    assert f"memory {identity} is longer than the model takes" in done.err
+    payload, vector = points_of(ready)[identity]
+    assert payload["content"] == content  # the text itself stays whole
+    wanted = vectors_for(LARGE, [cut_to_tokens(content, 199)], NEW_SIZE)[0]
+    assert np.abs(vector - wanted).max() < 1e-5
+
+
+def test_the_undo_never_names_a_set_of_before_the_deleted_collection(ready):
+    ready.run("reembed_embeddings")
+    ready.call("DELETE", "")
+    done = ready.run("reembed_embeddings", "--json").json
+    assert done["undo"] == "  (none: no collection was replaced)"
+    assert "restore_from_backup" not in done["undo"]
