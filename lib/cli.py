@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lib.addresses import without_logins
+from lib.console import show_held
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 from lib.pasteable import pasteable, remember_flags
 
@@ -198,6 +199,8 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
             raise
         known = trouble
     _report(known, as_json=as_json)
+    with contextlib.suppress(OSError):
+        show_held()
     return known.exit_code
 
 

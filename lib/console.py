@@ -27,6 +27,21 @@ def size_text(count: float) -> str:
     return ""
 
 
+_HELD: list[str] = []
+
+
+def hold(warning: str) -> None:
+    """A warning that is printed before whatever is shown next; only a dimension mismatch comes before it."""
+    _HELD.append(warning)
+
+
+def show_held() -> None:
+    """Print the warnings that are held."""
+    held, _HELD[:] = _HELD[:], []
+    for text in held:
+        print(f"warning: {pasteable(text)}", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Console:
     """One command's voice. With `as_json`, stdout carries one JSON document and nothing else."""
@@ -38,15 +53,18 @@ class Console:
 
     def say(self, text: str) -> None:
         """A step, on stderr."""
+        show_held()
         if not self.quiet:
             print(pasteable(text), file=sys.stderr, flush=True)
 
     def notice(self, text: str) -> None:
         """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
+        show_held()
         print(pasteable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Something the operator must see, also when quiet."""
+        show_held()
         print(f"warning: {pasteable(text)}", file=sys.stderr, flush=True)
 
     def waiting(self, text: str) -> None:
@@ -64,6 +82,7 @@ class Console:
     @contextlib.contextmanager
     def progress(self, title: str, total: int | None, unit: str = "") -> Iterator[Progress]:
         """A callback that takes what was done since the last call; bars on a terminal, plain lines otherwise."""
+        show_held()
         if self.quiet:
             yield lambda _step: None
         elif sys.stderr.isatty():
@@ -77,6 +96,7 @@ class Console:
 
     def result(self, document: Mapping[str, object], text: str) -> None:
         """The outcome, last, on stdout. Where its reader has left, what was done is done all the same."""
+        show_held()
         shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else pasteable(text)
         with contextlib.suppress(BrokenPipeError):
             if shown:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lib.embedding.spool import Spool
     from lib.steps.embed import Buyer
     from lib.steps.migration import Migration
+    from lib.steps.progress import ProgressBar
     from lib.steps.restore_files import Wanted
     from lib.steps.restore_site import Site
 
@@ -87,18 +88,12 @@ def open_spool(config: Config) -> Spool:
     return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
 
 
-def open_migration(
-    config: Config, spool: Spool, console: Console, *, repair: bool
-) -> tuple[Migration, CollectionSource]:
-    """A re-embedding of these stores, the unfinished one if there is one; and its collection as a backup source.
+def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[GraphSource, CollectionSource]:
+    """Both stores of a re-embedding. `repair`: the collection must exist at the configured size.
 
-    `repair`: the collection must exist at the configured size. Raises DimensionMismatch, MissingData, GuardRefused.
+    Raises StoreUnreachable, StoreFailed, AccessRefused, MissingData, DimensionMismatch.
     """
     from lib.dimensions import check_dimension
-    from lib.steps.abort import clean_up_untouched
-    from lib.steps.migration import Migration
-    from lib.steps.open_run import open_run
-    from lib.steps.switch import Target
     from lib.steps.take_pair import require_sources
     from lib.vectors.collection import get_state
 
@@ -107,11 +102,23 @@ def open_migration(
     if repair:
         now = get_state(source.qdrant, config.collection)
         check_dimension(config.collection, now.size, config.vector_size)
+    return graph, source
+
+
+def open_migration(
+    config: Config, graph: GraphSource, source: CollectionSource, spool: Spool, bar: ProgressBar
+) -> Migration:
+    """A re-embedding of these stores, the unfinished one if there is one. Raises GuardRefused."""
+    from lib.steps.abort import clean_up_untouched
+    from lib.steps.migration import Migration
+    from lib.steps.open_run import open_run
+    from lib.steps.switch import Target
+
     clean_up_untouched(graph, source, config.backup_dir, config.targets())
     target = Target(source.qdrant, config.collection, config.spec)
-    run = Migration(graph, target, spool, config.backup_dir, config.targets(), console.progress)
+    run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
     run.journal = open_run(run.folder, run.targets, run.spec)
-    return run, source
+    return run
 
 
 def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> Site:

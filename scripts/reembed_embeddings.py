@@ -35,11 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--only-missing", action="store_true", help="repair drift: add, renew and remove points")
     add("--fresh", action="store_true", help="forget vectors bought earlier and buy them again")
     add("--prune-spool", action="store_true", help="delete bought vectors that no plan needs")
-    add(
-        "--abort",
-        action="store_true",
-        help="give up an unfinished run: remove what it made, close its journal",
-    )
+    add("--abort", action="store_true", help="give up an unfinished run: remove what it made, close it")
     return parser
 
 
@@ -54,6 +50,7 @@ def command(args: argparse.Namespace) -> int:
     from lib import opening
     from lib.config import config_of, require_embedding
     from lib.console import Console
+    from lib.dimensions import model_fault
     from lib.showing.abort import abort
     from lib.showing.settings import announce, show_config
     from lib.showing.spool import prune
@@ -66,6 +63,8 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort")
+    if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
+        console.warn(fault)
     with opening.target_lock(config):
         if args.prune_spool:
             return prune(config, console, dry_run=args.dry_run)
@@ -82,8 +81,9 @@ def reembed(config: Config, console: Console, args: argparse.Namespace, again: s
     from lib.steps import migrate, situation, spot_check
     from lib.steps.take_collection import require_whole
 
+    graph, source = opening.open_stores(config, console, repair=args.only_missing)
     with opening.open_spool(config) as spool:
-        run, source = opening.open_migration(config, spool, console, repair=args.only_missing)
+        run = opening.open_migration(config, graph, source, spool, console.progress)
         spot_check.clear_up(run)
         run.in_place, run.no_switch, run.again = args.in_place, args.no_switch, again
         run.fresh = args.fresh and not migrate.is_fresh(run)

@@ -120,8 +120,11 @@ def _surroundings(
 
 
 def _set_environ(environ: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environ)
+    for name in os.environ.keys() - environ.keys():
+        os.unsetenv(name)
+    for name, value in environ.items():
+        os.putenv(name, value)
+    os.environ = _like_environ(environ)  # noqa: B003 - a thread of the test's may be reading the one before
     tempfile.tempdir = None  # it is asked for again
     if "fsspec" in sys.modules:  # it reads the environment once, and keeps its connections
         from fsspec import AbstractFileSystem
@@ -131,6 +134,12 @@ def _set_environ(environ: Mapping[str, str]) -> None:
         set_conf_env(conf)
         for kind in _kinds(AbstractFileSystem):
             kind.clear_instance_cache()
+
+
+def _like_environ(environ: Mapping[str, str]) -> Any:
+    before = os.environ
+    data = {before.encodekey(name): before.encodevalue(value) for name, value in environ.items()}
+    return type(before)(data, before.encodekey, before.decodekey, before.encodevalue, before.decodevalue)
 
 
 def _kinds(kind: type[Any]) -> Iterator[type[Any]]:

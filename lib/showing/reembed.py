@@ -86,21 +86,21 @@ def _show_left_out(plan: Plan, kind: str, run: Migration, console: Console) -> N
 
 
 def warn_of_refusals(run: Migration, found: Found, console: Console) -> list[str]:
-    """What the real run would be refused for, each as a warning: --dry-run says it before anything is paid for."""
+    """What the real run would be refused for: --dry-run says it before anything is paid for.
+
+    Each is a warning, but for the model's, which was one before the stores were asked.
+    """
     from lib.dimensions import model_fault
     from lib.errors import GuardRefused
     from lib.steps.situation import protection
 
-    reasons = []
     fault = model_fault(run.spec.model, run.spec.size)
-    if fault:
-        reasons.append(fault)
+    reasons = [fault] if fault else []
     try:
         protection(run, *found)
     except GuardRefused as error:
         reasons.append(f"{error}\nfirst:  {error.next_step.splitlines()[0]}")
-    for reason in reasons:
-        console.warn(f"the run without --dry-run will be refused: {reason}")
+        console.warn(f"the run without --dry-run will be refused: {reasons[-1]}")
     return reasons
 
 

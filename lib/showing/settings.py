@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lib.console import Console, table
+from lib.console import Console, hold, table
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
 from lib.setting_values import SECRETS, masked, same_value
@@ -94,7 +94,7 @@ def announce(config: Config, console: Console) -> None:
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
     for text in [*hidden_settings(config), *config.misspelt]:
-        console.warn(text)
+        hold(text)
     for journal in open_journals(config.backup_dir):
         console.say(_unfinished(journal, config.targets()))
 

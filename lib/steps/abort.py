@@ -12,7 +12,6 @@ from lib.embedding.spool import Spool
 from lib.errors import GuardRefused
 from lib.journal import Journal, open_journals
 from lib.steps import restore_collection as collections
-from lib.steps import spot_check
 from lib.steps.last_run import COMMAND
 from lib.steps.old_graph import SWITCHING as GRAPH_SWITCHING
 from lib.steps.old_graph import settle_graph
@@ -40,6 +39,8 @@ class Aborted:
 
 def abort_reembed(qdrant: Qdrant, spool: Spool, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused, before anything is removed."""
+    from lib.steps import spot_check  # with numpy, which a backup does without
+
     name, done = _collection(targets), Aborted()
     journals = [one for one in _open(folder, targets) if one.command in {COMMAND, spot_check.COMMAND}]
     for journal in journals:

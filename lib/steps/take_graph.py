@@ -20,6 +20,7 @@ from lib.graph.client import (
     expires_at,
     function_libraries,
     require_graph,
+    save_trouble,
     server_versions,
 )
 from lib.graph.engine import Engine, foreign_modules, reads_from
@@ -116,6 +117,8 @@ def _taken(
     except PsyncRefused:
         return _dumped(source, path, tell, "its RDB is refused")
     except RdbNotMade as error:
+        if not save_trouble(source.conn):
+            raise  # the connection broke
         return _dumped(source, path, tell, str(error))
 
 

@@ -180,6 +180,8 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_po
             assert line, f"it ended: {run.process.communicate(timeout=300)}"
             told += line
         exports = dict(re.findall(r"export (\w+)=(\S+)", told))
+        lines = dict(re.findall(r'echo "(\w+)=(\S+)" >> .env', told))
+        assert lines == {"VECTOR_SIZE": "768", "EMBEDDING_MODEL": "text-embedding-3-small"}
         assert exports["AUTOMEM_API_TOKEN"] == TOKEN
         assert (
             requests.get("http://127.0.0.1:8001/health", timeout=10).json()["vector_dimensions"]["collection"]
@@ -187,7 +189,7 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_po
         )
         listed = subprocess.run(
             [sys.executable, str(ROOT / "scripts" / "verify_migration.py"), "--after-restart", "--quiet"],
-            env={**os.environ, **exports, "AUTOMEM_BACKUP_DIR": str(folder / "backups")},
+            env={**os.environ, **exports, **lines, "AUTOMEM_BACKUP_DIR": str(folder / "backups")},
             capture_output=True,
             text=True,
             timeout=300,

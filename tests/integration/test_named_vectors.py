@@ -52,7 +52,7 @@ def test_both_vectors_are_in_the_backup_and_come_back(named):
     } == VECTORS
     assert "DAMAGED" not in named.run("backup_automem", "--check", "all").out
     named.call("POST", "/points/delete?wait=true", {"points": [1, 2, 3]})
-    named.run("restore_from_backup", "latest")
+    named.run("restore_from_backup", str(named.manifests()[-1]))
     assert contents(named) == before
     assert named.collections() == [named.collection]
 
