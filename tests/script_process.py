@@ -131,7 +131,7 @@ def _set_environ(environ: Mapping[str, str]) -> None:
         from fsspec.config import conf, set_conf_env
 
         conf.clear()
-        set_conf_env(conf)
+        set_conf_env(conf, os.environ)
         for kind in _kinds(AbstractFileSystem):
             kind.clear_instance_cache()
 

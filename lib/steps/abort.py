@@ -16,7 +16,6 @@ from lib.steps.last_run import COMMAND
 from lib.steps.old_graph import SWITCHING as GRAPH_SWITCHING
 from lib.steps.old_graph import settle_graph
 from lib.steps.phases import DELETING, PLACED, PROVED
-from lib.steps.place import snapshot_file
 from lib.steps.restore_collection import drop_temporary
 from lib.steps.run_backup import settle_backup
 from lib.steps.settle_restore import COMMAND as RESTORE
@@ -40,6 +39,7 @@ class Aborted:
 def abort_reembed(qdrant: Qdrant, spool: Spool, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused, before anything is removed."""
     from lib.steps import spot_check  # with numpy, which a backup does without
+    from lib.steps.place import snapshot_file
 
     name, done = _collection(targets), Aborted()
     journals = [one for one in _open(folder, targets) if one.command in {COMMAND, spot_check.COMMAND}]
