@@ -110,7 +110,7 @@ def test_a_staged_collection_of_two_days_ago_catches_up(ready):
     ready.cypher("MATCH (m:Memory {id: $id}) DELETE m", id=gone)
     own = {"payload": {"point_only": "of yesterday", "source_app": "since"}, "points": [keyed]}
     ready.call("POST", "/points/payload?wait=true", own)
-    ready.call("POST", "/points/payload/delete?wait=true", {"points": [dropped], "keys": ["importance"]})
+    ready.call("POST", "/points/payload/delete?wait=true", {"points": [dropped], "keys": ["last_accessed"]})
     ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
     before = points_of(ready)
 
@@ -119,7 +119,8 @@ def test_a_staged_collection_of_two_days_ago_catches_up(ready):
     assert "the staged collection is proved, the live one is untouched" in done.err
     after = assert_migrated(ready, before)
     assert after[keyed][0]["point_only"] == "of yesterday"
-    assert "importance" not in after[dropped][0]
+    assert "last_accessed" in before[keyed][0]
+    assert "last_accessed" not in after[dropped][0]  # no key that recall reads: it stays away
     assert gone not in after
     assert set(added) <= after.keys()
     assert ready.servers.openai.stats()["texts"] - paid == 3
