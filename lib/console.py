@@ -53,9 +53,10 @@ class Console:
 
     def say(self, text: str) -> None:
         """A step, on stderr."""
-        show_held()
-        if not self.quiet:
-            print(pasteable(text), file=sys.stderr, flush=True)
+        if self.quiet:
+            show_held()
+        else:
+            self.notice(text)
 
     def notice(self, text: str) -> None:
         """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
@@ -64,8 +65,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Something the operator must see, also when quiet."""
-        show_held()
-        print(f"warning: {pasteable(text)}", file=sys.stderr, flush=True)
+        self.notice(f"warning: {text}")
 
     def waiting(self, text: str) -> None:
         """Why nothing moves: at most every ten seconds; when quiet, a line every five minutes."""

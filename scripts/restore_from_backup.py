@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import cli
+from lib import cli, pasteable
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -104,7 +104,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
         force_version=args.force_version,
         while_running=args.while_running,
     )
-    site = opening.open_site(config, console, wanted, showing.again(sys.argv[1:]))
+    site = opening.open_site(config, console, wanted, pasteable.command("restore_from_backup", sys.argv[1:]))
     with ExitStack() as stack:
         proved = prove_files(site, wanted, stack, options)
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, Manifest
 from lib.backup_set.reports import REPORT_DIR
-from lib.backup_set.sets import Deployment, all_sets, is_complete
+from lib.backup_set.sets import Deployment, all_sets, is_complete, manifests_named
 from lib.errors import UsageProblem
 from lib.journal import Journal, read_journal
 
@@ -30,8 +30,9 @@ def plan_cleanup(folder: Path, keep: int, owner: Deployment, targets: list[str])
     """What a cleanup of this deployment's sets deletes. Raises UsageProblem if `keep` is below 1."""
     if keep < 1:
         raise UsageProblem("--keep must be at least 1", next_step="--cleanup --keep 3")
-    needed = protected_sets(folder, owner, targets)
-    beyond = beyond_newest([one for one in all_sets(folder) if owner.owns(one)], keep)
+    own = [one for one in all_sets(folder) if owner.owns(one)]
+    needed = protected_sets(folder, own, targets)
+    beyond = beyond_newest(own, keep)
     return Cleanup(
         [one for one in beyond if one.name not in needed],
         {one.name: needed[one.name] for one in beyond if one.name in needed},
@@ -57,8 +58,8 @@ def _verified(manifest: Manifest) -> bool:
     return is_complete(manifest) and PROOF_LEVELS.index(manifest.proof) >= PROOF_LEVELS.index(CHECKED)
 
 
-def protected_sets(folder: Path, owner: Deployment, targets: list[str]) -> dict[str, str]:
-    """The sets that a run or an operator may still need, by name, each with the reason.
+def protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dict[str, str]:
+    """The sets that a run or an operator may still need, by name, each with the reason; `own` are newest first.
 
     All that an open journal names, that an undo or a report of the last 30 days names, and that the newest finished
     re-embedding of these targets names until a newer verified set of the collection exists.
@@ -75,23 +76,20 @@ def protected_sets(folder: Path, owner: Deployment, targets: list[str]) -> dict[
         named = _sets_in(path.read_text(errors="replace"))
         found = dict.fromkeys(named, f"{REPORT_DIR}/{path.name} names it") | found
     why = "it undoes the newest re-embedding, and no newer verified set of the collection exists"
-    return dict.fromkeys(_last_reembedding(folder, owner, targets, journals), why) | found
+    return dict.fromkeys(_last_reembedding(own, targets, journals), why) | found
 
 
-def _last_reembedding(
-    folder: Path, owner: Deployment, targets: list[str], journals: list[Journal]
-) -> set[str]:
+def _last_reembedding(own: list[Manifest], targets: list[str], journals: list[Journal]) -> set[str]:
     finished = [one for one in journals if one.command == "reembed" and one.targets == targets]
     named = _named(finished[-1]) if finished else set()
-    newer = (one.name for one in all_sets(folder) if owner.owns(one) and one.collection and _verified(one))
+    newer = (one.name for one in own if one.collection and _verified(one))
     return named if named and next(newer, "") <= max(named) else set()
 
 
 def _named(journal: Journal) -> set[str]:
     """The sets that a journal names: as its backup, in its undo, or as the files to restore."""
-    manifests = {str(entry["manifest"]) for entry in journal.entries if entry.get("manifest")}
     texts = (entry.get(name, "") for entry in journal.entries for name in ("undo", "files"))
-    return manifests | {name for text in texts for name in _sets_in(str(text))}
+    return manifests_named(journal) | {name for text in texts for name in _sets_in(str(text))}
 
 
 def _sets_in(text: str) -> Iterable[str]:

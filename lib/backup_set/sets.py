@@ -11,7 +11,7 @@ from lib.addresses import same_server
 from lib.backup_set.manifest import FULL, SAFETY, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, MissingData
 from lib.files import sync_dir
-from lib.journal import read_journal
+from lib.journal import Journal, read_journal
 
 GRAPH_DIR, COLLECTION_DIR, SPOOL_DIR = "falkordb", "qdrant", "embeddings"
 _NAMED = 3
@@ -58,9 +58,12 @@ def all_sets(folder: Path) -> list[Manifest]:
 def safety_copies(folder: Path) -> set[str]:
     """The sets that restores took of what they replaced, as their journals say: older manifests do not."""
     journals = (read_journal(path) for path in folder.glob("journal_*_restore.jsonl"))
-    return {
-        str(entry["manifest"]) for one in journals if one for entry in one.entries if entry.get("manifest")
-    }
+    return {name for one in journals if one for name in manifests_named(one)}
+
+
+def manifests_named(journal: Journal) -> set[str]:
+    """The manifests that a run took or relied on, by name."""
+    return {str(entry["manifest"]) for entry in journal.entries if entry.get("manifest")}
 
 
 def with_purpose(manifest: Manifest, safety: Collection[str]) -> Manifest:

@@ -32,14 +32,14 @@ def voice(run: Migration, console: Console) -> Voice:
 def show_staged(state: CollectionState | None, run: Migration, console: Console) -> int:
     """The result of --no-switch, with the way on and the way back."""
     from lib.steps.migration import journal_of
-    from lib.steps.open_run import delete_line
+    from lib.vectors.address import curl_line
 
     if state is None:
         console.result(
             {"staged": None}, f"'{run.target.collection}' is what it should be: nothing was staged"
         )
         return DONE
-    drop = f"  {delete_line(run.target.qdrant, run.staged)}\n  rm {quote(str(journal_of(run).path))}"
+    drop = f"  {curl_line(run.target.qdrant, 'DELETE', run.staged)}\n  rm {quote(str(journal_of(run).path))}"
     price = run.bought.price(run.spec.model)
     document = {
         "staged": run.staged,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lib.console import Console, size_text
 from lib.errors import DONE
-from lib.pasteable import command
 from lib.showing.settings import RESTART, settings_lines
 
 if TYPE_CHECKING:
@@ -25,11 +24,6 @@ RESTART_GRAPH = """\
     Docker:   docker compose up -d --force-recreate flask-api
     systemd:  sudo systemctl restart automem
     Railway:  railway redeploy"""
-
-
-def again(words: list[str]) -> str:
-    """The restore's very command line, as a shell takes it; without the logins of URLs."""
-    return command("restore_from_backup", words)
 
 
 def show_restore_plan(site: Site, proved: Proved, options: Options, console: Console) -> int:

@@ -12,7 +12,7 @@ from lib.embedding.spool import Spool
 from lib.errors import GuardRefused
 from lib.journal import Journal, open_journals
 from lib.steps import restore_collection as collections
-from lib.steps.last_run import COMMAND
+from lib.steps.last_run import COMMAND, collection_of
 from lib.steps.old_graph import SWITCHING as GRAPH_SWITCHING
 from lib.steps.old_graph import settle_graph
 from lib.steps.phases import DELETING, PLACED, PROVED
@@ -41,7 +41,7 @@ def abort_reembed(qdrant: Qdrant, spool: Spool, folder: Path, targets: list[str]
     from lib.steps import spot_check  # with numpy, which a backup does without
     from lib.steps.place import snapshot_file
 
-    name, done = _collection(targets), Aborted()
+    name, done = collection_of(targets), Aborted()
     journals = [one for one in _open(folder, targets) if one.command in {COMMAND, spot_check.COMMAND}]
     for journal in journals:
         _require_back(qdrant, name, journal)
@@ -122,10 +122,6 @@ def _open(folder: Path, targets: list[str]) -> list[Journal]:
 def _close(journal: Journal, done: Aborted) -> None:
     journal.close(ABORTED)
     done.runs.append(journal.run_id)
-
-
-def _collection(targets: list[str]) -> str:
-    return targets[1].rsplit(" ", 1)[-1]
 
 
 def _live(qdrant: Qdrant, name: str) -> str:

@@ -74,8 +74,8 @@ def _tell_left_out(
     """Name what a restore of the graph does not bring back: function libraries, and an expiry of its key."""
     held = half.functions if half else []
     if backup.scratch:
-        held = sorted({*held, *function_libraries(backup.scratch.conn)})
-    missing = [name for name in held if name not in function_libraries(target.conn)]
+        held = [*held, *function_libraries(backup.scratch.conn)]
+    missing = sorted(set(held) - set(function_libraries(target.conn))) if held else []
     if missing:
         site.notice(
             "warning: the backup's server had function libraries (GRAPH.UDF) that this one lacks:"

@@ -19,6 +19,11 @@ def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
     return {"model": spec.model, "size": spec.size, "endpoint": public_url(spec.base_url)}
 
 
+def collection_of(targets: list[str]) -> str:
+    """The collection's name in the targets of a run."""
+    return targets[1].rsplit(" ", 1)[-1]
+
+
 def last_migration(folder: Path, targets: list[str]) -> Journal | None:
     """The journal of the newest re-embedding of these stores that made the collection anew."""
     for path in sorted(folder.glob(f"journal_*_{COMMAND}.jsonl"), reverse=True):

@@ -9,7 +9,7 @@ from lib.backup_set.manifest import Manifest, read_manifest
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
-from lib.steps.last_run import COMMAND, spec_as_json
+from lib.steps.last_run import COMMAND, collection_of, spec_as_json
 from lib.steps.phases import CREATED, DELETED, DELETING, PLACED, PLACING, PROVED, STAGED, STAGING
 from lib.steps.restore_collection import drop_temporary
 from lib.vectors.address import curl_line
@@ -78,18 +78,18 @@ def refuse_stranger(folder: Path, targets: list[str]) -> None:
     for journal in open_journals(folder):
         if journal.command != COMMAND or journal.targets == targets or not journal.has_reached(DELETING):
             continue
-        if _name(journal.targets) == _name(targets):
+        if collection_of(journal.targets) == collection_of(targets):
             raise GuardRefused(
-                f"an unfinished run deleted '{_name(targets)}' at another address: {journal.targets[1]}, graph"
+                f"an unfinished run deleted '{collection_of(targets)}' at another address: {journal.targets[1]}, graph"
                 f" {journal.targets[0]}; here it is {targets[1]}, graph {targets[0]}",
                 next_step="if that is the same server, spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run"
                 f" did and run this again;\nif it is another one, finish or undo that run first:\n{journal.undo}",
             )
         if journal.targets[0] == targets[0]:
             raise GuardRefused(
-                f"an unfinished run of this graph was making the collection '{_name(journal.targets)}';"
-                f" QDRANT_COLLECTION is '{_name(targets)}' now, and there is nothing in that",
-                next_step=f"finish it:  export QDRANT_COLLECTION={quote(_name(journal.targets))} &&"
+                f"an unfinished run of this graph was making the collection '{collection_of(journal.targets)}';"
+                f" QDRANT_COLLECTION is '{collection_of(targets)}' now, and there is nothing in that",
+                next_step=f"finish it:  export QDRANT_COLLECTION={quote(collection_of(journal.targets))} &&"
                 f" python scripts/reembed_embeddings.py\nor go back:\n{journal.undo}",
             )
 
@@ -108,13 +108,8 @@ def refuse_stranger_staged(folder: Path, targets: list[str], qdrant: Qdrant, sta
         )
     raise GuardRefused(
         f"'{staged}' exists, and no unfinished run here made it: it is not taken over",
-        next_step=f"look whose it is, then delete it and run this again:\n  {delete_line(qdrant, staged)}",
+        next_step=f"look whose it is, then delete it and run this again:\n  {curl_line(qdrant, 'DELETE', staged)}",
     )
-
-
-def delete_line(qdrant: Qdrant, collection: str) -> str:
-    """The command that deletes a collection."""
-    return curl_line(qdrant, "DELETE", collection)
 
 
 def manifest_of(folder: Path, journal: Journal | None) -> Manifest | None:
@@ -135,14 +130,10 @@ def _other_settings(journal: Journal, targets: list[str], spec: EmbeddingSpec) -
     was, now = journal.fact("spec"), spec_as_json(spec)
     other = ", ".join(name for key, name in _SETTINGS.items() if was[key] != now[key])
     return GuardRefused(
-        f"an unfinished run was making '{_name(targets)}' {was['size']}d with {was['model']} of"
+        f"an unfinished run was making '{collection_of(targets)}' {was['size']}d with {was['model']} of"
         f" {was['endpoint']}; it cannot be gone on with: another {other} ({now['size']}d, {now['model']} of"
         f" {now['endpoint']})",
         next_step=f"finish it:  export VECTOR_SIZE={was['size']} EMBEDDING_MODEL={quote(was['model'])}"
         f" OPENAI_BASE_URL={quote(was['endpoint'])} && python scripts/reembed_embeddings.py\n"
         f"or go back:\n{journal.undo}",
     )
-
-
-def _name(targets: list[str]) -> str:
-    return targets[1].rsplit(" ", 1)[-1]

@@ -29,22 +29,10 @@ PAYLOAD_KEYS = (
     "t_invalid",
     "archived",
 )
-# Consolidation sets these in the graph first; its own write to the point may have failed silently.
-_GRAPH_DECIDES = ("archived", "relevance_score")
-# What recall filters on, scores by and shows: it comes from the node wherever the point lacks it. Not t_valid:
-# AutoMem writes it into each node, and into a point only when the memory is updated.
-NEEDED_KEYS = (
-    "content",
-    "tags",
-    "tag_prefixes",
-    "importance",
-    "timestamp",
-    "type",
-    "confidence",
-    "metadata",
-    "t_invalid",
-    *_GRAPH_DECIDES,
-)
+# What recall filters on, scores by and shows comes from the node wherever the point lacks it: all but these. AutoMem
+# writes t_valid into each node, and into a point only when the memory is updated. Of archived and relevance_score its
+# write to the point may have failed silently, after that to the graph.
+NEEDED_KEYS = tuple(key for key in PAYLOAD_KEYS if key not in {"updated_at", "last_accessed", "t_valid"})
 _ALWAYS_BACK = ("content", "tags", "tag_prefixes")
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).

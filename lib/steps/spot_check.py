@@ -20,10 +20,10 @@ from lib.journal import Journal, open_journals, start_journal
 from lib.steps.embed import Buyer, buy
 from lib.steps.last_run import spec_as_json
 from lib.steps.migration import Migration
-from lib.steps.open_run import delete_line
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId
 from lib.steps.sync import SyncOutcome, sync_collection
+from lib.vectors.address import curl_line
 from lib.vectors.collection import CollectionState, delete_collection
 from lib.vectors.points import retrieve
 from lib.vectors.recreate import create_default, create_like
@@ -66,7 +66,7 @@ def spot_check(run: Migration, buyer: Buyer, live: CollectionState | None, count
     _buy(run, buyer, rows)
     journal = start_journal(run.folder, COMMAND, run.targets, spec=spec_as_json(run.spec))
     side = f"{run.target.collection}__check_{journal.run_id}"
-    journal.append(ANNOUNCED, side=side, undo=f"  {delete_line(run.target.qdrant, side)}")
+    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(run.target.qdrant, 'DELETE', side)}")
     try:
         _make(run, side, live)
         with plan_of(run.spool, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
