@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.automem_support import MODEL, TOKEN, Stores
 pytestmark = pytest.mark.qdrant
 servers, stores = automem_support.servers, automem_support.stores
 LEFT_OUT = {
-    "associate": "no tool of ours writes relationships",
+    "associate": "no tool of ours writes relationships: the test writes the one that recall shows",
     "get one": "no tool of ours reads single memories through the API",
     "get missing": "as above",
     "update": "changes of memories are made in the stores by the tests themselves",
@@ -103,6 +104,8 @@ def test_the_requests_in_their_order_on_empty_stores(automem: AutoMemServer, sto
         title = row["title"]
         if title.startswith("collection "):
             break
+        if title == "associate":
+            associate(stores)
         if title in LEFT_OUT:
             continue
         if title == "health, with memories":
@@ -119,6 +122,28 @@ def test_the_requests_in_their_order_on_empty_stores(automem: AutoMemServer, sto
     assert compared == len(RECORDED_BEFORE) - len(LEFT_OUT)
     wait_idle(automem, stored)
     check_what_was_written(stores)
+
+
+def associate(stores: Stores) -> None:
+    """Write the recorded relationship: without it the first memory has none, whose shape recall is compared by."""
+    contents = {row["node"]["properties"]["id"]: row["node"]["properties"]["content"] for row in rows("node")}
+    sent = RECORDED["associate"]["request"]["json"]
+    query = (
+        "MATCH (a:Memory {content: $from}) MATCH (b:Memory {content: $to}) "
+        "CREATE (a)-[r:RELATES_TO {strength: $strength, updated_at: $now}]->(b) RETURN count(r)"
+    )
+    from falkordb.graph import Graph
+
+    made = Graph(connect_decoded(stores), "memories").query(
+        query,
+        {
+            "from": contents[sent["memory1_id"]],
+            "to": contents[sent["memory2_id"]],
+            "strength": sent["strength"],
+            "now": datetime.now(timezone.utc).isoformat(),
+        },
+    )
+    assert made.result_set == [[1]]
 
 
 RECORDED_BEFORE = [row for row in rows("title") if not row["title"].startswith("collection ")]

@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in run.stdout.splitlines() if (ROOT / name).is_file()]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parsed(path)))
+
+
 def lines_of(path: Path) -> int:
     return len(path.read_text().splitlines())
 
@@ -64,16 +75,17 @@ def lines_of(path: Path) -> int:
 def functions(path: Path) -> dict[str, int]:
     """Each function's own lines, from its def (or first decorator) to its end."""
     found = {}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             found[f"{short(path)}:{node.lineno} {node.name}"] = node.end_lineno - node.lineno + 1
     return found
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """The top-level packages that a file imports at run time, wherever in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {one.name.split(".")[0] for one in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -107,7 +119,7 @@ def test_every_file_says_what_it_is():
     silent = [
         short(path)
         for path in [*LIB, *SCRIPTS]
-        if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
+        if path.stat().st_size and not ast.get_docstring(parsed(path))
     ]
     assert silent == []
 
@@ -116,7 +128,7 @@ def test_every_file_says_what_it_is():
 
 
 def calls(path: Path, name: str) -> list[int]:
-    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    found = [node for node in nodes(path) if isinstance(node, ast.Call)]
     return [node.lineno for node in found if isinstance(node.func, ast.Name) and node.func.id == name]
 
 
@@ -131,10 +143,10 @@ def test_only_the_console_and_the_edge_print():
 
 def reads_environment(path: Path) -> bool:
     """Whether it looks into the environment; to set a knob of a library (`setdefault`) is not reading."""
-    tree = ast.parse(path.read_text())
+    tree = nodes(path)
     set_only = {
         id(node.value)
-        for node in ast.walk(tree)
+        for node in tree
         if isinstance(node, ast.Attribute) and node.attr == "setdefault"
     }
     return any(
@@ -144,7 +156,7 @@ def reads_environment(path: Path) -> bool:
             and id(node) not in set_only
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "os")
-        for node in ast.walk(tree)
+        for node in tree
     )
 
 
@@ -170,7 +182,7 @@ def test_nothing_broad_is_caught_without_a_reason():
     """`except Exception` says why on its line or the one before; nothing is caught bare."""
     for path in [*LIB, *SCRIPTS]:
         lines = path.read_text().splitlines()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             assert node.type is not None, f"{short(path)}:{node.lineno}"
