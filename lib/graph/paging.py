@@ -7,6 +7,7 @@ relationships between two nodes by their own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from lib.errors import MissingData, StoreFailed
 from lib.graph.client import command
 
 PAGE_ROWS = 2000
-PROBED_ROWS = 10_001
 Row = list[Any]
 
 
@@ -86,9 +86,9 @@ def single(conn: redis.Redis, graph: str, cypher: str) -> int:
     return int(raw_rows(conn, graph, cypher)[0][0][1])
 
 
-def row_cap(conn: redis.Redis, graph: str) -> int:
-    """Where the server cuts a result (RESULTSET_SIZE), found by asking for more; at most 10,001."""
-    return len(raw_rows(conn, graph, f"UNWIND range(1, {PROBED_ROWS}) AS x RETURN x"))
+def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
+    """How many of `rows` rows the server returns: fewer if RESULTSET_SIZE cuts the result."""
+    return len(raw_rows(conn, graph, f"UNWIND range(1, {rows}) AS x RETURN x"))
 
 
 def names(conn: redis.Redis, graph: str, procedure: str, column: str) -> list[str]:
@@ -112,18 +112,17 @@ def pages(
     size: int = PAGE_ROWS,
 ) -> Iterator[list[Row]]:
     """All rows of `returns`, from the id `first` on, in pages; windows ascend, the rows in one have no order."""
-    cap = row_cap(conn, graph)
-    yield from _Walk(conn, graph, f" RETURN {returns}", cap).pages(
-        windows, first, max(1, min(size, cap - 1)), {}
-    )
+    walk = _Walk(conn, graph, f" RETURN {returns}", row_cap(conn, graph, 2) - 1)
+    yield from walk.pages(windows, first, size, {})
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Walk:
     conn: redis.Redis
     graph: str
     returns: str
-    cap: int
+    uncut: int  # the server is known to return so many rows, and one more, uncut
+    span_limit: int = sys.maxsize  # what one window may span, once the server has cut a result
 
     def pages(
         self, windows: Sequence[Window], first: int, size: int, fixed: dict[str, int]
@@ -140,7 +139,7 @@ class _Walk:
                 yield rows
             elif not self._more(window, low + span, fixed):
                 return
-            low, span = low + span, min(size, span * 2)
+            low, span = low + span, min(size, span * 2, self.span_limit)
 
     def _rows(self, window: Window, low: int, high: int, fixed: dict[str, int]) -> list[Row] | None:
         """A window's rows; None where the server has cut them, by number or by time."""
@@ -150,7 +149,13 @@ class _Walk:
             if "timed out" not in str(error).lower():
                 raise
             return None
-        return None if len(rows) >= self.cap else rows
+        if len(rows) > self.uncut:
+            # A cut result looks like a whole one: only a longer result shows that this one was not cut.
+            self.uncut = row_cap(self.conn, self.graph, 2 * len(rows) + 1) - 1
+            if len(rows) > self.uncut:
+                self.span_limit = max(1, self.uncut)
+                return None
+        return rows
 
     def _finer(
         self, windows: Sequence[Window], low: int, size: int, fixed: dict[str, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from lib.showing import plots
 from lib.showing.reembed import dollars
 
 if TYPE_CHECKING:
+    import jinja2
+
     from lib.steps.report import Report
 
 FORMAT = 1
@@ -37,6 +40,11 @@ def write(report: Report, folder: Path, console: Console) -> list[Path]:
 
 def page(document: Mapping[str, Any]) -> str:
     """The document as HTML: no script, nothing fetched from anywhere, every text in it escaped."""
+    return _templates().get_template("report.html").render(**document, plots=_plots(document))
+
+
+@cache
+def _templates() -> jinja2.Environment:
     import jinja2
 
     templates = jinja2.Environment(
@@ -47,7 +55,7 @@ def page(document: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     templates.filters.update(count=_count, dollars=dollars, span=_span, moment=_moment)
-    return templates.get_template("report.html").render(**document, plots=_plots(document))
+    return templates
 
 
 def _plots(document: Mapping[str, Any]) -> dict[str, plots.Plot | None]:

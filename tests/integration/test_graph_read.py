@@ -62,7 +62,7 @@ def test_every_memory_comes_once_and_in_order_far_above_the_row_cap(conn: redis.
 def test_a_smaller_cap_of_the_server_loses_nothing(conn: redis.Redis, cap: int, size: int):
     fill(conn, "g", size, 2 * size)
     conn.execute_command("GRAPH.CONFIG", "SET", "RESULTSET_SIZE", cap)
-    assert row_cap(conn, "g") == cap
+    assert row_cap(conn, "g", size) == cap
     assert len(list(iter_memories(conn, "g"))) == size
     found = [row[0][1] for page in pages(conn, "g", relationships(), "id(r)") for row in page]
     assert sorted(found) == list(range(2 * size))

@@ -145,9 +145,7 @@ def reads_environment(path: Path) -> bool:
     """Whether it looks into the environment; to set a knob of a library (`setdefault`) is not reading."""
     tree = nodes(path)
     set_only = {
-        id(node.value)
-        for node in tree
-        if isinstance(node, ast.Attribute) and node.attr == "setdefault"
+        id(node.value) for node in tree if isinstance(node, ast.Attribute) and node.attr == "setdefault"
     }
     return any(
         (
