@@ -32,6 +32,7 @@ def with_all(operator: Operator) -> None:
     operator.exports.pop("PYTHONPATH")
 
 
+@pytest.mark.matrix
 def test_without_any_engine_it_is_checked_and_can_still_be_restored(operator):
     operator.load()
     operator.cypher("MATCH (m:Memory) WITH m LIMIT 1 DETACH DELETE m")

@@ -17,6 +17,7 @@ from lib.config import load_config
 from lib.files import TargetLock
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.process import ServerProcess, free_port
+from tests.matrix import matrix
 from tests.operator_support import LARGE, SMALL, Operator
 from tests.vectors_support import REAL_SERVER, own_server
 
@@ -96,7 +97,7 @@ def refused(
 # --- servers ----------------------------------------------------------------------------------------------------
 
 
-@every_command
+@pytest.mark.parametrize("command", matrix(COMMANDS, "backup"))
 def test_falkordb_is_down(operator, command):
     port = str(free_port())
     where = f"FalkorDB at 127.0.0.1:{port} does not answer"
@@ -104,7 +105,7 @@ def test_falkordb_is_down(operator, command):
     refused(operator, 1, *COMMANDS[command], says=(where,), next_step="docker compose up -d falkordb")
 
 
-@every_command
+@pytest.mark.parametrize("command", matrix(COMMANDS, "reembed"))
 def test_qdrant_is_down(operator, command):
     url = f"http://127.0.0.1:{free_port()}"
     operator.export(QDRANT_URL=url.replace("//", f"//me:{SECRET}@"), QDRANT_API_KEY=SECRET)
@@ -117,7 +118,7 @@ def test_qdrant_is_down(operator, command):
     )
 
 
-@pytest.mark.parametrize("name", ["FALKORDB_HOST", "QDRANT_URL"])
+@pytest.mark.parametrize("name", matrix(["FALKORDB_HOST", "QDRANT_URL"], "FALKORDB_HOST"))
 def test_a_name_that_no_one_knows(operator, name):
     host = "no-such-host.invalid"
     operator.export(**{name: host if name == "FALKORDB_HOST" else f"http://{host}"})
@@ -193,6 +194,7 @@ def test_a_web_server_listens_where_falkordb_should(operator, command):
         refused(operator, 1, *COMMANDS[command], says=says, next_step="FALKORDB_PORT")
 
 
+@pytest.mark.matrix
 def test_a_server_that_never_answers(operator):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         operator.export(FALKORDB_PORT=silent.getsockname()[1])

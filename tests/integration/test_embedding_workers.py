@@ -340,6 +340,7 @@ def test_a_run_that_was_ended_pays_again_for_nothing_but_what_was_in_flight(
         job.check_stored()
 
 
+@pytest.mark.matrix
 def test_a_limit_is_reached_with_hardly_a_refusal(spool):
     """A bucket of 300,000 tokens a minute, full at first: most of what it gives is taken, little is refused."""
     with OpenAIServer(latency_seconds=0.05, tokens_per_minute=300_000, requests_per_minute=60_000) as limited:

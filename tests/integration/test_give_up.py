@@ -243,6 +243,7 @@ def test_an_error_of_automem_leaves_the_other_checks(operator, monkeypatch):
     }
 
 
+@pytest.mark.matrix
 def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(operator, monkeypatch):
     from lib.steps import neighbours
 

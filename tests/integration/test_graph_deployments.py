@@ -17,6 +17,7 @@ from lib.graph.client import connect, temporary_name
 from lib.journal import open_journals
 from lib.sandbox.falkordb_server import FalkorServer
 from lib.sandbox.process import free_port
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, Operator, Servers
 from tests.restore_support import wait_for
 
@@ -185,7 +186,7 @@ def cluster_is_up(conn: redis.Redis) -> bool:
     return b"cluster_state:ok" in conn.execute_command("CLUSTER", "INFO")
 
 
-@pytest.mark.parametrize("tagged", [False, True])
+@pytest.mark.parametrize("tagged", matrix([False, True], True))
 def test_a_graph_in_a_redis_cluster_is_backed_up_and_restored(session_servers, tmp_path, tagged):
     with cluster_node(tmp_path) as server, connect(server.address) as conn:
         serve(conn, (0, 16383))
@@ -301,6 +302,7 @@ def neighboured(session_servers, other_module, tmp_path) -> Iterator[Operator]:
     someone.clean_up()
 
 
+@pytest.mark.matrix
 def test_a_graph_among_another_modules_keys_is_dumped_and_verified(neighboured):
     before = neighboured.state()
     neighboured.run("backup_automem")
@@ -336,6 +338,7 @@ def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighbour
 # --- what a graph restore does not bring back --------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_a_graph_with_an_expiry_is_backed_up_so_that_it_outlives_it(operator):
     """An RDB keeps the expiry: after that moment no server would load the graph from it."""
     operator.load(40)
@@ -356,6 +359,7 @@ def test_a_graph_with_an_expiry_is_backed_up_so_that_it_outlives_it(operator):
     assert operator.state() == before
 
 
+@pytest.mark.matrix
 def test_function_libraries_are_named_by_backup_and_restore(operator):
     operator.load(40)
     code = "function f(x) { return x + 1; } falkor.register('f', f);"

@@ -75,6 +75,7 @@ def test_a_cap_that_allows_no_row_is_told(conn: redis.Redis):
         list(iter_memories(conn, "g"))
 
 
+@pytest.mark.matrix
 def test_a_hub_and_crowded_pairs_are_read_whole(conn: redis.Redis):
     fill(conn, "g", 3000)
     write(conn, "g", "MATCH (a), (b) WHERE id(a) = 5 CREATE (a)-[:OUT]->(b), (b)-[:IN]->(a)")

@@ -279,6 +279,7 @@ def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer
         assert (digest(after, "memories"), digest(after, SAFETY)) == (new, old)
 
 
+@pytest.mark.matrix
 def test_a_graph_that_is_saved_in_many_parts_survives_the_way(
     conn: redis.Redis, engine: Engine, tmp_path: Path
 ):

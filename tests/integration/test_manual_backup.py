@@ -17,6 +17,7 @@ from lib.errors import BackupDamaged
 from lib.graph.client import connect
 from lib.graph.rdb import inspect_rdb
 from tests.guide.documents import MIGRATION, blocks
+from tests.matrix import matrix
 from tests.restore_support import spoil
 
 MARK = b"0123456789abcdef0123456789abcdef01234567"
@@ -45,7 +46,7 @@ def by_hand(operator) -> Path:
     return operator.backups / "falkordb" / "by_hand.rdb"
 
 
-@pytest.mark.parametrize("diskless", ["yes", "no"])
+@pytest.mark.parametrize("diskless", matrix(["yes", "no"], "yes"))
 def test_the_backup_by_hand_of_the_guide_comes_back(operator, diskless):
     operator.load(60)
     before = operator.state()
@@ -74,6 +75,7 @@ def marked(operator):
     return path
 
 
+@pytest.mark.matrix
 def test_an_rdb_with_its_end_mark_is_restored(operator, marked):
     before = operator.state()
     operator.cypher("MATCH (m:Memory) WHERE id(m) % 3 = 0 DETACH DELETE m")

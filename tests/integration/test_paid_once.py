@@ -13,6 +13,7 @@ import pytest
 from lib.embedding.pricing import cut_to_tokens, price_per_million
 from lib.embedding.spool_file import room_of
 from lib.sandbox.vectors import vectors_for
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of
 from tests.small_disk import small_disk
@@ -150,6 +151,7 @@ def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
     assert report["bought"]["price"] == pytest.approx(billed * price_per_million(LARGE) / 1e6)
 
 
+@pytest.mark.matrix
 def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
     tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)[
         "plan"
@@ -165,7 +167,7 @@ def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
     assert stats(ready)["tokens"] == 0
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", matrix([False, True], True))
 def test_an_endpoint_that_omits_the_index_zero_is_served_by(ready, mixed):
     """As Gemini's compatible endpoint does; also with the vectors in another order."""
     before = points_of(ready)
@@ -175,6 +177,7 @@ def test_an_endpoint_that_omits_the_index_zero_is_served_by(ready, mixed):
     assert_migrated(ready, before)
 
 
+@pytest.mark.matrix
 def test_indices_that_do_not_fit_end_the_run_after_a_few_requests(ready):
     before = points_of(ready)
     ready.servers.openai.fault(wrong_indices=True)

@@ -68,6 +68,7 @@ def test_the_undo_of_a_migration_pasted_into_a_shell_undoes_it(filed):
     assert json.loads(page.read_text())["undo"] == undo
 
 
+@pytest.mark.matrix
 def test_the_way_out_of_a_refusal_can_be_pasted(filed):
     refused = filed.run("reembed_embeddings", *FLAGS, expect=2)
     steps = refused.err.split("\nnext:\n")[1]
@@ -170,6 +171,7 @@ def test_a_dry_run_shows_its_plan_without_a_key_and_says_that_the_real_run_lacks
     assert operator.run("reembed_embeddings", "--dry-run", "--json", env=env).json["will_be_refused"] == []
 
 
+@pytest.mark.matrix
 def test_a_spot_check_announces_what_it_does_and_latest_can_be_checked(operator):
     operator.load(60)
     env = {"VECTOR_SIZE": str(NEW_SIZE), "EMBEDDING_MODEL": LARGE}

@@ -241,6 +241,7 @@ def test_a_snapshot_of_several_shards_is_not_half_restored(server: QdrantServer)
     assert requests.get(f"{server.url}/collections/two", timeout=TIMEOUT).status_code == 404
 
 
+@pytest.mark.matrix
 def test_a_kill_during_a_restore_leaves_the_other_collections_whole(tmp_path: Path) -> None:
     with QdrantServer(tmp_path / "data") as server:
         url = _filled(server)

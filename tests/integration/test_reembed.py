@@ -102,6 +102,7 @@ def test_a_smaller_size_of_the_same_model_is_free(operator):
     assert_migrated(operator, before, size=OLD_SIZE)
 
 
+@pytest.mark.matrix
 def test_another_model_at_the_same_size_replaces_every_vector(operator):
     before = backed_up(operator)
     operator.export(EMBEDDING_MODEL=LARGE)
@@ -150,6 +151,7 @@ def test_memories_without_points_get_one_and_what_cannot_be_embedded_is_listed(o
     assert "legacy-42" in result.err
 
 
+@pytest.mark.matrix
 def test_two_memories_with_one_id_get_one_point(operator):
     operator.load()
     twin = str(next(one for one in points_of(operator) if isinstance(one, str)))
@@ -237,6 +239,7 @@ def test_max_cost_refuses_before_anything_is_spent(operator):
     assert_vectors(points_of(operator))
 
 
+@pytest.mark.matrix
 def test_fresh_buys_everything_again_and_forgets_nothing_where_it_is_refused(operator):
     before = backed_up(operator)
     upgrade(operator)
@@ -264,6 +267,7 @@ def spooled(operator) -> int:
         ]
 
 
+@pytest.mark.matrix
 def test_workers_are_as_many_as_asked(operator):
     backed_up(operator)
     upgrade(operator)

@@ -147,7 +147,7 @@ def test_the_guard_is_asked_again_before_the_delete(ready):
             {"status": 429, "code": "insufficient_quota", "error_type": "insufficient_quota"},
             "insufficient_quota",
         ),
-        ({"status": 401, "code": "invalid_api_key"}, "OPENAI_API_KEY"),
+        pytest.param({"status": 401, "code": "invalid_api_key"}, "OPENAI_API_KEY", marks=pytest.mark.matrix),
     ],
 )
 def test_a_provider_that_refuses_stops_the_run_with_what_was_bought_kept(ready, fault, says):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +19,13 @@ from lib.steps.phases import DELETED, DELETING
 from lib.steps.purchases import MOST_SLOTS, Purchases, Slot
 from tests.kill_support import run_killed
 from tests.matrix import matrix
-from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL
-from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of
+from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
+from tests.reembed_support import Points, assert_migrated, embeddable, make_ready, points_of
 
 pytestmark = pytest.mark.qdrant
 HOSTILE = "<script>alert('1')</script> & \"quoted\" <img src=x onerror=alert(2)> </style></title>"
 VOID = {"meta", "br"}
+LONG = "5b0c8f6e-11f6-4c5e-9a5e-4d4f3a2b1c00"
 
 
 class Page(HTMLParser):
@@ -65,6 +69,43 @@ def ready(operator):
     return make_ready(operator)
 
 
+@dataclass(frozen=True)
+class Migrated:
+    """A finished migration: what was there before it, and what it printed."""
+
+    operator: Operator
+    before: Points
+    counted: dict[str, Any]  # by the embeddings endpoint
+    printed: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def migrated(session_servers, tmp_path_factory) -> Iterator[Migrated]:
+    """Every memory begins with what a browser would run, one is too long, and the Qdrant URL holds a login."""
+    someone = Operator(session_servers, tmp_path_factory.mktemp("report"))
+    session_servers.openai.clear_faults()
+    make_ready(someone)
+    someone.cypher("MATCH (m:Memory) SET m.content = $text + m.content", text=HOSTILE)
+    rows = [
+        {
+            "id": one,
+            "vector": vector.tolist(),
+            "payload": {**payload, "content": HOSTILE + payload["content"]},
+        }
+        for one, (payload, vector) in points_of(someone).items()
+    ]
+    someone.call("PUT", "/points?wait=true", {"points": rows})
+    someone.cypher("CREATE (:Memory {id: $id, content: $text})", id=LONG, text="word " * 9000)
+    someone.export(QDRANT_URL=someone.servers.qdrant_url.replace("//", "//me:l0gin-of-a-proxy@"))
+    someone.run(
+        "backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
+    )
+    before = points_of(someone)
+    printed = someone.run("reembed_embeddings", "--json", "--batch-size", "30").json
+    yield Migrated(someone, before, session_servers.openai.stats(), printed)
+    someone.clean_up()
+
+
 def reports(operator) -> list[Path]:
     return sorted((operator.backups / "reports").glob("*"))
 
@@ -97,8 +138,8 @@ def assert_found(near, scores, wanted):
 # --- what it says -----------------------------------------------------------------------------------------------
 
 
-def test_it_says_what_was_done_and_how_to_undo_it(ready):
-    result = ready.run("reembed_embeddings", "--json", "--batch-size", "30").json
+def test_it_says_what_was_done_and_how_to_undo_it(migrated):
+    ready, result = migrated.operator, migrated.printed
     document, shown, _ = the_report(ready)
     assert result["report"] == [str(path) for path in reports(ready)[::-1]]
     assert result["undo"] == document["undo"]
@@ -106,11 +147,12 @@ def test_it_says_what_was_done_and_how_to_undo_it(ready):
         line.strip() for text in shown.texts for line in text.splitlines()
     )
     assert (document["format"], document["collection"]) == (1, ready.collection)
+    manifest = json.loads(ready.manifests()[-1].read_text())
     assert document["old"] == {
         "size": OLD_SIZE,
-        "points": json.loads(ready.manifests()[0].read_text())["collection"]["points"],
+        "points": manifest["collection"]["points"],
         "model": SMALL,
-        "model_known": json.loads(ready.manifests()[0].read_text())["collection"]["model_known"],
+        "model_known": manifest["collection"]["model_known"],
     }
     points = points_of(ready)
     assert (document["new"]["size"], document["new"]["model"]) == (NEW_SIZE, LARGE)
@@ -118,13 +160,15 @@ def test_it_says_what_was_done_and_how_to_undo_it(ready):
     assert document["way"] == result["way"]
     assert document["absent_seconds"] == result["absent_seconds"]
     assert document["absent_known"] == "measured"
-    assert document["backup"] == ready.manifests()[0].name
+    assert document["backup"] == ready.manifests()[-1].name
     assert [one["phase"] for one in document["steps"]][:2] == ["started", "staging"]
     assert ready.collection in shown.text
     assert f"{len(points):,}" in shown.text
 
-    stats = ready.servers.openai.stats()
-    bought = document["bought"]
+
+def test_what_was_bought_is_what_the_provider_counted(migrated):
+    document, shown, _ = the_report(migrated.operator)
+    stats, bought = migrated.counted, document["bought"]
     assert (bought["texts"], bought["tokens"], bought["requests"]) == (
         stats["texts"],
         stats["tokens"],
@@ -134,18 +178,14 @@ def test_it_says_what_was_done_and_how_to_undo_it(ready):
     assert sum(slot["texts"] for slot in document["rates"]) == stats["texts"]
     assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(bought["seconds"], abs=0.1)
     assert f"${bought['price']:.4f}" in shown.text
+    # Nothing was bought but the texts themselves.
+    texts = {node["content"] for node in embeddable(migrated.operator).values()}
+    assert stats["texts"] == len(texts)
 
 
-def test_the_terminal_names_the_page(ready):
-    out = ready.run("reembed_embeddings").out
-    assert out.rstrip().endswith(f"report:\n  {reports(ready)[0]}")
-
-
-def test_recall_is_what_can_be_computed_from_the_vectors(ready):
-    before, stats = points_of(ready), ready.servers.openai.stats()
-    ready.run("reembed_embeddings")
-    after = points_of(ready)
-    recall = the_report(ready)[0]["recall"]
+def test_recall_is_what_can_be_computed_from_the_vectors(migrated):
+    before, after = migrated.before, points_of(migrated.operator)
+    recall = the_report(migrated.operator)[0]["recall"]
     assert len(recall["memories"]) == 50
     assert recall["neighbours"] == 10
     for one in recall["memories"]:
@@ -161,9 +201,6 @@ def test_recall_is_what_can_be_computed_from_the_vectors(ready):
     assert 0.1 < recall["overlap"] < 1
     scores = [score for one in recall["memories"] for score in one["before"]]
     assert recall["before_score"] == pytest.approx(np.median(scores))
-    assert stats["requests"] == 0  # before; and nothing was bought but the texts themselves:
-    texts = {node["content"] for node in embeddable(ready).values()}
-    assert ready.servers.openai.stats()["texts"] == len(texts)
     contents = {str(one): payload["content"] for one, (payload, _) in after.items()}
     for one in recall["memories"]:
         assert " ".join(contents[str(one["id"])].split()).startswith(one["content"].removesuffix("..."))
@@ -184,33 +221,17 @@ def test_skipped_and_refused_memories_are_listed(ready):
     assert "Left to do" in shown.text
 
 
-def test_a_long_memory_is_named_as_cut(ready):
-    ready.cypher(
-        "CREATE (:Memory {id: '5b0c8f6e-11f6-4c5e-9a5e-4d4f3a2b1c00', content: $text})", text="word " * 9000
-    )
-    ready.run("reembed_embeddings")
-    document, shown, _ = the_report(ready)
+def test_a_long_memory_is_named_as_cut(migrated):
+    document, shown, _ = the_report(migrated.operator)
     assert document["cut"] == 1
-    assert "5b0c8f6e-11f6-4c5e-9a5e-4d4f3a2b1c00 : its end was cut" in shown.text
+    assert f"{LONG} : its end was cut" in shown.text
 
 
 # --- what it must not hold --------------------------------------------------------------------------------------
 
 
-def test_hostile_content_is_text_and_the_page_needs_nothing_else(ready):
-    ready.cypher("MATCH (m:Memory) SET m.content = $text + m.content", text=HOSTILE)
-    rows = [
-        {
-            "id": one,
-            "vector": vector.tolist(),
-            "payload": {**payload, "content": HOSTILE + payload["content"]},
-        }
-        for one, (payload, vector) in points_of(ready).items()
-    ]
-    ready.call("PUT", "/points?wait=true", {"points": rows})
-    ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
-    ready.run("reembed_embeddings")
-    document, shown, html = the_report(ready)
+def test_hostile_content_is_text_and_the_page_needs_nothing_else(migrated):
+    document, shown, html = the_report(migrated.operator)
     assert document["recall"]["memories"][0]["content"].startswith("<script>alert('1')</script>")
     assert "<script>alert('1')</script>" in shown.text
     assert "<script" not in html
@@ -226,13 +247,10 @@ def test_hostile_content_is_text_and_the_page_needs_nothing_else(ready):
     assert {"svg", "path", "rect"} <= shown.tags
 
 
-def test_it_is_private_and_holds_no_key(ready):
-    ready.export(QDRANT_URL=ready.servers.qdrant_url.replace("//", "//me:l0gin-of-a-proxy@"))
-    ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
-    ready.run("reembed_embeddings")
-    folder = ready.backups / "reports"
+def test_it_is_private_and_holds_no_key(migrated):
+    folder = migrated.operator.backups / "reports"
     assert folder.stat().st_mode & 0o777 == 0o700
-    for path in reports(ready):
+    for path in reports(migrated.operator):
         assert path.stat().st_mode & 0o777 == 0o600
         assert KEY not in path.read_text()
         assert "l0gin-of-a-proxy" not in path.read_text()
@@ -265,9 +283,11 @@ def test_a_run_that_is_killed_and_goes_on_still_has_what_was_before(ready, where
     assert document["absent_known"].startswith("at most")
     assert ready.archive() in document["undo"]
     assert document["undo"] in result.out
+    assert result.out.rstrip().endswith(f"report:\n  {reports(ready)[0]}")
     assert "of the 10 nearest" in shown.text
 
 
+@pytest.mark.matrix
 def test_what_an_earlier_start_paid_for_is_in_the_sums(ready):
     ready.run("reembed_embeddings", "--dry-run", "--batch-size", "20")
     ready.servers.openai.fault(status=401, after=3)
@@ -283,6 +303,7 @@ def test_what_an_earlier_start_paid_for_is_in_the_sums(ready):
     assert "broken lines: a pause" in shown.text
 
 
+@pytest.mark.matrix
 def test_the_next_one_has_a_report_and_sums_of_its_own(ready):
     ready.run("reembed_embeddings")
     first = the_report(ready)[0]
@@ -300,6 +321,7 @@ def test_the_next_one_has_a_report_and_sums_of_its_own(ready):
 # --- what goes wrong --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_a_collection_that_was_gone_has_no_before(ready):
     ready.call("DELETE", "")
     ready.run("reembed_embeddings")
@@ -308,6 +330,7 @@ def test_a_collection_that_was_gone_has_no_before(ready):
     assert "Not measured" in shown.text
 
 
+@pytest.mark.matrix
 def test_searches_that_fail_fail_no_migration(ready):
     from tests.gate import Gate, Stop
 
@@ -338,6 +361,7 @@ def test_a_folder_that_cannot_be_written_fails_no_migration(ready):
     assert_migrated(ready, before)
 
 
+@pytest.mark.matrix
 def test_a_report_that_cannot_be_written_fails_no_migration(ready):
     before = points_of(ready)
     (ready.backups / "reports").write_text("a file where the folder should be")
@@ -427,11 +451,10 @@ def test_a_plot_of_overlaps_counts_every_memory():
     ]
 
 
-def test_half_a_character_is_no_trouble(ready, tmp_path):
+def test_half_a_character_is_no_trouble(migrated, tmp_path):
     from lib.backup_set.reports import write_document, write_page
 
-    ready.run("reembed_embeddings")
-    document = the_report(ready)[0]
+    document = the_report(migrated.operator)[0]
     document["recall"]["memories"][0]["content"] = "half \ud83d of it"
     written = write_document(tmp_path, "x", document)
     assert json.loads(written.read_text()) == document

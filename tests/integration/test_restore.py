@@ -91,6 +91,7 @@ def test_the_pair_comes_back(operator, words):
     assert operator.state() == spoilt
 
 
+@pytest.mark.matrix
 def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
     """One half put back, then both: each leaves a safety copy, which is newer than the backup."""
     operator.load(60)
@@ -196,6 +197,7 @@ def test_a_dead_collection_is_replaced_and_said_to_be_lost(operator):
     assert_tidy(operator)
 
 
+@pytest.mark.matrix
 def test_an_alias_that_moved_to_another_collection_stays_there(operator):
     operator.load()
     name, other = f"a_{operator.collection}", f"{operator.collection}_other"

@@ -93,6 +93,7 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
         )  # what was never loaded has no digest: the old graph is kept in a file
 
 
+@pytest.mark.matrix
 def test_without_an_engine_a_true_rdb_says_what_to_install(operator):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
@@ -116,6 +117,7 @@ def test_too_little_memory_for_a_scratch_server_is_told_before_anything_is_touch
     assert open_journals(operator.backups) == []
 
 
+@pytest.mark.matrix
 def test_a_wrapped_dump_needs_no_memory_either(without_psync, monkeypatch):
     operator = without_psync
     operator.load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +13,8 @@ import requests
 from lib.graph.client import connect
 from lib.graph.engine import Engine
 from lib.sandbox.falkordb_server import FalkorServer
+from tests.matrix import matrix
+from tests.operator_support import Operator
 from tests.restore_support import TIMEOUT, assert_tidy, site, spoil
 
 USER, PASSWORD = "half_granted", "secret-of-the-test"
@@ -20,6 +23,27 @@ USER, PASSWORD = "half_granted", "secret-of-the-test"
 @pytest.fixture
 def ready(operator):
     """Stores that differ from their backup."""
+    return make_ready(operator)
+
+
+@pytest.fixture(scope="module")
+def _untouched(session_servers, tmp_path_factory) -> Iterator[Operator]:
+    someone = make_ready(Operator(session_servers, tmp_path_factory.mktemp("untouched")))
+    before = someone.state()
+    yield someone
+    assert someone.state() == before
+    someone.clean_up()
+
+
+@pytest.fixture
+def untouched(_untouched) -> Iterator[Operator]:
+    """The same for all tests whose restores are refused: none changes anything."""
+    before = dict(_untouched.exports)
+    yield _untouched
+    _untouched.exports = before
+
+
+def make_ready(operator: Operator) -> Operator:
     operator.load(60)
     operator.run("backup_automem")
     spoil(operator)
@@ -51,22 +75,26 @@ def refused(operator, *words: str, code: int) -> str:
 
 @pytest.mark.parametrize(
     ("lacking", "told"),
-    [
-        ("-restore", "RESTORE"),
+    matrix(
+        [
+            ("-restore", "RESTORE"),
+            ("-rename", "RENAME"),
+            ("-multi", "MULTI/EXEC"),
+            ("-exec", "MULTI/EXEC"),
+            ("-graph.delete", "GRAPH.DELETE"),
+            ("-dump", "DUMP"),
+        ],
         ("-rename", "RENAME"),
-        ("-multi", "MULTI/EXEC"),
-        ("-exec", "MULTI/EXEC"),
-        ("-graph.delete", "GRAPH.DELETE"),
-        ("-dump", "DUMP"),
-    ],
+    ),
 )
-def test_a_missing_permission_is_named_with_its_grant(ready, lacking, told):
-    with granted(ready, "~*", "+@all", lacking):
-        text = refused(ready, "latest", code=2)
-    assert f"does not permit this user {told} on '{ready.graph}'" in text
+def test_a_missing_permission_is_named_with_its_grant(untouched, lacking, told):
+    with granted(untouched, "~*", "+@all", lacking):
+        text = refused(untouched, "latest", code=2)
+    assert f"does not permit this user {told} on '{untouched.graph}'" in text
     assert "+restore +rename +multi +exec +dump +graph.delete" in text
 
 
+@pytest.mark.matrix
 def test_a_user_of_this_key_alone_is_told_of_the_names_beside_it(ready):
     with granted(ready, f"~{ready.graph}", f"~telemetry{{{ready.graph}}}", "+@all"):
         assert f"~{ready.graph}*" in refused(ready, "latest", code=2)
@@ -74,31 +102,32 @@ def test_a_user_of_this_key_alone_is_told_of_the_names_beside_it(ready):
         ready.run("restore_from_backup", "latest")
 
 
-@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"])
-def test_a_memory_that_is_or_would_be_full(ready, policy):
-    with connect(ready.servers.falkordb.address) as conn:
+@pytest.mark.parametrize("policy", matrix(["noeviction", "allkeys-lru"], "noeviction"))
+def test_a_memory_that_is_or_would_be_full(untouched, policy):
+    with connect(untouched.servers.falkordb.address) as conn:
         used = conn.info("memory")["used_memory"]
-        before = ready.state()
+        before = untouched.state()
         try:
             conn.config_set("maxmemory-policy", policy)
             conn.config_set("maxmemory", used + 1_000_000)
-            text = refused(ready, "latest", code=1)
+            text = refused(untouched, "latest", code=1)
             assert "CONFIG SET maxmemory" in text
             assert ("would delete other keys" in text) == (policy == "allkeys-lru")
             if policy == "noeviction":
                 conn.config_set("maxmemory", used - 500_000)
-                assert "no memory left" in refused(ready, "latest", code=1)
+                assert "no memory left" in refused(untouched, "latest", code=1)
         finally:
             conn.config_set("maxmemory", 0)
             conn.config_set("maxmemory-policy", "noeviction")
-        assert ready.state() == before
+        assert untouched.state() == before
 
 
-def test_a_replica_names_its_master(ready):
-    with connect(ready.servers.falkordb.address) as conn:
+@pytest.mark.matrix
+def test_a_replica_names_its_master(untouched):
+    with connect(untouched.servers.falkordb.address) as conn:
         try:
             conn.execute_command("REPLICAOF", "127.0.0.1", "1")
-            text = refused(ready, "latest", code=1)
+            text = refused(untouched, "latest", code=1)
         finally:
             conn.execute_command("REPLICAOF", "NO", "ONE")
     assert "read-only replica" in text
@@ -153,6 +182,7 @@ def silent_server():
             one.close()
 
 
+@pytest.mark.matrix
 def test_an_automem_that_takes_connections_and_stays_silent_may_run(ready):
     before = ready.state()
     with silent_server() as url:

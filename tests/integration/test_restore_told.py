@@ -78,6 +78,7 @@ def test_a_store_that_is_absent_is_told_in_the_plan(operator):
     assert plan["collection"]["live"] is None
 
 
+@pytest.mark.matrix
 def test_stopped_stores_say_how_to_start_just_them_and_the_same_line(operator):
     operator.load(60)
     operator.run("backup_automem")
@@ -88,6 +89,7 @@ def test_stopped_stores_say_how_to_start_just_them_and_the_same_line(operator):
         assert f"{ROOT}/scripts/restore_from_backup.py {' '.join(words)}\n" in text
 
 
+@pytest.mark.matrix
 def test_a_file_that_the_environment_beats_is_named_while_it_disagrees(operator):
     operator.load(60)
     operator.run("backup_automem", "--only", "qdrant")

@@ -65,6 +65,7 @@ def test_a_snapshot_without_a_checksum_is_backed_up_verified_and_restored(operat
     assert_tidy(operator)
 
 
+@pytest.mark.matrix
 def test_a_migration_cuts_over_by_the_servers_own_snapshot(operator):
     operator.load(60)
     operator.run("backup_automem")

@@ -51,6 +51,7 @@ def test_a_sample_is_compared_and_leaves_nothing_but_what_was_bought(operator):
     assert points_of(operator).keys() == embeddable(operator).keys()
 
 
+@pytest.mark.matrix
 def test_more_than_there_is_means_all(operator):
     operator.load(60)
     upgrade(operator)
@@ -58,6 +59,7 @@ def test_more_than_there_is_means_all(operator):
     assert done["memories"] == done["points"] == len(embeddable(operator))
 
 
+@pytest.mark.matrix
 def test_the_sample_is_spread_over_all_memories(operator):
     operator.load(200)
     upgrade(operator)
@@ -160,6 +162,7 @@ def test_flags_that_do_not_go_together(operator, flags):
     assert "do not go together" in refused.err
 
 
+@pytest.mark.matrix
 def test_another_model_at_the_same_size_is_compared_too(operator):
     operator.load(80)
     operator.export(VECTOR_SIZE=48, EMBEDDING_MODEL=LARGE)
