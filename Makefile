@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Each worker starts servers and waits for them: one more than there are cores, at most eight. A file's tests stay with one.
-PYTEST_ARGS ?= -n $(shell $(PYTHON) -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))") --dist loadfile
+PYTEST_ARGS ?= -n $(shell $(PYTHON) -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))") --dist loadfile --no-loadscope-reorder
 # How often each window of a kill matrix is hit.
 KILLS_EACH ?= 1
 

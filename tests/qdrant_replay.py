@@ -18,6 +18,8 @@ UNDECIDED_COUNTS = {  # 1.11.3 stores some of the good points of a refused batch
     ("1.11.3", "count after that"): {51, 52, 53},
     ("1.11.3", "count after no wait"): {51, 52, 53},
 }
+# The snapshot that was asked for without waiting may be made by the time the next request lists them.
+UNDECIDED_LISTS = {"snapshots after no wait"}
 OWN_SNAPSHOTS = {  # file of the recording -> (collection, capture) of the same snapshot made during the replay
     "memories_4d.snapshot": ("memories", "snap"),
     "memories_8d.snapshot": ("other8", "s_other8"),
@@ -55,6 +57,8 @@ class Replay:
         undecided = UNDECIDED_COUNTS.get((self.version, row["title"]), set())
         if undecided and actual.status == 200 and actual.body["result"]["count"] in undecided:
             actual.body["result"]["count"] = expected.body["result"]["count"]
+        if row["title"] in UNDECIDED_LISTS and len(actual.body["result"]) == len(expected.body["result"]) + 1:
+            actual.body["result"].pop()
         return differences(expected, actual)
 
     def _capture(self, name: str, path: str, expected: Answer, actual: Answer) -> None:

@@ -154,6 +154,7 @@ def test_the_guide_from_the_first_line_to_the_last(site):
     type_all(site, MIGRATION, GUIDE)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("site", [LARGE], indirect=True)
 def test_the_readme(site):
     shutil.copy(site.automem_env, site.checkout / ".env")
