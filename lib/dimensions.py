@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lib.errors import DimensionMismatch, UsageProblem
 
@@ -18,9 +18,9 @@ _SHORTENED = ("text-embedding-3-",)
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """What decides a vector, apart from the text: endpoint, model and size."""
+    """What decides a vector, apart from the text: endpoint (it may hold a login or a key), model and size."""
 
-    base_url: str
+    base_url: str = field(repr=False)
     model: str
     size: int
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from lib.env_files import Setting
 
@@ -15,7 +14,7 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
 def masked(name: str, value: str) -> str:
-    """The value as it may be shown: secrets as stars, addresses without credentials and query."""
+    """The value as it may be shown: secrets as stars, addresses without credentials, query and fragment."""
     if name in SECRETS:
         return "****" if value else "(not set)"
     if name.endswith("_URLS"):
@@ -24,9 +23,10 @@ def masked(name: str, value: str) -> str:
         return value
     if "@" in value:
         scheme = value.split("://", 1)[0] + "://" if "://" in value else ""
-        value = f"{scheme}****@{value.rsplit('@', 1)[1]}"
-    place, mark, _query = value.partition("?")
-    return place + ("?****" if mark else "")
+        login, _, place = value.rpartition("@")
+        value = f"{scheme}****@{'****' if set(login) & set('?#') else place}"  # or the @ is part of a query
+    end = re.search(r"[?#]", value)
+    return f"{value[: end.start()]}{end[0]}****" if end else value
 
 
 def same_value(left: str, right: str) -> bool:
@@ -83,24 +83,22 @@ class Reader:
     def host(self, name: str) -> str:
         """A host's name or address alone."""
         value = self.text(name)
-        if set(value) & set("/@ ") or value.count(":") == 1:
+        if set(value) & set("/@?# ") or value.count(":") == 1:
             port = name.replace("_HOST", "_PORT")
             self.fault(name, f"must be a host alone, such as localhost (its port belongs into {port})")
         return value
 
     def url(self, name: str, example: str, default_port: int | None = None, *, query: bool = False) -> str:
-        """An http(s) URL with its port, without a slash at its end; its query is kept only with `query`."""
-        url, query_text = self._url(name, self.text(name), example, default_port), ""
-        if query:
-            with contextlib.suppress(ValueError):
-                query_text = urlsplit(self.text(name)).query
-        return f"{url}?{query_text}" if query_text else url
+        """An http(s) URL with its port, without a slash at its end. A query is a fault unless `query` is set."""
+        return self._url(name, self.text(name), example, default_port, query=query)
 
     def urls(self, name: str, example: str, default_port: int | None = None) -> tuple[str, ...]:
         """Several of them between commas; none where nothing is set."""
         return tuple(self._url(name, one, example, default_port) for one in _several(self.text(name)))
 
-    def _url(self, name: str, value: str, example: str, default_port: int | None) -> str:
+    def _url(
+        self, name: str, value: str, example: str, default_port: int | None, *, query: bool = False
+    ) -> str:
         try:
             parts = urlsplit(value)
             port = parts.port
@@ -110,10 +108,14 @@ class Reader:
         if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
             self.fault(name, f"must begin with http:// or https://, such as {example}")
             return value
+        if parts.fragment or (parts.query and not query):
+            what = "a fragment (from # on)" if parts.fragment else "a query (from ? on)"
+            self.fault(name, f"{what} is not supported here, and nothing of it would be sent: leave it out")
+            return value
         login, at, _place = parts.netloc.rpartition("@")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        port = port or default_port
-        return f"{parts.scheme}://{login}{at}{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+        place = f"{login}{at}{host}{f':{port}' if (port := port or default_port) else ''}"
+        return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), parts.query, ""))
 
     def name(self, name: str) -> str:
         """A name that becomes part of a file's name."""

@@ -617,3 +617,19 @@ def test_a_dimension_mismatch_comes_first_and_in_the_known_words(planner, words)
         "Config VECTOR_SIZE: 96d",
     ]
     assert "reembed_embeddings.py" in result.json["next"]
+
+
+@every_command
+@pytest.mark.parametrize("name", ["QDRANT_URL", "AUTOMEM_API_URL"])
+def test_a_query_that_would_not_be_sent_is_refused_before_anything_is_asked(operator, command, name):
+    offline(operator)
+    before = sorted(operator.folder.rglob("*"))
+    operator.export(**{name: f"http://127.0.0.1:1/sub?api-key={SECRET}"})
+    for words in (COMMANDS[command], (*COMMANDS[command], "--json"), (COMMANDS[command][0], "--show-config")):
+        result = operator.run(*words, expect=2)
+        said = result.err + result.out
+        assert (
+            f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported" in said
+        )
+        assert SECRET not in said
+    assert sorted(operator.folder.rglob("*")) == before

@@ -279,7 +279,8 @@ def test_a_made_url_says_what_it_was_made_of(load):
 def test_secrets_are_in_no_text(load):
     config = load(
         **dict.fromkeys(SECRETS, SECRET),
-        QDRANT_URL=f"http://me:{SECRET}@u?key={SECRET}",
+        QDRANT_URL=f"http://me:{SECRET}@u",
+        OPENAI_BASE_URL=f"http://me:{SECRET}@u?key={SECRET}",
         QDRANT_NODE_URLS=f"http://me:{SECRET}@a,http://me:{SECRET},x@b",
     )
     shown = {name: value for name, value, _ in config.rows()}
@@ -293,7 +294,8 @@ def test_secrets_are_in_no_text(load):
     ):
         assert SECRET not in text
     assert {shown[name] for name in SECRETS} == {"****"}
-    assert shown["QDRANT_URL"] == "http://****@u?****"
+    assert shown["QDRANT_URL"] == "http://****@u"
+    assert shown["OPENAI_BASE_URL"] == "http://****@u?****"
     assert shown["QDRANT_NODE_URLS"] == "http://****@a,http://****@b"
     assert {row[1] for row in load().rows() if row[0] in SECRETS} == {"(not set)"}
 
@@ -317,6 +319,44 @@ def test_no_fault_shows_credentials(load, name, value):
     (fault,) = faults_of(load, **{name: value.format(SECRET)})
     assert SECRET not in fault
     assert "****@" in fault
+
+
+URLS = ("QDRANT_URL", "QDRANT_NODE_URLS", "AUTOMEM_API_URL", "OPENAI_BASE_URL")
+
+
+@pytest.mark.parametrize("name", URLS)
+@pytest.mark.parametrize(
+    ("rest", "what"),
+    [
+        ("/?key={}", "a query"),
+        ("?key={}", "a query"),
+        ("/path?key=a@{}", "a query"),
+        ("/dashboard#/{}", "a fragment"),
+        ("/?key={}#there", "a fragment"),
+    ],
+)
+def test_what_would_not_be_sent_of_a_url_is_a_fault(load, name, rest, what):
+    value = "http://host:1" + rest.format(SECRET)
+    if name == "OPENAI_BASE_URL" and what == "a query":
+        assert load(OPENAI_BASE_URL=value).openai_base_url == value.replace("/?", "?")
+        return
+    (fault,) = faults_of(load, **{name: value})
+    assert fault.startswith(f"{name}=http://")
+    assert f"**** (environment): {what}" in fault
+    assert "is not supported here" in fault
+    assert SECRET not in fault
+
+
+@pytest.mark.parametrize("name", ["QDRANT_HOST", "FALKORDB_HOST"])
+@pytest.mark.parametrize("rest", ["?key={}", "#{}"])
+def test_a_host_with_a_query_is_a_fault(load, name, rest):
+    (fault,) = faults_of(load, **{name: "host" + rest.format(SECRET)})
+    assert "must be a host alone" in fault
+    assert SECRET not in fault
+
+
+def test_an_empty_query_is_none(load):
+    assert load(QDRANT_URL="http://host:1/?").qdrant_url == "http://host:1"
 
 
 @pytest.mark.parametrize("name", ["QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"])
