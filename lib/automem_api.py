@@ -30,7 +30,8 @@ class HealthAnswer:
     """What answered at `/health`. `health` is AutoMem's own answer, None if it was anything else.
 
     `presence`: "running"; "silent" if it may be running all the same; "unresolved" if the host's name is unknown here,
-    so that nobody was asked; "absent" if nothing listens there, or another service answers. `seen` says in words what came; it is empty only if nothing listens.
+    so that nobody was asked; "absent" if nothing listens there, or another service answers. `seen` says in words what
+    came; it is empty only if nothing listens.
     """
 
     presence: Presence
@@ -113,28 +114,32 @@ def _without_answer(error: Exception, url: str) -> HealthAnswer:
     """What a failed request shows: only a connection that the machine itself refused shows that nothing listens."""
     import requests
 
-    cause = _cause(error)
     if isinstance(error, requests.exceptions.ProxyError):
         return HealthAnswer("silent", "the proxy of HTTP_PROXY or HTTPS_PROXY did not reach it")
     if isinstance(error, requests.ConnectTimeout):
-        return HealthAnswer("silent", "no connection within 3 s")
-    if isinstance(cause, socket.gaierror):
-        return HealthAnswer("unresolved", f"the name of its host does not resolve here ({cause.strerror})")
-    if isinstance(cause, ConnectionRefusedError) or (isinstance(cause, OSError) and is_this_machine(url)):
-        return HealthAnswer("absent")
-    if isinstance(cause, OSError):
-        return HealthAnswer("silent", f"no connection ({cause.strerror})")
+        return HealthAnswer("silent", "no connection in time")
+    if (cause := _cause(error)) is not None:
+        return _unconnected(cause, url)
     if isinstance(error, requests.Timeout):
         return HealthAnswer("silent", "it takes connections and does not answer")
     return HealthAnswer("silent", f"no complete answer ({type(error).__name__})")
 
 
-def _cause(error: Exception) -> BaseException | None:
+def _unconnected(cause: OSError, url: str) -> HealthAnswer:
+    if isinstance(cause, socket.gaierror):
+        return HealthAnswer("unresolved", f"the name of its host does not resolve here ({cause.strerror})")
+    if isinstance(cause, ConnectionRefusedError) or is_this_machine(url):
+        return HealthAnswer("absent")
+    return HealthAnswer("silent", f"no connection ({cause.strerror})")
+
+
+def _cause(error: Exception) -> OSError | None:
     """What the system said when no connection came about; None if there was one, or for a time limit."""
     from urllib3.exceptions import NewConnectionError
 
     reason = getattr(error.args[0] if error.args else None, "reason", None)
-    return reason.__cause__ or reason.__context__ if isinstance(reason, NewConnectionError) else None
+    cause = reason.__cause__ or reason.__context__ if isinstance(reason, NewConnectionError) else None
+    return cause if isinstance(cause, OSError) else None
 
 
 def recall(api: AutoMemApi, query: str, limit: int) -> Recall:

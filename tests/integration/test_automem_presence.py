@@ -117,7 +117,9 @@ def test_a_name_that_does_not_resolve_is_said_and_is_no_absence(ready):
     for host, in_docker in (("flask-api", True), ("automem.invalid", False)):
         ready.export(AUTOMEM_API_URL=f"http://me:secret-word@{host}:8001")
         said = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
-        assert f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}" in said
+        assert (
+            f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}" in said
+        )
         assert "the name of its host does not resolve here (" in said
         assert "Make sure that AutoMem is stopped" in said
         assert ("resolves only inside Docker: from here, export AUTOMEM_API_URL=" in said) == in_docker
@@ -215,9 +217,11 @@ def test_after_the_restart_a_name_that_does_not_resolve_fails(settled):
 
 
 def test_a_recall_says_why_nobody_answers():
-    with pytest.raises(StoreUnreachable, match=r"at http://automem\.invalid: the name of its host does not resolve"):
+    with pytest.raises(
+        StoreUnreachable, match=r"at http://automem\.invalid: the name of its host does not resolve"
+    ):
         recall(AutoMemApi("http://me:secret-word@automem.invalid"), "x", 5)
-    with pytest.raises(StoreUnreachable, match="at http://127.0.0.1:1: nothing listens there"):
+    with pytest.raises(StoreUnreachable, match=r"at http://127\.0\.0\.1:1: nothing listens there"):
         recall(AutoMemApi("http://127.0.0.1:1"), "x", 5)
 
 
