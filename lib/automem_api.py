@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,11 +10,10 @@ from lib.addresses import is_this_machine, without_login
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
 
 _OPTIONAL_SECONDS = 3.0
-_NOBODY = ("Failed to establish a new connection", "NameResolutionError", "Connection refused")
 # Answers of a gateway, a login or a proxy in front of a service; a status from 500 on may also be the service's own.
 _MAY_HIDE_IT = {401, 403, 407, 408, 425, 429}
 
-Presence = Literal["running", "silent", "absent"]
+Presence = Literal["running", "silent", "unresolved", "absent"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class AutoMemApi:
 class HealthAnswer:
     """What answered at `/health`. `health` is AutoMem's own answer, None if it was anything else.
 
-    `presence`: "running"; "silent" if it may be running all the same; "absent" if nothing listens there, or another
-    service answers. `seen` says in words what came; it is empty only if nothing listens.
+    `presence`: "running"; "silent" if it may be running all the same; "unresolved" if the host's name is unknown here,
+    so that nobody was asked; "absent" if nothing listens there, or another service answers. `seen` says in words what
+    came; it is empty only if nothing listens.
     """
 
     presence: Presence
@@ -70,7 +71,7 @@ def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
         return _send(api, method, path, headers=headers, timeout=api.timeout_seconds, **sent)
     except requests.RequestException as error:
         raise StoreUnreachable(
-            f"AutoMem's API does not answer at {without_login(api.url)} ({type(error).__name__})",
+            f"AutoMem's API does not answer at {without_login(api.url)}: {_without_answer(error, api.url).summary}",
             next_step="start AutoMem, or set AUTOMEM_API_URL",
         ) from None
 
@@ -96,7 +97,7 @@ def ask_health(api: AutoMemApi) -> HealthAnswer:
     try:
         response = _send(api, "GET", "/health", timeout=_OPTIONAL_SECONDS)
     except requests.RequestException as error:
-        return _without_answer(error)
+        return _without_answer(error, api.url)
     try:
         answer = response.json()
     except ValueError:
@@ -109,19 +110,36 @@ def ask_health(api: AutoMemApi) -> HealthAnswer:
     return HealthAnswer("silent" if hidden else "absent", seen)
 
 
-def _without_answer(error: Exception) -> HealthAnswer:
+def _without_answer(error: Exception, url: str) -> HealthAnswer:
     """What a failed request shows: only a connection that the machine itself refused shows that nothing listens."""
     import requests
 
     if isinstance(error, requests.exceptions.ProxyError):
         return HealthAnswer("silent", "the proxy of HTTP_PROXY or HTTPS_PROXY did not reach it")
     if isinstance(error, requests.ConnectTimeout):
-        return HealthAnswer("silent", "no connection within 3 s")
-    if isinstance(error, requests.ConnectionError) and any(sign in str(error) for sign in _NOBODY):
-        return HealthAnswer("absent")
+        return HealthAnswer("silent", "no connection in time")
+    if (cause := _cause(error)) is not None:
+        return _unconnected(cause, url)
     if isinstance(error, requests.Timeout):
         return HealthAnswer("silent", "it takes connections and does not answer")
     return HealthAnswer("silent", f"no complete answer ({type(error).__name__})")
+
+
+def _unconnected(cause: OSError, url: str) -> HealthAnswer:
+    if isinstance(cause, socket.gaierror):
+        return HealthAnswer("unresolved", f"the name of its host does not resolve here ({cause.strerror})")
+    if isinstance(cause, ConnectionRefusedError) or is_this_machine(url):
+        return HealthAnswer("absent")
+    return HealthAnswer("silent", f"no connection ({cause.strerror})")
+
+
+def _cause(error: Exception) -> OSError | None:
+    """What the system said when no connection came about; None if there was one, or for a time limit."""
+    from urllib3.exceptions import NewConnectionError
+
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    cause = reason.__cause__ or reason.__context__ if isinstance(reason, NewConnectionError) else None
+    return cause if isinstance(cause, OSError) else None
 
 
 def recall(api: AutoMemApi, query: str, limit: int) -> Recall:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from urllib.parse import urlsplit
 
-from lib.addresses import same_server, without_login
+from lib.addresses import container_hint, same_server, without_login
 from lib.automem_api import HealthAnswer, ask_health
 from lib.backup_set.manifest import GraphHalf
 from lib.errors import MigrationError, UsageProblem
@@ -103,6 +104,9 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
     """
     assert site.graph is not None
     answer, url = ask_health(site.api), without_login(site.api.url)
+    if answer.presence == "unresolved":
+        site.notice(_unknown(answer, url))
+        return
     if answer.presence == "absent":
         if answer.seen:
             site.notice(
@@ -131,6 +135,14 @@ def tell_other_clients(site: Site) -> None:
     site.notice(
         f"warning: {len(others)} other client(s) of FalkorDB: {named}{more}. One that knows the graph reads and writes"
         " under wrong names after the switch, until it is restarted"
+    )
+
+
+def _unknown(answer: HealthAnswer, url: str) -> str:
+    hint = container_hint(urlsplit(url).hostname or "", "AUTOMEM_API_URL=http://localhost:8001").strip()
+    return (
+        f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is {url}, and {answer.seen}."
+        f" Make sure that AutoMem is stopped, wherever it runs{f'; {hint}' if hint else ''}"
     )
 
 

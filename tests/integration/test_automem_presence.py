@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import socket
 
 import pytest
 
-from lib.automem_api import AutoMemApi, ask_health
+from lib.automem_api import AutoMemApi, ask_health, recall
+from lib.errors import StoreUnreachable
 from lib.sandbox.automem_server import AutoMemServer
 from tests.http_proxy import HttpProxy
 from tests.operator_support import NEW_SIZE, Operator
@@ -109,6 +112,45 @@ def test_another_service_is_named_and_the_restore_goes_ahead(ready):
         assert f"another service than AutoMem answers at {other.url} (HTTP {status}" in result.err
 
 
+def test_a_name_that_does_not_resolve_is_said_and_is_no_absence(ready):
+    """Inside Docker the service may run under that name; a stopped one's name is gone, so that the restore goes ahead."""
+    for host, in_docker in (("flask-api", True), ("automem.invalid", False)):
+        ready.export(AUTOMEM_API_URL=f"http://me:secret-word@{host}:8001")
+        said = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
+        assert (
+            f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}" in said
+        )
+        assert "the name of its host does not resolve here (" in said
+        assert "Make sure that AutoMem is stopped" in said
+        assert ("resolves only inside Docker: from here, export AUTOMEM_API_URL=" in said) == in_docker
+        assert "secret-word" not in said
+    ready.run("restore_from_backup", ready.rdb())
+
+
+@pytest.mark.parametrize(
+    ("error", "presence"),
+    [
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), "unresolved"),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "silent"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "silent"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "absent"),
+    ],
+)
+def test_only_a_refused_connection_shows_that_nothing_listens(monkeypatch, error, presence):
+    def fail(*_args, **_more):
+        raise error
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", fail)
+    answer = ask_health(AutoMemApi("http://192.0.2.1:8001"))
+    assert answer.presence == presence
+    assert answer.seen == "" if presence == "absent" else error.strerror in answer.seen
+
+
+def test_tls_to_a_plain_port_is_no_absence():
+    with Answering(200) as plain:
+        assert ask_health(AutoMemApi(plain.url.replace("http:", "https:"))).presence == "silent"
+
+
 # --- verify --after-restart --------------------------------------------------------------------------------------
 
 
@@ -165,6 +207,22 @@ def test_an_automem_that_refuses_to_start_fails(settled, tmp_path):
     with pytest.raises(ServerStartError, match="DIMENSION"):
         automem.start()
     assert "nothing listens" in after_restart(settled, AUTOMEM_API_URL=automem.url)["detail"]
+
+
+def test_after_the_restart_a_name_that_does_not_resolve_fails(settled):
+    found = after_restart(settled, AUTOMEM_API_URL="http://automem.invalid:8001")
+    assert found["detail"].startswith(
+        "AutoMem does not answer at http://automem.invalid:8001: the name of its host does not resolve here ("
+    )
+
+
+def test_a_recall_says_why_nobody_answers():
+    with pytest.raises(
+        StoreUnreachable, match=r"at http://automem\.invalid: the name of its host does not resolve"
+    ):
+        recall(AutoMemApi("http://me:secret-word@automem.invalid"), "x", 5)
+    with pytest.raises(StoreUnreachable, match=r"at http://127\.0\.0\.1:1: nothing listens there"):
+        recall(AutoMemApi("http://127.0.0.1:1"), "x", 5)
 
 
 def test_before_the_restart_a_stopped_automem_is_no_failure(settled):
