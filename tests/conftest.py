@@ -50,12 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def qdrant_url(tmp_path_factory) -> Iterator[str]:
+def qdrant_url(request) -> Iterator[str]:
     """A running Qdrant: QDRANT_TEST_URL, else one started from QDRANT_TEST_SERVER, else the stand-in."""
     if os.environ.get("QDRANT_TEST_URL"):
         yield os.environ["QDRANT_TEST_URL"]
         return
-    folder: Path = tmp_path_factory.mktemp("qdrant")
+    # On the disk: on a RAM disk the engine's files, and so every snapshot of a test, are five times as large.
+    folder = Path(tempfile.mkdtemp(prefix="automem-qdrant-"))
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
     if os.environ.get("QDRANT_TEST_SERVER"):
         with RealQdrant(Path(os.environ["QDRANT_TEST_SERVER"]), folder / "real") as real:
             yield real.url

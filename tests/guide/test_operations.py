@@ -82,6 +82,7 @@ def cron_lines() -> list[str]:
     return block.text.splitlines()
 
 
+@pytest.mark.matrix
 def test_the_cron_lines_are_silent_where_all_is_well(nightly):
     for line in cron_lines():
         *fields, command = line.split(None, CRON_FIELDS)
@@ -134,6 +135,7 @@ def test_the_systemd_units(nightly, tmp_path):
     assert len(nightly.manifests()) == 1
 
 
+@pytest.mark.matrix
 def test_the_workflow(nightly, tmp_path):
     """Each `run` step as the runner runs it, with what `secrets` would hold; what installs is looked at."""
     (block,) = examples("yaml")

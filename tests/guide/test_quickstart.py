@@ -114,6 +114,7 @@ def guide_ports() -> Iterator[None]:
         yield
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
 def test_it_walks_through_the_guide_and_leaves_nothing(folder):
     """Also where the environment is that of an operator with a production to lose."""

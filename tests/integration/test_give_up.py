@@ -136,6 +136,7 @@ def test_the_mark_of_a_diskless_sync_hides_no_damage(operator, damage):
     operator.run("restore_from_backup", str(file), "--dry-run", expect=0 if damage == "none" else 4)
 
 
+@pytest.mark.matrix
 def test_a_rate_limit_says_when_the_next_try_is(operator):
     make_ready(operator)
     operator.servers.openai.fault(status=429, retry_after=3, times=1, after=1)

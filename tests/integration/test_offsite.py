@@ -139,6 +139,7 @@ def test_a_backup_is_uploaded_listed_proved_and_restored_from_there(operator, pl
         assert {path.stat().st_mode & 0o777 for path in operator.backups.rglob("*.rdb")} == {0o600}
 
 
+@pytest.mark.matrix
 def test_what_is_there_already_is_not_sent_again(operator, place):
     operator.load()
     operator.run("backup_automem")
@@ -150,6 +151,7 @@ def test_what_is_there_already_is_not_sent_again(operator, place):
     assert place.files() == set_files(manifest)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("part", matrix(["rdb", "tar.gz"], "rdb"))
 def test_one_half_is_restored_by_its_own_url(operator, s3, part):
     operator.export(**s3.environ)

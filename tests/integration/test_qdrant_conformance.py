@@ -83,6 +83,7 @@ def version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.matrix
 def test_every_recorded_request_is_answered_as_recorded(version: str, tmp_path: Path) -> None:
     compared, left_out, wrong = 0, [], []
     with _server(tmp_path, version) as server:
@@ -254,6 +255,7 @@ def test_acknowledged_points_outlive_a_kill(version: str, tmp_path: Path) -> Non
         assert {one["id"]: one["payload"] for one in answer} == {one: {"n": one} for one in range(1, 1000)}
 
 
+@pytest.mark.matrix
 def test_a_dead_collection_keeps_1_11_from_starting_and_delete_cures(version: str, tmp_path: Path) -> None:
     with _server(tmp_path, version) as server:
         good = f"{server.url}/collections/good"

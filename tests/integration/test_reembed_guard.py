@@ -170,6 +170,7 @@ def test_a_provider_that_refuses_stops_the_run_with_what_was_bought_kept(ready, 
     )
 
 
+@pytest.mark.matrix
 def test_what_passes_is_survived_and_nothing_wrong_is_stored(ready):
     before, openai = points_of(ready), ready.servers.openai
     for after, fault in enumerate(

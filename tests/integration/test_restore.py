@@ -261,6 +261,7 @@ def of_version(source: str, target, version: str) -> str:
     return str(target)
 
 
+@pytest.mark.matrix
 def test_a_version_jump_is_refused_before_anything_is_touched(operator):
     operator.load()
     before = operator.state()
@@ -276,6 +277,7 @@ def test_a_version_jump_is_refused_before_anything_is_touched(operator):
     assert operator.state() == before
 
 
+@pytest.mark.matrix
 def test_a_file_moved_away_from_its_manifest_restores_by_its_own_checksums(operator):
     operator.load()
     before = operator.state()
@@ -288,6 +290,7 @@ def test_a_file_moved_away_from_its_manifest_restores_by_its_own_checksums(opera
     assert operator.state() == before
 
 
+@pytest.mark.matrix
 def test_another_deployment_in_the_same_folder_is_never_taken_or_deleted(operator):
     other = Operator(operator.servers, operator.folder)
     try:

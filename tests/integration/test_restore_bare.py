@@ -31,6 +31,7 @@ def by_hand(operator, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", matrix(["as the server named it", "vectors.bak"], "vectors.bak"))
 def test_a_bare_snapshot_comes_back(operator, name):
     operator.load()

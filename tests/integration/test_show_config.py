@@ -51,9 +51,7 @@ def test_every_script_shows_the_same_and_touches_nothing(operator, script):
 
 
 def test_it_answers_with_the_servers_down(operator):
-    operator.export(
-        FALKORDB_PORT=free_port(), QDRANT_URL=f"http://me:{SECRET}@127.0.0.1:{free_port()}?k={SECRET}"
-    )
+    operator.export(FALKORDB_PORT=free_port(), QDRANT_URL=f"http://me:{SECRET}@127.0.0.1:{free_port()}")
     result = operator.run("verify_migration", "--show-config", "--json")
     assert result.json["live"]["graph"].startswith("unknown: FalkorDB at 127.0.0.1:")
     assert result.json["live"]["collection"].startswith("unknown: Qdrant at http://127.0.0.1:")

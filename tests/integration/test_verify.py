@@ -184,6 +184,7 @@ def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(m
         verify(migrated, "--after-restart")
 
 
+@pytest.mark.matrix
 def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
     """PATCH /memory replaces the payload: what only the old point held is AutoMem's own loss."""
     special = next(one for one, (payload, _) in points_of(migrated).items() if "source_app" in payload)
@@ -194,6 +195,7 @@ def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
         verify(migrated, "--after-restart")
 
 
+@pytest.mark.matrix
 def test_a_memory_deleted_since_is_no_sample(migrated):
     for one in [one for one in points_of(migrated) if isinstance(one, str)][::2]:
         migrated.cypher("MATCH (m:Memory {id: $id}) DELETE m", id=one)

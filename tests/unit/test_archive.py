@@ -262,6 +262,7 @@ def test_another_programs_tar_gz(tmp_path):
         peek_facts(path)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("what", ["write", "read"])
 def test_memory_does_not_grow_with_the_data(tmp_path, what):
     """The child's peak, for 8 MB and for 200 MB."""

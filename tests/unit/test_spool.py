@@ -234,6 +234,7 @@ def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path):
         Spool(foreign)
 
 
+@pytest.mark.matrix
 def test_the_memory_stays_flat_while_much_is_read(path):
     """2,000 vectors of 3072d are 24 MB; reading them page by page takes a few."""
     import tracemalloc
