@@ -50,20 +50,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def qdrant_url(request) -> Iterator[str]:
-    """A running Qdrant: QDRANT_TEST_URL, else one started from QDRANT_TEST_SERVER, else the stand-in."""
+def qdrant_url() -> Iterator[str]:
+    """A running Qdrant: QDRANT_TEST_URL, else one started from QDRANT_TEST_SERVER, else the stand-in.
+
+    It writes to the disk: on a RAM disk the engine's files, and so every snapshot, are five times as large.
+    """
     if os.environ.get("QDRANT_TEST_URL"):
         yield os.environ["QDRANT_TEST_URL"]
         return
-    # On the disk: on a RAM disk the engine's files, and so every snapshot of a test, are five times as large.
-    folder = Path(tempfile.mkdtemp(prefix="automem-qdrant-"))
-    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
-    if os.environ.get("QDRANT_TEST_SERVER"):
-        with RealQdrant(Path(os.environ["QDRANT_TEST_SERVER"]), folder / "real") as real:
-            yield real.url
-        return
-    with QdrantServer(folder / "data", STAND_IN_VERSION) as stand_in:
-        yield stand_in.url
+    with tempfile.TemporaryDirectory(prefix="automem-qdrant-", ignore_cleanup_errors=True) as name:
+        binary = test_server()
+        folder = Path(name)
+        with RealQdrant(binary, folder) if binary else QdrantServer(folder, STAND_IN_VERSION) as server:
+            yield server.url
 
 
 @pytest.fixture

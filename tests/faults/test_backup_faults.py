@@ -23,7 +23,6 @@ pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
 
 
-@pytest.mark.core
 def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
     """Two AutoMems backed up by one checkout: neither takes the other's stamp or removes its files."""
     both = [Operator(session_servers, tmp_path) for _ in range(2)]

@@ -127,7 +127,6 @@ def test_a_staged_collection_of_two_days_ago_catches_up(ready):
     assert ready.collections() == [ready.collection]
 
 
-@pytest.mark.core
 def test_what_is_written_to_the_points_after_the_last_sync_is_not_lost(rig):
     """The staged collection has the old values by then, and so has what is made of it."""
     operator = rig.operator

@@ -18,7 +18,7 @@ from tests import automem_support
 from tests.automem_recordings.recordings import differences, load_recording, rows
 from tests.automem_support import MODEL, TOKEN, Stores
 
-pytestmark = pytest.mark.qdrant
+pytestmark = [pytest.mark.qdrant, pytest.mark.matrix]
 servers, stores = automem_support.servers, automem_support.stores
 LEFT_OUT = {
     "associate": "no tool of ours writes relationships: the test writes the one that recall shows",

@@ -69,6 +69,7 @@ def set_files(manifest: Path) -> dict[str, int]:
     return {**files, manifest.name: manifest.stat().st_size}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("place", matrix(["folder", "s3", "sftp"], "folder"), indirect=True)
 def test_a_graph_of_any_name_comes_back_from_a_copy(operator, place):
     """What is uploaded can be fetched: names that a shell, a URL or a glob would read as something else."""

@@ -11,6 +11,8 @@ import pytest
 
 from lib.sandbox.openai_server import OpenAIServer
 
+pytestmark = pytest.mark.matrix
+
 LARGE = "text-embedding-3-large"
 
 

@@ -15,6 +15,8 @@ from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.qdrant_uploads import recorded_snapshots
 from tests.restore_support import wait_for
 
+pytestmark = pytest.mark.matrix
+
 TIMEOUT = 30
 
 

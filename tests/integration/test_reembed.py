@@ -38,6 +38,7 @@ def journals(operator):
     return sorted(operator.backups.glob("journal_*_reembed.jsonl"))
 
 
+@pytest.mark.matrix
 def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
     operator.load()
     make_rich(operator)
