@@ -347,7 +347,7 @@ def test_replicas_come_back_on_both_nodes(replicated, pair):
     before = contents(replicated)
     replicated.run("backup_automem", "--only", "qdrant")
     spoil(replicated)
-    replicated.run("restore_from_backup", "latest")
+    replicated.run("restore_from_backup", replicated.archive())
     assert_restored(replicated, pair, before)
     assert [node.shards(replicated.collection) for node in pair.nodes] == [{0, 1}, {0, 1}]
 

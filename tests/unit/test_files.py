@@ -70,6 +70,20 @@ def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    path, synced = tmp_path / "f", []
+    write_atomic(path, b"old")
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, path.read_bytes()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(path, b"new")
+    assert synced == [(path.stat().st_ino, b"old"), (tmp_path.stat().st_ino, b"new")]
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "f"
     write_atomic(path, b"old")

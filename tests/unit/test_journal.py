@@ -23,6 +23,22 @@ def journal(tmp_path):
     return start_journal(tmp_path, "reembed", TARGETS, spec={"size": 3})
 
 
+def test_an_entry_is_on_the_disk_when_append_returns(journal, monkeypatch):
+    """The file that is synced holds the entry by then: what was announced survives a power cut."""
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, os.pread(descriptor, 1 << 20, 0)))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal.append("deleting", undo="first")
+    inode, content = synced[-1]
+    assert inode == journal.path.stat().st_ino
+    assert json.loads(content.splitlines()[-1])["phase"] == "deleting"
+
+
 def test_what_is_written_is_what_is_read(journal):
     journal.append("deleting", undo="first", name="c__next")
     journal.append("deleted", name=None, text="\u2603 \U0001f600 \u2028 line")
