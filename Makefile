@@ -17,7 +17,7 @@ CODE := lib scripts tests
 help:
 	@echo 'make quickstart  the whole guide on sample data, in a sandbox on this machine'
 	@echo 'make test        what shows that the product works: minutes'
-	@echo 'make faults      the kill, damage and network matrices (KILLS_EACH=5 hits each kill window five times)'
+	@echo 'make faults      the rest: kills, damage, network, further cases (KILLS_EACH=5 hits each kill window five times)'
 	@echo 'make test-all    both'
 	@echo 'make lint        ruff, mypy, import-linter'
 	@echo 'make bench       figures as ratios, in bench.json and as a table'

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
+from lib.addresses import is_this_machine
 from lib.dimensions import EmbeddingSpec, native_size, takes_dimensions
 from lib.embedding.answers import parsed
 from lib.embedding.endpoint import OPENAI_BASE_URL, public_url
@@ -64,6 +65,10 @@ class Provider:
                     default_query=dict(parse_qsl(parts.query)),
                     default_headers={"api-key": self._key} if azure else None,
                     timeout=self._timeout,
+                    # No proxy leads to this machine.
+                    http_client=openai.DefaultHttpxClient(trust_env=False)
+                    if is_this_machine(self._base_url)
+                    else None,
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )
             return self._made

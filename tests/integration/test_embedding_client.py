@@ -47,6 +47,15 @@ def client_for(server, size=768, model=LARGE, key=KEY, **options):
     return EmbeddingClient(EmbeddingSpec(server.base_url, model, size), key, **options)
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_no_proxy_is_asked_for_an_endpoint_of_this_machine(server, monkeypatch, variable):
+    monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")  # where nobody listens
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    vectors = client_for(server).embed(TEXTS).vectors
+    assert np.allclose(vectors, vectors_for(LARGE, TEXTS, 768), atol=1e-6)
+
+
 @pytest.mark.parametrize("no_base64", [False, True])
 @pytest.mark.parametrize(
     ("model", "size"),
