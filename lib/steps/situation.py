@@ -76,7 +76,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
 
 def _was_empty(run: Migration) -> bool:
     """Whether the collection that this run deleted held no point, so that recreating it empty loses nothing."""
-    return run.reached(DELETING) and run.spool.kept_count() == 0
+    settings = (run.journal and (run.journal.fact("settings") or run.journal.fact("staged_like"))) or {}
+    # Both: the embedding cache, which holds the kept payloads, can be lost.
+    return run.reached(DELETING) and not settings.get("points_count") and run.spool.kept_count() == 0
 
 
 def _refuse_foreign_settings(run: Migration) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from lib.journal import open_journals
+from lib.steps.phases import DELETED, DELETING
+from tests.kill_support import run_killed
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
 from tests.reembed_support import upgrade
 
@@ -39,6 +43,33 @@ def test_an_empty_collection_is_recreated_with_the_new_dimension(empty, words):
     empty.run("verify_migration")
     again = empty.run("reembed_embeddings", "--only-missing", "--json").json
     assert again["added"] == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), matrix([(f"after {DELETING}", ()), (f"after {DELETED}", ("--in-place",))])
+)
+def test_a_run_that_was_killed_after_the_empty_collection_was_deleted_is_finished(empty, where, words):
+    empty.run("backup_automem")
+    upgrade(empty)
+    run_killed(empty, where, "reembed_embeddings", *words)
+    empty.run("reembed_embeddings", *words)
+    assert empty.info()["config"]["params"]["vectors"]["size"] == NEW_SIZE
+    assert empty.collections() == [empty.collection]
+    assert open_journals(empty.backups) == []
+
+
+@pytest.mark.matrix
+def test_a_lost_embedding_cache_makes_no_full_collection_an_empty_one(operator):
+    """After the delete the graph empties and the cache is lost: that the collection held points is in the journal."""
+    operator.load(20)
+    operator.run("backup_automem")
+    upgrade(operator)
+    run_killed(operator, f"after {DELETED}", "reembed_embeddings", "--in-place")
+    shutil.rmtree(operator.backups / "embeddings")
+    operator.cypher("MATCH (m:Memory) DETACH DELETE m")
+    refused = operator.run("reembed_embeddings", "--in-place", expect=None)
+    assert refused.code != 0
+    assert operator.collections() == []
 
 
 def test_an_empty_graph_is_restored(empty):
