@@ -60,7 +60,7 @@ def qdrant_url() -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="automem-qdrant-", ignore_cleanup_errors=True) as name:
         binary = test_server()
-        folder = Path(name)
+        folder = Path(name) / "data"  # its log lies beside it
         with RealQdrant(binary, folder) if binary else QdrantServer(folder, STAND_IN_VERSION) as server:
             yield server.url
 
