@@ -76,14 +76,20 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
 
 def _was_empty(run: Migration) -> bool:
     """Whether the collection that this run deleted held no point, so that recreating it empty loses nothing."""
-    settings = (run.journal and (run.journal.fact("settings") or run.journal.fact("staged_like"))) or {}
+    points = (_journaled_settings(run) or {}).get("points_count")
     # Both: the embedding cache, which holds the kept payloads, can be lost.
-    return run.reached(DELETING) and not settings.get("points_count") and run.spool.kept_count() == 0
+    return run.reached(DELETING) and not points and run.spool.kept_count() == 0
+
+
+def _journaled_settings(run: Migration) -> dict[str, Any] | None:
+    """The live collection as the run's journal has it: as it was deleted, or as it was when the staged one was made."""
+    journal = run.journal
+    return (journal.fact("settings") or journal.fact("staged_like")) if journal else None
 
 
 def _refuse_foreign_settings(run: Migration) -> None:
     """Raise UsageProblem where the collection that is gone, as the run's journal or a backup has it, was foreign."""
-    settings = run.journal and (run.journal.fact("settings") or run.journal.fact("staged_like"))
+    settings = _journaled_settings(run)
     manifest = newest_with(run.folder, run.target.collection, run.target.qdrant.display)
     if not settings and manifest:
         settings = settings_of(manifest)["settings"]

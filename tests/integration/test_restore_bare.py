@@ -14,7 +14,6 @@ import pytest
 import requests
 
 from lib.graph.client import connect
-from tests.matrix import matrix
 from tests.qdrant_uploads import repacked
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
 
@@ -32,7 +31,7 @@ def by_hand(operator, folder: Path) -> Path:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", matrix(["as the server named it", "vectors.bak"], "vectors.bak"))
+@pytest.mark.parametrize("name", ["as the server named it", "vectors.bak"])
 def test_a_bare_snapshot_comes_back(operator, name):
     operator.load()
     before, asset = operator.state(), settings(operator)
