@@ -8,6 +8,8 @@ PYTEST_ARGS ?= -n $(shell $(PYTHON) -c "import os; print(min(8, 1 + (os.cpu_coun
 KILLS_EACH ?= 1
 
 BIN := $(VENV)/bin
+# The tests' arrays are small: the linear algebra's threads would only wait for each other.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-falkordb-4.22.txt
 CODE := lib scripts tests
@@ -28,13 +30,13 @@ quickstart: venv
 	$(BIN)/python scripts/quickstart.py
 
 test: venv
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS) -m "not matrix"
+	$(PYTEST) -m "not matrix"
 
 faults: venv
-	KILLS_EACH=$(KILLS_EACH) $(BIN)/python -m pytest -q $(PYTEST_ARGS) -m matrix
+	KILLS_EACH=$(KILLS_EACH) $(PYTEST) -m matrix
 
 test-all: venv
-	KILLS_EACH=$(KILLS_EACH) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	KILLS_EACH=$(KILLS_EACH) $(PYTEST)
 
 lint: venv
 	$(BIN)/ruff check $(CODE)

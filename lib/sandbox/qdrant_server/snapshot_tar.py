@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 BLOCK = 512
 COPY_BYTES = 1 << 20
+PAGE = 4096
 SPARSE_IN_HEADER, SPARSE_IN_EXTENSION = 4, 21
 SEGMENT_FILES = "snapshot/files"
 ROCKSDB_BACKUP = "snapshot/db_backup"  # where 1.11 keeps a segment's data; 1.18 does not look there
@@ -83,7 +84,10 @@ def add_sparse(out: BinaryIO, name: str, path: Path, size: int) -> None:
 
 
 def data_extents(descriptor: int, size: int) -> list[tuple[int, int]]:
-    """The (offset, length) of what is not a hole within the first `size` bytes; rewinds the file."""
+    """The (offset, length) of what is not a hole within the first `size` bytes; rewinds the file.
+
+    A page of zeros counts as a hole: file systems differ in which of the engine's preallocated pages they store.
+    """
     extents: list[tuple[int, int]] = []
     position = 0
     while position < size:
@@ -93,10 +97,15 @@ def data_extents(descriptor: int, size: int) -> list[tuple[int, int]]:
             if error.errno == errno.ENXIO:  # only a hole is left
                 break
             raise
-        end = min(size, os.lseek(descriptor, start, os.SEEK_HOLE))
-        if start < end:
-            extents.append((start, end - start))
-        position = max(end, start)
+        position = min(size, os.lseek(descriptor, start, os.SEEK_HOLE))
+        for page in range(start - start % PAGE, position, PAGE):
+            length = min(PAGE, size - page)
+            if os.pread(descriptor, length, page) == bytes(length):
+                continue
+            if extents and sum(extents[-1]) == page:
+                extents[-1] = (extents[-1][0], extents[-1][1] + length)
+            else:
+                extents.append((page, length))
     os.lseek(descriptor, 0, os.SEEK_SET)
     return extents
 
