@@ -1,4 +1,7 @@
-"""A pytest plugin: real FalkorDB servers of every engine of this machine (pytest_plugins = ["tests.graph_fixtures"])."""
+"""A pytest plugin: real FalkorDB servers of every engine of this machine (pytest_plugins = ["tests.graph_fixtures"]).
+
+If there are two engines, `make test` takes the newer one: the older one is the only one of another Python.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ import redis
 from lib.graph.client import connect
 from lib.graph.engine import Engine, installed_engines
 from lib.sandbox.falkordb_server import FalkorServer
+from tests.matrix import matrix
 
 ENGINES = installed_engines({})
 
 
-@pytest.fixture(params=ENGINES, ids=[engine.falkordb_version for engine in ENGINES])
+@pytest.fixture(params=matrix(ENGINES, *ENGINES[-1:]), ids=[engine.falkordb_version for engine in ENGINES])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return request.param
 

@@ -18,7 +18,7 @@ from lib.sandbox.state import State, state_of
 from lib.vectors.transport import Qdrant
 from tests.guide.documents import ROOT, Block
 
-MEMORIES = 220
+MEMORIES = 100
 SMALL, LARGE = ("768", "text-embedding-3-small"), ("3072", "text-embedding-3-large")
 STAMP = "YYYYMMDD_HHMMSS"
 
@@ -63,10 +63,8 @@ class Site:
 
     def set_up(self, size: str, model: str) -> None:
         """Both folders, the stores filled at 768d, the service up; the last line of AutoMem's .env has no newline."""
-        shutil.copytree(ROOT / "lib", self.checkout / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(
-            ROOT / "scripts", self.checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        for name in ("lib", "scripts"):
+            shutil.copytree(ROOT / name, self.checkout / name)
         self._put_commands(self.folder / "bin")
         self.stack.load(MEMORIES, int(SMALL[0]), SMALL[1])
         self.stack.start_automem(int(SMALL[0]), SMALL[1])

@@ -185,6 +185,7 @@ def test_a_block_that_is_not_run_says_what_it_would_need():
         assert bool(foreign) == bool(block.not_run), f"{block.name}: {foreign}"
 
 
+@pytest.mark.matrix
 def test_the_error_texts_of_the_guide_are_those_that_are_printed(site):
     """A mismatch and a refusal, provoked; the rate limit's text is where the client raises it."""
     larger = dict(

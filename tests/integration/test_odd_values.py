@@ -126,6 +126,7 @@ def test_only_missing_and_verify_leave_such_a_point_alone(odd, kind):
     odd.run("verify_migration")
 
 
+@pytest.mark.matrix
 def test_neither_the_memory_nor_its_point_has_a_text(odd):
     make_odd(odd, "''")
     odd.call("POST", "/points/payload/clear?wait=true", {"points": [IDS[3]]})

@@ -208,6 +208,7 @@ def test_a_password_in_the_url_reaches_the_server_and_nothing_else(operator, sft
             assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
 
 
+@pytest.mark.matrix
 def test_a_secret_key_reaches_no_output(operator, s3):
     operator.load()
     operator.export(**s3.environ)

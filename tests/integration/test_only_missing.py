@@ -115,6 +115,7 @@ def test_many_surplus_points_need_a_backup(level):
     assert points_of(level).keys() == before - set(range(1, 9))
 
 
+@pytest.mark.matrix
 def test_the_point_of_a_memory_that_cannot_be_embedded_is_left_alone(level):
     one, *_ = some_ids(level, 1)
     level.cypher("MATCH (m:Memory {id: $id}) SET m.content = '  '", id=one)

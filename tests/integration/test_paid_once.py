@@ -131,6 +131,7 @@ def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(read
     assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
 
 
+@pytest.mark.matrix
 def test_another_model_of_the_same_size_is_still_replaced(ready):
     ready.run("reembed_embeddings")
     ready.run("backup_automem", "--only", "qdrant")

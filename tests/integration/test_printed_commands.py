@@ -51,6 +51,7 @@ def paste(operator, lines: str, *, expect: int = 0) -> subprocess.CompletedProce
     return done
 
 
+@pytest.mark.matrix
 def test_the_undo_of_a_migration_pasted_into_a_shell_undoes_it(filed):
     filed.run("backup_automem", *FLAGS, env={"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL})
     before = points_of(filed)

@@ -202,6 +202,7 @@ def test_vectors_of_another_width_are_not_stored(ready):
     assert ready.state() == before
 
 
+@pytest.mark.matrix
 def test_a_text_that_the_provider_refuses_is_named_and_the_rest_is_done(ready):
     before = points_of(ready)
     poisoned, node = next(iter(embeddable(ready).items()))

@@ -371,6 +371,7 @@ def test_a_report_that_cannot_be_written_fails_no_migration(ready):
     assert_migrated(ready, before)
 
 
+@pytest.mark.matrix
 def test_backups_are_listed_and_cleaned_up_beside_reports(ready):
     ready.run("reembed_embeddings")
     ready.run("backup_automem", "--only", "qdrant")

@@ -127,6 +127,7 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
     assert "(collection only)" in refused.err
 
 
+@pytest.mark.matrix
 def test_onto_stores_that_hold_nothing(operator):
     operator.load()
     before, asset = operator.state(), settings(operator)

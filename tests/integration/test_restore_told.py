@@ -43,6 +43,7 @@ def test_what_is_newer_than_the_files_is_counted_named_and_kept(operator):
     assert operator.cypher("MATCH (m:Memory) WHERE m.id IN $ids RETURN count(m)", ids=fresh) == [[3]]
 
 
+@pytest.mark.matrix
 def test_points_newer_than_the_file_remain_in_the_graph_too(operator):
     operator.load(60)
     operator.run("backup_automem", "--only", "qdrant")
@@ -53,6 +54,7 @@ def test_points_newer_than_the_file_remain_in_the_graph_too(operator):
     assert "reembed_embeddings.py --only-missing" in text
 
 
+@pytest.mark.matrix
 def test_after_the_graph_alone_no_setting_is_spoken_of(operator):
     operator.load(60)
     operator.run("backup_automem")

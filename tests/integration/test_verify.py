@@ -111,6 +111,7 @@ def test_each_check_fails_when_what_it_checks_is_broken(migrated):
     verify(operator)
 
 
+@pytest.mark.matrix
 def test_what_verify_calls_drift_only_missing_repairs(migrated):
     good = points_of(migrated)
     one, other, third = [one for one in good if isinstance(one, str)][10:13]
