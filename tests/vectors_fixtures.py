@@ -10,12 +10,13 @@ import pytest
 
 from lib.vectors import collection, snapshots
 from lib.vectors.transport import Qdrant
+from tests.matrix import matrix
 from tests.vectors_support import STAND_INS, create_small, fill, own_server
 
 REAL_URL = os.environ.get("QDRANT_TEST_URL", "")
 
 
-@pytest.fixture(scope="session", params=["real"] if REAL_URL else STAND_INS)
+@pytest.fixture(scope="session", params=["real"] if REAL_URL else matrix(STAND_INS, STAND_INS[-1]))
 def q(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qdrant]:
     if request.param == "real":
         yield Qdrant(REAL_URL)

@@ -13,6 +13,7 @@ from lib.automem_api import AutoMemApi, ask_health, recall
 from lib.errors import StoreUnreachable
 from lib.sandbox.automem_server import AutoMemServer
 from tests.http_proxy import HttpProxy
+from tests.matrix import matrix
 from tests.operator_support import NEW_SIZE, Operator
 from tests.restore_support import spoil
 
@@ -63,7 +64,7 @@ def refused_restore(operator) -> str:
     return text
 
 
-@pytest.mark.parametrize("status", [502, 503, 504, 404])
+@pytest.mark.parametrize("status", matrix([502, 503, 504, 404], 502))
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_no_proxy_is_asked_for_an_automem_of_this_machine(ready, service, status, variable):
     with Answering(status) as proxy:
@@ -72,7 +73,7 @@ def test_no_proxy_is_asked_for_an_automem_of_this_machine(ready, service, status
         assert proxy.asked == 0
 
 
-@pytest.mark.parametrize("status", [401, 403, 407, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", matrix([401, 403, 407, 429, 500, 502, 503, 504], 401, 502))
 def test_an_answer_that_may_hide_automem_counts_as_running(ready, status):
     with Answering(status) as gateway:
         ready.export(AUTOMEM_API_URL=gateway.url)

@@ -10,6 +10,7 @@ import pytest
 from lib.errors import AccessRefused
 from lib.vectors import collection, points, recreate, restoring, search, snapshots, upsert
 from lib.vectors.transport import Qdrant
+from tests.matrix import matrix
 from tests.vectors_support import REAL_SERVER, STAND_INS, fill, own_server, payload_of, vectors_of
 
 pytestmark = pytest.mark.qdrant
@@ -19,7 +20,7 @@ WRONG = "wr0ng-k3y-neither"
 NAME = "guarded"
 
 
-@pytest.fixture(scope="module", params=["real"] if REAL_SERVER else STAND_INS)
+@pytest.fixture(scope="module", params=["real"] if REAL_SERVER else matrix(STAND_INS, STAND_INS[-1]))
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qdrant]:
     with own_server(request.param, tmp_path_factory.mktemp("guarded"), KEY) as q:
         recreate.create_default(q, NAME, 8)
