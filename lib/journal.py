@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
+from lib.errors import BadFile
 from lib.files import readable_bytes, sync_dir
 
 CLOSED = "closed"
+_RUN_ID = re.compile(r"[0-9]{8}_[0-9]{6}_[0-9a-f]{4}")
+# Facts that are removed from a server or read as a file, and what a run of these scripts can have written there.
+_TEMPORARY = {"staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph"}
+_ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
+_FILES = {
+    "manifest": r"backup_[0-9]{8}_[0-9]{6}\.json",
+    "stamp": r"[0-9]{8}_[0-9]{6}",
+    "snapshot": r"[^/\\]+",
+}
 
 
 def _ends_torn(stream: IO[bytes]) -> bool:
@@ -111,7 +124,10 @@ def start_journal(folder: Path, command: str, targets: list[str], **facts: objec
 
 
 def read_journal(path: Path) -> Journal | None:
-    """A journal from disk; a last line cut by a crash is passed over, an empty or foreign file is None."""
+    """A journal from disk; a last line cut by a crash is passed over, an empty or foreign file is None.
+
+    Raises BadFile for one with a name in it that no run of these scripts can have written: it came from elsewhere.
+    """
     entries = []
     for line in readable_bytes(path).split(b"\n"):
         try:
@@ -122,7 +138,31 @@ def read_journal(path: Path) -> Journal | None:
             entries.append(entry)
     if not entries or not entries[0].keys() >= {"run_id", "command", "targets"}:
         return None
-    return Journal(path, entries)
+    journal = Journal(path, entries)
+    for fault in _forged(journal):
+        raise BadFile(
+            f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it",
+            next_step=f"see where it comes from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
+        )
+    return journal
+
+
+def _forged(journal: Journal) -> Iterator[str]:
+    """What no run can have written: its id, its targets, or a name that is to be removed or read."""
+    if not _RUN_ID.fullmatch(journal.run_id):
+        yield f"its run id is {journal.run_id!r}"
+    own = [str(target).split(" ", 2)[-1] for target in journal.targets]
+    temporary = re.compile("|".join(rf"(?:{re.escape(one)}|\{{{re.escape(one)}\}}){_ENDING}" for one in own))
+    for entry in journal.entries:
+        for fact, value in entry.items():
+            if not isinstance(value, str):
+                continue
+            if fact in _TEMPORARY and not temporary.fullmatch(value):
+                yield f"it names {value!r} as its {fact.replace('_', ' ')}"
+            if fact in _FILES and not re.fullmatch(_FILES[fact], value):
+                yield f"it names {value!r} as its {fact}"
+            if fact == "collection" and value not in own and not temporary.fullmatch(value):
+                yield f"it names {value!r} as the collection of its snapshot"
 
 
 def open_journals(folder: Path) -> list[Journal]:

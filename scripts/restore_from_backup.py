@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,8 @@ def command(args: argparse.Namespace) -> int:
     from lib.steps.restore_files import read_wanted
 
     owner = config.deployment()
-    files = [fetched(word, config.backup_dir, owner, console.progress) for word in args.files]
+    engines = partial(opening.engines, config)
+    files = [fetched(word, config.backup_dir, owner, engines, console.progress) for word in args.files]
     wanted = read_wanted(files, config.backup_dir, owner)
     private_dir(config.backup_dir)
     with opening.target_lock(config):

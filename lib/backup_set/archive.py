@@ -26,6 +26,14 @@ _BLOCK = 512
 _CHUNK = 1 << 20
 _FACTS_LIMIT = 64 << 20
 _LINE_LIMIT = 128  # an id is a UUID or a number
+_NAME_LIMIT = 64 << 10
+_EXTENDED = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
 _PROMISES = {"collection", "config", "snapshot_size", "snapshot_sha256", "promised_ids"}
 _ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
@@ -104,6 +112,18 @@ def archive_writer(path: Path) -> Iterator[ArchiveWriter]:
         yield writer
 
 
+class _BoundedHeader(tarfile.TarInfo):
+    """A header whose extension (a long name, PAX fields) is refused if it is larger than any of a backup.
+
+    tarfile reads an extension whole into memory: one of 3 GB deflates to less than 2 MB.
+    """
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _NAME_LIMIT:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tarfile_)  # type: ignore[misc,no-any-return]  # not in the stubs
+
+
 IdsReader = Callable[[Iterator[str]], object]
 
 
@@ -114,6 +134,10 @@ def _damage() -> tuple[type[Exception], ...]:
     return EOFError, tarfile.TarError, igzip.BadGzipFile, cast("type[Exception]", isal_zlib.IsalError)
 
 
+def _opened(plain: object) -> tarfile.TarFile:
+    return tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK, tarinfo=_BoundedHeader)
+
+
 @contextmanager
 def _members(path: Path) -> Iterator[tarfile.TarFile]:
     from isal import igzip_threaded  # inflates the next piece while this one is used
@@ -121,7 +145,7 @@ def _members(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with (
             igzip_threaded.open(path, "rb") as plain,
-            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
+            _opened(plain) as tar,
         ):
             yield tar
             while plain.read(_CHUNK):  # the gzip trailer holds its own checksum
@@ -158,7 +182,7 @@ def read_archive(
                 name = member.name.removeprefix(SNAPSHOT)
                 found.append(read_snapshot(name, stream, on_snapshot if only in {None, name} else None))
             elif member.name == IDS and found and ids < 0:
-                ids = _read_ids(path, stream, on_ids)
+                ids = _read_ids(path, stream, on_ids, facts)
             else:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
     if facts is None or len(found) < _snapshots_of(facts) or ids < 0:
@@ -187,8 +211,9 @@ def _foreign(path: Path) -> BadFile:
     return BadFile(f"{path} is a tar.gz, but not one that backup_automem.py wrote", next_step=_ANOTHER)
 
 
-def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None) -> int:
+def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, facts: dict[str, Any] | None) -> int:
     count = 0
+    promised = (facts or {})["promised_ids"]
 
     def lines() -> Iterator[str]:
         nonlocal count
@@ -196,6 +221,10 @@ def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None) -> int:
             count += 1
             if not line.strip().isascii() or len(line) == _LINE_LIMIT:
                 raise BackupDamaged(f"{path}: line {count} of its {IDS} is no id")
+            if isinstance(promised, int) and count > promised:
+                raise BackupDamaged(
+                    f"{path}: its {IDS} has more than the {promised} ids that its {FACTS} says"
+                )
             yield line.decode("ascii").strip()
 
     walk = lines()
@@ -216,7 +245,7 @@ def peek_facts(path: Path) -> dict[str, Any]:
     try:
         with (
             igzip.open(path, "rb") as plain,
-            tarfile.open(fileobj=cast("IO[bytes]", plain), mode="r|", bufsize=_CHUNK) as tar,
+            _opened(plain) as tar,
         ):
             member = tar.next()
             stream = tar.extractfile(member) if member and member.name == FACTS and member.isreg() else None

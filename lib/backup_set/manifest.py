@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import orjson
 
+from lib.addresses import same_server
 from lib.backup_set.shape import misfit
 from lib.errors import BackupDamaged, BadFile
 from lib.files import write_atomic
 
 FORMAT = 1
+MAX_BYTES = 16 << 20
+GRAPH_DIR, COLLECTION_DIR = "falkordb", "qdrant"
+_STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
+_FIRST_YEAR = 2000  # of `created`: no clock of a backup shows less
 _SEAL = "checksum"
 CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
 PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
@@ -184,8 +190,15 @@ def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest from disk; raises like `parse_manifest`."""
-    return parse_manifest(path.read_bytes(), path)
+    """A manifest from disk; raises like `parse_manifest`, and BadFile for what cannot be read or is no file."""
+    try:
+        if not path.is_file():
+            raise BadFile(f"{path} is no file", next_step=_ANOTHER)
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=_ANOTHER) from error
+    return parse_manifest(data, path)
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
@@ -193,6 +206,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
 
     Raises BadFile where it is another's JSON or of a newer format, BackupDamaged where it is ours and broken.
     """
+    if len(data) > MAX_BYTES:
+        raise BadFile(f"{path} is too large for a manifest", next_step=_ANOTHER)
     try:
         raw = orjson.loads(data)
     except ValueError as error:
@@ -205,33 +220,52 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             f"{path} is of format {number}, this version reads up to {FORMAT}",
             next_step="use a newer checkout of these scripts",
         )
-    if sealed(raw) != raw:
-        raise BackupDamaged(f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER)
     try:
-        _require_shape(raw)
+        if sealed(raw) != raw:
+            raise BackupDamaged(
+                f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER
+            )
+        _require_shape(raw, path)
         drift = Drift(**raw["drift"]) if raw.get("drift") else None
         graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])
         purpose = str(raw.get("purpose", BACKUP))
         return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path, purpose)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BackupDamaged(
             f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER
         ) from error
 
 
-def _require_shape(raw: Mapping[str, Any]) -> None:
-    """Raise ValueError where an edited manifest would lead astray: wrong types, or a file outside its folder."""
+def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
+    """Raise where an edited manifest would lead astray: wrong types, or a file that no backup writes.
+
+    Raises ValueError, KeyError, TypeError, OverflowError.
+    """
     for name, kind in (("graph", GraphHalf), ("collection", CollectionHalf), ("drift", Drift)):
         wrong = misfit(kind, raw[name]) if raw[name] is not None else None
         if wrong:
             raise ValueError(f"{wrong} of {name}")
-    if not isinstance(raw["stamp"], str) or not (raw["graph"] or raw["collection"]):
+    stamp, graph, collection = raw["stamp"], raw["graph"], raw["collection"]
+    if not isinstance(stamp, str) or not (graph or collection):
         raise ValueError("no stamp or no half")
+    if not _STAMP.fullmatch(stamp) or path.name != f"backup_{stamp}.json":
+        raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
+    if datetime.fromisoformat(raw["created"]).astimezone(timezone.utc).year < _FIRST_YEAR:
+        raise ValueError(f"created {raw['created']}")
     if datetime.fromisoformat(raw["created"]).tzinfo is None:
         raise ValueError("created has no time zone")
-    for half in (raw["graph"], raw["collection"]):
-        if half and half["proof"] not in PROOF_LEVELS:
-            raise ValueError(f"proof {half['proof']}")
-        where = PurePosixPath(half["file"]["name"] if half else "")
-        if where.is_absolute() or ".." in where.parts:
-            raise ValueError(f"{where} is outside the backup folder")
+    if graph:
+        _require_half(graph, f"{GRAPH_DIR}/{graph['graph']}_{stamp}.rdb")
+    if collection:
+        _require_half(collection, f"{COLLECTION_DIR}/qdrant_snapshot_{stamp}.tar.gz")
+
+
+def _require_half(half: Mapping[str, Any], file: str) -> None:
+    """Raise unless the half has the one name that backup gives its file, a known level and a server's address."""
+    if half["proof"] not in PROOF_LEVELS:
+        raise ValueError(f"proof {half['proof']}")
+    if half["file"]["name"] != file or ".." in file.split("/") or file.count("/") != 1:
+        raise ValueError(f"its file is {half['file']['name']!r}, a backup's is {file!r}")
+    if half["file"]["size"] < 0:
+        raise ValueError(f"size {half['file']['size']}")
+    same_server(half["server"]["address"], "")  # a port beyond 65535 or brackets without an end

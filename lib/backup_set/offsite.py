@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest
+from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest, read_manifest
 from lib.backup_set.offsite_address import offsite_address
 from lib.backup_set.offsite_store import OffsiteStore, Progress, open_offsite
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
-from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, write_atomic
+from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, sync_dir, write_atomic
 
 Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
 MANIFEST_NAME = re.compile(r"backup_\d{8}_\d{6}\.json")
@@ -170,6 +170,32 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: Bar) -> Path:
     return path
 
 
+def is_whole_here(store: OffsiteStore, name: str, folder: Path) -> bool:
+    """Whether the set is in `folder` already, byte for byte. Raises BadFile for another file of one of its names."""
+    manifest, data = read_there(store, name)
+    path = folder / manifest.name
+    if path.exists() and path.read_bytes() != data:
+        raise _another(path)
+    here = [
+        _is_here(folder / file.name, file) for file in manifest.files
+    ]  # each, for the sake of what it raises
+    return path.exists() and all(here)
+
+
+def accept(path: Path, folder: Path) -> Path:
+    """Move a fetched set, whose manifest is `path`, into `folder`, the manifest last; returns its path there.
+
+    What is there already is the same (see `is_whole_here`) and is replaced by it.
+    """
+    manifest = read_manifest(path)
+    for name in [*(file.name for file in manifest.files), manifest.name]:
+        target = folder / name
+        private_dir(target.parent)
+        (path.parent / name).replace(target)
+        sync_dir(target.parent)
+    return folder / manifest.name
+
+
 def require_fetchable(name: str) -> None:
     """Raise UsageProblem for a file's name that `fetch` would refuse: asked before anything is uploaded."""
     if not _is_plain(name):
@@ -212,9 +238,11 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
     digest, size = hashlib.sha256(), 0
     with atomic_writer(path) as stream:
         for data in store.chunks(file.name):
+            size += len(data)
+            if size > file.size:  # it may never end
+                break
             stream.write(data)
             digest.update(data)
-            size += len(data)
             progress(len(data))
         if (size, digest.hexdigest()) != (file.size, file.sha256):
             raise BackupDamaged(

@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lib.backup_set.manifest import BackupFile
+from lib.backup_set.manifest import MAX_BYTES, BackupFile
 from lib.backup_set.offsite_address import FILE, S3, SFTP, OffsiteAddress, offsite_address
 from lib.backup_set.offsite_trouble import trouble
 from lib.errors import BackupDamaged, MigrationError, UsageProblem
@@ -25,7 +25,6 @@ Progress = Callable[[int], None]
 _CHUNK = 1 << 20
 _BLOCK = 8 << 20
 _PARTS = 9000  # S3 takes 10,000
-_SMALL = 64 << 20
 _PROBE, _PROBE_BYTES = ".automem-probe", b"backup_automem.py asks whether it may write here\n"
 _LOUD = (
     "paramiko",
@@ -94,13 +93,13 @@ class OffsiteStore:
                 stream.close()
 
     def read(self, name: str) -> bytes:
-        """A small file whole; raises BackupDamaged where it is not small."""
-        found = b""
+        """A manifest whole; raises BackupDamaged if it is larger than any."""
+        found = bytearray()
         for data in self.chunks(name):
             found += data
-            if len(found) > _SMALL:
+            if len(found) > MAX_BYTES:
                 raise BackupDamaged(f"{self.shown}/{name} is too large for a manifest")
-        return found
+        return bytes(found)
 
     def holds(self, file: BackupFile, name: str, progress: Progress) -> bool:
         """Whether the bytes under `name` are the file's, read back in full."""

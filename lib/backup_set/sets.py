@@ -13,7 +13,7 @@ from lib.errors import BackupDamaged, BadFile, MissingData
 from lib.files import sync_dir
 from lib.journal import Journal, read_journal
 
-GRAPH_DIR, COLLECTION_DIR, SPOOL_DIR = "falkordb", "qdrant", "embeddings"
+SPOOL_DIR = "embeddings"
 _NAMED = 3
 
 

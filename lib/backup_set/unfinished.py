@@ -7,7 +7,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lib.backup_set.sets import COLLECTION_DIR, GRAPH_DIR
+from lib.backup_set.manifest import COLLECTION_DIR, GRAPH_DIR
 from lib.errors import LockHeld
 from lib.files import PARTIAL, TargetLock
 from lib.journal import Journal, open_journals

@@ -89,7 +89,7 @@ def inspect_rdb(path: Path) -> RdbFacts:
         crc_ok=stored == computed,
         dumped_graph=head.aux.get(_DUMP_MARK),
         graph_encoding=head.graph_encoding,
-        memory=int(used) if (used := head.aux.get("used-mem", "")).isdecimal() else 0,
+        memory=int(used) if re.fullmatch(r"[0-9]{1,18}", used := head.aux.get("used-mem", "")) else 0,
     )
 
 

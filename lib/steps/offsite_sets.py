@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from lib.backup_set.manifest import read_manifest
+from lib.backup_set.manifest import GRAPH_DIR, read_manifest
 from lib.backup_set.offsite import (
     MANIFEST_NAME,
     Uploaded,
+    accept,
     fetch,
+    is_whole_here,
     manifests,
     read_there,
     require_fetchable,
@@ -23,7 +25,7 @@ from lib.backup_set.offsite import (
 )
 from lib.backup_set.offsite_address import is_url
 from lib.backup_set.offsite_store import OffsiteStore, open_offsite
-from lib.backup_set.sets import GRAPH_DIR, Deployment, newest_full, safety_copies, with_purpose
+from lib.backup_set.sets import Deployment, newest_full, safety_copies, with_purpose
 from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
 from lib.files import TargetLock, private_dir
 from lib.graph.engine import Engine
@@ -31,6 +33,7 @@ from lib.steps.drill import Proof, named_manifests, prove_named
 from lib.steps.progress import ProgressBar
 
 LATEST = "latest"
+_QUARANTINE = "quarantine"  # in the backup folder: what was fetched and is not verified
 _SET_FILE = re.compile(r".+_(\d{8}_\d{6})\.[a-z.]+")
 
 
@@ -69,8 +72,12 @@ def require_place(url: str, *, graph: str = "", write: bool = True) -> str:
     return store.shown
 
 
-def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str:
+def fetched(
+    word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar
+) -> str:
     """A FILE argument as it is, or the set that a URL names brought into `folder`: the path of its file there.
+
+    A set is fetched into a folder of its own, and moved into `folder` only when it is verified.
 
     The URL of a manifest or of one of its files, or of a folder with `/latest` behind it: the newest full set there
     that is of this deployment and no safety copy. Raises like `offsite.fetch`, and BadFile for another URL.
@@ -86,10 +93,29 @@ def fetched(word: str, folder: Path, owner: Deployment, bar: ProgressBar) -> str
         )
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
     with TargetLock([f"fetching into {folder.absolute()}"]):
-        path = fetch(store, name, folder, bar)
+        path = folder / name
+        if not is_whole_here(store, name, folder):
+            path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines())
     if named.file and named.file not in {file.name for file in read_manifest(path).files}:
         raise BadFile(f"{store.shown}/{named.file} is no file of the set {name}")
     return str(folder / named.file if named.file else path)
+
+
+def _verified(path: Path, folder: Path, engines: list[Engine]) -> Path:
+    """Verify a fetched set and move it into `folder`; the path of its manifest there.
+
+    Raises BackupDamaged for a set that does not verify, which is removed.
+    """
+    for proof in prove_named(path.parent, str(path), engines):
+        if proof.fault:
+            shutil.rmtree(path.parent)
+            raise BackupDamaged(
+                f"the set that was fetched does not verify, and was removed: {proof.fault}",
+                next_step="use another set of the copies:  python scripts/backup_automem.py --list URL",
+            )
+    accepted = accept(path, folder)
+    shutil.rmtree(path.parent)
+    return accepted
 
 
 def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lib.backup_set.manifest import read_manifest
-from lib.backup_set.sets import GRAPH_DIR
+from lib.backup_set.manifest import GRAPH_DIR, read_manifest
 from lib.errors import MigrationError
 from lib.files import atomic_writer, private_dir
 from lib.graph.client import list_graphs

@@ -12,9 +12,8 @@ from typing import IO, Any
 import orjson
 
 from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, ArchiveWriter, IdsReader, archive_writer
-from lib.backup_set.manifest import UNPROVED, BackupFile, CollectionHalf
+from lib.backup_set.manifest import COLLECTION_DIR, UNPROVED, BackupFile, CollectionHalf
 from lib.backup_set.members import SnapshotMember, together
-from lib.backup_set.sets import COLLECTION_DIR
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged
 from lib.files import private_dir

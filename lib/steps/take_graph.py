@@ -10,8 +10,7 @@ from pathlib import Path
 
 import redis
 
-from lib.backup_set.manifest import UNPROVED, BackupFile, GraphHalf
-from lib.backup_set.sets import GRAPH_DIR
+from lib.backup_set.manifest import GRAPH_DIR, UNPROVED, BackupFile, GraphHalf
 from lib.errors import AccessRefused
 from lib.files import atomic_writer, private_dir
 from lib.graph.client import (

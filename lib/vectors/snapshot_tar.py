@@ -12,12 +12,15 @@ from lib.vectors.collection import vector_params
 from lib.vectors.tar_stream import ByteStream, Entry, Section, Sparse, damaged, entries
 
 JSON_LIMIT = 16 * 1024 * 1024
+_SMALL_JSON_LIMIT = 1024 * 1024  # of a shard or a segment
+_ENTRIES_LIMIT = 100_000
 
 _SEGMENT = re.compile(r"(\d+)/segments/[^/]+\.tar")
 _SHARD_JSON = re.compile(r"(\d+)/(replica_state|shard_config)\.json")
 _WAL = re.compile(r"\d+/wal/(?:open|closed)-\d+")
 _WAL_MAGIC = b"wal"  # a WAL file that begins otherwise kills the collection that it is restored onto
 _WHOLE = "the snapshot"
+_Vector = tuple[Any, Any]  # size and distance, as segment.json has them
 KeepSegment = Callable[[int, "Section | Sparse"], ByteStream]
 
 
@@ -67,15 +70,17 @@ class _Survey:
         self._keep = keep
         self._names: set[str] = set()
         self._texts: dict[str, bytes] = {}
-        self._replicas: dict[int, dict[str, Any]] = {}
+        self._local: dict[int, bool] = {}  # whether this node holds a replica of the shard
         self._configured: set[int] = set()
-        self._segments: list[tuple[int, dict[str, Any]]] = []
+        self._segments: list[tuple[int, _Vector | None]] = []
 
     def see(self, entry: Entry) -> None:
         """Take in one entry, its content included."""
         if entry.name in self._names and entry.is_file:
             raise damaged(_WHOLE, f"holds '{entry.name}' twice")
         self._names.add(entry.name)
+        if len(self._names) > _ENTRIES_LIMIT:
+            raise damaged(_WHOLE, f"holds more than {_ENTRIES_LIMIT} entries: refused")
         if not entry.is_file:
             return
         if entry.name in {"config.json", "version.info", "payload_index.json"}:
@@ -118,56 +123,60 @@ class _Survey:
         )
 
     def _see_shard(self, shard: int, kind: str, entry: Entry) -> None:
-        content = _parse(_text(entry.content, entry.name), entry.name)
+        content = _parse(_text(entry.content, entry.name, _SMALL_JSON_LIMIT), entry.name)
         if kind == "replica_state":
-            self._replicas[shard] = content
+            self._local[shard] = bool(content.get("is_local"))
         else:
             self._configured.add(shard)
 
     def _shards(self, params: dict[str, Any]) -> dict[int, int]:
         held = [shard for shard, _ in self._segments]
-        found = self._configured & self._replicas.keys()
+        found = self._configured & self._local.keys()
         counted = params.get("shard_number")
         expected = set(range(counted)) if isinstance(counted, int) else found
         if params.get("sharding_method") == "custom":
             expected = found
-        missing = sorted((expected | set(held) | self._configured | self._replicas.keys()) - found)
+        missing = sorted((expected | set(held) | self._configured | self._local.keys()) - found)
         if missing or not found:
             raise damaged(_WHOLE, f"lacks shard {missing[0] if missing else 0}")
-        for shard, replica in self._replicas.items():
-            if replica.get("is_local") and shard not in held:
+        for shard, is_local in self._local.items():
+            if is_local and shard not in held:
                 raise damaged(_WHOLE, f"lacks the segments of shard {shard}")
         return {shard: held.count(shard) for shard in sorted(found)}
 
     def _check_segments(self, size: int, distance: str) -> None:
-        for shard, state in self._segments:
-            vector = state.get("config", {}).get("vector_data", {}).get("")
-            if vector is not None and (vector.get("size"), vector.get("distance")) != (size, distance):
+        for shard, vector in self._segments:
+            if vector is not None and vector != (size, distance):
                 raise damaged(_WHOLE, f"holds a segment of another size or distance in shard {shard}")
 
 
-def _segment(content: ByteStream, name: str) -> dict[str, Any]:
-    """Read a segment's own tar to its end; returns its segment.json."""
+def _segment(content: ByteStream, name: str) -> _Vector | None:
+    """Read a segment's own tar to its end; size and distance of its unnamed vector, None if it has none."""
     where = f"segment {name}"
     state: dict[str, Any] | None = None
     version = False
     for entry in entries(Section(content, None, where), needs_end=False):
         last = entry.name.rsplit("/", 1)[-1]
         if entry.is_file and last == "segment.json":
-            state = _parse(_text(entry.content, entry.name), f"segment.json of {name}")
+            text = _text(entry.content, entry.name, _SMALL_JSON_LIMIT)
+            state = _parse(text, f"segment.json of {name}")
         version = version or (entry.is_file and last == "version.info")
     if state is None or not version:
         raise damaged(where, "is empty, zeroed or cut: its segment.json or version.info is missing")
-    return state
+    try:
+        vector = state.get("config", {}).get("vector_data", {}).get("")
+        return None if vector is None else (vector.get("size"), vector.get("distance"))
+    except AttributeError:
+        raise damaged(where, "has a segment.json that no server writes") from None
 
 
-def _text(content: Section | Sparse, name: str) -> bytes:
+def _text(content: Section | Sparse, name: str, limit: int = JSON_LIMIT) -> bytes:
     pieces, size = [], 0
-    while piece := content.read(JSON_LIMIT):
+    while piece := content.read(limit):
         pieces.append(piece)
         size += len(piece)
-        if size > JSON_LIMIT:
-            raise damaged(_WHOLE, f"has a {name} of more than {JSON_LIMIT} bytes")
+        if size > limit:
+            raise damaged(_WHOLE, f"has a {name} of more than {limit} bytes")
     return b"".join(pieces)
 
 

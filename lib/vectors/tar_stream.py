@@ -16,7 +16,8 @@ _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 _LONG_NAME = tarfile.GNUTYPE_LONGNAME
 # Qdrant writes files, directories and, from 1.13 on, sparse files; anything else is not from it.
 _KNOWN = {*_REGULAR, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, _LONG_NAME}
-_NAME_LIMIT = 64 * 1024
+_NAME_LIMIT = 1024  # Qdrant's are far below it
+_PIECES_LIMIT = 200_000  # of one sparse file
 _STEP = "use another backup"
 # A sparse file holds less than it claims; a WAL segment is preallocated with 32 MiB, or as configured.
 _CLAIM_BYTES = 16 * 1024**3
@@ -144,7 +145,9 @@ def _safe_name(name: str, where: str) -> str:
 
 def _long_name(section: Section, size: int) -> str:
     padded = size + -size % BLOCK
-    data = section.take(padded) if size <= _NAME_LIMIT else b""
+    if size > _NAME_LIMIT:
+        raise damaged(section.where, f"holds a name of {size} bytes: refused")
+    data = section.take(padded)
     if len(data) != padded or not size:
         raise damaged(section.where, "holds a name that is cut")
     return data[:size].rstrip(b"\0").decode("utf-8", "replace")
@@ -164,6 +167,8 @@ def _sparse_map(section: Section, header: bytes) -> tuple[list[tuple[int, int]],
             raise damaged(section.where, "is cut in a sparse map")
         pieces += _pieces(block[:504], section.where)
         more = block[504]
+        if len(pieces) > _PIECES_LIMIT:
+            raise damaged(section.where, f"holds a sparse file of more than {_PIECES_LIMIT} pieces: refused")
     size, at = _number(header[483:495], section.where), 0
     for offset, length in pieces:
         if offset < at or offset + length > size:

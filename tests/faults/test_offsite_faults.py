@@ -416,11 +416,12 @@ def test_a_fetch_that_breaks_off_goes_on(operator, sftp, backed_up, tmp_path):
     assert process.returncode == 1, err
     assert "Traceback" not in err
     assert not operator.manifests()
-    (rdb,) = (operator.backups / "falkordb").iterdir()
+    (rdb,) = (operator.backups / "quarantine" / "falkordb").iterdir()
     fetched = rdb.stat().st_ino
     sftp.mischief = Mischief()
     operator.run("restore_from_backup", f"{sftp.url('/copies')}/latest", "--dry-run")
-    assert rdb.stat().st_ino == fetched
+    assert (operator.backups / "falkordb" / rdb.name).stat().st_ino == fetched
+    assert not (operator.backups / "quarantine").exists()
     assert set_of(operator.backups / backed_up.name) == set_of(tmp_path / "lost" / backed_up.name)
 
 

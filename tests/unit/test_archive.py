@@ -273,7 +273,8 @@ from lib.backup_set import archive as a
 path, what, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if what == "write":
     with a.archive_writer(path) as archive:
-        facts = b'{"collection":1,"config":1,"snapshot_size":1,"snapshot_sha256":1,"promised_ids":1}'
+        ids = size // 10 // 1000 * 100
+        facts = b'{"collection":1,"config":1,"snapshot_size":1,"snapshot_sha256":1,"promised_ids":%d}' % ids
         archive.add(a.FACTS, io.BytesIO(facts), len(facts))
         archive.begin(a.SNAPSHOT + "s", size)
         block = bytes(range(256)) * 4096

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.errors import BadFile
 from lib.journal import open_journals, read_journal, start_journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,7 @@ def test_kill_9_loses_no_announced_phase(tmp_path):
     code = """
 import sys
 from pathlib import Path
+from lib.errors import BadFile
 from lib.journal import start_journal
 journal = start_journal(Path(sys.argv[1]), "reembed", ["t"])
 for number in range(10**6):
@@ -135,3 +137,53 @@ for number in range(10**6):
     assert journal.has_reached(f"phase {last}")
     journal.append("goes on")
     assert read_journal(journal.path).phase == "goes on"
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("side", "c"),
+        ("side", "another__check_20260101_000000_abcd"),
+        ("staged_collection", "c__next/../c"),
+        ("temporary_collection", "c"),
+        ("throwaway_graph", "g"),
+        ("safety_graph", "g__pre_x; DROP"),
+        ("collection", "another"),
+        ("stamp", "*"),
+        ("manifest", "../backup_20260101_000000.json"),
+        ("snapshot", "../../other/snapshots/s"),
+    ],
+)
+def test_a_name_that_no_run_can_have_written_is_refused(journal, fact, value):
+    """A journal says what is removed from the servers: one from elsewhere removes nothing."""
+    journal.append("announced", **{fact: value})
+    with pytest.raises(BadFile, match="was not written by these scripts") as caught:
+        open_journals(journal.path.parent)
+    assert str(journal.path) in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("side", "c__check_20260101_000000_abcd"),
+        ("staged_collection", "c__next"),
+        ("collection", "c__next"),
+        ("temporary_collection", "c__try_0123456789abcdef"),
+        ("throwaway_graph", "g__try_20260101_000000_abcd"),
+        ("safety_graph", "{g}__pre_20260101_000000_abcd"),
+        ("stamp", "20260101_000000"),
+        ("manifest", "backup_20260101_000000.json"),
+        ("snapshot", "c-1-2026-01-01-00-00-00.snapshot"),
+        ("stamp", {"model": "m", "size": 3}),
+    ],
+)
+def test_what_a_run_writes_is_read(journal, fact, value):
+    journal.append("announced", **{fact: value})
+    assert read_journal(journal.path).fact(fact) == value
+
+
+def test_a_run_id_from_elsewhere_is_refused(journal):
+    text = journal.path.read_text().replace(journal.run_id, "../../home/x")
+    journal.path.write_text(text)
+    with pytest.raises(BadFile, match="its run id"):
+        read_journal(journal.path)

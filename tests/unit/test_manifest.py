@@ -82,7 +82,7 @@ def make(
     for name, content in (("graph", b"rdb"), ("collection", b"arch")):
         half = halves[name]
         if half is not None:
-            file = half.file.name.replace(".", f"_{stamp}.", 1)
+            file = f"falkordb/g_{stamp}.rdb" if name == "graph" else f"qdrant/qdrant_snapshot_{stamp}.tar.gz"
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(content)
             halves[name] = dataclasses.replace(half, file=dataclasses.replace(half.file, name=file))
