@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
@@ -20,11 +21,17 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
 
 
-def private_dir(path: Path) -> Path:
-    """Make `path` (0700) where it is missing and prove that files can be written there; raises UsageProblem."""
+def private_dir(path: Path, *, shared: bool = False) -> Path:
+    """Make `path` (0700) if it is missing and prove that files can be written there.
+
+    `shared`: a place of copies, where others may write: what comes from there is verified. Any other folder is refused
+    if others may write there, since these scripts act on what they find in it. Raises UsageProblem.
+    """
     probe = path / f".probe-{os.getpid()}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not shared:
+            _require_own(path)
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
@@ -36,6 +43,72 @@ def private_dir(path: Path) -> Path:
             f"cannot write to the folder {path}: {error.strerror}", next_step=way_out
         ) from error
     return path
+
+
+def _require_own(path: Path) -> None:
+    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there.
+
+    A folder of ours that holds nothing yet, as `backups/` of a fresh clone, is closed to others (0700).
+    """
+    state = path.stat()
+    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and not _holds_anything(path):
+        path.chmod(0o700)
+        state = path.stat()
+    if state.st_uid not in trusted_owners():
+        raise UsageProblem(
+            f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it",
+            next_step=f"sudo chown -R $(id -un) {quote(str(path))}   or name another with --backup-dir",
+        )
+    # A group that has the user's own number is that user's alone, as most Linux systems make them (umask 002).
+    group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
+    if state.st_mode & (stat.S_IWOTH | group):
+        raise UsageProblem(
+            f"others may write into the folder {path}: they could forge or replace what is in it",
+            next_step=f"chmod go-w {quote(str(path))}   or name another with --backup-dir",
+        )
+
+
+def _holds_anything(path: Path) -> bool:
+    return any(one.name != "README.md" and not one.name.startswith(".") for one in path.iterdir())
+
+
+def trusted_owners() -> set[int]:
+    """The user who runs this, root, and the owner of this checkout, whose code runs anyway."""
+    return {os.geteuid(), 0, Path(__file__).stat().st_uid}
+
+
+def private_file(path: Path, *, create: bool = True) -> None:
+    """Make an empty file (0600) if it is missing; take wider rights of an existing one away.
+
+    Without `create` a missing file stays missing. Raises UsageProblem for a link, for what is no regular file, and for
+    a file of a user who is not trusted.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        if create:
+            raise
+        return
+    except OSError as error:
+        if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            raise
+        raise _no_file_of_ours(path) from error
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_uid not in trusted_owners():
+            raise _no_file_of_ours(path)
+        if state.st_mode & 0o077:
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+def _no_file_of_ours(path: Path) -> UsageProblem:
+    return UsageProblem(
+        f"{path} is a link, a device, a folder or another user's file: nothing is written through it",
+        next_step=f"ls -l {quote(str(path))}   then remove it, or name another folder with --backup-dir",
+    )
 
 
 def readable_bytes(path: Path) -> bytes:
@@ -73,7 +146,8 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     Until then it is `<path>.partial`, which is removed when the block fails. An existing file is replaced.
     """
     partial = path.with_name(path.name + PARTIAL)
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    partial.unlink(missing_ok=True)  # of a killed run; it may be a link, or readable by others
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "w+b") as stream:
             yield stream
@@ -194,7 +268,8 @@ class UsedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb")
+        private_file(path)
+        self._stream = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "rb")
         try:
             self._lock(alone=False)
         except BaseException:

@@ -19,7 +19,7 @@ from lib.backup_set.manifest import MAX_BYTES, BackupFile
 from lib.backup_set.offsite_address import FILE, S3, SFTP, OffsiteAddress, offsite_address
 from lib.backup_set.offsite_trouble import trouble
 from lib.errors import BackupDamaged, MigrationError, UsageProblem
-from lib.files import PARTIAL, private_dir, sync_dir
+from lib.files import PARTIAL, private_dir, private_file, sync_dir
 
 Progress = Callable[[int], None]
 _CHUNK = 1 << 20
@@ -120,7 +120,7 @@ class OffsiteStore:
 
     def _make_folder(self, path: str) -> None:
         if self.address.scheme == FILE:
-            private_dir(Path(path))
+            private_dir(Path(path), shared=True)
         elif self.address.has_folders:
             self._fs.makedirs(path or "/", exist_ok=True)
 
@@ -137,9 +137,11 @@ class OffsiteStore:
         options = {}
         if self.address.scheme == S3:
             options["chunksize"] = max(_BLOCK, source.stat().st_size // _PARTS)
+        if self.address.scheme == FILE:  # closed to others before the first byte is in it
+            Path(path).unlink(missing_ok=True)
+            private_file(Path(path))
         self._fs.put_file(str(source), path, callback=Told(), **options)
         if self.address.scheme == FILE:
-            Path(path).chmod(0o600)
             _sync_file(Path(path))
 
     def keep(self, there: str, name: str) -> None:
@@ -159,7 +161,7 @@ class OffsiteStore:
         """Write a small file, read it back, delete it; raises like every call. Keys that may not delete are fine."""
         if self.address.scheme == FILE:
             try:
-                private_dir(Path(self._root))
+                private_dir(Path(self._root), shared=True)
             except UsageProblem as error:
                 raise UsageProblem(
                     str(error), next_step=f"ls -ld {quote(str(self._root))}   or upload into another folder"

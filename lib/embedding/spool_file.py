@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import MigrationError
-from lib.files import UsedFile, free_bytes, private_dir, sync_dir
+from lib.files import UsedFile, free_bytes, private_dir, private_file, sync_dir
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,8 +70,11 @@ class SpoolFile:
         self._read_only = read_only
         for file in [] if read_only else self._files:
             private_dir(file.parent)
-            if not file.exists():
-                os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+            new = not file.exists()
+            private_file(file)
+            for ending in ("-wal", "-shm"):
+                private_file(file.with_name(file.name + ending), create=False)
+            if new:
                 sync_dir(file.parent)  # SQLite syncs what it writes, not the name of the file
         # Through the run's end, not for each statement: what a run relies on must not be pruned under it.
         self._used = UsedFile(self.vectors_path.with_name(self.vectors_path.name + ".lock"))

@@ -23,12 +23,16 @@ from tests.offsite_support import BUCKET, S3Server
 pytestmark = pytest.mark.qdrant
 CHECKOUT, COPIES = "/opt/automem-migration", "/mnt/copies"
 CRON_FIELDS = 5
+NOBODY = 65534
 
 
 def examples(language: str) -> list[Block]:
     found = [one for one in blocks(README) if one.language == language]
     assert found, language
     return found
+
+
+NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +185,16 @@ def mount() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def own() -> Iterator[Path]:
+    """A backup folder of the user that the command runs as."""
+    folder = Path(tempfile.mkdtemp(prefix="own-"))
+    if os.getuid() == 0:
+        os.chown(folder, NOBODY, NOBODY)
+    yield folder
+    shutil.rmtree(folder)
+
+
 def unprivileged() -> list[str]:
     """What makes a command of root's one of another user, who may read everything and write next to nothing."""
     if os.getuid() != 0:
@@ -188,11 +202,12 @@ def unprivileged() -> list[str]:
     if shutil.which("setpriv") is None:
         pytest.skip("root without setpriv cannot become another user here")
     read_all = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *read_all, "--"]
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *read_all, "--"]
 
 
-@pytest.mark.parametrize("words", [["--backup-dir"], ["--backup-dir", "/tmp", "--upload"]])
-def test_a_mount_of_roots_is_told_with_the_remedy(nightly, mount, words):
+@pytest.mark.parametrize("words", [["--backup-dir"], ["--backup-dir", "OWN", "--upload"]])
+def test_a_mount_of_roots_is_told_with_the_remedy(nightly, mount, own, words):
+    words = [str(own) if word == "OWN" else word for word in words]
     command = [sys.executable, str(nightly.checkout / "scripts" / "backup_automem.py"), *words, str(mount)]
     ran = bare(nightly, [*unprivileged(), *command], nightly.checkout)
     assert ran.code == 2

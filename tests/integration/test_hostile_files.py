@@ -243,3 +243,55 @@ def test_no_more_is_fetched_than_the_manifest_says(tmp_path):
         _receive(Endless(), BackupFile("f", 3 << 20, "0" * 64), tmp_path / "f", lambda _bytes: None)
     assert len(taken) == 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_folder_into_which_others_may_write_is_refused(operator):
+    operator.load(20)
+    operator.run("backup_automem")
+    before = operator.state()
+    operator.backups.chmod(0o777)
+    for script, *words in (
+        ("backup_automem",),
+        ("reembed_embeddings", "--dry-run"),
+        ("restore_from_backup", "latest"),
+    ):
+        result = operator.run(script, *words, expect=2)
+        assert f"others may write into the folder {operator.backups}" in result.err
+        assert f"chmod go-w {operator.backups}" in result.err
+    operator.backups.chmod(0o755)
+    operator.run("backup_automem")
+    assert operator.state() == before
+
+
+def test_the_embedding_cache_is_closed_to_others(operator):
+    operator.load(20)
+    operator.run("reembed_embeddings", "--dry-run")
+    caches = list((operator.backups / "embeddings").glob("*.sqlite3"))
+    for path in caches:
+        path.chmod(0o644)
+    operator.run("reembed_embeddings", "--dry-run")
+    assert {path.stat().st_mode & 0o777 for path in caches} == {0o600}
+    target = operator.folder / "of another"
+    caches[0].rename(target)
+    caches[0].symlink_to(target)
+    before = target.read_bytes()
+    assert "nothing is written through it" in operator.run("reembed_embeddings", "--dry-run", expect=2).err
+    assert target.read_bytes() == before
+
+
+def test_a_copy_is_closed_to_others_while_it_is_written(operator, tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    modes, real = [], LocalFileSystem.put_file
+
+    def put_file(self, source, target, **more):
+        modes.append(Path(target).stat().st_mode & 0o777)
+        return real(self, source, target, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+    operator.load(20)
+    operator.run("backup_automem", "--upload", str(tmp_path / "copies"))
+    assert modes == [0o600] * 3
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copies").rglob("*") if path.is_file()} == {
+        0o600
+    }

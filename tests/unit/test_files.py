@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from lib.errors import LOCKED, LockHeld, UsageProblem
-from lib.files import TargetLock, atomic_writer, free_bytes, private_dir, sha256_file, write_atomic
+from lib.files import (
+    TargetLock,
+    atomic_writer,
+    free_bytes,
+    private_dir,
+    private_file,
+    sha256_file,
+    write_atomic,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -119,6 +127,49 @@ def test_kill_9_leaves_the_old_file_and_the_next_writer_is_not_disturbed(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_run_left_is_neither_written_through_nor_left_open_to_others(tmp_path):
+    target = tmp_path / "precious"
+    target.write_bytes(b"precious")
+    (tmp_path / "f.partial").symlink_to(target)
+    write_atomic(tmp_path / "f", b"new")
+    assert target.read_bytes() == b"precious"
+    (tmp_path / "g.partial").write_bytes(b"of a killed run")
+    (tmp_path / "g.partial").chmod(0o644)
+    with atomic_writer(tmp_path / "g") as stream:
+        stream.write(b"new")
+        assert stat.S_IMODE((tmp_path / "g.partial").stat().st_mode) == 0o600
+    assert (tmp_path / "g").read_bytes() == b"new"
+
+
+def test_a_private_file_is_made_and_closed_to_others(tmp_path):
+    private_file(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"kept")
+    (tmp_path / "f").chmod(0o644)
+    private_file(tmp_path / "f")
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
+    assert (tmp_path / "f").read_bytes() == b"kept"
+    private_file(tmp_path / "missing", create=False)
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "folder"])
+def test_a_private_file_is_no_link_and_no_device(tmp_path, kind):
+    path, target = tmp_path / "f", tmp_path / "target"
+    if kind == "link":
+        target.write_bytes(b"x")
+        target.chmod(0o644)
+    if kind.endswith("link"):
+        path.symlink_to(target)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(UsageProblem, match="nothing is written through it"):
+        private_file(path)
+    assert target.exists() == (kind == "link")
+    assert kind != "link" or stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
 def test_sha256_of_a_file_longer_than_a_chunk(tmp_path):
     import hashlib
 
@@ -135,6 +186,42 @@ def test_a_private_folder_is_made_with_its_parents_and_left_clean(tmp_path):
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     assert list(made.iterdir()) == []
     assert private_dir(made) == made
+
+
+@pytest.mark.parametrize(
+    ("mode", "own_group"), [(0o777, True), (0o1777, True), (0o702, True), (0o770, False)]
+)
+def test_a_folder_into_which_others_may_write_is_refused(tmp_path, mode, own_group):
+    (tmp_path / "backup_20260101_000000.json").touch()
+    if not own_group:
+        try:
+            os.chown(tmp_path, -1, NOBODY)
+        except PermissionError:
+            pytest.skip("only root may give a folder to another group")
+    tmp_path.chmod(mode)
+    with pytest.raises(UsageProblem, match="others may write into the folder") as caught:
+        private_dir(tmp_path)
+    assert caught.value.next_step.startswith("chmod go-w ")
+    assert private_dir(tmp_path, shared=True) == tmp_path  # a place of copies
+    tmp_path.chmod(mode & ~0o022)
+    private_dir(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == mode & ~0o022
+
+
+def test_the_backup_folder_of_a_fresh_clone_is_closed_to_others(tmp_path):
+    (tmp_path / "README.md").touch()
+    tmp_path.chmod(0o775)
+    private_dir(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+@as_root
+def test_a_folder_of_a_user_who_is_not_trusted_is_refused(tmp_path):
+    os.chown(tmp_path, NOBODY, NOBODY)
+    with pytest.raises(UsageProblem, match=f"belongs to another user .uid {NOBODY}") as caught:
+        private_dir(tmp_path)
+    assert "sudo chown -R" in caught.value.next_step
+    os.chown(tmp_path, 0, 0)
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
