@@ -70,7 +70,7 @@ class Config:
     api_token: str = field(repr=False)
     backup_dir: Path
     settings: Mapping[str, Setting] = field(repr=False)
-    misspelt: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def spec(self) -> EmbeddingSpec:
@@ -119,13 +119,13 @@ def load_config(
     Precedence: environment, `env_file` (or AUTOMEM_ENV_FILE), `.env` in `cwd`, `.env` in `root`,
     `~/.config/automem/.env`, defaults. An empty value counts as not set.
     """
-    settings, faults, misspelt = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
+    settings, faults, warnings = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
     config = _build(Reader(settings, faults), settings)
     if faults:
         raise ConfigError(faults)
-    return replace(config, misspelt=tuple(misspelt))
+    return replace(config, warnings=tuple(warnings))
 
 
 def _build(read: Reader, settings: dict[str, Setting]) -> Config:

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
+
+from lib.files import trusted_owners
 
 DEFAULT = "default"
+# What is run: from the environment or the checkout's own .env alone.
+_PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
+_SENT_TO = {  # a key, and the settings that say where it is sent
+    "QDRANT_API_KEY": ("QDRANT_URL", "QDRANT_HOST", "QDRANT_NODE_URLS"),
+    "FALKORDB_PASSWORD": ("FALKORDB_HOST",),
+    "OPENAI_API_KEY": ("OPENAI_BASE_URL",),
+    "AUTOMEM_API_TOKEN": ("AUTOMEM_API_URL",),
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value (out of reprs, it may be a secret), where it came from, and what it beats, the next one first."""
+    """One value (out of reprs, it may be a secret), where it came from, and what it beats, the next one first.
+
+    `owner`: the user id of the file that it is in, or of the process whose environment it is in; None for a default.
+    """
 
     value: str = field(repr=False)
     origin: str
     beaten: tuple[Setting, ...] = field(default=(), repr=False)
+    owner: int | None = field(default=None, repr=False)
 
 
 def env_files(
@@ -89,11 +106,27 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
     return list(found.values())
 
 
-def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[str, Setting]:
+def _untrusted(path: Path) -> str | None:
+    """Why a file may not say where keys are sent: somebody else could have written it. None if it may."""
+    for state in (path.lstat(), path.stat()):  # a link, and what it leads to
+        if state.st_uid not in trusted_owners():
+            return (
+                f"{path} belongs to another user (uid {state.st_uid}), who could have your keys sent elsewhere:"
+                f" sudo chown $(id -un) {quote(str(path))}   or remove it"
+            )
+    if path.stat().st_mode & stat.S_IWOTH:
+        return f"{path} may be written by every user of this machine: chmod o-w {quote(str(path))}"
+    return None
+
+
+def _read_file(path: Path, known: Mapping[str, str], root: Path, faults: list[str]) -> dict[str, Setting]:
     """What a file sets; of duplicate lines the last one counts, an empty value counts as not set."""
     from dotenv import dotenv_values
     from dotenv.parser import parse_stream
 
+    if untrusted := _untrusted(path):
+        faults.append(untrusted)
+        return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -111,20 +144,44 @@ def _read_file(path: Path, known: Mapping[str, str], faults: list[str]) -> dict[
         elif line not in glued and any(name in source for name in known):
             faults.append(f"{path}:{line}: is no assignment, which is NAME=value")
     values = dotenv_values(stream=io.StringIO(good))
-    return {name: Setting(value, f"{path}:{lines[name]}") for name, value in values.items() if value}
+    own = (root / ".env").absolute()
+    faults += [
+        f"{path}:{lines[name]}: {name} names a program to run: set it in the environment or in {own}"
+        for name in _PROGRAMS
+        if values.get(name) and path != own
+    ]
+    owner = path.stat().st_uid
+    return {
+        name: Setting(value, f"{path}:{lines[name]}", owner=owner) for name, value in values.items() if value
+    }
+
+
+def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
+    """A line for each key that is sent to an address which another user's file sets."""
+    lines = []
+    for key, addresses in _SENT_TO.items():
+        for address in addresses:
+            left, right = settings[key], settings[address]
+            if None not in {left.owner, right.owner} and left.owner != right.owner:
+                lines.append(
+                    f"{key} ({left.origin}, of uid {left.owner}) is sent to the {address} of another user's file"
+                    f" ({right.origin}, of uid {right.owner})"
+                )
+    return lines
 
 
 def read_settings(
     environ: Mapping[str, str], defaults: Mapping[str, str], env_file: str | None, cwd: Path, root: Path
 ) -> tuple[dict[str, Setting], list[str], list[str]]:
-    """Every setting by precedence, the faults found in the files, and names that look misspelt."""
+    """Every setting by precedence, the faults found in the files, and what the operator is warned of."""
     faults: list[str] = []
-    sources = [{name: Setting(value, "environment") for name, value in environ.items() if value}]
+    user = os.geteuid()
+    sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
     sources += [
-        _read_file(path, defaults, faults) for path in env_files(env_file, environ, cwd, root, faults)
+        _read_file(path, defaults, root, faults) for path in env_files(env_file, environ, cwd, root, faults)
     ]
     settings = {}
     for name, default in defaults.items():
         found = [source[name] for source in sources if name in source]
         settings[name] = replace(found[0], beaten=tuple(found[1:])) if found else Setting(default, DEFAULT)
-    return settings, faults, _misspelt(sources, defaults)
+    return settings, faults, [*_misspelt(sources, defaults), *_of_two_owners(settings)]

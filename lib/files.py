@@ -175,8 +175,24 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _require_lock_folder(folder: Path) -> None:
+    """Raise UsageProblem if another user could remove a lock file that is held: then two runs would hold it at once."""
+    descriptor = os.open(os.path.realpath(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        state = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    others_write = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if state.st_uid not in {0, os.geteuid()} or (others_write and not state.st_mode & stat.S_ISVTX):
+        raise UsageProblem(
+            f"no lock in {folder} would hold: it belongs to uid {state.st_uid} with mode {state.st_mode & 0o7777:o},"
+            " so others may remove what lies in it",
+            next_step=f"sudo chown root {quote(str(folder))} && sudo chmod 1777 {quote(str(folder))}",
+        )
+
+
 def _open_lock_file(path: Path) -> IO[bytes]:
-    """Open or make the lock file so that any user of the machine can lock it.
+    """Open or make the lock file so that any user of the machine can lock it. Raises UsageProblem for anything else.
 
     In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing
     one is opened without it; a kernel lock needs no write permission.
@@ -185,8 +201,22 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         os.fchmod(descriptor, 0o666)
     except FileExistsError:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise _no_lock_file(path, str(error.strerror)) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _no_lock_file(path, "it is no regular file") from None
     return os.fdopen(descriptor, "rb")
+
+
+def _no_lock_file(path: Path, why: str) -> UsageProblem:
+    shown = quote(str(path))
+    return UsageProblem(
+        f"{path} cannot be locked ({why}): no run of these scripts made it",
+        next_step=f"ls -l {shown}   then   sudo rm -r {shown}",
+    )
 
 
 def _lock_file(path: Path) -> IO[bytes]:
@@ -222,7 +252,7 @@ class TargetLock:
         folder: where the lock files live, the same for every user of the machine.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path = Path("/tmp/automem-migration-locks")) -> None:  # noqa: S108 - shared on purpose
+    def __init__(self, names: Sequence[str], folder: Path = Path("/tmp")) -> None:  # noqa: S108 - shared on purpose
         self._folder = folder
         self._names = sorted(set(names))
         self._held: list[IO[bytes]] = []
@@ -230,12 +260,12 @@ class TargetLock:
     def __enter__(self) -> TargetLock:
         import portalocker
 
-        self._folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
-        with contextlib.suppress(PermissionError):
-            self._folder.chmod(0o1777)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _require_lock_folder(self._folder)
         for name in self._names:
+            file = f"automem-migration-{hashlib.sha256(name.encode()).hexdigest()[:24]}.lock"
             try:
-                self._held.append(_lock_file(self._folder / hashlib.sha256(name.encode()).hexdigest()[:24]))
+                self._held.append(_lock_file(self._folder / file))
             except portalocker.AlreadyLocked as error:
                 self._release()
                 raise LockHeld(

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+# What a child needs to start. It opens files that may be hostile: it gets no key, password or token.
+_ENVIRONMENT = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "PYTHONPATH",
+)
+_SPARE_MEMORY = 4 << 30
 
 # A shell that outlives this process: its end of the pipe closes when the process, and a child that has not told its
 # number yet, are gone. Without the word `done` the children are killed and the folder is removed.
@@ -33,6 +49,24 @@ done
 _CHILD = 'echo $$; exec "$@" >"$0" 2>&1'
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a child process: what it needs to start, and no secret."""
+    return {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+
+
+def limit(pid: int, *, mapped: int = 0, cpu_seconds: int | None = None) -> None:
+    """Bound the memory of a child (all of this machine's, and `mapped` bytes of files) and its CPU time, on Linux."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _SPARE_MEMORY + mapped
+    with contextlib.suppress(OSError, ValueError):  # it has ended, or a lower limit is set already
+        resource.prlimit(pid, resource.RLIMIT_AS, (memory, memory))
+        if cpu_seconds:
+            resource.prlimit(pid, resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+
+
 @dataclass
 class ScratchFolder:
     """The folder, and how to start a server in it that does not outlive this process."""
@@ -42,13 +76,16 @@ class ScratchFolder:
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         """Start `command` in the folder, its output in `log`; the caller ends it, and the undertaker after a kill."""
-        return subprocess.Popen(
+        child = subprocess.Popen(
             ["/bin/sh", "-c", _CHILD, str(log), *command],
             stdin=subprocess.DEVNULL,
             stdout=self._pipe,
             cwd=self.path,
+            env=child_environment(),
             start_new_session=True,  # a Ctrl-C is for the command, which then ends its server itself
         )
+        limit(child.pid)
+        return child
 
 
 @contextlib.contextmanager
@@ -56,7 +93,10 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchF
     """A new folder (0700) in `parent` (default: the system's temporary folder), removed when the block ends."""
     folder = Path(parent or tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(4)}"
     undertaker = subprocess.Popen(
-        ["/bin/sh", "-c", _UNDERTAKER, "sh", str(folder)], stdin=subprocess.PIPE, start_new_session=True
+        ["/bin/sh", "-c", _UNDERTAKER, "sh", str(folder)],
+        stdin=subprocess.PIPE,
+        env=child_environment(),
+        start_new_session=True,
     )
     assert undertaker.stdin is not None
     try:

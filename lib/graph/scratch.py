@@ -92,6 +92,11 @@ def _loaded(
             next_step="run it again when this machine is less busy, or prove the backup on another with --check",
         )
     _require_alive(child)
+    if "out of memory" in reason.lower():
+        raise ScratchFailed(
+            f"the scratch FalkorDB ran out of memory: {reason}",
+            next_step="prove the backup on a larger machine with --check",
+        )
     if foreign := _FOREIGN_MODULE.search(reason):
         raise ScratchFailed(
             f"it also holds data of the redis module '{foreign[1]}', which no engine here has",

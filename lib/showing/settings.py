@@ -34,7 +34,7 @@ def show_config(config: Config, console: Console) -> int:
     live = _live(config)
     hidden = {name: _hides(name, one) for name, one in config.settings.items()}
     rows = [(*row, hidden[row[0]]) for row in config.rows()]
-    for text in config.misspelt:
+    for text in config.warnings:
         console.warn(text)
     document = {
         "settings": {
@@ -93,7 +93,7 @@ def announce(config: Config, console: Console) -> None:
     for name, value, origin in config.rows():
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
-    for text in [*hidden_settings(config), *config.misspelt]:
+    for text in [*hidden_settings(config), *config.warnings]:
         hold(text)
     for journal in open_journals(config.backup_dir):
         console.say(_unfinished(journal, config.targets()))

@@ -18,6 +18,7 @@ import orjson
 
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import FULL_DISK
+from lib.scratch_folder import child_environment, limit
 from lib.vectors.points import PointId
 from lib.vectors.tar_stream import BLOCK, ByteStream, Section, Sparse
 
@@ -26,6 +27,8 @@ _FOREIGN = ("unknown variant", "rocksdb", "RocksDB", "Failed to deserialize")
 _FULL = "No space left"
 _ENGINE = Path(__file__).with_name("segment_engine.py")
 _STEP = "use another backup"
+# Far above what the engine needs for whole segments: preallocated files, payloads and indexes in memory.
+_MAPPED, _PREALLOCATED, _CPU_SECONDS, _BYTES_A_SECOND = 8, 512 << 20, 600, 1 << 20
 
 
 class EngineKilled(MigrationError):
@@ -67,6 +70,11 @@ class SegmentFiles:
         self.folder = folder
         self._archives: dict[int, _ShardArchive] = {}
 
+    @property
+    def segments(self) -> int:
+        """How many segments were put aside."""
+        return sum(archive.segments for archive in self._archives.values())
+
     def keep(self, shard: int, content: Section | Sparse) -> ByteStream:
         """`content` again; what is read of it goes into the shard's archive."""
         try:
@@ -97,14 +105,14 @@ class _ShardArchive:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("wb")
-        self._number = self._padding = 0
+        self.segments = self._padding = 0
 
     def begin(self, size: int) -> None:
         """The next segment, of exactly `size` bytes."""
-        info = tarfile.TarInfo(f"segments/00000000-0000-4000-8000-{self._number:012x}.tar")
+        info = tarfile.TarInfo(f"segments/00000000-0000-4000-8000-{self.segments:012x}.tar")
         info.size = size
         self._file.write(bytes(self._padding) + info.tobuf(tarfile.GNU_FORMAT))
-        self._number += 1
+        self.segments += 1
         self._padding = -size % BLOCK
 
     def write(self, piece: bytes) -> None:
@@ -149,8 +157,9 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
     None where the engine cannot read the segments' format. Raises BackupDamaged, EngineKilled, and OSError where the
     room is too little.
     """
-    archives = {str(shard): str(path) for shard, path in files.finished().items()}
-    with _engine() as ask:
+    paths = files.finished()
+    archives = {str(shard): str(path) for shard, path in paths.items()}
+    with _engine(sum(path.stat().st_size for path in paths.values()), files.segments) as ask:
         try:
             counts = ask({"open": archives})
         except _EngineError as error:
@@ -165,15 +174,18 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
 
 
 @contextmanager
-def _engine() -> Iterator[Callable[[dict[str, Any]], Any]]:
-    """Ask the engine; its process ends with the block, and with this process."""
+def _engine(size: int, segments: int) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Ask the engine, which opens segments of `size` bytes; its process ends with the block, and with this one."""
     with subprocess.Popen(
         [sys.executable, str(_ENGINE), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env=child_environment(),
         start_new_session=True,  # a Ctrl-C is for the command, which then ends this
     ) as child:
+        mapped = _MAPPED * size + segments * _PREALLOCATED
+        limit(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_A_SECOND)
 
         def ask(question: dict[str, Any]) -> Any:
             assert child.stdin is not None
@@ -198,4 +210,6 @@ def _engine() -> Iterator[Callable[[dict[str, Any]], Any]]:
 def _ended(code: int) -> MigrationError:
     if code == -signal.SIGKILL:
         return EngineKilled("Qdrant's engine was killed while it opened the segments: memory may be short")
+    if code == -signal.SIGXCPU:
+        return BackupDamaged("the segments keep Qdrant's engine busy without end", next_step=_STEP)
     return BackupDamaged(f"the segments crash Qdrant's engine (exit {code})", next_step=_STEP)

@@ -314,13 +314,13 @@ def test_one_process_locks_a_target_once(tmp_path):
 @pytest.mark.parametrize("first", [0, NOBODY])
 def test_two_users_exclude_each_other(open_place, first):
     second = NOBODY if first == 0 else 0
-    holder = start(HOLD, str(open_place / "locks"), "t", str(first))
+    holder = start(HOLD, str(open_place), "t", str(first))
     try:
         with pytest.raises(AssertionError, match="LockHeld: another run is working on t"):
-            kill(start(HOLD, str(open_place / "locks"), "t", str(second)))
+            kill(start(HOLD, str(open_place), "t", str(second)))
     finally:
         kill(holder)
-    kill(start(HOLD, str(open_place / "locks"), "t", str(second)))
+    kill(start(HOLD, str(open_place), "t", str(second)))
 
 
 def test_a_lock_file_that_a_cleaner_removed_is_made_anew_and_kept_young(tmp_path):
@@ -360,5 +360,45 @@ def test_the_lock_does_not_follow_a_link(tmp_path):
     (file,) = tmp_path.iterdir()
     file.unlink()
     file.symlink_to("/etc/hostname")
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(UsageProblem, match="symbolic link") as caught:
         TargetLock(["t"], tmp_path).__enter__()
+    assert f"sudo rm -r {file}" in caught.value.next_step
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_file_is_no_lock(tmp_path, kind):
+    """A pipe would hang the run that opens it."""
+    with TargetLock(["t"], tmp_path):
+        pass
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    os.mkfifo(file) if kind == "fifo" else file.mkdir()
+    with pytest.raises(UsageProblem, match="no regular file"):
+        TargetLock(["t"], tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_folder_in_which_others_could_remove_the_lock_is_refused(tmp_path, mode):
+    tmp_path.chmod(mode)
+    with pytest.raises(UsageProblem, match=f"no lock in {tmp_path} would hold") as caught:
+        TargetLock(["t"], tmp_path).__enter__()
+    assert "chmod 1777" in caught.value.next_step
+    tmp_path.chmod(mode | 0o1000)
+    with TargetLock(["t"], tmp_path):
+        pass
+
+
+@as_root
+def test_a_lock_folder_of_another_user_is_refused(tmp_path):
+    os.chown(tmp_path, NOBODY, NOBODY)
+    with pytest.raises(UsageProblem, match=f"belongs to uid {NOBODY}"):
+        TargetLock(["t"], tmp_path).__enter__()
+    os.chown(tmp_path, 0, 0)
+
+
+def test_a_link_to_a_folder_of_roots_changes_nothing_there(tmp_path):
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "locks").symlink_to(tmp_path / "private")
+    with TargetLock(["t"], tmp_path / "locks"):
+        pass
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700

@@ -1,0 +1,117 @@
+"""What somebody else on this machine can prepare: a `.env`, a program to run, what a child process could give away."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lib.graph.engine import installed_engines
+from lib.scratch_folder import child_environment
+from lib.vectors import open_segments
+
+pytestmark = pytest.mark.qdrant
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
+SCRIPTS = ("backup_automem", "reembed_embeddings", "restore_from_backup", "verify_migration")
+
+
+@pytest.fixture
+def elsewhere(operator) -> Path:
+    """The `.env` of the working directory, which sends the keys to a listener and names a program to run."""
+    path, program = operator.folder / ".env", operator.folder / "x.sh"
+    program.write_text(f"#!/bin/sh\nenv > {operator.folder}/STOLEN\n")
+    program.chmod(0o755)
+    path.write_text(f"FALKORDB_SCRATCH_SERVER={program}\nFALKORDB_SCRATCH_MODULE={program}\n")
+    return path
+
+
+def refused(operator, script: str) -> str:
+    err = operator.run(script, *(["latest"] if script.startswith("restore") else []), expect=2).err
+    assert not (operator.folder / "STOLEN").exists()
+    return err
+
+
+@as_root
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_env_file_of_another_user_is_refused(operator, elsewhere, script):
+    os.chown(elsewhere, NOBODY, NOBODY)
+    told = refused(operator, script)
+    assert f"{elsewhere} belongs to another user (uid {NOBODY})" in told
+    assert f"sudo chown $(id -un) {elsewhere}" in told
+
+
+@as_root
+@pytest.mark.parametrize("owned", ["link", "target"])
+def test_a_link_is_as_trusted_as_what_it_leads_to(operator, elsewhere, owned):
+    target = elsewhere.rename(operator.folder / "automem.env")
+    elsewhere.symlink_to(target)
+    if owned == "link":
+        os.chown(elsewhere, NOBODY, NOBODY, follow_symlinks=False)
+    else:
+        os.chown(target, NOBODY, NOBODY)
+    assert "belongs to another user" in refused(operator, "backup_automem")
+
+
+def test_an_env_file_that_everybody_may_write_is_refused(operator, elsewhere):
+    elsewhere.chmod(0o666)
+    assert f"chmod o-w {elsewhere}" in refused(operator, "backup_automem")
+
+
+def test_a_program_to_run_comes_from_the_environment_or_the_checkout(operator, elsewhere):
+    """Also not from a file that is trusted for addresses and keys."""
+    told = refused(operator, "backup_automem")
+    assert f"{elsewhere}:1: FALKORDB_SCRATCH_SERVER names a program to run" in told
+    assert f"{elsewhere}:2: FALKORDB_SCRATCH_MODULE names a program to run" in told
+    elsewhere.unlink()
+    engine = installed_engines({})[-1]
+    operator.load(20)
+    operator.export(FALKORDB_SCRATCH_SERVER=engine.server, FALKORDB_SCRATCH_MODULE=engine.module)
+    operator.run("backup_automem")
+
+
+def test_a_child_that_opens_files_of_others_gets_no_secret(operator, tmp_path, monkeypatch):
+    """The scratch FalkorDB is a script that writes down its environment; the engine is asked by /proc."""
+    program = operator.folder / "x.sh"
+    seen = operator.folder / "SEEN"
+    program.write_text(f"#!/bin/sh\nenv > {seen}\nexit 1\n")
+    program.chmod(0o755)
+    operator.load(20)
+    operator.run("backup_automem")
+    operator.export(FALKORDB_SCRATCH_SERVER=program, FALKORDB_SCRATCH_MODULE=program)
+    secrets = {
+        "OPENAI_API_KEY": "sk-secret",
+        "AUTOMEM_API_TOKEN": "token-secret",
+        "AWS_SECRET_ACCESS_KEY": "aws-secret",
+    }
+    operator.export(**secrets)
+    operator.run("backup_automem", "--check", "all", expect=None)
+    found = seen.read_text()
+    assert "PATH=" in found
+    assert not any(value in found or name in found for name, value in secrets.items())
+    assert set(secrets).isdisjoint(child_environment())
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are set on Linux")
+def test_the_engine_of_the_segments_is_bounded_and_gets_no_secret(monkeypatch, tmp_path):
+    started = []
+    real = open_segments.subprocess.Popen
+
+    def popen(*words, **more):
+        child = real(*words, **more)
+        started.append(child)
+        return child
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(open_segments.subprocess, "Popen", popen)
+    with open_segments._engine(1 << 20, 1) as ask:
+        assert ask({"held": []}) == []
+        process = Path(f"/proc/{started[0].pid}")
+        limits = {
+            line.rsplit(None, 3)[0].strip(): line.split()[-3]
+            for line in (process / "limits").read_text().splitlines()[1:]
+        }
+        assert b"sk-secret" not in (process / "environ").read_bytes()
+    assert limits["Max cpu time"] == "601"
+    assert 4 << 30 < int(limits["Max address space"]) < 1 << 50
