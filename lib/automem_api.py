@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lib.addresses import is_this_machine, without_login
+from lib.bounded import Unbounded, read_whole
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
 
 _OPTIONAL_SECONDS = 3.0
+_LARGEST_ANSWER, _LONGEST_SECONDS = 64 << 20, 10.0
 # Answers of a gateway, a login or a proxy in front of a service; a status from 500 on may also be the service's own.
 _MAY_HIDE_IT = {401, 403, 407, 408, 425, 429}
 
@@ -54,13 +56,26 @@ class Recall:
 
 
 def _send(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
-    """One request. Raises requests.RequestException."""
+    """One request. Raises requests.RequestException, also for an answer without end."""
     import requests
 
     with requests.Session() as session:
+        session.auth = _no_auth
         if is_this_machine(api.url):
             session.trust_env = False  # no proxy leads to this machine
-        return session.request(method, api.url + path, **sent)
+        # The token would go along to wherever a redirect points: none is followed.
+        sent |= {"allow_redirects": False, "stream": True}
+        response = session.request(method, api.url + path, **sent)
+        try:
+            read_whole(response, _LARGEST_ANSWER, max(_LONGEST_SECONDS, sent["timeout"]))
+        except Unbounded as error:
+            raise requests.exceptions.ContentDecodingError(str(error)) from error
+        return response
+
+
+def _no_auth(request: Any) -> Any:
+    """Keep ~/.netrc out, whose login would replace the token."""
+    return request
 
 
 def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from lib.addresses import is_this_machine
+from lib.bounded import Unbounded, joined
 from lib.dimensions import EmbeddingSpec, native_size, takes_dimensions
 from lib.embedding.answers import parsed
 from lib.embedding.endpoint import OPENAI_BASE_URL, public_url
@@ -25,6 +27,10 @@ _VOYAGE_HOST = (
 )
 
 
+# An answer is at most so large (a number as text, and what is around the numbers), and takes so many time-outs.
+_BYTES_A_NUMBER, _HEAD_BYTES, _TIMES = 64, 1 << 20, 3
+
+
 class Provider:
     """One key at one endpoint, for one model and size. Thread-safe; `name` is fit to be shown."""
 
@@ -34,6 +40,7 @@ class Provider:
                 "OPENAI_API_KEY holds a space, a line break or a letter that no key has",
                 next_step="set it again",
             )
+        self._size = spec.size
         self.name = f"{spec.model} at {public_url(spec.base_url)}"
         self._key = api_key
         self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
@@ -65,10 +72,10 @@ class Provider:
                     default_query=dict(parse_qsl(parts.query)),
                     default_headers={"api-key": self._key} if azure else None,
                     timeout=self._timeout,
-                    # No proxy leads to this machine.
-                    http_client=openai.DefaultHttpxClient(trust_env=False)
-                    if is_this_machine(self._base_url)
-                    else None,
+                    # No proxy leads to this machine; texts and Azure's key would go along to where a redirect points.
+                    http_client=openai.DefaultHttpxClient(
+                        trust_env=not is_this_machine(self._base_url), follow_redirects=False
+                    ),
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )
             return self._made
@@ -80,11 +87,21 @@ class Provider:
         """
         import openai
 
+        # httpx, or what the package has in its place: what breaks within a body comes as its error.
+        http = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
         try:
             # As extra_body the texts replace `input` unlooked at; else the package walks through every one of them.
-            raw = self._client().embeddings.with_raw_response.create(
+            with self._client().embeddings.with_streaming_response.create(
                 input="", extra_body={"input": list(texts), **self._beside}, **self._options
-            )
+            ) as raw:
+                limit = _HEAD_BYTES + len(texts) * self._size * _BYTES_A_NUMBER
+                return raw.headers, joined(raw.iter_bytes(), limit, _TIMES * self._timeout)
+        except Unbounded as error:
+            raise Transient(str(error)) from error
+        except http.TimeoutException as error:
+            raise Transient("no answer in time") from error
+        except http.HTTPError as error:
+            raise Transient(redacted(str(error), self._key) or "the connection broke") from None
         except openai.APIStatusError as error:
             # Its own text may hold the key: it is not chained.
             raise self._judged(texts, error.status_code, error.response.headers, error.body) from None
@@ -92,7 +109,6 @@ class Provider:
             raise Transient("no answer in time") from error
         except openai.APIConnectionError as error:
             raise Transient(redacted(str(error.__cause__ or error), self._key) or "no connection") from None
-        return raw.headers, raw.content
 
     def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
         """The JSON of a 200. Raises BadAnswer, and as `send` where it holds an error after all."""

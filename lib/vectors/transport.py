@@ -11,7 +11,8 @@ import orjson
 import requests
 
 from lib.addresses import is_this_machine
-from lib.errors import StoreUnreachable
+from lib.bounded import Unbounded, read_whole
+from lib.errors import StoreFailed, StoreUnreachable
 from lib.vectors.address import check_key, split_login
 from lib.vectors.body import Parts
 from lib.vectors.refusals import QdrantError, lost, not_qdrant, refusal
@@ -20,6 +21,8 @@ CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses from the headers stops reading it
 PAUSES_SECONDS = (0.5, 1.0, 2.0)  # between tries after a lost connection or a gateway's 502, 503, 504
 LONGEST_WAIT_SECONDS = 600.0  # of rate limits, for one request
+LARGEST_ANSWER = 512 << 20  # a page of points with their vectors is some tens of MiB
+LONGEST_ANSWER_SECONDS = 600.0  # from its head to its end
 
 _GATEWAY_TROUBLE = (502, 503, 504)
 
@@ -155,13 +158,21 @@ class Qdrant:
         timeout = (CONNECT_SECONDS if content is None else SEND_SECONDS, seconds)
         url = self.base_url + path
         # The key would go along to wherever a redirect points: none is followed.
-        options = {**options, "timeout": timeout, "allow_redirects": False}
+        more = {"timeout": timeout, "allow_redirects": False, "stream": True}
         try:
-            response = self._session().request(method, url, data=content, **options)
+            response = self._session().request(method, url, data=content, **{**options, **more})
             _require_framed(response)
+            if not options["stream"] or response.status_code >= 300:
+                read_whole(response, LARGEST_ANSWER, max(seconds, LONGEST_ANSWER_SECONDS))
         except requests.RequestException as error:
             self.close()
             raise lost(self.display, error) from error
+        except Unbounded as error:
+            self.close()
+            raise StoreFailed(
+                f"Qdrant at {self.display}: {error}",
+                next_step="check QDRANT_URL: is it a Qdrant that answers there?",
+            ) from error
         return response
 
     def _refusal(self, response: requests.Response, *, has_body: bool) -> Exception:
