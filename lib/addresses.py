@@ -46,7 +46,7 @@ def _place(address: str) -> tuple[str, int | None, str]:
 
 def without_logins(text: str) -> str:
     """A text with the logins of all URLs in it masked."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
+    return re.sub(r"://\S*@", "://***@", text)
 
 
 def without_login(url: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lib.addresses import is_this_machine, without_login
 from lib.bounded import Unbounded, read_whole
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
+from lib.shown import one_line
 
 _OPTIONAL_SECONDS = 3.0
 _LARGEST_ANSWER, _LONGEST_SECONDS = 64 << 20, 10.0
@@ -98,7 +99,7 @@ def _checked(response: Any) -> dict[str, Any]:
             next_step="export AUTOMEM_API_TOKEN=... (the one that the service was started with)",
         )
     if response.status_code >= 400:
-        raise StoreFailed(f"AutoMem's API answered {response.status_code}: {response.text[:200]}")
+        raise StoreFailed(f"AutoMem's API answered {response.status_code}: {one_line(response.text[:200])}")
     try:
         return dict(response.json())
     except ValueError as error:
@@ -120,7 +121,7 @@ def ask_health(api: AutoMemApi) -> HealthAnswer:
     if isinstance(answer, dict) and "falkordb" in answer:
         return HealthAnswer("running", "AutoMem", answer)
     server = response.headers.get("Server", "")
-    seen = f"HTTP {response.status_code}{f' from {server[:60]}' if server else ''}, not AutoMem's health"
+    seen = f"HTTP {response.status_code}{f' from {one_line(server[:60])}' if server else ''}, not AutoMem's health"
     hidden = response.status_code >= 500 or response.status_code in _MAY_HIDE_IT
     return HealthAnswer("silent" if hidden else "absent", seen)
 

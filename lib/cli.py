@@ -19,6 +19,7 @@ from lib.addresses import without_logins
 from lib.console import show_held
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 from lib.pasteable import pasteable, remember_flags
+from lib.shown import escaped
 
 EXIT_CODES = """\
 exit codes:
@@ -157,9 +158,9 @@ def _report(error: MigrationError, *, as_json: bool) -> None:
         if as_json:
             print(json.dumps({"error": text, "next": step, "exit_code": error.exit_code}))
         sys.stdout.flush()
-        print(f"{name}: {text}", file=sys.stderr)
+        print(f"{name}: {escaped(text)}", file=sys.stderr)
         if step:
-            print("\nnext:\n  " + step.replace("\n", "\n  "), file=sys.stderr)
+            print("\nnext:\n  " + escaped(step).replace("\n", "\n  "), file=sys.stderr)
 
 
 class _Interrupted(MigrationError):

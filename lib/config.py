@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -123,9 +123,27 @@ def load_config(
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
     config = _build(Reader(settings, faults), settings)
+    faults += _proxies(environ)
     if faults:
         raise ConfigError(faults)
     return replace(config, warnings=tuple(warnings))
+
+
+def _proxies(environ: Mapping[str, str]) -> Iterator[str]:
+    """A fault for each proxy that is no URL; nothing of it is shown, it may be a part of a password."""
+    for name, value in environ.items():
+        if not value or name.lower() not in {"http_proxy", "https_proxy", "all_proxy"}:
+            continue
+        try:
+            parts = urlsplit(value if "://" in value else f"http://{value}")
+            sound = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+        except ValueError:
+            sound = False
+        if not sound:
+            yield (
+                f"{name} (environment): is no URL of a proxy such as http://host:3128 (in a password, # is %23, / is"
+                " %2F, @ is %40)"
+            )
 
 
 def _build(read: Reader, settings: dict[str, Setting]) -> Config:
@@ -145,7 +163,7 @@ def _build(read: Reader, settings: dict[str, Setting]) -> Config:
         collection=read.name("QDRANT_COLLECTION"),
         qdrant_timeout=read.number("QDRANT_TIMEOUT_SECONDS", 1, 86400, float),
         vector_size=int(read.number("VECTOR_SIZE", 1, 65536, int)),
-        embedding_model=read.text("EMBEDDING_MODEL").strip(),
+        embedding_model=read.model("EMBEDDING_MODEL"),
         openai_api_key=read.header("OPENAI_API_KEY"),
         openai_base_url=read.url("OPENAI_BASE_URL", OPENAI_URL, query=True),
         api_url=read.url("AUTOMEM_API_URL", "http://localhost:8001"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.pasteable import pasteable
+from lib.shown import escaped, one_line
 
 Progress = Callable[[int], None]
 _PLAIN_SECONDS = 5.0
@@ -39,7 +40,7 @@ def show_held() -> None:
     """Print the warnings that are held."""
     held, _HELD[:] = _HELD[:], []
     for text in held:
-        print(f"warning: {pasteable(text)}", file=sys.stderr, flush=True)
+        print(f"warning: {escaped(pasteable(text))}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Console:
     def notice(self, text: str) -> None:
         """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
         show_held()
-        print(pasteable(text), file=sys.stderr, flush=True)
+        print(escaped(pasteable(text)), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Something the operator must see, also when quiet."""
@@ -83,6 +84,7 @@ class Console:
     def progress(self, title: str, total: int | None, unit: str = "") -> Iterator[Progress]:
         """A callback that takes what was done since the last call; bars on a terminal, plain lines otherwise."""
         show_held()
+        title = one_line(title)
         if self.quiet:
             yield lambda _step: None
         elif sys.stderr.isatty():
@@ -97,7 +99,11 @@ class Console:
     def result(self, document: Mapping[str, object], text: str) -> None:
         """The outcome, last, on stdout. Where its reader has left, what was done is done all the same."""
         show_held()
-        shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else pasteable(text)
+        shown = (
+            json.dumps(pasteable(dict(document)), default=_as_json)
+            if self.as_json
+            else escaped(pasteable(text))
+        )
         with contextlib.suppress(BrokenPipeError):
             if shown:
                 print(shown, flush=True)

@@ -120,8 +120,17 @@ class Reader:
     def name(self, name: str) -> str:
         """A name that becomes part of a file's name."""
         value = self.text(name)
-        if "/" in value or value != value.strip():
-            self.fault(name, "must not hold a slash or blanks at its ends")
+        if "/" in value or value != value.strip() or value in {".", ".."} or not value.isprintable():
+            self.fault(
+                name, "must not be . or .., nor hold a slash, blanks at its ends or what cannot be printed"
+            )
+        return value
+
+    def model(self, name: str) -> str:
+        """A model's name."""
+        value = self.text(name).strip()
+        if not value.isprintable():
+            self.fault(name, "holds characters that no model's name has")
         return value
 
     def header(self, name: str) -> str:

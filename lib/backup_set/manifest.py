@@ -269,3 +269,12 @@ def _require_half(half: Mapping[str, Any], file: str) -> None:
     if half["file"]["size"] < 0:
         raise ValueError(f"size {half['file']['size']}")
     same_server(half["server"]["address"], "")  # a port beyond 65535 or brackets without an end
+    names = [
+        half.get("graph", ""),
+        half.get("collection", ""),
+        half.get("model", ""),
+        *half.get("aliases", []),
+    ]
+    for one in (*names, *half["server"].values()):
+        if not one.isprintable():
+            raise ValueError(f"{one!r} is no name")

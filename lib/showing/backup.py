@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lib.console import Console, size_text, table
 from lib.errors import DONE, REMAINING, VERIFICATION_FAILED
+from lib.shown import listed
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import GraphHalf, Manifest
@@ -102,7 +103,7 @@ def _warn_left_out(half: GraphHalf, console: Console) -> None:
         )
     if half.functions:
         console.warn(
-            f"the server has function libraries (GRAPH.UDF): {', '.join(half.functions)}. A restore of the graph does"
+            f"the server has function libraries (GRAPH.UDF): {listed(half.functions)}. A restore of the graph does"
             " not bring them back: keep their code"
         )
 

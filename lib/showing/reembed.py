@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lib.console import Console, size_text, table
 from lib.errors import DONE, REMAINING
 from lib.showing.settings import RESTART
+from lib.shown import listed, one_line
 
 if TYPE_CHECKING:
     from lib.embedding.plan_table import Missing
@@ -61,24 +62,22 @@ def _show_left_out(plan: Plan, kind: str, run: Migration, console: Console) -> N
     from lib.steps.situation import REPLACE
 
     if plan.scan.too_long:
-        some = ", ".join(plan.scan.too_long_examples[:_EXAMPLES])
+        some = listed(plan.scan.too_long_examples[:_EXAMPLES])
         console.warn(
             f"{plan.scan.too_long:,} longer than the model takes, embedded without their end: {some}"
         )
     for reason, count in plan.scan.skipped.items():
         names = [name for name, why in plan.scan.examples if why == reason][:_FEW]
-        console.say(
-            f"skipped, {reason}: {count:,} ({', '.join(names)}{', ...' if count > len(names) else ''})"
-        )
+        console.say(f"skipped, {reason}: {count:,} ({listed(names)}{', ...' if count > len(names) else ''})")
     for one, reason in plan.scan.odd[:_EXAMPLES]:
         console.say(f"memory {one}: {reason}; embedding the text that its point has, or what is readable")
     if run.textless and kind == REPLACE:
         console.warn(
             f"{len(run.textless)} point(s) leave the collection though their memory exists: neither has a text to"
-            f" embed ({', '.join(run.textless[:_EXAMPLES])}); they stay in the backup"
+            f" embed ({listed(run.textless[:_EXAMPLES])}); they stay in the backup"
         )
     if plan.only_live and kind == REPLACE:
-        some = ", ".join(plan.only_live_examples[:_EXAMPLES])
+        some = listed(plan.only_live_examples[:_EXAMPLES])
         console.warn(
             f"{plan.only_live} point(s) have no memory in the graph: they stay in the backup and leave the"
             f" collection ({some})"
@@ -146,7 +145,9 @@ def _remaining(outcome: SyncOutcome, run: Migration, console: Console) -> int:
     for refused in run.bought.refused:
         console.warn(f"memory {refused.label} was not embedded: {refused.reason}")
     for rejected in outcome.rejected:
-        console.warn(f"memory {rejected.id} was rejected by Qdrant: {rejected.reason}")
+        console.warn(
+            f"memory {one_line(str(rejected.id))} was rejected by Qdrant: {one_line(rejected.reason)}"
+        )
     for label in run.bought.cut:
         console.warn(f"memory {label} is longer than the model takes: its end was cut for the vector")
     for identity, reason in run.odd:

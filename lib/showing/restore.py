@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib.console import Console, size_text
 from lib.errors import DONE
 from lib.showing.settings import RESTART, settings_lines
+from lib.shown import listed
 
 if TYPE_CHECKING:
     from lib.backup_set.manifest import Manifest
@@ -129,7 +130,7 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
         changed = f", {half.changed:,} {what} have another content than in it" if half.changed else ""
         more = "" if half.added + half.changed <= len(half.named) else ", ..."
         lines.append(
-            f"{half.added:,} {what} are newer than the backup{changed}: {', '.join(half.named)}{more}"
+            f"{half.added:,} {what} are newer than the backup{changed}: {listed(half.named)}{more}"
             f"\n  they remain {where}"
         )
         if what == "points" and found.graph is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from lib.console import Console, hold, table
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
 from lib.setting_values import SECRETS, masked, same_value
+from lib.shown import listed
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -128,7 +130,7 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     again = str(journal.fact("again") or f"python scripts/{script}   with the same settings and arguments")
     text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
     if journal.targets != targets:
-        return f"{text}; it is of other stores: {', '.join(journal.targets)}"
+        return f"{text}; it is of other stores: {listed(journal.targets)}"
     text += f"\n  resume:  {again}"
     if journal.command in {"reembed", "restore"}:
         text += f"\n  give it up:  python scripts/{script} --abort"
@@ -141,7 +143,7 @@ def _awaited(journal: Journal) -> str:
     asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{collection}'"
     unsure = journal.fact("unsure")
     if unsure:
-        return f"{asked}: it is one of {', '.join(unsure)}; which one cannot be told, delete it yourself"
+        return f"{asked}: it is one of {listed(unsure)}; which one cannot be told, delete it yourself"
     return f"{asked}: should the file still appear there, the next backup deletes it"
 
 
@@ -158,7 +160,7 @@ def settings_lines(size: int, model: str, config: Config) -> list[str]:
         lines = [
             "",
             f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
-            *(f"  export {name}={value}" for name, value in wanted.items()),
+            *(f"  export {name}={quote(value)}" for name, value in wanted.items()),
         ]
     elif files:
         lines = [
@@ -166,7 +168,7 @@ def settings_lines(size: int, model: str, config: Config) -> list[str]:
             f"warning: the collection is {size}d ({model}), and so says the environment, but a file does not:",
         ]
     for file in files:
-        lines += [f"and in {file}:", *(f"  {name}={value}" for name, value in wanted.items())]
+        lines += [f"and in {file}:", *(f"  {name}={quote(value)}" for name, value in wanted.items())]
     return lines
 
 

@@ -11,6 +11,7 @@ from lib.backup_set.manifest import GraphHalf
 from lib.errors import MigrationError, UsageProblem
 from lib.graph.client import expires_at, function_libraries, list_graphs
 from lib.graph.preflight import other_clients
+from lib.shown import listed, one_line
 from lib.steps import restore_graph as graphs
 from lib.steps.collection_backup import (
     check_version,
@@ -80,7 +81,7 @@ def _tell_left_out(
     if missing:
         site.notice(
             "warning: the backup's server had function libraries (GRAPH.UDF) that this one lacks:"
-            f" {', '.join(missing)}. A restore of the graph does not bring them back: GRAPH.UDF LOAD brings them from"
+            f" {listed(missing)}. A restore of the graph does not bring them back: GRAPH.UDF LOAD brings them from"
             " their code"
         )
     live = expires_at(target.conn, target.graph)
@@ -130,7 +131,9 @@ def tell_other_clients(site: Site) -> None:
         return
     if not others:
         return
-    named = ", ".join(f"{one.address} ({one.command}, {one.idle_seconds} s ago)" for one in others[:_NAMED])
+    named = ", ".join(
+        one_line(f"{one.address} ({one.command}, {one.idle_seconds} s ago)") for one in others[:_NAMED]
+    )
     more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
     site.notice(
         f"warning: {len(others)} other client(s) of FalkorDB: {named}{more}. One that knows the graph reads and writes"

@@ -9,6 +9,7 @@ from typing import Any
 
 from lib.dimensions import EmbeddingSpec, check_dimension
 from lib.embedding.spool import Spool
+from lib.shown import listed, one_line
 from lib.steps.findings import Findings
 from lib.steps.mend import compared
 from lib.steps.payloads import PointId
@@ -88,7 +89,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
 
 def _some(ids: list[Any]) -> str:
     more = f" and {len(ids) - _EXAMPLES} more" if len(ids) > _EXAMPLES else ""
-    return ", ".join(str(one) for one in ids[:_EXAMPLES]) + more
+    return listed(ids[:_EXAMPLES]) + more
 
 
 def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
@@ -126,7 +127,7 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
 def _judge_payloads(found: Findings, *, strict: bool) -> Check:
     wrong = found.payloads + (found.newer_payloads if strict else [])
     if wrong:
-        some = "; ".join(f"{one}: {keys}" for one, keys in wrong[:_EXAMPLES])
+        some = "; ".join(one_line(f"{one}: {keys}") for one, keys in wrong[:_EXAMPLES])
         return Check(
             "payloads", FAILED, f"{len(wrong)} are not as graph and old points have it ({some})", _LEVEL
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lib.errors import VerificationFailed
+from lib.shown import listed
 from lib.steps.memories import memories_now
 from lib.steps.mend import mend_vectors
 from lib.steps.migration import Migration
@@ -27,7 +28,7 @@ def prove_points(run: Migration, collection: str, rejected: Iterable[PointId], *
         missing = sorted(memories_now(run.graph.conn, run.graph.graph, missing), key=str)
     if missing or (own and surplus):
         one, what = (missing, "missing") if missing else (surplus, "not in the plan")
-        some = ", ".join(str(each) for each in one[:_EXAMPLES])
+        some = listed(one[:_EXAMPLES])
         raise VerificationFailed(
             f"{len(one)} point(s) of '{collection}' are {what}, such as {some}",
             next_step="python scripts/reembed_embeddings.py   (goes on from the spool)",

@@ -10,6 +10,7 @@ import requests
 
 from lib.addresses import container_hint
 from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable
+from lib.shown import one_line
 
 TEXT_LIMIT = 600  # characters of a server's error text that are worth showing
 
@@ -122,4 +123,4 @@ def _error_text(response: requests.Response) -> str:
         text = response.text.strip()  # the middleware and the download route answer in plain text
     except requests.RequestException:
         text = "(the text of the answer broke off)"
-    return text[:TEXT_LIMIT] or response.reason or "no text"
+    return one_line(text[:TEXT_LIMIT] or response.reason or "no text")

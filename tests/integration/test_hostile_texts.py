@@ -1,0 +1,111 @@
+"""Names, ids, contents and errors of others are shown as they are: they run nothing and move nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from lib.backup_set.manifest import sealed
+from lib.config import load_config
+from lib.showing.settings import settings_lines
+from lib.shown import escaped, listed, one_line
+from tests.integration.test_hostile_network import replying, serving
+
+pytestmark = pytest.mark.qdrant
+NASTY = "a\x1b]0;owned\x07\x1b[2J\r\n::forged line\u202ec\x9b31m"
+
+
+def raw(text: str) -> bool:
+    """Whether a character in it could move the cursor or turn the text."""
+    return any(not (one.isprintable() or one in "\n\t") for one in text)
+
+
+def test_what_is_escaped():
+    assert (
+        escaped("a\x1b[31m\r\x00\u202e\u2028\ud800 ä \U0001f600\n\t")
+        == "a\\x1b[31m\\r\\x00\\u202e\\u2028\\ud800 ä \U0001f600\n\t"
+    )
+    assert one_line("a\nb\tc\x07") == "a\\nb\\tc\\x07"
+    assert listed(["a\nb", 1]) == "a\\nb, 1"
+    assert not raw(one_line(NASTY))
+
+
+def test_an_id_and_an_error_of_others_stay_in_their_line(operator):
+    operator.load(12)
+    operator.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.id = $id, m.content = $id", id=NASTY)
+    operator.run("backup_automem")
+    for script, *words in (
+        ("verify_migration",),
+        ("reembed_embeddings", "--dry-run"),
+        ("reembed_embeddings", "--only-missing"),
+    ):
+        result = operator.run(script, *words, env={"VECTOR_SIZE": "48"}, expect=None)
+        assert not raw(result.out + result.err)
+        assert not [line for line in (result.out + result.err).splitlines() if line.startswith("::forged")]
+    error = json.dumps({"status": {"error": NASTY}}).encode()
+    with serving(replying(500, {"Content-Type": "application/json"}, error)) as (url, _):
+        result = operator.run("backup_automem", env={"QDRANT_URL": url}, expect=1)
+    assert "owned" in result.err
+    assert not raw(result.err)
+    assert not [line for line in result.err.splitlines() if line.startswith("::forged")]
+
+
+def test_a_forged_model_is_not_run_when_the_lines_are_pasted(operator, tmp_path):
+    """As for a set whose archive was forged with its manifest."""
+    model = f"text-embedding-3-small; touch {tmp_path}/PASTED #"
+    config = load_config({**operator.environ, "VECTOR_SIZE": "96"}, cwd=tmp_path, root=tmp_path)
+    lines = [line.strip() for line in settings_lines(48, model, config) if line.strip().startswith("export ")]
+    told = subprocess.run(
+        ["sh", "-c", "\n".join([*lines, 'echo "$EMBEDDING_MODEL"'])],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.strip() == model
+    assert not (tmp_path / "PASTED").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("QDRANT_COLLECTION", ".."),
+        ("QDRANT_COLLECTION", "a\x1b[2Jb"),
+        ("FALKORDB_GRAPH", "."),
+        ("FALKORDB_GRAPH", "a\nb"),
+        ("EMBEDDING_MODEL", "text\u202eembedding"),
+    ],
+)
+def test_a_name_that_could_not_be_real_is_refused(operator, name, value):
+    for script in ("backup_automem", "reembed_embeddings", "verify_migration"):
+        result = operator.run(script, env={name: value}, expect=2)
+        assert name in result.err
+        assert not raw(result.err)
+
+
+def test_a_manifest_with_such_a_name_is_damaged(operator):
+    operator.load(12)
+    operator.run("backup_automem")
+    (path,) = operator.manifests()
+    document = json.loads(path.read_text())
+    document["collection"]["model"] = NASTY
+    path.write_text(json.dumps(sealed(document)))
+    for words in (["--list"], ["--check", "all"]):
+        result = operator.run("backup_automem", *words, expect=None)
+        assert path.name in result.out + result.err
+        assert not raw(result.out + result.err)
+
+
+def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
+    for words in (["--chek=sftp://u:pa/ss@host/f"], ["--check", "x", "sftp://u:pa/ss@host/f"]):
+        result = operator.run("backup_automem", *words, expect=2)
+        assert "pa/ss" not in result.err
+        assert "ss@" not in result.err
+    for value in ("http://user:pa#ss@proxy:3128", "http://user:pa?ss@proxy:3128", "http://proxy:pa55"):
+        for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+            result = operator.run(
+                "backup_automem", env={name: value, "QDRANT_URL": "http://192.0.2.1:6333"}, expect=2
+            )
+            assert f"{name} (environment): is no URL of a proxy" in result.err
+            assert not any(part in result.err for part in ("pa#", "ss@", "pa?", "pa55"))
