@@ -6,6 +6,8 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
+_PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".ts.net")
+_SHARED = ipaddress.ip_network("100.64.0.0/10")  # carriers' and Tailscale's
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
 
 
@@ -32,6 +34,16 @@ def is_this_machine(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.endswith(".localhost")
+
+
+def is_private(host: str) -> bool:
+    """Whether a host is this machine or on a private network, as far as its name or number tells."""
+    name = one_spelling(host)
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith(_PRIVATE_DOMAINS)
+    return address.is_private or address.is_loopback or address.is_link_local or address in _SHARED
 
 
 def same_server(left: str, right: str) -> bool:

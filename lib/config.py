@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.addresses import one_spelling
+from lib.addresses import is_private, one_spelling, without_login
 from lib.backup_set.sets import Deployment
 from lib.dimensions import EmbeddingSpec, check_model
 from lib.env_files import DEFAULT, Setting, read_settings
@@ -126,7 +126,23 @@ def load_config(
     faults += _proxies(environ)
     if faults:
         raise ConfigError(faults)
-    return replace(config, warnings=tuple(warnings))
+    return replace(config, warnings=(*warnings, *_in_clear_text(config)))
+
+
+def _in_clear_text(config: Config) -> Iterator[str]:
+    """A line for each key that would cross a public network unencrypted."""
+    urls = {
+        "QDRANT_API_KEY": (config.qdrant_api_key, (config.qdrant_url, *config.qdrant_node_urls)),
+        "OPENAI_API_KEY": (config.openai_api_key, (config.openai_base_url,)),
+        "AUTOMEM_API_TOKEN": (config.api_token, (config.api_url,)),
+    }
+    for name, (key, addresses) in urls.items():
+        for url in addresses:
+            if key and url.startswith("http://") and not is_private(urlsplit(url).hostname or ""):
+                yield f"{name} is sent in clear text to {without_login(url)}: use https://, or a tunnel"
+    if config.falkordb_password and not config.falkordb_tls and not is_private(config.falkordb_host):
+        where = config.falkordb_host
+        yield f"FALKORDB_PASSWORD is sent in clear text to {where}: set FALKORDB_TLS=true, or use a tunnel"
 
 
 def _proxies(environ: Mapping[str, str]) -> Iterator[str]:

@@ -168,3 +168,18 @@ def test_a_whole_answer_keeps_its_connection():
             assert q.json("GET", "/x") == 1
     assert len(asked) == 5
     assert len({headers["peer"] for _, headers, _ in asked}) == 1
+
+
+def test_a_server_sends_the_key_to_its_configured_address_alone():
+    """It is told to fetch its own snapshot: from the address that is configured, and from its own localhost."""
+    from lib.vectors.restoring import can_fetch_itself
+    from lib.vectors.snapshots import Snapshot
+
+    with serving(
+        replying(400, {"Content-Type": "application/json"}, b'{"status": {"error": "cannot fetch"}}')
+    ) as (url, asked):
+        snapshot = Snapshot("s.snapshot", 1, "0" * 64, "")
+        assert can_fetch_itself(Qdrant(url, "key"), "c", snapshot, "c__probe") is None
+    sent = [json.loads(body) for _, _, body in asked]
+    assert [one["location"].partition("/collections")[0] for one in sent] == [url, "http://localhost:6333"]
+    assert [one.get("api_key") for one in sent] == ["key", None]

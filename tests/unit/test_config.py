@@ -486,3 +486,35 @@ def test_a_key_that_goes_to_the_address_in_another_users_file_is_said(places, lo
         load(QDRANT_URL="http://127.0.0.1:6333", OPENAI_BASE_URL="http://x", QDRANT_API_KEY="key").warnings
         == ()
     )
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({"QDRANT_URL": "http://qdrant.example.com:6333", "QDRANT_API_KEY": "key"}, "QDRANT_API_KEY"),
+        ({"QDRANT_NODE_URLS": "http://8.8.8.8:6333", "QDRANT_API_KEY": "key"}, "QDRANT_API_KEY"),
+        (
+            {"OPENAI_BASE_URL": "http://me:word@gateway.example.com/v1", "OPENAI_API_KEY": "key"},
+            "OPENAI_API_KEY",
+        ),
+        (
+            {"AUTOMEM_API_URL": "http://automem.example.com", "AUTOMEM_API_TOKEN": "token"},
+            "AUTOMEM_API_TOKEN",
+        ),
+        ({"FALKORDB_HOST": "db.example.com", "FALKORDB_PASSWORD": "word"}, "FALKORDB_PASSWORD"),
+    ],
+)
+def test_a_key_in_clear_text_over_a_public_network_is_said_once(load, environ, name):
+    (warning,) = load(**environ).warnings
+    assert warning.startswith(f"{name} is sent in clear text to ")
+    assert not any(secret in warning for secret in ("word", "key ", "token "))
+    safe = {key: value.replace("http://", "https://") for key, value in environ.items()}
+    assert load(**safe, FALKORDB_TLS="true").warnings == ()
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1", "10.1.2.3", "192.168.0.4", "qdrant", "nas.local", "100.64.0.9"]
+)
+def test_a_key_on_this_machine_or_a_private_network_is_not(load, host):
+    environ = {"QDRANT_URL": f"http://{host}:6333", "FALKORDB_HOST": host}
+    assert load(**environ, QDRANT_API_KEY="key", FALKORDB_PASSWORD="word").warnings == ()
