@@ -14,6 +14,7 @@ _NATIVE_SIZES = {
     "text-embedding-ada-002": 1536,
 }
 _SHORTENED = ("text-embedding-3-",)
+UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the vectors
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from lib.console import Console, hold, table
+from lib.dimensions import UNKNOWN_MODEL
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
 from lib.setting_values import SECRETS, masked, same_value
@@ -21,6 +23,10 @@ RESTART = """\
     systemd:  sudo systemctl restart automem
     Railway:  set both as variables, then  railway up"""
 
+_WHICH_MODEL = (
+    "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not know: with another one"
+    " recall finds nothing"
+)
 _SCRIPTS = {
     "backup": "backup_automem.py",
     "reembed": "reembed_embeddings.py",
@@ -148,9 +154,12 @@ def _awaited(journal: Journal) -> str:
 def settings_lines(size: int, model: str, config: Config) -> list[str]:
     """Lines to put back where the collection's size or model is not the configured one; else none.
 
-    A `.env` that says another is named also where the environment beats it: AutoMem may read it.
+    A `.env` that says another is named also where the environment beats it: AutoMem may read it. A model that the
+    backup does not know is none to put back.
     """
     wanted = {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": model}
+    if model == UNKNOWN_MODEL:
+        del wanted["EMBEDDING_MODEL"]
     files = _files_that_disagree(wanted, config)
     lines = []
     if (size, model) != (config.vector_size, config.embedding_model):
@@ -158,8 +167,10 @@ def settings_lines(size: int, model: str, config: Config) -> list[str]:
         lines = [
             "",
             f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
-            *(f"  export {name}={value}" for name, value in wanted.items()),
+            *(f"  export {name}={quote(value)}" for name, value in wanted.items()),
         ]
+        if model == UNKNOWN_MODEL:
+            lines.append(_WHICH_MODEL)
     elif files:
         lines = [
             "",
