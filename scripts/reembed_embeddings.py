@@ -62,7 +62,9 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
-    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort")
+    cli.refuse_together(
+        args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool"
+    )
     if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
         console.warn(fault)
     with opening.target_lock(config):
