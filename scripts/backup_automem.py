@@ -90,7 +90,8 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.steps.take_pair import require_sources
 
     name = config.graph if args.only != "qdrant" else ""
-    place = require_place(args.upload, graph=name, write=not args.dry_run) if args.upload else ""
+    folder, write = config.backup_dir, not args.dry_run
+    place = require_place(args.upload, folder, graph=name, write=write) if args.upload else ""
     graph = opening.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)

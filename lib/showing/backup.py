@@ -55,6 +55,9 @@ def show_sources(
     return DONE
 
 
+_SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
+
+
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """The new set; exit code 3 where a half is not even `checked`."""
     from lib.backup_set.manifest import CHECKED, UNPROVED
@@ -178,7 +181,7 @@ def _arrived(one: Uploaded) -> str:
     there = f", {one.there} were there already" if one.there else ""
     return (
         f"uploaded: {one.manifest} is whole at {one.url} ({one.sent} files sent and read back, "
-        f"{size_text(one.sent_bytes)}{there})"
+        f"{size_text(one.sent_bytes)}{there}){_SAME_DISK if one.same_disk else ''}"
     )
 
 

@@ -18,6 +18,7 @@ from lib.backup_set.offsite import (
     fetch,
     manifests,
     read_there,
+    require_elsewhere,
     require_fetchable,
     upload,
 )
@@ -53,12 +54,19 @@ def _named(url: str) -> _Named:
     return _Named(url)
 
 
-def require_place(url: str, *, graph: str = "", write: bool = True) -> str:
-    """Raise where sets could not be uploaded to the URL, as far as that can be known; the URL as it may be shown.
+def require_place(url: str, folder: Path, *, graph: str = "", write: bool = True) -> str:
+    """Raise where sets of `folder` could not be uploaded to the URL and found again; the URL as it may be shown.
 
     Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. `graph` is the one that will be
     backed up. With `write` a small file is written there, read back and deleted.
     """
+    require_elsewhere(url, folder)
+    if _named(url).manifest:
+        last = url.rstrip("/").rpartition("/")[2]
+        raise UsageProblem(
+            f"a folder '{last}' is read as the name of a backup in the folder above it: sets in it would not be found",
+            next_step="name a folder that is called otherwise",
+        )
     if graph:
         require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
     store = open_offsite(url)
@@ -155,7 +163,7 @@ def prove_and_upload(
             )
         return prove_there(word, folder, engines, bar), None
     if url:
-        require_place(url)
+        require_place(url, folder)
     proofs = prove_named(folder, word, engines)
     faulty = {Path(one.path) for one in proofs if one.fault}
     if not url:
