@@ -114,10 +114,25 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
                 " stopped, wherever it runs"
             )
         return
+    _require_harmless(site.graph, backup, options, _may_run(answer, url))
+
+
+def require_still_quiet(site: Site, backup: graphs.GraphBackup | None, options: Options) -> None:
+    """`require_quiet` once more, right before a switch: hours may have passed, and AutoMem may have been started."""
+    if backup is None or site.graph is None:
+        return
+    answer = ask_health(site.api)
+    if answer.presence in {"running", "silent"}:
+        text = f"AutoMem was started meanwhile: {_may_run(answer, without_login(site.api.url))}"
+        _require_harmless(site.graph, backup, options, text)
+
+
+def _require_harmless(target: GraphSource, backup: graphs.GraphBackup, options: Options, text: str) -> None:
+    """Raise UsageProblem with this text; with `while_running` only where names have other numbers in the backup."""
     if not options.while_running:
-        raise UsageProblem(_may_run(answer, url), next_step=_STOP_AUTOMEM)
-    if site.graph.graph in list_graphs(site.graph.conn):
-        graphs.require_same_numbers(backup, site.graph)
+        raise UsageProblem(text, next_step=_STOP_AUTOMEM)
+    if target.graph in list_graphs(target.conn):
+        graphs.require_same_numbers(backup, target)
 
 
 def tell_other_clients(site: Site) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lib.automem_api import AutoMemApi, ask_health, recall
 from lib.errors import StoreUnreachable
+from lib.journal import open_journals
 from lib.sandbox.automem_server import AutoMemServer
 from tests.http_proxy import HttpProxy
 from tests.matrix import matrix
@@ -93,6 +94,124 @@ def test_a_degraded_automem_runs(ready):
     with Answering(503, body) as degraded:
         ready.export(AUTOMEM_API_URL=degraded.url)
         assert "AutoMem is running" in refused_restore(ready)
+
+
+@pytest.mark.parametrize("status", matrix([300, 304, 400, 402, 406, 421, 426, 451], 400))
+def test_an_answer_of_what_stands_before_automem_is_no_absence(status):
+    """nginx answers 400 to plain HTTP at its TLS port, others 402, 421 or 451 of their own."""
+    with Answering(status) as gateway:
+        assert ask_health(AutoMemApi(gateway.url)).presence == "silent"
+
+
+class Redirecting(Answering):
+    """Sends whoever asks to another server."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__(302)
+        self.to = to
+
+    def answer(self, request, body) -> None:
+        request.reply(302, [("Location", self.to)], b"")
+
+
+@pytest.mark.parametrize(("status", "presence"), [(200, "silent"), (404, "silent"), (503, "silent")])
+def test_a_login_that_redirects_may_hide_automem(ready, status, presence):
+    """An identity proxy answers every request with its own page, and status 200."""
+    with Answering(status, b"<html>please log in") as login, Redirecting(f"{login.url}/login") as proxy:
+        answer = ask_health(AutoMemApi(proxy.url))
+        assert answer.presence == presence
+        assert answer.seen.endswith(f"after a redirect to {login.url.partition('://')[2]}")
+        ready.export(AUTOMEM_API_URL=proxy.url)
+        assert "may be running" in refused_restore(ready)
+
+
+def test_a_redirect_to_automem_is_followed(service):
+    with Redirecting(f"{service.url}/health") as proxy:
+        assert ask_health(AutoMemApi(proxy.url)).presence == "running"
+
+
+@pytest.mark.parametrize("path", ["/api", "/recall", "/health"])
+def test_a_wrong_path_behind_automems_address_is_no_absence(ready, service, path):
+    ready.export(AUTOMEM_API_URL=f"{service.url}{path}")
+    said = refused_restore(ready)
+    assert f"AutoMem answers at {service.url}, and not at that path" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "presence"),
+    [
+        (errno.EMFILE, "silent"),
+        (errno.ENOBUFS, "silent"),
+        (errno.EACCES, "silent"),
+        (errno.EPERM, "silent"),
+        (errno.EADDRNOTAVAIL, "absent"),
+        (errno.ECONNREFUSED, "absent"),
+    ],
+)
+def test_a_machine_that_cannot_ask_itself_knows_nothing(monkeypatch, number, presence):
+    def fail(*_args, **_more):
+        raise OSError(number, "what the system says")
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", fail)
+    assert ask_health(AutoMemApi("http://localhost:8001")).presence == presence
+
+
+class Starting(Answering):
+    """Nobody at first; from the question of this number on it answers as AutoMem."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(404)
+        self.number = number
+
+    def answer(self, request, body) -> None:
+        self.asked += 1
+        runs = self.asked >= self.number
+        request.reply(200 if runs else 404, [], b'{"falkordb": "connected"}' if runs else b"")
+
+
+def test_an_automem_that_is_started_during_the_trial_stops_the_restore_before_the_switch(ready):
+    before = ready.state()
+    with Starting(2) as automem:
+        ready.export(AUTOMEM_API_URL=automem.url)
+        refused = ready.run("restore_from_backup", ready.rdb(), expect=2)
+    assert "AutoMem was started meanwhile" in refused.err
+    assert "switching now" not in refused.err
+    assert ready.state() == before
+    assert ready.graphs() == [ready.graph]
+    assert open_journals(ready.backups) == []
+
+
+def test_an_automem_that_is_started_while_the_collection_is_restored_keeps_its_graph(ready):
+    ready.run("backup_automem")
+    whole = ready.state()
+    ready.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'changed since'")
+    changed = ready.state()
+    with Starting(3) as automem:
+        ready.export(AUTOMEM_API_URL=automem.url)
+        assert "AutoMem was started meanwhile" in ready.run("restore_from_backup", "latest", expect=2).err
+        assert ready.state() == changed
+        automem.number = 1000
+        ready.run("restore_from_backup", "latest")
+    assert ready.state() == whole
+    assert open_journals(ready.backups) == []
+
+
+def test_a_key_that_a_running_automem_adds_during_the_trial_stops_the_restore(ready, monkeypatch):
+    from lib.steps import restore
+
+    def backup_then_write(*args, **more):
+        made = take_backup(*args, **more)
+        ready.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.key_of_the_trial = 1")
+        return made
+
+    ready.run("backup_automem", "--only", "falkordb")
+    take_backup = restore.take_backup
+    monkeypatch.setattr(restore, "take_backup", backup_then_write)
+    with Answering(200, b'{"falkordb": "connected"}') as automem:
+        ready.export(AUTOMEM_API_URL=automem.url)
+        refused = ready.run("restore_from_backup", ready.rdb(), "--while-running", expect=2)
+    assert "property keys" in refused.err
+    assert ready.cypher("MATCH (m:Memory) WHERE m.key_of_the_trial = 1 RETURN count(m)") == [[1]]
 
 
 def test_a_cut_answer_is_no_sign_of_absence():
