@@ -125,10 +125,9 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
     from lib.showing import backup as showing
     from lib.steps.offsite_sets import prove_and_upload
 
-    engines = opening.engines(config)
-    return showing.show_proofs(
-        *prove_and_upload(config.backup_dir, word, url, engines, console.progress), console
-    )
+    where = (config.backup_dir, config.deployment())
+    proved = prove_and_upload(*where, word, url, opening.engines(config), console.progress)
+    return showing.show_proofs(*proved, console)
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:

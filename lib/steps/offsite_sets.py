@@ -149,7 +149,7 @@ def _drill_folder(folder: Path) -> Iterator[Path]:
 
 
 def prove_and_upload(
-    folder: Path, word: str, url: str | None, engines: list[Engine], bar: ProgressBar
+    folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar
 ) -> tuple[list[Proof], list[Uploaded] | None]:
     """Prove what `--check` names, here or elsewhere, and bring the sets that prove to `url`, oldest first.
 
@@ -164,12 +164,12 @@ def prove_and_upload(
         return prove_there(word, folder, engines, bar), None
     if url:
         require_place(url, folder)
-    proofs = prove_named(folder, word, engines)
+    proofs = prove_named(folder, word, engines, owner)
     faulty = {Path(one.path) for one in proofs if one.fault}
     if not url:
         return proofs, None
     manifests_here = [
-        read_manifest(one) for one in sorted(named_manifests(folder, word)) if one not in faulty
+        read_manifest(one) for one in sorted(named_manifests(folder, word, owner)) if one not in faulty
     ]
     sound = [one for one in manifests_here if not faulty & {one.file_of(half) for half in one.halves}]
     return proofs, [upload(url, manifest, bar) for manifest in sound]
