@@ -2,16 +2,21 @@
 
 A vector's key is 16 bytes: 4 that stand for endpoint, model and size, and 12 of a BLAKE2b over those and the
 exact text. So one size's vectors are one range of the index, and another endpoint, model or size never matches.
+
+What is stored is the vector and a CRC-32 over key and vector: SQLite has no checksums, and a damaged vector would go
+into the collection as if the model had made it. Rows of earlier versions have none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 from lib.dimensions import EmbeddingSpec, takes_dimensions
 from lib.embedding.endpoint import public_url
@@ -19,10 +24,11 @@ from lib.embedding.kept_points import KeptPoints
 from lib.embedding.plan_table import PlanTable, TextRow
 from lib.embedding.pricing import CUT_TO_TOKENS, input_limit
 from lib.embedding.pruning import PREFIX_BYTES, Pruning
-from lib.embedding.spool_file import chunks, marks
+from lib.embedding.spool_file import SpoolDamaged, chunks, marks
 
 TEXT_BYTES = 12
 FLOAT_BYTES = 4
+SUM_BYTES = 4
 TEXTS_AT_ONCE = 500
 
 
@@ -64,19 +70,48 @@ class Spool(PlanTable, KeptPoints, Pruning):
                 raise ValueError("a key that this spool did not make")
             if len(blob) != FLOAT_BYTES * spec.size:
                 raise ValueError(f"{len(blob)} bytes for a vector of {spec.size} dimensions")
+        sealed = ((key, blob + _sum(key, blob)) for key, blob in rows)
         with self._transaction():
-            self._db.executemany("INSERT OR IGNORE INTO vectors (key, vector) VALUES (?, ?)", rows)
+            self._db.executemany("INSERT OR IGNORE INTO vectors (key, vector) VALUES (?, ?)", sealed)
 
     def get_vectors(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """The vectors of those `keys` that have one, float32 little-endian."""
+        """The vectors of those `keys` that have one, float32 little-endian.
+
+        Raises SpoolDamaged where some are not what was stored, and removes these: they must be paid for again.
+        """
         found: dict[bytes, bytes] = {}
+        damaged: list[bytes] = []
         for part in chunks(list(keys)):
             sql = f"SELECT key, vector FROM vectors WHERE key IN ({marks(part)})"  # noqa: S608 - only marks
             for key, vector in self._rows(sql, part):
                 assert isinstance(key, bytes)
                 assert isinstance(vector, bytes)
-                found[key] = vector
+                whole = self._unsealed(key, vector)
+                if whole is None:
+                    damaged.append(key)
+                else:
+                    found[key] = whole
+        if damaged:
+            self._remove_damaged(damaged)
         return found
+
+    def _unsealed(self, key: bytes, stored: bytes) -> bytes | None:
+        """The vector, None where it is not the one that was stored under this key."""
+        spec = self._specs.get(key[:PREFIX_BYTES])
+        width = FLOAT_BYTES * spec.size if spec else -1
+        if len(stored) == width:  # of an earlier version
+            return stored
+        blob = stored[:-SUM_BYTES]
+        return blob if len(blob) == width and stored[-SUM_BYTES:] == _sum(key, blob) else None
+
+    def _remove_damaged(self, keys: list[bytes]) -> NoReturn:
+        with self._transaction():
+            self._db.executemany("DELETE FROM vectors WHERE key = ?", ([key] for key in keys))
+        raise SpoolDamaged(
+            f"{len(keys)} embedding(s) in {self.vectors_path} were damaged on the disk: they are not what was stored,"
+            " and were removed",
+            next_step="look at that disk, then run the same command again: these texts alone are paid for again",
+        )
 
     def count(self, spec: EmbeddingSpec) -> int:
         """Vectors of this endpoint, model and size."""
@@ -172,6 +207,10 @@ def _spec_digest(spec: EmbeddingSpec) -> bytes:
 def _key(spec_digest: bytes, text: str) -> bytes:
     own = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=spec_digest, digest_size=TEXT_BYTES)
     return spec_digest[:PREFIX_BYTES] + own.digest()
+
+
+def _sum(key: bytes, blob: bytes) -> bytes:
+    return zlib.crc32(blob, zlib.crc32(key)).to_bytes(SUM_BYTES, "little")
 
 
 def _cut(blob: bytes, size: int) -> bytes:

@@ -207,7 +207,7 @@ class SpoolFile:
 
 def room_of(texts: int, size: int) -> int:
     """The most bytes that so many vectors of this size add to the file, its log included."""
-    row = 4 * size + 32
+    row = 4 * size + 36
     if row <= _PAGE_BYTES - 35:
         on_disk = _PAGE_BYTES // ((_PAGE_BYTES - 35) // row)
     else:

@@ -212,3 +212,22 @@ def test_the_undo_never_names_a_set_of_before_the_deleted_collection(ready):
     done = ready.run("reembed_embeddings", "--json").json
     assert done["undo"] == "  (none: no collection was replaced)"
     assert "restore_from_backup" not in done["undo"]
+
+
+def test_a_damaged_row_of_the_cache_reaches_no_collection_and_alone_is_bought_again(operator):
+    make_ready(operator)
+    before = points_of(operator)
+    operator.run("reembed_embeddings", "--limit", "30")
+    with sqlite3.connect(operator.backups / "embeddings" / "vectors.sqlite3") as db:
+        (stored,) = db.execute("SELECT vector FROM vectors WHERE id = 7").fetchone()
+        db.execute(
+            "UPDATE vectors SET vector = ? WHERE id = 7", [stored[:9] + bytes([stored[9] ^ 64]) + stored[10:]]
+        )
+    refused = operator.run("reembed_embeddings", expect=1)
+    assert "1 embedding(s) in" in refused.err
+    assert "were damaged on the disk" in refused.err
+    bought = operator.servers.openai.stats()["texts"]
+    assert points_of(operator).keys() == before.keys()
+    assert operator.run("reembed_embeddings", "--json").json["bought"]["texts"] >= 1
+    assert operator.servers.openai.stats()["texts"] == bought + 1
+    assert_migrated(operator, before)

@@ -96,6 +96,41 @@ def test_a_stored_vector_is_never_replaced(spool):
     assert spool.get_vectors([key]) == {key: blob(1)}
 
 
+DAMAGES = {
+    "a bit": lambda stored, _: bytes([stored[0] ^ 1]) + stored[1:],
+    "a bit of the checksum": lambda stored, _: stored[:-1] + bytes([stored[-1] ^ 128]),
+    "all zeros": lambda stored, _: bytes(len(stored)),
+    "cut": lambda stored, _: stored[:-5],
+    "empty": lambda *_: b"",
+    "longer": lambda stored, _: stored + b"\0",
+    "another text's": lambda _, other: other,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damage):
+    with Spool(path) as spool:
+        keys = [spool.text_key(SPEC, text) for text in ("good", "bad")]
+        spool.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
+        good, bad = (stored for (stored,) in spool._rows("SELECT vector FROM vectors ORDER BY id"))
+        spool._db.execute("UPDATE vectors SET vector = ? WHERE id = 2", [DAMAGES[damage](bad, good)])
+    with Spool(path) as spool:
+        with pytest.raises(SpoolDamaged, match=r"1 embedding\(s\) in .* were damaged") as caught:
+            spool.get_vectors(keys)
+        assert "run the same command again" in caught.value.next_step
+        assert spool.known(keys) == {keys[0]}
+        assert spool.get_vectors(keys) == {keys[0]: blob(0)}
+
+
+def test_vectors_that_an_earlier_version_stored_are_read(path):
+    """They have no checksum."""
+    with Spool(path) as spool:
+        key = spool.text_key(SPEC, "old")
+        spool._db.execute("INSERT INTO vectors (key, vector) VALUES (?, ?)", [key, blob(3)])
+    with Spool(path) as spool:
+        assert spool.get_vectors([spool.text_key(SPEC, "old")]) == {key: blob(3)}
+
+
 @pytest.mark.parametrize("bad", [b"", blob(1, 4), blob(1, 16)])
 def test_a_vector_of_the_wrong_width_stores_nothing(spool, bad):
     good, wrong = spool.text_key(SPEC, "good"), spool.text_key(SPEC, "wrong")
