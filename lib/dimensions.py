@@ -32,6 +32,11 @@ def bare_model(model: str) -> str:
     return name if name in _NATIVE_SIZES else model
 
 
+def same_model(one: object, other: object) -> bool:
+    """Whether two names are of one model, a gateway's prefix left aside."""
+    return bare_model(str(one)) == bare_model(str(other))
+
+
 def native_size(model: str) -> int | None:
     """The model's full size, or None for a model that is not known here."""
     return _NATIVE_SIZES.get(bare_model(model))

@@ -115,9 +115,7 @@ def embed(
     pace = (args.workers, args.batch_size, args.max_cost, console)
     buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
     if args.dry_run:
-        return showing.show_tried(
-            try_one_batch(buyer, run.spool, run.bought.log), plan, run, refused, console
-        )
+        return showing.show_tried(try_one_batch(buyer, run.spool, run.bought), plan, run, refused, console)
     if args.limit:
         return showing.show_spot_check(spot_check.spot_check(run, buyer, found[1], args.limit), run, console)
     buyer.require_affordable(plan.tokens, run.bought)

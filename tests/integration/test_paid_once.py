@@ -14,7 +14,7 @@ from lib.embedding.pricing import cut_to_tokens, price_per_million
 from lib.embedding.spool_file import room_of
 from lib.sandbox.vectors import vectors_for
 from tests.matrix import matrix
-from tests.operator_support import LARGE, NEW_SIZE, SMALL
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of
 from tests.small_disk import small_disk
 
@@ -129,6 +129,33 @@ def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(read
     ready.run("backup_automem", "--only", "qdrant", "--backup-dir", elsewhere)
     ready.run("reembed_embeddings", "--fresh", "--backup-dir", elsewhere)
     assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
+
+
+@pytest.mark.parametrize("where", matrix(["elsewhere", "backups"], "elsewhere"))
+def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
+    """A gateway names it `openai/...`: the collection's stamp is of the same vectors."""
+    ready.run("reembed_embeddings")
+    if not stamped(ready):
+        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+    ready.servers.openai.reset()
+    ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
+    result = ready.run("reembed_embeddings", "--backup-dir", str(ready.folder / where))
+    assert f"is already {NEW_SIZE}d openai/{LARGE}" in result.out
+    assert stats(ready)["tokens"] == 0
+    checks = ready.run("verify_migration", "--json", expect=None).json["checks"]
+    assert next(one["status"] for one in checks if one["name"] == "model stamp") == "passed"
+
+
+def test_no_test_of_the_endpoint_costs_more_than_max_cost(ready):
+    refused = ready.run("reembed_embeddings", "--dry-run", "--max-cost", "0", expect=2)
+    assert "--max-cost is $0; nothing was spent" in refused.err
+    assert "in the graph" in refused.err  # the plan and its price
+    assert stats(ready)["tokens"] == 0
+    ready.run("reembed_embeddings", "--dry-run", "--max-cost", "1")
+    ready.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
+    ready.servers.openai.reset()
+    assert "--max-cost" in ready.run("reembed_embeddings", "--only-missing", "--max-cost", "0", expect=2).err
+    assert stats(ready)["tokens"] == 0
 
 
 @pytest.mark.matrix
