@@ -319,6 +319,29 @@ def test_after_the_restart_another_server_fails(settled, status, body):
     assert "secret-word" not in json.dumps(found)
 
 
+@pytest.fixture
+def twin(settled):
+    """Other stores with the same memories, and 20 more: each recall answers there as it does here."""
+    other = Operator(settled.servers, settled.folder, settled.graph, f"{settled.collection}_twin")
+    other.graph = f"{settled.graph}_twin"
+    other.load(60)
+    yield other
+    other.clean_up()
+
+
+@pytest.mark.parametrize("what", ["graph", "collection"])
+def test_after_the_restart_an_automem_on_other_stores_fails(settled, twin, what):
+    """Its recall brings each sample first, by vector: from a copy."""
+    name = {"graph": "FALKORDB_GRAPH", "collection": "QDRANT_COLLECTION"}[what]
+    with AutoMemServer(env={**settled.environ, name: getattr(twin, what)}) as automem:
+        operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+        operator.export(AUTOMEM_API_URL=automem.url)
+        found = recall_check(operator, "--after-restart", expect=4)
+        assert found["status"] == "FAILED"
+        assert f"works on {'the graph' if what == 'graph' else 'another one'}" in found["detail"]
+        assert recall_check(operator, expect=0)["status"] == "restart pending"
+
+
 def test_an_automem_that_refuses_to_start_fails(settled, tmp_path):
     """It was started with another size than the collection's, and ended."""
     from lib.sandbox.process import ServerStartError
