@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-from lib.addresses import container_hint, same_server, without_login
+from lib.addresses import container_hint, is_loopback, is_this_machine, same_server, without_login
 from lib.automem_api import HealthAnswer, ask_health
 from lib.backup_set.manifest import GraphHalf
 from lib.errors import MigrationError, UsageProblem
@@ -97,6 +97,10 @@ def _server(source: GraphSource | CollectionSource | None) -> str:
     return source.qdrant.display if source else ""
 
 
+def _is_here(target: GraphSource) -> bool:
+    return bool(target.address.unix_socket) or is_loopback(target.address.host)
+
+
 def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> None:
     """Refuse the graph while AutoMem may run: its caches would write values under wrong names.
 
@@ -108,6 +112,11 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
         site.notice(_unknown(answer, url))
         return
     if answer.presence == "absent":
+        if not answer.seen and is_this_machine(site.api.url) and not _is_here(site.graph):
+            site.notice(
+                f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {_server(site.graph)}: if"
+                " AutoMem runs elsewhere, make sure that it is stopped, or set AUTOMEM_API_URL"
+            )
         if answer.seen:
             site.notice(
                 f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"

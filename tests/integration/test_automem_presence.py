@@ -232,6 +232,17 @@ def test_another_service_is_named_and_the_restore_goes_ahead(ready):
         assert f"another service than AutoMem answers at {other.url} (HTTP {status}" in result.err
 
 
+@pytest.mark.parametrize("warned", [False, True], ids=["FalkorDB here", "FalkorDB elsewhere"])
+def test_nobody_on_this_machine_says_nothing_of_an_automem_elsewhere(ready, monkeypatch, warned):
+    """AUTOMEM_API_URL is not set, FalkorDB is on another machine: AutoMem may run there."""
+    from lib.steps import before_restore
+
+    if warned:
+        monkeypatch.setattr(before_restore, "is_loopback", lambda _host: False)
+    said = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
+    assert ("if AutoMem runs elsewhere, make sure that it is stopped" in said) == warned
+
+
 def test_a_name_that_does_not_resolve_is_said_and_is_no_absence(ready):
     """Inside Docker the service may run under that name; a stopped one's name is gone, so that the restore goes ahead."""
     for host, in_docker in (("flask-api", True), ("automem.invalid", False)):

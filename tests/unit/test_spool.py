@@ -122,6 +122,16 @@ def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damag
         assert spool.get_vectors(keys) == {keys[0]: blob(0)}
 
 
+def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
+    """Rights, or a disk that is mounted read-only: what was paid for is whole."""
+    with Spool(path):
+        pass
+    with Spool(path, read_only=True) as spool, pytest.raises(SpoolDamaged, match="readonly") as caught:
+        spool.set_meta("a", "b")
+    assert "make it writable again" in caught.value.next_step
+    assert "paid for again" not in caught.value.next_step
+
+
 def test_vectors_that_an_earlier_version_stored_are_read(path):
     """They have no checksum."""
     with Spool(path) as spool:
