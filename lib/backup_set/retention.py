@@ -66,9 +66,15 @@ def protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dic
     All that an open journal names, that an undo or a report of the last 30 days names, and that the newest finished
     re-embedding of these targets names until a newer verified set of the collection exists.
     """
-    journals = [one for path in sorted(folder.glob("journal_*.jsonl")) if (one := read_journal(path))]
+    journals: list[Journal] = []
     found: dict[str, str] = {}
-    for journal in journals:
+    for path in sorted(folder.glob("journal_*.jsonl")):
+        journal = read_journal(path)
+        if journal is None:  # it may be of an unfinished run
+            named = _sets_in(path.read_text(errors="replace"))
+            found |= dict.fromkeys(named, f"{path.name}, which is damaged, names it")
+            continue
+        journals.append(journal)
         if journal.is_open:
             found |= dict.fromkeys(_named(journal), f"the unfinished run {journal.run_id} needs it")
         elif journal.age_hours <= PROTECTED_DAYS * 24:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
-from lib.dimensions import EmbeddingSpec, takes_dimensions
+from lib.dimensions import EmbeddingSpec, same_model, takes_dimensions
 from lib.embedding.endpoint import public_url
 from lib.embedding.kept_points import KeptPoints
 from lib.embedding.plan_table import PlanTable, TextRow
@@ -142,6 +142,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
     def derive(self, spec: EmbeddingSpec, texts: Sequence[str]) -> list[tuple[bytes, bytes]]:
         """Vectors of `spec` cut from larger ones of the same model and endpoint: (key, blob), nothing is stored.
 
+        Those of the same size that were bought under another name of the model (`openai/...`) are taken as they are.
         Only for models whose vectors may be cut; cutting and scaling to length 1 is what `dimensions` does
         (https://platform.openai.com/docs/guides/embeddings).
         """
@@ -150,7 +151,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
             return []
         wanted = {self.text_key(spec, text): text for text in texts}
         made: dict[bytes, bytes] = {}
-        for larger in self._larger(spec):
+        for larger in self._sources(spec):
             sources = {self.text_key(larger, text): key for key, text in wanted.items() if key not in made}
             for source, blob in self.get_vectors(sources).items():
                 made[sources[source]] = _cut(blob, spec.size)
@@ -158,7 +159,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
 
     def derive_missing(self, spec: EmbeddingSpec) -> int:
         """Derive and store what the plan misses and the spool can make; returns how many."""
-        if not takes_dimensions(spec.model) or not self._larger(_without_credentials(spec)):
+        if not takes_dimensions(spec.model) or not self._sources(_without_credentials(spec)):
             return 0
         derived, texts = 0, []
         for row in self.missing_texts(spec):
@@ -174,9 +175,14 @@ class Spool(PlanTable, KeptPoints, Pruning):
             self.put_vectors(rows)
         return len(rows)
 
-    def _larger(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
-        same = (each for each in self._specs.values() if replace(each, size=spec.size) == spec)
-        return sorted((each for each in same if each.size > spec.size), key=lambda each: each.size)
+    def _sources(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
+        """Of what vectors of `spec` can be made, the nearest size first."""
+        same = [
+            each
+            for each in self._specs.values()
+            if each != spec and each.base_url == spec.base_url and same_model(each.model, spec.model)
+        ]
+        return sorted((each for each in same if each.size >= spec.size), key=lambda each: each.size)
 
     def _remember(self, spec: EmbeddingSpec, prefix: bytes) -> None:
         if not self._read_only:
@@ -216,5 +222,7 @@ def _sum(key: bytes, blob: bytes) -> bytes:
 def _cut(blob: bytes, size: int) -> bytes:
     import numpy as np
 
+    if len(blob) == FLOAT_BYTES * size:
+        return blob
     part = np.frombuffer(blob, dtype="<f4")[:size].astype(np.float64)
     return bytes((part / np.linalg.norm(part)).astype("<f4").tobytes())

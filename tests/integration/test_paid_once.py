@@ -146,6 +146,17 @@ def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
     assert next(one["status"] for one in checks if one["name"] == "model stamp") == "passed"
 
 
+@pytest.mark.matrix
+def test_what_a_stopped_run_bought_counts_under_another_name_of_the_model(ready):
+    before = points_of(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    bought = stats(ready)["texts"]
+    ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
+    ready.run("reembed_embeddings")
+    assert stats(ready)["texts"] == bought
+    assert_migrated(ready, before)
+
+
 def test_no_test_of_the_endpoint_costs_more_than_max_cost(ready):
     refused = ready.run("reembed_embeddings", "--dry-run", "--max-cost", "0", expect=2)
     assert "--max-cost is $0; nothing was spent" in refused.err

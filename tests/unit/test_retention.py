@@ -155,6 +155,22 @@ def test_latest_is_the_newest_full_set(tmp_path):
     assert latest(tmp_path, HERE) == wanted
 
 
+def test_what_a_damaged_journal_names_is_protected(tmp_path):
+    """Its first line is gone: it reads as no run at all, and may be of an unfinished one."""
+    for number in range(1, 6):
+        make(tmp_path, number)
+    journal = start_journal(tmp_path, "reembed", TARGETS)
+    journal.append(
+        "live collection deleted", manifest=name(2), undo=f"restore qdrant_snapshot_{stamp_of(1)}.tar.gz"
+    )
+    lines = journal.path.read_bytes().split(b"\n")
+    journal.path.write_bytes(b"\n".join([bytes(len(lines[0])), *lines[1:]]))
+    plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
+    assert [one.name for one in plan.delete] == [name(4), name(3)]
+    assert set(plan.protected) == {name(2), name(1)}
+    assert journal.path.name in plan.protected[name(2)]
+
+
 def test_a_set_from_the_future_is_neither_latest_nor_counted(tmp_path):
     """A clock was wrong when it was taken: it may be older than all others."""
     for number in (1, 2, 3):

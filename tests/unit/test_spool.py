@@ -122,6 +122,14 @@ def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damag
         assert spool.get_vectors(keys) == {keys[0]: blob(0)}
 
 
+def test_what_was_bought_under_another_name_of_the_model_is_taken_as_it_is(spool):
+    """A gateway calls it `openai/...`; an unknown model behind a prefix is another one."""
+    named, other = replace(SPEC, model=f"openai/{SPEC.model}"), replace(SPEC, model="openai/one of its own")
+    spool.put_vectors([(spool.text_key(named, "a"), blob(1)), (spool.text_key(other, "b"), blob(2))])
+    assert spool.derive(SPEC, ["a", "b"]) == [(spool.text_key(SPEC, "a"), blob(1))]
+    assert spool.derive(replace(SPEC, base_url="http://127.0.0.1:10/v1"), ["a"]) == []
+
+
 def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
     """Rights, or a disk that is mounted read-only: what was paid for is whole."""
     with Spool(path):
