@@ -122,6 +122,8 @@ class Reader:
         value = self.text(name)
         if "/" in value or value != value.strip():
             self.fault(name, "must not hold a slash or blanks at its ends")
+        if value in {".", ".."}:
+            self.fault(name, "is a folder in every URL: it reaches no such collection or graph")
         return value
 
     def header(self, name: str) -> str:
@@ -134,6 +136,8 @@ class Reader:
     def folder(self, name: str) -> Path:
         """A folder's absolute path; `~` is the home folder."""
         value = self.text(name)
+        if not value.strip():
+            self.fault(name, "must not be blank: is a variable unset?")
         try:
             return Path(value).expanduser().absolute()
         except RuntimeError:
