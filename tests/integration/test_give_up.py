@@ -217,6 +217,16 @@ def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
     assert display.columns[2].render(display.tasks[0]).plain.startswith(shown)
 
 
+def test_a_damaged_journal_is_named_by_every_command(operator):
+    """Its first line is gone: nothing tells which run it was, or that it is unfinished."""
+    operator.backups.mkdir()
+    file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
+    file.write_bytes(b"")  # a crash before the first entry: nothing was made
+    assert "damaged" not in notice(operator)
+    file.write_bytes(bytes(80) + b'\n{"phase": "deleting the live collection"}\n')
+    assert f"{file} is damaged: its run may be unfinished" in notice(operator)
+
+
 def test_another_users_journal_is_a_refusal_with_a_way_out(operator, monkeypatch):
     from pathlib import Path
 
