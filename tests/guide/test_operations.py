@@ -191,7 +191,7 @@ def unprivileged() -> list[str]:
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *read_all, "--"]
 
 
-@pytest.mark.parametrize("words", [["--backup-dir"], ["--backup-dir", "/tmp", "--upload"]])
+@pytest.mark.parametrize("words", [["--backup-dir"], ["--backup-dir", "/var/tmp", "--upload"]])
 def test_a_mount_of_roots_is_told_with_the_remedy(nightly, mount, words):
     command = [sys.executable, str(nightly.checkout / "scripts" / "backup_automem.py"), *words, str(mount)]
     ran = bare(nightly, [*unprivileged(), *command], nightly.checkout)
