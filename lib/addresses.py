@@ -29,7 +29,12 @@ def container_hint(host: str, variable: str) -> str:
 
 def is_this_machine(url: str) -> bool:
     """Whether the URL's host is this very machine, by any of its loopback names and numbers."""
-    host = one_spelling(urlsplit(url).hostname or "")
+    return is_loopback(urlsplit(url).hostname or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this very machine."""
+    host = one_spelling(host)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from lib.addresses import is_this_machine, without_login
 from lib.bounded import Unbounded, read_whole
@@ -13,8 +15,10 @@ from lib.shown import one_line
 
 _OPTIONAL_SECONDS = 3.0
 _LARGEST_ANSWER, _LONGEST_SECONDS = 64 << 20, 10.0
-# Answers of a gateway, a login or a proxy in front of a service; a status from 500 on may also be the service's own.
-_MAY_HIDE_IT = {401, 403, 407, 408, 425, 429}
+# All other answers than these and 2xx may be of a gateway, a login or a proxy in front of a service.
+_NOT_THERE = {404, 405, 410}
+# Of a loopback address: the system lacks it (IPv6 is off), so that nothing can listen on it.
+_NO_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EHOSTUNREACH}
 
 Presence = Literal["running", "silent", "unresolved", "absent"]
 
@@ -107,7 +111,21 @@ def _checked(response: Any) -> dict[str, Any]:
 
 
 def ask_health(api: AutoMemApi) -> HealthAnswer:
-    """`GET /health`, whatever its status: a degraded service runs too. Waits 3 seconds at most, raises nothing."""
+    """`GET /health`, whatever its status: a degraded service runs too. Raises nothing.
+
+    If something else answers below the path of the URL, the host itself is asked, too: the path may be wrong.
+    """
+    answer, parts = _asked(api), urlsplit(api.url)
+    root = f"{parts.scheme}://{parts.netloc}"
+    if answer.presence == "absent" and answer.seen and root != api.url:
+        above = _asked(AutoMemApi(root))
+        if above.presence == "running":
+            return HealthAnswer("silent", f"AutoMem answers at {without_login(root)}, and not at that path")
+    return answer
+
+
+def _asked(api: AutoMemApi) -> HealthAnswer:
+    """One question, of 3 seconds at most."""
     import requests
 
     try:
@@ -122,8 +140,10 @@ def ask_health(api: AutoMemApi) -> HealthAnswer:
         return HealthAnswer("running", "AutoMem", answer)
     server = response.headers.get("Server", "")
     seen = f"HTTP {response.status_code}{f' from {one_line(server[:60])}' if server else ''}, not AutoMem's health"
-    hidden = response.status_code >= 500 or response.status_code in _MAY_HIDE_IT
-    return HealthAnswer("silent" if hidden else "absent", seen)
+    if location := response.headers.get("Location"):
+        seen += f", a redirect to {one_line(urlsplit(location).netloc.rpartition('@')[2])}"
+    there = response.status_code < 300 or response.status_code in _NOT_THERE
+    return HealthAnswer("absent" if there else "silent", seen)
 
 
 def _without_answer(error: Exception, url: str) -> HealthAnswer:
@@ -144,7 +164,7 @@ def _without_answer(error: Exception, url: str) -> HealthAnswer:
 def _unconnected(cause: OSError, url: str) -> HealthAnswer:
     if isinstance(cause, socket.gaierror):
         return HealthAnswer("unresolved", f"the name of its host does not resolve here ({cause.strerror})")
-    if isinstance(cause, ConnectionRefusedError) or is_this_machine(url):
+    if isinstance(cause, ConnectionRefusedError) or (is_this_machine(url) and cause.errno in _NO_ADDRESS):
         return HealthAnswer("absent")
     return HealthAnswer("silent", f"no connection ({cause.strerror})")
 

@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -51,10 +51,11 @@ class Parser(argparse.ArgumentParser):
         self._as_json = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but refuse empty values; remembers whether JSON was asked for."""
+        """Parse as argparse does, but refuse empty and second values; remembers whether JSON was asked for."""
         words = list(sys.argv[1:] if args is None else args)
         self._as_json = "--json" in words
         self._refuse_empty(words)
+        self._refuse_repeated(words)
         remember_flags(None, None)
         parsed = super().parse_known_args(words, namespace)
         remember_flags(getattr(parsed[0], "env_file", None), getattr(parsed[0], "backup_dir", None))
@@ -70,6 +71,16 @@ class Parser(argparse.ArgumentParser):
                 )
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
+
+    def _refuse_repeated(self, words: list[str]) -> None:
+        """Of two values of a flag the first would be passed over: one copy elsewhere of two, one store of two."""
+        flags = {one for action in self._actions if action.nargs != 0 for one in action.option_strings}
+        given = [word.partition("=")[0] for word in words if word.startswith("-")]
+        for flag in sorted(flags):
+            if given.count(flag) > 1:
+                self.error(
+                    f"{flag} is given {given.count(flag)} times, one value is taken: run once for each"
+                )
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
@@ -119,9 +130,22 @@ def dollars(text: str) -> float:
     return value
 
 
+def _values(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, object]:
+    """The values of those of these flags that are given."""
+    values = {flag: getattr(args, flag.lstrip("-").replace("-", "_")) for flag in flags}
+    return {flag: value for flag, value in values.items() if value not in (None, False)}
+
+
+def require_with(args: argparse.Namespace, flag: str, other: str) -> None:
+    """Raise UsageProblem where `flag` is given without `other`."""
+    given = _values(args, [flag, other])
+    if list(given) == [flag]:
+        raise UsageProblem(f"{flag} is of {other} alone", next_step=f"{other} {flag} {given[flag]}")
+
+
 def refuse_together(args: argparse.Namespace, *flags: str) -> None:
     """Raise UsageProblem where more than one of these flags is given."""
-    given = [flag for flag in flags if getattr(args, flag.lstrip("-").replace("-", "_"))]
+    given = list(_values(args, flags))
     if len(given) > 1:
         raise UsageProblem(
             f"{' and '.join(given)} do not go together", next_step=f"give one of {', '.join(given)}"

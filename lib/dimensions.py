@@ -14,6 +14,7 @@ _NATIVE_SIZES = {
     "text-embedding-ada-002": 1536,
 }
 _SHORTENED = ("text-embedding-3-",)
+UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the vectors
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ def bare_model(model: str) -> str:
     """The model behind a gateway's prefix: `openai/text-embedding-3-large` is `text-embedding-3-large`."""
     name = model.rpartition("/")[2]
     return name if name in _NATIVE_SIZES else model
+
+
+def same_model(one: object, other: object) -> bool:
+    """Whether two names are of one model, a gateway's prefix left aside."""
+    return bare_model(str(one)) == bare_model(str(other))
 
 
 def native_size(model: str) -> int | None:

@@ -169,3 +169,9 @@ def open_journals(folder: Path) -> list[Journal]:
     """The runs that never came to their end, oldest first."""
     found = [read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))]
     return [journal for journal in found if journal is not None and journal.is_open]
+
+
+def unreadable_journals(folder: Path) -> list[Path]:
+    """Files of the name of a journal that hold something and read as none: of a run that may be unfinished."""
+    paths = sorted(folder.glob("journal_*.jsonl"))
+    return [path for path in paths if path.stat().st_size and read_journal(path) is None]

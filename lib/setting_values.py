@@ -120,10 +120,10 @@ class Reader:
     def name(self, name: str) -> str:
         """A name that becomes part of a file's name."""
         value = self.text(name)
-        if "/" in value or value != value.strip() or value in {".", ".."} or not value.isprintable():
-            self.fault(
-                name, "must not be . or .., nor hold a slash, blanks at its ends or what cannot be printed"
-            )
+        if "/" in value or value != value.strip() or not value.isprintable():
+            self.fault(name, "must not hold a slash, blanks at its ends or what cannot be printed")
+        if value in {".", ".."}:
+            self.fault(name, "is a folder in every URL: it reaches no such collection or graph")
         return value
 
     def model(self, name: str) -> str:
@@ -143,6 +143,8 @@ class Reader:
     def folder(self, name: str) -> Path:
         """A folder's absolute path; `~` is the home folder."""
         value = self.text(name)
+        if not value.strip():
+            self.fault(name, "must not be blank: is a variable unset?")
         try:
             return Path(value).expanduser().absolute()
         except RuntimeError:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
 
-
 KEEP = 5
 
 
@@ -56,7 +55,6 @@ def command(args: argparse.Namespace) -> int:
     from lib.backup_set.shelf import shelf_at
     from lib.config import config_of
     from lib.console import Console
-    from lib.errors import UsageProblem
     from lib.showing import backup as showing
     from lib.showing.settings import announce, show_config
 
@@ -64,10 +62,11 @@ def command(args: argparse.Namespace) -> int:
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    if args.keep is not None and not args.cleanup:
-        raise UsageProblem("--keep is of --cleanup alone", next_step=f"--cleanup --keep {args.keep}")
-    if args.upload and (args.cleanup or args.list is not None):
-        raise UsageProblem("--upload is of a new backup, or of --check", next_step="--check all --upload URL")
+    cli.require_with(args, "--keep", "--cleanup")
+    for flag in ("--only", "--no-verify"):
+        cli.refuse_together(args, flag, "--check", "--list", "--cleanup")
+    cli.refuse_together(args, "--upload", "--list", "--cleanup")
+    cli.refuse_together(args, "--check", "--dry-run")
     announce(config, console)
     if args.list is not None:
         return showing.show_sets(shelf_at(args.list, config.backup_dir), console)
@@ -91,7 +90,8 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.steps.take_pair import require_sources
 
     name = config.graph if args.only != "qdrant" else ""
-    place = require_place(args.upload, graph=name, write=not args.dry_run) if args.upload else ""
+    folder, write = config.backup_dir, not args.dry_run
+    place = require_place(args.upload, folder, graph=name, write=write) if args.upload else ""
     graph = opening.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)
@@ -125,10 +125,9 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
     from lib.showing import backup as showing
     from lib.steps.offsite_sets import prove_and_upload
 
-    engines = opening.engines(config)
-    return showing.show_proofs(
-        *prove_and_upload(config.backup_dir, word, url, engines, console.progress), console
-    )
+    where = (config.backup_dir, config.deployment())
+    proved = prove_and_upload(*where, word, url, opening.engines(config), console.progress)
+    return showing.show_proofs(*proved, console)
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:

@@ -62,7 +62,9 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
-    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort")
+    cli.refuse_together(
+        args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool"
+    )
     if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
         console.warn(fault)
     with opening.target_lock(config):
@@ -113,9 +115,7 @@ def embed(
     pace = (args.workers, args.batch_size, args.max_cost, console)
     buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
     if args.dry_run:
-        return showing.show_tried(
-            try_one_batch(buyer, run.spool, run.bought.log), plan, run, refused, console
-        )
+        return showing.show_tried(try_one_batch(buyer, run.spool, run.bought), plan, run, refused, console)
     if args.limit:
         return showing.show_spot_check(spot_check.spot_check(run, buyer, found[1], args.limit), run, console)
     buyer.require_affordable(plan.tokens, run.bought)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lib.journal import open_journals
 from tests.operator_support import Operator
+from tests.restore_support import wait_for
 from tests.script_process import ScriptProcess
 
 # How often each window of a kill matrix is hit: `KILLS_EACH=5 make faults`.
@@ -128,6 +129,24 @@ def start_held(operator: Operator, where: str, script: str, *words: str, nohup: 
         old.unlink()
     process = operator.start(script, *words, prelude=_prelude(where, marker, nohup=nohup))
     return Held(process, marker)
+
+
+def standing(held: Held, number: int = 0) -> ScriptProcess:
+    """The process, once it stands at the place."""
+    assert wait_for(lambda: held.stands_at(number) or held.process.poll() is not None)
+    assert held.process.poll() is None, held.process.communicate()
+    return held.process
+
+
+def ctrl_c(operator: Operator, where: str, script: str, *words: str) -> str:
+    """One SIGINT where the script comes to `where`: it ends with 130; what it said."""
+    held = start_held(operator, where, script, *words)
+    standing(held).send_signal(signal.SIGINT)
+    held.go_on()
+    out, err = held.process.communicate(timeout=300)
+    assert held.process.returncode == 130, f"{where}: exit {held.process.returncode}\n{err}\n{out}"
+    assert "Traceback" not in err
+    return err
 
 
 def kill(process: ScriptProcess) -> bool:

@@ -25,6 +25,7 @@ _STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
 _FIRST_YEAR = 2000  # of `created`: no clock of a backup shows less
 _SEAL = "checksum"
 CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
+CLOCK_HOURS = 0.1  # by which two clocks may differ
 PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
 BACKUP, SAFETY = "backup", "safety"  # why a set was taken
 FULL, GRAPH_ONLY, COLLECTION_ONLY, SAFETY_COPY = "full", "graph only", "collection only", "safety copy"
@@ -126,6 +127,11 @@ class Manifest:
     def age_hours(self) -> float:
         """Hours since the set was begun."""
         return (datetime.now(timezone.utc) - datetime.fromisoformat(self.created)).total_seconds() / 3600
+
+    @property
+    def is_from_future(self) -> bool:
+        """Whether its date has not come yet: a clock was or is wrong, and it cannot be told how old the set is."""
+        return self.age_hours < -CLOCK_HOURS
 
     @property
     def halves(self) -> list[GraphHalf | CollectionHalf]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 
 from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest, read_manifest
-from lib.backup_set.offsite_address import offsite_address
+from lib.backup_set.offsite_address import FILE, offsite_address
 from lib.backup_set.offsite_store import OffsiteStore, Progress, open_offsite
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
 from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, sync_dir, write_atomic
@@ -31,13 +31,17 @@ class NotArrived(MigrationError):
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A set that is whole at `url` (as it may be shown): how many files and bytes were sent, how many were there."""
+    """A set that is whole at `url` (as it may be shown): how many files and bytes were sent, how many were there.
+
+    `same_disk`: the copy is lost with the disk that the set here is on.
+    """
 
     url: str
     manifest: str
     sent: int
     sent_bytes: int
     there: int
+    same_disk: bool = False
 
 
 def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
@@ -60,7 +64,23 @@ def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
             next_step=f"{error.next_step}\n{again(manifest.path, shown)}".strip(),
         ) from error
-    return Uploaded(shown, manifest.name, len(sent), sum(file.size for file in sent), len(files) - len(sent))
+    size, there = sum(file.size for file in sent), len(files) - len(sent)
+    return Uploaded(shown, manifest.name, len(sent), size, there, _on_same_disk(url, manifest.path))
+
+
+def require_elsewhere(url: str, folder: Path) -> None:
+    """Raise UsageProblem where the URL is the backup folder or one in it: the set would pass for its own copy."""
+    address = offsite_address(url)
+    if address.scheme == FILE and Path(address.path).resolve().is_relative_to(folder.resolve()):
+        raise UsageProblem(
+            f"{address.shown} is in the backup folder {folder}: that is no copy elsewhere",
+            next_step="name a folder outside of it, on another disk, or a URL",
+        )
+
+
+def _on_same_disk(url: str, path: Path) -> bool:
+    address = offsite_address(url)
+    return address.scheme == FILE and Path(address.path).stat().st_dev == path.stat().st_dev
 
 
 def _bring_all(

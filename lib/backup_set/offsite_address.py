@@ -72,6 +72,10 @@ def is_url(word: str) -> bool:
 def offsite_address(text: str) -> OffsiteAddress:
     """Take a URL or the path of a local folder apart; raises UsageProblem, which shows no part that may be secret."""
     if not is_url(text):
+        if ":" in text.partition("/")[0]:  # as scp, rsync, restic and rclone write it; or a slash is missing
+            raise _unusable(
+                "a word with ':' before its first slash is neither a URL nor plainly a local folder (./a:b is)"
+            )
         return _local(Path(text))
     scheme = text.partition("://")[0].lower()
     if scheme not in _LIBRARIES:

@@ -42,12 +42,12 @@ def plan_cleanup(folder: Path, keep: int, owner: Deployment, targets: list[str])
 def beyond_newest(sets: list[Manifest], keep: int) -> list[Manifest]:
     """The sets (newest first) beyond the newest `keep` of their kind, without the newest verified one of each kind.
 
-    Sets with a missing file do not count towards `keep`.
+    Sets with a missing file do not count towards `keep`, nor those that are dated in the future; the latter all stay.
     """
     stay: set[str] = set()
     for kind in {one.kind for one in sets}:
         same = [one for one in sets if one.kind == kind]
-        whole = [one.name for one in same if is_complete(one)][:keep]
+        whole = [one.name for one in same if is_complete(one) and not one.is_from_future][:keep]
         oldest = whole[-1] if len(whole) == keep else ""
         stay |= {one.name for one in same if one.name >= oldest}
         stay |= {one.name for one in [one for one in same if _verified(one)][:1]}
@@ -55,6 +55,8 @@ def beyond_newest(sets: list[Manifest], keep: int) -> list[Manifest]:
 
 
 def _verified(manifest: Manifest) -> bool:
+    if manifest.is_from_future:
+        return False
     return is_complete(manifest) and PROOF_LEVELS.index(manifest.proof) >= PROOF_LEVELS.index(CHECKED)
 
 
@@ -64,9 +66,15 @@ def protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dic
     All that an open journal names, that an undo or a report of the last 30 days names, and that the newest finished
     re-embedding of these targets names until a newer verified set of the collection exists.
     """
-    journals = [one for path in sorted(folder.glob("journal_*.jsonl")) if (one := read_journal(path))]
+    journals: list[Journal] = []
     found: dict[str, str] = {}
-    for journal in journals:
+    for path in sorted(folder.glob("journal_*.jsonl")):
+        journal = read_journal(path)
+        if journal is None:  # it may be of an unfinished run
+            named = _sets_in(path.read_text(errors="replace"))
+            found |= dict.fromkeys(named, f"{path.name}, which is damaged, names it")
+            continue
+        journals.append(journal)
         if journal.is_open:
             found |= dict.fromkeys(_named(journal), f"the unfinished run {journal.run_id} needs it")
         elif journal.age_hours <= PROTECTED_DAYS * 24:

@@ -9,7 +9,7 @@ from shlex import quote
 
 from lib.addresses import same_server
 from lib.backup_set.manifest import FULL, SAFETY, Manifest, read_manifest
-from lib.errors import BackupDamaged, BadFile, MissingData
+from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
 from lib.files import sync_dir
 from lib.journal import Journal, read_journal
 
@@ -71,8 +71,8 @@ def with_purpose(manifest: Manifest, safety: Collection[str]) -> Manifest:
     return replace(manifest, purpose=SAFETY) if manifest.name in safety else manifest
 
 
-def latest(folder: Path, owner: Deployment) -> Manifest:
-    """The newest full set of this deployment that is no safety copy.
+def latest(folder: Path, owner: Deployment | None) -> Manifest:
+    """The newest full set of this deployment (None: of anybody) that is no safety copy.
 
     Raises MissingData where there is none, BackupDamaged where a newer manifest does not read: never an older set
     in silence.
@@ -85,13 +85,15 @@ def latest(folder: Path, owner: Deployment) -> Manifest:
 def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: str) -> Manifest:
     """The first of `manifests` that is a full set of `owner` (None: of anybody) and no safety copy.
 
-    Raises MissingData, naming the halves and safety copies: these are taken only by name.
+    Raises MissingData, naming the halves and safety copies: these are taken only by name. Raises UsageProblem where
+    the first is dated in the future: it need not be the newest.
     """
     others = []
     for manifest in manifests:
         if owner and not owner.owns(manifest):
             continue
         if manifest.kind == FULL:
+            _require_past(manifest, where)
             return manifest
         others.append(f"{manifest.name} ({manifest.kind})")
     if others:
@@ -108,6 +110,30 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
         f"no backup in {where}{whose}",
         next_step="python scripts/backup_automem.py   or name the file:  python scripts/backup_automem.py --list",
     )
+
+
+def _require_past(manifest: Manifest, where: str) -> None:
+    if manifest.is_from_future:
+        raise UsageProblem(
+            f"{manifest.name} is dated {-manifest.age_hours:.0f} hours in the future: a clock was or is wrong, and it"
+            " cannot be told which set is the newest",
+            next_step="date -u   (is this clock right?)   then name the set:  python scripts/restore_from_backup.py"
+            f" {quote(f'{where}/{manifest.name}')}",
+        )
+
+
+def dated_later(manifest: Manifest) -> list[Manifest]:
+    """The sets beside this new one that are of the same stores and dated later: a clock went back."""
+    assert manifest.path is not None
+    owner = _owner(manifest)
+    others = [one for one in all_sets(manifest.path.parent) if one.stamp > manifest.stamp]
+    return [one for one in others if {*_owner(one)} & {*owner}]
+
+
+def _owner(manifest: Manifest) -> list[tuple[str, str]]:
+    graph, collection = manifest.graph, manifest.collection
+    named = [(graph.server["address"], graph.graph)] if graph else []
+    return named + ([(collection.server["address"], collection.collection)] if collection else [])
 
 
 def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:

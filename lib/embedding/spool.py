@@ -2,27 +2,33 @@
 
 A vector's key is 16 bytes: 4 that stand for endpoint, model and size, and 12 of a BLAKE2b over those and the
 exact text. So one size's vectors are one range of the index, and another endpoint, model or size never matches.
+
+What is stored is the vector and a CRC-32 over key and vector: SQLite has no checksums, and a damaged vector would go
+into the collection as if the model had made it. Rows of earlier versions have none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
-from lib.dimensions import EmbeddingSpec, takes_dimensions
+from lib.dimensions import EmbeddingSpec, same_model, takes_dimensions
 from lib.embedding.endpoint import public_url
 from lib.embedding.kept_points import KeptPoints
 from lib.embedding.plan_table import PlanTable, TextRow
 from lib.embedding.pricing import CUT_TO_TOKENS, input_limit
 from lib.embedding.pruning import PREFIX_BYTES, Pruning
-from lib.embedding.spool_file import chunks, marks
+from lib.embedding.spool_file import SpoolDamaged, chunks, marks
 
 TEXT_BYTES = 12
 FLOAT_BYTES = 4
+SUM_BYTES = 4
 TEXTS_AT_ONCE = 500
 
 
@@ -64,19 +70,48 @@ class Spool(PlanTable, KeptPoints, Pruning):
                 raise ValueError("a key that this spool did not make")
             if len(blob) != FLOAT_BYTES * spec.size:
                 raise ValueError(f"{len(blob)} bytes for a vector of {spec.size} dimensions")
+        sealed = ((key, blob + _sum(key, blob)) for key, blob in rows)
         with self._transaction():
-            self._db.executemany("INSERT OR IGNORE INTO vectors (key, vector) VALUES (?, ?)", rows)
+            self._db.executemany("INSERT OR IGNORE INTO vectors (key, vector) VALUES (?, ?)", sealed)
 
     def get_vectors(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """The vectors of those `keys` that have one, float32 little-endian."""
+        """The vectors of those `keys` that have one, float32 little-endian.
+
+        Raises SpoolDamaged where some are not what was stored, and removes these: they must be paid for again.
+        """
         found: dict[bytes, bytes] = {}
+        damaged: list[bytes] = []
         for part in chunks(list(keys)):
             sql = f"SELECT key, vector FROM vectors WHERE key IN ({marks(part)})"  # noqa: S608 - only marks
             for key, vector in self._rows(sql, part):
                 assert isinstance(key, bytes)
                 assert isinstance(vector, bytes)
-                found[key] = vector
+                whole = self._unsealed(key, vector)
+                if whole is None:
+                    damaged.append(key)
+                else:
+                    found[key] = whole
+        if damaged:
+            self._remove_damaged(damaged)
         return found
+
+    def _unsealed(self, key: bytes, stored: bytes) -> bytes | None:
+        """The vector, None where it is not the one that was stored under this key."""
+        spec = self._specs.get(key[:PREFIX_BYTES])
+        width = FLOAT_BYTES * spec.size if spec else -1
+        if len(stored) == width:  # of an earlier version
+            return stored
+        blob = stored[:-SUM_BYTES]
+        return blob if len(blob) == width and stored[-SUM_BYTES:] == _sum(key, blob) else None
+
+    def _remove_damaged(self, keys: list[bytes]) -> NoReturn:
+        with self._transaction():
+            self._db.executemany("DELETE FROM vectors WHERE key = ?", ([key] for key in keys))
+        raise SpoolDamaged(
+            f"{len(keys)} embedding(s) in {self.vectors_path} were damaged on the disk: they are not what was stored,"
+            " and were removed",
+            next_step="look at that disk, then run the same command again: these texts alone are paid for again",
+        )
 
     def count(self, spec: EmbeddingSpec) -> int:
         """Vectors of this endpoint, model and size."""
@@ -107,6 +142,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
     def derive(self, spec: EmbeddingSpec, texts: Sequence[str]) -> list[tuple[bytes, bytes]]:
         """Vectors of `spec` cut from larger ones of the same model and endpoint: (key, blob), nothing is stored.
 
+        Those of the same size that were bought under another name of the model (`openai/...`) are taken as they are.
         Only for models whose vectors may be cut; cutting and scaling to length 1 is what `dimensions` does
         (https://platform.openai.com/docs/guides/embeddings).
         """
@@ -115,7 +151,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
             return []
         wanted = {self.text_key(spec, text): text for text in texts}
         made: dict[bytes, bytes] = {}
-        for larger in self._larger(spec):
+        for larger in self._sources(spec):
             sources = {self.text_key(larger, text): key for key, text in wanted.items() if key not in made}
             for source, blob in self.get_vectors(sources).items():
                 made[sources[source]] = _cut(blob, spec.size)
@@ -123,7 +159,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
 
     def derive_missing(self, spec: EmbeddingSpec) -> int:
         """Derive and store what the plan misses and the spool can make; returns how many."""
-        if not takes_dimensions(spec.model) or not self._larger(_without_credentials(spec)):
+        if not takes_dimensions(spec.model) or not self._sources(_without_credentials(spec)):
             return 0
         derived, texts = 0, []
         for row in self.missing_texts(spec):
@@ -139,9 +175,14 @@ class Spool(PlanTable, KeptPoints, Pruning):
             self.put_vectors(rows)
         return len(rows)
 
-    def _larger(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
-        same = (each for each in self._specs.values() if replace(each, size=spec.size) == spec)
-        return sorted((each for each in same if each.size > spec.size), key=lambda each: each.size)
+    def _sources(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
+        """Of what vectors of `spec` can be made, the nearest size first."""
+        same = [
+            each
+            for each in self._specs.values()
+            if each != spec and each.base_url == spec.base_url and same_model(each.model, spec.model)
+        ]
+        return sorted((each for each in same if each.size >= spec.size), key=lambda each: each.size)
 
     def _remember(self, spec: EmbeddingSpec, prefix: bytes) -> None:
         if not self._read_only:
@@ -174,8 +215,14 @@ def _key(spec_digest: bytes, text: str) -> bytes:
     return spec_digest[:PREFIX_BYTES] + own.digest()
 
 
+def _sum(key: bytes, blob: bytes) -> bytes:
+    return zlib.crc32(blob, zlib.crc32(key)).to_bytes(SUM_BYTES, "little")
+
+
 def _cut(blob: bytes, size: int) -> bytes:
     import numpy as np
 
+    if len(blob) == FLOAT_BYTES * size:
+        return blob
     part = np.frombuffer(blob, dtype="<f4")[:size].astype(np.float64)
     return bytes((part / np.linalg.norm(part)).astype("<f4").tobytes())

@@ -130,14 +130,23 @@ class SpoolFile:
         except sqlite3.DatabaseError as error:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a fault of this program, not of the file
-            file = str(self.path)
-            away = f"mv {quote(file)} {quote(file + '.damaged')}"
-            step = f"move it away and run again (its vectors are paid for again):  {away}"
-            if "full" in str(error):
-                step = f"make room on the disk of {self.path.parent}, then run the same command again"
-            elif "locked" in str(error):
-                step = "another process holds it: wait until it has ended, then run the same command again"
-            raise SpoolDamaged(f"the spool {self.path} cannot be used: {error}", next_step=step) from error
+            raise SpoolDamaged(
+                f"the spool {self.path} cannot be used: {error}", next_step=self._remedy(error)
+            ) from error
+
+    def _remedy(self, error: sqlite3.DatabaseError) -> str:
+        """What helps; to give up what was paid for only where SQLite says that the file is damaged."""
+        file, folder = str(self.path), self.path.parent
+        if "full" in str(error):
+            return f"make room on the disk of {folder}, then run the same command again"
+        if "locked" in str(error):
+            return "another process holds it: wait until it has ended, then run the same command again"
+        if isinstance(error, sqlite3.OperationalError):  # rights, a disk mounted read-only, an I/O error
+            return f"ls -l {quote(str(folder))}   and make it writable again, then run the same command again"
+        return (
+            "move it away and run again (its vectors are paid for again):  "
+            f"mv {quote(file)} {quote(file + '.damaged')}"
+        )
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -209,7 +218,7 @@ class SpoolFile:
 
 def room_of(texts: int, size: int) -> int:
     """The most bytes that so many vectors of this size add to the file, its log included."""
-    row = 4 * size + 32
+    row = 4 * size + 36
     if row <= _PAGE_BYTES - 35:
         on_disk = _PAGE_BYTES // ((_PAGE_BYTES - 35) // row)
     else:

@@ -56,6 +56,9 @@ def show_sources(
     return DONE
 
 
+_SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
+
+
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """The new set; exit code 3 where a half is not even `checked`."""
     from lib.backup_set.manifest import CHECKED, UNPROVED
@@ -88,10 +91,22 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
             console.warn(f"{half.file.name} is CHECKED only, it was not loaded: {half.proof_note}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
+    _warn_of_clock(manifest, console)
     if manifest.proof == UNPROVED:
         console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
         return REMAINING
     return DONE
+
+
+def _warn_of_clock(manifest: Manifest, console: Console) -> None:
+    """A newer set that is dated earlier than others counts as an older one."""
+    from lib.backup_set.sets import dated_later
+
+    for one in dated_later(manifest)[:1]:
+        console.warn(
+            f"{one.name} of the same stores is dated later than this set: a clock was or is wrong. This set does not"
+            f" count as the newest; restore it by name: {manifest.path}"
+        )
 
 
 def _warn_left_out(half: GraphHalf, console: Console) -> None:
@@ -179,7 +194,7 @@ def _arrived(one: Uploaded) -> str:
     there = f", {one.there} were there already" if one.there else ""
     return (
         f"uploaded: {one.manifest} is whole at {one.url} ({one.sent} files sent and read back, "
-        f"{size_text(one.sent_bytes)}{there})"
+        f"{size_text(one.sent_bytes)}{there}){_SAME_DISK if one.same_disk else ''}"
     )
 
 

@@ -7,6 +7,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from lib.console import Console
+from lib.dimensions import UNKNOWN_MODEL
 from lib.errors import DONE, REMAINING
 from lib.showing.reembed import dollars
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from lib.steps.exchange import Voice
     from lib.steps.migration import Migration
     from lib.vectors.collection import CollectionState
+
+_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
 
 def voice(run: Migration, console: Console) -> Voice:
@@ -31,15 +34,12 @@ def voice(run: Migration, console: Console) -> Voice:
 
 def show_staged(state: CollectionState | None, run: Migration, console: Console) -> int:
     """The result of --no-switch, with the way on and the way back."""
-    from lib.steps.migration import journal_of
-    from lib.vectors.address import curl_line
-
     if state is None:
         console.result(
             {"staged": None}, f"'{run.target.collection}' is what it should be: nothing was staged"
         )
         return DONE
-    drop = f"  {curl_line(run.target.qdrant, 'DELETE', run.staged)}\n  rm {quote(str(journal_of(run).path))}"
+    drop = "  python scripts/reembed_embeddings.py --abort"
     price = run.bought.price(run.spec.model)
     document = {
         "staged": run.staged,
@@ -65,12 +65,16 @@ def undo_of(manifest: Manifest | None) -> str:
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
     half = manifest.collection
-    model = f"  export EMBEDDING_MODEL={quote(half.model)}\n"
-    if half.model == "unknown":
-        model = "  # export EMBEDDING_MODEL=...   to the model of the old vectors, which the backup does not know\n"
-    return (
-        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(half)))}\n"
-        f"  export VECTOR_SIZE={half.size}\n"
-        f"{model}"
-        "  python scripts/reembed_embeddings.py --only-missing"
-    )
+    lines = [
+        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(half)))}",
+        f"  export VECTOR_SIZE={half.size}",
+        f"  export EMBEDDING_MODEL={quote(half.model)}",
+        f"  {_ONLY_MISSING}",
+    ]
+    if half.model == UNKNOWN_MODEL:  # with the model of the new vectors it would add vectors of another kind
+        lines[2:] = [
+            "  # The backup does not know the model of the old vectors. Set it, then add newer memories:",
+            "  # export EMBEDDING_MODEL=...",
+            f"  # {_ONLY_MISSING}",
+        ]
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from lib.console import Console, hold, table
+from lib.dimensions import UNKNOWN_MODEL
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError
 from lib.setting_values import SECRETS, masked, same_value
@@ -23,6 +24,10 @@ RESTART = """\
     systemd:  sudo systemctl restart automem
     Railway:  set both as variables, then  railway up"""
 
+_WHICH_MODEL = (
+    "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not know: with another one"
+    " recall finds nothing"
+)
 _SCRIPTS = {
     "backup": "backup_automem.py",
     "reembed": "reembed_embeddings.py",
@@ -90,13 +95,17 @@ def _live_collection(config: Config) -> str:
 
 def announce(config: Config, console: Console) -> None:
     """What counts before a command begins: runs that never came to their end, and with -v the settings."""
-    from lib.journal import open_journals
+    from lib.journal import open_journals, unreadable_journals
 
     for name, value, origin in config.rows():
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
     for text in [*hidden_settings(config), *config.warnings]:
         hold(text)
+    for path in unreadable_journals(config.backup_dir):
+        console.warn(
+            f"{path} is damaged: its run may be unfinished, and what it made or deleted is not known"
+        )
     for journal in open_journals(config.backup_dir):
         console.say(_unfinished(journal, config.targets()))
 
@@ -150,9 +159,12 @@ def _awaited(journal: Journal) -> str:
 def settings_lines(size: int, model: str, config: Config) -> list[str]:
     """Lines to put back where the collection's size or model is not the configured one; else none.
 
-    A `.env` that says another is named also where the environment beats it: AutoMem may read it.
+    A `.env` that says another is named also where the environment beats it: AutoMem may read it. A model that the
+    backup does not know is none to put back.
     """
     wanted = {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": model}
+    if model == UNKNOWN_MODEL:
+        del wanted["EMBEDDING_MODEL"]
     files = _files_that_disagree(wanted, config)
     lines = []
     if (size, model) != (config.vector_size, config.embedding_model):
@@ -162,6 +174,8 @@ def settings_lines(size: int, model: str, config: Config) -> list[str]:
             f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
             *(f"  export {name}={quote(value)}" for name, value in wanted.items()),
         ]
+        if model == UNKNOWN_MODEL:
+            lines.append(_WHICH_MODEL)
     elif files:
         lines = [
             "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-from lib.addresses import container_hint, same_server, without_login
+from lib.addresses import container_hint, is_loopback, is_this_machine, same_server, without_login
 from lib.automem_api import HealthAnswer, ask_health
 from lib.backup_set.manifest import GraphHalf
 from lib.errors import MigrationError, UsageProblem
@@ -98,6 +98,10 @@ def _server(source: GraphSource | CollectionSource | None) -> str:
     return source.qdrant.display if source else ""
 
 
+def _is_here(target: GraphSource) -> bool:
+    return bool(target.address.unix_socket) or is_loopback(target.address.host)
+
+
 def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> None:
     """Refuse the graph while AutoMem may run: its caches would write values under wrong names.
 
@@ -109,16 +113,36 @@ def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> N
         site.notice(_unknown(answer, url))
         return
     if answer.presence == "absent":
+        if not answer.seen and is_this_machine(site.api.url) and not _is_here(site.graph):
+            site.notice(
+                f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {_server(site.graph)}: if"
+                " AutoMem runs elsewhere, make sure that it is stopped, or set AUTOMEM_API_URL"
+            )
         if answer.seen:
             site.notice(
                 f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
                 " stopped, wherever it runs"
             )
         return
+    _require_harmless(site.graph, backup, options, _may_run(answer, url))
+
+
+def require_still_quiet(site: Site, backup: graphs.GraphBackup | None, options: Options) -> None:
+    """`require_quiet` once more, right before a switch: hours may have passed, and AutoMem may have been started."""
+    if backup is None or site.graph is None:
+        return
+    answer = ask_health(site.api)
+    if answer.presence in {"running", "silent"}:
+        text = f"AutoMem was started meanwhile: {_may_run(answer, without_login(site.api.url))}"
+        _require_harmless(site.graph, backup, options, text)
+
+
+def _require_harmless(target: GraphSource, backup: graphs.GraphBackup, options: Options, text: str) -> None:
+    """Raise UsageProblem with this text; with `while_running` only where names have other numbers in the backup."""
     if not options.while_running:
-        raise UsageProblem(_may_run(answer, url), next_step=_STOP_AUTOMEM)
-    if site.graph.graph in list_graphs(site.graph.conn):
-        graphs.require_same_numbers(backup, site.graph)
+        raise UsageProblem(text, next_step=_STOP_AUTOMEM)
+    if target.graph in list_graphs(target.conn):
+        graphs.require_same_numbers(backup, target)
 
 
 def tell_other_clients(site: Site) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from lib.dimensions import EmbeddingSpec, check_dimension
+from lib.dimensions import EmbeddingSpec, check_dimension, same_model
 from lib.embedding.spool import Spool
 from lib.shown import listed, one_line
 from lib.steps.findings import Findings
@@ -81,7 +81,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
         return Check(
             "model stamp", SKIPPED, "this server keeps no metadata, or the collection was not stamped"
         )
-    ok = stamp.get("model") == spec.model
+    ok = same_model(stamp.get("model"), spec.model)
     detail = f"{stamp.get('model')}, EMBEDDING_MODEL is {spec.model}"
     remedy = f"export EMBEDDING_MODEL={quote(str(stamp.get('model')))}   or   {ANEW}"
     return Check("model stamp", PASSED if ok else FAILED, detail, remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lib.embedding.pricing import count_tokens
 from lib.errors import GuardRefused
 from lib.steps.embed import Buyer, buy, buy_missing
 from lib.steps.last_run import kept_the_size
@@ -65,7 +66,9 @@ def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> 
         )
     if not points:
         return
-    answer = buyer.client.embed([str((point.payload or {})["content"]) for point in points])
+    texts = [str((point.payload or {})["content"]) for point in points]
+    buyer.require_affordable(sum(count_tokens(texts)), run.bought)
+    answer = buyer.client.embed(texts)
     run.bought.pay(answer.tokens)
     for point, vector in zip(points, answer.vectors, strict=True):
         assert point.vector is not None

@@ -11,7 +11,7 @@ from shlex import quote
 
 from lib.backup_set.archive import peek_facts
 from lib.backup_set.manifest import Manifest, read_manifest
-from lib.backup_set.sets import all_sets, find_set, is_complete, manifest_paths
+from lib.backup_set.sets import Deployment, find_set, latest, manifest_paths
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData
 from lib.graph.engine import Engine
 from lib.graph.rdb import is_rdb
@@ -96,23 +96,24 @@ def _require_file(path: Path) -> None:
         ) from error
 
 
-def prove_named(folder: Path, word: str, engines: list[Engine]) -> list[Proof]:
-    """Prove what `--check` names: `all`, a manifest, or a file of a set with the whole set.
+def prove_named(
+    folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
+) -> list[Proof]:
+    """Prove what `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set with the whole set.
 
     What is damaged becomes a Proof with its fault, the others go on. Raises MissingData where there is nothing to
     prove, BadFile for a file of no set.
     """
-    paths = named_manifests(folder, word)
+    paths = named_manifests(folder, word, owner)
     return [proof for path in paths for proof in _prove_manifest(path, engines)]
 
 
-def named_manifests(folder: Path, word: str) -> list[Path]:
+def named_manifests(folder: Path, word: str, owner: Deployment | None = None) -> list[Path]:
     """The manifests of the sets that `--check` names; raises like `prove_named`."""
     if word == "latest" and not Path(word).exists():
-        newest = next((one.path for one in all_sets(folder) if one.path and is_complete(one)), None)
-        if newest is None:
-            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
-        return [newest]
+        newest = latest(folder, owner)
+        assert newest.path is not None
+        return [newest.path]
     if word != "all":
         return [_manifest_of(folder, Path(word))]
     paths = manifest_paths(folder)

@@ -204,7 +204,7 @@ def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
     return replace(spec, size=native) if native is not None and spec.size > native else spec
 
 
-def try_one_batch(buyer: Buyer, spool: Spool, log: PurchaseLog | None = None) -> Tried:
+def try_one_batch(buyer: Buyer, spool: Spool, bought: Bought) -> Tried:
     """Embed one batch for real; it lands in the spool, so that it is not paid for again.
 
     Where the client's size is not the plan's (see `sample_spec`) the vectors are thrown away. A row that the provider
@@ -213,12 +213,13 @@ def try_one_batch(buyer: Buyer, spool: Spool, log: PurchaseLog | None = None) ->
     first = list(islice(spool.missing_texts(buyer.spec), buyer.batch_size))
     if not first:
         return Tried(buyer.spec.size, 0, 0, 0.0, "every text is in the spool already", spool.missing_total())
+    buyer.require_affordable(sum(row.tokens for row in first), bought)
     size = buyer.client.spec.size
     kept = size == buyer.spec.size
     if kept:
         spool.require_room(len(first), size)
     note = "kept in the spool" if kept else f"sampled at the model's own {size}d, not kept"
-    with watched(log, kept=kept) as seen:
+    with watched(bought.log, kept=kept) as seen:
         done = embed_missing(
             buyer.client,
             first,

@@ -18,7 +18,6 @@ from lib.vectors.collection import CollectionState
 
 MAX_AGE_HOURS = 24.0
 _PAGE = 500
-_CLOCK_HOURS = 0.1
 _SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment's ids are others
 
 
@@ -82,7 +81,7 @@ def _unfit(manifest: Manifest, half: CollectionHalf, wanted: Wanted) -> str | No
         return f"is of {half.size}d vectors"
     if manifest.age_hours > MAX_AGE_HOURS:
         return f"is {manifest.age_hours:.0f} hours old (at most {MAX_AGE_HOURS:.0f})"
-    if manifest.age_hours < -_CLOCK_HOURS:
+    if manifest.is_from_future:
         return f"is dated {-manifest.age_hours:.0f} hours in the future"
     if PROOF_LEVELS.index(half.proof) < PROOF_LEVELS.index(CHECKED):
         return "was never proved (--no-verify)"

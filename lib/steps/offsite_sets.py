@@ -20,6 +20,7 @@ from lib.backup_set.offsite import (
     is_whole_here,
     manifests,
     read_there,
+    require_elsewhere,
     require_fetchable,
     upload,
 )
@@ -56,12 +57,19 @@ def _named(url: str) -> _Named:
     return _Named(url)
 
 
-def require_place(url: str, *, graph: str = "", write: bool = True) -> str:
-    """Raise where sets could not be uploaded to the URL, as far as that can be known; the URL as it may be shown.
+def require_place(url: str, folder: Path, *, graph: str = "", write: bool = True) -> str:
+    """Raise where sets of `folder` could not be uploaded to the URL and found again; the URL as it may be shown.
 
     Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. `graph` is the one that will be
     backed up. With `write` a small file is written there, read back and deleted.
     """
+    require_elsewhere(url, folder)
+    if _named(url).manifest:
+        last = url.rstrip("/").rpartition("/")[2]
+        raise UsageProblem(
+            f"a folder '{last}' is read as the name of a backup in the folder above it: sets in it would not be found",
+            next_step="name a folder that is called otherwise",
+        )
     if graph:
         require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
     store = open_offsite(url)
@@ -167,7 +175,7 @@ def _drill_folder(folder: Path) -> Iterator[Path]:
 
 
 def prove_and_upload(
-    folder: Path, word: str, url: str | None, engines: list[Engine], bar: ProgressBar
+    folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar
 ) -> tuple[list[Proof], list[Uploaded] | None]:
     """Prove what `--check` names, here or elsewhere, and bring the sets that prove to `url`, oldest first.
 
@@ -181,13 +189,13 @@ def prove_and_upload(
             )
         return prove_there(word, folder, engines, bar), None
     if url:
-        require_place(url)
-    proofs = prove_named(folder, word, engines)
+        require_place(url, folder)
+    proofs = prove_named(folder, word, engines, owner)
     faulty = {Path(one.path) for one in proofs if one.fault}
     if not url:
         return proofs, None
     manifests_here = [
-        read_manifest(one) for one in sorted(named_manifests(folder, word)) if one not in faulty
+        read_manifest(one) for one in sorted(named_manifests(folder, word, owner)) if one not in faulty
     ]
     sound = [one for one in manifests_here if not faulty & {one.file_of(half) for half in one.halves}]
     return proofs, [upload(url, manifest, bar) for manifest in sound]

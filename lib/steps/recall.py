@@ -16,6 +16,11 @@ from lib.vectors.transport import Qdrant
 
 _SIZES = ("configured", "effective", "collection")
 _RESTART = "restart AutoMem with the VECTOR_SIZE and EMBEDDING_MODEL that are set here"
+_SAME_STORES = (
+    "set FALKORDB_GRAPH, QDRANT_URL and QDRANT_COLLECTION of AutoMem and of these scripts to the same stores, then"
+    " restart AutoMem"
+)
+_FEW_VECTORS, _SHARE = 10, 0.05  # by which the two counts may differ
 START_AUTOMEM = (
     "docker compose logs flask-api   (in AutoMem's folder: a service that refuses to start says why)\n"
     "docker compose up -d --force-recreate flask-api\n"
@@ -30,12 +35,26 @@ def agrees(health: dict[str, Any], spec: EmbeddingSpec) -> bool:
     return not sizes.get("mismatch") and bool(shown) and all(size == spec.size for size in shown)
 
 
+def elsewhere(health: dict[str, Any], graph: str, points: int) -> str:
+    """What in `/health` shows that AutoMem works on other stores than these; empty where nothing does.
+
+    It names its graph, and counts its vectors: memories of the last minutes may lack theirs.
+    """
+    named, count = health.get("graph"), health.get("vector_count")
+    if isinstance(named, str) and named != graph:
+        return f"AutoMem works on the graph '{named}', FALKORDB_GRAPH is '{graph}'"
+    if isinstance(count, int) and abs(count - points) > max(_FEW_VECTORS, _SHARE * points):
+        return f"AutoMem counts {count:,} vectors, the collection holds {points:,}: it works on another one"
+    return ""
+
+
 def check_recall_api(
     api: AutoMemApi,
     health: dict[str, Any],
     spec: EmbeddingSpec,
     samples: list[Sample],
     *,
+    stranger: str = "",
     after_restart: bool,
 ) -> list[Check]:
     """Recall through AutoMem: proved only by `match_type: vector`, the memory's own content bringing it first."""
@@ -44,6 +63,8 @@ def check_recall_api(
         shown = ", ".join(f"{name} {sizes[name]}" for name in _SIZES if sizes.get(name) is not None)
         detail = f"AutoMem does not run at {spec.size}d yet (/health: {shown or 'no sizes'})"
         return [Check("recall", FAILED if after_restart else PENDING, detail, _RESTART)]
+    if stranger:
+        return [Check("recall", FAILED if after_restart else PENDING, stranger, _SAME_STORES)]
     wrong, times, method = [], [], ""
     for sample in samples:
         answer = automem_api.recall(api, sample.content, 5)

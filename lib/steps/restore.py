@@ -12,6 +12,7 @@ from lib.graph.swap import drop_graph
 from lib.journal import Journal, start_journal
 from lib.steps import restore_collection as collections
 from lib.steps import restore_graph as graphs
+from lib.steps.before_restore import require_still_quiet
 from lib.steps.collection_backup import open_backup
 from lib.steps.newer import newer_than
 from lib.steps.old_graph import SAFE, retire_old
@@ -36,6 +37,7 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
         if options.safety:
             result.safety = _safety_backup(site, proved, journal)
             journal.append(SAFE, manifest=result.safety.name if result.safety else None)
+        require_still_quiet(site, proved.graph, options)
         back = undo(result.safety)
         site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash:\n  {site.again}\n")
         if proved.placement and temporary:
@@ -139,6 +141,7 @@ def _switch_graph(
     result: Restored,
 ) -> None:
     assert site.graph is not None
+    require_still_quiet(site, backup, options)  # the collection may have taken its time
     quiet = not options.while_running
     old = graphs.switch_graph(
         backup, site.graph, payload, journal, folder=site.folder, undo=undo, quiet=quiet

@@ -7,6 +7,7 @@ from typing import Any
 
 from lib.backup_set.manifest import Manifest
 from lib.backup_set.sets import newest_with
+from lib.dimensions import same_model
 from lib.embedding.plan_table import Missing
 from lib.errors import BackupDamaged, GuardRefused, MissingData, StoreFailed
 from lib.graph.client import require_graph
@@ -140,7 +141,7 @@ def lacking_of_made(run: Migration, plan: Plan, live: CollectionState | None) ->
     stamp = live.metadata.get(STAMP_KEY) if live else None
     if live is None or not isinstance(stamp, dict) or run.journal is not None or not live.points:
         return None
-    if (stamp.get("model"), live.size) != (run.spec.model, run.spec.size):
+    if live.size != run.spec.size or not same_model(stamp.get("model"), run.spec.model):
         return None
     with points_present(run.target.qdrant, live.name) as present:
         lacking = missing_of(run.spool, present)

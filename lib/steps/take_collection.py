@@ -14,7 +14,7 @@ import orjson
 from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, ArchiveWriter, IdsReader, archive_writer
 from lib.backup_set.manifest import COLLECTION_DIR, UNPROVED, BackupFile, CollectionHalf
 from lib.backup_set.members import SnapshotMember, together
-from lib.dimensions import EmbeddingSpec
+from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec
 from lib.errors import BackupDamaged
 from lib.files import private_dir
 from lib.journal import Journal
@@ -59,7 +59,7 @@ def known_model(
         return str(stamp.get("model") or journalled), "stamped"
     if state.size == spec.size:
         return spec.model, "configured"
-    return _GUESSES.get(state.size, "unknown"), "guessed"
+    return _GUESSES.get(state.size, UNKNOWN_MODEL), "guessed"
 
 
 def order(identity: PointId) -> tuple[int, int | str]:

@@ -25,7 +25,7 @@ from lib.steps.checks import (
 from lib.steps.findings import compare_stores
 from lib.steps.last_run import proved_at, settings_before
 from lib.steps.progress import ProgressBar
-from lib.steps.recall import START_AUTOMEM, check_recall_api, check_recall_direct
+from lib.steps.recall import START_AUTOMEM, check_recall_api, check_recall_direct, elsewhere
 from lib.steps.take_collection import CollectionSource
 from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import get_state
@@ -81,7 +81,10 @@ def _asked(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart
     source = stores.collection
     answer = ask_health(stores.api)
     if answer.health is not None:
-        return check_recall_api(stores.api, answer.health, source.spec, samples, after_restart=after_restart)
+        points = get_state(source.qdrant, source.collection).points
+        stranger = elsewhere(answer.health, stores.graph.graph, points)
+        asked = (stores.api, answer.health, source.spec, samples)
+        return check_recall_api(*asked, stranger=stranger, after_restart=after_restart)
     why = f"AutoMem does not answer at {without_login(stores.api.url)}: {answer.summary}"
     if after_restart:
         return [Check("recall", FAILED, why, START_AUTOMEM)]

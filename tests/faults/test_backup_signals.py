@@ -26,7 +26,7 @@ from tests.backup_support import (
     server_files,
 )
 from tests.gate import Gate, Stop
-from tests.kill_support import Held, start_held
+from tests.kill_support import standing, start_held
 from tests.matrix import matrix
 from tests.operator_support import ROOT, Operator
 from tests.restore_support import wait_for
@@ -50,13 +50,6 @@ PLACES = {
     "before the manifest": "entering manifest written",
     "the snapshot goes": "entering snapshot deleted",
 }
-
-
-def standing(held: Held, number: int = 0) -> ScriptProcess:
-    """The process, once it stands at the place."""
-    assert wait_for(lambda: held.stands_at(number) or held.process.poll() is not None)
-    assert held.process.poll() is None, held.process.communicate()
-    return held.process
 
 
 # Of the graph's thread: the collection's may have announced a snapshot by then, and not asked for it.

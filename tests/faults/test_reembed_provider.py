@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from lib.embedding.spool import SUM_BYTES
 from lib.sandbox.vectors import vectors_for
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, Operator, Result
@@ -64,7 +65,7 @@ class Rig:
             ).fetchall()
         assert len(found) == total
         if found:
-            stored = np.vstack([np.frombuffer(blob, "<f4") for _, blob in found])
+            stored = np.vstack([np.frombuffer(blob[:-SUM_BYTES], "<f4") for _, blob in found])
             assert np.array_equal(stored, vectors_for(LARGE, [text for text, _ in found], NEW_SIZE))
         return total
 

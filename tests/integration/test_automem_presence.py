@@ -11,6 +11,7 @@ import pytest
 
 from lib.automem_api import AutoMemApi, ask_health, recall
 from lib.errors import StoreUnreachable
+from lib.journal import open_journals
 from lib.sandbox.automem_server import AutoMemServer
 from tests.http_proxy import HttpProxy
 from tests.matrix import matrix
@@ -95,6 +96,119 @@ def test_a_degraded_automem_runs(ready):
         assert "AutoMem is running" in refused_restore(ready)
 
 
+@pytest.mark.parametrize("status", matrix([300, 304, 400, 402, 406, 421, 426, 451], 400))
+def test_an_answer_of_what_stands_before_automem_is_no_absence(status):
+    """nginx answers 400 to plain HTTP at its TLS port, others 402, 421 or 451 of their own."""
+    with Answering(status) as gateway:
+        assert ask_health(AutoMemApi(gateway.url)).presence == "silent"
+
+
+class Redirecting(Answering):
+    """Sends whoever asks to another server."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__(302)
+        self.to = to
+
+    def answer(self, request, body) -> None:
+        request.reply(302, [("Location", self.to)], b"")
+
+
+def test_a_login_that_redirects_may_hide_automem(ready):
+    """An identity proxy sends every request to its own page, which nobody asks: no redirect is followed."""
+    with Answering(200, b"<html>please log in") as login, Redirecting(f"{login.url}/login") as proxy:
+        answer = ask_health(AutoMemApi(proxy.url))
+        assert answer.presence == "silent"
+        assert answer.seen.endswith(f"a redirect to {login.url.partition('://')[2]}")
+        ready.export(AUTOMEM_API_URL=proxy.url)
+        assert "may be running" in refused_restore(ready)
+        assert login.asked == 0
+
+
+@pytest.mark.parametrize("path", ["/api", "/recall", "/health"])
+def test_a_wrong_path_behind_automems_address_is_no_absence(ready, service, path):
+    ready.export(AUTOMEM_API_URL=f"{service.url}{path}")
+    said = refused_restore(ready)
+    assert f"AutoMem answers at {service.url}, and not at that path" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "presence"),
+    [
+        (errno.EMFILE, "silent"),
+        (errno.ENOBUFS, "silent"),
+        (errno.EACCES, "silent"),
+        (errno.EPERM, "silent"),
+        (errno.EADDRNOTAVAIL, "absent"),
+        (errno.ECONNREFUSED, "absent"),
+    ],
+)
+def test_a_machine_that_cannot_ask_itself_knows_nothing(monkeypatch, number, presence):
+    def fail(*_args, **_more):
+        raise OSError(number, "what the system says")
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", fail)
+    assert ask_health(AutoMemApi("http://localhost:8001")).presence == presence
+
+
+class Starting(Answering):
+    """Nobody at first; from the question of this number on it answers as AutoMem."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(404)
+        self.number = number
+
+    def answer(self, request, body) -> None:
+        self.asked += 1
+        runs = self.asked >= self.number
+        request.reply(200 if runs else 404, [], b'{"falkordb": "connected"}' if runs else b"")
+
+
+def test_an_automem_that_is_started_during_the_trial_stops_the_restore_before_the_switch(ready):
+    before = ready.state()
+    with Starting(2) as automem:
+        ready.export(AUTOMEM_API_URL=automem.url)
+        refused = ready.run("restore_from_backup", ready.rdb(), expect=2)
+    assert "AutoMem was started meanwhile" in refused.err
+    assert "switching now" not in refused.err
+    assert ready.state() == before
+    assert ready.graphs() == [ready.graph]
+    assert open_journals(ready.backups) == []
+
+
+def test_an_automem_that_is_started_while_the_collection_is_restored_keeps_its_graph(ready):
+    ready.run("backup_automem")
+    whole = ready.state()
+    ready.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'changed since'")
+    changed = ready.state()
+    with Starting(3) as automem:
+        ready.export(AUTOMEM_API_URL=automem.url)
+        assert "AutoMem was started meanwhile" in ready.run("restore_from_backup", "latest", expect=2).err
+        assert ready.state() == changed
+        automem.number = 1000
+        ready.run("restore_from_backup", "latest")
+    assert ready.state() == whole
+    assert open_journals(ready.backups) == []
+
+
+def test_a_key_that_a_running_automem_adds_during_the_trial_stops_the_restore(ready, monkeypatch):
+    from lib.steps import restore
+
+    def backup_then_write(*args, **more):
+        made = take_backup(*args, **more)
+        ready.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.key_of_the_trial = 1")
+        return made
+
+    ready.run("backup_automem", "--only", "falkordb")
+    take_backup = restore.take_backup
+    monkeypatch.setattr(restore, "take_backup", backup_then_write)
+    with Answering(200, b'{"falkordb": "connected"}') as automem:
+        ready.export(AUTOMEM_API_URL=automem.url)
+        refused = ready.run("restore_from_backup", ready.rdb(), "--while-running", expect=2)
+    assert "property keys" in refused.err
+    assert ready.cypher("MATCH (m:Memory) WHERE m.key_of_the_trial = 1 RETURN count(m)") == [[1]]
+
+
 def test_a_cut_answer_is_no_sign_of_absence():
     class Cutting(Answering):
         def answer(self, request, body) -> None:
@@ -111,6 +225,17 @@ def test_another_service_is_named_and_the_restore_goes_ahead(ready):
             ready.export(AUTOMEM_API_URL=other.url)
             result = ready.run("restore_from_backup", ready.rdb(), "--dry-run")
         assert f"another service than AutoMem answers at {other.url} (HTTP {status}" in result.err
+
+
+@pytest.mark.parametrize("warned", [False, True], ids=["FalkorDB here", "FalkorDB elsewhere"])
+def test_nobody_on_this_machine_says_nothing_of_an_automem_elsewhere(ready, monkeypatch, warned):
+    """AUTOMEM_API_URL is not set, FalkorDB is on another machine: AutoMem may run there."""
+    from lib.steps import before_restore
+
+    if warned:
+        monkeypatch.setattr(before_restore, "is_loopback", lambda _host: False)
+    said = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
+    assert ("if AutoMem runs elsewhere, make sure that it is stopped" in said) == warned
 
 
 def test_a_name_that_does_not_resolve_is_said_and_is_no_absence(ready):
@@ -198,6 +323,29 @@ def test_after_the_restart_another_server_fails(settled, status, body):
         found = after_restart(settled, AUTOMEM_API_URL=other.url.replace("//", "//me:secret-word@"))
     assert found["detail"].startswith(f"AutoMem does not answer at {other.url}: HTTP {status} from ")
     assert "secret-word" not in json.dumps(found)
+
+
+@pytest.fixture
+def twin(settled):
+    """Other stores with the same memories, and 20 more: each recall answers there as it does here."""
+    other = Operator(settled.servers, settled.folder, settled.graph, f"{settled.collection}_twin")
+    other.graph = f"{settled.graph}_twin"
+    other.load(60)
+    yield other
+    other.clean_up()
+
+
+@pytest.mark.parametrize("what", ["graph", "collection"])
+def test_after_the_restart_an_automem_on_other_stores_fails(settled, twin, what):
+    """Its recall brings each sample first, by vector: from a copy."""
+    name = {"graph": "FALKORDB_GRAPH", "collection": "QDRANT_COLLECTION"}[what]
+    with AutoMemServer(env={**settled.environ, name: getattr(twin, what)}) as automem:
+        operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+        operator.export(AUTOMEM_API_URL=automem.url)
+        found = recall_check(operator, "--after-restart", expect=4)
+        assert found["status"] == "FAILED"
+        assert f"works on {'the graph' if what == 'graph' else 'another one'}" in found["detail"]
+        assert recall_check(operator, expect=0)["status"] == "restart pending"
 
 
 def test_an_automem_that_refuses_to_start_fails(settled, tmp_path):

@@ -13,6 +13,8 @@ import pytest
 from lib.console import Console
 from lib.journal import open_journals, read_journal
 from lib.steps.phases import DELETING
+from tests.kill_support import ctrl_c
+from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE
 from tests.reembed_support import make_ready, points_of
 from tests.script_process import ROOT
@@ -52,6 +54,47 @@ def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
     assert "nothing to abort" in staged.run("reembed_embeddings", "--abort").out
     staged.run("reembed_embeddings")
     assert staged.servers.openai.stats()["texts"] == bought  # what was paid for was not thrown away
+
+
+PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
+
+
+@pytest.mark.parametrize(("place", "staged"), matrix(PLACES.items(), ("before staged and proved", 1)))
+def test_a_migration_ended_by_ctrl_c_before_the_delete_is_given_up(operator, place, staged):
+    """`staged`: how many staged collections there are by then."""
+    make_ready(operator)
+    before, settings = operator.state(), operator.info()["config"]
+    ctrl_c(operator, place, "reembed_embeddings")
+    made = [f"{operator.collection}__next"] * staged
+    assert operator.collections() == [operator.collection, *made]
+    bought = operator.servers.openai.stats()["texts"]
+    done = operator.run("reembed_embeddings", "--abort", "--json").json
+    assert done["removed"] == [f"collection {one}" for one in made]
+    assert operator.collections() == [operator.collection]
+    assert (operator.state(), operator.info()["config"]) == (before, settings)
+    assert open_journals(operator.backups) == []
+    assert "unfinished" not in operator.run("backup_automem", "--only", "qdrant").err
+    assert operator.run("reembed_embeddings", "--dry-run", "--json").json["plan"]["texts"] == 0
+    operator.run("reembed_embeddings")
+    assert operator.servers.openai.stats()["texts"] == bought
+
+
+@pytest.mark.parametrize(
+    "place", matrix(["called graph accepted", "called copy uploaded"], "called copy uploaded")
+)
+def test_a_restore_ended_by_ctrl_c_during_its_trial_is_given_up(operator, place):
+    operator.load(60)
+    operator.run("backup_automem")
+    operator.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'newer than the backup'")
+    before, settings, files = operator.state(), operator.info()["config"], set(operator.backups.rglob("*"))
+    ctrl_c(operator, place, "restore_from_backup", "latest")
+    operator.run("restore_from_backup", "--abort")
+    assert (operator.state(), operator.info()["config"]) == (before, settings)
+    assert operator.collections() == [operator.collection]
+    assert operator.graphs() == [operator.graph]
+    assert open_journals(operator.backups) == []
+    assert files <= set(operator.backups.rglob("*"))
+    assert "unfinished" not in operator.run("backup_automem", "--only", "qdrant").err
 
 
 def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_place(staged):
@@ -172,6 +215,16 @@ def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
             advance(step)
         display = live_bars._OPEN[0]
     assert display.columns[2].render(display.tasks[0]).plain.startswith(shown)
+
+
+def test_a_damaged_journal_is_named_by_every_command(operator):
+    """Its first line is gone: nothing tells which run it was, or that it is unfinished."""
+    operator.backups.mkdir()
+    file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
+    file.write_bytes(b"")  # a crash before the first entry: nothing was made
+    assert "damaged" not in notice(operator)
+    file.write_bytes(bytes(80) + b'\n{"phase": "deleting the live collection"}\n')
+    assert f"{file} is damaged: its run may be unfinished" in notice(operator)
 
 
 def test_another_users_journal_is_a_refusal_with_a_way_out(operator, monkeypatch):

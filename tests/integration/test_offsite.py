@@ -97,6 +97,47 @@ def test_a_name_that_no_copy_gives_back_is_refused_before_the_backup(operator, t
     assert not (tmp_path / "copies").exists()
 
 
+@pytest.mark.parametrize(
+    "where",
+    matrix(
+        [
+            "backup@host:/copies",
+            "s3:/bucket/copies",
+            "s3:bucket/copies",
+            "sftp:backup@host:/copies",
+            "{backups}",
+            "{backups}/drill",
+            "{backups}/falkordb/",
+            "file://{backups}/copies",
+            "link",
+            "copies/latest",
+            "file://{folder}/copies/latest/",
+            "copies/backup_20260101_000000.json",
+            "copies/host_20260101_000000.d",
+        ],
+        "backup@host:/copies",
+        "link",
+        "copies/latest",
+    ),
+)
+def test_what_would_be_no_copy_or_not_found_again_is_refused(operator, where):
+    """As scp or restic write it, a set would go into a folder of that name here; the backup folder is no copy of itself."""
+    operator.backups.mkdir()
+    (operator.folder / "link").symlink_to(operator.backups)
+    before = sorted(operator.folder.rglob("*"))
+    url = where.format(backups=operator.backups, folder=operator.folder)
+    for words in (("--upload", url), ("--upload", url, "--dry-run"), ("--check", "all", "--upload", url)):
+        refused = operator.run("backup_automem", *words, expect=2)
+        assert "next:\n  name " in refused.err
+    assert sorted(operator.folder.rglob("*")) == before
+
+
+def test_a_copy_on_the_disk_of_the_backups_is_said_to_be_one(operator, tmp_path):
+    operator.load(20)
+    done = operator.run("backup_automem", "--only", "falkordb", "--upload", str(tmp_path / "copies"))
+    assert "that is the disk of the backup folder: is the other one mounted?" in done.out
+
+
 def test_an_existing_set_that_no_copy_gives_back_is_not_uploaded(operator, tmp_path):
     operator.graph += "back\\slash"
     operator.load(20)

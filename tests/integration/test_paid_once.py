@@ -14,7 +14,7 @@ from lib.embedding.pricing import cut_to_tokens, price_per_million
 from lib.embedding.spool_file import room_of
 from lib.sandbox.vectors import vectors_for
 from tests.matrix import matrix
-from tests.operator_support import LARGE, NEW_SIZE, SMALL
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of
 from tests.small_disk import small_disk
 
@@ -131,6 +131,45 @@ def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(read
     assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
 
 
+@pytest.mark.parametrize("where", matrix(["elsewhere", "backups"], "elsewhere"))
+def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
+    """A gateway names it `openai/...`: the collection's stamp is of the same vectors."""
+    ready.run("reembed_embeddings")
+    if not stamped(ready):
+        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+    ready.servers.openai.reset()
+    ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
+    result = ready.run("reembed_embeddings", "--backup-dir", str(ready.folder / where))
+    if where == "elsewhere":  # in its own folder the run compares every vector with what was bought
+        assert f"is already {NEW_SIZE}d openai/{LARGE}" in result.out
+    assert stats(ready)["tokens"] == 0
+    checks = ready.run("verify_migration", "--json", expect=None).json["checks"]
+    assert next(one["status"] for one in checks if one["name"] == "model stamp") == "passed"
+
+
+@pytest.mark.matrix
+def test_what_a_stopped_run_bought_counts_under_another_name_of_the_model(ready):
+    before = points_of(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    bought = stats(ready)["texts"]
+    ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
+    ready.run("reembed_embeddings")
+    assert stats(ready)["texts"] == bought
+    assert_migrated(ready, before)
+
+
+def test_no_test_of_the_endpoint_costs_more_than_max_cost(ready):
+    refused = ready.run("reembed_embeddings", "--dry-run", "--max-cost", "0", expect=2)
+    assert "--max-cost is $0; nothing was spent" in refused.err
+    assert "in the graph" in refused.err  # the plan and its price
+    assert stats(ready)["tokens"] == 0
+    ready.run("reembed_embeddings", "--dry-run", "--max-cost", "1")
+    ready.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
+    ready.servers.openai.reset()
+    assert "--max-cost" in ready.run("reembed_embeddings", "--only-missing", "--max-cost", "0", expect=2).err
+    assert stats(ready)["tokens"] == 0
+
+
 @pytest.mark.matrix
 def test_another_model_of_the_same_size_is_still_replaced(ready):
     ready.run("reembed_embeddings")
@@ -212,3 +251,22 @@ def test_the_undo_never_names_a_set_of_before_the_deleted_collection(ready):
     done = ready.run("reembed_embeddings", "--json").json
     assert done["undo"] == "  (none: no collection was replaced)"
     assert "restore_from_backup" not in done["undo"]
+
+
+def test_a_damaged_row_of_the_cache_reaches_no_collection_and_alone_is_bought_again(operator):
+    make_ready(operator)
+    before = points_of(operator)
+    operator.run("reembed_embeddings", "--limit", "30")
+    with sqlite3.connect(operator.backups / "embeddings" / "vectors.sqlite3") as db:
+        (stored,) = db.execute("SELECT vector FROM vectors WHERE id = 7").fetchone()
+        db.execute(
+            "UPDATE vectors SET vector = ? WHERE id = 7", [stored[:9] + bytes([stored[9] ^ 64]) + stored[10:]]
+        )
+    refused = operator.run("reembed_embeddings", expect=1)
+    assert "1 embedding(s) in" in refused.err
+    assert "were damaged on the disk" in refused.err
+    bought = operator.servers.openai.stats()["texts"]
+    assert points_of(operator).keys() == before.keys()
+    assert operator.run("reembed_embeddings", "--json").json["bought"]["texts"] >= 1
+    assert operator.servers.openai.stats()["texts"] == bought + 1
+    assert_migrated(operator, before)

@@ -69,6 +69,24 @@ def test_the_undo_of_a_migration_pasted_into_a_shell_undoes_it(filed):
     assert json.loads(page.read_text())["undo"] == undo
 
 
+def test_the_undo_of_vectors_of_an_unknown_model_adds_none_of_the_new_model(filed):
+    """The backup was taken when the new settings were in place already."""
+    filed.run("backup_automem", *FLAGS, "--only", "qdrant")
+    before = points_of(filed)
+    undo = filed.run("reembed_embeddings", *FLAGS, "--json").json["undo"]
+    filed.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'newer than the backup'")
+    bought = filed.servers.openai.stats()["texts"]
+    done = paste(filed, undo)
+    after = points_of(filed)
+    assert after.keys() == before.keys()
+    assert all((vector == before[one][1]).all() for one, (_, vector) in after.items())
+    assert filed.servers.openai.stats()["texts"] == bought
+    active = [line for line in undo.splitlines() if not line.lstrip().startswith("#")]
+    assert [line.split()[-1] for line in active[1:]] == [f"VECTOR_SIZE={OLD_SIZE}"]
+    assert "EMBEDDING_MODEL=unknown" not in undo + done.stdout + done.stderr
+    assert "which the backup does not know" in done.stdout
+
+
 @pytest.mark.matrix
 def test_the_way_out_of_a_refusal_can_be_pasted(filed):
     refused = filed.run("reembed_embeddings", *FLAGS, expect=2)

@@ -8,7 +8,7 @@ import pytest
 from lib.dimensions import EmbeddingSpec
 from lib.embedding import pruning
 from lib.embedding.plan_table import MemoryRow
-from lib.embedding.spool import Spool
+from lib.embedding.spool import SUM_BYTES, Spool
 from lib.embedding.spool_file import SpoolDamaged
 from lib.errors import GuardRefused, LockHeld
 from lib.journal import start_journal
@@ -60,7 +60,7 @@ def test_what_any_plan_names_stays_and_the_rest_goes(tmp_path):
             (16, 20, 10),
             (64, 40, 10),
         ]
-        assert sum(one.unneeded_bytes for one in counted.stored) == 10 * (64 + 16) * 4
+        assert sum(one.unneeded_bytes for one in counted.stored) == 10 * ((64 + 16) * 4 + 2 * SUM_BYTES)
         assert (counted.removed, spool.count(BIG)) == (0, 40)
         done = prune_spool(spool, tmp_path, dry_run=False)
         assert (done.removed, done.shrunk) == (20, True)

@@ -127,6 +127,39 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
     assert "(collection only)" in refused.err
 
 
+@pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "half"], "manifest"))
+def test_the_drill_of_latest_proves_no_older_set_in_its_place(operator, harm):
+    """`--check latest` is what `restore latest` would take, or fails."""
+    operator.load(20)
+    operator.run("backup_automem")
+    first = operator.rdb()
+    operator.run("backup_automem", *(("--only", "falkordb") if harm == "half" else ()))
+    newest = operator.manifests()[-1]
+    if harm == "manifest":
+        newest.write_bytes(newest.read_bytes().replace(b'"nodes": ', b'"nodes": 1'))
+    if harm == "file":
+        Path(operator.rdb()).unlink()
+    if harm == "future":
+        raw = json.loads(newest.read_text()) | {"created": "2999-01-01T00:00:00+00:00"}
+        newest.write_text(json.dumps(sealed(raw)))
+    expect = {"manifest": 4, "file": 4, "future": 2, "half": 0}[harm]
+    checked = operator.run("backup_automem", "--check", "latest", expect=expect)
+    assert (first in checked.out) == (harm == "half")
+    operator.run("restore_from_backup", "latest", "--dry-run", expect=expect)
+
+
+@pytest.mark.matrix
+def test_the_drill_of_latest_is_of_these_stores(operator):
+    operator.load(20)
+    operator.run("backup_automem")
+    own = operator.rdb()
+    other = f"{operator.graph}_other"
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.execute_command("GRAPH.COPY", operator.graph, other)
+    operator.run("backup_automem", env={"FALKORDB_GRAPH": other})
+    assert own in operator.run("backup_automem", "--check", "latest").out
+
+
 @pytest.mark.matrix
 def test_onto_stores_that_hold_nothing(operator):
     operator.load()

@@ -181,6 +181,22 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("QDRANT_COLLECTION", ".."),
+        ("QDRANT_COLLECTION", "."),
+        ("FALKORDB_GRAPH", ".."),
+        ("AUTOMEM_BACKUP_DIR", "  "),
+        ("AUTOMEM_BACKUP_DIR", "\t"),
+    ],
+)
+def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
+    """`/collections/..` is the server itself; a blank folder is one beside the scripts."""
+    (fault,) = faults_of(load, **{name: value})
+    assert fault.startswith(f"{name}=")
+
+
 def test_all_faults_in_one_go(places, load):
     path = places / "cwd" / ".env"
     path.write_text("FALKORDB_TLS=perhaps\nQDRANT_TIMEOUT_SECONDS=soon\n")

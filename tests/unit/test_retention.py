@@ -12,11 +12,11 @@ import pytest
 
 from lib.backup_set.manifest import SAFETY, UNPROVED, read_manifest, sealed, write_manifest
 from lib.backup_set.retention import plan_cleanup
-from lib.backup_set.sets import all_sets, latest
+from lib.backup_set.sets import all_sets, dated_later, latest
 from lib.backup_set.shelf import shelf_here
 from lib.errors import MissingData, UsageProblem
 from lib.journal import start_journal
-from tests.unit.test_manifest import COLLECTION, HERE, make, stamp_of
+from tests.unit.test_manifest import COLLECTION, GRAPH, HERE, make, stamp_of
 
 TARGETS = ["t"]
 GRAPH_HALF, COLLECTION_HALF = {"collection": None}, {"graph": None}
@@ -153,6 +153,66 @@ def test_latest_is_the_newest_full_set(tmp_path):
     safety(tmp_path, 4, **COLLECTION_HALF)
     safety(tmp_path, 5)
     assert latest(tmp_path, HERE) == wanted
+
+
+def test_what_a_damaged_journal_names_is_protected(tmp_path):
+    """Its first line is gone: it reads as no run at all, and may be of an unfinished one."""
+    for number in range(1, 6):
+        make(tmp_path, number)
+    journal = start_journal(tmp_path, "reembed", TARGETS)
+    journal.append(
+        "live collection deleted", manifest=name(2), undo=f"restore qdrant_snapshot_{stamp_of(1)}.tar.gz"
+    )
+    lines = journal.path.read_bytes().split(b"\n")
+    journal.path.write_bytes(b"\n".join([bytes(len(lines[0])), *lines[1:]]))
+    plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
+    assert [one.name for one in plan.delete] == [name(4), name(3)]
+    assert set(plan.protected) == {name(2), name(1)}
+    assert journal.path.name in plan.protected[name(2)]
+
+
+def test_a_set_from_the_future_is_neither_latest_nor_counted(tmp_path):
+    """A clock was wrong when it was taken: it may be older than all others."""
+    for number in (1, 2, 3):
+        make(tmp_path, number)
+    ahead = make(tmp_path, 9, created=(datetime.now(timezone.utc) + timedelta(hours=30)).isoformat())
+    with pytest.raises(UsageProblem, match=rf"{ahead.name} is dated 30 hours in the future") as caught:
+        latest(tmp_path, HERE)
+    assert str(ahead.path) in caught.value.next_step
+    assert deleted(tmp_path, 1) == [2, 1]
+    assert deleted(tmp_path, 3) == []
+
+
+def test_where_all_sets_are_from_the_future_none_is_deleted(tmp_path):
+    """This machine's own clock is wrong."""
+    created = (datetime.now(timezone.utc) + timedelta(days=400)).isoformat()
+    for number in range(1, 6):
+        make(tmp_path, number, created=created)
+    assert deleted(tmp_path, 1) == []
+
+
+def test_a_set_from_the_future_does_not_replace_the_undo_of_the_last_migration(tmp_path):
+    named = make(tmp_path, 1)
+    for number in (2, 3):
+        make(tmp_path, number, **GRAPH_HALF)
+    make(tmp_path, 9, created=(datetime.now(timezone.utc) + timedelta(hours=30)).isoformat())
+    migrated = start_journal(tmp_path, "reembed", TARGETS, manifest=named.name)
+    migrated.close("done")
+    age(migrated, 40)
+    make(tmp_path, 4, collection=dataclasses.replace(COLLECTION, proof=UNPROVED))
+    assert 1 not in deleted(tmp_path, 1)
+
+
+def test_sets_of_the_same_stores_that_are_dated_later_are_named(tmp_path):
+    new = make(tmp_path, 5)
+    make(tmp_path, 4)
+    assert dated_later(new) == []
+    other = {"server": {"address": "elsewhere:1", "redis": "", "falkordb": "", "version": ""}}
+    graph, collection = (dataclasses.replace(one, **other) for one in (GRAPH, COLLECTION))
+    make(tmp_path, 6, graph=graph, collection=collection)
+    assert dated_later(new) == []
+    later = make(tmp_path, 7, **COLLECTION_HALF)
+    assert dated_later(new) == [later]
 
 
 def test_without_a_full_set_latest_names_the_others(tmp_path):

@@ -96,6 +96,59 @@ def test_a_stored_vector_is_never_replaced(spool):
     assert spool.get_vectors([key]) == {key: blob(1)}
 
 
+DAMAGES = {
+    "a bit": lambda stored, _: bytes([stored[0] ^ 1]) + stored[1:],
+    "a bit of the checksum": lambda stored, _: stored[:-1] + bytes([stored[-1] ^ 128]),
+    "all zeros": lambda stored, _: bytes(len(stored)),
+    "cut": lambda stored, _: stored[:-5],
+    "empty": lambda *_: b"",
+    "longer": lambda stored, _: stored + b"\0",
+    "another text's": lambda _, other: other,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damage):
+    with Spool(path) as spool:
+        keys = [spool.text_key(SPEC, text) for text in ("good", "bad")]
+        spool.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
+        good, bad = (stored for (stored,) in spool._rows("SELECT vector FROM vectors ORDER BY id"))
+        spool._db.execute("UPDATE vectors SET vector = ? WHERE id = 2", [DAMAGES[damage](bad, good)])
+    with Spool(path) as spool:
+        with pytest.raises(SpoolDamaged, match=r"1 embedding\(s\) in .* were damaged") as caught:
+            spool.get_vectors(keys)
+        assert "run the same command again" in caught.value.next_step
+        assert spool.known(keys) == {keys[0]}
+        assert spool.get_vectors(keys) == {keys[0]: blob(0)}
+
+
+def test_what_was_bought_under_another_name_of_the_model_is_taken_as_it_is(spool):
+    """A gateway calls it `openai/...`; an unknown model behind a prefix is another one."""
+    named, other = replace(SPEC, model=f"openai/{SPEC.model}"), replace(SPEC, model="openai/one of its own")
+    spool.put_vectors([(spool.text_key(named, "a"), blob(1)), (spool.text_key(other, "b"), blob(2))])
+    assert spool.derive(SPEC, ["a", "b"]) == [(spool.text_key(SPEC, "a"), blob(1))]
+    assert spool.derive(replace(SPEC, base_url="http://127.0.0.1:10/v1"), ["a"]) == []
+
+
+def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
+    """Rights, or a disk that is mounted read-only: what was paid for is whole."""
+    with Spool(path):
+        pass
+    with Spool(path, read_only=True) as spool, pytest.raises(SpoolDamaged, match="readonly") as caught:
+        spool.set_meta("a", "b")
+    assert "make it writable again" in caught.value.next_step
+    assert "paid for again" not in caught.value.next_step
+
+
+def test_vectors_that_an_earlier_version_stored_are_read(path):
+    """They have no checksum."""
+    with Spool(path) as spool:
+        key = spool.text_key(SPEC, "old")
+        spool._db.execute("INSERT INTO vectors (key, vector) VALUES (?, ?)", [key, blob(3)])
+    with Spool(path) as spool:
+        assert spool.get_vectors([spool.text_key(SPEC, "old")]) == {key: blob(3)}
+
+
 @pytest.mark.parametrize("bad", [b"", blob(1, 4), blob(1, 16)])
 def test_a_vector_of_the_wrong_width_stores_nothing(spool, bad):
     good, wrong = spool.text_key(SPEC, "good"), spool.text_key(SPEC, "wrong")
