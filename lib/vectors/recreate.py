@@ -50,11 +50,16 @@ def create_like(
     over the old one's. Raises UsageProblem like `refuse_foreign`, QdrantError where `name` exists.
     """
     q.json("PUT", collection_path(name), create_body(raw_info, size, metadata))
-    params = raw_info["config"]["params"]
+    put_fan_out(q, name, raw_info["config"])
+    put_indexes(q, name, raw_info.get("payload_schema") or {})
+
+
+def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
+    """Set what the create call does not take, nor a restored snapshot bring (1.11.3, 1.19.0), as `config` has it."""
+    params = config["params"]
     fan_out = {key: params[key] for key in _BY_PATCH if params.get(key) is not None}
     if fan_out:
         q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
-    put_indexes(q, name, raw_info.get("payload_schema") or {})
 
 
 def create_body(

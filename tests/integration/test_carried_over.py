@@ -9,7 +9,7 @@ import requests
 
 from lib.errors import UsageProblem
 from lib.vectors.recreate import create_body, refuse_foreign
-from tests.operator_support import NEW_SIZE, OLD_SIZE
+from tests.operator_support import NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, points_of, settings, upgrade
 
 pytestmark = pytest.mark.qdrant
@@ -269,3 +269,90 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
     operator.call("PUT", "/points/vectors?wait=true", {"points": [{"id": one, "vector": wrong}]})
     checks = {one["name"]: one for one in operator.run("verify_migration", "--json", expect=4).json["checks"]}
     assert checks["vectors"]["status"] == "FAILED"
+
+
+def require_later_vectors(operator) -> None:
+    """Skip where the server adds no vector to a collection: it has no such address, as for any that it does not know."""
+    url = f"{operator.servers.qdrant_url}/collections/nobody/vectors/later"
+    if "doesn't exist" not in requests.put(url, json={"sparse": {}}, timeout=60).text:
+        pytest.skip("this server adds no vector to an existing collection (1.18 and later)")
+
+
+LATER = {
+    "sparse": ({"sparse": {}}, {"indices": [1, 7], "values": [0.5, 2.0]}, "sparse vectors: 'later'"),
+    "dense": ({"dense": {"size": 3, "distance": "Dot"}}, [1.0, 2.0, 3.0], "named vectors: '', 'later'"),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_vector_added_to_a_collection_with_points_is_refused_and_restored(operator, kind):
+    """Neither the re-embedding nor --only-missing goes on; a backup has it, and --no-switch does not hide it."""
+    require_later_vectors(operator)
+    config, value, reason = LATER[kind]
+    operator.load(20)
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.run("reembed_embeddings", "--no-switch")  # before it was added
+    operator.call("PUT", "/vectors/later?wait=true", config)
+    rows = [{"id": one, "vector": {"later": value}} for one in points_of_ids(operator)]
+    operator.call("PUT", "/points/vectors?wait=true", {"points": rows})
+    operator.servers.openai.reset()
+    before, settings_then = everything(operator), operator.info()["config"]
+    assert all("later" in one["vector"] for one in before)
+    operator.run("backup_automem", "--only", "qdrant")
+    for words in ((), ("--in-place",)):
+        assert reason in operator.run("reembed_embeddings", *words, expect=2).err
+    repair = {"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
+    refused = operator.run("reembed_embeddings", "--only-missing", expect=2, env=repair)
+    assert reason.partition(":")[0] in refused.err
+    assert operator.servers.openai.stats()["texts"] == 0
+    assert everything(operator) == before
+    operator.run("restore_from_backup", operator.archive(), env=repair)
+    assert everything(operator) == before
+    assert operator.info()["config"] == settings_then
+
+
+def points_of_ids(operator) -> list:
+    return [one["id"] for one in operator.call("POST", "/points/scroll", {"limit": 1000})["points"]]
+
+
+SET_LATER = {"read_fan_out_factor": 2, "read_fan_out_delay_ms": 5}
+# Of 1.19 alone.
+PLACED = {"vectors": {"memory": "cold"}, "payload": {"memory": "cold"}, "metadata": {"mine": {"n": 1 << 62}}}
+
+
+def make_placed(operator) -> None:
+    """The operator's collection once more, with what a snapshot's restore forgets, and what 1.19 has anew."""
+    points = points_of(operator)
+    operator.call("DELETE", "")
+    url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
+    body = {**PLACED, "vectors": {**DENSE, **PLACED["vectors"]}}
+    requests.put(url, json=body, timeout=60).raise_for_status()
+    for name in ("tags", "tag_prefixes"):
+        operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})
+    operator.call("PATCH", "", {"params": SET_LATER})
+    rows = [
+        {"id": one, "payload": payload, "vector": vector.tolist()}
+        for one, (payload, vector) in points.items()
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": rows})
+
+
+@pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
+def test_what_a_restored_snapshot_forgets_is_set_again(operator, way):
+    operator.load(20)
+    make_placed(operator)
+    had, metadata = settings(operator), operator.info()["config"].get("metadata")
+    params = had["config"]["params"]
+    assert params["read_fan_out_factor"] == 2  # 1.11.3 knows no delay, and ignores what is of 1.19 alone
+    if "payload" in params:
+        assert (params["payload"], params["vectors"]["memory"]) == ({"memory": "cold"}, "cold")
+    operator.run("backup_automem", "--only", "qdrant")
+    archive = operator.archive()
+    upgrade(operator)
+    operator.run("reembed_embeddings", *way)
+    assert settings(operator) == had
+    assert metadata is None or operator.info()["config"]["metadata"].items() >= metadata.items()
+    operator.run("restore_from_backup", archive)
+    assert settings(operator) == had
+    assert operator.info()["config"].get("metadata") == metadata
