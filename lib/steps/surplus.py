@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from lib.errors import MissingData
-from lib.graph.read import memory_ids_present
 from lib.steps.guard import Wanted, require_backup
 from lib.steps.keep import keep_whole
+from lib.steps.memories import memories_now
 from lib.steps.migration import Migration
-from lib.steps.pages import pages
-from lib.steps.payloads import PointId, point_id, spellings
+from lib.steps.payloads import PointId
 from lib.steps.plan import only_live_ids
 from lib.steps.present import points_present
 from lib.vectors.collection import CollectionState
 from lib.vectors.points import delete_points, retrieve
 
 _SHARE = 0.01
-_PAGE = 256
 
 
 def remove_surplus(run: Migration, state: CollectionState) -> int:
@@ -39,13 +37,9 @@ def remove_surplus(run: Migration, state: CollectionState) -> int:
 
 
 def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
-    removed = 0
-    for page in pages(ids, _PAGE):
-        points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
-        asked = [spelling for one in page for spelling in spellings(one)]
-        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, asked)}
-        gone = [point for point in points if point.id not in there]
-        keep_whole(gone, run.spool)
-        delete_points(run.target.qdrant, collection, [point.id for point in gone])
-        removed += len(gone)
-    return removed
+    points = retrieve(run.target.qdrant, collection, ids, payload=True, vector=True)
+    there = memories_now(run.graph.conn, run.graph.graph, ids)
+    gone = [point for point in points if point.id not in there]
+    keep_whole(gone, run.spool)
+    delete_points(run.target.qdrant, collection, [point.id for point in gone])
+    return len(gone)
