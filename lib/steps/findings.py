@@ -13,6 +13,7 @@ from lib.embedding.plan_table import MemoryRow
 from lib.embedding.spool import Spool
 from lib.graph.read import MemoryNode, iter_memories
 from lib.steps.candidates import Candidates
+from lib.steps.forms import identical
 from lib.steps.memories import unusable
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId, merged_payload, point_id, standing_payload
@@ -146,7 +147,7 @@ def _differing(payload: dict[str, Any], kept: dict[str, Any] | None, properties:
     """The keys in which a point is not as the migration would write it."""
     steady = _steady(properties)
     wanted = merged_payload(standing_payload(payload, kept), steady)
-    return sorted(key for key in wanted if key not in payload or wanted[key] != payload[key])
+    return sorted(key for key in wanted if key not in payload or not identical(wanted[key], payload[key]))
 
 
 def _written(properties: dict[str, Any]) -> datetime:
