@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import orjson
@@ -25,6 +25,7 @@ _PAGE = 500
 # Recall moves this on all the time, in the graph first.
 _MOVING = ("last_accessed",)
 _EXEMPT = {"exempt": True}
+_SKEW = timedelta(hours=1)  # of the clocks of two machines
 
 
 @dataclass
@@ -58,7 +59,8 @@ def compare_stores(
 ) -> Findings:
     """Every memory against its point; flat in memory but for the ids that are found wrong.
 
-    What was written after `proved`, the end of the last migration, is newer than it, whatever the plan holds by now.
+    What was written after `proved`, the end of the last migration, is newer than it, whatever the plan holds by now;
+    a memory that bears a moment still to come says nothing of when it was written.
     `candidates` is shown every memory that has a point of its content: recall may be tried with it.
     """
     found = Findings()
@@ -104,8 +106,9 @@ def _compare_page(
     ids = list(rows)
     planned = spool.memories_of(ids) if spool else {}
     kept = {one: orjson.loads(row.payload) for one, row in spool.kept(ids).items()} if spool else {}
+    now = datetime.now(timezone.utc) + _SKEW
     for identity, properties in rows.items():
-        late = proved is not None and _written(properties) > proved
+        late = proved is not None and proved < _written(properties) <= now
         pair = _Pair(properties, points.get(identity), kept.get(identity), late)
         _compare_one(identity, pair, planned.get(identity), found)
 

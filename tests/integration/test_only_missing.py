@@ -177,3 +177,14 @@ def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_fo
     assert (done["mended"], done["added"], done["bought"]["texts"]) == (2, 0, 1)
     assert_vectors(points_of(operator), LARGE, OLD_SIZE)
     assert point_id(late) in points_of(operator)
+
+
+def test_a_point_without_its_vector_does_not_tell_the_model(level):
+    """The vectors of a point may be deleted and the point stays."""
+    one = min(points_of(level), key=str)
+    row = {"id": one, "vector": {}, "payload": points_of(level)[one][0]}
+    level.call("PUT", "/points?wait=true", {"points": [row]})
+    assert points_of(level)[one][1] is None
+    repair(level)
+    checks = {one["name"]: one for one in level.run("verify_migration", "--json", expect=4).json["checks"]}
+    assert f"1 are unusable (width, zero or not finite): {one}" in checks["vectors"]["detail"]
