@@ -76,6 +76,25 @@ def create_body(
     return {key: value for key, value in body.items() if value is not None}
 
 
+def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size: bool = False) -> bool:
+    """Whether two infos of a collection show the same configuration and the same indexes.
+
+    `but_size`: but for what `create_like` sets itself, or not at once: the size, the metadata, the fan-out.
+    """
+    if but_size:
+        bodies = [create_body(raw_info, 1) | {"metadata": None} for raw_info in (one, other)]
+        return bodies[0] == bodies[1] and _definitions(one) == _definitions(other)
+    return one["config"] == other["config"] and _definitions(one) == _definitions(other)
+
+
+def _definitions(raw_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    schema = raw_info.get("payload_schema") or {}
+    return {
+        name: {key: value for key, value in entry.items() if key != "points"}
+        for name, entry in schema.items()
+    }
+
+
 def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:
     """Create `name` as AutoMem does: one unnamed vector, Cosine, keyword indexes on its tags."""
     body: dict[str, Any] = {"vectors": {"size": size, "distance": "Cosine"}}

@@ -8,8 +8,9 @@ import pytest
 import requests
 
 from lib.errors import UsageProblem
+from lib.sandbox.vectors import vector_for
 from lib.vectors.recreate import create_body, refuse_foreign
-from tests.operator_support import NEW_SIZE, OLD_SIZE, SMALL
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, points_of, settings, upgrade
 
 pytestmark = pytest.mark.qdrant
@@ -356,3 +357,77 @@ def test_what_a_restored_snapshot_forgets_is_set_again(operator, way):
     operator.run("restore_from_backup", archive)
     assert settings(operator) == had
     assert operator.info()["config"].get("metadata") == metadata
+
+
+def change_settings(operator, seconds: int) -> None:
+    """Every kind of setting that may change while a collection is in use; metadata where the server keeps it."""
+    body = {"optimizers_config": {"flush_interval_sec": seconds}, "metadata": {"mine": seconds}}
+    operator.call("PATCH", "", {**body, "params": {"read_fan_out_factor": seconds}})
+    tenant = {"type": "keyword", "is_tenant": True}
+    operator.call("PUT", "/index?wait=true", {"field_name": "tags", "field_schema": tenant})
+
+
+def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypatch):
+    """After --no-switch the collection is staged anew; right before the delete nothing is replaced."""
+    from lib.steps import exchange
+
+    operator.load(20)
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.run("reembed_embeddings", "--no-switch")
+    change_settings(operator, 7)
+
+    def late(run):
+        change_settings(operator, 8)
+        return prove_way(run)
+
+    prove_way = exchange.prove_way
+    monkeypatch.setattr(exchange, "prove_way", late)
+    refused = operator.run("reembed_embeddings", expect=1)
+    assert f"the settings of '{operator.collection}' changed" in refused.err
+    monkeypatch.undo()
+    had, metadata = settings(operator), operator.info()["config"].get("metadata")
+    assert had["config"]["optimizer_config"]["flush_interval_sec"] == 8
+    assert operator.info()["config"]["params"]["vectors"]["size"] == OLD_SIZE
+    operator.run("reembed_embeddings")
+    assert settings(operator) == had
+    assert metadata is None or operator.info()["config"]["metadata"]["mine"] == 8
+    assert operator.collections() == [operator.collection]
+
+
+def stop_after_the_delete(monkeypatch) -> None:
+    """The run is killed between the delete and what comes next."""
+    from lib.steps import exchange
+
+    def killed(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exchange, "_know_settings", killed)
+
+
+@pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.matrix)])
+def test_what_automem_made_anew_after_the_delete_gets_the_old_settings(operator, monkeypatch, way, first):
+    """Its own collection has the right size, and its first memory the right vector: that makes it no result."""
+    operator.load(20)
+    change_settings(operator, 7)
+    operator.run("backup_automem", "--only", "qdrant")
+    had, before = settings(operator), points_of(operator)
+    upgrade(operator)
+    stop_after_the_delete(monkeypatch)
+    operator.run("reembed_embeddings", *way, expect=130)
+    monkeypatch.undo()
+    operator.call("PUT", "", {"vectors": {"size": NEW_SIZE, "distance": "Cosine"}})
+    for name in ("tags", "tag_prefixes"):
+        operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})
+    late, text = "abcdef00-0000-4000-8000-000000000000", "the first memory after the restart"
+    if first:
+        operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: []})", id=late, text=text)
+        row = {"id": late, "payload": {"content": text, "only": "here"}}
+        row["vector"] = vector_for(LARGE, text, NEW_SIZE).tolist()
+        operator.call("PUT", "/points?wait=true", {"points": [row]})
+    operator.run("reembed_embeddings", *way)
+    assert settings(operator) == had
+    after = points_of(operator)
+    assert after.keys() == before.keys() | ({late} if first else set())
+    assert not first or after[late][0]["only"] == "here"
