@@ -172,7 +172,7 @@ def _with_text(others: list[tuple[MemoryNode, str]], payloads: Payloads | None, 
     found = []
     for (node, reason), identity in zip(others, identities, strict=True):
         text = known.get(identity, {}).get("content") if identity is not None else None
-        if reason == UNREADABLE and not isinstance(text, str):
+        if reason == UNREADABLE and not (isinstance(text, str) and text.strip()):
             text = node.properties["content"][NOT_UTF8]  # type: ignore[index]
         if identity is not None and isinstance(text, str) and text.strip():
             found.append(_Odd(node, text, reason))

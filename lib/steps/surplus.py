@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lib.errors import MissingData
-from lib.steps.guard import Wanted, require_backup
+from lib.errors import GuardRefused, MissingData
+from lib.steps.guard import Wanted, fitting_backup
 from lib.steps.keep import keep_whole
 from lib.steps.memories import memories_now
 from lib.steps.migration import Migration
@@ -31,8 +31,13 @@ def remove_surplus(run: Migration, state: CollectionState) -> int:
             )
         if len(surplus) > _SHARE * state.points:
             with points_present(run.target.qdrant, state.name, payload=False) as live:
-                wanted = Wanted(run.target.qdrant.display, state, live, surplus)
-                require_backup(run.folder, wanted, run.spec.size)
+                found = fitting_backup(run.folder, Wanted(run.target.qdrant.display, state, live, surplus))
+            if isinstance(found, str):
+                raise GuardRefused(
+                    f"{len(surplus)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+                    f" so many are not removed without a proved backup: {found}",
+                    next_step=f"python scripts/backup_automem.py\n{run.again}",
+                )
         return sum(_remove_page(run, state.name, page) for page in surplus.ids())
 
 

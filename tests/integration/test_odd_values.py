@@ -137,9 +137,13 @@ def test_neither_the_memory_nor_its_point_has_a_text(odd):
     assert payloads(odd).keys() == {*IDS} - {IDS[3]}
 
 
-def test_a_memory_without_a_point_and_with_a_bad_byte_is_embedded_as_far_as_it_is_readable(odd):
+@pytest.mark.parametrize("point", ["none", pytest.param("blank", marks=pytest.mark.matrix)])
+def test_a_memory_with_a_bad_byte_and_no_text_in_a_point_is_embedded_as_far_as_it_is_readable(odd, point):
     make_odd(odd, ODD["a byte that is not UTF-8"][0])
-    odd.call("POST", "/points/delete?wait=true", {"points": [IDS[3]]})
+    if point == "none":
+        odd.call("POST", "/points/delete?wait=true", {"points": [IDS[3]]})
+    else:
+        odd.call("POST", "/points/payload?wait=true", {"points": [IDS[3]], "payload": {"content": " "}})
     migrate(odd, expect=3)
     assert payloads(odd)[IDS[3]]["content"] == "caf\ufffd number 3"
     assert_vectors(points_of(odd), LARGE, NEW_SIZE)

@@ -109,6 +109,9 @@ def test_many_surplus_points_need_a_backup(level):
     before = points_of(level).keys()
     refused = level.run("reembed_embeddings", "--only-missing", expect=2)
     assert f"{ROOT}/scripts/backup_automem.py" in refused.err
+    assert f"{ROOT}/scripts/reembed_embeddings.py --only-missing" in refused.err
+    assert f"8 of the {len(before)} points of '{level.collection}' have no memory in the graph" in refused.err
+    assert "would be replaced" not in refused.err
     assert points_of(level).keys() == before
     level.run("backup_automem", "--only", "qdrant")
     repair(level, removed=8)
