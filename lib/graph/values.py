@@ -16,22 +16,38 @@ NULL, STRING, INTEGER, BOOLEAN, DOUBLE, ARRAY, MAP, POINT, VECTOR = 1, 2, 3, 4, 
 DATETIME, DATE, TIME, DURATION = 13, 14, 15, 16
 # The key under which a text, or a list of texts, is given whose bytes are no UTF-8; a property is never a map.
 NOT_UTF8 = "not UTF-8"
+# The key under which a vector, or a list of vectors, is given: JSON could not tell them from lists of doubles.
+VECF32 = "vecf32"
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - FalkorDB's times have no zone
 
 
 def plain_value(cell: list[Any]) -> Any:
-    """A compact value as JSON has it; times as ISO 8601, in UTC; `{NOT_UTF8: ...}` with U+FFFD for unreadable text.
+    """A compact value as JSON has it; times as ISO 8601, in UTC.
+
+    `{NOT_UTF8: ...}` with U+FFFD for unreadable text, `{VECF32: ...}` for vectors: see `plain`.
 
     Raises StoreFailed for a type that no property has.
     """
     readable = [True]
     value = _plain(cell, readable)
+    if _has_float32s(cell):
+        return {VECF32: value}
     return value if readable[0] else {NOT_UTF8: value}
 
 
 def unreadable(value: object) -> bool:
     """Whether `plain_value` marked this value as text that is not UTF-8."""
     return isinstance(value, dict) and value.keys() == {NOT_UTF8}
+
+
+def is_vector(value: object) -> bool:
+    """Whether `plain_value` marked this value as a vector, or as a list of them."""
+    return isinstance(value, dict) and value.keys() == {VECF32}
+
+
+def plain(value: Any) -> Any:
+    """A property's value without the mark that `plain_value` may have put on it."""
+    return next(iter(value.values())) if is_vector(value) or unreadable(value) else value
 
 
 def shortest_float32(number: float) -> float:
@@ -45,6 +61,11 @@ def shortest_float32(number: float) -> float:
         if struct.pack("f", short) == wanted:
             return short
     return number
+
+
+def _has_float32s(cell: list[Any]) -> bool:
+    kind, value = cell
+    return kind == VECTOR or (kind == ARRAY and bool(value) and all(map(_has_float32s, value)))
 
 
 def _plain(cell: list[Any], readable: list[bool]) -> Any:

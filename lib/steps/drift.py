@@ -90,7 +90,9 @@ def _unchanged(run: Migration, state: CollectionState) -> list[Point]:
         found += [
             point
             for point in page
-            if point.id in rows and (point.payload or {}).get("content") == rows[point.id].content
+            if point.vector is not None
+            and point.id in rows
+            and (point.payload or {}).get("content") == rows[point.id].content
         ]
         if len(found) >= _TRIES:
             break

@@ -16,7 +16,7 @@ from lib.steps.place import FILL, Way, prove_way, put_in_place
 from lib.steps.report import Report
 from lib.steps.restore_collection import drop_temporary
 from lib.steps.situation import ABSENT, ADOPT, DEAD, REPLACE, protection, settings_of, situation
-from lib.steps.stage import room_kept, with_room
+from lib.steps.stage import require_same_settings, room_kept, with_room
 from lib.steps.switch import drop_live, make_collection
 from lib.vectors.collection import CollectionState, health
 
@@ -57,6 +57,8 @@ def exchange(run: Migration, first: Manifest | None, voice: Voice) -> float | No
             began = time.monotonic()
         if way is None:
             way = _way(run, kind)
+        if kind == REPLACE and way.kind != FILL:
+            require_same_settings(run)
         gone = time.monotonic() if kind == ABSENT else _clear(run, (kind, state), voice)
         began = gone if began is None else began
         _know_settings(run, first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import orjson
@@ -13,6 +13,7 @@ from lib.embedding.plan_table import MemoryRow
 from lib.embedding.spool import Spool
 from lib.graph.read import MemoryNode, iter_memories
 from lib.steps.candidates import Candidates
+from lib.steps.forms import identical
 from lib.steps.memories import unusable
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId, merged_payload, point_id, standing_payload
@@ -24,6 +25,7 @@ _PAGE = 500
 # Recall moves this on all the time, in the graph first.
 _MOVING = ("last_accessed",)
 _EXEMPT = {"exempt": True}
+_SKEW = timedelta(hours=1)  # of the clocks of two machines
 
 
 @dataclass
@@ -57,7 +59,8 @@ def compare_stores(
 ) -> Findings:
     """Every memory against its point; flat in memory but for the ids that are found wrong.
 
-    What was written after `proved`, the end of the last migration, is newer than it, whatever the plan holds by now.
+    What was written after `proved`, the end of the last migration, is newer than it, whatever the plan holds by now;
+    a memory that bears a moment still to come says nothing of when it was written.
     `candidates` is shown every memory that has a point of its content: recall may be tried with it.
     """
     found = Findings()
@@ -103,8 +106,9 @@ def _compare_page(
     ids = list(rows)
     planned = spool.memories_of(ids) if spool else {}
     kept = {one: orjson.loads(row.payload) for one, row in spool.kept(ids).items()} if spool else {}
+    now = datetime.now(timezone.utc) + _SKEW
     for identity, properties in rows.items():
-        late = proved is not None and _written(properties) > proved
+        late = proved is not None and proved < _written(properties) <= now
         pair = _Pair(properties, points.get(identity), kept.get(identity), late)
         _compare_one(identity, pair, planned.get(identity), found)
 
@@ -146,7 +150,7 @@ def _differing(payload: dict[str, Any], kept: dict[str, Any] | None, properties:
     """The keys in which a point is not as the migration would write it."""
     steady = _steady(properties)
     wanted = merged_payload(standing_payload(payload, kept), steady)
-    return sorted(key for key in wanted if key not in payload or wanted[key] != payload[key])
+    return sorted(key for key in wanted if key not in payload or not identical(wanted[key], payload[key]))
 
 
 def _written(properties: dict[str, Any]) -> datetime:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import orjson
@@ -16,14 +17,15 @@ _GEO = {"lon": "longitude", "lat": "latitude"}  # Qdrant's names, FalkorDB's
 
 
 def same(left: object, right: object) -> bool:
-    """Equal as far as the stores can tell.
+    """Equal as far as the stores can tell: `left` is the point's, `right` the node's.
 
     FalkorDB's client gets doubles with 15 digits (0.30000000000000004 is 0.3), Qdrant may give back another last one.
+    A whole number of the node arrives with all its digits.
     """
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-        return left == right or math.isclose(left, right, rel_tol=_DIGITS)
+        return left == right or (isinstance(right, float) and math.isclose(left, right, rel_tol=_DIGITS))
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
@@ -31,11 +33,21 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
+def identical(left: object, right: object) -> bool:
+    """Equal in JSON, types included: to Python `true` and 1 are equal, to a filter they are not."""
+    return left == right and _canonical(left) == _canonical(right)
+
+
+def _canonical(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
 def in_form_of(live: object, value: object) -> Any:
     """The node's `value` as the point writes it; `live`, the point's own, where both say the same.
 
-    JSON text and the value that it spells, FalkorDB's points and Qdrant's, numbers of 32 bits and of 64, and one
-    moment in two spellings are the same. A form that cannot be kept gives way to the node's.
+    JSON text and the value that it spells, FalkorDB's points and Qdrant's, numbers of 32 bits and of 64, whole ones
+    and doubles, a list of one and that one, one moment in two spellings or as a number are the same. A form that cannot
+    be kept gives way to the node's.
     """
     if same(live, value) or _same_moment(live, value):
         return live
@@ -45,6 +57,8 @@ def in_form_of(live: object, value: object) -> Any:
         return _in_list_form(live, value)
     if isinstance(live, str) or isinstance(value, str):
         return _in_text_form(live, value)
+    if _kind(live) == _kind(value) == "number":
+        return _in_number_form(live, value)
     return value
 
 
@@ -53,13 +67,24 @@ def _in_text_form(live: object, value: object) -> Any:
     if isinstance(live, str) and isinstance(value, str):
         return _in_moment_form(live, value)
     if isinstance(value, str):
-        spelled = spelled_by(value)
-        return in_form_of(live, spelled) if _kind(spelled) == _kind(live) is not None else value
+        return _in_form_of_no_text(live, value)
+    if _zone(str(live)) is not None and _kind(value) == "number":
+        return _from_epoch(str(live), value)
     spelled = spelled_by(live)
-    if _kind(spelled) != _kind(value) or spelled is None:
-        return value
+    if spelled is None or _kind(spelled) != _kind(value):
+        one = value[0] if isinstance(value, list) and len(value) == 1 else None
+        return in_form_of(live, one) if isinstance(one, str) else value
     formed = in_form_of(spelled, value)
     return live if same(spelled, formed) else orjson.dumps(formed).decode()
+
+
+def _in_form_of_no_text(live: object, value: str) -> Any:
+    spelled = spelled_by(value)
+    if _kind(spelled) == _kind(live) is not None:
+        return in_form_of(live, spelled)
+    if isinstance(live, list) and live and isinstance(live[0], str):
+        return [in_form_of(live[0], value)]
+    return _as_epoch(live, value) if _kind(live) == "number" and _zone(value) is not None else value
 
 
 def spelled_by(text: object) -> Any:
@@ -79,10 +104,16 @@ def _kind(value: object) -> str | None:
     return "list" if isinstance(value, list) else "map" if isinstance(value, dict) else None
 
 
+def _in_number_form(live: Any, value: Any) -> int | float:
+    """A whole number, or a double, as the point's is: an index of integers does not find 6.0."""
+    if isinstance(live, float):
+        return float(value) if float(value) == value else value
+    return int(value) if float(value).is_integer() else value
+
+
 def _in_map_form(live: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    if live.keys() == _GEO.keys() and value.keys() == set(_GEO.values()):
-        named = {key: value[_GEO[key]] for key in live}
-        return {key: _in_float_form(live[key], named[key]) for key in live}
+    if live.keys() >= _GEO.keys() and value.keys() == set(_GEO.values()):
+        return {**live, **{key: _in_float_form(live[key], value[name]) for key, name in _GEO.items()}}
     return {key: in_form_of(live[key], one) if key in live else one for key, one in value.items()}
 
 
@@ -90,13 +121,18 @@ def _in_list_form(live: list[Any], value: list[Any]) -> list[Any]:
     """Item by item; what is longer than the point's list is written as the last of its items is."""
     if not live:
         return value
-    if _float32s(live) and len(live) == len(value) and _float32s(value):
-        return [_in_float_form(*pair) for pair in zip(live, value, strict=True)]
-    return [in_form_of(live[min(number, len(live) - 1)], one) for number, one in enumerate(value)]
+    patterns = [live[min(number, len(live) - 1)] for number in range(len(value))]
+    return [
+        one if isinstance(one, list) and isinstance(pattern, str) else in_form_of(pattern, one)
+        for pattern, one in zip(patterns, value, strict=True)
+    ]
 
 
-def _float32s(numbers: list[Any]) -> bool:
-    return all(isinstance(one, float) for one in numbers)
+def in_vector_form(live: object, value: Any) -> Any:
+    """As `in_form_of`, for a node's vector or a list of them: its numbers have 32 bits."""
+    if isinstance(live, list) and isinstance(value, list) and len(live) == len(value):
+        return [in_vector_form(*pair) for pair in zip(live, value, strict=True)]
+    return _in_float_form(live, value) if _kind(live) == _kind(value) == "number" else in_form_of(live, value)
 
 
 def _in_float_form(live: Any, value: Any) -> Any:
@@ -107,6 +143,12 @@ def _in_float_form(live: Any, value: Any) -> Any:
         return value
 
 
+# An ISO 8601 day, or a day and a time: the day, the time, the fraction of a second, the zone.
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?([Zz]|[+-]\d\d:?\d\d)?)?")
+_MICRO_DIGITS = 6
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=timezone.utc), timedelta(microseconds=1)
+
+
 def _same_moment(live: object, value: object) -> bool:
     if not (isinstance(live, str) and isinstance(value, str)):
         return False
@@ -114,25 +156,53 @@ def _same_moment(live: object, value: object) -> bool:
     return None not in moments and moments[0] == moments[1]
 
 
-def _moment(text: str) -> datetime | None:
-    """A moment in ISO 8601, day and time; UTC where it names no zone."""
-    if "T" not in text[10:11]:
+def _moment(text: str) -> tuple[datetime, str] | None:
+    """A moment, and the digits of its second after the sixth; UTC where it names no zone, midnight without a time."""
+    found = _MOMENT.fullmatch(text)
+    if found is None:
         return None
+    day, clock, fraction, zone = (part or "" for part in found.groups())
+    offset = "+00:00" if zone in {"", "Z", "z"} else f"{zone[:3]}:{zone[-2:]}"
+    digits = f"{fraction[:_MICRO_DIGITS]:0<{_MICRO_DIGITS}}"
     try:
-        found = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        moment = datetime.fromisoformat(
+            f"{day}T{f'{clock}:00'[:8] if clock else '00:00:00'}.{digits}{offset}"
+        )
     except ValueError:
         return None
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+    return moment, fraction[_MICRO_DIGITS:].rstrip("0")
+
+
+def _unit(number: float) -> int | None:
+    """What a second is in a number that may be a moment: since 1970, in seconds, or their 1000th, or millionth part."""
+    return next((unit for unit in (1, 10**3, 10**6) if 1e8 * unit <= abs(number) < 1e11 * unit), None)
+
+
+def _as_epoch(live: Any, value: str) -> Any:
+    """The moment as a number like `live`, a whole one where that is."""
+    found, unit = _moment(value), _unit(live)
+    if found is None or unit is None:
+        return value
+    micros = (found[0] - _EPOCH) // _MICROSECOND * unit
+    return in_form_of(live, micros // 10**6 if isinstance(live, int) else micros / 10**6)
+
+
+def _from_epoch(live: str, value: Any) -> Any:
+    """The number as a moment spelled like `live`."""
+    unit = _unit(value)
+    return in_form_of(live, (_EPOCH + value * 10**6 / unit * _MICROSECOND).isoformat()) if unit else value
 
 
 def _in_moment_form(live: str, value: str) -> str:
     """A newer moment in UTC, with the zone spelled as the point spells it; any other text as it is."""
-    if _moment(live) is None or _moment(value) is None:
+    zones = _zone(live), _zone(value)
+    if None in zones:
         return value
-    here, there = (next((zone for zone in _UTC if text.endswith(zone)), "") for text in (live, value))
-    is_utc = all(zone or _has_no_zone(text) for zone, text in ((here, live), (there, value)))
-    return value.removesuffix(there) + here if is_utc else value
+    here, there = zones
+    return f"{value.removesuffix(there)}{here}" if {here, there} <= {"", *_UTC} else value
 
 
-def _has_no_zone(text: str) -> bool:
-    return datetime.fromisoformat(text).tzinfo is None
+def _zone(text: str) -> Any:
+    """The zone of a day with a time as it is spelled, "" without one; None where the text is none."""
+    found = _MOMENT.fullmatch(text) if _moment(text) else None
+    return (found[4] or "") if found and found[2] else None

@@ -44,6 +44,14 @@ def refusal(state: CollectionState, configured: int, why: str) -> GuardRefused:
 
 def require_backup(folder: Path, wanted: Wanted, configured: int) -> Manifest:
     """The newest set whose collection half fits; raises GuardRefused with the reason why none does."""
+    found = fitting_backup(folder, wanted)
+    if isinstance(found, str):
+        raise refusal(wanted.state, configured, found)
+    return found
+
+
+def fitting_backup(folder: Path, wanted: Wanted) -> Manifest | str:
+    """The newest set whose collection half fits, or the reason why none does."""
     why = f"there is none in {folder}"
     for manifest in all_sets(folder):
         fault = _fault(manifest, wanted)
@@ -51,7 +59,7 @@ def require_backup(folder: Path, wanted: Wanted, configured: int) -> Manifest:
             return manifest
         if why.startswith("there is none"):
             why = f"the newest, {manifest.name}, {fault}"
-    raise refusal(wanted.state, configured, why)
+    return why
 
 
 def _fault(manifest: Manifest, wanted: Wanted) -> str | None:

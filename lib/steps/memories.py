@@ -16,7 +16,7 @@ from lib.embedding.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
 from lib.graph.read import MemoryNode, iter_memories, memory_ids_present, read_rows
-from lib.graph.values import NOT_UTF8, unreadable
+from lib.graph.values import NOT_UTF8, plain, unreadable
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId, point_id, spellings
 from lib.steps.progress import Progress
@@ -75,8 +75,7 @@ def unusable(properties: Mapping[str, Any]) -> str | None:
     if unreadable(content) and isinstance(content[NOT_UTF8], str):
         return UNREADABLE
     if not isinstance(content, str):
-        kind = "a list" if unreadable(content) else _KINDS[type(content)]
-        return NOT_TEXT.format(kind=kind)
+        return NOT_TEXT.format(kind=_KINDS[type(plain(content))])
     return None if point_id(properties.get("id")) is not None else BAD_ID
 
 
@@ -92,9 +91,15 @@ def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set
 
 
 def memories_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
-    """Those of `ids` whose memory is in the graph right now, whatever its content is."""
+    """Those of `ids` whose memory is in the graph right now, whatever its content is.
+
+    Asked for by the usual spellings; where that leaves any, every id of the graph is read.
+    """
     asked = [spelling for one in ids for spelling in spellings(one)]
-    found = [point_id(one) for one in memory_ids_present(conn, graph, asked)]
+    found = {point_id(one) for one in memory_ids_present(conn, graph, asked)}
+    left = set(ids) - found
+    if left:
+        found |= left & {point_id(node.properties["id"]) for node in iter_memories(conn, graph, keys=("id",))}
     return {one for one in found if one is not None}
 
 
@@ -167,7 +172,7 @@ def _with_text(others: list[tuple[MemoryNode, str]], payloads: Payloads | None, 
     found = []
     for (node, reason), identity in zip(others, identities, strict=True):
         text = known.get(identity, {}).get("content") if identity is not None else None
-        if reason == UNREADABLE and not isinstance(text, str):
+        if reason == UNREADABLE and not (isinstance(text, str) and text.strip()):
             text = node.properties["content"][NOT_UTF8]  # type: ignore[index]
         if identity is not None and isinstance(text, str) and text.strip():
             found.append(_Odd(node, text, reason))

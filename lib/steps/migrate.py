@@ -23,6 +23,7 @@ from lib.steps.stage import drop_staged, stage, with_room
 from lib.steps.surplus import remove_surplus
 from lib.steps.switch import Filled, fill, stamp
 from lib.vectors.collection import CollectionState, exists, get_state, set_metadata
+from lib.vectors.recreate import put_fan_out
 
 _FRESH = "fresh since"
 
@@ -134,6 +135,9 @@ def _filled(run: Migration) -> Filled:
         whole=run.reached(DELETING) or run.reached(PLACING),
         copied_from=standing_staged(run),
     )
+    settings = journal_of(run).fact("settings")
+    if settings:
+        put_fan_out(run.target.qdrant, run.target.collection, settings["config"])
     run.aliases_taken, run.indexed = filled.aliases_taken, filled.indexed
     return filled
 

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from lib.graph.values import NOT_UTF8, unreadable
-from lib.steps.forms import in_form_of, spelled_by
+from lib.graph.values import is_vector, plain, unreadable
+from lib.steps.forms import identical, in_form_of, in_vector_form, spelled_by
 
 PointId = str | int
 
@@ -58,7 +58,7 @@ def point_id(value: object) -> PointId | None:
 
 
 def spellings(identity: PointId) -> list[str | int]:
-    """Every way in which a memory's `id` may spell this point's: what `point_id` takes, in the usual cases."""
+    """The usual ways in which a memory's `id` may spell this point's; `point_id` takes mixed cases, too."""
     if isinstance(identity, int):
         return [identity, str(identity)]
     found = [identity, identity.replace("-", ""), f"urn:uuid:{identity}", f"{{{identity}}}"]
@@ -75,8 +75,7 @@ def _decoded(metadata: object) -> object:
 
 def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
     """The payload for a memory that has no point: AutoMem's keys that the node has, metadata decoded."""
-    found = {key: properties[key] for key in PAYLOAD_KEYS if properties.get(key) is not None}
-    payload = {key: value[NOT_UTF8] if unreadable(value) else value for key, value in found.items()}
+    payload = {key: plain(properties[key]) for key in PAYLOAD_KEYS if properties.get(key) is not None}
     if "metadata" in payload:
         payload["metadata"] = _decoded(payload["metadata"])
     return payload
@@ -105,7 +104,9 @@ def own_payload(
     """What of a point's payload is not just as the migration itself `written` it; None where nothing is."""
     if live is None or written is None:
         return live
-    return {key: value for key, value in live.items() if key not in written or written[key] != value} or None
+    return {
+        key: value for key, value in live.items() if key not in written or not identical(written[key], value)
+    } or None
 
 
 def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,14 +127,16 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
             continue  # an infinite number, which JSON lacks
         if unreadable(value) and had is not None:
             continue
-        current = in_form_of(had, value[NOT_UTF8] if unreadable(value) else value)
+        current = (in_vector_form if is_vector(value) else in_form_of)(had, plain(value))
         merged[key] = _metadata_form(had, current) if key == "metadata" else current
     return merged
 
 
 def _metadata_form(had: object, current: object) -> object:
     """The node's metadata text decoded, unless the point has it as text, too; malformed text replaces no object."""
-    if not isinstance(current, str) or current == had or isinstance(spelled_by(had), dict):
+    if not isinstance(current, str) or current == had:
         return current
-    decoded = _decoded(current)
-    return had if isinstance(decoded, str) and isinstance(had, dict) else decoded
+    decoded, is_text = _decoded(current), isinstance(spelled_by(had), dict)
+    if isinstance(decoded, str):
+        return had if is_text or isinstance(had, dict) else decoded
+    return current if is_text else decoded

@@ -80,8 +80,7 @@ def textless_points(only_live: IdTable, graph: GraphSource) -> list[str]:
     """Those of the points without a planned memory whose memory exists: neither it nor the point has a text."""
     found: list[PointId] = []
     for page in only_live.ids():
-        for ids in pages(page, _PAGE):
-            found += memories_now(graph.conn, graph.graph, ids)
+        found += memories_now(graph.conn, graph.graph, page)
     return sorted(map(str, found))
 
 

@@ -17,7 +17,7 @@ from lib.steps.restore_parts import Placement
 from lib.steps.restored_points import CollectionBackup, Sample, compare, require_equal, sample
 from lib.vectors import snapshots
 from lib.vectors.collection import delete_collection, exists, health, is_dead, list_collections
-from lib.vectors.recreate import aliases_of, free_aliases, put_aliases
+from lib.vectors.recreate import aliases_of, free_aliases, put_aliases, put_fan_out
 from lib.vectors.refusals import QdrantError
 from lib.vectors.restoring import wait_restored
 from lib.vectors.transport import Qdrant
@@ -101,6 +101,7 @@ def replace_live(
         _drop_unusable(placement)
         raise
     _require_equal(placement, rehearsed)
+    put_fan_out(qdrant, name, placement.backup.facts["config"])
     put_aliases(qdrant, name, free_aliases(qdrant, name, wanted))
     journal.append(SWITCHED)
 
@@ -126,6 +127,7 @@ def put_back(saved: Placement, temporary: str, aliases: Iterable[str]) -> None:
     except MigrationError:
         _drop_unusable(saved)
         raise
+    put_fan_out(qdrant, name, saved.backup.facts["config"])
     put_aliases(qdrant, name, free_aliases(qdrant, name, aliases))
 
 

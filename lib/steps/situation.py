@@ -26,7 +26,7 @@ from lib.steps.sync import missing_of
 from lib.steps.take_collection import STAMP_KEY
 from lib.vectors.cluster import topology
 from lib.vectors.collection import CollectionState, exists, get_state, health, is_dead
-from lib.vectors.recreate import refuse_foreign
+from lib.vectors.recreate import refuse_foreign, same_settings
 from lib.vectors.restoring import wait_restored
 
 Found = tuple[str, CollectionState | None]  # the kind of the situation, and the live collection
@@ -77,12 +77,12 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
 
 def _was_empty(run: Migration) -> bool:
     """Whether the collection that this run deleted held no point, so that recreating it empty loses nothing."""
-    points = (_journaled_settings(run) or {}).get("points_count")
+    points = (journaled_settings(run) or {}).get("points_count")
     # Both: the embedding cache, which holds the kept payloads, can be lost.
     return run.reached(DELETING) and not points and run.spool.kept_count() == 0
 
 
-def _journaled_settings(run: Migration) -> dict[str, Any] | None:
+def journaled_settings(run: Migration) -> dict[str, Any] | None:
     """The live collection as the run's journal has it: as it was deleted, or as it was when the staged one was made."""
     journal = run.journal
     return (journal.fact("settings") or journal.fact("staged_like")) if journal else None
@@ -90,7 +90,7 @@ def _journaled_settings(run: Migration) -> dict[str, Any] | None:
 
 def _refuse_foreign_settings(run: Migration) -> None:
     """Raise UsageProblem where the collection that is gone, as the run's journal or a backup has it, was foreign."""
-    settings = _journaled_settings(run)
+    settings = journaled_settings(run)
     manifest = newest_with(run.folder, run.target.collection, run.target.qdrant.display)
     if not settings and manifest:
         settings = settings_of(manifest)["settings"]
@@ -124,10 +124,13 @@ def situation(run: Migration) -> tuple[str, CollectionState | None]:
         refuse_stranger(run.folder, run.targets)
     if state.size != run.spec.size:
         return REPLACE, state
-    fresh = state.points == 0 and not run.reached(DELETING)
+    # What AutoMem made anew has its own settings, and may hold its first memories.
+    settings = journaled_settings(run)
+    alike = settings is None or same_settings(settings, state.raw, but_size=True)
+    fresh = state.points == 0 and not run.reached(DELETING) and alike
     if run.reached(CREATED) or run.reached(PLACED) or fresh:
         return ADOPT, state
-    if not run.fresh and vectors_agree(target.qdrant, state, run.spool, run.spec):
+    if not run.fresh and alike and vectors_agree(target.qdrant, state, run.spool, run.spec):
         return ADOPT, state
     return REPLACE, state
 

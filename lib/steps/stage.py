@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lib.errors import StoreFailed
 from lib.steps.embed import FEW_CONTENTS, MOST_ROUNDS, Buyer, catch_up
@@ -16,12 +16,12 @@ from lib.steps.phases import DELETING, READ, STAGED, STAGING, TIDYING
 from lib.steps.present import points_present, surplus_ids
 from lib.steps.prove_points import prove_points
 from lib.steps.restore_collection import drop_temporary
-from lib.steps.situation import require_whole_graph
+from lib.steps.situation import journaled_settings, require_whole_graph
 from lib.steps.switch import INDEX_SECONDS, keep_live, made_anew, stamp
 from lib.steps.sync import SyncOutcome, sync_collection
 from lib.vectors.collection import CollectionState, exists, get_state, health, wait_green
 from lib.vectors.points import delete_points
-from lib.vectors.recreate import aliases_of, create_body, create_like, put_indexes
+from lib.vectors.recreate import aliases_of, create_like, put_indexes, same_settings
 from lib.vectors.refusals import QdrantError, is_disk_full
 
 T = TypeVar("T")
@@ -59,9 +59,9 @@ def _begin(run: Migration, live: CollectionState) -> None:
     refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     qdrant, journal = run.target.qdrant, journal_of(run)
     anew = run.reached(DELETING) or made_anew(run.spool, journal, live.points)
-    like = (journal.fact("staged_like") if anew else None) or live.raw
+    like = (journaled_settings(run) if anew else None) or live.raw
     standing = health(qdrant, run.staged)
-    same = run.has_staged and _settings(journal.fact("staged_like"), run) == _settings(like, run)
+    same = run.has_staged and same_settings(journal.fact("staged_like"), like)
     if standing != "missing" and not (standing == "live" and same):
         drop_temporary(qdrant, run.staged)
     aliases = {*(journal.fact("aliases") or () if anew else ()), *aliases_of(qdrant, run.target.collection)}
@@ -79,9 +79,19 @@ def _begin(run: Migration, live: CollectionState) -> None:
         put_indexes(qdrant, run.staged, like.get("payload_schema") or {})
 
 
-def _settings(raw: dict[str, Any], run: Migration) -> dict[str, Any]:
-    body = create_body(raw, run.spec.size)
-    return {name: value for name, value in body.items() if name != "metadata"}
+def require_same_settings(run: Migration) -> None:
+    """Raise StoreFailed where the live collection's settings changed since the staged one was made like it.
+
+    Unless somebody made the live one anew: the settings of the old one count then.
+    """
+    journal, live = journal_of(run), get_state(run.target.qdrant, run.target.collection)
+    if run.reached(DELETING) or made_anew(run.spool, journal, live.points):
+        return
+    if not same_settings(journal.fact("staged_like"), live.raw):
+        raise StoreFailed(
+            f"the settings of '{live.name}' changed while '{run.staged}' was made like it: nothing is replaced",
+            next_step="run the same command again: it stages anew, and nothing is bought twice",
+        )
 
 
 def _sync(run: Migration) -> SyncOutcome:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from lib.errors import MissingData
-from lib.graph.read import memory_ids_present
-from lib.steps.guard import Wanted, require_backup
+from lib.errors import GuardRefused, MissingData
+from lib.steps.guard import Wanted, fitting_backup
 from lib.steps.keep import keep_whole
+from lib.steps.memories import memories_now
 from lib.steps.migration import Migration
-from lib.steps.pages import pages
-from lib.steps.payloads import PointId, point_id, spellings
+from lib.steps.payloads import PointId
 from lib.steps.plan import only_live_ids
 from lib.steps.present import points_present
 from lib.vectors.collection import CollectionState
 from lib.vectors.points import delete_points, retrieve
 
 _SHARE = 0.01
-_PAGE = 256
 
 
 def remove_surplus(run: Migration, state: CollectionState) -> int:
@@ -33,19 +31,20 @@ def remove_surplus(run: Migration, state: CollectionState) -> int:
             )
         if len(surplus) > _SHARE * state.points:
             with points_present(run.target.qdrant, state.name, payload=False) as live:
-                wanted = Wanted(run.target.qdrant.display, state, live, surplus)
-                require_backup(run.folder, wanted, run.spec.size)
+                found = fitting_backup(run.folder, Wanted(run.target.qdrant.display, state, live, surplus))
+            if isinstance(found, str):
+                raise GuardRefused(
+                    f"{len(surplus)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+                    f" so many are not removed without a proved backup: {found}",
+                    next_step=f"python scripts/backup_automem.py\n{run.again}",
+                )
         return sum(_remove_page(run, state.name, page) for page in surplus.ids())
 
 
 def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
-    removed = 0
-    for page in pages(ids, _PAGE):
-        points = retrieve(run.target.qdrant, collection, page, payload=True, vector=True)
-        asked = [spelling for one in page for spelling in spellings(one)]
-        there = {point_id(one) for one in memory_ids_present(run.graph.conn, run.graph.graph, asked)}
-        gone = [point for point in points if point.id not in there]
-        keep_whole(gone, run.spool)
-        delete_points(run.target.qdrant, collection, [point.id for point in gone])
-        removed += len(gone)
-    return removed
+    points = retrieve(run.target.qdrant, collection, ids, payload=True, vector=True)
+    there = memories_now(run.graph.conn, run.graph.graph, ids)
+    gone = [point for point in points if point.id not in there]
+    keep_whole(gone, run.spool)
+    delete_points(run.target.qdrant, collection, [point.id for point in gone])
+    return len(gone)

@@ -15,6 +15,7 @@ import orjson
 
 from lib.embedding.plan_table import MemoryRow, Missing, TextRow
 from lib.embedding.spool import Spool
+from lib.steps.forms import identical
 from lib.steps.lanes import in_lanes
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId, merged_payload, own_payload, standing_payload
@@ -95,7 +96,7 @@ def changes(
             # The text that is embedded: the node's, or the point's own where the node has none.
             payload = {**merged_payload(base, properties), "content": row.content}
             change = Change(row, payload, old)
-            if old is None or old != payload or change.needs_vector:
+            if old is None or not identical(old, payload) or change.needs_vector:
                 found.append(change)
         yield found
 

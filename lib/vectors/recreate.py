@@ -50,11 +50,16 @@ def create_like(
     over the old one's. Raises UsageProblem like `refuse_foreign`, QdrantError where `name` exists.
     """
     q.json("PUT", collection_path(name), create_body(raw_info, size, metadata))
-    params = raw_info["config"]["params"]
+    put_fan_out(q, name, raw_info["config"])
+    put_indexes(q, name, raw_info.get("payload_schema") or {})
+
+
+def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
+    """Set what the create call does not take, nor a restored snapshot bring (1.11.3, 1.19.0), as `config` has it."""
+    params = config["params"]
     fan_out = {key: params[key] for key in _BY_PATCH if params.get(key) is not None}
     if fan_out:
         q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
-    put_indexes(q, name, raw_info.get("payload_schema") or {})
 
 
 def create_body(
@@ -69,6 +74,25 @@ def create_body(
     body |= {target: config.get(source) for source, target in _FROM_CONFIG.items()}
     body["metadata"] = {**(config.get("metadata") or {}), **(metadata or {})} or None
     return {key: value for key, value in body.items() if value is not None}
+
+
+def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size: bool = False) -> bool:
+    """Whether two infos of a collection show the same configuration and the same indexes.
+
+    `but_size`: but for what `create_like` sets itself, or not at once: the size, the metadata, the fan-out.
+    """
+    if but_size:
+        bodies = [create_body(raw_info, 1) | {"metadata": None} for raw_info in (one, other)]
+        return bodies[0] == bodies[1] and _definitions(one) == _definitions(other)
+    return one["config"] == other["config"] and _definitions(one) == _definitions(other)
+
+
+def _definitions(raw_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    schema = raw_info.get("payload_schema") or {}
+    return {
+        name: {key: value for key, value in entry.items() if key != "points"}
+        for name, entry in schema.items()
+    }
 
 
 def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:

@@ -8,8 +8,9 @@ import pytest
 import requests
 
 from lib.errors import UsageProblem
+from lib.sandbox.vectors import vector_for
 from lib.vectors.recreate import create_body, refuse_foreign
-from tests.operator_support import NEW_SIZE, OLD_SIZE
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, points_of, settings, upgrade
 
 pytestmark = pytest.mark.qdrant
@@ -269,3 +270,164 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
     operator.call("PUT", "/points/vectors?wait=true", {"points": [{"id": one, "vector": wrong}]})
     checks = {one["name"]: one for one in operator.run("verify_migration", "--json", expect=4).json["checks"]}
     assert checks["vectors"]["status"] == "FAILED"
+
+
+def require_later_vectors(operator) -> None:
+    """Skip where the server adds no vector to a collection: it has no such address, as for any that it does not know."""
+    url = f"{operator.servers.qdrant_url}/collections/nobody/vectors/later"
+    if "doesn't exist" not in requests.put(url, json={"sparse": {}}, timeout=60).text:
+        pytest.skip("this server adds no vector to an existing collection (1.18 and later)")
+
+
+LATER = {
+    "sparse": ({"sparse": {}}, {"indices": [1, 7], "values": [0.5, 2.0]}, "sparse vectors: 'later'"),
+    "dense": ({"dense": {"size": 3, "distance": "Dot"}}, [1.0, 2.0, 3.0], "named vectors: '', 'later'"),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_vector_added_to_a_collection_with_points_is_refused_and_restored(operator, kind):
+    """Neither the re-embedding nor --only-missing goes on; a backup has it, and --no-switch does not hide it."""
+    require_later_vectors(operator)
+    config, value, reason = LATER[kind]
+    operator.load(20)
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.run("reembed_embeddings", "--no-switch")  # before it was added
+    operator.call("PUT", "/vectors/later?wait=true", config)
+    rows = [{"id": one, "vector": {"later": value}} for one in points_of_ids(operator)]
+    operator.call("PUT", "/points/vectors?wait=true", {"points": rows})
+    operator.servers.openai.reset()
+    before, settings_then = everything(operator), operator.info()["config"]
+    assert all("later" in one["vector"] for one in before)
+    operator.run("backup_automem", "--only", "qdrant")
+    for words in ((), ("--in-place",)):
+        assert reason in operator.run("reembed_embeddings", *words, expect=2).err
+    repair = {"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
+    refused = operator.run("reembed_embeddings", "--only-missing", expect=2, env=repair)
+    assert reason.partition(":")[0] in refused.err
+    assert operator.servers.openai.stats()["texts"] == 0
+    assert everything(operator) == before
+    operator.run("restore_from_backup", operator.archive(), env=repair)
+    assert everything(operator) == before
+    assert operator.info()["config"] == settings_then
+
+
+def points_of_ids(operator) -> list:
+    return [one["id"] for one in operator.call("POST", "/points/scroll", {"limit": 1000})["points"]]
+
+
+SET_LATER = {"read_fan_out_factor": 2, "read_fan_out_delay_ms": 5}
+# Of 1.19 alone.
+PLACED = {"vectors": {"memory": "cold"}, "payload": {"memory": "cold"}, "metadata": {"mine": {"n": 1 << 62}}}
+
+
+def make_placed(operator) -> None:
+    """The operator's collection once more, with what a snapshot's restore forgets, and what 1.19 has anew."""
+    points = points_of(operator)
+    operator.call("DELETE", "")
+    url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
+    body = {**PLACED, "vectors": {**DENSE, **PLACED["vectors"]}}
+    requests.put(url, json=body, timeout=60).raise_for_status()
+    for name in ("tags", "tag_prefixes"):
+        operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})
+    operator.call("PATCH", "", {"params": SET_LATER})
+    rows = [
+        {"id": one, "payload": payload, "vector": vector.tolist()}
+        for one, (payload, vector) in points.items()
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": rows})
+
+
+@pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
+def test_what_a_restored_snapshot_forgets_is_set_again(operator, way):
+    operator.load(20)
+    make_placed(operator)
+    had, metadata = settings(operator), operator.info()["config"].get("metadata")
+    params = had["config"]["params"]
+    assert params["read_fan_out_factor"] == 2  # 1.11.3 knows no delay, and ignores what is of 1.19 alone
+    if "payload" in params:
+        assert (params["payload"], params["vectors"]["memory"]) == ({"memory": "cold"}, "cold")
+    operator.run("backup_automem", "--only", "qdrant")
+    archive = operator.archive()
+    upgrade(operator)
+    operator.run("reembed_embeddings", *way)
+    assert settings(operator) == had
+    assert metadata is None or operator.info()["config"]["metadata"].items() >= metadata.items()
+    operator.run("restore_from_backup", archive)
+    assert settings(operator) == had
+    assert operator.info()["config"].get("metadata") == metadata
+
+
+def change_settings(operator, seconds: int) -> None:
+    """Every kind of setting that may change while a collection is in use; metadata where the server keeps it."""
+    body = {"optimizers_config": {"flush_interval_sec": seconds}, "metadata": {"mine": seconds}}
+    operator.call("PATCH", "", {**body, "params": {"read_fan_out_factor": seconds}})
+    tenant = {"type": "keyword", "is_tenant": True}
+    operator.call("PUT", "/index?wait=true", {"field_name": "tags", "field_schema": tenant})
+
+
+def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypatch):
+    """After --no-switch the collection is staged anew; right before the delete nothing is replaced."""
+    from lib.steps import exchange
+
+    operator.load(20)
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.run("reembed_embeddings", "--no-switch")
+    change_settings(operator, 7)
+
+    def late(run):
+        change_settings(operator, 8)
+        return prove_way(run)
+
+    prove_way = exchange.prove_way
+    monkeypatch.setattr(exchange, "prove_way", late)
+    refused = operator.run("reembed_embeddings", expect=1)
+    assert f"the settings of '{operator.collection}' changed" in refused.err
+    monkeypatch.undo()
+    had, metadata = settings(operator), operator.info()["config"].get("metadata")
+    assert had["config"]["optimizer_config"]["flush_interval_sec"] == 8
+    assert operator.info()["config"]["params"]["vectors"]["size"] == OLD_SIZE
+    operator.run("reembed_embeddings")
+    assert settings(operator) == had
+    assert metadata is None or operator.info()["config"]["metadata"]["mine"] == 8
+    assert operator.collections() == [operator.collection]
+
+
+def stop_after_the_delete(monkeypatch) -> None:
+    """The run is killed between the delete and what comes next."""
+    from lib.steps import exchange
+
+    def killed(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exchange, "_know_settings", killed)
+
+
+@pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.matrix)])
+def test_what_automem_made_anew_after_the_delete_gets_the_old_settings(operator, monkeypatch, way, first):
+    """Its own collection has the right size, and its first memory the right vector: that makes it no result."""
+    operator.load(20)
+    change_settings(operator, 7)
+    operator.run("backup_automem", "--only", "qdrant")
+    had, before = settings(operator), points_of(operator)
+    upgrade(operator)
+    stop_after_the_delete(monkeypatch)
+    operator.run("reembed_embeddings", *way, expect=130)
+    monkeypatch.undo()
+    operator.call("PUT", "", {"vectors": {"size": NEW_SIZE, "distance": "Cosine"}})
+    for name in ("tags", "tag_prefixes"):
+        operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})
+    late, text = "abcdef00-0000-4000-8000-000000000000", "the first memory after the restart"
+    if first:
+        operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: []})", id=late, text=text)
+        row = {"id": late, "payload": {"content": text, "only": "here"}}
+        row["vector"] = vector_for(LARGE, text, NEW_SIZE).tolist()
+        operator.call("PUT", "/points?wait=true", {"points": [row]})
+    operator.run("reembed_embeddings", *way)
+    assert settings(operator) == had
+    after = points_of(operator)
+    assert after.keys() == before.keys() | ({late} if first else set())
+    assert not first or after[late][0]["only"] == "here"

@@ -86,6 +86,7 @@ ODD = {
     "a list": ("['caf']", "content is a list, not text"),
     "a list that is not UTF-8": ("['caf\xe9']", "content is a list, not text"),
     "a point": ("point({latitude: 1, longitude: 2})", "content is a point, not text"),
+    "a vector": ("vecf32([0.5])", "content is a list, not text"),
     "no content": ("null", "blank content"),
 }
 
@@ -136,9 +137,13 @@ def test_neither_the_memory_nor_its_point_has_a_text(odd):
     assert payloads(odd).keys() == {*IDS} - {IDS[3]}
 
 
-def test_a_memory_without_a_point_and_with_a_bad_byte_is_embedded_as_far_as_it_is_readable(odd):
+@pytest.mark.parametrize("point", ["none", pytest.param("blank", marks=pytest.mark.matrix)])
+def test_a_memory_with_a_bad_byte_and_no_text_in_a_point_is_embedded_as_far_as_it_is_readable(odd, point):
     make_odd(odd, ODD["a byte that is not UTF-8"][0])
-    odd.call("POST", "/points/delete?wait=true", {"points": [IDS[3]]})
+    if point == "none":
+        odd.call("POST", "/points/delete?wait=true", {"points": [IDS[3]]})
+    else:
+        odd.call("POST", "/points/payload?wait=true", {"points": [IDS[3]], "payload": {"content": " "}})
     migrate(odd, expect=3)
     assert payloads(odd)[IDS[3]]["content"] == "caf\ufffd number 3"
     assert_vectors(points_of(odd), LARGE, NEW_SIZE)
@@ -193,6 +198,11 @@ FORMS = {
     "ttl": ("duration('P30D')", "P30D"),
     "day": ("date('2026-01-01')", "2026-01-01"),
     "text": ("'{\"a\": 1}'", '{"a": 1}'),
+    "place": ("point({latitude: 52.5, longitude: 13.4})", {"lon": 13.4, "lat": 52.5, "name": "Berlin"}),
+    "axes": ("[vecf32([0.1]), vecf32([0.7])]", [[0.100000001], [0.7]]),
+    "epoch": ("localdatetime('2026-01-01T00:00:00')", 1767225600),
+    "spoken": ("'2026-01-01 00:00:00.000'", "2026-01-01T00:00:00Z"),
+    "labels": ("'a'", ["a"]),
 }
 
 
@@ -233,6 +243,67 @@ def test_a_newer_value_is_written_in_the_points_form(odd):
     near = {"key": "where", "geo_radius": {"center": {"lon": 11.6, "lat": 48.1}, "radius": 10.0}}
     assert found(odd, near) == 1
     odd.run("verify_migration")
+
+
+NEWER = {
+    "number": ("1234567890123456789", 1234567890123456788, 1234567890123456789),
+    "micros": ("1767225600000001", 1767225600000000.0, 1767225600000001.0),
+    "whole": ("6.0", 5, 6),
+    "times": ("[1767225610.0]", [1767225600.0], [1767225610.0]),
+    "nanos": (
+        "'2026-01-01T00:00:00.1234568Z'",
+        "2026-01-01T00:00:00.1234561Z",
+        "2026-01-01T00:00:00.1234568Z",
+    ),
+    "flag": ("true", 1, True),
+    "flags": ("[true, false]", [1, 0], [True, False]),
+    "labels": ("'b'", ["a"], ["b"]),
+    "place": (
+        "point({latitude: 48.5, longitude: 11.5})",
+        {"lon": 13.4, "lat": 52.5, "name": "Berlin"},
+        {"lon": 11.5, "lat": 48.5, "name": "Berlin"},
+    ),
+}
+
+
+@pytest.mark.parametrize("words", [("--only-missing",), pytest.param((), marks=pytest.mark.matrix)])
+def test_a_small_difference_is_told_and_written(odd, words):
+    """Python takes 1 for true, a double or its own moments for what they only come near to: JSON does not."""
+    sets = ", ".join(f"m.{key} = {cypher}" for key, (cypher, _, _) in NEWER.items())
+    odd.cypher(f"MATCH (m:Memory {{id: $id}}) SET {sets}", id=IDS[0])
+    body = {"points": IDS[:1], "payload": {key: value for key, (_, value, _) in NEWER.items()}}
+    odd.call("POST", "/points/payload?wait=true", body)
+    before = payloads(odd)
+    checks = odd.run("verify_migration", "--json", expect=4).json["checks"]
+    (detail,) = (one["detail"] for one in checks if one["name"] == "payloads")
+    assert f"({IDS[0]}: {', '.join(sorted(NEWER))})" in detail
+    if words:
+        assert odd.run("reembed_embeddings", *words, "--json").json["payloads"] == 1
+    else:
+        migrate(odd)
+    after = payloads(odd)
+    wanted = {**before[IDS[0]], **{key: value for key, (_, _, value) in NEWER.items()}}
+    assert repr(sorted(after[IDS[0]].items())) == repr(sorted(wanted.items()))
+    assert {**after, IDS[0]: before[IDS[0]]} == before
+    odd.run("verify_migration")
+
+
+@pytest.mark.parametrize("words", [("--only-missing",), pytest.param((), marks=pytest.mark.matrix)])
+def test_a_memory_whose_id_is_spelled_in_mixed_case_exists(odd, words):
+    one = "abcdef00-0000-4000-8000-000000000000"
+    odd.cypher("CREATE (:Memory {id: $id, content: ''})", id=one.replace("abc", "aBc"))
+    row = {"id": one, "payload": {"note": "mine"}, "vector": vector_for(SMALL, "x", OLD_SIZE).tolist()}
+    odd.call("PUT", "/points?wait=true", {"points": [row]})
+    before = payloads(odd)
+    odd.run("backup_automem", "--only", "qdrant")
+    if words:
+        assert odd.run("reembed_embeddings", *words, "--json").json["removed"] == 0
+        assert payloads(odd) == before
+        odd.run("verify_migration")
+    else:
+        done = migrate(odd, expect=3)
+        assert f"memory {one} exists, but neither it nor its point has a text" in done.err
+        assert "have no memory" not in done.err
 
 
 def test_every_type_of_a_property_is_no_obstacle(odd):

@@ -109,6 +109,9 @@ def test_many_surplus_points_need_a_backup(level):
     before = points_of(level).keys()
     refused = level.run("reembed_embeddings", "--only-missing", expect=2)
     assert f"{ROOT}/scripts/backup_automem.py" in refused.err
+    assert f"{ROOT}/scripts/reembed_embeddings.py --only-missing" in refused.err
+    assert f"8 of the {len(before)} points of '{level.collection}' have no memory in the graph" in refused.err
+    assert "would be replaced" not in refused.err
     assert points_of(level).keys() == before
     level.run("backup_automem", "--only", "qdrant")
     repair(level, removed=8)
@@ -177,3 +180,14 @@ def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_fo
     assert (done["mended"], done["added"], done["bought"]["texts"]) == (2, 0, 1)
     assert_vectors(points_of(operator), LARGE, OLD_SIZE)
     assert point_id(late) in points_of(operator)
+
+
+def test_a_point_without_its_vector_does_not_tell_the_model(level):
+    """The vectors of a point may be deleted and the point stays."""
+    one = min(points_of(level), key=str)
+    row = {"id": one, "vector": {}, "payload": points_of(level)[one][0]}
+    level.call("PUT", "/points?wait=true", {"points": [row]})
+    assert points_of(level)[one][1] is None
+    repair(level)
+    checks = {one["name"]: one for one in level.run("verify_migration", "--json", expect=4).json["checks"]}
+    assert f"1 are unusable (width, zero or not finite): {one}" in checks["vectors"]["detail"]

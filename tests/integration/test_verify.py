@@ -186,6 +186,20 @@ def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(m
 
 
 @pytest.mark.matrix
+def test_a_memory_of_a_moment_to_come_is_not_newer_than_the_migration(migrated):
+    """Its timestamp would excuse whatever is wrong with its point until the restart."""
+    operator = migrated
+    gone, changed, tagged = [one for one in embeddable(operator) if isinstance(one, str)][:3]
+    for one in (gone, changed, tagged):
+        operator.cypher("MATCH (m:Memory {id: $id}) SET m.timestamp = '2099-01-01T00:00:00Z'", id=one)
+    operator.run("reembed_embeddings", "--only-missing")
+    verify(operator)
+    operator.call("POST", "/points/delete?wait=true", {"points": [gone]})
+    set_payload(operator, changed, content="broken")
+    set_payload(operator, tagged, tags=["broken"])
+    assert {"ids", "content", "payloads"} <= set(failing(operator))
+
+
 def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
     """PATCH /memory replaces the payload: what only the old point held is AutoMem's own loss."""
     special = next(one for one, (payload, _) in points_of(migrated).items() if "source_app" in payload)

@@ -35,7 +35,7 @@ def restore(storage: Storage, name: str, archive: Path) -> bool:
             _check_compatible(existing, config)
         if any(scratch.glob("[1-9]*/segments/*")):
             raise internal("the stand-in keeps one shard and cannot restore several")
-        collection = existing or storage.create(name, config)
+        collection = existing or storage.create(name, _without_fan_out(config))
         if not storage.dialect.modern and not (segments_present and (scratch / "0" / "wal").is_dir()):
             return True  # 1.11.3 skips a shard folder without log or segments, and says so to nobody
         _replace_shard(storage, collection, scratch / "0")
@@ -43,6 +43,12 @@ def restore(storage: Storage, name: str, archive: Path) -> bool:
         return True
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _without_fan_out(config: Json) -> Json:
+    """A collection made by a restore lacks what the create call does not take (seen on 1.11.3 and 1.19.0)."""
+    params = {key: value for key, value in config["params"].items() if not key.startswith("read_fan_out")}
+    return {**config, "params": params}
 
 
 def _unpack(storage: Storage, archive: Path, scratch: Path) -> tuple[Json, Json]:
