@@ -9,8 +9,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from lib.addresses import is_this_machine, without_login
-from lib.bounded import Unbounded, read_whole
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable
+from lib.http_policy import Unbounded, new_session, read_whole
 from lib.shown import one_line
 
 _OPTIONAL_SECONDS = 3.0
@@ -64,10 +64,7 @@ def _send(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
     """One request. Raises requests.RequestException, also for an answer without end."""
     import requests
 
-    with requests.Session() as session:
-        session.auth = _no_auth
-        if is_this_machine(api.url):
-            session.trust_env = False  # no proxy leads to this machine
+    with new_session(api.url) as session:
         # The token would go along to wherever a redirect points: none is followed.
         sent |= {"allow_redirects": False, "stream": True}
         response = session.request(method, api.url + path, **sent)
@@ -76,11 +73,6 @@ def _send(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
         except Unbounded as error:
             raise requests.exceptions.ContentDecodingError(str(error)) from error
         return response
-
-
-def _no_auth(request: Any) -> Any:
-    """Keep ~/.netrc out, whose login would replace the token."""
-    return request
 
 
 def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:

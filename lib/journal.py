@@ -167,11 +167,13 @@ def _forged(journal: Journal) -> Iterator[str]:
 
 def open_journals(folder: Path) -> list[Journal]:
     """The runs that never came to their end, oldest first."""
-    found = [read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))]
-    return [journal for journal in found if journal is not None and journal.is_open]
+    return unfinished(folder)[0]
 
 
-def unreadable_journals(folder: Path) -> list[Path]:
-    """Files of the name of a journal that hold something and read as none: of a run that may be unfinished."""
-    paths = sorted(folder.glob("journal_*.jsonl"))
-    return [path for path in paths if path.stat().st_size and read_journal(path) is None]
+def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
+    """The runs that never came to their end, and the files that may be of one: they hold something and do not read."""
+    found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
+    return (
+        [journal for journal in found.values() if journal is not None and journal.is_open],
+        [path for path, journal in found.items() if journal is None and path.stat().st_size],
+    )

@@ -182,7 +182,8 @@ def read_archive(
                 name = member.name.removeprefix(SNAPSHOT)
                 found.append(read_snapshot(name, stream, on_snapshot if only in {None, name} else None))
             elif member.name == IDS and found and ids < 0:
-                ids = _read_ids(path, stream, on_ids, facts)
+                assert facts is not None  # there is no snapshot before it
+                ids = _read_ids(path, stream, on_ids, facts["promised_ids"])
             else:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
     if facts is None or len(found) < _snapshots_of(facts) or ids < 0:
@@ -211,9 +212,8 @@ def _foreign(path: Path) -> BadFile:
     return BadFile(f"{path} is a tar.gz, but not one that backup_automem.py wrote", next_step=_ANOTHER)
 
 
-def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, facts: dict[str, Any] | None) -> int:
+def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, promised: object) -> int:
     count = 0
-    promised = (facts or {})["promised_ids"]
 
     def lines() -> Iterator[str]:
         nonlocal count

@@ -256,9 +256,10 @@ def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
         raise ValueError("no stamp or no half")
     if not _STAMP.fullmatch(stamp) or path.name != f"backup_{stamp}.json":
         raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
-    if datetime.fromisoformat(raw["created"]).astimezone(timezone.utc).year < _FIRST_YEAR:
+    created = datetime.fromisoformat(raw["created"])
+    if created.astimezone(timezone.utc).year < _FIRST_YEAR:
         raise ValueError(f"created {raw['created']}")
-    if datetime.fromisoformat(raw["created"]).tzinfo is None:
+    if created.tzinfo is None:
         raise ValueError("created has no time zone")
     if graph:
         _require_half(graph, f"{GRAPH_DIR}/{graph['graph']}_{stamp}.rdb")

@@ -196,9 +196,8 @@ def is_whole_here(store: OffsiteStore, name: str, folder: Path) -> bool:
     path = folder / manifest.name
     if path.exists() and path.read_bytes() != data:
         raise _another(path)
-    here = [
-        _is_here(folder / file.name, file) for file in manifest.files
-    ]  # each, for the sake of what it raises
+    # Each is looked at, for the sake of what it raises.
+    here = [_is_here(folder / file.name, file) for file in manifest.files]
     return path.exists() and all(here)
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from lib.addresses import is_this_machine
-from lib.bounded import Unbounded, joined
 from lib.dimensions import EmbeddingSpec, native_size, takes_dimensions
 from lib.embedding.answers import parsed
 from lib.embedding.endpoint import OPENAI_BASE_URL, public_url
 from lib.embedding.pacing import estimated_tokens
 from lib.embedding.refusals import Transient, judged, redacted, refusal_of
 from lib.errors import UsageProblem
+from lib.http_policy import Unbounded, joined
 
 if TYPE_CHECKING:
     import openai

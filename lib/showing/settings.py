@@ -95,18 +95,19 @@ def _live_collection(config: Config) -> str:
 
 def announce(config: Config, console: Console) -> None:
     """What counts before a command begins: runs that never came to their end, and with -v the settings."""
-    from lib.journal import open_journals, unreadable_journals
+    from lib.journal import unfinished
 
     for name, value, origin in config.rows():
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
     for text in [*hidden_settings(config), *config.warnings]:
         hold(text)
-    for path in unreadable_journals(config.backup_dir):
+    journals, unreadable = unfinished(config.backup_dir)
+    for path in unreadable:
         console.warn(
             f"{path} is damaged: its run may be unfinished, and what it made or deleted is not known"
         )
-    for journal in open_journals(config.backup_dir):
+    for journal in journals:
         console.say(_unfinished(journal, config.targets()))
 
 

@@ -226,10 +226,9 @@ def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float
 
 def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, seconds: float) -> None:
     body = {"location": location, "priority": "snapshot", "checksum": checksum}
+    # To the configured address alone: who listens at another one is not known.
     if q.api_key and location.startswith(f"{q.base_url}/"):
-        body["api_key"] = (
-            q.api_key
-        )  # to the configured address alone: who listens at another one is not known
+        body["api_key"] = q.api_key
     path = collection_path(collection, "snapshots", "recover")
     q.json("PUT", path, body, params={"wait": "true"}, timeout=seconds, retry=False)
 

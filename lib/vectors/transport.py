@@ -11,8 +11,8 @@ import orjson
 import requests
 
 from lib.addresses import is_this_machine
-from lib.bounded import Unbounded, read_whole
 from lib.errors import StoreFailed, StoreUnreachable
+from lib.http_policy import Unbounded, new_session, read_whole
 from lib.vectors.address import check_key, split_login
 from lib.vectors.body import Parts
 from lib.vectors.refusals import QdrantError, lost, not_qdrant, refusal
@@ -136,13 +136,10 @@ class Qdrant:
         return session
 
     def _new_session(self) -> requests.Session:
-        session = requests.Session()
-        # A callable keeps ~/.netrc out, whose password requests would send along.
-        session.auth = self._login or _no_auth
+        session = new_session(self.base_url, self._login)
         if self.api_key:
             session.headers["api-key"] = self.api_key
         if is_this_machine(self.base_url):
-            session.trust_env = False  # no proxy leads to this machine
             session.headers["Accept-Encoding"] = "identity"  # compressing costs more than the way
         return session
 
@@ -232,7 +229,3 @@ def _require_framed(response: requests.Response) -> None:
     if not framed and response.status_code != 204:
         response.close()
         raise requests.exceptions.ConnectionError("the head of the answer broke off")
-
-
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request

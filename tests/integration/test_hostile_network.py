@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lib import automem_api
+from lib import automem_api, http_policy
 from lib.automem_api import AutoMemApi, ask_health, recall
 from lib.embedding import client, provider
 from lib.errors import StoreFailed, StoreUnreachable
@@ -90,7 +90,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(provider, "_HEAD_BYTES", 1 << 20)
     monkeypatch.setattr(provider, "_TIMES", 0.02)
     monkeypatch.setattr(client, "FIRST_CONTACT_SECONDS", 2.0)
-    for module in (transport, automem_api, provider):
+    for module in (http_policy, transport, automem_api, provider):
         monkeypatch.setattr(module, "is_this_machine", lambda _url: False)
     monkeypatch.setenv("NO_PROXY", "*")
 

@@ -1,10 +1,12 @@
-"""The body of an answer, bounded in bytes and in time: a server may send without end, or a byte a minute."""
+"""What every HTTP client here does: no login but its own, no proxy to this machine, no answer without end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from lib.addresses import is_this_machine
 
 if TYPE_CHECKING:
     import requests
@@ -16,6 +18,21 @@ PIECE_BYTES = (
 
 class Unbounded(Exception):
     """The answer is larger than any that was asked for, or takes longer than any may."""
+
+
+def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Session:
+    """A session for this server, with no login but `login` and with no proxy if it is this machine."""
+    import requests
+
+    session = requests.Session()
+    session.auth = login or _no_auth
+    session.trust_env = not is_this_machine(url)
+    return session
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """A callable keeps ~/.netrc out, whose password requests would send along, or in the place of a token."""
+    return request
 
 
 def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:
