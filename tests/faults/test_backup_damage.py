@@ -472,7 +472,9 @@ def byte_in_a_segment(sets: Sets, chance: random.Random) -> Path:
 @kind(1, "gzip: packed anew")
 def packed_anew(sets: Sets, _: random.Random) -> Path:
     path = sets.file(COLLECTION)
-    path.write_bytes(igzip.compress(igzip.decompress(path.read_bytes()), 1))
+    packed = path.read_bytes()
+    plain = igzip.decompress(packed)
+    path.write_bytes(next(one for level in (1, 2, 3) if (one := igzip.compress(plain, level)) != packed))
     return path
 
 
@@ -621,7 +623,7 @@ GUARDS = {
     "the manifest's checksum": ("lib.backup_set.manifest.sealed", dict, "edited: a value, not the checksum"),
     "types and places in the manifest": (
         "lib.backup_set.manifest._require_shape",
-        lambda _raw: None,
+        lambda _raw, _path: None,
         "graph: the manifest points out of the folder",
     ),
     "the set's own name": ("lib.steps.drill.compare_names", lambda _manifest: None, "edited: created"),
