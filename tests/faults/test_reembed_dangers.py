@@ -64,7 +64,6 @@ def test_a_resumed_run_goes_back_to_the_backup_it_began_with(operator):
     assert good in operator.run("reembed_embeddings", "--json").json["undo"]
 
 
-@pytest.mark.core
 def test_an_old_unfinished_run_does_not_waive_the_guard(operator):
     operator.load(60)
     before = points_of(operator)

@@ -344,7 +344,6 @@ def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouche
 
 
 @on_the_stand_in
-@pytest.mark.core
 def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
     before = points_of(ready)
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **refusal(FULL)})

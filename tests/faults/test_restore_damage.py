@@ -20,6 +20,7 @@ from lib.errors import BackupDamaged, BadFile, MigrationError
 from lib.graph.engine import installed_engines
 from lib.steps.before_restore import prove_files
 from lib.steps.restore_site import Options
+from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import damaged, site, wanted
 
@@ -232,8 +233,7 @@ def whole_tree(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.lstat().st_size) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("entry", OUTSIDE, ids=lambda entry: entry["name"])
-@pytest.mark.core
+@pytest.mark.parametrize("entry", matrix(OUTSIDE, OUTSIDE[0], OUTSIDE[-1]), ids=lambda entry: entry["name"])
 def test_malicious_members_write_nothing(backed, tmp_path, entry, monkeypatch):
     place, source = site(backed), Path(backed.archive())
     monkeypatch.chdir(tmp_path)

@@ -180,6 +180,7 @@ def test_each_command_notices_a_server_that_is_not_qdrant(operator, command):
         refused(operator, 1, *COMMANDS[command], says=("is not Qdrant",), next_step="QDRANT_URL")
 
 
+@pytest.mark.matrix
 def test_falkordb_listens_where_qdrant_should(operator):
     port = operator.servers.falkordb.port
     operator.export(QDRANT_URL=f"http://127.0.0.1:{port}")

@@ -91,7 +91,7 @@ def test_an_answer_in_another_order_is_put_in_order(server):
         {"status": 429, "code": "rate_limit_exceeded", "retry_after": 0.2, "times": 2},
         {"status": 200, "code": 502, "times": 1},  # a proxy's way to say that its model's host failed
         {"cut": 0.5, "times": 2},
-        {"hang_seconds": 300, "times": 1},
+        pytest.param({"hang_seconds": 300, "times": 1}, marks=pytest.mark.matrix),
     ],
 )
 def test_what_passes_is_tried_again(server, fault):

@@ -206,17 +206,23 @@ def test_blank_texts_are_never_sent(server, spool):
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        {"status": 500, "after": 3, "times": 5},
+    matrix(
+        [
+            {"status": 500, "after": 3, "times": 5},
+            {"status": 429, "retry_after": 0.1, "after": 2, "times": 6},
+            {"cut": 0.3, "after": 2, "times": 5},
+            {"hang_seconds": 2, "after": 4, "times": 3},
+            {"wrong_count": True, "after": 3, "times": 2},
+            {"omit_zero": True},
+            {"wrong_order": True},
+            {"nan": True, "after": 2, "times": 2},
+            {"no_base64": True},
+        ],
         {"status": 429, "retry_after": 0.1, "after": 2, "times": 6},
         {"cut": 0.3, "after": 2, "times": 5},
-        {"hang_seconds": 2, "after": 4, "times": 3},
-        {"wrong_count": True, "after": 3, "times": 2},
-        {"omit_zero": True},
         {"wrong_order": True},
         {"nan": True, "after": 2, "times": 2},
-        {"no_base64": True},
-    ],
+    ),
 )
 def test_passing_faults_leave_nothing_missing_and_nothing_wrong(server, spool, fault):
     server.fault(**fault)
@@ -228,12 +234,16 @@ def test_passing_faults_leave_nothing_missing_and_nothing_wrong(server, spool, f
 
 @pytest.mark.parametrize(
     ("fault", "named"),
-    [
-        ({"status": 429, "code": "insufficient_quota"}, "insufficient_quota"),
+    matrix(
+        [
+            ({"status": 429, "code": "insufficient_quota"}, "insufficient_quota"),
+            ({"status": 401, "code": "invalid_api_key"}, "invalid_api_key"),
+            ({"status": 429, "retry_after": 0.05}, "Rate limit exceeded during re-embedding"),
+            ({"status": 500}, "no good answer"),
+        ],
         ({"status": 401, "code": "invalid_api_key"}, "invalid_api_key"),
         ({"status": 429, "retry_after": 0.05}, "Rate limit exceeded during re-embedding"),
-        ({"status": 500}, "no good answer"),
-    ],
+    ),
 )
 def test_a_refusal_half_way_keeps_what_was_bought(server, spool, fault, named):
     server.fault(**fault, after=8)

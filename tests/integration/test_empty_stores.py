@@ -28,7 +28,7 @@ def empty(operator):
     return operator
 
 
-@pytest.mark.parametrize("words", [(), ("--in-place",)])
+@pytest.mark.parametrize("words", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
 def test_an_empty_collection_is_recreated_with_the_new_dimension(empty, words):
     empty.run("backup_automem")
     upgrade(empty)

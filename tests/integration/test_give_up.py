@@ -112,7 +112,7 @@ def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_
     assert points_of(staged).keys() == before.keys()
 
 
-@pytest.mark.parametrize("how", ["the next backup", "--abort"])
+@pytest.mark.parametrize("how", matrix(["the next backup", "--abort"], "--abort"))
 def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypatch, how):
     operator.load(60)
     operator.run("backup_automem")

@@ -205,6 +205,7 @@ def test_a_graph_in_a_redis_cluster_is_backed_up_and_restored(session_servers, t
         assert open_journals(operator.backups) == []
 
 
+@pytest.mark.matrix
 def test_a_graph_that_another_node_of_the_cluster_holds_is_named(session_servers, tmp_path):
     with (
         cluster_node(tmp_path / "one") as one,

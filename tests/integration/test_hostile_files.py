@@ -214,6 +214,7 @@ def entry(kind: bytes, content: bytes, name: str = "x") -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
 
 
+@pytest.mark.matrix
 def test_names_and_pieces_without_end_are_refused():
     from lib.vectors.snapshot_tar import inspect_snapshot
 

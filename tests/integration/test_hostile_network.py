@@ -117,7 +117,7 @@ def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, says):
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("answer", [BOMBING, dripping])
+@pytest.mark.parametrize("answer", [BOMBING, pytest.param(dripping, marks=pytest.mark.matrix)])
 def test_a_provider_without_end_ends_the_run(operator, impatient, answer):
     """As one that does not answer: tried again, then given up; nothing is written."""
     operator.load(5)

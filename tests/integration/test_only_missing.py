@@ -159,6 +159,7 @@ def test_a_missing_collection_is_an_error(operator):
     assert operator.collections() == []
 
 
+@pytest.mark.matrix
 def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_found(operator):
     """The old service writes on until it is restarted, and no dimension check tells."""
     operator.load()

@@ -131,7 +131,7 @@ def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(read
     assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
 
 
-@pytest.mark.parametrize("where", matrix(["elsewhere", "backups"], "elsewhere"))
+@pytest.mark.parametrize("where", matrix(["elsewhere", "backups"]))
 def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
     """A gateway names it `openai/...`: the collection's stamp is of the same vectors."""
     ready.run("reembed_embeddings")
@@ -180,6 +180,7 @@ def test_another_model_of_the_same_size_is_still_replaced(ready):
     assert result.json["bought"]["texts"] > 0
 
 
+@pytest.mark.matrix
 def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
     """One answer in which a vector is not a number is paid for and thrown away."""
     ready.servers.openai.fault(nan=True, times=1)
@@ -229,6 +230,7 @@ def test_indices_that_do_not_fit_end_the_run_after_a_few_requests(ready):
     ready.run("reembed_embeddings")
 
 
+@pytest.mark.matrix
 def test_a_text_that_is_too_long_for_the_model_is_cut_when_the_refusal_says_how_long_it_may_be(ready):
     identity = "3f0f2f0a-0000-4000-8000-00000000000b"
     content = "word " * 300 + "BEYOND"
@@ -245,6 +247,7 @@ def test_a_text_that_is_too_long_for_the_model_is_cut_when_the_refusal_says_how_
     assert np.abs(vector - wanted).max() < 1e-5
 
 
+@pytest.mark.matrix
 def test_the_undo_never_names_a_set_of_before_the_deleted_collection(ready):
     ready.run("reembed_embeddings")
     ready.call("DELETE", "")

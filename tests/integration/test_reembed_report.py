@@ -381,6 +381,7 @@ def test_backups_are_listed_and_cleaned_up_beside_reports(ready):
     assert len(reports(ready)) == 2
 
 
+@pytest.mark.matrix
 def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
     """However many newer sets there are: the undo and the report of the migration name the set before it."""
     ready.run("reembed_embeddings")

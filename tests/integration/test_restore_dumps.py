@@ -214,6 +214,7 @@ def test_what_was_written_after_a_killed_switch_stays_and_the_old_graph_too(oper
     assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]
 
 
+@pytest.mark.matrix
 def test_days_of_work_after_a_killed_switch_survive_a_restore_that_fails(operator, monkeypatch):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")

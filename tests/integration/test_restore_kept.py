@@ -18,7 +18,7 @@ pytestmark = pytest.mark.qdrant
 
 
 @pytest.mark.parametrize("room", matrix([True, False], True))
-@pytest.mark.parametrize("meanwhile", ["stays", "is damaged"])
+@pytest.mark.parametrize("meanwhile", matrix(["stays", "is damaged"], "is damaged"))
 def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, meanwhile):
     operator.load(80)
     operator.run("backup_automem", "--only", "qdrant")

@@ -49,6 +49,7 @@ def operator(session_servers, remote, tmp_path):
     someone.clean_up()
 
 
+@pytest.mark.matrix
 def test_a_snapshot_without_a_checksum_is_backed_up_verified_and_restored(operator):
     operator.load(60)
     before = operator.state()

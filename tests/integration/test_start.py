@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from tests.matrix import matrix
+
 HEAVY = {"openai", "tiktoken", "qdrant_client", "numpy", "rich", "fsspec", "paramiko", "qdrant_edge"}
 _IMPORTED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\w+)", re.MULTILINE)
 
@@ -30,7 +32,12 @@ def heavy(operator, script: str, *words: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--no-verify"], ["--dry-run"], ["--check", "all"], ["--list"], ["--cleanup", "--dry-run"]]
+    "words",
+    matrix(
+        [[], ["--no-verify"], ["--dry-run"], ["--check", "all"], ["--list"], ["--cleanup", "--dry-run"]],
+        [],
+        ["--check", "all"],
+    ),
 )
 def test_a_backup_loads_nothing_heavy(loaded, words):
     assert heavy(loaded, "backup_automem", *words) == set()

@@ -164,6 +164,7 @@ def test_without_a_spool_a_difference_cannot_wait_for_the_restart(operator):
     assert failing(operator) == ["ids"]
 
 
+@pytest.mark.matrix
 def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(migrated):
     changed, tagged = [one for one in points_of(migrated) if isinstance(one, str)][5:7]
     now = datetime.now(timezone.utc).isoformat()
@@ -200,6 +201,7 @@ def test_a_memory_of_a_moment_to_come_is_not_newer_than_the_migration(migrated):
     assert {"ids", "content", "payloads"} <= set(failing(operator))
 
 
+@pytest.mark.matrix
 def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
     """PATCH /memory replaces the payload: what only the old point held is AutoMem's own loss."""
     special = next(one for one, (payload, _) in points_of(migrated).items() if "source_app" in payload)
