@@ -132,6 +132,7 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder):
     assert re.search(r"the whole guide, 220 memories, in \d+ s", table)
 
 
+@pytest.mark.matrix
 def test_where_it_fails_it_says_how_and_keeps_what_it_made(folder):
     run = Quickstart(folder, "--memories", "30", FALKORDB_SCRATCH_SERVER="/nowhere/redis-server")
     out, err = run.process.communicate(timeout=300)

@@ -155,6 +155,7 @@ def test_a_row_that_becomes_no_number_is_refused_alone(server, spool):
     job.check_stored(without=[texts[7]])
 
 
+@pytest.mark.matrix
 def test_a_server_with_a_smaller_batch_is_learnt(server, spool, monkeypatch):
     monkeypatch.setattr(workers_module, "SPARE_BATCHES", 0)
     job = Job(server, spool, [f"{n} " + "word " * 7900 for n in range(80)])  # 38 of them reach 300,000 tokens
@@ -220,6 +221,7 @@ def test_blank_texts_are_never_sent(server, spool):
         ],
         {"status": 429, "retry_after": 0.1, "after": 2, "times": 6},
         {"cut": 0.3, "after": 2, "times": 5},
+        {"omit_zero": True},
         {"wrong_order": True},
         {"nan": True, "after": 2, "times": 2},
     ),
@@ -324,6 +326,7 @@ def start_run(server, spool_path):
     return child
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("with_signal", "most_paid_twice"),
     matrix([(signal.SIGKILL, 40), (signal.SIGINT, 0)], (signal.SIGKILL, 40)),

@@ -59,6 +59,7 @@ def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
 PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("place", "staged"), matrix(PLACES.items(), ("before staged and proved", 1)))
 def test_a_migration_ended_by_ctrl_c_before_the_delete_is_given_up(operator, place, staged):
     """`staged`: how many staged collections there are by then."""
@@ -246,6 +247,7 @@ def test_another_users_journal_is_a_refusal_with_a_way_out(operator, monkeypatch
     assert f"sudo chown -R $(id -un) {operator.backups}" in refused.err
 
 
+@pytest.mark.matrix
 def test_verify_counts_each_difference_once(operator):
     operator.load(60)
     operator.export(VECTOR_SIZE=NEW_SIZE, EMBEDDING_MODEL=LARGE)

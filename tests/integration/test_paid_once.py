@@ -208,6 +208,7 @@ def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
     assert stats(ready)["tokens"] == 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mixed", matrix([False, True], True))
 def test_an_endpoint_that_omits_the_index_zero_is_served_by(ready, mixed):
     """As Gemini's compatible endpoint does; also with the vectors in another order."""

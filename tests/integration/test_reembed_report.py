@@ -206,6 +206,7 @@ def test_recall_is_what_can_be_computed_from_the_vectors(migrated):
         assert " ".join(contents[str(one["id"])].split()).startswith(one["content"].removesuffix("..."))
 
 
+@pytest.mark.matrix
 def test_skipped_and_refused_memories_are_listed(ready):
     node = ready.cypher("MATCH (m:Memory) RETURN m.id ORDER BY id(m) LIMIT 1")[0][0]
     ready.cypher("MATCH (m:Memory {id: $id}) SET m.content = 'poison here'", id=node)
@@ -259,6 +260,7 @@ def test_it_is_private_and_holds_no_key(migrated):
 # --- over several starts ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("where", "words"),
     matrix(

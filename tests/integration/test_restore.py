@@ -65,6 +65,7 @@ def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operato
         assert others() == untouched
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("words", matrix(["manifest", "latest", "rdb archive", "archive rdb"], "manifest"))
 def test_the_pair_comes_back(operator, words):
     operator.load()
