@@ -127,7 +127,15 @@ def dated_later(manifest: Manifest) -> list[Manifest]:
     assert manifest.path is not None
     owner = _owner(manifest)
     others = [one for one in all_sets(manifest.path.parent) if one.stamp > manifest.stamp]
-    return [one for one in others if {*_owner(one)} & {*owner}]
+    return [
+        one
+        for one in others
+        if any(
+            theirs[1] == ours[1] and same_server(theirs[0], ours[0])
+            for theirs in _owner(one)
+            for ours in owner
+        )
+    ]
 
 
 def _owner(manifest: Manifest) -> list[tuple[str, str]]:

@@ -60,6 +60,7 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console, *, limit:
 def _show_left_out(plan: Plan, kind: str, run: Migration, console: Console) -> None:
     """Memories whose text is not embedded as it is, and points that leave the collection."""
     from lib.steps.situation import REPLACE
+    from lib.vectors.address import curl_line
 
     if plan.scan.too_long:
         some = listed(plan.scan.too_long_examples[:_EXAMPLES])
@@ -71,6 +72,12 @@ def _show_left_out(plan: Plan, kind: str, run: Migration, console: Console) -> N
         console.say(f"skipped, {reason}: {count:,} ({listed(names)}{', ...' if count > len(names) else ''})")
     for one, reason in plan.scan.odd[:_EXAMPLES]:
         console.say(f"memory {one}: {reason}; embedding the text that its point has, or what is readable")
+    if run.unlike:
+        drop = curl_line(run.target.qdrant, "DELETE", run.target.collection)
+        console.warn(
+            f"'{run.target.collection}' is empty, and its settings or indexes are not those of {run.unlike}: it keeps"
+            f" its own. To have the backup's, delete it, then run this command again:\n  {drop}"
+        )
     if run.textless and kind == REPLACE:
         console.warn(
             f"{len(run.textless)} point(s) leave the collection though their memory exists: neither has a text to"
@@ -113,6 +120,7 @@ def _plan_document(plan: Plan, run: Migration) -> dict[str, object]:
         "too_long": scan.too_long_examples,
         "odd": [{"id": one, "reason": reason} for one, reason in scan.odd],
         "textless": run.textless,
+        "settings_unlike": run.unlike or None,
         "model": plan.spec.model,
         "size": plan.spec.size,
         "texts": plan.texts,

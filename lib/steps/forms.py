@@ -112,9 +112,10 @@ def _in_number_form(live: Any, value: Any) -> int | float:
 
 
 def _in_map_form(live: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """Key by key; as in the payload itself, what only the point holds stays."""
     if live.keys() >= _GEO.keys() and value.keys() == set(_GEO.values()):
         return {**live, **{key: _in_float_form(live[key], value[name]) for key, name in _GEO.items()}}
-    return {key: in_form_of(live[key], one) if key in live else one for key, one in value.items()}
+    return {**live, **{key: in_form_of(live[key], one) if key in live else one for key, one in value.items()}}
 
 
 def _in_list_form(live: list[Any], value: list[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from lib.graph.read import MemoryNode, iter_memories, memory_ids_present, read_r
 from lib.graph.values import NOT_UTF8, plain, unreadable
 from lib.steps.pages import pages
 from lib.steps.payloads import PointId, point_id, spellings
+from lib.steps.present import IdTable
 from lib.steps.progress import Progress
 
 _PAGE = 500
@@ -90,16 +91,28 @@ def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set
     return {one for one in found if one is not None}
 
 
-def memories_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
-    """Those of `ids` whose memory is in the graph right now, whatever its content is.
+def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]) -> set[PointId]:
+    """Those of `ids`, which come in pages, whose memory is in the graph right now, whatever its content is.
 
-    Asked for by the usual spellings; where that leaves any, every id of the graph is read.
+    Asked for by the usual spellings; if that leaves any, every id of the graph is read, once.
     """
+    found: set[PointId] = set()
+    with IdTable() as left:
+        for page in ids:
+            here = usually_spelled(conn, graph, page)
+            found |= here
+            left.put((one, None) for one in page if one not in here)
+        if len(left):
+            for nodes in pages(iter_memories(conn, graph, keys=("id",)), _PAGE):
+                spelled = [point_id(node.properties["id"]) for node in nodes]
+                found |= left.payloads([one for one in spelled if one is not None]).keys()
+    return found
+
+
+def usually_spelled(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
+    """Those of `ids` whose memory is in the graph right now under one of the usual spellings."""
     asked = [spelling for one in ids for spelling in spellings(one)]
     found = {point_id(one) for one in memory_ids_present(conn, graph, asked)}
-    left = set(ids) - found
-    if left:
-        found |= left & {point_id(node.properties["id"]) for node in iter_memories(conn, graph, keys=("id",))}
     return {one for one in found if one is not None}
 
 

@@ -24,7 +24,8 @@ class Migration:
     `way`: how the new one came under its name. `upsert_rate`: points a second, as seen. `aliases_taken`: aliases that
     somebody else took meanwhile. `odd`: memories whose content in the graph is not what was embedded, with the reason.
     `textless`: points that leave the collection though their memory exists, for neither has a text. `indexed`: whether
-    the index was seen whole. `report`: the files that tell of the run.
+    the index was seen whole. `unlike`: the backup whose settings the collection, which is empty, does not have.
+    `report`: the files that tell of the run.
     `again`: the command line, without secrets.
     """
 
@@ -50,6 +51,7 @@ class Migration:
     aliases_taken: list[str] = field(default_factory=list)
     odd: list[tuple[str, str]] = field(default_factory=list)
     textless: list[str] = field(default_factory=list)
+    unlike: str = ""
     indexed: bool = True
     report: list[Path] = field(default_factory=list)
     again: str = "python scripts/reembed_embeddings.py"

@@ -133,10 +133,10 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
 
 
 def _metadata_form(had: object, current: object) -> object:
-    """The node's metadata text decoded, unless the point has it as text, too; malformed text replaces no object."""
+    """The node's metadata text in the point's form, an object or the text of one; malformed text replaces no object."""
     if not isinstance(current, str) or current == had:
         return current
     decoded, is_text = _decoded(current), isinstance(spelled_by(had), dict)
     if isinstance(decoded, str):
         return had if is_text or isinstance(had, dict) else decoded
-    return current if is_text else decoded
+    return in_form_of(had, decoded) if is_text else decoded

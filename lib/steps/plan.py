@@ -11,7 +11,6 @@ from lib.embedding.pricing import price_per_million
 from lib.embedding.spool import Spool
 from lib.steps.memories import Payloads, Scan, embeddable_now, memories_now, scan_graph
 from lib.steps.pages import pages
-from lib.steps.payloads import PointId
 from lib.steps.present import IdTable, points_present, surplus_ids
 from lib.steps.progress import ProgressBar
 from lib.steps.take_graph import GraphSource
@@ -78,10 +77,7 @@ def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSou
 
 def textless_points(only_live: IdTable, graph: GraphSource) -> list[str]:
     """Those of the points without a planned memory whose memory exists: neither it nor the point has a text."""
-    found: list[PointId] = []
-    for page in only_live.ids():
-        found += memories_now(graph.conn, graph.graph, page)
-    return sorted(map(str, found))
+    return sorted(map(str, memories_now(graph.conn, graph.graph, only_live.ids())))
 
 
 def whole_plan(

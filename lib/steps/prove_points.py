@@ -25,7 +25,7 @@ def prove_points(run: Migration, collection: str, rejected: Iterable[PointId], *
     """
     missing, surplus = _ids(run, collection, set(rejected))
     if not own:  # with its memory the running AutoMem removes the point
-        missing = sorted(memories_now(run.graph.conn, run.graph.graph, missing), key=str)
+        missing = sorted(memories_now(run.graph.conn, run.graph.graph, [missing]), key=str)
     if missing or (own and surplus):
         one, what = (missing, "missing") if missing else (surplus, "not in the plan")
         some = listed(one[:_EXAMPLES])

@@ -9,7 +9,7 @@ from lib.backup_set.manifest import Manifest
 from lib.backup_set.sets import newest_with
 from lib.dimensions import same_model
 from lib.embedding.plan_table import Missing
-from lib.errors import BackupDamaged, GuardRefused, MissingData, StoreFailed
+from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
 from lib.graph.client import require_graph
 from lib.steps.guard import MAX_AGE_HOURS, Wanted, require_backup
 from lib.steps.keep import payloads_now
@@ -65,6 +65,8 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
         _refuse_foreign_settings(run)
         return whole_plan(scan, missing, run.spec, None, None, []), kind, None
     refuse_foreign(state.raw)
+    if state.points == 0 and not run.journal:
+        run.unlike = _backup_unlike(run, state)
     if repair:
         kind = ADOPT
         if not kept_the_size(run.folder, run.targets, run.spec):
@@ -96,6 +98,17 @@ def _refuse_foreign_settings(run: Migration) -> None:
         settings = settings_of(manifest)["settings"]
     if settings:
         refuse_foreign(settings)
+
+
+def _backup_unlike(run: Migration, empty: CollectionState) -> str:
+    """The newest backup of this collection, by name, if it held points and the now empty one has other settings."""
+    manifest = newest_with(run.folder, run.target.collection, run.target.qdrant.display)
+    if manifest is None or manifest.collection is None or not manifest.collection.points:
+        return ""
+    with suppress(BackupDamaged, BadFile):
+        before = settings_of(manifest)["settings"]
+        return "" if same_settings(before, empty.raw, but_size=True) else manifest.name
+    return ""
 
 
 def settings_of(manifest: Manifest) -> dict[str, Any]:

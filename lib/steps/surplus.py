@@ -5,7 +5,7 @@ from __future__ import annotations
 from lib.errors import GuardRefused, MissingData
 from lib.steps.guard import Wanted, fitting_backup
 from lib.steps.keep import keep_whole
-from lib.steps.memories import memories_now
+from lib.steps.memories import memories_now, usually_spelled
 from lib.steps.migration import Migration
 from lib.steps.payloads import PointId
 from lib.steps.plan import only_live_ids
@@ -38,12 +38,14 @@ def remove_surplus(run: Migration, state: CollectionState) -> int:
                     f" so many are not removed without a proved backup: {found}",
                     next_step=f"python scripts/backup_automem.py\n{run.again}",
                 )
-        return sum(_remove_page(run, state.name, page) for page in surplus.ids())
+        there = memories_now(run.graph.conn, run.graph.graph, surplus.ids())
+        return sum(_remove_page(run, state.name, page, there) for page in surplus.ids())
 
 
-def _remove_page(run: Migration, collection: str, ids: list[PointId]) -> int:
+def _remove_page(run: Migration, collection: str, ids: list[PointId], known: set[PointId]) -> int:
+    """Remove the points of `ids` but those of `known` memories, and of memories that were stored since."""
     points = retrieve(run.target.qdrant, collection, ids, payload=True, vector=True)
-    there = memories_now(run.graph.conn, run.graph.graph, ids)
+    there = known | usually_spelled(run.graph.conn, run.graph.graph, ids)
     gone = [point for point in points if point.id not in there]
     keep_whole(gone, run.spool)
     delete_points(run.target.qdrant, collection, [point.id for point in gone])

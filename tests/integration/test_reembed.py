@@ -179,6 +179,28 @@ def test_a_collection_that_is_gone_is_made_as_the_newest_backup_has_it(operator)
     assert settings(operator) == was
 
 
+@pytest.mark.matrix
+def test_an_empty_collection_that_is_set_up_otherwise_than_the_backup_is_told(operator):
+    """AutoMem makes a collection that is gone anew, with its own settings, before anybody runs the migration."""
+    operator.load()
+    make_rich(operator)
+    operator.run("backup_automem", "--only", "qdrant")
+    was = settings(operator)
+    operator.call("DELETE", "")
+    operator.call("PUT", "", {"vectors": {"size": NEW_SIZE, "distance": "Cosine"}})
+    upgrade(operator)
+    told = operator.run("reembed_embeddings", "--dry-run", "--json")
+    assert told.json["plan"]["settings_unlike"] == operator.manifests()[0].name
+    assert f"not those of {operator.manifests()[0].name}: it keeps its own" in told.err
+    line = next(one.strip() for one in told.err.splitlines() if "curl" in one)
+    assert line == f"curl -s -X DELETE {operator.servers.qdrant_url}/collections/{operator.collection}"
+    operator.call("DELETE", "")
+    done = operator.run("reembed_embeddings")
+    assert "keeps its own" not in done.err
+    assert settings(operator) == was
+    assert_migrated(operator, {})
+
+
 def test_a_collection_that_is_gone_without_a_backup_is_made_as_automem_makes_it(operator):
     operator.load()
     was = settings(operator)

@@ -76,6 +76,13 @@ def test_metadata_is_decoded():
     live = {"content": "c", "metadata": {"a": 1}}
     assert merged_payload(live, {"metadata": '{"a": 2, "b": null}'})["metadata"] == {"a": 2, "b": None}
     assert merged_payload(live, {"metadata": {"a": 3}})["metadata"] == {"a": 3}
+    only_here = {"metadata": {"a": 1, "here": [1], "deep": {"b": 1, "c": 2}}}
+    newer = {"metadata": '{"a": 2, "deep": {"b": 3}}'}
+    wanted = {"a": 2, "here": [1], "deep": {"b": 3, "c": 2}}
+    assert merged_payload(only_here, newer)["metadata"] == wanted
+    as_text = {"metadata": '{"a":1,"here":[1]}'}
+    assert merged_payload(as_text, {"metadata": '{"a": 2}'})["metadata"] == '{"a":2,"here":[1]}'
+    assert merged_payload({"content": '{"a":1,"b":2}'}, {"content": '{"a": 2}'})["content"] == '{"a": 2}'
     assert node_payload({"metadata": '{"a": 2}'}) == {"metadata": {"a": 2}}
 
 
