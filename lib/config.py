@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.addresses import is_private, one_spelling, without_login
+from lib.backup_set.age import CopyKeys
 from lib.backup_set.sets import Deployment
 from lib.dimensions import EmbeddingSpec, check_model
 from lib.env_files import DEFAULT, Setting, read_settings
@@ -42,6 +43,9 @@ DEFAULTS: dict[str, str] = {
     "AUTOMEM_API_URL": "http://localhost:8001",
     "AUTOMEM_API_TOKEN": "",
     "AUTOMEM_BACKUP_DIR": str(PROJECT_ROOT / "backups"),
+    "AUTOMEM_BACKUP_RECIPIENTS": "",
+    "AUTOMEM_BACKUP_PASSPHRASE_FILE": "",
+    "AUTOMEM_BACKUP_IDENTITY": "",
 }
 
 
@@ -69,6 +73,7 @@ class Config:
     api_url: str = field(repr=False)
     api_token: str = field(repr=False)
     backup_dir: Path
+    copies: CopyKeys
     settings: Mapping[str, Setting] = field(repr=False)
     warnings: tuple[str, ...] = ()
 
@@ -185,6 +190,11 @@ def _build(read: Reader, settings: dict[str, Setting]) -> Config:
         api_url=read.url("AUTOMEM_API_URL", "http://localhost:8001"),
         api_token=read.header("AUTOMEM_API_TOKEN"),
         backup_dir=read.folder("AUTOMEM_BACKUP_DIR"),
+        copies=CopyKeys(
+            read.no_key("AUTOMEM_BACKUP_RECIPIENTS"),
+            read.no_key("AUTOMEM_BACKUP_PASSPHRASE_FILE"),
+            read.no_key("AUTOMEM_BACKUP_IDENTITY"),
+        ),
         settings=settings,
     )
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 from lib.env_files import Setting
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"}
+PRIVATE_KEY = "AGE-SECRET-KEY-"
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -17,6 +18,8 @@ def masked(name: str, value: str) -> str:
     """The value as it may be shown: secrets as stars, addresses without credentials, query and fragment."""
     if name in SECRETS:
         return "****" if value else "(not set)"
+    if PRIVATE_KEY in value.upper():
+        return "****"
     if name.endswith("_URLS"):
         return ",".join(masked(name.removesuffix("S"), one) for one in _several(value))
     if not name.endswith(("_URL", "_HOST")):
@@ -50,6 +53,12 @@ class Reader:
     def text(self, name: str) -> str:
         """The value as it was written."""
         return self.settings[name].value
+
+    def no_key(self, name: str) -> str:
+        """The path of a file of keys, or public keys; a private key does not belong there."""
+        if PRIVATE_KEY in self.text(name).upper():
+            self.fault(name, "holds a private key: keep the key in a file of mode 600, and name the file")
+        return self.text(name)
 
     def fault(self, name: str, why: str) -> None:
         """Note what is wrong with a setting, and where it came from."""

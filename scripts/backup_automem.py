@@ -69,7 +69,7 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--check", "--dry-run")
     announce(config, console)
     if args.list is not None:
-        return showing.show_sets(shelf_at(args.list, config.backup_dir), console)
+        return showing.show_sets(shelf_at(args.list, config.backup_dir, config.copies), console)
     if args.check:
         return check(config, console, args.check, args.upload)
     if args.cleanup:
@@ -91,7 +91,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
 
     name = config.graph if args.only != "qdrant" else ""
     folder, write = config.backup_dir, not args.dry_run
-    place = require_place(args.upload, folder, graph=name, write=write) if args.upload else ""
+    place = require_place(args.upload, folder, config.copies, graph=name, write=write) if args.upload else ""
     graph = opening.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = opening.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)
@@ -116,7 +116,8 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
 
     assert manifest.path is not None
     console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, place)}")
-    return showing.show_backup(manifest, console, upload(args.upload, manifest, console.progress))
+    uploaded = upload(args.upload, manifest, console.progress, config.copies)
+    return showing.show_backup(manifest, console, uploaded)
 
 
 def check(config: Config, console: Console, word: str, url: str | None) -> int:
@@ -126,7 +127,7 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
     from lib.steps.offsite_sets import prove_and_upload
 
     where = (config.backup_dir, config.deployment())
-    proved = prove_and_upload(*where, word, url, opening.engines(config), console.progress)
+    proved = prove_and_upload(*where, word, url, opening.engines(config), console.progress, config.copies)
     return showing.show_proofs(*proved, console)
 
 

@@ -85,7 +85,8 @@ def command(args: argparse.Namespace) -> int:
 
     owner = config.deployment()
     engines = partial(opening.engines, config)
-    files = [fetched(word, config.backup_dir, owner, engines, console.progress) for word in args.files]
+    bar, keys = console.progress, config.copies
+    files = [fetched(word, config.backup_dir, owner, engines, bar, keys) for word in args.files]
     wanted = read_wanted(files, config.backup_dir, owner)
     private_dir(config.backup_dir)
     with opening.target_lock(config):

@@ -6,19 +6,41 @@ manifest names it: so the manifest is what makes files there a set, as it does h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
+from lib.backup_set.age import (
+    SUFFIX,
+    CopyKeys,
+    could_hold,
+    encrypt,
+    key_in,
+    new_key,
+    passphrase,
+    recipients,
+)
 from lib.backup_set.manifest import BackupFile, Manifest, parse_manifest, read_manifest
 from lib.backup_set.offsite_address import FILE, offsite_address
-from lib.backup_set.offsite_store import OffsiteStore, Progress, open_offsite
-from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
-from lib.files import atomic_writer, free_bytes, private_dir, sha256_file, sync_dir, write_atomic
+from lib.backup_set.offsite_store import KEY_FILE, NO_KEYS, OffsiteStore, Progress, open_offsite
+from lib.backup_set.sets import OUTGOING
+from lib.errors import (
+    AccessRefused,
+    BackupDamaged,
+    BadFile,
+    MigrationError,
+    MissingData,
+    StoreFailed,
+    UsageProblem,
+)
+from lib.files import TargetLock, atomic_writer, free_bytes, private_dir, sha256_file, sync_dir, write_atomic
 
 Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
 MANIFEST_NAME = re.compile(r"backup_\d{8}_\d{6}\.json")
@@ -33,7 +55,7 @@ class NotArrived(MigrationError):
 class Uploaded:
     """A set that is whole at `url` (as it may be shown): how many files and bytes were sent, how many were there.
 
-    `same_disk`: the copy is lost with the disk that the set here is on.
+    `same_disk`: the copy is lost with the disk that the set here is on. `encrypted`: its files are `.age` files there.
     """
 
     url: str
@@ -42,10 +64,13 @@ class Uploaded:
     sent_bytes: int
     there: int
     same_disk: bool = False
+    encrypted: bool = False
 
 
-def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
+def upload(url: str, manifest: Manifest, bar: Bar, keys: CopyKeys = NO_KEYS) -> Uploaded:
     """Bring a set there, manifest last, each file read back and compared; what is there already is not sent again.
+
+    With `keys` that encrypt, what is sent are its files encrypted.
 
     Raises NotArrived where anything is not as it should be: then no manifest of the set is there, and no file of
     another's was touched. Raises BackupDamaged where a file here is not what the manifest says, UsageProblem for a
@@ -58,14 +83,20 @@ def upload(url: str, manifest: Manifest, bar: Bar) -> Uploaded:
         require_fetchable(file.name)
         _require_whole(manifest.path.parent / file.name, file)
     try:
-        sent = _bring_all(open_offsite(url), manifest, files, bar)
+        store = open_offsite(url, keys)
+        if keys.encrypt:
+            sent = _bring_encrypted(store, manifest, files, bar)
+        else:
+            sent = _bring_all(store, manifest.path.parent, files, bar)
     except MigrationError as error:
         raise NotArrived(
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
             next_step=f"{error.next_step}\n{again(manifest.path, shown)}".strip(),
         ) from error
-    size, there = sum(file.size for file in sent), len(files) - len(sent)
-    return Uploaded(shown, manifest.name, len(sent), size, there, _on_same_disk(url, manifest.path))
+    size, there = sum(file.size for file in sent), max(0, len(files) - len(sent))
+    return Uploaded(
+        shown, manifest.name, len(sent), size, there, _on_same_disk(url, manifest.path), keys.encrypt
+    )
 
 
 def require_elsewhere(url: str, folder: Path) -> None:
@@ -83,13 +114,9 @@ def _on_same_disk(url: str, path: Path) -> bool:
     return address.scheme == FILE and Path(address.path).stat().st_dev == path.stat().st_dev
 
 
-def _bring_all(
-    store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: Bar
-) -> list[BackupFile]:
-    """Bring the files in their order, the manifest last; those that were sent."""
-    assert manifest.path is not None
-    here = manifest.path.parent
-    there = {name: size for one in ("", *folders_of(manifest)) for name, size in store.sizes(one).items()}
+def _bring_all(store: OffsiteStore, here: Path, files: list[BackupFile], bar: Bar) -> list[BackupFile]:
+    """Bring the files of the folder `here` in their order, the manifest last; those that were sent."""
+    there = _sizes(store, files)
     if all(there.get(file.name) == file.size for file in files):
         with bar("manifest there", files[-1].size, "bytes") as progress:
             if store.holds(
@@ -99,14 +126,99 @@ def _bring_all(
     return [file for file in files if _bring(store, file, here, bar, there)]
 
 
+def _sizes(store: OffsiteStore, files: list[BackupFile]) -> dict[str, int]:
+    """What there is in the folders of these files, with its bytes."""
+    return {name: size for one in {"", *folders_of(files)} for name, size in store.sizes(one).items()}
+
+
+def _bring_encrypted(
+    store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: Bar
+) -> list[BackupFile]:
+    """Bring the set's files encrypted, the manifest last; those that were sent.
+
+    They are encrypted into a folder here, where they stay until the set is whole there: a file encrypted twice is not
+    the same twice, and what is there must be compared when an upload goes on.
+    """
+    assert manifest.path is not None
+    there = _sizes(store, files)
+    if all(could_hold(there.get(file.name + SUFFIX), file.size) for file in files):
+        _require_same_manifest(store, manifest)
+        return []
+    folder = private_dir(manifest.path.parent / OUTGOING) / _outgoing_name(manifest, store.keys)
+    with TargetLock([f"upload of {manifest.path.absolute()}"]):
+        encrypted = _encrypted(manifest, files, folder, store.keys, bar)
+        sent = _bring_all(store, folder, encrypted, bar)
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # another upload's files
+            folder.parent.rmdir()
+    return sent
+
+
+def _require_same_manifest(store: OffsiteStore, manifest: Manifest) -> None:
+    """Raise BadFile if the manifest there is another one; without a key to decrypt it its size alone is known."""
+    assert manifest.path is not None
+    if store.keys.decrypt and store.read(manifest.name) != manifest.path.read_bytes():
+        raise BadFile(
+            f"{store.shown}/{manifest.name}{SUFFIX} is another file",
+            next_step="name another folder, or see what that file is and remove it there",
+        )
+
+
+def _outgoing_name(manifest: Manifest, keys: CopyKeys) -> str:
+    """One folder for each set and whom its copy is encrypted for."""
+    if not keys.recipients:
+        return f"{manifest.stamp}_passphrase"
+    whom = sorted(map(str, recipients(keys)))
+    return f"{manifest.stamp}_{hashlib.sha256(' '.join(whom).encode()).hexdigest()[:12]}"
+
+
+def _encrypted(
+    manifest: Manifest, files: list[BackupFile], folder: Path, keys: CopyKeys, bar: Bar
+) -> list[BackupFile]:
+    """The set's files encrypted in `folder`, the manifest last; what an earlier upload encrypted is used again."""
+    assert manifest.path is not None
+    need = sum(file.size for file in files if not (folder / f"{file.name}{SUFFIX}").exists()) + _SPARE
+    if free_bytes(folder) < need:
+        raise MigrationError(
+            f"{folder} has {free_bytes(folder) >> 20} MiB free, the encrypted set needs {need >> 20} MiB until it is"
+            " uploaded",
+            next_step=f"df -h {quote(str(folder.parent.parent))}   then free some room",
+        )
+    names = [file.name for file in files]
+    public_keys = recipients(keys) if keys.recipients else []
+    if not public_keys:
+        key_file = KEY_FILE.format(stamp=manifest.stamp)
+        public_keys, names = [_set_key(folder / f"{key_file}{SUFFIX}", keys)], [key_file, *names]
+    for file in files:
+        target = private_dir((folder / file.name).parent) / f"{Path(file.name).name}{SUFFIX}"
+        if not target.exists():
+            with bar(f"encrypt {file.name}", file.size, "bytes") as progress:
+                encrypt(manifest.path.parent / file.name, target, public_keys)
+                progress(file.size)
+    return [_file_here(folder / f"{name}{SUFFIX}", f"{name}{SUFFIX}") for name in names]
+
+
+def _set_key(path: Path, keys: CopyKeys) -> Any:
+    """The public key that a set is encrypted for, its key file written to `path`: that of an earlier upload, or new."""
+    words = passphrase(keys)
+    if path.exists():
+        with contextlib.suppress(AccessRefused):
+            return key_in(path.read_bytes(), words)[0].to_public()
+        shutil.rmtree(path.parent)  # the passphrase was changed since
+    public_key, key_file = new_key(words)
+    private_dir(path.parent)
+    write_atomic(path, key_file)
+    return public_key
+
+
 def again(path: Path, url: str) -> str:
     """The command that uploads an existing set."""
     return f"python scripts/backup_automem.py --check {quote(str(path))} --upload {quote(url)}"
 
 
-def folders_of(manifest: Manifest) -> list[str]:
+def folders_of(files: Iterable[BackupFile]) -> list[str]:
     """The folders, relative to the set's own, in which its files lie."""
-    return sorted({file.name.rpartition("/")[0] for file in manifest.files})
+    return sorted({file.name.rpartition("/")[0] for file in files})
 
 
 def _file_here(path: Path, name: str) -> BackupFile:
@@ -148,7 +260,8 @@ def _bring(store: OffsiteStore, file: BackupFile, folder: Path, bar: Bar, there:
 
 def manifests(store: OffsiteStore) -> list[str]:
     """The names of the manifests there, newest first; raises MissingData where there is nothing at all."""
-    found = sorted(filter(MANIFEST_NAME.fullmatch, store.sizes()), reverse=True)
+    names = {name.removesuffix(SUFFIX) for name in store.sizes()}
+    found = sorted(filter(MANIFEST_NAME.fullmatch, names), reverse=True)
     if not found:
         raise MissingData(
             f"no backup at {store.shown}", next_step="see whether the bucket and the folder are spelled right"
@@ -255,16 +368,24 @@ def _another(path: Path) -> BadFile:
 
 def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progress) -> None:
     digest, size = hashlib.sha256(), 0
+
+    def wrong() -> BackupDamaged:
+        return BackupDamaged(
+            f"{store.shown}/{file.name} is not what its manifest says ({size} of {file.size} bytes)",
+            next_step=f"use another set: python scripts/backup_automem.py --list {quote(store.shown)}",
+        )
+
     with atomic_writer(path) as stream:
-        for data in store.chunks(file.name):
+
+        def write(data: bytes) -> None:
+            nonlocal size
             size += len(data)
             if size > file.size:  # it may never end
-                break
+                raise wrong()
             stream.write(data)
             digest.update(data)
             progress(len(data))
+
+        store.copy_out(file.name, write)
         if (size, digest.hexdigest()) != (file.size, file.sha256):
-            raise BackupDamaged(
-                f"{store.shown}/{file.name} is not what its manifest says ({size} of {file.size} bytes)",
-                next_step=f"use another set: python scripts/backup_automem.py --list {quote(store.shown)}",
-            )
+            raise wrong()

@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from lib.backup_set.age import SUFFIX, CopyKeys, decrypt, identities, key_in, passphrase, require_key
 from lib.backup_set.manifest import MAX_BYTES, BackupFile
 from lib.backup_set.offsite_address import FILE, S3, SFTP, OffsiteAddress, offsite_address
 from lib.backup_set.offsite_trouble import trouble
@@ -22,6 +24,9 @@ from lib.errors import BackupDamaged, MigrationError, UsageProblem
 from lib.files import PARTIAL, private_dir, private_file, sync_dir
 
 Progress = Callable[[int], None]
+NO_KEYS = CopyKeys()
+STAMP_IN_NAME = re.compile(r"\d{8}_\d{6}(?=\.[a-z.]+$)")
+KEY_FILE = "backup_{stamp}.key"  # in the set's folder, encrypted with the passphrase
 _CHUNK = 1 << 20
 _BLOCK = 8 << 20
 _PARTS = 9000  # S3 takes 10,000
@@ -43,10 +48,12 @@ _LOUD = (
 class OffsiteStore:
     """One opened place; every name is relative to its folder, with slashes."""
 
-    def __init__(self, address: OffsiteAddress, fs: Any, root: str) -> None:
+    def __init__(self, address: OffsiteAddress, fs: Any, root: str, keys: CopyKeys) -> None:
         self.address = address
+        self.keys = keys
         self._fs = fs
         self._root = root.rstrip("/")
+        self._opened: dict[str, list[Any]] = {}  # private keys by the name of the set's key file
 
     @property
     def shown(self) -> str:
@@ -92,13 +99,50 @@ class OffsiteStore:
             with contextlib.suppress(Exception):  # a broken connection cannot be closed politely
                 stream.close()
 
+    def copy_out(self, name: str, write: Callable[[bytes], object]) -> None:
+        """Give `write` the bytes of a file of a set, decrypted if it is encrypted (`<name>.age`).
+
+        Raises MissingData, BackupDamaged, UsageProblem without a key, AccessRefused if none fits, and what `write`
+        raises.
+        """
+        encrypted = name + SUFFIX
+        if self.size_of(encrypted) is None:
+            for data in self.chunks(name):
+                write(data)
+            return
+        shown = f"{self.shown}/{encrypted}"
+        require_key(self.keys, shown)
+        decrypt(self.chunks(encrypted), write, self._private_keys(name), shown)
+
+    def _private_keys(self, name: str) -> list[Any]:
+        """The keys that may decrypt a file: the operator's own, or that of the file's set, by the passphrase."""
+        found = identities(self.keys) if self.keys.identity else []
+        stamp = STAMP_IN_NAME.search(name)
+        if self.keys.passphrase_file and stamp:
+            key_file = f"{KEY_FILE.format(stamp=stamp[0])}{SUFFIX}"
+            if key_file not in self._opened and self.size_of(key_file) is not None:
+                self._opened[key_file] = key_in(self._whole(key_file), passphrase(self.keys))
+            found += self._opened.get(key_file, [])
+        return found
+
     def read(self, name: str) -> bytes:
         """A manifest whole; raises BackupDamaged if it is larger than any."""
+        found = bytearray()
+
+        def write(data: bytes) -> None:
+            found.extend(data)
+            if len(found) > MAX_BYTES:
+                raise BackupDamaged(f"{self.shown}/{name} is too large for a manifest")
+
+        self.copy_out(name, write)
+        return bytes(found)
+
+    def _whole(self, name: str) -> bytes:
         found = bytearray()
         for data in self.chunks(name):
             found += data
             if len(found) > MAX_BYTES:
-                raise BackupDamaged(f"{self.shown}/{name} is too large for a manifest")
+                break
         return bytes(found)
 
     def holds(self, file: BackupFile, name: str, progress: Progress) -> bool:
@@ -191,8 +235,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def open_offsite(url: str) -> OffsiteStore:
-    """Open a URL or local folder.
+def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
+    """Open a URL or local folder; `keys` decrypt what is encrypted there.
 
     Raises UsageProblem for one that is none of ours or needs a package that is missing, AccessRefused,
     StoreUnreachable.
@@ -205,7 +249,7 @@ def open_offsite(url: str) -> OffsiteStore:
         fs, root = _open(address)
     except Exception as error:  # botocore, aiohttp, azure, google.auth and paramiko share no base
         raise trouble(address, f"cannot open {address.shown}", error) from error
-    return OffsiteStore(address, fs, root)
+    return OffsiteStore(address, fs, root, keys)
 
 
 def _open(address: OffsiteAddress) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lib.files import sync_dir
 from lib.journal import Journal, read_journal
 
 SPOOL_DIR = "embeddings"
+OUTGOING = "outgoing"  # encrypted files of sets whose copy is not whole elsewhere yet
 _NAMED = 3
 
 
@@ -189,3 +191,5 @@ def delete_set(manifest: Manifest) -> None:
     sync_dir(manifest.path.parent)
     for half in manifest.halves:
         manifest.file_of(half).unlink(missing_ok=True)
+    for folder in (manifest.path.parent / OUTGOING).glob(f"{manifest.stamp}_*"):
+        shutil.rmtree(folder)

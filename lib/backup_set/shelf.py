@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.backup_set.manifest import Manifest, read_manifest
+from lib.backup_set.age import SUFFIX, CopyKeys, could_hold
+from lib.backup_set.manifest import BackupFile, Manifest, read_manifest
 from lib.backup_set.offsite import folders_of, manifests, read_there
-from lib.backup_set.offsite_store import OffsiteStore, open_offsite
+from lib.backup_set.offsite_store import NO_KEYS, OffsiteStore, open_offsite
 from lib.backup_set.sets import is_complete, manifest_paths, safety_copies, with_purpose
 from lib.errors import BackupDamaged, BadFile, MissingData
 
@@ -21,9 +22,9 @@ class Shelf:
     unreadable: list[str]
 
 
-def shelf_at(url: str, folder: Path) -> Shelf:
+def shelf_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Shelf:
     """The sets at a URL, or without one in `folder`; raises like `open_offsite` and `shelf_there`."""
-    return shelf_there(open_offsite(url)) if url else shelf_here(folder)
+    return shelf_there(open_offsite(url, keys)) if url else shelf_here(folder)
 
 
 def shelf_here(folder: Path) -> Shelf:
@@ -48,8 +49,13 @@ def shelf_there(store: OffsiteStore) -> Shelf:
         except (BackupDamaged, BadFile, MissingData):
             unreadable.append(f"{store.shown}/{name}")
             continue
-        for folder in folders_of(manifest):
+        for folder in folders_of(manifest.files):
             sizes.setdefault(folder, store.sizes(folder))
         there = {file: size for found in sizes.values() for file, size in found.items()}
-        sets.append((manifest, all(there.get(file.name) == file.size for file in manifest.files)))
+        sets.append((manifest, all(_is_there(file, there) for file in manifest.files)))
     return Shelf(store.shown, sets, unreadable)
+
+
+def _is_there(file: BackupFile, there: dict[str, int]) -> bool:
+    """Whether a file of its size is there, as it is or encrypted."""
+    return there.get(file.name) == file.size or could_hold(there.get(file.name + SUFFIX), file.size)

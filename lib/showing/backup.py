@@ -192,8 +192,9 @@ def show_proofs(proofs: list[Proof], uploaded: list[Uploaded] | None, console: C
 
 def _arrived(one: Uploaded) -> str:
     there = f", {one.there} were there already" if one.there else ""
+    how = ", encrypted" if one.encrypted else ""
     return (
-        f"uploaded: {one.manifest} is whole at {one.url} ({one.sent} files sent and read back, "
+        f"uploaded: {one.manifest} is whole at {one.url}{how} ({one.sent} files sent and read back, "
         f"{size_text(one.sent_bytes)}{there}){_SAME_DISK if one.same_disk else ''}"
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+from lib.backup_set.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup_set.manifest import GRAPH_DIR, read_manifest
 from lib.backup_set.offsite import (
     MANIFEST_NAME,
@@ -48,7 +49,7 @@ class _Named:
 
 
 def _named(url: str) -> _Named:
-    parent, _, last = url.rstrip("/").rpartition("/")
+    parent, _, last = url.rstrip("/").removesuffix(SUFFIX).rpartition("/")
     if last == LATEST or MANIFEST_NAME.fullmatch(last):
         return _Named(parent, last)
     if found := _SET_FILE.fullmatch(last):
@@ -57,7 +58,7 @@ def _named(url: str) -> _Named:
     return _Named(url)
 
 
-def require_place(url: str, folder: Path, *, graph: str = "", write: bool = True) -> str:
+def require_place(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", write: bool = True) -> str:
     """Raise where sets of `folder` could not be uploaded to the URL and found again; the URL as it may be shown.
 
     Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. `graph` is the one that will be
@@ -72,6 +73,8 @@ def require_place(url: str, folder: Path, *, graph: str = "", write: bool = True
         )
     if graph:
         require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
+    if keys.encrypt:
+        require_encryption(keys)
     store = open_offsite(url)
     if write:
         store.prove_writable()
@@ -81,7 +84,12 @@ def require_place(url: str, folder: Path, *, graph: str = "", write: bool = True
 
 
 def fetched(
-    word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar
+    word: str,
+    folder: Path,
+    owner: Deployment,
+    engines: Callable[[], list[Engine]],
+    bar: ProgressBar,
+    keys: CopyKeys,
 ) -> str:
     """A FILE argument as it is, or the set that a URL names brought into `folder`: the path of its file there.
 
@@ -93,7 +101,7 @@ def fetched(
     if not is_url(word):
         return word
     named = _named(word)
-    store = open_offsite(named.folder)
+    store = open_offsite(named.folder, keys)
     if not named.manifest:
         raise BadFile(
             f"{store.shown} names no backup: end it with backup_*.json, a file of a set, or {LATEST}",
@@ -133,14 +141,16 @@ def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
     return newest_full(found, owner, store.shown).name
 
 
-def prove_there(url: str, folder: Path, engines: list[Engine], bar: ProgressBar) -> list[Proof]:
+def prove_there(
+    url: str, folder: Path, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
+) -> list[Proof]:
     """The restore drill of the sets elsewhere, one after the other: fetched into `folder`, proved, removed again.
 
     The URL of a folder, or of one set in it. What is damaged or missing becomes a Proof with its fault. Raises
     MissingData where no set is there.
     """
     named = _named(url)
-    store = open_offsite(named.folder)
+    store = open_offsite(named.folder, keys)
     names = [named.manifest] if named.manifest else manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
@@ -175,7 +185,13 @@ def _drill_folder(folder: Path) -> Iterator[Path]:
 
 
 def prove_and_upload(
-    folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar
+    folder: Path,
+    owner: Deployment,
+    word: str,
+    url: str | None,
+    engines: list[Engine],
+    bar: ProgressBar,
+    keys: CopyKeys,
 ) -> tuple[list[Proof], list[Uploaded] | None]:
     """Prove what `--check` names, here or elsewhere, and bring the sets that prove to `url`, oldest first.
 
@@ -187,9 +203,9 @@ def prove_and_upload(
                 "--upload is for sets that are here, --check names some that are elsewhere",
                 next_step="python scripts/backup_automem.py --check all --upload URL",
             )
-        return prove_there(word, folder, engines, bar), None
+        return prove_there(word, folder, engines, bar, keys), None
     if url:
-        require_place(url, folder)
+        require_place(url, folder, keys)
     proofs = prove_named(folder, word, engines, owner)
     faulty = {Path(one.path) for one in proofs if one.fault}
     if not url:
@@ -198,4 +214,4 @@ def prove_and_upload(
         read_manifest(one) for one in sorted(named_manifests(folder, word, owner)) if one not in faulty
     ]
     sound = [one for one in manifests_here if not faulty & {one.file_of(half) for half in one.halves}]
-    return proofs, [upload(url, manifest, bar) for manifest in sound]
+    return proofs, [upload(url, manifest, bar, keys) for manifest in sound]

@@ -1,0 +1,284 @@
+"""Copies encrypted with age (https://age-encryption.org): the keys, and files encrypted and decrypted as streams.
+
+The package pyrage is loaded only if a copy is encrypted. It decrypts with a passphrase in memory alone, so a passphrase
+protects a key file of its own, as `age -d -i` takes it, and that key the set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from lib.errors import AccessRefused, BackupDamaged, UsageProblem
+from lib.files import atomic_writer
+
+SUFFIX = ".age"
+_TAG, _NONCE, _CHUNK = 16, 16, 64 << 10  # https://github.com/C2SP/C2SP/blob/main/age.md: the payload
+_HEADER_LIMIT = 64 << 10
+_HEADER_END = b"\n---"
+_KEY_FILE_LIMIT = 64 << 10
+_IDENTITY = "AUTOMEM_BACKUP_IDENTITY"
+_PASSPHRASE = "AUTOMEM_BACKUP_PASSPHRASE_FILE"  # noqa: S105 - the name of a setting
+_RECIPIENTS = "AUTOMEM_BACKUP_RECIPIENTS"
+
+
+@dataclass(frozen=True)
+class CopyKeys:
+    """The settings of encrypted copies, as they were written; empty is not set.
+
+    `recipients`: public keys between commas, or the path of a file with one a line. `passphrase_file` and `identity`
+    are paths: of a passphrase, of private keys.
+    """
+
+    recipients: str = ""
+    passphrase_file: str = ""
+    identity: str = ""
+
+    @property
+    def encrypt(self) -> bool:
+        """Whether copies are encrypted."""
+        return bool(self.recipients or self.passphrase_file)
+
+    @property
+    def decrypt(self) -> bool:
+        """Whether there is a key to decrypt copies with."""
+        return bool(self.identity or self.passphrase_file)
+
+
+def require_encryption(keys: CopyKeys) -> None:
+    """Raise UsageProblem, before the backup, if what is uploaded could not be encrypted with these keys."""
+    if keys.recipients and keys.passphrase_file:
+        raise UsageProblem(
+            f"{_RECIPIENTS} and {_PASSPHRASE} are both set: it is not clear who may read the copies",
+            next_step=f"unset one of them; {_IDENTITY} alone decrypts copies for a recipient",
+        )
+    if keys.recipients:
+        recipients(keys)
+    else:
+        passphrase(keys)
+
+
+def recipients(keys: CopyKeys) -> list[Any]:
+    """The public keys that copies are encrypted for. Raises UsageProblem."""
+    pyrage = _pyrage()
+    words = [one.strip() for one in keys.recipients.split(",")]
+    if not any(word.startswith(("age1", "ssh-")) for word in words):
+        words = _lines(Path(keys.recipients), _RECIPIENTS)
+    found = []
+    for word in filter(None, words):
+        kind = pyrage.ssh if word.startswith("ssh-") else pyrage.x25519
+        try:
+            found.append(kind.Recipient.from_str(word))
+        except pyrage.RecipientError as error:
+            raise UsageProblem(
+                f"{_RECIPIENTS}: {word[:20]!r}... is no public key of age or SSH: {error}",
+                next_step="age-keygen -y key.txt   prints the public key of a key file",
+            ) from error
+    if not found:
+        raise UsageProblem(
+            f"{_RECIPIENTS} names no public key", next_step="age-keygen -o key.txt   makes one"
+        )
+    return found
+
+
+def passphrase(keys: CopyKeys) -> str:
+    """The passphrase: the file's text without the end of its line. Raises UsageProblem."""
+    _pyrage()
+    path = Path(keys.passphrase_file).expanduser()
+    lines = _lines(path, _PASSPHRASE, comments=False)
+    if len(lines) != 1:
+        raise UsageProblem(
+            f"{_PASSPHRASE}: {path} has {len(lines)} lines: one is the passphrase",
+            next_step=f"write the passphrase into {quote(str(path))}, as its one line",
+        )
+    return lines[0]
+
+
+def identities(keys: CopyKeys) -> list[Any]:
+    """The private keys of the identity file. Raises UsageProblem; no part of a key is shown."""
+    pyrage = _pyrage()
+    path = Path(keys.identity).expanduser()
+    data = _secret(path, _IDENTITY)
+    try:
+        if b"PRIVATE KEY-----" in data:
+            return [pyrage.ssh.Identity.from_buffer(data)]
+        lines = [one.strip() for one in data.decode().splitlines()]
+        found = [pyrage.x25519.Identity.from_str(one) for one in lines if one and not one.startswith("#")]
+    except (pyrage.IdentityError, UnicodeDecodeError) as error:
+        raise _no_identity(path) from error
+    if not found:
+        raise _no_identity(path)
+    return found
+
+
+def _no_identity(path: Path) -> UsageProblem:
+    return UsageProblem(
+        f"{_IDENTITY}: {path} holds no private key that can be used",
+        next_step="name a file that age-keygen made, or an SSH key without a passphrase",
+    )
+
+
+def new_key(words: str) -> tuple[Any, bytes]:
+    """A new key for one set: its public key, and the key file, encrypted with the passphrase."""
+    pyrage = _pyrage()
+    identity = pyrage.x25519.Identity.generate()
+    return identity.to_public(), bytes(pyrage.passphrase.encrypt(f"{identity}\n".encode(), words))
+
+
+def key_in(key_file: bytes, words: str) -> list[Any]:
+    """The private key in a set's key file. Raises AccessRefused if the passphrase is another."""
+    pyrage = _pyrage()
+    if len(key_file) > _KEY_FILE_LIMIT:
+        raise BackupDamaged("the key file of the copy is too large for one")
+    try:
+        return [pyrage.x25519.Identity.from_str(pyrage.passphrase.decrypt(key_file, words).decode().strip())]
+    except (pyrage.DecryptError, pyrage.IdentityError, UnicodeDecodeError) as error:
+        raise AccessRefused(
+            f"the copy was encrypted with another passphrase, or its key file is damaged: {error}",
+            next_step=f"check {_PASSPHRASE}",
+        ) from error
+
+
+def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
+    """Encrypt a file into another; memory stays flat."""
+    pyrage = _pyrage()
+    with source.open("rb") as plain, atomic_writer(target) as stream:
+        pyrage.encrypt_io(plain, stream, public_keys)
+
+
+def decrypt(
+    chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str
+) -> None:
+    """Decrypt a file that arrives in pieces; `write` gets each piece once its checksum is right.
+
+    Raises AccessRefused if no key fits, BackupDamaged for a file that was changed or cut off, and what the pieces or
+    `write` raise. `name` is shown.
+    """
+    pyrage = _pyrage()
+    reader, writer = _Reader(chunks, name), _Writer(write)
+    try:
+        pyrage.decrypt_io(reader, writer, private_keys)
+    except (pyrage.DecryptError, OSError) as error:
+        if cause := reader.error or writer.error:
+            raise cause from None
+        if "No matching keys" in str(error):
+            raise AccessRefused(
+                f"{name} is encrypted for another key than {_IDENTITY} or {_PASSPHRASE} gives",
+                next_step=f"export {_IDENTITY}=...   the file of the private key",
+            ) from error
+        raise BackupDamaged(f"{name} cannot be decrypted: it was changed or cut off ({error})") from error
+
+
+def could_hold(size: int | None, plain: int) -> bool:
+    """Whether an encrypted file of `size` bytes, None if there is none, can be of `plain` bytes: told without a key."""
+    if size is None:
+        return False
+    body = _NONCE + plain + _TAG * max(1, -(-plain // _CHUNK))
+    return 0 < size - body <= _HEADER_LIMIT
+
+
+def require_key(keys: CopyKeys, name: str) -> None:
+    """Raise UsageProblem if there is no key to decrypt with."""
+    if not keys.decrypt:
+        raise UsageProblem(
+            f"{name} is encrypted, and no key is set",
+            next_step=f"export {_IDENTITY}=...   the file of the private key, or {_PASSPHRASE}=...",
+        )
+
+
+class _Reader:
+    """Pieces of bytes as a file that pyrage reads; a header without end is not read on."""
+
+    def __init__(self, chunks: Iterable[bytes], name: str) -> None:
+        self._chunks = iter(chunks)
+        self._left = b""
+        self._header: bytes | None = b""
+        self._name = name
+        self.error: BaseException | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            while not self._left and (piece := next(self._chunks, None)) is not None:
+                self._left = piece
+        except BaseException as error:
+            self.error = error  # pyrage would keep its text alone
+            raise
+        found, self._left = (self._left, b"") if size < 0 else (self._left[:size], self._left[size:])
+        self._look_for_end(found)
+        return found
+
+    def _look_for_end(self, data: bytes) -> None:
+        if self._header is None:
+            return
+        self._header += data
+        if _HEADER_END in self._header:
+            self._header = None
+        elif len(self._header) > _HEADER_LIMIT:
+            self.error = BackupDamaged(f"{self._name} is not encrypted with age, or its header has no end")
+            raise self.error
+
+
+class _Writer:
+    """A function as a file that pyrage writes."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write = write
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self._write(data)
+        except BaseException as error:
+            self.error = error
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing waits here."""
+
+
+def _lines(path: Path, setting: str, *, comments: bool = True) -> list[str]:
+    data = _secret(path.expanduser(), setting, private=setting != _RECIPIENTS)
+    try:
+        lines = data.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageProblem(f"{setting}: {path} is no text", next_step=f"file {quote(str(path))}") from error
+    return [one for one in lines if one.strip() and not (comments and one.lstrip().startswith("#"))]
+
+
+def _secret(path: Path, setting: str, *, private: bool = True) -> bytes:
+    """The content of a file of keys. Raises UsageProblem if it cannot be read, or if others may read it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise UsageProblem(
+                    f"{setting}: {path} is no regular file", next_step=f"ls -l {quote(str(path))}"
+                )
+            if private and mode & 0o077:
+                raise UsageProblem(
+                    f"{setting}: other users may read {path}", next_step=f"chmod 600 {quote(str(path))}"
+                )
+            return stream.read(_KEY_FILE_LIMIT)
+    except OSError as error:
+        raise UsageProblem(
+            f"{setting}: {path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
+        ) from error
+
+
+def _pyrage() -> Any:
+    if importlib.util.find_spec("pyrage") is None:
+        raise UsageProblem(
+            "encrypted copies need the Python package 'pyrage', which is not installed here",
+            next_step="pip install pyrage",
+        )
+    import pyrage
+
+    return pyrage
