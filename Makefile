@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 # The tests' arrays are small: the linear algebra's threads would only wait for each other.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 STAMP := $(VENV)/.installed
-REQUIREMENTS := requirements.txt requirements-dev.txt requirements-falkordb-4.22.txt
+REQUIREMENTS := requirements.lock requirements-falkordb-4.22.txt
 CODE := lib scripts tests
 
-.PHONY: help quickstart test faults test-all lint bench venv clean
+.PHONY: help quickstart test faults test-all lint bench venv lock clean
 
 help:
 	@echo 'make quickstart  the whole guide on sample data, in a sandbox on this machine'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint        ruff, mypy, import-linter'
 	@echo 'make bench       figures as ratios, in bench.json and as a table'
 	@echo 'make venv        only install into .venv (PYTHON=python3.12 chooses the Python)'
+	@echo 'make lock        requirements.lock after a change of requirements*.txt (UPGRADE=--upgrade takes the newest versions)'
 	@echo 'make clean       remove .venv and caches'
 
 quickstart: venv
@@ -53,9 +54,15 @@ venv: $(STAMP)
 # given to that, and without it the tools say what this machine cannot prove.
 $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -c "$$TRY_FALKORDB_4_22"
 	@touch $@
+
+# For CPython 3.10 to 3.13 on Linux and macOS, in one file. Versions that are locked stay, unless UPGRADE is set.
+lock: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+		--no-emit-index-url --custom-compile-command 'make lock' $(UPGRADE) requirements-dev.txt -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache bench.json
