@@ -6,13 +6,14 @@ Only names found in a journal are ever removed from a server; a journal without 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from shlex import quote
 from typing import IO, Any
@@ -21,6 +22,7 @@ from lib.errors import BadFile
 from lib.files import readable_bytes, sync_dir
 
 CLOSED = "closed"
+_STAMP, _SECOND = "%Y%m%d_%H%M%S", timedelta(seconds=1)
 _RUN_ID = re.compile(r"[0-9]{8}_[0-9]{6}_[0-9a-f]{4}")
 # Facts that are removed from a server or read as a file, and what a run of these scripts can have written there.
 _TEMPORARY = {"staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph"}
@@ -112,8 +114,7 @@ class Journal:
 
 def start_journal(folder: Path, command: str, targets: list[str], **facts: object) -> Journal:
     """Open a journal before the first name is made on a server."""
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
-    run_id = f"{stamp}_{secrets.token_hex(2)}"
+    run_id = f"{_next_stamp(folder)}_{secrets.token_hex(2)}"
     path = folder / f"journal_{run_id}_{command}.jsonl"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     os.close(descriptor)
@@ -121,6 +122,16 @@ def start_journal(folder: Path, command: str, targets: list[str], **facts: objec
     journal = Journal(path)
     journal.append("started", run_id=run_id, command=command, targets=targets, **facts)
     return journal
+
+
+def _next_stamp(folder: Path) -> str:
+    """Now, or a second after the newest journal: what is asked for as the last run is, also if the clock went back."""
+    possible = [datetime.now(timezone.utc)]
+    for path in folder.glob("journal_*.jsonl"):
+        with contextlib.suppress(ValueError, OverflowError):
+            stamp = "_".join(path.name.split("_")[1:3])
+            possible.append(datetime.strptime(f"{stamp}+0000", f"{_STAMP}%z") + _SECOND)
+    return max(possible).strftime(_STAMP)
 
 
 def read_journal(path: Path) -> Journal | None:

@@ -112,6 +112,19 @@ def test_open_journals_are_those_that_never_ended_oldest_first(tmp_path):
     assert open_journals(tmp_path / "nowhere") == []
 
 
+@pytest.mark.parametrize(
+    "others", [[], ["20991231_235958_ffff"], ["99991231_235959_ffff", "20260230_000000_0000", "x"]]
+)
+def test_a_later_run_sorts_later_whatever_the_clock_says(tmp_path, others):
+    """The last migration is found by the names; a clock that was ahead, or two runs in a second, change no order."""
+    for one in others:
+        (tmp_path / f"journal_{one}_reembed.jsonl").touch()
+    ids = [start_journal(tmp_path, "reembed", ["g", "c"]).run_id for _ in range(20)]
+    assert ids == sorted(ids)
+    assert all(one[:8] != "99991231" for one in ids)
+    assert ids[0] > max((one for one in others if one.startswith("2099")), default="")
+
+
 def test_two_runs_in_one_second_have_two_journals(tmp_path):
     paths = {start_journal(tmp_path, "backup", TARGETS).path for _ in range(20)}
     assert len(paths) == 20
