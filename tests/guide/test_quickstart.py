@@ -45,6 +45,9 @@ PRODUCTION = {
     "AUTOMEM_API_URL": "https://production.invalid",
     "AUTOMEM_API_TOKEN": "not for the sandbox",
     "AUTOMEM_BACKUP_DIR": "/nowhere",
+    "AUTOMEM_BACKUP_RECIPIENTS": "/nowhere/keys",
+    "AUTOMEM_BACKUP_PASSPHRASE_FILE": "/nowhere/words",
+    "AUTOMEM_BACKUP_IDENTITY": "/nowhere/key",
     "AUTOMEM_ENV_FILE": "/nowhere/.env",
 }
 PORTS = [GUIDE_PORTS.falkordb, GUIDE_PORTS.qdrant, GUIDE_PORTS.automem]
