@@ -22,6 +22,7 @@ FOREIGN = {
     "--data-urlencode": "curl",
     "--rdb": "redis-cli",
     "--now": "systemctl",
+    "--require-hashes": "pip install",
 }
 # What no DEFAULTS entry has: read from the environment alone, or by tests alone.
 ENVIRONMENT_ONLY = {"AUTOMEM_ENV_FILE"}

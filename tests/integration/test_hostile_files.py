@@ -229,11 +229,16 @@ def test_names_and_pieces_without_end_are_refused():
 def test_no_more_is_fetched_than_the_manifest_says(tmp_path):
     from lib.backup_set.manifest import BackupFile
     from lib.backup_set.offsite import _receive
+    from lib.backup_set.offsite_store import OffsiteStore
 
     taken = []
 
     class Endless:
         shown = "s3://copies"
+        copy_out = OffsiteStore.copy_out
+
+        def size_of(self, _name: str) -> None:
+            return None
 
         def chunks(self, _name: str):
             while len(taken) < 100:
