@@ -106,7 +106,7 @@ class Operator:
 
         It is called in this process, unless that is impossible: in a thread of the test's, or with settings of Python's.
         """
-        environ = {**self.environ, **(env or {})}
+        environ, words = {**self.environ, **(env or {})}, tuple(map(str, words))
         result = None if is_for_python(environ) else call_script(script, words, self.folder, environ)
         if result is None:
             process = self.start(script, *words, **(env or {}))

@@ -65,7 +65,7 @@ def check_indexes(qdrant: Qdrant, state: CollectionState, before: dict[str, Any]
     lacking = [f"{name} ({kind})" for name, kind in wanted.items() if have.get(name) != kind]
     if lacking:
         remedy = "\n".join(
-            f"{curl_line(qdrant, 'PUT', state.name, 'index')} -H 'content-type: application/json'"
+            f"{curl_line(qdrant, 'PUT', state.name, 'index', query='?wait=true')} -H 'content-type: application/json'"
             f" -d {quote(json.dumps({'field_name': name, 'field_schema': kind}))}"
             for name, kind in wanted.items()
             if have.get(name) != kind

@@ -52,7 +52,7 @@ def collection_path(name: str, *parts: str) -> str:
     return "/".join(["/collections", quote(name, safe=""), *(quote(part, safe="") for part in parts)])
 
 
-def curl_line(qdrant: Qdrant, method: str, *path: str) -> str:
+def curl_line(qdrant: Qdrant, method: str, *path: str, query: str = "") -> str:
     """The command that sends a request about a collection; the key stays in its variable."""
     key = ' -H "api-key: $QDRANT_API_KEY"' if qdrant.api_key else ""
-    return f"curl -s -X {method}{key} {shlex.quote(qdrant.display + collection_path(*path))}"
+    return f"curl -s -X {method}{key} {shlex.quote(qdrant.display + collection_path(*path) + query)}"

@@ -209,6 +209,12 @@ def _upload(
         if form.left:
             raise  # the server got a part, and restores nothing
     except QdrantError as error:
+        if error.status == 400 and "checksum mismatch" in error.text.lower():
+            raise BackupDamaged(
+                f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was"
+                " changed since it was verified, or damaged on the way",
+                next_step="check the file:  python scripts/backup_automem.py --check FILE",
+            ) from error
         if error.status not in _GATEWAY_GAVE_UP:
             raise
     else:

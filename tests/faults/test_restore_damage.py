@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import random
 import shutil
 import sys
 import tarfile
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -84,6 +86,13 @@ def bare_with_checksum(operator, folder: Path) -> Path:
     return path
 
 
+def same_content(bad: bytes, whole: bytes) -> bool:
+    try:
+        return gzip.decompress(bad) == gzip.decompress(whole)
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 @pytest.mark.parametrize("which", ["rdb", "archive", "manifest", "rdb alone", "archive alone", "bare"])
 def test_every_random_damage_is_refused(backed, tmp_path, which):
     name, _, alone = which.partition(" ")
@@ -96,8 +105,8 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
     for kind in KINDS:
         for number in range(EACH):
             bad = damaged(whole, kind, chance)
-            if bad == whole:  # zeros onto zeros
-                continue
+            if bad == whole or (alone and same_content(bad, whole)):
+                continue  # zeros onto zeros, or what gzip's header says of its writer
             path.write_bytes(bad)
             try:
                 assert_refused(backed, place, path)
