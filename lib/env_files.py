@@ -184,7 +184,7 @@ def _taken_along(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]]
         (name, taken)
         for name, value in written.items()
         for taken in re.findall(r"\$\{([^}:]*)", value or "")
-        if taken in environ and taken not in written
+        if taken in environ
     ]
 
 

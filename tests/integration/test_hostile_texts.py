@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from lib.config import load_config
 from lib.showing.settings import settings_lines
 from lib.shown import escaped, listed, one_line
 from tests.integration.test_hostile_network import replying, serving
+from tests.operator_support import ROOT
 
 pytestmark = pytest.mark.qdrant
 NASTY = "a\x1b]0;owned\x07\x1b[2J\r\n::forged line\u202ec\x9b31m"
@@ -109,3 +111,15 @@ def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
             )
             assert f"{name} (environment): is no URL of a proxy" in result.err
             assert not any(part in result.err for part in ("pa#", "ss@", "pa?", "pa55"))
+
+
+def test_the_traceback_of_a_bug_moves_nothing_and_shows_no_login():
+    code = "from lib import cli\ndef fail(): raise KeyError(Text())\nclass Text:\n    def __repr__(self): return %r\n"
+    code = code % f"{NASTY} http://user:word@host/" + "cli.run(fail)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "http://***@host/" in ended.stderr
+    assert not raw(ended.stderr)
