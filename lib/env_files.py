@@ -14,7 +14,7 @@ from shlex import quote
 from lib.files import trusted_owners
 
 DEFAULT = "default"
-_LARGEST = 1 << 20
+_LARGEST = 256 << 10
 # What is run: from the environment or the checkout's own .env alone.
 _PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
 _SENT_TO = {  # a key, and the settings that say where it is sent

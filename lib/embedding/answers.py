@@ -85,7 +85,7 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
             row = np.frombuffer(pybase64.b64decode(embedding, validate=True), dtype="<f4")
         else:  # a server that ignores base64; None stands for NaN in JSON
             row = np.asarray(embedding, dtype=np.float32)
-    except (ValueError, TypeError, binascii.Error) as error:
+    except (ValueError, TypeError, OverflowError, binascii.Error) as error:
         raise BadAnswer("a vector that is neither base64 nor a list of numbers") from error
     if row.ndim != 1 or len(row) == 0:
         raise BadAnswer("a vector that is not a list of numbers")
