@@ -19,7 +19,7 @@ from lib.addresses import without_logins
 from lib.console import show_held
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 from lib.pasteable import pasteable, remember_flags
-from lib.shown import escaped
+from lib.shown import escaped, one_line
 
 EXIT_CODES = """\
 exit codes:
@@ -69,6 +69,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(
                     f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?"
                 )
+            if any(ord(character) < 32 or ord(character) == 127 for character in word):
+                # As a file's name it would be repeated in messages, and forge a line of them.
+                self.error(f"an argument holds a control character: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
 

@@ -102,6 +102,17 @@ def test_a_manifest_with_such_a_name_is_damaged(operator):
         assert not raw(result.out + result.err)
 
 
+@pytest.mark.parametrize("flag", [[], ["--backup-dir"]])
+def test_a_files_name_forges_no_line(operator, tmp_path, flag):
+    """As `restore_from_backup.py incoming/*` gives it."""
+    path = tmp_path / FORGED.replace("/", "")
+    path.write_bytes(b"REDIS0012")
+    said = operator.run("restore_from_backup", *flag, str(path), expect=2).err
+    assert "an argument holds a control character" in said
+    assert "\n::forged" not in said
+    assert not raw(said)
+
+
 WORDS = [
     ("collection", "distance"),
     *(
