@@ -44,7 +44,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
                 self.close()
                 shown = quote(str(self.vectors_path))
                 raise SpoolDamaged(
-                    f"the spool {self.vectors_path} names a model in a form that these scripts do not write",
+                    f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
                     next_step=f"move it away and run again:  mv {shown} {shown}.damaged",
                 )
             self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)

@@ -100,7 +100,7 @@ class SpoolFile:
         found = tuple(self._number(f"PRAGMA {schema}.{name}") for name in ("application_id", "user_version"))
         tables_there = f"SELECT count(*) FROM {schema}.sqlite_master"  # noqa: S608 - a name of ours
         empty = self._number(tables_there) == 0
-        # A view or a trigger, which no spool has, runs what it holds: it may never end.
+        # A view or a trigger, which no embedding cache has, runs what it holds: it may never end.
         foreign = self._number(
             f"{tables_there} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
         )
