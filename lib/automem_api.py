@@ -98,7 +98,7 @@ def _checked(response: Any) -> dict[str, Any]:
         raise StoreFailed(f"AutoMem's API answered {response.status_code}: {one_line(response.text[:200])}")
     try:
         return dict(response.json())
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise StoreFailed("what answers at AUTOMEM_API_URL is not AutoMem: no JSON") from error
 
 
@@ -126,7 +126,7 @@ def _asked(api: AutoMemApi) -> HealthAnswer:
         return _without_answer(error, api.url)
     try:
         answer = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if isinstance(answer, dict) and "falkordb" in answer:
         return HealthAnswer("running", "AutoMem", answer)
@@ -134,7 +134,7 @@ def _asked(api: AutoMemApi) -> HealthAnswer:
     seen = f"HTTP {response.status_code}{f' from {one_line(server[:60])}' if server else ''}, not AutoMem's health"
     if location := response.headers.get("Location"):
         seen += f", a redirect to {one_line(urlsplit(location).netloc.rpartition('@')[2])}"
-    there = response.status_code < 300 or response.status_code in _NOT_THERE
+    there = 200 <= response.status_code < 300 or response.status_code in _NOT_THERE
     return HealthAnswer("absent" if there else "silent", seen)
 
 

@@ -12,14 +12,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from lib.addresses import without_logins
 from lib.console import show_held
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
 from lib.pasteable import pasteable, remember_flags
-from lib.shown import escaped
+from lib.shown import escaped, one_line
 
 EXIT_CODES = """\
 exit codes:
@@ -69,6 +69,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(
                     f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?"
                 )
+            if any(ord(character) < 32 or ord(character) == 127 for character in word):
+                # As a file's name it would be repeated in messages, and forge a line of them.
+                self.error(f"an argument holds a control character: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
 
@@ -229,6 +232,13 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     return known.exit_code
 
 
+def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of a bug, which may hold what others wrote, or an address with its login."""
+    import traceback
+
+    sys.stderr.write(escaped(without_logins("".join(traceback.format_exception(kind, error, trace)))))
+
+
 def _let_go(stream: io.TextIOBase) -> None:
     """A reader that left (head, less, a terminal) must not fail the interpreter's own last flush."""
     with contextlib.suppress(ValueError):
@@ -241,6 +251,7 @@ def _let_go(stream: io.TextIOBase) -> None:
 def run(command: Callable[[], int], *, as_json: bool = False) -> int:
     """Run a command and turn known errors into one message and an exit code; bugs keep their traceback."""
     _tidy_on_signals()
+    sys.excepthook = _show_fault
     streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, io.TextIOWrapper)]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a memory's words

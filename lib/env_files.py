@@ -14,6 +14,7 @@ from shlex import quote
 from lib.files import trusted_owners
 
 DEFAULT = "default"
+_LARGEST = 256 << 10
 # What is run: from the environment or the checkout's own .env alone.
 _PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
 _SENT_TO = {  # a key, and the settings that say where it is sent
@@ -106,32 +107,46 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
     return list(found.values())
 
 
-def _untrusted(path: Path) -> str | None:
+def _untrusted(path: Path, opened: os.stat_result) -> str | None:
     """Why a file may not say where keys are sent: somebody else could have written it. None if it may."""
-    for state in (path.lstat(), path.stat()):  # a link, and what it leads to
+    for state in (path.lstat(), opened):  # a link, and what it leads to
         if state.st_uid not in trusted_owners():
             return (
                 f"{path} belongs to another user (uid {state.st_uid}), who could have your keys sent elsewhere:"
                 f" sudo chown $(id -un) {quote(str(path))}   or remove it"
             )
-    if path.stat().st_mode & stat.S_IWOTH:
+    if opened.st_mode & stat.S_IWOTH:
         return f"{path} may be written by every user of this machine: chmod o-w {quote(str(path))}"
     return None
 
 
-def _read_file(path: Path, known: Mapping[str, str], root: Path, faults: list[str]) -> dict[str, Setting]:
+def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
+    """The text of a file that may be trusted, and the user id of its owner; what hinders is a fault."""
+    try:
+        with path.open("rb") as stream:
+            state = os.fstat(stream.fileno())  # of what is read, whatever takes its place meanwhile
+            data = stream.read(_LARGEST + 1)
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{path} cannot be read: {error}")
+        return "", 0
+    fault = _untrusted(path, state)
+    if fault is None and (len(data) > _LARGEST or "\0" in text):
+        fault = f"{path} cannot be read: it is no .env, too large or no text"
+    if fault:
+        faults.append(fault)
+        return "", state.st_uid
+    return text, state.st_uid
+
+
+def _read_file(
+    path: Path, known: Mapping[str, str], root: Path, environ: Mapping[str, str], faults: list[str]
+) -> dict[str, Setting]:
     """What a file sets; of duplicate lines the last one counts, an empty value counts as not set."""
     from dotenv import dotenv_values
     from dotenv.parser import parse_stream
 
-    if untrusted := _untrusted(path):
-        faults.append(untrusted)
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{path} cannot be read: {error}")
-        return {}
+    text, owner = _trusted_text(path, faults)
     glued = _glued(path, text.splitlines(), known)
     faults += glued.values()
     good, lines = "", {}
@@ -150,10 +165,27 @@ def _read_file(path: Path, known: Mapping[str, str], root: Path, faults: list[st
         for name in _PROGRAMS
         if values.get(name) and path != own
     ]
-    owner = path.stat().st_uid
+    faults += [
+        f"{path}:{lines[name]}: {name} takes ${{{taken}}} from your environment, and the file is another user's (uid"
+        f" {owner}): write the value out, or set {name} in the environment"
+        for name, taken in (_taken_along(good, environ) if owner != os.geteuid() else [])
+    ]
     return {
         name: Setting(value, f"{path}:{lines[name]}", owner=owner) for name, value in values.items() if value
     }
+
+
+def _taken_along(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """By setting, what a file takes from the environment: a key there could become part of another's address."""
+    from dotenv import dotenv_values
+
+    written = dotenv_values(stream=io.StringIO(text), interpolate=False)
+    return [
+        (name, taken)
+        for name, value in written.items()
+        for taken in re.findall(r"\$\{([^}:]*)", value or "")
+        if taken in environ
+    ]
 
 
 def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
@@ -178,7 +210,8 @@ def read_settings(
     user = os.geteuid()
     sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
     sources += [
-        _read_file(path, defaults, root, faults) for path in env_files(env_file, environ, cwd, root, faults)
+        _read_file(path, defaults, root, environ, faults)
+        for path in env_files(env_file, environ, cwd, root, faults)
     ]
     settings = {}
     for name, default in defaults.items():

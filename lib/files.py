@@ -19,6 +19,7 @@ from lib.errors import LockHeld, UsageProblem
 PARTIAL = ".partial"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
+_LARGEST = 64 << 20  # a journal, a report or a manifest
 
 
 def private_dir(path: Path, *, shared: bool = False) -> Path:
@@ -112,15 +113,35 @@ def _no_file_of_ours(path: Path) -> UsageProblem:
 
 
 def readable_bytes(path: Path) -> bytes:
-    """The content of a file of the backup folder. Raises UsageProblem if it belongs to another user."""
+    """The content of a small file of the backup folder.
+
+    Raises UsageProblem if it belongs to another user, is larger than any, or is a pipe, a device or a folder, as a copy
+    from elsewhere may hold: reading one of these may never end.
+    """
     try:
-        return path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            if (
+                not stat.S_ISREG(os.fstat(descriptor).st_mode)
+                or len(data := stream.read(_LARGEST + 1)) > _LARGEST
+            ):
+                raise _unreadable(path)
+            return data
+    except IsADirectoryError:
+        raise _unreadable(path) from None
     except PermissionError as error:
         folder = quote(str(path.parent))
         raise UsageProblem(
             f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
             next_step=f"ls -l {folder}   then   sudo chown -R $(id -un) {folder}   or name another with --backup-dir",
         ) from error
+
+
+def _unreadable(path: Path) -> UsageProblem:
+    return UsageProblem(
+        f"{path} was not written by these scripts: it is no regular file, or larger than any of its kind",
+        next_step=f"see where it comes from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
+    )
 
 
 def free_bytes(path: Path) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from lib.addresses import is_this_machine
 
@@ -16,6 +16,14 @@ PIECE_BYTES = (
 )  # of what comes over the network; a piece that is inflated is at most 1,000 times larger
 
 
+_ENCODINGS = {
+    "",
+    "identity",
+    "gzip",
+    "deflate",
+}  # one layer: a second inflates each piece a thousand times again
+
+
 class Unbounded(Exception):
     """The answer is larger than any that was asked for, or takes longer than any may."""
 
@@ -24,7 +32,11 @@ def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Sess
     """A session for this server, with no login but `login` and with no proxy if it is this machine."""
     import requests
 
+    from lib.http_deadline import TimedAdapter
+
     session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, TimedAdapter())
     session.auth = login or _no_auth
     session.trust_env = not is_this_machine(url)
     return session
@@ -43,8 +55,12 @@ def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:
         if len(body) > limit:
             raise Unbounded(f"the answer is larger than {limit >> 20} MiB")
         if time.monotonic() > deadline:
-            raise Unbounded(f"the answer was not whole after {seconds:.0f} s")
+            raise _too_late(seconds)
     return bytes(body)
+
+
+def _too_late(seconds: float) -> Unbounded:
+    return Unbounded(f"the answer was not whole after {seconds:.0f} s")
 
 
 def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
@@ -52,21 +68,75 @@ def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
     from requests import exceptions
     from urllib3.exceptions import DecodeError, HTTPError
 
+    from lib.http_deadline import end_by
+
+    deadline = time.monotonic() + seconds
     try:
+        end_by(response, deadline)
         body = joined(_received(response), limit, seconds)
     except DecodeError as error:
         raise exceptions.ContentDecodingError(error) from error
     except HTTPError as error:
+        if time.monotonic() >= deadline:
+            response.close()
+            raise _too_late(seconds) from error
         broken = exceptions.ConnectionError if "timed out" in str(error) else exceptions.ChunkedEncodingError
         raise broken(error) from error
     except Unbounded:
         response.close()
         raise
-    # What requests itself does when it has read a body.
-    vars(response).update(_content=body, _content_consumed=True)
+    # What requests itself does when it has read a body; a codec that the server names need not be one of texts.
+    vars(response).update(_content=body, _content_consumed=True, encoding="utf-8")
 
 
 def _received(response: requests.Response) -> Iterator[bytes]:
     """The body, inflated, as it comes: `iter_content` waits until a piece is full, however slowly it comes."""
     while piece := response.raw.read1(PIECE_BYTES, decode_content=True):
         yield piece
+
+
+def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]]]:
+    """The `event_hooks` of an httpx client: each answer is whole in `seconds`, and a refusal in `limit` bytes.
+
+    The caller reads the body of any other answer with `joined`.
+    """
+
+    def bound_time(request: Any) -> None:
+        request.headers["Accept-Encoding"] = "gzip, deflate"
+        request.extensions["trace"] = lambda event, info: _bound_stream(event, info, seconds)
+
+    def bound_refusal(response: Any) -> None:
+        if response.headers.get("Content-Encoding", "").strip().lower() not in _ENCODINGS:
+            raise Unbounded("the answer is compressed in a way that was not asked for")
+        response.encoding = "utf-8"  # a codec that the server names need not be one of texts
+        if response.status_code >= 300:
+            # What `response.read()` does, which reads without a bound.
+            vars(response).update(_content=joined(response.iter_bytes(), limit, seconds))
+
+    return {"request": [bound_time], "response": [bound_refusal]}
+
+
+def _bound_stream(event: str, info: dict[str, Any], seconds: float) -> None:
+    """Have the reads of a new connection end `seconds` after the last write: a head that drips has no other end.
+
+    https://www.python-httpx.org/advanced/extensions/#trace, https://www.encode.io/httpcore/network-backends/
+    """
+    if not event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+        return
+    stream = info["return_value"]
+    read, write, deadline = stream.read, stream.write, time.monotonic() + seconds
+
+    def bounded_read(max_bytes: int, timeout: float | None = None) -> Any:
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            return read(max_bytes, timeout=left if timeout is None else min(timeout, left))
+        finally:
+            if time.monotonic() >= deadline:
+                raise _too_late(seconds)
+
+    def noted_write(buffer: bytes, timeout: float | None = None) -> None:
+        nonlocal deadline
+        write(buffer, timeout=timeout)
+        deadline = time.monotonic() + seconds
+
+    stream.read, stream.write = bounded_read, noted_write

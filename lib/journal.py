@@ -143,19 +143,40 @@ def read_journal(path: Path) -> Journal | None:
     for line in readable_bytes(path).split(b"\n"):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and "phase" in entry:
             entries.append(entry)
     if not entries or not entries[0].keys() >= {"run_id", "command", "targets"}:
         return None
     journal = Journal(path, entries)
-    for fault in _forged(journal):
+    for fault in _misshapen(entries) or _forged(journal):
         raise BadFile(
             f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it",
             next_step=f"see where it comes from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
         )
     return journal
+
+
+def _misshapen(entries: list[dict[str, Any]]) -> list[str]:
+    """What holds another kind of value than a run writes."""
+    first = entries[0]
+    found = [name for name in ("run_id", "command") if not isinstance(first[name], str)]
+    if not isinstance(first["targets"], list) or not all(isinstance(one, str) for one in first["targets"]):
+        found.append("targets")
+    for entry in entries:
+        at = entry.get("at")
+        try:
+            known = isinstance(at, str) and datetime.fromisoformat(at).tzinfo is not None
+        except ValueError:
+            known = False
+        found += ["at"] if not known else []
+        found += ["phase"] if not isinstance(entry["phase"], str) else []
+        named = (
+            {*_TEMPORARY, *_FILES, "collection", "undo"} - {"stamp"}
+        ) & entry.keys()  # a model's stamp is a dict
+        found += [name for name in named if not isinstance(entry[name], str | None)]
+    return [f"its {name} is none that a run writes" for name in dict.fromkeys(found)]
 
 
 def _forged(journal: Journal) -> Iterator[str]:

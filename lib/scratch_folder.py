@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from lib.errors import UsageProblem
 
 # What a child needs to start. It opens files that may be hostile: it gets no key, password or token.
 _ENVIRONMENT = (
@@ -88,10 +91,24 @@ class ScratchFolder:
         return child
 
 
+def _common_folder() -> Path:
+    """The system's folder for temporary files. Raises UsageProblem if another user could replace what is in it."""
+    folder = Path(tempfile.gettempdir())
+    state = folder.stat()
+    others_write = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if state.st_uid not in {0, os.geteuid()} or (others_write and not state.st_mode & stat.S_ISVTX):
+        raise UsageProblem(
+            f"other users could replace what lies in the folder for temporary files {folder} (uid {state.st_uid},"
+            f" mode {state.st_mode & 0o7777:o})",
+            next_step="export TMPDIR=/tmp   or another folder that is yours, or sticky (mode 1777)",
+        )
+    return folder
+
+
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchFolder]:
     """A new folder (0700) in `parent` (default: the system's temporary folder), removed when the block ends."""
-    folder = Path(parent or tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(4)}"
+    folder = (parent or _common_folder()) / f"{prefix}{secrets.token_hex(4)}"
     undertaker = subprocess.Popen(
         ["/bin/sh", "-c", _UNDERTAKER, "sh", str(folder)],
         stdin=subprocess.PIPE,

@@ -203,9 +203,22 @@ def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
         raise BackupDamaged(f"{path}: its {FACTS} cannot be read: {error}") from error
     if not isinstance(facts, dict) or not facts.keys() >= _PROMISES:
         raise _foreign(path)
-    if not isinstance(facts.get("nodes", []), list):
+    if not isinstance(facts.get("nodes", []), list) or not _are_plain(facts):
         raise BackupDamaged(f"{path}: its {FACTS} is not whole")
     return facts
+
+
+def _are_plain(facts: dict[str, Any]) -> bool:
+    """Whether what messages and commands show of it are a number, and words that move nothing."""
+    server = facts.get("server") or {}
+    words = [
+        facts["collection"],
+        facts.get("model") or "",
+        *(server.values() if isinstance(server, dict) else [1]),
+    ]
+    return type(facts["promised_ids"]) is int and all(
+        isinstance(one, str) and one.isprintable() for one in words
+    )
 
 
 def _foreign(path: Path) -> BadFile:

@@ -17,6 +17,7 @@ from lib.addresses import same_server
 from lib.backup_set.shape import misfit
 from lib.errors import BackupDamaged, BadFile
 from lib.files import write_atomic
+from lib.shown import one_line
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
@@ -192,7 +193,8 @@ def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
         return None
     known = {one.name for one in dataclasses.fields(kind)}
     values = {name: value for name, value in raw.items() if name in known}
-    return kind(**{**values, "file": BackupFile(**values["file"])})
+    note = one_line(values.get("proof_note", ""))
+    return kind(**{**values, "file": BackupFile(**values["file"]), "proof_note": note})
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -258,7 +260,7 @@ def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
     created = datetime.fromisoformat(raw["created"])
     if created.astimezone(timezone.utc).year < _FIRST_YEAR:
-        raise ValueError(f"created {raw['created']}")
+        raise ValueError(f"created {raw['created']!r}")
     if created.tzinfo is None:
         raise ValueError("created has no time zone")
     if graph:
@@ -270,18 +272,13 @@ def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
 def _require_half(half: Mapping[str, Any], file: str) -> None:
     """Raise unless the half has the one name that backup gives its file, a known level and a server's address."""
     if half["proof"] not in PROOF_LEVELS:
-        raise ValueError(f"proof {half['proof']}")
+        raise ValueError(f"proof {half['proof']!r}")
     if half["file"]["name"] != file or ".." in file.split("/") or file.count("/") != 1:
         raise ValueError(f"its file is {half['file']['name']!r}, a backup's is {file!r}")
     if half["file"]["size"] < 0:
         raise ValueError(f"size {half['file']['size']}")
     same_server(half["server"]["address"], "")  # a port beyond 65535 or brackets without an end
-    names = [
-        half.get("graph", ""),
-        half.get("collection", ""),
-        half.get("model", ""),
-        *half.get("aliases", []),
-    ]
-    for one in (*names, *half["server"].values()):
+    words = [value for name, value in half.items() if isinstance(value, str) and name != "proof_note"]
+    for one in (*words, *half.get("aliases", []), *half["server"].values()):
         if not one.isprintable():
             raise ValueError(f"{one!r} is no name")

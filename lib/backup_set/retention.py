@@ -12,6 +12,7 @@ from lib.backup_set.manifest import CHECKED, PROOF_LEVELS, Manifest
 from lib.backup_set.reports import REPORT_DIR
 from lib.backup_set.sets import Deployment, all_sets, is_complete, manifests_named
 from lib.errors import UsageProblem
+from lib.files import readable_bytes
 from lib.journal import Journal, read_journal
 
 PROTECTED_DAYS = 30
@@ -71,7 +72,7 @@ def protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dic
     for path in sorted(folder.glob("journal_*.jsonl")):
         journal = read_journal(path)
         if journal is None:  # it may be of an unfinished run
-            named = _sets_in(path.read_text(errors="replace"))
+            named = _sets_in(readable_bytes(path).decode(errors="replace"))
             found |= dict.fromkeys(named, f"{path.name}, which is damaged, names it")
             continue
         journals.append(journal)
@@ -81,7 +82,7 @@ def protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dic
             why = f"the undo of {journal.command} run {journal.run_id} names it"
             found = dict.fromkeys(_named(journal), why) | found
     for path in _recent_reports(folder):
-        named = _sets_in(path.read_text(errors="replace"))
+        named = _sets_in(readable_bytes(path).decode(errors="replace"))
         found = dict.fromkeys(named, f"{REPORT_DIR}/{path.name} names it") | found
     why = "it undoes the newest re-embedding, and no newer verified set of the collection exists"
     return dict.fromkeys(_last_reembedding(own, targets, journals), why) | found

@@ -11,7 +11,7 @@ from shlex import quote
 from lib.addresses import same_server
 from lib.backup_set.manifest import FULL, SAFETY, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, MissingData, UsageProblem
-from lib.files import sync_dir
+from lib.files import readable_bytes, sync_dir
 from lib.journal import Journal, read_journal
 
 SPOOL_DIR = "embeddings"
@@ -173,7 +173,7 @@ def broken_manifests(folder: Path, path: Path) -> list[Path]:
         try:
             read_manifest(one)
         except (BackupDamaged, BadFile):
-            if stamp in path.name or path.name.encode() in one.read_bytes():
+            if stamp in path.name or path.name.encode() in readable_bytes(one):
                 found.append(one)
     return found
 

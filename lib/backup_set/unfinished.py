@@ -26,16 +26,22 @@ def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
         with contextlib.suppress(LockHeld), TargetLock([f"stamps of {folder.resolve()}"]):
             now = datetime.now(timezone.utc).replace(microsecond=0)
             stamp = now.strftime("%Y%m%d_%H%M%S")
-            taken = {one.fact(_STAMP) for one in open_journals(folder)}
+            taken = {_stamp_of(one) for one in open_journals(folder)}
             if stamp not in taken and not any(folder.rglob(f"*_{stamp}.*")):
                 journal.append("backup begun", stamp=stamp)
                 return stamp, now.isoformat()
         time.sleep(_WAIT_SECONDS)
 
 
+def _stamp_of(journal: Journal) -> str:
+    """The stamp that the run claimed; a re-embedding notes its model's by the same word, which is a dict."""
+    stamp = journal.fact(_STAMP)
+    return stamp if isinstance(stamp, str) else ""
+
+
 def remove_unfinished(folder: Path, journal: Journal) -> list[Path]:
     """Remove the files of a set that its run did not finish; what a manifest names, and others' files, stay."""
-    stamp = journal.fact(_STAMP)
+    stamp = _stamp_of(journal)
     if not stamp:
         return []
     found = list(folder.rglob(f"*_{stamp}.*{PARTIAL}"))

@@ -36,7 +36,7 @@ def parsed(content: bytes) -> dict[str, object]:
     except orjson.JSONDecodeError:
         try:
             body = json.loads(content)  # takes the NaN that servers written in Python may send
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadAnswer("the answer is not JSON") from error
     if not isinstance(body, dict):
         raise BadAnswer("the answer is not a JSON object")
@@ -85,7 +85,7 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
             row = np.frombuffer(pybase64.b64decode(embedding, validate=True), dtype="<f4")
         else:  # a server that ignores base64; None stands for NaN in JSON
             row = np.asarray(embedding, dtype=np.float32)
-    except (ValueError, TypeError, binascii.Error) as error:
+    except (ValueError, TypeError, OverflowError, binascii.Error) as error:
         raise BadAnswer("a vector that is neither base64 nor a list of numbers") from error
     if row.ndim != 1 or len(row) == 0:
         raise BadAnswer("a vector that is not a list of numbers")
@@ -114,4 +114,4 @@ def billed_tokens(body: dict[str, object]) -> int:
     """The tokens that an answer is billed for, whether or not its vectors are of use; 0 if it names none."""
     usage = body.get("usage")
     billed = usage.get("total_tokens") or usage.get("prompt_tokens") if isinstance(usage, dict) else 0
-    return billed if isinstance(billed, int) else 0
+    return max(0, billed) if isinstance(billed, int) else 0  # a negative one would pay for others

@@ -15,7 +15,7 @@ from lib.embedding.endpoint import OPENAI_BASE_URL, public_url
 from lib.embedding.pacing import estimated_tokens
 from lib.embedding.refusals import Transient, judged, redacted, refusal_of
 from lib.errors import UsageProblem
-from lib.http_policy import Unbounded, joined
+from lib.http_policy import Unbounded, httpx_hooks, joined
 
 if TYPE_CHECKING:
     import openai
@@ -74,7 +74,9 @@ class Provider:
                     timeout=self._timeout,
                     # No proxy leads to this machine; texts and Azure's key would go along to where a redirect points.
                     http_client=openai.DefaultHttpxClient(
-                        trust_env=not is_this_machine(self._base_url), follow_redirects=False
+                        trust_env=not is_this_machine(self._base_url),
+                        follow_redirects=False,
+                        event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._timeout),
                     ),
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from lib.dimensions import EmbeddingSpec, same_model, takes_dimensions
@@ -39,8 +40,14 @@ class Spool(PlanTable, KeptPoints, Pruning):
         super().__init__(path, vectors=vectors, read_only=read_only)
         self._specs: dict[bytes, EmbeddingSpec] = {}
         for prefix, url, model, size in self._rows("SELECT prefix, base_url, model, size FROM specs"):
-            assert isinstance(prefix, bytes)
-            self._specs[prefix] = EmbeddingSpec(str(url), str(model), int(str(size)))
+            if not isinstance(prefix, bytes) or not isinstance(size, int):
+                self.close()
+                shown = quote(str(self.vectors_path))
+                raise SpoolDamaged(
+                    f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
+                    next_step=f"move it away and run again:  mv {shown} {shown}.damaged",
+                )
+            self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)
 
     def text_key(self, spec: EmbeddingSpec, text: str) -> bytes:
         """The 16-byte key of `text` under `spec`; the spool remembers the spec."""

@@ -18,6 +18,7 @@ from redis.retry import Retry
 
 from lib.addresses import container_hint
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable
+from lib.graph.bounded import bounded_parser, physical_memory
 
 # A dead peer is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -25,9 +26,14 @@ START_HINT = "start it (`docker compose up -d falkordb`) or correct FALKORDB_HOS
 # What only asks: a server of the Docker image cuts a query at one second; a large DUMP or RESTORE of somebody else can
 # keep the answer waiting for longer.
 READ_SECONDS = 120.0
+# Of a whole reply: bytes, and seconds from the request on. A DUMP is at most as large as a server can be set to take,
+# and is held twice while it arrives.
+_PROBE_BYTES, _READ_BYTES, _DUMP_BYTES = 1 << 20, 512 << 20, 5 << 30
+_WHOLE_READ_SECONDS, _WHOLE_WRITE_SECONDS = 600.0, 6 * 3600.0
 _READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY"}
 _REFUSALS = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
 _CANNOT_SAVE = "MISCONF"
+_MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 # Refused before it is executed, so that every command may be sent again.
 _QUEUE_FULL = "Max pending queries exceeded"
 _QUEUE_SECONDS, _FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 0.02, 0.5
@@ -97,16 +103,23 @@ def connect(
     """A connection that has answered a PING within `timeout_seconds`.
 
     Afterwards a question may take `read_seconds`, then it raises StoreUnreachable; DUMP, RESTORE and all that writes
-    may take as long as it needs. Nothing that may have been executed is sent twice: redis-py's own retries would repeat
-    writes. Raises StoreUnreachable, AccessRefused.
+    may take hours. A reply that is larger than any raises StoreFailed. Nothing that may have been executed is sent
+    twice: redis-py's own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
     options = _options(address, timeout_seconds)
     probe = redis.Redis(**options, socket_timeout=timeout_seconds)
+    _bound(probe, _PROBE_BYTES, timeout_seconds)
     with translated(address.display), contextlib.closing(probe):
         _require_answer(probe)
     client = _Client(**options, socket_timeout=None)
+    _bound(client, min(_DUMP_BYTES, physical_memory() // 3), _WHOLE_WRITE_SECONDS)
     client.reads = redis.Redis(**options, socket_timeout=read_seconds)
+    _bound(client.reads, _READ_BYTES, max(read_seconds, _WHOLE_READ_SECONDS))
     return client
+
+
+def _bound(client: redis.Redis, limit: int, seconds: float) -> None:
+    client.connection_pool.connection_kwargs["parser_class"] = bounded_parser(limit, seconds)
 
 
 def _require_answer(probe: redis.Redis) -> None:
@@ -122,7 +135,7 @@ def save_trouble(conn: redis.Redis) -> str:
     """Why the server cannot save its data to its disk, for a warning; "" if it can, or does not tell this user."""
     try:
         with translated(place(conn)):
-            state = conn.info("persistence")
+            state = dict(conn.info("persistence"))
     except AccessRefused:
         return ""
     names = {
@@ -159,11 +172,19 @@ def _keepalive_options() -> dict[int, int]:
 
 @contextlib.contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Raise what redis-py raises inside as StoreUnreachable, AccessRefused or StoreFailed, naming `where`."""
+    """Raise what redis-py raises inside as StoreUnreachable, AccessRefused or StoreFailed, naming `where`.
+
+    So is what raises inside because a reply has another form than FalkorDB's.
+    """
     try:
         yield
     except redis.exceptions.RedisError as error:
         raise _as_migration_error(error, where) from error
+    except _MISREAD as error:
+        raise StoreFailed(
+            f"what answers at {where} is not FalkorDB: a reply of it has another form ({type(error).__name__})",
+            next_step=START_HINT,
+        ) from error
 
 
 def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> MigrationError:
@@ -237,8 +258,9 @@ def server_versions(conn: redis.Redis) -> ServerVersions:
         modules = command(conn, "MODULE", "LIST")
     except AccessRefused:
         return ServerVersions(redis_version, "")
-    facts = [dict(zip(module[::2], module[1::2], strict=True)) for module in modules]
-    numbers = {fact[b"name"].decode(): int(fact[b"ver"]) for fact in facts}
+    with translated(place(conn)):
+        facts = [dict(zip(module[::2], module[1::2], strict=True)) for module in modules]
+        numbers = {fact[b"name"].decode(): int(fact[b"ver"]) for fact in facts}
     falkordb = _dotted(numbers["graph"]) if "graph" in numbers else ""
     return ServerVersions(redis_version, falkordb, frozenset(numbers))
 
@@ -249,13 +271,15 @@ def _dotted(number: int) -> str:
 
 def list_graphs(conn: redis.Redis) -> list[str]:
     """Names of the graphs, sorted. GRAPH.LIST, not KEYS: `telemetry{g}` are ordinary keys beside them."""
-    return sorted(name.decode() for name in command(conn, "GRAPH.LIST"))
+    with translated(place(conn)):
+        return sorted(name.decode() for name in command(conn, "GRAPH.LIST"))
 
 
 def expires_at(conn: redis.Redis, graph: str) -> str:
     """When the server will delete the graph's key (ISO 8601, UTC); "" if never, or if this user may not ask."""
     try:
-        milliseconds = int(command(conn, "PEXPIRETIME", graph))
+        with translated(place(conn)):
+            milliseconds = int(command(conn, "PEXPIRETIME", graph))
     except (AccessRefused, StoreFailed):
         return ""
     if milliseconds < 0:
@@ -269,10 +293,13 @@ def function_libraries(conn: redis.Redis) -> list[str]:
     Empty if the version has none, or if this user may not ask.
     """
     try:
-        listed = command(conn, "GRAPH.UDF", "LIST")
+        with translated(place(conn)):
+            listed = [
+                dict(zip(one[::2], one[1::2], strict=True)) for one in command(conn, "GRAPH.UDF", "LIST")
+            ]
+            return sorted(one[b"library_name"].decode() for one in listed)
     except (AccessRefused, StoreFailed):
         return []
-    return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
 
 
 def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import redis
 
 from lib.errors import MissingData, StoreFailed
-from lib.graph.client import command
+from lib.graph.client import command, place, translated
 
 PAGE_ROWS = 2000
 Row = list[Any]
@@ -73,7 +73,8 @@ def raw_rows(conn: redis.Redis, graph: str, cypher: str, **numbers: int) -> list
         answer = command(conn, "GRAPH.RO_QUERY", graph, text, "--compact")
     except StoreFailed as error:
         raise missing_or(error, graph) from error
-    return list(answer[1]) if len(answer) > 1 else []
+    with translated(place(conn)):
+        return [list(row) for row in answer[1]] if len(answer) > 1 else []
 
 
 def missing_or(error: StoreFailed, graph: str) -> MissingData | StoreFailed:

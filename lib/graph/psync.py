@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 1 << 20
 MARK_BYTES = 40
 CRC_BYTES = 8
+PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines meanwhile
+_LENGTH_DIGITS, _LINE_BYTES = 15, 1 << 16
 _GRANT = "grant it: ACL SETUSER <user> +psync +replconf; without it the graph is taken with DUMP"
 _LATER = {
     "LOADING": "is still loading its data",
@@ -90,7 +93,7 @@ def _until_mark(wire: _Wire, mark: bytes) -> Iterator[bytes]:
 
 def _of_length(wire: _Wire, digits: bytes) -> Iterator[bytes]:
     """A transfer from the server's disk: its length comes first."""
-    if not digits.isdigit():
+    if not digits.isdigit() or len(digits) > _LENGTH_DIGITS:
         raise StoreFailed(f"FalkorDB at {wire.where} announced an RDB in a way that is not understood")
     left = int(digits)
     while left:
@@ -195,15 +198,21 @@ class _Wire:
 
     def _line(self) -> bytes:
         """The next line that is not empty. Raises what a refusal means."""
-        line = b"\n"
-        while line and not line.strip():
+        line, deadline = b"", time.monotonic() + PREPARE_SECONDS
+        while not line.endswith(b"\n"):
             with self._told():
-                line = self._reader.readline(CHUNK_BYTES)
-        if not line.endswith(b"\n"):
-            raise StoreUnreachable(
-                f"FalkorDB at {self.where} closed the connection instead of sending an RDB",
-                next_step="look at the server's log: it may lack the memory to fork",
-            )
+                byte = self._reader.read1(1)  # each may come as late as `idle_seconds`
+            if not byte or len(line) > _LINE_BYTES:
+                raise StoreUnreachable(
+                    f"FalkorDB at {self.where} closed the connection instead of sending an RDB",
+                    next_step="look at the server's log: it may lack the memory to fork",
+                )
+            if time.monotonic() > deadline:
+                raise StoreUnreachable(
+                    f"FalkorDB at {self.where} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s",
+                    next_step="look at the server's log, then run this again",
+                )
+            line = (line + byte).lstrip()
         if line.startswith(b"-"):
             raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.where)
         return line.strip()

@@ -10,7 +10,8 @@ from typing import Any
 from lib.backup_set.manifest import CHECKED, RESTORED
 from lib.backup_set.members import ArchiveFacts, SnapshotMember, read_snapshot
 from lib.dimensions import EmbeddingSpec
-from lib.errors import BackupDamaged
+from lib.errors import BackupDamaged, UsageProblem
+from lib.files import readable_bytes
 from lib.scratch_folder import scratch_folder
 from lib.steps.prove_collection import Aside, CollectionProof
 from lib.steps.take_collection import known_model
@@ -62,8 +63,8 @@ def _compare_checksum(path: Path, sha256: str) -> None:
     """A server keeps `<name>.checksum` beside a snapshot on its disk; an operator may have copied both."""
     beside = path.with_name(f"{path.name}.checksum")
     told = ""
-    with suppress(OSError, ValueError):
-        told = beside.read_text(encoding="ascii").strip().lower()
+    with suppress(OSError, ValueError, UsageProblem):
+        told = readable_bytes(beside).decode("ascii").strip().lower()
     if re.fullmatch(r"[0-9a-f]{64}", told) and told != sha256:
         raise BackupDamaged(
             f"{path} does not have the sha256 that {beside.name} gives: it was damaged or edited"

@@ -14,6 +14,8 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from lib.errors import BackupDamaged, StoreFailed
+from lib.http_deadline import end_by
+from lib.shown import one_line
 from lib.vectors.address import collection_path
 from lib.vectors.refusals import NoAnswer, NotFound, QdrantError
 from lib.vectors.startup import restarted, startup
@@ -23,6 +25,7 @@ ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after th
 CREATE_SECONDS = 1800.0
 POLL_SECONDS = 1.0
 PIECE_BYTES = 1024 * 1024
+PIECE_SECONDS = 600.0  # a download that brings less in this time is broken off
 
 _SERVERS = 3  # so many of them, one after the other, may fall over one snapshot
 
@@ -162,14 +165,15 @@ class _Fetch:
         self._etag = ""
 
     def pieces(self) -> Iterator[bytes]:
-        barren = 0  # connections in a row that brought nothing
+        barren = 0  # connections in a row that brought next to nothing
         while self.done != self.total:
-            before = self.done
+            before, began = self.done, time.monotonic()
             yield from self._one_connection()
             if self.done == self.total:
                 return
             self.resumed += 1
-            barren = barren + 1 if self.done == before else 0
+            enough = PIECE_BYTES if time.monotonic() - began >= PIECE_SECONDS else 1
+            barren = barren + 1 if self.done - before < enough else 0
             if barren > len(PAUSES_SECONDS):
                 raise NoAnswer(
                     f"Qdrant at {self._q.display}: the download stays broken off at byte {self.done}"
@@ -186,7 +190,7 @@ class _Fetch:
             known = self._check(response)
             # What breaks here ends this connection's pieces early.
             with contextlib.suppress(HTTPError, OSError):
-                for received in response.raw.stream(PIECE_BYTES, decode_content=False):
+                for received in _paced(response):
                     piece, known = received[known:], max(0, known - len(received))
                     if self.done + len(piece) > self.total:
                         raise self._refuse("the download is longer than its length")
@@ -200,7 +204,10 @@ class _Fetch:
             raise self._refuse("a proxy compresses the download")
         if self.done == 0:
             self._etag = response.headers.get("ETag", "")
-            self.total = int(response.headers.get("Content-Length", self._listed_size))
+            length = response.headers.get("Content-Length", str(self._listed_size))
+            if not re.fullmatch(r"[0-9]{1,18}", length):
+                raise self._refuse(f"the length of the download is {one_line(length[:40])!r}")
+            self.total = int(length)
             return 0
         if response.status_code == 200 and not self._etag and "Content-Length" not in response.headers:
             return self.done
@@ -214,6 +221,23 @@ class _Fetch:
     def _refuse(self, why: str) -> StoreFailed:
         step = "run the backup again, straight against the server"
         return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
+
+
+def _paced(response: requests.Response) -> Iterator[bytes]:
+    """The bytes as they come, chunk lines and trailers passed over; TimeoutError if a MiB takes PIECE_SECONDS.
+
+    Not by `stream` of urllib3: it reads lines and trailers without a bound.
+    """
+    left = 0
+    while True:
+        if left <= 0:
+            end_by(response, time.monotonic() + PIECE_SECONDS)
+            left = PIECE_BYTES
+        received = response.raw.read1(PIECE_BYTES, decode_content=False)
+        if not received:
+            return
+        left -= len(received)
+        yield received
 
 
 def _await_new(

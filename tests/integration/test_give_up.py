@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -229,19 +230,17 @@ def test_a_damaged_journal_is_named_by_every_command(operator):
 
 
 def test_another_users_journal_is_a_refusal_with_a_way_out(operator, monkeypatch):
-    from pathlib import Path
-
     operator.backups.mkdir()
     file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
     file.write_text("{}")
-    real = Path.read_bytes
+    real = os.open
 
-    def refuse(path):
+    def refuse(path, *more, **options):
         if path == file:
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+        return real(path, *more, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    monkeypatch.setattr(os, "open", refuse)  # root may read everything
     refused = operator.run("backup_automem", "--list", expect=2)
     assert f"cannot write to the folder {operator.backups}: {file.name}: Permission denied" in refused.err
     assert f"sudo chown -R $(id -un) {operator.backups}" in refused.err

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
+import sqlite3
 import tarfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,45 @@ def test_a_planted_journal_removes_nothing(operator):
         assert str(path) in result.err
         assert "PASTED" not in result.err + result.out
     assert operator.state() == before
+
+
+def test_a_run_that_noted_its_models_stamp_hinders_no_backup(operator):
+    """Its journal is open, and what it calls a stamp is no time."""
+    operator.load(20)
+    operator.backups.mkdir(mode=0o700)
+    journal = start_journal(operator.backups, "reembed", ["falkordb other:1 g", "qdrant other:1 c"])
+    journal.append("proved", stamp={"embedding_model": "m"})
+    operator.run("backup_automem")
+
+
+JOURNALS = {
+    "a pipe": lambda path, _entry: os.mkfifo(path),
+    "memory without end": lambda path, _entry: path.symlink_to("/dev/zero"),
+    "a folder": lambda path, _entry: path.mkdir(),
+    "larger than any": lambda path, _entry: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40),
+    "targets": lambda path, entry: path.write_text(json.dumps({**entry, "targets": 5})),
+    "command": lambda path, entry: path.write_text(json.dumps({**entry, "command": [1]})),
+    "phase": lambda path, entry: path.write_text(json.dumps({**entry, "phase": [1]})),
+    "at": lambda path, entry: path.write_text(json.dumps({**entry, "at": "2026-01-01T00:00:00"})),
+    "side": lambda path, entry: path.write_text(json.dumps({**entry, "side": [entry]})),
+}
+
+
+@pytest.mark.parametrize("kind", list(JOURNALS))
+def test_a_journal_of_another_kind_stops_with_its_name(operator, kind):
+    """As a copy or an archive from elsewhere may hold it: no command waits for a pipe, or fails in a traceback."""
+    operator.load(20)
+    operator.backups.mkdir(mode=0o700)
+    path = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
+    entry = {"run_id": "20260101_000000_abcd", "command": "reembed", "targets": ["a b c"], "phase": "started"}
+    JOURNALS[kind](path, {"at": "2026-01-01T00:00:00+00:00", **entry})
+    for script, *words in (
+        ("backup_automem",),
+        ("reembed_embeddings", "--dry-run"),
+        ("backup_automem", "--list"),
+    ):
+        result = operator.run(script, *words, expect=None if words == ["--list"] else 2)
+        assert result.code == 0 or f"{path} was not written by these scripts" in result.err
 
 
 @pytest.mark.parametrize("stamp", ["x/../../../stolen", "../stolen", "20260101_0000001"])
@@ -301,3 +343,30 @@ def test_a_copy_is_closed_to_others_while_it_is_written(operator, tmp_path, monk
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copies").rglob("*") if path.is_file()} == {
         0o600
     }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "VIEW v AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n",
+        "TRIGGER t AFTER INSERT ON vectors BEGIN DELETE FROM vectors; END",
+    ],
+    ids=["view", "trigger"],
+)
+def test_a_cache_that_runs_something_is_refused(operator, statement):
+    operator.load(20)
+    operator.run("reembed_embeddings", "--dry-run")
+    path = operator.backups / "embeddings" / "vectors.sqlite3"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"CREATE {statement}")
+    result = operator.run("reembed_embeddings", "--dry-run", expect=1)
+    assert f"{path} is not a spool of this version" in result.err
+
+
+def test_a_cache_with_a_model_of_another_form_is_refused(operator):
+    operator.load(20)
+    operator.run("reembed_embeddings", "--dry-run")
+    path = operator.backups / "embeddings" / "vectors.sqlite3"
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE specs SET size = 'many'")
+    assert "names a model in a form" in operator.run("reembed_embeddings", "--dry-run", expect=1).err

@@ -115,3 +115,49 @@ def test_the_engine_of_the_segments_is_bounded_and_gets_no_secret(monkeypatch, t
         assert b"sk-secret" not in (process / "environ").read_bytes()
     assert limits["Max cpu time"] == "601"
     assert 4 << 30 < int(limits["Max address space"]) < 1 << 50
+
+
+@as_root
+def test_the_file_of_another_owner_takes_no_key_along(operator, monkeypatch):
+    """Of the checkout's owner, say: python-dotenv puts what is in the environment where a file names it."""
+    from lib import env_files
+
+    monkeypatch.setattr(env_files, "trusted_owners", lambda: {0, NOBODY})
+    path = operator.folder / ".env"
+    path.write_text(
+        "A=x\nOPENAI_BASE_URL=http://127.0.0.1:1/${A}\nQDRANT_URL=http://127.0.0.1:1/${OPENAI_API_KEY:-x}\nOPENAI_API_KEY=late\n"
+    )
+    operator.export(OPENAI_API_KEY="sk-of-root")
+    environ = {"QDRANT_URL": "", "OPENAI_BASE_URL": ""}
+    os.chown(path, NOBODY, NOBODY)
+    said = operator.run("backup_automem", env=environ, expect=2).err
+    assert f"{path}:3: QDRANT_URL takes ${{OPENAI_API_KEY}} from your environment" in said
+    assert "OPENAI_BASE_URL takes" not in said
+    assert "sk-of-root" not in said
+
+
+@pytest.mark.parametrize("content", [b"A=1\n" * 600_000, b"QDRANT_URL=http://x\0y\n"], ids=["large", "NUL"])
+def test_an_env_file_that_is_none_is_refused(operator, content):
+    (operator.folder / ".env").write_bytes(content)
+    said = operator.run("backup_automem", expect=2).err
+    assert f"{operator.folder}/.env cannot be read: it is no .env" in said
+
+
+@pytest.mark.parametrize(
+    "mode", [0o777, pytest.param(0o755, marks=as_root)], ids=["open to all", "another's"]
+)
+def test_no_scratch_server_works_where_others_may_replace_its_folder(operator, tmp_path, mode):
+    operator.load(20)
+    folder = tmp_path / "of others"
+    folder.mkdir()
+    folder.chmod(mode)
+    if mode == 0o755:
+        os.chown(folder, NOBODY, NOBODY)
+    operator.export(TMPDIR=folder)
+    said = operator.run("backup_automem", expect=2).err
+    assert f"the folder for temporary files {folder} (uid" in said
+    assert "export TMPDIR=/tmp" in said
+    assert list(folder.iterdir()) == []
+    folder.chmod(0o1777)
+    os.chown(folder, os.geteuid(), os.getegid())
+    operator.run("backup_automem")

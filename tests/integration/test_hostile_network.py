@@ -14,9 +14,12 @@ import pytest
 
 from lib import automem_api, http_policy
 from lib.automem_api import AutoMemApi, ask_health, recall
+from lib.dimensions import EmbeddingSpec
 from lib.embedding import client, provider
+from lib.embedding.refusals import Transient
 from lib.errors import StoreFailed, StoreUnreachable
-from lib.vectors import transport
+from lib.vectors import snapshots, transport
+from lib.vectors.refusals import NoAnswer
 from lib.vectors.transport import Qdrant
 
 
@@ -62,7 +65,7 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[tuple[str, dict[str, str
 def replying(status: int, headers: dict[str, str], body: bytes = b"") -> Answer:
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             request.send_header(name, value)
         request.end_headers()
         request.wfile.write(body)
@@ -85,6 +88,34 @@ def dripping(request: BaseHTTPRequestHandler) -> None:
         pass
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def without_end(start: bytes, unit: bytes, pause: float = 0.05) -> Answer:
+    """This start, then this unit again and again, each sooner than any time-out, for a minute."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        with_end = time.monotonic() + 60
+        request.close_connection = True
+        try:
+            request.wfile.write(start)
+            while time.monotonic() < with_end:
+                request.wfile.write(unit)
+                time.sleep(pause)
+        except OSError:
+            pass
+
+    return answer
+
+
+HEADS = {
+    "a status line": without_end(b"", b"H"),
+    "a header": without_end(b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+    "interim answers": without_end(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "interim answers, fast": without_end(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, 0.0),
+    "trailers": without_end(CHUNKED + b"2\r\n{}\r\n0\r\n", b"X: y\r\n"),
+    "a chunk's line": without_end(CHUNKED + b"1;", b"x"),
+}
 BOMBING = replying(200, {"Content-Encoding": "gzip", "Content-Type": "application/json"}, BOMB)
 
 
@@ -129,6 +160,126 @@ def test_a_provider_without_end_ends_the_run(operator, impatient, answer):
     assert asked
     assert "larger than" in result.err or "was not whole" in result.err
     assert operator.state() == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["a header", *(pytest.param(one, marks=pytest.mark.matrix) for one in HEADS if one != "a header")]
+)
+def test_a_head_that_drips_is_given_up(impatient, kind):
+    """Each byte comes in time; the head, or what is no byte of the body, has no end."""
+    began = time.monotonic()
+    with serving(HEADS[kind]) as (url, _):
+        with pytest.raises((StoreUnreachable, StoreFailed), match=r"timed out|was not whole after 1 s"):
+            Qdrant(url, timeout_seconds=0.3, sleep=lambda _seconds: None).version()
+        with pytest.raises(StoreUnreachable):
+            recall(AutoMemApi(url, timeout_seconds=0.3), "x", 1)
+        sent = provider.Provider(EmbeddingSpec(f"{url}/v1", "text-embedding-3-small", 96), "sk-x", 20.0)
+        with pytest.raises(Transient):
+            sent.send(["x"])
+        sent.close()
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=pytest.mark.matrix) for one in HEADS])
+def test_a_run_whose_provider_drips_ends_the_run(operator, impatient, kind):
+    operator.load(5)
+    operator.run("backup_automem")
+    before = operator.state()
+    with serving(HEADS[kind]) as (url, asked):
+        operator.export(OPENAI_BASE_URL=f"{url}/v1", VECTOR_SIZE=96)
+        began = time.monotonic()
+        result = operator.run("reembed_embeddings", "--dry-run", expect=6)
+    assert asked
+    assert "gave no good answer" in result.err
+    assert time.monotonic() - began < 20
+    assert operator.state() == before
+
+
+TWICE = gzip.compress(gzip.compress(bytes(64 << 20)) * 500)
+REFUSALS = {
+    "endless": (
+        without_end(b"HTTP/1.1 429 X\r\nContent-Length: 99999999999\r\n\r\n", b"x" * 65536, 0.0),
+        "larger",
+    ),
+    "inflated": (replying(400, {"Content-Encoding": "gzip"}, BOMB), "larger than 1 MiB"),
+    "twice": (replying(200, {"Content-Encoding": "gzip, gzip"}, TWICE), "in a way that was not asked for"),
+    "deep": (replying(200, {"Content-Type": "application/json"}, b"[" * 500_000), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["twice", *(pytest.param(one, marks=pytest.mark.matrix) for one in REFUSALS if one != "twice")]
+)
+def test_a_refusal_of_the_provider_is_bounded_too(operator, impatient, kind):
+    """The openai package reads the body of an error whole, whatever it inflates to; 32 GB come of the second."""
+    answer, says = REFUSALS[kind]
+    operator.load(5)
+    operator.run("backup_automem")
+    with serving(answer) as (url, _):
+        operator.export(OPENAI_BASE_URL=f"{url}/v1", VECTOR_SIZE=96)
+        assert says in operator.run("reembed_embeddings", "--dry-run", expect=6).err
+
+
+def test_a_deep_json_is_no_traceback():
+    with serving(replying(200, {"Content-Type": "application/json"}, b"[" * 500_000)) as (url, _):
+        assert ask_health(AutoMemApi(url)).presence == "absent"
+        with pytest.raises(StoreFailed, match="is not AutoMem"):
+            recall(AutoMemApi(url), "x", 1)
+        with pytest.raises(StoreFailed, match="is not Qdrant"):
+            Qdrant(url).version()
+
+
+@pytest.mark.parametrize("codec", ["idna", "rot13", "base64", "undefined"])
+def test_a_codec_that_is_none_of_texts_is_no_traceback(codec):
+    kind = {"Content-Type": f"text/plain; charset={codec}"}
+    with serving(replying(500, kind, "\xe4\xff".encode() * 99)) as (url, _):
+        with pytest.raises(StoreFailed, match="answered 500: \xe4\xff"):
+            Qdrant(url).version()
+        with pytest.raises(StoreFailed, match="answered 500: \xe4\xff"):
+            recall(AutoMemApi(url), "x", 1)
+        with pytest.raises(Transient, match="\xe4\xff"):
+            provider.Provider(EmbeddingSpec(f"{url}/v1", "m", 96), "sk-x", 20.0).send(["x"])
+
+
+def test_an_interim_answer_is_no_absence():
+    """A gateway may send 103 (early hints) before AutoMem's own answer, which http.client takes for the answer."""
+    early = without_end(
+        b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"", 60.0
+    )
+    with serving(early) as (url, _):
+        assert ask_health(AutoMemApi(url)).presence == "silent"
+
+
+DOWNLOADS = {
+    "a chunk of a negative size": (
+        without_end(CHUNKED + b"-5\r\n", b"x" * 65536, 0.0),
+        StoreFailed,
+        "longer than",
+    ),
+    "a length that is none": (
+        replying(200, {"Content-Length": "abc"}),
+        StoreFailed,
+        "length of the download is 'abc'",
+    ),
+    "trailers": (
+        without_end(CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n"),
+        NoAnswer,
+        "stays broken off at byte 1",
+    ),
+    "a byte at a time": (dripping, StoreFailed, "the rest of a broken download cannot be fetched"),
+}
+
+
+@pytest.mark.parametrize("kind", list(DOWNLOADS))
+def test_a_snapshot_without_end_is_given_up(monkeypatch, kind):
+    monkeypatch.setattr(snapshots, "PIECE_SECONDS", 0.2)
+    answer, error, says = DOWNLOADS[kind]
+    taken = bytearray()
+    with serving(answer) as (url, _):
+        q = Qdrant(url, timeout_seconds=2.0, sleep=lambda _seconds: None)
+        with pytest.raises(error, match=says):
+            snapshots.download(q, "c", snapshots.Snapshot("s", 1000, None, ""), taken.extend)
+    assert len(taken) <= 1000
 
 
 def test_texts_and_keys_go_nowhere_else(operator, impatient):

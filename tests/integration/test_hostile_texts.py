@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
+import sys
+import tarfile
 
 import pytest
 
@@ -12,8 +15,10 @@ from lib.config import load_config
 from lib.showing.settings import settings_lines
 from lib.shown import escaped, listed, one_line
 from tests.integration.test_hostile_network import replying, serving
+from tests.operator_support import ROOT
 
 pytestmark = pytest.mark.qdrant
+FORGED = "x\n::forged\x1b[2J\u202e"
 NASTY = "a\x1b]0;owned\x07\x1b[2J\r\n::forged line\u202ec\x9b31m"
 
 
@@ -97,6 +102,73 @@ def test_a_manifest_with_such_a_name_is_damaged(operator):
         assert not raw(result.out + result.err)
 
 
+@pytest.mark.parametrize("flag", [[], ["--backup-dir"]])
+def test_a_files_name_forges_no_line(operator, tmp_path, flag):
+    """As `restore_from_backup.py incoming/*` gives it."""
+    path = tmp_path / FORGED.replace("/", "")
+    path.write_bytes(b"REDIS0012")
+    said = operator.run("restore_from_backup", *flag, str(path), expect=2).err
+    assert "an argument holds a control character" in said
+    assert "\n::forged" not in said
+    assert not raw(said)
+
+
+WORDS = [
+    ("collection", "distance"),
+    *(
+        pytest.param(half, name, marks=pytest.mark.matrix)
+        for half, names in {
+            "collection": ("model_known", "proof", "proof_note", "snapshot_name", "snapshot_sha256"),
+            "graph": ("digest", "expires", "kind", "proof", "proof_note"),
+        }.items()
+        for name in names
+    ),
+]
+
+
+@pytest.mark.parametrize(("half", "name"), WORDS)
+def test_no_word_of_a_manifest_forges_a_line(operator, half, name):
+    """Sealed again, as who may write at the place of the copies can."""
+    operator.load(12)
+    operator.run("backup_automem")
+    (path,) = operator.manifests()
+    document = json.loads(path.read_text())
+    document[half][name] = FORGED
+    path.write_text(json.dumps(sealed(document)))
+    for words in (["backup_automem", "--list"], ["restore_from_backup", "latest", "--dry-run"]):
+        result = operator.run(*words, expect=None)
+        assert not raw(result.out + result.err)
+        assert "\n::forged" not in result.out + result.err
+
+
+FACTS = [
+    ("collection", FORGED),
+    ("collection", {"a": 1}),
+    ("promised_ids", FORGED),
+    ("server", {"version": FORGED}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), FACTS)
+def test_no_word_of_an_archive_forges_a_line(operator, tmp_path, name, value):
+    """An archive that is restored by its name, with no manifest that its words are compared with."""
+    operator.load(12)
+    operator.run("backup_automem", "--only", "qdrant")
+    (archive,) = (operator.backups / "qdrant").glob("*.tar.gz")
+    forged = tmp_path / "forged.tar.gz"
+    with tarfile.open(archive) as old, tarfile.open(forged, "w:gz", compresslevel=1) as new:
+        for member in old:
+            content = old.extractfile(member).read()
+            if member.name == "collection.json":
+                content = json.dumps({**json.loads(content), name: value}).encode()
+            member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+    result = operator.run("restore_from_backup", str(forged), "--dry-run", expect=4)
+    assert "its collection.json is not whole" in result.err
+    assert not raw(result.err)
+    assert "\n::forged" not in result.err
+
+
 def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
     for words in (["--chek=sftp://u:pa/ss@host/f"], ["--check", "x", "sftp://u:pa/ss@host/f"]):
         result = operator.run("backup_automem", *words, expect=2)
@@ -109,3 +181,15 @@ def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
             )
             assert f"{name} (environment): is no URL of a proxy" in result.err
             assert not any(part in result.err for part in ("pa#", "ss@", "pa?", "pa55"))
+
+
+def test_the_traceback_of_a_bug_moves_nothing_and_shows_no_login():
+    code = "from lib import cli\ndef fail(): raise KeyError(Text())\nclass Text:\n    def __repr__(self): return %r\n"
+    code = code % f"{NASTY} http://user:word@host/" + "cli.run(fail)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "http://***@host/" in ended.stderr
+    assert not raw(ended.stderr)

@@ -274,7 +274,7 @@ path, what, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if what == "write":
     with a.archive_writer(path) as archive:
         ids = size // 10 // 1000 * 100
-        facts = b'{"collection":1,"config":1,"snapshot_size":1,"snapshot_sha256":1,"promised_ids":%d}' % ids
+        facts = b'{"collection":"c","config":1,"snapshot_size":1,"snapshot_sha256":1,"promised_ids":%d}' % ids
         archive.add(a.FACTS, io.BytesIO(facts), len(facts))
         archive.begin(a.SNAPSHOT + "s", size)
         block = bytes(range(256)) * 4096

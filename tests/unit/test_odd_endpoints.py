@@ -7,7 +7,7 @@ import pytest
 
 from lib.config import load_config
 from lib.dimensions import EmbeddingSpec, check_model, native_size, takes_dimensions
-from lib.embedding.answers import read_answer
+from lib.embedding.answers import billed_tokens, read_answer
 from lib.embedding.plan_table import TextRow
 from lib.embedding.pricing import count_tokens, input_limit, price_per_million
 from lib.embedding.provider import Provider
@@ -69,6 +69,17 @@ def test_indices_that_do_not_fit_end_the_run_instead_of_splitting_the_batch(indi
     assert isinstance(refused.value, ProviderRefused)
     assert not isinstance(refused.value, BadAnswer)
     assert "--batch-size 1" in refused.value.next_step
+
+
+def test_a_number_as_long_as_a_book_is_a_bad_answer():
+    with pytest.raises(BadAnswer, match="neither base64 nor a list of numbers"):
+        read_answer({"data": [{"embedding": [10**400, 0, 0, 0]}]}, 1, SPEC, None)
+
+
+def test_tokens_below_zero_pay_for_nothing():
+    """Else a provider could keep a run below its --max-cost for ever."""
+    assert billed_tokens({"usage": {"total_tokens": -1_000_000}}) == 0
+    assert billed_tokens({"usage": {"total_tokens": 7}}) == 7
 
 
 @pytest.mark.parametrize("prefix", ["", "openai/", "azure/openai/"])
