@@ -103,6 +103,10 @@ def _unusable(message: str) -> UsageProblem:
 
 def _local(folder: Path) -> OffsiteAddress:
     path = str(folder.expanduser().absolute())
+    try:
+        Path(path).resolve()
+    except (OSError, RuntimeError):  # Python 3.13 no longer raises for a loop
+        raise _unusable("the folder is behind a link that leads to itself") from None
     return OffsiteAddress(FILE, path, path, path=path)
 
 

@@ -132,6 +132,14 @@ def test_what_would_be_no_copy_or_not_found_again_is_refused(operator, where):
     assert sorted(operator.folder.rglob("*")) == before
 
 
+def test_a_link_that_leads_to_itself_is_no_place(operator, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused = operator.run("backup_automem", "--upload", str(tmp_path / "loop"), expect=2)
+    assert "loop" in refused.err or "leads to itself" in refused.err
+    assert "Traceback" not in refused.err
+    assert not operator.backups.exists()
+
+
 def test_a_copy_on_the_disk_of_the_backups_is_said_to_be_one(operator, tmp_path):
     operator.load(20)
     done = operator.run("backup_automem", "--only", "falkordb", "--upload", str(tmp_path / "copies"))
