@@ -169,10 +169,10 @@ def test_the_workflow(nightly, tmp_path):
 
 def assert_installs(step: str) -> None:
     words = shlex.split(step)
-    assert words[:3] == ["pip", "install", "-r"]
-    assert (ROOT / words[3]).is_file()
-    offsite = (ROOT / "requirements-offsite.txt").read_text()
-    assert all(f"\n{package}>=" in offsite for package in words[4:])
+    assert words[:4] == ["pip", "install", "--require-hashes", "-r"]
+    locked = (ROOT / words[4]).read_text()
+    assert all(f"\n{package}==" in locked for package in ("qdrant-client", "s3fs"))
+    assert len(words) == 5
 
 
 @pytest.fixture
