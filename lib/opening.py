@@ -110,9 +110,8 @@ def open_migration(
 ) -> Migration:
     """A re-embedding of these stores, the unfinished one if there is one. Raises GuardRefused."""
     from lib.steps.abort import clean_up_untouched
-    from lib.steps.migration import Migration
+    from lib.steps.migration import Migration, Target
     from lib.steps.open_run import open_run
-    from lib.steps.switch import Target
 
     clean_up_untouched(graph, source, config.backup_dir, config.targets())
     target = Target(source.qdrant, config.collection, config.spec)

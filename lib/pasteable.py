@@ -30,7 +30,7 @@ def remember_flags(env_file: str | None, backup_dir: str | None) -> None:
     _flags[:] = [word for flag, value in given if value for word in (flag, value)]
 
 
-def command(script: str, words: Sequence[str]) -> str:
+def command_line(script: str, words: Sequence[str]) -> str:
     """The command line of `script` with these words, without the carried flags and the logins of URLs."""
     kept, skip = [], False
     for word in words:

@@ -74,7 +74,7 @@ def command(args: argparse.Namespace) -> int:
             return abort(config, console, "reembed")
         if not args.dry_run:
             require_embedding(config)
-        return reembed(config, console, args, pasteable.command("reembed_embeddings", sys.argv[1:]))
+        return reembed(config, console, args, pasteable.command_line("reembed_embeddings", sys.argv[1:]))
 
 
 def reembed(config: Config, console: Console, args: argparse.Namespace, again: str) -> int:

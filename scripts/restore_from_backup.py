@@ -107,7 +107,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
         force_version=args.force_version,
         while_running=args.while_running,
     )
-    site = opening.open_site(config, console, wanted, pasteable.command("restore_from_backup", sys.argv[1:]))
+    site = opening.open_site(config, console, wanted, pasteable.command_line("restore_from_backup", sys.argv[1:]))
     with ExitStack() as stack:
         proved = prove_files(site, wanted, stack, options)
         try:

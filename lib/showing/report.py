@@ -13,7 +13,7 @@ from lib.backup_set.reports import write_document, write_page
 from lib.console import Console
 from lib.errors import MigrationError
 from lib.pasteable import pasteable
-from lib.showing import plots
+from lib.showing.plots import Plot, overlaps, rates, scores
 from lib.showing.reembed import dollars
 
 if TYPE_CHECKING:
@@ -58,15 +58,15 @@ def _templates() -> jinja2.Environment:
     return templates
 
 
-def _plots(document: Mapping[str, Any]) -> dict[str, plots.Plot | None]:
+def _plots(document: Mapping[str, Any]) -> dict[str, Plot | None]:
     recall = document["recall"] or {"memories": [], "neighbours": 0}
     memories = recall["memories"]
     before = [score for one in memories for score in one["before"]]
     after = [score for one in memories for score in one["after"]]
     return {
-        "rates": plots.rates(document["rates"]),
-        "scores": plots.scores(before, after),
-        "overlaps": plots.overlaps(memories, recall["neighbours"]),
+        "rates": rates(document["rates"]),
+        "scores": scores(before, after),
+        "overlaps": overlaps(memories, recall["neighbours"]),
     }
 
 

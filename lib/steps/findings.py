@@ -14,9 +14,8 @@ from lib.embedding.spool import Spool
 from lib.graph.read import MemoryNode, iter_memories
 from lib.steps.candidates import Candidates
 from lib.steps.forms import identical
-from lib.steps.memories import unusable
 from lib.steps.pages import pages
-from lib.steps.payloads import PointId, merged_payload, point_id, standing_payload
+from lib.steps.payloads import PointId, merged_payload, point_id, standing_payload, unusable
 from lib.steps.present import IdTable, points_present
 from lib.steps.progress import Progress
 from lib.vectors.transport import Qdrant

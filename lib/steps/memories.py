@@ -16,17 +16,15 @@ from lib.embedding.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.embedding.spool import Spool
 from lib.errors import MigrationError
 from lib.graph.read import MemoryNode, iter_memories, memory_ids_present, read_rows
-from lib.graph.values import NOT_UTF8, plain, unreadable
+from lib.graph.values import NOT_UTF8
 from lib.steps.pages import pages
-from lib.steps.payloads import PointId, point_id, spellings
+from lib.steps.payloads import UNREADABLE, PointId, point_id, spellings, unusable
 from lib.steps.present import IdTable
 from lib.steps.progress import Progress
 
 _PAGE = 500
 _EXAMPLES = 200
-BLANK, BAD_ID, DUPLICATE = "blank content", "id is neither a UUID nor an unsigned integer", "id used twice"
-NOT_TEXT, UNREADABLE = "content is {kind}, not text", "content is not valid UTF-8"
-_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a point"}
+DUPLICATE = "id used twice"
 # The payloads, by id, that the points of these ids have now, or had when the collection was deleted.
 Payloads = Callable[[Sequence[PointId]], Mapping[PointId, Mapping[str, Any]]]
 
@@ -66,18 +64,6 @@ class Scan:
         self.too_long += 1
         if self.too_long <= _EXAMPLES:
             self.too_long_examples.append(identity)
-
-
-def unusable(properties: Mapping[str, Any]) -> str | None:
-    """Why a memory's own content cannot be embedded, or None. Verify exempts exactly what this names."""
-    content = properties.get("content")
-    if content is None or (isinstance(content, str) and not content.strip()):
-        return BLANK
-    if unreadable(content) and isinstance(content[NOT_UTF8], str):
-        return UNREADABLE
-    if not isinstance(content, str):
-        return NOT_TEXT.format(kind=_KINDS[type(plain(content))])
-    return None if point_id(properties.get("id")) is not None else BAD_ID
 
 
 def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:

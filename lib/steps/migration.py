@@ -10,8 +10,17 @@ from lib.embedding.spool import Spool
 from lib.journal import Journal
 from lib.steps.embed import Bought
 from lib.steps.progress import ProgressBar
-from lib.steps.switch import Target
 from lib.steps.take_graph import GraphSource
+from lib.vectors.transport import Qdrant
+
+
+@dataclass(frozen=True)
+class Target:
+    """The collection that is made anew, and what its vectors are."""
+
+    qdrant: Qdrant
+    collection: str
+    spec: EmbeddingSpec
 
 
 @dataclass

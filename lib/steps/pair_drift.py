@@ -11,9 +11,8 @@ import redis
 
 from lib.backup_set.manifest import Drift
 from lib.graph.read import iter_memories
-from lib.steps.memories import unusable
 from lib.steps.pages import pages
-from lib.steps.payloads import PointId, point_id
+from lib.steps.payloads import PointId, point_id, unusable
 from lib.steps.present import as_text, temporary_room
 
 _EXAMPLES = 20

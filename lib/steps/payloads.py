@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from lib.graph.values import is_vector, plain, unreadable
+from lib.graph.values import NOT_UTF8, is_vector, plain, unreadable
 from lib.steps.forms import identical, in_form_of, in_vector_form, spelled_by
 
 PointId = str | int
@@ -38,6 +38,9 @@ _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).
 _UUID = re.compile(rf"[0-9a-fA-F]{{32}}|(?:urn:uuid:)?{_HYPHENATED}|\{{{_HYPHENATED}\}}")
 _U64 = (1 << 64) - 1
+BLANK, BAD_ID = "blank content", "id is neither a UUID nor an unsigned integer"
+NOT_TEXT, UNREADABLE = "content is {kind}, not text", "content is not valid UTF-8"
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a point"}
 
 
 def point_id(value: object) -> PointId | None:
@@ -55,6 +58,18 @@ def point_id(value: object) -> PointId | None:
         return str(uuid.UUID(value))
     is_number = value.isascii() and value.isdigit() and len(value) <= len(str(_U64))
     return int(value) if is_number and int(value) <= _U64 and str(int(value)) == value else None
+
+
+def unusable(properties: Mapping[str, Any]) -> str | None:
+    """Why a memory's own content cannot be embedded, or None. Verify exempts exactly what this names."""
+    content = properties.get("content")
+    if content is None or (isinstance(content, str) and not content.strip()):
+        return BLANK
+    if unreadable(content) and isinstance(content[NOT_UTF8], str):
+        return UNREADABLE
+    if not isinstance(content, str):
+        return NOT_TEXT.format(kind=_KINDS[type(plain(content))])
+    return None if point_id(properties.get("id")) is not None else BAD_ID
 
 
 def spellings(identity: PointId) -> list[str | int]:

@@ -17,8 +17,8 @@ from lib.steps.take_graph import GraphSource
 from lib.vectors.collection import CollectionState
 from lib.vectors.transport import Qdrant
 
-_EXAMPLES = 20
-_PAGE = 60  # ids a question: each has up to eight spellings
+_ORPHAN_EXAMPLES = 20
+_ID_PAGE = 60  # ids a question: each has up to eight spellings
 # Beside its vector a point takes about so much on the server's disk: its payload with indexes, its links.
 _PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
 # The 64 MiB below which the server takes no write; log files, and pages of each segment, of 32 MiB (1.11.3, 1.18.3).
@@ -69,7 +69,7 @@ def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSou
     table = IdTable()
     with points_present(qdrant, collection, payload=False) as present:
         surplus = surplus_ids(present, lambda ids: set(spool.memories_of(ids)))
-        for page in pages(surplus, _PAGE):
+        for page in pages(surplus, _ID_PAGE):
             newer = embeddable_now(graph.conn, graph.graph, page)
             table.put((one, None) for one in page if one not in newer)
     return table
@@ -91,7 +91,7 @@ def whole_plan(
     """Put the plan together for printing; `missing` is what must be bought, `textless` are no part of `only_live`."""
     price = price_per_million(spec.model)
     alone = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
-    examples = list(islice((one for one in alone if one not in textless), _EXAMPLES))
+    examples = list(islice((one for one in alone if one not in textless), _ORPHAN_EXAMPLES))
     return Plan(
         scan=scan,
         spec=spec,

@@ -14,6 +14,7 @@ from lib.dimensions import EmbeddingSpec
 from lib.embedding.spool import Spool
 from lib.journal import Journal
 from lib.steps.keep import keep_payloads
+from lib.steps.migration import Target
 from lib.steps.phases import CREATED, DELETED, DELETING, KEPT, READ
 from lib.steps.progress import ProgressBar
 from lib.steps.sync import SyncOutcome, sync_collection
@@ -27,18 +28,8 @@ from lib.vectors.recreate import (
     put_aliases,
     refuse_foreign,
 )
-from lib.vectors.transport import Qdrant
 
 INDEX_SECONDS = 3600.0
-
-
-@dataclass(frozen=True)
-class Target:
-    """The collection that is made anew, and what its vectors are."""
-
-    qdrant: Qdrant
-    collection: str
-    spec: EmbeddingSpec
 
 
 def stamp(spec: EmbeddingSpec) -> dict[str, Any]:

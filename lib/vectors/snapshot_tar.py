@@ -99,7 +99,7 @@ class _Survey:
         for name in ("config.json", "version.info"):
             if not self._texts.get(name):
                 raise damaged(_WHOLE, f"has no {name}")
-        config = _parse(self._texts["config.json"], "config.json")
+        config = _parse_json(self._texts["config.json"], "config.json")
         params = config.get("params")
         if not isinstance(params, dict) or not isinstance(params.get("vectors"), dict):
             raise damaged(_WHOLE, "has a config.json without params.vectors")
@@ -108,7 +108,7 @@ class _Survey:
         if not named:
             self._check_segments(size, distance)
         schema = (
-            _parse(self._texts.get("payload_index.json", b"{}"), "payload_index.json").get("schema") or {}
+            _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json").get("schema") or {}
         )
         return SnapshotFacts(
             size=size,
@@ -123,7 +123,7 @@ class _Survey:
         )
 
     def _see_shard(self, shard: int, kind: str, entry: Entry) -> None:
-        content = _parse(_text(entry.content, entry.name, _SMALL_JSON_LIMIT), entry.name)
+        content = _parse_json(_text(entry.content, entry.name, _SMALL_JSON_LIMIT), entry.name)
         if kind == "replica_state":
             self._local[shard] = bool(content.get("is_local"))
         else:
@@ -159,7 +159,7 @@ def _segment(content: ByteStream, name: str) -> _Vector | None:
         last = entry.name.rsplit("/", 1)[-1]
         if entry.is_file and last == "segment.json":
             text = _text(entry.content, entry.name, _SMALL_JSON_LIMIT)
-            state = _parse(text, f"segment.json of {name}")
+            state = _parse_json(text, f"segment.json of {name}")
         version = version or (entry.is_file and last == "version.info")
     if state is None or not version:
         raise damaged(where, "is empty, zeroed or cut: its segment.json or version.info is missing")
@@ -180,7 +180,7 @@ def _text(content: Section | Sparse, name: str, limit: int = JSON_LIMIT) -> byte
     return b"".join(pieces)
 
 
-def _parse(text: bytes, name: str) -> dict[str, Any]:
+def _parse_json(text: bytes, name: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -104,7 +104,7 @@ def entries(section: Section, *, needs_end: bool) -> Iterator[Entry]:
         if not any(header):
             _rest_is_zero(section, header)
             return
-        info = _parse(header, section.where)
+        info = _parse_header(header, section.where)
         if info.type == _LONG_NAME:
             long_name = _long_name(section, info.size)
             continue
@@ -124,7 +124,7 @@ def damaged(where: str, what: str) -> BackupDamaged:
     return BackupDamaged(f"{where} {what}", next_step=_STEP)
 
 
-def _parse(header: bytes, where: str) -> tarfile.TarInfo:
+def _parse_header(header: bytes, where: str) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:

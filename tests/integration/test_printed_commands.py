@@ -100,7 +100,7 @@ def test_the_way_out_of_a_refusal_can_be_pasted(filed):
 
 def test_a_command_names_what_was_typed_and_no_login():
     words = ["--backup-dir=x", "latest", "--env-file", "e", "s3://u:secret@host/a b", "--abort"]
-    text = pasteable.command("restore_from_backup", words)
+    text = pasteable.command_line("restore_from_backup", words)
     assert text == "python scripts/restore_from_backup.py latest 's3://host/a b' --abort"
 
 
