@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.lock requirements-falkordb-4.22.txt
 CODE := lib scripts tests
 
-.PHONY: help quickstart test faults test-all lint bench venv lock clean
+.PHONY: help quickstart test faults test-all lint bench venv lock size clean
 
 help:
 	@echo 'make quickstart  the whole guide on sample data, in a sandbox on this machine'
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench       figures as ratios, in bench.json and as a table'
 	@echo 'make venv        only install into .venv (PYTHON=python3.12 chooses the Python)'
 	@echo 'make lock        requirements.lock after a change of requirements*.txt (UPGRADE=--upgrade takes the newest versions)'
+	@echo 'make size        files, lines and depth of imports of each package'
 	@echo 'make clean       remove .venv and caches'
 
 quickstart: venv
@@ -63,6 +64,9 @@ lock: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 		--no-emit-index-url --custom-compile-command 'make lock' $(UPGRADE) requirements-dev.txt -o requirements.lock
+
+size: venv
+	$(BIN)/python -m tests.size
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache bench.json

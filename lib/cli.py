@@ -15,11 +15,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from lib.addresses import without_logins
-from lib.console import show_held
-from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem
-from lib.pasteable import pasteable, remember_flags
-from lib.shown import escaped, one_line
+from lib.console import pasteable, remember_flags, show_held
+from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem, escaped, one_line
+from lib.network import without_logins
 
 EXIT_CODES = """\
 exit codes:

@@ -1,8 +1,9 @@
-"""Embedding models and dimensions: what a model can make, and the check that fails fast."""
+"""Embedding models and dimensions: what a model can make, where it is asked, and the check that fails fast."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit, urlunsplit
 
 from lib.errors import DimensionMismatch, UsageProblem
 
@@ -87,3 +88,13 @@ def check_dimension(collection: str, actual: int, configured: int) -> None:
             "migrate it:           python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
         ),
     )
+
+
+OPENAI_BASE_URL = "https://api.openai.com/v1"
+
+
+def public_url(base_url: str) -> str:
+    """`base_url` without credentials, query and closing slash; OpenAI's own where it is empty."""
+    parts = urlsplit(base_url.strip() or OPENAI_BASE_URL)
+    host = parts.netloc.rpartition("@")[2].lower()
+    return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), "", ""))

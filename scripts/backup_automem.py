@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Open what is needed and do the one thing that was asked."""
-    from lib.backup_set.shelf import shelf_at
+    from lib.backup import output
+    from lib.backup.copies import shelf_at
     from lib.config import config_of
     from lib.console import Console
-    from lib.showing import backup as showing
-    from lib.showing.settings import announce, show_config
+    from lib.show_config import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -69,7 +69,7 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--check", "--dry-run")
     announce(config, console)
     if args.list is not None:
-        return showing.show_sets(shelf_at(args.list, config.backup_dir, config.copies), console)
+        return output.show_sets(shelf_at(args.list, config.backup_dir, config.copies), console)
     if args.check:
         return check(config, console, args.check, args.upload)
     if args.cleanup:
@@ -80,69 +80,67 @@ def command(args: argparse.Namespace) -> int:
 
 def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Take the backup, or with --dry-run say what it would hold."""
-    from lib import opening
+    from lib import connect
+    from lib.abort import clean_up_untouched
+    from lib.backup import output
+    from lib.backup.check import require_place
+    from lib.backup.collection import require_whole
+    from lib.backup.run import require_sources, run_backup
     from lib.files import private_dir
-    from lib.showing import backup as showing
-    from lib.steps.abort import clean_up_untouched
-    from lib.steps.offsite_sets import require_place
-    from lib.steps.run_backup import run_backup
-    from lib.steps.take_collection import require_whole
-    from lib.steps.take_pair import require_sources
 
     name = config.graph if args.only != "qdrant" else ""
     folder, write = config.backup_dir, not args.dry_run
     place = require_place(args.upload, folder, config.copies, graph=name, write=write) if args.upload else ""
-    graph = opening.open_graph(config, console.warn) if args.only != "qdrant" else None
-    collection = opening.open_collection(config) if args.only != "falkordb" else None
+    graph = connect.open_graph(config, console.warn) if args.only != "qdrant" else None
+    collection = connect.open_collection(config) if args.only != "falkordb" else None
     require_whole(collection)
     require_sources(graph, collection)
     if args.dry_run:
-        return showing.show_sources(graph, collection, config.backup_dir, console, place)
+        return output.show_sources(graph, collection, config.backup_dir, console, place)
     private_dir(config.backup_dir)
-    with opening.target_lock(config):
+    with connect.target_lock(config):
         clean_up_untouched(graph, collection, config.backup_dir, config.targets())
         manifest = run_backup(
             graph,
             collection,
             config.backup_dir,
             config.targets(),
-            opening.engines(config),
+            connect.engines(config),
             console.progress,
             verify=not args.no_verify,
         )
     if not args.upload:
-        return showing.show_backup(manifest, console)
-    from lib.backup_set.offsite import again, upload
+        return output.show_backup(manifest, console)
+    from lib.backup.copies import again, upload
 
     assert manifest.path is not None
     console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, place)}")
     uploaded = upload(args.upload, manifest, console.progress, config.copies)
-    return showing.show_backup(manifest, console, uploaded)
+    return output.show_backup(manifest, console, uploaded)
 
 
 def check(config: Config, console: Console, word: str, url: str | None) -> int:
     """Prove existing backups again, and upload those that prove; exit code 4 where one is damaged."""
-    from lib import opening
-    from lib.showing import backup as showing
-    from lib.steps.offsite_sets import prove_and_upload
+    from lib import connect
+    from lib.backup import output
+    from lib.backup.check import prove_and_upload
 
     where = (config.backup_dir, config.deployment())
-    proved = prove_and_upload(*where, word, url, opening.engines(config), console.progress, config.copies)
-    return showing.show_proofs(*proved, console)
+    proved = prove_and_upload(*where, word, url, connect.engines(config), console.progress, config.copies)
+    return output.show_proofs(*proved, console)
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
     """Delete whole sets beyond the newest `keep` of each kind."""
-    from lib import opening
-    from lib.backup_set.retention import plan_cleanup
-    from lib.backup_set.sets import delete_set
-    from lib.showing import backup as showing
+    from lib import connect
+    from lib.backup import output
+    from lib.backup.catalog import delete_set, plan_cleanup
 
-    with opening.target_lock(config):
+    with connect.target_lock(config):
         plan = plan_cleanup(config.backup_dir, keep, config.deployment(), config.targets())
         for manifest in [] if dry_run else plan.delete:
             delete_set(manifest)
-    return showing.show_deleted(plan, console, dry_run=dry_run)
+    return output.show_deleted(plan, console, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Make the sandbox's folder, and remove it again, unless it is to be kept or tells what went wrong."""
-    from lib.sandbox.stack import GUIDE_PORTS, require_free
+    from tests.sandbox.stack import GUIDE_PORTS, require_free
 
     require_sandbox()
     if args.serve:
@@ -61,8 +61,8 @@ def command(args: argparse.Namespace) -> int:
 def tour(folder: Path, memories: int) -> int:
     """Run the guide and end with a table of what was checked."""
     from lib.console import table
-    from lib.sandbox.stack import Stack
-    from lib.sandbox.tour import SMALL, Tour, walk
+    from tests.sandbox.stack import Stack
+    from tests.sandbox.tour import SMALL, Tour, walk
 
     began = time.monotonic()
     print(
@@ -99,8 +99,8 @@ def require_sandbox() -> None:
 
 def serve(folder: Path, memories: int) -> int:
     """Leave the sandbox up on the guide's own ports until Ctrl-C."""
-    from lib.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack
-    from lib.sandbox.tour import SMALL
+    from tests.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack
+    from tests.sandbox.tour import SMALL
 
     with Stack(folder, GUIDE_PORTS) as stack:
         stack.load(memories, SMALL[1], SMALL[0])

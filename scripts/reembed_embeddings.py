@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import cli, pasteable
+from lib import cli
+from lib.console import command_line
 
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
-    from lib.steps.embed import Buyer
-    from lib.steps.migration import Migration
-    from lib.steps.plan import Plan
-    from lib.steps.situation import Found
+    from lib.reembed.assess import Found
+    from lib.reembed.embed import Buyer
+    from lib.reembed.migration import Migration
+    from lib.reembed.plan import Plan
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -47,13 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Check the settings without a network, then do the work under the lock."""
-    from lib import opening
+    from lib import connect
+    from lib.abort import abort
     from lib.config import config_of, require_embedding
     from lib.console import Console
     from lib.dimensions import model_fault
-    from lib.showing.abort import abort
-    from lib.showing.settings import announce, show_config
-    from lib.showing.spool import prune
+    from lib.reembed.output import prune
+    from lib.show_config import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -67,29 +68,31 @@ def command(args: argparse.Namespace) -> int:
     )
     if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
         console.warn(fault)
-    with opening.target_lock(config):
+    with connect.target_lock(config):
         if args.prune_spool:
             return prune(config, console, dry_run=args.dry_run)
         if args.abort:
             return abort(config, console, "reembed")
         if not args.dry_run:
             require_embedding(config)
-        return reembed(config, console, args, pasteable.command_line("reembed_embeddings", sys.argv[1:]))
+        return reembed(config, console, args, command_line("reembed_embeddings", sys.argv[1:]))
 
 
 def reembed(config: Config, console: Console, args: argparse.Namespace, again: str) -> int:
     """Open both stores, plan, and do what was asked for."""
-    from lib import opening
-    from lib.steps import migrate, situation, spot_check
-    from lib.steps.take_collection import require_whole
+    from lib import connect
+    from lib.backup.collection import require_whole
+    from lib.reembed import spot_check
+    from lib.reembed.assess import look
+    from lib.reembed.run import is_fresh
 
-    graph, source = opening.open_stores(config, console, repair=args.only_missing)
-    with opening.open_spool(config) as spool:
-        run = opening.open_migration(config, graph, source, spool, console.progress)
+    graph, source = connect.open_stores(config, console, repair=args.only_missing)
+    with connect.open_spool(config) as spool:
+        run = connect.open_migration(config, graph, source, spool, console.progress)
         spot_check.clear_up(run)
         run.in_place, run.no_switch, run.again = args.in_place, args.no_switch, again
-        run.fresh = args.fresh and not migrate.is_fresh(run)
-        plan, kind, live = situation.look(run, repair=args.only_missing)
+        run.fresh = args.fresh and not is_fresh(run)
+        plan, kind, live = look(run, repair=args.only_missing)
         if live is not None:
             require_whole(source)
         return embed(run, plan, (kind, live), config, console, args)
@@ -99,47 +102,47 @@ def embed(
     run: Migration, plan: Plan, found: Found, config: Config, console: Console, args: argparse.Namespace
 ) -> int:
     """Show the plan; then sample, repair or replace."""
-    from lib import opening
+    from lib import connect
     from lib.config import require_openai_key
-    from lib.showing import reembed as showing
-    from lib.steps import migrate, situation, spot_check
-    from lib.steps.drift import only_missing
-    from lib.steps.embed import try_one_batch
+    from lib.reembed import output, spot_check
+    from lib.reembed.assess import lacking_of_made
+    from lib.reembed.embed import try_one_batch
+    from lib.reembed.only_missing import only_missing
+    from lib.reembed.run import is_fresh
 
-    explicit = args.fresh or args.only_missing or args.limit or migrate.is_fresh(run)
-    if not explicit and (lacking := situation.lacking_of_made(run, plan, found[1])):
-        return showing.show_made(lacking, run, console)
-    showing.show_plan(plan, found[0], run, console, limit=args.limit)
-    refused = showing.warn_of_refusals(run, found, console) if args.dry_run else []
+    explicit = args.fresh or args.only_missing or args.limit or is_fresh(run)
+    if not explicit and (lacking := lacking_of_made(run, plan, found[1])):
+        return output.show_made(lacking, run, console)
+    output.show_plan(plan, found[0], run, console, limit=args.limit)
+    refused = output.warn_of_refusals(run, found, console) if args.dry_run else []
     require_openai_key(config)
     pace = (args.workers, args.batch_size, args.max_cost, console)
-    buyer = opening.open_buyer(config, *pace, sample=args.dry_run)
+    buyer = connect.open_buyer(config, *pace, sample=args.dry_run)
     if args.dry_run:
-        return showing.show_tried(try_one_batch(buyer, run.spool, run.bought), plan, run, refused, console)
+        return output.show_tried(try_one_batch(buyer, run.spool, run.bought), plan, run, refused, console)
     if args.limit:
-        return showing.show_spot_check(spot_check.spot_check(run, buyer, found[1], args.limit), run, console)
+        return output.show_spot_check(spot_check.spot_check(run, buyer, found[1], args.limit), run, console)
     buyer.require_affordable(plan.tokens, run.bought)
     if args.only_missing:
-        return showing.show_drift(only_missing(run, buyer), run, console)
+        return output.show_drift(only_missing(run, buyer), run, console)
     return replace(run, buyer, found, console)
 
 
 def replace(run: Migration, buyer: Buyer, found: Found, console: Console) -> int:
     """Embed, then make the collection anew."""
-    from lib.showing import exchange
-    from lib.showing import reembed as showing
-    from lib.steps import migrate
-    from lib.steps.embed import buy_missing
-    from lib.steps.situation import protection
+    from lib.reembed import output
+    from lib.reembed.assess import protection
+    from lib.reembed.embed import buy_missing
+    from lib.reembed.run import begin, forget_bought, migrate, only_stage
 
     manifest = None if run.no_switch else protection(run, *found)
     if run.fresh:
-        migrate.forget_bought(run, buyer)
+        forget_bought(run, buyer)
     buy_missing(buyer, run.spool, run.bar, run.bought)
-    migrate.begin(run, manifest, voice := exchange.voice(run, console))
+    begin(run, manifest, voice := output.voice(run, console))
     if run.no_switch:
-        return exchange.show_staged(migrate.only_stage(run, buyer), run, console)
-    return showing.show_migrated(migrate.migrate(run, buyer, manifest, voice).outcome, run, console)
+        return output.show_staged(only_stage(run, buyer), run, console)
+    return output.show_migrated(migrate(run, buyer, manifest, voice).outcome, run, console)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import cli, pasteable
+from lib import cli
+from lib.console import command_line
 
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
-    from lib.steps.restore_files import Wanted
+    from lib.restore.inputs import Wanted
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -57,12 +58,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Tell the files apart, open what they need, restore under the lock."""
-    from lib import opening
+    from lib import connect
+    from lib.abort import abort
     from lib.config import config_of
     from lib.console import Console
     from lib.errors import UsageProblem
-    from lib.showing.abort import abort
-    from lib.showing.settings import announce, show_config
+    from lib.show_config import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -73,41 +74,41 @@ def command(args: argparse.Namespace) -> int:
     if args.abort and args.files:
         raise UsageProblem("--abort takes no FILE", next_step="python scripts/restore_from_backup.py --abort")
     if args.abort:
-        with opening.target_lock(config):
+        with connect.target_lock(config):
             return abort(config, console, "restore")
     if not args.files:
         raise UsageProblem(
             "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"
         )
+    from lib.backup.check import fetched
     from lib.files import private_dir
-    from lib.steps.offsite_sets import fetched
-    from lib.steps.restore_files import read_wanted
+    from lib.restore.inputs import read_wanted
 
     owner = config.deployment()
-    engines = partial(opening.engines, config)
+    engines = partial(connect.engines, config)
     bar, keys = console.progress, config.copies
     files = [fetched(word, config.backup_dir, owner, engines, bar, keys) for word in args.files]
     wanted = read_wanted(files, config.backup_dir, owner)
     private_dir(config.backup_dir)
-    with opening.target_lock(config):
+    with connect.target_lock(config):
         return restore(config, console, wanted, args)
 
 
 def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Namespace) -> int:
     """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
-    from lib import opening
+    from lib import connect
     from lib.errors import UsageProblem
-    from lib.showing import restore as showing
-    from lib.steps.before_restore import prove_files, require_quiet, tell_other_clients
-    from lib.steps.restore import restore as restore_all
-    from lib.steps.restore_site import Options
+    from lib.restore import output
+    from lib.restore.preflight import prove_files, require_quiet, tell_other_clients
+    from lib.restore.run import restore as restore_all
+    from lib.restore.site import Options
 
     options = Options(
         safety=not args.no_safety_backup,
         force_version=args.force_version,
         while_running=args.while_running,
     )
-    site = opening.open_site(config, console, wanted, pasteable.command_line("restore_from_backup", sys.argv[1:]))
+    site = connect.open_site(config, console, wanted, command_line("restore_from_backup", sys.argv[1:]))
     with ExitStack() as stack:
         proved = prove_files(site, wanted, stack, options)
         try:
@@ -119,9 +120,9 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
                 raise
             console.warn(str(error))
         if args.dry_run:
-            return showing.show_restore_plan(site, proved, options, console)
-        done = restore_all(site, proved, showing.undo_restore, options)
-        return showing.show_restored(done, proved, config, console)
+            return output.show_restore_plan(site, proved, options, console)
+        done = restore_all(site, proved, output.undo_restore, options)
+        return output.show_restored(done, proved, config, console)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from lib import cli
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
-    from lib.steps.checks import Check
-    from lib.steps.verify import Stores
+    from lib.verify.checks import Check
+    from lib.verify.run import Stores
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def command(args: argparse.Namespace) -> int:
     """Read the settings, then verify."""
     from lib.config import config_of
     from lib.console import Console
-    from lib.showing.settings import announce, show_config
+    from lib.show_config import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -57,33 +57,33 @@ def command(args: argparse.Namespace) -> int:
 
 def verification(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open both stores and ask every question."""
-    from lib import opening
+    from lib import connect
+    from lib.backup.run import require_sources
     from lib.errors import DONE, REMAINING
-    from lib.showing import verify as showing
-    from lib.steps.take_pair import require_sources
-    from lib.steps.verify import Stores, verify
+    from lib.verify import output
+    from lib.verify.run import Stores, verify
 
-    graph, collection = opening.open_graph(config, console.warn), opening.open_collection(config)
+    graph, collection = connect.open_graph(config, console.warn), connect.open_collection(config)
     require_sources(graph, collection)
-    stores = Stores(graph, collection, opening.automem_api(config), config.backup_dir, config.targets())
-    with opening.open_spool(config) as spool:
+    stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets())
+    with connect.open_spool(config) as spool:
         checks = verify(
             stores, spool, samples=args.sample, after_restart=args.after_restart, bar=console.progress
         )
     lines = recall_lines(config, console, args.recall) if args.recall else []
     recorded = record(stores, checks, console) if args.record else None
-    code = showing.show_checks(checks, lines, recorded, config, console)
+    code = output.show_checks(checks, lines, recorded, config, console)
     return code or (REMAINING if args.record and not recorded else DONE)
 
 
 def recall_lines(config: Config, console: Console, query: str) -> list[str]:
     """What recalling `query` brings, for the operator to judge."""
-    from lib import opening
+    from lib import connect
     from lib.errors import MigrationError
-    from lib.steps.recall import recall_lines
+    from lib.verify.checks import recall_lines
 
     try:
-        return recall_lines(opening.automem_api(config), query)
+        return recall_lines(connect.automem_api(config), query)
     except MigrationError as error:
         console.warn(f"--recall: {error}")
         return []
@@ -92,7 +92,7 @@ def recall_lines(config: Config, console: Console, query: str) -> list[str]:
 def record(stores: Stores, checks: list[Check], console: Console) -> str | None:
     """Store the migration record once everything has passed; that it is not stored does not undo the verification."""
     from lib.errors import MigrationError
-    from lib.steps.verify import is_settled, record
+    from lib.verify.run import is_settled, record
 
     if not is_settled(checks):
         console.warn("--record: not stored before every check has passed")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from lib.graph.client import connect
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.openai_server import OpenAIServer
+from lib.clients.falkordb.connection import connect
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.openai_server import OpenAIServer
 
 TOKEN = "a-test-token"
 MODEL = "text-embedding-3-small"
@@ -53,7 +53,7 @@ def servers(tmp_path_factory) -> Iterator[tuple[FalkorServer, str, OpenAIServer]
         falkordb.start()
         openai.start()
         if not real:
-            from lib.sandbox.qdrant_server.process import QdrantServer
+            from tests.sandbox.qdrant_server.process import QdrantServer
 
             stand_in = QdrantServer(folder / "qdrant", "1.11.3").start()
         yield falkordb, real or stand_in.url, openai

@@ -11,9 +11,9 @@ from types import TracebackType
 
 import requests
 
-from lib.graph.client import connect
-from lib.sandbox.vectors import vectors_for
+from lib.clients.falkordb.connection import connect
 from tests.operator_support import Operator
+from tests.sandbox.vectors import vectors_for
 
 SECONDS_BETWEEN = 0.5
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import requests
 
-from lib.graph.client import connect
+from lib.backup.server_snapshots import AWAITED
+from lib.clients.falkordb.connection import connect
 from lib.journal import Journal, open_journals
-from lib.steps.own_snapshot import AWAITED
 from tests.operator_support import OLD_SIZE, Operator
 from tests.restore_support import TIMEOUT, wait_for
 

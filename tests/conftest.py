@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.openai_server import OpenAIServer
-from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.operator_support import Operator, Servers
 from tests.real_qdrant import RealQdrant, test_server
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.openai_server import OpenAIServer
+from tests.sandbox.qdrant_server.process import QdrantServer
 from tests.script_process import do_not_wait
 
 STAND_IN_VERSION = "1.18.3"

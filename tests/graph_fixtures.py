@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from lib.graph.client import connect
-from lib.graph.engine import Engine, installed_engines
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.scratch import Engine, installed_engines
 from tests.matrix import matrix
+from tests.sandbox.falkordb_server import FalkorServer
 
 ENGINES = installed_engines({})
 

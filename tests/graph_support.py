@@ -1,4 +1,4 @@
-"""What the tests of lib/graph share: graphs worth keeping."""
+"""What the tests of lib/clients/falkordb share: graphs worth keeping."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from lib.graph.client import GraphAddress
-from lib.graph.psync import stream_rdb
-from lib.graph.read import counts
+from lib.clients.falkordb.connection import GraphAddress
+from lib.clients.falkordb.psync import stream_rdb
+from lib.clients.falkordb.queries import counts
 
 
 def write(conn: redis.Redis, graph: str, *queries: str) -> None:

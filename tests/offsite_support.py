@@ -16,7 +16,7 @@ from typing import Any
 
 import paramiko
 
-from lib.sandbox.process import free_port
+from tests.sandbox.process import free_port
 
 ACCESS_KEY, SECRET_KEY = "AKIAOFFSITE", "s3cr3t-of-the-bucket"
 BUCKET = "automem-copies"

@@ -14,16 +14,16 @@ from typing import Any
 
 import requests
 
-from lib.graph.client import connect
-from lib.graph.swap import drop_graph
-from lib.sandbox.automem_server import AutoMemServer
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.openai_server import OpenAIServer
-from lib.sandbox.sample_loading import load_graph, load_points
-from lib.sandbox.sample_memories import generate
-from lib.sandbox.state import State, state_of
-from lib.sandbox.vectors import vectors_for
-from lib.vectors.transport import Qdrant
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.swap import drop_graph
+from lib.clients.qdrant.transport import Qdrant
+from tests.sandbox.automem_server import AutoMemServer
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.openai_server import OpenAIServer
+from tests.sandbox.sample_loading import load_graph, load_points
+from tests.sandbox.sample_memories import generate
+from tests.sandbox.state import State, state_of
+from tests.sandbox.vectors import vectors_for
 from tests.script_process import ROOT, Result, ScriptProcess, call_script, is_for_python, start_script
 
 __all__ = ["ROOT", "Operator", "Result", "Servers"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import requests
 
-from lib.sandbox.process import ServerProcess, free_port
 from tests.real_qdrant import RealQdrant
+from tests.sandbox.process import ServerProcess, free_port
 
 PATIENCE_SECONDS = 300.0
 

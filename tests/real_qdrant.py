@@ -9,7 +9,7 @@ from types import TracebackType
 
 import requests
 
-from lib.sandbox.process import ServerProcess, free_port
+from tests.sandbox.process import ServerProcess, free_port
 
 START_SECONDS = 300.0
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import requests
 
-from lib.journal import Journal, open_journals, read_journal
-from lib.steps.phases import (
+from lib.backup.last_migration import (
     CREATED,
     DELETED,
     DELETING,
@@ -22,6 +21,7 @@ from lib.steps.phases import (
     STAGING,
     TIDYING,
 )
+from lib.journal import Journal, open_journals, read_journal
 from tests.gate import Gate, Stop
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import requests
 
-from lib.sandbox.vectors import vectors_for
-from lib.vectors.points import scroll
+from lib.clients.qdrant.points import scroll
 from tests.operator_support import LARGE, NEW_SIZE, Operator
+from tests.sandbox.vectors import vectors_for
 
 AUTOMEM_KEYS = {
     "content", "tags", "tag_prefixes", "importance", "timestamp", "type", "confidence", "updated_at",

@@ -13,16 +13,16 @@ from typing import Any
 
 import requests
 
-from lib.automem_api import AutoMemApi
-from lib.graph.client import connect, list_graphs
-from lib.graph.digest import graph_digest
-from lib.graph.engine import Engine, installed_engines
+from lib.backup.collection import CollectionSource
+from lib.backup.graph import GraphSource
+from lib.backup.server_snapshots import AWAITED
+from lib.clients.automem import AutoMemApi
+from lib.clients.falkordb.connection import connect, list_graphs
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.falkordb.scratch import Engine, installed_engines
 from lib.journal import open_journals
-from lib.steps.own_snapshot import AWAITED
-from lib.steps.restore_files import Wanted, read_wanted
-from lib.steps.restore_site import Site
-from lib.steps.take_collection import CollectionSource
-from lib.steps.take_graph import GraphSource
+from lib.restore.inputs import Wanted, read_wanted
+from lib.restore.site import Site
 from tests.operator_support import Operator
 
 TIMEOUT = 60

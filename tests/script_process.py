@@ -52,9 +52,9 @@ def is_for_python(environ: Mapping[str, str]) -> bool:
 
 def do_not_wait() -> None:
     """Waits that are for real servers and scarce memory are switched off in this process, if Qdrant is the stand-in."""
-    from lib.embedding import pricing
-    from lib.steps import memories
-    from lib.vectors import collection
+    from lib.clients.embeddings import pricing
+    from lib.clients.qdrant import collection
+    from lib.reembed import plan as memories
 
     memories.forget_tokenizer = lambda: None  # 45 MB, and half a second to load them again
     pricing.count_tokens(["the tables are loaded"])

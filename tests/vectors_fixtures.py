@@ -1,4 +1,4 @@
-"""Fixtures of the tests of lib/vectors, loaded by `pytest_plugins`."""
+"""Fixtures of the tests of lib/clients/qdrant, loaded by `pytest_plugins`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib.vectors import collection, snapshots
-from lib.vectors.transport import Qdrant
+from lib.clients.qdrant import collection, snapshots
+from lib.clients.qdrant.transport import Qdrant
 from tests.matrix import matrix
 from tests.vectors_support import STAND_INS, create_small, fill, own_server
 

@@ -1,4 +1,4 @@
-"""What the tests of lib/vectors share: a server, a collection of their own, a way there that breaks."""
+"""What the tests of lib/clients/qdrant share: a server, a collection of their own, a way there that breaks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.vectors import collection, recreate, upsert
-from lib.vectors.transport import Qdrant
+from lib.clients.qdrant import collection
+from lib.clients.qdrant import collection as recreate
+from lib.clients.qdrant import points as upsert
+from lib.clients.qdrant.transport import Qdrant
 
 REAL_SERVER = os.environ.get("QDRANT_TEST_SERVER", "")
 STAND_INS = ["1.11.3", "1.18.3"]
@@ -22,7 +24,7 @@ STAND_INS = ["1.11.3", "1.18.3"]
 def own_server(version: str, folder: Path, api_key: str = "") -> Iterator[Qdrant]:
     """A server of this test alone: the binary of QDRANT_TEST_SERVER for "real", else the stand-in as `version`."""
     if version != "real":
-        from lib.sandbox.qdrant_server.process import QdrantServer
+        from tests.sandbox.qdrant_server.process import QdrantServer
 
         with QdrantServer(folder / "data", version, api_key=api_key or None) as server:
             yield Qdrant(server.url, api_key)

@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from lib.sandbox.sample_loading import create_collection
+from tests.sandbox.sample_loading import create_collection
 
 RECORDING = Path(__file__).with_name("automem.jsonl")
 

@@ -21,12 +21,12 @@ import orjson
 import requests
 
 from lib.files import private_dir
-from lib.sandbox.sample_loading import create_collection
-from lib.sandbox.sample_memories import generate
 from tests.bench.cheap_endpoint import CheapEndpoint
 from tests.bench.figures import PAIRS, Figure, at_most, seconds_of
 from tests.bench.peak import ROOT
 from tests.bench.stores import collection_source, graph_source, on_qdrant
+from tests.sandbox.sample_loading import create_collection
+from tests.sandbox.sample_memories import generate
 
 OLD_SIZE, SIZE, MODEL = 768, 3072, "text-embedding-3-large"
 CONNECTIONS, BATCH = 4, 256

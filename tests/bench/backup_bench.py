@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+from lib.backup.collection import CollectionSource, take_collection
+from lib.backup.graph import GraphSource, take_graph
+from lib.clients.falkordb.scratch import installed_engines
 from lib.files import private_dir
-from lib.graph.engine import installed_engines
 from lib.journal import start_journal
-from lib.steps.take_collection import CollectionSource, take_collection
-from lib.steps.take_graph import GraphSource, take_graph
 from tests.bench.figures import PAIRS, Figure, at_most, load, pairs
 from tests.bench.peak import ROOT, peak_mb
 from tests.bench.references import raw_rdb, raw_snapshot

@@ -15,19 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from lib.clients.embeddings.cache import Spool, TextRow
+from lib.clients.embeddings.client import EmbeddingClient
+from lib.clients.embeddings.worker_pool import EmbedOutcome, embed_missing
+from lib.clients.falkordb.connection import connect
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.client import EmbeddingClient
-from lib.embedding.plan_table import TextRow
-from lib.embedding.spool import Spool
-from lib.embedding.workers import EmbedOutcome, embed_missing
-from lib.graph.client import connect
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.sample_loading import load_graph
-from lib.sandbox.sample_memories import generate
 from tests.bench.cheap_endpoint import CheapEndpoint
 from tests.bench.figures import Figure, at_least, at_most, load
 from tests.bench.peak import peak_mb
 from tests.bench.stores import running_qdrant
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.sample_loading import load_graph
+from tests.sandbox.sample_memories import generate
 
 LARGE, SIZE, BATCH, WORKERS, LATENCY_SECONDS = "text-embedding-3-large", 3072, 100, 16, 0.3
 SEQUENTIAL_BATCH, SEQUENTIAL_BATCHES = 32, 20

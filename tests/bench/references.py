@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from lib.graph.client import GraphAddress
-from lib.steps.take_collection import CollectionSource
-from lib.vectors import snapshots
+from lib.backup.collection import CollectionSource
+from lib.clients.falkordb.connection import GraphAddress
+from lib.clients.qdrant import snapshots
 
 
 def raw_rdb(address: GraphAddress, path: Path) -> None:

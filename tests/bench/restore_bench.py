@@ -12,26 +12,27 @@ from statistics import median
 
 import redis
 
-from lib.backup_set.archive import read_archive
+from lib.backup import collection_restore as restore_collection
+from lib.backup.archive import read_archive
+from lib.backup.collection import CollectionSource, take_collection
+from lib.backup.graph import GraphSource, take_graph
+from lib.backup.snapshot_restore import Placement, place
+from lib.clients.falkordb import digest as digests
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.scratch import installed_engines
+from lib.clients.falkordb.swap import drop_graph, dump_as
+from lib.clients.qdrant import snapshots
+from lib.clients.qdrant.collection import delete_collection, wait_green
+from lib.clients.qdrant.restoring import upload_and_restore
 from lib.files import private_dir
-from lib.graph import digest as digests
-from lib.graph.client import connect
-from lib.graph.engine import installed_engines
-from lib.graph.swap import drop_graph, dump_as
 from lib.journal import Journal, start_journal
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.steps import restore_collection, restore_graph
-from lib.steps.collection_backup import open_backup
-from lib.steps.restore_parts import Placement, place
-from lib.steps.take_collection import CollectionSource, take_collection
-from lib.steps.take_graph import GraphSource, take_graph
-from lib.vectors import snapshots
-from lib.vectors.collection import delete_collection, wait_green
-from lib.vectors.restoring import upload_and_restore
+from lib.restore import graph as restore_graph
+from lib.restore.inputs import open_backup
 from tests.bench.figures import PAIRS, Figure, at_most, seconds_of
 from tests.bench.peak import peak_mb
 from tests.bench.references import Stopwatch
 from tests.bench.stores import GRAPH, MODEL, collection_source, on_graph, on_qdrant
+from tests.sandbox.falkordb_server import FalkorServer
 
 NODES, BATCH = 150_000, 5_000  # and as many relationships
 POINTS, FEW_POINTS, SIZE = 10_000, 1_000, 3072

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from lib.backup.collection import CollectionSource
+from lib.backup.graph import GraphSource
+from lib.clients.falkordb.connection import connect, server_versions
+from lib.clients.qdrant.transport import Qdrant
 from lib.dimensions import EmbeddingSpec
-from lib.graph.client import connect, server_versions
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.qdrant_server.process import QdrantServer
-from lib.sandbox.sample_loading import load_graph, load_points
-from lib.sandbox.sample_memories import generate
-from lib.steps.take_collection import CollectionSource
-from lib.steps.take_graph import GraphSource
-from lib.vectors.transport import Qdrant
 from tests.bench.figures import load
 from tests.real_qdrant import RealQdrant, test_server
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.qdrant_server.process import QdrantServer
+from tests.sandbox.sample_loading import load_graph, load_points
+from tests.sandbox.sample_memories import generate
 
 GRAPH = "memories"
 MODEL = "text-embedding-3-small"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup_set.manifest import Manifest
-from lib.graph.client import connect
-from lib.graph.engine import installed_engines, scratch_server
-from lib.graph.read import read_rows
+from lib.backup.manifest import Manifest
+from lib.backup.run import run_backup
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.queries import read_rows
+from lib.clients.falkordb.scratch import installed_engines, scratch_server
 from lib.journal import open_journals
-from lib.steps.run_backup import run_backup
 from tests.backup_support import server_files, writers
 from tests.operator_support import Operator
 from tests.restore_support import site, targets, wait_for

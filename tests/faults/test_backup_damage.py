@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 from isal import igzip
 
-from lib.backup_set.manifest import sealed
-from lib.graph.engine import Engine, installed_engines
-from lib.graph.rdb_fields import crc64
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.sample_memories import generate
-from lib.steps.drill import prove_named
+from lib.backup.check import prove_named
+from lib.backup.manifest import sealed
+from lib.clients.falkordb.rdb import crc64
+from lib.clients.falkordb.scratch import Engine, installed_engines
 from tests.operator_support import Operator
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.sample_memories import generate
 
 pytestmark = pytest.mark.qdrant
 
@@ -588,7 +588,7 @@ def random_cases(times: int) -> list[tuple[str, int]]:
 @pytest.fixture
 def no_segments(monkeypatch):
     """A machine without Qdrant's engine."""
-    monkeypatch.setattr("lib.steps.prove_collection.engine_here", lambda: False)
+    monkeypatch.setattr("lib.backup.collection.engine_here", lambda: False)
 
 
 def test_without_an_engine_all_but_skilled_edits_are_caught(backed, tmp_path, no_segments):
@@ -620,40 +620,40 @@ def test_a_set_that_was_not_proved_is_covered_by_its_checksums(backed, tmp_path,
 # --- the drill itself is on trial: without a guard, what it alone catches passes ----------------------------------
 
 GUARDS = {
-    "the manifest's checksum": ("lib.backup_set.manifest.sealed", dict, "edited: a value, not the checksum"),
+    "the manifest's checksum": ("lib.backup.manifest.sealed", dict, "edited: a value, not the checksum"),
     "types and places in the manifest": (
-        "lib.backup_set.manifest._require_shape",
+        "lib.backup.manifest._require_shape",
         lambda _raw, _path: None,
         "graph: the manifest points out of the folder",
     ),
-    "the set's own name": ("lib.steps.drill.compare_names", lambda _manifest: None, "edited: created"),
+    "the set's own name": ("lib.backup.check.compare_names", lambda _manifest: None, "edited: created"),
     "a file's size and sha256": (
-        "lib.steps.prove_collection.check_file",
+        "lib.backup.collection.check_file",
         lambda _path, _file: None,
         "gzip: packed anew",
     ),
     "what the RDB says of itself": (
-        "lib.steps.prove.compare_rdb",
+        "lib.backup.graph.compare_rdb",
         lambda _path, _half, _facts: None,
         "edited: graph redis version",
     ),
     "counts and digest": (
-        "lib.steps.prove.compare_graph",
+        "lib.backup.graph.compare_graph",
         lambda _path, _half, _found: None,
         "rdb: another letter, every checksum right",
     ),
     "the manifest against the archive": (
-        "lib.steps.prove_collection.compare_collection",
+        "lib.backup.collection.compare_collection",
         lambda _path, _half, _facts: None,
         "collection: of the other set resealed",
     ),
     "the snapshot's own sha256": (
-        "lib.steps.prove_collection._compare_snapshots",
+        "lib.backup.collection._compare_snapshots",
         lambda _path, _archive, _seen: None,
         "archive: another byte in a segment, the archive's own checksums right",
     ),
     "the ids in the segments": (
-        "lib.steps.prove_collection._asked",
+        "lib.backup.collection._asked",
         lambda _path, _archive, _aside: None,
         "archive: another id, resealed",
     ),
@@ -672,9 +672,9 @@ def test_each_guard_is_needed(backed, tmp_path, monkeypatch, guard):
 
 
 def test_a_drill_that_is_switched_off_is_noticed(backed, tmp_path, monkeypatch):
-    for place in ("lib.steps.drill.prove_graph", "lib.steps.drill.prove_collection"):
+    for place in ("lib.backup.check.prove_graph", "lib.backup.check.prove_collection"):
         monkeypatch.setattr(place, lambda *_words, **_named: Accepted())
-    monkeypatch.setattr("lib.backup_set.manifest.sealed", dict)
+    monkeypatch.setattr("lib.backup.manifest.sealed", dict)
     cases = [case for case in CASES if not case[0].startswith(("manifest", "edited", "two sets"))]
     missed = uncaught(backed, tmp_path / "w", cases)
     assert len(missed) > 0.9 * len(cases)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from lib.backup import collection as prove_collection
+from lib.backup import graph as prove
+from lib.backup.check import prove_named
+from lib.backup.run import run_backup
+from lib.clients.falkordb import scratch
+from lib.clients.falkordb.scratch import installed_engines
 from lib.errors import MigrationError
-from lib.graph import scratch
-from lib.graph.engine import installed_engines
 from lib.journal import open_journals
-from lib.steps import prove, prove_collection
-from lib.steps.drill import prove_named
-from lib.steps.run_backup import run_backup
 from tests.backup_support import assert_one_set, files, server_files
 from tests.faults.test_backup_network import CREATE, qdrant_way
 from tests.faulty_way import Fault, answer
@@ -116,7 +117,7 @@ def test_a_scratch_server_that_is_killed_says_nothing_about_the_file(backing, mo
 
 @pytest.mark.core
 def test_a_graph_that_cannot_fit_is_told_before_the_transfer(backing, monkeypatch):
-    monkeypatch.setattr("lib.steps.take_pair.memory_used", lambda _conn: 1 << 50)
+    monkeypatch.setattr("lib.backup.run.memory_used", lambda _conn: 1 << 50)
     place = site(backing)
     with pytest.raises(MigrationError, match="MiB free, the backup may need"):
         run_backup(place.graph, None, place.folder, targets(backing), place.engines, place.bar)
@@ -149,7 +150,7 @@ import contextlib, runpy, sys
 from pathlib import Path
 root = {str(Path(__file__).resolve().parents[2])!r}
 sys.path.insert(0, root)
-import lib.steps.take_graph as graph, lib.steps.take_collection as collection
+import lib.backup.graph as graph, lib.backup.collection as collection
 def filling(real):
     def call(*words, **named):
         with open({{path!r}}, "wb", buffering=0) as stream, contextlib.suppress(OSError):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.backup.server_snapshots import own_snapshot, removed
 from lib.journal import open_journals, start_journal
-from lib.steps.own_snapshot import own_snapshot, removed
 from tests.backup_support import assert_one_set, delete_server_file, files, server_files
 from tests.gate import Gate, Stop
 from tests.kill_support import start_held

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup_set.sets import all_sets
-from lib.graph.engine import installed_engines
+from lib.backup.catalog import all_sets
+from lib.backup.check import prove_named
+from lib.clients.falkordb.scratch import installed_engines
 from lib.journal import open_journals
-from lib.steps.drill import prove_named
 from tests.backup_support import (
     age_journals,
     assert_final_files_prove,

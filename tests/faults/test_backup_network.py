@@ -17,19 +17,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from lib.backup.graph import GraphSource
+from lib.backup.run import run_backup
+from lib.clients.falkordb.connection import GraphAddress, connect
+from lib.clients.falkordb.psync import stream_rdb
+from lib.clients.qdrant.transport import Qdrant
 from lib.errors import StoreFailed, StoreUnreachable
-from lib.graph.client import GraphAddress, connect
-from lib.graph.psync import stream_rdb
 from lib.journal import open_journals
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.steps.run_backup import run_backup
-from lib.steps.take_graph import GraphSource
-from lib.vectors.transport import Qdrant
 from tests.backup_support import assert_final_files_prove, assert_one_set, files, server_files
 from tests.certificate import self_signed
 from tests.faulty_way import Fault, FaultyWay, answer
 from tests.operator_support import Operator
 from tests.restore_support import site, targets
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytestmark = pytest.mark.qdrant
 pytest_plugins = ["tests.backup_fixtures"]
@@ -240,7 +240,7 @@ def test_slow_servers_are_waited_for(backing):
 @pytest.mark.parametrize("silent", [0, 30, 60, 5_000, 60_000])
 def test_a_falkordb_that_falls_silent_is_noticed(backing, monkeypatch, silent):
     quick = functools.partial(stream_rdb, idle_seconds=0.5)
-    monkeypatch.setattr("lib.steps.take_graph.stream_rdb", quick)
+    monkeypatch.setattr("lib.backup.graph.stream_rdb", quick)
     begun = time.monotonic()
     with (
         falkordb_way(backing, Fault(b"PSYNC", silent=silent)),

@@ -13,8 +13,8 @@ import termios
 
 import pytest
 
+from lib.backup.server_snapshots import ANNOUNCED
 from lib.journal import open_journals
-from lib.steps.own_snapshot import ANNOUNCED
 from tests.backup_support import (
     assert_final_files_prove,
     assert_no_scratch,

@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from lib.backup_set.manifest import read_manifest, sealed
+from lib.backup.manifest import read_manifest, sealed
 from tests.kill_support import kill
 from tests.matrix import matrix
 from tests.offsite_gate import S3Gate
@@ -122,7 +122,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(operator, tmp
 
 
 def test_the_offsite_requirements_bring_every_package_that_a_message_names():
-    from lib.backup_set.offsite_address import _LIBRARIES
+    from lib.backup.copy_store import _LIBRARIES
 
     lines = (ROOT / "requirements-offsite.txt").read_text() + (ROOT / "requirements.txt").read_text()
     for _, package in _LIBRARIES.values():

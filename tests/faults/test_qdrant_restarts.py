@@ -7,11 +7,10 @@ import threading
 import pytest
 import requests
 
+from lib.clients.qdrant.restoring import can_fetch_itself, recover
+from lib.clients.qdrant.snapshots import create, list_snapshots, restarted, startup
+from lib.clients.qdrant.transport import Qdrant
 from lib.errors import StoreFailed
-from lib.vectors.restoring import can_fetch_itself, recover
-from lib.vectors.snapshots import create, list_snapshots
-from lib.vectors.startup import restarted, startup
-from lib.vectors.transport import Qdrant
 from tests.gate import Gate, Stop
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(300)]

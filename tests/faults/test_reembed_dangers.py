@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import requests
 
-from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.operator_support import LARGE, OLD_SIZE, Operator
 from tests.reembed_support import embeddable, make_rich, points_of, upgrade
 from tests.restore_support import faults, journal_of, phases, wait_for
+from tests.sandbox.qdrant_server.process import QdrantServer
 
 REAL = "QDRANT_TEST_URL" in os.environ or "QDRANT_TEST_SERVER" in os.environ
 pytestmark = [pytest.mark.qdrant, pytest.mark.skipif(REAL, reason="needs the stand-in's faults on demand")]
@@ -155,8 +155,8 @@ def test_fresh_pays_once_however_often_it_is_started(operator):
 
 @pytest.mark.core
 def test_a_provider_that_gives_one_vector_to_every_text_is_refused(operator, monkeypatch):
+    from lib.clients.embeddings import client as clients
     from lib.dimensions import EmbeddingSpec
-    from lib.embedding import client as clients
     from lib.errors import ProviderRefused
 
     made = clients.EmbeddingClient(EmbeddingSpec(operator.servers.openai.base_url, LARGE, 96), "sk-x")

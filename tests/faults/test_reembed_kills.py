@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from lib.journal import open_journals, read_journal
-from lib.steps.phases import (
+from lib.backup.last_migration import (
     DELETED,
     DELETING,
     PLACED,
@@ -21,6 +20,7 @@ from lib.steps.phases import (
     STAGING,
     TIDYING,
 )
+from lib.journal import open_journals, read_journal
 from tests.gate import Gate
 from tests.kill_support import KILLS_EACH, left_by_kill
 from tests.matrix import matrix

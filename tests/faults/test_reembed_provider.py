@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from lib.embedding.spool import SUM_BYTES
-from lib.sandbox.vectors import vectors_for
+from lib.clients.embeddings.cache import SUM_BYTES
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, Operator, Result
 from tests.reembed_support import Points, assert_migrated, embeddable, points_of, upgrade
+from tests.sandbox.vectors import vectors_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -26,7 +26,7 @@ MEMORIES = 120
 PACE = ("--batch-size", str(BATCH), "--workers", str(WORKERS))
 # The script itself, with a shorter patience: a request of a second is late, eight seconds of failures are ten minutes.
 _IMPATIENT = """
-from lib.embedding import client
+from lib.clients.embeddings import client
 client.EmbeddingClient.__init__.__kwdefaults__.update(timeout_seconds={timeout}, max_wait_seconds={patience})
 client.FIRST_PAUSE_SECONDS, client.LONGEST_PAUSE_SECONDS = 0.02, 0.2
 """

@@ -10,14 +10,14 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
+from lib.backup.last_migration import PLACED, PLACING, PROVED, TIDYING
 from lib.journal import open_journals, read_journal
-from lib.sandbox.vectors import vectors_for
-from lib.steps.phases import PLACED, PLACING, PROVED, TIDYING
 from tests.gate import Gate, Stop
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
 from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of, settings
 from tests.restore_support import faults, wait_for
+from tests.sandbox.vectors import vectors_for
 
 pytestmark = pytest.mark.qdrant
 REAL = "QDRANT_TEST_URL" in os.environ or "QDRANT_TEST_SERVER" in os.environ

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup_set.manifest import sealed
+from lib.backup.manifest import sealed
+from lib.clients.falkordb.scratch import installed_engines
 from lib.errors import BackupDamaged, BadFile, MigrationError
-from lib.graph.engine import installed_engines
-from lib.steps.before_restore import prove_files
-from lib.steps.restore_site import Options
+from lib.restore.preflight import prove_files
+from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import damaged, site, wanted
@@ -346,7 +346,7 @@ def test_an_archive_whose_own_facts_are_off_is_refused(backed, tmp_path, edit):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
     """A file that passes its checksum and does not load: the scratch server says so and leaves nothing."""
-    from lib.graph.rdb_fields import crc64
+    from lib.clients.falkordb.rdb import crc64
 
     place, whole = site(backed), Path(backed.rdb()).read_bytes()
     chance, refused = random.Random(11), 0

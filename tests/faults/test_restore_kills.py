@@ -11,16 +11,16 @@ import time
 import pytest
 import requests
 
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.qdrant.collection import exists
 from lib.errors import MigrationError
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
-from lib.sandbox.state import state_of
-from lib.vectors.collection import exists
 from tests.gate import LONGEST_SECONDS, Gate, Stop
 from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
 from tests.matrix import matrix
 from tests.operator_support import ROOT, Operator
 from tests.restore_support import TIMEOUT, assert_tidy, faults, settings, spoil, wait_for
+from tests.sandbox.state import state_of
 
 pytestmark = pytest.mark.qdrant
 

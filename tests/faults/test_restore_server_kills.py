@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.vectors.collection import exists
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.qdrant.collection import exists
 from tests.kill_support import KILLS_EACH, start_held
 from tests.operator_support import Operator
 from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait_for
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(900)]
 

@@ -13,10 +13,10 @@ from typing import Any
 import requests
 from dotenv import dotenv_values
 
-from lib.sandbox.stack import COLLECTION, GRAPH, KEY, TOKEN, Stack
-from lib.sandbox.state import State, state_of
-from lib.vectors.transport import Qdrant
+from lib.clients.qdrant.transport import Qdrant
 from tests.guide.documents import ROOT, Block
+from tests.sandbox.stack import COLLECTION, GRAPH, KEY, TOKEN, Stack
+from tests.sandbox.state import State, state_of
 
 MEMORIES = 100
 SMALL, LARGE = ("768", "text-embedding-3-small"), ("3072", "text-embedding-3-large")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lib.sandbox.stack import Stack
-from lib.sandbox.state import State
 from tests.guide.documents import MIGRATION, README, SHELL, Block, blocks, sections
 from tests.guide.site import LARGE, SMALL, Ran, Site
+from tests.sandbox.stack import Stack
+from tests.sandbox.state import State
 
 pytestmark = pytest.mark.qdrant
 Check = Callable[[Site, Ran, State], None]
@@ -196,7 +196,7 @@ def test_the_error_texts_of_the_guide_are_those_that_are_printed(site):
     mismatch = site.script("verify_migration", **larger)
     refusal = site.script("reembed_embeddings", **larger)
     assert (mismatch.code, refusal.code) == (2, 2)
-    limit = (site.checkout / "lib" / "embedding" / "client.py").read_text()
+    limit = (site.checkout / "lib" / "clients" / "embeddings" / "client.py").read_text()
     shown = {block.heading: block.text for block in blocks(MIGRATION) if block.language == ""}
     assert mismatch.err.startswith(shown['Error: "Vector dimension mismatch"'])
     assert shown['Error: "Qdrant collection already exists"'].strip() in refusal.err

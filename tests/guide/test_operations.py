@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib.sandbox.stack import Stack
 from tests.guide.documents import README, ROOT, Block, blocks
 from tests.guide.site import SMALL, Ran, Site
 from tests.offsite_support import BUCKET, S3Server
+from tests.sandbox.stack import Stack
 
 pytestmark = pytest.mark.qdrant
 CHECKOUT, COPIES = "/opt/automem-migration", "/mnt/copies"

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from lib.sandbox.stack import GUIDE_PORTS, TOKEN
 from tests.guide.documents import ROOT
 from tests.matrix import matrix
+from tests.sandbox.stack import GUIDE_PORTS, TOKEN
 
 pytestmark = pytest.mark.qdrant
 MARK = "AUTOMEM_QUICKSTART_UNDER_TEST"

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from lib import cli, errors
-from lib.backup_set import manifest
+from lib.backup import manifest
 from lib.config import DEFAULTS, PROJECT_ROOT
 from tests.guide.documents import EXAMPLE, FLAG, MIGRATION, README, ROOT, sections
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import requests
 
-from lib.graph.client import connect
-from lib.sandbox.automem_server import AutoMemServer
-from lib.sandbox.process import ServerStartError
-from lib.sandbox.vectors import vectors_for
+from lib.clients.falkordb.connection import connect
 from tests import automem_support
 from tests.automem_recordings.recordings import differences, load_recording, rows
 from tests.automem_support import MODEL, TOKEN, Stores
+from tests.sandbox.automem_server import AutoMemServer
+from tests.sandbox.process import ServerStartError
+from tests.sandbox.vectors import vectors_for
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.matrix]
 servers, stores = automem_support.servers, automem_support.stores

@@ -9,14 +9,14 @@ import socket
 
 import pytest
 
-from lib.automem_api import AutoMemApi, ask_health, recall
+from lib.clients.automem import AutoMemApi, ask_health, recall
 from lib.errors import StoreUnreachable
 from lib.journal import open_journals
-from lib.sandbox.automem_server import AutoMemServer
 from tests.http_proxy import HttpProxy
 from tests.matrix import matrix
 from tests.operator_support import NEW_SIZE, Operator
 from tests.restore_support import spoil
+from tests.sandbox.automem_server import AutoMemServer
 
 
 class Answering(HttpProxy):
@@ -192,7 +192,7 @@ def test_an_automem_that_is_started_while_the_collection_is_restored_keeps_its_g
 
 
 def test_a_key_that_a_running_automem_adds_during_the_trial_stops_the_restore(ready, monkeypatch):
-    from lib.steps import restore
+    from lib.restore import run as restore
 
     def backup_then_write(*args, **more):
         made = take_backup(*args, **more)
@@ -230,7 +230,7 @@ def test_another_service_is_named_and_the_restore_goes_ahead(ready):
 @pytest.mark.parametrize("warned", [False, True], ids=["FalkorDB here", "FalkorDB elsewhere"])
 def test_nobody_on_this_machine_says_nothing_of_an_automem_elsewhere(ready, monkeypatch, warned):
     """AUTOMEM_API_URL is not set, FalkorDB is on another machine: AutoMem may run there."""
-    from lib.steps import before_restore
+    from lib.restore import preflight as before_restore
 
     if warned:
         monkeypatch.setattr(before_restore, "is_loopback", lambda _host: False)
@@ -350,7 +350,7 @@ def test_after_the_restart_an_automem_on_other_stores_fails(settled, twin, what)
 
 def test_an_automem_that_refuses_to_start_fails(settled, tmp_path):
     """It was started with another size than the collection's, and ended."""
-    from lib.sandbox.process import ServerStartError
+    from tests.sandbox.process import ServerStartError
 
     automem = AutoMemServer(env={**settled.environ, "VECTOR_SIZE": str(NEW_SIZE)}, log=tmp_path / "log")
     with pytest.raises(ServerStartError, match="DIMENSION"):

@@ -118,10 +118,10 @@ def test_list_shows_the_sets(operator):
 
 def test_the_list_of_a_large_deployment_fits_a_terminal_of_80_columns(capsys):
     """Millions of memories, the longest of OpenAI's model names, drift."""
-    from lib.backup_set import manifest as sets
-    from lib.backup_set.shelf import Shelf
+    from lib.backup import manifest as sets
+    from lib.backup.copies import Shelf
+    from lib.backup.output import show_sets
     from lib.console import Console
-    from lib.showing.backup import show_sets
 
     rdb, archive = (sets.BackupFile(f"qdrant/{one}", 99_999_999_999, "0" * 64) for one in ("a", "b"))
     server = {"address": "host:6379"}

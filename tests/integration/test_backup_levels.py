@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lib.graph.client import connect
-from lib.graph.engine import installed_engines
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.scratch import installed_engines
 from tests.operator_support import Operator, Servers
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytestmark = pytest.mark.qdrant
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
 from tests.graph_fixtures import ENGINES
 from tests.graph_support import write
 from tests.operator_support import Operator, Servers
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytestmark = pytest.mark.matrix
 LABELS = {"Memory": 50_000, "Entity": 40_000, "Tag": 15_000}

@@ -15,10 +15,10 @@ import pytest
 
 from lib.config import load_config
 from lib.files import TargetLock
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.process import ServerProcess, free_port
 from tests.matrix import matrix
 from tests.operator_support import LARGE, SMALL, Operator
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.process import ServerProcess, free_port
 from tests.vectors_support import REAL_SERVER, own_server
 
 pytestmark = pytest.mark.qdrant

@@ -7,11 +7,11 @@ import json
 import pytest
 import requests
 
+from lib.clients.qdrant.collection import create_body, refuse_foreign
 from lib.errors import UsageProblem
-from lib.sandbox.vectors import vector_for
-from lib.vectors.recreate import create_body, refuse_foreign
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, points_of, settings, upgrade
+from tests.sandbox.vectors import vector_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -369,7 +369,7 @@ def change_settings(operator, seconds: int) -> None:
 
 def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypatch):
     """After --no-switch the collection is staged anew; right before the delete nothing is replaced."""
-    from lib.steps import exchange
+    from lib.reembed import cutover as exchange
 
     operator.load(20)
     operator.run("backup_automem", "--only", "qdrant")
@@ -397,7 +397,7 @@ def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypa
 
 def stop_after_the_delete(monkeypatch) -> None:
     """The run is killed between the delete and what comes next."""
-    from lib.steps import exchange
+    from lib.reembed import cutover as exchange
 
     def killed(*_args):
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib.backup_set.archive import read_archive
+from lib.backup.archive import read_archive
 from lib.journal import open_journals
 from tests.gate import Gate, Stop
 from tests.kill_support import run_killed

@@ -9,15 +9,15 @@ import time
 import numpy as np
 import pytest
 
+from lib.clients.embeddings import client as client_module
+from lib.clients.embeddings.client import EmbeddingClient
+from lib.clients.embeddings.rate_limits import Stopped
+from lib.clients.embeddings.refusals import BadAnswer, BadInput, WrongWidth
 from lib.dimensions import EmbeddingSpec
-from lib.embedding import client as client_module
-from lib.embedding.client import EmbeddingClient
-from lib.embedding.pacing import Stopped
-from lib.embedding.refusals import BadAnswer, BadInput, WrongWidth
 from lib.errors import ProviderRefused, UsageProblem
-from lib.sandbox.openai_server import OpenAIServer
-from lib.sandbox.process import free_port
-from lib.sandbox.vectors import vectors_for
+from tests.sandbox.openai_server import OpenAIServer
+from tests.sandbox.process import free_port
+from tests.sandbox.vectors import vectors_for
 
 LARGE = "text-embedding-3-large"
 KEY = "sk-sandbox-0123456789abcdef"

@@ -13,19 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lib.clients.embeddings import client as client_module
+from lib.clients.embeddings import worker_pool as workers_module
+from lib.clients.embeddings.cache import Spool, TextRow
+from lib.clients.embeddings.client import EmbeddingClient
+from lib.clients.embeddings.pricing import count_tokens
+from lib.clients.embeddings.refusals import WrongWidth
+from lib.clients.embeddings.worker_pool import embed_missing
 from lib.dimensions import EmbeddingSpec
-from lib.embedding import client as client_module
-from lib.embedding import workers as workers_module
-from lib.embedding.client import EmbeddingClient
-from lib.embedding.plan_table import TextRow
-from lib.embedding.pricing import count_tokens
-from lib.embedding.refusals import WrongWidth
-from lib.embedding.spool import Spool
-from lib.embedding.workers import embed_missing
 from lib.errors import ProviderRefused
-from lib.sandbox.openai_server import OpenAIServer
-from lib.sandbox.vectors import vectors_for
 from tests.matrix import matrix
+from tests.sandbox.openai_server import OpenAIServer
+from tests.sandbox.vectors import vectors_for
 
 MODEL, SIZE = "text-embedding-3-large", 256
 KEY = "sk-sandbox-0123456789abcdef"
@@ -300,11 +299,11 @@ _RUN = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.client import EmbeddingClient
-from lib.embedding.plan_table import TextRow
-from lib.embedding.refusals import WrongWidth
-from lib.embedding.spool import Spool
-from lib.embedding.workers import embed_missing
+from lib.clients.embeddings.client import EmbeddingClient
+from lib.clients.embeddings.cache import TextRow
+from lib.clients.embeddings.refusals import WrongWidth
+from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.worker_pool import embed_missing
 spec = EmbeddingSpec({url!r}, {model!r}, {size})
 texts = [f"memory number {{n}} about topic {{n % 17}}" for n in range(2000)]
 with Spool(Path({path!r})) as spool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.backup.last_migration import DELETED, DELETING
 from lib.journal import open_journals
-from lib.steps.phases import DELETED, DELETING
 from tests.kill_support import run_killed
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE

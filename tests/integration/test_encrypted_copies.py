@@ -11,9 +11,9 @@ from pathlib import Path
 import pyrage
 import pytest
 
-from lib.backup_set.age import CopyKeys, decrypt, encrypt, recipients
-from lib.backup_set.manifest import read_manifest
-from lib.backup_set.offsite_store import OffsiteStore
+from lib.backup.age import CopyKeys, decrypt, encrypt, recipients
+from lib.backup.copy_store import OffsiteStore
+from lib.backup.manifest import read_manifest
 from lib.errors import BackupDamaged, StoreFailed
 from tests.matrix import matrix
 from tests.offsite_support import BUCKET, S3Server

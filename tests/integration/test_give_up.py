@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from lib.backup.last_migration import DELETING
 from lib.console import Console
 from lib.journal import open_journals, read_journal
-from lib.steps.phases import DELETING
 from tests.kill_support import ctrl_c
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE
@@ -120,7 +120,7 @@ def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypat
     operator.run("backup_automem")
     state = operator.state()
     with monkeypatch.context() as patched:
-        patched.setattr("lib.steps.restore_collection.compare", interrupt)
+        patched.setattr("lib.backup.collection_restore.compare", interrupt)
         operator.run("restore_from_backup", operator.archive(), expect=130)
     assert operator.collections() == [operator.collection]
     assert f"restore_from_backup.py {operator.archive()}\n" in notice(operator)
@@ -136,7 +136,7 @@ def test_a_trial_of_the_graph_that_was_interrupted_closes_its_own_journal(operat
     operator.run("backup_automem")
     state = operator.state()
     with monkeypatch.context() as patched:
-        patched.setattr("lib.steps.restore_graph.prove_acceptance", interrupt)
+        patched.setattr("lib.restore.graph.prove_acceptance", interrupt)
         operator.run("restore_from_backup", operator.rdb(), expect=130)
     assert "unfinished" not in notice(operator)
     assert operator.graphs() == [operator.graph]
@@ -210,7 +210,7 @@ def test_a_quiet_run_says_it_every_five_minutes(capsys, monkeypatch):
     [(None, [], "0 points"), (0, [], "0 points"), (5, [2, 3], "5/5 points"), (None, [7], "7 points")],
 )
 def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
-    from lib import live_bars
+    from lib import progress_bars as live_bars
 
     with live_bars.bar("stage", total, lambda count: f"{count:.0f}", "points") as advance:
         for step in steps:
@@ -287,7 +287,7 @@ def test_an_error_of_automem_leaves_the_other_checks(operator, monkeypatch):
         raise StoreFailed("AutoMem answered 500 to /health", next_step="look at its log")
 
     operator.load(60)
-    monkeypatch.setattr("lib.steps.verify.ask_health", fail)
+    monkeypatch.setattr("lib.verify.run.ask_health", fail)
     checks = operator.run("verify_migration", "--json", expect=4).json["checks"]
     assert [one["name"] for one in checks][:3] == ["size and distance", "status", "model stamp"]
     assert checks[-1] == {
@@ -300,13 +300,13 @@ def test_an_error_of_automem_leaves_the_other_checks(operator, monkeypatch):
 
 @pytest.mark.matrix
 def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(operator, monkeypatch):
-    from lib.steps import neighbours
+    from lib.reembed import quality as neighbours
 
     def bug(*_args):
         raise KeyError("a bug")
 
     make_ready(operator)
-    monkeypatch.setattr("lib.steps.neighbours.nearest_to", bug)
+    monkeypatch.setattr("lib.reembed.quality.nearest_to", bug)
     with pytest.raises(KeyError, match="a bug"):
         operator.run("reembed_embeddings")
     assert (LookupError, TypeError) not in neighbours._TROUBLE
@@ -331,7 +331,7 @@ def test_that_other_clients_cannot_be_listed_is_said(operator, monkeypatch):
 
     operator.load(30)
     operator.run("backup_automem")
-    monkeypatch.setattr("lib.steps.before_restore.other_clients", refuse)
+    monkeypatch.setattr("lib.restore.preflight.other_clients", refuse)
     said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
     assert "warning: who else is connected to FalkorDB cannot be told" in said
     assert "NOPERM" in said

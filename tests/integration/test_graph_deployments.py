@@ -12,14 +12,14 @@ from contextlib import contextmanager
 import pytest
 import redis
 
+from lib.clients.falkordb.connection import connect, temporary_name
 from lib.errors import StoreFailed
-from lib.graph.client import connect, temporary_name
 from lib.journal import open_journals
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.process import free_port
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, Operator, Servers
 from tests.restore_support import wait_for
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.process import free_port
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_a_full_queue_is_waited_for(session_servers, tmp_path):
 
 
 def test_a_queue_that_stays_full_is_named(server, monkeypatch):
-    from lib.graph import client
+    from lib.clients.falkordb import connection as client
 
     monkeypatch.setattr(client, "_QUEUE_SECONDS", 0.2)
     asked = []
@@ -228,7 +228,7 @@ def test_a_graph_that_another_node_of_the_cluster_holds_is_named(session_servers
 
 @pytest.mark.parametrize("graph", ["a}b", "a{}b"])
 def test_a_name_that_has_no_neighbour_in_its_slot_is_refused(monkeypatch, server, graph):
-    from lib.graph import client
+    from lib.clients.falkordb import connection as client
 
     with connect(server.address) as conn:
         assert temporary_name(conn, graph, "pre", "1") == f"{graph}__pre_1"
@@ -324,7 +324,7 @@ def test_a_graph_among_another_modules_keys_is_dumped_and_verified(neighboured):
 
 def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighboured, monkeypatch):
     """As an earlier version took it, or redis-cli."""
-    monkeypatch.setattr("lib.steps.take_graph.foreign_modules", lambda *_: [])
+    monkeypatch.setattr("lib.backup.graph.foreign_modules", lambda *_: [])
     result = neighboured.run("backup_automem", "--only", "falkordb")
     assert "data of the redis module 'othertype'" in result.out
     assert (half(neighboured)["kind"], half(neighboured)["proof"]) == ("rdb", "checked")

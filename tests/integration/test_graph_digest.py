@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import redis
 
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.falkordb.psync import stream_rdb
+from lib.clients.falkordb.scratch import Engine, scratch_server
 from lib.errors import MissingData
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
-from lib.graph.engine import Engine, scratch_server
-from lib.graph.psync import stream_rdb
-from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import (
     constrain,
     fill,
@@ -20,6 +19,7 @@ from tests.graph_support import (
     take,
     write,
 )
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytest_plugins = ["tests.graph_fixtures"]
 

@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import redis
 
-from lib.errors import BackupDamaged, MigrationError, UsageProblem
-from lib.graph.client import GraphAddress, ServerVersions, connect, list_graphs
-from lib.graph.digest import graph_digest
-from lib.graph.engine import (
+from lib.clients.falkordb.connection import GraphAddress, ServerVersions, connect, list_graphs
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.falkordb.rdb import RdbFacts, inspect_rdb, require_rdb_checksum, unwrap_dump, wrap_dump
+from lib.clients.falkordb.scratch import (
     MODULE_VARIABLE,
     SERVER_VARIABLE,
     Engine,
     NoEngine,
+    ScratchFailed,
     engine_for,
     installed_engines,
     newest_encoding,
     scratch_server,
 )
-from lib.graph.rdb import RdbFacts, inspect_rdb, require_rdb_checksum, unwrap_dump, wrap_dump
-from lib.graph.scratch import ScratchFailed
-from lib.graph.swap import dump_graph
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.clients.falkordb.swap import dump_graph
+from lib.errors import BackupDamaged, MigrationError, UsageProblem
 from tests.graph_support import fill, fill_rich, take, write
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytest_plugins = ["tests.graph_fixtures"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ def test_a_scratch_server_is_private_and_leaves_nothing(engine: Engine, server: 
 def test_a_scratch_server_ends_with_a_killed_process(engine: Engine):
     program = (
         "import sys, time\n"
-        "from lib.graph.engine import installed_engines, scratch_server\n"
+        "from lib.clients.falkordb.scratch import installed_engines, scratch_server\n"
         "with scratch_server(installed_engines({})[0]) as scratch:\n"
         "    print(scratch.pid, scratch.address.unix_socket, flush=True)\n"
         "    time.sleep(600)\n"

@@ -14,15 +14,13 @@ from pathlib import Path
 import pytest
 import redis
 
+from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.falkordb.psync import PsyncRefused, stream_rdb
+from lib.clients.falkordb.queries import counts
+from lib.clients.falkordb.rdb import inspect_rdb
+from lib.clients.falkordb.scratch import Engine, scratch_server
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
-from lib.graph.client import GraphAddress, connect, list_graphs
-from lib.graph.digest import graph_digest
-from lib.graph.engine import Engine, scratch_server
-from lib.graph.psync import PsyncRefused, stream_rdb
-from lib.graph.rdb import inspect_rdb
-from lib.graph.read import counts
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.process import free_port
 from tests.certificate import self_signed
 from tests.graph_support import (
     fill,
@@ -30,6 +28,8 @@ from tests.graph_support import (
     take,
     write,
 )
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.process import free_port
 
 pytest_plugins = ["tests.graph_fixtures"]
 

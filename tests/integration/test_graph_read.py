@@ -3,13 +3,21 @@ from __future__ import annotations
 import pytest
 import redis
 
+from lib.clients.falkordb.connection import list_graphs, require_graph, server_versions
+from lib.clients.falkordb.queries import (
+    NOT_UTF8,
+    counts,
+    iter_memories,
+    memory_ids_present,
+    nodes,
+    pages,
+    read_rows,
+    relationships,
+    row_cap,
+    schema,
+)
+from lib.clients.falkordb.scratch import Engine
 from lib.errors import MissingData, StoreFailed
-from lib.graph.client import list_graphs, require_graph, server_versions
-from lib.graph.engine import Engine
-from lib.graph.paging import nodes, pages, relationships, row_cap
-from lib.graph.read import counts, iter_memories, memory_ids_present, read_rows, schema
-from lib.graph.values import NOT_UTF8
-from lib.sandbox.falkordb_server import FalkorServer
 from tests.graph_support import (
     constrain,
     fill,
@@ -17,6 +25,7 @@ from tests.graph_support import (
     rich_counts,
     write,
 )
+from tests.sandbox.falkordb_server import FalkorServer
 
 pytest_plugins = ["tests.graph_fixtures"]
 

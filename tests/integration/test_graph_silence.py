@@ -8,10 +8,9 @@ import time
 
 import pytest
 
+from lib.clients.falkordb.connection import GraphAddress, command, connect, list_graphs
+from lib.clients.falkordb.queries import counts, raw_rows, read_rows
 from lib.errors import StoreUnreachable
-from lib.graph.client import GraphAddress, command, connect, list_graphs
-from lib.graph.paging import raw_rows
-from lib.graph.read import counts, read_rows
 
 READ_SECONDS, SLOW_SECONDS = 0.8, 2.0
 

@@ -9,6 +9,20 @@ from pathlib import Path
 import pytest
 import redis
 
+from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs
+from lib.clients.falkordb.digest import GraphDigest, graph_digest
+from lib.clients.falkordb.queries import counts, schema
+from lib.clients.falkordb.rdb import crc64
+from lib.clients.falkordb.scratch import Engine, scratch_server
+from lib.clients.falkordb.swap import (
+    drop_graph,
+    dump_as,
+    dump_graph,
+    prove_acceptance,
+    rename_graph,
+    swap_back,
+    swap_in,
+)
 from lib.errors import (
     AccessRefused,
     BackupDamaged,
@@ -17,16 +31,10 @@ from lib.errors import (
     StoreUnreachable,
     VerificationFailed,
 )
-from lib.graph.client import GraphAddress, connect, list_graphs
-from lib.graph.digest import GraphDigest, graph_digest
-from lib.graph.engine import Engine, scratch_server
-from lib.graph.rdb_fields import crc64
-from lib.graph.read import counts, schema
-from lib.graph.swap import drop_graph, dump_as, dump_graph, prove_acceptance, rename_graph, swap_back, swap_in
-from lib.sandbox.falkordb_server import DOCKER_LIMITS, FalkorServer
 from tests.graph_fixtures import ENGINES
 from tests.graph_support import fill, fill_rich, take, write
 from tests.restore_support import wait_for
+from tests.sandbox.falkordb_server import DOCKER_LIMITS, FalkorServer
 
 pytest_plugins = ["tests.graph_fixtures"]
 SAFETY = "memories__pre_20260101_000000"

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from lib.errors import StoreFailed, StoreUnreachable
-from lib.graph import client, psync
-from lib.graph.client import (
+from lib.clients.falkordb import connection as client
+from lib.clients.falkordb import psync
+from lib.clients.falkordb.connection import (
     GraphAddress,
     command,
     connect,
@@ -22,7 +22,8 @@ from lib.graph.client import (
     save_trouble,
     server_versions,
 )
-from lib.graph.paging import raw_rows
+from lib.clients.falkordb.queries import raw_rows
+from lib.errors import StoreFailed, StoreUnreachable
 
 pytestmark = pytest.mark.qdrant
 Reply = Callable[[socket.socket], None]

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from lib.backup_set.archive import read_archive
-from lib.backup_set.manifest import sealed
+from lib.backup.archive import read_archive
+from lib.backup.manifest import sealed
 from lib.errors import BackupDamaged
 from lib.journal import start_journal
 
@@ -229,8 +229,7 @@ def test_a_manifest_that_cannot_be_read_stops_nothing(operator):
 
 
 def test_an_rdb_with_a_number_as_long_as_a_book_is_read(tmp_path):
-    from lib.graph.rdb import inspect_rdb
-    from lib.graph.rdb_fields import crc64, written_string
+    from lib.clients.falkordb.rdb import crc64, inspect_rdb, written_string
 
     body = b"REDIS0012\xfa" + written_string(b"used-mem") + written_string(b"9" * 5000) + b"\xff"
     path = tmp_path / "g.rdb"
@@ -258,7 +257,7 @@ def entry(kind: bytes, content: bytes, name: str = "x") -> bytes:
 
 @pytest.mark.matrix
 def test_names_and_pieces_without_end_are_refused():
-    from lib.vectors.snapshot_tar import inspect_snapshot
+    from lib.clients.qdrant.snapshot_format import inspect_snapshot
 
     long = entry(tarfile.GNUTYPE_LONGNAME, b"n" * 60_000) + entry(tarfile.REGTYPE, b"")
     with pytest.raises(BackupDamaged, match="a name of 60000 bytes"):
@@ -269,9 +268,9 @@ def test_names_and_pieces_without_end_are_refused():
 
 
 def test_no_more_is_fetched_than_the_manifest_says(tmp_path):
-    from lib.backup_set.manifest import BackupFile
-    from lib.backup_set.offsite import _receive
-    from lib.backup_set.offsite_store import OffsiteStore
+    from lib.backup.copies import _receive
+    from lib.backup.copy_store import OffsiteStore
+    from lib.backup.manifest import BackupFile
 
     taken = []
 

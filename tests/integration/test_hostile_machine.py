@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.graph.engine import installed_engines
-from lib.scratch_folder import child_environment
-from lib.vectors import open_segments
+from lib.child_process import child_environment
+from lib.clients.falkordb.scratch import installed_engines
+from lib.clients.qdrant import segments as open_segments
 
 pytestmark = pytest.mark.qdrant
 NOBODY = 65534

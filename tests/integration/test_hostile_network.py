@@ -12,15 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lib import automem_api, http_policy
-from lib.automem_api import AutoMemApi, ask_health, recall
+from lib import network as http_policy
+from lib.clients import automem as automem_api
+from lib.clients.automem import AutoMemApi, ask_health, recall
+from lib.clients.embeddings import client
+from lib.clients.embeddings import client as provider
+from lib.clients.embeddings.refusals import Transient
+from lib.clients.qdrant import snapshots, transport
+from lib.clients.qdrant.transport import NoAnswer, Qdrant
 from lib.dimensions import EmbeddingSpec
-from lib.embedding import client, provider
-from lib.embedding.refusals import Transient
 from lib.errors import StoreFailed, StoreUnreachable
-from lib.vectors import snapshots, transport
-from lib.vectors.refusals import NoAnswer
-from lib.vectors.transport import Qdrant
 
 
 class Server(ThreadingHTTPServer):
@@ -331,8 +332,8 @@ def test_a_whole_answer_keeps_its_connection():
 
 def test_a_server_sends_the_key_to_its_configured_address_alone():
     """It is told to fetch its own snapshot: from the address that is configured, and from its own localhost."""
-    from lib.vectors.restoring import can_fetch_itself
-    from lib.vectors.snapshots import Snapshot
+    from lib.clients.qdrant.restoring import can_fetch_itself
+    from lib.clients.qdrant.snapshots import Snapshot
 
     with serving(
         replying(400, {"Content-Type": "application/json"}, b'{"status": {"error": "cannot fetch"}}')

@@ -10,10 +10,10 @@ import tarfile
 
 import pytest
 
-from lib.backup_set.manifest import sealed
+from lib.backup.manifest import sealed
 from lib.config import load_config
-from lib.showing.settings import settings_lines
-from lib.shown import escaped, listed, one_line
+from lib.errors import escaped, listed, one_line
+from lib.show_config import settings_lines
 from tests.integration.test_hostile_network import replying, serving
 from tests.operator_support import ROOT
 

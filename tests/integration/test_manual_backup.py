@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.rdb import inspect_rdb
 from lib.errors import BackupDamaged
-from lib.graph.client import connect
-from lib.graph.rdb import inspect_rdb
 from tests.guide.documents import MIGRATION, blocks
 from tests.matrix import matrix
 from tests.restore_support import spoil

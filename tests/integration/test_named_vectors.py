@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from lib.backup_set.archive import peek_facts
-from lib.graph.client import connect
-from lib.sandbox.sample_loading import load_graph
-from lib.sandbox.sample_memories import generate
+from lib.backup.archive import peek_facts
+from lib.clients.falkordb.connection import connect
+from tests.sandbox.sample_loading import load_graph
+from tests.sandbox.sample_memories import generate
 
 pytestmark = pytest.mark.qdrant
 VECTORS = {"text": {"size": 8, "distance": "Cosine"}, "image": {"size": 4, "distance": "Dot"}}

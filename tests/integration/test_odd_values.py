@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lib.graph.client import connect
-from lib.sandbox.vectors import vector_for
+from lib.clients.falkordb.connection import connect
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_vectors, points_of, upgrade
+from tests.sandbox.vectors import vector_for
 
 pytestmark = pytest.mark.qdrant
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import paramiko
 import pytest
 
-from lib.backup_set.manifest import read_manifest
+from lib.backup.manifest import read_manifest
 from tests.matrix import matrix
 from tests.offsite_support import BUCKET, PASSWORD, SECRET_KEY, USER, S3Server, SFTPServer
 from tests.restore_support import assert_tidy, spoil

@@ -7,10 +7,10 @@ import uuid
 import numpy as np
 import pytest
 
-from lib.sandbox.vectors import vector_for
-from lib.steps.payloads import point_id
+from lib.backup.payloads import point_id
 from tests.operator_support import LARGE, OLD_SIZE, ROOT, SMALL
 from tests.reembed_support import assert_migrated, assert_vectors, embeddable, points_of
+from tests.sandbox.vectors import vector_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -87,7 +87,7 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
 
 
 def test_a_surplus_point_is_kept_before_it_goes(level):
-    from lib.embedding.spool import Spool
+    from lib.clients.embeddings.cache import Spool
 
     vector = np.eye(OLD_SIZE, dtype=np.float32)[3]
     lonely = {"id": 99, "vector": vector.tolist(), "payload": {"content": "mine alone", "note": "dear"}}

@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from lib.sandbox.openai_server import OpenAIServer
+from tests.sandbox.openai_server import OpenAIServer
 
 pytestmark = pytest.mark.matrix
 

@@ -10,12 +10,12 @@ import sqlite3
 import numpy as np
 import pytest
 
-from lib.embedding.pricing import cut_to_tokens, price_per_million
-from lib.embedding.spool_file import room_of
-from lib.sandbox.vectors import vectors_for
+from lib.clients.embeddings.cache_file import room_of
+from lib.clients.embeddings.pricing import cut_to_tokens, price_per_million
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of
+from tests.sandbox.vectors import vectors_for
 from tests.small_disk import small_disk
 
 pytestmark = pytest.mark.qdrant
@@ -89,8 +89,8 @@ def test_a_real_disk_that_is_nearly_full(ready, tmp_path):
 
 @pytest.mark.parametrize("size", [48, 96, 256, 384, 768, 1024, 1536, 2048, 3072, 4096])
 def test_the_room_that_is_asked_for_is_what_sqlite_takes(tmp_path, size):
+    from lib.clients.embeddings.cache import Spool
     from lib.dimensions import EmbeddingSpec
-    from lib.embedding.spool import Spool
 
     spec, count = EmbeddingSpec("", LARGE, size), 700
     path = tmp_path / "spool.sqlite3"

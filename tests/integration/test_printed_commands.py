@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from lib import pasteable
+from lib import console as pasteable
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import points_of
 from tests.script_process import ROOT

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lib.clients.embeddings import cache_file as pruning
+from lib.clients.embeddings.cache import SUM_BYTES, MemoryRow, Spool
+from lib.clients.embeddings.cache_file import SpoolDamaged
 from lib.dimensions import EmbeddingSpec
-from lib.embedding import pruning
-from lib.embedding.plan_table import MemoryRow
-from lib.embedding.spool import SUM_BYTES, Spool
-from lib.embedding.spool_file import SpoolDamaged
 from lib.errors import GuardRefused, LockHeld
 from lib.journal import start_journal
-from lib.steps.prune_spool import prune_spool
+from lib.reembed.prune import prune_spool
 from tests.operator_support import LARGE, NEW_SIZE
 from tests.reembed_support import assert_migrated, points_of, upgrade
 

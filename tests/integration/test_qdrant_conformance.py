@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import requests
 
-from lib.sandbox.process import ServerStartError
-from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.matrix import matrix
 from tests.qdrant_recover import KEY, RecoverReplay
 from tests.qdrant_replay import Replay, rows
 from tests.qdrant_uploads import repacked
 from tests.real_qdrant import RealQdrant, test_server
+from tests.sandbox.process import ServerStartError
+from tests.sandbox.qdrant_server.process import QdrantServer
 
 VERSIONS = ("1.11.3", "1.18.3")
 SETTLE_SECONDS = 120.0

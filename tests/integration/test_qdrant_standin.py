@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import requests
 
-from lib.sandbox.qdrant_server.process import QdrantServer
 from tests.qdrant_uploads import recorded_snapshots
 from tests.restore_support import wait_for
+from tests.sandbox.qdrant_server.process import QdrantServer
 
 pytestmark = pytest.mark.matrix
 

@@ -9,8 +9,7 @@ import uuid
 
 import pytest
 
-from lib.embedding.spool import SUM_BYTES
-from lib.sandbox.vectors import vectors_for
+from lib.clients.embeddings.cache import SUM_BYTES
 from tests.automem_recordings.recordings import load_recording
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import (
@@ -24,6 +23,7 @@ from tests.reembed_support import (
     upgrade,
 )
 from tests.restore_support import wait_for
+from tests.sandbox.vectors import vectors_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -113,7 +113,7 @@ def test_another_model_at_the_same_size_replaces_every_vector(operator):
 
 
 def test_what_automem_itself_wrote_migrates_by_the_rule(operator):
-    from lib.graph.client import connect
+    from lib.clients.falkordb.connection import connect
 
     with connect(operator.servers.falkordb.address) as conn:
         load_recording(

@@ -7,11 +7,11 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup_set.manifest import sealed
+from lib.backup.existing_points import IdTable
+from lib.backup.manifest import sealed
+from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
-from lib.steps.guard import Wanted, require_backup
-from lib.steps.present import IdTable
-from lib.vectors.collection import get_state
+from lib.reembed.guard import Wanted, require_backup
 from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
 from tests.restore_support import wait_for

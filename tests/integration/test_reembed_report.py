@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.showing import plots
-from lib.showing.report import page
-from lib.steps.phases import DELETED, DELETING
-from lib.steps.purchases import MOST_SLOTS, Purchases, Slot
+from lib.backup.last_migration import DELETED, DELETING
+from lib.reembed import report_page as plots
+from lib.reembed.embed import MOST_SLOTS, Purchases, Slot
+from lib.reembed.report_page import page
 from tests.kill_support import run_killed
 from tests.matrix import matrix
 from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
@@ -456,7 +456,7 @@ def test_a_plot_of_overlaps_counts_every_memory():
 
 
 def test_half_a_character_is_no_trouble(migrated, tmp_path):
-    from lib.backup_set.reports import write_document, write_page
+    from lib.backup.catalog import write_document, write_page
 
     document = the_report(migrated.operator)[0]
     document["recall"]["memories"][0]["content"] = "half \ud83d of it"

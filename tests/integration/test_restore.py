@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import requests
 
-from lib.backup_set.manifest import sealed
-from lib.graph.client import connect
-from lib.graph.swap import drop_graph
-from lib.sandbox.automem_server import AutoMemServer
+from lib.backup.manifest import sealed
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.swap import drop_graph
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL, Operator
 from tests.qdrant_uploads import repacked
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
+from tests.sandbox.automem_server import AutoMemServer
 
 pytestmark = pytest.mark.qdrant
 

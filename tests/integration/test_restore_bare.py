@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from lib.graph.client import connect
+from lib.clients.falkordb.connection import connect
 from tests.qdrant_uploads import repacked
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
 

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from lib.automem_api import HealthAnswer
+from lib.clients.automem import HealthAnswer
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.falkordb.rdb import inspect_rdb
+from lib.clients.falkordb.scratch import NoEngine
 from lib.errors import StoreFailed, UsageProblem
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
-from lib.graph.engine import NoEngine
-from lib.graph.rdb import inspect_rdb
 from lib.journal import open_journals, start_journal
-from lib.steps.before_restore import prove_files, require_quiet
-from lib.steps.old_graph import retire_old, settle_graph
-from lib.steps.restore import restore
-from lib.steps.restore_graph import TooSmall
-from lib.steps.restore_site import Options
+from lib.restore.graph import TooSmall, retire_old, settle_graph
+from lib.restore.preflight import prove_files, require_quiet
+from lib.restore.run import restore
+from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.restore_support import neighbours, site, wanted
 
@@ -108,7 +107,7 @@ def test_too_little_memory_for_a_scratch_server_is_told_before_anything_is_touch
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     before = digest(operator)
-    monkeypatch.setattr("lib.steps.prove.free_memory", lambda: 20 << 20)
+    monkeypatch.setattr("lib.backup.graph.free_memory", lambda: 20 << 20)
     with pytest.raises(TooSmall, match="20 MiB of memory are free") as told:
         run_restore(operator, site(operator, both=False), operator.rdb())
     assert "another machine" in told.value.next_step
@@ -124,7 +123,7 @@ def test_a_wrapped_dump_needs_no_memory_either(without_psync, monkeypatch):
     before = digest(operator)
     operator.run("backup_automem", "--only", "falkordb")
     operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
-    monkeypatch.setattr("lib.steps.prove.free_memory", lambda: 20 << 20)
+    monkeypatch.setattr("lib.backup.graph.free_memory", lambda: 20 << 20)
     run_restore(operator, site(operator, both=False), operator.rdb())
     assert digest(operator) == before
     assert operator.graphs() == [operator.graph]
@@ -138,9 +137,9 @@ def test_a_wrapped_dump_of_a_newer_encoding_is_refused_before_the_switch(without
     facts = inspect_rdb(Path(operator.rdb()))
     from dataclasses import replace
 
-    from lib.graph.swap import require_readable
-    from lib.steps.prove import GraphProof
-    from lib.steps.restore_graph import GraphBackup, require_version
+    from lib.backup.graph import GraphProof
+    from lib.clients.falkordb.swap import require_readable
+    from lib.restore.graph import GraphBackup, require_version
 
     newer = replace(facts, graph_encoding=facts.graph_encoding + 50)
     with pytest.raises(StoreFailed, match="graph encoding"):
@@ -159,7 +158,7 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
     operator = without_psync
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
-    monkeypatch.setattr("lib.steps.before_restore.ask_health", lambda _api: HealthAnswer("running"))
+    monkeypatch.setattr("lib.restore.preflight.ask_health", lambda _api: HealthAnswer("running"))
     with pytest.raises(UsageProblem, match="not loaded by any engine"):
         run_restore(
             operator, site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True)
@@ -219,13 +218,13 @@ def test_days_of_work_after_a_killed_switch_survive_a_restore_that_fails(operato
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     place, file = site(operator, both=False), operator.rdb()
-    monkeypatch.setattr("lib.steps.restore_graph._found", _interrupt)
+    monkeypatch.setattr("lib.restore.graph._found", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_restore(operator, place, file)
     monkeypatch.undo()
     operator.cypher("CREATE (:Memory {id: 'days later', content: 'precious'})")
     worked = digest(operator)
-    monkeypatch.setattr("lib.steps.restore_graph.prove_acceptance", _refuse)
+    monkeypatch.setattr("lib.restore.graph.prove_acceptance", _refuse)
     with pytest.raises(StoreFailed):
         run_restore(operator, place, file)
     assert digest(operator) == worked

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from lib.graph.client import connect
-from lib.graph.digest import graph_digest
-from lib.graph.engine import Engine, installed_engines
-from lib.graph.read import counts, schema
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
+from lib.clients.falkordb.queries import counts, schema
+from lib.clients.falkordb.scratch import Engine, installed_engines
 from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import keys_of
+from tests.sandbox.falkordb_server import FalkorServer
 
 NODES = int(os.environ.get("RESTORE_NODES", "3000"))
 BATCH = 5000

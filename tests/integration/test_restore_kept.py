@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lib.errors import BackupDamaged
-from lib.steps.before_restore import prove_files
-from lib.steps.restore import restore
-from lib.steps.restore_site import Options
+from lib.restore.preflight import prove_files
+from lib.restore.run import restore
+from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.restore_support import assert_tidy, site, spoil, wanted
 
@@ -24,7 +24,7 @@ def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, m
     operator.run("backup_automem", "--only", "qdrant")
     before, archive = operator.state(), Path(operator.archive())
     if not room:
-        monkeypatch.setattr("lib.steps.collection_backup.has_room", lambda _size: False)
+        monkeypatch.setattr("lib.restore.inputs.has_room", lambda _size: False)
     spoil(operator)
     spoilt = operator.state()
     with ExitStack() as stack:

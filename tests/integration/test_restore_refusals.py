@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import pytest
 import requests
 
-from lib.graph.client import connect
-from lib.graph.engine import Engine
-from lib.sandbox.falkordb_server import FalkorServer
+from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.scratch import Engine
 from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import TIMEOUT, assert_tidy, site, spoil
+from tests.sandbox.falkordb_server import FalkorServer
 
 USER, PASSWORD = "half_granted", "secret-of-the-test"
 

@@ -71,7 +71,7 @@ def test_a_store_that_is_absent_is_told_in_the_plan(operator):
     operator.run("backup_automem")
     requests.delete(f"{operator.servers.qdrant_url}/collections/{operator.collection}", timeout=TIMEOUT)
     operator.cypher("MATCH (n) DETACH DELETE n")
-    from lib.graph.client import connect
+    from lib.clients.falkordb.connection import connect
 
     with connect(operator.servers.falkordb.address) as conn:
         conn.execute_command("GRAPH.DELETE", operator.graph)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import requests
 
-from lib.graph.client import connect
-from lib.sandbox.sample_loading import endpoint_embedder, load_graph, load_points
-from lib.sandbox.sample_memories import generate
-from lib.sandbox.vectors import vectors_for
+from lib.clients.falkordb.connection import connect
 from tests import automem_support
 from tests.automem_support import MODEL, Stores
+from tests.sandbox.sample_loading import endpoint_embedder, load_graph, load_points
+from tests.sandbox.sample_memories import generate
+from tests.sandbox.vectors import vectors_for
 
 pytestmark = pytest.mark.qdrant
 servers, stores = automem_support.servers, automem_support.stores

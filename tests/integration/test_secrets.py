@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lib.graph.client import connect
-from lib.sandbox.automem_server import AutoMemServer
-from lib.sandbox.falkordb_server import FalkorServer
-from lib.sandbox.sample_loading import load_graph, load_points
-from lib.sandbox.sample_memories import generate
-from lib.sandbox.vectors import vectors_for
+from lib.clients.falkordb.connection import connect
 from tests.operator_support import OLD_SIZE, SMALL, Operator, Servers
+from tests.sandbox.automem_server import AutoMemServer
+from tests.sandbox.falkordb_server import FalkorServer
+from tests.sandbox.sample_loading import load_graph, load_points
+from tests.sandbox.sample_memories import generate
+from tests.sandbox.vectors import vectors_for
 from tests.vectors_support import REAL_SERVER, own_server
 
 pytestmark = pytest.mark.qdrant

@@ -8,7 +8,7 @@ import pytest
 
 from lib.config import DEFAULTS, load_config
 from lib.journal import start_journal
-from lib.sandbox.process import free_port
+from tests.sandbox.process import free_port
 from tests.script_process import ROOT
 
 pytestmark = pytest.mark.qdrant

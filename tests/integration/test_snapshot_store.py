@@ -7,15 +7,15 @@ import json
 
 import pytest
 
+from lib.clients.qdrant import snapshots
 from lib.errors import StoreFailed
-from lib.sandbox.qdrant_server.process import QdrantServer
-from lib.vectors import snapshots
 from tests.http_proxy import HttpProxy
 from tests.offsite_support import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 from tests.operator_support import Operator, Servers
 from tests.real_qdrant import RealQdrant, test_server
 from tests.reembed_support import upgrade
 from tests.restore_support import assert_tidy, spoil
+from tests.sandbox.qdrant_server.process import QdrantServer
 
 pytestmark = pytest.mark.qdrant
 
@@ -129,7 +129,7 @@ def through(remote, after, **kinds):
 
 
 def test_a_broken_download_without_a_length_goes_on_where_it_was(operator, remote, made):
-    from lib.vectors.transport import Qdrant
+    from lib.clients.qdrant.transport import Qdrant
 
     snapshot, whole = made
     cuts = [len(whole) // 8, len(whole) // 4, len(whole) // 10]
@@ -143,7 +143,7 @@ def test_a_broken_download_without_a_length_goes_on_where_it_was(operator, remot
 
 
 def test_a_download_of_another_length_is_refused(operator, remote, made):
-    from lib.vectors.transport import Qdrant
+    from lib.clients.qdrant.transport import Qdrant
 
     with through(remote, [], more=b"x") as proxy, pytest.raises(StoreFailed, match="longer than its length"):
         snapshots.download(Qdrant(proxy.url), operator.collection, made[0], lambda _piece: None)

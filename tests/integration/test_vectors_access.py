@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lib.clients.qdrant import collection, points, restoring, search, snapshots
+from lib.clients.qdrant import collection as recreate
+from lib.clients.qdrant import points as upsert
+from lib.clients.qdrant.transport import Qdrant
 from lib.errors import AccessRefused
-from lib.vectors import collection, points, recreate, restoring, search, snapshots, upsert
-from lib.vectors.transport import Qdrant
 from tests.matrix import matrix
 from tests.vectors_support import REAL_SERVER, STAND_INS, fill, own_server, payload_of, vectors_of
 
@@ -86,7 +88,7 @@ def test_a_large_upload_with_a_wrong_key_ends_before_it_begins(guarded: Qdrant, 
 
 
 def test_large_upserts_with_a_wrong_key_say_so(guarded: Qdrant, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lib.vectors.transport.SEND_SECONDS", 0.5)
+    monkeypatch.setattr("lib.clients.qdrant.transport.SEND_SECONDS", 0.5)
     stranger = Qdrant(guarded.base_url, WRONG, sleep=lambda _: None)
     payloads = [{"content": "x" * 1_000_000}] * 20
     with pytest.raises(AccessRefused):

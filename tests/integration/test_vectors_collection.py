@@ -7,12 +7,13 @@ from urllib.parse import urlsplit
 import orjson
 import pytest
 
+from lib.clients.qdrant import cluster, collection, points, restoring, snapshots
+from lib.clients.qdrant import collection as recreate
+from lib.clients.qdrant import points as upsert
+from lib.clients.qdrant.snapshot_format import inspect_snapshot
+from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, UsageProblem
-from lib.steps.checks import PASSED, check_status
-from lib.vectors import cluster, collection, points, recreate, restoring, snapshots, upsert
-from lib.vectors.refusals import QdrantError
-from lib.vectors.snapshot_tar import inspect_snapshot
-from lib.vectors.transport import Qdrant
+from lib.verify.checks import PASSED, check_status
 from tests.http_proxy import HttpProxy, Request
 from tests.qdrant_uploads import content
 from tests.vectors_support import (

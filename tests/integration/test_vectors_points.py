@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lib.clients.qdrant import points, search
+from lib.clients.qdrant import points as upsert
+from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import MissingData
-from lib.vectors import points, search, upsert
-from lib.vectors.compare import vectors_differ
-from lib.vectors.refusals import QdrantError
-from lib.vectors.transport import Qdrant
+from lib.verify.vectors import vectors_differ
 from tests.vectors_support import (
     create_small,
     ids_of,

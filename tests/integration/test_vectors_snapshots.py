@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lib.clients.qdrant import collection, points, restoring, snapshots
+from lib.clients.qdrant.snapshot_format import inspect_snapshot
+from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
-from lib.vectors import collection, points, restoring, snapshots
-from lib.vectors.compare import vectors_differ
-from lib.vectors.refusals import NoAnswer, QdrantError
-from lib.vectors.snapshot_tar import inspect_snapshot
-from lib.vectors.transport import Qdrant
+from lib.verify.vectors import vectors_differ
 from tests.vectors_support import (
     Way,
     ids_of,

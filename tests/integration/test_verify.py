@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import requests
 
-from lib.sandbox.automem_server import AutoMemServer
-from lib.steps.take_collection import STAMP_KEY
+from lib.backup.collection import STAMP_KEY
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
 from tests.reembed_support import embeddable, points_of, upgrade
+from tests.sandbox.automem_server import AutoMemServer
 
 pytestmark = pytest.mark.qdrant
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib.addresses import is_this_machine, same_server, without_login
+from lib.network import is_this_machine, same_server, without_login
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, archive_writer, peek_facts, read_archive
-from lib.backup_set.behind import Behind
+from lib.backup.archive import FACTS, IDS, SNAPSHOT, archive_writer, peek_facts, read_archive
+from lib.concurrency import Behind
 from lib.errors import VERIFICATION_FAILED, BackupDamaged, BadFile, MigrationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, what):
     code = """
 import io, resource, sys
 from pathlib import Path
-from lib.backup_set import archive as a
+from lib.backup import archive as a
 path, what, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if what == "write":
     with a.archive_writer(path) as archive:

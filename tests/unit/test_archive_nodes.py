@@ -11,10 +11,9 @@ from typing import Any
 import orjson
 import pytest
 
-from lib.backup_set.archive import FACTS, IDS, SNAPSHOT, archive_writer, read_archive
-from lib.backup_set.members import SnapshotMember, together
+from lib.backup.archive import FACTS, IDS, SNAPSHOT, SnapshotMember, archive_writer, read_archive, together
+from lib.backup.collection import prove_collection
 from lib.errors import BackupDamaged
-from lib.steps.prove_collection import prove_collection
 
 RECORDINGS = Path(__file__).resolve().parent.parent / "qdrant_recordings"
 IDENTITIES = [str(number) for number in range(40)]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.clients.qdrant.cluster import Shard, Topology, require_cover, require_match
 from lib.errors import MigrationError, StoreFailed, UsageProblem
-from lib.vectors.cluster import Shard, Topology, require_cover, require_match
 
 RECORDINGS = Path(__file__).resolve().parent.parent / "qdrant_recordings"
 ONE, TWO = "http://one:6333", "http://two:6333"

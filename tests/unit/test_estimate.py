@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from lib.embedding.estimate import expected
-from lib.embedding.limit_headers import BucketState, RateLimits
-from lib.embedding.pacing import Pacer
+from lib.clients.embeddings.pricing import expected
+from lib.clients.embeddings.rate_limits import Pacer
+from lib.clients.embeddings.refusals import BucketState, RateLimits
 
 GO = threading.Event()  # never set
 

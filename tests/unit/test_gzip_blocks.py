@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from isal import igzip_threaded
 
-from lib.backup_set.archive import archive_writer, read_archive
-from lib.backup_set.gzip_blocks import BLOCK_BYTES, GzipBlocks, packed
+from lib.backup.archive import archive_writer, read_archive
+from lib.backup.gzip_blocks import BLOCK_BYTES, GzipBlocks, packed
 from lib.errors import BackupDamaged
 from tests.unit.test_archive import MEMBERS
 
@@ -72,7 +72,7 @@ def test_the_last_member_is_never_only_padding():
 
 
 def test_an_archive_that_is_cut_where_a_member_ends_is_damaged(tmp_path, monkeypatch):
-    import lib.backup_set.archive as home
+    import lib.backup.archive as home
 
     path, ends = tmp_path / "a.tar.gz", []
     real = home._HashingFile.write

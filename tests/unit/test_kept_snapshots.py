@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from lib.steps.restore_kept import KeptSnapshots
+from lib.backup.snapshot_restore import KeptSnapshots
 
 TEXTS = [b"the first snapshot", b"the second"]
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lib.steps.lanes import in_lanes
+from lib.concurrency import in_lanes
 
 
 def test_results_come_in_the_items_order_though_the_first_ends_last():

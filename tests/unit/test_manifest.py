@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup_set.manifest import (
+from lib.backup.catalog import (
+    Deployment,
+    all_sets,
+    delete_set,
+    find_set,
+    is_complete,
+    latest,
+    newest_with,
+    plan_cleanup,
+)
+from lib.backup.manifest import (
     CHECKED,
     RESTORED,
     UNPROVED,
@@ -21,16 +31,6 @@ from lib.backup_set.manifest import (
     read_manifest,
     sealed,
     write_manifest,
-)
-from lib.backup_set.retention import plan_cleanup
-from lib.backup_set.sets import (
-    Deployment,
-    all_sets,
-    delete_set,
-    find_set,
-    is_complete,
-    latest,
-    newest_with,
 )
 from lib.errors import USAGE, VERIFICATION_FAILED, BackupDamaged, BadFile, MissingData
 

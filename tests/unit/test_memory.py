@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import memory
+from lib import child_process as memory
 
 GIB = 1 << 30
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lib.backup.existing_points import IdTable
+from lib.clients.embeddings.cache import TextRow
+from lib.clients.embeddings.cache_file import VALUES_AT_ONCE
+from lib.clients.embeddings.client import Provider, billed_tokens, read_answer
+from lib.clients.embeddings.pricing import count_tokens, input_limit, price_per_million
+from lib.clients.embeddings.refusals import BadAnswer, BadIndices, context_limit
+from lib.clients.embeddings.worker_pool import _cut_to_limit
 from lib.config import load_config
 from lib.dimensions import EmbeddingSpec, check_model, native_size, takes_dimensions
-from lib.embedding.answers import billed_tokens, read_answer
-from lib.embedding.plan_table import TextRow
-from lib.embedding.pricing import count_tokens, input_limit, price_per_million
-from lib.embedding.provider import Provider
-from lib.embedding.refusals import BadAnswer, BadIndices, context_limit
-from lib.embedding.splitting import _cut_to_limit
-from lib.embedding.spool_file import VALUES_AT_ONCE
 from lib.errors import ProviderRefused, UsageProblem
-from lib.steps.present import IdTable
 
 SPEC = EmbeddingSpec("", "a-model", 4)
 MISSING = object()

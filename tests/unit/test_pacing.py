@@ -5,9 +5,15 @@ import time
 
 import pytest
 
-from lib.embedding.limit_headers import BucketState, RateLimits, duration_seconds, rate_limits, retry_after
-from lib.embedding.pacing import Pacer, Stopped, estimated_tokens
-from lib.embedding.refusals import RateLimited
+from lib.clients.embeddings.rate_limits import Pacer, Stopped, estimated_tokens
+from lib.clients.embeddings.refusals import (
+    BucketState,
+    RateLimited,
+    RateLimits,
+    duration_seconds,
+    rate_limits,
+    retry_after,
+)
 
 GO = threading.Event()  # never set
 

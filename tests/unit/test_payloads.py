@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from lib.steps.forms import in_form_of, same
-from lib.steps.payloads import PAYLOAD_KEYS, merged_payload, node_payload, point_id, standing_payload
+from lib.backup.payloads import (
+    PAYLOAD_KEYS,
+    in_form_of,
+    merged_payload,
+    node_payload,
+    point_id,
+    same,
+    standing_payload,
+)
 
 UUID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
 

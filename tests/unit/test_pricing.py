@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from lib.embedding.pricing import PRICES_AS_OF, count_tokens, cut_to_tokens, input_limit, price_per_million
+from lib.clients.embeddings.pricing import (
+    PRICES_AS_OF,
+    count_tokens,
+    cut_to_tokens,
+    input_limit,
+    price_per_million,
+)
 
 
 def test_tokens_are_counted_exactly_without_a_network(monkeypatch):

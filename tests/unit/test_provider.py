@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from lib.clients.embeddings.client import Provider
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.provider import Provider
 from lib.errors import UsageProblem
 
 KEY = "sk-sandbox-0123456789abcdef"
@@ -71,7 +71,7 @@ def test_the_package_is_imported_only_to_send(tmp_path):
     import subprocess
 
     code = (
-        "import sys; from lib.dimensions import EmbeddingSpec; from lib.embedding.client import EmbeddingClient;"
+        "import sys; from lib.dimensions import EmbeddingSpec; from lib.clients.embeddings.client import EmbeddingClient;"
         "EmbeddingClient(EmbeddingSpec('', 'm', 8), 'sk-x').close(); print('openai' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

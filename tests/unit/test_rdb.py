@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from lib.clients.falkordb import rdb as dump_payload
+from lib.clients.falkordb.rdb import (
+    crc64,
+    inspect_rdb,
+    is_rdb,
+    require_rdb_checksum,
+    take_length,
+    take_string,
+    unwrap_dump,
+    wrap_dump,
+    written_string,
+)
 from lib.errors import BackupDamaged
-from lib.graph import payload as dump_payload
-from lib.graph.rdb import inspect_rdb, is_rdb, require_rdb_checksum, unwrap_dump, wrap_dump
-from lib.graph.rdb_fields import crc64, take_length, take_string, written_string
 
 # "graphdata" and encoding 18, as FalkorDB 4.16.3 writes its module id
 GRAPH_ID = bytes.fromhex("8182b6a985d6ad6812")

@@ -10,10 +10,9 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup_set.manifest import SAFETY, UNPROVED, read_manifest, sealed, write_manifest
-from lib.backup_set.retention import plan_cleanup
-from lib.backup_set.sets import all_sets, dated_later, latest
-from lib.backup_set.shelf import shelf_here
+from lib.backup.catalog import all_sets, dated_later, latest, plan_cleanup
+from lib.backup.copies import shelf_here
+from lib.backup.manifest import SAFETY, UNPROVED, read_manifest, sealed, write_manifest
 from lib.errors import MissingData, UsageProblem
 from lib.journal import start_journal
 from tests.unit.test_manifest import COLLECTION, GRAPH, HERE, make, stamp_of

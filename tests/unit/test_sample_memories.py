@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from lib.sandbox.automem_schema import decode_metadata, tag_prefixes
-from lib.sandbox.sample_awkward import KINDS
-from lib.sandbox.sample_memories import REACH, SampleMemory, generate
+from tests.sandbox.automem_store import decode_metadata, tag_prefixes
+from tests.sandbox.sample_awkward import KINDS
+from tests.sandbox.sample_memories import REACH, SampleMemory, generate
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from lib.sandbox.process import ServerProcess
 from tests.operator_support import ROOT
+from tests.sandbox.process import ServerProcess
 
 PARENT = """
 import sys, time
 from pathlib import Path
-from lib.sandbox.process import ServerProcess
+from tests.sandbox.process import ServerProcess
 server = ServerProcess([sys.executable, "-c", "import time; time.sleep(600)"], Path(sys.argv[1])).start()
 print(server.pid, flush=True)
 time.sleep(600)

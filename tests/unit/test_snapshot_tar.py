@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, Segments, opened_segments
+from lib.clients.qdrant.snapshot_format import Section, SnapshotFacts, Sparse, entries, inspect_snapshot
 from lib.errors import BackupDamaged
-from lib.vectors.open_segments import EngineKilled, SegmentFiles, Segments, opened_segments
-from lib.vectors.snapshot_tar import SnapshotFacts, inspect_snapshot
-from lib.vectors.tar_stream import Section, Sparse, entries
 from tests.qdrant_uploads import content, recorded_snapshots
 
 VERSIONS = ["1.11.3", "1.18.3"]
@@ -325,7 +324,7 @@ def test_the_engine_tells_which_ids_are_there(tmp_path):
 def test_an_engine_that_dies_ends_nothing_else(tmp_path, monkeypatch, number, error):
     dying = tmp_path / "dying.py"
     dying.write_text(f"import os\ninput()\nos.kill(os.getpid(), {number})\n")
-    monkeypatch.setattr("lib.vectors.open_segments._ENGINE", dying)
+    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", dying)
     (tmp_path / "aside").mkdir()
     with pytest.raises(error), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "aside"):
         pass

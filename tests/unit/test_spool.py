@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lib.clients.embeddings.cache import KeptPoint, MemoryRow, Spool
+from lib.clients.embeddings.cache_file import SpoolDamaged
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.kept_points import KeptPoint
-from lib.embedding.plan_table import MemoryRow
-from lib.embedding.spool import Spool
-from lib.embedding.spool_file import SpoolDamaged
 
 SPEC = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,7 +310,7 @@ _WRITER = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from lib.dimensions import EmbeddingSpec
-from lib.embedding.spool import Spool
+from lib.clients.embeddings.cache import Spool
 spec = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
 spool = Spool(Path({path!r}))
 for n in range(100000):

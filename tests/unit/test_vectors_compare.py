@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.vectors.compare import vectors_differ
-from lib.vectors.versions import restorable
+from lib.clients.qdrant.snapshots import restorable
+from lib.verify.vectors import vectors_differ
 
 
 def rows(n: int, size: int) -> np.ndarray:

@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from lib.clients.qdrant import cluster, collection, points, transport
+from lib.clients.qdrant import points as upsert
+from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, UsageProblem
-from lib.vectors import cluster, collection, points, transport, upsert
-from lib.vectors.refusals import NoAnswer, QdrantError
-from lib.vectors.transport import Qdrant
 
 KEY = "k3y-nobody-may-see"
 

@@ -1,0 +1,185 @@
+"""`--abort`: give up unfinished runs. What their journals name is removed, then the journals are closed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.backup import collection_restore as collections
+from lib.backup.collection import CollectionSource
+from lib.backup.collection_restore import drop_temporary
+from lib.backup.graph import GraphSource
+from lib.backup.last_migration import COMMAND, DELETING, PLACED, PROVED, collection_of
+from lib.backup.run import settle_backup
+from lib.clients.embeddings.cache import Spool
+from lib.clients.qdrant.collection import exists, get_state, health
+from lib.clients.qdrant.transport import Qdrant
+from lib.console import Console
+from lib.errors import DONE, GuardRefused
+from lib.journal import Journal, open_journals
+from lib.restore.graph import SWITCHING as GRAPH_SWITCHING
+from lib.restore.graph import settle_graph
+from lib.restore.run import COMMAND as RESTORE
+
+if TYPE_CHECKING:
+    from lib.config import Config
+
+ABORTED = "aborted by the operator"
+
+
+@dataclass
+class Aborted:
+    """The runs that were given up, what was removed, and what is left for the operator to know."""
+
+    runs: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def abort_reembed(qdrant: Qdrant, spool: Spool, folder: Path, targets: list[str]) -> Aborted:
+    """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused, before anything is removed."""
+    from lib.reembed import spot_check  # with numpy, which a backup does without
+    from lib.reembed.cutover import snapshot_file
+
+    name, done = collection_of(targets), Aborted()
+    journals = [one for one in _open(folder, targets) if one.command in {COMMAND, spot_check.COMMAND}]
+    for journal in journals:
+        _require_back(qdrant, name, journal)
+    for journal in journals:
+        staged = journal.fact("staged_collection") or journal.fact("side")
+        if staged and exists(qdrant, staged):
+            drop_temporary(qdrant, staged)
+            done.removed.append(f"collection {staged}")
+        if journal.command == spot_check.COMMAND:
+            spot_check.remove_plan(spool, journal)
+        elif staged:
+            snapshot_file(folder, staged).unlink(missing_ok=True)
+        _close(journal, done)
+    if journals:
+        done.left += [_live(qdrant, name), "what was paid for stays in the embedding cache"]
+    return done
+
+
+def abort_restore(
+    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
+) -> Aborted:
+    """Give up the restores of these stores. Raises GuardRefused, before anything is removed."""
+    done = Aborted()
+    journals = [one for one in _open(folder, targets) if one.command == RESTORE]
+    for journal in journals:
+        if collection:
+            _require_restored(collection.qdrant, collection.collection, journal)
+    for journal in journals:
+        aliases = collections.aliases_taken_off(journal)
+        if collection:
+            settle_backup(folder, collection, journal)
+            found = (collection.qdrant, collection.collection, journal, None, collection.nodes)
+            done.removed += collections.settle_collection(*found)
+        if graph:
+            done.removed += settle_graph(graph, journal, folder)
+        if aliases:
+            done.left.append(f"aliases that the restore took off: {', '.join(aliases)}")
+        if journal.fact("manifest"):
+            done.left.append(f"the safety backup: {folder / str(journal.fact('manifest'))}")
+        if journal.is_open:
+            _close(journal, done)
+    if journals and collection:
+        done.left.append(_live(collection.qdrant, collection.collection))
+    return done
+
+
+def clean_up_untouched(
+    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
+) -> None:
+    """Remove what stopped restores left that never touched a live store, and close their journals.
+
+    A journal stays open if it names something in a store that is not opened here.
+    """
+    for journal in _open(folder, targets):
+        if journal.command != RESTORE or touched(journal):
+            continue
+        temporary, throwaway = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
+        if (temporary and not collection) or (throwaway and not graph):
+            continue
+        clean = settle_backup(folder, collection, journal)
+        if collection and temporary:
+            drop_temporary(collection.qdrant, temporary, collection.nodes)
+        if graph and throwaway:
+            settle_graph(graph, journal, folder)
+        if clean and journal.is_open:
+            journal.close("cleaned up by the next run: nothing live was touched")
+
+
+def touched(journal: Journal) -> bool:
+    """Whether a restore ever began to replace a live store."""
+    return journal.has_reached(collections.SWITCHING) or journal.has_reached(GRAPH_SWITCHING)
+
+
+def _open(folder: Path, targets: list[str]) -> list[Journal]:
+    return [one for one in open_journals(folder) if one.targets == targets]
+
+
+def _close(journal: Journal, done: Aborted) -> None:
+    journal.close(ABORTED)
+    done.runs.append(journal.run_id)
+
+
+def _live(qdrant: Qdrant, name: str) -> str:
+    if health(qdrant, name) != "live":
+        return f"there is no collection '{name}'"
+    state = get_state(qdrant, name)
+    return f"collection '{name}' as it is now: {state.points:,} points of {state.size}d"
+
+
+def _require_back(qdrant: Qdrant, name: str, journal: Journal) -> None:
+    """Raise GuardRefused if the run deleted the collection, and none as large as the old one is in its place."""
+    if not journal.has_reached(DELETING):
+        return
+    if health(qdrant, name) == "live":
+        if journal.has_reached(PLACED) or journal.has_reached(PROVED):
+            return
+        before, state = journal.fact("settings") or {}, get_state(qdrant, name)
+        size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")
+        if state.points and state.size == size and state.points >= (before.get("points_count") or 0):
+            return
+    _refuse(name, journal, str(journal.fact("again") or "python scripts/reembed_embeddings.py"))
+
+
+def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
+    over = (collections.SWITCHED, collections.PUT_BACK)
+    if not journal.has_reached(collections.SWITCHING) or any(map(journal.has_reached, over)):
+        return
+    if health(qdrant, name) != "live" or not get_state(qdrant, name).points:
+        _refuse(name, journal, str(journal.fact("again") or "the same restore again"))
+
+
+def _refuse(name: str, journal: Journal, again: str) -> None:
+    raise GuardRefused(
+        f"run {journal.run_id} deleted the collection '{name}', and no whole one is in its place: nothing was removed",
+        next_step=f"finish the run:\n{again}\nor undo it:\n{journal.undo}",
+    )
+
+
+def abort(config: Config, console: Console, command: str) -> int:
+    """Give up the unfinished runs of `command` ("reembed" or "restore") on these stores."""
+    from lib import connect
+
+    folder, targets = config.backup_dir, config.targets()
+    collection = connect.open_collection(config)
+    if command == "restore":
+        return show_aborted(abort_restore(connect.open_graph(config), collection, folder, targets), console)
+    with connect.open_spool(config) as spool:
+        return show_aborted(abort_reembed(collection.qdrant, spool, folder, targets), console)
+
+
+def show_aborted(done: Aborted, console: Console) -> int:
+    """The runs that were given up, what was removed, what is left."""
+    lines = [f"aborted: run {one}" for one in done.runs] or [
+        "no unfinished run of these stores: nothing to abort"
+    ]
+    lines += [f"removed: {one}" for one in done.removed]
+    lines += [f"left: {one}" for one in done.left]
+    console.result(dataclasses.asdict(done), "\n".join(lines))
+    return DONE

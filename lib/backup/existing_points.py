@@ -1,0 +1,129 @@
+"""The points of a collection in a temporary table on disk, compared by id."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from shlex import quote
+from types import TracebackType
+from typing import Any, TypeVar
+
+import orjson
+
+from lib.backup.payloads import PointId
+from lib.clients.embeddings.cache_file import chunks, marks
+from lib.clients.qdrant.points import scroll
+from lib.clients.qdrant.transport import Qdrant
+from lib.errors import MigrationError
+
+Row = TypeVar("Row")
+
+
+def pages(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows in lists of `size`, the last one shorter; none is empty, and none is read before it is asked for."""
+    left = iter(rows)
+    while page := list(islice(left, size)):
+        yield page
+
+
+_PAGE = 1000
+
+
+def as_text(identity: PointId) -> str:
+    """An id as one text: digits for a number (SQLite's integers end at 2^63), the UUID otherwise."""
+    return str(identity)
+
+
+def as_id(text: str) -> PointId:
+    """The id of a text made by `as_text`."""
+    return int(text) if text.isdigit() else text
+
+
+@contextlib.contextmanager
+def temporary_room() -> Iterator[None]:
+    """A temporary table that outgrew its disk is told as that."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise MigrationError(
+            f"the temporary folder has no room for the ids of the collection: {error}",
+            next_step=f"df -h {quote(tempfile.gettempdir())}   or   export SQLITE_TMPDIR=... to a larger disk",
+        ) from error
+
+
+class IdTable:
+    """Ids with payloads in SQLite's own temporary file, gone when closed."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
+        with temporary_room():
+            self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
+
+    def __enter__(self) -> IdTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
+        """Add ids; a known one gets the new payload."""
+        texts = ((as_text(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
+        with temporary_room():
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
+            self._db.execute("COMMIT")
+
+    def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+        """Those of `ids` that are here, with their payloads."""
+        found: dict[PointId, dict[str, Any]] = {}
+        for part in chunks([as_text(one) for one in ids]):
+            sql = f"SELECT id, payload FROM points WHERE id IN ({marks(part)})"  # noqa: S608 - only question marks
+            for text, payload in self._db.execute(sql, part):
+                found[as_id(text)] = orjson.loads(payload) if payload else {}
+        return found
+
+    def discard(self, ids: Iterable[PointId]) -> None:
+        """Forget ids."""
+        with temporary_room():
+            self._db.execute("BEGIN")
+            self._db.executemany("DELETE FROM points WHERE id = ?", ((as_text(one),) for one in ids))
+            self._db.execute("COMMIT")
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])
+
+    def ids(self) -> Iterator[list[PointId]]:
+        """All ids, in pages."""
+        last = ""
+        while True:
+            page = self._db.execute(
+                "SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, _PAGE)
+            ).fetchall()
+            if not page:
+                return
+            last = page[-1][0]
+            yield [as_id(text) for (text,) in page]
+
+
+def points_present(
+    qdrant: Qdrant, collection: str, *, payload: bool = True, progress: Callable[[int], None] | None = None
+) -> IdTable:
+    """Every point of a collection, by one ordered scroll."""
+    table = IdTable()
+    for page in scroll(qdrant, collection, payload=payload):
+        table.put((point.id, point.payload) for point in page)
+        if progress:
+            progress(len(page))
+    return table
+
+
+def surplus_ids(present: IdTable, planned: Callable[[Sequence[PointId]], set[PointId]]) -> Iterator[PointId]:
+    """Ids of the collection that the plan does not have."""
+    for page in present.ids():
+        known = planned(page)
+        yield from (one for one in page if one not in known)

@@ -1,0 +1,320 @@
+"""One backup: both components or neither, the manifest last; what a killed run left is removed first."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from types import TracebackType
+
+import redis
+
+from lib.backup.archive import read_archive
+from lib.backup.catalog import claim_stamp, remove_unfinished
+from lib.backup.collection import CollectionSource, take_collection
+from lib.backup.existing_points import as_text, pages, temporary_room
+from lib.backup.graph import GraphSource, take_graph
+from lib.backup.manifest import BACKUP, CollectionHalf, Drift, GraphHalf, Manifest, write_manifest
+from lib.backup.payloads import PointId, point_id, unusable
+from lib.backup.server_snapshots import AWAITED, by_node, remove_late, remove_own, removed
+from lib.clients.falkordb.connection import require_graph
+from lib.clients.falkordb.queries import iter_memories
+from lib.clients.falkordb.scratch import Engine
+from lib.clients.falkordb.swap import memory_used
+from lib.clients.qdrant.collection import get_state
+from lib.clients.qdrant.transport import Qdrant
+from lib.concurrency import Beside, ProgressBar
+from lib.errors import AccessRefused, MigrationError, UsageProblem
+from lib.files import free_bytes, private_dir
+from lib.journal import Journal, open_journals, start_journal
+
+_EXAMPLES = 20
+_PAGE = 2000
+_GRAPH, _POINTS = "graph_ids", "point_ids"
+
+
+def ids_for_points(conn: redis.Redis, graph: str) -> Iterator[PointId]:
+    """The ids of the memories that should have a point."""
+    for node in iter_memories(conn, graph, keys=("id", "content")):
+        identity = point_id(node.properties.get("id"))
+        if identity is not None and not unusable(node.properties):
+            yield identity
+
+
+class PairIds:
+    """The ids of both halves in SQLite's own temporary file, gone when closed; each half may tell from its thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        with temporary_room():
+            for table in (_GRAPH, _POINTS):
+                self._db.execute(f"CREATE TABLE {table} (id TEXT PRIMARY KEY) WITHOUT ROWID")
+
+    def __enter__(self) -> PairIds:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def read_graph(self, conn: redis.Redis, graph: str) -> None:
+        """Take the graph's ids, once: of several sources the first counts."""
+        self._put(_GRAPH, map(as_text, ids_for_points(conn, graph)))
+
+    def take_points(self, ids: Iterable[str]) -> None:
+        """Take the collection's ids, one text each."""
+        self._put(_POINTS, ids)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the graph's ids are here."""
+        return _GRAPH in self._told
+
+    @property
+    def has_points(self) -> bool:
+        """Whether the collection's ids are here."""
+        return _POINTS in self._told
+
+    def drift(self) -> Drift:
+        """Memories without a point, points without a memory, with examples."""
+        missing, left = self._only(_GRAPH, _POINTS), self._only(_POINTS, _GRAPH)
+        return Drift(missing[0], left[0], missing[1], left[1])
+
+    def _put(self, table: str, ids: Iterable[str]) -> None:
+        for page in pages(((one,) for one in ids), _PAGE):
+            with self._lock, temporary_room():
+                self._db.execute("BEGIN")
+                self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?)", page)  # noqa: S608 - a constant
+                self._db.execute("COMMIT")
+        self._told.add(table)
+
+    def _only(self, table: str, other: str) -> tuple[int, list[str]]:
+        where = f"FROM {table} t WHERE NOT EXISTS (SELECT 1 FROM {other} o WHERE o.id = t.id)"  # noqa: S608 - constants
+        with temporary_room():
+            number = int(self._db.execute(f"SELECT count(*) {where}").fetchone()[0])
+            rows = self._db.execute(f"SELECT t.id {where} ORDER BY t.id LIMIT {_EXAMPLES}").fetchall()
+        return number, [text for (text,) in rows]
+
+
+_PACKED = 4  # an RDB takes a fifth to a twentieth of the server's memory, as seen on 4.16.3 and 4.22.1
+_ROOM = 64 << 20  # what the files need at the very least; a full disk is also noticed while writing
+
+
+def require_sources(graph: GraphSource | None, collection: CollectionSource | None) -> None:
+    """Raise MissingData where what is to be read is absent: asked before anything is written."""
+    if graph:
+        require_graph(graph.conn, graph.graph, graph.address)
+    if collection:
+        get_state(collection.qdrant, collection.collection)
+
+
+def take_backup(
+    graph: GraphSource | None,
+    collection: CollectionSource | None,
+    folder: Path,
+    engines: list[Engine],
+    journal: Journal,
+    bar: ProgressBar,
+    *,
+    verify: bool = True,
+    purpose: str = BACKUP,
+) -> Manifest:
+    """Take what is given and write the manifest; raises with nothing left under a final name.
+
+    Raises MissingData where a source is absent, BackupDamaged where a file does not prove.
+    """
+    private_dir(folder)
+    _check_room(folder, graph, collection)
+    stamp, created = claim_stamp(folder, journal)
+    try:
+        with PairIds() as ids:
+            taking = _Taking(folder, stamp, engines, journal, bar, ids, verify)
+            halves = taking.halves(graph, collection)
+            drift = _drift(ids, graph, folder, halves[1])
+        return write_manifest(folder, Manifest(stamp, created, *halves, drift, purpose=purpose))
+    except BaseException:
+        remove_unfinished(folder, journal)  # both or neither
+        raise
+
+
+def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionSource | None) -> None:
+    need = _ROOM
+    if graph:
+        with suppress(AccessRefused):
+            need += memory_used(graph.conn) // _PACKED
+    if collection:
+        state = get_state(collection.qdrant, collection.collection)
+        need += state.points * state.size * 4
+    free = free_bytes(folder)
+    if free < need:
+        raise MigrationError(
+            f"{folder} has {free >> 20} MiB free, the backup may need {need >> 20} MiB",
+            next_step=f"df -h {quote(str(folder))}   then free some room, or name another folder with --backup-dir",
+        )
+
+
+@dataclass(frozen=True)
+class _Taking:
+    """The halves of one set."""
+
+    folder: Path
+    stamp: str
+    engines: list[Engine]
+    journal: Journal
+    bar: ProgressBar
+    ids: PairIds
+    verify: bool
+
+    def halves(
+        self, graph: GraphSource | None, collection: CollectionSource | None
+    ) -> tuple[GraphHalf | None, CollectionHalf | None]:
+        """What is given; both at the same time, the collection from the moment on that the graph's is fixed.
+
+        So what the graph's file holds was in the collection when its ids were read. The collection is the main
+        thread's: it journals, and undoes on the server what a signal breaks off.
+        """
+        if graph is None:
+            return None, self._collection(collection) if collection else None
+        if collection is None:
+            return self._graph(graph), None
+        with Beside(partial(self._graph, graph)) as beside:
+            beside.wait_begun()
+            collection_half = self._collection(collection, beside)
+            return beside.result(), collection_half
+
+    def _graph(self, source: GraphSource, beside: Beside[GraphHalf] | None = None) -> GraphHalf:
+        with self.bar("graph", None, "bytes") as progress:
+            return take_graph(
+                source,
+                self.folder,
+                self.stamp,
+                self.engines,
+                verify=self.verify,
+                progress=beside.moving(progress) if beside else progress,
+                stop=beside.stop if beside else None,
+                on_loaded=partial(self.ids.read_graph, graph=source.graph),
+            )
+
+    def _collection(
+        self, source: CollectionSource, beside: Beside[GraphHalf] | None = None
+    ) -> CollectionHalf:
+        with self.bar("collection", None, "bytes") as progress:
+            return take_collection(
+                source,
+                self.folder,
+                self.stamp,
+                self.journal,
+                verify=self.verify,
+                progress=beside.watching(progress) if beside else progress,
+                on_ids=self.ids.take_points,
+            )
+
+
+def _drift(
+    ids: PairIds, graph: GraphSource | None, folder: Path, collection_half: CollectionHalf | None
+) -> Drift | None:
+    """Of what the files hold; where the graph's was not opened for a proof, of the live graph."""
+    if graph is None or collection_half is None:
+        return None
+    if not ids.has_graph:
+        ids.read_graph(graph.conn, graph.graph)
+    if not ids.has_points:
+        read_archive(folder / collection_half.file.name, on_ids=ids.take_points)
+    return ids.drift()
+
+
+COMMAND = "backup"
+
+
+def run_backup(
+    graph: GraphSource | None,
+    collection: CollectionSource | None,
+    folder: Path,
+    targets: list[str],
+    engines: list[Engine],
+    bar: ProgressBar,
+    *,
+    verify: bool = True,
+) -> Manifest:
+    """Take a set under the target's lock; raises like `take_backup`, with the journal open where a rest remains."""
+    pending = _left_open(folder, targets)
+    left = [one for one in pending if not settle_backup(folder, collection, one, pending)]
+    journal = start_journal(folder, COMMAND, targets)
+    try:
+        manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
+    except BaseException as error:
+        remove_unfinished(folder, journal)  # once more: a third Ctrl-C may have ended the first time
+        if isinstance(error, KeyboardInterrupt) and collection:
+            _remove(collection, journal, pending)  # once more: it may have come into the first time
+        if removed(journal):
+            journal.close("failed, nothing left")
+        raise
+    if removed(journal):
+        journal.close(manifest.name)
+    if collection:
+        settle_late(collection, left)
+    return manifest
+
+
+def _left_open(folder: Path, targets: list[str]) -> list[Journal]:
+    """Killed backups, and runs of other commands of which a snapshot alone is left: of these targets, oldest first."""
+    here = (one for one in open_journals(folder) if one.targets == targets)
+    return [one for one in here if one.command == COMMAND or one.phase == AWAITED]
+
+
+def settle_backup(
+    folder: Path, collection: CollectionSource | None, journal: Journal, pending: Sequence[Journal] = ()
+) -> bool:
+    """Remove what a killed run left of its backup, here and on the server; whether surely nothing is left now."""
+    remove_unfinished(folder, journal)
+    whole = journal.command == COMMAND or journal.phase == AWAITED  # a restore may have left more
+    clean = removed(journal) or (collection is not None and _remove(collection, journal, pending))
+    if clean and whole:
+        journal.close("cleaned up by the next run")
+    return clean
+
+
+def settle_late(collection: CollectionSource, left: Sequence[Journal]) -> None:
+    """Once more at the end of a run: by now the server may have ended what killed runs asked it for.
+
+    Closes the journals of which nothing can come any more; the others stay open for the run after this one.
+    """
+    for journal in left:
+        gone = [remove_late(*one) for one in _on_each_node(collection, journal, left)]
+        if all(gone):
+            journal.close("cleaned up by the next run")
+
+
+def _remove(collection: CollectionSource, journal: Journal, pending: Sequence[Journal]) -> bool:
+    for one in _on_each_node(collection, journal, pending):
+        remove_own(*one)
+    return removed(journal)
+
+
+def _on_each_node(
+    collection: CollectionSource, journal: Journal, pending: Sequence[Journal]
+) -> Iterator[tuple[Qdrant, Journal, list[Journal]]]:
+    """Each node that the run had make a snapshot, with what its journal and the others say of that node.
+
+    Raises UsageProblem where the node is not listed any more: only the operator knows how to ask it.
+    """
+    clients = {one.display: one for one in (collection.qdrant, *collection.nodes)}
+    for node, mine in by_node(journal):
+        if removed(mine):
+            continue
+        if node is not None and node not in clients:
+            raise UsageProblem(
+                f"a killed run ({journal.run_id}) may have left a snapshot on the Qdrant node {node}, which "
+                "QDRANT_NODE_URLS does not list now",
+                next_step=f"list it again; or, if it is gone for good, delete {journal.path}",
+            )
+        others = [theirs for one in pending for about, theirs in by_node(one) if about == node]
+        yield (clients[node] if node else collection.qdrant), mine, others

@@ -1,0 +1,209 @@
+"""Network addresses: one canonical spelling to compare them, none with a login; and the policy of every HTTP client."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import requests
+
+_PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".ts.net")
+_SHARED = ipaddress.ip_network("100.64.0.0/10")  # carriers' and Tailscale's
+_THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
+
+
+def one_spelling(host: str) -> str:
+    """The host in lower case; this machine by its number, however it is called."""
+    name = host.lower().rstrip(".")
+    return "127.0.0.1" if name in _THIS_MACHINE else name
+
+
+def container_hint(host: str, variable: str) -> str:
+    """What to try if a name without a domain does not resolve; empty for any other host."""
+    if "." in host or ":" in host or one_spelling(host) == "127.0.0.1":
+        return ""
+    return (
+        f"if '{host}' is the name of a container, it resolves only inside Docker: from here,"
+        f" export {variable}, if the port is published\n"
+    )
+
+
+def is_this_machine(url: str) -> bool:
+    """Whether the URL's host is this very machine, by any of its loopback names and numbers."""
+    return is_loopback(urlsplit(url).hostname or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this very machine."""
+    host = one_spelling(host)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.endswith(".localhost")
+
+
+def is_private(host: str) -> bool:
+    """Whether a host is this machine or on a private network, as far as its name or number tells."""
+    name = one_spelling(host)
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith(_PRIVATE_DOMAINS)
+    return address.is_private or address.is_loopback or address.is_link_local or address in _SHARED
+
+
+def same_server(left: str, right: str) -> bool:
+    """Whether two addresses (URLs, or `host:port`) are of one server, as far as their spelling tells."""
+    return _place(left) == _place(right)
+
+
+def _place(address: str) -> tuple[str, int | None, str]:
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    return one_spelling(parts.hostname or ""), parts.port, parts.path.rstrip("/")
+
+
+def without_logins(text: str) -> str:
+    """A text with the logins of all URLs in it masked."""
+    return re.sub(r"://\S*@", "://***@", text)
+
+
+def without_login(url: str) -> str:
+    """The URL without user and password, as it may be shown."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
+
+
+PIECE_BYTES = (
+    64 << 10
+)  # of what comes over the network; a piece that is inflated is at most 1,000 times larger
+
+
+_ENCODINGS = {
+    "",
+    "identity",
+    "gzip",
+    "deflate",
+}  # one layer: a second inflates each piece a thousand times again
+
+
+class Unbounded(Exception):
+    """The answer is larger than any that was asked for, or takes longer than any may."""
+
+
+def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Session:
+    """A session for this server, with no login but `login` and with no proxy if it is this machine."""
+    import requests
+
+    from lib.http_deadline import TimedAdapter
+
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, TimedAdapter())
+    session.auth = login or _no_auth
+    session.trust_env = not is_this_machine(url)
+    return session
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """A callable keeps ~/.netrc out, whose password requests would send along, or in the place of a token."""
+    return request
+
+
+def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:
+    """The pieces as one. Raises Unbounded if they are more than `limit` bytes, or take more than `seconds`."""
+    body, deadline = bytearray(), time.monotonic() + seconds
+    for piece in pieces:
+        body += piece
+        if len(body) > limit:
+            raise Unbounded(f"the answer is larger than {limit >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise _too_late(seconds)
+    return bytes(body)
+
+
+def _too_late(seconds: float) -> Unbounded:
+    return Unbounded(f"the answer was not whole after {seconds:.0f} s")
+
+
+def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
+    """Read the body of a streamed answer, so that its `content` is there. Raises Unbounded, requests' errors."""
+    from requests import exceptions
+    from urllib3.exceptions import DecodeError, HTTPError
+
+    from lib.http_deadline import end_by
+
+    deadline = time.monotonic() + seconds
+    try:
+        end_by(response, deadline)
+        body = joined(_received(response), limit, seconds)
+    except DecodeError as error:
+        raise exceptions.ContentDecodingError(error) from error
+    except HTTPError as error:
+        if time.monotonic() >= deadline:
+            response.close()
+            raise _too_late(seconds) from error
+        broken = exceptions.ConnectionError if "timed out" in str(error) else exceptions.ChunkedEncodingError
+        raise broken(error) from error
+    except Unbounded:
+        response.close()
+        raise
+    # What requests itself does when it has read a body; a codec that the server names need not be one of texts.
+    vars(response).update(_content=body, _content_consumed=True, encoding="utf-8")
+
+
+def _received(response: requests.Response) -> Iterator[bytes]:
+    """The body, inflated, as it comes: `iter_content` waits until a piece is full, however slowly it comes."""
+    while piece := response.raw.read1(PIECE_BYTES, decode_content=True):
+        yield piece
+
+
+def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]]]:
+    """The `event_hooks` of an httpx client: each answer is whole in `seconds`, and a refusal in `limit` bytes.
+
+    The caller reads the body of any other answer with `joined`.
+    """
+
+    def bound_time(request: Any) -> None:
+        request.headers["Accept-Encoding"] = "gzip, deflate"
+        request.extensions["trace"] = lambda event, info: _bound_stream(event, info, seconds)
+
+    def bound_refusal(response: Any) -> None:
+        if response.headers.get("Content-Encoding", "").strip().lower() not in _ENCODINGS:
+            raise Unbounded("the answer is compressed in a way that was not asked for")
+        response.encoding = "utf-8"  # a codec that the server names need not be one of texts
+        if response.status_code >= 300:
+            # What `response.read()` does, which reads without a bound.
+            vars(response).update(_content=joined(response.iter_bytes(), limit, seconds))
+
+    return {"request": [bound_time], "response": [bound_refusal]}
+
+
+def _bound_stream(event: str, info: dict[str, Any], seconds: float) -> None:
+    """Have the reads of a new connection end `seconds` after the last write: a head that drips has no other end.
+
+    https://www.python-httpx.org/advanced/extensions/#trace, https://www.encode.io/httpcore/network-backends/
+    """
+    if not event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+        return
+    stream = info["return_value"]
+    read, write, deadline = stream.read, stream.write, time.monotonic() + seconds
+
+    def bounded_read(max_bytes: int, timeout: float | None = None) -> Any:
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            return read(max_bytes, timeout=left if timeout is None else min(timeout, left))
+        finally:
+            if time.monotonic() >= deadline:
+                raise _too_late(seconds)
+
+    def noted_write(buffer: bytes, timeout: float | None = None) -> None:
+        nonlocal deadline
+        write(buffer, timeout=timeout)
+        deadline = time.monotonic() + seconds
+
+    stream.read, stream.write = bounded_read, noted_write

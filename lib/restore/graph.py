@@ -1,0 +1,299 @@
+"""Restore a graph: verified in a scratch server and on the target, cut over atomically; the old one kept until then."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.backup.graph import GraphProof, GraphSource, check_file, loaded_graph, machine_lacks
+from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphHalf, read_manifest
+from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
+from lib.clients.falkordb.digest import GraphDigest, graph_digest
+from lib.clients.falkordb.queries import counts, schema
+from lib.clients.falkordb.rdb import (
+    RdbFacts,
+    graph_name,
+    inspect_rdb,
+    require_rdb_checksum,
+    unwrap_dump,
+    wrap_dump,
+)
+from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for, newest_encoding
+from lib.clients.falkordb.swap import (
+    drop_graph,
+    dump_apart,
+    dump_as,
+    dump_graph,
+    memory_used,
+    prove_acceptance,
+    require_memory,
+    require_readable,
+    require_writable,
+    swap_back,
+    swap_in,
+)
+from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
+from lib.files import atomic_writer, private_dir
+from lib.journal import Journal
+
+SWITCHING, SWITCHED, SAFE = "switching the graph", "graph switched", "safety backup"
+
+
+def retire_old(
+    target: GraphSource, safety_name: str, saved_digest: str | None, folder: Path, journal: Journal
+) -> Path | None:
+    """Drop the old graph; first its late writes are saved, where it differs from the safety backup's digest.
+
+    `saved_digest` is None where the operator wanted no safety backup. Returns the file they were saved to.
+    """
+    saved = None
+    if saved_digest is not None and _digest(target, safety_name) != saved_digest:
+        saved = keep_aside(target, safety_name, folder, journal)
+    drop_graph(target.conn, safety_name)
+    return saved
+
+
+def keep_aside(target: GraphSource, name: str, folder: Path, journal: Journal) -> Path:
+    """Save a graph as it stands into a file of its own, a DUMP wrapped as an RDB, which restore takes back."""
+    mark = name if name != target.graph else f"{name}__found_{journal.run_id}"
+    path = private_dir(folder / GRAPH_DIR) / f"{mark}.rdb"
+    with atomic_writer(path) as stream:
+        for chunk in wrap_dump(dump_graph(target.conn, name), name):
+            stream.write(chunk)
+    journal.append("graph saved", late_writes=str(path))
+    return path
+
+
+def settle_graph(target: GraphSource, journal: Journal, folder: Path) -> list[str]:
+    """Clean up after a run that was killed: its throw-away graph, and the old graph under its safety name.
+
+    The swap is atomic: either the old graph stands under its own name, or the new one does and the old one is
+    whole under its safety name. Where the new one is what the file holds, the old one is retired. Where something
+    else stands there by now, both stay: it may hold days of work.
+    """
+    done = []
+    throwaway, safety = journal.fact("throwaway_graph"), journal.fact("safety_graph")
+    if throwaway in list_graphs(target.conn):
+        drop_graph(target.conn, throwaway)
+        done.append(f"removed the rehearsal graph {throwaway}")
+    if safety not in list_graphs(target.conn):
+        return done
+    standing = _digest(target, target.graph)
+    if journal.has_reached(SWITCHED) or (standing and standing == journal.fact("restored_digest")):
+        saved = retire_old(target, safety, _saved_digest(journal, folder), folder, journal)
+        done.append(f"dropped {safety}, the graph before that run" + (f"; see {saved}" if saved else ""))
+    elif standing:
+        done.append(
+            f"the graph before that run is kept as {safety}: what stands as '{target.graph}' has changed since."
+            f" When it is of no use any more: GRAPH.DELETE {safety}"
+        )
+    else:
+        swap_back(target.conn, target.graph, safety)
+        done.append(f"put the old graph back from {safety}")
+    return done
+
+
+def _saved_digest(journal: Journal, folder: Path) -> str | None:
+    """The digest in the safety backup of that run; "" where it cannot be read, None where none was wanted."""
+    if not journal.has_reached(SAFE):
+        return None
+    try:
+        half = read_manifest(folder / str(journal.fact("manifest"))).graph
+    except MigrationError:
+        return ""
+    return half.digest if half else ""
+
+
+def _digest(target: GraphSource, name: str) -> str:
+    """The digest of a graph that stands there; "" where none does."""
+    return graph_digest(target.conn, name, by_id=True).digest if name in list_graphs(target.conn) else ""
+
+
+_UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
+UNLOADED = "not loaded by any engine: its checksum, the versions and the way back stand in for that"
+
+
+class TooSmall(MigrationError):
+    """This machine has too little memory or room for a scratch server with the graph in it."""
+
+
+@dataclass(frozen=True)
+class GraphBackup:
+    """A proved RDB. `scratch` has it loaded while the `open_backup` block lasts; None where no engine could."""
+
+    path: Path
+    graph: str
+    proof: GraphProof
+    scratch: Scratch | None
+    throwaway: str = ""  # the name of the rehearsal, and
+    copies: list[bytes] = field(default_factory=list, repr=False)  # the payload under it, until it is used
+
+    @property
+    def digest(self) -> GraphDigest | None:
+        """The digest of the graph in the file, where an engine loaded it."""
+        return self.proof.digest
+
+
+@contextmanager
+def open_backup(
+    path: Path, source: GraphSource, engines: list[Engine], half: GraphHalf | None
+) -> Iterator[GraphBackup]:
+    """Prove the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall."""
+    if half:
+        check_file(path, half.file)
+    facts = inspect_rdb(path)
+    require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
+    try:
+        engine = engine_for(facts, engines, server_versions(source.conn))
+        _require_loadable(path, facts)
+    except (NoEngine, TooSmall) as error:
+        payload = unwrap_dump(path)
+        if payload is None or graph_name(payload) != source.graph:
+            raise
+        yield GraphBackup(path, source.graph, GraphProof(CHECKED, f"{UNLOADED} ({error})", facts), None)
+        return
+    throwaway = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
+    copies = list[bytes]()
+    loaded = loaded_graph(path, source.graph, engine, facts, half=half, dump=(throwaway, copies))
+    with loaded as (proof, scratch):
+        _require_nodes(path, proof, half)
+        yield GraphBackup(path, source.graph, proof, scratch, throwaway, copies)
+
+
+def _require_loadable(path: Path, facts: RdbFacts) -> None:
+    lacking = machine_lacks(facts)
+    if lacking:
+        raise TooSmall(
+            f"{path.name} cannot be loaded here to be proved: {lacking}",
+            next_step="free some, or run this on another machine that reaches both stores; nothing was touched",
+        )
+
+
+def _require_nodes(path: Path, proof: GraphProof, half: GraphHalf | None) -> None:
+    """An empty graph is put back where the manifest says that it was empty; a bare RDB may be another server's."""
+    if proof.counts is not None and proof.counts.nodes == 0 and half is None:
+        raise BackupDamaged(
+            f"{path} holds an empty graph, and no manifest says that it was empty",
+            next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
+        )
+
+
+def require_version(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise StoreFailed where the target is known to be too old for this file; asked before anything is touched."""
+    falkordb = server_versions(target.conn).falkordb
+    reads, written = newest_encoding(falkordb), backup.proof.rdb.graph_encoding
+    if backup.scratch is None and reads is not None and written is not None and written > reads:
+        raise StoreFailed(
+            f"{backup.path.name} is of graph encoding {written}, FalkorDB {falkordb} reads up to {reads}",
+            next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
+        )
+
+
+def require_target(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise where the target would refuse the swap half-way: rights, memory, a replica, a taken name."""
+    mark = secrets.token_hex(4)
+    names = [temporary_name(target.conn, target.graph, kind, mark) for kind in ("try", "pre")]
+    require_writable(target.conn, target.graph, *names)
+    payload = backup.path.stat().st_size
+    loaded = memory_used(backup.scratch.conn) if backup.scratch else _UNLOADED_FACTOR * payload
+    require_memory(target.conn, loaded + payload)
+
+
+def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise UsageProblem unless a running AutoMem would read the restored graph right.
+
+    It knows labels, relationship types and property keys by their number and is never told of new ones.
+    """
+    stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
+    kept = backup.proof.schema
+    if kept is None:
+        raise UsageProblem(
+            f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop
+        )
+    live = schema(target.conn, target.graph)
+    for name in ("labels", "relationship_types", "property_keys"):
+        if getattr(live, name) != getattr(kept, name):
+            raise UsageProblem(
+                f"--while-running is not safe here: the {name.replace('_', ' ')} of the live graph and of the backup"
+                " differ, and a running AutoMem knows them by number",
+                next_step=stop,
+            )
+
+
+def rehearse(backup: GraphBackup, target: GraphSource, journal: Journal) -> bytes:
+    """Let the target take the graph under a throw-away name, digests compared; the payload under the real name.
+
+    A payload carries its graph's name, and restoring it under another one can crash a server: so the scratch
+    graph is renamed before each DUMP, and without one only the versions are compared.
+    """
+    throwaway = backup.throwaway or temporary_name(target.conn, backup.graph, "try", journal.run_id)
+    journal.append("rehearsing the graph", throwaway_graph=throwaway)
+    if backup.scratch is None or backup.digest is None:
+        payload = unwrap_dump(backup.path)
+        assert payload is not None
+        require_readable(target.conn, payload, throwaway)
+        return payload
+    with ThreadPoolExecutor(1) as beside:
+        dumped: list[Future[bytes]] = []
+
+        def dump() -> None:  # while the target's copy is read; one payload at a time is held
+            assert backup.scratch is not None
+            dumped.append(beside.submit(dump_apart, backup.scratch.address, backup.graph))
+
+        prove_acceptance(target.conn, _copy(backup, backup.scratch), throwaway, backup.digest, dump)
+        return dumped[0].result()
+
+
+def _copy(backup: GraphBackup, scratch: Scratch) -> bytes:
+    """The payload under the rehearsal's name: the one that was taken with the proof, at its first use."""
+    return backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.throwaway)
+
+
+def switch_graph(
+    backup: GraphBackup,
+    target: GraphSource,
+    payload: bytes,
+    journal: Journal,
+    *,
+    folder: Path,
+    undo: str,
+    quiet: bool = True,
+) -> str | None:
+    """The atomic swap, then the digest again; back to the old graph where it differs.
+
+    `quiet` says that AutoMem is stopped: while it runs it may write at once, and the rehearsal alone is the proof.
+    Returns the name under which the old graph now stands, None where there was none.
+    """
+    safety = temporary_name(target.conn, backup.graph, "pre", journal.run_id)
+    wanted = backup.digest.digest if backup.digest else ""
+    journal.append(SWITCHING, safety_graph=safety, restored_digest=wanted, undo=undo)
+    had_old = swap_in(target.conn, backup.graph, payload, safety)
+    try:
+        found = _found(backup, target)
+    except MigrationError as error:
+        raise StoreFailed(
+            f"graph '{backup.graph}' is switched and could not be compared: {error}",
+            next_step=f"run the same command again; or undo:\n{undo}",
+        ) from error
+    if quiet and wanted and found != wanted:
+        aside = keep_aside(target, backup.graph, folder, journal)
+        if had_old:
+            swap_back(target.conn, backup.graph, safety)
+        raise StoreFailed(
+            f"graph '{backup.graph}' does not have the backup's digest after the switch; "
+            + (f"the old graph is back, what was found is in {aside}" if had_old else f"see {aside}"),
+            next_step="stop whatever writes to the graph, then run the same command again",
+        )
+    journal.append(SWITCHED, digest=found)
+    return safety if had_old else None
+
+
+def _found(backup: GraphBackup, target: GraphSource) -> str:
+    """The digest of the graph in its place; without an engine it is at least read and counted."""
+    if backup.digest is None and not counts(target.conn, target.graph).nodes:
+        raise StoreFailed(f"graph '{target.graph}' is empty after the switch")
+    return graph_digest(target.conn, target.graph, by_id=True).digest

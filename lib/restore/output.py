@@ -1,0 +1,187 @@
+"""What restore_from_backup.py tells: the plan, what was restored, the settings that go with it."""
+
+from __future__ import annotations
+
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from lib.console import Console, size_text
+from lib.errors import DONE, listed
+from lib.show_config import RESTART, settings_lines
+
+if TYPE_CHECKING:
+    from lib.backup.collection import CollectionSource
+    from lib.backup.graph import GraphSource
+    from lib.backup.manifest import Manifest
+    from lib.backup.snapshot_restore import CollectionBackup
+    from lib.config import Config
+    from lib.restore.graph import GraphBackup
+    from lib.restore.site import Newer, NewerThanBackup, Options, Proved, Restored, Site
+
+# The graph alone: no setting goes with it, but AutoMem knows labels and keys by the old graph's numbers.
+RESTART_GRAPH = """\
+  start AutoMem anew: its caches are of the old graph
+    Docker:   docker compose up -d --force-recreate flask-api
+    systemd:  sudo systemctl restart automem
+    Railway:  railway redeploy"""
+
+
+def show_restore_plan(site: Site, proved: Proved, options: Options, console: Console) -> int:
+    """What a restore would do: --dry-run stops before the first write."""
+    from lib.restore.preflight import newer_than
+
+    found = newer_than(site, proved)
+    document: dict[str, Any] = {}
+    if proved.graph and site.graph:
+        document["graph"] = _graph_plan(proved.graph, site.graph) | {"newer": _newer(found.graph)}
+    if proved.collection and site.collection:
+        document["collection"] = _collection_plan(proved.collection, site.collection) | {
+            "newer": _newer(found.collection)
+        }
+    how = "after a safety backup" if options.safety else "without a safety backup"
+    where = "in the safety backup that a restore takes" if options.safety else "nowhere: --no-safety-backup"
+    text = [f"would restore, {how}:", *_plan_lines(document), *newer_lines(found, where)]
+    console.result(document, "\n".join(text))
+    return DONE
+
+
+def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
+    from lib.clients.falkordb.connection import list_graphs
+    from lib.clients.falkordb.queries import counts
+    from lib.clients.falkordb.swap import memory_used
+
+    held, live = backup.proof.counts, None
+    if target.graph in list_graphs(target.conn):
+        seen = counts(target.conn, target.graph)
+        live = {"nodes": seen.nodes, "relationships": seen.relationships}
+    return {
+        "name": target.graph,
+        "file": str(backup.path),
+        "bytes": backup.path.stat().st_size,
+        "memory_bytes": memory_used(backup.scratch.conn) if backup.scratch else None,
+        "nodes": held.nodes if held else None,
+        "relationships": held.relationships if held else None,
+        "note": backup.proof.note,
+        "live": live,
+    }
+
+
+def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict[str, Any]:
+    from lib.clients.qdrant.collection import get_state, health
+
+    name, qdrant = target.collection, target.qdrant
+    state = health(qdrant, name)
+    live: dict[str, Any] | None = None if state == "missing" else {"state": state}
+    if live and state == "live":
+        seen = get_state(qdrant, name)
+        live |= {"points": seen.points, "size": seen.size, "vector_bytes": 4 * seen.points * seen.size}
+    return {
+        "name": name,
+        "file": str(backup.path),
+        "bytes": backup.path.stat().st_size,
+        "snapshot_bytes": backup.proof.archive.snapshot_size,
+        "points": backup.points,
+        "size": backup.size,
+        "live": live,
+    }
+
+
+def _plan_lines(document: dict[str, Any]) -> list[str]:
+    lines = []
+    if graph := document.get("graph"):
+        held = graph["note"]
+        if graph["nodes"] is not None:
+            held = f"{graph['nodes']:,} nodes, {graph['relationships']:,} relationships"
+            held += f", {size_text(graph['memory_bytes'])} in memory"
+        live = graph["live"]
+        stands = f"{live['nodes']:,} nodes, {live['relationships']:,} relationships" if live else "absent"
+        lines.append(
+            f"graph '{graph['name']}': {held} ({size_text(graph['bytes'])} file); there now: {stands}"
+        )
+    if one := document.get("collection"):
+        points = "an unknown number of" if one["points"] is None else f"{one['points']:,}"
+        sizes = f"{size_text(one['bytes'])} file, {size_text(one['snapshot_bytes'])} snapshot"
+        lines.append(
+            f"collection '{one['name']}': {points} points of {one['size']}d ({sizes});"
+            f" there now: {_standing(one['live'])}"
+        )
+    return lines
+
+
+def _standing(live: dict[str, Any] | None) -> str:
+    if live is None:
+        return "absent"
+    if live["state"] != "live":
+        return str(live["state"])
+    return f"{live['points']:,} points of {live['size']}d ({size_text(live['vector_bytes'])} of vectors)"
+
+
+def _newer(found: Newer | None) -> dict[str, Any] | None:
+    return None if found is None else {"added": found.added, "changed": found.changed, "ids": found.named}
+
+
+def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
+    """What the backup lacks of what stands there, and where it remains."""
+    lines = []
+    for what, half in (("memories", found.graph), ("points", found.collection)):
+        if not half:
+            continue
+        changed = f", {half.changed:,} {what} have another content than in it" if half.changed else ""
+        more = "" if half.added + half.changed <= len(half.named) else ", ..."
+        lines.append(
+            f"{half.added:,} {what} are newer than the backup{changed}: {listed(half.named)}{more}"
+            f"\n  they remain {where}"
+        )
+        if what == "points" and found.graph is None:
+            lines.append(
+                "  and in the graph: python scripts/reembed_embeddings.py --only-missing   embeds them again"
+            )
+    return lines
+
+
+def show_restored(done: Restored, proved: Proved, config: Config, console: Console) -> int:
+    """What was restored, where the old state is, and the settings that go with it."""
+    lines = [*done.notes]
+    document: dict[str, object] = {"safety_backup": done.safety.name if done.safety else None}
+    if proved.graph:
+        digest, how = proved.graph.digest, "digest equal"
+        if digest is None:
+            how = "not compared: no FalkorDB engine is installed here"
+        lines.append(f"graph '{proved.graph.graph}' restored from {proved.graph.path}, {how}")
+        document["graph"] = {
+            "file": str(proved.graph.path),
+            "digest": digest.digest if digest else None,
+        }
+    if proved.collection:
+        one = proved.collection
+        lines.append(
+            f"collection '{config.collection}' restored from {one.path}: {one.ids.count:,} points of {one.size}d"
+        )
+        document["collection"] = {"file": str(one.path), "points": one.ids.count, "size": one.size}
+    if done.safety:
+        lines.append(f"what stood there before: {done.safety.path}")
+    if done.newer:
+        kept = done.late_writes or (done.safety.path if done.safety else None)
+        lines += newer_lines(done.newer, f"in {kept}" if kept else "nowhere: there was no safety backup")
+        document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
+    if done.late_writes:
+        lines.append(
+            f"the old graph as it was at the switch, with writes after the safety backup: {done.late_writes}"
+        )
+        document["late_writes"] = str(done.late_writes)
+    if proved.collection:
+        settings = settings_lines(proved.collection.size, str(proved.collection.facts["model"]), config)
+        document["settings"] = [line.strip() for line in settings if line]
+        lines += settings
+    document["notes"] = done.notes
+    restart = RESTART if proved.collection else RESTART_GRAPH
+    lines += ["", "next:", restart, "  python scripts/verify_migration.py"]
+    console.result(document, "\n".join(lines))
+    return DONE
+
+
+def undo_restore(safety: Manifest | None) -> str:
+    """The way back from a restore."""
+    if safety is None:
+        return "  (none: there was nothing before, or --no-safety-backup was given)"
+    return f"  python scripts/restore_from_backup.py {quote(str(safety.path))}"
