@@ -176,6 +176,7 @@ def test_an_automem_that_is_started_during_the_trial_stops_the_restore_before_th
     assert open_journals(ready.backups) == []
 
 
+@pytest.mark.matrix
 def test_an_automem_that_is_started_while_the_collection_is_restored_keeps_its_graph(ready):
     ready.run("backup_automem")
     whole = ready.state()

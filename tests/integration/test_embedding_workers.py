@@ -120,6 +120,7 @@ def test_vectors_are_handed_over_by_the_calling_thread_only(server, spool):
     assert threads == {threading.get_ident()}
 
 
+@pytest.mark.matrix
 def test_rows_are_read_only_as_fast_as_vectors_are_stored(server, spool):
     job, ahead, stored = Job(server, spool, texts_of(1000)), [], [0]
 

@@ -212,6 +212,7 @@ def test_a_missing_index_is_repaired_by_the_command_that_verify_prints(operator)
     assert "tags" in operator.info()["payload_schema"]
 
 
+@pytest.mark.matrix
 def test_a_name_that_resolves_only_in_docker_is_explained(operator):
     graph = operator.run("verify_migration", env={"FALKORDB_HOST": "falkordb-nowhere"}, expect=1)
     assert "resolves only inside Docker" in graph.err

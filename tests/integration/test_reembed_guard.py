@@ -104,6 +104,7 @@ def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(
     assert ready.info()["config"]["params"]["vectors"]["size"] == NEW_SIZE
 
 
+@pytest.mark.matrix
 def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
     before = points_of(ready)
     lonely = {"id": 7, "vector": [1.0] + [0.0] * 47, "payload": {"content": "mine alone"}}

@@ -135,6 +135,7 @@ def test_a_replica_names_its_master(untouched):
     assert "127.0.0.1:1" in text
 
 
+@pytest.mark.matrix
 def test_a_key_that_is_no_graph_is_not_overwritten(ready):
     with connect(ready.servers.falkordb.address) as conn:
         conn.execute_command("GRAPH.DELETE", ready.graph)

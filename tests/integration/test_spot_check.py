@@ -24,6 +24,7 @@ def same_points(left, right):
     )
 
 
+@pytest.mark.matrix
 def test_a_sample_is_compared_and_leaves_nothing_but_what_was_bought(operator):
     operator.load(240)
     upgrade(operator)

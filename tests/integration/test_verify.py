@@ -220,6 +220,7 @@ def test_a_memory_deleted_since_is_no_sample(migrated):
     assert verify(migrated)["recall"]["status"] == PASSED
 
 
+@pytest.mark.matrix
 def test_recall_straight_from_qdrant_where_no_api_answers(migrated):
     checks = verify(migrated, "--sample", "7")
     assert checks["recall"]["detail"].startswith("7 samples come first, straight from Qdrant")
