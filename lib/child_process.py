@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -174,6 +173,8 @@ def return_large_blocks() -> None:
     of the CPU of a purchase, spares a third of the peak memory of what follows.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
+        import ctypes
+
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
@@ -183,4 +184,6 @@ def give_back() -> None:
     https://man7.org/linux/man-pages/man3/malloc_trim.3.html; where there is no such call nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
+        import ctypes
+
         ctypes.CDLL(None).malloc_trim(0)

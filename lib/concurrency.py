@@ -6,10 +6,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 class Stopped(Exception):
@@ -148,6 +150,8 @@ def in_lanes(work: Callable[[T], R], items: Iterable[T], lanes: int) -> Iterator
     Items are read in the caller's thread. The first error is raised when those at work have ended.
     """
     running: deque[Future[R]] = deque()
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms, which most commands do without
+
     with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:
         try:
             for item in items:
