@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 
-from lib.files import trusted_owners
+from lib.files import NotRegular, read_regular, trusted_owners
 
 DEFAULT = "default"
-_LARGEST = 256 << 10
+_LARGEST, _NO_ENV = 256 << 10, "it is no .env, too large or no text"
 # What is run: from the environment or the checkout's own .env alone.
 _PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
 _SENT_TO = {  # a key, and the settings that say where it is sent
@@ -123,16 +123,14 @@ def _untrusted(path: Path, opened: os.stat_result) -> str | None:
 def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
     """The text of a file that may be trusted, and the user id of its owner; what hinders is a fault."""
     try:
-        with path.open("rb") as stream:
-            state = os.fstat(stream.fileno())  # of what is read, whatever takes its place meanwhile
-            data = stream.read(_LARGEST + 1)
+        data, state = read_regular(path, _LARGEST)
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{path} cannot be read: {error}")
+        faults.append(f"{path} cannot be read: {_NO_ENV if isinstance(error, NotRegular) else error}")
         return "", 0
     fault = _untrusted(path, state)
-    if fault is None and (len(data) > _LARGEST or "\0" in text):
-        fault = f"{path} cannot be read: it is no .env, too large or no text"
+    if fault is None and ("\0" in text):
+        fault = f"{path} cannot be read: {_NO_ENV}"
     if fault:
         faults.append(fault)
         return "", state.st_uid

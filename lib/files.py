@@ -112,6 +112,30 @@ def _no_file_of_ours(path: Path) -> UsageProblem:
     )
 
 
+class NotRegular(OSError):
+    """A pipe, a device, a folder, or a file larger than any of its kind: reading it may never end."""
+
+
+def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
+    """The content of a regular file of at most `limit` bytes, and its state as it was read.
+
+    Raises NotRegular, and OSError as opening and reading do.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            is_folder = stat.S_ISDIR(state.st_mode)
+            raise NotRegular(errno.EINVAL, os.strerror(errno.EISDIR) if is_folder else "is no regular file")
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > limit:
+        raise NotRegular(errno.EFBIG, f"is larger than {limit >> 10} KiB")
+    return data, state
+
+
 def readable_bytes(path: Path) -> bytes:
     """The content of a small file of the backup folder.
 
@@ -119,15 +143,8 @@ def readable_bytes(path: Path) -> bytes:
     from elsewhere may hold: reading one of these may never end.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
-            if (
-                not stat.S_ISREG(os.fstat(descriptor).st_mode)
-                or len(data := stream.read(_LARGEST + 1)) > _LARGEST
-            ):
-                raise _unreadable(path)
-            return data
-    except IsADirectoryError:
+        return read_regular(path, _LARGEST)[0]
+    except NotRegular:
         raise _unreadable(path) from None
     except PermissionError as error:
         folder = quote(str(path.parent))

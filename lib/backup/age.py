@@ -7,8 +7,6 @@ protects a key file of its own, as `age -d -i` takes it, and that key the set.
 from __future__ import annotations
 
 import importlib.util
-import os
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from shlex import quote
 from typing import Any
 
 from lib.errors import AccessRefused, BackupDamaged, UsageProblem
-from lib.files import atomic_writer
+from lib.files import atomic_writer, read_regular
 
 SUFFIX = ".age"
 _TAG, _NONCE, _CHUNK = 16, 16, 64 << 10  # https://github.com/C2SP/C2SP/blob/main/age.md: the payload
@@ -255,22 +253,16 @@ def _lines(path: Path, setting: str, *, comments: bool = True) -> list[str]:
 def _secret(path: Path, setting: str, *, private: bool = True) -> bytes:
     """The content of a file of keys. Raises UsageProblem if it cannot be read, or if others may read it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                raise UsageProblem(
-                    f"{setting}: {path} is no regular file", next_step=f"ls -l {quote(str(path))}"
-                )
-            if private and mode & 0o077:
-                raise UsageProblem(
-                    f"{setting}: other users may read {path}", next_step=f"chmod 600 {quote(str(path))}"
-                )
-            return stream.read(_KEY_FILE_LIMIT)
+        data, state = read_regular(path, _KEY_FILE_LIMIT)
     except OSError as error:
         raise UsageProblem(
             f"{setting}: {path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
         ) from error
+    if private and state.st_mode & 0o077:
+        raise UsageProblem(
+            f"{setting}: other users may read {path}", next_step=f"chmod 600 {quote(str(path))}"
+        )
+    return data
 
 
 def _pyrage() -> Any:
