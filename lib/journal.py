@@ -22,14 +22,16 @@ from lib.errors import BadFile
 from lib.files import readable_bytes, sync_dir
 
 CLOSED = "closed"
-_STAMP, _SECOND = "%Y%m%d_%H%M%S", timedelta(seconds=1)
-_RUN_ID = re.compile(r"[0-9]{8}_[0-9]{6}_[0-9a-f]{4}")
+# In the names of backup sets and runs: how it is written, and what it looks like.
+STAMP_FORMAT, STAMP = "%Y%m%d_%H%M%S", r"[0-9]{8}_[0-9]{6}"
+_SECOND = timedelta(seconds=1)
+_RUN_ID = re.compile(rf"{STAMP}_[0-9a-f]{{4}}")
 # Facts that are removed from a server or read as a file, and what a run of these scripts can have written there.
 _TEMPORARY = {"staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph"}
 _ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
 _FILES = {
-    "manifest": r"backup_[0-9]{8}_[0-9]{6}\.json",
-    "stamp": r"[0-9]{8}_[0-9]{6}",
+    "manifest": rf"backup_{STAMP}\.json",
+    "stamp": STAMP,
     "snapshot": r"[^/\\]+",
 }
 
@@ -130,8 +132,8 @@ def _next_stamp(folder: Path) -> str:
     for path in folder.glob("journal_*.jsonl"):
         with contextlib.suppress(ValueError, OverflowError):
             stamp = "_".join(path.name.split("_")[1:3])
-            possible.append(datetime.strptime(f"{stamp}+0000", f"{_STAMP}%z") + _SECOND)
-    return max(possible).strftime(_STAMP)
+            possible.append(datetime.strptime(f"{stamp}+0000", f"{STAMP_FORMAT}%z") + _SECOND)
+    return max(possible).strftime(STAMP_FORMAT)
 
 
 def read_journal(path: Path) -> Journal | None:

@@ -26,7 +26,7 @@ from lib.backup.manifest import (
 )
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
 from lib.files import PARTIAL, TargetLock, private_dir, readable_bytes, sync_dir, write_atomic
-from lib.journal import Journal, open_journals, read_journal
+from lib.journal import STAMP, STAMP_FORMAT, Journal, open_journals, read_journal
 from lib.network import same_server
 
 _STAMP = "stamp"
@@ -42,7 +42,7 @@ def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
     while True:
         with contextlib.suppress(LockHeld), TargetLock([f"stamps of {folder.resolve()}"]):
             now = datetime.now(timezone.utc).replace(microsecond=0)
-            stamp = now.strftime("%Y%m%d_%H%M%S")
+            stamp = now.strftime(STAMP_FORMAT)
             taken = {_stamp_of(one) for one in open_journals(folder)}
             if stamp not in taken and not any(folder.rglob(f"*_{stamp}.*")):
                 journal.append("backup begun", stamp=stamp)
@@ -269,7 +269,7 @@ def delete_set(manifest: Manifest) -> None:
 
 
 PROTECTED_DAYS = 30
-_SET_FILE = re.compile(r"_(\d{8}_\d{6})\.(?:json|tar\.gz|rdb)\b")
+_SET_FILE = re.compile(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem
 from lib.files import TargetLock, private_dir
+from lib.journal import STAMP
 
 _GZIP = b"\x1f\x8b"
 # https://github.com/verygoodplugins/automem, scripts/backup_automem.py; the archive is that of its GET /backup.
@@ -191,7 +192,7 @@ def _prove_set(manifest: Manifest, engines: list[Engine]) -> list[Proof]:
 
 LATEST = "latest"
 _QUARANTINE = "quarantine"  # in the backup folder: what was fetched and is not verified
-_SET_FILE = re.compile(r".+_(\d{8}_\d{6})\.[a-z.]+")
+_SET_FILE = re.compile(rf".+_({STAMP})\.[a-z.]+")
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ from lib.errors import (
     UsageProblem,
 )
 from lib.files import TargetLock, atomic_writer, free_bytes, private_dir, sha256_file, sync_dir, write_atomic
+from lib.journal import STAMP
 
 Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
-MANIFEST_NAME = re.compile(r"backup_\d{8}_\d{6}\.json")
+MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
 _SPARE = 16 << 20
 
 

@@ -27,6 +27,7 @@ from lib.errors import (
     UsageProblem,
 )
 from lib.files import PARTIAL, private_dir, private_file, sync_dir
+from lib.journal import STAMP
 
 FILE, SFTP, S3 = "file", "sftp", "s3"
 # Scheme: the module that speaks it, the package that brings it.
@@ -202,7 +203,7 @@ def _look_at_key(address: OffsiteAddress) -> str:
 
 Progress = Callable[[int], None]
 NO_KEYS = CopyKeys()
-STAMP_IN_NAME = re.compile(r"\d{8}_\d{6}(?=\.[a-z.]+$)")
+STAMP_IN_NAME = re.compile(rf"{STAMP}(?=\.[a-z.]+$)")
 KEY_FILE = "backup_{stamp}.key"  # in the set's folder, encrypted with the passphrase
 _CHUNK = 1 << 20
 _BLOCK = 8 << 20

@@ -54,6 +54,7 @@ from lib.clients.falkordb.swap import dump_apart, dump_graph, rename_graph
 from lib.concurrency import Progress, Stop, steps_of
 from lib.errors import AccessRefused, BackupDamaged, MissingData
 from lib.files import atomic_writer, free_bytes, private_dir, sha256_file
+from lib.journal import STAMP_FORMAT
 
 _COLLECTION = (
     "collection",
@@ -73,7 +74,7 @@ def compare_names(manifest: Manifest) -> None:
     """The set's time is the same in the manifest, its name and its files' names; raises BackupDamaged."""
     assert manifest.path is not None
     created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
-    said = {"its own name": manifest.path.name, "created": f"{created:%Y%m%d_%H%M%S}"}
+    said = {"its own name": manifest.path.name, "created": f"{created:{STAMP_FORMAT}}"}
     said |= {half.file.name: half.file.name for half in manifest.halves}
     for name, text in said.items():
         if manifest.stamp not in text:

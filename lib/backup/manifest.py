@@ -16,6 +16,7 @@ import orjson
 
 from lib.errors import BackupDamaged, BadFile, one_line
 from lib.files import write_atomic
+from lib.journal import STAMP
 from lib.network import same_server
 
 
@@ -55,7 +56,6 @@ def _fits(value: object, hint: Any) -> bool:
 FORMAT = 1
 MAX_BYTES = 16 << 20
 GRAPH_DIR, COLLECTION_DIR = "falkordb", "qdrant"
-_STAMP = re.compile(r"[0-9]{8}_[0-9]{6}")
 _FIRST_YEAR = 2000  # of `created`: no clock of a backup shows less
 _SEAL = "checksum"
 CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
@@ -289,7 +289,7 @@ def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
     stamp, graph, collection = raw["stamp"], raw["graph"], raw["collection"]
     if not isinstance(stamp, str) or not (graph or collection):
         raise ValueError("no stamp or no half")
-    if not _STAMP.fullmatch(stamp) or path.name != f"backup_{stamp}.json":
+    if not re.fullmatch(STAMP, stamp) or path.name != f"backup_{stamp}.json":
         raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
     created = datetime.fromisoformat(raw["created"])
     if created.astimezone(timezone.utc).year < _FIRST_YEAR:
