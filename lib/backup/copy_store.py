@@ -8,8 +8,9 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -285,8 +286,7 @@ class OffsiteStore:
         """
         encrypted = name + SUFFIX
         if self.size_of(encrypted) is None:
-            for data in self.chunks(name):
-                write(data)
+            _pour(self.chunks(name), write)
             return
         shown = f"{self.shown}/{encrypted}"
         require_key(self.keys, shown)
@@ -299,12 +299,17 @@ class OffsiteStore:
         if self.keys.passphrase_file and stamp:
             key_file = f"{KEY_FILE.format(stamp=stamp[0])}{SUFFIX}"
             if key_file not in self._opened and self.size_of(key_file) is not None:
-                self._opened[key_file] = key_in(self._whole(key_file), passphrase(self.keys))
+                self._opened[key_file] = key_in(
+                    self._whole(key_file, partial(_pour, self.chunks(key_file))), passphrase(self.keys)
+                )
             found += self._opened.get(key_file, [])
         return found
 
     def read(self, name: str) -> bytes:
         """A manifest whole; raises BackupDamaged if it is larger than any."""
+        return self._whole(name, partial(self.copy_out, name))
+
+    def _whole(self, name: str, copy: Callable[[Callable[[bytes], object]], None]) -> bytes:
         found = bytearray()
 
         def write(data: bytes) -> None:
@@ -312,15 +317,7 @@ class OffsiteStore:
             if len(found) > MAX_BYTES:
                 raise BackupDamaged(f"{self.shown}/{name} is too large for a manifest")
 
-        self.copy_out(name, write)
-        return bytes(found)
-
-    def _whole(self, name: str) -> bytes:
-        found = bytearray()
-        for data in self.chunks(name):
-            found += data
-            if len(found) > MAX_BYTES:
-                break
+        copy(write)
         return bytes(found)
 
     def holds(self, file: BackupFile, name: str, progress: Progress) -> bool:
@@ -405,6 +402,11 @@ class OffsiteStore:
             raise
         except Exception as error:  # botocore, aiohttp, azure, google.auth and paramiko share no base
             raise trouble(self.address, f"cannot {what} {self.shown}", error) from error
+
+
+def _pour(pieces: Iterable[bytes], write: Callable[[bytes], object]) -> None:
+    for data in pieces:
+        write(data)
 
 
 def _sync_file(path: Path) -> None:
