@@ -63,7 +63,7 @@ def limit(pid: int, *, mapped: int = 0, cpu_seconds: int | None = None) -> None:
         return
     import resource
 
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _SPARE_MEMORY + mapped
+    memory = physical_memory() + _SPARE_MEMORY + mapped
     with contextlib.suppress(OSError, ValueError):  # it has ended, or a lower limit is set already
         resource.prlimit(pid, resource.RLIMIT_AS, (memory, memory))
         if cpu_seconds:
@@ -126,6 +126,11 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchF
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory() -> int | None:

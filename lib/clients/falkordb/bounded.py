@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import socket
@@ -108,11 +107,6 @@ class BoundedSocket:
             raise redis.exceptions.InvalidResponse(
                 f"a reply of {found:,} {what}, more than is taken ({most:,})"
             )
-
-
-def physical_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _peak_memory() -> int:

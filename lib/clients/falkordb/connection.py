@@ -16,7 +16,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from lib.clients.falkordb.bounded import bounded_parser, physical_memory
+from lib.child_process import physical_memory
+from lib.clients.falkordb.bounded import bounded_parser
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable
 from lib.network import container_hint
 

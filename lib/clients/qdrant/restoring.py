@@ -128,10 +128,14 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
         except QdrantError as error:
             if is_disk_full(error):
                 raise
-            mismatch = error.status == 400 and "checksum mismatch" in error.text.lower()
-            if mismatch and snapshot.checksum is not None and snapshot.checksum in error.text:
+            if _is_mismatch(error) and snapshot.checksum is not None and snapshot.checksum in error.text:
                 return location
     return None
+
+
+def _is_mismatch(error: QdrantError) -> bool:
+    """Whether the server received something else than the checksum says."""
+    return error.status == 400 and "checksum mismatch" in error.text.lower()
 
 
 def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | None = None) -> None:
@@ -206,7 +210,7 @@ def _upload(
         if form.left:
             raise  # the server got a part, and restores nothing
     except QdrantError as error:
-        if error.status == 400 and "checksum mismatch" in error.text.lower():
+        if _is_mismatch(error):
             raise BackupDamaged(
                 f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was"
                 " changed since it was verified, or damaged on the way",
