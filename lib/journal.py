@@ -34,6 +34,7 @@ _FILES = {
     "stamp": STAMP,
     "snapshot": r"[^/\\]+",
 }
+_TEXTS = {*_TEMPORARY, *_FILES, "collection", "undo"} - {"stamp"}  # a model's stamp is a dict
 
 
 def _ends_torn(stream: IO[bytes]) -> bool:
@@ -174,10 +175,7 @@ def _misshapen(entries: list[dict[str, Any]]) -> list[str]:
             known = False
         found += ["at"] if not known else []
         found += ["phase"] if not isinstance(entry["phase"], str) else []
-        named = (
-            {*_TEMPORARY, *_FILES, "collection", "undo"} - {"stamp"}
-        ) & entry.keys()  # a model's stamp is a dict
-        found += [name for name in named if not isinstance(entry[name], str | None)]
+        found += [name for name in _TEXTS & entry.keys() if not isinstance(entry[name], str | None)]
     return [f"its {name} is none that a run writes" for name in dict.fromkeys(found)]
 
 

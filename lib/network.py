@@ -78,17 +78,10 @@ def without_login(url: str) -> str:
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
 
 
-PIECE_BYTES = (
-    64 << 10
-)  # of what comes over the network; a piece that is inflated is at most 1,000 times larger
-
-
-_ENCODINGS = {
-    "",
-    "identity",
-    "gzip",
-    "deflate",
-}  # one layer: a second inflates each piece a thousand times again
+# Of what comes over the network; a piece that is inflated is at most 1,000 times larger.
+PIECE_BYTES = 64 << 10
+# One layer: a second inflates each piece a thousand times again.
+_ENCODINGS = {"", "identity", "gzip", "deflate"}
 
 
 class Unbounded(Exception):
