@@ -18,7 +18,7 @@ class Stopped(Exception):
     """The work was told to end; whoever told it knows why."""
 
 
-class Stop:
+class CancelToken:
     """Set once, by another thread; `ends` names what a waiting worker is woken by."""
 
     def __init__(self) -> None:
@@ -71,22 +71,22 @@ def steps_of(progress: Progress) -> Callable[[int, int], None]:
 T = TypeVar("T")
 
 
-class Beside(Generic[T]):
+class BackgroundTask(Generic[T]):
     """`work` in a thread of its own, from entering the block on; it gets this, for its `stop` and to tell its moves.
 
     Leaving the block by an error stops the work and waits for its end, so that it makes nothing after that. Signals
     are the main thread's, which stays free to be interrupted.
     """
 
-    def __init__(self, work: Callable[[Beside[T]], T]) -> None:
-        self.stop = Stop()
+    def __init__(self, work: Callable[[BackgroundTask[T]], T]) -> None:
+        self.stop = CancelToken()
         self._work = work
         self._begun = threading.Event()
         self._results: list[T] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Beside[T]:
+    def __enter__(self) -> BackgroundTask[T]:
         self._thread.start()
         return self
 
@@ -144,7 +144,7 @@ class Beside(Generic[T]):
 R = TypeVar("R")
 
 
-def in_lanes(work: Callable[[T], R], items: Iterable[T], lanes: int) -> Iterator[R]:
+def bounded_map(work: Callable[[T], R], items: Iterable[T], lanes: int) -> Iterator[R]:
     """What `work` makes of each item, in the items' order; `lanes` of them are at work at once, none is read ahead.
 
     Items are read in the caller's thread. The first error is raised when those at work have ended.
@@ -168,7 +168,7 @@ def in_lanes(work: Callable[[T], R], items: Iterable[T], lanes: int) -> Iterator
 _PIECES = 8  # that may wait; pieces are of at most a megabyte
 
 
-class Behind:
+class BackgroundWriter:
     """Calls `write` with each piece, in order, in a thread of its own; its error is raised by the next call here."""
 
     def __init__(self, write: Callable[[bytes], object]) -> None:

@@ -161,13 +161,13 @@ def test_the_readme_has_every_field_of_the_manifest():
     assert manifest.FORMAT == 1
     for kind in (
         manifest.Manifest,
-        manifest.GraphHalf,
-        manifest.CollectionHalf,
+        manifest.GraphComponent,
+        manifest.CollectionComponent,
         manifest.Drift,
         manifest.BackupFile,
     ):
         names = {one.name for one in dataclasses.fields(kind)} - {"path"}
         missing = {name for name in names if f"`{name}`" not in section}
         assert not missing, kind.__name__
-    for level in manifest.PROOF_LEVELS:
+    for level in manifest.VERIFICATION_LEVELS:
         assert f"| `{level}` |" in sections(README)["Levels of proof"]

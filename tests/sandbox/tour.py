@@ -184,7 +184,7 @@ def _downgrade(tour: Tour) -> None:
     tour.script("backup_automem")
     tour.script("reembed_embeddings")
     again = tour.stack.openai.stats()["texts"] - paid
-    tour.check("3072d again", f"{again} texts bought: the spool had them", ok=again == 0)
+    tour.check("3072d again", f"{again} texts bought: the embedding cache had them", ok=again == 0)
     tour.export(*SMALL)
     tour.script("backup_automem")
     tour.script("reembed_embeddings")

@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from lib.backup.archive import FACTS, IDS, SNAPSHOT, archive_writer, peek_facts, read_archive
-from lib.concurrency import Behind
+from lib.concurrency import BackgroundWriter
 from lib.errors import VERIFICATION_FAILED, BackupDamaged, BadFile, MigrationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,7 +307,7 @@ def test_what_the_disk_refuses_is_told_to_the_caller_and_ends_the_thread(tmp_pat
             behind.write(b"x")
         behind.finish()
 
-    behind = Behind(full)
+    behind = BackgroundWriter(full)
     with pytest.raises(OSError, match="No space left"):
         much()
     behind.close()
@@ -316,7 +316,7 @@ def test_what_the_disk_refuses_is_told_to_the_caller_and_ends_the_thread(tmp_pat
 
 def test_pieces_are_written_in_their_order():
     seen: list[bytes] = []
-    behind = Behind(seen.append)
+    behind = BackgroundWriter(seen.append)
     pieces = [bytes([number % 256]) for number in range(300)]
     for piece in pieces:
         behind.write(piece)

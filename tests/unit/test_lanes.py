@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lib.concurrency import in_lanes
+from lib.concurrency import bounded_map
 
 
 def test_results_come_in_the_items_order_though_the_first_ends_last():
@@ -19,7 +19,7 @@ def test_results_come_in_the_items_order_though_the_first_ends_last():
             first.set()
         return item * item
 
-    assert list(in_lanes(work, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
+    assert list(bounded_map(work, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
 
 
 def test_never_more_at_once_than_lanes_and_none_read_ahead():
@@ -41,7 +41,7 @@ def test_never_more_at_once_than_lanes_and_none_read_ahead():
             now -= 1
         return item
 
-    for done in in_lanes(work, items(), 3):
+    for done in bounded_map(work, items(), 3):
         assert len(read) <= done + 4
     assert most == 3
 
@@ -57,6 +57,6 @@ def test_the_first_error_is_raised_when_those_at_work_have_ended():
         ended.append(item)
 
     with pytest.raises(ValueError, match="no room"):
-        list(in_lanes(work, iter(range(100)), 4))
+        list(bounded_map(work, iter(range(100)), 4))
     assert set(ended) <= {1, 2, 3}
     assert threading.active_count() == 1 or not any("lane" in one.name for one in threading.enumerate())
