@@ -93,7 +93,8 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     place = require_place(args.upload, folder, config.copies, graph=name, write=write) if args.upload else ""
     graph = connect.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = connect.open_collection(config) if args.only != "falkordb" else None
-    require_whole(collection)
+    if collection:
+        require_whole(collection)
     require_sources(graph, collection)
     if args.dry_run:
         return output.show_sources(graph, collection, config.backup_dir, console, place)

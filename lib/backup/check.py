@@ -178,7 +178,7 @@ def _verify_set(manifest: Manifest, engines: list[Engine]) -> list[FileVerificat
         path = manifest.file_of(component)
         try:
             if component is manifest.graph:
-                found = verify_graph(path, manifest.graph.graph, engines, component=manifest.graph)
+                found = verify_graph(path, manifest.graph, engines)
                 proofs.append(FileVerification(path, found.level, found.note))
             else:
                 proved = verify_collection(path, component=manifest.collection)
