@@ -243,7 +243,7 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The file appears under its name only when it is complete. The graph is saved as it was at the first call of
-    `progress`. `stop` ends the work from another thread (Stopped, or what a closed connection raises). `on_loaded` gets
+    `progress`. `stop` ends the work from another thread (Cancelled, or what a closed connection raises). `on_loaded` gets
     the scratch server that has loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
     """
     require_graph(source.conn, source.graph, source.address)

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import orjson
 
 from lib.errors import BackupDamaged, BadFile, one_line
@@ -210,8 +211,6 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             f"{path} is of format {number}, this version reads up to {FORMAT}",
             next_step="use a newer checkout of these scripts",
         )
-    import msgspec  # 20 ms, which a command without a manifest does not need
-
     try:
         if sealed(raw) != raw:
             raise BackupDamaged(
