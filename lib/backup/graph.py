@@ -243,8 +243,8 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The file appears under its name only when it is complete. The graph is saved as it was at the first call of
-    `progress`. `stop` ends the work from another thread (Cancelled, or what a closed connection raises). `on_loaded` gets
-    the scratch server that has loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
+    `progress`. `stop` ends the work from another thread (Cancelled, or what a closed connection raises). `on_loaded`
+    gets the scratch server that has loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"

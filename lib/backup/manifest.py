@@ -158,6 +158,13 @@ class Manifest:
         """The files of the components."""
         return [component.file for component in self.components]
 
+    @property
+    def stores(self) -> list[tuple[str, str]]:
+        """The server's address and the name of the graph or the collection, for each component."""
+        graph, collection = self.graph, self.collection
+        found = [(graph.server["address"], graph.graph)] if graph else []
+        return [*found, (collection.server["address"], collection.collection)] if collection else found
+
     def file_of(self, component: GraphComponent | CollectionComponent) -> Path:
         """The path of the component's file, in the folder of this manifest."""
         assert self.path is not None
