@@ -36,9 +36,7 @@ def arguments() -> argparse.ArgumentParser:
         "--keep", type=int, metavar="N", help=f"with --cleanup: sets of each kind to keep (default {KEEP})"
     )
     parser.add_argument(
-        "--upload",
-        metavar="URL",
-        help="also copy the set there and read it back; with --check: an existing set",
+        "--upload", metavar="URL", help="also copy the set there; with --check: existing sets"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, change nothing")
     return parser
@@ -111,13 +109,13 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
             console.progress,
             verify=not args.no_verify,
         )
-    if not args.upload:
-        return output.show_backup(manifest, console)
-    from lib.backup.copies import again, upload
+    uploaded = None
+    if args.upload:
+        from lib.backup.copies import again, upload
 
-    assert manifest.path is not None
-    console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, shown)}")
-    uploaded = upload(args.upload, manifest, console.progress, config.copies)
+        assert manifest.path is not None
+        console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, shown)}")
+        uploaded = upload(args.upload, manifest, console.progress, config.copies)
     return output.show_backup(manifest, console, uploaded)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,17 +49,6 @@ class SnapshotMember:
     name: str
     size: int
     sha256: str
-
-
-def expected_snapshots(facts: Mapping[str, Any]) -> tuple[SnapshotMember, ...]:
-    """The snapshots that a `collection.json` lists, in their order. Raises ValueError if it is incomplete."""
-    try:
-        return tuple(
-            SnapshotMember(str(one["snapshot_name"]), int(one["snapshot_size"]), str(one["snapshot_sha256"]))
-            for one in facts.get("nodes") or [facts]
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{error} of a snapshot") from error
 
 
 def combined(snapshots: Sequence[SnapshotMember]) -> SnapshotMember:

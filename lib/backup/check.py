@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
@@ -38,14 +39,14 @@ from lib.backup.copies import (
     upload,
 )
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
-from lib.backup.graph import GraphVerification, compare_names, verify_graph
-from lib.backup.manifest import GRAPH_DIR, CollectionComponent, GraphComponent, read_manifest
+from lib.backup.graph import GraphVerification, verify_graph
+from lib.backup.manifest import GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem
 from lib.files import TargetLock, private_dir
-from lib.journal import STAMP
+from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
 # https://github.com/verygoodplugins/automem, scripts/backup_automem.py; the archive is that of its GET /backup.
@@ -162,10 +163,19 @@ def _manifest_of(folder: Path, path: Path) -> Path:
 def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
     try:
         manifest = read_manifest(path)
-        compare_names(manifest)
+        _compare_times(manifest)
     except (BackupDamaged, BadFile) as error:
         return [FileVerification(path, "damaged", "", str(error))]
     return [_verify_file(manifest.file_of(one), one, engines) for one in manifest.components]
+
+
+def _compare_times(manifest: Manifest) -> None:
+    """Raise BackupDamaged unless the set was created at the time of its stamp."""
+    created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
+    if f"{created:{STAMP_FORMAT}}" != manifest.stamp:
+        raise BackupDamaged(
+            f"{manifest.path} was edited: its stamp is {manifest.stamp}, but created is {manifest.created}"
+        )
 
 
 def _verify_file(

@@ -21,7 +21,6 @@ from lib.backup.archive import (
     SnapshotMember,
     archive_writer,
     combined,
-    expected_snapshots,
     peek_facts,
     read_archive,
 )
@@ -216,8 +215,11 @@ def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFac
     """Raise BackupDamaged unless the snapshots are those that were downloaded and together hold every shard."""
     facts = archive.facts
     try:
-        expected = expected_snapshots(facts)
-    except ValueError as error:
+        expected = tuple(
+            SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"])
+            for one in facts.get("nodes") or [facts]
+        )
+    except (KeyError, TypeError) as error:
         raise _incomplete(path) from error
     whole = (facts["snapshot_size"], facts["snapshot_sha256"])
     if expected != archive.snapshots or whole != (archive.snapshot.size, archive.snapshot.sha256):

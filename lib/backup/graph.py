@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from lib.backup.manifest import (
     UNVERIFIED,
     BackupFile,
     GraphComponent,
-    Manifest,
     check_file,
     checking_file,
     require_equal,
@@ -54,7 +52,6 @@ from lib.clients.falkordb.swap import dump_apart, dump_graph, rename_graph
 from lib.concurrency import CancelToken, Progress, steps_of
 from lib.errors import AccessRefused, BackupDamaged, MissingData
 from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
-from lib.journal import STAMP_FORMAT
 
 _SERVER_BYTES = 32 << 20  # memory of a FalkorDB without data
 _LOG_BYTES = 1 << 20  # what its folder takes
@@ -104,19 +101,6 @@ def verify_graph(
         return GraphVerification(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
     except ScratchFailed as error:
         return GraphVerification(CHECKED, f"not loaded: {error}", facts)
-
-
-def compare_names(manifest: Manifest) -> None:
-    """Raise BackupDamaged unless the set has one time: in its stamp, `created`, its name and its files' names."""
-    assert manifest.path is not None
-    created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
-    found = {"its own name": manifest.path.name, "created": f"{created:{STAMP_FORMAT}}"}
-    found |= {file.name: file.name for file in manifest.files}
-    for name, text in found.items():
-        if manifest.stamp not in text:
-            raise BackupDamaged(
-                f"{manifest.path} was edited or renamed: stamp {manifest.stamp}, but {name}: {text}"
-            )
 
 
 def compare_rdb(path: Path, component: GraphComponent, facts: RdbFacts) -> None:
@@ -252,10 +236,10 @@ def take_graph(
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
     steps = steps_of(progress)
     why_dump = _why_dump(versions, engines, expires)
-    taken = _write_rdb(source, path, lambda done: steps(done, 0), stop, why_dump)
+    size, sha256, why_dump = _write_rdb(source, path, lambda done: steps(done, 0), stop, why_dump)
     component = GraphComponent(
-        file=BackupFile(f"{GRAPH_DIR}/{path.name}", taken.size, taken.sha256),
-        kind=taken.kind,
+        file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
+        kind="dump" if why_dump else "rdb",
         graph=source.graph,
         server={"address": source.address.display, "redis": versions.redis, "falkordb": versions.falkordb},
         nodes=seen.nodes,
@@ -274,17 +258,9 @@ def take_graph(
         watch = (lambda _done: stop.check()) if stop else None
         found = verify_graph(path, component, engines, progress=watch, on_loaded=on_loaded)
         component = replace(component, proof=found.level, proof_note=found.note, **_contents(found))
-    return replace(component, proof_note="; ".join(filter(None, (component.proof_note, taken.why))))
-
-
-@dataclass(frozen=True)
-class _Written:
-    """The file: its kind, bytes and sha256, and why it is a DUMP."""
-
-    kind: str
-    size: int
-    sha256: str
-    why: str = ""
+    if why_dump:
+        component = replace(component, proof_note=f"{component.proof_note}; taken with DUMP: {why_dump}")
+    return component
 
 
 def _write_rdb(
@@ -293,15 +269,18 @@ def _write_rdb(
     progress: Callable[[int], None],
     stop: CancelToken | None,
     why_dump: str,
-) -> _Written:
-    """Write the replication stream; a DUMP if that is refused, or if `why_dump` gives a reason from the start."""
+) -> tuple[int, str, str]:
+    """Write the replication stream; a DUMP if that is refused, or if `why_dump` gives a reason from the start.
+
+    Returns the file's bytes, its sha256, and why it is a DUMP, which is empty for the stream.
+    """
     if why_dump:
         with suppress(AccessRefused):
             return _write_dump(source, path, progress, why_dump)
     try:
         with atomic_writer(path) as stream:
             moved = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
-        return _Written("rdb", moved.size, moved.sha256)
+        return moved.size, moved.sha256, ""
     except PsyncRefused:
         return _write_dump(source, path, progress, "its RDB is refused")
     except RdbNotMade as error:
@@ -319,11 +298,13 @@ def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> 
     return f"its key expires at {expires}, and no engine loads it from an RDB after that" if expires else ""
 
 
-def _write_dump(source: GraphSource, path: Path, progress: Callable[[int], None], why: str) -> _Written:
+def _write_dump(
+    source: GraphSource, path: Path, progress: Callable[[int], None], why: str
+) -> tuple[int, str, str]:
     payload, digest = dump_graph(source.conn, source.graph), hashlib.sha256()
     with atomic_writer(path) as stream:
         out = PassThrough(stream, digest.update)
         for chunk in wrap_dump(payload, source.graph):
             out.write(chunk)
             progress(out.size)
-    return _Written("dump", out.size, digest.hexdigest(), f"taken with DUMP: {why}")
+    return out.size, digest.hexdigest(), why

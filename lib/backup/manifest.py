@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import orjson
 
-from lib.errors import BackupDamaged, BadFile, one_line
+from lib.errors import BackupDamaged, BadFile
 from lib.files import read_regular, sha256_file, write_atomic
 from lib.journal import STAMP
 from lib.network import same_server
@@ -229,16 +229,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         raise BackupDamaged(
             f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER
         ) from error
-    return dataclasses.replace(
-        manifest, graph=_one_line_note(manifest.graph), collection=_one_line_note(manifest.collection)
-    )
-
-
-_Component = TypeVar("_Component", GraphComponent, CollectionComponent)
-
-
-def _one_line_note(component: _Component | None) -> _Component | None:
-    return component and dataclasses.replace(component, proof_note=one_line(component.proof_note))
+    return manifest
 
 
 def _require_consistent(manifest: Manifest, path: Path) -> None:

@@ -626,7 +626,7 @@ GUARDS = {
         lambda _manifest, _path: None,
         "graph: the manifest points out of the folder",
     ),
-    "the set's own name": ("lib.backup.check.compare_names", lambda _manifest: None, "edited: created"),
+    "the set's own time": ("lib.backup.check._compare_times", lambda _manifest: None, "edited: created"),
     "a file's size and sha256": (
         "lib.backup.collection.check_file",
         lambda _path, _file, _sha256: None,
