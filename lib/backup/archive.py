@@ -260,7 +260,7 @@ def read_archive(
             else:
                 raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
     if not facts or len(found) < expected or ids < 0:
-        raise BackupDamaged(f"{path} is not whole: collection.json, a snapshot or ids.txt is missing")
+        raise BackupDamaged(f"{path} is incomplete: collection.json, a snapshot or ids.txt is missing")
     return ArchiveFacts(facts, tuple(found), ids, sha256())
 
 
@@ -288,7 +288,7 @@ def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
     if not isinstance(facts, dict) or not facts.keys() >= _REQUIRED:
         raise _foreign(path)
     if not isinstance(facts.get("nodes", []), list) or not _are_plain(facts):
-        raise BackupDamaged(f"{path}: its {FACTS} is not whole")
+        raise BackupDamaged(f"{path}: its {FACTS} is incomplete")
     return facts
 
 

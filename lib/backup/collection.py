@@ -95,7 +95,7 @@ def verify_collection(
         _compare_snapshots(path, archive, seen)
         facts, expected = archive.facts, archive.facts["promised_ids"]
         if archive.ids != expected:
-            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected} were promised")
+            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected} are expected")
         size, distance = _vector_params(path, facts)
         if component:
             compare_collection(path, component, {**facts, "size": size, "distance": distance})
@@ -194,14 +194,14 @@ def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> i
                 missing -= segments.held(list(missing))
             if missing:
                 raise BackupDamaged(
-                    f"{path}: its segments lack promised points, {min(missing, key=str)} for one"
+                    f"{path}: its segments lack expected points, such as {min(missing, key=str)}"
                 )
         fewest: dict[int, int] = {}
         for shard, points in (one for segments in known for one in segments.counts.items()):
             fewest[shard] = min(points, fewest.get(shard, points))
     counted = sum(fewest.values())
     if counted < archive.ids:
-        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} were promised")
+        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} are expected")
     return counted
 
 
@@ -248,7 +248,7 @@ def _vector_params(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
 
 
 def _incomplete(path: Path) -> BackupDamaged:
-    return BackupDamaged(f"{path}: its collection.json is not whole", next_step="use another backup")
+    return BackupDamaged(f"{path}: its collection.json is incomplete", next_step="use another backup")
 
 
 STAMP_KEY = "automem_migration"

@@ -127,7 +127,7 @@ def show_sets(catalog: Catalog, console: Console) -> int:
         command = f"python scripts/backup_automem.py --check {quote(path)}"
         console.warn(f"{path.rpartition('/')[2]} cannot be read; to see what is wrong:  {command}")
     rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
-    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "proof")
+    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")
     figures = table(rows, header).splitlines()
     lines = figures[: len(figures) - len(rows)]
     for line, (one, _) in zip(figures[len(lines) :], catalog.sets, strict=True):
@@ -187,7 +187,7 @@ def _upload_line(one: Uploaded) -> str:
     existing = f", {one.there} existed already" if one.there else ""
     how = ", encrypted" if one.encrypted else ""
     return (
-        f"uploaded: {one.manifest} is whole at {one.url}{how} ({one.sent} files sent and read back, "
+        f"uploaded: {one.manifest} is complete at {one.url}{how} ({one.sent} files sent and read back, "
         f"{size_text(one.sent_bytes)}{existing}){_SAME_DISK if one.same_disk else ''}"
     )
 
