@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from heapq import merge
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +26,7 @@ from lib.backup.archive import (
     peek_facts,
     read_archive,
 )
-from lib.backup.existing_points import TemporaryIdTable, as_id, existing_points, pages
+from lib.backup.existing_points import as_id, pages
 from lib.backup.last_migration import journalled_model
 from lib.backup.manifest import (
     CHECKED,
@@ -42,7 +44,7 @@ from lib.child_process import scratch_folder
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
 from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state, vector_params
-from lib.clients.qdrant.points import scroll
+from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, engine_here, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
 from lib.clients.qdrant.transport import NotFound, Qdrant
@@ -348,10 +350,12 @@ def _write_archive(
     Returns the archive's bytes and sha256. Raises BackupDamaged.
     """
     with (
-        existing_points(source.qdrant, source.collection, payload=False) as before,
+        tempfile.TemporaryFile("w+", encoding="ascii") as before,
         tempfile.TemporaryFile() as ids,
         ExitStack() as on_server,
     ):
+        before.writelines(f"{one}\n" for one in _ids(source))
+        before.seek(0)
         made = [(node, on_server.enter_context(_snapshot_on(node, source, journal))) for node in nodes]
         facts["promised_ids"] = _write_expected_ids(source, before, ids)
         facts |= _snapshot_facts(made)
@@ -380,15 +384,24 @@ def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iter
         yield snapshots.with_checksum(node.qdrant, source.collection, made)
 
 
-def _write_expected_ids(source: CollectionSource, before: TemporaryIdTable, out: IO[bytes]) -> int:
-    """Write the ids that existed `before` the snapshot and exist after it: it must hold those. Returns their number."""
+def _ids(source: CollectionSource) -> Iterator[PointId]:
+    return (point.id for page in scroll(source.qdrant, source.collection) for point in page)
+
+
+def _write_expected_ids(source: CollectionSource, before: Iterable[str], out: IO[bytes]) -> int:
+    """Write the ids that existed before the snapshot and exist now: it must hold those. Returns their number."""
     count = 0
-    for page in scroll(source.qdrant, source.collection):
-        known = before.payloads([point.id for point in page])
-        lines = [f"{point.id}\n" for point in page if point.id in known]
-        out.write("".join(lines).encode())
-        count += len(lines)
+    earlier = (as_id(line.strip()) for line in before)
+    for identity, equal in groupby(merge(earlier, _ids(source), key=_order)):
+        if len(list(equal)) == 2:
+            out.write(f"{identity}\n".encode())
+            count += 1
     return count
+
+
+def _order(identity: PointId) -> tuple[int, int, str]:
+    """The order in which Qdrant lists ids: numbers, then UUIDs."""
+    return (0, identity, "") if isinstance(identity, int) else (1, 0, identity)
 
 
 def _snapshot_facts(made: list[tuple[Node, snapshots.Snapshot]]) -> dict[str, Any]:
