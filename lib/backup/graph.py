@@ -68,6 +68,25 @@ class GraphVerification:
     schema: GraphSchema | None = None
     digest: GraphDigest | None = None
 
+    @property
+    def contents(self) -> dict[str, Any]:
+        """The fields of a component that describe the loaded graph; none if it was not loaded."""
+        if self.counts is None or self.schema is None or self.digest is None:
+            return {}
+        return _contents(self.counts, self.schema, self.digest.digest)
+
+
+def _contents(seen: GraphCounts, definitions: GraphSchema, digest: str) -> dict[str, Any]:
+    return {
+        "nodes": seen.nodes,
+        "relationships": seen.relationships,
+        "labels": seen.labels,
+        "types": seen.types,
+        "indexes": definitions.indexes,
+        "constraints": definitions.constraints,
+        "digest": digest,
+    }
+
 
 def verify_graph(
     path: Path,
@@ -118,22 +137,7 @@ def compare_graph(path: Path, component: GraphComponent, found: GraphVerificatio
     taken: nothing is compared.
     """
     if component.digest or component.proof == RESTORED:
-        require_equal(path, vars(component), _contents(found))
-
-
-def _contents(found: GraphVerification) -> dict[str, Any]:
-    """The fields of a component that describe the loaded graph; none if it was not loaded."""
-    if found.counts is None or found.schema is None or found.digest is None:
-        return {}
-    return {
-        "nodes": found.counts.nodes,
-        "relationships": found.counts.relationships,
-        "labels": found.counts.labels,
-        "types": found.counts.types,
-        "indexes": found.schema.indexes,
-        "constraints": found.schema.constraints,
-        "digest": found.digest.digest,
-    }
+        require_equal(path, vars(component), found.contents)
 
 
 def machine_lacks(facts: RdbFacts) -> str:
@@ -232,7 +236,7 @@ def take_graph(
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
-    seen, definitions = counts(source.conn, source.graph), schema(source.conn, source.graph)
+    contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
     steps = steps_of(progress)
     why_dump = _why_dump(versions, engines, expires)
@@ -242,22 +246,16 @@ def take_graph(
         kind="dump" if why_dump else "rdb",
         graph=source.graph,
         server={"address": source.address.display, "redis": versions.redis, "falkordb": versions.falkordb},
-        nodes=seen.nodes,
-        relationships=seen.relationships,
-        labels=seen.labels,
-        types=seen.types,
-        indexes=definitions.indexes,
-        constraints=definitions.constraints,
-        digest="",
         proof=UNVERIFIED,
         proof_note="--no-verify",
         expires=expires,
         functions=function_libraries(source.conn),
+        **contents,
     )
     if verify:
         watch = (lambda _done: stop.check()) if stop else None
         found = verify_graph(path, component, engines, progress=watch, on_loaded=on_loaded)
-        component = replace(component, proof=found.level, proof_note=found.note, **_contents(found))
+        component = replace(component, proof=found.level, proof_note=found.note, **found.contents)
     if why_dump:
         component = replace(component, proof_note=f"{component.proof_note}; taken with DUMP: {why_dump}")
     return component
