@@ -178,27 +178,19 @@ def _save(
 
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
         assert graph
+        read_ids = partial(ids.read_graph, graph=graph.graph)
+        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, on_loaded=read_ids)
         with bar("graph", None, "bytes") as progress:
-            moving, read_ids = task.moving(progress), partial(ids.read_graph, graph=graph.graph)
-            return take_graph(
-                graph,
-                folder,
-                stamp,
-                engines,
-                verify=verify,
-                progress=moving,
-                stop=task.stop,
-                on_loaded=read_ids,
-            )
+            return take(progress=task.moving(progress), stop=task.stop)
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
         if collection is None:
             return None
+        take = partial(
+            take_collection, collection, folder, stamp, journal, verify=verify, on_ids=ids.take_points
+        )
         with bar("collection", None, "bytes") as progress:
-            watched = task.watching(progress) if task else progress
-            return take_collection(
-                collection, folder, stamp, journal, verify=verify, progress=watched, on_ids=ids.take_points
-            )
+            return take(progress=task.watching(progress) if task else progress)
 
     if graph is None:
         return None, save_collection(None)
