@@ -225,6 +225,11 @@ def assert_tidy(operator: Operator) -> None:
     assert {last(path)["phase"] for path in operator.backups.glob("journal_*")} <= {"closed"}
 
 
+def first(journal: Path) -> dict[str, Any]:
+    """The first entry of a journal."""
+    return json.loads(journal.read_text().splitlines()[0])
+
+
 def last(journal: Path) -> dict[str, Any]:
     """The last entry of a journal."""
     return json.loads(journal.read_text().splitlines()[-1])
@@ -371,7 +376,7 @@ def test_a_finished_reembedding_is_verified_and_its_backup_protected(operator):
     for _ in range(2):
         operator.run("backup_automem", "--only", "qdrant")
     cleaned = operator.run("backup_automem", "--cleanup", "--keep", "1", "--json").json
-    named = json.loads(journals(operator, "reembed")[0].read_text().splitlines()[0])["manifest"]
+    named = first(journals(operator, "reembed")[0])["manifest"]
     assert (operator.backups / named).exists(), cleaned
     operator.run("verify_migration")
     assert "nothing to abort" in operator.run("reembed_embeddings", "--abort").out
@@ -392,8 +397,7 @@ def test_the_journal_names_the_model_if_the_server_keeps_no_metadata(operator):
 def test_an_unfinished_restore_resumes(operator, by_name, case):
     load(operator, case)
     (journal,) = journals(operator, "restore")
-    files = json.loads(journal.read_text().splitlines()[0])["files"]
-    done = operator.run("restore_from_backup", *files)
+    done = operator.run("restore_from_backup", *first(journal)["files"])
     assert_state(operator, "backup")
     assert last(journal)["phase"] == "closed"
     for trial in set(recorded()["moments"][case]["collections"]) - {NAME}:
@@ -403,6 +407,16 @@ def test_an_unfinished_restore_resumes(operator, by_name, case):
     for path in safety:
         operator.run("restore_from_backup", operator.backups / path.name)
         assert_points(operator, "restore_rehearsed")
+
+
+@pytest.mark.matrix
+def test_an_alias_that_only_the_deleted_collection_had_is_put_back(operator):
+    load(operator, "restore_deleted")
+    (journal,) = journals(operator, "restore")
+    aliases = [f"{NAME}_reader", f"{NAME}_writer"]
+    journal.write_text(journal.read_text().replace(json.dumps(aliases[:1]), json.dumps(aliases)))
+    operator.run("restore_from_backup", *first(journal)["files"])
+    assert sorted(one["alias_name"] for one in operator.call("GET", "/aliases")["aliases"]) == aliases
 
 
 @pytest.mark.matrix
