@@ -39,14 +39,8 @@ CACHED_BY_SPOT_CHECK = 6  # --limit 6
 DELETED_NOTHING = ["reembed_no_switch", "reembed_staging", "reembed_delete_announced"]
 DELETED = ["reembed_deleted", "reembed_placing", "in_place_deleted", "in_place_filling"]
 PLACED = ["reembed_placed", "reembed_verified"]
-RESTORES = [
-    "restore_trial_graph",
-    "restore_rehearsed",
-    "restore_deleted",
-    "restore_between",
-    "restore_switched",
-]
-RESTORES += ["restore_graph_switched"]
+TRIALS = ["restore_trial_graph", "restore_rehearsed"]
+RESTORES = [*TRIALS, "restore_deleted", "restore_between", "restore_switched", "restore_graph_switched"]
 
 
 class ByName(HttpProxy):
@@ -118,11 +112,8 @@ def load(operator: Operator, case: str, *, hours: float = 0.0, cache_only: bool 
         recorded()["backups"]: str(operator.backups),
         **snapshots,
     }
-    later = (
-        datetime.now(timezone.utc)
-        - datetime.fromisoformat(recorded()["moments"][case]["at"])
-        - timedelta(hours=hours)
-    )
+    recorded_at = datetime.fromisoformat(recorded()["moments"][case]["at"])
+    later = datetime.now(timezone.utc) - timedelta(hours=hours) - recorded_at
     for path in operator.backups.glob("journal_*"):
         path.write_text(adapted(path.read_text(), words, later))
     for path in operator.manifests():
@@ -166,12 +157,15 @@ def fill_stores(operator: Operator, case: str) -> dict[str, str]:
     with connect(operator.servers.falkordb.address) as conn:
         for name, known in moment["graphs"].items():
             conn.restore(name, 0, base64.b64decode(recorded()["graphs"][known]["dump"]))
-    return dict(
-        one for name, made in moment["collections"].items() for one in fill_collection(operator, name, made)
-    )
+    snapshots: dict[str, str] = {}
+    for name, made in moment["collections"].items():
+        snapshots |= fill_collection(operator, name, made)
+    return snapshots
 
 
-def fill_collection(operator: Operator, name: str, made: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def fill_collection(operator: Operator, name: str, made: dict[str, Any]) -> dict[str, str]:
+    """Make one collection; returns the new names of its snapshots by the old ones."""
+
     def call(method: str, path: str, body: object = None) -> Any:
         url = f"{operator.servers.qdrant_url}/collections{path}"
         answer = requests.request(method, url, json=body, timeout=60)
@@ -188,8 +182,7 @@ def fill_collection(operator: Operator, name: str, made: dict[str, Any]) -> Iter
     for alias in made["aliases"]:
         action = {"create_alias": {"collection_name": name, "alias_name": alias}}
         call("POST", "/aliases", {"actions": [action]})
-    for old in made["snapshots"]:
-        yield old, call("POST", f"/{name}/snapshots?wait=true")["name"]
+    return {old: call("POST", f"/{name}/snapshots?wait=true")["name"] for old in made["snapshots"]}
 
 
 def points_in(case: str, name: str = NAME) -> Points:
@@ -203,8 +196,12 @@ def assert_state(operator: Operator, case: str) -> None:
     moment = recorded()["moments"][case]
     assert operator.state().graph == recorded()["graphs"][moment["graphs"][NAME]]["digest"]
     assert_points(operator, case)
-    assert [one["alias_name"] for one in operator.call("GET", "/aliases")["aliases"]] == [f"{NAME}_reader"]
+    assert aliases_of(operator) == [f"{NAME}_reader"]
     assert_tidy(operator)
+
+
+def aliases_of(operator: Operator) -> list[str]:
+    return sorted(one["alias_name"] for one in operator.call("GET", "/aliases")["aliases"])
 
 
 def assert_points(operator: Operator, case: str) -> None:
@@ -256,7 +253,7 @@ def distinct_texts(operator: Operator) -> int:
 def assert_reembedded(operator: Operator) -> None:
     """Every memory has its new vector, and one journal says so."""
     assert_migrated(operator, points_in("backup"))
-    assert [one["alias_name"] for one in operator.call("GET", "/aliases")["aliases"]] == [f"{NAME}_reader"]
+    assert aliases_of(operator) == [f"{NAME}_reader"]
     assert_tidy(operator)
     assert [last(path)["outcome"] for path in journals(operator, "reembed")] == ["done"]
 
@@ -300,6 +297,18 @@ def test_points_that_automem_wrote_after_the_delete_are_no_obstacle_and_no_loss(
     operator.call("PUT", "/points?wait=true", {"points": [point]})
     operator.run("reembed_embeddings", *words_of(case))
     assert_reembedded(operator)
+
+
+@pytest.mark.matrix
+def test_the_new_collection_has_the_settings_of_the_journal(operator):
+    """They may be newer than those of the backup."""
+    load(operator, "in_place_deleted")
+    upgrade(operator)
+    (journal,) = journals(operator, "reembed")
+    journal.write_text(journal.read_text().replace('"ef_construct": 100', '"ef_construct": 120'))
+    operator.run("reembed_embeddings", "--in-place")
+    assert_reembedded(operator)
+    assert operator.info()["config"]["hnsw_config"]["ef_construct"] == 120
 
 
 @pytest.mark.matrix
@@ -387,7 +396,7 @@ def test_the_journal_names_the_model_if_the_server_keeps_no_metadata(operator):
     load(operator, "reembed_finished")
     made = recorded()["moments"]["reembed_finished"]["collections"][NAME]
     operator.call("DELETE", "")
-    assert not list(fill_collection(operator, NAME, {**made, "config": {**made["config"], "metadata": None}}))
+    fill_collection(operator, NAME, {**made, "config": {**made["config"], "metadata": None}})
     operator.export(VECTOR_SIZE=NEW_SIZE)
     found = operator.run("backup_automem", "--only", "qdrant", "--json").json["collection"]
     assert (found["model"], found["model_known"]) == (LARGE, "stamped")
@@ -416,7 +425,7 @@ def test_an_alias_that_only_the_deleted_collection_had_is_put_back(operator):
     aliases = [f"{NAME}_reader", f"{NAME}_writer"]
     journal.write_text(journal.read_text().replace(json.dumps(aliases[:1]), json.dumps(aliases)))
     operator.run("restore_from_backup", *first(journal)["files"])
-    assert sorted(one["alias_name"] for one in operator.call("GET", "/aliases")["aliases"]) == aliases
+    assert aliases_of(operator) == aliases
 
 
 @pytest.mark.matrix
