@@ -24,13 +24,11 @@ def arguments() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
     parser.add_argument(
-        "--no-verify", action="store_true", help="skip the verification (re-embed will not rely on the set)"
+        "--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
-    instead.add_argument(
-        "--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL, newest first"
-    )
+    instead.add_argument("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
     instead.add_argument("--cleanup", action="store_true", help="delete old sets, see --keep")
     parser.add_argument(
         "--keep", type=int, metavar="N", help=f"with --cleanup: sets of each kind to keep (default {KEEP})"
