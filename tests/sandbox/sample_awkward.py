@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.sandbox.automem_store import tag_prefixes
+from tests.sandbox.automem_stores import tag_prefixes
 from tests.sandbox.sample_texts import Draft, chinese_text, long_text
 
 CYCLE = 200  # the kinds come again every so many memories; those named in _ONCE only in the first cycle

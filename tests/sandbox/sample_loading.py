@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import requests
 
-from tests.sandbox.automem_store import KEYWORD_INDEXES
+from tests.sandbox.automem_stores import KEYWORD_INDEXES
 from tests.sandbox.sample_memories import REACH, SampleMemory
 
 if TYPE_CHECKING:

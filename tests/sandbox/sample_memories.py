@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
-from tests.sandbox.automem_store import iso, point_payload, tag_prefixes
+from tests.sandbox.automem_stores import iso, point_payload, tag_prefixes
 from tests.sandbox.sample_awkward import Node, kind_at, make_awkward
 from tests.sandbox.sample_texts import Draft, write_draft
 
