@@ -11,16 +11,16 @@ from lib.backup import collection_restore as collections
 from lib.backup.collection import CollectionSource
 from lib.backup.collection_restore import drop_temporary
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import COMMAND, DELETING, PLACED, PROVED, collection_of
-from lib.backup.run import settle_backup
-from lib.clients.embeddings.cache import Spool
+from lib.backup.last_migration import COMMAND, DELETING, PLACED, VERIFIED, collection_of
+from lib.backup.run import clean_up_backup
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists, get_state, health
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
 from lib.journal import Journal, open_journals
 from lib.restore.graph import SWITCHING as GRAPH_SWITCHING
-from lib.restore.graph import settle_graph
+from lib.restore.graph import clean_up_graph
 from lib.restore.run import COMMAND as RESTORE
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Aborted:
     left: list[str] = field(default_factory=list)
 
 
-def abort_reembed(qdrant: Qdrant, spool: Spool, folder: Path, targets: list[str]) -> Aborted:
+def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused, before anything is removed."""
     from lib.reembed import spot_check  # with numpy, which a backup does without
     from lib.reembed.cutover import snapshot_file
@@ -53,7 +53,7 @@ def abort_reembed(qdrant: Qdrant, spool: Spool, folder: Path, targets: list[str]
             drop_temporary(qdrant, staged)
             done.removed.append(f"collection {staged}")
         if journal.command == spot_check.COMMAND:
-            spot_check.remove_plan(spool, journal)
+            spot_check.remove_plan(cache, journal)
         elif staged:
             snapshot_file(folder, staged).unlink(missing_ok=True)
         _close(journal, done)
@@ -74,11 +74,11 @@ def abort_restore(
     for journal in journals:
         aliases = collections.aliases_taken_off(journal)
         if collection:
-            settle_backup(folder, collection, journal)
+            clean_up_backup(folder, collection, journal)
             found = (collection.qdrant, collection.collection, journal, None, collection.nodes)
-            done.removed += collections.settle_collection(*found)
+            done.removed += collections.clean_up_collection(*found)
         if graph:
-            done.removed += settle_graph(graph, journal, folder)
+            done.removed += clean_up_graph(graph, journal, folder)
         if aliases:
             done.left.append(f"aliases that the restore took off: {', '.join(aliases)}")
         if journal.fact("manifest"):
@@ -100,14 +100,14 @@ def clean_up_untouched(
     for journal in _open(folder, targets):
         if journal.command != RESTORE or touched(journal):
             continue
-        temporary, throwaway = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
-        if (temporary and not collection) or (throwaway and not graph):
+        temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
+        if (temporary and not collection) or (temporary_graph and not graph):
             continue
-        clean = settle_backup(folder, collection, journal)
+        clean = clean_up_backup(folder, collection, journal)
         if collection and temporary:
             drop_temporary(collection.qdrant, temporary, collection.nodes)
-        if graph and throwaway:
-            settle_graph(graph, journal, folder)
+        if graph and temporary_graph:
+            clean_up_graph(graph, journal, folder)
         if clean and journal.is_open:
             journal.close("cleaned up by the next run: nothing live was touched")
 
@@ -138,7 +138,7 @@ def _require_back(qdrant: Qdrant, name: str, journal: Journal) -> None:
     if not journal.has_reached(DELETING):
         return
     if health(qdrant, name) == "live":
-        if journal.has_reached(PLACED) or journal.has_reached(PROVED):
+        if journal.has_reached(PLACED) or journal.has_reached(VERIFIED):
             return
         before, state = journal.fact("settings") or {}, get_state(qdrant, name)
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")
@@ -170,8 +170,8 @@ def abort(config: Config, console: Console, command: str) -> int:
     collection = connect.open_collection(config)
     if command == "restore":
         return show_aborted(abort_restore(connect.open_graph(config), collection, folder, targets), console)
-    with connect.open_spool(config) as spool:
-        return show_aborted(abort_reembed(collection.qdrant, spool, folder, targets), console)
+    with connect.open_cache(config) as cache:
+        return show_aborted(abort_reembed(collection.qdrant, cache, folder, targets), console)
 
 
 def show_aborted(done: Aborted, console: Console) -> int:

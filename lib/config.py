@@ -14,7 +14,7 @@ from lib.backup.catalog import Deployment
 from lib.dimensions import EmbeddingSpec, check_model
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
-from lib.network import is_private, one_spelling, without_login
+from lib.network import canonical_host, is_private, without_login
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"
@@ -236,9 +236,9 @@ class Config:
 
     def targets(self) -> list[str]:
         """The graph and the collection by address and name, one spelling for one target, no secret."""
-        host = one_spelling(self.falkordb_host)
+        host = canonical_host(self.falkordb_host)
         parts = urlsplit(self.qdrant_url)
-        qdrant = f"{one_spelling(parts.hostname or '')}:{parts.port}{parts.path}"
+        qdrant = f"{canonical_host(parts.hostname or '')}:{parts.port}{parts.path}"
         return [f"falkordb {host}:{self.falkordb_port} {self.graph}", f"qdrant {qdrant} {self.collection}"]
 
     def deployment(self) -> Deployment:

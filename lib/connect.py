@@ -6,7 +6,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from lib.backup.catalog import SPOOL_DIR
+from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.clients.automem import AutoMemApi
@@ -18,10 +18,10 @@ from lib.config import Config
 from lib.files import TargetLock, private_dir
 
 if TYPE_CHECKING:
-    from lib.clients.embeddings.cache import Spool
+    from lib.clients.embeddings.cache import EmbeddingCache
     from lib.concurrency import ProgressBar
     from lib.console import Console
-    from lib.reembed.embed import Buyer
+    from lib.reembed.embed import EmbeddingRunner
     from lib.reembed.migration import Migration
     from lib.restore.inputs import Wanted
     from lib.restore.site import Site
@@ -73,19 +73,21 @@ def automem_api(config: Config) -> AutoMemApi:
     return AutoMemApi(config.api_url, config.api_token)
 
 
-def open_spool(config: Config) -> Spool:
-    """The spool, made where it is missing.
+def open_cache(config: Config) -> EmbeddingCache:
+    """The embedding cache, made where it is missing.
 
     `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
     file of this graph and this collection alone, so that two deployments never mix.
     """
     from lib.child_process import return_large_blocks
-    from lib.clients.embeddings.cache import Spool
+    from lib.clients.embeddings.cache import EmbeddingCache
 
-    return_large_blocks()  # whoever opens a spool moves vectors about
-    folder = private_dir(private_dir(config.backup_dir) / SPOOL_DIR)
+    return_large_blocks()  # whoever opens an embedding cache moves vectors about
+    folder = private_dir(private_dir(config.backup_dir) / CACHE_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
-    return Spool(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
+    return EmbeddingCache(
+        folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3"
+    )
 
 
 def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[GraphSource, CollectionSource]:
@@ -106,7 +108,7 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
 
 
 def open_migration(
-    config: Config, graph: GraphSource, source: CollectionSource, spool: Spool, bar: ProgressBar
+    config: Config, graph: GraphSource, source: CollectionSource, cache: EmbeddingCache, bar: ProgressBar
 ) -> Migration:
     """A re-embedding of these stores, the unfinished one if there is one. Raises GuardRefused."""
     from lib.abort import clean_up_untouched
@@ -115,7 +117,7 @@ def open_migration(
 
     clean_up_untouched(graph, source, config.backup_dir, config.targets())
     target = Target(source.qdrant, config.collection, config.spec)
-    run = Migration(graph, target, spool, config.backup_dir, config.targets(), bar)
+    run = Migration(graph, target, cache, config.backup_dir, config.targets(), bar)
     run.journal = open_run(run.folder, run.targets, run.spec)
     return run
 
@@ -148,7 +150,7 @@ def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> S
     )
 
 
-def open_buyer(
+def open_runner(
     config: Config,
     workers: int,
     batch_size: int,
@@ -156,14 +158,14 @@ def open_buyer(
     console: Console,
     *,
     sample: bool,
-) -> Buyer:
+) -> EmbeddingRunner:
     """The provider, not asked yet; a `sample` is taken at the model's own size if VECTOR_SIZE is beyond it."""
     from lib.clients.embeddings.client import EmbeddingClient
-    from lib.reembed.embed import Buyer, sample_spec
+    from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
     client = EmbeddingClient(spec, config.openai_api_key)
-    return Buyer(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
+    return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
 def target_lock(config: Config) -> TargetLock:

@@ -17,7 +17,7 @@ _SHARED = ipaddress.ip_network("100.64.0.0/10")  # carriers' and Tailscale's
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
 
 
-def one_spelling(host: str) -> str:
+def canonical_host(host: str) -> str:
     """The host in lower case; this machine by its number, however it is called."""
     name = host.lower().rstrip(".")
     return "127.0.0.1" if name in _THIS_MACHINE else name
@@ -25,7 +25,7 @@ def one_spelling(host: str) -> str:
 
 def container_hint(host: str, variable: str) -> str:
     """What to try if a name without a domain does not resolve; empty for any other host."""
-    if "." in host or ":" in host or one_spelling(host) == "127.0.0.1":
+    if "." in host or ":" in host or canonical_host(host) == "127.0.0.1":
         return ""
     return (
         f"if '{host}' is the name of a container, it resolves only inside Docker: from here,"
@@ -40,7 +40,7 @@ def is_this_machine(url: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether the host is this very machine."""
-    host = one_spelling(host)
+    host = canonical_host(host)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -49,7 +49,7 @@ def is_loopback(host: str) -> bool:
 
 def is_private(host: str) -> bool:
     """Whether a host is this machine or on a private network, as far as its name or number tells."""
-    name = one_spelling(host)
+    name = canonical_host(host)
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
@@ -64,7 +64,7 @@ def same_server(left: str, right: str) -> bool:
 
 def _place(address: str) -> tuple[str, int | None, str]:
     parts = urlsplit(address if "://" in address else f"//{address}")
-    return one_spelling(parts.hostname or ""), parts.port, parts.path.rstrip("/")
+    return canonical_host(parts.hostname or ""), parts.port, parts.path.rstrip("/")
 
 
 def without_logins(text: str) -> str:

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def command(args: argparse.Namespace) -> int:
     """Open what is needed and do the one thing that was asked."""
     from lib.backup import output
-    from lib.backup.copies import shelf_at
+    from lib.backup.copies import catalog_at
     from lib.config import config_of
     from lib.console import Console
     from lib.show_config import announce, show_config
@@ -69,7 +69,7 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--check", "--dry-run")
     announce(config, console)
     if args.list is not None:
-        return output.show_sets(shelf_at(args.list, config.backup_dir, config.copies), console)
+        return output.show_sets(catalog_at(args.list, config.backup_dir, config.copies), console)
     if args.check:
         return check(config, console, args.check, args.upload)
     if args.cleanup:
@@ -123,11 +123,11 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
     """Prove existing backups again, and upload those that prove; exit code 4 where one is damaged."""
     from lib import connect
     from lib.backup import output
-    from lib.backup.check import prove_and_upload
+    from lib.backup.check import verify_and_upload
 
     where = (config.backup_dir, config.deployment())
-    proved = prove_and_upload(*where, word, url, connect.engines(config), console.progress, config.copies)
-    return output.show_proofs(*proved, console)
+    proved = verify_and_upload(*where, word, url, connect.engines(config), console.progress, config.copies)
+    return output.show_verifications(*proved, console)
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
     from lib.reembed.assess import Found
-    from lib.reembed.embed import Buyer
+    from lib.reembed.embed import EmbeddingRunner
     from lib.reembed.migration import Migration
     from lib.reembed.plan import Plan
 
@@ -87,8 +87,8 @@ def reembed(config: Config, console: Console, args: argparse.Namespace, again: s
     from lib.reembed.run import is_fresh
 
     graph, source = connect.open_stores(config, console, repair=args.only_missing)
-    with connect.open_spool(config) as spool:
-        run = connect.open_migration(config, graph, source, spool, console.progress)
+    with connect.open_cache(config) as cache:
+        run = connect.open_migration(config, graph, source, cache, console.progress)
         spot_check.clear_up(run)
         run.in_place, run.no_switch, run.again = args.in_place, args.no_switch, again
         run.fresh = args.fresh and not is_fresh(run)
@@ -117,32 +117,32 @@ def embed(
     refused = output.warn_of_refusals(run, found, console) if args.dry_run else []
     require_openai_key(config)
     pace = (args.workers, args.batch_size, args.max_cost, console)
-    buyer = connect.open_buyer(config, *pace, sample=args.dry_run)
+    runner = connect.open_runner(config, *pace, sample=args.dry_run)
     if args.dry_run:
-        return output.show_tried(try_one_batch(buyer, run.spool, run.bought), plan, run, refused, console)
+        return output.show_tried(try_one_batch(runner, run.cache, run.bought), plan, run, refused, console)
     if args.limit:
-        return output.show_spot_check(spot_check.spot_check(run, buyer, found[1], args.limit), run, console)
-    buyer.require_affordable(plan.tokens, run.bought)
+        return output.show_spot_check(spot_check.spot_check(run, runner, found[1], args.limit), run, console)
+    runner.require_affordable(plan.tokens, run.bought)
     if args.only_missing:
-        return output.show_drift(only_missing(run, buyer), run, console)
-    return replace(run, buyer, found, console)
+        return output.show_drift(only_missing(run, runner), run, console)
+    return replace(run, runner, found, console)
 
 
-def replace(run: Migration, buyer: Buyer, found: Found, console: Console) -> int:
+def replace(run: Migration, runner: EmbeddingRunner, found: Found, console: Console) -> int:
     """Embed, then make the collection anew."""
     from lib.reembed import output
     from lib.reembed.assess import protection
-    from lib.reembed.embed import buy_missing
-    from lib.reembed.run import begin, forget_bought, migrate, only_stage
+    from lib.reembed.embed import embed_uncached
+    from lib.reembed.run import begin, forget_paid, migrate, only_stage
 
     manifest = None if run.no_switch else protection(run, *found)
     if run.fresh:
-        forget_bought(run, buyer)
-    buy_missing(buyer, run.spool, run.bar, run.bought)
-    begin(run, manifest, voice := output.voice(run, console))
+        forget_paid(run, runner)
+    embed_uncached(runner, run.cache, run.bar, run.bought)
+    begin(run, manifest, callbacks := output.callbacks(run, console))
     if run.no_switch:
-        return output.show_staged(only_stage(run, buyer), run, console)
-    return output.show_migrated(migrate(run, buyer, manifest, voice).outcome, run, console)
+        return output.show_staged(only_stage(run, runner), run, console)
+    return output.show_migrated(migrate(run, runner, manifest, callbacks).outcome, run, console)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
     from lib import connect
     from lib.errors import UsageProblem
     from lib.restore import output
-    from lib.restore.preflight import prove_files, require_quiet, tell_other_clients
+    from lib.restore.preflight import notify_other_clients, require_quiet, verify_files
     from lib.restore.run import restore as restore_all
     from lib.restore.site import Options
 
@@ -110,10 +110,10 @@ def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Nam
     )
     site = connect.open_site(config, console, wanted, command_line("restore_from_backup", sys.argv[1:]))
     with ExitStack() as stack:
-        proved = prove_files(site, wanted, stack, options)
+        proved = verify_files(site, wanted, stack, options)
         try:
             if proved.graph:
-                tell_other_clients(site)
+                notify_other_clients(site)
                 require_quiet(site, proved.graph, options)
         except UsageProblem as error:
             if not args.dry_run:  # a drill may well be held while the service runs

@@ -66,9 +66,9 @@ def verification(config: Config, console: Console, args: argparse.Namespace) -> 
     graph, collection = connect.open_graph(config, console.warn), connect.open_collection(config)
     require_sources(graph, collection)
     stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets())
-    with connect.open_spool(config) as spool:
+    with connect.open_cache(config) as cache:
         checks = verify(
-            stores, spool, samples=args.sample, after_restart=args.after_restart, bar=console.progress
+            stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress
         )
     lines = recall_lines(config, console, args.recall) if args.recall else []
     recorded = record(stores, checks, console) if args.record else None

@@ -58,8 +58,10 @@ def awaited(operator: Operator) -> list[Journal]:
 def assert_sets(operator: Operator, count: int = 1) -> None:
     """So many sets with their two files, nothing else here, nothing on the server."""
     manifests = operator.manifests()
-    halves = [json.loads(path.read_text())[half] for path in manifests for half in ("graph", "collection")]
-    named = [half["file"]["name"] for half in halves]
+    components = [
+        json.loads(path.read_text())[component] for path in manifests for component in ("graph", "collection")
+    ]
+    named = [component["file"]["name"] for component in components]
     assert files(operator) == sorted([*(path.name for path in manifests), *named])
     assert len(manifests) == count
     assert server_files(operator) == []
@@ -80,8 +82,8 @@ def assert_final_files_prove(operator: Operator) -> None:
         assert_archive(path.read_bytes())
     for path in operator.manifests():
         manifest = json.loads(path.read_text())
-        for half in ("graph", "collection"):
-            told = manifest[half]["file"]
+        for component in ("graph", "collection"):
+            told = manifest[component]["file"]
             data = (operator.backups / told["name"]).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (told["size"], told["sha256"])
 

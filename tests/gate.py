@@ -12,7 +12,7 @@ from tests.http_proxy import LONGEST_SECONDS, HttpProxy, Request
 
 
 @dataclass
-class Stop:
+class CancelToken:
     """The `nth` request of this method and path (of those for which `when` is true).
 
     `carried_out`: the server has answered, the answer is held back; else the request never reaches it. `reached` is
@@ -63,7 +63,7 @@ class Gate(HttpProxy):
         assert place.hostname
         assert place.port
         super().__init__(place.hostname, place.port)
-        self.stops: list[Stop] = []
+        self.stops: list[CancelToken] = []
 
     def open(self) -> None:
         held, self.stops = self.stops, []

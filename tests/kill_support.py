@@ -31,7 +31,7 @@ HOOKS = {
     "drift counted": "lib.backup.run._drift",
     "manifest written": "lib.backup.run.write_manifest",
     "unfinished files removed": "lib.backup.run.remove_unfinished",
-    "graph accepted": "lib.restore.graph.prove_acceptance",
+    "graph accepted": "lib.restore.graph.verify_acceptance",
     "copy uploaded": "lib.backup.snapshot_restore.upload_and_restore",
     "own address found": "lib.backup.snapshot_restore.can_fetch_itself",
     "live collection deleted": "lib.backup.collection_restore.delete_collection",

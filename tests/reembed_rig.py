@@ -22,7 +22,7 @@ from lib.backup.last_migration import (
     TIDYING,
 )
 from lib.journal import Journal, open_journals, read_journal
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import Points, assert_migrated, points_of, settings, upgrade
 from tests.script_process import ScriptProcess
@@ -162,14 +162,14 @@ class Rig:
         self.gate.open()
         return code
 
-    def stop_at(self, window: str) -> Stop:
+    def stop_at(self, window: str) -> CancelToken:
         method, path, phases, nth, carried_out = WINDOWS[window]
 
         def there() -> bool:
             return self.phase() in phases and (window not in ANEW or self.entries() != self.noted)
 
         path = path.format(live=self.operator.collection)
-        self.gate.stops.append(Stop(method, path, nth, carried_out, alone=True, when=there))
+        self.gate.stops.append(CancelToken(method, path, nth, carried_out, alone=True, when=there))
         return self.gate.stops[-1]
 
     def finish(self) -> Points:

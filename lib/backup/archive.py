@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 import orjson
 
-from lib.concurrency import Behind
+from lib.concurrency import BackgroundWriter
 from lib.errors import BackupDamaged, BadFile
 from lib.files import atomic_writer
 
@@ -30,7 +30,7 @@ class SnapshotMember:
     sha256: str
 
 
-def promised_snapshots(facts: Mapping[str, Any]) -> tuple[SnapshotMember, ...]:
+def expected_snapshots(facts: Mapping[str, Any]) -> tuple[SnapshotMember, ...]:
     """The snapshots that a `collection.json` promises, in their order. Raises ValueError where it is not whole."""
     try:
         return tuple(
@@ -144,7 +144,7 @@ class ArchiveWriter:
 
         self._out = _HashingFile(stream)
         self._gzip = GzipBlocks(cast("IO[bytes]", self._out))
-        self._behind = Behind(self._gzip.write)
+        self._background = BackgroundWriter(self._gzip.write)
         self._left = self._size = 0
 
     def begin(self, name: str, size: int) -> None:
@@ -152,20 +152,20 @@ class ArchiveWriter:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o600
         self._left = self._size = size
-        self._behind.write(info.tobuf(format=tarfile.PAX_FORMAT))
+        self._background.write(info.tobuf(format=tarfile.PAX_FORMAT))
 
     def write(self, data: bytes) -> None:
         """More bytes of the member."""
         self._left -= len(data)
         if self._left < 0:
             raise BackupDamaged("the server sent more bytes of the snapshot than it announced")
-        self._behind.write(data)
+        self._background.write(data)
 
     def end(self) -> None:
         """The member is whole; raises BackupDamaged where bytes are missing."""
         if self._left:
             raise BackupDamaged(f"the server sent {self._left} bytes of the snapshot too few")
-        self._behind.write(b"\0" * (-self._size % _BLOCK))
+        self._background.write(b"\0" * (-self._size % _BLOCK))
 
     def add(self, name: str, stream: IO[bytes], size: int) -> None:
         """A whole member from a file."""
@@ -176,14 +176,14 @@ class ArchiveWriter:
 
     def finish(self) -> tuple[int, str]:
         """Close the archive; its size in bytes and its sha256 in hex."""
-        self._behind.write(b"\0" * (2 * _BLOCK))
-        self._behind.finish()
+        self._background.write(b"\0" * (2 * _BLOCK))
+        self._background.finish()
         self._gzip.close()
         return self._out.size, self._out.sha256.hexdigest()
 
     def close(self) -> None:
         """End what an error left undone; after `finish` there is nothing."""
-        self._behind.close()
+        self._background.close()
 
 
 @contextmanager
@@ -306,7 +306,7 @@ def _foreign(path: Path) -> BadFile:
     return BadFile(f"{path} is a tar.gz, but not one that backup_automem.py wrote", next_step=_ANOTHER)
 
 
-def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, promised: object) -> int:
+def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, expected: object) -> int:
     count = 0
 
     def lines() -> Iterator[str]:
@@ -315,9 +315,9 @@ def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, promised:
             count += 1
             if not line.strip().isascii() or len(line) == _LINE_LIMIT:
                 raise BackupDamaged(f"{path}: line {count} of its {IDS} is no id")
-            if isinstance(promised, int) and count > promised:
+            if isinstance(expected, int) and count > expected:
                 raise BackupDamaged(
-                    f"{path}: its {IDS} has more than the {promised} ids that its {FACTS} says"
+                    f"{path}: its {IDS} has more than the {expected} ids that its {FACTS} says"
                 )
             yield line.decode("ascii").strip()
 

@@ -19,8 +19,8 @@ from lib.backup.manifest import (
     COLLECTION_DIR,
     FULL,
     GRAPH_DIR,
-    PROOF_LEVELS,
     SAFETY,
+    VERIFICATION_LEVELS,
     Manifest,
     read_manifest,
 )
@@ -87,7 +87,7 @@ def write_page(document: Path, page: str) -> Path:
     return path
 
 
-SPOOL_DIR = "embeddings"
+CACHE_DIR = "embeddings"
 OUTGOING = "outgoing"  # encrypted files of sets whose copy is not whole elsewhere yet
 _NAMED = 3
 
@@ -119,7 +119,7 @@ def manifest_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("backup_[0-9]*_[0-9]*.json"), reverse=True)
 
 
-def all_sets(folder: Path) -> list[Manifest]:
+def backup_sets(folder: Path) -> list[Manifest]:
     """Every set whose manifest reads, newest first; broken manifests are passed over (see `--check all`)."""
     found, safety = [], safety_copies(folder)
     for path in manifest_paths(folder):
@@ -201,7 +201,7 @@ def dated_later(manifest: Manifest) -> list[Manifest]:
     """The sets beside this new one that are of the same stores and dated later: a clock went back."""
     assert manifest.path is not None
     owner = _owner(manifest)
-    others = [one for one in all_sets(manifest.path.parent) if one.stamp > manifest.stamp]
+    others = [one for one in backup_sets(manifest.path.parent) if one.stamp > manifest.stamp]
     return [
         one
         for one in others
@@ -221,9 +221,13 @@ def _owner(manifest: Manifest) -> list[tuple[str, str]]:
 
 def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:
     """The newest whole set that holds this collection of this server."""
-    for manifest in all_sets(folder):
-        half = manifest.collection
-        here = half and half.collection == collection and same_server(half.server["address"], server)
+    for manifest in backup_sets(folder):
+        component = manifest.collection
+        here = (
+            component
+            and component.collection == collection
+            and same_server(component.server["address"], server)
+        )
         if here and is_complete(manifest):
             return manifest
     return None
@@ -231,8 +235,8 @@ def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:
 
 def find_set(folder: Path, path: Path) -> Manifest | None:
     """The set that names `path` as one of its files: in `folder`, or beside the file itself."""
-    for manifest in [*all_sets(folder), *all_sets(path.absolute().parent.parent)]:
-        if any(manifest.file_of(half).resolve() == path.resolve() for half in manifest.halves):
+    for manifest in [*backup_sets(folder), *backup_sets(path.absolute().parent.parent)]:
+        if any(manifest.file_of(component).resolve() == path.resolve() for component in manifest.components):
             return manifest
     return None
 
@@ -253,7 +257,7 @@ def broken_manifests(folder: Path, path: Path) -> list[Path]:
 
 def is_complete(manifest: Manifest) -> bool:
     """Whether every file of the set is in place with its size."""
-    files = [(manifest.file_of(half), half.file.size) for half in manifest.halves]
+    files = [(manifest.file_of(component), component.file.size) for component in manifest.components]
     return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
@@ -262,8 +266,8 @@ def delete_set(manifest: Manifest) -> None:
     assert manifest.path is not None
     manifest.path.unlink(missing_ok=True)
     sync_dir(manifest.path.parent)
-    for half in manifest.halves:
-        manifest.file_of(half).unlink(missing_ok=True)
+    for component in manifest.components:
+        manifest.file_of(component).unlink(missing_ok=True)
     for folder in (manifest.path.parent / OUTGOING).glob(f"{manifest.stamp}_*"):
         shutil.rmtree(folder)
 
@@ -284,7 +288,7 @@ def plan_cleanup(folder: Path, keep: int, owner: Deployment, targets: list[str])
     """What a cleanup of this deployment's sets deletes. Raises UsageProblem if `keep` is below 1."""
     if keep < 1:
         raise UsageProblem("--keep must be at least 1", next_step="--cleanup --keep 3")
-    own = [one for one in all_sets(folder) if owner.owns(one)]
+    own = [one for one in backup_sets(folder) if owner.owns(one)]
     needed = protected_sets(folder, own, targets)
     beyond = beyond_newest(own, keep)
     return Cleanup(
@@ -311,7 +315,9 @@ def beyond_newest(sets: list[Manifest], keep: int) -> list[Manifest]:
 def _verified(manifest: Manifest) -> bool:
     if manifest.is_from_future:
         return False
-    return is_complete(manifest) and PROOF_LEVELS.index(manifest.proof) >= PROOF_LEVELS.index(CHECKED)
+    return is_complete(manifest) and VERIFICATION_LEVELS.index(manifest.proof) >= VERIFICATION_LEVELS.index(
+        CHECKED
+    )
 
 
 def protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dict[str, str]:

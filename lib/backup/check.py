@@ -24,7 +24,7 @@ from lib.backup.catalog import (
     safety_copies,
     with_purpose,
 )
-from lib.backup.collection import prove_collection
+from lib.backup.collection import verify_collection
 from lib.backup.copies import (
     MANIFEST_NAME,
     Uploaded,
@@ -38,7 +38,7 @@ from lib.backup.copies import (
     upload,
 )
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
-from lib.backup.graph import compare_names, prove_graph
+from lib.backup.graph import compare_names, verify_graph
 from lib.backup.manifest import GRAPH_DIR, Manifest, read_manifest
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
@@ -59,7 +59,7 @@ RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
 
 
 @dataclass(frozen=True)
-class Proof:
+class FileVerification:
     """One file and what could be proved of it; `fault` is empty where it is what it should be."""
 
     path: Path | str
@@ -124,20 +124,20 @@ def _require_file(path: Path) -> None:
         ) from error
 
 
-def prove_named(
+def verify_named(
     folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
-) -> list[Proof]:
+) -> list[FileVerification]:
     """Prove what `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set with the whole set.
 
     What is damaged becomes a Proof with its fault, the others go on. Raises MissingData where there is nothing to
     prove, BadFile for a file of no set.
     """
     paths = named_manifests(folder, word, owner)
-    return [proof for path in paths for proof in _prove_manifest(path, engines)]
+    return [proof for path in paths for proof in _verify_manifest(path, engines)]
 
 
 def named_manifests(folder: Path, word: str, owner: Deployment | None = None) -> list[Path]:
-    """The manifests of the sets that `--check` names; raises like `prove_named`."""
+    """The manifests of the sets that `--check` names; raises like `verify_named`."""
     if word == "latest" and not Path(word).exists():
         newest = latest(folder, owner)
         assert newest.path is not None
@@ -164,29 +164,29 @@ def _manifest_of(folder: Path, path: Path) -> Path:
     return found.path
 
 
-def _prove_manifest(path: Path, engines: list[Engine]) -> list[Proof]:
+def _verify_manifest(path: Path, engines: list[Engine]) -> list[FileVerification]:
     try:
-        return _prove_set(read_manifest(path), engines)
+        return _verify_set(read_manifest(path), engines)
     except (BackupDamaged, BadFile) as error:
-        return [Proof(path, "damaged", "", str(error))]
+        return [FileVerification(path, "damaged", "", str(error))]
 
 
-def _prove_set(manifest: Manifest, engines: list[Engine]) -> list[Proof]:
+def _verify_set(manifest: Manifest, engines: list[Engine]) -> list[FileVerification]:
     compare_names(manifest)
     proofs = []
-    for half in manifest.halves:
-        path = manifest.file_of(half)
+    for component in manifest.components:
+        path = manifest.file_of(component)
         try:
-            if half is manifest.graph:
-                found = prove_graph(path, manifest.graph.graph, engines, half=manifest.graph)
-                proofs.append(Proof(path, found.level, found.note))
+            if component is manifest.graph:
+                found = verify_graph(path, manifest.graph.graph, engines, component=manifest.graph)
+                proofs.append(FileVerification(path, found.level, found.note))
             else:
-                proved = prove_collection(path, half=manifest.collection)
-                proofs.append(Proof(path, proved.level, proved.note))
+                proved = verify_collection(path, component=manifest.collection)
+                proofs.append(FileVerification(path, proved.level, proved.note))
         except BackupDamaged as error:
-            proofs.append(Proof(path, "damaged", "", str(error)))
+            proofs.append(FileVerification(path, "damaged", "", str(error)))
         except MigrationError as error:
-            proofs.append(Proof(path, "unknown", "", str(error)))
+            proofs.append(FileVerification(path, "unknown", "", str(error)))
     return proofs
 
 
@@ -233,7 +233,7 @@ def require_place(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", wr
         require_encryption(keys)
     store = open_offsite(url)
     if write:
-        store.prove_writable()
+        store.verify_writable()
     else:
         store.sizes()
     return store.shown
@@ -278,7 +278,7 @@ def _verified(path: Path, folder: Path, engines: list[Engine]) -> Path:
 
     Raises BackupDamaged for a set that does not verify, which is removed.
     """
-    for proof in prove_named(path.parent, str(path), engines):
+    for proof in verify_named(path.parent, str(path), engines):
         if proof.fault:
             shutil.rmtree(path.parent)
             raise BackupDamaged(
@@ -297,9 +297,9 @@ def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
     return newest_full(found, owner, store.shown).name
 
 
-def prove_there(
+def verify_copies(
     url: str, folder: Path, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
-) -> list[Proof]:
+) -> list[FileVerification]:
     """The restore drill of the sets elsewhere, one after the other: fetched into `folder`, proved, removed again.
 
     The URL of a folder, or of one set in it. What is damaged or missing becomes a Proof with its fault. Raises
@@ -310,18 +310,18 @@ def prove_there(
     names = [named.manifest] if named.manifest else manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
-    proofs: list[Proof] = []
+    proofs: list[FileVerification] = []
     for name in names:
         with _drill_folder(folder) as drill:
             try:
-                found = prove_named(drill, str(fetch(store, name, drill, bar)), engines)
+                found = verify_named(drill, str(fetch(store, name, drill, bar)), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
-                found = [Proof(drill / name, "damaged", "", str(error))]
+                found = [FileVerification(drill / name, "damaged", "", str(error))]
         proofs += [_there(store, drill, one) for one in found]
     return proofs
 
 
-def _there(store: OffsiteStore, drill: Path, proof: Proof) -> Proof:
+def _there(store: OffsiteStore, drill: Path, proof: FileVerification) -> FileVerification:
     """The proof as of the file there, not of the copy that was proved."""
     path = Path(proof.path).relative_to(drill)
     fault = proof.fault.replace(str(drill), store.shown)
@@ -340,7 +340,7 @@ def _drill_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(drill, ignore_errors=True)
 
 
-def prove_and_upload(
+def verify_and_upload(
     folder: Path,
     owner: Deployment,
     word: str,
@@ -348,10 +348,10 @@ def prove_and_upload(
     engines: list[Engine],
     bar: ProgressBar,
     keys: CopyKeys,
-) -> tuple[list[Proof], list[Uploaded] | None]:
+) -> tuple[list[FileVerification], list[Uploaded] | None]:
     """Prove what `--check` names, here or elsewhere, and bring the sets that prove to `url`, oldest first.
 
-    Raises UsageProblem for sets that are elsewhere already, else like `prove_named`, `require_place` and `upload`.
+    Raises UsageProblem for sets that are elsewhere already, else like `verify_named`, `require_place` and `upload`.
     """
     if is_url(word):
         if url:
@@ -359,15 +359,17 @@ def prove_and_upload(
                 "--upload is for sets that are here, --check names some that are elsewhere",
                 next_step="python scripts/backup_automem.py --check all --upload URL",
             )
-        return prove_there(word, folder, engines, bar, keys), None
+        return verify_copies(word, folder, engines, bar, keys), None
     if url:
         require_place(url, folder, keys)
-    proofs = prove_named(folder, word, engines, owner)
+    proofs = verify_named(folder, word, engines, owner)
     faulty = {Path(one.path) for one in proofs if one.fault}
     if not url:
         return proofs, None
     manifests_here = [
         read_manifest(one) for one in sorted(named_manifests(folder, word, owner)) if one not in faulty
     ]
-    sound = [one for one in manifests_here if not faulty & {one.file_of(half) for half in one.halves}]
+    sound = [
+        one for one in manifests_here if not faulty & {one.file_of(component) for component in one.components}
+    ]
     return proofs, [upload(url, manifest, bar, keys) for manifest in sound]

@@ -20,15 +20,15 @@ from lib.backup.archive import (
     IdsReader,
     SnapshotMember,
     archive_writer,
+    expected_snapshots,
     peek_facts,
-    promised_snapshots,
     read_archive,
     together,
 )
 from lib.backup.existing_points import as_id, as_text, pages
 from lib.backup.graph import check_file, compare_collection
 from lib.backup.last_migration import journalled_model
-from lib.backup.manifest import CHECKED, COLLECTION_DIR, RESTORED, UNPROVED, BackupFile, CollectionHalf
+from lib.backup.manifest import CHECKED, COLLECTION_DIR, RESTORED, UNVERIFIED, BackupFile, CollectionComponent
 from lib.backup.payloads import PointId
 from lib.backup.server_snapshots import NodeJournal, own_snapshot
 from lib.child_process import scratch_folder
@@ -50,7 +50,7 @@ _ROOM = 64 << 20  # what shall stay free
 
 
 @dataclass(frozen=True)
-class CollectionProof:
+class CollectionVerification:
     """What the archive holds, both tar levels read to the end."""
 
     level: str
@@ -59,20 +59,20 @@ class CollectionProof:
     snapshot: SnapshotFacts
 
 
-def prove_collection(
+def verify_collection(
     path: Path,
     *,
-    half: CollectionHalf | None = None,
+    component: CollectionComponent | None = None,
     on_ids: IdsReader | None = None,
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
-) -> CollectionProof:
+) -> CollectionVerification:
     """Prove an archive; raises BackupDamaged where bytes, structure or configuration are off.
 
     It is read once: what the engine is to open is put aside as it passes. `on_ids` sees the promised ids; `passing`
     gets each snapshot's stream and gives back what is read in its place.
     """
-    if half:
-        check_file(path, half.file)
+    if component:
+        check_file(path, component.file)
     with scratch_folder("segments-") as scratch:
         size = peek_facts(path)["snapshot_size"]
         aside = Aside(scratch.path, size if isinstance(size, int) else 0)
@@ -80,22 +80,24 @@ def prove_collection(
         archive = read_archive(
             path,
             on_snapshot=lambda stream: seen.append(aside.inspected(passing(stream) if passing else stream)),
-            on_ids=lambda lines: aside.keep_ids(lines, on_ids),
+            on_ids=lambda lines: aside.save_ids(lines, on_ids),
         )
-        promised = archive.facts
+        expected = archive.facts
         _compare_snapshots(path, archive, seen)
-        if archive.ids != promised["promised_ids"]:
-            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {promised['promised_ids']} were promised")
-        live = _shape_of(path, promised)
-        if half:
-            compare_collection(path, half, {**promised, "size": live[0], "distance": live[1]})
+        if archive.ids != expected["promised_ids"]:
+            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected['promised_ids']} were promised")
+        live = _shape_of(path, expected)
+        if component:
+            compare_collection(path, component, {**expected, "size": live[0], "distance": live[1]})
         if any((one.size, one.distance) != live for one in seen if not one.vectors_named):
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
         counted, why_not = aside.counted(lambda: _asked(path, archive, aside))
     if counted is None:
         note = f"checksum, both tar levels, configuration and ids; {why_not}"
-        return CollectionProof(CHECKED, note, archive, seen[0])
-    return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0])
+        return CollectionVerification(CHECKED, note, archive, seen[0])
+    return CollectionVerification(
+        RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0]
+    )
 
 
 class Aside:
@@ -124,7 +126,7 @@ class Aside:
             self.hindrance = _no_room()
         return facts
 
-    def keep_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
+    def save_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
         """Write the ids down as they pass to `on_ids`."""
         with self.ids.open("w", encoding="ascii") as copy:
             passing = lines if self.hindrance else _copied(lines, copy)
@@ -194,12 +196,12 @@ def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFac
     """Each snapshot is the one that was downloaded, and together they hold every shard; raises BackupDamaged."""
     facts = archive.facts
     try:
-        promised, whole = promised_snapshots(facts), (facts["snapshot_size"], facts["snapshot_sha256"])
+        expected, whole = expected_snapshots(facts), (facts["snapshot_size"], facts["snapshot_sha256"])
     except ValueError as error:
         raise BackupDamaged(
             f"{path}: its collection.json is not whole", next_step="use another backup"
         ) from error
-    if promised != archive.snapshots or whole != (archive.snapshot_size, archive.snapshot_sha256):
+    if expected != archive.snapshots or whole != (archive.snapshot_size, archive.snapshot_sha256):
         raise BackupDamaged(
             f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
         )
@@ -275,7 +277,7 @@ def _lines(stream: IO[bytes]) -> Iterator[str]:
     return (line.decode().strip() for line in stream)
 
 
-def _in_both(before: IO[bytes], after: IO[bytes], promised: IO[bytes]) -> int:
+def _in_both(before: IO[bytes], after: IO[bytes], expected: IO[bytes]) -> int:
     """Ids scrolled before and after the snapshot: those the snapshot must hold. Merged, both being in order."""
     count, later = 0, _lines(after)
     other = next(later, None)
@@ -283,9 +285,9 @@ def _in_both(before: IO[bytes], after: IO[bytes], promised: IO[bytes]) -> int:
         while other is not None and other != line and order(parsed(other)) < order(parsed(line)):
             other = next(later, None)
         if other == line:
-            promised.write(f"{line}\n".encode())
+            expected.write(f"{line}\n".encode())
             count += 1
-    promised.flush()
+    expected.flush()
     return count
 
 
@@ -298,7 +300,7 @@ def take_collection(
     verify: bool = True,
     progress: Progress | None = None,
     on_ids: IdsReader | None = None,
-) -> CollectionHalf:
+) -> CollectionComponent:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and prove it.
 
     The server-side snapshots, one on each node that holds a part, are deleted again, whatever happens (see
@@ -321,8 +323,8 @@ def take_collection(
         "model_known": known,
     }
     file, facts = _archive(source, nodes, path, facts, journal, progress)
-    half = _half(file, facts, state)
-    return _proved(path, half, on_ids) if verify else half
+    component = _component(file, facts, state)
+    return _proved(path, component, on_ids) if verify else component
 
 
 def holding_nodes(source: CollectionSource) -> list[Node]:
@@ -414,21 +416,21 @@ def _fill(
     archive.add(IDS, ids, size)
 
 
-def _half(file: BackupFile, facts: dict[str, Any], state: CollectionState) -> CollectionHalf:
+def _component(file: BackupFile, facts: dict[str, Any], state: CollectionState) -> CollectionComponent:
     names = ("collection", "server", "points", "payload_schema", "aliases", "model", "model_known")
     more = ("snapshot_name", "snapshot_size", "snapshot_sha256", "nodes", "promised_ids")
-    return CollectionHalf(
+    return CollectionComponent(
         file=file,
         size=state.size,
         distance=state.distance,
-        proof=UNPROVED,
+        proof=UNVERIFIED,
         proof_note="--no-verify",
         **{name: facts[name] for name in (*names, *more)},
     )
 
 
-def _proved(path: Path, half: CollectionHalf, on_ids: IdsReader | None) -> CollectionHalf:
+def _proved(path: Path, component: CollectionComponent, on_ids: IdsReader | None) -> CollectionComponent:
     import dataclasses
 
-    proof = prove_collection(path, half=half, on_ids=on_ids)
-    return dataclasses.replace(half, proof=proof.level, proof_note=proof.note)
+    proof = verify_collection(path, component=component, on_ids=on_ids)
+    return dataclasses.replace(component, proof=proof.level, proof_note=proof.note)

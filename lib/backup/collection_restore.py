@@ -18,7 +18,7 @@ from lib.clients.qdrant.collection import (
     exists,
     free_aliases,
     health,
-    is_dead,
+    is_failed,
     list_collections,
     put_aliases,
     put_fan_out,
@@ -40,7 +40,7 @@ def temporary_name(collection: str, backup: CollectionBackup) -> str:
     return f"{collection}__try_{backup.sha256[:16]}"
 
 
-def rehearse(placement: Placement, journal: Journal, progress: Progress | None) -> str:
+def trial_restore(placement: Placement, journal: Journal, progress: Progress | None) -> str:
     """Restore under a temporary name and compare; returns that name. The caller deletes a failed one at once.
 
     The rehearsal that a killed run proved (its name holds the snapshot's checksum) is used again.
@@ -56,13 +56,13 @@ def rehearse(placement: Placement, journal: Journal, progress: Progress | None) 
                 placement.withdraw(name, name)
             if error.status < 500:
                 raise
-            raise _not_rehearsed(placement, error) from error
+            raise _trial_failed(placement, error) from error
     compare(backup, qdrant, name)
     journal.append(REHEARSED)
     return name
 
 
-def _not_rehearsed(placement: Placement, error: QdrantError) -> StoreFailed:
+def _trial_failed(placement: Placement, error: QdrantError) -> StoreFailed:
     # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
     room = _ROOM_FACTOR * sum(part.snapshot.size for part in placement.parts) / 2**20
     return StoreFailed(
@@ -147,7 +147,7 @@ def _drop_unusable(placement: Placement) -> None:
     """Left dead it would keep a 1.11.3 server from starting again; with some of its parts it would pass for whole."""
     qdrant, name = placement.target.qdrant, placement.target.collection
     with suppress(MigrationError):  # what went wrong first is what the operator must read
-        if name in placement.begun or is_dead(qdrant, name):
+        if name in placement.begun or is_failed(qdrant, name):
             delete_collection(qdrant, name)
 
 
@@ -166,7 +166,7 @@ def drop_temporary(qdrant: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> N
     delete_collection(qdrant, name)
 
 
-def settle_collection(
+def clean_up_collection(
     qdrant: Qdrant,
     collection: str,
     journal: Journal,

@@ -387,7 +387,7 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Catalog:
     """What `where` holds: each set and whether its files are in place with their sizes; manifests that do not read."""
 
     where: str
@@ -395,12 +395,12 @@ class Shelf:
     unreadable: list[str]
 
 
-def shelf_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Shelf:
-    """The sets at a URL, or without one in `folder`; raises like `open_offsite` and `shelf_there`."""
-    return shelf_there(open_offsite(url, keys)) if url else shelf_here(folder)
+def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
+    """The sets at a URL, or without one in `folder`; raises like `open_offsite` and `remote_catalog`."""
+    return remote_catalog(open_offsite(url, keys)) if url else local_catalog(folder)
 
 
-def shelf_here(folder: Path) -> Shelf:
+def local_catalog(folder: Path) -> Catalog:
     """The sets in a backup folder."""
     sets, unreadable, safety = [], [], safety_copies(folder)
     for path in manifest_paths(folder):
@@ -409,10 +409,10 @@ def shelf_here(folder: Path) -> Shelf:
             sets.append((manifest, is_complete(manifest)))
         except (BackupDamaged, BadFile):
             unreadable.append(str(path))
-    return Shelf(str(folder), sets, unreadable)
+    return Catalog(str(folder), sets, unreadable)
 
 
-def shelf_there(store: OffsiteStore) -> Shelf:
+def remote_catalog(store: OffsiteStore) -> Catalog:
     """The sets elsewhere; raises MissingData where there is none."""
     sizes: dict[str, dict[str, int]] = {}
     sets, unreadable = [], []
@@ -426,7 +426,7 @@ def shelf_there(store: OffsiteStore) -> Shelf:
             sizes.setdefault(folder, store.sizes(folder))
         there = {file: size for found in sizes.values() for file, size in found.items()}
         sets.append((manifest, all(_is_there(file, there) for file in manifest.files)))
-    return Shelf(store.shown, sets, unreadable)
+    return Catalog(store.shown, sets, unreadable)
 
 
 def _is_there(file: BackupFile, there: dict[str, int]) -> bool:

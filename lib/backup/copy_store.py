@@ -376,7 +376,7 @@ class OffsiteStore:
         with contextlib.suppress(MigrationError), self._asking("delete in"):
             self._fs.rm_file(self._path(name))
 
-    def prove_writable(self) -> None:
+    def verify_writable(self) -> None:
         """Write a small file, read it back, delete it; raises like every call. Keys that may not delete are fine."""
         if self.address.scheme == FILE:
             try:

@@ -54,7 +54,7 @@ def temporary_room() -> Iterator[None]:
         ) from error
 
 
-class IdTable:
+class TemporaryIdTable:
     """Ids with payloads in SQLite's own temporary file, gone when closed."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class IdTable:
         with temporary_room():
             self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
-    def __enter__(self) -> IdTable:
+    def __enter__(self) -> TemporaryIdTable:
         return self
 
     def __exit__(
@@ -110,11 +110,11 @@ class IdTable:
             yield [as_id(text) for (text,) in page]
 
 
-def points_present(
+def existing_points(
     qdrant: Qdrant, collection: str, *, payload: bool = True, progress: Callable[[int], None] | None = None
-) -> IdTable:
+) -> TemporaryIdTable:
     """Every point of a collection, by one ordered scroll."""
-    table = IdTable()
+    table = TemporaryIdTable()
     for page in scroll(qdrant, collection, payload=payload):
         table.put((point.id, point.payload) for point in page)
         if progress:
@@ -122,8 +122,10 @@ def points_present(
     return table
 
 
-def surplus_ids(present: IdTable, planned: Callable[[Sequence[PointId]], set[PointId]]) -> Iterator[PointId]:
+def orphan_ids(
+    existing: TemporaryIdTable, planned: Callable[[Sequence[PointId]], set[PointId]]
+) -> Iterator[PointId]:
     """Ids of the collection that the plan does not have."""
-    for page in present.ids():
+    for page in existing.ids():
         known = planned(page)
         yield from (one for one in page if one not in known)

@@ -20,10 +20,10 @@ from lib.backup.manifest import (
     CHECKED,
     GRAPH_DIR,
     RESTORED,
-    UNPROVED,
+    UNVERIFIED,
     BackupFile,
-    CollectionHalf,
-    GraphHalf,
+    CollectionComponent,
+    GraphComponent,
     Manifest,
 )
 from lib.child_process import free_memory
@@ -51,7 +51,7 @@ from lib.clients.falkordb.scratch import (
     scratch_server,
 )
 from lib.clients.falkordb.swap import dump_apart, dump_graph, rename_graph
-from lib.concurrency import Progress, Stop, steps_of
+from lib.concurrency import CancelToken, Progress, steps_of
 from lib.errors import AccessRefused, BackupDamaged, MissingData
 from lib.files import atomic_writer, free_bytes, private_dir, sha256_file
 from lib.journal import STAMP_FORMAT
@@ -75,7 +75,7 @@ def compare_names(manifest: Manifest) -> None:
     assert manifest.path is not None
     created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
     said = {"its own name": manifest.path.name, "created": f"{created:{STAMP_FORMAT}}"}
-    said |= {half.file.name: half.file.name for half in manifest.halves}
+    said |= {component.file.name: component.file.name for component in manifest.components}
     for name, text in said.items():
         if manifest.stamp not in text:
             raise BackupDamaged(
@@ -83,20 +83,22 @@ def compare_names(manifest: Manifest) -> None:
             )
 
 
-def compare_rdb(path: Path, half: GraphHalf, facts: RdbFacts) -> None:
+def compare_rdb(path: Path, component: GraphComponent, facts: RdbFacts) -> None:
     """What the RDB says of itself without being loaded; raises BackupDamaged."""
     kind = "dump" if facts.dumped_graph else "rdb"
-    told = facts.redis_version or half.server["redis"]
-    _require_equal(path, {"kind": half.kind, "redis": half.server["redis"]}, {"kind": kind, "redis": told})
+    told = facts.redis_version or component.server["redis"]
+    _require_equal(
+        path, {"kind": component.kind, "redis": component.server["redis"]}, {"kind": kind, "redis": told}
+    )
 
 
-def compare_graph(path: Path, half: GraphHalf, found: GraphProof) -> None:
+def compare_graph(path: Path, component: GraphComponent, found: GraphVerification) -> None:
     """Counts, definitions and digest of the loaded graph, where the backup counted the file itself.
 
     A half that was only `checked` then has the source's counts, which writes may have changed before the RDB was
     taken. Raises BackupDamaged.
     """
-    if not half.digest and half.proof != RESTORED:
+    if not component.digest and component.proof != RESTORED:
         return
     assert found.counts is not None
     assert found.schema is not None
@@ -110,17 +112,17 @@ def compare_graph(path: Path, half: GraphHalf, found: GraphProof) -> None:
         "constraints": found.schema.constraints,
         "digest": found.digest.digest,
     }
-    _require_equal(path, {name: getattr(half, name) for name in actual}, actual)
+    _require_equal(path, {name: getattr(component, name) for name in actual}, actual)
 
 
-def compare_collection(path: Path, half: CollectionHalf, facts: Mapping[str, Any]) -> None:
+def compare_collection(path: Path, component: CollectionComponent, facts: Mapping[str, Any]) -> None:
     """The manifest's half and the archive's own facts, with `size` and `distance`; raises BackupDamaged."""
     names = [name for name in (*_COLLECTION, *_SNAPSHOT) if name in facts]
-    _require_equal(path, {name: getattr(half, name) for name in names}, facts)
+    _require_equal(path, {name: getattr(component, name) for name in names}, facts)
 
 
-def _require_equal(path: Path, promised: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
-    for name, value in promised.items():
+def _require_equal(path: Path, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
         if orjson.loads(orjson.dumps(actual[name])) != orjson.loads(orjson.dumps(value)):
             raise BackupDamaged(
                 f"{path}: {name} is {_short(actual[name])}, its manifest says {_short(value)}"
@@ -137,7 +139,7 @@ _LOG = 1 << 20  # what its folder takes
 
 
 @dataclass(frozen=True)
-class GraphProof:
+class GraphVerification:
     """What the RDB holds. `counts`, `schema` and `digest` are None where no engine could load it."""
 
     level: str
@@ -160,40 +162,43 @@ def check_file(path: Path, file: BackupFile) -> None:
         )
 
 
-def prove_graph(
+def verify_graph(
     path: Path,
     graph: str,
     engines: list[Engine],
+    component: GraphComponent | None = None,
     *,
-    half: GraphHalf | None = None,
     target: ServerVersions | None = None,
     progress: Callable[[int], None] | None = None,
     on_loaded: Callable[[redis.Redis], None] | None = None,
-) -> GraphProof:
+) -> GraphVerification:
     """Prove an RDB as far as this machine can; raises BackupDamaged where it is not what it should be.
 
     `progress` gets the nodes and relationships read so far, `on_loaded` the scratch server where one has loaded it.
     """
-    if half:
-        check_file(path, half.file)
+    if component:
+        check_file(path, component.file)
     facts = inspect_rdb(path)
-    require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
-    if half:
-        compare_rdb(path, half, facts)
+    require_rdb_checksum(path, facts, expected_sha256=component.file.sha256 if component else "")
+    if component:
+        compare_rdb(path, component, facts)
     try:
         engine = engine_for(facts, engines, target)
     except NoEngine as error:
-        return GraphProof(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
+        return GraphVerification(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
     lacking = machine_lacks(facts)
     if lacking:
-        return GraphProof(CHECKED, f"not loaded: {lacking}", facts)
+        return GraphVerification(CHECKED, f"not loaded: {lacking}", facts)
     try:
-        with loaded_graph(path, graph, engine, facts, half=half, progress=progress) as (proof, scratch):
+        with loaded_graph(path, graph, engine, facts, component=component, progress=progress) as (
+            proof,
+            scratch,
+        ):
             if on_loaded:
                 on_loaded(scratch.conn)
             return proof
     except ScratchFailed as error:
-        return GraphProof(CHECKED, f"not loaded: {error}", facts)
+        return GraphVerification(CHECKED, f"not loaded: {error}", facts)
 
 
 def machine_lacks(facts: RdbFacts) -> str:
@@ -216,10 +221,10 @@ def loaded_graph(
     engine: Engine,
     facts: RdbFacts,
     *,
-    half: GraphHalf | None = None,
+    component: GraphComponent | None = None,
     dump: tuple[str, list[bytes]] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[GraphProof, Scratch]]:
+) -> Iterator[tuple[GraphVerification, Scratch]]:
     """The RDB loaded by a scratch server that runs inside the block, counted, digested and compared.
 
     `dump` is a name and a list: the list gets the payload of a DUMP under that name, taken while the graph is read.
@@ -240,8 +245,8 @@ def loaded_graph(
             rename_graph(scratch.conn, dump[0], graph)
         else:
             proof = _read(scratch, graph, engine, facts, progress)
-        if half:
-            compare_graph(path, half, proof)
+        if component:
+            compare_graph(path, component, proof)
         yield proof, scratch
 
 
@@ -251,8 +256,8 @@ def _read(
     engine: Engine,
     facts: RdbFacts,
     progress: Callable[[int], None] | None,
-) -> GraphProof:
-    return GraphProof(
+) -> GraphVerification:
+    return GraphVerification(
         RESTORED,
         f"loaded by FalkorDB {engine.falkordb_version}",
         facts,
@@ -262,12 +267,12 @@ def _read(
     )
 
 
-def with_proof(half: GraphHalf, proof: GraphProof) -> GraphHalf:
+def with_verification(component: GraphComponent, proof: GraphVerification) -> GraphComponent:
     """The half with what the proof found: counts and digest as the file holds them."""
     if proof.counts is None or proof.schema is None or proof.digest is None:
-        return dataclasses.replace(half, proof=proof.level, proof_note=proof.note)
+        return dataclasses.replace(component, proof=proof.level, proof_note=proof.note)
     return dataclasses.replace(
-        half,
+        component,
         proof=proof.level,
         proof_note=proof.note,
         nodes=proof.counts.nodes,
@@ -297,13 +302,13 @@ def take_graph(
     *,
     verify: bool = True,
     progress: Progress | None = None,
-    stop: Stop | None = None,
+    stop: CancelToken | None = None,
     on_loaded: Callable[[redis.Redis], None] | None = None,
-) -> GraphHalf:
+) -> GraphComponent:
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and prove it.
 
     The file appears under its name only when it is whole; from the first `progress` on its moment is fixed. `stop`
-    ends it from another thread (Stopped, or what a connection that hung up raises); `on_loaded` gets the scratch
+    ends it from another thread (Cancelled, or what a connection that hung up raises); `on_loaded` gets the scratch
     server that has loaded the file. Raises MissingData where the graph is absent.
     """
     require_graph(source.conn, source.graph, source.address)
@@ -312,7 +317,7 @@ def take_graph(
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
     why_dump = _why_dump(versions, engines, expires)
     taken = _taken(source, path, _told(progress), stop, why_dump)
-    half = GraphHalf(
+    component = GraphComponent(
         file=BackupFile(f"{GRAPH_DIR}/{path.name}", taken.size, taken.sha256),
         kind=taken.kind,
         graph=source.graph,
@@ -324,16 +329,16 @@ def take_graph(
         indexes=plan.indexes,
         constraints=plan.constraints,
         digest="",
-        proof=UNPROVED,
+        proof=UNVERIFIED,
         proof_note="--no-verify",
         expires=expires,
         functions=function_libraries(source.conn),
     )
     if verify:
         watch = (lambda _done: stop.check()) if stop else None
-        proof = prove_graph(path, source.graph, engines, half=half, progress=watch, on_loaded=on_loaded)
-        half = with_proof(half, proof)
-    return replace(half, proof_note="; ".join(filter(None, (half.proof_note, taken.why))))
+        found = verify_graph(path, source.graph, engines, component, progress=watch, on_loaded=on_loaded)
+        component = with_verification(component, found)
+    return replace(component, proof_note="; ".join(filter(None, (component.proof_note, taken.why))))
 
 
 @dataclass(frozen=True)
@@ -350,7 +355,7 @@ def _taken(
     source: GraphSource,
     path: Path,
     tell: Callable[[int], None] | None,
-    stop: Stop | None,
+    stop: CancelToken | None,
     why_dump: str,
 ) -> _Taken:
     """The replication stream; DUMP if that is refused, or if there is a reason for it from the start."""

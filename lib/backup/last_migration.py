@@ -19,7 +19,7 @@ DELETING, DELETED = "deleting the live collection", "live collection deleted"
 PLACING, PLACED = "putting the staged collection in place", "staged collection in place"
 CREATED = "collection created"
 # The end.
-PROVED, TIDYING = "proved", "removing the staged collection"
+VERIFIED, TIDYING = "proved", "removing the staged collection"
 
 
 COMMAND = "reembed"
@@ -53,10 +53,10 @@ def restored_since(folder: Path, migration: Journal) -> bool:
     return any(one.fact("temporary_collection") and not one.is_open for one in later)
 
 
-def proved_at(folder: Path, targets: list[str]) -> datetime | None:
+def verified_at(folder: Path, targets: list[str]) -> datetime | None:
     """When the last migration had proved its result; None where none did."""
     journal = last_migration(folder, targets)
-    entries = [entry for entry in journal.entries if entry["phase"] == PROVED] if journal else []
+    entries = [entry for entry in journal.entries if entry["phase"] == VERIFIED] if journal else []
     return datetime.fromisoformat(entries[-1]["at"]) if entries else None
 
 
@@ -90,7 +90,7 @@ def journalled_model(folder: Path, collection: str, size: int) -> str | None:
         if not any(map(journal.has_reached, (DELETING, PLACING, CREATED))):
             continue
         stamped = (
-            journal.fact("stamp") if journal.command == COMMAND and journal.has_reached(PROVED) else None
+            journal.fact("stamp") if journal.command == COMMAND and journal.has_reached(VERIFIED) else None
         )
         made = next(iter(stamped.values())) if isinstance(stamped, dict) else {}
         return str(made["model"]) if made.get("size") == size else None

@@ -58,9 +58,9 @@ MAX_BYTES = 16 << 20
 GRAPH_DIR, COLLECTION_DIR = "falkordb", "qdrant"
 _FIRST_YEAR = 2000  # of `created`: no clock of a backup shows less
 _SEAL = "checksum"
-CHECKED, RESTORED, UNPROVED = "checked", "restored", "unproved"
+CHECKED, RESTORED, UNVERIFIED = "checked", "restored", "unproved"
 CLOCK_HOURS = 0.1  # by which two clocks may differ
-PROOF_LEVELS = (UNPROVED, CHECKED, RESTORED)
+VERIFICATION_LEVELS = (UNVERIFIED, CHECKED, RESTORED)
 BACKUP, SAFETY = "backup", "safety"  # why a set was taken
 FULL, GRAPH_ONLY, COLLECTION_ONLY, SAFETY_COPY = "full", "graph only", "collection only", "safety copy"
 _ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
@@ -76,7 +76,7 @@ class BackupFile:
 
 
 @dataclass(frozen=True)
-class GraphHalf:
+class GraphComponent:
     """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB).
 
     `expires`: when the server was to delete the key; `functions`: the server's libraries (GRAPH.UDF). A restore of the
@@ -101,7 +101,7 @@ class GraphHalf:
 
 
 @dataclass(frozen=True)
-class CollectionHalf:
+class CollectionComponent:
     """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`.
 
     `nodes` has an entry for each snapshot where there are several: peer, address, shards, snapshot_name, snapshot_size,
@@ -146,8 +146,8 @@ class Manifest:
 
     stamp: str
     created: str
-    graph: GraphHalf | None
-    collection: CollectionHalf | None
+    graph: GraphComponent | None
+    collection: CollectionComponent | None
     drift: Drift | None
     path: Path | None = None
     purpose: str = BACKUP
@@ -168,9 +168,9 @@ class Manifest:
         return self.age_hours < -CLOCK_HOURS
 
     @property
-    def halves(self) -> list[GraphHalf | CollectionHalf]:
+    def components(self) -> list[GraphComponent | CollectionComponent]:
         """The halves that the set has."""
-        return [half for half in (self.graph, self.collection) if half is not None]
+        return [component for component in (self.graph, self.collection) if component is not None]
 
     @property
     def kind(self) -> str:
@@ -184,22 +184,26 @@ class Manifest:
     @property
     def proof(self) -> str:
         """The lower level of its halves."""
-        return min((half.proof for half in self.halves), key=PROOF_LEVELS.index, default=UNPROVED)
+        return min(
+            (component.proof for component in self.components),
+            key=VERIFICATION_LEVELS.index,
+            default=UNVERIFIED,
+        )
 
     @property
     def files(self) -> list[BackupFile]:
         """Every file that the set has, the manifest apart."""
         return [
             value
-            for half in self.halves
-            for one in dataclasses.fields(half)
-            if isinstance(value := getattr(half, one.name), BackupFile)
+            for component in self.components
+            for one in dataclasses.fields(component)
+            if isinstance(value := getattr(component, one.name), BackupFile)
         ]
 
-    def file_of(self, half: GraphHalf | CollectionHalf) -> Path:
+    def file_of(self, component: GraphComponent | CollectionComponent) -> Path:
         """Where the half's file lies, beside this manifest."""
         assert self.path is not None
-        return self.path.parent / half.file.name
+        return self.path.parent / component.file.name
 
     def as_json(self) -> dict[str, Any]:
         """What the file holds."""
@@ -221,7 +225,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, path=path)
 
 
-def _half(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
+def _component(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
     if raw is None:
         return None
     known = {one.name for one in dataclasses.fields(kind)}
@@ -268,7 +272,10 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             )
         _require_shape(raw, path)
         drift = Drift(**raw["drift"]) if raw.get("drift") else None
-        graph, collection = _half(GraphHalf, raw["graph"]), _half(CollectionHalf, raw["collection"])
+        graph, collection = (
+            _component(GraphComponent, raw["graph"]),
+            _component(CollectionComponent, raw["collection"]),
+        )
         purpose = str(raw.get("purpose", BACKUP))
         return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path, purpose)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -282,7 +289,7 @@ def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
 
     Raises ValueError, KeyError, TypeError, OverflowError.
     """
-    for name, kind in (("graph", GraphHalf), ("collection", CollectionHalf), ("drift", Drift)):
+    for name, kind in (("graph", GraphComponent), ("collection", CollectionComponent), ("drift", Drift)):
         wrong = misfit(kind, raw[name]) if raw[name] is not None else None
         if wrong:
             raise ValueError(f"{wrong} of {name}")
@@ -297,21 +304,21 @@ def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
     if created.tzinfo is None:
         raise ValueError("created has no time zone")
     if graph:
-        _require_half(graph, f"{GRAPH_DIR}/{graph['graph']}_{stamp}.rdb")
+        _require_component(graph, f"{GRAPH_DIR}/{graph['graph']}_{stamp}.rdb")
     if collection:
-        _require_half(collection, f"{COLLECTION_DIR}/qdrant_snapshot_{stamp}.tar.gz")
+        _require_component(collection, f"{COLLECTION_DIR}/qdrant_snapshot_{stamp}.tar.gz")
 
 
-def _require_half(half: Mapping[str, Any], file: str) -> None:
+def _require_component(component: Mapping[str, Any], file: str) -> None:
     """Raise unless the half has the one name that backup gives its file, a known level and a server's address."""
-    if half["proof"] not in PROOF_LEVELS:
-        raise ValueError(f"proof {half['proof']!r}")
-    if half["file"]["name"] != file or ".." in file.split("/") or file.count("/") != 1:
-        raise ValueError(f"its file is {half['file']['name']!r}, a backup's is {file!r}")
-    if half["file"]["size"] < 0:
-        raise ValueError(f"size {half['file']['size']}")
-    same_server(half["server"]["address"], "")  # a port beyond 65535 or brackets without an end
-    words = [value for name, value in half.items() if isinstance(value, str) and name != "proof_note"]
-    for one in (*words, *half.get("aliases", []), *half["server"].values()):
+    if component["proof"] not in VERIFICATION_LEVELS:
+        raise ValueError(f"proof {component['proof']!r}")
+    if component["file"]["name"] != file or ".." in file.split("/") or file.count("/") != 1:
+        raise ValueError(f"its file is {component['file']['name']!r}, a backup's is {file!r}")
+    if component["file"]["size"] < 0:
+        raise ValueError(f"size {component['file']['size']}")
+    same_server(component["server"]["address"], "")  # a port beyond 65535 or brackets without an end
+    words = [value for name, value in component.items() if isinstance(value, str) and name != "proof_note"]
+    for one in (*words, *component.get("aliases", []), *component["server"].values()):
         if not one.isprintable():
             raise ValueError(f"{one!r} is no name")

@@ -12,11 +12,11 @@ from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, listed
 
 if TYPE_CHECKING:
     from lib.backup.catalog import Cleanup
-    from lib.backup.check import Proof
+    from lib.backup.check import FileVerification
     from lib.backup.collection import CollectionSource
-    from lib.backup.copies import Shelf, Uploaded
+    from lib.backup.copies import Catalog, Uploaded
     from lib.backup.graph import GraphSource
-    from lib.backup.manifest import GraphHalf, Manifest
+    from lib.backup.manifest import GraphComponent, Manifest
 
 # Of the kinds of sets that `latest` never means.
 _REMARKS = {
@@ -59,7 +59,7 @@ _SAME_DISK = "; that is the disk of the backup folder: is the other one mounted?
 
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """The new set; exit code 3 where a half is not even `checked`."""
-    from lib.backup.manifest import CHECKED, UNPROVED
+    from lib.backup.manifest import CHECKED, UNVERIFIED
 
     rows = []
     if manifest.graph:
@@ -84,13 +84,13 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
         document["uploaded"] = dataclasses.asdict(uploaded)
         lines.append(_arrived(uploaded))
     console.result(document, "\n".join(lines))
-    for half in manifest.halves:
-        if half.proof == CHECKED:
-            console.warn(f"{half.file.name} is CHECKED only, it was not loaded: {half.proof_note}")
+    for component in manifest.components:
+        if component.proof == CHECKED:
+            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {component.proof_note}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
     _warn_of_clock(manifest, console)
-    if manifest.proof == UNPROVED:
+    if manifest.proof == UNVERIFIED:
         console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
         return REMAINING
     return DONE
@@ -107,16 +107,16 @@ def _warn_of_clock(manifest: Manifest, console: Console) -> None:
         )
 
 
-def _warn_left_out(half: GraphHalf, console: Console) -> None:
+def _warn_left_out(component: GraphComponent, console: Console) -> None:
     """What a restore of the graph will not bring back."""
-    if half.expires:
+    if component.expires:
         console.warn(
-            f"graph '{half.graph}' has an expiry: the server deletes it at {half.expires}."
-            f" `PERSIST {half.graph}` in redis-cli keeps it"
+            f"graph '{component.graph}' has an expiry: the server deletes it at {component.expires}."
+            f" `PERSIST {component.graph}` in redis-cli keeps it"
         )
-    if half.functions:
+    if component.functions:
         console.warn(
-            f"the server has function libraries (GRAPH.UDF): {listed(half.functions)}. A restore of the graph does"
+            f"the server has function libraries (GRAPH.UDF): {listed(component.functions)}. A restore of the graph does"
             " not bring them back: keep their code"
         )
 
@@ -125,28 +125,28 @@ def _proof(level: str, note: str) -> str:
     return f"{level.upper()}: {note}"
 
 
-def show_sets(shelf: Shelf, console: Console) -> int:
+def show_sets(catalog: Catalog, console: Console) -> int:
     """Every set, newest first: a line of figures, and one of what they are made of, within 80 columns."""
-    for where in shelf.unreadable:
+    for where in catalog.unreadable:
         why = f"python scripts/backup_automem.py --check {quote(where)}"
         console.warn(f"{where.rpartition('/')[2]} cannot be read; what is wrong says:  {why}")
-    rows = [_set_row(one, complete=complete) for one, complete in shelf.sets]
+    rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
     header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "proof")
     lines = table(rows, header).splitlines()
-    for at, (one, _) in reversed(list(enumerate(shelf.sets, len(lines) - len(rows)))):
+    for at, (one, _) in reversed(list(enumerate(catalog.sets, len(lines) - len(rows)))):
         lines[at + 1 : at + 1] = [f"  {_made_of(one)}", *_REMARKS.get(one.kind, ())]
-    if any(one.kind in _REMARKS for one, _ in shelf.sets):
+    if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
     console.result(
         {
-            "where": shelf.where,
+            "where": catalog.where,
             "sets": [
                 {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": whole}
-                for one, whole in shelf.sets
+                for one, whole in catalog.sets
             ],
-            "unreadable": shelf.unreadable,
+            "unreadable": catalog.unreadable,
         },
-        "\n".join(lines) if rows else f"no backup in {shelf.where}",
+        "\n".join(lines) if rows else f"no backup in {catalog.where}",
     )
     return DONE
 
@@ -170,13 +170,15 @@ def _made_of(one: Manifest) -> str:
     if one.graph:
         parts.append(f"graph {size_text(one.graph.file.size)}")
     if one.collection:
-        half = one.collection
-        guessed = "?" if half.model_known == "guessed" else ""
-        parts += [f"collection {size_text(half.file.size)}", f"{half.model}{guessed}"]
+        component = one.collection
+        guessed = "?" if component.model_known == "guessed" else ""
+        parts += [f"collection {size_text(component.file.size)}", f"{component.model}{guessed}"]
     return ", ".join(parts)
 
 
-def show_proofs(proofs: list[Proof], uploaded: list[Uploaded] | None, console: Console) -> int:
+def show_verifications(
+    proofs: list[FileVerification], uploaded: list[Uploaded] | None, console: Console
+) -> int:
     """The restore drill, and what of it was uploaded; exit code 4 where a file is damaged."""
     rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in proofs]
     document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in proofs]}

@@ -19,7 +19,7 @@ from lib.backup.catalog import claim_stamp, remove_unfinished
 from lib.backup.collection import CollectionSource, take_collection
 from lib.backup.existing_points import as_text, pages, temporary_room
 from lib.backup.graph import GraphSource, take_graph
-from lib.backup.manifest import BACKUP, CollectionHalf, Drift, GraphHalf, Manifest, write_manifest
+from lib.backup.manifest import BACKUP, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
 from lib.backup.payloads import PointId, point_id, unusable
 from lib.backup.server_snapshots import AWAITED, by_node, remove_late, remove_own, removed
 from lib.clients.falkordb.connection import require_graph
@@ -28,7 +28,7 @@ from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import memory_used
 from lib.clients.qdrant.collection import get_state
 from lib.clients.qdrant.transport import Qdrant
-from lib.concurrency import Beside, ProgressBar
+from lib.concurrency import BackgroundTask, ProgressBar
 from lib.errors import AccessRefused, MigrationError, UsageProblem
 from lib.files import free_bytes, private_dir
 from lib.journal import Journal, open_journals, start_journal
@@ -137,9 +137,9 @@ def take_backup(
     try:
         with PairIds() as ids:
             taking = _Taking(folder, stamp, engines, journal, bar, ids, verify)
-            halves = taking.halves(graph, collection)
-            drift = _drift(ids, graph, folder, halves[1])
-        return write_manifest(folder, Manifest(stamp, created, *halves, drift, purpose=purpose))
+            components = taking.components(graph, collection)
+            drift = _drift(ids, graph, folder, components[1])
+        return write_manifest(folder, Manifest(stamp, created, *components, drift, purpose=purpose))
     except BaseException:
         remove_unfinished(folder, journal)  # both or neither
         raise
@@ -173,9 +173,9 @@ class _Taking:
     ids: PairIds
     verify: bool
 
-    def halves(
+    def components(
         self, graph: GraphSource | None, collection: CollectionSource | None
-    ) -> tuple[GraphHalf | None, CollectionHalf | None]:
+    ) -> tuple[GraphComponent | None, CollectionComponent | None]:
         """What is given; both at the same time, the collection from the moment on that the graph's is fixed.
 
         So what the graph's file holds was in the collection when its ids were read. The collection is the main
@@ -185,12 +185,14 @@ class _Taking:
             return None, self._collection(collection) if collection else None
         if collection is None:
             return self._graph(graph), None
-        with Beside(partial(self._graph, graph)) as beside:
+        with BackgroundTask(partial(self._graph, graph)) as beside:
             beside.wait_begun()
-            collection_half = self._collection(collection, beside)
-            return beside.result(), collection_half
+            collection_component = self._collection(collection, beside)
+            return beside.result(), collection_component
 
-    def _graph(self, source: GraphSource, beside: Beside[GraphHalf] | None = None) -> GraphHalf:
+    def _graph(
+        self, source: GraphSource, beside: BackgroundTask[GraphComponent] | None = None
+    ) -> GraphComponent:
         with self.bar("graph", None, "bytes") as progress:
             return take_graph(
                 source,
@@ -204,8 +206,8 @@ class _Taking:
             )
 
     def _collection(
-        self, source: CollectionSource, beside: Beside[GraphHalf] | None = None
-    ) -> CollectionHalf:
+        self, source: CollectionSource, beside: BackgroundTask[GraphComponent] | None = None
+    ) -> CollectionComponent:
         with self.bar("collection", None, "bytes") as progress:
             return take_collection(
                 source,
@@ -219,15 +221,15 @@ class _Taking:
 
 
 def _drift(
-    ids: PairIds, graph: GraphSource | None, folder: Path, collection_half: CollectionHalf | None
+    ids: PairIds, graph: GraphSource | None, folder: Path, collection_component: CollectionComponent | None
 ) -> Drift | None:
     """Of what the files hold; where the graph's was not opened for a proof, of the live graph."""
-    if graph is None or collection_half is None:
+    if graph is None or collection_component is None:
         return None
     if not ids.has_graph:
         ids.read_graph(graph.conn, graph.graph)
     if not ids.has_points:
-        read_archive(folder / collection_half.file.name, on_ids=ids.take_points)
+        read_archive(folder / collection_component.file.name, on_ids=ids.take_points)
     return ids.drift()
 
 
@@ -246,7 +248,7 @@ def run_backup(
 ) -> Manifest:
     """Take a set under the target's lock; raises like `take_backup`, with the journal open where a rest remains."""
     pending = _left_open(folder, targets)
-    left = [one for one in pending if not settle_backup(folder, collection, one, pending)]
+    left = [one for one in pending if not clean_up_backup(folder, collection, one, pending)]
     journal = start_journal(folder, COMMAND, targets)
     try:
         manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
@@ -260,7 +262,7 @@ def run_backup(
     if removed(journal):
         journal.close(manifest.name)
     if collection:
-        settle_late(collection, left)
+        clean_up_late(collection, left)
     return manifest
 
 
@@ -270,7 +272,7 @@ def _left_open(folder: Path, targets: list[str]) -> list[Journal]:
     return [one for one in here if one.command == COMMAND or one.phase == AWAITED]
 
 
-def settle_backup(
+def clean_up_backup(
     folder: Path, collection: CollectionSource | None, journal: Journal, pending: Sequence[Journal] = ()
 ) -> bool:
     """Remove what a killed run left of its backup, here and on the server; whether surely nothing is left now."""
@@ -282,7 +284,7 @@ def settle_backup(
     return clean
 
 
-def settle_late(collection: CollectionSource, left: Sequence[Journal]) -> None:
+def clean_up_late(collection: CollectionSource, left: Sequence[Journal]) -> None:
     """Once more at the end of a run: by now the server may have ended what killed runs asked it for.
 
     Closes the journals of which nothing can come any more; the others stay open for the run after this one.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from lib.backup.archive import SnapshotMember, SnapshotReader, read_archive
-from lib.backup.collection import CollectionProof, CollectionSource
-from lib.backup.existing_points import as_id, as_text, pages, points_present
+from lib.backup.collection import CollectionSource, CollectionVerification
+from lib.backup.existing_points import as_id, as_text, existing_points, pages
 from lib.backup.payloads import PointId
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of, wait_settled
@@ -27,7 +27,7 @@ from lib.files import FULL_DISK
 _PAGE = 500
 
 
-class PromisedIds:
+class ExpectedIds:
     """The ids that a backup promises, in a temporary file of its own; `count` is None until they were read."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class PromisedIds:
         return pages((as_id(line.rstrip("\n")) for line in self._file), _PAGE)
 
 
-class KeptSnapshots:
+class SavedSnapshots:
     """An archive's snapshots in temporary files, gone with the process, so that it is inflated once.
 
     They are kept all or none: none without `room`, and where the disk fills up after all.
@@ -87,7 +87,7 @@ class KeptSnapshots:
 
 
 class _Passing:
-    def __init__(self, stream: IO[bytes], kept: KeptSnapshots) -> None:
+    def __init__(self, stream: IO[bytes], kept: SavedSnapshots) -> None:
         self._stream, self._kept = stream, kept
 
     def read(self, size: int, /) -> bytes:
@@ -106,10 +106,10 @@ class CollectionBackup:
     """A proved archive, or a `bare` snapshot: that promises no ids, its proved rehearsal says which they are."""
 
     path: Path
-    proof: CollectionProof
+    proof: CollectionVerification
     bare: bool = False
-    ids: PromisedIds = field(default_factory=PromisedIds, repr=False, compare=False)
-    kept: KeptSnapshots = field(default_factory=KeptSnapshots, repr=False, compare=False)
+    ids: ExpectedIds = field(default_factory=ExpectedIds, repr=False, compare=False)
+    kept: SavedSnapshots = field(default_factory=SavedSnapshots, repr=False, compare=False)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class CollectionBackup:
         else:
             read_archive(self.path, on_snapshot=take, only=snapshot.name)
 
-    def promised(self) -> Iterator[list[PointId]]:
+    def expected(self) -> Iterator[list[PointId]]:
         """The promised ids in pages; none of a bare snapshot before its rehearsal was compared."""
         return self.ids.pages()
 
@@ -153,8 +153,8 @@ def compare(backup: CollectionBackup, qdrant: Qdrant, name: str) -> int:
         raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.size}d")
     if backup.bare and backup.ids.count is None:
         _promise(backup, qdrant, name, state.points)
-    with points_present(qdrant, name, payload=False) as present:
-        missing = sum(len(page) - len(present.payloads(page)) for page in backup.promised())
+    with existing_points(qdrant, name, payload=False) as existing:
+        missing = sum(len(page) - len(existing.payloads(page)) for page in backup.expected())
     if missing:
         raise BackupDamaged(
             f"{backup.path.name} restores without an error, but {missing} of {backup.ids.count} points are lost",
@@ -175,7 +175,7 @@ def _promise(backup: CollectionBackup, qdrant: Qdrant, rehearsal: str, found: in
 
 def _sample_ids(backup: CollectionBackup) -> list[PointId]:
     step = max(1, (backup.ids.count or 0) // _SAMPLE)
-    every = (one for page in backup.promised() for one in page)
+    every = (one for page in backup.expected() for one in page)
     return list(islice(every, 0, step * _SAMPLE, step))
 
 
@@ -195,7 +195,7 @@ def require_equal(backup: CollectionBackup, qdrant: Qdrant, name: str, rehearsed
 
 
 _LISTED = "export QDRANT_NODE_URLS=http://node1:6333,http://node2:6333   (every node's own address)"
-_PATIENCE_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
+_TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Part:
     @property
     def patience(self) -> float:
         """Seconds to wait for the node to put it in place when its answer does not come."""
-        return _PATIENCE_SECONDS + self.snapshot.size / _SLOW_BYTES_A_SECOND
+        return _TIMEOUT_SECONDS + self.snapshot.size / _SLOW_BYTES_A_SECOND
 
     def filename(self, stem: str) -> str:
         """Under which the node keeps the uploaded file."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lib.backup.catalog import newest_with
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import points_present
+from lib.backup.existing_points import existing_points
 from lib.backup.graph import check_file
 from lib.backup.last_migration import CREATED, DELETED, DELETING, PLACED, PLACING, kept_the_size
 from lib.backup.manifest import Manifest
@@ -19,7 +19,7 @@ from lib.clients.qdrant.collection import (
     exists,
     get_state,
     health,
-    is_dead,
+    is_failed,
     refuse_foreign,
     same_settings,
 )
@@ -48,11 +48,11 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     `repair`: what stands there is to be brought level with the graph, not to be made anew.
     """
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
-    scan = read_plan(run.graph, run.spool, run.spec, run.bar, payloads_now(run))
+    scan = read_plan(run.graph, run.cache, run.spec, run.bar, payloads_now(run))
     run.odd = [] if repair else scan.odd  # their points are left alone then
     run.planned, run.room = scan.own_text, room_needed(scan, run.spec)
     if not repair:
-        run.bought.log = PurchaseLog(run.spool, run.spec)
+        run.bought.log = PurchaseLog(run.cache, run.spec)
         run.bought.log.begin(run.journal.run_id if run.journal else None)
     kind, state = situation(run)
     if not (repair or run.in_place):
@@ -65,7 +65,7 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
             f" '{run.target.collection}' is not touched",
             next_step="check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT with --show-config",
         )
-    missing = run.spool.text_total() if run.fresh else run.spool.missing_total()
+    missing = run.cache.text_total() if run.fresh else run.cache.missing_total()
     if state is None:
         _refuse_foreign_settings(run)
         return whole_plan(scan, missing, run.spec, None, None, []), kind, None
@@ -75,9 +75,9 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     if repair:
         kind = ADOPT
         if not kept_the_size(run.folder, run.targets, run.spec):
-            with points_present(run.target.qdrant, state.name) as present:
-                missing = missing_of(run.spool, present)
-    with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live:
+            with existing_points(run.target.qdrant, state.name) as existing:
+                missing = missing_of(run.cache, existing)
+    with only_live_ids(run.target.qdrant, state.name, run.cache, run.graph) as only_live:
         run.textless = [] if repair else textless_points(only_live, run.graph)
         return whole_plan(scan, missing, run.spec, state, only_live, run.textless), kind, state
 
@@ -86,7 +86,7 @@ def _was_empty(run: Migration) -> bool:
     """Whether the collection that this run deleted held no point, so that recreating it empty loses nothing."""
     points = (journaled_settings(run) or {}).get("points_count")
     # Both: the embedding cache, which holds the kept payloads, can be lost.
-    return run.reached(DELETING) and not points and run.spool.kept_count() == 0
+    return run.reached(DELETING) and not points and run.cache.saved_count() == 0
 
 
 def journaled_settings(run: Migration) -> dict[str, Any] | None:
@@ -135,7 +135,7 @@ def situation(run: Migration) -> tuple[str, CollectionState | None]:
     if not exists(target.qdrant, target.collection):
         refuse_stranger(run.folder, run.targets)
         return ABSENT, None
-    if is_dead(target.qdrant, target.collection):
+    if is_failed(target.qdrant, target.collection):
         return DEAD, None
     state = get_state(target.qdrant, target.collection)
     if state.points == 0:
@@ -148,7 +148,7 @@ def situation(run: Migration) -> tuple[str, CollectionState | None]:
     fresh = state.points == 0 and not run.reached(DELETING) and alike
     if run.reached(CREATED) or run.reached(PLACED) or fresh:
         return ADOPT, state
-    if not run.fresh and alike and vectors_agree(target.qdrant, state, run.spool, run.spec):
+    if not run.fresh and alike and vectors_agree(target.qdrant, state, run.cache, run.spec):
         return ADOPT, state
     return REPLACE, state
 
@@ -164,8 +164,8 @@ def lacking_of_made(run: Migration, plan: Plan, live: CollectionState | None) ->
         return None
     if live.size != run.spec.size or not same_model(stamp.get("model"), run.spec.model):
         return None
-    with points_present(run.target.qdrant, live.name) as present:
-        lacking = missing_of(run.spool, present)
+    with existing_points(run.target.qdrant, live.name) as existing:
+        lacking = missing_of(run.cache, existing)
     return lacking if plan.texts > lacking.texts else None
 
 
@@ -193,8 +193,8 @@ def _guard(run: Migration, state: CollectionState) -> Manifest | None:
     if state.points == 0:
         return None
     with (
-        points_present(run.target.qdrant, state.name, payload=False) as live,
-        only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as only_live,
+        existing_points(run.target.qdrant, state.name, payload=False) as live,
+        only_live_ids(run.target.qdrant, state.name, run.cache, run.graph) as only_live,
     ):
         if run.reached(DELETED) and not len(only_live) and _is_recent(run):
             return None  # made anew meanwhile, every id of it in the graph: its payloads are kept

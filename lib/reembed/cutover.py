@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lib.backup.catalog import SPOOL_DIR
+from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection_restore import drop_temporary
 from lib.backup.last_migration import PLACED, PLACING, RECOVERED, SNAPPED, STAGED
 from lib.backup.manifest import Manifest
@@ -26,7 +26,7 @@ from lib.reembed.report import Report
 from lib.reembed.staging import drop_staged, require_same_settings, room_kept, with_room
 
 FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the spool"
-_PATIENCE_SECONDS = 60.0  # for an answer that does not come, on top of three times the rehearsal
+_TIMEOUT_SECONDS = 60.0  # for an answer that does not come, on top of three times the rehearsal
 _ROOM = 64 << 20
 
 
@@ -38,13 +38,13 @@ class Way:
     snapshot: snapshots.Snapshot | None = None
     location: str = ""
     file: Path | None = None
-    patience: float = _PATIENCE_SECONDS
+    patience: float = _TIMEOUT_SECONDS
 
 
 def prove_way(run: Migration) -> Way:
     """Have the staged collection's snapshot made, and prove the shortest way that leads from it to the live name.
 
-    Where the server cannot fetch from itself: the file sent from here, or the points from the spool, whichever the
+    Where the server cannot fetch from itself: the file sent from here, or the points from the cache, whichever the
     rates seen say is shorter.
     """
     qdrant = run.target.qdrant
@@ -54,7 +54,7 @@ def prove_way(run: Migration) -> Way:
     location = can_fetch_itself(qdrant, run.staged, snapshot, f"{run.staged}_probe")
     if location:
         rehearsal = time.monotonic() - began - made
-        return Way(FETCH, snapshot, location, patience=_PATIENCE_SECONDS + 3 * rehearsal)
+        return Way(FETCH, snapshot, location, patience=_TIMEOUT_SECONDS + 3 * rehearsal)
     began = time.monotonic()
     file = _fetched(run, snapshot)
     fetched = time.monotonic() - began
@@ -62,7 +62,7 @@ def prove_way(run: Migration) -> Way:
     rate = run.upsert_rate or journal_of(run).fact("upsert_rate")
     if file is None or (rate and points / rate < fetched + made):
         return Way(FILL)
-    return Way(SEND, snapshot, file=file, patience=_PATIENCE_SECONDS + 3 * (fetched + made))
+    return Way(SEND, snapshot, file=file, patience=_TIMEOUT_SECONDS + 3 * (fetched + made))
 
 
 def _snapshot(run: Migration) -> snapshots.Snapshot:
@@ -85,12 +85,12 @@ def file_of(run: Migration) -> Path:
 
 def snapshot_file(folder: Path, staged: str) -> Path:
     """The snapshot of a staged collection, below the backup folder."""
-    return folder / SPOOL_DIR / f"{staged}.snapshot.partial"
+    return folder / CACHE_DIR / f"{staged}.snapshot.partial"
 
 
 def _fetched(run: Migration, snapshot: snapshots.Snapshot) -> Path | None:
     """The snapshot on this machine, whole by its checksum; None where there is no room for it."""
-    folder = private_dir(run.folder / SPOOL_DIR)
+    folder = private_dir(run.folder / CACHE_DIR)
     if free_bytes(folder) < snapshot.size + _ROOM:
         return None
     path = file_of(run)
@@ -105,7 +105,7 @@ def put_in_place(run: Migration, way: Way) -> bool:
 
     An answer that does not come is waited for: the server goes on. What stands there when this returns False, or was
     made by somebody else meanwhile, is the caller's to look at; something dead is deleted here. A disk that is full
-    now gets room: the staged collection goes, the spool has all of it.
+    now gets room: the staged collection goes, the embedding cache has all of it.
     """
     journal_of(run).append(PLACING, way=way.kind)
     try:
@@ -148,11 +148,11 @@ def _restore(run: Migration, way: Way) -> None:
 
 
 _TURNS = 6  # looks at what stands there; somebody may make it anew again and again
-_TRIES = 2  # restores of the staged collection, before it is filled from the spool
+_TRIES = 2  # restores of the staged collection, before it is filled from the embedding cache
 
 
 @dataclass(frozen=True)
-class Voice:
+class Callbacks:
     """How the operator is told: the way back from a backup, what is said right before a delete, the report's files."""
 
     undo_of: Callable[[Manifest | None], str]
@@ -167,7 +167,7 @@ def standing_staged(run: Migration) -> str | None:
     return run.staged if health(run.target.qdrant, run.staged) == "live" else None
 
 
-def exchange(run: Migration, first: Manifest | None, voice: Voice) -> float | None:
+def exchange(run: Migration, first: Manifest | None, callbacks: Callbacks) -> float | None:
     """Bring the new collection under its name; the moment (monotonic seconds) from which it was absent, or None.
 
     It is whole where it was put in place from the staged one, else empty. `run.absent_seconds` is set where it is
@@ -186,7 +186,7 @@ def exchange(run: Migration, first: Manifest | None, voice: Voice) -> float | No
             way = _way(run, kind)
         if kind == REPLACE and way.kind != FILL:
             require_same_settings(run)
-        gone = time.monotonic() if kind == ABSENT else _clear(run, (kind, state), voice)
+        gone = time.monotonic() if kind == ABSENT else _clear(run, (kind, state), callbacks)
         began = gone if began is None else began
         _know_settings(run, first)
         if way.kind == FILL or len(failed) == _TRIES or standing_staged(run) is None:
@@ -215,19 +215,19 @@ def _way(run: Migration, kind: str) -> Way:
         return prove_way(run)
 
 
-def _clear(run: Migration, found: tuple[str, CollectionState | None], voice: Voice) -> float:
+def _clear(run: Migration, found: tuple[str, CollectionState | None], callbacks: Callbacks) -> float:
     """Delete what stands there, guarded; when (monotonic seconds)."""
     journal = journal_of(run)
     manifest = protection(run, *found)
     if manifest and manifest.name != journal.fact("manifest"):
         journal.append("backup accepted by the guard", manifest=manifest.name)
     if manifest or not journal.undo:
-        run.undo = voice.undo_of(manifest)
-    voice.announce(run.undo)
+        run.undo = callbacks.undo_of(manifest)
+    callbacks.announce(run.undo)
     if found[0] == DEAD:
         drop_temporary(run.target.qdrant, run.target.collection)
         return time.monotonic()
-    return drop_live(run.target, run.spool, journal, run.bar, undo=run.undo)
+    return drop_live(run.target, run.cache, journal, run.bar, undo=run.undo)
 
 
 def _know_settings(run: Migration, first: Manifest | None) -> None:

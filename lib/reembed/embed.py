@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from lib.backup.graph import GraphSource
-from lib.clients.embeddings.cache import Missing, Spool, TextRow
+from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, expected, price_per_million
 from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_missing
@@ -81,12 +81,12 @@ def _joined(one: Slot, other: Slot | None) -> Slot:
 
 
 class PurchaseLog:
-    """The purchases of one endpoint, model and size for one graph and collection, as the spool keeps them."""
+    """The purchases of one endpoint, model and size for one graph and collection, as the embedding cache keeps them."""
 
-    def __init__(self, spool: Spool, spec: EmbeddingSpec) -> None:
-        self._spool = spool
+    def __init__(self, cache: EmbeddingCache, spec: EmbeddingSpec) -> None:
+        self._cache = cache
         self._name = f"bought of {public_url(spec.base_url)} {spec.model} {spec.size}"
-        self.made = _read(spool.get_meta(self._name))
+        self.made = _read(cache.get_meta(self._name))
 
     def begin(self, run_id: str | None) -> None:
         """Forget what the report of another run than the one that is gone on with (None: none is) has told."""
@@ -106,7 +106,7 @@ class PurchaseLog:
 
     def save(self) -> None:
         """On the disk when it returns."""
-        self._spool.set_meta(self._name, json.dumps(dataclasses.asdict(self.made)))
+        self._cache.set_meta(self._name, json.dumps(dataclasses.asdict(self.made)))
 
 
 def _read(stored: str | None) -> Purchases:
@@ -177,7 +177,7 @@ FEW_CONTENTS = 100
 
 
 @dataclass
-class Bought:
+class EmbeddingTotals:
     """What was embedded and paid for in this run; `refused` are texts that the provider does not take.
 
     `tokens` are all billed ones, `discarded` those of them whose vectors were of no use.
@@ -212,7 +212,7 @@ class Bought:
 
 
 @dataclass(frozen=True)
-class Buyer:
+class EmbeddingRunner:
     """An opened provider, how hard to drive it, and the most that may be spent (US dollars; None: no limit).
 
     `tell` hears how long a purchase will take, when its first batch has arrived; `waiting` why nothing arrives, as
@@ -235,7 +235,7 @@ class Buyer:
         pacer = self.client.pacer
         return expected(pacer, seconds, texts, tokens, workers=self.workers, batch_size=self.batch_size)
 
-    def require_affordable(self, tokens: int, bought: Bought) -> None:
+    def require_affordable(self, tokens: int, bought: EmbeddingTotals) -> None:
         """Raise UsageProblem where these tokens on top of what was bought would cost more than `max_cost`.
 
         What an earlier start of the same migration paid for and discarded counts, too. A model without a list price
@@ -255,22 +255,22 @@ class Buyer:
 
 
 def _told(
-    buyer: Buyer,
+    runner: EmbeddingRunner,
     total: Missing,
     advance: Callable[[int, int], None],
     note: Callable[[EmbedProgress], None],
 ) -> Callable[[EmbedProgress], None]:
     """Progress for the bar and the log; once, when the first batch has arrived, what is left of the time."""
-    left = [buyer.tell] if buyer.tell else []
+    left = [runner.tell] if runner.tell else []
 
     def tell(seen: EmbedProgress) -> None:
         note(seen)
         advance(seen.embedded, total.texts)
-        if buyer.waiting and seen.waiting_seconds >= 1:
-            buyer.waiting(f"embed: rate limited, next try in {seen.waiting_seconds:.0f} s")
+        if runner.waiting and seen.waiting_seconds >= 1:
+            runner.waiting(f"embed: rate limited, next try in {seen.waiting_seconds:.0f} s")
         if left and seen.embedded:
             share = 1 - seen.embedded / total.texts
-            rest = buyer.expected(total.texts - seen.embedded, round(total.tokens * share))
+            rest = runner.expected(total.texts - seen.embedded, round(total.tokens * share))
             speak = left.pop()
             if rest:
                 speak(f"embedding the other {total.texts - seen.embedded:,} texts takes about {rest.text}")
@@ -278,22 +278,27 @@ def _told(
     return tell
 
 
-def buy(
-    buyer: Buyer, spool: Spool, rows: Iterable[TextRow], total: Missing, bar: ProgressBar, into: Bought
+def embed_texts(
+    runner: EmbeddingRunner,
+    cache: EmbeddingCache,
+    rows: Iterable[TextRow],
+    total: Missing,
+    bar: ProgressBar,
+    into: EmbeddingTotals,
 ) -> None:
     """Embed these texts and store each answer before the next is asked for; adds to `into`."""
     if not total.texts:
         return
-    spool.require_room(total.texts, buyer.spec.size)
+    cache.require_room(total.texts, runner.spec.size)
     with bar("embed", total.texts, "texts") as progress, watched(into.log) as note:
         outcome = embed_missing(
-            buyer.client,
+            runner.client,
             rows,
-            spool.put_vectors,
-            workers=buyer.workers,
-            batch_size=buyer.batch_size,
-            progress=_told(buyer, total, steps_of(progress), note),
-            require_room=lambda texts: spool.require_room(texts, buyer.spec.size),
+            cache.put_vectors,
+            workers=runner.workers,
+            batch_size=runner.batch_size,
+            progress=_told(runner, total, steps_of(progress), note),
+            require_room=lambda texts: cache.require_room(texts, runner.spec.size),
         )
     into.texts += outcome.embedded
     into.tokens += outcome.tokens
@@ -304,19 +309,21 @@ def buy(
     into.refused = list({one.label: one for one in [*into.refused, *outcome.refused]}.values())
 
 
-def buy_missing(buyer: Buyer, spool: Spool, bar: ProgressBar, into: Bought) -> None:
+def embed_uncached(
+    runner: EmbeddingRunner, cache: EmbeddingCache, bar: ProgressBar, into: EmbeddingTotals
+) -> None:
     """Embed every text of the plan that has no vector, identical texts once."""
-    missing = spool.missing_total()
-    buyer.require_affordable(missing.tokens, into)
-    buy(buyer, spool, spool.missing_texts(buyer.spec), missing, bar, into)
+    missing = cache.missing_total()
+    runner.require_affordable(missing.tokens, into)
+    embed_texts(runner, cache, cache.missing_texts(runner.spec), missing, bar, into)
 
 
 def catch_up(
-    buyer: Buyer,
+    runner: EmbeddingRunner,
     graph: GraphSource,
-    spool: Spool,
+    cache: EmbeddingCache,
     bar: ProgressBar,
-    into: Bought,
+    into: EmbeddingTotals,
     payloads: Payloads | None = None,
 ) -> Scan:
     """Read the graph again and embed what is new, until a round buys fewer than 100 contents (at most 5 rounds).
@@ -328,10 +335,10 @@ def catch_up(
         before = into.texts
         with bar("read graph again", None, "memories") as progress:
             scan = scan_graph(
-                graph.conn, graph.graph, spool, buyer.spec, payloads=payloads, progress=progress
+                graph.conn, graph.graph, cache, runner.spec, payloads=payloads, progress=progress
             )
-        spool.derive_missing(buyer.spec)
-        buy_missing(buyer, spool, bar, into)
+        cache.derive_missing(runner.spec)
+        embed_uncached(runner, cache, bar, into)
         if into.texts - before < FEW_CONTENTS:
             break
     return scan
@@ -356,32 +363,34 @@ def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
     return replace(spec, size=native) if native is not None and spec.size > native else spec
 
 
-def try_one_batch(buyer: Buyer, spool: Spool, bought: Bought) -> Tried:
-    """Embed one batch for real; it lands in the spool, so that it is not paid for again.
+def try_one_batch(runner: EmbeddingRunner, cache: EmbeddingCache, bought: EmbeddingTotals) -> Tried:
+    """Embed one batch for real; it lands in the embedding cache, so that it is not paid for again.
 
     Where the client's size is not the plan's (see `sample_spec`) the vectors are thrown away. A row that the provider
     refuses is found, and left out.
     """
-    first = list(islice(spool.missing_texts(buyer.spec), buyer.batch_size))
+    first = list(islice(cache.missing_texts(runner.spec), runner.batch_size))
     if not first:
-        return Tried(buyer.spec.size, 0, 0, 0.0, "every text is in the spool already", spool.missing_total())
-    buyer.require_affordable(sum(row.tokens for row in first), bought)
-    size = buyer.client.spec.size
-    kept = size == buyer.spec.size
+        return Tried(
+            runner.spec.size, 0, 0, 0.0, "every text is in the embedding cache already", cache.missing_total()
+        )
+    runner.require_affordable(sum(row.tokens for row in first), bought)
+    size = runner.client.spec.size
+    kept = size == runner.spec.size
     if kept:
-        spool.require_room(len(first), size)
-    note = "kept in the spool" if kept else f"sampled at the model's own {size}d, not kept"
+        cache.require_room(len(first), size)
+    note = "kept in the embedding cache" if kept else f"sampled at the model's own {size}d, not kept"
     with watched(bought.log, kept=kept) as seen:
         done = embed_missing(
-            buyer.client,
+            runner.client,
             first,
-            spool.put_vectors if kept else lambda _vectors: None,
+            cache.put_vectors if kept else lambda _vectors: None,
             workers=1,
-            batch_size=buyer.batch_size,
+            batch_size=runner.batch_size,
             progress=seen,
         )
     if done.refused:
         note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
-    left = spool.missing_total()
-    rest = buyer.expected(left.texts, left.tokens)
-    return Tried(size, done.embedded, done.tokens, buyer.client.request_seconds or 0.0, note, left, rest)
+    left = cache.missing_total()
+    rest = runner.expected(left.texts, left.tokens)
+    return Tried(size, done.embedded, done.tokens, runner.client.request_seconds or 0.0, note, left, rest)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup.archive import read_archive
-from lib.backup.catalog import all_sets
-from lib.backup.existing_points import IdTable, as_id, pages
+from lib.backup.catalog import backup_sets
+from lib.backup.existing_points import TemporaryIdTable, as_id, pages
 from lib.backup.graph import check_file
-from lib.backup.manifest import CHECKED, PROOF_LEVELS, CollectionHalf, Manifest
+from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest
 from lib.clients.qdrant.collection import CollectionState
 from lib.errors import BackupDamaged, GuardRefused
 from lib.network import same_server
@@ -26,8 +26,8 @@ class Wanted:
 
     server: str
     state: CollectionState
-    live: IdTable
-    only_live: IdTable
+    live: TemporaryIdTable
+    only_live: TemporaryIdTable
 
 
 def refusal(state: CollectionState, configured: int, why: str) -> GuardRefused:
@@ -52,7 +52,7 @@ def require_backup(folder: Path, wanted: Wanted, configured: int) -> Manifest:
 def fitting_backup(folder: Path, wanted: Wanted) -> Manifest | str:
     """The newest set whose collection half fits, or the reason why none does."""
     why = f"there is none in {folder}"
-    for manifest in all_sets(folder):
+    for manifest in backup_sets(folder):
         fault = _fault(manifest, wanted)
         if fault is None:
             return manifest
@@ -63,39 +63,41 @@ def fitting_backup(folder: Path, wanted: Wanted) -> Manifest | str:
 
 def _fault(manifest: Manifest, wanted: Wanted) -> str | None:
     """Why this set does not protect the collection, or None."""
-    half = manifest.collection
-    if half is None:
+    component = manifest.collection
+    if component is None:
         return "holds no collection"
-    fault = _unfit(manifest, half, wanted)
+    fault = _unfit(manifest, component, wanted)
     if fault:
         return fault
     try:
-        path = manifest.file_of(half)
-        check_file(path, half.file)
-        promised, alone = _promised(path, wanted)
+        path = manifest.file_of(component)
+        check_file(path, component.file)
+        expected, alone = _expected(path, wanted)
     except BackupDamaged as error:
         return str(error)
-    if promised < _SAME_SHARE * len(wanted.live):
-        return f"is of other data: it holds {promised} of the {len(wanted.live)} points that stand there"
+    if expected < _SAME_SHARE * len(wanted.live):
+        return f"is of other data: it holds {expected} of the {len(wanted.live)} points that stand there"
     missing = len(wanted.only_live) - alone
     return f"does not hold {missing} point(s) that are in the collection alone" if missing else None
 
 
-def _unfit(manifest: Manifest, half: CollectionHalf, wanted: Wanted) -> str | None:
-    if half.collection != wanted.state.name or not same_server(half.server["address"], wanted.server):
-        return f"is of '{half.collection}' on {half.server['address']}"
-    if half.size != wanted.state.size:
-        return f"is of {half.size}d vectors"
+def _unfit(manifest: Manifest, component: CollectionComponent, wanted: Wanted) -> str | None:
+    if component.collection != wanted.state.name or not same_server(
+        component.server["address"], wanted.server
+    ):
+        return f"is of '{component.collection}' on {component.server['address']}"
+    if component.size != wanted.state.size:
+        return f"is of {component.size}d vectors"
     if manifest.age_hours > MAX_AGE_HOURS:
         return f"is {manifest.age_hours:.0f} hours old (at most {MAX_AGE_HOURS:.0f})"
     if manifest.is_from_future:
         return f"is dated {-manifest.age_hours:.0f} hours in the future"
-    if PROOF_LEVELS.index(half.proof) < PROOF_LEVELS.index(CHECKED):
+    if VERIFICATION_LEVELS.index(component.proof) < VERIFICATION_LEVELS.index(CHECKED):
         return "was never proved (--no-verify)"
     return None
 
 
-def _promised(path: Path, wanted: Wanted) -> tuple[int, int]:
+def _expected(path: Path, wanted: Wanted) -> tuple[int, int]:
     """How many of the live ids the archive promises, and how many of those that only the collection holds."""
     live = alone = 0
 

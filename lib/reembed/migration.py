@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.backup.graph import GraphSource
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import ProgressBar
 from lib.dimensions import EmbeddingSpec
 from lib.journal import Journal
-from lib.reembed.embed import Bought
+from lib.reembed.embed import EmbeddingTotals
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Migration:
 
     graph: GraphSource
     target: Target
-    spool: Spool
+    cache: EmbeddingCache
     folder: Path
     targets: list[str]
     bar: ProgressBar
@@ -50,7 +50,7 @@ class Migration:
     journal: Journal | None = None
     planned: int = 0
     room: int = 0
-    bought: Bought = field(default_factory=Bought)
+    bought: EmbeddingTotals = field(default_factory=EmbeddingTotals)
     mended: int = 0
     removed: int = 0
     absent_seconds: float = 0.0

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lib.backup.existing_points import points_present
+from lib.backup.existing_points import existing_points
 from lib.backup.last_migration import kept_the_size
 from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll
 from lib.errors import GuardRefused
-from lib.reembed.embed import Buyer, buy, buy_missing
+from lib.reembed.embed import EmbeddingRunner, embed_texts, embed_uncached
 from lib.reembed.migration import Migration
-from lib.reembed.sync import SyncOutcome, missing_of, remove_surplus, sync_collection, texts_to_buy
-from lib.verify.vectors import mend_vectors
+from lib.reembed.sync import SyncOutcome, missing_of, remove_orphans, sync_collection, texts_to_embed
+from lib.verify.vectors import repair_vectors
 
 SAME_MODEL_COSINE = 0.99
 _TRIES = 3
@@ -28,29 +28,29 @@ class Drifted:
     removed: int
 
 
-def only_missing(run: Migration, buyer: Buyer) -> Drifted:
+def only_missing(run: Migration, runner: EmbeddingRunner) -> Drifted:
     """Add missing ids, renew points whose content or payload is not the graph's, remove surplus ones with care.
 
     Where the migration kept the size, the old service may have written the old model's vectors since: then every
-    vector is compared, and what the spool does not know is embedded again.
+    vector is compared, and what the embedding cache does not know is embedded again.
     """
     state = get_state(run.target.qdrant, run.target.collection)
     qdrant, compare = run.target.qdrant, kept_the_size(run.folder, run.targets, run.spec)
     if not compare:
-        require_same_model(run, buyer, state)
-    with points_present(qdrant, state.name) as present:
-        missing = missing_of(run.spool, present)
-        buyer.require_affordable(missing.tokens, run.bought)
-        buy(buyer, run.spool, texts_to_buy(run.spool, present), missing, run.bar, run.bought)
+        require_same_model(run, runner, state)
+    with existing_points(qdrant, state.name) as existing:
+        missing = missing_of(run.cache, existing)
+        runner.require_affordable(missing.tokens, run.bought)
+        embed_texts(runner, run.cache, texts_to_embed(run.cache, existing), missing, run.bar, run.bought)
     with run.bar("sync", None, "points") as progress:
-        outcome = sync_collection(qdrant, state.name, run.spool, progress=progress)
+        outcome = sync_collection(qdrant, state.name, run.cache, progress=progress)
     if compare:
-        buy_missing(buyer, run.spool, run.bar, run.bought)
-        run.mended = mend_vectors(qdrant, state.name, run.spool, run.spec, run.bar)
-    return Drifted(outcome, remove_surplus(run, state))
+        embed_uncached(runner, run.cache, run.bar, run.bought)
+        run.mended = repair_vectors(qdrant, state.name, run.cache, run.spec, run.bar)
+    return Drifted(outcome, remove_orphans(run, state))
 
 
-def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> None:
+def require_same_model(run: Migration, runner: EmbeddingRunner, state: CollectionState) -> None:
     """Embed three unchanged points and compare with what is stored: another model's vectors are never mixed in.
 
     Raises GuardRefused where they differ (cosine under 0.99).
@@ -66,8 +66,8 @@ def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> 
     if not points:
         return
     texts = [str((point.payload or {})["content"]) for point in points]
-    buyer.require_affordable(sum(count_tokens(texts)), run.bought)
-    answer = buyer.client.embed(texts)
+    runner.require_affordable(sum(count_tokens(texts)), run.bought)
+    answer = runner.client.embed(texts)
     run.bought.pay(answer.tokens)
     for point, vector in zip(points, answer.vectors, strict=True):
         assert point.vector is not None
@@ -75,7 +75,7 @@ def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> 
         cosine = float(np.dot(point.vector, vector)) / lengths if lengths else 0.0
         if cosine < SAME_MODEL_COSINE:
             raise GuardRefused(
-                f"the vectors in '{state.name}' were not made by {buyer.spec.model} at {buyer.spec.size}d"
+                f"the vectors in '{state.name}' were not made by {runner.spec.model} at {runner.spec.size}d"
                 f" (point {point.id}: cosine {cosine:.2f}): --only-missing would mix two models",
                 next_step="set EMBEDDING_MODEL to the model that made them, or make all of them anew:\n"
                 "python scripts/backup_automem.py && python scripts/reembed_embeddings.py",
@@ -85,7 +85,7 @@ def require_same_model(run: Migration, buyer: Buyer, state: CollectionState) -> 
 def _unchanged(run: Migration, state: CollectionState) -> list[Point]:
     found: list[Point] = []
     for page in scroll(run.target.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
-        rows = run.spool.memories_of([point.id for point in page])
+        rows = run.cache.memories_of([point.id for point in page])
         found += [
             point
             for point in page

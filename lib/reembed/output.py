@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lib.clients.qdrant.collection import CollectionState
     from lib.config import Config
     from lib.reembed.assess import Found
-    from lib.reembed.cutover import Voice
+    from lib.reembed.cutover import Callbacks
     from lib.reembed.embed import Tried
     from lib.reembed.migration import Migration
     from lib.reembed.only_missing import Drifted
@@ -32,8 +32,8 @@ def prune(config: Config, console: Console, *, dry_run: bool) -> int:
     from lib import connect
     from lib.reembed.prune import prune_spool
 
-    with connect.open_spool(config) as spool:
-        return show_pruned(prune_spool(spool, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
+    with connect.open_cache(config) as cache:
+        return show_pruned(prune_spool(cache, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
 
 
 def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
@@ -56,7 +56,7 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
             f"dry run: {gone:,} vectors ({size_text(size)}) are needed by no plan here; nothing was deleted"
         )
     else:
-        sizes = f"the spool is {size_text(done.bytes_after)}, was {size_text(done.bytes_before)}"
+        sizes = f"the embedding cache is {size_text(done.bytes_after)}, was {size_text(done.bytes_before)}"
         text += f"{gone:,} vectors deleted; {sizes}"
         if gone and not done.shrunk:
             text += (
@@ -102,9 +102,9 @@ def show_plan(plan: Plan, kind: str, run: Migration, console: Console, *, limit:
     rows = [
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; to do: {what} at {plan.spec.size}d with {plan.spec.model}"),
-        ("to embed", f"{plan.texts:,} texts, {plan.tokens:,} tokens; {plan.spooled:,} need no purchase"),
+        ("to embed", f"{plan.texts:,} texts, {plan.tokens:,} tokens; {plan.cached:,} need no purchase"),
         ("price", f"{dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
-        ("spool", f"{size_text(run.spool.size_bytes())} in {run.spool.path.parent}"),
+        ("embedding cache", f"{size_text(run.cache.size_bytes())} in {run.cache.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, the old collection among it"),
     ]
     console.say(table(rows))
@@ -180,8 +180,8 @@ def _plan_document(plan: Plan, run: Migration) -> dict[str, object]:
         "texts": plan.texts,
         "tokens": plan.tokens,
         "price": plan.price,
-        "need_no_purchase": plan.spooled,
-        "spool_bytes": run.spool.size_bytes(),
+        "need_no_purchase": plan.cached,
+        "spool_bytes": run.cache.size_bytes(),
         "live": {"size": plan.live_size, "points": plan.live_points},
         "only_live": plan.only_live,
         "disk_peak": plan.disk_peak,
@@ -314,7 +314,7 @@ def show_spot_check(done: SpotCheck, run: Migration, console: Console) -> int:
     text = (
         f"spot check: {done.outcome.added} of {done.memories} memories at {run.spec.size}d with {run.spec.model};"
         f" {run.bought.texts} texts bought, {run.bought.tokens:,} tokens\nrecall: {recall}\n"
-        f"The side collection is gone, '{name}' was only read. What was bought is in the spool."
+        f"The side collection is gone, '{name}' was only read. What was bought is in the embedding cache."
     )
     console.result(document, text)
     return code
@@ -343,16 +343,16 @@ def show_drift(done: Drifted, run: Migration, console: Console) -> int:
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
 
-def voice(run: Migration, console: Console) -> Voice:
+def callbacks(run: Migration, console: Console) -> Callbacks:
     """What is said right before the live collection is deleted, also when quiet; and how the report is written."""
-    from lib.reembed.cutover import Voice
+    from lib.reembed.cutover import Callbacks
     from lib.reembed.report_page import write
 
     def announce(undo: str) -> None:
         name = run.target.collection
         console.notice(f"\nreplacing '{name}' now. To undo:\n{undo}\nTo go on after a crash: this command.\n")
 
-    return Voice(undo_of, announce, lambda report: write(report, run.folder, console))
+    return Callbacks(undo_of, announce, lambda report: write(report, run.folder, console))
 
 
 def show_staged(state: CollectionState | None, run: Migration, console: Console) -> int:
@@ -377,7 +377,7 @@ def show_staged(state: CollectionState | None, run: Migration, console: Console)
         f"'{run.staged}' stands beside '{run.target.collection}': {state.points:,} points, {run.spec.size}d, every"
         f" vector compared. Bought {run.bought.texts:,} texts, {run.bought.tokens:,} tokens, {dollars(price)}.\n\n"
         f"to go on (after days, too; what changes meanwhile is caught up):\n"
-        f"  python scripts/reembed_embeddings.py\nto drop it (what was bought stays in the spool):\n{drop}"
+        f"  python scripts/reembed_embeddings.py\nto drop it (what was bought stays in the embedding cache):\n{drop}"
     )
     console.result(document, text)
     return REMAINING if run.bought.refused else DONE
@@ -387,14 +387,16 @@ def undo_of(manifest: Manifest | None) -> str:
     """The way back from a re-embedding: the collection's half of the backup; the graph was not changed."""
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
-    half = manifest.collection
+    component = manifest.collection
     lines = [
-        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(half)))}",
-        f"  export VECTOR_SIZE={half.size}",
-        f"  export EMBEDDING_MODEL={quote(half.model)}",
+        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(component)))}",
+        f"  export VECTOR_SIZE={component.size}",
+        f"  export EMBEDDING_MODEL={quote(component.model)}",
         f"  {_ONLY_MISSING}",
     ]
-    if half.model == UNKNOWN_MODEL:  # with the model of the new vectors it would add vectors of another kind
+    if (
+        component.model == UNKNOWN_MODEL
+    ):  # with the model of the new vectors it would add vectors of another kind
         lines[2:] = [
             "  # The backup does not know the model of the old vectors. Set it, then add newer memories:",
             "  # export EMBEDDING_MODEL=...",

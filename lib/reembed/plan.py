@@ -11,12 +11,12 @@ from typing import Any
 import orjson
 import redis
 
-from lib.backup.existing_points import IdTable, pages, points_present, surplus_ids
+from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids, pages
 from lib.backup.graph import GraphSource
 from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
-from lib.clients.embeddings.cache import MemoryRow, Missing, Spool
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_per_million
-from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, iter_memories, memory_ids_present, read_rows
+from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, ProgressBar
@@ -84,7 +84,7 @@ def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]
     Asked for by the usual spellings; if that leaves any, every id of the graph is read, once.
     """
     found: set[PointId] = set()
-    with IdTable() as left:
+    with TemporaryIdTable() as left:
         for page in ids:
             here = usually_spelled(conn, graph, page)
             found |= here
@@ -99,7 +99,7 @@ def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]
 def usually_spelled(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
     """Those of `ids` whose memory is in the graph right now under one of the usual spellings."""
     asked = [spelling for one in ids for spelling in spellings(one)]
-    found = {point_id(one) for one in memory_ids_present(conn, graph, asked)}
+    found = {point_id(one) for one in existing_memory_ids(conn, graph, asked)}
     return {one for one in found if one is not None}
 
 
@@ -117,19 +117,19 @@ def _row(node: MemoryNode, identity: PointId, text: str, key: bytes, tokens: int
 def scan_graph(
     conn: redis.Redis,
     graph: str,
-    spool: Spool,
+    cache: EmbeddingCache,
     spec: EmbeddingSpec,
     *,
     payloads: Payloads | None = None,
     progress: Progress | None = None,
 ) -> Scan:
-    """Read every memory into the spool's plan; rows of an earlier scan that are gone from the graph leave it.
+    """Read every memory into the embedding cache's plan; rows of an earlier scan that are gone from the graph leave it.
 
     Flat in memory: pages of 500. The first node with an id keeps it, further ones are listed. A memory whose content
     cannot be embedded is planned with the content that its point has by `payloads`, so that the point is kept.
     """
     scan, odd = Scan(), list[_Odd]()
-    spool.begin_scan()
+    cache.begin_scan()
     for page in pages(iter_memories(conn, graph), _PAGE):
         usable, others = [], []
         for node in page:
@@ -138,19 +138,19 @@ def scan_graph(
                 others.append((node, reason))
             else:
                 usable.append((node, str(node.properties["content"])))
-        _plan(usable, spool, spec, scan)
+        _plan(usable, cache, spec, scan)
         odd += _with_text(others, payloads, scan)
         scan.memories += len(page)
         if progress:
             progress(len(page))
     for some in pages(odd, _PAGE):  # last: a usable memory of the same id goes before
-        taken = _plan([(one.node, one.text) for one in some], spool, spec, scan)
+        taken = _plan([(one.node, one.text) for one in some], cache, spec, scan)
         scan.odd += [
             (str(point_id(one.node.properties["id"])), one.reason)
             for one in some
             if one.node.node_id in taken
         ]
-    spool.end_scan()
+    cache.end_scan()
     forget_tokenizer()
     return scan
 
@@ -181,15 +181,17 @@ def _with_text(others: list[tuple[MemoryNode, str]], payloads: Payloads | None, 
     return found
 
 
-def _plan(nodes: list[tuple[MemoryNode, str]], spool: Spool, spec: EmbeddingSpec, scan: Scan) -> set[int]:
+def _plan(
+    nodes: list[tuple[MemoryNode, str]], cache: EmbeddingCache, spec: EmbeddingSpec, scan: Scan
+) -> set[int]:
     """Plan these memories with these texts; the node ids of those that were taken."""
     rows: dict[PointId, MemoryRow] = {}
     taken: set[int] = set()
     identities = [point_id(node.properties["id"]) for node, _ in nodes]
     texts = [text for _, text in nodes]
-    keys = [spool.text_key(spec, text) for text in texts]
-    tokens, limit = _tokens(spool, dict(zip(keys, texts, strict=True))), input_limit(spec.model)
-    known = spool.scanned([one for one in identities if one is not None])
+    keys = [cache.text_key(spec, text) for text in texts]
+    tokens, limit = _tokens(cache, dict(zip(keys, texts, strict=True))), input_limit(spec.model)
+    known = cache.scanned([one for one in identities if one is not None])
     for (node, text), identity, key in zip(nodes, identities, keys, strict=True):
         assert identity is not None
         if identity in known or identity in rows:
@@ -199,16 +201,16 @@ def _plan(nodes: list[tuple[MemoryNode, str]], spool: Spool, spec: EmbeddingSpec
         taken.add(node.node_id)
         if limit is not None and tokens[key] > limit:
             scan.cut(str(identity))
-    spool.put_memories(list(rows.values()))
+    cache.put_memories(list(rows.values()))
     scan.usable += len(rows)
     scan.tokens += sum(row.tokens for row in rows.values())
     scan.payload_bytes += sum(len(row.payload) for row in rows.values())
     return taken
 
 
-def _tokens(spool: Spool, texts: dict[bytes, str]) -> dict[bytes, int]:
+def _tokens(cache: EmbeddingCache, texts: dict[bytes, str]) -> dict[bytes, int]:
     """The tokens of each text; what the plan holds already is not counted again."""
-    known = spool.tokens_of(list(texts))
+    known = cache.tokens_of(list(texts))
     new = {key: text for key, text in texts.items() if key not in known}
     return known | (dict(zip(new, count_tokens(list(new.values())), strict=True)) if new else {})
 
@@ -242,36 +244,38 @@ class Plan:
     disk_peak: int
 
     @property
-    def spooled(self) -> int:
+    def cached(self) -> int:
         """Memories whose vector is paid for already (identical texts count for each memory)."""
         return self.scan.usable - self.texts
 
 
 def read_plan(
-    graph: GraphSource, spool: Spool, spec: EmbeddingSpec, bar: ProgressBar, payloads: Payloads
+    graph: GraphSource, cache: EmbeddingCache, spec: EmbeddingSpec, bar: ProgressBar, payloads: Payloads
 ) -> Scan:
-    """Read the graph into the spool, and cut what vectors can be had from larger ones; `payloads`: see `scan_graph`."""
+    """Read the graph into the cache, and cut what vectors can be had from larger ones; `payloads`: see `scan_graph`."""
     with bar("read graph", None, "memories") as progress:
-        scan = scan_graph(graph.conn, graph.graph, spool, spec, payloads=payloads, progress=progress)
-    spool.derive_missing(spec)
+        scan = scan_graph(graph.conn, graph.graph, cache, spec, payloads=payloads, progress=progress)
+    cache.derive_missing(spec)
     return scan
 
 
-def only_live_ids(qdrant: Qdrant, collection: str, spool: Spool, graph: GraphSource) -> IdTable:
+def only_live_ids(
+    qdrant: Qdrant, collection: str, cache: EmbeddingCache, graph: GraphSource
+) -> TemporaryIdTable:
     """The ids that the collection holds and no memory does that can be embedded.
 
     The graph is asked after the points were read: a memory stored since its scan is none of them.
     """
-    table = IdTable()
-    with points_present(qdrant, collection, payload=False) as present:
-        surplus = surplus_ids(present, lambda ids: set(spool.memories_of(ids)))
-        for page in pages(surplus, _ID_PAGE):
+    table = TemporaryIdTable()
+    with existing_points(qdrant, collection, payload=False) as existing:
+        orphans = orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
+        for page in pages(orphans, _ID_PAGE):
             newer = embeddable_now(graph.conn, graph.graph, page)
             table.put((one, None) for one in page if one not in newer)
     return table
 
 
-def textless_points(only_live: IdTable, graph: GraphSource) -> list[str]:
+def textless_points(only_live: TemporaryIdTable, graph: GraphSource) -> list[str]:
     """Those of the points without a planned memory whose memory exists: neither it nor the point has a text."""
     return sorted(map(str, memories_now(graph.conn, graph.graph, only_live.ids())))
 
@@ -281,7 +285,7 @@ def whole_plan(
     missing: Missing,
     spec: EmbeddingSpec,
     live: CollectionState | None,
-    only_live: IdTable | None,
+    only_live: TemporaryIdTable | None,
     textless: list[str],
 ) -> Plan:
     """Put the plan together for printing; `missing` is what must be bought, `textless` are no part of `only_live`."""

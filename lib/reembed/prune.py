@@ -1,11 +1,11 @@
-"""`--prune-spool`: bought vectors that no plan of this backup folder needs are deleted from the spool."""
+"""`--prune-spool`: bought vectors that no plan of this backup folder needs are deleted from the embedding cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import Stored
 from lib.errors import GuardRefused
 from lib.journal import open_journals
@@ -13,7 +13,7 @@ from lib.journal import open_journals
 
 @dataclass(frozen=True)
 class Pruned:
-    """What the spool held, `removed` vectors of it, bytes before and after; `shrunk` where the file gave back room."""
+    """What the cache held, `removed` vectors of it, bytes before and after; `shrunk` where the file gave back room."""
 
     stored: list[Stored]
     removed: int
@@ -22,22 +22,22 @@ class Pruned:
     shrunk: bool
 
 
-def prune_spool(spool: Spool, folder: Path, *, dry_run: bool) -> Pruned:
+def prune_spool(cache: EmbeddingCache, folder: Path, *, dry_run: bool) -> Pruned:
     """Delete what no plan needs, or (`dry_run`) only count it.
 
     Plans are the last scans of every graph and collection that this folder knows. Raises GuardRefused while a run is
-    unfinished, SpoolDamaged where a plan cannot be read, LockHeld where another run uses the vectors.
+    unfinished, CacheDamaged where a plan cannot be read, LockHeld where another run uses the vectors.
     """
-    plans = [one for one in sorted(spool.path.parent.glob("*.sqlite3")) if one != spool.vectors_path]
-    before = spool.size_bytes()
+    plans = [one for one in sorted(cache.path.parent.glob("*.sqlite3")) if one != cache.vectors_path]
+    before = cache.size_bytes()
     if not dry_run:
         _require_no_open_run(folder)
-    stored = spool.stored(plans)
+    stored = cache.stored(plans)
     if dry_run or not any(one.unneeded for one in stored):
         return Pruned(stored, 0, before, before, shrunk=False)
-    removed = spool.prune(plans)
-    shrunk = spool.give_back_room()
-    return Pruned(stored, removed, before, spool.size_bytes(), shrunk)
+    removed = cache.prune(plans)
+    shrunk = cache.give_back_room()
+    return Pruned(stored, removed, before, cache.size_bytes(), shrunk)
 
 
 def _require_no_open_run(folder: Path) -> None:

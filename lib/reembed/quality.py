@@ -1,6 +1,6 @@
 """Recall before and after a re-embedding: the same memories' nearest neighbours in the old and the new collection.
 
-Asked by the points' own stored vectors, so that nothing is bought. What was found before is kept in the spool, under
+Asked by the points' own stored vectors, so that nothing is bought. What was found before is kept in the cache, under
 the run's id: a run that goes on after the delete still has it. That nothing could be measured fails no migration.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from lib.backup.last_migration import DELETING
 from lib.backup.payloads import PointId
-from lib.clients.embeddings.cache import MemoryRow, Spool
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
 from lib.clients.qdrant.points import retrieve
 from lib.clients.qdrant.search import Hit, nearest_to
 from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError
@@ -36,7 +36,7 @@ _TROUBLE = (
 
 @dataclass(frozen=True)
 class Near:
-    """One memory's nearest points, itself left out, best first; `key` is its text's key in the spool, in hex."""
+    """One memory's nearest points, itself left out, best first; `key` is its text's key in the cache, in hex."""
 
     id: PointId
     key: str
@@ -76,22 +76,22 @@ class Recall:
     memories: list[Compared]
 
 
-def keep_before(run: Migration) -> None:
+def save_before(run: Migration) -> None:
     """Search the live collection, which is about to be replaced, and keep what was found."""
     if run.reached(DELETING):
         return  # what stands there now is not the old collection
     found: dict[str, Any] = {"run": journal_of(run).run_id, "trouble": "", "near": []}
-    rows = run.spool.sample(SAMPLES + _SPARE)
+    rows = run.cache.sample(SAMPLES + _SPARE)
     try:
         found["near"] = _nearest_of(run.target.qdrant, run.target.collection, rows)
     except _TROUBLE as error:
         found["trouble"] = f"the old collection could not be searched: {error}".splitlines()[0]
-    run.spool.set_meta(_KEPT, json.dumps(found, default=dataclasses.asdict))
+    run.cache.set_meta(_KEPT, json.dumps(found, default=dataclasses.asdict))
 
 
 def compare_after(run: Migration) -> tuple[Recall | None, str]:
     """The new collection beside what was found before; without that, None and why."""
-    kept = json.loads(run.spool.get_meta(_KEPT) or "{}")
+    kept = json.loads(run.cache.get_meta(_KEPT) or "{}")
     if kept.get("run") != journal_of(run).run_id:
         if not run.reached(DELETING):
             return None, "no collection was replaced"
@@ -139,7 +139,7 @@ def _hits(qdrant: Qdrant, collection: str, identity: PointId) -> list[Hit]:
 
 def _compare(run: Migration, before: list[Near]) -> Recall | None:
     old = {one.id: one for one in before}
-    rows = run.spool.memories_of(list(old))
+    rows = run.cache.memories_of(list(old))
     same = [rows[one.id] for one in before if one.id in rows and rows[one.id].key.hex() == one.key]
     now = {one.id: one for one in _nearest_of(run.target.qdrant, run.target.collection, same)}
     pairs = [(old[one.id], one) for one in now.values()]
@@ -153,14 +153,14 @@ def _compare(run: Migration, before: list[Near]) -> Recall | None:
         before_score=median(score for was, _ in pairs for score in was.scores),
         after_score=median(score for _, one in pairs for score in one.scores),
         left=len(asked) - len(there),
-        memories=[_compared(run.spool, rows[one.id], was, one) for was, one in pairs],
+        memories=[_compared(run.cache, rows[one.id], was, one) for was, one in pairs],
     )
 
 
-def _compared(spool: Spool, row: MemoryRow, was: Near, now: Near) -> Compared:
+def _compared(cache: EmbeddingCache, row: MemoryRow, was: Near, now: Near) -> Compared:
     lost = [one for one in was.near if one not in now.near][:_EXAMPLES]
     won = [one for one in now.near if one not in was.near][:_EXAMPLES]
-    known = {one: _excerpt(other.content) for one, other in spool.memories_of([*lost, *won]).items()}
+    known = {one: _excerpt(other.content) for one, other in cache.memories_of([*lost, *won]).items()}
     return Compared(
         id=row.point_id,
         content=_excerpt(row.content),

@@ -1,4 +1,4 @@
-"""The live collection exchanged: keep what only its points hold, delete it, create, fill from the spool.
+"""The live collection exchanged: keep what only its points hold, delete it, create, fill from the embedding cache.
 
 Every call here is announced in the journal first, so that a run killed at any point goes on where it was.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from lib.backup.collection import STAMP_KEY
 from lib.backup.last_migration import CREATED, DELETED, DELETING, KEPT, READ
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import (
     aliases_of,
     create_default,
@@ -29,7 +29,7 @@ from lib.concurrency import ProgressBar
 from lib.dimensions import EmbeddingSpec
 from lib.journal import Journal
 from lib.reembed.migration import Target
-from lib.reembed.sync import SyncOutcome, keep_payloads, sync_collection
+from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection
 
 INDEX_SECONDS = 3600.0
 
@@ -40,26 +40,28 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
     return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now}}
 
 
-def made_anew(spool: Spool, journal: Journal, points: int) -> bool:
+def made_anew(cache: EmbeddingCache, journal: Journal, points: int) -> bool:
     """Whether somebody made the collection anew since this run read it: most of the points it had are gone."""
-    return journal.has_reached(READ) and 2 * points < spool.kept_count()
+    return journal.has_reached(READ) and 2 * points < cache.saved_count()
 
 
-def keep_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, points: int) -> int:
+def save_live(target: Target, cache: EmbeddingCache, journal: Journal, bar: ProgressBar, points: int) -> int:
     """Keep the payloads of the live collection, which has `points`; how many were read.
 
     What was made anew meanwhile (this run deleted the old one; or somebody did, and most of the points that were
     kept are gone) is laid over what was kept.
     """
     began = journal.has_reached(READ) or journal.has_reached(KEPT)
-    anew = journal.has_reached(DELETING) or made_anew(spool, journal, points)
+    anew = journal.has_reached(DELETING) or made_anew(cache, journal, points)
     with bar("keep payloads", points, "points") as progress:
-        return keep_payloads(
-            target.qdrant, target.collection, spool, first=not began, add=anew, progress=progress
+        return save_payloads(
+            target.qdrant, target.collection, cache, first=not began, add=anew, progress=progress
         )
 
 
-def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, *, undo: str) -> float:
+def drop_live(
+    target: Target, cache: EmbeddingCache, journal: Journal, bar: ProgressBar, *, undo: str
+) -> float:
     """Journal the settings, keep the payloads, delete the live collection. The guard has spoken before this.
 
     The payloads are read by the last request before the delete. Returns the moment (monotonic seconds) from which
@@ -71,13 +73,13 @@ def drop_live(target: Target, spool: Spool, journal: Journal, bar: ProgressBar, 
     state, facts = get_state(target.qdrant, target.collection), {}
     refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
     if not journal.has_reached(DELETING):
-        anew = made_anew(spool, journal, state.points)
+        anew = made_anew(cache, journal, state.points)
         known = journal.fact("aliases") or [] if anew else []
         facts = {
             "settings": journal.fact("staged_like") if anew else state.raw,
             "aliases": sorted({*known, *aliases_of(target.qdrant, target.collection)}),
         }
-    count = keep_live(target, spool, journal, bar, state.points)
+    count = save_live(target, cache, journal, bar, state.points)
     journal.append(KEPT, kept=count, **facts)
     journal.append(DELETING, undo=undo)
     began = time.monotonic()
@@ -113,7 +115,7 @@ class Filled:
 
 def fill(
     target: Target,
-    spool: Spool,
+    cache: EmbeddingCache,
     total: int,
     bar: ProgressBar,
     aliases: list[str],
@@ -130,7 +132,7 @@ def fill(
         outcome = sync_collection(
             target.qdrant,
             target.collection,
-            spool,
+            cache,
             whole=whole,
             copied_from=copied_from,
             progress=progress,

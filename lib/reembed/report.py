@@ -108,7 +108,7 @@ class Report:
 
 def points_in_place(run: Migration, outcome: SyncOutcome) -> int:
     """How many points the plan has in the collection."""
-    return run.spool.memory_count() - outcome.unembedded - len(outcome.rejected)
+    return run.cache.memory_count() - outcome.unembedded - len(outcome.rejected)
 
 
 def make_report(run: Migration, scan: Scan, outcome: SyncOutcome, *, went_on_after_delete: bool) -> Report:
@@ -130,7 +130,7 @@ def make_report(run: Migration, scan: Scan, outcome: SyncOutcome, *, went_on_aft
         absent_seconds=round(run.absent_seconds if absent is None else absent, 3),
         absent_known=MEASURED if absent is None else AT_MOST,
         memories=scan.memories,
-        texts=run.spool.text_total().texts,
+        texts=run.cache.text_total().texts,
         bought=_paid(made, run.spec.model),
         rates=made.slots,
         recall=recall,
@@ -178,10 +178,12 @@ def _old_vectors(run: Migration) -> Vectors | None:
     if not settings:
         return None
     manifest = manifest_of(run.folder, run.journal)
-    half = manifest.collection if manifest else None
+    component = manifest.collection if manifest else None
     size = settings["config"]["params"]["vectors"].get("size", 0)
-    points = settings.get("points_count", half.points if half else None)
-    return Vectors(size, points, half.model if half else "", half.model_known if half else "")
+    points = settings.get("points_count", component.points if component else None)
+    return Vectors(
+        size, points, component.model if component else "", component.model_known if component else ""
+    )
 
 
 def _absent_by(journal: Journal) -> float | None:

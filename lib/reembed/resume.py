@@ -13,9 +13,9 @@ from lib.backup.last_migration import (
     DELETING,
     PLACED,
     PLACING,
-    PROVED,
     STAGED,
     STAGING,
+    VERIFIED,
     collection_of,
     spec_as_json,
 )
@@ -27,17 +27,17 @@ from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
 
 _SETTINGS = {"size": "dimension (VECTOR_SIZE)", "model": "EMBEDDING_MODEL", "endpoint": "OPENAI_BASE_URL"}
-_PROVED = "the staged collection is proved, the live one is untouched"
+_VERIFIED = "the staged collection is proved, the live one is untouched"
 _BEGUN = "the staged collection is begun, the live one is untouched"
 # The furthest first.
 _WHERE = (
-    (PROVED, "all is in place and proved, what is left is to clean up"),
+    (VERIFIED, "all is in place and proved, what is left is to clean up"),
     (PLACED, "the staged collection is in place, what is left is to catch up and to prove"),
     (CREATED, "the new collection is created, what is left is to fill and to prove it"),
     (PLACING, "the old collection is deleted, the staged one was on its way into its place"),
     (DELETED, "the old collection is deleted"),
     (DELETING, "the old collection was about to be deleted"),
-    (STAGED, _PROVED),
+    (STAGED, _VERIFIED),
     (STAGING, _BEGUN),
 )
 
@@ -59,7 +59,7 @@ def open_run(folder: Path, targets: list[str], spec: EmbeddingSpec) -> Journal |
 def give_up_others(folder: Path, targets: list[str], spec: EmbeddingSpec, qdrant: Qdrant) -> None:
     """Close the runs of other settings that never deleted anything; right before the first write of this one.
 
-    What they staged is removed: the vectors stay in the spool.
+    What they staged is removed: the vectors stay in the embedding cache.
     """
     for journal in _open_here(folder, targets):
         if journal.fact("spec") != spec_as_json(spec) and not journal.has_reached(DELETING):
@@ -74,7 +74,7 @@ def going_on(journal: Journal) -> str:
     where = next(
         (text for phase, text in _WHERE if journal.has_reached(phase)), "nothing was begun on a server"
     )
-    if where is _PROVED and not journal.fact("proved"):
+    if where is _VERIFIED and not journal.fact("proved"):
         where = _BEGUN
     return f"going on with the run of {str(journal.entries[0]['at'])[:16]} UTC: {where}"
 
@@ -82,7 +82,7 @@ def going_on(journal: Journal) -> str:
 def refuse_stranger(folder: Path, targets: list[str]) -> None:
     """Raise GuardRefused where an unfinished run deleted this collection at another address, or this graph's other one.
 
-    For a collection that is absent or empty: its payloads may be in that run's part of the spool alone. The address
+    For a collection that is absent or empty: its payloads may be in that run's part of the cache alone. The address
     may be the same one in another spelling.
     """
     for journal in open_journals(folder):

@@ -17,13 +17,13 @@ import numpy as np
 from lib.backup.existing_points import pages
 from lib.backup.last_migration import spec_as_json
 from lib.backup.payloads import PointId
-from lib.clients.embeddings.cache import MemoryRow, Missing, Spool, TextRow
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
 from lib.clients.qdrant.points import retrieve
 from lib.clients.qdrant.search import Hit, Searcher
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.journal import Journal, open_journals, start_journal
-from lib.reembed.embed import Buyer, buy
+from lib.reembed.embed import EmbeddingRunner, embed_texts
 from lib.reembed.migration import Migration
 from lib.reembed.sync import SyncOutcome, sync_collection
 
@@ -57,22 +57,24 @@ class SpotCheck:
     compared: Recall | None
 
 
-def spot_check(run: Migration, buyer: Buyer, live: CollectionState | None, count: int) -> SpotCheck:
+def spot_check(
+    run: Migration, runner: EmbeddingRunner, live: CollectionState | None, count: int
+) -> SpotCheck:
     """Embed `count` memories spread over the plan, fill a side collection with them, compare, drop it."""
-    rows = spread(run.spool, count)
-    _buy(run, buyer, rows)
+    rows = spread(run.cache, count)
+    _buy(run, runner, rows)
     journal = start_journal(run.folder, COMMAND, run.targets, spec=spec_as_json(run.spec))
     side = f"{run.target.collection}__check_{journal.run_id}"
     journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(run.target.qdrant, 'DELETE', side)}")
     try:
         _make(run, side, live)
-        with plan_of(run.spool, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
+        with plan_of(run.cache, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
             outcome = sync_collection(run.target.qdrant, side, plan, progress=progress)
         compared = (
-            compare(run, side, live, [row for row in rows if _stored(row, run.spool)]) if live else None
+            compare(run, side, live, [row for row in rows if _stored(row, run.cache)]) if live else None
         )
     finally:
-        _remove(run.target.qdrant, run.spool, journal)
+        _remove(run.target.qdrant, run.cache, journal)
     return SpotCheck(len(rows), outcome, compared)
 
 
@@ -80,39 +82,39 @@ def clear_up(run: Migration) -> None:
     """Remove what killed checks of the same stores left."""
     for journal in open_journals(run.folder):
         if journal.command == COMMAND and journal.targets == run.targets:
-            _remove(run.target.qdrant, run.spool, journal)
+            _remove(run.target.qdrant, run.cache, journal)
 
 
-def _remove(qdrant: Qdrant, spool: Spool, journal: Journal) -> None:
+def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
     side = str(journal.fact("side") or "")
     if side:
         delete_collection(qdrant, side)
-    remove_plan(spool, journal)
+    remove_plan(cache, journal)
     journal.close("removed")
 
 
-def remove_plan(spool: Spool, journal: Journal) -> None:
+def remove_plan(cache: EmbeddingCache, journal: Journal) -> None:
     """Delete the plan of a check, which is a file of its own."""
     for ending in ("", "-wal", "-shm"):
-        path = _plan_path(spool, journal)
+        path = _plan_path(cache, journal)
         path.with_name(path.name + ending).unlink(missing_ok=True)
 
 
-def spread(spool: Spool, count: int) -> list[MemoryRow]:
+def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
     """`count` memories at equal distances over the plan, or all of them."""
-    total = spool.memory_count()
+    total = cache.memory_count()
     step = max(1.0, total / count)
     wanted = {int(number * step) for number in range(min(count, total))}
-    return [row for number, row in enumerate(spool.memories()) if number in wanted]
+    return [row for number, row in enumerate(cache.memories()) if number in wanted]
 
 
-def _buy(run: Migration, buyer: Buyer, rows: Sequence[MemoryRow]) -> None:
-    known = run.spool.known([row.key for row in rows])
+def _buy(run: Migration, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
+    known = run.cache.known([row.key for row in rows])
     missing = {row.key: row for row in reversed(rows) if row.key not in known}
     total = Missing(len(missing), sum(row.tokens for row in missing.values()))
-    buyer.require_affordable(total.tokens, run.bought)
+    runner.require_affordable(total.tokens, run.bought)
     texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
-    buy(buyer, run.spool, texts, total, run.bar, run.bought)
+    embed_texts(runner, run.cache, texts, total, run.bar, run.bought)
 
 
 def _make(run: Migration, side: str, live: CollectionState | None) -> None:
@@ -122,22 +124,22 @@ def _make(run: Migration, side: str, live: CollectionState | None) -> None:
         create_like(run.target.qdrant, side, live.raw, run.spec.size)
 
 
-def _plan_path(spool: Spool, journal: Journal) -> Path:
-    return spool.path.with_name(f"{spool.path.stem}-check-{journal.run_id}.sqlite3")
+def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
+    return cache.path.with_name(f"{cache.path.stem}-check-{journal.run_id}.sqlite3")
 
 
 @contextlib.contextmanager
-def plan_of(spool: Spool, rows: Sequence[MemoryRow], journal: Journal) -> Iterator[Spool]:
+def plan_of(cache: EmbeddingCache, rows: Sequence[MemoryRow], journal: Journal) -> Iterator[EmbeddingCache]:
     """A plan of these memories alone, over the same vectors."""
-    with Spool(_plan_path(spool, journal), vectors=spool.vectors_path) as plan:
+    with EmbeddingCache(_plan_path(cache, journal), vectors=cache.vectors_path) as plan:
         plan.begin_scan()
         plan.put_memories(rows)
         plan.end_scan()
         yield plan
 
 
-def _stored(row: MemoryRow, spool: Spool) -> bool:
-    return bool(spool.known([row.key]))
+def _stored(row: MemoryRow, cache: EmbeddingCache) -> bool:
+    return bool(cache.known([row.key]))
 
 
 def compare(run: Migration, side: str, live: CollectionState, rows: Sequence[MemoryRow]) -> Recall | None:
@@ -152,7 +154,7 @@ def compare(run: Migration, side: str, live: CollectionState, rows: Sequence[Mem
     overlaps, scores = [], []
     with Searcher(qdrant) as searcher:
         for row in shared[:: max(1, len(shared) // MOST_QUERIES)]:
-            blob = run.spool.get_vectors([row.key])[row.key]
+            blob = run.cache.get_vectors([row.key])[row.key]
             before = searcher.search(live.name, vectors[row.point_id], near + 1, payload=False, among=among)
             after = searcher.search(side, np.frombuffer(blob, "<f4"), near + 1, payload=False, among=among)
             old, new = _others(before, row.point_id, near), _others(after, row.point_id, near)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from lib.backup.collection_restore import drop_temporary
-from lib.backup.existing_points import pages, points_present, surplus_ids
+from lib.backup.existing_points import existing_points, orphan_ids, pages
 from lib.backup.last_migration import DELETING, READ, STAGED, STAGING, TIDYING
 from lib.backup.payloads import PointId
 from lib.clients.qdrant.collection import (
@@ -26,40 +26,40 @@ from lib.clients.qdrant.points import delete_points
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.reembed.assess import journaled_settings, require_whole_graph
-from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, Buyer, catch_up
+from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, catch_up
 from lib.reembed.migration import Migration, journal_of
 from lib.reembed.plan import memories_now
-from lib.reembed.recreate import INDEX_SECONDS, keep_live, made_anew, stamp
+from lib.reembed.recreate import INDEX_SECONDS, made_anew, save_live, stamp
 from lib.reembed.resume import refuse_stranger_staged
 from lib.reembed.sync import SyncOutcome, payloads_now, sync_collection
-from lib.verify.vectors import mend_vectors
+from lib.verify.vectors import repair_vectors
 
 _EXAMPLES, _PAGE = 3, 256
 
 
-def prove_points(run: Migration, collection: str, rejected: Iterable[PointId], *, own: bool) -> int:
-    """Every planned id is there, every vector equals the spool's; how many vectors had to be renewed.
+def verify_points(run: Migration, collection: str, rejected: Iterable[PointId], *, own: bool) -> int:
+    """Every planned id is there, every vector equals the embedding cache's; how many vectors had to be renewed.
 
     `rejected`: rows that the server does not take. `own`: nobody else writes to the collection, so that no other id
     may be there, and each vector is the plan's. What the old service wrote to a live one is renewed, and compared
     again. Raises VerificationFailed.
     """
-    missing, surplus = _ids(run, collection, set(rejected))
+    missing, orphans = _ids(run, collection, set(rejected))
     if not own:  # with its memory the running AutoMem removes the point
         missing = sorted(memories_now(run.graph.conn, run.graph.graph, [missing]), key=str)
-    if missing or (own and surplus):
-        one, what = (missing, "missing") if missing else (surplus, "not in the plan")
+    if missing or (own and orphans):
+        one, what = (missing, "missing") if missing else (orphans, "not in the plan")
         some = listed(one[:_EXAMPLES])
         raise VerificationFailed(
             f"{len(one)} point(s) of '{collection}' are {what}, such as {some}",
-            next_step="python scripts/reembed_embeddings.py   (goes on from the spool)",
+            next_step="python scripts/reembed_embeddings.py   (goes on from the embedding cache)",
         )
-    qdrant, spool, spec = run.target.qdrant, run.spool, run.spec
-    mended = mend_vectors(qdrant, collection, spool, spec, run.bar, planned=own)
-    if mended and mend_vectors(qdrant, collection, spool, spec, run.bar, planned=own):
+    qdrant, cache, spec = run.target.qdrant, run.cache, run.spec
+    mended = repair_vectors(qdrant, collection, cache, spec, run.bar, planned=own)
+    if mended and repair_vectors(qdrant, collection, cache, spec, run.bar, planned=own):
         raise VerificationFailed(
             f"points of '{collection}' keep changing to other vectors: something else writes to it",
-            next_step="stop AutoMem, then python scripts/reembed_embeddings.py   (goes on from the spool)",
+            next_step="stop AutoMem, then python scripts/reembed_embeddings.py   (goes on from the embedding cache)",
         )
     return mended
 
@@ -67,14 +67,14 @@ def prove_points(run: Migration, collection: str, rejected: Iterable[PointId], *
 def _ids(run: Migration, collection: str, rejected: set[PointId]) -> tuple[list[PointId], list[PointId]]:
     """Planned ids with a vector that are not there; ids there that no plan has."""
     missing: list[PointId] = []
-    with points_present(run.target.qdrant, collection, payload=False) as present:
-        for rows in pages(run.spool.memories(), _PAGE):
-            known = run.spool.known([row.key for row in rows])
+    with existing_points(run.target.qdrant, collection, payload=False) as existing:
+        for rows in pages(run.cache.memories(), _PAGE):
+            known = run.cache.known([row.key for row in rows])
             wanted = [row.point_id for row in rows if row.key in known and row.point_id not in rejected]
-            there = present.payloads(wanted)
+            there = existing.payloads(wanted)
             missing += [one for one in wanted if one not in there]
-        surplus = list(surplus_ids(present, lambda ids: set(run.spool.memories_of(ids))))
-    return missing, surplus
+        orphans = list(orphan_ids(existing, lambda ids: set(run.cache.memories_of(ids))))
+    return missing, orphans
 
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ T = TypeVar("T")
 _FEW_POINTS = 1000  # fewer say nothing of the rate
 
 
-def stage(run: Migration, buyer: Buyer, live: CollectionState) -> CollectionState:
+def stage(run: Migration, runner: EmbeddingRunner, live: CollectionState) -> CollectionState:
     """Make the staged collection, or go on with it, and prove it; the live one, which is `live`, is only read.
 
     Catching up and syncing repeat until a round buys fewer than 100 contents. Raises StoreFailed where the server's
@@ -93,14 +93,14 @@ def stage(run: Migration, buyer: Buyer, live: CollectionState) -> CollectionStat
         _begin(run, live)
         for _ in range(MOST_ROUNDS):
             before = run.bought.texts
-            scan = catch_up(buyer, run.graph, run.spool, run.bar, run.bought, payloads_now(run))
+            scan = catch_up(runner, run.graph, run.cache, run.bar, run.bought, payloads_now(run))
             require_whole_graph(run, scan.own_text)
-            count = keep_live(run.target, run.spool, journal, run.bar, live.points)
+            count = save_live(run.target, run.cache, journal, run.bar, live.points)
             journal.append(READ, kept=count)
             outcome = _sync(run)
             if run.bought.texts - before < FEW_CONTENTS:
                 break
-        prove_points(run, run.staged, [one.id for one in outcome.rejected], own=True)
+        verify_points(run, run.staged, [one.id for one in outcome.rejected], own=True)
         state = get_state(run.target.qdrant, run.staged)
     rate = {"upsert_rate": run.upsert_rate} if run.upsert_rate else {}
     journal.append(STAGED, points=state.points, proved=True, **rate)
@@ -111,7 +111,7 @@ def _begin(run: Migration, live: CollectionState) -> None:
     """Announce and create; what an earlier start made is gone on with where the live one's settings are the same."""
     refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
     qdrant, journal = run.target.qdrant, journal_of(run)
-    anew = run.reached(DELETING) or made_anew(run.spool, journal, live.points)
+    anew = run.reached(DELETING) or made_anew(run.cache, journal, live.points)
     like = (journaled_settings(run) if anew else None) or live.raw
     standing = health(qdrant, run.staged)
     same = run.has_staged and same_settings(journal.fact("staged_like"), like)
@@ -138,7 +138,7 @@ def require_same_settings(run: Migration) -> None:
     Unless somebody made the live one anew: the settings of the old one count then.
     """
     journal, live = journal_of(run), get_state(run.target.qdrant, run.target.collection)
-    if run.reached(DELETING) or made_anew(run.spool, journal, live.points):
+    if run.reached(DELETING) or made_anew(run.cache, journal, live.points):
         return
     if not same_settings(journal.fact("staged_like"), live.raw):
         raise StoreFailed(
@@ -150,15 +150,15 @@ def require_same_settings(run: Migration) -> None:
 def _sync(run: Migration) -> SyncOutcome:
     """Nobody else writes to the staged collection: what the plan does not have leaves it."""
     qdrant, began = run.target.qdrant, time.monotonic()
-    with run.bar("stage", run.spool.memory_count(), "points") as progress:
+    with run.bar("stage", run.cache.memory_count(), "points") as progress:
         outcome = sync_collection(
-            qdrant, run.staged, run.spool, whole=True, copied_from=run.staged, progress=progress
+            qdrant, run.staged, run.cache, whole=True, copied_from=run.staged, progress=progress
         )
     if outcome.added >= _FEW_POINTS:
         run.upsert_rate = outcome.added / (time.monotonic() - began)
-    with points_present(qdrant, run.staged, payload=False) as present:
+    with existing_points(qdrant, run.staged, payload=False) as existing:
         delete_points(
-            qdrant, run.staged, list(surplus_ids(present, lambda ids: set(run.spool.memories_of(ids))))
+            qdrant, run.staged, list(orphan_ids(existing, lambda ids: set(run.cache.memories_of(ids))))
         )
     if outcome.wrote or not get_state(qdrant, run.staged).settled:
         with run.bar("wait for the index", None, ""):
@@ -185,7 +185,7 @@ def room_kept(run: Migration) -> Iterator[None]:
 
 
 def with_room(run: Migration, work: Callable[[], T]) -> T:
-    """What `work` gives, after the delete; on a full disk the staged collection makes room: the spool has all of it.
+    """What `work` gives, after the delete; on a full disk the staged collection makes room: the cache has all of it.
 
     Raises StoreFailed where that is not enough.
     """
@@ -198,9 +198,9 @@ def with_room(run: Migration, work: Callable[[], T]) -> T:
             if not run.has_staged or health(run.target.qdrant, run.staged) == "missing":
                 raise StoreFailed(
                     f"the Qdrant server's disk is full: {error.text}\n'{run.target.collection}' is at the new size"
-                    " already, but not whole; the spool holds every vector that was bought",
+                    " already, but not whole; the embedding cache holds every vector that was bought",
                     next_step="make room on the server (1.11 must be restarted then, to forget that its disk was full)"
-                    " and run the same command again: it goes on from the spool",
+                    " and run the same command again: it goes on from the embedding cache",
                 ) from error
         drop_staged(run)
 

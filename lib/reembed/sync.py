@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lib.backup.existing_points import IdTable, pages, points_present
+from lib.backup.existing_points import TemporaryIdTable, existing_points, pages
 from lib.backup.last_migration import DELETING
 from lib.backup.payloads import PointId, identical, merged_payload, own_payload, standing_payload
-from lib.clients.embeddings.cache import KeptPoint, MemoryRow, Missing, Spool, TextRow
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import (
     Point,
@@ -26,7 +26,7 @@ from lib.clients.qdrant.points import (
     upsert,
 )
 from lib.clients.qdrant.transport import Qdrant, QdrantError
-from lib.concurrency import Progress, in_lanes
+from lib.concurrency import Progress, bounded_map
 from lib.errors import GuardRefused, MissingData
 from lib.reembed.guard import Wanted, fitting_backup
 from lib.reembed.migration import Migration
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def _row(point: Point) -> KeptPoint:
+def _row(point: Point) -> SavedPoint:
     vector = None if point.vector is None else point.vector.astype("<f4").tobytes()
-    return KeptPoint(point.id, orjson.dumps(point.payload or {}), vector)
+    return SavedPoint(point.id, orjson.dumps(point.payload or {}), vector)
 
 
-def keep_payloads(
+def save_payloads(
     qdrant: Qdrant,
     collection: str,
-    spool: Spool,
+    cache: EmbeddingCache,
     *,
     first: bool = True,
     add: bool = False,
@@ -58,19 +58,19 @@ def keep_payloads(
     is lost.
     """
     if first and not add:
-        spool.clear_kept()
+        cache.clear_saved()
     count = 0
     for page in scroll(qdrant, collection, payload=True):
-        spool.keep_points(_laid_over(page, spool) if add else [_row(point) for point in page])
+        cache.save_points(_laid_over(page, cache) if add else [_row(point) for point in page])
         count += len(page)
         if progress:
             progress(len(page))
     return count
 
 
-def _laid_over(points: list[Point], spool: Spool) -> list[KeptPoint]:
+def _laid_over(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
     """The points with what was kept of them before, where they lack it."""
-    rows = spool.kept([point.id for point in points])
+    rows = cache.kept([point.id for point in points])
     before = {one: orjson.loads(row.payload) for one, row in rows.items()}
     laid = []
     for point in points:
@@ -85,7 +85,7 @@ def payloads_now(run: Migration) -> Payloads:
     def look_up(ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
         found: dict[PointId, dict[str, Any]] = {}
         if run.reached(DELETING):
-            found = {one: orjson.loads(row.payload) for one, row in run.spool.kept(ids).items()}
+            found = {one: orjson.loads(row.payload) for one, row in run.cache.kept(ids).items()}
         with suppress(QdrantError):  # missing, or being restored
             live = retrieve(run.target.qdrant, run.target.collection, ids, payload=True)
             found |= {point.id: point.payload for point in live if point.payload}
@@ -94,38 +94,38 @@ def payloads_now(run: Migration) -> Payloads:
     return look_up
 
 
-def keep_whole(points: list[Point], spool: Spool) -> None:
+def save_whole(points: list[Point], cache: EmbeddingCache) -> None:
     """Keep these points, vectors and all, before they are removed as surplus."""
-    spool.keep_points([_row(point) for point in points])
+    cache.save_points([_row(point) for point in points])
 
 
 _SHARE = 0.01
 
 
-def remove_surplus(run: Migration, state: CollectionState) -> int:
+def remove_orphans(run: Migration, state: CollectionState) -> int:
     """Remove points that no memory has: asked by id after the point was read; how many went.
 
     Raises MissingData for an empty graph, GuardRefused where more than 1% would go without a proved backup.
     """
-    with only_live_ids(run.target.qdrant, state.name, run.spool, run.graph) as surplus:
-        if not len(surplus):
+    with only_live_ids(run.target.qdrant, state.name, run.cache, run.graph) as orphans:
+        if not len(orphans):
             return 0
-        if run.spool.memory_count() == 0:
+        if run.cache.memory_count() == 0:
             raise MissingData(
                 f"graph '{run.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
                 next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
             )
-        if len(surplus) > _SHARE * state.points:
-            with points_present(run.target.qdrant, state.name, payload=False) as live:
-                found = fitting_backup(run.folder, Wanted(run.target.qdrant.display, state, live, surplus))
+        if len(orphans) > _SHARE * state.points:
+            with existing_points(run.target.qdrant, state.name, payload=False) as live:
+                found = fitting_backup(run.folder, Wanted(run.target.qdrant.display, state, live, orphans))
             if isinstance(found, str):
                 raise GuardRefused(
-                    f"{len(surplus)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+                    f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
                     f" so many are not removed without a proved backup: {found}",
                     next_step=f"python scripts/backup_automem.py\n{run.again}",
                 )
-        there = memories_now(run.graph.conn, run.graph.graph, surplus.ids())
-        return sum(_remove_page(run, state.name, page, there) for page in surplus.ids())
+        there = memories_now(run.graph.conn, run.graph.graph, orphans.ids())
+        return sum(_remove_page(run, state.name, page, there) for page in orphans.ids())
 
 
 def _remove_page(run: Migration, collection: str, ids: list[PointId], known: set[PointId]) -> int:
@@ -133,7 +133,7 @@ def _remove_page(run: Migration, collection: str, ids: list[PointId], known: set
     points = retrieve(run.target.qdrant, collection, ids, payload=True, vector=True)
     there = known | usually_spelled(run.graph.conn, run.graph.graph, ids)
     gone = [point for point in points if point.id not in there]
-    keep_whole(gone, run.spool)
+    save_whole(gone, run.cache)
     delete_points(run.target.qdrant, collection, [point.id for point in gone])
     return len(gone)
 
@@ -184,16 +184,20 @@ class SyncOutcome:
 
 
 def changes(
-    spool: Spool, present: IdTable, *, whole: bool = False, copies: IdTable | None = None
+    cache: EmbeddingCache,
+    existing: TemporaryIdTable,
+    *,
+    whole: bool = False,
+    copies: TemporaryIdTable | None = None,
 ) -> Iterator[list[Change]]:
     """What the plan wants and the collection does not have so, in batches (some may be empty).
 
     `whole`: see `standing_payload`. `copies`: payloads that this migration itself wrote; what a point has as they
     have it is not its own word, and gives way to what was kept since.
     """
-    for rows in pages(spool.memories(), _BATCH):
+    for rows in pages(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
-        live, kept = present.payloads(ids), spool.kept(ids)
+        live, kept = existing.payloads(ids), cache.kept(ids)
         written = copies.payloads(ids) if copies is not None else {}
         found = []
         for row in rows:
@@ -210,49 +214,49 @@ def changes(
         yield found
 
 
-def texts_to_buy(spool: Spool, present: IdTable) -> Iterator[TextRow]:
-    """Texts that missing or changed points need and the spool lacks, identical ones once."""
+def texts_to_embed(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[TextRow]:
+    """Texts that missing or changed points need and the embedding cache lacks, identical ones once."""
     seen: set[bytes] = set()
-    for batch in changes(spool, present):
+    for batch in changes(cache, existing):
         wanted = [change.row for change in batch if change.needs_vector]
-        known = spool.known([row.key for row in wanted])
+        known = cache.known([row.key for row in wanted])
         for row in wanted:
             if row.key not in known and row.key not in seen:
                 seen.add(row.key)
                 yield TextRow(row.key, row.content, str(row.point_id), row.tokens)
 
 
-def missing_of(spool: Spool, present: IdTable) -> Missing:
-    """How many texts `texts_to_buy` would give, and their tokens."""
-    tokens = [row.tokens for row in texts_to_buy(spool, present)]
+def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
+    """How many texts `texts_to_embed` would give, and their tokens."""
+    tokens = [row.tokens for row in texts_to_embed(cache, existing)]
     return Missing(len(tokens), sum(tokens))
 
 
 def sync_collection(
     qdrant: Qdrant,
     collection: str,
-    spool: Spool,
+    cache: EmbeddingCache,
     *,
     whole: bool = False,
     copied_from: str | None = None,
     progress: Progress | None = None,
 ) -> SyncOutcome:
-    """Bring `collection` to the spool's plan, with the spool's vectors.
+    """Bring `collection` to the embedding cache's plan, with the embedding cache's vectors.
 
-    A payload starts from the live point's, else from the one kept in the spool (`whole`: see `standing_payload`),
+    A payload starts from the live point's, else from the one kept in the cache (`whole`: see `standing_payload`),
     overlaid by the graph's values. `copied_from`: the collection that this one was made from by this migration, or
     itself where nobody else writes to it (see `changes`).
-    Memories whose vector is not in the spool are counted in `unembedded` and left alone.
+    Memories whose vector is not in the embedding cache are counted in `unembedded` and left alone.
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
-        present = tables.enter_context(points_present(qdrant, collection))
-        copies = present if copied_from == collection else None
+        existing = tables.enter_context(existing_points(qdrant, collection))
+        copies = existing if copied_from == collection else None
         if copied_from and copies is None:
-            copies = tables.enter_context(points_present(qdrant, copied_from))
-        found = changes(spool, present, whole=whole, copies=copies)
+            copies = tables.enter_context(existing_points(qdrant, copied_from))
+        found = changes(cache, existing, whole=whole, copies=copies)
         write = functools.partial(_write, qdrant, collection)
-        for done, rows in in_lanes(write, _with_vectors(spool, found), _LANES):
+        for done, rows in bounded_map(write, _with_vectors(cache, found), _LANES):
             outcome.add(done)
             if progress:
                 progress(rows)
@@ -268,11 +272,11 @@ class _Batch:
     vectors: NDArray[np.float32] | None
 
 
-def _with_vectors(spool: Spool, found: Iterator[list[Change]]) -> Iterator[_Batch]:
+def _with_vectors(cache: EmbeddingCache, found: Iterator[list[Change]]) -> Iterator[_Batch]:
     import numpy as np
 
     for batch in found:
-        vectors = spool.get_vectors([change.row.key for change in batch if change.needs_vector])
+        vectors = cache.get_vectors([change.row.key for change in batch if change.needs_vector])
         ready = [change for change in batch if change.needs_vector and change.row.key in vectors]
         rows = [np.frombuffer(vectors[change.row.key], dtype="<f4") for change in ready]
         yield _Batch(batch, ready, np.vstack(rows) if rows else None)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.backup.graph import GraphProof, GraphSource, check_file, loaded_graph, machine_lacks
-from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphHalf, read_manifest
+from lib.backup.graph import GraphSource, GraphVerification, check_file, loaded_graph, machine_lacks
+from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, read_manifest
 from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
@@ -29,12 +29,12 @@ from lib.clients.falkordb.swap import (
     dump_as,
     dump_graph,
     memory_used,
-    prove_acceptance,
     require_memory,
     require_readable,
     require_writable,
     swap_back,
     swap_in,
+    verify_acceptance,
 )
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.files import atomic_writer, private_dir
@@ -43,7 +43,7 @@ from lib.journal import Journal
 SWITCHING, SWITCHED, SAFE = "switching the graph", "graph switched", "safety backup"
 
 
-def retire_old(
+def drop_old(
     target: GraphSource, safety_name: str, saved_digest: str | None, folder: Path, journal: Journal
 ) -> Path | None:
     """Drop the old graph; first its late writes are saved, where it differs from the safety backup's digest.
@@ -52,12 +52,12 @@ def retire_old(
     """
     saved = None
     if saved_digest is not None and _digest(target, safety_name) != saved_digest:
-        saved = keep_aside(target, safety_name, folder, journal)
+        saved = save_aside(target, safety_name, folder, journal)
     drop_graph(target.conn, safety_name)
     return saved
 
 
-def keep_aside(target: GraphSource, name: str, folder: Path, journal: Journal) -> Path:
+def save_aside(target: GraphSource, name: str, folder: Path, journal: Journal) -> Path:
     """Save a graph as it stands into a file of its own, a DUMP wrapped as an RDB, which restore takes back."""
     mark = name if name != target.graph else f"{name}__found_{journal.run_id}"
     path = private_dir(folder / GRAPH_DIR) / f"{mark}.rdb"
@@ -68,7 +68,7 @@ def keep_aside(target: GraphSource, name: str, folder: Path, journal: Journal) -
     return path
 
 
-def settle_graph(target: GraphSource, journal: Journal, folder: Path) -> list[str]:
+def clean_up_graph(target: GraphSource, journal: Journal, folder: Path) -> list[str]:
     """Clean up after a run that was killed: its throw-away graph, and the old graph under its safety name.
 
     The swap is atomic: either the old graph stands under its own name, or the new one does and the old one is
@@ -76,15 +76,15 @@ def settle_graph(target: GraphSource, journal: Journal, folder: Path) -> list[st
     else stands there by now, both stay: it may hold days of work.
     """
     done = []
-    throwaway, safety = journal.fact("throwaway_graph"), journal.fact("safety_graph")
-    if throwaway in list_graphs(target.conn):
-        drop_graph(target.conn, throwaway)
-        done.append(f"removed the rehearsal graph {throwaway}")
+    temporary, safety = journal.fact("throwaway_graph"), journal.fact("safety_graph")
+    if temporary in list_graphs(target.conn):
+        drop_graph(target.conn, temporary)
+        done.append(f"removed the rehearsal graph {temporary}")
     if safety not in list_graphs(target.conn):
         return done
     standing = _digest(target, target.graph)
     if journal.has_reached(SWITCHED) or (standing and standing == journal.fact("restored_digest")):
-        saved = retire_old(target, safety, _saved_digest(journal, folder), folder, journal)
+        saved = drop_old(target, safety, _saved_digest(journal, folder), folder, journal)
         done.append(f"dropped {safety}, the graph before that run" + (f"; see {saved}" if saved else ""))
     elif standing:
         done.append(
@@ -102,10 +102,10 @@ def _saved_digest(journal: Journal, folder: Path) -> str | None:
     if not journal.has_reached(SAFE):
         return None
     try:
-        half = read_manifest(folder / str(journal.fact("manifest"))).graph
+        component = read_manifest(folder / str(journal.fact("manifest"))).graph
     except MigrationError:
         return ""
-    return half.digest if half else ""
+    return component.digest if component else ""
 
 
 def _digest(target: GraphSource, name: str) -> str:
@@ -127,9 +127,9 @@ class GraphBackup:
 
     path: Path
     graph: str
-    proof: GraphProof
+    proof: GraphVerification
     scratch: Scratch | None
-    throwaway: str = ""  # the name of the rehearsal, and
+    temporary: str = ""  # the name of the rehearsal, and
     copies: list[bytes] = field(default_factory=list, repr=False)  # the payload under it, until it is used
 
     @property
@@ -140,13 +140,13 @@ class GraphBackup:
 
 @contextmanager
 def open_backup(
-    path: Path, source: GraphSource, engines: list[Engine], half: GraphHalf | None
+    path: Path, source: GraphSource, engines: list[Engine], component: GraphComponent | None
 ) -> Iterator[GraphBackup]:
     """Prove the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall."""
-    if half:
-        check_file(path, half.file)
+    if component:
+        check_file(path, component.file)
     facts = inspect_rdb(path)
-    require_rdb_checksum(path, facts, expected_sha256=half.file.sha256 if half else "")
+    require_rdb_checksum(path, facts, expected_sha256=component.file.sha256 if component else "")
     try:
         engine = engine_for(facts, engines, server_versions(source.conn))
         _require_loadable(path, facts)
@@ -154,14 +154,16 @@ def open_backup(
         payload = unwrap_dump(path)
         if payload is None or graph_name(payload) != source.graph:
             raise
-        yield GraphBackup(path, source.graph, GraphProof(CHECKED, f"{UNLOADED} ({error})", facts), None)
+        yield GraphBackup(
+            path, source.graph, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None
+        )
         return
-    throwaway = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
+    temporary = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
     copies = list[bytes]()
-    loaded = loaded_graph(path, source.graph, engine, facts, half=half, dump=(throwaway, copies))
+    loaded = loaded_graph(path, source.graph, engine, facts, component=component, dump=(temporary, copies))
     with loaded as (proof, scratch):
-        _require_nodes(path, proof, half)
-        yield GraphBackup(path, source.graph, proof, scratch, throwaway, copies)
+        _require_nodes(path, proof, component)
+        yield GraphBackup(path, source.graph, proof, scratch, temporary, copies)
 
 
 def _require_loadable(path: Path, facts: RdbFacts) -> None:
@@ -173,9 +175,9 @@ def _require_loadable(path: Path, facts: RdbFacts) -> None:
         )
 
 
-def _require_nodes(path: Path, proof: GraphProof, half: GraphHalf | None) -> None:
+def _require_nodes(path: Path, proof: GraphVerification, component: GraphComponent | None) -> None:
     """An empty graph is put back where the manifest says that it was empty; a bare RDB may be another server's."""
-    if proof.counts is not None and proof.counts.nodes == 0 and half is None:
+    if proof.counts is not None and proof.counts.nodes == 0 and component is None:
         raise BackupDamaged(
             f"{path} holds an empty graph, and no manifest says that it was empty",
             next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
@@ -224,18 +226,18 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
             )
 
 
-def rehearse(backup: GraphBackup, target: GraphSource, journal: Journal) -> bytes:
+def trial_restore(backup: GraphBackup, target: GraphSource, journal: Journal) -> bytes:
     """Let the target take the graph under a throw-away name, digests compared; the payload under the real name.
 
     A payload carries its graph's name, and restoring it under another one can crash a server: so the scratch
     graph is renamed before each DUMP, and without one only the versions are compared.
     """
-    throwaway = backup.throwaway or temporary_name(target.conn, backup.graph, "try", journal.run_id)
-    journal.append("rehearsing the graph", throwaway_graph=throwaway)
+    temporary = backup.temporary or temporary_name(target.conn, backup.graph, "try", journal.run_id)
+    journal.append("rehearsing the graph", throwaway_graph=temporary)
     if backup.scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
         assert payload is not None
-        require_readable(target.conn, payload, throwaway)
+        require_readable(target.conn, payload, temporary)
         return payload
     with ThreadPoolExecutor(1) as beside:
         dumped: list[Future[bytes]] = []
@@ -244,13 +246,13 @@ def rehearse(backup: GraphBackup, target: GraphSource, journal: Journal) -> byte
             assert backup.scratch is not None
             dumped.append(beside.submit(dump_apart, backup.scratch.address, backup.graph))
 
-        prove_acceptance(target.conn, _copy(backup, backup.scratch), throwaway, backup.digest, dump)
+        verify_acceptance(target.conn, _copy(backup, backup.scratch), temporary, backup.digest, dump)
         return dumped[0].result()
 
 
 def _copy(backup: GraphBackup, scratch: Scratch) -> bytes:
     """The payload under the rehearsal's name: the one that was taken with the proof, at its first use."""
-    return backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.throwaway)
+    return backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.temporary)
 
 
 def switch_graph(
@@ -280,7 +282,7 @@ def switch_graph(
             next_step=f"run the same command again; or undo:\n{undo}",
         ) from error
     if quiet and wanted and found != wanted:
-        aside = keep_aside(target, backup.graph, folder, journal)
+        aside = save_aside(target, backup.graph, folder, journal)
         if had_old:
             swap_back(target.conn, backup.graph, safety)
         raise StoreFailed(

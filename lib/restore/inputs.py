@@ -15,14 +15,21 @@ from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
 from lib.backup.check import ARCHIVE, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
     Aside,
-    CollectionProof,
     CollectionSource,
+    CollectionVerification,
     has_room,
     known_model,
-    prove_collection,
+    verify_collection,
 )
-from lib.backup.manifest import CHECKED, RESTORED, CollectionHalf, GraphHalf, Manifest, read_manifest
-from lib.backup.snapshot_restore import CollectionBackup, KeptSnapshots, PromisedIds
+from lib.backup.manifest import (
+    CHECKED,
+    RESTORED,
+    CollectionComponent,
+    GraphComponent,
+    Manifest,
+    read_manifest,
+)
+from lib.backup.snapshot_restore import CollectionBackup, ExpectedIds, SavedSnapshots
 from lib.child_process import scratch_folder
 from lib.clients.qdrant.collection import CollectionState, refuse_alias
 from lib.clients.qdrant.restoring import preflight_upload
@@ -41,8 +48,8 @@ class Wanted:
 
     rdb: Path | None = None
     archive: Path | None = None
-    graph_half: GraphHalf | None = None
-    collection_half: CollectionHalf | None = None
+    graph_component: GraphComponent | None = None
+    collection_component: CollectionComponent | None = None
     notes: list[str] = field(default_factory=list)
     bare: bool = False  # the archive is none, but a snapshot as Qdrant's own API gives it
 
@@ -59,16 +66,18 @@ def read_wanted(words: list[str], folder: Path, owner: Deployment) -> Wanted:
         if kind == MANIFEST:
             _take_set(wanted, read_manifest(path))
         elif kind == RDB:
-            _take_rdb(wanted, path, _half_of(folder, path, "graph", wanted))
+            _take_rdb(wanted, path, _component_of(folder, path, "graph", wanted))
         elif kind == ARCHIVE:
-            _take_archive(wanted, path, _half_of(folder, path, "collection", wanted))
+            _take_archive(wanted, path, _component_of(folder, path, "collection", wanted))
         else:
             _take_archive(wanted, path, None)
             wanted.bare = True
     return wanted
 
 
-def _half_of(folder: Path, path: Path, name: str, wanted: Wanted) -> GraphHalf | CollectionHalf | None:
+def _component_of(
+    folder: Path, path: Path, name: str, wanted: Wanted
+) -> GraphComponent | CollectionComponent | None:
     manifest = find_set(folder, path)
     for broken in [] if manifest else broken_manifests(folder, path):
         wanted.notes.append(
@@ -85,18 +94,18 @@ def _take_set(wanted: Wanted, manifest: Manifest) -> None:
         _take_archive(wanted, manifest.file_of(manifest.collection), manifest.collection)
 
 
-def _take_rdb(wanted: Wanted, path: Path, half: GraphHalf | CollectionHalf | None) -> None:
+def _take_rdb(wanted: Wanted, path: Path, component: GraphComponent | CollectionComponent | None) -> None:
     if wanted.rdb:
         raise BadFile(f"{path} and {wanted.rdb} are both of the graph", next_step="name one of them")
     wanted.rdb = path
-    wanted.graph_half = half if isinstance(half, GraphHalf) else None
+    wanted.graph_component = component if isinstance(component, GraphComponent) else None
 
 
-def _take_archive(wanted: Wanted, path: Path, half: GraphHalf | CollectionHalf | None) -> None:
+def _take_archive(wanted: Wanted, path: Path, component: GraphComponent | CollectionComponent | None) -> None:
     if wanted.archive:
         raise BadFile(f"{path} and {wanted.archive} are both of the collection", next_step="name one of them")
     wanted.archive = path
-    wanted.collection_half = half if isinstance(half, CollectionHalf) else None
+    wanted.collection_component = component if isinstance(component, CollectionComponent) else None
 
 
 UNKNOWN = -1  # how many points are promised
@@ -104,7 +113,7 @@ UNKNOWN = -1  # how many points are promised
 _NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 
-def prove_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionProof:
+def verify_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionVerification:
     """Both tar levels read to the end, the checksum beside it where there is one, its segments counted where possible.
 
     Raises BackupDamaged. A segment left out of the file shows in the count alone: only a backup of ours promises ids.
@@ -117,10 +126,12 @@ def prove_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionPr
         _facts(path, collection, spec, snapshot, member), (member,), UNKNOWN if counted is None else counted
     )
     if counted is None:
-        return CollectionProof(
+        return CollectionVerification(
             CHECKED, "a bare snapshot: both tar levels and its configuration", archive, snapshot
         )
-    return CollectionProof(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot)
+    return CollectionVerification(
+        RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot
+    )
 
 
 def _inspected(path: Path, aside: Aside) -> tuple[SnapshotMember, SnapshotFacts]:
@@ -187,17 +198,17 @@ def _facts(
 _TIMES = 3  # the room that a snapshot takes in the temporary folder: kept once, and twice while the engine opens it
 
 
-def open_backup(path: Path, half: CollectionHalf | None) -> CollectionBackup:
+def open_backup(path: Path, component: CollectionComponent | None) -> CollectionBackup:
     """Prove the archive; nothing on the target is touched. Raises BackupDamaged."""
-    size = half.snapshot_size if half else peek_facts(path)["snapshot_size"]
-    ids, kept = PromisedIds(), KeptSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
-    proof = prove_collection(path, half=half, on_ids=ids.keep, passing=kept.passing)
+    size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
+    ids, kept = ExpectedIds(), SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
+    proof = verify_collection(path, component=component, on_ids=ids.keep, passing=kept.passing)
     return CollectionBackup(path, proof, ids=ids, kept=kept)
 
 
 def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
     """Prove a bare snapshot as far as it can be, nothing telling what it should hold. Raises BackupDamaged."""
-    return CollectionBackup(path, prove_bare(path, target.collection, target.spec), bare=True)
+    return CollectionBackup(path, verify_bare(path, target.collection, target.spec), bare=True)
 
 
 def require_same_name(backup: CollectionBackup, target: CollectionSource) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lib.backup.snapshot_restore import CollectionBackup
     from lib.config import Config
     from lib.restore.graph import GraphBackup
-    from lib.restore.site import Newer, NewerThanBackup, Options, Proved, Restored, Site
+    from lib.restore.site import Newer, NewerThanBackup, Options, Restored, Site, VerifiedFiles
 
 # The graph alone: no setting goes with it, but AutoMem knows labels and keys by the old graph's numbers.
 RESTART_GRAPH = """\
@@ -26,7 +26,7 @@ RESTART_GRAPH = """\
     Railway:  railway redeploy"""
 
 
-def show_restore_plan(site: Site, proved: Proved, options: Options, console: Console) -> int:
+def show_restore_plan(site: Site, proved: VerifiedFiles, options: Options, console: Console) -> int:
     """What a restore would do: --dry-run stops before the first write."""
     from lib.restore.preflight import newer_than
 
@@ -123,13 +123,15 @@ def _newer(found: Newer | None) -> dict[str, Any] | None:
 def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
     """What the backup lacks of what stands there, and where it remains."""
     lines = []
-    for what, half in (("memories", found.graph), ("points", found.collection)):
-        if not half:
+    for what, component in (("memories", found.graph), ("points", found.collection)):
+        if not component:
             continue
-        changed = f", {half.changed:,} {what} have another content than in it" if half.changed else ""
-        more = "" if half.added + half.changed <= len(half.named) else ", ..."
+        changed = (
+            f", {component.changed:,} {what} have another content than in it" if component.changed else ""
+        )
+        more = "" if component.added + component.changed <= len(component.named) else ", ..."
         lines.append(
-            f"{half.added:,} {what} are newer than the backup{changed}: {listed(half.named)}{more}"
+            f"{component.added:,} {what} are newer than the backup{changed}: {listed(component.named)}{more}"
             f"\n  they remain {where}"
         )
         if what == "points" and found.graph is None:
@@ -139,7 +141,7 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
     return lines
 
 
-def show_restored(done: Restored, proved: Proved, config: Config, console: Console) -> int:
+def show_restored(done: Restored, proved: VerifiedFiles, config: Config, console: Console) -> int:
     """What was restored, where the old state is, and the settings that go with it."""
     lines = [*done.notes]
     document: dict[str, object] = {"safety_backup": done.safety.name if done.safety else None}

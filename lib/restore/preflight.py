@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import redis
 
 from lib.backup.collection import CollectionSource
-from lib.backup.existing_points import IdTable, as_id, pages
+from lib.backup.existing_points import TemporaryIdTable, as_id, pages
 from lib.backup.graph import GraphSource
-from lib.backup.manifest import GraphHalf
+from lib.backup.manifest import GraphComponent
 from lib.backup.payloads import PointId
 from lib.backup.snapshot_restore import CollectionBackup, place
 from lib.clients.automem import HealthAnswer, ask_health
@@ -33,7 +33,7 @@ from lib.restore.inputs import (
     require_same_name,
     require_target,
 )
-from lib.restore.site import Newer, NewerThanBackup, Options, Proved, Site
+from lib.restore.site import Newer, NewerThanBackup, Options, Site, VerifiedFiles
 
 _NAMED = 3  # clients that are named one by one
 _STOP_AUTOMEM = (
@@ -44,9 +44,9 @@ _STOP_AUTOMEM = (
 )
 
 
-def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) -> Proved:
+def verify_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) -> VerifiedFiles:
     """Prove every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
-    proved = Proved()
+    proved = VerifiedFiles()
     for text in wanted.notes:
         site.notice(f"warning: {text}")
     if wanted.archive:
@@ -55,7 +55,7 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
         if wanted.bare:
             backup = open_bare(wanted.archive, site.collection)
         else:
-            backup = open_backup(wanted.archive, wanted.collection_half)
+            backup = open_backup(wanted.archive, wanted.collection_component)
         require_same_name(backup, site.collection)
         check_version(backup, site.collection.qdrant, force=options.force_version)
         require_target(site.collection.qdrant, site.collection.collection)
@@ -63,27 +63,27 @@ def prove_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) 
     if wanted.rdb:
         assert site.graph is not None
         site.say(f"proving {wanted.rdb}: loading it into a scratch FalkorDB")
-        opened = graphs.open_backup(wanted.rdb, site.graph, site.engines, wanted.graph_half)
+        opened = graphs.open_backup(wanted.rdb, site.graph, site.engines, wanted.graph_component)
         proved.graph = stack.enter_context(opened)
         graphs.require_version(proved.graph, site.graph)
         graphs.require_target(proved.graph, site.graph)
-        _tell_left_out(site, site.graph, proved.graph, wanted.graph_half)
-    for half, server in (
-        (wanted.graph_half, _server(site.graph)),
-        (wanted.collection_half, _server(site.collection)),
+        _tell_left_out(site, site.graph, proved.graph, wanted.graph_component)
+    for component, server in (
+        (wanted.graph_component, _server(site.graph)),
+        (wanted.collection_component, _server(site.collection)),
     ):
-        if half and not same_server(half.server["address"], server):
+        if component and not same_server(component.server["address"], server):
             site.notice(
-                f"warning: {half.file.name} was taken from {half.server['address']}, it goes to {server}"
+                f"warning: {component.file.name} was taken from {component.server['address']}, it goes to {server}"
             )
     return proved
 
 
 def _tell_left_out(
-    site: Site, target: GraphSource, backup: graphs.GraphBackup, half: GraphHalf | None
+    site: Site, target: GraphSource, backup: graphs.GraphBackup, component: GraphComponent | None
 ) -> None:
     """Name what a restore of the graph does not bring back: function libraries, and an expiry of its key."""
-    held = half.functions if half else []
+    held = component.functions if component else []
     if backup.scratch:
         held = [*held, *function_libraries(backup.scratch.conn)]
     missing = sorted(set(held) - set(function_libraries(target.conn))) if held else []
@@ -94,7 +94,10 @@ def _tell_left_out(
             " their code"
         )
     live = expires_at(target.conn, target.graph)
-    for whose, moment in (("the backup's key had", half.expires if half else ""), ("the live key has", live)):
+    for whose, moment in (
+        ("the backup's key had", component.expires if component else ""),
+        ("the live key has", live),
+    ):
         if moment:
             site.notice(
                 f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one"
@@ -154,7 +157,7 @@ def _require_harmless(target: GraphSource, backup: graphs.GraphBackup, options: 
         graphs.require_same_numbers(backup, target)
 
 
-def tell_other_clients(site: Site) -> None:
+def notify_other_clients(site: Site) -> None:
     """Name who else is connected to FalkorDB: they are never told that the graph was replaced."""
     assert site.graph is not None
     try:
@@ -191,7 +194,7 @@ _PAGE = 500
 _HASH, _MODULUS = "content", 1 << 62
 
 
-def newer_than(site: Site, proved: Proved) -> NewerThanBackup:
+def newer_than(site: Site, proved: VerifiedFiles) -> NewerThanBackup:
     """Compare the memories' ids and contents, and the points' ids, with the backup's; only reads."""
     found = NewerThanBackup()
     if proved.graph and site.graph:
@@ -220,9 +223,9 @@ def _newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
     return found
 
 
-def _contents_of(conn: redis.Redis, graph: str) -> IdTable:
+def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
     """By id, the sum of the hashes of all contents that bear it: an id may be used twice."""
-    table = IdTable()
+    table = TemporaryIdTable()
     for page in pages(_contents(conn, graph), _PAGE):
         sums = {one: int(row[_HASH]) for one, row in table.payloads([one for one, _ in page]).items()}
         for identity, value in page:
@@ -246,8 +249,8 @@ def _newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | N
     if health(live.qdrant, live.collection) != "live":
         return None
     found = Newer()
-    with IdTable() as kept:
-        for page in backup.promised():
+    with TemporaryIdTable() as kept:
+        for page in backup.expected():
             kept.put((one, None) for one in page)
         for points in scroll(live.qdrant, live.collection):
             known = kept.payloads([point.id for point in points])

@@ -8,20 +8,20 @@ from typing import NoReturn
 
 from lib.backup import collection_restore as collections
 from lib.backup.manifest import SAFETY, Manifest
-from lib.backup.run import settle_backup, settle_late, take_backup
+from lib.backup.run import clean_up_backup, clean_up_late, take_backup
 from lib.backup.server_snapshots import AWAITED, removed
 from lib.backup.snapshot_restore import place
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph
-from lib.clients.qdrant.collection import exists, is_dead
+from lib.clients.qdrant.collection import exists, is_failed
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.journal import Journal, open_journals, start_journal
 from lib.restore import graph as graphs
-from lib.restore.graph import SAFE, retire_old, settle_graph
+from lib.restore.graph import SAFE, clean_up_graph, drop_old
 from lib.restore.graph import SWITCHING as GRAPH_SWITCHING
 from lib.restore.inputs import open_backup
 from lib.restore.preflight import newer_than, require_still_quiet
-from lib.restore.site import Options, Proved, Restored, Site, Undo
+from lib.restore.site import Options, Restored, Site, Undo, VerifiedFiles
 
 COMMAND = "restore"
 _GRAPH_SETTLED, _COLLECTION_SETTLED = "graph settled", "collection settled"
@@ -37,44 +37,44 @@ class Settled:
     left: list[Journal] = field(default_factory=list)
 
 
-def settle(site: Site, proved: Proved, run: Journal, notes: list[str]) -> Settled:
+def settle(site: Site, proved: VerifiedFiles, run: Journal, notes: list[str]) -> Settled:
     """Put in order what killed restores of this target left in the collection's server and in the backup folder.
 
-    The rehearsal that one proved is kept for `run`. The graph is not touched yet: see `settle_graphs`.
+    The rehearsal that one proved is kept for `run`. The graph is not touched yet: see `clean_up_graphs`.
     """
     found = Settled()
     for journal in open_journals(site.folder):
         if journal.command == COMMAND and journal.targets == site.targets and journal.path != run.path:
-            settle_backup(site.folder, site.collection, journal)
+            clean_up_backup(site.folder, site.collection, journal)
             if journal.phase == AWAITED:
                 found.left.append(journal)
             elif journal.is_open:
                 _tell(site, notes, _before(site, journal))
-                _settle_collection(site, proved, run, journal, found, notes)
+                _clean_up_collection(site, proved, run, journal, found, notes)
                 found.journals.append(journal)
     return found
 
 
-def _settle_collection(
-    site: Site, proved: Proved, run: Journal, journal: Journal, found: Settled, notes: list[str]
+def _clean_up_collection(
+    site: Site, proved: VerifiedFiles, run: Journal, journal: Journal, found: Settled, notes: list[str]
 ) -> None:
     if site.collection is None:
         return
     qdrant, name, nodes = site.collection.qdrant, site.collection.collection, site.collection.nodes
-    _tell(site, notes, collections.settle_collection(qdrant, name, journal, proved.collection, nodes))
+    _tell(site, notes, collections.clean_up_collection(qdrant, name, journal, proved.collection, nodes))
     found.aliases += collections.aliases_taken_off(journal)
     run.append("going on", aliases=found.aliases)
     journal.append(_COLLECTION_SETTLED)
 
 
-def settle_graphs(site: Site, found: Settled, notes: list[str]) -> None:
+def clean_up_graphs(site: Site, found: Settled, notes: list[str]) -> None:
     """The graphs that killed restores left, once this run has proved that it can go on. Closes what is settled.
 
     A journal stays open where this run does not open the store that its rest is in.
     """
     for journal in found.journals:
         if site.graph:
-            _tell(site, notes, settle_graph(site.graph, journal, site.folder))
+            _tell(site, notes, clean_up_graph(site.graph, journal, site.folder))
             journal.append(_GRAPH_SETTLED)
         if _is_settled(journal) and removed(journal):
             journal.close(_OUTCOME)
@@ -97,10 +97,10 @@ def _tell(site: Site, notes: list[str], news: list[str]) -> None:
     notes += news
 
 
-def settle_last(site: Site, found: Settled) -> None:
+def clean_up_last(site: Site, found: Settled) -> None:
     """At the end of a run: by now the server has ended what a killed run asked it for, or never began it."""
     if site.collection:
-        settle_late(site.collection, found.left)
+        clean_up_late(site.collection, found.left)
 
 
 def _is_settled(journal: Journal) -> bool:
@@ -112,22 +112,22 @@ def _is_settled(journal: Journal) -> bool:
     )
 
 
-def supersede(site: Site, proved: Proved) -> None:
+def supersede(site: Site, proved: VerifiedFiles) -> None:
     """An unfinished re-embedding ends here: the collection that it was making is not the one that stands now."""
     for journal in open_journals(site.folder):
         if journal.command == "reembed" and journal.targets == site.targets and proved.collection:
             journal.close("superseded by a restore")
 
 
-def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restored:
+def restore(site: Site, proved: VerifiedFiles, undo: Undo, options: Options) -> Restored:
     """Rehearse, back up what is there, switch. Raises with the stores as they were, or says how to go on."""
     result = Restored()
     journal = start_journal(site.folder, COMMAND, site.targets, again=site.again, files=proved.files)
     back = ""
     try:
         settled = settle(site, proved, journal, result.notes)
-        payload, temporary = _rehearse(site, proved, journal)
-        settle_graphs(site, settled, result.notes)
+        payload, temporary = _trial_restore(site, proved, journal)
+        clean_up_graphs(site, settled, result.notes)
         result.newer = newer_than(site, proved)
         if options.safety:
             result.safety = _safety_backup(site, proved, journal)
@@ -158,7 +158,7 @@ def restore(site: Site, proved: Proved, undo: Undo, options: Options) -> Restore
         _switch_graph(site, proved.graph, payload, journal, back, options, result)
     supersede(site, proved)
     journal.close("done")
-    settle_last(site, settled)
+    clean_up_last(site, settled)
     return result
 
 
@@ -183,12 +183,12 @@ def _raise_not_in_place(
 
 def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
     """Put the collection back that the safety backup holds; why that could not be, or None where it is back."""
-    half = safety.collection if safety else None
-    if site.collection is None or safety is None or half is None:
+    component = safety.collection if safety else None
+    if site.collection is None or safety is None or component is None:
         return "There is no safety backup to put back"
     site.notice(f"putting '{site.collection.collection}' back as it was, from {safety.path}")
     try:
-        saved = place(open_backup(safety.file_of(half), half), site.collection)
+        saved = place(open_backup(safety.file_of(component), component), site.collection)
         temporary = str(journal.fact("temporary_collection"))
         collections.put_back(saved, temporary, journal.fact("aliases") or [])
     except MigrationError as error:
@@ -197,19 +197,19 @@ def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | No
     return None
 
 
-def _rehearse(site: Site, proved: Proved, journal: Journal) -> tuple[bytes | None, str | None]:
+def _trial_restore(site: Site, proved: VerifiedFiles, journal: Journal) -> tuple[bytes | None, str | None]:
     payload = temporary = None
     if proved.graph and site.graph:
         site.say("the target proves that it takes the graph, under a throw-away name")
-        payload = graphs.rehearse(proved.graph, site.graph, journal)
+        payload = graphs.trial_restore(proved.graph, site.graph, journal)
     if proved.placement:
         size = proved.placement.backup.proof.archive.snapshot_size
         with site.bar("rehearse the collection", size, "bytes") as progress:
-            temporary = collections.rehearse(proved.placement, journal, progress)
+            temporary = collections.trial_restore(proved.placement, journal, progress)
     return payload, temporary
 
 
-def _safety_backup(site: Site, proved: Proved, journal: Journal) -> Manifest | None:
+def _safety_backup(site: Site, proved: VerifiedFiles, journal: Journal) -> Manifest | None:
     """Back up what is about to be replaced; what is absent needs none, what is dead is lost already."""
     graph = site.graph if proved.graph else None
     collection = site.collection if proved.collection else None
@@ -217,7 +217,7 @@ def _safety_backup(site: Site, proved: Proved, journal: Journal) -> Manifest | N
         graph = None
     if collection and not exists(collection.qdrant, collection.collection):
         collection = None
-    if collection and is_dead(collection.qdrant, collection.collection):
+    if collection and is_failed(collection.qdrant, collection.collection):
         site.say(f"'{collection.collection}' is dead and cannot be read: nothing of it can be backed up")
         collection = None
     if graph is None and collection is None:
@@ -243,9 +243,9 @@ def _switch_graph(
     )
     if old is None:
         return
-    half = result.safety.graph if result.safety else None
-    saved = (half.digest if half else "") if options.safety else None
-    result.late_writes = retire_old(site.graph, old, saved, site.folder, journal)
+    component = result.safety.graph if result.safety else None
+    saved = (component.digest if component else "") if options.safety else None
+    result.late_writes = drop_old(site.graph, old, saved, site.folder, journal)
 
 
 def _between(journal: Journal) -> bool:
@@ -260,8 +260,8 @@ def _clean_up(site: Site, journal: Journal, *, close: bool) -> None:
     with suppress(MigrationError):  # what went wrong first is what the operator must read
         if site.collection and temporary:
             collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
-        throwaway = journal.fact("throwaway_graph")
-        if site.graph and throwaway in list_graphs(site.graph.conn):
-            drop_graph(site.graph.conn, throwaway)
+        temporary_graph = journal.fact("throwaway_graph")
+        if site.graph and temporary_graph in list_graphs(site.graph.conn):
+            drop_graph(site.graph.conn, temporary_graph)
         if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")

@@ -49,7 +49,7 @@ class Options:
 
 
 @dataclass
-class Proved:
+class VerifiedFiles:
     """The files, proved; the graph's stays loaded while the restore runs."""
 
     graph: GraphBackup | None = None

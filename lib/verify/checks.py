@@ -12,7 +12,7 @@ from lib.backup.collection import STAMP_KEY
 from lib.backup.payloads import PointId
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState
 from lib.clients.qdrant.points import Point, scroll
 from lib.clients.qdrant.search import search
@@ -97,7 +97,7 @@ def _some(ids: list[Any]) -> str:
 def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
     """Findings as checks. What is newer than the last catch-up waits for the restart, unless that has happened.
 
-    Without a plan (no spool here) nothing can be told to be newer, so a difference is a failure.
+    Without a plan (no embedding cache here) nothing can be told to be newer, so a difference is a failure.
     """
     strict = after_restart or not have_plan
     late = FAILED if strict else PENDING
@@ -118,12 +118,12 @@ def judge(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Chec
         )
     elif found.newer_contents:
         contents = Check("content", late, f"{len(found.newer_contents)} memories changed since the migration")
-    surplus = Check("surplus points", PASSED, "none")
-    if found.surplus:
-        surplus = Check(
-            "surplus points", FAILED, f"{len(found.surplus)} have no memory: {_some(found.surplus)}", _LEVEL
+    orphans = Check("surplus points", PASSED, "none")
+    if found.orphans:
+        orphans = Check(
+            "surplus points", FAILED, f"{len(found.orphans)} have no memory: {_some(found.orphans)}", _LEVEL
         )
-    return [ids, surplus, contents, _judge_payloads(found, strict=strict)]
+    return [ids, orphans, contents, _judge_payloads(found, strict=strict)]
 
 
 def _judge_payloads(found: Findings, *, strict: bool) -> Check:
@@ -144,17 +144,21 @@ def _judge_payloads(found: Findings, *, strict: bool) -> Check:
 
 
 def check_vectors(
-    qdrant: Qdrant, state: CollectionState, spool: Spool | None, spec: EmbeddingSpec, progress: Progress
+    qdrant: Qdrant,
+    state: CollectionState,
+    cache: EmbeddingCache | None,
+    spec: EmbeddingSpec,
+    progress: Progress,
 ) -> Check:
-    """Every stored vector: right width, finite, not zero; and equal to the spool's where the spool knows it."""
+    """Every stored vector: right width, finite, not zero; and equal to the cache's where the cache knows it."""
     bad: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
     for page in scroll(qdrant, state.name, payload=["content"], vector=True):
         bad += [point.id for point in page if not _sound(point, spec.size)]
-        if spool:
+        if cache:
             sound = [one for one in page if _sound(one, spec.size)]
-            count, wrong = compared(sound, spool, spec, state)
+            count, wrong = compared(sound, cache, spec, state)
             known, different = known + count, different + [point.id for point, _ in wrong]
         total += len(page)
         progress(len(page))
@@ -259,16 +263,21 @@ def check_recall_api(
 
 
 def check_recall_direct(
-    qdrant: Qdrant, collection: str, spool: Spool, spec: EmbeddingSpec, samples: list[Sample], why: str
+    qdrant: Qdrant,
+    collection: str,
+    cache: EmbeddingCache,
+    spec: EmbeddingSpec,
+    samples: list[Sample],
+    why: str,
 ) -> list[Check]:
-    """Where no API answers: search Qdrant with each sample's own vector from the spool."""
+    """Where no API answers: search Qdrant with each sample's own vector from the embedding cache."""
     import numpy as np
 
-    keys = {sample.id: spool.text_key(spec, sample.content) for sample in samples}
-    known = spool.get_vectors(keys.values())
+    keys = {sample.id: cache.text_key(spec, sample.content) for sample in samples}
+    known = cache.get_vectors(keys.values())
     usable = [sample for sample in samples if keys[sample.id] in known]
     if not usable:
-        return [Check("recall", SKIPPED, f"{why}, and the spool holds no vector to search with")]
+        return [Check("recall", SKIPPED, f"{why}, and the embedding cache holds no vector to search with")]
     wrong = []
     for sample in usable:
         hits = search(qdrant, collection, np.frombuffer(known[keys[sample.id]], dtype="<f4"), 5)

@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 import redis
 
-from lib.backup.existing_points import IdTable, pages, points_present
+from lib.backup.existing_points import TemporaryIdTable, existing_points, pages
 from lib.backup.payloads import PointId, identical, merged_payload, point_id, standing_payload, unusable
-from lib.clients.embeddings.cache import MemoryRow, Spool
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress
@@ -39,7 +39,7 @@ class Candidates:
         self._step = max(1, total // (count * _SPARE))
         self._shown = 0
         self._found: list[tuple[str, Sample]] = []
-        self._contents = IdTable()
+        self._contents = TemporaryIdTable()
 
     def __enter__(self) -> Candidates:
         return self
@@ -99,7 +99,7 @@ class Findings:
     exempt: int = 0
     missing: list[PointId] = field(default_factory=list)
     newer: list[PointId] = field(default_factory=list)
-    surplus: list[PointId] = field(default_factory=list)
+    orphans: list[PointId] = field(default_factory=list)
     contents: list[PointId] = field(default_factory=list)
     newer_contents: list[PointId] = field(default_factory=list)
     payloads: list[tuple[PointId, str]] = field(default_factory=list)
@@ -112,7 +112,7 @@ def compare_stores(
     graph: str,
     qdrant: Qdrant,
     collection: str,
-    spool: Spool | None,
+    cache: EmbeddingCache | None,
     progress: Progress,
     candidates: Candidates,
     proved: datetime | None,
@@ -124,18 +124,18 @@ def compare_stores(
     `candidates` is shown every memory that has a point of its content: recall may be tried with it.
     """
     found = Findings()
-    with points_present(qdrant, collection) as present, IdTable() as seen:
+    with existing_points(qdrant, collection) as existing, TemporaryIdTable() as seen:
         for page in pages(iter_memories(conn, graph), _PAGE):
             rows = _usable(page, seen, found)
-            points = present.payloads(list(rows))
-            _compare_page(rows, points, spool, found, proved)
+            points = existing.payloads(list(rows))
+            _compare_page(rows, points, cache, found, proved)
             candidates.show(rows, points)
             progress(len(page))
-        _find_surplus(present, seen, found)
+        _find_orphans(existing, seen, found)
     return found
 
 
-def _usable(page: list[MemoryNode], seen: IdTable, found: Findings) -> dict[PointId, dict[str, Any]]:
+def _usable(page: list[MemoryNode], seen: TemporaryIdTable, found: Findings) -> dict[PointId, dict[str, Any]]:
     """The memories of the page that must have a point, as the plan has it: the first usable node with an id."""
     rows: dict[PointId, dict[str, Any]] = {}
     exempt: set[PointId] = set()
@@ -159,13 +159,13 @@ def _usable(page: list[MemoryNode], seen: IdTable, found: Findings) -> dict[Poin
 def _compare_page(
     rows: dict[PointId, dict[str, Any]],
     points: dict[PointId, dict[str, Any]],
-    spool: Spool | None,
+    cache: EmbeddingCache | None,
     found: Findings,
     proved: datetime | None,
 ) -> None:
     ids = list(rows)
-    planned = spool.memories_of(ids) if spool else {}
-    kept = {one: orjson.loads(row.payload) for one, row in spool.kept(ids).items()} if spool else {}
+    planned = cache.memories_of(ids) if cache else {}
+    kept = {one: orjson.loads(row.payload) for one, row in cache.kept(ids).items()} if cache else {}
     now = datetime.now(timezone.utc) + _SKEW
     for identity, properties in rows.items():
         late = proved is not None and proved < _written(properties) <= now
@@ -229,8 +229,8 @@ def _steady(properties: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in properties.items() if key not in _MOVING}
 
 
-def _find_surplus(present: IdTable, seen: IdTable, found: Findings) -> None:
+def _find_orphans(existing: TemporaryIdTable, seen: TemporaryIdTable, found: Findings) -> None:
     """Points without a node of their id; where the node is exempt, its point is left to AutoMem."""
-    for page in present.ids():
+    for page in existing.ids():
         known = seen.payloads(page)
-        found.surplus += [one for one in page if one not in known]
+        found.orphans += [one for one in page if one not in known]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import proved_at, settings_before
+from lib.backup.last_migration import settings_before, verified_at
 from lib.clients.automem import AutoMemApi, ask_health, remember
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import get_state
 from lib.concurrency import ProgressBar
@@ -45,7 +45,7 @@ class Stores:
 
 
 def verify(
-    stores: Stores, spool: Spool, *, samples: int, after_restart: bool, bar: ProgressBar
+    stores: Stores, cache: EmbeddingCache, *, samples: int, after_restart: bool, bar: ProgressBar
 ) -> list[Check]:
     """Every check, in the guide's order. Raises DimensionMismatch, MissingData, StoreUnreachable."""
     source = stores.collection
@@ -53,7 +53,7 @@ def verify(
     state = get_state(source.qdrant, source.collection)
     checks = [check_size(state, source.spec), check_status(state), check_model(state, source.spec)]
     checks.append(check_indexes(source.qdrant, state, settings_before(stores.folder, stores.targets)))
-    known = spool if spool.memory_count() else None
+    known = cache if cache.memory_count() else None
     with bar("compare stores", None, "memories") as progress, Candidates(samples, state.points) as candidates:
         found = compare_stores(
             stores.graph.conn,
@@ -63,23 +63,27 @@ def verify(
             known,
             progress,
             candidates,
-            proved_at(stores.folder, stores.targets),
+            verified_at(stores.folder, stores.targets),
         )
         chosen = candidates.samples()
     checks += judge(found, have_plan=known is not None, after_restart=after_restart)
     with bar("compare vectors", state.points, "points") as progress:
         checks.append(check_vectors(source.qdrant, state, known, source.spec, progress))
-    return checks + _recall(stores, spool, chosen, after_restart=after_restart)
+    return checks + _recall(stores, cache, chosen, after_restart=after_restart)
 
 
-def _recall(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
+def _recall(
+    stores: Stores, cache: EmbeddingCache, samples: list[Sample], *, after_restart: bool
+) -> list[Check]:
     try:
-        return _asked(stores, spool, samples, after_restart=after_restart)
+        return _asked(stores, cache, samples, after_restart=after_restart)
     except MigrationError as error:  # every other check has ended: what it found is shown
         return [Check("recall", FAILED, str(error).replace("\n", " "), error.next_step)]
 
 
-def _asked(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart: bool) -> list[Check]:
+def _asked(
+    stores: Stores, cache: EmbeddingCache, samples: list[Sample], *, after_restart: bool
+) -> list[Check]:
     source = stores.collection
     answer = ask_health(stores.api)
     if answer.health is not None:
@@ -90,7 +94,7 @@ def _asked(stores: Stores, spool: Spool, samples: list[Sample], *, after_restart
     why = f"AutoMem does not answer at {without_login(stores.api.url)}: {answer.summary}"
     if after_restart:
         return [Check("recall", FAILED, why, START_AUTOMEM)]
-    return check_recall_direct(source.qdrant, source.collection, spool, source.spec, samples, why)
+    return check_recall_direct(source.qdrant, source.collection, cache, source.spec, samples, why)
 
 
 def is_settled(checks: list[Check]) -> bool:

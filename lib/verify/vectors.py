@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import (
     DATATYPES,
     FLOAT16,
@@ -53,9 +53,9 @@ def vectors_differ(
         both_zero = ~stored.any(axis=1) & ~wanted.any(axis=1)
         return np.asarray(~((cosines >= TURBO4_COSINE) | both_zero), dtype=np.bool_)
     if datatype == FLOAT16:
-        half = (_normalised(wanted) if distance == "Cosine" else wanted).astype(np.float16)
-        step = np.abs(np.spacing(half)).astype(np.float64) if distance == "Cosine" else 0.0
-        return _any_gap(stored, half, step)
+        component = (_normalised(wanted) if distance == "Cosine" else wanted).astype(np.float16)
+        step = np.abs(np.spacing(component)).astype(np.float64) if distance == "Cosine" else 0.0
+        return _any_gap(stored, component, step)
     if distance != "Cosine":
         return _any_gap(stored, wanted, 0.0)
     return _any_gap(_normalised(stored), _normalised(wanted), TOLERANCE)
@@ -78,31 +78,36 @@ _SAMPLE = 64
 
 
 def _wanted(
-    points: list[Point], spool: Spool, spec: EmbeddingSpec, *, planned: bool
+    points: list[Point], cache: EmbeddingCache, spec: EmbeddingSpec, *, planned: bool
 ) -> list[tuple[Point, NDArray[np.float32]]]:
-    """Each point with the spool's vector for its content (`planned`: its memory's), where the spool has one."""
+    """Each point with the cache's vector for its content (`planned`: its memory's), where the cache has one."""
     import numpy as np
 
     if planned:
-        rows = spool.memories_of([point.id for point in points])
+        rows = cache.memories_of([point.id for point in points])
         keyed = [(point, rows[point.id].key) for point in points if point.id in rows]
     else:
         texts = [str((point.payload or {}).get("content", "")) for point in points]
-        keyed = [(point, spool.text_key(spec, text)) for point, text in zip(points, texts, strict=True)]
-    known = spool.get_vectors([key for _, key in keyed])
+        keyed = [(point, cache.text_key(spec, text)) for point, text in zip(points, texts, strict=True)]
+    known = cache.get_vectors([key for _, key in keyed])
     return [(point, np.frombuffer(known[key], dtype="<f4")) for point, key in keyed if key in known]
 
 
 def compared(
-    points: list[Point], spool: Spool, spec: EmbeddingSpec, state: CollectionState, *, planned: bool = False
+    points: list[Point],
+    cache: EmbeddingCache,
+    spec: EmbeddingSpec,
+    state: CollectionState,
+    *,
+    planned: bool = False,
 ) -> tuple[int, list[tuple[Point, NDArray[np.float32]]]]:
-    """How many points the spool knows, and those whose stored vector is not the spool's, with that one.
+    """How many points the cache knows, and those whose stored vector is not the embedding cache's, with that one.
 
     `state` is the collection's: its distance and datatype say what Qdrant makes of a vector.
     """
     import numpy as np
 
-    pairs = _wanted(points, spool, spec, planned=planned)
+    pairs = _wanted(points, cache, spec, planned=planned)
     sized = [pair for pair in pairs if pair[0].vector is not None and len(pair[0].vector) == spec.size]
     wrong = [pair for pair in pairs if pair[0].vector is None or len(pair[0].vector) != spec.size]
     if sized:
@@ -114,24 +119,24 @@ def compared(
     return len(pairs), wrong
 
 
-def vectors_agree(qdrant: Qdrant, state: CollectionState, spool: Spool, spec: EmbeddingSpec) -> bool:
-    """Whether a sample of the collection's vectors is known to the spool and equal to it: an earlier run's result."""
+def vectors_agree(qdrant: Qdrant, state: CollectionState, cache: EmbeddingCache, spec: EmbeddingSpec) -> bool:
+    """Whether a sample of the collection's vectors is known to the cache and equal to it: an earlier run's result."""
     for page in scroll(qdrant, state.name, payload=["content"], vector=True, page=_SAMPLE):
-        known, wrong = compared(page, spool, spec, state)
+        known, wrong = compared(page, cache, spec, state)
         return known > 0 and not wrong
     return False
 
 
-def mend_vectors(
+def repair_vectors(
     qdrant: Qdrant,
     collection: str,
-    spool: Spool,
+    cache: EmbeddingCache,
     spec: EmbeddingSpec,
     bar: ProgressBar,
     *,
     planned: bool = False,
 ) -> int:
-    """Compare every stored vector with the spool's and put the spool's in where they differ; how many did.
+    """Compare every stored vector with the cache's and put the embedding cache's in where they differ; how many did.
 
     The old service may still write vectors of the old model while a migration keeps the size. What a vector should
     be tells the point's own content, or with `planned` its memory in the plan.
@@ -141,7 +146,7 @@ def mend_vectors(
     state, mended = get_state(qdrant, collection), 0
     with bar("compare vectors", state.points, "points") as progress:
         for page in scroll(qdrant, collection, payload=True, vector=True):
-            _, wrong = compared(page, spool, spec, state, planned=planned)
+            _, wrong = compared(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]
                 payloads = [point.payload or {} for point, _ in wrong]

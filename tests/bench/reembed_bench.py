@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from lib.clients.embeddings.cache import Spool, TextRow
+from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.worker_pool import EmbedOutcome, embed_missing
 from lib.clients.falkordb.connection import connect
@@ -64,38 +64,40 @@ def looked_at(name: str, ours: float, reference: float, on: str) -> Figure:
     return Figure(name, round(ours, 1), round(reference, 1), round(ours / reference, 2), None, None, on)
 
 
-def rows_of(spool: Spool, spec: EmbeddingSpec, count: int, text: str = "") -> Iterator[TextRow]:
+def rows_of(cache: EmbeddingCache, spec: EmbeddingSpec, count: int, text: str = "") -> Iterator[TextRow]:
     """Distinct texts, one after the other: no list of them is ever made."""
     for number in range(count):
         one = f"memory {1_000_000 + number}:{text or TEXT[:60]}"
-        yield TextRow(spool.text_key(spec, one), one, str(number), 20)
+        yield TextRow(cache.text_key(spec, one), one, str(number), 20)
 
 
 @contextlib.contextmanager
-def opened(url: str) -> Iterator[tuple[EmbeddingClient, Spool]]:
-    """A client whose probe is done, and an empty spool."""
+def opened(url: str) -> Iterator[tuple[EmbeddingClient, EmbeddingCache]]:
+    """A client whose probe is done, and an empty embedding cache."""
     client = EmbeddingClient(EmbeddingSpec(url, LARGE, SIZE), "sk-bench")
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        Spool(Path(folder) / "spool.sqlite3") as spool,
+        EmbeddingCache(Path(folder) / "spool.sqlite3") as cache,
     ):
         client.embed(["probe"])
-        yield client, spool
+        yield client, cache
         client.close()
 
 
-def bought(client: EmbeddingClient, spool: Spool, count: int, workers: int, text: str = "") -> EmbedOutcome:
+def bought(
+    client: EmbeddingClient, cache: EmbeddingCache, count: int, workers: int, text: str = ""
+) -> EmbedOutcome:
     """`count` texts from the request to the disk."""
-    rows = rows_of(spool, client.spec, count, text)
-    outcome = embed_missing(client, rows, spool.put_vectors, workers=workers, batch_size=BATCH)
+    rows = rows_of(cache, client.spec, count, text)
+    outcome = embed_missing(client, rows, cache.put_vectors, workers=workers, batch_size=BATCH)
     assert outcome.embedded == count
     return outcome
 
 
 def rate(url: str, count: int, workers: int) -> float:
     """Texts a second."""
-    with opened(url) as (client, spool):
-        return count / bought(client, spool, count, workers).seconds
+    with opened(url) as (client, cache):
+        return count / bought(client, cache, count, workers).seconds
 
 
 def sequential_rate(url: str) -> float:
@@ -142,8 +144,11 @@ def limits(_folder: Path) -> Iterator[Figure]:
         latency_seconds=LATENCY_SECONDS, size=SIZE, tokens_per_minute=TOKENS_A_MINUTE
     ) as endpoint:
         client = EmbeddingClient(EmbeddingSpec(endpoint.base_url, LARGE, SIZE), "sk-bench")
-        with tempfile.TemporaryDirectory(prefix="bench-") as name, Spool(Path(name) / "s.sqlite3") as spool:
-            seconds = bought(client, spool, count, WORKERS, TEXT).seconds
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-") as name,
+            EmbeddingCache(Path(name) / "s.sqlite3") as cache,
+        ):
+            seconds = bought(client, cache, count, WORKERS, TEXT).seconds
         client.close()
         seen = endpoint.counts()
     given = TOKENS_A_MINUTE / 60 * seconds + TOKENS_A_MINUTE

@@ -108,7 +108,7 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
 
 
 def _restore(backup: restore_graph.GraphBackup, source: GraphSource, journal: Journal, folder: Path) -> None:
-    payload = restore_graph.rehearse(backup, source, journal)
+    payload = restore_graph.trial_restore(backup, source, journal)
     old = restore_graph.switch_graph(backup, source, payload, journal, folder=folder, undo="")
     assert old
     drop_graph(source.conn, old)
@@ -155,7 +155,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
 
 
 def _replace(placement: Placement, journal: Journal) -> None:
-    temporary = restore_collection.rehearse(placement, journal, None)
+    temporary = restore_collection.trial_restore(placement, journal, None)
     restore_collection.replace_live(placement, temporary, journal, None, undo="")
     restore_collection.drop_temporary(placement.target.qdrant, temporary)
 

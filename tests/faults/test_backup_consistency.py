@@ -28,7 +28,7 @@ TWINS = (
 IDS = "MATCH (m:Memory) RETURN m.id"
 
 
-def halves(nodes: list[list[object]], twins: list[list[object]]) -> list[object]:
+def components(nodes: list[list[object]], twins: list[list[object]]) -> list[object]:
     """The keys of pairs of which something is missing; raises where one is there twice."""
     sides = [(key, side) for key, side in nodes]
     assert len(set(sides)) == len(sides)
@@ -86,7 +86,7 @@ def test_no_backup_holds_half_a_pair_and_the_drift_told_is_true(taken):
                 return read_rows(conn, operator.graph, query)
 
             nodes, twins = ask(NODES), ask(TWINS)
-            assert halves(nodes, twins) == []
+            assert components(nodes, twins) == []
             assert manifest.graph.labels["Pair"] == len(nodes)
             assert manifest.graph.types["TWIN"] == len(twins)
             keys.append({key for (key,) in twins})
@@ -115,7 +115,7 @@ def test_an_export_by_queries_would_hold_half_pairs(operator):
 
         def torn() -> bool:
             nodes = read_rows(conn, operator.graph, NODES)
-            return bool(halves(nodes, read_rows(conn, operator.graph, TWINS)))
+            return bool(components(nodes, read_rows(conn, operator.graph, TWINS)))
 
         assert wait_for(torn)
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from isal import igzip
 
-from lib.backup.check import prove_named
+from lib.backup.check import verify_named
 from lib.backup.manifest import sealed
 from lib.clients.falkordb.rdb import crc64
 from lib.clients.falkordb.scratch import Engine, installed_engines
@@ -54,8 +54,8 @@ class Sets:
     def document(self) -> dict[str, Any]:
         return json.loads(self.manifest.read_text())
 
-    def file(self, half: str, manifest: Path | None = None) -> Path:
-        name = json.loads((manifest or self.manifest).read_text())[half]["file"]["name"]
+    def file(self, component: str, manifest: Path | None = None) -> Path:
+        name = json.loads((manifest or self.manifest).read_text())[component]["file"]["name"]
         return self.folder / name
 
     def edit(self, *keys: str, value: Any) -> None:
@@ -66,11 +66,11 @@ class Sets:
         place[keys[-1]] = value(place[keys[-1]]) if callable(value) else value
         self.manifest.write_text(json.dumps(sealed(document)))
 
-    def reseal(self, half: str) -> None:
+    def reseal(self, component: str) -> None:
         """Make the manifest fit the half's file as it is now."""
-        data = self.file(half).read_bytes()
-        self.edit(half, "file", "size", value=len(data))
-        self.edit(half, "file", "sha256", value=sha256(data).hexdigest())
+        data = self.file(component).read_bytes()
+        self.edit(component, "file", "size", value=len(data))
+        self.edit(component, "file", "sha256", value=sha256(data).hexdigest())
 
 
 Kind = Callable[[Sets, random.Random], Path]
@@ -145,57 +145,57 @@ for _which in (*HALVES, "manifest"):
 
 
 def of_each_half(function: Callable[[Sets, str], None]) -> Callable[[Sets, str], None]:
-    for half in HALVES:
+    for component in HALVES:
 
-        def damage(sets: Sets, chance: random.Random, half: str = half) -> Path:
-            path = sets.file(half)
-            function(sets, half)
+        def damage(sets: Sets, chance: random.Random, component: str = component) -> Path:
+            path = sets.file(component)
+            function(sets, component)
             return path
 
-        KINDS[f"{half}: {function.__name__.replace('_', ' ')}"] = (damage, 1)
+        KINDS[f"{component}: {function.__name__.replace('_', ' ')}"] = (damage, 1)
     return function
 
 
 @of_each_half
-def missing(sets: Sets, half: str) -> None:
-    sets.file(half).unlink()
+def missing(sets: Sets, component: str) -> None:
+    sets.file(component).unlink()
 
 
 @of_each_half
-def empty(sets: Sets, half: str) -> None:
-    sets.file(half).write_bytes(b"")
+def empty(sets: Sets, component: str) -> None:
+    sets.file(component).write_bytes(b"")
 
 
 @of_each_half
-def of_the_other_set(sets: Sets, half: str) -> None:
-    shutil.copy(sets.file(half, sets.older), sets.file(half))
+def of_the_other_set(sets: Sets, component: str) -> None:
+    shutil.copy(sets.file(component, sets.older), sets.file(component))
 
 
 @of_each_half
-def of_the_other_set_resealed(sets: Sets, half: str) -> None:
-    of_the_other_set(sets, half)
-    sets.reseal(half)
+def of_the_other_set_resealed(sets: Sets, component: str) -> None:
+    of_the_other_set(sets, component)
+    sets.reseal(component)
 
 
 @of_each_half
-def the_manifest_points_to_the_other_set(sets: Sets, half: str) -> None:
-    other = json.loads(sets.older.read_text())[half]["file"]
-    sets.edit(half, "file", value=other)
+def the_manifest_points_to_the_other_set(sets: Sets, component: str) -> None:
+    other = json.loads(sets.older.read_text())[component]["file"]
+    sets.edit(component, "file", value=other)
 
 
 @of_each_half
-def the_manifest_points_out_of_the_folder(sets: Sets, half: str) -> None:
-    path = sets.file(half)
+def the_manifest_points_out_of_the_folder(sets: Sets, component: str) -> None:
+    path = sets.file(component)
     outside = sets.folder.parent / path.name
     shutil.copy(path, outside)
-    sets.edit(half, "file", "name", value=f"../{path.name}")
+    sets.edit(component, "file", "name", value=f"../{path.name}")
 
 
 @of_each_half
-def replaced_by_the_other_half(sets: Sets, half: str) -> None:
-    other = next(one for one in HALVES if one != half)
-    shutil.copy(sets.file(other), sets.file(half))
-    sets.reseal(half)
+def replaced_by_the_other_half(sets: Sets, component: str) -> None:
+    other = next(one for one in HALVES if one != component)
+    shutil.copy(sets.file(other), sets.file(component))
+    sets.reseal(component)
 
 
 @kind(1)
@@ -540,7 +540,7 @@ def uncaught(
         sets = copied(backed, folder)
         manifest = sets.manifest
         spoilt = KINDS[name][0](sets, random.Random(f"{name} {number}"))
-        named = [proof.path for proof in prove_named(sets.folder, str(manifest), engines) if proof.fault]
+        named = [proof.path for proof in verify_named(sets.folder, str(manifest), engines) if proof.fault]
         if not {spoilt, manifest} & set(named):
             missed.append(f"{name} #{number}")
     return missed
@@ -554,7 +554,7 @@ def test_there_are_enough_of_them():
 
 @pytest.mark.core
 def test_whole_sets_prove(backed):
-    assert [proof.fault for proof in prove_named(backed.backups, "all", ENGINES)] == [""] * 4
+    assert [proof.fault for proof in verify_named(backed.backups, "all", ENGINES)] == [""] * 4
 
 
 GROUPS = sorted({name.split(":")[0] for name in KINDS})
@@ -565,7 +565,7 @@ BY_SEGMENTS = "archive: another id, resealed"
 
 
 def segments_open(backed: Operator) -> bool:
-    return prove_named(backed.backups, str(backed.manifests()[0]), ENGINES)[1].level == "restored"
+    return verify_named(backed.backups, str(backed.manifests()[0]), ENGINES)[1].level == "restored"
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -609,11 +609,11 @@ def test_without_an_engine_the_rdbs_own_checksum_still_counts(backed, tmp_path, 
 
 def test_a_set_that_was_not_proved_is_covered_by_its_checksums(backed, tmp_path, monkeypatch):
     whole = copied(backed, tmp_path / "unproved")
-    for half in HALVES:
-        whole.edit(half, "proof", value="unproved")
+    for component in HALVES:
+        whole.edit(component, "proof", value="unproved")
     whole.edit(GRAPH, "digest", value="")
     monkeypatch.setattr(Operator, "backups", whole.folder)
-    assert [proof.fault for proof in prove_named(whole.folder, "all", ENGINES)] == [""] * 4
+    assert [proof.fault for proof in verify_named(whole.folder, "all", ENGINES)] == [""] * 4
     assert uncaught(backed, tmp_path / "w", random_cases(2)) == []
 
 
@@ -634,17 +634,17 @@ GUARDS = {
     ),
     "what the RDB says of itself": (
         "lib.backup.graph.compare_rdb",
-        lambda _path, _half, _facts: None,
+        lambda _path, _component, _facts: None,
         "edited: graph redis version",
     ),
     "counts and digest": (
         "lib.backup.graph.compare_graph",
-        lambda _path, _half, _found: None,
+        lambda _path, _component, _found: None,
         "rdb: another letter, every checksum right",
     ),
     "the manifest against the archive": (
         "lib.backup.collection.compare_collection",
-        lambda _path, _half, _facts: None,
+        lambda _path, _component, _facts: None,
         "collection: of the other set resealed",
     ),
     "the snapshot's own sha256": (
@@ -672,7 +672,7 @@ def test_each_guard_is_needed(backed, tmp_path, monkeypatch, guard):
 
 
 def test_a_drill_that_is_switched_off_is_noticed(backed, tmp_path, monkeypatch):
-    for place in ("lib.backup.check.prove_graph", "lib.backup.check.prove_collection"):
+    for place in ("lib.backup.check.verify_graph", "lib.backup.check.verify_collection"):
         monkeypatch.setattr(place, lambda *_words, **_named: Accepted())
     monkeypatch.setattr("lib.backup.manifest.sealed", dict)
     cases = [case for case in CASES if not case[0].startswith(("manifest", "edited", "two sets"))]

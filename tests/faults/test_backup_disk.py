@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup import collection as prove_collection
+from lib.backup import collection as verify_collection
 from lib.backup import graph as prove
-from lib.backup.check import prove_named
+from lib.backup.check import verify_named
 from lib.backup.run import run_backup
 from lib.clients.falkordb import scratch
 from lib.clients.falkordb.scratch import installed_engines
@@ -34,7 +34,7 @@ ENGINES = installed_engines({})
 
 
 def levels(operator: Operator) -> list[tuple[str, str]]:
-    return [(one.level, one.note) for one in prove_named(operator.backups, "all", ENGINES)]
+    return [(one.level, one.note) for one in verify_named(operator.backups, "all", ENGINES)]
 
 
 # --- the folder for temporary files -------------------------------------------------------------------------------
@@ -44,10 +44,10 @@ def test_little_room_for_temporary_files_lowers_the_proof_and_says_so(backing, t
     with small_disk(tmp_path / "t", "600k") as place:
         backing.export(TMPDIR=place)
         result = backing.run("backup_automem", "--json")
-    for half in ("graph", "collection"):
-        assert result.json[half]["proof"] == "checked"
-        if half == "graph" or "engine here does not open" not in result.json[half]["proof_note"]:
-            assert f"no room in {place}" in result.json[half]["proof_note"]
+    for component in ("graph", "collection"):
+        assert result.json[component]["proof"] == "checked"
+        if component == "graph" or "engine here does not open" not in result.json[component]["proof_note"]:
+            assert f"no room in {place}" in result.json[component]["proof_note"]
     assert result.err.count("CHECKED only") == 2
     assert_one_set(backing)
     assert levels(backing)[0][0] == "restored"
@@ -65,10 +65,10 @@ def test_a_full_folder_for_temporary_files_is_passed_over(backing, tmp_path):
 def test_room_that_goes_while_the_segments_are_opened_lowers_the_proof(backing, tmp_path, monkeypatch):
     pytest.importorskip("qdrant_edge")
     backing.run("backup_automem")
-    monkeypatch.setattr(prove_collection, "free_bytes", lambda _path: 1 << 60)
+    monkeypatch.setattr(verify_collection, "free_bytes", lambda _path: 1 << 60)
     with small_disk(tmp_path / "t", "32k") as place:
         monkeypatch.setattr(tempfile, "tempdir", str(place))
-        (proof,) = (one for one in prove_named(backing.backups, "all", []) if "qdrant" in str(one.path))
+        (proof,) = (one for one in verify_named(backing.backups, "all", []) if "qdrant" in str(one.path))
     assert (proof.level, proof.fault) == ("checked", "")
     assert "no room" in proof.note
 

@@ -13,7 +13,7 @@ import pytest
 from lib.backup.server_snapshots import own_snapshot, removed
 from lib.journal import open_journals, start_journal
 from tests.backup_support import assert_one_set, delete_server_file, files, server_files
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 from tests.kill_support import start_held
 from tests.operator_support import ROOT, Operator
 from tests.restore_support import faults, wait_for
@@ -82,7 +82,7 @@ def test_a_lost_answer_to_the_snapshot_is_none(backing):
     """The answer to the snapshot is lost: the list tells that it is there, and it is used."""
     theirs = backing.call("POST", "/snapshots")["name"]
     with Gate(backing.servers.qdrant_url) as gate:
-        stop = Stop("POST", r"/snapshots\?", carried_out=True)
+        stop = CancelToken("POST", r"/snapshots\?", carried_out=True)
         gate.stops.append(stop)
         backing.export(QDRANT_URL=gate.url)
         process = backing.start("backup_automem")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup.catalog import all_sets
-from lib.backup.check import prove_named
+from lib.backup.catalog import backup_sets
+from lib.backup.check import verify_named
 from lib.clients.falkordb.scratch import installed_engines
 from lib.journal import open_journals
 from tests.backup_support import (
@@ -29,7 +29,7 @@ from tests.backup_support import (
     server_files,
     writers,
 )
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 from tests.kill_support import KILLS_EACH, kill, run_killed
 from tests.matrix import matrix
 from tests.operator_support import Operator
@@ -91,10 +91,12 @@ def assert_recovered(operator: Operator, *, done: bool, awaiting: bool | None = 
     `awaiting`: a snapshot that was never asked for is still reckoned with (None: that depends on the moment).
     """
     assert_final_files_prove(operator)
-    assert [one.stem[7:] for one in operator.manifests()] == [one.stamp for one in all_sets(operator.backups)]
+    assert [one.stem[7:] for one in operator.manifests()] == [
+        one.stamp for one in backup_sets(operator.backups)
+    ]
     operator.run("backup_automem")
     assert_final_files_prove(operator)
-    assert not [one for one in prove_named(operator.backups, "all", installed_engines({})) if one.fault]
+    assert not [one for one in verify_named(operator.backups, "all", installed_engines({})) if one.fault]
     assert_sets(operator, 1 + done)
     left = awaited(operator)
     assert awaiting is None or len(left) == awaiting
@@ -151,7 +153,7 @@ def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(
 SLOW_ANSWER = "POST", r"/snapshots\?"
 
 
-def killed_at(operator: Operator, gate: Gate, stop: Stop) -> Stop:
+def killed_at(operator: Operator, gate: Gate, stop: CancelToken) -> CancelToken:
     """A backup that is killed while a request stands at the gate."""
     gate.stops.append(stop)
     process = operator.start("backup_automem")
@@ -169,7 +171,7 @@ def gated(backing):
 
 def test_killed_while_the_server_makes_the_snapshot(backing, gated):
     """The server had made it, the client never learned its name."""
-    killed_at(backing, gated, Stop(*SLOW_ANSWER, carried_out=True))
+    killed_at(backing, gated, CancelToken(*SLOW_ANSWER, carried_out=True))
     gated.open()
     assert len(server_files(backing)) == 1
     backing.run("backup_automem")
@@ -178,7 +180,7 @@ def test_killed_while_the_server_makes_the_snapshot(backing, gated):
 
 @pytest.mark.parametrize("runs", [0, 1, 2])
 def test_a_snapshot_that_appears_only_after_further_runs_is_removed_all_the_same(backing, gated, runs):
-    stop = killed_at(backing, gated, Stop(*SLOW_ANSWER, late=True))
+    stop = killed_at(backing, gated, CancelToken(*SLOW_ANSWER, late=True))
     for _ in range(runs):
         backing.run("backup_automem")
         assert len(awaited(backing)) == 1
@@ -192,7 +194,7 @@ def test_a_snapshot_that_appears_only_after_further_runs_is_removed_all_the_same
 
 
 def test_two_killed_runs_have_two_snapshots_removed(backing, gated):
-    stops = [killed_at(backing, gated, Stop(*SLOW_ANSWER, late=True)) for _ in range(2)]
+    stops = [killed_at(backing, gated, CancelToken(*SLOW_ANSWER, late=True)) for _ in range(2)]
     for stop in stops:
         stop.let_go.set()
         assert stop.ended.wait(300)
@@ -247,7 +249,7 @@ def test_an_operators_older_snapshot_stays(backing):
 
 
 def test_killed_during_the_download(backing, gated):
-    killed_at(backing, gated, Stop("GET", r"/snapshots/.+\.snapshot", carried_out=True))
+    killed_at(backing, gated, CancelToken("GET", r"/snapshots/.+\.snapshot", carried_out=True))
     gated.open()
     assert any(name.endswith(".partial") for name in files(backing))
     assert "snapshot made" in phases(journal_of(backing, "backup"))

@@ -25,7 +25,7 @@ from tests.backup_support import (
     files,
     server_files,
 )
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 from tests.kill_support import standing, start_held
 from tests.matrix import matrix
 from tests.operator_support import ROOT, Operator
@@ -112,7 +112,7 @@ def test_a_signal_while_the_server_makes_the_snapshot(backing):
     """The file is waited for."""
     with Gate(backing.servers.qdrant_url) as gate:
         backing.export(QDRANT_URL=gate.url)
-        stop = Stop("POST", r"/snapshots\?", late=True)
+        stop = CancelToken("POST", r"/snapshots\?", late=True)
         gate.stops.append(stop)
         process = backing.start("backup_automem")
         assert wait_for(stop.reached.is_set)
@@ -160,7 +160,7 @@ def test_a_terminal_that_closes_leaves_nothing_half_done(backing):
 
     with Gate(backing.servers.qdrant_url) as gate:
         backing.export(QDRANT_URL=gate.url)
-        stop = Stop("GET", r"/snapshots/.+\.snapshot")
+        stop = CancelToken("GET", r"/snapshots/.+\.snapshot")
         gate.stops.append(stop)
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "backup_automem.py")],

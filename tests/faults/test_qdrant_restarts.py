@@ -11,7 +11,7 @@ from lib.clients.qdrant.restoring import can_fetch_itself, recover
 from lib.clients.qdrant.snapshots import create, list_snapshots, restarted, startup
 from lib.clients.qdrant.transport import Qdrant
 from lib.errors import StoreFailed
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(300)]
 
@@ -25,7 +25,7 @@ def put_points(url: str, collection: str) -> None:
         requests.put(f"{url}/collections/{collection}{path}", json=body, timeout=60).raise_for_status()
 
 
-def start_anew(server, stop: Stop) -> threading.Thread:
+def start_anew(server, stop: CancelToken) -> threading.Thread:
     """Once a request stands there the server is killed and started again; then the request's connection ends."""
 
     def work() -> None:
@@ -42,7 +42,7 @@ def start_anew(server, stop: Stop) -> threading.Thread:
 def test_a_server_that_was_started_anew_is_asked_again_for_the_snapshot(own_qdrant):
     put_points(own_qdrant.url, "c")
     with Gate(own_qdrant.url) as gate:
-        gate.stops.append(Stop("POST", "/collections/c/snapshots"))
+        gate.stops.append(CancelToken("POST", "/collections/c/snapshots"))
         thread = start_anew(own_qdrant, gate.stops[0])
         made = create(Qdrant(gate.url), "c", seconds=60)
         thread.join()
@@ -52,7 +52,7 @@ def test_a_server_that_was_started_anew_is_asked_again_for_the_snapshot(own_qdra
 def test_a_snapshot_that_was_whole_before_the_server_was_started_anew_is_taken(own_qdrant):
     put_points(own_qdrant.url, "c")
     with Gate(own_qdrant.url) as gate:
-        gate.stops.append(Stop("POST", "/collections/c/snapshots", carried_out=True))
+        gate.stops.append(CancelToken("POST", "/collections/c/snapshots", carried_out=True))
         thread = start_anew(own_qdrant, gate.stops[0])
         made = create(Qdrant(gate.url), "c", seconds=60)
         thread.join()
@@ -65,7 +65,7 @@ def test_a_restore_of_which_the_server_that_was_started_anew_knows_nothing_is_gi
     made = create(q, "c")
     location = can_fetch_itself(q, "c", made, "probe")
     with Gate(own_qdrant.url) as gate:
-        gate.stops.append(Stop("PUT", "/collections/d/snapshots/recover"))
+        gate.stops.append(CancelToken("PUT", "/collections/d/snapshots/recover"))
         thread = start_anew(own_qdrant, gate.stops[0])
         with pytest.raises(StoreFailed, match="did not finish: the collection is missing"):
             recover(Qdrant(gate.url), "d", location, made.checksum, seconds=600)

@@ -13,12 +13,12 @@ from lib.backup.last_migration import (
     DELETING,
     PLACED,
     PLACING,
-    PROVED,
     READ,
     SNAPPED,
     STAGED,
     STAGING,
     TIDYING,
+    VERIFIED,
 )
 from lib.journal import open_journals, read_journal
 from tests.gate import Gate
@@ -85,7 +85,7 @@ def test_killed_as_soon_as_a_phase_is_noted(rig):
         DELETED,
         PLACING,
         PLACED,
-        PROVED,
+        VERIFIED,
         TIDYING,
     ):
         rig.kill_when(lambda phase=phase: _reached(rig, phase))

@@ -1,4 +1,4 @@
-"""The provider fails in every way it can while the real command runs: the exit code, the spool, the collection, the bill."""
+"""The provider fails in every way it can while the real command runs: the exit code, the embedding cache, the collection, the bill."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Rig:
         assert "Traceback" not in err, err
         return Result(process.returncode, out, err)
 
-    def spooled(self) -> int:
-        """How many vectors the spool holds; each is its text's own, as the endpoint makes it."""
+    def cached(self) -> int:
+        """How many vectors the embedding cache holds; each is its text's own, as the endpoint makes it."""
         folder = self.operator.backups / "embeddings"
         plan = next(folder.glob(f"{self.operator.collection}-*.sqlite3"))
         with contextlib.closing(sqlite3.connect(plan)) as db:
@@ -78,7 +78,7 @@ class Rig:
 
     def assert_done(self, *, but: set = frozenset()) -> None:
         assert_migrated(self.operator, self.before, but=but)
-        self.spooled()
+        self.cached()
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_what_lasts_ends_the_run_and_keeps_what_was_bought(rig, name):
     assert said in done.err
     assert "next:" in done.err
     rig.assert_untouched()
-    assert rig.spooled() == 5 * BATCH
+    assert rig.cached() == 5 * BATCH
     if name not in PAID_FOR_NOTHING:
         assert rig.openai.stats()["texts"] == 5 * BATCH
     rig.openai.clear_faults()
@@ -190,7 +190,7 @@ def test_a_provider_that_hangs_without_end(rig):
     done = rig.reembed(expect=6)
     assert "no answer in time" in done.err
     rig.assert_untouched()
-    assert rig.spooled() == 5 * BATCH
+    assert rig.cached() == 5 * BATCH
 
 
 def test_a_wrong_key_from_the_first_request(rig):
@@ -311,5 +311,5 @@ def test_every_connection_is_reset(rig):
     with way.open() as rig.url:
         rig.reembed(expect=6)
     rig.assert_untouched()
-    assert rig.spooled() == 2 * BATCH
+    assert rig.cached() == 2 * BATCH
     assert rig.openai.stats()["texts"] == 2 * BATCH

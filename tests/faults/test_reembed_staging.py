@@ -10,9 +10,9 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.last_migration import PLACED, PLACING, PROVED, TIDYING
+from lib.backup.last_migration import PLACED, PLACING, TIDYING, VERIFIED
 from lib.journal import open_journals, read_journal
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
 from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of, settings
@@ -73,7 +73,7 @@ def age(operator, hours: float) -> None:
 def test_a_memory_stored_between_the_scan_and_the_read_of_the_points_is_not_surplus(rig, window):
     operator = rig.operator
     if window.startswith("the plan"):
-        rig.gate.stops.append(Stop("POST", f"/{operator.collection}/points/scroll"))
+        rig.gate.stops.append(CancelToken("POST", f"/{operator.collection}/points/scroll"))
         stop = rig.gate.stops[-1]
     else:
         stop = rig.stop_at(window)
@@ -173,9 +173,9 @@ def test_what_our_own_restore_put_there_is_adopted(rig):
     rig.kill_at("in place, not yet noted")
     live = LIVE.format(live=rig.operator.collection)
     again = [
-        Stop("DELETE", live),
-        Stop("PUT", RECOVER.format(live=rig.operator.collection)),
-        Stop("PUT", live),
+        CancelToken("DELETE", live),
+        CancelToken("PUT", RECOVER.format(live=rig.operator.collection)),
+        CancelToken("PUT", live),
     ]
     rig.gate.stops += again
     rig.finish()
@@ -185,7 +185,7 @@ def test_what_our_own_restore_put_there_is_adopted(rig):
 def test_an_answer_of_the_restore_that_never_comes_is_waited_for_not_repeated(rig):
     lost, again = (
         rig.stop_at("in place, not yet noted"),
-        Stop("PUT", RECOVER.format(live=rig.operator.collection), 2),
+        CancelToken("PUT", RECOVER.format(live=rig.operator.collection), 2),
     )
     lost.let_go.set()
     rig.gate.stops.append(again)
@@ -315,7 +315,7 @@ def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, rate):
         journal.append("seen", upsert_rate=rate)
     faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", "status": 500, "body": "no"})
     result = ready.run("reembed_embeddings", "--json").json
-    assert result["way"] == ("filled from the spool" if rate else "sent")
+    assert result["way"] == ("filled from the embedding cache" if rate else "sent")
     assert_migrated(ready, before)
     assert settings(ready) == was
     assert ready.call("GET", "/snapshots") == []
@@ -348,7 +348,7 @@ def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
     before = points_of(ready)
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **refusal(FULL)})
     result = ready.run("reembed_embeddings", "--json").json
-    assert result["way"] == "filled from the spool"
+    assert result["way"] == "filled from the embedding cache"
     assert_migrated(ready, before)
     assert ready.collections() == [ready.collection]
 
@@ -363,12 +363,12 @@ def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_told(
         ready, recover, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL), "times": 1}
     )
     result = ready.run("reembed_embeddings", "--json").json
-    assert result["way"] == "filled from the spool"
+    assert result["way"] == "filled from the embedding cache"
     assert_migrated(ready, before)
     assert ready.collections() == [ready.collection]
     (path,) = ready.backups.glob("journal_*_reembed.jsonl")
     phases = [entry["phase"] for entry in read_journal(path).entries]
-    assert phases.index(TIDYING) < phases.index(PROVED)
+    assert phases.index(TIDYING) < phases.index(VERIFIED)
 
 
 @on_the_stand_in
@@ -391,7 +391,7 @@ def test_a_restore_that_fails_twice_ends_in_the_spool(ready):
     before = points_of(ready)
     broken = refusal("Service internal error: something broke")
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **broken})
-    assert ready.run("reembed_embeddings", "--json").json["way"] == "filled from the spool"
+    assert ready.run("reembed_embeddings", "--json").json["way"] == "filled from the embedding cache"
     assert_migrated(ready, before)
 
 

@@ -20,7 +20,7 @@ import pytest
 from lib.backup.manifest import sealed
 from lib.clients.falkordb.scratch import installed_engines
 from lib.errors import BackupDamaged, BadFile, MigrationError
-from lib.restore.preflight import prove_files
+from lib.restore.preflight import verify_files
 from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.operator_support import Operator
@@ -52,7 +52,7 @@ def backed(loaded, tmp_path):
 def proved(operator, place, *words: Path) -> None:
     """What the restore does before it touches anything."""
     with ExitStack() as stack:
-        prove_files(place, wanted(operator, *words), stack, Options())
+        verify_files(place, wanted(operator, *words), stack, Options())
 
 
 def assert_refused(operator, place, *words: Path) -> str:
@@ -138,8 +138,8 @@ def test_swapped_files_and_other_graphs_are_refused(operator):
     backed.cypher("CREATE (:Memory {id: 'x', content: 'one more'})")
     backed.run("backup_automem")
     second = json.loads(backed.manifests()[1].read_text())
-    for half in ("graph", "collection"):
-        ours, theirs = (backed.backups / one[half]["file"]["name"] for one in (first, second))
+    for component in ("graph", "collection"):
+        ours, theirs = (backed.backups / one[component]["file"]["name"] for one in (first, second))
         kept = ours.read_bytes()
         shutil.copy(theirs, ours)
         told = assert_refused(backed, place, backed.manifests()[0])

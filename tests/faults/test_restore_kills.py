@@ -15,7 +15,7 @@ from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.qdrant.collection import exists
 from lib.errors import MigrationError
-from tests.gate import LONGEST_SECONDS, Gate, Stop
+from tests.gate import LONGEST_SECONDS, CancelToken, Gate
 from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
 from tests.matrix import matrix
 from tests.operator_support import ROOT, Operator
@@ -220,7 +220,7 @@ def gate(ready):
 @pytest.mark.parametrize("request_", IN_FLIGHT)
 def test_killed_while_a_request_is_in_flight(ready, gate, request_, late):
     operator, files, (wanted, asset), _ = ready
-    stop = Stop(*IN_FLIGHT[request_], late=late, carried_out=not late)
+    stop = CancelToken(*IN_FLIGHT[request_], late=late, carried_out=not late)
     gate.stops.append(stop)
     process = operator.start("restore_from_backup", *files)
     assert stop.reached.wait(LONGEST_SECONDS), process.communicate()

@@ -20,19 +20,19 @@ def test_makes_a_proved_pair_with_the_manifest_last(operator):
     assert manifest["collection"]["proof"] in {"checked", "restored"}
     assert manifest["collection"]["points"] == before.points == manifest["collection"]["promised_ids"]
     assert manifest["graph"]["digest"] == before.graph
-    for half in (manifest["graph"], manifest["collection"]):
-        path = operator.backups / half["file"]["name"]
-        assert path.stat().st_size == half["file"]["size"]
+    for component in (manifest["graph"], manifest["collection"]):
+        path = operator.backups / component["file"]["name"]
+        assert path.stat().st_size == component["file"]["size"]
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert operator.state() == before
     assert operator.call("GET", "/snapshots") == []
 
 
-@pytest.mark.parametrize(("only", "half"), [("falkordb", "graph"), ("qdrant", "collection")])
-def test_only_writes_a_manifest_with_one_half(operator, only, half):
+@pytest.mark.parametrize(("only", "component"), [("falkordb", "graph"), ("qdrant", "collection")])
+def test_only_writes_a_manifest_with_one_half(operator, only, component):
     operator.load()
     manifest = operator.run("backup_automem", "--only", only, "--json").json
-    assert manifest[half] is not None
+    assert manifest[component] is not None
     assert [manifest["graph"], manifest["collection"]].count(None) == 1
 
 
@@ -119,22 +119,22 @@ def test_list_shows_the_sets(operator):
 def test_the_list_of_a_large_deployment_fits_a_terminal_of_80_columns(capsys):
     """Millions of memories, the longest of OpenAI's model names, drift."""
     from lib.backup import manifest as sets
-    from lib.backup.copies import Shelf
+    from lib.backup.copies import Catalog
     from lib.backup.output import show_sets
     from lib.console import Console
 
     rdb, archive = (sets.BackupFile(f"qdrant/{one}", 99_999_999_999, "0" * 64) for one in ("a", "b"))
     server = {"address": "host:6379"}
-    graph = sets.GraphHalf(
+    graph = sets.GraphComponent(
         rdb, "rdb", "memories", server, 9_999_999, 99_999_999, {}, {}, [], [], "", "restored"
     )
-    collection = sets.CollectionHalf(
+    collection = sets.CollectionComponent(
         archive, "memories", server, 9_999_999, 3072, "Cosine", {}, [], "text-embedding-3-large", "guessed", "s", 1,
         "0" * 64, 9_999_999, "restored",
     )  # fmt: skip
     drift = sets.Drift(99_999, 99_999)
     one = sets.Manifest("20261122_235959", "2026-11-22T23:59:59+00:00", graph, collection, drift)
-    show_sets(Shelf("backups", [(one, False)], []), Console())
+    show_sets(Catalog("backups", [(one, False)], []), Console())
     told = capsys.readouterr().out
     assert "199,998" in told
     assert max(map(len, told.splitlines())) <= 80, told

@@ -95,7 +95,7 @@ def test_a_server_newer_than_the_engines_here_is_dumped_without_asking_it_for_an
 def test_a_set_that_was_not_proved_exits_3_and_can_be_proved_later(operator):
     operator.load()
     result = operator.run("backup_automem", "--no-verify", "--json", expect=3)
-    assert {result.json[half]["proof"] for half in ("graph", "collection")} == {"unproved"}
+    assert {result.json[component]["proof"] for component in ("graph", "collection")} == {"unproved"}
     proofs = operator.run("backup_automem", "--check", "all", "--json").json["proofs"]
     assert proofs[0]["level"] == "restored"
     assert proofs[1]["level"] in {"checked", "restored"}

@@ -49,13 +49,13 @@ def big(request: pytest.FixtureRequest, session_servers: Servers, tmp_path_facto
 
 
 def assert_exact(operator: Operator, manifest: dict) -> None:
-    half = manifest["graph"]
-    assert half["labels"] == LABELS
-    assert half["types"] == TYPES
-    assert (half["nodes"], half["relationships"]) == (sum(LABELS.values()), sum(TYPES.values()))
-    assert half["proof"] == "restored"
+    component = manifest["graph"]
+    assert component["labels"] == LABELS
+    assert component["types"] == TYPES
+    assert (component["nodes"], component["relationships"]) == (sum(LABELS.values()), sum(TYPES.values()))
+    assert component["proof"] == "restored"
     with connect(operator.servers.falkordb.address) as conn:
-        assert half["digest"] == graph_digest(conn, operator.graph, by_id=True).digest
+        assert component["digest"] == graph_digest(conn, operator.graph, by_id=True).digest
 
 
 def test_the_rdb_holds_it_all_and_proves(big):

@@ -586,7 +586,7 @@ def test_another_run_holds_the_lock(operator, command):
 
 @pytest.fixture
 def planner(session_servers, stocked):
-    """The stocked operator where only the spool may change."""
+    """The stocked operator where only the embedding cache may change."""
     stocked.exports.clear()
     before = names(stocked)
     yield stocked

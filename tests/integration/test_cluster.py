@@ -11,7 +11,7 @@ import pytest
 
 from lib.backup.archive import read_archive
 from lib.journal import open_journals
-from tests.gate import Gate, Stop
+from tests.gate import CancelToken, Gate
 from tests.kill_support import run_killed
 from tests.operator_support import Operator
 from tests.qdrant_pair import Pair
@@ -74,7 +74,7 @@ def replicated(operator, pair) -> Operator:
     return operator
 
 
-def half(operator: Operator) -> dict:
+def component(operator: Operator) -> dict:
     return json.loads(operator.manifests()[-1].read_text())["collection"]
 
 
@@ -88,7 +88,7 @@ def test_each_nodes_part_is_in_the_backup(operator, pair):
     points = operator.state().points
     done = operator.run("backup_automem")
     assert f"{points:,} points" in done.out
-    found = half(operator)
+    found = component(operator)
     assert [one["address"] for one in found["nodes"]] == [node.url for node in pair.nodes]
     assert [one["peer"] for one in found["nodes"]] == [node.peer for node in pair.nodes]
     shards = [set(one["shards"]) for one in found["nodes"]]
@@ -110,7 +110,7 @@ def test_each_nodes_part_is_in_the_backup(operator, pair):
 def test_the_order_of_the_nodes_does_not_matter_and_each_is_asked_itself(operator, pair):
     operator.export(QDRANT_NODE_URLS=",".join(reversed(pair.urls.split(","))))
     operator.run("backup_automem")
-    assert [one["peer"] for one in half(operator)["nodes"]] == [pair.two.peer, pair.one.peer]
+    assert [one["peer"] for one in component(operator)["nodes"]] == [pair.two.peer, pair.one.peer]
 
 
 def test_without_a_list_of_the_nodes_the_backup_says_to_set_it(operator, pair):
@@ -188,7 +188,7 @@ def test_a_node_that_is_not_listed_any_more_is_asked_for_before_its_file_is_forg
 def test_a_download_that_fails_on_one_node_leaves_nothing_on_either(operator, pair):
     with Gate(pair.two.url) as gate:
         operator.export(QDRANT_NODE_URLS=f"{pair.one.url},{gate.url}")
-        stop = Stop("GET", r"/snapshots/.*\.snapshot$")
+        stop = CancelToken("GET", r"/snapshots/.*\.snapshot$")
         gate.stops.append(stop)
         running = operator.start("backup_automem")
         assert stop.reached.wait(300)
@@ -218,7 +218,7 @@ def test_a_node_that_is_down_is_named_and_the_next_run_is_whole(operator, pair):
 def test_replicas_are_counted_once(replicated, pair):
     points = replicated.state().points
     replicated.run("backup_automem")
-    found = half(replicated)
+    found = component(replicated)
     assert [one["shards"] for one in found["nodes"]] == [[0, 1], [0, 1]]
     assert found["points"] == found["promised_ids"] == points
     told = replicated.run("backup_automem", "--check", "all").out
@@ -234,8 +234,8 @@ def test_a_node_that_is_down_may_be_left_out_where_the_other_holds_every_shard(r
     try:
         replicated.export(QDRANT_NODE_URLS=pair.one.url)
         replicated.run("backup_automem")
-        assert half(replicated)["nodes"] == []
-        assert half(replicated)["promised_ids"] == points
+        assert component(replicated)["nodes"] == []
+        assert component(replicated)["promised_ids"] == points
     finally:
         pair.two.start()
         pair.wait_settled(replicated.collection)
@@ -324,7 +324,7 @@ def test_the_snapshots_go_back_by_hand_too(operator, pair, tmp_path):
     operator.run("backup_automem", "--only", "qdrant")
     subprocess.run(["tar", "-xzf", operator.archive(), "-C", str(tmp_path)], check=True)
     operator.call("DELETE", "")
-    for node, one in zip(pair.nodes, half(operator)["nodes"], strict=True):
+    for node, one in zip(pair.nodes, component(operator)["nodes"], strict=True):
         url = f"{node.url}/collections/{operator.collection}/snapshots/upload?wait=true&priority=snapshot"
         file = tmp_path / "snapshot" / one["snapshot_name"]
         subprocess.run(["curl", "-sf", "-F", f"snapshot=@{file}", url], check=True, capture_output=True)
@@ -409,7 +409,7 @@ def test_a_part_that_is_lost_on_its_way_puts_the_old_collection_back(operator, p
     spoilt = contents(operator)
     with Gate(pair.two.url) as gate:
         operator.export(QDRANT_NODE_URLS=f"{pair.one.url},{gate.url}")
-        stop = Stop("PUT", rf"/collections/{operator.collection}/snapshots/recover")
+        stop = CancelToken("PUT", rf"/collections/{operator.collection}/snapshots/recover")
         stop.let_go.set()  # the connection is closed at once, the node never hears of it
         gate.stops.append(stop)
         failed = operator.run("restore_from_backup", archive, expect=1)

@@ -1,4 +1,4 @@
-"""Runs of many workers into a real spool, with the provider's faults; what is stored is always right."""
+"""Runs of many workers into a real cache, with the provider's faults; what is stored is always right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from lib.clients.embeddings import client as client_module
 from lib.clients.embeddings import worker_pool as workers_module
-from lib.clients.embeddings.cache import Spool, TextRow
+from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.embeddings.refusals import WrongWidth
@@ -45,22 +45,22 @@ def _clean(server, monkeypatch):
 
 
 @pytest.fixture
-def spool(tmp_path):
-    with Spool(tmp_path / "embeddings" / "memories.sqlite3") as opened:
+def cache(tmp_path):
+    with EmbeddingCache(tmp_path / "embeddings" / "memories.sqlite3") as opened:
         yield opened
 
 
 class Job:
-    """Texts, a spool and an endpoint; `missing` are the rows the spool lacks."""
+    """Texts, a cache and an endpoint; `missing` are the rows the cache lacks."""
 
-    def __init__(self, server, spool, texts, model=MODEL, size=SIZE, key=KEY, **options):
+    def __init__(self, server, cache, texts, model=MODEL, size=SIZE, key=KEY, **options):
         self.spec = EmbeddingSpec(server.base_url, model, size)
         self.client = EmbeddingClient(self.spec, key, **options)
-        self.spool, self.texts = spool, texts
+        self.cache, self.texts = cache, texts
 
     def missing(self):
-        keys = [self.spool.text_key(self.spec, text) for text in self.texts]
-        known = self.spool.known(keys)
+        keys = [self.cache.text_key(self.spec, text) for text in self.texts]
+        known = self.cache.known(keys)
         return [
             TextRow(key, text, f"id-{n}")
             for n, (key, text) in enumerate(zip(keys, self.texts, strict=True))
@@ -71,7 +71,7 @@ class Job:
         return embed_missing(
             self.client,
             self.missing(),
-            self.spool.put_vectors,
+            self.cache.put_vectors,
             workers=workers,
             batch_size=batch_size,
             **options,
@@ -80,11 +80,11 @@ class Job:
     def check_stored(self, without=()):
         """Every stored vector is the endpoint's own for its text; all but `without` are there."""
         wanted = [text for text in self.texts if text not in without]
-        keys = [self.spool.text_key(self.spec, text) for text in self.texts]
-        found = self.spool.get_vectors(keys)
-        assert set(found) == {self.spool.text_key(self.spec, text) for text in wanted}
+        keys = [self.cache.text_key(self.spec, text) for text in self.texts]
+        found = self.cache.get_vectors(keys)
+        assert set(found) == {self.cache.text_key(self.spec, text) for text in wanted}
         stored = np.array(
-            [np.frombuffer(found[self.spool.text_key(self.spec, text)], "<f4") for text in wanted]
+            [np.frombuffer(found[self.cache.text_key(self.spec, text)], "<f4") for text in wanted]
         )
         assert np.array_equal(stored, vectors_for(self.spec.model, wanted, self.spec.size))
 
@@ -93,8 +93,8 @@ def texts_of(count):
     return [f"memory number {n} about topic {n % 17}" for n in range(count)]
 
 
-def test_everything_is_bought_once_and_only_once(server, spool):
-    job = Job(server, spool, texts_of(205))
+def test_everything_is_bought_once_and_only_once(server, cache):
+    job = Job(server, cache, texts_of(205))
     seen = []
     outcome = job.run(progress=seen.append)
     stats = server.stats()
@@ -109,20 +109,20 @@ def test_everything_is_bought_once_and_only_once(server, spool):
     assert server.stats()["paid_twice"] == 0
 
 
-def test_vectors_are_handed_over_by_the_calling_thread_only(server, spool):
-    job, threads = Job(server, spool, texts_of(50)), set()
+def test_vectors_are_handed_over_by_the_calling_thread_only(server, cache):
+    job, threads = Job(server, cache, texts_of(50)), set()
 
     def store(pairs):
         threads.add(threading.get_ident())
-        spool.put_vectors(pairs)
+        cache.put_vectors(pairs)
 
     embed_missing(job.client, job.missing(), store, workers=4, batch_size=5)
     assert threads == {threading.get_ident()}
 
 
 @pytest.mark.matrix
-def test_rows_are_read_only_as_fast_as_vectors_are_stored(server, spool):
-    job, ahead, stored = Job(server, spool, texts_of(1000)), [], [0]
+def test_rows_are_read_only_as_fast_as_vectors_are_stored(server, cache):
+    job, ahead, stored = Job(server, cache, texts_of(1000)), [], [0]
 
     def rows():
         for number, row in enumerate(job.missing()):
@@ -136,29 +136,29 @@ def test_rows_are_read_only_as_fast_as_vectors_are_stored(server, spool):
     assert max(ahead) <= (2 + workers_module.SPARE_BATCHES + 2) * 10
 
 
-def test_a_poisoned_row_is_found_and_the_rest_bought(server, spool):
+def test_a_poisoned_row_is_found_and_the_rest_bought(server, cache):
     texts = texts_of(100)
     server.fault(poisoned_text="number 37 ")
-    job = Job(server, spool, texts)
+    job = Job(server, cache, texts)
     outcome = job.run(batch_size=50)
     assert [(each.label, "400" in each.reason) for each in outcome.refused] == [("id-37", True)]
     assert server.stats()["paid_twice"] == 0
     job.check_stored(without=[texts[37]])
 
 
-def test_a_row_that_becomes_no_number_is_refused_alone(server, spool):
+def test_a_row_that_becomes_no_number_is_refused_alone(server, cache):
     texts = texts_of(40)
     server.fault(poisoned_text="number 7 ", nan=True)
-    job = Job(server, spool, texts)
+    job = Job(server, cache, texts)
     outcome = job.run(batch_size=20)
     assert [each.label for each in outcome.refused] == ["id-7"]
     job.check_stored(without=[texts[7]])
 
 
 @pytest.mark.matrix
-def test_a_server_with_a_smaller_batch_is_learnt(server, spool, monkeypatch):
+def test_a_server_with_a_smaller_batch_is_learnt(server, cache, monkeypatch):
     monkeypatch.setattr(workers_module, "SPARE_BATCHES", 0)
-    job = Job(server, spool, [f"{n} " + "word " * 7900 for n in range(80)])  # 38 of them reach 300,000 tokens
+    job = Job(server, cache, [f"{n} " + "word " * 7900 for n in range(80)])  # 38 of them reach 300,000 tokens
     monkeypatch.setattr(workers_module, "MAX_TOKENS", 10**9)
     outcome = job.run(workers=1, batch_size=40)
     assert outcome.refused == []
@@ -166,9 +166,9 @@ def test_a_server_with_a_smaller_batch_is_learnt(server, spool, monkeypatch):
     job.check_stored()
 
 
-def test_a_server_that_takes_32_texts_is_learnt_at_once(server, spool):
+def test_a_server_that_takes_32_texts_is_learnt_at_once(server, cache):
     server.fault(more_than=32, status=422, message="batch size 100 > maximum allowed batch size 32")
-    job = Job(server, spool, texts_of(1200))
+    job = Job(server, cache, texts_of(1200))
     outcome = job.run(workers=2, batch_size=100)
     assert (outcome.embedded, outcome.refused) == (1200, [])
     # 100, 50 and 50 by each worker at most; then 25 at a time.
@@ -177,26 +177,26 @@ def test_a_server_that_takes_32_texts_is_learnt_at_once(server, spool):
     job.check_stored()
 
 
-def test_batches_close_under_the_token_limit(server, spool):
-    job = Job(server, spool, [f"{n} " + "word " * 7900 for n in range(64)])
+def test_batches_close_under_the_token_limit(server, cache):
+    job = Job(server, cache, [f"{n} " + "word " * 7900 for n in range(64)])
     assert job.run(batch_size=64).refused == []
     assert server.stats()["statuses"] == {"200": 3}  # 31 texts of 7,902 tokens each stay under 250,000
 
 
-def test_a_text_over_the_models_limit_is_cut_and_named(server, spool):
+def test_a_text_over_the_models_limit_is_cut_and_named(server, cache):
     texts = ["short", "long " * 9000, "短" * 9000]
-    job = Job(server, spool, texts)
+    job = Job(server, cache, texts)
     outcome = job.run()
     assert (outcome.embedded, outcome.cut, outcome.refused) == (3, ["id-1", "id-2"], [])
-    found = spool.get_vectors([spool.text_key(job.spec, texts[1])])
+    found = cache.get_vectors([cache.text_key(job.spec, texts[1])])
     assert np.array_equal(
-        np.frombuffer(found[spool.text_key(job.spec, texts[1])], "<f4"),
+        np.frombuffer(found[cache.text_key(job.spec, texts[1])], "<f4"),
         vectors_for(MODEL, [" ".join(["long"] * 8191)], SIZE)[0],
     )
 
 
-def test_blank_texts_are_never_sent(server, spool):
-    job = Job(server, spool, ["good", "", " \n\t"])
+def test_blank_texts_are_never_sent(server, cache):
+    job = Job(server, cache, ["good", "", " \n\t"])
     outcome = job.run()
     assert [(each.label, each.reason) for each in outcome.refused] == [
         ("id-1", "blank content"),
@@ -226,9 +226,9 @@ def test_blank_texts_are_never_sent(server, spool):
         {"nan": True, "after": 2, "times": 2},
     ),
 )
-def test_passing_faults_leave_nothing_missing_and_nothing_wrong(server, spool, fault):
+def test_passing_faults_leave_nothing_missing_and_nothing_wrong(server, cache, fault):
     server.fault(**fault)
-    job = Job(server, spool, texts_of(200), timeout_seconds=0.5)
+    job = Job(server, cache, texts_of(200), timeout_seconds=0.5)
     outcome = job.run()
     assert (outcome.embedded, outcome.refused) == (200, [])
     job.check_stored()
@@ -247,44 +247,44 @@ def test_passing_faults_leave_nothing_missing_and_nothing_wrong(server, spool, f
         ({"status": 429, "retry_after": 0.05}, "Rate limit exceeded during re-embedding"),
     ),
 )
-def test_a_refusal_half_way_keeps_what_was_bought(server, spool, fault, named):
+def test_a_refusal_half_way_keeps_what_was_bought(server, cache, fault, named):
     server.fault(**fault, after=8)
-    job = Job(server, spool, texts_of(200), max_wait_seconds=1)
+    job = Job(server, cache, texts_of(200), max_wait_seconds=1)
     started = time.monotonic()
     with pytest.raises(ProviderRefused, match=named):
         job.run()
     assert time.monotonic() - started < 60
-    assert spool.count(job.spec) == server.stats()["texts"] == 80
+    assert cache.count(job.spec) == server.stats()["texts"] == 80
     server.clear_faults()
-    again = Job(server, spool, job.texts)
+    again = Job(server, cache, job.texts)
     assert again.run().embedded == 120
     assert server.stats()["paid_twice"] == 0
     again.check_stored()
 
 
-def test_an_endpoint_that_refuses_every_text_is_told_apart_from_bad_rows(server, spool):
+def test_an_endpoint_that_refuses_every_text_is_told_apart_from_bad_rows(server, cache):
     server.fault(status=400)
     with pytest.raises(ProviderRefused, match="does not even embed a plain word"):
-        Job(server, spool, texts_of(40)).run()
+        Job(server, cache, texts_of(40)).run()
     assert server.stats()["requests"] < 30  # not twice for every one of the 40 texts
 
 
-def test_only_bad_rows_left_are_refused_not_blamed_on_the_endpoint(server, spool):
+def test_only_bad_rows_left_are_refused_not_blamed_on_the_endpoint(server, cache):
     server.fault(poisoned_text="memory number")
-    outcome = Job(server, spool, texts_of(6)).run()
+    outcome = Job(server, cache, texts_of(6)).run()
     assert len(outcome.refused) == 6
 
 
-def test_an_answer_of_another_width_stores_nothing(server, spool):
+def test_an_answer_of_another_width_stores_nothing(server, cache):
     server.fault(wrong_width=192)
-    job = Job(server, spool, texts_of(40))
+    job = Job(server, cache, texts_of(40))
     with pytest.raises(WrongWidth, match="VECTOR_SIZE is 256"):
         job.run()
-    assert spool.count(job.spec) == 0
+    assert cache.count(job.spec) == 0
 
 
-def test_an_error_of_the_store_ends_the_run(server, spool):
-    job, calls = Job(server, spool, texts_of(200)), []
+def test_an_error_of_the_store_ends_the_run(server, cache):
+    job, calls = Job(server, cache, texts_of(200)), []
 
     def store(pairs):
         calls.append(len(pairs))
@@ -303,15 +303,15 @@ from lib.dimensions import EmbeddingSpec
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.refusals import WrongWidth
-from lib.clients.embeddings.cache import Spool
+from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.worker_pool import embed_missing
 spec = EmbeddingSpec({url!r}, {model!r}, {size})
 texts = [f"memory number {{n}} about topic {{n % 17}}" for n in range(2000)]
-with Spool(Path({path!r})) as spool:
-    rows = [TextRow(spool.text_key(spec, text), text, str(n)) for n, text in enumerate(texts)]
+with EmbeddingCache(Path({path!r})) as cache:
+    rows = [TextRow(cache.text_key(spec, text), text, str(n)) for n, text in enumerate(texts)]
     print("ready", flush=True)
     try:
-        embed_missing(EmbeddingClient(spec, "sk-sandbox"), rows, spool.put_vectors, workers=4, batch_size=10,
+        embed_missing(EmbeddingClient(spec, "sk-sandbox"), rows, cache.put_vectors, workers=4, batch_size=10,
                       progress=lambda at: print(at.embedded, flush=True))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -343,9 +343,9 @@ def test_a_run_that_was_ended_pays_again_for_nothing_but_what_was_in_flight(
     child.stdout.read()
     assert child.wait(timeout=300) == (130 if with_signal == signal.SIGINT else -signal.SIGKILL)
     server.clear_faults()
-    with Spool(path) as spool:
-        job = Job(server, spool, texts_of(2000))
-        stored = spool.count(job.spec)
+    with EmbeddingCache(path) as cache:
+        job = Job(server, cache, texts_of(2000))
+        stored = cache.count(job.spec)
         assert 300 <= stored < 2000
         assert server.stats()["texts"] - stored <= most_paid_twice
         job.run(workers=8, batch_size=100)
@@ -354,11 +354,11 @@ def test_a_run_that_was_ended_pays_again_for_nothing_but_what_was_in_flight(
 
 
 @pytest.mark.matrix
-def test_a_limit_is_reached_with_hardly_a_refusal(spool):
+def test_a_limit_is_reached_with_hardly_a_refusal(cache):
     """A bucket of 300,000 tokens a minute, full at first: most of what it gives is taken, little is refused."""
     with OpenAIServer(latency_seconds=0.05, tokens_per_minute=300_000, requests_per_minute=60_000) as limited:
         texts = [f"{n} " + "some words of a memory " * 20 for n in range(2930)]
-        job = Job(limited, spool, texts)
+        job = Job(limited, cache, texts)
         started = time.monotonic()
         outcome = job.run(workers=16, batch_size=20)
         seconds = time.monotonic() - started
@@ -376,10 +376,10 @@ def test_a_limit_is_reached_with_hardly_a_refusal(spool):
         assert limited.stats()["paid_twice"] == 0
 
 
-def test_without_headers_the_concurrency_adapts(server, spool):
+def test_without_headers_the_concurrency_adapts(server, cache):
     server.fault(no_headers=True)
     server.fault(status=429, retry_after=0.2, after=10, times=10)
-    job = Job(server, spool, texts_of(300))
+    job = Job(server, cache, texts_of(300))
     outcome = job.run(workers=8)
     assert outcome.embedded == 300
     assert outcome.rate_limited == 10

@@ -74,8 +74,8 @@ def test_a_lost_embedding_cache_makes_no_full_collection_an_empty_one(operator):
 
 def test_an_empty_graph_is_restored(empty):
     empty.run("backup_automem")
-    half = json.loads(empty.manifests()[-1].read_text())["graph"]
-    assert (half["nodes"], half["proof"]) == (0, "restored")
+    component = json.loads(empty.manifests()[-1].read_text())["graph"]
+    assert (component["nodes"], component["proof"]) == (0, "restored")
     before = empty.state()
     empty.cypher("CREATE (:Memory {id: 'x', content: 'later'})")
     empty.run("restore_from_backup", "latest", "--dry-run")

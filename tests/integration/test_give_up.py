@@ -136,7 +136,7 @@ def test_a_trial_of_the_graph_that_was_interrupted_closes_its_own_journal(operat
     operator.run("backup_automem")
     state = operator.state()
     with monkeypatch.context() as patched:
-        patched.setattr("lib.restore.graph.prove_acceptance", interrupt)
+        patched.setattr("lib.restore.graph.verify_acceptance", interrupt)
         operator.run("restore_from_backup", operator.rdb(), expect=130)
     assert "unfinished" not in notice(operator)
     assert operator.graphs() == [operator.graph]

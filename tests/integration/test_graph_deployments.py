@@ -52,7 +52,7 @@ def operator(session_servers, server, tmp_path) -> Iterator[Operator]:
     someone.clean_up()
 
 
-def half(operator) -> dict:
+def component(operator) -> dict:
     """The graph's half of the newest set."""
     return operator.run("backup_automem", "--list", "--json").json["sets"][0]["graph"]
 
@@ -97,8 +97,8 @@ def test_a_server_that_cannot_save_is_backed_up_with_a_warning(operator):
         planned = operator.run("restore_from_backup", operator.rdb(), "--dry-run", expect=1)
         assert "takes no writes now" in planned.err
         assert "df -h" in planned.err
-    assert half(operator)["proof"] == "restored"
-    assert half(operator)["digest"] == before.graph
+    assert component(operator)["proof"] == "restored"
+    assert component(operator)["digest"] == before.graph
     assert operator.state() == before
     assert "cannot save" not in operator.run("backup_automem").err
 
@@ -109,8 +109,8 @@ def test_a_server_that_cannot_write_its_rdb_for_a_replica_is_dumped(operator):
     before = operator.state()
     with unable_to_save(operator, **{"repl-diskless-sync": "no"}):
         operator.run("backup_automem", "--only", "falkordb")
-    assert half(operator)["digest"] == before.graph
-    assert half(operator)["proof"] == "restored"
+    assert component(operator)["digest"] == before.graph
+    assert component(operator)["proof"] == "restored"
 
 
 # --- a full queue ------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_full_queue_is_waited_for(session_servers, tmp_path):
             for one in threads:
                 one.join()
         assert set(refused) == {"Max pending queries exceeded"}
-        assert half(operator)["digest"] == before.graph
+        assert component(operator)["digest"] == before.graph
 
 
 def test_a_queue_that_stays_full_is_named(server, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_graph_in_a_redis_cluster_is_backed_up_and_restored(session_servers, t
         operator.load(40)
         before = operator.state()
         operator.run("backup_automem")
-        assert half(operator)["proof"] == "restored"
+        assert component(operator)["proof"] == "restored"
         operator.cypher("MATCH (m:Memory) WHERE id(m) % 3 = 0 DETACH DELETE m")
         operator.run("restore_from_backup", operator.rdb(), "--dry-run")
         operator.run("restore_from_backup", operator.rdb())
@@ -307,7 +307,7 @@ def neighboured(session_servers, other_module, tmp_path) -> Iterator[Operator]:
 def test_a_graph_among_another_modules_keys_is_dumped_and_verified(neighboured):
     before = neighboured.state()
     neighboured.run("backup_automem")
-    taken = half(neighboured)
+    taken = component(neighboured)
     assert (taken["kind"], taken["digest"]) == ("dump", before.graph)
     assert taken["proof"] == "restored"
     assert "the redis module othermod" in taken["proof_note"]
@@ -327,7 +327,7 @@ def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighbour
     monkeypatch.setattr("lib.backup.graph.foreign_modules", lambda *_: [])
     result = neighboured.run("backup_automem", "--only", "falkordb")
     assert "data of the redis module 'othertype'" in result.out
-    assert (half(neighboured)["kind"], half(neighboured)["proof"]) == ("rdb", "checked")
+    assert (component(neighboured)["kind"], component(neighboured)["proof"]) == ("rdb", "checked")
     checked = neighboured.run("backup_automem", "--check", "all")
     assert "DAMAGED" not in checked.out
     assert "'othertype'" in checked.out
@@ -349,8 +349,8 @@ def test_a_graph_with_an_expiry_is_backed_up_so_that_it_outlives_it(operator):
         started = operator.run("backup_automem", "--only", "falkordb")
         assert "has an expiry: the server deletes it at 20" in started.err
         assert f"PERSIST {operator.graph}" in started.err
-        assert half(operator)["kind"] == "dump"
-        assert half(operator)["expires"].startswith("20")
+        assert component(operator)["kind"] == "dump"
+        assert component(operator)["expires"].startswith("20")
         assert wait_for(lambda: not conn.exists(operator.graph), 30, 0.05)
     operator.run("backup_automem", "--check", "all")
     told = operator.run("restore_from_backup", operator.rdb()).err
@@ -371,7 +371,7 @@ def test_function_libraries_are_named_by_backup_and_restore(operator):
             pytest.skip(f"this FalkorDB has no function libraries: {error}")
         try:
             assert "(GRAPH.UDF): mine" in operator.run("backup_automem", "--only", "falkordb").err
-            assert half(operator)["functions"] == ["mine"]
+            assert component(operator)["functions"] == ["mine"]
             kept = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
             assert "function libraries" not in kept
         finally:

@@ -7,8 +7,8 @@ from lib.clients.falkordb.connection import list_graphs, require_graph, server_v
 from lib.clients.falkordb.queries import (
     NOT_UTF8,
     counts,
+    existing_memory_ids,
     iter_memories,
-    memory_ids_present,
     nodes,
     pages,
     read_rows,
@@ -181,8 +181,11 @@ def test_ids_are_looked_up_exactly(conn: redis.Redis):
     fill(conn, "g", 1200)
     write(conn, "g", "CREATE (:Memory {id: 7}), (:Other {id: 'elsewhere'}), (:Memory {id: 'it\\'s \"odd\"'})")
     asked = [f"id-{i}" for i in range(0, 2400, 2)] + [7, "7", "elsewhere", 'it\'s "odd"']
-    assert memory_ids_present(conn, "g", asked) == {f"id-{i}" for i in range(0, 1200, 2)} | {7, 'it\'s "odd"'}
-    assert memory_ids_present(conn, "g", []) == set()
+    assert existing_memory_ids(conn, "g", asked) == {f"id-{i}" for i in range(0, 1200, 2)} | {
+        7,
+        'it\'s "odd"',
+    }
+    assert existing_memory_ids(conn, "g", []) == set()
 
 
 def test_counts_are_exact_with_many_labels_and_none(conn: redis.Redis):

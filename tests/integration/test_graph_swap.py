@@ -18,10 +18,10 @@ from lib.clients.falkordb.swap import (
     drop_graph,
     dump_as,
     dump_graph,
-    prove_acceptance,
     rename_graph,
     swap_back,
     swap_in,
+    verify_acceptance,
 )
 from lib.errors import (
     AccessRefused,
@@ -64,7 +64,7 @@ def test_backup_scratch_and_swap_bring_back_the_graph_and_touch_nothing_else(
         proof = dump_as(scratch.conn, "memories", "memories__proof")
         payload = dump_graph(scratch.conn, "memories")
         assert list_graphs(scratch.conn) == ["memories"]
-    prove_acceptance(target_conn, proof, "memories__proof", expected)
+    verify_acceptance(target_conn, proof, "memories__proof", expected)
     assert list_graphs(target_conn) == ["memories", "second"]
 
     assert swap_in(target_conn, "memories", payload, SAFETY) is True
@@ -175,7 +175,7 @@ def test_garbage_is_not_even_sent(target_conn: redis.Redis):
         with pytest.raises(BackupDamaged, match="holds no graph"):
             swap_in(target_conn, "memories", garbage, SAFETY)
         with pytest.raises(BackupDamaged, match="holds no graph"):
-            prove_acceptance(target_conn, garbage, "proof", GraphDigest("", 0, 0, by_id=True))
+            verify_acceptance(target_conn, garbage, "proof", GraphDigest("", 0, 0, by_id=True))
     assert list_graphs(target_conn) == ["memories"]
 
 
@@ -188,7 +188,7 @@ def test_a_payload_never_goes_under_another_name(
     with pytest.raises(StoreFailed, match="dumped as graph 'memories'"):
         swap_in(target_conn, "other", payload, SAFETY)
     with pytest.raises(StoreFailed, match="dumped as graph 'memories'"):
-        prove_acceptance(target_conn, payload, "memories__proof", digest(conn, "memories"))
+        verify_acceptance(target_conn, payload, "memories__proof", digest(conn, "memories"))
     assert list_graphs(target_conn) == ["memories"]
     assert counts(target_conn, "memories").nodes == 10
 
@@ -201,7 +201,7 @@ def test_names_in_use_are_not_touched(conn: redis.Redis, target_conn: redis.Redi
         swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
     assert f"GRAPH.DELETE {SAFETY}" in refusal.value.next_step
     with pytest.raises(StoreFailed, match="exists already"):
-        prove_acceptance(target_conn, dump_as(conn, "memories", SAFETY), SAFETY, digest(conn, "memories"))
+        verify_acceptance(target_conn, dump_as(conn, "memories", SAFETY), SAFETY, digest(conn, "memories"))
     with pytest.raises(StoreFailed, match="cannot be renamed"):
         rename_graph(target_conn, "memories", SAFETY)
     assert (counts(target_conn, "memories").nodes, counts(target_conn, SAFETY).nodes) == (10, 20)
@@ -216,7 +216,7 @@ def test_proof_fails_where_the_copy_is_not_what_was_expected(conn: redis.Redis, 
     expected = digest(conn, "memories")
     write(conn, "memories", "MATCH (m:Memory {id: 'id-7'}) SET m.content = 'changed'")
     with pytest.raises(VerificationFailed, match="differs from the backup"):
-        prove_acceptance(target_conn, dump_as(conn, "memories", "proof"), "proof", expected)
+        verify_acceptance(target_conn, dump_as(conn, "memories", "proof"), "proof", expected)
     assert list_graphs(target_conn) == []
 
 
@@ -225,7 +225,7 @@ def test_a_refused_proof_leaves_nothing(conn: redis.Redis, target_conn: redis.Re
     expected = digest(conn, "memories")
     payload = of_newer_falkordb(dump_as(conn, "memories", "proof"))
     with pytest.raises(StoreFailed, match="Bad data format"):
-        prove_acceptance(target_conn, payload, "proof", expected)
+        verify_acceptance(target_conn, payload, "proof", expected)
     assert list_graphs(target_conn) == []
 
 

@@ -359,7 +359,7 @@ def test_a_cache_that_runs_something_is_refused(operator, statement):
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"CREATE {statement}")
     result = operator.run("reembed_embeddings", "--dry-run", expect=1)
-    assert f"{path} is not a spool of this version" in result.err
+    assert f"{path} is not an embedding cache of this version" in result.err
 
 
 def test_a_cache_with_a_model_of_another_form_is_refused(operator):

@@ -116,8 +116,8 @@ def test_a_files_name_forges_no_line(operator, tmp_path, flag):
 WORDS = [
     ("collection", "distance"),
     *(
-        pytest.param(half, name, marks=pytest.mark.matrix)
-        for half, names in {
+        pytest.param(component, name, marks=pytest.mark.matrix)
+        for component, names in {
             "collection": ("model_known", "proof", "proof_note", "snapshot_name", "snapshot_sha256"),
             "graph": ("digest", "expires", "kind", "proof", "proof_note"),
         }.items()
@@ -126,14 +126,14 @@ WORDS = [
 ]
 
 
-@pytest.mark.parametrize(("half", "name"), WORDS)
-def test_no_word_of_a_manifest_forges_a_line(operator, half, name):
+@pytest.mark.parametrize(("component", "name"), WORDS)
+def test_no_word_of_a_manifest_forges_a_line(operator, component, name):
     """Sealed again, as who may write at the place of the copies can."""
     operator.load(12)
     operator.run("backup_automem")
     (path,) = operator.manifests()
     document = json.loads(path.read_text())
-    document[half][name] = FORGED
+    document[component][name] = FORGED
     path.write_text(json.dumps(sealed(document)))
     for words in (["backup_automem", "--list"], ["restore_from_backup", "latest", "--dry-run"]):
         result = operator.run(*words, expect=None)

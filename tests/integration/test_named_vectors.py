@@ -43,10 +43,10 @@ def test_both_vectors_are_in_the_backup_and_come_back(named):
     before = contents(named)
     assert set(before[0]["vector"]) == set(VECTORS)
     named.run("backup_automem", "--only", "qdrant")
-    half = json.loads(named.manifests()[-1].read_text())["collection"]
-    assert half["points"] == half["promised_ids"] == 20
-    assert half["proof"] in {"checked", "restored"}
-    recorded = peek_facts(named.backups / half["file"]["name"])["config"]["params"]["vectors"]
+    component = json.loads(named.manifests()[-1].read_text())["collection"]
+    assert component["points"] == component["promised_ids"] == 20
+    assert component["proof"] in {"checked", "restored"}
+    recorded = peek_facts(named.backups / component["file"]["name"])["config"]["params"]["vectors"]
     assert {
         name: {"size": one["size"], "distance": one["distance"]} for name, one in recorded.items()
     } == VECTORS

@@ -52,12 +52,12 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_bought(level):
     level.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['renamed'], m.archived = true", id=tagged)
     level.call("POST", "/points/payload/delete?wait=true", {"points": [keyless], "keys": ["tags"]})
     level.cypher("CREATE (:Memory {id: $id, content: 'a memory that never had a point'})", id=added)
-    surplus = {
+    orphans = {
         "id": 99,
         "vector": [1.0] + [0.0] * (OLD_SIZE - 1),
         "payload": {"content": "deleted from the graph"},
     }
-    level.call("PUT", "/points?wait=true", {"points": [surplus]})
+    level.call("PUT", "/points?wait=true", {"points": [orphans]})
 
     repair(level, added=2, changed=1, payloads=2, removed=1, bought=3)
     # Three unchanged points prove the model, three texts are new.
@@ -87,7 +87,7 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
 
 
 def test_a_surplus_point_is_kept_before_it_goes(level):
-    from lib.clients.embeddings.cache import Spool
+    from lib.clients.embeddings.cache import EmbeddingCache
 
     vector = np.eye(OLD_SIZE, dtype=np.float32)[3]
     lonely = {"id": 99, "vector": vector.tolist(), "payload": {"content": "mine alone", "note": "dear"}}
@@ -95,8 +95,8 @@ def test_a_surplus_point_is_kept_before_it_goes(level):
     repair(level, removed=1)
     folder = level.backups / "embeddings"
     [path] = folder.glob(f"{level.collection}*.sqlite3")
-    with Spool(path, vectors=folder / "vectors.sqlite3") as spool:
-        kept = spool.kept([99])[99]
+    with EmbeddingCache(path, vectors=folder / "vectors.sqlite3") as cache:
+        kept = cache.kept([99])[99]
     assert b'"note":"dear"' in kept.payload
     assert np.array_equal(np.frombuffer(kept.vector, dtype="<f4"), vector)
 

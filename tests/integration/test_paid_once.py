@@ -89,15 +89,15 @@ def test_a_real_disk_that_is_nearly_full(ready, tmp_path):
 
 @pytest.mark.parametrize("size", [48, 96, 256, 384, 768, 1024, 1536, 2048, 3072, 4096])
 def test_the_room_that_is_asked_for_is_what_sqlite_takes(tmp_path, size):
-    from lib.clients.embeddings.cache import Spool
+    from lib.clients.embeddings.cache import EmbeddingCache
     from lib.dimensions import EmbeddingSpec
 
     spec, count = EmbeddingSpec("", LARGE, size), 700
     path = tmp_path / "spool.sqlite3"
-    with Spool(path) as spool:
-        empty = spool.size_bytes()
-        spool.put_vectors([(spool.text_key(spec, str(n)), bytes(4 * size)) for n in range(count)])
-        taken = spool.size_bytes() - empty
+    with EmbeddingCache(path) as cache:
+        empty = cache.size_bytes()
+        cache.put_vectors([(cache.text_key(spec, str(n)), bytes(4 * size)) for n in range(count)])
+        taken = cache.size_bytes() - empty
     assert taken <= room_of(count, size)
     assert (path.stat().st_size - empty) > 0.4 * (room_of(count, size) - 8 * MIB) / 2  # and not far more
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lib.clients.embeddings import cache_file as pruning
-from lib.clients.embeddings.cache import SUM_BYTES, MemoryRow, Spool
-from lib.clients.embeddings.cache_file import SpoolDamaged
+from lib.clients.embeddings.cache import SUM_BYTES, EmbeddingCache, MemoryRow
+from lib.clients.embeddings.cache_file import CacheDamaged
 from lib.dimensions import EmbeddingSpec
 from lib.errors import GuardRefused, LockHeld
 from lib.journal import start_journal
@@ -25,22 +25,24 @@ def vector(text, size):
 
 
 def opened(folder, name):
-    return Spool(folder / "embeddings" / f"{name}.sqlite3", vectors=folder / "embeddings" / "vectors.sqlite3")
+    return EmbeddingCache(
+        folder / "embeddings" / f"{name}.sqlite3", vectors=folder / "embeddings" / "vectors.sqlite3"
+    )
 
 
-def plan(spool, spec, texts):
-    spool.begin_scan()
-    spool.put_memories(
+def plan(cache, spec, texts):
+    cache.begin_scan()
+    cache.put_memories(
         [
-            MemoryRow(number, number, spool.text_key(spec, text), text, b"{}", 3)
+            MemoryRow(number, number, cache.text_key(spec, text), text, b"{}", 3)
             for number, text in enumerate(texts)
         ]
     )
-    spool.end_scan()
+    cache.end_scan()
 
 
-def bought(spool, spec, texts):
-    spool.put_vectors([(spool.text_key(spec, text), vector(text, spec.size)) for text in texts])
+def bought(cache, spec, texts):
+    cache.put_vectors([(cache.text_key(spec, text), vector(text, spec.size)) for text in texts])
 
 
 def texts(first, last):
@@ -51,89 +53,89 @@ def test_what_any_plan_names_stays_and_the_rest_goes(tmp_path):
     with opened(tmp_path, "other") as other:
         plan(other, SMALL, texts(50, 60))
         bought(other, SMALL, texts(50, 70))
-    with opened(tmp_path, "own") as spool:
-        plan(spool, BIG, texts(0, 30))
-        bought(spool, BIG, texts(0, 40))
-        counted = prune_spool(spool, tmp_path, dry_run=True)
+    with opened(tmp_path, "own") as cache:
+        plan(cache, BIG, texts(0, 30))
+        bought(cache, BIG, texts(0, 40))
+        counted = prune_spool(cache, tmp_path, dry_run=True)
         assert [(one.spec.size, one.vectors, one.unneeded) for one in counted.stored] == [
             (16, 20, 10),
             (64, 40, 10),
         ]
         assert sum(one.unneeded_bytes for one in counted.stored) == 10 * ((64 + 16) * 4 + 2 * SUM_BYTES)
-        assert (counted.removed, spool.count(BIG)) == (0, 40)
-        done = prune_spool(spool, tmp_path, dry_run=False)
+        assert (counted.removed, cache.count(BIG)) == (0, 40)
+        done = prune_spool(cache, tmp_path, dry_run=False)
         assert (done.removed, done.shrunk) == (20, True)
-        keys = [spool.text_key(BIG, text) for text in texts(0, 30)]
-        keys += [spool.text_key(SMALL, text) for text in texts(50, 60)]
-        assert spool.known(keys) == set(keys)
-        assert (spool.count(BIG), spool.count(SMALL)) == (30, 10)
-        assert spool.get_vectors(keys[:1]) == {keys[0]: vector("text 0", 64)}
+        keys = [cache.text_key(BIG, text) for text in texts(0, 30)]
+        keys += [cache.text_key(SMALL, text) for text in texts(50, 60)]
+        assert cache.known(keys) == set(keys)
+        assert (cache.count(BIG), cache.count(SMALL)) == (30, 10)
+        assert cache.get_vectors(keys[:1]) == {keys[0]: vector("text 0", 64)}
 
 
 def test_the_file_gives_its_room_back(tmp_path):
-    with opened(tmp_path, "own") as spool:
-        plan(spool, BIG, texts(0, 5))
-        bought(spool, BIG, texts(0, 3000))
-        done = prune_spool(spool, tmp_path, dry_run=False)
+    with opened(tmp_path, "own") as cache:
+        plan(cache, BIG, texts(0, 5))
+        bought(cache, BIG, texts(0, 3000))
+        done = prune_spool(cache, tmp_path, dry_run=False)
         assert done.removed == 2995
         assert done.bytes_after < done.bytes_before / 4
 
 
 def test_without_room_for_the_copy_the_vectors_go_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(pruning, "free_bytes", lambda _path: 1000)
-    with opened(tmp_path, "own") as spool:
-        bought(spool, BIG, texts(0, 100))
-        done = prune_spool(spool, tmp_path, dry_run=False)
-        assert (done.removed, done.shrunk, spool.count(BIG)) == (100, False, 0)
+    with opened(tmp_path, "own") as cache:
+        bought(cache, BIG, texts(0, 100))
+        done = prune_spool(cache, tmp_path, dry_run=False)
+        assert (done.removed, done.shrunk, cache.count(BIG)) == (100, False, 0)
 
 
 def test_no_plan_at_all_needs_nothing(tmp_path):
-    with opened(tmp_path, "own") as spool:
-        bought(spool, BIG, texts(0, 10))
-        assert prune_spool(spool, tmp_path, dry_run=False).removed == 10
+    with opened(tmp_path, "own") as cache:
+        bought(cache, BIG, texts(0, 10))
+        assert prune_spool(cache, tmp_path, dry_run=False).removed == 10
 
 
 def test_a_plan_that_cannot_be_read_stops_it(tmp_path):
-    with opened(tmp_path, "own") as spool:
-        bought(spool, BIG, texts(0, 10))
+    with opened(tmp_path, "own") as cache:
+        bought(cache, BIG, texts(0, 10))
         (tmp_path / "embeddings" / "broken.sqlite3").write_bytes(
             b"no database at all, but long enough to look" * 99
         )
-        with pytest.raises(SpoolDamaged):
-            prune_spool(spool, tmp_path, dry_run=False)
-        assert spool.count(BIG) == 10
+        with pytest.raises(CacheDamaged):
+            prune_spool(cache, tmp_path, dry_run=False)
+        assert cache.count(BIG) == 10
 
 
 def test_an_empty_file_is_no_plan_either(tmp_path):
-    with opened(tmp_path, "own") as spool:
-        bought(spool, BIG, texts(0, 10))
+    with opened(tmp_path, "own") as cache:
+        bought(cache, BIG, texts(0, 10))
         (tmp_path / "embeddings" / "empty.sqlite3").touch()
-        with pytest.raises(SpoolDamaged, match="nothing is removed"):
-            prune_spool(spool, tmp_path, dry_run=False)
-        assert spool.count(BIG) == 10
+        with pytest.raises(CacheDamaged, match="nothing is removed"):
+            prune_spool(cache, tmp_path, dry_run=False)
+        assert cache.count(BIG) == 10
 
 
 def test_an_unfinished_run_stops_it(tmp_path):
-    with opened(tmp_path, "own") as spool:
-        bought(spool, BIG, texts(0, 10))
+    with opened(tmp_path, "own") as cache:
+        bought(cache, BIG, texts(0, 10))
         journal = start_journal(tmp_path, "reembed", ["a", "b"])
         with pytest.raises(GuardRefused, match="unfinished"):
-            prune_spool(spool, tmp_path, dry_run=False)
-        assert prune_spool(spool, tmp_path, dry_run=True).stored[0].unneeded == 10
+            prune_spool(cache, tmp_path, dry_run=False)
+        assert prune_spool(cache, tmp_path, dry_run=True).stored[0].unneeded == 10
         journal.close("done")
-        assert prune_spool(spool, tmp_path, dry_run=False).removed == 10
+        assert prune_spool(cache, tmp_path, dry_run=False).removed == 10
 
 
 def test_another_run_on_the_same_vectors_stops_it(tmp_path):
-    with opened(tmp_path, "own") as spool, opened(tmp_path, "other") as other:
-        bought(spool, BIG, texts(0, 10))
+    with opened(tmp_path, "own") as cache, opened(tmp_path, "other") as other:
+        bought(cache, BIG, texts(0, 10))
         with pytest.raises(LockHeld, match=r"vectors\.sqlite3"):
-            prune_spool(spool, tmp_path, dry_run=False)
+            prune_spool(cache, tmp_path, dry_run=False)
         assert other.count(BIG) == 10
 
 
 def test_nobody_begins_while_it_works(tmp_path):
-    with opened(tmp_path, "own") as spool, spool.alone(), pytest.raises(LockHeld):
+    with opened(tmp_path, "own") as cache, cache.alone(), pytest.raises(LockHeld):
         opened(tmp_path, "other")
 
 

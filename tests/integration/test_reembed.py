@@ -74,8 +74,8 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
     # Where the server keeps no metadata the run's journal tells, even under the settings of before.
     operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
     operator.run("backup_automem", "--only", "qdrant")
-    half = json.loads(operator.manifests()[-1].read_text())["collection"]
-    assert (half["model"], half["model_known"]) == (LARGE, "stamped")
+    component = json.loads(operator.manifests()[-1].read_text())["collection"]
+    assert (component["model"], component["model_known"]) == (LARGE, "stamped")
     operator.run("reembed_embeddings")
     assert_migrated(operator, after, model=SMALL, size=OLD_SIZE)
     assert settings(operator) == was
@@ -269,13 +269,13 @@ def test_fresh_buys_everything_again_and_forgets_nothing_where_it_is_refused(ope
     upgrade(operator)
     operator.run("reembed_embeddings")
     texts = len({node["content"] for node in embeddable(operator).values()})
-    assert spooled(operator) == texts
+    assert cached(operator) == texts
     operator.servers.openai.reset()
     operator.run("reembed_embeddings", "--fresh", "--dry-run", expect=2)
     operator.run("reembed_embeddings", "--fresh", "--max-cost", "0.0001", expect=2)
     # What stands there was made by vectors that no longer count: it is replaced, so it must be protected.
     operator.run("reembed_embeddings", "--fresh", expect=2)
-    assert spooled(operator) == texts
+    assert cached(operator) == texts
     operator.run("backup_automem", "--only", "qdrant")
     assert operator.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] == texts
     # One word more: the provider must answer before what was paid for is forgotten.
@@ -283,7 +283,7 @@ def test_fresh_buys_everything_again_and_forgets_nothing_where_it_is_refused(ope
     assert_migrated(operator, before)
 
 
-def spooled(operator) -> int:
+def cached(operator) -> int:
     """Vectors of the new size that are paid for."""
     with sqlite3.connect(operator.backups / "embeddings" / "vectors.sqlite3") as db:
         stored = [4 * NEW_SIZE + SUM_BYTES]

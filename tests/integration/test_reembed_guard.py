@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.existing_points import IdTable
+from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.manifest import sealed
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
@@ -31,7 +31,7 @@ def ready(operator):
 def unprotected(operator, why: str) -> None:
     """No backup protects the collection, for this reason."""
     state = get_state(operator.qdrant, operator.collection)
-    with IdTable() as nothing, pytest.raises(GuardRefused) as refusal:
+    with TemporaryIdTable() as nothing, pytest.raises(GuardRefused) as refusal:
         require_backup(
             operator.backups, Wanted(operator.servers.qdrant_url, state, nothing, nothing), NEW_SIZE
         )
@@ -224,7 +224,7 @@ def test_a_text_that_the_provider_refuses_is_named_and_the_rest_is_done(ready):
 def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
     """As through a tunnel that led elsewhere when the backup was taken: same name, same size, other ids."""
     state = get_state(ready.qdrant, ready.collection)
-    with IdTable() as live, IdTable() as nothing:
+    with TemporaryIdTable() as live, TemporaryIdTable() as nothing:
         live.put((f"00000000-0000-4000-8000-{number:012x}", None) for number in range(state.points))
         wanted = Wanted(ready.servers.qdrant_url, state, live, nothing)
         with pytest.raises(GuardRefused, match="is of other data: it holds 0 of the"):

@@ -334,11 +334,11 @@ def test_a_collection_that_was_gone_has_no_before(ready):
 
 @pytest.mark.matrix
 def test_searches_that_fail_fail_no_migration(ready):
-    from tests.gate import Gate, Stop
+    from tests.gate import CancelToken, Gate
 
     before = points_of(ready)
     with Gate(ready.servers.qdrant_url) as gate:
-        stop = Stop("POST", f"/{ready.collection}/points/query")
+        stop = CancelToken("POST", f"/{ready.collection}/points/query")
         stop.let_go.set()  # its connection is closed at once
         gate.stops.append(stop)
         ready.run(

@@ -14,8 +14,8 @@ from lib.clients.falkordb.rdb import inspect_rdb
 from lib.clients.falkordb.scratch import NoEngine
 from lib.errors import StoreFailed, UsageProblem
 from lib.journal import open_journals, start_journal
-from lib.restore.graph import TooSmall, retire_old, settle_graph
-from lib.restore.preflight import prove_files, require_quiet
+from lib.restore.graph import TooSmall, clean_up_graph, drop_old
+from lib.restore.preflight import require_quiet, verify_files
 from lib.restore.run import restore
 from lib.restore.site import Options
 from tests.matrix import matrix
@@ -44,7 +44,7 @@ def run_restore(operator, place, file, options=None, undo=lambda _: "the undo"):
     files = wanted(operator, file)
     options = options or Options()
     with ExitStack() as stack:
-        proved = prove_files(place, files, stack, options)
+        proved = verify_files(place, files, stack, options)
         require_quiet(place, proved.graph, options)
         return restore(place, proved, undo, options)
 
@@ -53,9 +53,9 @@ def test_a_user_without_psync_backs_up_by_dump_and_restores(without_psync):
     operator = without_psync
     operator.load()
     before = digest(operator)
-    half = operator.run("backup_automem", "--only", "falkordb", "--json").json["graph"]
-    assert (half["kind"], half["proof"]) == ("dump", "restored")
-    assert half["digest"] == before
+    component = operator.run("backup_automem", "--only", "falkordb", "--json").json["graph"]
+    assert (component["kind"], component["proof"]) == ("dump", "restored")
+    assert component["digest"] == before
     operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
     with neighbours(operator) as others:
         untouched = others()
@@ -137,14 +137,15 @@ def test_a_wrapped_dump_of_a_newer_encoding_is_refused_before_the_switch(without
     facts = inspect_rdb(Path(operator.rdb()))
     from dataclasses import replace
 
-    from lib.backup.graph import GraphProof
+    from lib.backup.graph import GraphVerification
     from lib.clients.falkordb.swap import require_readable
     from lib.restore.graph import GraphBackup, require_version
 
     newer = replace(facts, graph_encoding=facts.graph_encoding + 50)
     with pytest.raises(StoreFailed, match="graph encoding"):
         require_version(
-            GraphBackup(Path("x.rdb"), operator.graph, GraphProof("checked", "", newer), None), place.graph
+            GraphBackup(Path("x.rdb"), operator.graph, GraphVerification("checked", "", newer), None),
+            place.graph,
         )
     payload = bytearray(place.graph.conn.dump(operator.graph))
     payload[-10] += 1  # the RDB version of the server that wrote it
@@ -193,7 +194,7 @@ def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(opera
     kept = f"{operator.graph}__pre_x"
     with connect(operator.servers.falkordb.address) as conn:
         conn.execute_command("GRAPH.COPY", operator.graph, kept)
-    assert retire_old(place.graph, kept, digest(operator, kept), operator.backups, journal) is None
+    assert drop_old(place.graph, kept, digest(operator, kept), operator.backups, journal) is None
     assert operator.graphs() == [operator.graph]
 
 
@@ -207,7 +208,7 @@ def test_what_was_written_after_a_killed_switch_stays_and_the_old_graph_too(oper
         conn.execute_command("GRAPH.COPY", operator.graph, kept)
     operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
     journal.append("switching the graph", safety_graph=kept, restored_digest="0" * 32)
-    (told,) = settle_graph(place.graph, journal, operator.backups)
+    (told,) = clean_up_graph(place.graph, journal, operator.backups)
     assert f"kept as {kept}" in told
     assert digest(operator, kept) == old
     assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]
@@ -224,7 +225,7 @@ def test_days_of_work_after_a_killed_switch_survive_a_restore_that_fails(operato
     monkeypatch.undo()
     operator.cypher("CREATE (:Memory {id: 'days later', content: 'precious'})")
     worked = digest(operator)
-    monkeypatch.setattr("lib.restore.graph.prove_acceptance", _refuse)
+    monkeypatch.setattr("lib.restore.graph.verify_acceptance", _refuse)
     with pytest.raises(StoreFailed):
         run_restore(operator, place, file)
     assert digest(operator) == worked

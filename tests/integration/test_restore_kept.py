@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import BackupDamaged
-from lib.restore.preflight import prove_files
+from lib.restore.preflight import verify_files
 from lib.restore.run import restore
 from lib.restore.site import Options
 from tests.matrix import matrix
@@ -29,7 +29,7 @@ def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, m
     spoilt = operator.state()
     with ExitStack() as stack:
         place = site(operator)
-        proved = prove_files(place, wanted(operator, archive), stack, Options())
+        proved = verify_files(place, wanted(operator, archive), stack, Options())
         if meanwhile == "is damaged":
             archive.write_bytes(archive.read_bytes()[:-5000] + bytes(5000))
         if room or meanwhile == "stays":

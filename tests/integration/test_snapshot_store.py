@@ -55,9 +55,9 @@ def test_a_snapshot_without_a_checksum_is_backed_up_verified_and_restored(operat
     before = operator.state()
     operator.run("backup_automem", "--no-verify", expect=3)
     operator.run("backup_automem")
-    half = json.loads(operator.manifests()[-1].read_text())["collection"]
-    assert half["proof"] in {"checked", "restored"}
-    assert half["points"] == half["promised_ids"] == before.points
+    component = json.loads(operator.manifests()[-1].read_text())["collection"]
+    assert component["proof"] in {"checked", "restored"}
+    assert component["points"] == component["promised_ids"] == before.points
     operator.run("backup_automem", "--check", "all")
     spoil(operator)
     operator.run("restore_from_backup", operator.archive())

@@ -66,11 +66,11 @@ def test_the_sample_is_spread_over_all_memories(operator):
     upgrade(operator)
     operator.run("reembed_embeddings", "--limit", "10")
     assert operator.servers.openai.stats()["texts"] >= 10
-    spool = next((operator.backups / "embeddings").glob(f"{operator.collection}-*.sqlite3"))
+    cache = next((operator.backups / "embeddings").glob(f"{operator.collection}-*.sqlite3"))
     import sqlite3
 
-    with sqlite3.connect(spool) as db:
-        db.execute("ATTACH DATABASE ? AS b", [str(spool.with_name("vectors.sqlite3"))])
+    with sqlite3.connect(cache) as db:
+        db.execute("ATTACH DATABASE ? AS b", [str(cache.with_name("vectors.sqlite3"))])
         rows = (
             "SELECT m.id - (SELECT min(id) FROM memories) FROM memories m JOIN b.vectors v ON v.key = m.key"
         )

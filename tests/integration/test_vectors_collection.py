@@ -159,7 +159,7 @@ def test_a_collection_whose_restore_failed_is_dead_and_can_be_deleted(
         inspect_snapshot(io.BytesIO(data))
     with pytest.raises(QdrantError, match="Wal error"):
         send(q, names[1], data)
-    assert collection.is_dead(q, names[1])
+    assert collection.is_failed(q, names[1])
     assert collection.exists(q, names[1])
     with pytest.raises(MigrationError, match="is dead"):
         restoring.wait_restored(q, names[1], 1)

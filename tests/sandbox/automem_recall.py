@@ -151,8 +151,8 @@ def _scores(hit: Hit, words: list[str]) -> dict[str, Any]:
 
 
 def _word_share(memory: Mapping[str, Any], words: list[str]) -> float:
-    present = set(re.findall(r"\b[a-z0-9]+\b", str(memory.get("content") or "").lower()))
-    return sum(word in present for word in words) / len(words) if words else 0.0
+    found = set(re.findall(r"\b[a-z0-9]+\b", str(memory.get("content") or "").lower()))
+    return sum(word in found for word in words) / len(words) if words else 0.0
 
 
 def _add_from_graph(graph: MemoryGraph, result: dict[str, Any]) -> None:

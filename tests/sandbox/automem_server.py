@@ -53,7 +53,7 @@ log = logging.getLogger("automem")
 
 
 def parse_memory(body: object, vector_size: int) -> dict[str, Any]:
-    """Build the node's properties from a request. Raises HTTPException (400) with AutoMem's own texts."""
+    """Build the node's properties from a request. Raises HTTPException (400) with AutoMem's texts."""
     if not isinstance(body, Mapping):
         raise HTTPException(400, "JSON body is required")
     if body.get("embedding"):  # the stand-in embeds every memory itself
@@ -114,8 +114,8 @@ def _moment(body: Mapping[str, Any], name: str) -> str | None:
 class Worker:
     """One thread that enriches and embeds stored memories in their order.
 
-    A failure is only logged: a memory whose vector could not be written stays in the graph alone. AutoMem repairs
-    that every hour, the stand-in never.
+    A failure is only logged: a memory whose vector could not be written exists in the graph only. AutoMem repairs
+    such memories every hour, the stand-in never does.
     """
 
     def __init__(self, graph: MemoryGraph, vectors: VectorStore) -> None:
@@ -182,8 +182,8 @@ class Worker:
 class Service:
     """The running stand-in: its stores, its worker and its routes.
 
-    Creating it creates what is missing in both stores. Raises ValueError if the collection has another size than
-    VECTOR_SIZE. A store that does not answer is only logged; the service tries it again when it needs it.
+    A new Service creates what is missing in both stores. Raises ValueError if the collection has another size than
+    VECTOR_SIZE. A store that does not answer is only logged; the service tries again when it needs the store.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -338,7 +338,7 @@ class AutoMemServer(ServerProcess):
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
-        # Empty counts as unset: the parent's own variables do not reach the service.
+        # Empty counts as unset: the parent's variables do not reach the service.
         settings = {**dict.fromkeys(DEFAULTS, ""), **(env or {})}
         argv = [sys.executable, "-m", "tests.sandbox.automem_server", "--port", str(self.port)]
         super().__init__(argv, log, settings, PROJECT_ROOT)

@@ -46,7 +46,7 @@ PAYLOAD_KEYS = (
     "relevance_score",
 )
 KEYWORD_INDEXES = ("tags", "tag_prefixes")
-EXCLUDED_TYPES = ["MetaPattern"]  # consolidation's own notes: neither counted nor recalled
+EXCLUDED_TYPES = ["MetaPattern"]  # notes of consolidation: neither counted nor recalled
 TIMEOUT_SECONDS = 20.0
 
 
@@ -241,7 +241,7 @@ Row = dict[str, Any]
 
 
 class MemoryGraph:
-    """AutoMem's graph. One client lives as long as the service, with that client's caches of names.
+    """AutoMem's graph. One client is used for the life of the service, with its cache of names.
 
     Every method raises redis.exceptions.RedisError if FalkorDB does not answer or refuses.
     """
@@ -277,7 +277,7 @@ class MemoryGraph:
                     raise
 
     def count(self) -> int:
-        """Count the memories, without consolidation's own notes."""
+        """Count the memories, without the notes of consolidation."""
         statement = "MATCH (m:Memory) WHERE NOT coalesce(m.type, '') IN $excluded RETURN count(m)"
         return int(self._query(statement, excluded=EXCLUDED_TYPES)[0][0])
 

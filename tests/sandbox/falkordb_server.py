@@ -12,10 +12,10 @@ from lib.clients.falkordb.scratch import Engine, installed_engines
 from lib.errors import MigrationError
 from tests.sandbox.process import ServerProcess, ServerStartError, free_port
 
-# The Docker image's own arguments to the module (https://github.com/FalkorDB/FalkorDB, build/docker/run.sh): a query
+# The Docker image's arguments to the module (https://github.com/FalkorDB/FalkorDB, build/docker/run.sh): a query
 # is cut at one second, a result at 10,000 rows.
 DOCKER_LIMITS = "MAX_QUEUED_QUERIES 25 TIMEOUT 1000 RESULTSET_SIZE 10000"
-# The list of past queries is off. Its first look at the graphs can coincide with the module's own start; then the next
+# The list of past queries is off. Its first look at the graphs can coincide with the start of the module; then the next
 # graph that is created or loaded stops the server for good (about 1 start in 1,000, on 4.16.3 and 4.22.1).
 NO_TELEMETRY = "CMD_INFO no"
 PERSISTENCE = ("save 60 1", "appendonly yes", "appendfsync everysec")
@@ -28,7 +28,7 @@ class FalkorServer(ServerProcess):
     Args:
         engine: the oldest one of this machine if None.
         sync_delay_seconds: `repl-diskless-sync-delay`, how long the server waits before it answers a request for an
-            RDB; its own default, 5 s, if None.
+            RDB; the server's default, 5 s, if None.
         telemetry: record past queries, as Docker's server does.
     """
 

@@ -267,7 +267,7 @@ class EmbeddingsApp:
 
 
 async def _hang(faults: list[Fault], cleared: asyncio.Event) -> None:
-    """Wait as long as the faults say, or until they are cleared."""
+    """Wait for the seconds of the faults, or until they are cleared."""
     seconds = sum(fault.hang_seconds for fault in faults)
     if seconds:
         with contextlib.suppress(asyncio.TimeoutError):

@@ -57,7 +57,7 @@ class ServerProcess:
         log: stdout and stderr are appended to it; a temporary file if None.
         env: added to the parent's environment.
 
-    The child leads its own process group: a Ctrl-C for the parent does not reach it before the parent has cleaned up.
+    The child leads a new process group: a Ctrl-C for the parent does not reach it before the parent has cleaned up.
     If the parent is killed, the child is killed as well.
     """
 

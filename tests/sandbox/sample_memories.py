@@ -183,7 +183,7 @@ def _memory(run: _Run, number: int, draft: Draft) -> SampleMemory:
 
 
 def _make_awkward(properties: dict[str, object], kind: str, number: int) -> None:
-    """Change the properties as the kind needs it; the text apart."""
+    """Change the properties for an awkward kind, except the text."""
     properties.update(_PROPERTIES.get(kind, {}))
     if kind == "archived":
         properties.update(archived=True, archived_at=properties["updated_at"], relevance_score=0.07)
@@ -218,7 +218,7 @@ def _awkward_text(run: _Run, kind: str, draft: Draft, number: int) -> str | None
 
 
 def _payload(properties: dict[str, object], kind: str, number: int) -> dict[str, object]:
-    """Build the payload of the point: what AutoMem's worker writes, changed as the kind needs it."""
+    """Build the payload of the point: what AutoMem's worker writes, changed for an awkward kind."""
     payload = point_payload(properties)
     if kind in {"updated", "invalidated"}:  # PATCH /memory writes both dates into the point
         payload.update(t_valid=properties["t_valid"], t_invalid=properties.get("t_invalid"))

@@ -121,7 +121,7 @@ CHINESE = (
 
 @dataclass(frozen=True)
 class Draft:
-    """A text, and the words it is made of."""
+    """A text and the words in it."""
 
     content: str
     type: str

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from lib.backup.archive import FACTS, IDS, SNAPSHOT, SnapshotMember, archive_writer, read_archive, together
-from lib.backup.collection import prove_collection
+from lib.backup.collection import verify_collection
 from lib.errors import BackupDamaged
 
 RECORDINGS = Path(__file__).resolve().parent.parent / "qdrant_recordings"
@@ -76,7 +76,7 @@ def version(request) -> str:
 def test_both_snapshots_are_proved_and_their_points_counted_together(version, tmp_path):
     snapshots = snapshots_of(version)
     path = write(tmp_path / "a.tar.gz", facts_of(version, snapshots), list(snapshots.items()))
-    proof = prove_collection(path)
+    proof = verify_collection(path)
     assert [one.name for one in proof.archive.snapshots] == list(snapshots)
     assert proof.archive.snapshot_size == sum(map(len, snapshots.values()))
     if version == "1.18.3" and proof.level == "restored":
@@ -98,14 +98,14 @@ def test_one_nodes_part_alone_is_no_backup(version, tmp_path):
         with pytest.raises(
             BackupDamaged, match=r"holds no points of shard [01]: they are on another Qdrant node"
         ):
-            prove_collection(write(tmp_path / "a.tar.gz", facts, [(name, data)]))
+            verify_collection(write(tmp_path / "a.tar.gz", facts, [(name, data)]))
 
 
 def test_one_node_twice_is_no_backup(version, tmp_path):
     (name, data), _ = snapshots_of(version).items()
     both = {name: data, "again.snapshot": data}
     with pytest.raises(BackupDamaged, match="holds no points of shard"):
-        prove_collection(write(tmp_path / "a.tar.gz", facts_of(version, both), list(both.items())))
+        verify_collection(write(tmp_path / "a.tar.gz", facts_of(version, both), list(both.items())))
 
 
 def test_a_snapshot_that_is_missing_too_many_swapped_or_changed_is_told(version, tmp_path):
@@ -123,7 +123,7 @@ def test_a_snapshot_that_is_missing_too_many_swapped_or_changed_is_told(version,
         [one, (two[0], two[1][:-512])],
     ):
         with pytest.raises(BackupDamaged):
-            prove_collection(write(tmp_path / "a.tar.gz", facts, members))
+            verify_collection(write(tmp_path / "a.tar.gz", facts, members))
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_an_edited_list_of_the_nodes_is_told(version, tmp_path, edit):
     facts = facts_of(version, snapshots)
     edit(facts)
     with pytest.raises(BackupDamaged):
-        prove_collection(write(tmp_path / "a.tar.gz", facts, list(snapshots.items())))
+        verify_collection(write(tmp_path / "a.tar.gz", facts, list(snapshots.items())))

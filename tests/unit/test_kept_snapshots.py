@@ -7,12 +7,12 @@ import io
 
 import pytest
 
-from lib.backup.snapshot_restore import KeptSnapshots
+from lib.backup.snapshot_restore import SavedSnapshots
 
 TEXTS = [b"the first snapshot", b"the second"]
 
 
-def passed(kept: KeptSnapshots) -> list[bytes]:
+def passed(kept: SavedSnapshots) -> list[bytes]:
     """What a proof reads of each snapshot, five bytes at a time."""
     found = []
     for text in TEXTS:
@@ -24,14 +24,14 @@ def passed(kept: KeptSnapshots) -> list[bytes]:
 
 
 def test_what_passes_is_kept_and_given_as_often_as_asked():
-    kept = KeptSnapshots(room=True)
+    kept = SavedSnapshots(room=True)
     assert passed(kept) == TEXTS
     for _ in range(2):
         assert [kept.stream(number).read() for number in range(2)] == TEXTS
 
 
 def test_without_room_nothing_is_kept():
-    kept = KeptSnapshots(room=False)
+    kept = SavedSnapshots(room=False)
     assert passed(kept) == TEXTS
     assert kept.stream(0) is None
 
@@ -47,7 +47,7 @@ def test_a_disk_that_fills_up_takes_nothing_from_the_proof(monkeypatch, after):
             return super().write(piece)
 
     monkeypatch.setattr("tempfile.TemporaryFile", Full)
-    kept = KeptSnapshots(room=True)
+    kept = SavedSnapshots(room=True)
     assert passed(kept) == TEXTS
     assert kept.stream(0) is None
     assert kept.stream(1) is None

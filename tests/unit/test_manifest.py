@@ -11,7 +11,7 @@ import pytest
 
 from lib.backup.catalog import (
     Deployment,
-    all_sets,
+    backup_sets,
     delete_set,
     find_set,
     is_complete,
@@ -22,11 +22,11 @@ from lib.backup.catalog import (
 from lib.backup.manifest import (
     CHECKED,
     RESTORED,
-    UNPROVED,
+    UNVERIFIED,
     BackupFile,
-    CollectionHalf,
+    CollectionComponent,
     Drift,
-    GraphHalf,
+    GraphComponent,
     Manifest,
     read_manifest,
     sealed,
@@ -34,7 +34,7 @@ from lib.backup.manifest import (
 )
 from lib.errors import USAGE, VERIFICATION_FAILED, BackupDamaged, BadFile, MissingData
 
-GRAPH = GraphHalf(
+GRAPH = GraphComponent(
     file=BackupFile("falkordb/g.rdb", 3, "00"),
     kind="rdb",
     graph="g",
@@ -49,7 +49,7 @@ GRAPH = GraphHalf(
     proof=RESTORED,
     proof_note="loaded",
 )
-COLLECTION = CollectionHalf(
+COLLECTION = CollectionComponent(
     file=BackupFile("qdrant/c.tar.gz", 4, "11"),
     collection="c",
     server={"address": "http://localhost:6333", "version": "1.18.3"},
@@ -78,22 +78,25 @@ def make(
 ):
     """A set with its files."""
     stamp = stamp_of(number)
-    halves = {"graph": graph, "collection": collection}
+    components = {"graph": graph, "collection": collection}
     for name, content in (("graph", b"rdb"), ("collection", b"arch")):
-        half = halves[name]
-        if half is not None:
+        component = components[name]
+        if component is not None:
             file = f"falkordb/g_{stamp}.rdb" if name == "graph" else f"qdrant/qdrant_snapshot_{stamp}.tar.gz"
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(content)
-            halves[name] = dataclasses.replace(half, file=dataclasses.replace(half.file, name=file))
+            components[name] = dataclasses.replace(
+                component, file=dataclasses.replace(component.file, name=file)
+            )
     return write_manifest(
-        folder, Manifest(stamp, created, halves["graph"], halves["collection"], Drift(1, 2, ["x"], []))
+        folder,
+        Manifest(stamp, created, components["graph"], components["collection"], Drift(1, 2, ["x"], [])),
     )
 
 
-@pytest.mark.parametrize("halves", [{}, {"graph": None}, {"collection": None}])
-def test_what_is_written_is_what_is_read(tmp_path, halves):
-    written = make(tmp_path, 1, **halves)
+@pytest.mark.parametrize("components", [{}, {"graph": None}, {"collection": None}])
+def test_what_is_written_is_what_is_read(tmp_path, components):
+    written = make(tmp_path, 1, **components)
     assert written.path == tmp_path / f"backup_{stamp_of(1)}.json"
     assert read_manifest(written.path) == written
     assert json.loads(written.path.read_text()) == written.as_json()
@@ -103,8 +106,8 @@ def test_what_is_written_is_what_is_read(tmp_path, halves):
 def test_the_proof_of_a_set_is_that_of_its_weaker_half(tmp_path):
     assert make(tmp_path, 1).proof == CHECKED
     assert make(tmp_path, 2, collection=None).proof == RESTORED
-    unproved = dataclasses.replace(COLLECTION, proof=UNPROVED)
-    assert make(tmp_path, 3, collection=unproved).proof == UNPROVED
+    unproved = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
+    assert make(tmp_path, 3, collection=unproved).proof == UNVERIFIED
 
 
 def test_the_age_is_in_hours(tmp_path):
@@ -147,9 +150,9 @@ def _without(name):
     return change
 
 
-def _half_without(half, name):
+def _half_without(component, name):
     def change(raw):
-        del raw[half][name]
+        del raw[component][name]
 
     return change
 
@@ -192,8 +195,8 @@ def test_sets_are_found_newest_first_and_others_files_are_not_sets(tmp_path):
     made = [make(tmp_path, number) for number in (2, 1, 3)]
     (tmp_path / "backup_of_my_notes.json").write_text('{"format": 1}')
     (tmp_path / "backup_20260101_000099.json").write_text("{")
-    assert [one.stamp for one in all_sets(tmp_path)] == [stamp_of(3), stamp_of(2), stamp_of(1)]
-    assert all_sets(tmp_path / "nowhere") == []
+    assert [one.stamp for one in backup_sets(tmp_path)] == [stamp_of(3), stamp_of(2), stamp_of(1)]
+    assert backup_sets(tmp_path / "nowhere") == []
     assert find_set(tmp_path, tmp_path / made[0].graph.file.name) == made[0]
     assert find_set(tmp_path, tmp_path / "falkordb" / "other.rdb") is None
 
@@ -231,7 +234,7 @@ def test_the_newest_whole_set_that_holds_a_collection(tmp_path):
 def test_deleting_a_set_takes_its_own_files_alone(tmp_path):
     one, other = make(tmp_path, 1), make(tmp_path, 2)
     delete_set(one)
-    assert all_sets(tmp_path) == [other]
+    assert backup_sets(tmp_path) == [other]
     assert is_complete(other)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
     delete_set(one)  # what is gone is gone

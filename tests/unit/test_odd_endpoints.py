@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.backup.existing_points import IdTable
+from lib.backup.existing_points import TemporaryIdTable
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.cache_file import VALUES_AT_ONCE
 from lib.clients.embeddings.client import Provider, billed_tokens, read_answer
@@ -139,7 +139,7 @@ def test_a_model_name_with_blanks_around_it_is_stripped(tmp_path):
 def test_no_statement_binds_more_values_than_an_older_sqlite_takes(monkeypatch):
     """5,000 ids at once: SQLite before 3.32 refuses more than 999 variables."""
     most = 0
-    with IdTable() as table:
+    with TemporaryIdTable() as table:
         table.put((n, {"n": n}) for n in range(6000))
         inner = table._db
 

@@ -10,9 +10,9 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.catalog import all_sets, dated_later, latest, plan_cleanup
-from lib.backup.copies import shelf_here
-from lib.backup.manifest import SAFETY, UNPROVED, read_manifest, sealed, write_manifest
+from lib.backup.catalog import backup_sets, dated_later, latest, plan_cleanup
+from lib.backup.copies import local_catalog
+from lib.backup.manifest import SAFETY, UNVERIFIED, read_manifest, sealed, write_manifest
 from lib.errors import MissingData, UsageProblem
 from lib.journal import start_journal
 from tests.unit.test_manifest import COLLECTION, GRAPH, HERE, make, stamp_of
@@ -25,8 +25,8 @@ def name(number: int) -> str:
     return f"backup_{stamp_of(number)}.json"
 
 
-def safety(folder, number: int, **halves):
-    made = make(folder, number, **halves)
+def safety(folder, number: int, **components):
+    made = make(folder, number, **components)
     return write_manifest(folder, dataclasses.replace(made, purpose=SAFETY))
 
 
@@ -67,7 +67,7 @@ def test_each_kind_is_counted_apart(tmp_path):
 
 
 def test_cleanup_never_takes_the_newest_verified_of_a_kind(tmp_path):
-    unproved = dataclasses.replace(COLLECTION, proof=UNPROVED)
+    unproved = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
     make(tmp_path, 1)
     make(tmp_path, 2)
     make(tmp_path, 3, **COLLECTION_HALF)
@@ -139,7 +139,7 @@ def test_the_last_reembeddings_set_stays_until_a_newer_verified_one_exists(tmp_p
     make(tmp_path, 0)  # older
     assert deleted(tmp_path, 1) == [3, 2, 0]
     make(tmp_path, 5, **COLLECTION_HALF)
-    make(tmp_path, 6, collection=dataclasses.replace(COLLECTION, proof=UNPROVED))
+    make(tmp_path, 6, collection=dataclasses.replace(COLLECTION, proof=UNVERIFIED))
     assert name(1) not in {
         one.name for one in plan_cleanup(tmp_path, 1, HERE, TARGETS).delete
     }  # still verified
@@ -198,7 +198,7 @@ def test_a_set_from_the_future_does_not_replace_the_undo_of_the_last_migration(t
     migrated = start_journal(tmp_path, "reembed", TARGETS, manifest=named.name)
     migrated.close("done")
     age(migrated, 40)
-    make(tmp_path, 4, collection=dataclasses.replace(COLLECTION, proof=UNPROVED))
+    make(tmp_path, 4, collection=dataclasses.replace(COLLECTION, proof=UNVERIFIED))
     assert 1 not in deleted(tmp_path, 1)
 
 
@@ -237,6 +237,6 @@ def test_a_safety_copy_of_an_earlier_version_is_known_by_its_journal(tmp_path):
     restoring.append("safety backup", manifest=old.name)
     restoring.close("done")
     assert latest(tmp_path, HERE) == wanted
-    assert [one.kind for one in all_sets(tmp_path)] == ["safety copy", "full"]
-    assert [one.kind for one, _ in shelf_here(tmp_path).sets] == ["safety copy", "full"]
+    assert [one.kind for one in backup_sets(tmp_path)] == ["safety copy", "full"]
+    assert [one.kind for one, _ in local_catalog(tmp_path).sets] == ["safety copy", "full"]
     assert deleted(tmp_path, 1) == []

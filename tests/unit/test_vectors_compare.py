@@ -60,9 +60,9 @@ def test_every_datatype_is_compared_as_the_engine_stores_it(datatype, distance, 
 
 def test_a_half_float_may_be_rounded_to_its_neighbour_and_no_further():
     sent = rows(4, 768)
-    half = stored(sent).astype(np.float16)
-    near = np.nextafter(half, np.float16(1)).astype(np.float32)
-    far = np.nextafter(np.nextafter(half, np.float16(1)), np.float16(1)).astype(np.float32)
+    component = stored(sent).astype(np.float16)
+    near = np.nextafter(component, np.float16(1)).astype(np.float32)
+    far = np.nextafter(np.nextafter(component, np.float16(1)), np.float16(1)).astype(np.float32)
     assert not vectors_differ(near, sent, "Cosine", "float16").any()
     assert vectors_differ(far, sent, "Cosine", "float16").all()
 

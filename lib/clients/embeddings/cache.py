@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NoReturn
 
-from lib.clients.embeddings.cache_file import PREFIX_BYTES, Pruning, SpoolDamaged, SpoolFile, chunks, marks
+from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, Pruning, chunks, marks
 from lib.clients.embeddings.pricing import CUT_TO_TOKENS, input_limit
 from lib.dimensions import EmbeddingSpec, public_url, same_model, takes_dimensions
 
@@ -26,7 +26,7 @@ _MISSING = f"{_DISTINCT} AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m
 class MemoryRow:
     """One memory of the graph: its point id, its node, and what its point should hold.
 
-    `key` is the vector's key in the spool, `payload` the JSON of the graph's values, `tokens` those of
+    `key` is the vector's key in the embedding cache, `payload` the JSON of the graph's values, `tokens` those of
     the whole content.
     """
 
@@ -67,7 +67,7 @@ def point_id_of(stored: object) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-class PlanTable(SpoolFile):
+class PlanTable(CacheFile):
     """Scans replace the plan: what a scan did not see is gone when it ends."""
 
     def begin_scan(self) -> None:
@@ -189,7 +189,7 @@ def _memory_row(values: tuple[object, ...]) -> MemoryRow:
 
 
 @dataclass(frozen=True)
-class KeptPoint:
+class SavedPoint:
     """A live point as it was read: its payload as JSON, and its vector (float32, little-endian) where one was asked."""
 
     point_id: str | int
@@ -197,10 +197,10 @@ class KeptPoint:
     vector: bytes | None = None
 
 
-class KeptPoints(SpoolFile):
+class SavedPoints(CacheFile):
     """The latest known payload of every point that was read."""
 
-    def keep_points(self, rows: Sequence[KeptPoint]) -> None:
+    def save_points(self, rows: Sequence[SavedPoint]) -> None:
         """Add or replace, on the disk when it returns. A row without a vector leaves a kept vector in place."""
         with self._transaction():
             self._db.executemany(
@@ -210,40 +210,40 @@ class KeptPoints(SpoolFile):
                 ((stored_id(row.point_id), row.payload, row.vector) for row in rows),
             )
 
-    def kept(self, point_ids: Sequence[str | int]) -> dict[str | int, KeptPoint]:
+    def kept(self, point_ids: Sequence[str | int]) -> dict[str | int, SavedPoint]:
         """Those of `point_ids` that are kept."""
-        found: dict[str | int, KeptPoint] = {}
+        found: dict[str | int, SavedPoint] = {}
         for part in chunks([stored_id(each) for each in point_ids]):
             sql = f"SELECT id, point_id, payload, vector FROM kept_points WHERE point_id IN ({marks(part)})"  # noqa: S608 - only marks
             for values in self._rows(sql, part):
-                point = _kept_point(values)
+                point = _saved_point(values)
                 found[point.point_id] = point
         return found
 
-    def kept_points(self, page: int = 500) -> Iterator[KeptPoint]:
+    def saved_points(self, page: int = 500) -> Iterator[SavedPoint]:
         """Every kept point, read page by page."""
         after = 0
         sql = "SELECT id, point_id, payload, vector FROM kept_points WHERE id > ? ORDER BY id LIMIT ?"
         while rows := self._rows(sql, [after, page]):
             for values in rows:
                 after = int(str(values[0]))
-                yield _kept_point(values)
+                yield _saved_point(values)
 
-    def kept_count(self) -> int:
+    def saved_count(self) -> int:
         """How many points are kept."""
         return self._number("SELECT count(*) FROM kept_points")
 
-    def clear_kept(self) -> None:
+    def clear_saved(self) -> None:
         """Forget the payloads of an earlier migration; points kept whole, vector and all, stay: they were removed."""
         with self._transaction():
             self._db.execute("DELETE FROM kept_points WHERE vector IS NULL")
 
 
-def _kept_point(values: tuple[object, ...]) -> KeptPoint:
+def _saved_point(values: tuple[object, ...]) -> SavedPoint:
     _, point_id, payload, vector = values
     assert isinstance(payload, bytes)
     assert vector is None or isinstance(vector, bytes)
-    return KeptPoint(point_id_of(point_id), payload, vector)
+    return SavedPoint(point_id_of(point_id), payload, vector)
 
 
 TEXT_BYTES = 12
@@ -252,8 +252,8 @@ SUM_BYTES = 4
 TEXTS_AT_ONCE = 500
 
 
-class Spool(PlanTable, KeptPoints, Pruning):
-    """The open spool; see SpoolFile for its arguments. Raises SpoolDamaged where the file cannot be used."""
+class EmbeddingCache(PlanTable, SavedPoints, Pruning):
+    """The open embedding cache; see CacheFile for its arguments. Raises CacheDamaged where the file cannot be used."""
 
     def __init__(self, path: Path, *, vectors: Path | None = None, read_only: bool = False) -> None:
         super().__init__(path, vectors=vectors, read_only=read_only)
@@ -262,14 +262,14 @@ class Spool(PlanTable, KeptPoints, Pruning):
             if not isinstance(prefix, bytes) or not isinstance(size, int):
                 self.close()
                 shown = quote(str(self.vectors_path))
-                raise SpoolDamaged(
+                raise CacheDamaged(
                     f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
                     next_step=f"move it away and run again:  mv {shown} {shown}.damaged",
                 )
             self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)
 
     def text_key(self, spec: EmbeddingSpec, text: str) -> bytes:
-        """The 16-byte key of `text` under `spec`; the spool remembers the spec."""
+        """The 16-byte key of `text` under `spec`; the embedding cache remembers the spec."""
         spec = _without_credentials(spec)
         digest = _spec_digest(spec)
         if digest[:PREFIX_BYTES] not in self._specs:
@@ -293,7 +293,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
         for key, blob in rows:
             spec = self._specs.get(key[:PREFIX_BYTES])
             if spec is None or len(key) != PREFIX_BYTES + TEXT_BYTES:
-                raise ValueError("a key that this spool did not make")
+                raise ValueError("a key that this embedding cache did not make")
             if len(blob) != FLOAT_BYTES * spec.size:
                 raise ValueError(f"{len(blob)} bytes for a vector of {spec.size} dimensions")
         sealed = ((key, blob + _sum(key, blob)) for key, blob in rows)
@@ -303,7 +303,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
     def get_vectors(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         """The vectors of those `keys` that have one, float32 little-endian.
 
-        Raises SpoolDamaged where some are not what was stored, and removes these: they must be paid for again.
+        Raises CacheDamaged where some are not what was stored, and removes these: they must be paid for again.
         """
         found: dict[bytes, bytes] = {}
         damaged: list[bytes] = []
@@ -333,7 +333,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
     def _remove_damaged(self, keys: list[bytes]) -> NoReturn:
         with self._transaction():
             self._db.executemany("DELETE FROM vectors WHERE key = ?", ([key] for key in keys))
-        raise SpoolDamaged(
+        raise CacheDamaged(
             f"{len(keys)} embedding(s) in {self.vectors_path} were damaged on the disk: they are not what was stored,"
             " and were removed",
             next_step="look at that disk, then run the same command again: these texts alone are paid for again",
@@ -384,7 +384,7 @@ class Spool(PlanTable, KeptPoints, Pruning):
         return list(made.items())
 
     def derive_missing(self, spec: EmbeddingSpec) -> int:
-        """Derive and store what the plan misses and the spool can make; returns how many."""
+        """Derive and store what the plan misses and the embedding cache can make; returns how many."""
         if not takes_dimensions(spec.model) or not self._sources(_without_credentials(spec)):
             return 0
         derived, texts = 0, []

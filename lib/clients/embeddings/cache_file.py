@@ -18,7 +18,9 @@ from lib.files import UsedFile, free_bytes, private_dir, private_file, sync_dir
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-APPLICATION_ID = 0x414D5350  # "AMSP" in the file's header: tells a spool from any other SQLite file
+APPLICATION_ID = (
+    0x414D5350  # "AMSP" in the file's header: tells an embedding cache from any other SQLite file
+)
 FORMAT_VERSION = 1
 BUSY_SECONDS = 30
 _PAGE_BYTES = 4096  # SQLite's default
@@ -51,16 +53,16 @@ _MAIN, _BOUGHT = "main", "bought"
 _Item = TypeVar("_Item")
 
 
-class SpoolDamaged(MigrationError):
-    """The spool's file cannot be read, is of another kind, or its disk is full."""
+class CacheDamaged(MigrationError):
+    """The embedding cache's file cannot be read, is of another kind, or its disk is full."""
 
 
-class SpoolFile:
+class CacheFile:
     """The open database. One connection, used by the thread that opened it; at most one writer at a time.
 
     Args:
         path: made where missing (0600, its folder 0700), with SQLite's `-wal` and `-shm` beside it while open.
-        vectors: a file for what was bought, shared by several spools; None: kept in `path` too.
+        vectors: a file for what was bought, shared by several embedding cache; None: kept in `path` too.
         read_only: for a second connection that reads while another writes.
     """
 
@@ -107,8 +109,8 @@ class SpoolFile:
             f"{tables_there} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
         )
         if foreign or (not empty and found != (APPLICATION_ID, FORMAT_VERSION)):
-            raise SpoolDamaged(
-                f"{path} is not a spool of this version of the tool",
+            raise CacheDamaged(
+                f"{path} is not an embedding cache of this version of the tool",
                 next_step=f"move it away and run again:  mv {quote(str(path))} {quote(str(path) + '.old')}",
             )
         if self._read_only:
@@ -136,8 +138,8 @@ class SpoolFile:
         except sqlite3.DatabaseError as error:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a fault of this program, not of the file
-            raise SpoolDamaged(
-                f"the spool {self.path} cannot be used: {error}", next_step=self._remedy(error)
+            raise CacheDamaged(
+                f"the embedding cache {self.path} cannot be used: {error}", next_step=self._remedy(error)
             ) from error
 
     def _remedy(self, error: sqlite3.DatabaseError) -> str:
@@ -156,7 +158,7 @@ class SpoolFile:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All or nothing, on the disk when the block ends. Raises SpoolDamaged."""
+        """All or nothing, on the disk when the block ends. Raises CacheDamaged."""
         with self._guarded():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -257,11 +259,11 @@ class Stored:
     unneeded_bytes: int
 
 
-class Pruning(SpoolFile):
+class Pruning(CacheFile):
     """What is needed is what the plans name: each memory of their last scan, for their model and size."""
 
     def stored(self, plans: Sequence[Path]) -> list[Stored]:
-        """Count by endpoint, model and size. Raises SpoolDamaged where one of the `plans` cannot be read."""
+        """Count by endpoint, model and size. Raises CacheDamaged where one of the `plans` cannot be read."""
         self._note_needed(plans)
         rows = self._rows(
             f"""SELECT s.base_url, s.model, s.size, count(*), coalesce(sum(n.key IS NULL), 0),
@@ -309,7 +311,7 @@ class Pruning(SpoolFile):
         try:
             found = tuple(self._number(f"PRAGMA other.{name}") for name in ("application_id", "user_version"))
             if found != (APPLICATION_ID, FORMAT_VERSION):
-                raise SpoolDamaged(
+                raise CacheDamaged(
                     f"{plan} is no plan of this version of the tool: what it needs cannot be told, nothing is removed",
                     next_step=f"move it away and run again:  mv {quote(str(plan))} {quote(str(plan) + '.old')}",
                 )

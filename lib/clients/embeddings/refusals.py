@@ -105,7 +105,7 @@ SPLIT_STATUSES = frozenset([400, 413, 422])  # one text, or the number or size o
 SETTING_PARAMS = frozenset(["model", "dimensions", "encoding_format"])
 MESSAGE_LENGTH = 300
 
-AGAIN = "then run the same command again: it goes on from the spool, nothing is paid for twice"
+AGAIN = "then run the same command again: it goes on from the embedding cache, nothing is paid for twice"
 
 
 class RateLimited(Exception):

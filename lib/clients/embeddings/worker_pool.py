@@ -118,7 +118,7 @@ def embed_split(
                 deliver(Arrived([], cut=shorter.label))
             return taken
         if len(batch) == 1:
-            _prove_endpoint(client, stop, since)
+            _verify_endpoint(client, stop, since)
             deliver(Arrived([], refused=Refused(batch[0].label, str(problem))))
             return False
         middle = (len(batch) + 1) // 2
@@ -149,7 +149,7 @@ def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:
     return replace(row, text=text, tokens=most) if text.strip() and text != row.text else None
 
 
-def _prove_endpoint(client: EmbeddingClient, stop: threading.Event, since: float) -> None:
+def _verify_endpoint(client: EmbeddingClient, stop: threading.Event, since: float) -> None:
     """Before a row is called bad: has the endpoint taken any other text since, or does it take a plain word?
 
     One that has begun to refuse everything must not look like a graph full of bad memories.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from lib.clients.falkordb.connection import START_HINT, GraphAddress, access_refused
 from lib.clients.falkordb.rdb import MAGIC, crc64
-from lib.concurrency import Stop
+from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 CONNECT_SECONDS = 10.0
@@ -57,7 +57,7 @@ def stream_rdb(
     *,
     progress: Callable[[int], None] | None = None,
     idle_seconds: float = 60.0,
-    stop: Stop | None = None,
+    stop: CancelToken | None = None,
 ) -> RdbTransfer:
     """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` hangs up.
 
@@ -65,7 +65,7 @@ def stream_rdb(
     where DUMP is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a
     whole RDB.
     """
-    with contextlib.closing(_Wire(address, idle_seconds)) as wire, (stop or Stop()).ends(wire.hang_up):
+    with contextlib.closing(_Wire(address, idle_seconds)) as wire, (stop or CancelToken()).ends(wire.hang_up):
         wire.introduce()
         header = wire.request_rdb()
         arrival = _Arrival(write, progress)

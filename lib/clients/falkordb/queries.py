@@ -378,7 +378,7 @@ def _python_properties(pairs: list[Any]) -> dict[str, object]:
     return {key.decode("utf-8", "replace"): plain_value(cell) for key, cell in cells}
 
 
-def memory_ids_present(conn: redis.Redis, graph: str, ids: Sequence[str | int]) -> set[str | int]:
+def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int]) -> set[str | int]:
     """Those of `ids` that are the `id` property of some memory right now; compared exactly, types included."""
     query = f"MATCH (m:{MEMORY_LABEL}) WHERE m.id IN $ids RETURN DISTINCT m.id"
     found: set[str | int] = set()

@@ -38,7 +38,7 @@ class OtherClient:
     command: str
 
 
-def require_writable(conn: redis.Redis, graph: str, throwaway: str, safety: str) -> None:
+def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str) -> None:
     """Raise where this user or this server would refuse a step of the swap: told now rather than half-way.
 
     Each command is asked for in a form that does nothing: a payload that no server takes, keys that do not exist
@@ -47,11 +47,11 @@ def require_writable(conn: redis.Redis, graph: str, throwaway: str, safety: str)
     Raises AccessRefused with what to grant, StoreFailed for a full memory, a read-only replica, a taken name.
     """
     asked = (
-        ("RESTORE", throwaway, 0, _NO_PAYLOAD),
-        ("RENAME", throwaway, safety),
+        ("RESTORE", temporary, 0, _NO_PAYLOAD),
+        ("RENAME", temporary, safety),
         ("DUMP", safety),
         ("GRAPH.DELETE", safety),
-        ("GRAPH.RO_QUERY", throwaway, "RETURN 1"),
+        ("GRAPH.RO_QUERY", temporary, "RETURN 1"),
     )
     lacking = [str(words[0]) for words in asked if not _may(conn, *words)]
     if not _may_transact(conn):
@@ -207,10 +207,10 @@ def dump_as(conn: redis.Redis, name: str, other: str) -> bytes:
     return payload
 
 
-def prove_acceptance(
+def verify_acceptance(
     conn: redis.Redis,
     payload: bytes,
-    throwaway: str,
+    temporary: str,
     expected: GraphDigest,
     then: Callable[[], object] = lambda: None,
 ) -> None:
@@ -220,18 +220,18 @@ def prove_acceptance(
     StoreFailed or AccessRefused where the target does not take it; nothing is left behind. `then` is called once the
     copy is there, before it is read.
     """
-    _require_name(payload, throwaway)
-    _require_free(conn, throwaway)
+    _require_name(payload, temporary)
+    _require_free(conn, temporary)
     try:
-        _restore(conn, payload, throwaway)
+        _restore(conn, payload, temporary)
         del payload
         then()
-        copy = graph_digest(conn, throwaway, by_id=expected.by_id)
+        copy = graph_digest(conn, temporary, by_id=expected.by_id)
     except MigrationError:
         with contextlib.suppress(MigrationError):  # what went wrong first is what the operator must read
-            drop_graph(conn, throwaway)
+            drop_graph(conn, temporary)
         raise
-    drop_graph(conn, throwaway)
+    drop_graph(conn, temporary)
     if copy != expected:
         raise VerificationFailed(
             f"the copy that FalkorDB at {place(conn)} made differs from the backup: "
@@ -240,18 +240,18 @@ def prove_acceptance(
         )
 
 
-def require_readable(conn: redis.Redis, payload: bytes, throwaway: str) -> None:
+def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
     """Raise StoreFailed where the target writes older versions than this payload's, and so cannot read it.
 
     A graph of one node is made and dumped under `throwaway`, then deleted: the way for a payload whose own name is
     taken, which no rehearsal can restore.
     """
-    _require_free(conn, throwaway)
+    _require_free(conn, temporary)
     try:
-        command(conn, "GRAPH.QUERY", throwaway, "CREATE (:Probe)")
-        probe = dump_graph(conn, throwaway)
+        command(conn, "GRAPH.QUERY", temporary, "CREATE (:Probe)")
+        probe = dump_graph(conn, temporary)
     finally:
-        drop_graph(conn, throwaway)
+        drop_graph(conn, temporary)
     for read, written in (
         (rdb_version(probe), rdb_version(payload)),
         (graph_encoding(probe), graph_encoding(payload)),

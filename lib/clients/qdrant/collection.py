@@ -144,7 +144,7 @@ def _ailment(error: QdrantError) -> Health:
     return "dead" if dead else "failing"
 
 
-def is_dead(q: Qdrant, name: str) -> bool:
+def is_failed(q: Qdrant, name: str) -> bool:
     """Whether the collection is listed but lost its shard (see `health`)."""
     return health(q, name) == "dead"
 

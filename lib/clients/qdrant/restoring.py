@@ -145,16 +145,16 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
     that was asked (`startup`): another one restores nothing.
     """
     deadline = time.monotonic() + seconds
-    dead_since: float | None = None
+    failed_since: float | None = None
     while True:
         gone = restarted(q, process)
         state = _health(q, collection)
         now = time.monotonic()
         if state == "live":
             return
-        dead_since = (dead_since or now) if state == "dead" else None
+        failed_since = (failed_since or now) if state == "dead" else None
         lost = gone and state == "missing"
-        if lost or now >= deadline or (dead_since is not None and now - dead_since >= DEAD_SECONDS):
+        if lost or now >= deadline or (failed_since is not None and now - failed_since >= DEAD_SECONDS):
             raise StoreFailed(
                 f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}",
                 next_step="look at the Qdrant server's log, then run the same command again",

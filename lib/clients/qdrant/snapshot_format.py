@@ -216,7 +216,7 @@ _WAL = re.compile(r"\d+/wal/(?:open|closed)-\d+")
 _WAL_MAGIC = b"wal"  # a WAL file that begins otherwise kills the collection that it is restored onto
 _WHOLE = "the snapshot"
 _Vector = tuple[Any, Any]  # size and distance, as segment.json has them
-KeepSegment = Callable[[int, "Section | Sparse"], ByteStream]
+OnSegment = Callable[[int, "Section | Sparse"], ByteStream]
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class SnapshotFacts:
         return sorted(shard for shard, segments in self.shards.items() if not segments)
 
 
-def inspect_snapshot(stream: ByteStream, keep: KeepSegment | None = None) -> SnapshotFacts:
+def inspect_snapshot(stream: ByteStream, keep: OnSegment | None = None) -> SnapshotFacts:
     """Read a snapshot from `stream` to the end and say what it is; memory stays flat, nothing is extracted.
 
     `keep` gets each segment's shard and content, and gives the content back as it passes to be read here.
@@ -261,7 +261,7 @@ def inspect_snapshot(stream: ByteStream, keep: KeepSegment | None = None) -> Sna
 class _Survey:
     """What was seen of a snapshot so far."""
 
-    def __init__(self, keep: KeepSegment | None) -> None:
+    def __init__(self, keep: OnSegment | None) -> None:
         self._keep = keep
         self._names: set[str] = set()
         self._texts: dict[str, bytes] = {}

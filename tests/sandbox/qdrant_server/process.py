@@ -16,7 +16,7 @@ class QdrantServer(ServerProcess):
 
     Args:
         data: the data directory; the log is next to it.
-        snapshot_store: "local", or "s3" to list and send snapshots as a server that keeps them in S3.
+        snapshot_store: "local", or "s3" to list and send snapshots as a server that stores them in S3.
     """
 
     def __init__(

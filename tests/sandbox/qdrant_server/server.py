@@ -1,4 +1,4 @@
-"""A stand-in for a Qdrant server, over the server's own storage engine (qdrant-edge-py).
+"""A stand-in for a Qdrant server, over the storage engine of the real server (qdrant-edge-py).
 
 It is for tests and for quickstart, not for data that matters. It emulates one node of version 1.11.3 or 1.18.3 as
 recordings of real servers show them. It stores all points of a collection in one shard, whatever `shard_number` is,
@@ -227,7 +227,7 @@ def build(storage: Storage, keys: Keys) -> ASGIApp:
         try:
             keys.check(request, storage.version)
         except Refusal as refusal:
-            if refusal.status == 401:  # the real server's own middleware, which names no content type
+            if refusal.status == 401:  # by the real server's middleware, which sends no content type
                 return Response(refusal.text, refusal.status)
             return refused(refusal, started)
         return await routes.answer(storage, request)

@@ -103,10 +103,10 @@ def sha256(path: Path) -> str:
 
 
 def describe(path: Path) -> Json:
-    """Describe a snapshot as the list shows it. Only the server's own snapshots have a checksum."""
+    """Describe a snapshot as the list shows it. Only snapshots that this server created have a checksum."""
     stat = path.stat()
-    made = datetime.fromtimestamp(stat.st_mtime, timezone.utc)
-    found: Json = {"name": path.name, "creation_time": f"{made:%Y-%m-%dT%H:%M:%S}", "size": stat.st_size}
+    created = datetime.fromtimestamp(stat.st_mtime, timezone.utc)
+    found: Json = {"name": path.name, "creation_time": f"{created:%Y-%m-%dT%H:%M:%S}", "size": stat.st_size}
     checksum = path.with_name(f"{path.name}.checksum")
     if checksum.exists():
         found["checksum"] = checksum.read_text()

@@ -1,4 +1,4 @@
-"""The data directory: collections over Qdrant's engine, aliases, and what a start makes of a damaged collection."""
+"""The data directory: collections over Qdrant's engine, aliases, and the start with a damaged collection."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Collection:
         self._peer = peer
         self._engine: edge.EdgeShard | None = None
         self._rate_tokens: dict[str, tuple[float, float]] = {}  # kind of limit -> tokens left, at that moment
-        self._operation = 0 if version.modern else -1  # 1.18 begins the log with an operation of its own
+        self._operation = 0 if version.modern else -1  # 1.18 begins the log with an internal operation
 
     def create(self) -> None:
         """Create the files of an empty collection, `config.json` last: a start ignores a folder without it."""
@@ -94,14 +94,14 @@ class Collection:
         _write_json(self.folder / "config.json", {**self.config, "uuid": None})
 
     def engine(self, doing: str) -> edge.EdgeShard:
-        """Get the open shard. Raises Refusal (500), with the words for `doing`, if there is none."""
+        """Get the open shard. Raises Refusal (500), worded for `doing`, if there is none."""
         engine = self._engine
         if engine is not None:
             return engine
         raise internal(self._version.failed_shard(doing, self._peer)) if self.failed else shard_absent()
 
     def update(self, operation: edge.UpdateOperation) -> int:
-        """Apply one operation. Returns its number. Raises Refusal (400) with the engine's words."""
+        """Apply one operation. Returns its number. Raises Refusal (400) with the engine's error."""
         with self.lock:
             engine = self.engine(UPDATE)
             try:
@@ -147,7 +147,7 @@ class Collection:
         operation = edge.UpdateOperation.create_field_index(field, index_schema(schema, b""))
         with self.lock:
             number = self.update(operation)
-            self.next_operation()  # the real server logs two operations for an index
+            self.next_operation()  # as on the real server, an index is two operations
             self.schema[field] = schema
             self.save()
         return number
@@ -286,9 +286,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 class Storage:
-    """Everything the server holds. Its files are under `folder`, named as on the real server.
+    """All data of the server. Its files are under `folder`, named as on the real server.
 
-    With `s3`, snapshots are listed and sent as from a server that keeps them in S3.
+    With `s3`, snapshots are listed and sent as from a server that stores them in S3.
     """
 
     def __init__(self, folder: Path, version: Version, *, s3: bool = False) -> None:
@@ -366,7 +366,7 @@ class Storage:
         return True
 
     def discard(self, collection: Collection) -> None:
-        """Remove a deleted collection's files, after the restore or snapshot that holds it has ended."""
+        """Remove a deleted collection's files, after the restore or snapshot that uses it has ended."""
         with collection.lock:
             if not collection.discarded:
                 collection.discarded = True
@@ -381,12 +381,12 @@ class Storage:
 
     def _change_alias(self, action: Json) -> None:
         if "create_alias" in action:
-            made = action["create_alias"]
-            if made["collection_name"] not in self.collections:
-                raise collection_missing(made["collection_name"])
-            if made["alias_name"] in self.collections:
-                raise collection_exists(made["alias_name"])
-            self.aliases[made["alias_name"]] = made["collection_name"]
+            new = action["create_alias"]
+            if new["collection_name"] not in self.collections:
+                raise collection_missing(new["collection_name"])
+            if new["alias_name"] in self.collections:
+                raise collection_exists(new["alias_name"])
+            self.aliases[new["alias_name"]] = new["collection_name"]
         elif "delete_alias" in action:
             self.aliases.pop(action["delete_alias"]["alias_name"], None)
         elif "rename_alias" in action:

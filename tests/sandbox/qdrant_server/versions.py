@@ -1,4 +1,4 @@
-"""The two versions that the stand-in emulates: how they word their errors, and whether one is the modern one."""
+"""The two versions that the stand-in emulates: how each words its errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Refusal(Exception):
 
 
 class StartRefused(Exception):
-    """The data directory holds a shard that this version does not start with."""
+    """The data directory contains a shard that this version does not start with."""
 
 
 def collection_missing(name: str) -> Refusal:
@@ -34,7 +34,7 @@ def collection_missing(name: str) -> Refusal:
 
 
 def collection_exists(name: str) -> Refusal:
-    """The name is taken (409)."""
+    """The name is in use (409)."""
     return Refusal(409, f"Wrong input: Collection `{name}` already exists!")
 
 
@@ -49,7 +49,7 @@ def wrong_input(text: str) -> Refusal:
 
 
 def bad_request(text: str) -> Refusal:
-    """The request makes no sense (400)."""
+    """The request is not possible (400)."""
     return Refusal(400, f"Bad request: {text}")
 
 
@@ -71,7 +71,7 @@ def no_variant(enum: str, body: bytes) -> Refusal:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Parse an object. Raises Refusal (400) with the words and position of Qdrant's parser."""
+    """Parse an object. Raises Refusal (400) worded as by Qdrant's parser."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Items worked at side by side: in order, never more than told, nothing read ahead, an error waits for the others."""
+"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lib.concurrency import in_lanes
+from lib.concurrency import bounded_map
 
 
 def test_results_come_in_the_items_order_though_the_first_ends_last():
@@ -19,10 +19,10 @@ def test_results_come_in_the_items_order_though_the_first_ends_last():
             first.set()
         return item * item
 
-    assert list(in_lanes(work, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
+    assert list(bounded_map(work, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
 
 
-def test_never_more_at_once_than_lanes_and_none_read_ahead():
+def test_never_more_at_once_than_threads_and_none_read_ahead():
     lock, all_in = threading.Lock(), threading.Barrier(3)
     now, most, read = 0, 0, []
 
@@ -41,7 +41,7 @@ def test_never_more_at_once_than_lanes_and_none_read_ahead():
             now -= 1
         return item
 
-    for done in in_lanes(work, items(), 3):
+    for done in bounded_map(work, items(), 3):
         assert len(read) <= done + 4
     assert most == 3
 
@@ -57,6 +57,8 @@ def test_the_first_error_is_raised_when_those_at_work_have_ended():
         ended.append(item)
 
     with pytest.raises(ValueError, match="no room"):
-        list(in_lanes(work, iter(range(100)), 4))
+        list(bounded_map(work, iter(range(100)), 4))
     assert set(ended) <= {1, 2, 3}
-    assert threading.active_count() == 1 or not any("lane" in one.name for one in threading.enumerate())
+    assert threading.active_count() == 1 or not any(
+        "bounded_map" in one.name for one in threading.enumerate()
+    )

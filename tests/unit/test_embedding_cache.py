@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, SavedPoint
+from lib.clients.embeddings.cache_file import CacheDamaged
+from lib.dimensions import EmbeddingSpec
+
+SPEC = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "embeddings" / "memories.sqlite3"
+
+
+@pytest.fixture
+def cache(path):
+    with EmbeddingCache(path) as opened:
+        yield opened
+
+
+def blob(seed, size=8):
+    row = np.random.default_rng(seed).normal(size=size)
+    return (row / np.linalg.norm(row)).astype("<f4").tobytes()
+
+
+def memory(cache, number, text, spec=SPEC):
+    key = cache.text_key(spec, text)
+    return MemoryRow(f"00000000-0000-4000-8000-{number:012d}", number, key, text, b'{"content":"x"}', 3)
+
+
+def scan(cache, texts, spec=SPEC):
+    cache.begin_scan()
+    cache.put_memories([memory(cache, number, text, spec) for number, text in texts.items()])
+    return cache.end_scan()
+
+
+def test_the_file_is_private_and_durable(cache, path):
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    wal = path.with_name(path.name + "-wal")
+    assert stat.S_IMODE(wal.stat().st_mode) == 0o600
+    assert cache._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert cache._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert cache.size_bytes() > 0
+
+
+def test_a_key_changes_with_endpoint_model_size_and_text_but_not_with_credentials(cache):
+    key = cache.text_key(SPEC, "a text")
+    others = [
+        cache.text_key(replace(SPEC, base_url="http://127.0.0.1:10/v1"), "a text"),
+        cache.text_key(replace(SPEC, model="text-embedding-3-small"), "a text"),
+        cache.text_key(replace(SPEC, size=4), "a text"),
+        cache.text_key(SPEC, "a text "),
+        cache.text_key(SPEC, "A text"),
+    ]
+    assert len(key) == 16
+    assert len({key, *others}) == 6
+    assert cache.text_key(replace(SPEC, base_url="http://user:secret@127.0.0.1:9/v1/"), "a text") == key
+    assert cache.text_key(replace(SPEC, base_url=""), "a") == cache.text_key(
+        replace(SPEC, base_url="https://api.openai.com/v1"), "a"
+    )
+
+
+def test_vectors_come_back_as_stored_and_outlive_the_process(path):
+    with EmbeddingCache(path) as cache:
+        keys = [cache.text_key(SPEC, f"text {n}") for n in range(1200)]
+        cache.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
+        stranger = cache.text_key(SPEC, "never stored")
+    with EmbeddingCache(path) as cache:
+        assert cache.count(SPEC) == 1200
+        assert cache.count(replace(SPEC, size=4)) == 0
+        assert cache.known([*keys, stranger]) == set(keys)
+        found = cache.get_vectors([*keys, stranger])
+        assert found == {key: blob(n) for n, key in enumerate(keys)}
+
+
+def test_a_stored_vector_is_never_replaced(cache):
+    key = cache.text_key(SPEC, "x")
+    cache.put_vectors([(key, blob(1))])
+    cache.put_vectors([(key, blob(2))])
+    assert cache.get_vectors([key]) == {key: blob(1)}
+
+
+DAMAGES = {
+    "a bit": lambda stored, _: bytes([stored[0] ^ 1]) + stored[1:],
+    "a bit of the checksum": lambda stored, _: stored[:-1] + bytes([stored[-1] ^ 128]),
+    "all zeros": lambda stored, _: bytes(len(stored)),
+    "cut": lambda stored, _: stored[:-5],
+    "empty": lambda *_: b"",
+    "longer": lambda stored, _: stored + b"\0",
+    "another text's": lambda _, other: other,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damage):
+    with EmbeddingCache(path) as cache:
+        keys = [cache.text_key(SPEC, text) for text in ("good", "bad")]
+        cache.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
+        good, bad = (stored for (stored,) in cache._rows("SELECT vector FROM vectors ORDER BY id"))
+        cache._db.execute("UPDATE vectors SET vector = ? WHERE id = 2", [DAMAGES[damage](bad, good)])
+    with EmbeddingCache(path) as cache:
+        with pytest.raises(CacheDamaged, match=r"1 embedding\(s\) in .* were damaged") as caught:
+            cache.get_vectors(keys)
+        assert "run the same command again" in caught.value.next_step
+        assert cache.known(keys) == {keys[0]}
+        assert cache.get_vectors(keys) == {keys[0]: blob(0)}
+
+
+def test_what_was_bought_under_another_name_of_the_model_is_taken_as_it_is(cache):
+    """A gateway calls it `openai/...`; an unknown model behind a prefix is another one."""
+    named, other = replace(SPEC, model=f"openai/{SPEC.model}"), replace(SPEC, model="openai/one of its own")
+    cache.put_vectors([(cache.text_key(named, "a"), blob(1)), (cache.text_key(other, "b"), blob(2))])
+    assert cache.derive(SPEC, ["a", "b"]) == [(cache.text_key(SPEC, "a"), blob(1))]
+    assert cache.derive(replace(SPEC, base_url="http://127.0.0.1:10/v1"), ["a"]) == []
+
+
+def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
+    """Rights, or a disk that is mounted read-only: what was paid for is whole."""
+    with EmbeddingCache(path):
+        pass
+    with (
+        EmbeddingCache(path, read_only=True) as cache,
+        pytest.raises(CacheDamaged, match="readonly") as caught,
+    ):
+        cache.set_meta("a", "b")
+    assert "make it writable again" in caught.value.next_step
+    assert "paid for again" not in caught.value.next_step
+
+
+def test_vectors_that_an_earlier_version_stored_are_read(path):
+    """They have no checksum."""
+    with EmbeddingCache(path) as cache:
+        key = cache.text_key(SPEC, "old")
+        cache._db.execute("INSERT INTO vectors (key, vector) VALUES (?, ?)", [key, blob(3)])
+    with EmbeddingCache(path) as cache:
+        assert cache.get_vectors([cache.text_key(SPEC, "old")]) == {key: blob(3)}
+
+
+@pytest.mark.parametrize("bad", [b"", blob(1, 4), blob(1, 16)])
+def test_a_vector_of_the_wrong_width_stores_nothing(cache, bad):
+    good, wrong = cache.text_key(SPEC, "good"), cache.text_key(SPEC, "wrong")
+    with pytest.raises(ValueError, match="dimensions"):
+        cache.put_vectors([(good, blob(1)), (wrong, bad)])
+    assert cache.known([good, wrong]) == set()
+
+
+def test_only_the_plans_own_texts_and_size_are_forgotten(cache):
+    other = replace(SPEC, size=4)
+    kept = [cache.text_key(SPEC, "of another graph"), cache.text_key(other, "a")]
+    mine = cache.text_key(SPEC, "a")
+    cache.put_memories([MemoryRow(1, 1, mine, "a", b"{}", 1)])
+    cache.put_vectors([(mine, blob(1)), (kept[0], blob(2)), (kept[1], blob(1, 4))])
+    assert cache.missing_total().texts == 0
+    assert cache.forget_planned() == 1
+    assert cache.known([mine, *kept]) == set(kept)
+    assert cache.missing_total() == cache.text_total()
+
+
+def test_a_smaller_size_is_cut_and_scaled_from_the_nearest_larger_one(cache):
+    large, smaller = replace(SPEC, size=16), replace(SPEC, size=4)
+    cache.put_vectors([(cache.text_key(large, "a"), blob(1, 16)), (cache.text_key(SPEC, "b"), blob(2))])
+    derived = dict(cache.derive(smaller, ["a", "b", "c"]))
+    assert set(derived) == {cache.text_key(smaller, "a"), cache.text_key(smaller, "b")}
+    full = np.frombuffer(blob(1, 16), "<f4")[:4].astype(float)
+    made = np.frombuffer(derived[cache.text_key(smaller, "a")], "<f4")
+    assert np.allclose(made, full / np.linalg.norm(full), atol=1e-7)
+
+
+def test_nothing_is_derived_upwards_across_models_endpoints_or_for_models_that_cannot_be_cut(cache):
+    cache.put_vectors([(cache.text_key(SPEC, "a"), blob(1))])
+    assert cache.derive(replace(SPEC, size=16), ["a"]) == []
+    assert cache.derive(replace(SPEC, size=4, model="text-embedding-3-small"), ["a"]) == []
+    assert cache.derive(replace(SPEC, size=4, base_url="http://elsewhere/v1"), ["a"]) == []
+    local = replace(SPEC, model="nomic-embed-text")
+    cache.put_vectors([(cache.text_key(local, "a"), blob(1))])
+    assert cache.derive(replace(local, size=4), ["a"]) == []
+
+
+def test_derive_missing_fills_the_plan(cache):
+    smaller = replace(SPEC, size=4)
+    texts = {n: f"text {n}" for n in range(1100)}
+    scan(cache, texts, smaller)
+    cache.put_vectors([(cache.text_key(SPEC, text), blob(n)) for n, text in texts.items() if n != 7])
+    assert cache.derive_missing(smaller) == 1099
+    assert [row.text for row in cache.missing_texts(smaller)] == ["text 7"]
+
+
+def test_a_scan_replaces_the_plan(cache):
+    assert scan(cache, {1: "one", 2: "two", 3: "three"}) == 0
+    assert scan(cache, {1: "one", 3: "changed"}) == 1
+    assert [(row.node_id, row.content) for row in cache.memories(page=1)] == [(1, "one"), (3, "changed")]
+    assert cache.memory_count() == 2
+    third = memory(cache, 3, "changed")
+    assert cache.memories_of([third.point_id, 17]) == {third.point_id: third}
+
+
+def test_a_scan_that_never_ended_drops_nothing(path):
+    with EmbeddingCache(path) as cache:
+        scan(cache, {1: "one", 2: "two"})
+        cache.begin_scan()
+        cache.put_memories([memory(cache, 1, "one")])
+    with EmbeddingCache(path) as cache:
+        assert cache.memory_count() == 2
+        assert scan(cache, {1: "one"}) == 1
+
+
+def test_missing_texts_are_distinct_and_shrink_while_they_are_read(cache):
+    scan(cache, {1: "same", 2: "same", 3: "other", 4: "bought", 5: "same"})
+    cache.put_vectors([(cache.text_key(SPEC, "bought"), blob(1))])
+    missing = cache.missing_total()
+    assert (missing.texts, missing.tokens) == (2, 6)
+    seen = []
+    for row in cache.missing_rows(page=1):
+        seen.append((row.text, row.label[-1]))
+        cache.put_vectors([(row.key, blob(2))])
+    assert seen == [("same", "1"), ("other", "3")]
+    assert cache.missing_total().texts == 0
+
+
+def test_a_plan_for_another_size_is_refused(cache):
+    scan(cache, {1: "one"})
+    with pytest.raises(ValueError, match="another model, size or endpoint"):
+        list(cache.missing_texts(replace(SPEC, size=4)))
+
+
+@pytest.mark.parametrize("point_id", [0, 17, 2**64 - 1, "8a2f0d3e-0000-4000-8000-000000000000"])
+def test_point_ids_keep_their_kind(cache, point_id):
+    row = replace(memory(cache, 1, "x"), point_id=point_id)
+    cache.begin_scan()
+    cache.put_memories([row])
+    cache.save_points([SavedPoint(point_id, b"{}")])
+    assert next(cache.memories()).point_id == point_id
+    assert list(cache.kept([point_id])) == [point_id]
+
+
+def test_kept_points_keep_their_vector_when_read_again_without_it(cache):
+    cache.save_points([SavedPoint(1, b'{"a":1}', b"vector"), SavedPoint(2, b"{}")])
+    cache.save_points([SavedPoint(1, b'{"a":2}')])
+    assert cache.kept([1, 3]) == {1: SavedPoint(1, b'{"a":2}', b"vector")}
+    assert [point.point_id for point in cache.saved_points(page=1)] == [1, 2]
+    assert cache.saved_count() == 2
+    cache.clear_saved()
+    assert [point.point_id for point in cache.saved_points()] == [
+        1
+    ]  # kept whole: it was removed from the collection
+
+
+def test_meta(cache):
+    assert cache.get_meta("run") is None
+    cache.set_meta("run", "1")
+    cache.set_meta("run", "2")
+    assert cache.get_meta("run") == "2"
+
+
+def test_a_reader_sees_commits_and_cannot_write(cache, path):
+    key = cache.text_key(SPEC, "x")
+    with EmbeddingCache(path, read_only=True) as reader:
+        cache.put_vectors([(key, blob(1))])
+        assert reader.known([key]) == {key}
+        with pytest.raises(CacheDamaged):
+            reader.set_meta("a", "b")
+
+
+def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path):
+    damaged = tmp_path / "a.sqlite3"
+    damaged.write_bytes(b"no database at all" * 100)
+    with pytest.raises(CacheDamaged) as caught:
+        EmbeddingCache(damaged)
+    assert "mv " in caught.value.next_step
+    foreign = tmp_path / "b.sqlite3"
+    with sqlite3.connect(foreign) as db:
+        db.execute("CREATE TABLE things (x)")
+    with pytest.raises(CacheDamaged, match="not an embedding cache"):
+        EmbeddingCache(foreign)
+
+
+@pytest.mark.matrix
+def test_the_memory_stays_flat_while_much_is_read(path):
+    """2,000 vectors of 3072d are 24 MB; reading them page by page takes a few."""
+    import tracemalloc
+
+    spec = replace(SPEC, size=3072)
+    with EmbeddingCache(path) as cache:
+        for start in range(0, 2000, 500):
+            scan_rows = [
+                memory(cache, n, f"text {n} " + "word " * 400, spec) for n in range(start, start + 500)
+            ]
+            cache.put_memories(scan_rows)
+            cache.put_vectors([(row.key, blob(1, 3072)) for row in scan_rows])
+        tracemalloc.start()
+        for row in cache.memories(page=100):
+            assert cache.known([row.key])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+_WRITER = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from lib.dimensions import EmbeddingSpec
+from lib.clients.embeddings.cache import EmbeddingCache
+spec = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
+cache = EmbeddingCache(Path({path!r}))
+for n in range(100000):
+    cache.put_vectors([(cache.text_key(spec, f"{{n}}/{{m}}"), b"abcd" * 8) for m in range(50)])
+    print(n, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_confirmed(path):
+    code = _WRITER.format(root=str(ROOT), path=str(path))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    confirmed = [int(child.stdout.readline()) for _ in range(40)]
+    os.kill(child.pid, signal.SIGKILL)
+    confirmed += [int(line) for line in child.stdout.read().split("\n")[:-1]]
+    child.wait()
+    with EmbeddingCache(path) as cache:
+        stored = cache.count(SPEC)
+        assert stored % 50 == 0
+        assert stored // 50 >= len(confirmed)
+        assert cache.known([cache.text_key(SPEC, f"{confirmed[-1]}/49")])
+        assert cache._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_two_targets_share_what_was_bought_and_nothing_else(tmp_path):
+    bought = tmp_path / "vectors.sqlite3"
+    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=bought) as one:
+        key = one.text_key(SPEC, "hello")
+        one.put_vectors([(key, np.ones(SPEC.size, dtype="<f4").tobytes())])
+        one.save_points([SavedPoint("00000000-0000-4000-8000-000000000001", b'{"a":1}')])
+    with EmbeddingCache(tmp_path / "other.sqlite3", vectors=bought) as other:
+        assert other.known([key]) == {key}
+        assert other.saved_count() == 0
+        assert other.memory_count() == 0
+    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=bought) as again:
+        assert again.saved_count() == 1
