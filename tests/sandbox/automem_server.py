@@ -183,21 +183,15 @@ class Service:
     """The running stand-in: its stores, its worker and its routes.
 
     A new Service creates what is missing in both stores. Raises ValueError if the collection has another size than
-    VECTOR_SIZE. A store that does not answer is only logged; the service tries again when it needs the store.
+    VECTOR_SIZE, and VectorsUnavailable or RedisError if a store does not answer.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._graph = MemoryGraph(settings)
         self._vectors = VectorStore(settings)
-        try:
-            self._vectors.prepare()
-        except VectorsUnavailable as error:
-            log.error("Failed to initialize Qdrant client: %s", error)
-        try:
-            self._graph.ensure_indexes()
-        except RedisError as error:
-            log.error("Failed to initialize FalkorDB connection: %s", error)
+        self._vectors.prepare()
+        self._graph.ensure_indexes()
         self._worker = Worker(self._graph, self._vectors)
 
     def application(self) -> Starlette:
@@ -223,7 +217,6 @@ class Service:
 
     def _health(self, _request: Request, _body: object) -> JSONResponse:
         memories = points = size = None
-        self._connect_qdrant()
         try:
             size, points = self._vectors.collection_size(), self._vectors.count()
         except VectorsUnavailable as error:
@@ -233,11 +226,11 @@ class Service:
         except RedisError as error:
             log.info("health: %s", error)
         sync = _sync_status(memories, points)
-        healthy = memories is not None and self._vectors.ready and sync != "drift_detected"
+        healthy = memories is not None and sync != "drift_detected"
         answer = {
             "status": "healthy" if healthy else "degraded",
             "falkordb": "disconnected" if memories is None else "connected",
-            "qdrant": "connected" if self._vectors.ready else "disconnected",
+            "qdrant": "connected",
             "memory_count": memories,
             "vector_count": points,
             "sync_status": sync,
@@ -254,7 +247,6 @@ class Service:
         return JSONResponse(answer)
 
     def _recall(self, request: Request, body: object) -> JSONResponse:
-        self._connect_qdrant()
         given: dict[str, Any] = dict(request.query_params)
         given["tags"] = request.query_params.getlist("tags")
         if request.method == "POST" and isinstance(body, dict):
@@ -269,7 +261,6 @@ class Service:
         started = time.perf_counter()
         memory = parse_memory(body, self._vectors.effective_size)
         self._graph.store(memory)
-        self._connect_qdrant()
         self._worker.enqueue(memory["id"])
         shown = ("type", "confidence", "timestamp", "updated_at", "last_accessed")
         answer = {
@@ -284,14 +275,6 @@ class Service:
             "query_time_ms": round((time.perf_counter() - started) * 1000, 2),
         }
         return JSONResponse(answer, 201)
-
-    def _connect_qdrant(self) -> None:
-        """Prepare a Qdrant that did not answer at the start. A collection is never created a second time."""
-        if not self._vectors.ready:
-            try:
-                self._vectors.prepare()
-            except (VectorsUnavailable, ValueError) as error:
-                log.error("Failed to initialize Qdrant client: %s", error)
 
 
 def _sync_status(memories: int | None, points: int | None) -> str:

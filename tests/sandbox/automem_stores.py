@@ -46,7 +46,6 @@ PAYLOAD_KEYS = (
     "relevance_score",
 )
 KEYWORD_INDEXES = ("tags", "tag_prefixes")
-EXCLUDED_TYPES = ["MetaPattern"]  # notes of consolidation: neither counted nor recalled
 TIMEOUT_SECONDS = 20.0
 
 
@@ -107,8 +106,7 @@ class VectorsUnavailable(Exception):
 class VectorStore:
     """AutoMem's collection, and the model that embeds its memories.
 
-    `effective_size` is VECTOR_SIZE, or the collection's size if AutoMem may adopt it. `ready` is True once the
-    collection was found or created.
+    `effective_size` is VECTOR_SIZE, or the collection's size if AutoMem may adopt it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -116,7 +114,6 @@ class VectorStore:
         self._base = f"{settings['QDRANT_URL'].rstrip('/')}/collections"
         self._collection = f"{self._base}/{settings['QDRANT_COLLECTION']}"
         self.effective_size = self.configured_size = int(settings["VECTOR_SIZE"])
-        self.ready = False
 
     def prepare(self) -> None:
         """Create the collection and its keyword indexes if its name is missing; once per start.
@@ -133,7 +130,6 @@ class VectorStore:
         for name in KEYWORD_INDEXES:
             body = {"field_name": name, "field_schema": "keyword"}
             self._qdrant("PUT", f"{self._collection}/index?wait=true", body)
-        self.ready = True
 
     def _agree_on_size(self, actual: int) -> None:
         if actual != self.configured_size and not is_on(self._settings["VECTOR_SIZE_AUTODETECT"]):
@@ -150,9 +146,8 @@ class VectorStore:
         return int(config["params"]["vectors"]["size"])
 
     def count(self) -> int:
-        """Count the points of memories."""
-        body = {"exact": True, "filter": {"must_not": [_any_of("type", EXCLUDED_TYPES)]}}
-        return int(self._qdrant("POST", f"{self._collection}/points/count", body)["count"])
+        """Count the points."""
+        return int(self._qdrant("POST", f"{self._collection}/points/count", {"exact": True})["count"])
 
     def search(self, text: str, limit: int, tags: list[str]) -> list[dict[str, Any]]:
         """Find the points nearest to a text: `id`, `score` and `payload` of each."""
@@ -160,10 +155,7 @@ class VectorStore:
             "vector": self.embed(text),
             "limit": limit,
             "with_payload": True,
-            "filter": {
-                "must": [_any_of("tag_prefixes", tags)] if tags else [],
-                "must_not": [_any_of("type", EXCLUDED_TYPES)],
-            },
+            "filter": {"must": [{"key": "tag_prefixes", "match": {"any": tags}}]} if tags else None,
         }
         return list(self._qdrant("POST", f"{self._collection}/points/search", body))
 
@@ -200,17 +192,10 @@ def _send(method: str, url: str, body: object, headers: dict[str, str]) -> Any:
     return answer.json()
 
 
-def _any_of(key: str, values: Sequence[str]) -> dict[str, Any]:
-    return {"key": key, "match": {"any": list(values)}}
-
-
 RELATIONS_SHOWN = 5
 PRECEDING_LINKED = 5
 PRECEDING_DAYS = 7
-_RECALLABLE = (
-    "coalesce(m.archived, false) = false AND NOT coalesce(m.type, '') IN $excluded "
-    "AND (size($tags) = 0 OR any(tag IN $tags WHERE tag IN coalesce(m.tag_prefixes, [])))"
-)
+_RECALLABLE = "coalesce(m.archived, false) = false AND (size($tags) = 0 OR any(tag IN $tags WHERE tag IN coalesce(m.tag_prefixes, [])))"
 _TAGS = "[tag IN coalesce(m.tags, []) | toLower(tag)]"
 _KEYWORD_SEARCH = (
     f"MATCH (m:Memory) WHERE m.content IS NOT NULL AND {_RECALLABLE} "
@@ -277,9 +262,8 @@ class MemoryGraph:
                     raise
 
     def count(self) -> int:
-        """Count the memories, without the notes of consolidation."""
-        statement = "MATCH (m:Memory) WHERE NOT coalesce(m.type, '') IN $excluded RETURN count(m)"
-        return int(self._query(statement, excluded=EXCLUDED_TYPES)[0][0])
+        """Count the memories."""
+        return int(self._query("MATCH (m:Memory) RETURN count(m)")[0][0])
 
     def store(self, properties: Row) -> None:
         """Create one memory. A null value creates no property."""
@@ -301,7 +285,7 @@ class MemoryGraph:
 
     def trending(self, limit: int, tags: list[str]) -> list[tuple[Row, float]]:
         """List the most important memories, each with its importance, for a recall without words."""
-        rows = self._query(_TRENDING, limit=limit, tags=tags, excluded=EXCLUDED_TYPES)
+        rows = self._query(_TRENDING, limit=limit, tags=tags)
         nodes = [dict(row[0].properties) for row in rows]
         return [(node, float(node.get("importance") or 0.0)) for node in nodes]
 
@@ -309,8 +293,7 @@ class MemoryGraph:
         self, words: list[str], phrase: str, limit: int, tags: list[str]
     ) -> list[tuple[Row, float]]:
         """Find memories that contain the words or the phrase, each with a score from 0 to 1."""
-        scope = {"limit": limit, "tags": tags, "excluded": EXCLUDED_TYPES}
-        rows = self._query(_KEYWORD_SEARCH, keywords=words, phrase=phrase, **scope)
+        rows = self._query(_KEYWORD_SEARCH, keywords=words, phrase=phrase, limit=limit, tags=tags)
         highest = 3 * len(words) + 3
         return [(dict(row[0].properties), min(1.0, row[1] / highest)) for row in rows]
 
