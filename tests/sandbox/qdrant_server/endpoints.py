@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from tests.sandbox.qdrant_server import config, snapshots
-from tests.sandbox.qdrant_server.http import (
+from tests.sandbox.qdrant_server.routing import (
     ACCEPTED,
     Call,
     Routes,

@@ -8,7 +8,6 @@ from typing import Any
 import qdrant_edge as edge
 
 from tests.sandbox.qdrant_server.config import dimension
-from tests.sandbox.qdrant_server.http import Call, Handler, Routes
 from tests.sandbox.qdrant_server.points import (
     build_filter,
     engine_vector,
@@ -20,6 +19,7 @@ from tests.sandbox.qdrant_server.points import (
     record_json,
     vector_json,
 )
+from tests.sandbox.qdrant_server.routing import Call, Handler, Routes
 from tests.sandbox.qdrant_server.storage import Collection
 from tests.sandbox.qdrant_server.versions import (
     COUNT,

@@ -36,7 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tests.sandbox.qdrant_server import endpoints, point_endpoints
-from tests.sandbox.qdrant_server.http import Routes, json_response, refused
+from tests.sandbox.qdrant_server.routing import Routes, json_response, refused
 from tests.sandbox.qdrant_server.storage import Storage
 from tests.sandbox.qdrant_server.versions import VERSIONS, Refusal, StartRefused, Version
 

@@ -1,4 +1,4 @@
-"""Requests and answers: the table of routes, JSON bodies, uploaded and downloaded files."""
+"""Requests and answers: the routes to the endpoints, JSON bodies, uploaded and downloaded files."""
 
 from __future__ import annotations
 
