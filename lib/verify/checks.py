@@ -14,8 +14,7 @@ from lib.clients import automem
 from lib.clients.automem import AutoMemApi
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState
-from lib.clients.qdrant.points import Point, scroll
-from lib.clients.qdrant.search import search
+from lib.clients.qdrant.points import Point, scroll, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress
 from lib.dimensions import EmbeddingSpec, check_dimension, same_model
@@ -53,7 +52,7 @@ def check_status(state: CollectionState) -> Check:
     """Green, and nothing left to optimise."""
     ok = state.status in {"green", "yellow", "grey"} and state.optimizer_ok
     word = state.status if state.status == "green" else f"{state.status} (indexing goes on by itself)"
-    if state.asleep:
+    if state.optimizer_idle:
         word = f"{state.status} (indexing goes on with the next write)"
     detail = word if ok else f"{state.status}, optimizer {state.raw.get('optimizer_status')}"
     return Check("status", PASSED if ok else FAILED, detail, "look into Qdrant's log and at its free disk")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.clients.qdrant import collection, points, restoring, search, snapshots
+from lib.clients.qdrant import collection, points, restoring, snapshots
 from lib.clients.qdrant import collection as recreate
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant
@@ -45,7 +45,7 @@ def test_with_the_key_all_goes_as_without_one(guarded: Qdrant):
     assert location is not None
     restoring.recover(guarded, "copy", location, made.checksum)
     assert points.count(guarded, "copy") == 50
-    assert search.search(guarded, "copy", vectors_of(50, 8)[4], 1)[0].payload == payload_of(4)
+    assert points.search(guarded, "copy", vectors_of(50, 8)[4], 1)[0].payload == payload_of(4)
     assert collection.delete_collection(guarded, "copy")
 
 

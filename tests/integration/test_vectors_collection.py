@@ -44,7 +44,7 @@ def test_the_state_of_a_collection(q: Qdrant, filled: str):
     state = collection.get_state(q, filled)
     assert (state.size, state.distance, state.points, state.vectors_named) == (8, "Cosine", 50, False)
     assert state.payload_schema["tags"]["data_type"] == "keyword"
-    assert collection.wait_green(q, filled, 30).settled
+    assert collection.wait_green(q, filled, 30).optimized
     assert collection.health(q, filled) == "live"
     assert collection.exists(q, filled)
 
@@ -77,7 +77,7 @@ def test_optimisers_that_wait_since_the_servers_start_are_woken(q: Qdrant, fille
         near = Qdrant(way.url)
         told = check_status(collection.get_state(near, filled))
         assert (told.status, told.detail) == (PASSED, f"{status} (indexing goes on with the next write)")
-        assert collection.wait_green(near, filled, 30).settled
+        assert collection.wait_green(near, filled, 30).optimized
         assert way.woken
 
 
@@ -151,7 +151,7 @@ def test_aliases_are_put_back_and_never_deleted_through(q: Qdrant, filled: str, 
 def test_a_collection_whose_restore_failed_is_dead_and_can_be_deleted(
     q: Qdrant, filled: str, names: list[str]
 ):
-    """On 1.11.3 a server that stops with a dead collection does not start again."""
+    """On 1.11.3 a server that stops with a failed collection does not start again."""
     whole = io.BytesIO()
     snapshots.download(q, filled, snapshots.create(q, filled), whole.write)
     data = content("a.snapshot with the WAL 'x'", {"a.snapshot": whole.getvalue()}, recorded=False)
@@ -161,7 +161,7 @@ def test_a_collection_whose_restore_failed_is_dead_and_can_be_deleted(
         send(q, names[1], data)
     assert collection.is_failed(q, names[1])
     assert collection.exists(q, names[1])
-    with pytest.raises(MigrationError, match="is dead"):
+    with pytest.raises(MigrationError, match="is failed"):
         restoring.wait_restored(q, names[1], 1)
     for snapshot in snapshots.list_snapshots(q, names[1]):
         assert snapshots.delete(q, names[1], snapshot.name)

@@ -122,7 +122,7 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
     path.write_bytes(data)
     filename = restoring.unique_filename("back")
     seen: list[tuple[int, int]] = []
-    restored = restoring.upload_and_restore(
+    answered = restoring.upload_and_restore(
         q,
         names[1],
         path,
@@ -131,7 +131,7 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
         checksum=made.checksum,
         progress=lambda *at: seen.append(at),
     )
-    assert restored.answered
+    assert answered
     assert seen[-1] == (len(data), len(data))
     assert_whole(q, names[1])
     assert [snapshot.name for snapshot in snapshots.list_snapshots(q, names[1])] == [filename]
@@ -146,7 +146,7 @@ def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, fi
         restoring.preflight_upload(far, names[1])
         far.close()
         way.swallow = made.checksum.encode()
-        restored = restoring.upload_and_restore(
+        answered = restoring.upload_and_restore(
             far,
             names[1],
             io.BytesIO(data),
@@ -155,7 +155,7 @@ def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, fi
             checksum=made.checksum,
             seconds=30,
         )
-    assert not restored.answered
+    assert not answered
     assert_whole(q, names[1])
     assert len(snapshots.list_snapshots(q, names[1])) == 1
 
@@ -195,7 +195,7 @@ def test_the_server_restores_from_itself_once_that_is_proved(q: Qdrant, filled: 
     location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
     assert location is not None
     assert not collection.exists(q, names[2])
-    assert restoring.recover(q, names[1], location, made.checksum).answered
+    assert restoring.recover(q, names[1], location, made.checksum)
     assert_whole(q, names[1])
     assert snapshots.list_snapshots(q, names[1]) == []
 
@@ -214,8 +214,8 @@ def test_a_recover_whose_answer_is_lost_is_waited_for(q: Qdrant, filled: str, na
     location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
     with Way(q) as way:
         way.swallow = b"/snapshots/recover"
-        restored = restoring.recover(Qdrant(way.url), names[1], location, made.checksum, seconds=30)
-    assert not restored.answered
+        answered = restoring.recover(Qdrant(way.url), names[1], location, made.checksum, seconds=30)
+    assert not answered
     assert_whole(q, names[1])
 
 

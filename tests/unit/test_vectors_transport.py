@@ -344,19 +344,19 @@ def test_shards_that_move_or_are_not_whole_are_refused(local: dict, transfers: l
 @pytest.mark.parametrize(
     ("text", "health"),
     [
-        ("0 of 0 read operations failed", "dead"),
-        ("The replica set for shard 0 on peer 1 does not have enough active replicas", "dead"),
-        ("1 of 1 read operations failed:\n  Failed to Get Info,  Failed to restore local replica", "dead"),
-        ("Failed to Get Info,  Dirty shard - shard is not fully initialized", "dead"),
+        ("0 of 0 read operations failed", "failed"),
+        ("The replica set for shard 0 on peer 1 does not have enough active replicas", "failed"),
+        ("1 of 1 read operations failed:\n  Failed to Get Info,  Failed to restore local replica", "failed"),
+        ("Failed to Get Info,  Dirty shard - shard is not fully initialized", "failed"),
         ("Local shard 0 not found", "restoring"),
-        ("Failed to Get Info,  Failed to load local shard: Too many open files", "failing"),
-        ("1 of 1 read operations failed: Tonic status error: Unavailable, tcp connect error", "failing"),
-        ("Tonic status error: does not have enough active replicas", "failing"),
-        ("No space left on device", "failing"),
+        ("Failed to Get Info,  Failed to load local shard: Too many open files", "unavailable"),
+        ("1 of 1 read operations failed: Tonic status error: Unavailable, tcp connect error", "unavailable"),
+        ("Tonic status error: does not have enough active replicas", "unavailable"),
+        ("No space left on device", "unavailable"),
     ],
 )
-def test_only_a_shard_that_is_lost_makes_a_collection_dead(text: str, health: str):
-    """A dead collection may be deleted; one on a node that is down, or that did not load, must not be."""
+def test_only_a_lost_shard_makes_a_collection_failed(text: str, health: str):
+    """A failed collection may be deleted; one on a node that is down, or that did not load, must not be."""
     with Scripted(
         fine({"collections": [{"name": "x"}]}), refused(500, f"Service internal error: {text}")
     ) as server:
@@ -391,5 +391,5 @@ def test_an_optimiser_that_stopped_for_want_of_room_tries_once_more_then_it_is_t
 def test_an_optimiser_that_has_room_again_goes_on():
     well = [info("ok"), ONE] * collection.STABLE_POLLS
     with Scripted(info(NO_ROOM), ONE, fine(), *well) as server:
-        assert collection.wait_green(server.qdrant, "x", 3600).settled
+        assert collection.wait_green(server.qdrant, "x", 3600).optimized
         assert [method for method, *_ in server.seen].count("PATCH") == 1
