@@ -83,7 +83,7 @@ def test_each_check_fails_when_what_it_checks_is_broken(migrated):
             "ids",
             lambda: operator.call("POST", "/points/delete?wait=true", {"points": [one]}),
         ),
-        "a surplus point": ("surplus points", lambda: put_points(operator, lonely)),
+        "an orphan point": ("orphan points", lambda: put_points(operator, lonely)),
         "another content": ("content", lambda: set_payload(operator, one, content="somebody else's")),
         "a changed value": ("payloads", lambda: set_payload(operator, one, tags=["wrong"])),
         "a lost key of the old point": ("payloads", lambda: drop_key(operator, special, "source_app")),
@@ -121,7 +121,7 @@ def test_what_verify_calls_drift_only_missing_repairs(migrated):
     drop_key(migrated, third, "tags")
     drop_key(migrated, special, "legacy_score")
     put_points(migrated, {77: ({"content": "nobody's"}, good[one][1])})
-    assert failing(migrated) == ["ids", "surplus points", "content", "payloads"]
+    assert failing(migrated) == ["ids", "orphan points", "content", "payloads"]
     migrated.run("reembed_embeddings", "--only-missing")
     with migrated.restarted():
         verify(migrated, "--after-restart")

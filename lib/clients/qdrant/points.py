@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from lib.clients.qdrant.transport import NoAnswer, Parts, Qdrant, QdrantError, collection_path, encode
 from lib.errors import UsageProblem
@@ -329,14 +328,10 @@ def exact_search(
 def _official_client(q: Qdrant) -> QdrantClient:
     from qdrant_client import QdrantClient
 
-    parts = urlsplit(q.base_url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it warns of a key over http, also in a private network
         return QdrantClient(
-            host=parts.hostname,
-            port=parts.port,
-            https=parts.scheme == "https",
-            prefix=parts.path or None,
+            url=q.base_url,
             api_key=q.api_key or None,
             timeout=max(1, int(q.timeout_seconds)),
             check_compatibility=False,  # an extra request, and a warning for servers that work

@@ -63,7 +63,6 @@ def upload_and_restore(
     checksum: str,
     progress: UploadProgress | None = None,
     seconds: float = RESTORE_SECONDS,
-    answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
 ) -> bool:
     """Upload a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
@@ -83,7 +82,7 @@ def upload_and_restore(
         form = _Form(filename, _Body(stream, size, progress))
         process = startup(q)
         try:
-            _post(q, collection, form, checksum, answer_seconds)
+            _post(q, collection, form, checksum, min(ANSWER_SECONDS, seconds))
             return True
         except NoAnswer:
             if form.left:
@@ -112,7 +111,6 @@ def recover(
     checksum: str,
     *,
     seconds: float = RESTORE_SECONDS,
-    answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
 ) -> bool:
     """Have the server restore `collection` from a `location` that it fetches itself (see `can_fetch_itself`).
@@ -123,7 +121,7 @@ def recover(
         _refuse_existing(q, collection)
     process = startup(q)
     try:
-        _put_recover(q, collection, location, checksum, answer_seconds)
+        _put_recover(q, collection, location, checksum, min(ANSWER_SECONDS, seconds))
         return True
     except NoAnswer:
         pass

@@ -112,7 +112,6 @@ class SnapshotFacts:
     distance: str
     vectors_named: bool
     shard_number: int
-    entries: int
     segments: int
     shards: dict[int, int]
     payload_schema: dict[str, Any]
@@ -310,7 +309,6 @@ class _Survey:
             distance=distance,
             vectors_named=named,
             shard_number=int(params.get("shard_number") or len(shards)),
-            entries=len(self._names),
             segments=len(self._segments),
             shards=shards,
             payload_schema=dict(indexes.get("schema") or {}),

@@ -116,7 +116,6 @@ def create(
     *,
     known_before: Sequence[Snapshot] | None = None,
     seconds: float = CREATE_SECONDS,
-    answer_seconds: float = ANSWER_SECONDS,
 ) -> Snapshot:
     """Have one snapshot made, never two, and wait for it, at most `seconds`.
 
@@ -131,7 +130,9 @@ def create(
         return _newest(earlier)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)
-        made = _request(q, collection, answer_seconds) or _wait_new(q, collection, known, seconds, process)
+        made = _request(q, collection, min(ANSWER_SECONDS, seconds)) or _wait_new(
+            q, collection, known, seconds, process
+        )
         if made:
             return made
     raise NoAnswer(
