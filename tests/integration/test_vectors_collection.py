@@ -76,7 +76,7 @@ def test_optimisers_that_wait_since_the_servers_start_are_woken(q: Qdrant, fille
     with Asleep(q, status) as way:
         near = Qdrant(way.url)
         told = check_status(collection.get_state(near, filled))
-        assert (told.status, told.detail) == (PASSED, f"{status} (indexing goes on with the next write)")
+        assert (told.status, told.detail) == (PASSED, f"{status} (indexing continues with the next write)")
         assert collection.wait_green(near, filled, 30).optimized
         assert way.woken
 
