@@ -87,7 +87,7 @@ def test_a_large_upload_with_a_wrong_key_ends_before_it_begins(guarded: Qdrant, 
     assert time.monotonic() - began < 25
 
 
-def test_large_upserts_with_a_wrong_key_say_so(guarded: Qdrant, monkeypatch: pytest.MonkeyPatch):
+def test_large_upserts_with_a_wrong_key_report_it(guarded: Qdrant, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lib.clients.qdrant.transport.SEND_SECONDS", 0.5)
     stranger = Qdrant(guarded.base_url, WRONG, sleep=lambda _: None)
     payloads = [{"content": "x" * 1_000_000}] * 20

@@ -1,4 +1,4 @@
-"""Which nodes' snapshots together are the whole collection, told from what two-node clusters answered."""
+"""Which nodes' snapshots together are the whole collection, from recorded answers of two-node clusters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recorded(version: str) -> list[dict]:
 
 
 def looks_of(version: str) -> list[Topology]:
-    """What the first and the second node said of the collection, right after it was filled."""
+    """The topology as the first and the second node reported it, right after the collection was filled."""
     found = []
     for node in (1, 2):
         answers = [one for one in recorded(version) if one.get("node") == node]
@@ -31,8 +31,8 @@ def looks_of(version: str) -> list[Topology]:
             "peers"
         ]
         peer = shards["peer_id"]
-        local = [Shard(one["shard_id"], peer, one["state"]) for one in shards["local_shards"]]
-        remote = [Shard(one["shard_id"], one["peer_id"], one["state"]) for one in shards["remote_shards"]]
+        local = [Shard(one["shard_id"], peer, one["state"], one["points_count"]) for one in shards["local_shards"]]
+        remote = [Shard(one["shard_id"], one["peer_id"], one["state"], None) for one in shards["remote_shards"]]
         known = {int(one): entry["uri"] for one, entry in peers.items()}
         found.append(Topology(len(peers), peer, (*local, *remote), len(shards["shard_transfers"]), known))
     return found
@@ -66,13 +66,13 @@ def test_a_shard_of_a_node_that_is_not_listed_is_refused_and_its_node_named(look
             require(whole, [(ONE, looks[listed])])
 
 
-def test_one_node_under_two_addresses_is_told(looks):
+def test_one_node_under_two_addresses_is_refused(looks):
     one, two = looks
     with pytest.raises(UsageProblem, match=f"lists one node twice: {ONE} and http://balancer"):
         require(one, [(ONE, one), (TWO, two), ("http://balancer", one)])
 
 
-def test_a_node_of_another_cluster_is_told():
+def test_a_node_of_another_cluster_is_refused():
     (one, two), (stranger, _) = looks_of("1.11.3"), looks_of("1.18.3")
     with pytest.raises(UsageProblem, match=f"http://stranger.*another cluster .*peer {stranger.this_peer}"):
         require(one, [(ONE, one), (TWO, two), ("http://stranger", stranger)])
@@ -87,15 +87,15 @@ def test_a_key_that_may_not_ask_for_the_peers_is_enough(looks):
         require(one, [(ONE, one)])
 
 
-def replicated(looks: list[Topology], state: str = "Active") -> list[Topology]:
+def replicated(looks: list[Topology], state: str = "Active", 20) -> list[Topology]:
     """Both shards on both nodes; the second node's replicas in `state`."""
     one, two = (look.this_peer for look in looks)
-    shards = [Shard(number, one, "Active") for number in (0, 1)]
-    shards += [Shard(number, two, state) for number in (0, 1)]
+    shards = [Shard(number, one, "Active", 20) for number in (0, 1)]
+    shards += [Shard(number, two, state, 20) for number in (0, 1)]
     return [dataclasses.replace(look, shards=tuple(shards)) for look in looks]
 
 
-def test_a_node_may_be_left_out_where_the_other_holds_every_shard(looks):
+def test_a_node_may_be_left_out_if_the_other_holds_every_shard(looks):
     one, two = replicated(looks, "Dead")
     require(one, [(ONE, one)])
     with pytest.raises(StoreFailed, match="in state Dead"):

@@ -17,11 +17,12 @@ _EXAMPLE = f"export {_VARIABLE}=http://node1:6333,http://node2:6333   (every nod
 
 @dataclass(frozen=True)
 class Shard:
-    """One replica of one shard."""
+    """One replica of one shard. `points` is known only on the node that was asked."""
 
     shard_id: int
     peer: int
     state: str
+    points: int | None
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def topology(q: Qdrant, name: str) -> Topology:
     """
     result = q.json("GET", collection_path(name, "cluster"))
     this_peer = int(result["peer_id"])
-    local = [Shard(s["shard_id"], this_peer, s["state"]) for s in result["local_shards"]]
-    remote = [Shard(s["shard_id"], int(s["peer_id"]), s["state"]) for s in result["remote_shards"]]
+    local = [Shard(s["shard_id"], this_peer, s["state"], s["points_count"]) for s in result["local_shards"]]
+    remote = [Shard(s["shard_id"], int(s["peer_id"]), s["state"], None) for s in result["remote_shards"]]
     try:
         nodes = q.json("GET", "/cluster").get("peers") or {}
     except AccessRefused:
