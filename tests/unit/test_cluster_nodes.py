@@ -31,8 +31,12 @@ def looks_of(version: str) -> list[Topology]:
             "peers"
         ]
         peer = shards["peer_id"]
-        local = [Shard(one["shard_id"], peer, one["state"], one["points_count"]) for one in shards["local_shards"]]
-        remote = [Shard(one["shard_id"], one["peer_id"], one["state"], None) for one in shards["remote_shards"]]
+        local = [
+            Shard(one["shard_id"], peer, one["state"], one["points_count"]) for one in shards["local_shards"]
+        ]
+        remote = [
+            Shard(one["shard_id"], one["peer_id"], one["state"], None) for one in shards["remote_shards"]
+        ]
         known = {int(one): entry["uri"] for one, entry in peers.items()}
         found.append(Topology(len(peers), peer, (*local, *remote), len(shards["shard_transfers"]), known))
     return found
@@ -87,7 +91,7 @@ def test_a_key_that_may_not_ask_for_the_peers_is_enough(looks):
         require(one, [(ONE, one)])
 
 
-def replicated(looks: list[Topology], state: str = "Active", 20) -> list[Topology]:
+def replicated(looks: list[Topology], state: str = "Active") -> list[Topology]:
     """Both shards on both nodes; the second node's replicas in `state`."""
     one, two = (look.this_peer for look in looks)
     shards = [Shard(number, one, "Active", 20) for number in (0, 1)]
