@@ -27,6 +27,7 @@ from lib.verify.vectors import different_vectors
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
 _RECALL_LIMIT = 5
+_SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 # By how much the two counts of vectors may differ: memories of the last minutes may lack theirs.
 _FEW_VECTORS, _SHARE = 10, 0.05
 
@@ -191,13 +192,12 @@ def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, point
     `points` is the collection's count. The check that is returned is pending: a restart may change the answer.
     """
     sizes = health.get("vector_dimensions") or {}
-    shown = {name: sizes[name] for name in ("effective", "collection") if sizes.get(name) is not None}
-    if sizes.get("mismatch") or not shown or any(size != spec.size for size in shown.values()):
-        configured = {"configured": sizes["configured"]} if sizes.get("configured") is not None else {}
-        text = ", ".join(f"{name} {size}" for name, size in {**configured, **shown}.items()) or "no sizes"
-        return Check(
-            "recall", PENDING, f"AutoMem does not run at {spec.size}d yet (/health: {text})", _RESTART
-        )
+    shown = {name: sizes[name] for name in _SIZES if sizes.get(name) is not None}
+    used = [size for name, size in shown.items() if name != "configured"]
+    if sizes.get("mismatch") or not used or any(size != spec.size for size in used):
+        text = ", ".join(f"{name} {size}" for name, size in shown.items()) or "no sizes"
+        detail = f"AutoMem does not run at {spec.size}d yet (/health: {text})"
+        return Check("recall", PENDING, detail, _RESTART)
     named, count = health.get("graph"), health.get("vector_count")
     if isinstance(named, str) and named != graph:
         detail = f"AutoMem works on the graph '{named}', FALKORDB_GRAPH is '{graph}'"
