@@ -127,7 +127,7 @@ def _restore(run: Migration, way: Way) -> None:
     assert way.snapshot.checksum is not None
     qdrant, name, checksum = run.target.qdrant, run.target.collection, way.snapshot.checksum
     if way.kind == FETCH:
-        recover(qdrant, name, way.location, checksum, seconds=way.patience)
+        recover(qdrant, name, way.location, checksum, seconds=way.patience, answer_seconds=way.patience)
         return
     assert way.file is not None
     sent = unique_filename(run.staged)
@@ -142,6 +142,7 @@ def _restore(run: Migration, way: Way) -> None:
             checksum=checksum,
             progress=steps_of(progress),
             seconds=way.patience,
+            answer_seconds=way.patience,
         )
     snapshots.delete(qdrant, name, sent)
 

@@ -63,12 +63,13 @@ def upload_and_restore(
     checksum: str,
     progress: UploadProgress | None = None,
     seconds: float = RESTORE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
 ) -> bool:
     """Upload a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
 
-    Returns whether the server answered; if it did not, the collection was polled for at most `seconds`. An answer
-    does not verify the points: count and compare them. The server keeps the file as `filename` (see
+    Returns whether the server answered within `answer_seconds`; if it did not, the collection was polled for at most
+    `seconds`. An answer does not verify the points: count and compare them. The server keeps the file as `filename` (see
     `unique_filename`), also after a failure. `allow_existing`: the collection already has parts from other nodes'
     snapshots.
     Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
@@ -82,7 +83,7 @@ def upload_and_restore(
         form = _Form(filename, _Body(stream, size, progress))
         process = startup(q)
         try:
-            _post(q, collection, form, checksum, min(ANSWER_SECONDS, seconds))
+            _post(q, collection, form, checksum, answer_seconds)
             return True
         except NoAnswer:
             if form.left:
@@ -111,6 +112,7 @@ def recover(
     checksum: str,
     *,
     seconds: float = RESTORE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
 ) -> bool:
     """Have the server restore `collection` from a `location` that it fetches itself (see `can_fetch_itself`).
@@ -121,7 +123,7 @@ def recover(
         _refuse_existing(q, collection)
     process = startup(q)
     try:
-        _put_recover(q, collection, location, checksum, min(ANSWER_SECONDS, seconds))
+        _put_recover(q, collection, location, checksum, answer_seconds)
         return True
     except NoAnswer:
         pass
