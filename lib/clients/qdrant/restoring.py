@@ -69,9 +69,9 @@ def upload_and_restore(
     """Upload a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
 
     Returns whether the server answered within `answer_seconds`; if it did not, the collection was polled for at most
-    `seconds`. An answer does not verify the points: count and compare them. The server keeps the file as `filename` (see
-    `unique_filename`), also after a failure. `allow_existing`: the collection already has parts from other nodes'
-    snapshots.
+    `seconds`. An answer does not verify the points: count and compare them. The server keeps the file as `filename`
+    (see `unique_filename`), also after a failure. `allow_existing`: the collection already has parts from other
+    nodes' snapshots.
     Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
     and delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged for a source that is
     shorter or that has another checksum.
