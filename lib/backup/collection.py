@@ -45,7 +45,7 @@ from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
 from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state, vector_params
 from lib.clients.qdrant.points import PointId, scroll
-from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, engine_here, opened_segments
+from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
 from lib.clients.qdrant.transport import NotFound, Qdrant
 from lib.concurrency import Progress, steps_of
@@ -119,7 +119,7 @@ class SegmentCopies:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.hindrance = "" if has_room(2 * size) else _no_room()
-        if not engine_here():
+        if not has_engine():
             self.hindrance = "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
         self.segments: list[SegmentFiles] = []
         self.ids = folder / "ids.txt"
@@ -132,7 +132,7 @@ class SegmentCopies:
         folder = self._folder / str(len(self.segments))
         folder.mkdir()
         self.segments.append(SegmentFiles(folder))
-        facts = inspect_snapshot(stream, self.segments[-1].keep)
+        facts = inspect_snapshot(stream, self.segments[-1].save)
         if self.segments[-1].full:
             self.hindrance = _no_room()
         return facts
