@@ -165,7 +165,7 @@ def _compare_page(
 ) -> None:
     ids = list(rows)
     planned = cache.memories_of(ids) if cache else {}
-    kept = {one: orjson.loads(row.payload) for one, row in cache.kept(ids).items()} if cache else {}
+    kept = {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()} if cache else {}
     now = datetime.now(timezone.utc) + _SKEW
     for identity, properties in rows.items():
         late = proved is not None and proved < _written(properties) <= now

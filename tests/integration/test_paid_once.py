@@ -47,7 +47,7 @@ def test_without_room_for_all_texts_none_is_bought(ready, monkeypatch):
     before = points_of(ready)
     result = ready.run("reembed_embeddings", expect=1)
     assert "no room for 2" in result.err
-    assert "what does not fit is not bought" in result.err
+    assert "what does not fit is not embedded" in result.err
     assert stats(ready)["tokens"] == 0
     assert points_of(ready).keys() == before.keys()
     assert not list(ready.backups.glob("journal_*_reembed.jsonl"))
