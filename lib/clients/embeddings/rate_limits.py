@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lib.concurrency import Stopped
+from lib.concurrency import Cancelled
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -195,11 +195,11 @@ class Pacer:
             return [bucket.rate_and_level() for bucket in (self._requests, self._tokens)]
 
     def acquire(self, tokens: int, stop: threading.Event) -> None:
-        """Wait until a request of `tokens` estimated tokens may leave. Raises Stopped, RateLimited."""
+        """Wait until a request of `tokens` estimated tokens may leave. Raises Cancelled, RateLimited."""
         with self._changed:
             while True:
                 if stop.is_set():
-                    raise Stopped
+                    raise Cancelled
                 delay = self._delay(tokens)
                 if delay <= 0:
                     break

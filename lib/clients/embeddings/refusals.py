@@ -25,6 +25,10 @@ SPLIT_STATUSES = frozenset([400, 413, 422])  # one text, or their number or size
 SETTING_PARAMS = frozenset(["model", "dimensions", "encoding_format"])
 MESSAGE_LENGTH = 300
 
+_STEPS = {
+    401: "check OPENAI_API_KEY and OPENAI_BASE_URL",
+    403: "the key lacks the permission for this model: grant it or use another key",
+}
 AGAIN = "then run the same command again: it resumes from the embedding cache, nothing is paid for twice"
 
 
@@ -79,13 +83,9 @@ def refusal_error(
         return Transient(text, status)
     if status in SPLIT_STATUSES and param not in SETTING_PARAMS and "model" not in code:
         return BadInput(text)
-    if status == 401:
-        step = f"check OPENAI_API_KEY and OPENAI_BASE_URL, {AGAIN}"
-        return ProviderRefused(f"{provider} refused: {name}", next_step=step)
-    step = "check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL"
-    if status == 403:
-        step = "the key lacks the permission for this model: grant it or use another key"
-    return ProviderRefused(f"{provider} refused: {text}", next_step=f"{step}, {AGAIN}")
+    step = _STEPS.get(status, "check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL")
+    shown = name if status == 401 else text  # the text of a 401 may quote the key
+    return ProviderRefused(f"{provider} refused: {shown}", next_step=f"{step}, {AGAIN}")
 
 
 def _error_fields(body: object, secret: str) -> tuple[str, str, str, str]:
