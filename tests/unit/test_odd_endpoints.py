@@ -9,7 +9,7 @@ from lib.backup.existing_points import TemporaryIdTable
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.cache_file import VALUES_AT_ONCE
 from lib.clients.embeddings.client import Provider, billed_tokens, read_answer
-from lib.clients.embeddings.pricing import count_tokens, input_limit, price_per_million
+from lib.clients.embeddings.pricing import count_tokens, input_limit, price_of
 from lib.clients.embeddings.refusals import BadAnswer, BadIndices, context_limit
 from lib.clients.embeddings.worker_pool import _cut_to_limit
 from lib.config import load_config
@@ -87,7 +87,7 @@ def test_the_model_behind_a_prefix_is_known(prefix):
     assert native_size(model) == 3072
     assert takes_dimensions(model)
     assert input_limit(model) == 8192
-    assert price_per_million(model) == 0.13
+    assert price_of(1_000_000, model) == 0.13
     with pytest.raises(UsageProblem, match="at most 3072d"):
         check_model(model, 4096)
     assert Provider(EmbeddingSpec("", model, 768), "k", 1.0)._options["dimensions"] == 768
