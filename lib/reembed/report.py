@@ -37,7 +37,7 @@ def make_report(
     """
     journal = journal_of(run)
     sums = run.bought.log.sums if run.bought.log else PaidSums()
-    recall, recall_note = compare_after(run)
+    recall, recall_note = compare_after(run.target.qdrant, run.target.collection, run.cache, journal)
     absent = _absent_by(journal) if went_on_after_delete else None
     size, points, model = run.spec.size, points_in_place(run, outcome), run.spec.model
     return {
