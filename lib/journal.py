@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from shlex import quote
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import msgspec
 
@@ -28,19 +28,22 @@ CLOSED = "closed"
 STAMP_FORMAT, STAMP = "%Y%m%d_%H%M%S", r"[0-9]{8}_[0-9]{6}"
 _SECOND = timedelta(seconds=1)
 _TEMPORARY = ("staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph")
+_PATTERNS = {
+    "run_id": rf"{STAMP}_[0-9a-f]{{4}}",
+    "manifest": rf"backup_{STAMP}\.json",
+    "stamp": STAMP,  # of a set; a model's stamp is a dict
+    "snapshot": r"[^/\\]+",
+}
 _ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
 
 
-_RunId = Annotated[str, msgspec.Meta(pattern=rf"\A{STAMP}_[0-9a-f]{{4}}\Z")]
-_Stamp = Annotated[str, msgspec.Meta(pattern=rf"\A{STAMP}\Z")]
-_ManifestName = Annotated[str, msgspec.Meta(pattern=rf"\Abackup_{STAMP}\.json\Z")]
-_FileName = Annotated[str, msgspec.Meta(pattern=r"\A[^/\\]+\Z")]
-
-
 class _Entry(msgspec.Struct):
-    """The fields of an entry that every version writes, or that name something to remove or to read."""
+    """The fields of an entry that every version writes, or that name something to remove or to read.
 
-    at: Annotated[datetime, msgspec.Meta(tz=True)]
+    No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
+    """
+
+    at: datetime
     phase: str
     undo: str | None = None
     collection: str | None = None
@@ -49,13 +52,13 @@ class _Entry(msgspec.Struct):
     temporary_collection: str | None = None
     throwaway_graph: str | None = None
     safety_graph: str | None = None
-    manifest: _ManifestName | None = None
-    snapshot: _FileName | None = None
-    stamp: _Stamp | dict[str, Any] | None = None  # of a set, or the model and size in a collection
+    manifest: str | None = None
+    snapshot: str | None = None
+    stamp: str | dict[str, Any] | None = None  # of a set, or the model and size in a collection
 
 
 class _FirstEntry(_Entry, kw_only=True):
-    run_id: _RunId
+    run_id: str
     command: str
     targets: list[str]
 
@@ -186,22 +189,22 @@ def read_journal(path: Path) -> Journal | None:
 
 def _faults(journal: Journal) -> Iterator[str]:
     """Yield what no run can have written: a field of another type, or a name that is not one of its own."""
-    try:
-        msgspec.convert(journal.entries[0], _FirstEntry)
-        for entry in journal.entries[1:]:
-            msgspec.convert(entry, _Entry)
-    except msgspec.ValidationError as error:
-        yield f"an entry is not valid: {error}"
-        return
-    own = [target.split(" ", 2)[-1] for target in journal.targets]
-    temporary = re.compile("|".join(rf"(?:{re.escape(one)}|\{{{re.escape(one)}\}}){_ENDING}" for one in own))
     for entry in journal.entries:
-        for fact in _TEMPORARY:
-            if entry.get(fact) is not None and not temporary.fullmatch(entry[fact]):
-                yield f"it names {entry[fact]!r} as its {fact.replace('_', ' ')}"
-        collection = entry.get("collection")
-        if collection and collection not in own and not temporary.fullmatch(collection):
-            yield f"it names {collection!r} as the collection of its snapshot"
+        try:
+            typed = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)
+        except msgspec.ValidationError as error:
+            yield f"an entry is not valid: {error}"
+            return
+        if typed.at.tzinfo is None:
+            yield f"the time {entry['at']!r} has no time zone"
+    own = [target.split(" ", 2)[-1] for target in journal.targets]
+    temporary = "|".join(rf"(?:{re.escape(one)}|\{{{re.escape(one)}\}}){_ENDING}" for one in own)
+    collection = "|".join([*map(re.escape, own), temporary])
+    patterns = {**_PATTERNS, **dict.fromkeys(_TEMPORARY, temporary), "collection": collection}
+    for entry in journal.entries:
+        for name, pattern in patterns.items():
+            if isinstance(entry.get(name), str) and not re.fullmatch(pattern, entry[name]):
+                yield f"it names {entry[name]!r} as its {name.replace('_', ' ')}"
 
 
 def open_journals(folder: Path) -> list[Journal]:
