@@ -197,9 +197,9 @@ class EmbeddingRunner:
     spec: EmbeddingSpec
     workers: int
     batch_size: int
-    max_cost: float | None = None
-    say: Callable[[str], None] | None = None
-    waiting: Callable[[str], None] | None = None
+    max_cost: float | None
+    say: Callable[[str], None]
+    waiting: Callable[[str], None]
 
     def expected(self, left: Missing) -> Expected | None:
         """How long these texts will take; None before the first answer, or if there are none."""
@@ -263,15 +263,15 @@ def _reporting(
     record: Callable[[EmbedProgress], None],
 ) -> Callable[[EmbedProgress], None]:
     """A progress callback for the bar and the log, which says the expected time once."""
-    said = runner.say is None
+    said = False
 
     def progress(now: EmbedProgress) -> None:
         nonlocal said
         record(now)
         advance(now.embedded, total.texts)
-        if runner.waiting and now.waiting_seconds >= 1:
+        if now.waiting_seconds >= 1:
             runner.waiting(f"embed: rate limited, next try in {now.waiting_seconds:.0f} s")
-        if runner.say and now.embedded and not said:
+        if now.embedded and not said:
             said = True
             left = total.texts - now.embedded
             if time_left := runner.expected(Missing(left, round(total.tokens * left / total.texts))):
@@ -295,7 +295,7 @@ def catch_up(
     cache: EmbeddingCache,
     bar: ProgressBar,
     into: EmbeddingTotals,
-    payloads: Payloads | None = None,
+    payloads: Payloads,
 ) -> Scan:
     """Read the graph again and embed new texts, until a round embeds fewer than 100 (at most 5 rounds).
 

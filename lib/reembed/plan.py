@@ -116,7 +116,7 @@ def scan_graph(
     cache: EmbeddingCache,
     spec: EmbeddingSpec,
     bar: ProgressBar,
-    payloads: Payloads | None = None,
+    payloads: Payloads,
     *,
     title: str = "read graph",
 ) -> Scan:
@@ -149,13 +149,11 @@ def scan_graph(
     return scan
 
 
-def _with_other_text(
-    odd: list[tuple[MemoryNode, str]], payloads: Payloads | None, scan: Scan
-) -> list[_Candidate]:
+def _with_other_text(odd: list[tuple[MemoryNode, str]], payloads: Payloads, scan: Scan) -> list[_Candidate]:
     """Find another text for each: its point's content, or the readable part of its own. Skips those without one."""
     identities = [point_id(node.properties.get("id")) for node, _ in odd]
     asked = [one for one in identities if one is not None]
-    known = payloads(asked) if payloads and asked else {}
+    known = payloads(asked) if asked else {}
     found = []
     for (node, reason), identity in zip(odd, identities, strict=True):
         text = known.get(identity, {}).get("content") if identity is not None else None
@@ -272,8 +270,8 @@ def whole_plan(
     textless: list[str],
 ) -> Plan:
     """Put the plan together. `missing` must be embedded; `textless` points are not counted in `only_live`."""
-    alone = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
-    examples = list(islice((one for one in alone if one not in textless), _ORPHAN_EXAMPLES))
+    orphans = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
+    examples = list(islice((one for one in orphans if one not in textless), _ORPHAN_EXAMPLES))
     return Plan(
         scan=scan,
         spec=spec,

@@ -89,7 +89,7 @@ def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
 
 
 def remove_plan(cache: EmbeddingCache, journal: Journal) -> None:
-    """Delete the plan of a check, which is a file of its own."""
+    """Delete the file with the plan of a check."""
     path = _plan_path(cache, journal)
     for ending in ("", "-wal", "-shm"):
         path.with_name(path.name + ending).unlink(missing_ok=True)

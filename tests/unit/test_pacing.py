@@ -146,7 +146,7 @@ def test_a_refusal_holds_everyone_for_the_time_named_and_a_tenth_at_most(pacer, 
     pacer.acquire(10, GO)
     pacer.refused(10, 4.0, None)
     assert 4.0 <= pacer._delay(10) <= 4.4
-    assert pacer.counts().rate_limited == 1
+    assert pacer.rate_limited == 1
     clock.now += 4.4
     assert pacer._delay(10) == 0
 

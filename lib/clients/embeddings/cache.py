@@ -21,7 +21,7 @@ PREFIX_BYTES, TEXT_BYTES = 4, 12
 FLOAT_BYTES = 4
 SUM_BYTES = 4
 _COLUMNS = "m.id, m.point_id, m.node_id, m.key, m.content, m.payload, m.tokens"
-# Of several memories with the same text, the first one stands for all.
+# Of several memories with the same text, the first one represents all.
 _DISTINCT = "FROM memories m WHERE NOT EXISTS (SELECT 1 FROM memories f WHERE f.key = m.key AND f.id < m.id)"
 _MISSING = f"{_DISTINCT} AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m.key)"  # noqa: S608 - constants
 
@@ -116,7 +116,7 @@ class EmbeddingCache(CacheFile):
     def put_vectors(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
         """Store (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
 
-        A key that has a vector keeps it. Raises ValueError, storing nothing, if a vector has another width than its
+        An existing vector is not replaced. Raises ValueError, storing nothing, if a vector has another width than its
         key's spec.
         """
         for key, blob in rows:
@@ -143,7 +143,7 @@ class EmbeddingCache(CacheFile):
             raise CacheDamaged(
                 f"{len(damaged)} embedding(s) in {self.vectors_path} were damaged on the disk (wrong checksum) and"
                 " were removed",
-                next_step="look at that disk, then run the same command again: these texts alone are paid for again",
+                next_step="check that disk, then run the same command again: only these texts are paid for again",
             )
         return {key: vector for key, vector in found.items() if vector is not None}
 
@@ -288,7 +288,7 @@ class EmbeddingCache(CacheFile):
         return Missing(*rows[0])
 
     def _paged(self, source: str, page: int) -> Iterator[MemoryRow]:
-        # Each page is a statement of its own: no read transaction stays open while the caller works.
+        # Each page is a separate statement: no read transaction stays open while the caller works.
         sql, last = f"SELECT {_COLUMNS} {source} AND m.id > ? ORDER BY m.id LIMIT ?", 0
         while rows := self.rows(sql, [last, page]):
             for values in rows:

@@ -90,7 +90,7 @@ class CacheFile:
     def _prepare(self, schema: str, path: Path, tables: str) -> None:
         count_tables = f"SELECT count(*) FROM {schema}.sqlite_master"  # noqa: S608 - a name of ours
         empty = self.number(count_tables) == 0
-        # No cache has a view or a trigger. A foreign one would run code of its own, which may never end.
+        # No cache has a view or a trigger. A foreign one would run its own SQL, which may never end.
         foreign = self.number(
             f"{count_tables} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
         )
@@ -200,8 +200,8 @@ class CacheFile:
                 " disk with --backup-dir, then run the same command again",
             )
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the vectors exclusively during the block. Raises LockHeld."""
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Use the vectors exclusively during the block. Raises LockHeld."""
         return self._used.alone()
 
     def close(self) -> None:

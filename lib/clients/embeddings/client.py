@@ -135,7 +135,7 @@ def billed_tokens(body: dict[str, object]) -> int:
     return max(0, billed) if isinstance(billed, int) else 0  # a negative number would lower the sum
 
 
-# Azure takes the key in a header of its own (https://learn.microsoft.com/azure/ai-services/openai/reference#authentication).
+# Azure takes the key in another header (https://learn.microsoft.com/azure/ai-services/openai/reference#authentication).
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 # Voyage takes `output_dimension` (https://docs.voyageai.com/reference/embeddings-api).
 _VOYAGE_HOST = "api.voyageai.com"
@@ -194,7 +194,7 @@ class Provider:
         """Headers and body of a 200. Raises RateLimited, Transient, BadInput or ProviderRefused for any other."""
         import openai
 
-        # httpx, or what the package uses instead: an error while the body is read is one of its own.
+        # httpx, or what the package uses instead: an error while the body is read is of that package.
         http = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
         try:
             # In extra_body the texts replace `input` unchecked; otherwise the package walks through all of them.

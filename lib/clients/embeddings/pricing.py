@@ -69,12 +69,12 @@ def cut_to_tokens(text: str, limit: int) -> str:
     """The longest start of `text` that has at most `limit` tokens; a character is never split."""
     encoding = _encoding()
     tokens = encoding.encode_ordinary(text)
-    keep = limit
+    length = limit
     while len(tokens) > limit:
         # The cut may be inside a character or a merged token, so that the start has another number of tokens.
-        text = encoding.decode(tokens[:keep], errors="ignore")
+        text = encoding.decode(tokens[:length], errors="ignore")
         tokens = encoding.encode_ordinary(text)
-        keep -= 1
+        length -= 1
     return text
 
 

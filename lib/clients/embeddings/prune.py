@@ -1,4 +1,4 @@
-"""`--prune-spool`: delete the vectors that no plan of this backup folder needs from the embedding cache."""
+"""`--prune-spool`: delete vectors from the embedding cache that no plan of this backup folder needs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prune_cache(cache: EmbeddingCache, folder: Path, *, dry_run: bool) -> Pruned
     stored = _stored(cache, plans)
     if dry_run or not any(one.unneeded for one in stored):
         return Pruned(stored, 0, before, before, shrunk=False)
-    with cache.alone():
+    with cache.exclusive():
         _note_needed(cache, plans)
         with cache.transaction():
             sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
@@ -107,7 +107,7 @@ def _shrink(cache: EmbeddingCache) -> bool:
     # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
     if free_bytes(cache.vectors_path) < 2 * cache.vectors_path.stat().st_size:
         return False
-    with cache.alone(), cache.guarded():
+    with cache.exclusive(), cache.guarded():
         cache.db.execute(f"VACUUM {cache.vectors_schema}")
         cache.db.execute(f"PRAGMA {cache.vectors_schema}.wal_checkpoint(TRUNCATE)")
     return True

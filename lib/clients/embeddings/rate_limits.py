@@ -112,47 +112,34 @@ FIRST_WAIT_SECONDS = 1.0  # after a refusal without a retry-after header
 LONGEST_WAIT_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class PaceCounts:
-    """Requests sent and refused by a rate limit so far; seconds until the gate opens (0: open)."""
-
-    requests: int
-    rate_limited: int
-    waiting_seconds: float
-
-
 class _Bucket:
     """Our estimate of one of the server's buckets; unlimited until an answer describes it."""
 
     def __init__(self) -> None:
         self.capacity = math.inf
         self.level = math.inf
-        self._rate: float | None = None
+        self.rate: float | None = None  # units per second
         self._seen = 0.0
 
     def refill(self, now: float, share: float) -> None:
-        if self._rate is not None:
-            self.level = min(self.capacity, self.level + (now - self._seen) * self._rate * share)
+        if self.rate is not None:
+            self.level = min(self.capacity, self.level + (now - self._seen) * self.rate * share)
         self._seen = now
 
     def learn(self, state: BucketState, in_flight: float) -> None:
         """Take over the server's numbers, less the requests that it may not have counted yet."""
         left = state.remaining - in_flight
         # Without a known rate only answers raise the level. With one, an answer that arrives late must not raise it.
-        self.level = left if self._rate is None else min(self.level, left)
+        self.level = left if self.rate is None else min(self.level, left)
         self.capacity = state.limit
-        self._rate = state.refill or self._rate
-
-    def rate_and_level(self) -> tuple[float, float] | None:
-        """Units per second and units left; None if no answer has announced them."""
-        return (self._rate, self.level) if self._rate else None
+        self.rate = state.refill or self.rate
 
     def delay(self, wanted: float, share: float) -> float:
         """Seconds until `wanted` units are available, or the bucket is full if `wanted` exceeds it."""
         lacking = min(wanted, self.capacity) - self.level
         if lacking <= 0:
             return 0.0
-        return lacking / (self._rate * share) if self._rate else POLL_SECONDS
+        return lacking / (self.rate * share) if self.rate else POLL_SECONDS
 
 
 class Pacer:
@@ -177,22 +164,23 @@ class Pacer:
         self._gate = self._cut_at = -math.inf
         self._share, self._share_at = 1.0, clock()
         self._in_a_row = 0
-        self._sent = self._rate_limited = 0
+        self.requests = self.rate_limited = 0  # sent so far, and refused by a rate limit
 
     @property
     def token_limit(self) -> float:
         """Tokens in a full bucket of the server; infinite if it announces none."""
         return self._tokens.capacity
 
-    def counts(self) -> PaceCounts:
-        """The requests so far."""
+    def waiting_seconds(self) -> float:
+        """Seconds for which a rate limit still delays all requests; 0 if it does not."""
         with self._changed:
-            return PaceCounts(self._sent, self._rate_limited, max(0.0, self._gate - self._clock()))
+            return max(0.0, self._gate - self._clock())
 
     def buckets(self) -> list[tuple[float, float] | None]:
         """(units per second, units left) of the request limit and of the token limit; None if not known."""
         with self._changed:
-            return [bucket.rate_and_level() for bucket in (self._requests, self._tokens)]
+            buckets = (self._requests, self._tokens)
+            return [(one.rate, one.level) if one.rate else None for one in buckets]
 
     def acquire(self, tokens: int, stop: threading.Event) -> None:
         """Wait until a request of `tokens` estimated tokens may leave. Raises Cancelled, RateLimited."""
@@ -210,7 +198,7 @@ class Pacer:
             self._tokens.level -= tokens
             self._in_flight += 1
             self._tokens_in_flight += tokens
-            self._sent += 1
+            self.requests += 1
 
     def answered(self, tokens: int, limits: RateLimits | None) -> None:
         """Note a request that the server accepted, with the limits from its headers."""
@@ -228,7 +216,7 @@ class Pacer:
             in_flight = self._in_flight
             self._refund(tokens)
             self._learn(limits)
-            self._rate_limited += 1
+            self.rate_limited += 1
             if wait_seconds is None:
                 wait_seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**self._in_a_row)
             if now - self._cut_at >= 1.0:  # a burst of refusals counts once

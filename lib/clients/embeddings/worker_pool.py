@@ -127,7 +127,8 @@ class _Run:
         self._refused: list[Refused] = []
         self._cut: list[str] = []
         self._started = time.monotonic()
-        self._before, self._billed_before = client.pacer.counts(), client.billed_tokens
+        pacer = client.pacer
+        self._before = (pacer.requests, pacer.rate_limited, client.billed_tokens)
 
     # --- the caller's thread
 
@@ -234,15 +235,16 @@ class _Run:
 
     def status(self) -> EmbedProgress:
         """The sums so far."""
-        now, billed = self._client.pacer.counts(), self._client.billed_tokens - self._billed_before
+        pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
+        billed = self._client.billed_tokens - billed_before
         return EmbedProgress(
             embedded=self._embedded,
             tokens=billed,
-            requests=now.requests - self._before.requests,
-            rate_limited=now.rate_limited - self._before.rate_limited,
+            requests=pacer.requests - requests,
+            rate_limited=pacer.rate_limited - rate_limited,
             seconds=time.monotonic() - self._started,
             discarded=billed - self._tokens,
-            waiting_seconds=now.waiting_seconds,
+            waiting_seconds=pacer.waiting_seconds(),
             refused=self._refused,
             cut=self._cut,
         )
