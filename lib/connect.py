@@ -10,7 +10,7 @@ from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.clients.automem import AutoMemApi
-from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_trouble
+from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_failure
 from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
@@ -46,7 +46,7 @@ def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None)
     address = graph_address(config)
     source = GraphSource(address, connect(address), config.graph)
     list_graphs(source.conn)
-    if trouble := save_trouble(source.conn):
+    if trouble := save_failure(source.conn):
         warn(trouble)
     return source
 
