@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engin
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config
-from lib.files import TargetLock, private_dir
+from lib.files import lock_targets, private_dir
 
 if TYPE_CHECKING:
     from lib.clients.embeddings.cache import EmbeddingCache
@@ -79,10 +80,10 @@ def open_cache(config: Config) -> EmbeddingCache:
     `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
     file of this graph and this collection alone, so that two deployments never mix.
     """
-    from lib.child_process import return_large_blocks
+    from lib.child_process import unmap_large_blocks
     from lib.clients.embeddings.cache import EmbeddingCache
 
-    return_large_blocks()  # whoever opens an embedding cache moves vectors about
+    unmap_large_blocks()  # a command that opens an embedding cache moves vectors
     folder = private_dir(private_dir(config.backup_dir) / CACHE_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return EmbeddingCache(
@@ -168,6 +169,6 @@ def open_runner(
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
-def target_lock(config: Config) -> TargetLock:
-    """The machine-wide lock on this graph and this collection."""
-    return TargetLock(config.targets())
+def target_lock(config: Config) -> AbstractContextManager[None]:
+    """Return the machine-wide lock on this graph and this collection."""
+    return lock_targets(config.targets())

@@ -112,7 +112,7 @@ def announce(config: Config, console: Console) -> None:
 
 def _hides(name: str, setting: Setting) -> str:
     """The next value that a setting hides, and where it is; empty if nothing different is hidden."""
-    other = next((one for one in setting.beaten if not same_value(one.value, setting.value)), None)
+    other = next((one for one in setting.hidden if not same_value(one.value, setting.value)), None)
     if other is None:
         return ""
     return f"{'another value' if name in SECRETS else masked(name, other.value)} in {other.origin}"
@@ -190,7 +190,7 @@ def _files_that_disagree(wanted: dict[str, str], config: Config) -> list[str]:
     found = set()
     for name, value in wanted.items():
         setting = config.settings[name]
-        told = next((one for one in (setting, *setting.beaten) if ":" in one.origin), None)
+        told = next((one for one in (setting, *setting.hidden) if ":" in one.origin), None)
         if told and told.value != value:
             found.add(told.origin.rsplit(":", 1)[0])
     return sorted(found)

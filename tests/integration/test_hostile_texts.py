@@ -179,7 +179,7 @@ def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
             result = operator.run(
                 "backup_automem", env={name: value, "QDRANT_URL": "http://192.0.2.1:6333"}, expect=2
             )
-            assert f"{name} (environment): is no URL of a proxy" in result.err
+            assert f"{name} (environment): is not the URL of a proxy" in result.err
             assert not any(part in result.err for part in ("pa#", "ss@", "pa?", "pa55"))
 
 

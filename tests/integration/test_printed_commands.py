@@ -146,7 +146,7 @@ def test_a_setting_that_hides_another_is_named_and_shown(operator):
     assert warnings == [
         f"warning: QDRANT_API_KEY (environment) hides another value in {file}:3",
         f"warning: VECTOR_SIZE=768 (environment) hides 3072 in {file}:1",
-        f"warning: VECTOR_SZE ({file}:2) is no setting and has no effect: did you mean VECTOR_SIZE?",
+        f"warning: VECTOR_SZE ({file}:2) is not a setting and has no effect: did you mean VECTOR_SIZE?",
     ]
     shown = operator.run("backup_automem", "--show-config", "--json", env=env)
     assert shown.json["settings"]["VECTOR_SIZE"]["hides"] == f"3072 in {file}:1"

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from lib.child_process import child_environment, limit
+from lib.child_process import child_environment, limit_resources
 from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.snapshot_format import BLOCK, ByteStream, Section, Sparse
 from lib.errors import BackupDamaged, MigrationError
@@ -185,7 +185,7 @@ def _engine(size: int, segments: int) -> Iterator[Callable[[dict[str, Any]], Any
         start_new_session=True,  # a Ctrl-C is for the command, which then ends this
     ) as child:
         mapped = _MAPPED * size + segments * _PREALLOCATED
-        limit(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_A_SECOND)
+        limit_resources(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_A_SECOND)
 
         def ask(question: dict[str, Any]) -> Any:
             assert child.stdin is not None
