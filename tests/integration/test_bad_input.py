@@ -534,7 +534,7 @@ def test_an_empty_file_argument_is_refused(operator):
         (("backup_automem", "surplus"), "surplus"),
         (("backup_automem", "--list", "--check", "all"), "not allowed with argument"),
         (("backup_automem", "--cleanup", "--list"), "not allowed with argument"),
-        (("backup_automem", "--keep", "3"), "--keep is of --cleanup alone"),
+        (("backup_automem", "--keep", "3"), "--keep requires --cleanup"),
         (("backup_automem", "--cleanup", "--only", "qdrant"), "--only and --cleanup do not go together"),
         (("backup_automem", "--check", "all", "--only", "qdrant"), "--only and --check do not go together"),
         (("backup_automem", "--list", "--upload", "copies"), "--upload and --list do not go together"),
