@@ -108,7 +108,7 @@ def test_a_files_name_forges_no_line(operator, tmp_path, flag):
     path = tmp_path / FORGED.replace("/", "")
     path.write_bytes(b"REDIS0012")
     said = operator.run("restore_from_backup", *flag, str(path), expect=2).err
-    assert "an argument holds a control character" in said
+    assert "an argument has a control character" in said
     assert "\n::forged" not in said
     assert not raw(said)
 

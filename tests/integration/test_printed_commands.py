@@ -85,7 +85,7 @@ def test_the_undo_of_vectors_of_an_unknown_model_adds_none_of_the_new_model(file
     active = [line for line in undo.splitlines() if not line.lstrip().startswith("#")]
     assert [line.split()[-1] for line in active[1:]] == [f"VECTOR_SIZE={OLD_SIZE}"]
     assert "EMBEDDING_MODEL=unknown" not in undo + done.stdout + done.stderr
-    assert "which the backup does not know" in done.stdout
+    assert "which the backup does not record" in done.stdout
 
 
 @pytest.mark.matrix
