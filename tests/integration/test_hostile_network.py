@@ -159,7 +159,7 @@ def test_a_provider_without_end_ends_the_run(operator, impatient, answer):
         operator.export(OPENAI_BASE_URL=f"{url}/v1", VECTOR_SIZE=96)
         result = operator.run("reembed_embeddings", "--dry-run", expect=6)
     assert asked
-    assert "larger than" in result.err or "was not whole" in result.err
+    assert "larger than" in result.err or "was not complete" in result.err
     assert operator.state() == before
 
 
