@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from lib.backup.age import CopyKeys
@@ -19,6 +21,9 @@ from lib.network import canonical_host, is_private, without_login
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+OPENAI_URL = "https://api.openai.com/v1"
+_QDRANT_PORT = 6333
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -55,7 +60,7 @@ def _several(value: str) -> list[str]:
 class Reader:
     """Turns texts into values, and collects the fault of each that is wrong."""
 
-    def __init__(self, settings: Mapping[str, Setting], faults: list[str]) -> None:
+    def __init__(self, settings: dict[str, Setting], faults: list[str]) -> None:
         self.settings = settings
         self.faults = faults
 
@@ -74,7 +79,7 @@ class Reader:
         one = self.settings[name]
         self.faults.append(f"{name}={masked(name, one.value)} ({one.origin}): {why}")
 
-    def number(self, name: str, low: float, high: float, kind: type[int | float]) -> float:
+    def number(self, name: str, low: float, high: float, kind: type[int | float] = float) -> float:
         """Return a number from `low` to `high`."""
         try:
             value: float = kind(self.text(name))
@@ -86,9 +91,13 @@ class Reader:
             return low
         return value
 
+    def integer(self, name: str, low: int, high: int) -> int:
+        """Return a whole number from `low` to `high`."""
+        return int(self.number(name, low, high, int))
+
     def port(self, name: str) -> int:
         """Return a TCP port."""
-        return int(self.number(name, 1, 65535, int))
+        return self.integer(name, 1, 65535)
 
     def flag(self, name: str) -> bool:
         """Return true or false."""
@@ -106,18 +115,13 @@ class Reader:
         return value
 
     def url(
-        self,
-        name: str,
-        example: str,
-        port: int | None = None,
-        *,
-        query: bool = False,
-        value: str | None = None,
+        self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None
     ) -> str:
         """Return an http(s) URL with its port (default: `port`), without a slash at its end.
 
         A query is a fault unless `query` is set. `value` is one URL of several (default: the whole setting).
         """
+        example = DEFAULTS[name] or f"http://localhost:{_QDRANT_PORT}"
         value = self.text(name) if value is None else value
         try:
             parts = urlsplit(value)
@@ -136,6 +140,25 @@ class Reader:
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         netloc = f"{login}{at}{host}" + (f":{port}" if port else "")
         return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), parts.query, ""))
+
+    def urls(self, name: str) -> tuple[str, ...]:
+        """Return the URLs of Qdrant nodes, given with commas between them."""
+        return tuple(self.url(name, port=_QDRANT_PORT, value=one) for one in _several(self.text(name)))
+
+    def qdrant_url(self, name: str) -> str:
+        """Return QDRANT_URL, else the URL of QDRANT_HOST and QDRANT_PORT, wherever each is set, as AutoMem does."""
+        if self.text(name):
+            return self.url(name, port=_QDRANT_PORT)
+        host, port = self.host("QDRANT_HOST"), self.port("QDRANT_PORT")
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        origins = [(one, self.settings[one].origin) for one in ("QDRANT_HOST", "QDRANT_PORT")]
+        set_by = ", ".join(f"{one} ({origin})" for one, origin in origins if origin != DEFAULT)
+        self.settings[name] = Setting(url, set_by or DEFAULT)
+        return url
+
+    def username(self, name: str) -> str:
+        """Return FalkorDB's user, which is `default` if only a password is set."""
+        return self.text(name) or ("default" if self.text("FALKORDB_PASSWORD") else "")
 
     def name(self, name: str) -> str:
         """Return a name that can be part of a file's name."""
@@ -172,66 +195,52 @@ class Reader:
             return Path(value)
 
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-OPENAI_URL = "https://api.openai.com/v1"
-_QDRANT_PORT = 6333
-
-DEFAULTS: dict[str, str] = {
-    "FALKORDB_HOST": "localhost",
-    "FALKORDB_PORT": "6379",
-    "FALKORDB_USERNAME": "",
-    "FALKORDB_PASSWORD": "",
-    "FALKORDB_TLS": "false",
-    "FALKORDB_GRAPH": "memories",
-    "FALKORDB_SCRATCH_SERVER": "",
-    "FALKORDB_SCRATCH_MODULE": "",
-    "QDRANT_URL": "",
-    "QDRANT_HOST": "localhost",
-    "QDRANT_PORT": str(_QDRANT_PORT),
-    "QDRANT_NODE_URLS": "",
-    "QDRANT_API_KEY": "",
-    "QDRANT_COLLECTION": "memories",
-    "QDRANT_TIMEOUT_SECONDS": "60",
-    "VECTOR_SIZE": "3072",
-    "EMBEDDING_MODEL": "text-embedding-3-large",
-    "OPENAI_API_KEY": "",
-    "OPENAI_BASE_URL": OPENAI_URL,
-    "AUTOMEM_API_URL": "http://localhost:8001",
-    "AUTOMEM_API_TOKEN": "",
-    "AUTOMEM_BACKUP_DIR": str(PROJECT_ROOT / "backups"),
-    "AUTOMEM_BACKUP_RECIPIENTS": "",
-    "AUTOMEM_BACKUP_PASSPHRASE_FILE": "",
-    "AUTOMEM_BACKUP_IDENTITY": "",
-}
+def _setting(name: str, default: str, read: Callable[[Reader, str], Any], *, shown: bool = True) -> Any:
+    """Declare a field of Config: the setting, its default as text, and the method of Reader that reads it."""
+    return field(repr=shown, metadata={"name": name, "default": default, "read": read})
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that the scripts need, validated. Its repr shows no secret."""
 
-    falkordb_host: str
-    falkordb_port: int
-    falkordb_username: str
-    falkordb_password: str = field(repr=False)
-    falkordb_tls: bool
-    graph: str
-    scratch_server: str
-    scratch_module: str
-    qdrant_url: str = field(repr=False)
-    qdrant_node_urls: tuple[str, ...] = field(repr=False)
-    qdrant_api_key: str = field(repr=False)
-    collection: str
-    qdrant_timeout: float
-    vector_size: int
-    embedding_model: str
-    openai_api_key: str = field(repr=False)
-    openai_base_url: str = field(repr=False)
-    api_url: str = field(repr=False)
-    api_token: str = field(repr=False)
-    backup_dir: Path
-    copies: CopyKeys
-    settings: Mapping[str, Setting] = field(repr=False)
+    falkordb_host: str = _setting("FALKORDB_HOST", "localhost", Reader.host)
+    falkordb_port: int = _setting("FALKORDB_PORT", "6379", Reader.port)
+    falkordb_username: str = _setting("FALKORDB_USERNAME", "", Reader.username)
+    falkordb_password: str = _setting("FALKORDB_PASSWORD", "", Reader.text, shown=False)
+    falkordb_tls: bool = _setting("FALKORDB_TLS", "false", Reader.flag)
+    graph: str = _setting("FALKORDB_GRAPH", "memories", Reader.name)
+    scratch_server: str = _setting("FALKORDB_SCRATCH_SERVER", "", Reader.text)
+    scratch_module: str = _setting("FALKORDB_SCRATCH_MODULE", "", Reader.text)
+    qdrant_url: str = _setting("QDRANT_URL", "", Reader.qdrant_url, shown=False)
+    # Used by qdrant_url alone, which also checks them.
+    qdrant_host: str = _setting("QDRANT_HOST", "localhost", Reader.text)
+    qdrant_port: str = _setting("QDRANT_PORT", str(_QDRANT_PORT), Reader.text)
+    qdrant_node_urls: tuple[str, ...] = _setting("QDRANT_NODE_URLS", "", Reader.urls, shown=False)
+    qdrant_api_key: str = _setting("QDRANT_API_KEY", "", Reader.header, shown=False)
+    collection: str = _setting("QDRANT_COLLECTION", "memories", Reader.name)
+    qdrant_timeout: float = _setting(
+        "QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400)
+    )
+    vector_size: int = _setting("VECTOR_SIZE", "3072", partial(Reader.integer, low=1, high=65536))
+    embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
+    openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
+    openai_base_url: str = _setting(
+        "OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False
+    )
+    api_url: str = _setting("AUTOMEM_API_URL", "http://localhost:8001", Reader.url, shown=False)
+    api_token: str = _setting("AUTOMEM_API_TOKEN", "", Reader.header, shown=False)
+    backup_dir: Path = _setting("AUTOMEM_BACKUP_DIR", str(PROJECT_ROOT / "backups"), Reader.folder)
+    recipients: str = _setting("AUTOMEM_BACKUP_RECIPIENTS", "", Reader.no_key)
+    passphrase_file: str = _setting("AUTOMEM_BACKUP_PASSPHRASE_FILE", "", Reader.no_key)
+    identity: str = _setting("AUTOMEM_BACKUP_IDENTITY", "", Reader.no_key)
+    settings: Mapping[str, Setting] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def copies(self) -> CopyKeys:
+        """The keys of encrypted copies."""
+        return CopyKeys(self.recipients, self.passphrase_file, self.identity)
 
     @property
     def spec(self) -> EmbeddingSpec:
@@ -255,16 +264,8 @@ class Config:
         return [(name, masked(name, one.value), one.origin) for name, one in self.settings.items()]
 
 
-def _qdrant_url(read: Reader, settings: dict[str, Setting]) -> str:
-    """Return QDRANT_URL, else the URL of QDRANT_HOST and QDRANT_PORT, wherever each is set, as AutoMem does."""
-    if settings["QDRANT_URL"].value:
-        return read.url("QDRANT_URL", f"http://localhost:{_QDRANT_PORT}", _QDRANT_PORT)
-    host, port = read.host("QDRANT_HOST"), read.port("QDRANT_PORT")
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    origins = [(name, settings[name].origin) for name in ("QDRANT_HOST", "QDRANT_PORT")]
-    origin = ", ".join(f"{name} ({one})" for name, one in origins if one != DEFAULT)
-    settings["QDRANT_URL"] = Setting(url, origin or DEFAULT)
-    return url
+_SETTINGS = [one for one in fields(Config) if one.metadata]
+DEFAULTS: dict[str, str] = {one.metadata["name"]: one.metadata["default"] for one in _SETTINGS}
 
 
 def load_config(
@@ -283,7 +284,9 @@ def load_config(
     settings, faults, warnings = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
-    config = _build(Reader(settings, faults), settings)
+    reader = Reader(settings, faults)
+    values = {one.name: one.metadata["read"](reader, one.metadata["name"]) for one in _SETTINGS}
+    config = Config(**values, settings=settings)
     faults += _proxies(environ)
     if faults:
         raise ConfigError(faults)
@@ -321,41 +324,6 @@ def _proxies(environ: Mapping[str, str]) -> Iterator[str]:
                 f"{name} (environment): is not the URL of a proxy such as http://host:3128"
                 " (in a password, # is %23, / is %2F, @ is %40)"
             )
-
-
-def _build(read: Reader, settings: dict[str, Setting]) -> Config:
-    password = read.text("FALKORDB_PASSWORD")
-    return Config(
-        falkordb_host=read.host("FALKORDB_HOST"),
-        falkordb_port=read.port("FALKORDB_PORT"),
-        falkordb_username=read.text("FALKORDB_USERNAME") or ("default" if password else ""),
-        falkordb_password=password,
-        falkordb_tls=read.flag("FALKORDB_TLS"),
-        graph=read.name("FALKORDB_GRAPH"),
-        scratch_server=read.text("FALKORDB_SCRATCH_SERVER"),
-        scratch_module=read.text("FALKORDB_SCRATCH_MODULE"),
-        qdrant_url=_qdrant_url(read, settings),
-        qdrant_node_urls=tuple(
-            read.url("QDRANT_NODE_URLS", "http://node1:6333,http://node2:6333", _QDRANT_PORT, value=one)
-            for one in _several(read.text("QDRANT_NODE_URLS"))
-        ),
-        qdrant_api_key=read.header("QDRANT_API_KEY"),
-        collection=read.name("QDRANT_COLLECTION"),
-        qdrant_timeout=read.number("QDRANT_TIMEOUT_SECONDS", 1, 86400, float),
-        vector_size=int(read.number("VECTOR_SIZE", 1, 65536, int)),
-        embedding_model=read.model("EMBEDDING_MODEL"),
-        openai_api_key=read.header("OPENAI_API_KEY"),
-        openai_base_url=read.url("OPENAI_BASE_URL", OPENAI_URL, query=True),
-        api_url=read.url("AUTOMEM_API_URL", "http://localhost:8001"),
-        api_token=read.header("AUTOMEM_API_TOKEN"),
-        backup_dir=read.folder("AUTOMEM_BACKUP_DIR"),
-        copies=CopyKeys(
-            read.no_key("AUTOMEM_BACKUP_RECIPIENTS"),
-            read.no_key("AUTOMEM_BACKUP_PASSPHRASE_FILE"),
-            read.no_key("AUTOMEM_BACKUP_IDENTITY"),
-        ),
-        settings=settings,
-    )
 
 
 def config_of(env_file: str | None, backup_dir: str | None) -> Config:
