@@ -28,23 +28,18 @@ if TYPE_CHECKING:
     from lib.restore.site import Site
 
 
-def graph_address(config: Config) -> GraphAddress:
-    """Return the address of FalkorDB, and the login."""
-    return GraphAddress(
+def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
+    """Connect to FalkorDB, and list its graphs. `warn` gets a fault that does not prevent reading.
+
+    Raises StoreUnreachable, StoreFailed, AccessRefused.
+    """
+    address = GraphAddress(
         host=config.falkordb_host,
         port=config.falkordb_port,
         username=config.falkordb_username,
         password=config.falkordb_password,
         tls=config.falkordb_tls,
     )
-
-
-def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
-    """Connect to FalkorDB, and list its graphs. `warn` gets a fault that does not prevent reading.
-
-    Raises StoreUnreachable, StoreFailed, AccessRefused.
-    """
-    address = graph_address(config)
     source = GraphSource(address, connect(address), config.graph)
     list_graphs(source.conn)
     if failure := save_failure(source.conn):
