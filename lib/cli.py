@@ -32,10 +32,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CLEANING_UP = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, or a terminal that closed. It ends the run as Ctrl-C does, so that everything is cleaned up."""
-
-
 class Parser(argparse.ArgumentParser):
     """Reports bad usage like other errors. Abbreviated flags are refused, because a later flag could break them."""
 
@@ -157,14 +153,14 @@ def _handle_signals() -> None:
     """Install a handler: the first signal ends the run, the second one lets it clean up, a third ends the cleanup."""
     seen = 0
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal seen
         seen += 1
         if seen == 2:
             with contextlib.suppress(OSError):
                 os.write(2, _CLEANING_UP)  # print may be what was interrupted
             return
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise KeyboardInterrupt  # also for SIGTERM and a terminal that closed, so that everything is cleaned up
 
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

@@ -146,7 +146,7 @@ class Reader:
         return tuple(self.url(name, port=_QDRANT_PORT, value=one) for one in _several(self.text(name)))
 
     def qdrant_url(self, name: str) -> str:
-        """Return QDRANT_URL, else the URL of QDRANT_HOST and QDRANT_PORT, wherever each is set, as AutoMem does."""
+        """Return QDRANT_URL, else the URL of QDRANT_HOST and QDRANT_PORT, from any source, as AutoMem does."""
         if self.text(name):
             return self.url(name, port=_QDRANT_PORT)
         host, port = self.host("QDRANT_HOST"), self.port("QDRANT_PORT")

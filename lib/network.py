@@ -177,7 +177,7 @@ def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]
 
 
 def _bound_stream(event: str, info: dict[str, Any], seconds: float) -> None:
-    """Make reads of a new connection fail `seconds` after the last write, however slowly the headers arrive.
+    """Make reads of a new connection fail `seconds` after the last write, also if the headers arrive byte by byte.
 
     https://www.python-httpx.org/advanced/extensions/#trace, https://www.encode.io/httpcore/network-backends/
     """

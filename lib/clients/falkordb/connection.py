@@ -20,7 +20,7 @@ from lib.clients.falkordb.bounded import bounded_parser
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable
 from lib.network import container_hint
 
-# A dead peer is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
+# A peer that no longer answers is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _KEEPALIVE = {getattr(socket, name): value for name, value in _TIMES.items() if hasattr(socket, name)}
 START_HINT = "start it (`docker compose up -d falkordb`) or correct FALKORDB_HOST and FALKORDB_PORT"
