@@ -75,9 +75,8 @@ def abort_restore(
         aliases = collections.aliases_taken_off(journal)
         if collection:
             clean_up_backup(folder, collection, journal)
-            done.removed += collections.clean_up_collection(
-                collection.qdrant, collection.collection, journal, None, collection.nodes
-            )
+            found = (collection.qdrant, collection.collection, journal, None, collection.nodes)
+            done.removed += collections.clean_up_collection(*found)
         if graph:
             done.removed += clean_up_graph(graph, journal, folder)
         if aliases:
@@ -150,8 +149,8 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
 
 def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
     """Raise GuardRefused if the restore deleted the collection, and neither the new nor the old one exists."""
-    completed = (collections.SWITCHED, collections.PUT_BACK)
-    if not journal.has_reached(collections.SWITCHING) or any(map(journal.has_reached, completed)):
+    over = (collections.SWITCHED, collections.PUT_BACK)
+    if not journal.has_reached(collections.SWITCHING) or any(map(journal.has_reached, over)):
         return
     if health(qdrant, name) != "live" or not get_state(qdrant, name).points:
         _refuse(name, journal, str(journal.fact("again") or "the same restore again"))

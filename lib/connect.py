@@ -119,7 +119,7 @@ def open_migration(
 
 
 def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> Site:
-    """Open the stores that the files are for. If one does not answer, the error says how to start the stores alone."""
+    """The stores that the files are for; if one is stopped, the error says how to start just the stores."""
     from lib.errors import StoreUnreachable
     from lib.restore.site import Site
 

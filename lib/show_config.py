@@ -141,12 +141,13 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
 
 
 def _awaited(journal: Journal) -> str:
-    """Return which snapshot may still appear on the server, for a killed run that is otherwise cleaned up."""
+    """What may still appear on the server of a run of which nothing else is left."""
     collection = journal.fact("collection")
     asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{collection}'"
-    if unsure := journal.fact("unsure"):
-        return f"{asked}: it is one of {listed(unsure)}; which one is unknown, delete it yourself"
-    return f"{asked}: if the file still appears there, the next backup deletes it"
+    unsure = journal.fact("unsure")
+    if unsure:
+        return f"{asked}: it is one of {listed(unsure)}; which one cannot be told, delete it yourself"
+    return f"{asked}: should the file still appear there, the next backup deletes it"
 
 
 def settings_lines(size: int, model: str, config: Config) -> list[str]:

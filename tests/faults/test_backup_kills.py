@@ -188,7 +188,7 @@ def test_a_snapshot_that_appears_only_after_further_runs_is_removed_all_the_same
     assert stop.ended.wait(300)
     assert len(server_files(backing)) == 1
     told = backing.run("backup_automem")
-    assert ("if the file still appears there, the next backup deletes it" in told.err) == (runs > 0)
+    assert ("should the file still appear there, the next backup deletes it" in told.err) == (runs > 0)
     assert_sets(backing, runs + 1)
     assert open_journals(backing.backups) == []
 
@@ -211,7 +211,7 @@ def test_a_snapshot_that_never_comes_is_not_awaited_for_ever(backing):
     (journal,) = awaited(backing)
     told = backing.run("backup_automem", "--list").err
     asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{backing.collection}'"
-    assert told == f"{asked}: if the file still appears there, the next backup deletes it\n"
+    assert told == f"{asked}: should the file still appear there, the next backup deletes it\n"
     age_journals(backing, hours=2)
     backing.run("backup_automem")
     assert_sets(backing, 2)
