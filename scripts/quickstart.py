@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Run the whole guide in a sandbox on this machine: real FalkorDB, stand-ins for the rest, sample memories."""
+"""The whole guide on a sandbox of this machine: real FalkorDB, stand-ins for the rest, sample memories."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from lib import cli
 
 
 def arguments() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """The command line."""
     parser = cli.Parser(__doc__ or "")
     parser.add_argument(
         "serve",
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Make the sandbox's folder, and remove it unless --keep is set or the guide failed."""
+    """Make the sandbox's folder, and remove it again, unless it is to be kept or tells what went wrong."""
     from tests.sandbox.stack import GUIDE_PORTS, require_free
 
     require_sandbox()
@@ -58,7 +59,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def tour(folder: Path, memories: int) -> int:
-    """Run the guide, and print a table of what was checked."""
+    """Run the guide and end with a table of what was checked."""
     from lib.console import table
     from tests.sandbox.stack import Stack
     from tests.sandbox.tour import SMALL, Tour, walk
@@ -83,7 +84,7 @@ def tour(folder: Path, memories: int) -> int:
 
 
 def require_sandbox() -> None:
-    """Raise MigrationError, with what to install, if packages of the sandbox are missing."""
+    """Say what to install where the sandbox's packages are missing."""
     import importlib.util
 
     from lib.errors import MigrationError
@@ -97,7 +98,7 @@ def require_sandbox() -> None:
 
 
 def serve(folder: Path, memories: int) -> int:
-    """Run the sandbox on the ports of the guide until Ctrl-C."""
+    """Leave the sandbox up on the guide's own ports until Ctrl-C."""
     from tests.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack
     from tests.sandbox.tour import SMALL
 
@@ -112,7 +113,7 @@ def serve(folder: Path, memories: int) -> int:
             'echo "VECTOR_SIZE=768" >> .env\n'
             'echo "EMBEDDING_MODEL=text-embedding-3-small" >> .env\n\n'
             "The last two are in .env because the guide changes them there: an export would hide that change.\n"
-            "Remove the lines that you added to .env when you are done.\n\n"
+            "Take the lines that you added out of .env when you are done.\n\n"
             "then follow MIGRATION.md. Ctrl-C here ends it.",
             flush=True,
         )
@@ -121,9 +122,9 @@ def serve(folder: Path, memories: int) -> int:
 
 
 def wait_for_end() -> None:
-    """Wait for Ctrl-C or SIGTERM, which is how `serve` ends."""
+    """Sleep until Ctrl-C or SIGTERM: the ordinary end of `serve`."""
     try:
-        while True:
+        while os.getpid():
             time.sleep(3600)
     except KeyboardInterrupt:
         print("stopping the sandbox", flush=True)
