@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import requests
 
 _PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".ts.net")
-_SHARED = ipaddress.ip_network("100.64.0.0/10")  # carriers' and Tailscale's
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
 
 
@@ -54,7 +53,7 @@ def is_private(host: str) -> bool:
         address = ipaddress.ip_address(name)
     except ValueError:
         return "." not in name or name.endswith(_PRIVATE_DOMAINS)
-    return address.is_private or address.is_loopback or address.is_link_local or address in _SHARED
+    return not address.is_global  # which leaves out 100.64.0.0/10, too: carriers' and Tailscale's
 
 
 def same_server(left: str, right: str) -> bool:

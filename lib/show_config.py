@@ -94,7 +94,11 @@ def announce(config: Config, console: Console) -> None:
     for name, value, origin in config.rows():
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
-    for text in [*hidden_settings(config), *config.warnings]:
+    for name, setting in config.settings.items():
+        if hidden := _hides(name, setting):
+            shown = name if name in SECRETS else f"{name}={masked(name, setting.value)}"
+            hold(f"{shown} ({setting.origin}) hides {hidden}")
+    for text in config.warnings:
         hold(text)
     journals, unreadable = unfinished(config.backup_dir)
     for path in unreadable:
@@ -111,16 +115,6 @@ def _hides(name: str, setting: Setting) -> str:
     if other is None:
         return ""
     return f"{'another value' if name in SECRETS else masked(name, other.value)} in {other.origin}"
-
-
-def hidden_settings(config: Config) -> list[str]:
-    """Return a warning for each setting that hides a different value in a file that is also read."""
-    lines = []
-    for name, setting in config.settings.items():
-        if hidden := _hides(name, setting):
-            shown = name if name in SECRETS else f"{name}={masked(name, setting.value)}"
-            lines.append(f"{shown} ({setting.origin}) hides {hidden}")
-    return lines
 
 
 def _unfinished(journal: Journal, targets: list[str]) -> str:
