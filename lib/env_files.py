@@ -128,9 +128,7 @@ def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path} cannot be read: {_NO_ENV if isinstance(error, NotRegular) else error}")
         return "", 0
-    fault = _untrusted(path, state)
-    if fault is None and ("\0" in text):
-        fault = f"{path} cannot be read: {_NO_ENV}"
+    fault = _untrusted(path, state) or (f"{path} cannot be read: {_NO_ENV}" if "\0" in text else None)
     if fault:
         faults.append(fault)
         return "", state.st_uid
