@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection_restore import drop_temporary
 from lib.backup.last_migration import PLACED, PLACING, RECOVERED, SNAPPED, STAGED
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.collection import CollectionState, get_state, health
+from lib.clients.qdrant.collection import CollectionState, get_state, health, is_failed
 from lib.clients.qdrant.restoring import can_fetch_itself, recover, unique_filename, upload_and_restore
 from lib.clients.qdrant.transport import is_disk_full
 from lib.concurrency import steps_of
@@ -22,7 +23,6 @@ from lib.files import free_bytes, private_dir
 from lib.reembed.assess import ABSENT, ADOPT, DEAD, REPLACE, protection, settings_of, situation
 from lib.reembed.migration import Migration, journal_of
 from lib.reembed.recreate import drop_live, make_collection
-from lib.reembed.report import Report
 from lib.reembed.staging import drop_staged, require_same_settings, room_kept, with_room
 
 FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the spool"
@@ -113,7 +113,7 @@ def put_in_place(run: Migration, way: Way) -> bool:
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
-        if health(run.target.qdrant, run.target.collection) == "dead":
+        if is_failed(run.target.qdrant, run.target.collection):
             drop_temporary(run.target.qdrant, run.target.collection)
         if is_disk_full(error):
             drop_staged(run)
@@ -157,7 +157,7 @@ class Callbacks:
 
     undo_of: Callable[[Manifest | None], str]
     announce: Callable[[str], None]
-    report: Callable[[Report], list[Path]]
+    report: Callable[[Mapping[str, Any]], list[Path]]
 
 
 def standing_staged(run: Migration) -> str | None:

@@ -309,7 +309,7 @@ def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(ope
     monkeypatch.setattr("lib.reembed.quality.nearest_to", bug)
     with pytest.raises(KeyError, match="a bug"):
         operator.run("reembed_embeddings")
-    assert (LookupError, TypeError) not in neighbours._TROUBLE
+    assert (LookupError, TypeError) not in neighbours._FAILURES
     assert operator.info()["config"]["params"]["vectors"]["size"] == 48  # the live one was not touched
 
 
