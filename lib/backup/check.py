@@ -45,7 +45,7 @@ from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem
-from lib.files import TargetLock, private_dir
+from lib.files import lock_targets, private_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
@@ -267,7 +267,7 @@ def fetched(
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
-    with TargetLock([f"fetching into {folder.absolute()}"]):
+    with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
         if not is_whole_here(store, name, folder):
             path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines())
@@ -330,7 +330,7 @@ def _verify_copies(
 def _checking_folder(folder: Path) -> Iterator[Path]:
     """An empty folder for fetched sets, removed afterwards; what a killed check left in it is removed first."""
     here = private_dir(folder) / _CHECKING
-    with TargetLock([f"drill in {folder.absolute()}"]):
+    with lock_targets([f"drill in {folder.absolute()}"]):
         shutil.rmtree(here, ignore_errors=True)
         try:
             yield here

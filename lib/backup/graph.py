@@ -31,7 +31,7 @@ from lib.clients.falkordb.connection import (
     expires_at,
     function_libraries,
     require_graph,
-    save_trouble,
+    save_failure,
     server_versions,
 )
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
@@ -48,7 +48,7 @@ from lib.clients.falkordb.scratch import (
     reads_from,
     scratch_server,
 )
-from lib.clients.falkordb.swap import dump_apart, dump_graph, rename_graph
+from lib.clients.falkordb.swap import dump_graph, dump_separately, rename_graph
 from lib.concurrency import CancelToken, Progress, steps_of
 from lib.errors import AccessRefused, BackupDamaged, MissingData
 from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
@@ -180,7 +180,7 @@ def loaded_graph(
             name, payloads = dump
             rename_graph(scratch.conn, graph, name)
             with ThreadPoolExecutor(1) as background:
-                payload = background.submit(dump_apart, scratch.address, name)
+                payload = background.submit(dump_separately, scratch.address, name)
                 found = _read_graph(scratch, name, engine, facts, progress)
                 payloads.append(payload.result())
             rename_graph(scratch.conn, name, graph)
@@ -282,7 +282,7 @@ def _write_rdb(
     except PsyncRefused:
         return _write_dump(source, path, progress, "its RDB is refused")
     except RdbNotMade as error:
-        if not save_trouble(source.conn):
+        if not save_failure(source.conn):
             raise  # the connection broke
         return _write_dump(source, path, progress, str(error))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lib.child_process import give_back
+from lib.child_process import release_free_memory
 from lib.clients.embeddings.rate_limits import Pacer
 from lib.dimensions import bare_model
 
@@ -51,7 +51,7 @@ def forget_tokenizer() -> None:
 
     _encoding.cache_clear()
     registry.ENCODINGS.pop(_ENCODING, None)
-    give_back()
+    release_free_memory()
 
 
 def price_of(tokens: int, model: str) -> float | None:

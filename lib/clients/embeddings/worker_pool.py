@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from lib.child_process import give_back, return_large_blocks
+from lib.child_process import release_free_memory, unmap_large_blocks
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT, EmbeddingClient
 from lib.clients.embeddings.pricing import CUT_TO_TOKENS, count_tokens, cut_to_tokens, input_limit
@@ -78,7 +78,7 @@ def embed_missing(
     Raises:
         ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows`, `store` or `require_room` raise.
     """
-    return_large_blocks()
+    unmap_large_blocks()
     run = _Run(client, store, progress, max(1, min(batch_size, MAX_INPUTS)), require_room)
     for _ in range(workers):
         threading.Thread(target=run.work, name="embedding", daemon=True).start()
@@ -89,7 +89,7 @@ def embed_missing(
         raise
     finally:
         run.dismiss(workers)
-        give_back()
+        release_free_memory()
     return run.status()
 
 
