@@ -69,8 +69,7 @@ def command(args: argparse.Namespace) -> int:
     if args.check:
         return check(config, console, args.check, args.upload)
     if args.cleanup:
-        keep = KEEP if args.keep is None else args.keep
-        return cleanup(config, console, keep, dry_run=args.dry_run)
+        return cleanup(config, console, KEEP if args.keep is None else args.keep, dry_run=args.dry_run)
     return backup(config, console, args)
 
 
