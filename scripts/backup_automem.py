@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Back up both stores of AutoMem: proved, paired, and whole or not at all."""
+"""Back up both stores of AutoMem as one set, and verify it."""
 
 from __future__ import annotations
 
@@ -24,23 +24,19 @@ def arguments() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
     parser.add_argument(
-        "--no-verify", action="store_true", help="skip the proof (re-embed will not trust it)"
+        "--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)"
     )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--check", metavar="FILE|MANIFEST|all|URL", help="prove existing backups again")
-    instead.add_argument(
-        "--list", nargs="?", const="", metavar="URL", help="what there is, here or at URL, newest first"
-    )
-    instead.add_argument("--cleanup", action="store_true", help="delete old sets whole, see --keep")
+    instead.add_argument("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
+    instead.add_argument("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
+    instead.add_argument("--cleanup", action="store_true", help="delete old sets, see --keep")
     parser.add_argument(
         "--keep", type=int, metavar="N", help=f"with --cleanup: sets of each kind to keep (default {KEEP})"
     )
     parser.add_argument(
-        "--upload",
-        metavar="URL",
-        help="also copy the set there and read it back; with --check: an existing one",
+        "--upload", metavar="URL", help="also copy the set there; with --check: existing sets"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, change nothing")
     return parser
 
 
@@ -51,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Open what is needed and do the one thing that was asked."""
+    """Open what is needed and run the one action."""
     from lib.backup import output
     from lib.backup.copies import catalog_at
     from lib.config import config_of
@@ -73,65 +69,68 @@ def command(args: argparse.Namespace) -> int:
     if args.check:
         return check(config, console, args.check, args.upload)
     if args.cleanup:
-        keep = KEEP if args.keep is None else args.keep
-        return cleanup(config, console, keep, dry_run=args.dry_run)
+        return cleanup(config, console, KEEP if args.keep is None else args.keep, dry_run=args.dry_run)
     return backup(config, console, args)
 
 
 def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
-    """Take the backup, or with --dry-run say what it would hold."""
+    """Take the backup, or with --dry-run show what it would hold."""
     from lib import connect
     from lib.abort import clean_up_untouched
     from lib.backup import output
-    from lib.backup.check import require_place
+    from lib.backup.check import require_upload_url
     from lib.backup.collection import require_whole
     from lib.backup.run import require_sources, run_backup
     from lib.files import private_dir
 
-    name = config.graph if args.only != "qdrant" else ""
-    folder, write = config.backup_dir, not args.dry_run
-    place = require_place(args.upload, folder, config.copies, graph=name, write=write) if args.upload else ""
+    folder, shown = config.backup_dir, ""
+    if args.upload:
+        name = config.graph if args.only != "qdrant" else ""
+        shown = require_upload_url(args.upload, folder, config.copies, graph=name, write=not args.dry_run)
     graph = connect.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = connect.open_collection(config) if args.only != "falkordb" else None
-    require_whole(collection)
+    if collection:
+        require_whole(collection)
     require_sources(graph, collection)
     if args.dry_run:
-        return output.show_sources(graph, collection, config.backup_dir, console, place)
-    private_dir(config.backup_dir)
+        return output.show_sources(graph, collection, folder, console, shown)
+    private_dir(folder)
     with connect.target_lock(config):
-        clean_up_untouched(graph, collection, config.backup_dir, config.targets())
+        clean_up_untouched(graph, collection, folder, config.targets())
         manifest = run_backup(
             graph,
             collection,
-            config.backup_dir,
+            folder,
             config.targets(),
-            connect.engines(config),
+            connect.engines(config) if graph else [],
             console.progress,
             verify=not args.no_verify,
         )
-    if not args.upload:
-        return output.show_backup(manifest, console)
-    from lib.backup.copies import again, upload
+    uploaded = None
+    if args.upload:
+        from lib.backup.copies import again, upload
 
-    assert manifest.path is not None
-    console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, place)}")
-    uploaded = upload(args.upload, manifest, console.progress, config.copies)
+        assert manifest.path is not None
+        console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, shown)}")
+        uploaded = upload(args.upload, manifest, console.progress, config.copies)
     return output.show_backup(manifest, console, uploaded)
 
 
 def check(config: Config, console: Console, word: str, url: str | None) -> int:
-    """Prove existing backups again, and upload those that prove; exit code 4 where one is damaged."""
+    """Verify existing backups again and upload those without a fault; exit code 4 if one is damaged."""
     from lib import connect
     from lib.backup import output
     from lib.backup.check import verify_and_upload
 
-    where = (config.backup_dir, config.deployment())
-    proved = verify_and_upload(*where, word, url, connect.engines(config), console.progress, config.copies)
-    return output.show_verifications(*proved, console)
+    engines, owner = connect.engines(config), config.deployment()
+    found, uploaded = verify_and_upload(
+        config.backup_dir, owner, word, url, engines, console.progress, config.copies
+    )
+    return output.show_verifications(found, uploaded, console)
 
 
 def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
-    """Delete whole sets beyond the newest `keep` of each kind."""
+    """Delete the sets beyond the newest `keep` of each kind."""
     from lib import connect
     from lib.backup import output
     from lib.backup.catalog import delete_set, plan_cleanup

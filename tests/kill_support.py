@@ -26,7 +26,7 @@ HOOKS = {
     "graph taken": "lib.backup.run.take_graph",
     "snapshot downloaded": "lib.clients.qdrant.snapshots.download",
     "snapshot deleted": "lib.clients.qdrant.snapshots.delete",
-    "segments opened": "lib.backup.collection._asked",
+    "segments opened": "lib.backup.collection._count_points",
     "collection taken": "lib.backup.run.take_collection",
     "drift counted": "lib.backup.run._drift",
     "manifest written": "lib.backup.run.write_manifest",

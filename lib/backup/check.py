@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
@@ -24,7 +25,7 @@ from lib.backup.catalog import (
     safety_copies,
     with_purpose,
 )
-from lib.backup.collection import verify_collection
+from lib.backup.collection import CollectionVerification, verify_collection
 from lib.backup.copies import (
     MANIFEST_NAME,
     Uploaded,
@@ -38,14 +39,14 @@ from lib.backup.copies import (
     upload,
 )
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
-from lib.backup.graph import compare_names, verify_graph
-from lib.backup.manifest import GRAPH_DIR, Manifest, read_manifest
+from lib.backup.graph import GraphVerification, verify_graph
+from lib.backup.manifest import GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem
 from lib.files import lock_targets, private_dir
-from lib.journal import STAMP
+from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
 # https://github.com/verygoodplugins/automem, scripts/backup_automem.py; the archive is that of its GET /backup.
@@ -60,7 +61,7 @@ RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
 
 @dataclass(frozen=True)
 class FileVerification:
-    """One file and what could be proved of it; `fault` is empty where it is what it should be."""
+    """The verification level of a file. `fault` is empty if nothing is wrong with it."""
 
     path: Path | str
     level: str
@@ -69,7 +70,7 @@ class FileVerification:
 
 
 def kind_of(path: Path) -> str:
-    """What a FILE is, told from its content; raises BadFile where it is nothing that can be restored."""
+    """The kind of a FILE, by its content. Raises BadFile if it cannot be restored."""
     _require_file(path)
     with path.open("rb") as stream:
         head = stream.read(512)
@@ -90,7 +91,7 @@ def kind_of(path: Path) -> str:
 
 
 def _refuse_automems_own(path: Path, head: bytes) -> None:
-    """Raise BadFile for a backup of AutoMem's own scripts or of its GET /backup."""
+    """Raise BadFile for a backup by AutoMem's own scripts or by its GET /backup."""
     if head.startswith(_GZIP):
         try:
             with gzip.open(path) as stream:
@@ -108,37 +109,32 @@ def _refuse_automems_own(path: Path, head: bytes) -> None:
 
 def _require_file(path: Path) -> None:
     hint = "python scripts/backup_automem.py --list"
+    look = f"ls -l {quote(str(path))}"
     try:
         if path.is_dir():
-            raise BadFile(
-                f"{path} is a folder, a file is needed", next_step=f"ls -l {quote(str(path))}   or   {hint}"
-            )
+            raise BadFile(f"{path} is a folder, a file is needed", next_step=f"{look}   or   {hint}")
         if not path.exists():
             raise BadFile(f"{path} does not exist", next_step=hint)
         if path.stat().st_size == 0:
             raise BadFile(f"{path} is empty", next_step=hint)
         path.open("rb").close()
     except PermissionError as error:
-        raise BadFile(
-            f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
-        ) from error
+        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=look) from error
 
 
 def verify_named(
     folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
 ) -> list[FileVerification]:
-    """Prove what `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set with the whole set.
+    """Verify the sets that `--check` names, see `_named_manifests`. Damage is reported as the fault of its file."""
+    return [one for path in _named_manifests(folder, word, owner) for one in _verify_set(path, engines)]
 
-    What is damaged becomes a Proof with its fault, the others go on. Raises MissingData where there is nothing to
-    prove, BadFile for a file of no set.
+
+def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
+    """The manifests that `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set.
+
+    Raises MissingData if there is no set, BadFile for a file of no set.
     """
-    paths = named_manifests(folder, word, owner)
-    return [proof for path in paths for proof in _verify_manifest(path, engines)]
-
-
-def named_manifests(folder: Path, word: str, owner: Deployment | None = None) -> list[Path]:
-    """The manifests of the sets that `--check` names; raises like `verify_named`."""
-    if word == "latest" and not Path(word).exists():
+    if word == LATEST and not Path(word).exists():
         newest = latest(folder, owner)
         assert newest.path is not None
         return [newest.path]
@@ -158,46 +154,55 @@ def _manifest_of(folder: Path, path: Path) -> Path:
         return path
     if found is None or found.path is None:
         raise BadFile(
-            f"{path} belongs to no backup set in {folder}: there is no manifest to prove it against",
+            f"{path} belongs to no backup set in {folder}: there is no manifest to verify it against",
             next_step="name the folder with --backup-dir",
         )
     return found.path
 
 
-def _verify_manifest(path: Path, engines: list[Engine]) -> list[FileVerification]:
+def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
     try:
-        return _verify_set(read_manifest(path), engines)
+        manifest = read_manifest(path)
+        _compare_times(manifest)
     except (BackupDamaged, BadFile) as error:
         return [FileVerification(path, "damaged", "", str(error))]
+    return [_verify_file(manifest.file_of(one), one, engines) for one in manifest.components]
 
 
-def _verify_set(manifest: Manifest, engines: list[Engine]) -> list[FileVerification]:
-    compare_names(manifest)
-    proofs = []
-    for component in manifest.components:
-        path = manifest.file_of(component)
-        try:
-            if component is manifest.graph:
-                found = verify_graph(path, manifest.graph.graph, engines, component=manifest.graph)
-                proofs.append(FileVerification(path, found.level, found.note))
-            else:
-                proved = verify_collection(path, component=manifest.collection)
-                proofs.append(FileVerification(path, proved.level, proved.note))
-        except BackupDamaged as error:
-            proofs.append(FileVerification(path, "damaged", "", str(error)))
-        except MigrationError as error:
-            proofs.append(FileVerification(path, "unknown", "", str(error)))
-    return proofs
+def _compare_times(manifest: Manifest) -> None:
+    """Raise BackupDamaged unless the set was created at the time of its stamp."""
+    created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
+    if f"{created:{STAMP_FORMAT}}" != manifest.stamp:
+        raise BackupDamaged(
+            f"{manifest.path} was edited: its stamp is {manifest.stamp}, but created is {manifest.created}"
+        )
+
+
+def _verify_file(
+    path: Path, component: GraphComponent | CollectionComponent, engines: list[Engine]
+) -> FileVerification:
+    found: GraphVerification | CollectionVerification
+    try:
+        if isinstance(component, GraphComponent):
+            found = verify_graph(path, component, engines)
+        else:
+            found = verify_collection(path, component=component)
+    except BackupDamaged as error:
+        return FileVerification(path, "damaged", "", str(error))
+    except MigrationError as error:
+        return FileVerification(path, "unknown", "", str(error))
+    return FileVerification(path, found.level, found.note)
 
 
 LATEST = "latest"
-_QUARANTINE = "quarantine"  # in the backup folder: what was fetched and is not verified
+_QUARANTINE = "quarantine"  # in the backup folder: sets that were fetched and are not verified yet
+_CHECKING = "drill"  # in the backup folder: sets that --check has fetched
 _SET_FILE = re.compile(rf".+_({STAMP})\.[a-z.]+")
 
 
 @dataclass(frozen=True)
 class _Named:
-    """A URL taken apart: the folder, the manifest's name (LATEST, or none for all), a file of that set."""
+    """The parts of a URL: the folder, the manifest's name (LATEST, or none for all), a file of that set."""
 
     folder: str
     manifest: str = ""
@@ -214,11 +219,11 @@ def _named(url: str) -> _Named:
     return _Named(url)
 
 
-def require_place(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", write: bool = True) -> str:
-    """Raise where sets of `folder` could not be uploaded to the URL and found again; the URL as it may be shown.
+def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", write: bool = True) -> str:
+    """Raise if sets of `folder` could not be uploaded to the URL and fetched back; returns the URL without secrets.
 
-    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed. `graph` is the one that will be
-    backed up. With `write` a small file is written there, read back and deleted.
+    `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
+    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed.
     """
     require_elsewhere(url, folder)
     if _named(url).manifest:
@@ -247,12 +252,10 @@ def fetched(
     bar: ProgressBar,
     keys: CopyKeys,
 ) -> str:
-    """A FILE argument as it is, or the set that a URL names brought into `folder`: the path of its file there.
+    """Fetch the set that a FILE argument names by URL; returns the path of the FILE here. Any other word is returned.
 
-    A set is fetched into a folder of its own, and moved into `folder` only when it is verified.
-
-    The URL of a manifest or of one of its files, or of a folder with `/latest` behind it: the newest full set there
-    that is of this deployment and no safety copy. Raises like `offsite.fetch`, and BadFile for another URL.
+    The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
+    it is moved into `folder`. Raises like `copies.fetch`, and BadFile for another URL.
     """
     if not is_url(word):
         return word
@@ -260,7 +263,7 @@ def fetched(
     store = open_offsite(named.folder, keys)
     if not named.manifest:
         raise BadFile(
-            f"{store.shown} names no backup: end it with backup_*.json, a file of a set, or {LATEST}",
+            f"{store.shown} names no backup: it must end with backup_*.json, a file of a set, or {LATEST}",
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
@@ -274,15 +277,15 @@ def fetched(
 
 
 def _verified(path: Path, folder: Path, engines: list[Engine]) -> Path:
-    """Verify a fetched set and move it into `folder`; the path of its manifest there.
+    """Verify a fetched set and move it into `folder`; returns the path of its manifest there.
 
-    Raises BackupDamaged for a set that does not verify, which is removed.
+    A set that does not verify is removed. Raises BackupDamaged.
     """
-    for proof in verify_named(path.parent, str(path), engines):
-        if proof.fault:
+    for one in verify_named(path.parent, str(path), engines):
+        if one.fault:
             shutil.rmtree(path.parent)
             raise BackupDamaged(
-                f"the set that was fetched does not verify, and was removed: {proof.fault}",
+                f"the set that was fetched does not verify, and was removed: {one.fault}",
                 next_step="use another set of the copies:  python scripts/backup_automem.py --list URL",
             )
     accepted = accept(path, folder)
@@ -291,53 +294,48 @@ def _verified(path: Path, folder: Path, engines: list[Engine]) -> Path:
 
 
 def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
-    """What `latest` means there, as it does in `folder`; a newer manifest that does not read raises."""
+    """The name of the manifest that `latest` means there. Raises like `newest_full` and `read_there`."""
     safety = safety_copies(folder)
     found = (with_purpose(read_there(store, name)[0], safety) for name in manifests(store))
     return newest_full(found, owner, store.shown).name
 
 
-def verify_copies(
+def _verify_copies(
     url: str, folder: Path, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
 ) -> list[FileVerification]:
-    """The restore drill of the sets elsewhere, one after the other: fetched into `folder`, proved, removed again.
+    """Fetch the sets of a URL into `folder` one after the other, verify and remove each.
 
-    The URL of a folder, or of one set in it. What is damaged or missing becomes a Proof with its fault. Raises
-    MissingData where no set is there.
+    The URL is that of a folder or of one set in it. A set that is damaged or incomplete is reported by a fault. Raises
+    MissingData if there is no set.
     """
     named = _named(url)
     store = open_offsite(named.folder, keys)
     names = [named.manifest] if named.manifest else manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
-    proofs: list[FileVerification] = []
+    checked: list[FileVerification] = []
     for name in names:
-        with _drill_folder(folder) as drill:
+        with _checking_folder(folder) as here:
             try:
-                found = verify_named(drill, str(fetch(store, name, drill, bar)), engines)
+                found = verify_named(here, str(fetch(store, name, here, bar)), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
-                found = [FileVerification(drill / name, "damaged", "", str(error))]
-        proofs += [_there(store, drill, one) for one in found]
-    return proofs
-
-
-def _there(store: OffsiteStore, drill: Path, proof: FileVerification) -> FileVerification:
-    """The proof as of the file there, not of the copy that was proved."""
-    path = Path(proof.path).relative_to(drill)
-    fault = proof.fault.replace(str(drill), store.shown)
-    return dataclasses.replace(proof, path=f"{store.shown}/{path}", fault=fault)
+                found = [FileVerification(here / name, "damaged", "", str(error))]
+        for one in found:  # named as the files there, not as their copies here
+            path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
+            checked.append(dataclasses.replace(one, path=path, fault=fault))
+    return checked
 
 
 @contextmanager
-def _drill_folder(folder: Path) -> Iterator[Path]:
-    """A folder for copies, empty; what a killed drill left in it goes first."""
-    drill = private_dir(folder) / "drill"
+def _checking_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder for fetched sets, removed afterwards; what a killed check left in it is removed first."""
+    here = private_dir(folder) / _CHECKING
     with lock_targets([f"drill in {folder.absolute()}"]):
-        shutil.rmtree(drill, ignore_errors=True)
+        shutil.rmtree(here, ignore_errors=True)
         try:
-            yield drill
+            yield here
         finally:
-            shutil.rmtree(drill, ignore_errors=True)
+            shutil.rmtree(here, ignore_errors=True)
 
 
 def verify_and_upload(
@@ -349,9 +347,10 @@ def verify_and_upload(
     bar: ProgressBar,
     keys: CopyKeys,
 ) -> tuple[list[FileVerification], list[Uploaded] | None]:
-    """Prove what `--check` names, here or elsewhere, and bring the sets that prove to `url`, oldest first.
+    """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first.
 
-    Raises UsageProblem for sets that are elsewhere already, else like `verify_named`, `require_place` and `upload`.
+    Raises UsageProblem to upload sets that are elsewhere, MissingData, BadFile, and like `require_upload_url` and
+    `upload`.
     """
     if is_url(word):
         if url:
@@ -359,17 +358,12 @@ def verify_and_upload(
                 "--upload is for sets that are here, --check names some that are elsewhere",
                 next_step="python scripts/backup_automem.py --check all --upload URL",
             )
-        return verify_copies(word, folder, engines, bar, keys), None
+        return _verify_copies(word, folder, engines, bar, keys), None
     if url:
-        require_place(url, folder, keys)
-    proofs = verify_named(folder, word, engines, owner)
-    faulty = {Path(one.path) for one in proofs if one.fault}
+        require_upload_url(url, folder, keys)
+    checked = {path: _verify_set(path, engines) for path in _named_manifests(folder, word, owner)}
+    files = [one for found in checked.values() for one in found]
     if not url:
-        return proofs, None
-    manifests_here = [
-        read_manifest(one) for one in sorted(named_manifests(folder, word, owner)) if one not in faulty
-    ]
-    sound = [
-        one for one in manifests_here if not faulty & {one.file_of(component) for component in one.components}
-    ]
-    return proofs, [upload(url, manifest, bar, keys) for manifest in sound]
+        return files, None
+    sound = sorted(path for path, found in checked.items() if not any(one.fault for one in found))
+    return files, [upload(url, read_manifest(path), bar, keys) for path in sound]

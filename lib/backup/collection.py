@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import merge
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,26 +19,32 @@ from lib.backup.archive import (
     IDS,
     SNAPSHOT,
     ArchiveFacts,
-    ArchiveWriter,
     IdsReader,
     SnapshotMember,
     archive_writer,
-    expected_snapshots,
+    combined,
     peek_facts,
     read_archive,
-    together,
 )
-from lib.backup.existing_points import as_id, as_text, pages
-from lib.backup.graph import check_file, compare_collection
+from lib.backup.existing_points import as_id, pages
 from lib.backup.last_migration import journalled_model
-from lib.backup.manifest import CHECKED, COLLECTION_DIR, RESTORED, UNVERIFIED, BackupFile, CollectionComponent
-from lib.backup.payloads import PointId
+from lib.backup.manifest import (
+    CHECKED,
+    COLLECTION_DIR,
+    RESTORED,
+    UNVERIFIED,
+    BackupFile,
+    CollectionComponent,
+    check_file,
+    checking_file,
+    require_equal,
+)
 from lib.backup.server_snapshots import NodeJournal, own_snapshot
 from lib.child_process import scratch_folder
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
 from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state, vector_params
-from lib.clients.qdrant.points import scroll
+from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
 from lib.clients.qdrant.transport import NotFound, Qdrant
@@ -46,7 +55,7 @@ from lib.files import FULL_DISK, free_bytes, private_dir
 from lib.journal import Journal
 
 _PAGE = 1000
-_ROOM = 64 << 20  # what shall stay free
+_RESERVE_BYTES = 64 << 20  # what stays free in the temporary folder
 
 
 @dataclass(frozen=True)
@@ -66,44 +75,46 @@ def verify_collection(
     on_ids: IdsReader | None = None,
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
 ) -> CollectionVerification:
-    """Prove an archive; raises BackupDamaged where bytes, structure or configuration are off.
+    """Verify an archive: bytes, structure, configuration, and points if Qdrant's engine opens the segments.
 
-    It is read once: what the engine is to open is put aside as it passes. `on_ids` sees the promised ids; `passing`
-    gets each snapshot's stream and gives back what is read in its place.
+    The archive is read once. `on_ids` gets the expected ids; `passing` gets each snapshot's stream and returns the one
+    that is read in its place. Raises BackupDamaged.
     """
-    if component:
-        check_file(path, component.file)
+    file = component.file if component else None
+    seen: list[SnapshotFacts] = []
     with scratch_folder("segments-") as scratch:
-        size = peek_facts(path)["snapshot_size"]
-        aside = Aside(scratch.path, size if isinstance(size, int) else 0)
-        seen: list[SnapshotFacts] = []
-        archive = read_archive(
-            path,
-            on_snapshot=lambda stream: seen.append(aside.inspected(passing(stream) if passing else stream)),
-            on_ids=lambda lines: aside.save_ids(lines, on_ids),
-        )
-        expected = archive.facts
+        with checking_file(path, file):
+            copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"])
+            archive = read_archive(
+                path,
+                on_snapshot=lambda stream: seen.append(
+                    copies.inspect(passing(stream) if passing else stream)
+                ),
+                on_ids=lambda lines: copies.save_ids(lines, on_ids),
+            )
+        if file:
+            check_file(path, file, archive.sha256)
         _compare_snapshots(path, archive, seen)
-        if archive.ids != expected["promised_ids"]:
-            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected['promised_ids']} were promised")
-        live = _shape_of(path, expected)
+        facts, expected = archive.facts, archive.facts["promised_ids"]
+        if archive.ids != expected:
+            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected} are expected")
+        size, distance = _vector_params(path, facts)
         if component:
-            compare_collection(path, component, {**expected, "size": live[0], "distance": live[1]})
-        if any((one.size, one.distance) != live for one in seen if not one.vectors_named):
+            compare_collection(path, component, {**facts, "size": size, "distance": distance})
+        if any((one.size, one.distance) != (size, distance) for one in seen if not one.vectors_named):
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-        counted, why_not = aside.counted(lambda: _asked(path, archive, aside))
+        counted, why_not = copies.counted(lambda: _count_points(path, archive, copies))
     if counted is None:
         note = f"checksum, both tar levels, configuration and ids; {why_not}"
         return CollectionVerification(CHECKED, note, archive, seen[0])
-    return CollectionVerification(
-        RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0]
-    )
+    note = f"{counted} points counted by Qdrant's own engine"
+    return CollectionVerification(RESTORED, note, archive, seen[0])
 
 
-class Aside:
-    """What is there for the engine to open, put aside below `folder` while it is read, unless something hinders it.
+class SegmentCopies:
+    """Temporary copies, below `folder`, of segments and expected ids: Qdrant's engine opens them.
 
-    `size`: bytes of all snapshots.
+    They are made while a snapshot is read, unless something prevents it. `size`: bytes of all snapshots.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -114,29 +125,32 @@ class Aside:
         self.ids = folder / "ids.txt"
         self._folder = folder
 
-    def inspected(self, stream: IO[bytes]) -> SnapshotFacts:
-        """Read a snapshot to its end."""
+    def inspect(self, stream: IO[bytes]) -> SnapshotFacts:
+        """Read a snapshot to its end and copy its segments."""
         if self.hindrance:
             return inspect_snapshot(stream)
-        own = self._folder / str(len(self.segments))
-        own.mkdir()
-        self.segments.append(SegmentFiles(own))
+        folder = self._folder / str(len(self.segments))
+        folder.mkdir()
+        self.segments.append(SegmentFiles(folder))
         facts = inspect_snapshot(stream, self.segments[-1].save)
         if self.segments[-1].full:
             self.hindrance = _no_room()
         return facts
 
     def save_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
-        """Write the ids down as they pass to `on_ids`."""
+        """Copy the ids while `on_ids` reads them."""
         with self.ids.open("w", encoding="ascii") as copy:
-            passing = lines if self.hindrance else _copied(lines, copy)
+            copied = lines if self.hindrance else _copied(lines, copy)
             if on_ids:
-                on_ids(passing)
-            for _ in passing:
+                on_ids(copied)
+            for _ in copied:
                 pass
 
     def counted(self, count: Callable[[], int | None]) -> tuple[int | None, str]:
-        """The points that `count` finds in the segments, or why it cannot; None of it: a format not read here."""
+        """The number of points that `count` finds in the segments, or None and the reason.
+
+        `count` returns None if the engine does not read the segments' format.
+        """
         if self.hindrance:
             return None, self.hindrance
         try:
@@ -156,52 +170,61 @@ def _copied(lines: Iterator[str], copy: IO[str]) -> Iterator[str]:
 
 
 def has_room(size: int) -> bool:
-    """Whether the temporary folder takes so many bytes and is not full then."""
-    return free_bytes(Path(tempfile.gettempdir())) >= size + _ROOM
+    """Whether the temporary folder has room for so many bytes and a reserve."""
+    return free_bytes(Path(tempfile.gettempdir())) >= size + _RESERVE_BYTES
 
 
 def _no_room() -> str:
     return f"no room in {tempfile.gettempdir()} to open its segments"
 
 
-def _asked(path: Path, archive: ArchiveFacts, aside: Aside) -> int | None:
-    """The points in the segments, where the engine reads their format.
+def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> int | None:
+    """Count the points in the segments; None if the engine does not read their format.
 
-    Of a shard that several nodes hold the replica with fewest counts: each was made while all promised ids were in.
-    Raises BackupDamaged where a promised id is in none, or a replica has too few.
+    If several nodes hold a shard, the replica with the fewest points counts: each was made while all expected ids were
+    in. Raises BackupDamaged if an expected id is in none, or if a replica has too few points.
     """
     with ExitStack() as stack:
-        opened = [stack.enter_context(opened_segments(files)) for files in aside.segments]
+        opened = [stack.enter_context(opened_segments(files)) for files in copies.segments]
         known = [one for one in opened if one is not None]
         if len(known) < len(opened):
             return None
-        lines = stack.enter_context(aside.ids.open(encoding="ascii"))
+        lines = stack.enter_context(copies.ids.open(encoding="ascii"))
         for page in pages((as_id(line.strip()) for line in lines), _PAGE):
-            lacking = set(page)
+            missing = set(page)
             for segments in known:
-                lacking -= segments.held(list(lacking))
-            if lacking:
-                one = as_text(min(lacking, key=str))
-                raise BackupDamaged(f"{path}: its segments lack promised points, {one} for one")
+                missing -= segments.held(list(missing))
+            if missing:
+                raise BackupDamaged(
+                    f"{path}: its segments lack expected points, such as {min(missing, key=str)}"
+                )
         fewest: dict[int, int] = {}
         for shard, points in (one for segments in known for one in segments.counts.items()):
             fewest[shard] = min(points, fewest.get(shard, points))
     counted = sum(fewest.values())
     if counted < archive.ids:
-        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} were promised")
+        raise BackupDamaged(f"{path}: its segments hold {counted} points, {archive.ids} are expected")
     return counted
 
 
+def compare_collection(path: Path, component: CollectionComponent, facts: Mapping[str, Any]) -> None:
+    """Compare `collection.json`, with `size` and `distance`, with the manifest. Raises BackupDamaged."""
+    fields = vars(component)
+    require_equal(path, fields, {name: value for name, value in facts.items() if name in fields})
+
+
 def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFacts]) -> None:
-    """Each snapshot is the one that was downloaded, and together they hold every shard; raises BackupDamaged."""
+    """Raise BackupDamaged unless the snapshots are those that were downloaded and together hold every shard."""
     facts = archive.facts
     try:
-        expected, whole = expected_snapshots(facts), (facts["snapshot_size"], facts["snapshot_sha256"])
-    except ValueError as error:
-        raise BackupDamaged(
-            f"{path}: its collection.json is not whole", next_step="use another backup"
-        ) from error
-    if expected != archive.snapshots or whole != (archive.snapshot_size, archive.snapshot_sha256):
+        expected = tuple(
+            SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"])
+            for one in facts.get("nodes") or [facts]
+        )
+    except (KeyError, TypeError) as error:
+        raise _incomplete(path) from error
+    whole = (facts["snapshot_size"], facts["snapshot_sha256"])
+    if expected != archive.snapshots or whole != (archive.snapshot.size, archive.snapshot.sha256):
         raise BackupDamaged(
             f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
         )
@@ -214,8 +237,8 @@ def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFac
         )
 
 
-def _shape_of(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
-    """Size and distance of the live collection; raises BackupDamaged where `facts` lack what a restore reads."""
+def _vector_params(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
+    """Size and distance of the collection. Raises BackupDamaged if `facts` lack what a restore reads."""
     try:
         vectors, version = facts["config"]["params"]["vectors"], facts["server"]["version"]
         if all(isinstance(text, str) for text in (version, facts["model"], *facts["aliases"])):
@@ -223,11 +246,14 @@ def _shape_of(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
             return size, distance
     except (KeyError, TypeError, AttributeError, ValueError):
         pass
-    raise BackupDamaged(f"{path}: its collection.json is not whole", next_step="use another backup")
+    raise _incomplete(path)
+
+
+def _incomplete(path: Path) -> BackupDamaged:
+    return BackupDamaged(f"{path}: its collection.json is incomplete", next_step="use another backup")
 
 
 STAMP_KEY = "automem_migration"
-Made = list[tuple[Node, snapshots.Snapshot]]
 _GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072: "text-embedding-3-large"}
 
 
@@ -235,7 +261,7 @@ _GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072:
 class CollectionSource:
     """An opened Qdrant, the collection in it, and what the configuration says of its vectors.
 
-    `nodes` are those of its cluster that the configuration lists, none of them asked yet.
+    `nodes` are those of its cluster that the configuration lists; none has been contacted yet.
     """
 
     qdrant: Qdrant
@@ -256,39 +282,13 @@ def known_model(
     return _GUESSES.get(state.size, UNKNOWN_MODEL), "guessed"
 
 
-def order(identity: PointId) -> tuple[int, int | str]:
-    """Qdrant's own order of ids: numbers, then UUIDs."""
-    return (0, identity) if isinstance(identity, int) else (1, identity)
-
-
-def parsed(line: str) -> PointId:
-    """An id from a line of ids.txt."""
-    return int(line) if line.isdigit() else line
-
-
-def _write_ids(source: CollectionSource, stream: IO[bytes]) -> None:
-    for page in scroll(source.qdrant, source.collection):
-        stream.write("".join([f"{point.id}\n" for point in page]).encode())
-    stream.flush()
-
-
-def _lines(stream: IO[bytes]) -> Iterator[str]:
-    stream.seek(0)
-    return (line.decode().strip() for line in stream)
-
-
-def _in_both(before: IO[bytes], after: IO[bytes], expected: IO[bytes]) -> int:
-    """Ids scrolled before and after the snapshot: those the snapshot must hold. Merged, both being in order."""
-    count, later = 0, _lines(after)
-    other = next(later, None)
-    for line in _lines(before):
-        while other is not None and other != line and order(parsed(other)) < order(parsed(line)):
-            other = next(later, None)
-        if other == line:
-            expected.write(f"{line}\n".encode())
-            count += 1
-    expected.flush()
-    return count
+def require_whole(source: CollectionSource) -> list[Node]:
+    """The nodes whose snapshots together hold the collection. Raises like `whole_nodes`, and MissingData."""
+    try:
+        return whole_nodes(source.qdrant, source.nodes, source.collection)
+    except NotFound:
+        get_state(source.qdrant, source.collection)  # its error lists the collections that exist
+        raise
 
 
 def take_collection(
@@ -301,13 +301,13 @@ def take_collection(
     progress: Progress | None = None,
     on_ids: IdsReader | None = None,
 ) -> CollectionComponent:
-    """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and prove it.
+    """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and verify it.
 
-    The server-side snapshots, one on each node that holds a part, are deleted again, whatever happens (see
-    `own_snapshot`). Raises MissingData where the collection is absent, and like `whole_nodes` where no set of
-    snapshots would hold all of it.
+    The snapshots on the server, one on each node that holds a part, are deleted again in any case (see
+    `own_snapshot`). `on_ids` gets the expected ids if the archive is verified. Raises MissingData if the collection is
+    absent, BackupDamaged, and like `whole_nodes` if the snapshots would not hold all of it.
     """
-    nodes = holding_nodes(source)
+    nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
     path = private_dir(folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
     journalled = journalled_model(folder, journal.targets[-1], state.size)
@@ -322,49 +322,59 @@ def take_collection(
         "model": model,
         "model_known": known,
     }
-    file, facts = _archive(source, nodes, path, facts, journal, progress)
-    component = _component(file, facts, state)
-    return _proved(path, component, on_ids) if verify else component
+    size, sha256 = _write_archive(source, nodes, path, facts, journal, progress)
+    component = CollectionComponent(
+        file=BackupFile(f"{COLLECTION_DIR}/{path.name}", size, sha256),
+        size=state.size,
+        distance=state.distance,
+        proof=UNVERIFIED,
+        proof_note="--no-verify",
+        **{name: value for name, value in facts.items() if name != "config"},
+    )
+    if not verify:
+        return component
+    found = verify_collection(path, component=component, on_ids=on_ids)
+    return replace(component, proof=found.level, proof_note=found.note)
 
 
-def holding_nodes(source: CollectionSource) -> list[Node]:
-    """The nodes whose snapshots together hold the collection; raises like `whole_nodes`, and MissingData."""
-    try:
-        return whole_nodes(source.qdrant, source.nodes, source.collection)
-    except NotFound:
-        get_state(source.qdrant, source.collection)  # says what there is instead
-        raise
-
-
-def require_whole(source: CollectionSource | None) -> None:
-    """Raise like `holding_nodes` where a backup of the collection would not hold all of it; nothing is written."""
-    if source:
-        holding_nodes(source)
-
-
-def _archive(
+def _write_archive(
     source: CollectionSource,
     nodes: list[Node],
     path: Path,
     facts: dict[str, Any],
     journal: Journal,
     progress: Progress | None,
-) -> tuple[BackupFile, dict[str, Any]]:
+) -> tuple[int, str]:
+    """Have the nodes make their snapshots and download them; add to `facts` what they are.
+
+    Returns the archive's bytes and sha256. Raises BackupDamaged.
+    """
     with (
-        tempfile.TemporaryFile() as before,
-        tempfile.TemporaryFile() as after,
-        tempfile.TemporaryFile() as both,
+        tempfile.TemporaryFile("w+", encoding="ascii") as before,
+        tempfile.TemporaryFile() as ids,
+        ExitStack() as on_server,
     ):
-        _write_ids(source, before)
-        with ExitStack() as standing:
-            made = [(node, standing.enter_context(_snapshot_on(node, source, journal))) for node in nodes]
-            _write_ids(source, after)
-            facts["promised_ids"] = _in_both(before, after, both)
-            facts |= _facts_of(made)
-            with archive_writer(path) as archive:
-                _fill(source, archive, facts, made, both, progress)
-                size, sha256 = archive.finish()
-    return BackupFile(f"{COLLECTION_DIR}/{path.name}", size, sha256), facts
+        before.writelines(f"{one}\n" for one in _ids(source))
+        before.seek(0)
+        made = [(node, on_server.enter_context(_snapshot_on(node, source, journal))) for node in nodes]
+        facts["promised_ids"] = _write_expected_ids(source, before, ids)
+        facts |= _snapshot_facts(made)
+        with archive_writer(path) as archive:
+            document = orjson.dumps(facts, option=orjson.OPT_INDENT_2)
+            archive.add(FACTS, io.BytesIO(document), len(document))
+            for node, one in made:
+                archive.begin(SNAPSHOT + one.name, one.size)
+                steps = steps_of(progress) if progress else None
+                got = snapshots.download(node.qdrant, source.collection, one, archive.write, steps)
+                archive.end()
+                if got.sha256 != one.checksum:
+                    raise BackupDamaged(
+                        f"snapshot {one.name} arrived damaged: its sha256 is not the server's"
+                    )
+            size = ids.tell()
+            ids.seek(0)
+            archive.add(IDS, ids, size)
+            return archive.finish()
 
 
 @contextmanager
@@ -374,8 +384,28 @@ def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iter
         yield snapshots.with_checksum(node.qdrant, source.collection, made)
 
 
-def _facts_of(made: Made) -> dict[str, Any]:
-    """What collection.json says of the snapshots, and where there are several, of each."""
+def _ids(source: CollectionSource) -> Iterator[PointId]:
+    return (point.id for page in scroll(source.qdrant, source.collection) for point in page)
+
+
+def _write_expected_ids(source: CollectionSource, before: Iterable[str], out: IO[bytes]) -> int:
+    """Write the ids that existed before the snapshot and exist now: it must hold those. Returns their number."""
+    count = 0
+    earlier = (as_id(line.strip()) for line in before)
+    for identity, equal in groupby(merge(earlier, _ids(source), key=_order)):
+        if len(list(equal)) == 2:
+            out.write(f"{identity}\n".encode())
+            count += 1
+    return count
+
+
+def _order(identity: PointId) -> tuple[int, int, str]:
+    """The order in which Qdrant lists ids: numbers, then UUIDs."""
+    return (0, identity, "") if isinstance(identity, int) else (1, 0, identity)
+
+
+def _snapshot_facts(made: list[tuple[Node, snapshots.Snapshot]]) -> dict[str, Any]:
+    """What collection.json says of all snapshots, and of each if there are several."""
     each = [
         {
             "peer": node.peer,
@@ -387,50 +417,6 @@ def _facts_of(made: Made) -> dict[str, Any]:
         }
         for node, one in made
     ]
-    whole = together([SnapshotMember(one.name, one.size, str(one.checksum)) for _, one in made])
+    whole = combined([SnapshotMember(one.name, one.size, str(one.checksum)) for _, one in made])
     facts = {"snapshot_name": whole.name, "snapshot_size": whole.size, "snapshot_sha256": whole.sha256}
     return {**facts, "nodes": each if len(each) > 1 else []}
-
-
-def _fill(
-    source: CollectionSource,
-    archive: ArchiveWriter,
-    facts: dict[str, Any],
-    made: Made,
-    ids: IO[bytes],
-    progress: Progress | None,
-) -> None:
-    import io
-
-    document = orjson.dumps(facts, option=orjson.OPT_INDENT_2)
-    archive.add(FACTS, io.BytesIO(document), len(document))
-    for node, one in made:
-        archive.begin(SNAPSHOT + one.name, one.size)
-        shown = steps_of(progress) if progress else None
-        got = snapshots.download(node.qdrant, source.collection, one, archive.write, shown)
-        archive.end()
-        if got.sha256 != one.checksum:
-            raise BackupDamaged(f"snapshot {one.name} arrived damaged: its sha256 is not the server's")
-    size = ids.tell()
-    ids.seek(0)
-    archive.add(IDS, ids, size)
-
-
-def _component(file: BackupFile, facts: dict[str, Any], state: CollectionState) -> CollectionComponent:
-    names = ("collection", "server", "points", "payload_schema", "aliases", "model", "model_known")
-    more = ("snapshot_name", "snapshot_size", "snapshot_sha256", "nodes", "promised_ids")
-    return CollectionComponent(
-        file=file,
-        size=state.size,
-        distance=state.distance,
-        proof=UNVERIFIED,
-        proof_note="--no-verify",
-        **{name: facts[name] for name in (*names, *more)},
-    )
-
-
-def _proved(path: Path, component: CollectionComponent, on_ids: IdsReader | None) -> CollectionComponent:
-    import dataclasses
-
-    proof = verify_collection(path, component=component, on_ids=on_ids)
-    return dataclasses.replace(component, proof=proof.level, proof_note=proof.note)

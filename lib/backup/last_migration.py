@@ -1,4 +1,4 @@
-"""The phases of a re-embedding, and what the journal of the last one of these stores reports."""
+"""The phases of a re-embedding, and what the journals report about the last one of these stores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from lib.dimensions import EmbeddingSpec, public_url
 from lib.journal import Journal, read_journal
 
-# Beside the live collection, which serves all the while.
+# In the staged collection; the live one serves all the time.
 STAGING, READ, STAGED = "staging", "live payloads read", "staged and proved"
 SNAPPED = "snapshot of the staged collection made"
-# The live collection is exchanged.
+# The cutover.
 RECOVERED = "settings taken from the backup"
 KEPT = "payloads kept"
 DELETING, DELETED = "deleting the live collection", "live collection deleted"
@@ -21,12 +21,11 @@ CREATED = "collection created"
 # The end.
 VERIFIED, TIDYING = "proved", "removing the staged collection"
 
-
 COMMAND = "reembed"
 
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
-    """What a journal says of the vectors that its run makes; no secret."""
+    """What a journal records of the vectors that its run makes; no secret."""
     return {"model": spec.model, "size": spec.size, "endpoint": public_url(spec.base_url)}
 
 
@@ -36,7 +35,7 @@ def collection_of(targets: list[str]) -> str:
 
 
 def last_migration(folder: Path, targets: list[str]) -> Journal | None:
-    """The journal of the newest re-embedding of these stores that made the collection anew."""
+    """The journal of the newest re-embedding of these stores that recreated the collection."""
     for path in sorted(folder.glob(f"journal_*_{COMMAND}.jsonl"), reverse=True):
         journal = read_journal(path)
         if journal and journal.targets == targets and journal.fact("settings"):
@@ -45,19 +44,20 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
 
 
 def restored_since(folder: Path, migration: Journal) -> bool:
-    """Whether a restore of the collection came to its end after this migration."""
-    found = map(read_journal, folder.glob("journal_*_restore.jsonl"))
-    later = [
-        one for one in found if one and one.targets == migration.targets and one.run_id > migration.run_id
-    ]
-    return any(one.fact("temporary_collection") and not one.is_open for one in later)
+    """Whether a restore of the collection finished after this migration."""
+    journals = map(read_journal, folder.glob("journal_*_restore.jsonl"))
+    return any(
+        one.run_id > migration.run_id and one.fact("temporary_collection") and not one.is_open
+        for one in journals
+        if one and one.targets == migration.targets
+    )
 
 
 def verified_at(folder: Path, targets: list[str]) -> datetime | None:
-    """When the last migration had proved its result; None where none did."""
+    """When the last migration verified its result, or None."""
     journal = last_migration(folder, targets)
-    entries = [entry for entry in journal.entries if entry["phase"] == VERIFIED] if journal else []
-    return datetime.fromisoformat(entries[-1]["at"]) if entries else None
+    moments = [entry["at"] for entry in journal.entries if entry["phase"] == VERIFIED] if journal else []
+    return datetime.fromisoformat(moments[-1]) if moments else None
 
 
 def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:
@@ -67,9 +67,9 @@ def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:
 
 
 def kept_the_size(folder: Path, targets: list[str], spec: EmbeddingSpec) -> bool:
-    """Whether the last migration was to `spec` and left the size as it was.
+    """Whether the last migration was to `spec` and did not change the size.
 
-    AutoMem then goes on writing the old model's vectors until it is restarted, and no dimension check tells.
+    AutoMem then writes vectors of the old model until it is restarted, and no dimension check notices.
     """
     journal = last_migration(folder, targets)
     if journal is None or journal.fact("spec") != spec_as_json(spec):
@@ -78,20 +78,18 @@ def kept_the_size(folder: Path, targets: list[str], spec: EmbeddingSpec) -> bool
 
 
 def journalled_model(folder: Path, collection: str, size: int) -> str | None:
-    """The model that the newest run which put this collection (address and name) in place stamped into its journal.
+    """The model that the journal of the newest run that recreated this collection (address and name) records.
 
-    For servers that keep no metadata (before 1.16). None where that run was no migration, never came to its end, or
-    made vectors of another size.
+    For servers that store no metadata (before 1.16). None if that run was no migration, did not finish, or made vectors
+    of another size.
     """
     for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
         journal = read_journal(path)
         if journal is None or journal.targets[-1:] != [collection]:
             continue
-        if not any(map(journal.has_reached, (DELETING, PLACING, CREATED))):
-            continue
-        stamped = (
-            journal.fact("stamp") if journal.command == COMMAND and journal.has_reached(VERIFIED) else None
-        )
-        made = next(iter(stamped.values())) if isinstance(stamped, dict) else {}
-        return str(made["model"]) if made.get("size") == size else None
+        if any(map(journal.has_reached, (DELETING, PLACING, CREATED))):
+            finished = journal.command == COMMAND and journal.has_reached(VERIFIED)
+            stamp = journal.fact("stamp") if finished else None
+            made = next(iter(stamp.values())) if isinstance(stamp, dict) else {}
+            return str(made["model"]) if made.get("size") == size else None
     return None

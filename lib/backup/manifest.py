@@ -1,66 +1,32 @@
-"""Whether values read from JSON have the shape that a dataclass's annotations give."""
+"""The manifest of a backup set: typed, sealed with a checksum, and read strictly."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import re
-import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
+import msgspec
 import orjson
 
-from lib.errors import BackupDamaged, BadFile, one_line
-from lib.files import write_atomic
+from lib.errors import BackupDamaged, BadFile
+from lib.files import read_regular, sha256_file, write_atomic
 from lib.journal import STAMP
 from lib.network import same_server
-
-
-def misfit(kind: type[Any], raw: object) -> str | None:
-    """The first field of `kind` that `raw` lacks or that holds something else; None where all fit.
-
-    Keys beyond the fields are passed over: a later version may have added them.
-    """
-    if not isinstance(raw, Mapping):
-        return kind.__name__
-    hints = get_type_hints(kind)
-    for one in dataclasses.fields(kind):
-        if one.name not in raw:
-            if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-                return one.name
-        elif not _fits(raw[one.name], hints[one.name]):
-            return one.name
-    return None
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if hint is Any:
-        return True
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return misfit(hint, value) is None
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in {Union, types.UnionType}:
-        return any(_fits(value, one) for one in inner)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    return type(value) is hint  # JSON has no subclasses, and true is no number
-
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
 GRAPH_DIR, COLLECTION_DIR = "falkordb", "qdrant"
-_FIRST_YEAR = 2000  # of `created`: no clock of a backup shows less
+_FIRST_YEAR = 2000  # of `created`
 _SEAL = "checksum"
-CHECKED, RESTORED, UNVERIFIED = "checked", "restored", "unproved"
+UNVERIFIED, CHECKED, RESTORED = VERIFICATION_LEVELS = ("unproved", "checked", "restored")
 CLOCK_HOURS = 0.1  # by which two clocks may differ
-VERIFICATION_LEVELS = (UNVERIFIED, CHECKED, RESTORED)
 BACKUP, SAFETY = "backup", "safety"  # why a set was taken
 FULL, GRAPH_ONLY, COLLECTION_ONLY, SAFETY_COPY = "full", "graph only", "collection only", "safety copy"
 _ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
@@ -79,8 +45,8 @@ class BackupFile:
 class GraphComponent:
     """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB).
 
-    `expires`: when the server was to delete the key; `functions`: the server's libraries (GRAPH.UDF). A restore of the
-    graph brings back neither.
+    `expires`: when the server deletes the key. `functions`: the server's libraries (GRAPH.UDF). A restore brings back
+    neither.
     """
 
     file: BackupFile
@@ -104,8 +70,8 @@ class GraphComponent:
 class CollectionComponent:
     """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`.
 
-    `nodes` has an entry for each snapshot where there are several: peer, address, shards, snapshot_name, snapshot_size,
-    snapshot_sha256. Without a name, `snapshot_*` stand for all of them then.
+    `nodes` has an entry for each snapshot if there are several: peer, address, shards, snapshot_name, snapshot_size,
+    snapshot_sha256. `snapshot_*` are then of all of them, see `archive.combined`.
     """
 
     file: BackupFile
@@ -129,19 +95,19 @@ class CollectionComponent:
 
 @dataclass(frozen=True)
 class Drift:
-    """Ids on one side only, with a few of each as examples."""
+    """How many ids are in one store only, with a few of each as examples."""
 
-    only_graph: int = 0
-    only_collection: int = 0
+    only_graph: int
+    only_collection: int
     examples_graph: list[str] = field(default_factory=list)
     examples_collection: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One backup set; `graph` or `collection` is None where only one half was asked for.
+    """One backup set; `graph` or `collection` is None if only the other one was backed up.
 
-    `purpose` is `backup`, or `safety` if a restore took it of what it replaced.
+    `purpose` is `backup`, or `safety` if a restore took the set of what it replaced.
     """
 
     stamp: str
@@ -159,22 +125,22 @@ class Manifest:
 
     @property
     def age_hours(self) -> float:
-        """Hours since the set was begun."""
+        """Hours since the backup began."""
         return (datetime.now(timezone.utc) - datetime.fromisoformat(self.created)).total_seconds() / 3600
 
     @property
     def is_from_future(self) -> bool:
-        """Whether its date has not come yet: a clock was or is wrong, and it cannot be told how old the set is."""
+        """Whether the set is dated in the future. A clock was or is wrong, so its age is unknown."""
         return self.age_hours < -CLOCK_HOURS
 
     @property
     def components(self) -> list[GraphComponent | CollectionComponent]:
-        """The halves that the set has."""
+        """The graph, the collection, or both."""
         return [component for component in (self.graph, self.collection) if component is not None]
 
     @property
     def kind(self) -> str:
-        """`full`, `graph only`, `collection only`, or `safety copy` of a restore, with one half or both."""
+        """`full`, `graph only`, `collection only`, or `safety copy` of a restore, whatever that holds."""
         if self.purpose != BACKUP:
             return SAFETY_COPY
         if self.graph and self.collection:
@@ -183,37 +149,36 @@ class Manifest:
 
     @property
     def proof(self) -> str:
-        """The lower level of its halves."""
-        return min(
-            (component.proof for component in self.components),
-            key=VERIFICATION_LEVELS.index,
-            default=UNVERIFIED,
-        )
+        """The lowest verification level of its components."""
+        levels = [component.proof for component in self.components]
+        return min(levels, key=VERIFICATION_LEVELS.index, default=UNVERIFIED)
 
     @property
     def files(self) -> list[BackupFile]:
-        """Every file that the set has, the manifest apart."""
-        return [
-            value
-            for component in self.components
-            for one in dataclasses.fields(component)
-            if isinstance(value := getattr(component, one.name), BackupFile)
-        ]
+        """The files of the components."""
+        return [component.file for component in self.components]
+
+    @property
+    def stores(self) -> list[tuple[str, str]]:
+        """The server's address and the name of the graph or the collection, for each component."""
+        graph, collection = self.graph, self.collection
+        found = [(graph.server["address"], graph.graph)] if graph else []
+        return [*found, (collection.server["address"], collection.collection)] if collection else found
 
     def file_of(self, component: GraphComponent | CollectionComponent) -> Path:
-        """Where the half's file lies, beside this manifest."""
+        """The path of the component's file, in the folder of this manifest."""
         assert self.path is not None
         return self.path.parent / component.file.name
 
     def as_json(self) -> dict[str, Any]:
-        """What the file holds."""
+        """The document that the manifest's file holds."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
         del document["path"]
         return sealed(document)
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with its own `checksum`: a sha256 over all else in it, keys sorted, as compact JSON."""
+    """Add the `checksum`: a sha256 over all else in the document, as compact JSON with sorted keys."""
     rest = {name: value for name, value in document.items() if name != _SEAL}
     return {**rest, _SEAL: hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()}
 
@@ -225,31 +190,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, path=path)
 
 
-def _component(kind: type[Any], raw: Mapping[str, Any] | None) -> Any:
-    if raw is None:
-        return None
-    known = {one.name for one in dataclasses.fields(kind)}
-    values = {name: value for name, value in raw.items() if name in known}
-    note = one_line(values.get("proof_note", ""))
-    return kind(**{**values, "file": BackupFile(**values["file"]), "proof_note": note})
-
-
 def read_manifest(path: Path) -> Manifest:
-    """A manifest from disk; raises like `parse_manifest`, and BadFile for what cannot be read or is no file."""
+    """Read a manifest from disk. Raises like `parse_manifest`, and BadFile if the file cannot be read."""
     try:
-        if not path.is_file():
-            raise BadFile(f"{path} is no file", next_step=_ANOTHER)
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        data, _ = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=_ANOTHER) from error
     return parse_manifest(data, path)
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """A manifest from its bytes, which lie or will lie at `path`.
+    """Parse the bytes of a manifest, which are or will be stored at `path`.
 
-    Raises BadFile where it is another's JSON or of a newer format, BackupDamaged where it is ours and broken.
+    Raises BadFile if it is another program's JSON or of a newer format, BackupDamaged if it is ours and damaged.
     """
     if len(data) > MAX_BYTES:
         raise BadFile(f"{path} is too large for a manifest", next_step=_ANOTHER)
@@ -270,55 +223,76 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             raise BackupDamaged(
                 f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER
             )
-        _require_shape(raw, path)
-        drift = Drift(**raw["drift"]) if raw.get("drift") else None
-        graph, collection = (
-            _component(GraphComponent, raw["graph"]),
-            _component(CollectionComponent, raw["collection"]),
-        )
-        purpose = str(raw.get("purpose", BACKUP))
-        return Manifest(raw["stamp"], raw["created"], graph, collection, drift, path, purpose)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        manifest = msgspec.convert({**raw, "path": path}, Manifest)
+        _require_consistent(manifest, path)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BackupDamaged(
             f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER
         ) from error
+    return manifest
 
 
-def _require_shape(raw: Mapping[str, Any], path: Path) -> None:
-    """Raise where an edited manifest would lead astray: wrong types, or a file that no backup writes.
-
-    Raises ValueError, KeyError, TypeError, OverflowError.
-    """
-    for name, kind in (("graph", GraphComponent), ("collection", CollectionComponent), ("drift", Drift)):
-        wrong = misfit(kind, raw[name]) if raw[name] is not None else None
-        if wrong:
-            raise ValueError(f"{wrong} of {name}")
-    stamp, graph, collection = raw["stamp"], raw["graph"], raw["collection"]
-    if not isinstance(stamp, str) or not (graph or collection):
-        raise ValueError("no stamp or no half")
-    if not re.fullmatch(STAMP, stamp) or path.name != f"backup_{stamp}.json":
+def _require_consistent(manifest: Manifest, path: Path) -> None:
+    """Refuse values of the right type that no backup writes. Raises ValueError, KeyError, OverflowError."""
+    stamp, graph, collection = manifest.stamp, manifest.graph, manifest.collection
+    if not re.fullmatch(STAMP, stamp) or path.name != manifest.name:
         raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
-    created = datetime.fromisoformat(raw["created"])
-    if created.astimezone(timezone.utc).year < _FIRST_YEAR:
-        raise ValueError(f"created {raw['created']!r}")
-    if created.tzinfo is None:
-        raise ValueError("created has no time zone")
+    created = datetime.fromisoformat(manifest.created)
+    if created.tzinfo is None or created.astimezone(timezone.utc).year < _FIRST_YEAR:
+        raise ValueError(f"created is {manifest.created!r}, without a time zone or before {_FIRST_YEAR}")
+    if not manifest.components:
+        raise ValueError("it has neither a graph nor a collection")
     if graph:
-        _require_component(graph, f"{GRAPH_DIR}/{graph['graph']}_{stamp}.rdb")
+        _require_component(graph, f"{GRAPH_DIR}/{graph.graph}_{stamp}.rdb")
     if collection:
         _require_component(collection, f"{COLLECTION_DIR}/qdrant_snapshot_{stamp}.tar.gz")
 
 
-def _require_component(component: Mapping[str, Any], file: str) -> None:
-    """Raise unless the half has the one name that backup gives its file, a known level and a server's address."""
-    if component["proof"] not in VERIFICATION_LEVELS:
-        raise ValueError(f"proof {component['proof']!r}")
-    if component["file"]["name"] != file or ".." in file.split("/") or file.count("/") != 1:
-        raise ValueError(f"its file is {component['file']['name']!r}, a backup's is {file!r}")
-    if component["file"]["size"] < 0:
-        raise ValueError(f"size {component['file']['size']}")
-    same_server(component["server"]["address"], "")  # a port beyond 65535 or brackets without an end
-    words = [value for name, value in component.items() if isinstance(value, str) and name != "proof_note"]
-    for one in (*words, *component.get("aliases", []), *component["server"].values()):
-        if not one.isprintable():
-            raise ValueError(f"{one!r} is no name")
+def _require_component(component: GraphComponent | CollectionComponent, file: str) -> None:
+    """Refuse another file name than backup gives (`file`), an unknown level, a bad address, unprintable names."""
+    if component.proof not in VERIFICATION_LEVELS:
+        raise ValueError(f"proof is {component.proof!r}")
+    if component.file.name != file or ".." in file.split("/") or file.count("/") != 1:
+        raise ValueError(f"its file is {component.file.name!r}, a backup's is {file!r}")
+    if component.file.size < 0:
+        raise ValueError(f"the size of its file is {component.file.size}")
+    same_server(component.server["address"], "")  # raises if the port is beyond 65535 or a bracket is open
+    words = {name: value for name, value in vars(component).items() if isinstance(value, str)}
+    del words["proof_note"]
+    aliases = component.aliases if isinstance(component, CollectionComponent) else []
+    for word in (*words.values(), *aliases, *component.server.values()):
+        if not word.isprintable():
+            raise ValueError(f"{word!r} is no name")
+
+
+def require_equal(path: Path, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+    """Raise BackupDamaged unless each value of `actual`, found in the file `path`, is the `expected` one."""
+    for name, value in actual.items():
+        if orjson.loads(orjson.dumps(value)) != orjson.loads(orjson.dumps(expected[name])):
+            found, said = (
+                text if len(text) <= 80 else f"{text[:77]}..." for text in map(str, (value, expected[name]))
+            )
+            raise BackupDamaged(f"{path}: {name} is {found}, its manifest says {said}")
+
+
+def check_file(path: Path, file: BackupFile, sha256: str = "") -> None:
+    """Raise BackupDamaged unless the file exists with its size and sha256. `sha256`: computed by the caller."""
+    if not path.is_file():
+        raise BackupDamaged(f"{path} is missing", next_step="use another backup: ls -l backups/")
+    if path.stat().st_size != file.size:
+        raise BackupDamaged(f"{path} has {path.stat().st_size} bytes, its manifest says {file.size}")
+    if (sha256 or sha256_file(path)) != file.sha256:
+        raise BackupDamaged(
+            f"{path} does not have the sha256 that its manifest gives: it was damaged or edited"
+        )
+
+
+@contextmanager
+def checking_file(path: Path, file: BackupFile | None) -> Iterator[None]:
+    """Run `check_file` if reading the file fails in the block: a wrong size or sha256 is the plainest reason."""
+    try:
+        yield
+    except (BackupDamaged, BadFile, OSError):
+        if file:
+            check_file(path, file)
+        raise

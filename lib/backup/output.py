@@ -1,29 +1,41 @@
-"""What backup_automem.py tells: the new set, the sets there are, proofs, deletions."""
+"""What backup_automem.py prints: the new set, the existing sets, verifications, deletions."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from lib.backup.catalog import dated_later
+from lib.backup.manifest import (
+    CHECKED,
+    COLLECTION_ONLY,
+    GRAPH_ONLY,
+    SAFETY_COPY,
+    UNVERIFIED,
+    CollectionComponent,
+    GraphComponent,
+)
 from lib.console import Console, size_text, table
-from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, listed
+from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, listed, one_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lib.backup.catalog import Cleanup
     from lib.backup.check import FileVerification
     from lib.backup.collection import CollectionSource
     from lib.backup.copies import Catalog, Uploaded
     from lib.backup.graph import GraphSource
-    from lib.backup.manifest import GraphComponent, Manifest
+    from lib.backup.manifest import Manifest
 
-# Of the kinds of sets that `latest` never means.
+# Of the kinds of sets that are never `latest`.
 _REMARKS = {
-    "graph only": ("  graph only",),
-    "collection only": ("  collection only",),
-    "safety copy": ("  safety copy: a restore took it of what it replaced",),
+    GRAPH_ONLY: "  graph only",
+    COLLECTION_ONLY: "  collection only",
+    SAFETY_COPY: "  safety copy: a restore took it of what it replaced",
 }
+_SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
 
 
 def show_sources(
@@ -33,7 +45,7 @@ def show_sources(
     console: Console,
     elsewhere: str = "",
 ) -> int:
-    """What a backup would take: --dry-run."""
+    """Show what a backup would hold (--dry-run)."""
     from lib.clients.falkordb.connection import require_graph
     from lib.clients.falkordb.queries import counts
     from lib.clients.qdrant.collection import get_state
@@ -54,25 +66,9 @@ def show_sources(
     return DONE
 
 
-_SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
-
-
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
-    """The new set; exit code 3 where a half is not even `checked`."""
-    from lib.backup.manifest import CHECKED, UNVERIFIED
-
-    rows = []
-    if manifest.graph:
-        graph = manifest.graph
-        what = f"{graph.nodes:,} nodes, {graph.relationships:,} relationships"
-        rows.append(
-            (graph.file.name, size_text(graph.file.size), what, _proof(graph.proof, graph.proof_note))
-        )
-    if manifest.collection:
-        one = manifest.collection
-        what = f"{one.points:,} points, {one.size}d, {one.model} ({one.model_known})"
-        rows.append((one.file.name, size_text(one.file.size), what, _proof(one.proof, one.proof_note)))
-    lines = [table(rows), "", f"backup set: {manifest.path}"]
+    """Show the new set; exit code 3 if it was not verified."""
+    lines = [table([_component_row(one) for one in manifest.components]), "", f"backup set: {manifest.path}"]
     drift = manifest.drift
     if drift and (drift.only_graph or drift.only_collection):
         lines.append(
@@ -82,72 +78,70 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     document = manifest.as_json()
     if uploaded:
         document["uploaded"] = dataclasses.asdict(uploaded)
-        lines.append(_arrived(uploaded))
+        lines.append(_upload_line(uploaded))
     console.result(document, "\n".join(lines))
     for component in manifest.components:
         if component.proof == CHECKED:
-            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {component.proof_note}")
+            note = one_line(component.proof_note)
+            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {note}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
-    _warn_of_clock(manifest, console)
-    if manifest.proof == UNVERIFIED:
-        console.warn("the backup was not proved (--no-verify): re-embed will not rely on it")
-        return REMAINING
-    return DONE
-
-
-def _warn_of_clock(manifest: Manifest, console: Console) -> None:
-    """A newer set that is dated earlier than others counts as an older one."""
-    from lib.backup.catalog import dated_later
-
     for one in dated_later(manifest)[:1]:
         console.warn(
             f"{one.name} of the same stores is dated later than this set: a clock was or is wrong. This set does not"
             f" count as the newest; restore it by name: {manifest.path}"
         )
+    if manifest.proof == UNVERIFIED:
+        console.warn("the backup was not verified (--no-verify): re-embed will not rely on it")
+        return REMAINING
+    return DONE
+
+
+def _component_row(component: GraphComponent | CollectionComponent) -> tuple[str, ...]:
+    if isinstance(component, GraphComponent):
+        what = f"{component.nodes:,} nodes, {component.relationships:,} relationships"
+    else:
+        model = f"{component.model} ({component.model_known})"
+        what = f"{component.points:,} points, {component.size}d, {model}"
+    level = f"{component.proof.upper()}: {one_line(component.proof_note)}"
+    return component.file.name, size_text(component.file.size), what, level
 
 
 def _warn_left_out(component: GraphComponent, console: Console) -> None:
-    """What a restore of the graph will not bring back."""
+    """Warn of what a restore of the graph will not bring back."""
     if component.expires:
         console.warn(
             f"graph '{component.graph}' has an expiry: the server deletes it at {component.expires}."
-            f" `PERSIST {component.graph}` in redis-cli keeps it"
+            f" `PERSIST {component.graph}` in redis-cli removes the expiry"
         )
     if component.functions:
         console.warn(
             f"the server has function libraries (GRAPH.UDF): {listed(component.functions)}. A restore of the graph does"
-            " not bring them back: keep their code"
+            " not bring them back: save their code"
         )
 
 
-def _proof(level: str, note: str) -> str:
-    return f"{level.upper()}: {note}"
-
-
 def show_sets(catalog: Catalog, console: Console) -> int:
-    """Every set, newest first: a line of figures, and one of what they are made of, within 80 columns."""
-    for where in catalog.unreadable:
-        why = f"python scripts/backup_automem.py --check {quote(where)}"
-        console.warn(f"{where.rpartition('/')[2]} cannot be read; what is wrong says:  {why}")
+    """List the sets, newest first: a line of figures and one of contents for each, within 80 columns."""
+    for path in catalog.unreadable:
+        command = f"python scripts/backup_automem.py --check {quote(path)}"
+        console.warn(f"{path.rpartition('/')[2]} cannot be read; to see what is wrong:  {command}")
     rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
-    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "proof")
-    lines = table(rows, header).splitlines()
-    for at, (one, _) in reversed(list(enumerate(catalog.sets, len(lines) - len(rows)))):
-        lines[at + 1 : at + 1] = [f"  {_made_of(one)}", *_REMARKS.get(one.kind, ())]
+    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")
+    figures = table(rows, header).splitlines()
+    lines = figures[: len(figures) - len(rows)]
+    for line, (one, _) in zip(figures[len(lines) :], catalog.sets, strict=True):
+        lines += [line, f"  {_contents(one)}"]
+        if one.kind in _REMARKS:
+            lines.append(_REMARKS[one.kind])
     if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
-    console.result(
-        {
-            "where": catalog.where,
-            "sets": [
-                {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": whole}
-                for one, whole in catalog.sets
-            ],
-            "unreadable": catalog.unreadable,
-        },
-        "\n".join(lines) if rows else f"no backup in {catalog.where}",
-    )
+    sets = [
+        {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": complete}
+        for one, complete in catalog.sets
+    ]
+    document = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
+    console.result(document, "\n".join(lines) if rows else f"no backup in {catalog.where}")
     return DONE
 
 
@@ -164,43 +158,42 @@ def _set_row(one: Manifest, *, complete: bool) -> tuple[str, ...]:
     )
 
 
-def _made_of(one: Manifest) -> str:
-    """The second line of a set: the day, the sizes of its halves, the model (with `?` where it is guessed)."""
+def _contents(one: Manifest) -> str:
+    """The day, the sizes of the components, the model (with `?` if it is guessed)."""
     parts = [one.created[:16].replace("T", " ")]
     if one.graph:
         parts.append(f"graph {size_text(one.graph.file.size)}")
     if one.collection:
-        component = one.collection
-        guessed = "?" if component.model_known == "guessed" else ""
-        parts += [f"collection {size_text(component.file.size)}", f"{component.model}{guessed}"]
+        guessed = "?" if one.collection.model_known == "guessed" else ""
+        parts.append(f"collection {size_text(one.collection.file.size)}, {one.collection.model}{guessed}")
     return ", ".join(parts)
 
 
 def show_verifications(
-    proofs: list[FileVerification], uploaded: list[Uploaded] | None, console: Console
+    files: list[FileVerification], uploaded: list[Uploaded] | None, console: Console
 ) -> int:
-    """The restore drill, and what of it was uploaded; exit code 4 where a file is damaged."""
-    rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in proofs]
-    document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in proofs]}
-    lines = [table(rows) if rows else "nothing to prove"]
+    """Show the verified files and what was uploaded; exit code 4 if a file has a fault."""
+    rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in files]
+    document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in files]}
+    lines = [table(rows)]
     if uploaded is not None:
         document["uploaded"] = [dataclasses.asdict(one) for one in uploaded]
-        lines += ["", *map(_arrived, uploaded)] if uploaded else ["", "nothing was uploaded"]
+        lines += ["", *(map(_upload_line, uploaded) if uploaded else ["nothing was uploaded"])]
     console.result(document, "\n".join(lines))
-    return VERIFICATION_FAILED if any(one.fault for one in proofs) else DONE
+    return VERIFICATION_FAILED if any(one.fault for one in files) else DONE
 
 
-def _arrived(one: Uploaded) -> str:
-    there = f", {one.there} were there already" if one.there else ""
+def _upload_line(one: Uploaded) -> str:
+    existing = f", {one.there} existed already" if one.there else ""
     how = ", encrypted" if one.encrypted else ""
     return (
-        f"uploaded: {one.manifest} is whole at {one.url}{how} ({one.sent} files sent and read back, "
-        f"{size_text(one.sent_bytes)}{there}){_SAME_DISK if one.same_disk else ''}"
+        f"uploaded: {one.manifest} is complete at {one.url}{how} ({one.sent} files sent and read back, "
+        f"{size_text(one.sent_bytes)}{existing}){_SAME_DISK if one.same_disk else ''}"
     )
 
 
 def show_deleted(plan: Cleanup, console: Console, *, dry_run: bool) -> int:
-    """What --cleanup deleted, or would delete, and what it protects."""
+    """Show what --cleanup deleted, or would delete, and which sets are protected."""
     word = "would delete" if dry_run else "deleted"
     lines = [f"{word} {one.name} and its files" for one in plan.delete] or ["nothing to delete"]
     lines += [f"kept {name}: {why}" for name, why in plan.protected.items()]

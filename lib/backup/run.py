@@ -1,4 +1,4 @@
-"""One backup: both components or neither, the manifest last; what a killed run left is removed first."""
+"""One backup: both components or neither, and the manifest last. First it cleans up after killed runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -104,12 +103,12 @@ class PairIds:
         return number, [text for (text,) in rows]
 
 
-_PACKED = 4  # an RDB takes a fifth to a twentieth of the server's memory, as seen on 4.16.3 and 4.22.1
-_ROOM = 64 << 20  # what the files need at the very least; a full disk is also noticed while writing
+_PACKED = 4  # an RDB has a fifth to a twentieth of the server's memory, as seen on 4.16.3 and 4.22.1
+_LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed while writing
 
 
 def require_sources(graph: GraphSource | None, collection: CollectionSource | None) -> None:
-    """Raise MissingData where what is to be read is absent: asked before anything is written."""
+    """Raise MissingData if the graph or the collection does not exist, before anything is written."""
     if graph:
         require_graph(graph.conn, graph.graph, graph.address)
     if collection:
@@ -127,26 +126,25 @@ def take_backup(
     verify: bool = True,
     purpose: str = BACKUP,
 ) -> Manifest:
-    """Take what is given and write the manifest; raises with nothing left under a final name.
+    """Back up what is given and write the manifest. After an error no file of the set exists.
 
-    Raises MissingData where a source is absent, BackupDamaged where a file does not prove.
+    Raises MissingData if the graph or the collection does not exist, BackupDamaged if a file does not verify.
     """
     private_dir(folder)
     _check_room(folder, graph, collection)
     stamp, created = claim_stamp(folder, journal)
     try:
         with PairIds() as ids:
-            taking = _Taking(folder, stamp, engines, journal, bar, ids, verify)
-            components = taking.components(graph, collection)
-            drift = _drift(ids, graph, folder, components[1])
-        return write_manifest(folder, Manifest(stamp, created, *components, drift, purpose=purpose))
+            saved = _save(graph, collection, folder, stamp, engines, journal, bar, ids, verify=verify)
+            drift = _drift(ids, graph, folder, saved[1])
+        return write_manifest(folder, Manifest(stamp, created, *saved, drift, purpose=purpose))
     except BaseException:
         remove_unfinished(folder, journal)  # both or neither
         raise
 
 
 def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionSource | None) -> None:
-    need = _ROOM
+    need = _LEAST_BYTES
     if graph:
         with suppress(AccessRefused):
             need += memory_used(graph.conn) // _PACKED
@@ -161,69 +159,51 @@ def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionS
         )
 
 
-@dataclass(frozen=True)
-class _Taking:
-    """The halves of one set."""
+def _save(
+    graph: GraphSource | None,
+    collection: CollectionSource | None,
+    folder: Path,
+    stamp: str,
+    engines: list[Engine],
+    journal: Journal,
+    bar: ProgressBar,
+    ids: PairIds,
+    *,
+    verify: bool,
+) -> tuple[GraphComponent | None, CollectionComponent | None]:
+    """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
-    folder: Path
-    stamp: str
-    engines: list[Engine]
-    journal: Journal
-    bar: ProgressBar
-    ids: PairIds
-    verify: bool
+    The main thread saves the collection: it writes the journal, and after a signal deletes the snapshot on the server.
+    """
 
-    def components(
-        self, graph: GraphSource | None, collection: CollectionSource | None
-    ) -> tuple[GraphComponent | None, CollectionComponent | None]:
-        """What is given; both at the same time, the collection from the moment on that the graph's is fixed.
+    def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
+        assert graph
+        read_ids = partial(ids.read_graph, graph=graph.graph)
+        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, on_loaded=read_ids)
+        with bar("graph", None, "bytes") as progress:
+            return take(progress=task.moving(progress), stop=task.stop)
 
-        So what the graph's file holds was in the collection when its ids were read. The collection is the main
-        thread's: it journals, and undoes on the server what a signal breaks off.
-        """
-        if graph is None:
-            return None, self._collection(collection) if collection else None
+    def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
         if collection is None:
-            return self._graph(graph), None
-        with BackgroundTask(partial(self._graph, graph)) as beside:
-            beside.wait_begun()
-            collection_component = self._collection(collection, beside)
-            return beside.result(), collection_component
+            return None
+        take = partial(
+            take_collection, collection, folder, stamp, journal, verify=verify, on_ids=ids.take_points
+        )
+        with bar("collection", None, "bytes") as progress:
+            return take(progress=task.watching(progress) if task else progress)
 
-    def _graph(
-        self, source: GraphSource, beside: BackgroundTask[GraphComponent] | None = None
-    ) -> GraphComponent:
-        with self.bar("graph", None, "bytes") as progress:
-            return take_graph(
-                source,
-                self.folder,
-                self.stamp,
-                self.engines,
-                verify=self.verify,
-                progress=beside.moving(progress) if beside else progress,
-                stop=beside.stop if beside else None,
-                on_loaded=partial(self.ids.read_graph, graph=source.graph),
-            )
-
-    def _collection(
-        self, source: CollectionSource, beside: BackgroundTask[GraphComponent] | None = None
-    ) -> CollectionComponent:
-        with self.bar("collection", None, "bytes") as progress:
-            return take_collection(
-                source,
-                self.folder,
-                self.stamp,
-                self.journal,
-                verify=self.verify,
-                progress=beside.watching(progress) if beside else progress,
-                on_ids=self.ids.take_points,
-            )
+    if graph is None:
+        return None, save_collection(None)
+    with BackgroundTask(save_graph) as task:
+        task.wait_begun()  # so that what the graph's file holds was in the collection when its ids are read
+        saved = save_collection(task)
+        return task.result(), saved
 
 
 def _drift(
     ids: PairIds, graph: GraphSource | None, folder: Path, collection_component: CollectionComponent | None
 ) -> Drift | None:
-    """Of what the files hold; where the graph's was not opened for a proof, of the live graph."""
+    """Compare the ids in the files; if no engine loaded the graph's file, those of the live graph."""
     if graph is None or collection_component is None:
         return None
     if not ids.has_graph:

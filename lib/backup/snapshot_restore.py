@@ -119,7 +119,7 @@ class CollectionBackup:
     @property
     def sha256(self) -> str:
         """The snapshot's own checksum."""
-        return self.proof.archive.snapshot_sha256
+        return self.proof.archive.snapshot.sha256
 
     @property
     def size(self) -> int:

@@ -8,9 +8,8 @@ from typing import Any
 from lib.backup.catalog import newest_with
 from lib.backup.collection import STAMP_KEY
 from lib.backup.existing_points import existing_points
-from lib.backup.graph import check_file
 from lib.backup.last_migration import CREATED, DELETED, DELETING, PLACED, PLACING, kept_the_size
-from lib.backup.manifest import Manifest
+from lib.backup.manifest import Manifest, check_file
 from lib.clients.embeddings.cache import Missing
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.cluster import topology

@@ -9,8 +9,7 @@ from pathlib import Path
 from lib.backup.archive import read_archive
 from lib.backup.catalog import backup_sets
 from lib.backup.existing_points import TemporaryIdTable, as_id, pages
-from lib.backup.graph import check_file
-from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest
+from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
 from lib.clients.qdrant.collection import CollectionState
 from lib.errors import BackupDamaged, GuardRefused
 from lib.network import same_server

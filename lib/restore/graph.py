@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.backup.graph import GraphSource, GraphVerification, check_file, loaded_graph, machine_lacks
-from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, read_manifest
+from lib.backup.graph import GraphSource, GraphVerification, loaded_graph, machine_lacks
+from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, check_file, read_manifest
 from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema

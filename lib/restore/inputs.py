@@ -14,9 +14,9 @@ from lib.backup.archive import ArchiveFacts, SnapshotMember, peek_facts, read_sn
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
 from lib.backup.check import ARCHIVE, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
-    Aside,
     CollectionSource,
     CollectionVerification,
+    SegmentCopies,
     has_room,
     known_model,
     verify_collection,
@@ -119,9 +119,9 @@ def verify_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionV
     Raises BackupDamaged. A segment left out of the file shows in the count alone: only a backup of ours promises ids.
     """
     with scratch_folder("segments-") as scratch:
-        aside = Aside(scratch.path, path.stat().st_size)
-        member, snapshot = _inspected(path, aside)
-        counted, _ = aside.counted(lambda: _count(aside.segments[0]))
+        copies = SegmentCopies(scratch.path, path.stat().st_size)
+        member, snapshot = _inspected(path, copies)
+        counted, _ = copies.counted(lambda: _count(copies.segments[0]))
     archive = ArchiveFacts(
         _facts(path, collection, spec, snapshot, member), (member,), UNKNOWN if counted is None else counted
     )
@@ -134,11 +134,11 @@ def verify_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionV
     )
 
 
-def _inspected(path: Path, aside: Aside) -> tuple[SnapshotMember, SnapshotFacts]:
+def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, SnapshotFacts]:
     seen: list[SnapshotFacts] = []
     try:
         with path.open("rb") as stream:
-            member = read_snapshot(path.name, stream, lambda one: seen.append(aside.inspected(one)))
+            member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
     except BackupDamaged as error:
         raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
     _compare_checksum(path, member.sha256)

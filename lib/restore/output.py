@@ -79,7 +79,7 @@ def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict
         "name": name,
         "file": str(backup.path),
         "bytes": backup.path.stat().st_size,
-        "snapshot_bytes": backup.proof.archive.snapshot_size,
+        "snapshot_bytes": backup.proof.archive.snapshot.size,
         "points": backup.points,
         "size": backup.size,
         "live": live,

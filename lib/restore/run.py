@@ -203,7 +203,7 @@ def _trial_restore(site: Site, proved: VerifiedFiles, journal: Journal) -> tuple
         site.say("the target proves that it takes the graph, under a throw-away name")
         payload = graphs.trial_restore(proved.graph, site.graph, journal)
     if proved.placement:
-        size = proved.placement.backup.proof.archive.snapshot_size
+        size = proved.placement.backup.proof.archive.snapshot.size
         with site.bar("rehearse the collection", size, "bytes") as progress:
             temporary = collections.trial_restore(proved.placement, journal, progress)
     return payload, temporary

@@ -622,14 +622,14 @@ def test_a_set_that_was_not_proved_is_covered_by_its_checksums(backed, tmp_path,
 GUARDS = {
     "the manifest's checksum": ("lib.backup.manifest.sealed", dict, "edited: a value, not the checksum"),
     "types and places in the manifest": (
-        "lib.backup.manifest._require_shape",
-        lambda _raw, _path: None,
+        "lib.backup.manifest._require_consistent",
+        lambda _manifest, _path: None,
         "graph: the manifest points out of the folder",
     ),
-    "the set's own name": ("lib.backup.check.compare_names", lambda _manifest: None, "edited: created"),
+    "the set's own time": ("lib.backup.check._compare_times", lambda _manifest: None, "edited: created"),
     "a file's size and sha256": (
         "lib.backup.collection.check_file",
-        lambda _path, _file: None,
+        lambda _path, _file, _sha256: None,
         "gzip: packed anew",
     ),
     "what the RDB says of itself": (
@@ -653,8 +653,8 @@ GUARDS = {
         "archive: another byte in a segment, the archive's own checksums right",
     ),
     "the ids in the segments": (
-        "lib.backup.collection._asked",
-        lambda _path, _archive, _aside: None,
+        "lib.backup.collection._count_points",
+        lambda _path, _archive, _copies: None,
         "archive: another id, resealed",
     ),
 }

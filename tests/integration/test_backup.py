@@ -48,7 +48,7 @@ def test_drift_is_counted(operator):
 def test_unproved_backup_says_so_and_exits_3(operator):
     operator.load()
     result = operator.run("backup_automem", "--no-verify", expect=3)
-    assert "not proved" in result.err
+    assert "not verified" in result.err
 
 
 @pytest.mark.parametrize("missing", ["graph", "collection"])

@@ -164,7 +164,7 @@ def test_no_word_of_an_archive_forges_a_line(operator, tmp_path, name, value):
             member.size = len(content)
             new.addfile(member, io.BytesIO(content))
     result = operator.run("restore_from_backup", str(forged), "--dry-run", expect=4)
-    assert "its collection.json is not whole" in result.err
+    assert "its collection.json is incomplete" in result.err
     assert not raw(result.err)
     assert "\n::forged" not in result.err
 

@@ -83,14 +83,14 @@ def test_what_goes_in_comes_out(tmp_path):
     assert facts.facts == PROMISES == peek_facts(path)
     assert seen == [CONTENT]
     assert ids == IDENTITIES
-    assert (facts.snapshot_name, facts.snapshot_size) == (NAME, len(CONTENT))
-    assert facts.snapshot_sha256 == PROMISES["snapshot_sha256"]
+    assert (facts.snapshot.name, facts.snapshot.size) == (NAME, len(CONTENT))
+    assert facts.snapshot.sha256 == PROMISES["snapshot_sha256"]
     assert facts.ids == len(IDENTITIES)
 
 
 def test_readers_that_stop_early_do_not_change_what_is_counted(whole):
     facts = read_archive(whole, on_snapshot=lambda stream: stream.read(10), on_ids=next)
-    assert facts.snapshot_sha256 == PROMISES["snapshot_sha256"]
+    assert facts.snapshot.sha256 == PROMISES["snapshot_sha256"]
     assert facts.ids == len(IDENTITIES)
 
 

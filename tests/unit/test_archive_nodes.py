@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from lib.backup.archive import FACTS, IDS, SNAPSHOT, SnapshotMember, archive_writer, read_archive, together
+from lib.backup.archive import FACTS, IDS, SNAPSHOT, SnapshotMember, archive_writer, combined, read_archive
 from lib.backup.collection import verify_collection
 from lib.errors import BackupDamaged
 
@@ -40,7 +40,7 @@ def facts_of(version: str, snapshots: dict[str, bytes]) -> dict[str, Any]:
     told = [
         SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"]) for one in nodes
     ]
-    whole = together(told)
+    whole = combined(told)
     return {
         "collection": "memories",
         "server": {"address": "http://node1:6333", "version": version},
@@ -78,7 +78,7 @@ def test_both_snapshots_are_proved_and_their_points_counted_together(version, tm
     path = write(tmp_path / "a.tar.gz", facts_of(version, snapshots), list(snapshots.items()))
     proof = verify_collection(path)
     assert [one.name for one in proof.archive.snapshots] == list(snapshots)
-    assert proof.archive.snapshot_size == sum(map(len, snapshots.values()))
+    assert proof.archive.snapshot.size == sum(map(len, snapshots.values()))
     if version == "1.18.3" and proof.level == "restored":
         assert proof.note.startswith("40 points")
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from isal import igzip_threaded
 
-from lib.backup.archive import archive_writer, read_archive
-from lib.backup.gzip_blocks import BLOCK_BYTES, GzipBlocks, packed
+from lib.backup.archive import BLOCK_BYTES, GzipBlocks, archive_writer, packed, read_archive
 from lib.errors import BackupDamaged
 from tests.unit.test_archive import MEMBERS
 
@@ -75,14 +74,14 @@ def test_an_archive_that_is_cut_where_a_member_ends_is_damaged(tmp_path, monkeyp
     import lib.backup.archive as home
 
     path, ends = tmp_path / "a.tar.gz", []
-    real = home._HashingFile.write
+    real = home.PassThrough.write
 
     def noting(self, data):
         written = real(self, data)
         ends.append(self.size)
         return written
 
-    monkeypatch.setattr(home._HashingFile, "write", noting)
+    monkeypatch.setattr(home.PassThrough, "write", noting)
     (facts, document), (name, _), ids = MEMBERS
     with archive_writer(path) as archive:
         for title, data in ((facts, document), (name, FLOATS), ids):
