@@ -18,6 +18,7 @@ from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_mis
 from lib.concurrency import ProgressBar, steps_of
 from lib.dimensions import EmbeddingSpec, native_size, public_url
 from lib.errors import UsageProblem
+from lib.journal import Journal
 from lib.reembed.plan import Payloads, Scan, scan_graph
 
 MOST_SLOTS = 240
@@ -209,6 +210,17 @@ class EmbeddingTotals:
         """In US dollars; None for a model without a known price."""
         each = price_per_million(model)
         return None if each is None else self.tokens * each / 1e6
+
+
+def start_totals(
+    cache: EmbeddingCache, spec: EmbeddingSpec, journal: Journal | None, *, logged: bool
+) -> EmbeddingTotals:
+    """Return empty totals; if `logged`, with the cache's log, which continues for the run of `journal`."""
+    if not logged:
+        return EmbeddingTotals()
+    log = PurchaseLog(cache, spec)
+    log.begin(journal.run_id if journal else None)
+    return EmbeddingTotals(log=log)
 
 
 @dataclass(frozen=True)

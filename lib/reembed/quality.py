@@ -21,7 +21,8 @@ from lib.clients.qdrant.points import retrieve
 from lib.clients.qdrant.search import Hit, nearest_to
 from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError
 from lib.errors import MigrationError
-from lib.reembed.migration import Migration, journal_of
+from lib.journal import Journal
+from lib.reembed.context import Context
 
 SAMPLES, NEIGHBOURS = 50, 10
 _SPARE = 14  # some have no point, or one of another content
@@ -76,24 +77,24 @@ class Recall:
     memories: list[Compared]
 
 
-def save_before(run: Migration) -> None:
+def save_before(ctx: Context, journal: Journal) -> None:
     """Search the live collection, which is about to be replaced, and keep what was found."""
-    if run.reached(DELETING):
+    if journal.has_reached(DELETING):
         return  # what stands there now is not the old collection
-    found: dict[str, Any] = {"run": journal_of(run).run_id, "trouble": "", "near": []}
-    rows = run.cache.sample(SAMPLES + _SPARE)
+    found: dict[str, Any] = {"run": journal.run_id, "trouble": "", "near": []}
+    rows = ctx.cache.sample(SAMPLES + _SPARE)
     try:
-        found["near"] = _nearest_of(run.target.qdrant, run.target.collection, rows)
+        found["near"] = _nearest_of(ctx.qdrant, ctx.collection, rows)
     except _TROUBLE as error:
         found["trouble"] = f"the old collection could not be searched: {error}".splitlines()[0]
-    run.cache.set_meta(_KEPT, json.dumps(found, default=dataclasses.asdict))
+    ctx.cache.set_meta(_KEPT, json.dumps(found, default=dataclasses.asdict))
 
 
-def compare_after(run: Migration) -> tuple[Recall | None, str]:
+def compare_after(ctx: Context, journal: Journal) -> tuple[Recall | None, str]:
     """The new collection beside what was found before; without that, None and why."""
-    kept = json.loads(run.cache.get_meta(_KEPT) or "{}")
-    if kept.get("run") != journal_of(run).run_id:
-        if not run.reached(DELETING):
+    kept = json.loads(ctx.cache.get_meta(_KEPT) or "{}")
+    if kept.get("run") != journal.run_id:
+        if not journal.has_reached(DELETING):
             return None, "no collection was replaced"
         return None, "the old collection was not searched before it went"
     if kept["trouble"]:
@@ -103,7 +104,7 @@ def compare_after(run: Migration) -> tuple[Recall | None, str]:
     ):
         return None, "an earlier version of these scripts searched the old collection"
     try:
-        recall = _compare(run, [Near(**one) for one in kept["near"]])
+        recall = _compare(ctx, [Near(**one) for one in kept["near"]])
     except _TROUBLE as error:
         return None, f"the new collection could not be searched: {error}".splitlines()[0]
     return recall, "" if recall else "no memory had a point of its content and another one beside it"
@@ -137,23 +138,23 @@ def _hits(qdrant: Qdrant, collection: str, identity: PointId) -> list[Hit]:
         return []
 
 
-def _compare(run: Migration, before: list[Near]) -> Recall | None:
+def _compare(ctx: Context, before: list[Near]) -> Recall | None:
     old = {one.id: one for one in before}
-    rows = run.cache.memories_of(list(old))
+    rows = ctx.cache.memories_of(list(old))
     same = [rows[one.id] for one in before if one.id in rows and rows[one.id].key.hex() == one.key]
-    now = {one.id: one for one in _nearest_of(run.target.qdrant, run.target.collection, same)}
+    now = {one.id: one for one in _nearest_of(ctx.qdrant, ctx.collection, same)}
     pairs = [(old[one.id], one) for one in now.values()]
     if not pairs:
         return None
     asked = sorted({str(one): one for was, _ in pairs for one in was.near}.items())
-    there = retrieve(run.target.qdrant, run.target.collection, [one for _, one in asked])
+    there = retrieve(ctx.qdrant, ctx.collection, [one for _, one in asked])
     return Recall(
         neighbours=NEIGHBOURS,
         overlap=fmean(len(set(was.near) & set(one.near)) / len(was.near) for was, one in pairs),
         before_score=median(score for was, _ in pairs for score in was.scores),
         after_score=median(score for _, one in pairs for score in one.scores),
         left=len(asked) - len(there),
-        memories=[_compared(run.cache, rows[one.id], was, one) for was, one in pairs],
+        memories=[_compared(ctx.cache, rows[one.id], was, one) for was, one in pairs],
     )
 
 

@@ -13,11 +13,11 @@ from lib.clients.embeddings.worker_pool import Refused
 from lib.clients.qdrant.points import Rejected
 from lib.dimensions import public_url
 from lib.journal import Journal
-from lib.reembed.embed import Purchases, Slot
-from lib.reembed.migration import Migration, journal_of
+from lib.reembed.context import Context
+from lib.reembed.embed import EmbeddingTotals, Purchases, Slot
 from lib.reembed.plan import Scan
 from lib.reembed.quality import Recall, compare_after
-from lib.reembed.resume import manifest_of
+from lib.reembed.resume import accepted_backup
 from lib.reembed.sync import SyncOutcome
 
 MEASURED, AT_MOST = "measured", "at most, by the journal's times"
@@ -106,46 +106,61 @@ class Report:
     steps: list[Step]
 
 
-def points_in_place(run: Migration, outcome: SyncOutcome) -> int:
-    """How many points the plan has in the collection."""
-    return run.cache.memory_count() - outcome.unembedded - len(outcome.rejected)
+@dataclass(frozen=True)
+class Finished:
+    """What the last start of a re-embedding did. `scan` is its last reading of the graph.
+
+    `points` of the plan are in the collection. `absent_seconds`: how long it was absent or incomplete. `undo`: the
+    commands that restore the old collection.
+    """
+
+    scan: Scan
+    outcome: SyncOutcome
+    points: int
+    paid: EmbeddingTotals
+    method: str
+    absent_seconds: float
+    aliases_taken: list[str]
+    indexed: bool
+    repaired: int
+    removed: int
+    undo: str
 
 
-def make_report(run: Migration, scan: Scan, outcome: SyncOutcome, *, went_on_after_delete: bool) -> Report:
-    """All that is known at the end of a run; `scan` is its last reading of the graph."""
-    journal = journal_of(run)
-    made = run.bought.log.made if run.bought.log else Purchases()
-    recall, note = compare_after(run)
-    absent = _absent_by(journal) if went_on_after_delete else None
+def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after_delete: bool) -> Report:
+    """Put together what the journal, the cache and the last start of a re-embedding know of it."""
+    made = done.paid.log.made if done.paid.log else Purchases()
+    recall, note = compare_after(ctx, journal)
+    absent = _absent_by(journal) if resumed_after_delete else None
     return Report(
         run=journal.run_id,
-        collection=run.target.collection,
-        targets=run.targets,
-        endpoint=public_url(run.spec.base_url),
+        collection=ctx.collection,
+        targets=ctx.targets,
+        endpoint=public_url(ctx.spec.base_url),
         started=_started(journal, made.slots),
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        old=_old_vectors(run),
-        new=Vectors(run.spec.size, points_in_place(run, outcome), run.spec.model, "stamped"),
-        way=run.way or str(journal.fact("way") or ""),
-        absent_seconds=round(run.absent_seconds if absent is None else absent, 3),
+        old=_old_vectors(ctx, journal),
+        new=Vectors(ctx.spec.size, done.points, ctx.spec.model, "stamped"),
+        way=done.method or str(journal.fact("way") or ""),
+        absent_seconds=round(done.absent_seconds if absent is None else absent, 3),
         absent_known=MEASURED if absent is None else AT_MOST,
-        memories=scan.memories,
-        texts=run.cache.text_total().texts,
-        bought=_paid(made, run.spec.model),
+        memories=done.scan.memories,
+        texts=ctx.cache.text_total().texts,
+        bought=_paid(made, ctx.spec.model),
         rates=made.slots,
         recall=recall,
         recall_note=note,
-        skipped=Skipped(dict(scan.skipped), scan.examples),
-        cut=scan.too_long,
-        cut_examples=scan.too_long_examples,
-        refused=run.bought.refused,
-        rejected=outcome.rejected,
-        aliases_taken=run.aliases_taken,
-        indexed=run.indexed,
-        mended=run.mended,
-        removed=run.removed,
+        skipped=Skipped(dict(done.scan.skipped), done.scan.examples),
+        cut=done.scan.too_long,
+        cut_examples=done.scan.too_long_examples,
+        refused=done.paid.refused,
+        rejected=list(done.outcome.rejected),
+        aliases_taken=done.aliases_taken,
+        indexed=done.indexed,
+        mended=done.repaired,
+        removed=done.removed,
         backup=journal.fact("manifest"),
-        undo=run.undo,
+        undo=done.undo,
         steps=[Step(str(one["at"]), str(one["phase"])) for one in journal.entries[-_MOST_STEPS:]],
     )
 
@@ -173,11 +188,11 @@ def _started(journal: Journal, slots: list[Slot]) -> str:
     return began.isoformat(timespec="seconds")
 
 
-def _old_vectors(run: Migration) -> Vectors | None:
-    settings: Mapping[str, Any] | None = journal_of(run).fact("settings")
+def _old_vectors(ctx: Context, journal: Journal) -> Vectors | None:
+    settings: Mapping[str, Any] | None = journal.fact("settings")
     if not settings:
         return None
-    manifest = manifest_of(run.folder, run.journal)
+    manifest = accepted_backup(ctx, journal)
     component = manifest.collection if manifest else None
     size = settings["config"]["params"]["vectors"].get("size", 0)
     points = settings.get("points_count", component.points if component else None)

@@ -23,8 +23,8 @@ from lib.clients.qdrant.points import retrieve
 from lib.clients.qdrant.search import Hit, Searcher
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.journal import Journal, open_journals, start_journal
-from lib.reembed.embed import EmbeddingRunner, embed_texts
-from lib.reembed.migration import Migration
+from lib.reembed.context import Context
+from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts
 from lib.reembed.sync import SyncOutcome, sync_collection
 
 COMMAND, ANNOUNCED = "spot_check", "side collection announced"
@@ -58,31 +58,31 @@ class SpotCheck:
 
 
 def spot_check(
-    run: Migration, runner: EmbeddingRunner, live: CollectionState | None, count: int
+    ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, live: CollectionState | None, count: int
 ) -> SpotCheck:
     """Embed `count` memories spread over the plan, fill a side collection with them, compare, drop it."""
-    rows = spread(run.cache, count)
-    _buy(run, runner, rows)
-    journal = start_journal(run.folder, COMMAND, run.targets, spec=spec_as_json(run.spec))
-    side = f"{run.target.collection}__check_{journal.run_id}"
-    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(run.target.qdrant, 'DELETE', side)}")
+    rows = spread(ctx.cache, count)
+    _buy(ctx, runner, paid, rows)
+    journal = start_journal(ctx.folder, COMMAND, ctx.targets, spec=spec_as_json(ctx.spec))
+    side = f"{ctx.collection}__check_{journal.run_id}"
+    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(ctx.qdrant, 'DELETE', side)}")
     try:
-        _make(run, side, live)
-        with plan_of(run.cache, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
-            outcome = sync_collection(run.target.qdrant, side, plan, progress=progress)
+        _make(ctx, side, live)
+        with plan_of(ctx.cache, rows, journal) as plan, ctx.bar("upsert", len(rows), "points") as progress:
+            outcome = sync_collection(ctx.qdrant, side, plan, progress=progress)
         compared = (
-            compare(run, side, live, [row for row in rows if _stored(row, run.cache)]) if live else None
+            compare(ctx, side, live, [row for row in rows if _stored(row, ctx.cache)]) if live else None
         )
     finally:
-        _remove(run.target.qdrant, run.cache, journal)
+        _remove(ctx.qdrant, ctx.cache, journal)
     return SpotCheck(len(rows), outcome, compared)
 
 
-def clear_up(run: Migration) -> None:
+def clear_up(ctx: Context) -> None:
     """Remove what killed checks of the same stores left."""
-    for journal in open_journals(run.folder):
-        if journal.command == COMMAND and journal.targets == run.targets:
-            _remove(run.target.qdrant, run.cache, journal)
+    for journal in open_journals(ctx.folder):
+        if journal.command == COMMAND and journal.targets == ctx.targets:
+            _remove(ctx.qdrant, ctx.cache, journal)
 
 
 def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
@@ -108,20 +108,20 @@ def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
     return [row for number, row in enumerate(cache.memories()) if number in wanted]
 
 
-def _buy(run: Migration, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
-    known = run.cache.known([row.key for row in rows])
+def _buy(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, rows: Sequence[MemoryRow]) -> None:
+    known = ctx.cache.known([row.key for row in rows])
     missing = {row.key: row for row in reversed(rows) if row.key not in known}
     total = Missing(len(missing), sum(row.tokens for row in missing.values()))
-    runner.require_affordable(total.tokens, run.bought)
+    runner.require_affordable(total.tokens, paid)
     texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
-    embed_texts(runner, run.cache, texts, total, run.bar, run.bought)
+    embed_texts(runner, ctx.cache, texts, total, ctx.bar, paid)
 
 
-def _make(run: Migration, side: str, live: CollectionState | None) -> None:
+def _make(ctx: Context, side: str, live: CollectionState | None) -> None:
     if live is None:
-        create_default(run.target.qdrant, side, run.spec.size)
+        create_default(ctx.qdrant, side, ctx.spec.size)
     else:
-        create_like(run.target.qdrant, side, live.raw, run.spec.size)
+        create_like(ctx.qdrant, side, live.raw, ctx.spec.size)
 
 
 def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
@@ -142,9 +142,9 @@ def _stored(row: MemoryRow, cache: EmbeddingCache) -> bool:
     return bool(cache.known([row.key]))
 
 
-def compare(run: Migration, side: str, live: CollectionState, rows: Sequence[MemoryRow]) -> Recall | None:
+def compare(ctx: Context, side: str, live: CollectionState, rows: Sequence[MemoryRow]) -> Recall | None:
     """The same memories' nearest neighbours in both collections; None where fewer than two have a live point."""
-    qdrant = run.target.qdrant
+    qdrant = ctx.qdrant
     vectors = dict(_live_vectors(qdrant, live.name, [row.point_id for row in rows]))
     shared = [row for row in rows if row.point_id in vectors]
     if len(shared) < 2:
@@ -154,7 +154,7 @@ def compare(run: Migration, side: str, live: CollectionState, rows: Sequence[Mem
     overlaps, scores = [], []
     with Searcher(qdrant) as searcher:
         for row in shared[:: max(1, len(shared) // MOST_QUERIES)]:
-            blob = run.cache.get_vectors([row.key])[row.key]
+            blob = ctx.cache.get_vectors([row.key])[row.key]
             before = searcher.search(live.name, vectors[row.point_id], near + 1, payload=False, among=among)
             after = searcher.search(side, np.frombuffer(blob, "<f4"), near + 1, payload=False, among=among)
             old, new = _others(before, row.point_id, near), _others(after, row.point_id, near)

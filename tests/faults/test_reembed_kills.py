@@ -218,7 +218,7 @@ def test_a_point_that_only_the_new_collection_holds_is_not_deleted_unprotected(r
     lonely = {"id": 99, "vector": [1.0] + [0.0] * (OLD_SIZE - 1), "payload": {"content": "mine alone"}}
     operator.call("PUT", "/points?wait=true", {"points": [lonely]})
     refused = operator.run("reembed_embeddings", *COMMAND, expect=2)
-    assert "It is not touched without a proved backup" in refused.err
+    assert "It is not changed without a verified backup" in refused.err
     assert list(points_of(operator)) == [99]
     operator.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
     rig.finish()

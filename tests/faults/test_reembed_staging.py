@@ -115,8 +115,8 @@ def test_a_staged_collection_of_two_days_ago_catches_up(ready):
     before = points_of(ready)
 
     done = ready.run("reembed_embeddings", "--json")
-    assert "going on with the run of" in done.err
-    assert "the staged collection is proved, the live one is untouched" in done.err
+    assert "resuming the run of" in done.err
+    assert "the staged collection is verified, the live one is unchanged" in done.err
     after = assert_migrated(ready, before)
     assert after[keyed][0]["point_only"] == "of yesterday"
     assert "last_accessed" in before[keyed][0]
@@ -306,16 +306,16 @@ def test_after_the_delete_another_collection_is_refused(rig):
 
 
 @on_the_stand_in
-@pytest.mark.parametrize("rate", [None, 1e9], ids=["sent", "filled"])
-def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, rate):
+@pytest.mark.parametrize("room", [True, False], ids=["sent", "filled"])
+def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, monkeypatch, room):
+    """The snapshot if this machine has room for it, else the points."""
     before, was = points_of(ready), settings(ready)
     ready.run("reembed_embeddings", "--no-switch")
-    if rate:
-        (journal,) = open_journals(ready.backups)
-        journal.append("seen", upsert_rate=rate)
+    if not room:
+        monkeypatch.setattr("lib.reembed.cutover.free_bytes", lambda _folder: 64 << 20)
     faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", "status": 500, "body": "no"})
     result = ready.run("reembed_embeddings", "--json").json
-    assert result["way"] == ("filled from the embedding cache" if rate else "sent")
+    assert result["way"] == ("sent" if room else "filled from the embedding cache")
     assert_migrated(ready, before)
     assert settings(ready) == was
     assert ready.call("GET", "/snapshots") == []
@@ -331,7 +331,7 @@ def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouche
     before, paid = ready.state(), None
     faults(ready, {"method": method, "path": path, **refusal(FULL)})
     failed = ready.run("reembed_embeddings", expect=1)
-    assert f"'{ready.collection}' is untouched" in failed.err
+    assert f"'{ready.collection}' is unchanged" in failed.err
     assert "MiB are needed" in failed.err
     assert ready.state() == before
     assert ready.collections() == [ready.collection]
@@ -377,7 +377,7 @@ def test_a_disk_without_room_for_the_new_collection_alone_says_how_to_go_on(read
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL)})
     failed = ready.run("reembed_embeddings", "--in-place", expect=1)
     assert "disk is full" in failed.err
-    assert "not whole" in failed.err
+    assert "not complete" in failed.err
     assert "make room on the server" in failed.err
     paid = ready.servers.openai.stats()["texts"]
     faults(ready)

@@ -369,7 +369,7 @@ def change_settings(operator, seconds: int) -> None:
 
 def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypatch):
     """After --no-switch the collection is staged anew; right before the delete nothing is replaced."""
-    from lib.reembed import cutover as exchange
+    from lib.reembed import cutover
 
     operator.load(20)
     operator.run("backup_automem", "--only", "qdrant")
@@ -377,12 +377,12 @@ def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypa
     operator.run("reembed_embeddings", "--no-switch")
     change_settings(operator, 7)
 
-    def late(run):
+    def late(*args):
         change_settings(operator, 8)
-        return prove_way(run)
+        return verify_method(*args)
 
-    prove_way = exchange.prove_way
-    monkeypatch.setattr(exchange, "prove_way", late)
+    verify_method = cutover.verify_method
+    monkeypatch.setattr(cutover, "verify_method", late)
     refused = operator.run("reembed_embeddings", expect=1)
     assert f"the settings of '{operator.collection}' changed" in refused.err
     monkeypatch.undo()
@@ -397,12 +397,12 @@ def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypa
 
 def stop_after_the_delete(monkeypatch) -> None:
     """The run is killed between the delete and what comes next."""
-    from lib.reembed import cutover as exchange
+    from lib.reembed import cutover
 
     def killed(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exchange, "_know_settings", killed)
+    monkeypatch.setattr(cutover, "_journal_old_settings", killed)
 
 
 @pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])

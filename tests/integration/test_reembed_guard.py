@@ -11,7 +11,7 @@ from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.manifest import sealed
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
-from lib.reembed.guard import Wanted, require_backup
+from lib.reembed.guard import GuardedCollection, require_backup
 from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
 from tests.restore_support import wait_for
@@ -33,7 +33,9 @@ def unprotected(operator, why: str) -> None:
     state = get_state(operator.qdrant, operator.collection)
     with TemporaryIdTable() as nothing, pytest.raises(GuardRefused) as refusal:
         require_backup(
-            operator.backups, Wanted(operator.servers.qdrant_url, state, nothing, nothing), NEW_SIZE
+            operator.backups,
+            GuardedCollection(operator.servers.qdrant_url, state, nothing, nothing),
+            NEW_SIZE,
         )
     assert why in str(refusal.value), refusal.value
 
@@ -57,7 +59,7 @@ def test_without_a_backup(operator):
     operator.run("backup_automem", "--only", "falkordb")
     refused(operator, "holds no collection")
     operator.run("backup_automem", "--only", "qdrant", "--no-verify", expect=3, env={"VECTOR_SIZE": "48"})
-    refused(operator, "was never proved")
+    refused(operator, "was never verified")
 
 
 def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(ready):
@@ -84,7 +86,7 @@ def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(
         (lambda one: one["collection"].update(size=NEW_SIZE), f"is of {NEW_SIZE}d vectors"),
         (lambda one: one.update(created=old), "hours old (at most 24)"),
         (lambda one: one.update(created=ahead), "in the future"),
-        (lambda one: one["collection"].update(proof="unproved"), "was never proved"),
+        (lambda one: one["collection"].update(proof="unproved"), "was never verified"),
     ):
         edited(change)
         unprotected(ready, why)
