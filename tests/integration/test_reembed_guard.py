@@ -228,9 +228,9 @@ def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
     state = get_state(ready.qdrant, ready.collection)
     with TemporaryIdTable() as live, TemporaryIdTable() as nothing:
         live.put((f"00000000-0000-4000-8000-{number:012x}", None) for number in range(state.points))
-        wanted = Wanted(ready.servers.qdrant_url, state, live, nothing)
+        guarded = GuardedCollection(ready.servers.qdrant_url, state, live, nothing)
         with pytest.raises(GuardRefused, match="is of other data: it holds 0 of the"):
-            require_backup(ready.backups, wanted, NEW_SIZE)
+            require_backup(ready.backups, guarded, NEW_SIZE)
 
 
 def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready):
