@@ -43,15 +43,15 @@ from lib.reembed.assess import (
 from lib.reembed.context import Context
 from lib.reembed.guard import undo_of
 from lib.reembed.staging import (
-    aliases_to_keep,
     drop_staged,
     require_same_settings,
+    settings_and_aliases,
     staged_dropped_if_full,
     stamp,
     verified_staged,
     with_room,
 )
-from lib.reembed.sync import save_payloads, was_recreated
+from lib.reembed.sync import save_payloads
 
 FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the embedding cache"
 _TIMEOUT_SECONDS = 60.0  # for a restore without an answer, in addition to three times the preparation
@@ -61,16 +61,10 @@ _RESTORES = 2  # restores of the staged collection, before the new one is filled
 
 @dataclass(frozen=True)
 class CutoverMethod:
-    """How the new collection comes under the live name: FETCH from `location`, SEND `file`, or FILL.
-
-    `seconds`: how long a restore may take.
-    """
+    """How the new collection comes under the live name; `restore` puts the staged one there, None: it is filled."""
 
     kind: str
-    snapshot: snapshots.Snapshot | None = None
-    location: str = ""
-    file: Path | None = None
-    seconds: float = _TIMEOUT_SECONDS
+    restore: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,21 +101,18 @@ def cut_over(
         if live.kind != REPLACE and absent_since is None:
             absent_since = time.monotonic()
         method = method or _choose_method(ctx, journal, found, live.kind)
-        if live.kind == REPLACE and method.kind != FILL:
+        if live.kind == REPLACE and method.restore:
             require_same_settings(ctx, journal)
         if live.kind != ABSENT:
             deleted_at = _delete_live(ctx, journal, live, announce)
             absent_since = deleted_at if absent_since is None else absent_since
         _journal_old_settings(journal, manifest)
-        if method.kind == FILL or failures == _RESTORES or verified_staged(ctx, journal) is None:
+        if method.restore is None or failures == _RESTORES or verified_staged(ctx, journal) is None:
             with_room(ctx, journal, partial(_create_empty, ctx, journal))
             return Cutover(FILL, absent_since)
-        if _restore_staged(ctx, journal, method):
+        if _restore_staged(ctx, journal, method.kind, method.restore):
             return Cutover(method.kind, absent_since, time.monotonic())
         failures += 1
-
-
-# --- the method ---------------------------------------------------------------------------------------------------
 
 
 def _choose_method(ctx: Context, journal: Journal, found: Assessment, kind: str) -> CutoverMethod:
@@ -143,10 +134,13 @@ def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
     snapshot = _snapshot(ctx, journal)
     location = can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe")
     file = None if location else _download(ctx, snapshot)
-    seconds = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
+    limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
+    checksum = snapshot.checksum
+    assert checksum is not None
     if location:
-        return CutoverMethod(FETCH, snapshot, location=location, seconds=seconds)
-    return CutoverMethod(SEND, snapshot, file=file, seconds=seconds) if file else CutoverMethod(FILL)
+        fetch = partial(recover, ctx.qdrant, ctx.collection, location, checksum)
+        return CutoverMethod(FETCH, partial(fetch, seconds=limit, answer_seconds=limit))
+    return CutoverMethod(SEND, partial(_send, ctx, file, checksum, limit)) if file else CutoverMethod(FILL)
 
 
 def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
@@ -177,14 +171,10 @@ def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
     return path
 
 
-# --- the delete ---------------------------------------------------------------------------------------------------
-
-
 def _delete_live(ctx: Context, journal: Journal, live: Live, announce: Callable[[str], None]) -> float:
     """Ask the guard, save settings and payloads, delete the collection. Returns the monotonic time of the delete.
 
-    Payloads are read by the last request before the delete. If this run has deleted the collection before, this one
-    was recreated: its payloads are merged into the saved ones, the journal keeps the old settings.
+    Payloads are read by the last request before the delete.
     """
     manifest = require_protection(ctx, journal, live)
     if manifest and manifest.name != journal.fact("manifest"):
@@ -195,16 +185,11 @@ def _delete_live(ctx: Context, journal: Journal, live: Live, announce: Callable[
         journal.append(DELETING, undo=undo)
         drop_temporary(ctx.qdrant, ctx.collection)
         return time.monotonic()
-    state, facts = get_state(ctx.qdrant, ctx.collection), {}
+    state = get_state(ctx.qdrant, ctx.collection)
     refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
-    if not journal.has_reached(DELETING):
-        recreated = was_recreated(ctx, journal, state.points)
-        facts = {
-            "settings": journal.fact("staged_like") if recreated else state.raw,
-            "aliases": aliases_to_keep(ctx, journal, recreated=recreated),
-        }
+    settings, aliases = settings_and_aliases(ctx, journal, state)
     count = save_payloads(ctx, journal, state.points)
-    journal.append(KEPT, kept=count, **facts)
+    journal.append(KEPT, kept=count, settings=settings, aliases=aliases)
     journal.append(DELETING, undo=undo)
     deleted_at = time.monotonic()
     delete_collection(ctx.qdrant, ctx.collection)
@@ -222,9 +207,6 @@ def _journal_old_settings(journal: Journal, manifest: Manifest | None) -> None:
         journal.append(RECOVERED, **settings_of(manifest))
 
 
-# --- the new collection -------------------------------------------------------------------------------------------
-
-
 def _create_empty(ctx: Context, journal: Journal) -> None:
     """Create the collection at the new size with the old settings, or with AutoMem's if there are none."""
     if not exists(ctx.qdrant, ctx.collection):
@@ -235,15 +217,15 @@ def _create_empty(ctx: Context, journal: Journal) -> None:
     journal.append(CREATED)
 
 
-def _restore_staged(ctx: Context, journal: Journal, method: CutoverMethod) -> bool:
+def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable[[], object]) -> bool:
     """Restore the staged collection's snapshot under the live name, which is free. Returns whether that succeeded.
 
     If no answer comes, the server's restore is waited for. A failed collection that a restore leaves is deleted. If
     the disk is full, the staged collection is dropped.
     """
-    journal.append(PLACING, way=method.kind)
+    journal.append(PLACING, way=kind)
     try:
-        _restore(ctx, method)
+        restore()
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
@@ -256,26 +238,19 @@ def _restore_staged(ctx: Context, journal: Journal, method: CutoverMethod) -> bo
     return True
 
 
-def _restore(ctx: Context, method: CutoverMethod) -> None:
-    assert method.snapshot is not None
-    assert method.snapshot.checksum is not None
-    name, checksum = ctx.collection, method.snapshot.checksum
-    if method.file is None:
-        recover(
-            ctx.qdrant, name, method.location, checksum, seconds=method.seconds, answer_seconds=method.seconds
-        )
-        return
-    sent, size = unique_filename(ctx.staged), method.file.stat().st_size
+def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> None:
+    """Upload the snapshot and have it restored under the live name; delete the copy that the server keeps of it."""
+    filename, size = unique_filename(ctx.staged), file.stat().st_size
     with ctx.bar("send", size, "bytes") as progress:
         upload_and_restore(
             ctx.qdrant,
-            name,
-            method.file,
+            ctx.collection,
+            file,
             size=size,
-            filename=sent,
+            filename=filename,
             checksum=checksum,
             progress=steps_of(progress),
-            seconds=method.seconds,
-            answer_seconds=method.seconds,
+            seconds=seconds,
+            answer_seconds=seconds,
         )
-    snapshots.delete(ctx.qdrant, name, sent)
+    snapshots.delete(ctx.qdrant, ctx.collection, filename)

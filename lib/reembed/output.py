@@ -73,9 +73,6 @@ def dollars(price: float | None) -> str:
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
-# --- before the run -----------------------------------------------------------------------------------------------
-
-
 def show_plan(found: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
     from lib.clients.embeddings.pricing import PRICES_AS_OF
@@ -231,9 +228,6 @@ def show_current(missing: Missing, ctx: Context, console: Console) -> int:
     }
     console.result(document, text)
     return REMAINING if missing.texts else DONE
-
-
-# --- after the run ------------------------------------------------------------------------------------------------
 
 
 def announce(ctx: Context, console: Console, undo: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lib.backup.collection import STAMP_KEY
 from lib.backup.collection_restore import drop_temporary
-from lib.backup.existing_points import existing_points, orphan_ids, pages
+from lib.backup.existing_points import existing_points, pages
 from lib.backup.last_migration import DELETING, PLACING, READ, STAGED, STAGING, TIDYING
 from lib.backup.payloads import PointId
 from lib.clients.qdrant.collection import (
@@ -28,7 +28,6 @@ from lib.clients.qdrant.collection import (
     same_settings,
     wait_green,
 )
-from lib.clients.qdrant.points import delete_points
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.dimensions import EmbeddingSpec
 from lib.errors import StoreFailed, VerificationFailed, listed
@@ -38,7 +37,14 @@ from lib.reembed.context import Context
 from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, EmbeddingTotals, catch_up
 from lib.reembed.plan import memories_now
 from lib.reembed.resume import refuse_foreign_staged
-from lib.reembed.sync import SyncOutcome, payloads_now, save_payloads, sync_collection, was_recreated
+from lib.reembed.sync import (
+    SyncOutcome,
+    payloads_now,
+    save_payloads,
+    sync_collection,
+    unplanned_ids,
+    was_recreated,
+)
 from lib.verify.vectors import repair_vectors
 
 INDEX_SECONDS = 3600.0
@@ -51,9 +57,6 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
     """Return the metadata that records a collection's model; servers before 1.16 ignore it."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now}}
-
-
-# --- the staged collection ----------------------------------------------------------------------------------------
 
 
 def stage(
@@ -89,8 +92,7 @@ def stage(
 def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> None:
     """Announce and create the staged collection; an earlier start's is kept if it has the same settings."""
     refuse_foreign_staged(ctx)
-    recreated = was_recreated(ctx, journal, live.points)
-    like = (journaled_settings(journal) if recreated else None) or live.raw
+    like, aliases = settings_and_aliases(ctx, journal, live)
     same = has_staged(ctx, journal) and same_settings(journal.fact("staged_like"), like)
     condition = health(ctx.qdrant, ctx.staged)
     if condition != "missing" and not (condition == "live" and same):
@@ -99,7 +101,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
         STAGING,
         staged_collection=ctx.staged,
         staged_like=like,
-        aliases=aliases_to_keep(ctx, journal, recreated=recreated),
+        aliases=aliases,
         snapshot=None,
         proved=False,
     )
@@ -109,21 +111,25 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
         create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, metadata=stamp(ctx.spec))
 
 
-def aliases_to_keep(ctx: Context, journal: Journal, *, recreated: bool) -> list[str]:
-    """Return the live collection's aliases; if it was `recreated`, also those of the old one."""
-    old = (journal.fact("aliases") or []) if recreated else []
-    return sorted({*old, *aliases_of(ctx.qdrant, ctx.collection)})
+def settings_and_aliases(
+    ctx: Context, journal: Journal, live: CollectionState
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what the new collection inherits: the live one's settings (raw info) and aliases.
+
+    If the live one was recreated: the settings of the old one, and the aliases of both.
+    """
+    aliases = aliases_of(ctx.qdrant, ctx.collection)
+    if not was_recreated(ctx, journal, live.points):
+        return live.raw, sorted(aliases)
+    return journaled_settings(journal) or live.raw, sorted({*aliases, *(journal.fact("aliases") or [])})
 
 
 def _fill_staged(ctx: Context) -> SyncOutcome:
-    """Sync the staged collection with the plan. Nobody else writes to it, so points without a memory are removed."""
+    """Sync the staged collection with the plan; nobody else writes to it."""
     with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
         outcome = sync_collection(
             ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
         )
-    with existing_points(ctx.qdrant, ctx.staged, payload=False) as existing:
-        orphans = orphan_ids(existing, lambda ids: set(ctx.cache.memories_of(ids)))
-        delete_points(ctx.qdrant, ctx.staged, list(orphans))
     _wait_for_index(ctx, ctx.staged, outcome)
     return outcome
 
@@ -169,9 +175,6 @@ def drop_staged(ctx: Context, journal: Journal) -> None:
     drop_temporary(ctx.qdrant, ctx.staged)
 
 
-# --- a full disk --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterator[None]:
     """If the server's disk fills before the delete, drop the staged collection; the live one is unchanged.
@@ -212,9 +215,6 @@ def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
                     " command again: it resumes from the embedding cache",
                 ) from error
         drop_staged(ctx, journal)
-
-
-# --- the collection under the live name ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -292,5 +292,4 @@ def _different_ids(
             wanted = [row.point_id for row in rows if row.key in known and row.point_id not in rejected]
             found = existing.payloads(wanted)
             missing += [one for one in wanted if one not in found]
-        orphans = list(orphan_ids(existing, lambda ids: set(ctx.cache.memories_of(ids))))
-    return missing, orphans
+        return missing, list(unplanned_ids(ctx.cache, existing))

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, pages
+from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids, pages
 from lib.backup.last_migration import DELETING, KEPT, READ
 from lib.backup.payloads import PointId, identical, merged_payload, own_payload, standing_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
@@ -35,9 +35,6 @@ from lib.reembed.plan import Payloads, memories_now, only_live_ids, usually_spel
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
 _ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
-
-
-# --- payloads of the live collection ------------------------------------------------------------------------------
 
 
 def was_recreated(ctx: Context, journal: Journal, points: int) -> bool:
@@ -99,9 +96,6 @@ def payloads_now(ctx: Context, journal: Journal | None) -> Payloads:
     return look_up
 
 
-# --- orphan points ------------------------------------------------------------------------------------------------
-
-
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
     """Remove the points that have no memory in the graph. Returns how many.
 
@@ -141,9 +135,6 @@ def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: se
     ctx.cache.save_points([_row(point) for point in orphans])
     delete_points(ctx.qdrant, collection, [point.id for point in orphans])
     return len(orphans)
-
-
-# --- missing and changed points -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -232,6 +223,11 @@ def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
     return Missing(len(tokens), sum(tokens))
 
 
+def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
+    """Yield the existing ids that the plan does not have."""
+    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
+
+
 def sync_collection(
     qdrant: Qdrant,
     collection: str,
@@ -244,14 +240,18 @@ def sync_collection(
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
 
     A payload starts from the live point's, else from the saved one (`whole`: see `standing_payload`), overlaid by the
-    graph's values. `copied_from`: the collection that this migration made this one from; its own name if nobody else
-    writes to it (see `changes`). Memories without a vector in the cache are counted as `unembedded` and left alone.
+    graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
+    the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
+    to it: then points without a memory are removed, too.
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
         existing = tables.enter_context(existing_points(qdrant, collection))
-        copies = existing if copied_from == collection else None
-        if copied_from and copies is None:
+        copies = None
+        if copied_from == collection:
+            copies = existing
+            delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
+        elif copied_from:
             copies = tables.enter_context(existing_points(qdrant, copied_from))
         found = changes(cache, existing, whole=whole, copies=copies)
         write = functools.partial(_write, qdrant, collection)

@@ -131,7 +131,7 @@ def test_what_is_written_to_the_points_after_the_last_sync_is_not_lost(rig):
     """The staged collection has the old values by then, and so has what is made of it."""
     operator = rig.operator
     one, other = [one for one, (payload, _) in rig.before.items() if "source_app" in payload][:2]
-    stop = rig.stop_at("before the way is proved")
+    stop = rig.stop_at("before the method is verified")
     process = rig.start()
     assert stop.reached.wait(400)
     values = {"payload": {"source_app": "written late", "point_only": 7}, "points": [one]}
