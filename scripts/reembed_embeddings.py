@@ -54,6 +54,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.dimensions import model_fault
     from lib.reembed import output
+    from lib.reembed.prune import prune_spool
     from lib.show_config import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
@@ -70,7 +71,9 @@ def command(args: argparse.Namespace) -> int:
         console.warn(fault)
     with connect.target_lock(config):
         if args.prune_spool:
-            return output.prune(config, console, dry_run=args.dry_run)
+            with connect.open_cache(config) as cache:
+                pruned = prune_spool(cache, config.backup_dir, dry_run=args.dry_run)
+            return output.show_pruned(pruned, console, dry_run=args.dry_run)
         if args.abort:
             return abort(config, console, "reembed")
         if not args.dry_run:

@@ -78,6 +78,10 @@ class Cutover:
     absent_since: float | None
     complete_at: float | None = None
 
+    def absent_seconds(self, filled_at: float) -> float:
+        """Return how long the collection was absent or incomplete; without `complete_at` until `filled_at`."""
+        return 0.0 if self.absent_since is None else (self.complete_at or filled_at) - self.absent_since
+
 
 def cut_over(
     ctx: Context,

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from lib.clients.embeddings.cache import Missing
     from lib.clients.qdrant.collection import CollectionState
-    from lib.config import Config
     from lib.reembed.assess import Assessment
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
@@ -29,15 +28,6 @@ if TYPE_CHECKING:
 _EXAMPLES = 10
 _FEW = 3
 _COMMAND = "python scripts/reembed_embeddings.py"
-
-
-def prune(config: Config, console: Console, *, dry_run: bool) -> int:
-    """Delete from the embedding cache what no plan needs."""
-    from lib import connect
-    from lib.reembed.prune import prune_spool
-
-    with connect.open_cache(config) as cache:
-        return show_pruned(prune_spool(cache, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
 
 
 def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:

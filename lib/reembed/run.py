@@ -65,24 +65,20 @@ def reembed(
 
     scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
     last = fill(ctx, journal)
-    removed = 0
-    if cutover.absent_since is not None:
-        # AutoMem removes a deleted memory's point, but from the collection that was replaced meanwhile.
-        removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
+    # If the collection was replaced, AutoMem may have removed a deleted memory's point from the old one only.
+    replaced = cutover.absent_since is not None
+    removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection)) if replaced else 0
 
     repaired = verify_points(ctx, ctx.collection, last.outcome, own=False)
     _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
 
-    absent_seconds = 0.0
-    if cutover.absent_since is not None:
-        absent_seconds = (cutover.complete_at or first.complete_at) - cutover.absent_since
     done = Finished(
         scan=scan,
         outcome=last.outcome,
         points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
         paid=paid,
         method=cutover.method,
-        absent_seconds=absent_seconds,
+        absent_seconds=cutover.absent_seconds(first.complete_at),
         aliases_taken=last.aliases_taken,
         indexed=last.indexed,
         repaired=repaired,
@@ -90,9 +86,10 @@ def reembed(
         undo=journal.undo or undo,
     )
     files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
+    # A run that is killed before this writes its report again.
     if paid.log:
         paid.log.settle(journal.run_id)
-    journal.close("done")  # a run that is killed before this writes its report again
+    journal.close("done")
     return done, files
 
 
