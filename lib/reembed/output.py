@@ -72,16 +72,12 @@ def show_plan(found: Assessment, ctx: Context, console: Console, *, limit: int |
         console.notice(resume_notice(found.journal))
     plan = found.plan
     now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else found.live.kind
+    action = f"{_action(found, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
+    texts = f"{plan.texts:,} texts, {plan.tokens:,} tokens"
     rows = [
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
-        (
-            "collection",
-            f"{now}; plan: {_action(found, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}",
-        ),
-        (
-            "to embed",
-            f"{plan.texts:,} texts, {plan.tokens:,} tokens; {plan.cached:,} already cached or duplicates",
-        ),
+        ("collection", f"{now}; plan: {action}"),
+        ("to embed", f"{texts}; {plan.cached:,} already cached or duplicates"),
         ("price", f"{dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
