@@ -58,13 +58,13 @@ STAGED_WINDOWS = {
     "before the method is verified": ("PUT", PROBE, (SNAPPED,), 1, False),
     "method verified": ("PUT", PROBE, (SNAPPED,), 1, True),
     "before the guard's last look": ("POST", READING, (SNAPPED,), 1, False),
-    "payloads read again, not yet kept": ("POST", READING, (SNAPPED,), 3, True),
+    "payloads read again, not yet noted": ("POST", READING, (SNAPPED,), 3, True),
     "delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
     "deleted and noted": ("PUT", RECOVER, (PLACING,), 1, False),
     "in place, not yet noted": ("PUT", RECOVER, (PLACING,), 1, True),
 }
-# From here on nothing is announced by a start that goes on, until all is proved.
+# From here on a start that resumes announces nothing until all is verified.
 END_WINDOWS = {
     "before the aliases": ("POST", ALIASES, (PLACING, PLACED, CREATED), 1, False),
     "aliases there": ("POST", ALIASES, (PLACING, PLACED, CREATED), 1, True),
@@ -77,11 +77,11 @@ TIDY_WINDOWS = {
     "before the staged one's end": ("DELETE", NEXT, (TIDYING,), 1, False),
     "staged one deleted, not yet noted": ("DELETE", NEXT, (TIDYING,), 1, True),
 }
-# With --in-place. A run that goes on finds the collection gone: nothing is noted before it is made anew.
+# With --in-place. A run that resumes finds no collection: nothing is noted before it is recreated.
 GONE = (DELETING, DELETED)
 IN_PLACE_WINDOWS = {
     "in place: before the guard's last look": ("POST", READING, ("started",), 1, False),
-    "in place: payloads read, not yet kept": ("POST", READING, ("started",), 3, True),
+    "in place: payloads read, not yet noted": ("POST", READING, ("started",), 3, True),
     "in place: delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "in place: deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
     "in place: deleted and noted": ("PUT", LIVE, GONE, 1, False),

@@ -70,7 +70,7 @@ def age(operator, hours: float) -> None:
 
 
 @pytest.mark.parametrize("window", ["the plan's look at the collection", "before the guard's last look"])
-def test_a_memory_stored_between_the_scan_and_the_read_of_the_points_is_not_surplus(rig, window):
+def test_a_memory_stored_between_the_scan_and_the_read_of_the_points_is_no_orphan(rig, window):
     operator = rig.operator
     if window.startswith("the plan"):
         rig.gate.stops.append(CancelToken("POST", f"/{operator.collection}/points/scroll"))
@@ -79,7 +79,7 @@ def test_a_memory_stored_between_the_scan_and_the_read_of_the_points_is_not_surp
         stop = rig.stop_at(window)
     process = rig.start()
     assert stop.reached.wait(400)
-    # More than the backup may lack, and no backup holds it: as surplus it would be refused.
+    # More than the backup may lack, and no backup holds it: as orphans they would be refused.
     late = [remember(operator, f"stored meanwhile {number}", only_here=number) for number in range(3)]
     rig.before |= {one: point for one, point in points_of(operator).items() if one in late}
     rig.gate.open()
@@ -159,7 +159,7 @@ def test_an_empty_collection_that_automem_made_after_the_delete_is_replaced(rig)
 
 
 def test_the_operators_own_delete_after_the_staging_loses_nothing(ready):
-    """And AutoMem, restarted meanwhile, has made the collection anew."""
+    """And AutoMem, restarted meanwhile, has recreated the collection."""
     was, before = settings(ready), points_of(ready)
     ready.run("reembed_embeddings", "--no-switch")
     ready.call("DELETE", "")
@@ -354,7 +354,7 @@ def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
 
 
 @on_the_stand_in
-def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_told(ready):
+def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_reported(ready):
     """A restore that unpacks onto a full disk says only that it failed to unpack (1.18.3)."""
     before = points_of(ready)
     unpack = refusal("Service runtime error: IO Error: failed to unpack")
@@ -387,7 +387,7 @@ def test_a_disk_without_room_for_the_new_collection_alone_says_how_to_go_on(read
 
 
 @on_the_stand_in
-def test_a_restore_that_fails_twice_ends_in_the_spool(ready):
+def test_a_restore_that_fails_twice_ends_in_the_embedding_cache(ready):
     before = points_of(ready)
     broken = refusal("Service internal error: something broke")
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **broken})
@@ -401,7 +401,7 @@ KILLS = int(os.environ.get("SERVER_KILLS", "3"))
 
 
 @pytest.mark.skipif("QDRANT_TEST_SERVER" not in os.environ, reason="kills a real server")
-def test_a_server_killed_while_it_restores_starts_again_and_the_run_goes_on(operator, tmp_path):
+def test_a_server_killed_while_it_restores_starts_again_and_the_run_continues(operator, tmp_path):
     from dataclasses import replace
 
     from tests.real_qdrant import RealQdrant, test_server

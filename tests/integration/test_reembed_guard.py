@@ -1,4 +1,4 @@
-"""The guard: nothing is deleted without a proved backup of it; and what the provider does to a run."""
+"""The guard: nothing is deleted without a verified backup of it; and what the provider does to a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def unprotected(operator, why: str) -> None:
 
 
 def refused(operator, why: str) -> None:
-    """The run is refused for this reason, before anything was bought or touched."""
+    """The run is refused for this reason, before anything was paid for or changed."""
     before = operator.state()
     operator.servers.openai.reset()
     result = operator.run("reembed_embeddings", expect=2)
@@ -124,7 +124,7 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
 
 
 def test_the_guard_is_asked_again_before_the_delete(ready):
-    """What was true when the purchase began need not be true hours later."""
+    """What was true when the embedding began need not be true hours later."""
     before = ready.state()
     ready.servers.openai.fault(hang_seconds=300, times=1)
     ready.servers.openai.reset()
@@ -153,7 +153,7 @@ def test_the_guard_is_asked_again_before_the_delete(ready):
         pytest.param({"status": 401, "code": "invalid_api_key"}, "OPENAI_API_KEY", marks=pytest.mark.matrix),
     ],
 )
-def test_a_provider_that_refuses_stops_the_run_with_what_was_bought_kept(ready, fault, says):
+def test_a_provider_that_refuses_stops_the_run_and_the_vectors_stay(ready, fault, says):
     before, openai = ready.state(), ready.servers.openai
     openai.fault(**fault, after=5)
     openai.reset()
@@ -233,7 +233,7 @@ def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
             require_backup(ready.backups, guarded, NEW_SIZE)
 
 
-def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready):
+def test_a_graph_that_empties_while_texts_are_embedded_empties_no_collection(ready):
     before = ready.state()
     ready.servers.openai.reset()
     ready.servers.openai.fault(hang_seconds=300)
