@@ -15,7 +15,7 @@ from lib.backup.collection import CollectionSource, CollectionVerification
 from lib.backup.existing_points import as_id, as_text, existing_points, pages
 from lib.backup.payloads import PointId
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.cluster import peers_of, wait_settled
+from lib.clients.qdrant.cluster import peers_of, wait_active
 from lib.clients.qdrant.collection import create_small, delete_collection, get_state, list_collections
 from lib.clients.qdrant.points import raw_points, scroll
 from lib.clients.qdrant.restoring import can_fetch_itself, recover, upload_and_restore
@@ -233,7 +233,7 @@ class Placement:
         """Send every snapshot and have it restored as `name`; the nodes keep the files by `stem`."""
         for part in self.parts:
             self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
-            self._wait_settled(part, name)
+            self._wait_active(part, name)
 
     def fetched_from(self, name: str, stem: str) -> list[str] | None:
         """The URLs under which each node fetches its own copy, proved; None where one cannot."""
@@ -243,9 +243,16 @@ class Placement:
     def fetch(self, name: str, urls: Sequence[str]) -> None:
         """Have each node restore its snapshot as `name` from where it fetches it."""
         for part, url in zip(self.parts, urls, strict=True):
-            beside = part is not self.parts[0]
-            recover(part.node, name, url, part.snapshot.sha256, seconds=part.patience, beside=beside)
-            self._wait_settled(part, name)
+            allow_existing = part is not self.parts[0]
+            recover(
+                part.node,
+                name,
+                url,
+                part.snapshot.sha256,
+                seconds=part.patience,
+                allow_existing=allow_existing,
+            )
+            self._wait_active(part, name)
 
     def forget(self, name: str, stem: str) -> None:
         """Delete the files that were uploaded to `name` by `stem`, where there are any."""
@@ -273,14 +280,14 @@ class Placement:
             checksum=part.snapshot.sha256,
             progress=steps_of(progress) if progress else None,
             seconds=part.patience,
-            beside=part is not self.parts[0],
+            allow_existing=part is not self.parts[0],
         )
 
-    def _wait_settled(self, part: Part, name: str) -> None:
+    def _wait_active(self, part: Part, name: str) -> None:
         if part.number is not None:
             self.begun.add(name)
             nodes = self.target.nodes or (self.target.qdrant,)
-            wait_settled(nodes, name, part.node, part.shards, part.patience)
+            wait_active(nodes, name, part.node, part.shards, part.patience)
 
 
 def place(backup: CollectionBackup, target: CollectionSource) -> Placement:

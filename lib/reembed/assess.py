@@ -42,7 +42,7 @@ ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
 # If the graph lost more than this during the run, something is wrong with it: the run stops.
 _LOST_SHARE, _LOST_FEW = 0.01, 10
 # The server continues a restore whose client was killed.
-_RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "dead", "failing"}, 60.0
+_RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
 
 
 class Live(NamedTuple):

@@ -20,7 +20,7 @@ from lib.clients.qdrant.collection import (
     delete_collection,
     exists,
     get_state,
-    health,
+    is_failed,
     refuse_foreign,
 )
 from lib.clients.qdrant.restoring import can_fetch_itself, recover, unique_filename, upload_and_restore
@@ -233,7 +233,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
-        if health(ctx.qdrant, ctx.collection) == "dead":
+        if is_failed(ctx.qdrant, ctx.collection):
             drop_temporary(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
             drop_staged(ctx, journal)

@@ -137,10 +137,10 @@ def _fill_staged(ctx: Context) -> SyncOutcome:
 def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome) -> bool:
     """Wait up to an hour until the index is built. Returns whether it is."""
     state = get_state(ctx.qdrant, collection)
-    if outcome.wrote or not state.settled:
+    if outcome.wrote or not state.optimized:
         with ctx.bar("wait for the index", None, ""):
             state = wait_green(ctx.qdrant, collection, INDEX_SECONDS)
-    return state.settled
+    return state.optimized
 
 
 def has_staged(ctx: Context, journal: Journal) -> bool:

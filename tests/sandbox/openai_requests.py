@@ -1,4 +1,4 @@
-"""What the embeddings endpoint refuses: requests, limits, faults of tests."""
+"""Which requests the embeddings endpoint refuses: wrong keys, bad requests, and those above the rate limits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from tests.sandbox.vectors import NATIVE_SIZES
 
@@ -22,48 +19,41 @@ SECONDS_PER_MINUTE = 60.0
 
 
 def estimated_tokens(texts: Sequence[str]) -> int:
-    """What the limiter counts: about a quarter of the characters, not the real tokens."""
+    """Estimate tokens as the rate limit does: a quarter of the characters of each text."""
     return sum(math.ceil(len(text) / 4) for text in texts)
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as the reset headers write them: `12ms`, `1s`, `1.5s`, `6m0s`."""
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
-    if seconds < SECONDS_PER_MINUTE:
-        return f"{round(seconds, 3):g}s"
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
+    """Format seconds as the reset headers do: `12ms`, `1s`, `1.5s`."""
+    return f"{math.ceil(seconds * 1000)}ms" if seconds < 1 else f"{round(seconds, 3):g}s"
 
 
 @dataclass
 class Bucket:
-    """`per_minute` units, refilled continuously, full at the start."""
+    """A bucket of `per_minute` units that is full at the start and refilled continuously."""
 
     per_minute: float
     level: float = field(init=False)
-    _seen: float = field(init=False, default_factory=time.monotonic)
+    _refilled_at: float = field(init=False, default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.level = self.per_minute
 
     def refill(self) -> None:
-        """Bring the level up to now."""
+        """Update the level for the time that has passed."""
         now = time.monotonic()
-        self.level = min(
-            self.per_minute, self.level + (now - self._seen) * self.per_minute / SECONDS_PER_MINUTE
-        )
-        self._seen = now
+        added = (now - self._refilled_at) * self.per_minute / SECONDS_PER_MINUTE
+        self.level = min(self.per_minute, self.level + added)
+        self._refilled_at = now
 
     def seconds_until(self, level: float) -> float:
-        """Seconds until the bucket holds `level`."""
+        """Compute the seconds until the bucket has `level` units."""
         return max(0.0, level - self.level) * SECONDS_PER_MINUTE / self.per_minute
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Which limit (`requests` or `tokens`) was hit, and when to come back."""
+class LimitReached:
+    """Which limit (`requests` or `tokens`) refused a request, and after how many seconds to retry."""
 
     kind: str
     limit: int
@@ -73,7 +63,7 @@ class Refusal:
 
 
 class Limits:
-    """The token and the request bucket of one key; None means unlimited and unannounced."""
+    """The token and the request bucket of one key. None or 0: no limit, and no header that announces it."""
 
     def __init__(self, tokens_per_minute: float | None, requests_per_minute: float | None) -> None:
         self._buckets: dict[str, Bucket] = {}
@@ -82,8 +72,8 @@ class Limits:
         if tokens_per_minute:
             self._buckets["tokens"] = Bucket(tokens_per_minute)
 
-    def take(self, tokens: int) -> Refusal | None:
-        """Charge one request of `tokens`, or say why not. A refused request still counts as a request."""
+    def take(self, tokens: int) -> LimitReached | None:
+        """Take one request of `tokens` from the buckets. A refused request still counts as a request."""
         wanted = {"requests": 1, "tokens": tokens}
         refusal = None
         for kind, bucket in self._buckets.items():
@@ -91,14 +81,14 @@ class Limits:
             if refusal is None and bucket.level < wanted[kind]:
                 used = int(bucket.per_minute - bucket.level)
                 wait = bucket.seconds_until(wanted[kind])
-                refusal = Refusal(kind, int(bucket.per_minute), used, wanted[kind], wait)
+                refusal = LimitReached(kind, int(bucket.per_minute), used, wanted[kind], wait)
         for kind, bucket in self._buckets.items():
             if refusal is None or kind == "requests":
                 bucket.level = max(0.0, bucket.level - wanted[kind])
         return refusal
 
     def headers(self) -> dict[str, str]:
-        """The `x-ratelimit-*` headers at this moment; empty without limits."""
+        """Build the current `x-ratelimit-*` headers; empty without limits."""
         found = {}
         for kind, bucket in self._buckets.items():
             bucket.refill()
@@ -116,7 +106,7 @@ WRONG_KEY = "sk-wrong"
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An answer with an error status."""
 
     def __init__(
         self, status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None
@@ -128,7 +118,7 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EmbeddingRequest:
     """One valid request."""
 
     model: str
@@ -146,12 +136,12 @@ def _encoding() -> tiktoken.Encoding:
 
 
 def token_counts(texts: Sequence[str]) -> list[int]:
-    """The real tokens of each text (cl100k_base, as all of OpenAI's embedding models)."""
+    """Count the tokens of each text (cl100k_base, as for all of OpenAI's embedding models)."""
     return [len(_encoding().encode_ordinary(text)) for text in texts]
 
 
 def check_key(authorization: str) -> None:
-    """Raise the 401s of a missing and of a wrong key (`sk-wrong...`); every other key is good."""
+    """Raise ApiError (401) for a missing or wrong key. Only keys that begin with `sk-wrong` are wrong."""
     scheme, _, key = authorization.partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise ApiError(401, "You didn't provide an API key.", "invalid_request_error")
@@ -161,8 +151,8 @@ def check_key(authorization: str) -> None:
         raise ApiError(401, message, "invalid_request_error", code="invalid_api_key")
 
 
-def rate_limit_error(refusal: Refusal, model: str) -> ApiError:
-    """The 429 of a full bucket, with its retry-after headers."""
+def rate_limit_error(refusal: LimitReached, model: str) -> ApiError:
+    """Build the error of an empty bucket (429), with its retry-after headers."""
     name = "tokens per min (TPM)" if refusal.kind == "tokens" else "requests per min (RPM)"
     numbers = f"Limit {refusal.limit}, Used {refusal.used}, Requested {refusal.requested}"
     if refusal.requested > refusal.limit:
@@ -180,8 +170,8 @@ def rate_limit_error(refusal: Refusal, model: str) -> ApiError:
     return error
 
 
-def checked_request(body: object) -> Wanted:
-    """The request, or the refusal the real endpoint gives for it."""
+def checked_request(body: object) -> EmbeddingRequest:
+    """Check a request body. Raises ApiError (400, 404), worded as by the real endpoint."""
     if not isinstance(body, dict):
         raise ApiError(400, "We could not parse the JSON body of your request.", "invalid_request_error")
     model = body.get("model")
@@ -189,13 +179,13 @@ def checked_request(body: object) -> Wanted:
         message = f"The model `{model}` does not exist or you do not have access to it."
         raise ApiError(404, message, "invalid_request_error", code="model_not_found")
     texts = _checked_texts(body.get("input"))
-    return Wanted(
+    return EmbeddingRequest(
         model, texts, _checked_size(model, body.get("dimensions")), body.get("encoding_format") == "base64"
     )
 
 
 def check_tokens(counts: Sequence[int]) -> None:
-    """Raise the 400s of one text over 8,192 tokens and of a request over 300,000."""
+    """Raise ApiError (400) for a text over 8,192 tokens or a request over 300,000."""
     longest, total = max(counts), sum(counts)
     if longest > MAX_TOKENS_PER_INPUT:
         message = (
@@ -210,12 +200,9 @@ def check_tokens(counts: Sequence[int]) -> None:
 
 def _checked_texts(given: object) -> list[str]:
     texts = [given] if isinstance(given, str) else given
-    # The real endpoint refuses the whole list for one empty string, without saying which.
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or not all(isinstance(text, str) and text.strip() for text in texts)
-    ):
+    # The real endpoint refuses the whole list for one empty string and does not name it.
+    valid = isinstance(texts, list) and texts and all(isinstance(one, str) and one.strip() for one in texts)
+    if not isinstance(texts, list) or not valid:
         message = (
             "'$.input' is invalid. Please check the API reference: "
             "https://platform.openai.com/docs/api-reference."
@@ -245,92 +232,3 @@ def _checked_size(model: str, dimensions: object) -> int:
         message = f"Invalid value for 'dimensions' = {dimensions}. Must be less than or equal to {native}."
         raise ApiError(400, message, "invalid_request_error", param="dimensions")
     return dimensions
-
-
-FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass
-class Rule:
-    """One fault.
-
-    Applies to `times` requests (None: all) after the first `after`, and only to those that hold `poisoned_text`
-    in one of their inputs, or more than `more_than` inputs, where given (the former without another effect: a 400).
-
-    Before the answer: `status` with the error body's `code`, `error_type` and `message` (and `retry_after`
-    seconds), nothing is charged. `hang_seconds` delays the answer, at most until the rule is dropped; what is then
-    answered is charged.
-    On the answer: `cut` ends the connection after that share of the body (0..1); `wrong_count` leaves the last
-    vector out; `omit_zero` leaves out an index that is 0; `wrong_order` turns the list round with its indices kept;
-    `wrong_indices` numbers from 1;
-    `wrong_width` answers that many dimensions; `nan` puts one into the vectors (of the poisoned inputs, or the
-    first); `not_unit` scales them; `no_base64` answers lists whatever was asked; `no_headers` drops the limits.
-    """
-
-    status: int | None = None
-    code: str | None = None
-    error_type: str | None = None
-    message: str | None = None
-    retry_after: float | None = None
-    times: int | None = None
-    after: int = 0
-    poisoned_text: str | None = None
-    more_than: int | None = None
-    hang_seconds: float = 0.0
-    cut: float | None = None
-    wrong_count: bool = False
-    omit_zero: bool = False
-    wrong_order: bool = False
-    wrong_indices: bool = False
-    wrong_width: int | None = None
-    nan: bool = False
-    not_unit: float | None = None
-    no_base64: bool = False
-    no_headers: bool = False
-
-    def __post_init__(self) -> None:
-        shaped = (
-            self.wrong_count,
-            self.omit_zero,
-            self.wrong_order,
-            self.wrong_indices,
-            self.nan,
-            self.no_base64,
-        )
-        others = (self.status, self.cut, self.wrong_width, self.not_unit)
-        if self.poisoned_text and not any(shaped) and all(value is None for value in others):
-            self.status = 400
-
-    def fires(self, texts: Sequence[str]) -> bool:
-        """Whether this request is hit; counts it."""
-        if self.poisoned_text and not any(self.poisoned_text in text for text in texts):
-            return False
-        if self.more_than is not None and len(texts) <= self.more_than:
-            return False
-        if self.after > 0:
-            self.after -= 1
-            return False
-        if self.times is not None:
-            self.times -= 1
-            return self.times >= 0
-        return True
-
-    def bend(self, vectors: FloatArray, texts: Sequence[str]) -> FloatArray:
-        """The (n, size) vectors as this fault leaves them."""
-        if self.wrong_width is not None:
-            vectors = np.resize(vectors, (len(vectors), self.wrong_width))
-        if self.not_unit is not None:
-            vectors = vectors * np.float32(self.not_unit)
-        if self.nan:
-            hit = [at for at, text in enumerate(texts) if (self.poisoned_text or "") in text]
-            vectors = vectors.copy()
-            vectors[hit if self.poisoned_text else hit[:1], 0] = np.nan
-        return vectors
-
-
-def rule_from(wanted: dict[str, object]) -> Rule:
-    """A Rule from its JSON. Raises ValueError for a name that does not exist."""
-    unknown = set(wanted) - {each.name for each in fields(Rule)}
-    if unknown:
-        raise ValueError(f"unknown fault settings: {', '.join(sorted(unknown))}")
-    return Rule(**wanted)  # type: ignore[arg-type]
