@@ -50,11 +50,11 @@ def command(args: argparse.Namespace) -> int:
     """Check the settings without a network, then do the work under the lock."""
     from lib import connect
     from lib.abort import abort
+    from lib.clients.embeddings.prune import prune_cache
     from lib.config import config_of, require_embedding
     from lib.console import Console
     from lib.dimensions import model_fault
     from lib.reembed import output
-    from lib.reembed.prune import prune_spool
     from lib.show_config import announce, show_config
 
     config = config_of(args.env_file, args.backup_dir)
@@ -72,7 +72,7 @@ def command(args: argparse.Namespace) -> int:
     with connect.target_lock(config):
         if args.prune_spool:
             with connect.open_cache(config) as cache:
-                pruned = prune_spool(cache, config.backup_dir, dry_run=args.dry_run)
+                pruned = prune_cache(cache, config.backup_dir, dry_run=args.dry_run)
             return output.show_pruned(pruned, console, dry_run=args.dry_run)
         if args.abort:
             return abort(config, console, "reembed")

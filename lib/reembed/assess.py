@@ -31,7 +31,7 @@ from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreF
 from lib.journal import Journal
 from lib.reembed.context import Context, must_forget, reached
 from lib.reembed.guard import MAX_AGE_HOURS, GuardedCollection, require_backup
-from lib.reembed.plan import Plan, only_live_ids, read_plan, room_needed, textless_points, whole_plan
+from lib.reembed.plan import Plan, only_live_ids, room_needed, scan_graph, textless_points, whole_plan
 from lib.reembed.resume import accepted_backup, refuse_foreign_staged, refuse_other_stores
 from lib.reembed.sync import missing_of, payloads_now
 from lib.verify.vectors import vectors_agree
@@ -79,7 +79,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     `repair`: the collection is to be synced with the graph (`--only-missing`), not replaced.
     """
     require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
-    scan = read_plan(ctx.graph, ctx.cache, ctx.spec, ctx.bar, payloads_now(ctx, journal))
+    scan = scan_graph(ctx.graph, ctx.cache, ctx.spec, ctx.bar, payloads_now(ctx, journal))
     live = find_live(ctx, journal)
     state, in_place = live.state, ctx.in_place
     if not (repair or in_place):

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lib.clients.embeddings.cache import Missing
+    from lib.clients.embeddings.prune import Pruned
     from lib.clients.qdrant.collection import CollectionState
     from lib.reembed.assess import Assessment
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
     from lib.reembed.only_missing import Synced
-    from lib.reembed.prune import Pruned
     from lib.reembed.report import Finished
     from lib.reembed.spot_check import SpotCheck
     from lib.reembed.sync import SyncOutcome

@@ -5,8 +5,9 @@ assess and plan (`assess.assess`, before this) > embed > stage > guard and cutov
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lib.backup.last_migration import (
     COMMAND,
@@ -34,7 +35,7 @@ from lib.reembed.cutover import cut_over, snapshot_file
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached
 from lib.reembed.guard import undo_of
 from lib.reembed.quality import save_before
-from lib.reembed.report import Finished, Report, make_report
+from lib.reembed.report import Finished, make_report
 from lib.reembed.resume import close_others
 from lib.reembed.staging import drop_staged, fill, has_staged, stage, stamp, verified_staged, verify_points
 from lib.reembed.sync import payloads_now, remove_orphans
@@ -46,7 +47,7 @@ def reembed(
     runner: EmbeddingRunner,
     paid: EmbeddingTotals,
     announce: Callable[[str], None],
-    write_report: Callable[[Report], list[Path]],
+    write_report: Callable[[Mapping[str, Any]], list[Path]],
 ) -> tuple[Finished, list[Path]]:
     """Replace the collection by one with vectors of `ctx.spec`. Returns what was done, and the report's files.
 
@@ -153,7 +154,7 @@ def _stage(
         if live.kind == REPLACE:
             require_whole_graph(ctx, found, scan.own_text)
     if live.kind == REPLACE:
-        save_before(ctx, journal)
+        save_before(ctx.qdrant, ctx.collection, ctx.cache, journal)
 
 
 def _clean_up(ctx: Context, journal: Journal, added: int) -> None:

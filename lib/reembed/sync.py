@@ -80,7 +80,7 @@ def _merged(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
 
 
 def _saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-    return {one: orjson.loads(row.payload) for one, row in cache.kept(ids).items()}
+    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
 
 
 def payloads_now(ctx: Context, journal: Journal | None) -> Payloads:

@@ -25,9 +25,9 @@ from lib.clients.falkordb.rdb import (
 from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for, newest_encoding
 from lib.clients.falkordb.swap import (
     drop_graph,
-    dump_apart,
     dump_as,
     dump_graph,
+    dump_separately,
     memory_used,
     require_memory,
     require_readable,
@@ -244,7 +244,7 @@ def trial_restore(backup: GraphBackup, target: GraphSource, journal: Journal) ->
 
         def dump() -> None:  # while the target's copy is read; one payload at a time is held
             assert backup.scratch is not None
-            dumped.append(beside.submit(dump_apart, backup.scratch.address, backup.graph))
+            dumped.append(beside.submit(dump_separately, backup.scratch.address, backup.graph))
 
         verify_acceptance(target.conn, _copy(backup, backup.scratch), temporary, backup.digest, dump)
         return dumped[0].result()
