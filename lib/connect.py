@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lib.clients.embeddings.cache import EmbeddingCache
     from lib.concurrency import ProgressBar
     from lib.console import Console
+    from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingRunner
-    from lib.reembed.migration import Migration
     from lib.restore.inputs import Wanted
     from lib.restore.site import Site
 
@@ -103,19 +103,16 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
     return graph, source
 
 
-def open_migration(
+def open_reembed(
     config: Config, graph: GraphSource, source: CollectionSource, cache: EmbeddingCache, bar: ProgressBar
-) -> Migration:
-    """Return a re-embedding of these stores; an unfinished one is resumed. Raises GuardRefused."""
+) -> Context:
+    """Return the context of a re-embedding; removes what stopped restores of these stores left."""
     from lib.abort import clean_up_untouched
-    from lib.reembed.migration import Migration, Target
-    from lib.reembed.resume import open_run
+    from lib.reembed.context import Context
 
-    clean_up_untouched(graph, source, config.backup_dir, config.targets())
-    target = Target(source.qdrant, config.collection, config.spec)
-    run = Migration(graph, target, cache, config.backup_dir, config.targets(), bar)
-    run.journal = open_run(run.folder, run.targets, run.spec)
-    return run
+    folder, targets = config.backup_dir, config.targets()
+    clean_up_untouched(graph, source, folder, targets)
+    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, bar)
 
 
 def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> Site:

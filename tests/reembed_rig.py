@@ -52,19 +52,19 @@ STAGED_WINDOWS = {
     "before the first staged batch": ("PUT", STAGED_POINTS, (READ,), 1, False),
     "first batch staged": ("PUT", STAGED_POINTS, (READ,), 1, True),
     "last batch staged": ("PUT", STAGED_POINTS, (READ,), 2, True),
-    "all staged, being proved": ("POST", STAGED_READING, (READ,), 4, False),
-    "proved, no snapshot yet": ("POST", SNAPSHOTS, (STAGED,), 1, False),
+    "all staged, being verified": ("POST", STAGED_READING, (READ,), 3, False),
+    "verified, no snapshot yet": ("POST", SNAPSHOTS, (STAGED,), 1, False),
     "snapshot made, not yet noted": ("POST", SNAPSHOTS, (STAGED,), 1, True),
-    "before the way is proved": ("PUT", PROBE, (SNAPPED,), 1, False),
-    "way proved": ("PUT", PROBE, (SNAPPED,), 1, True),
+    "before the method is verified": ("PUT", PROBE, (SNAPPED,), 1, False),
+    "method verified": ("PUT", PROBE, (SNAPPED,), 1, True),
     "before the guard's last look": ("POST", READING, (SNAPPED,), 1, False),
-    "payloads read again, not yet kept": ("POST", READING, (SNAPPED,), 3, True),
+    "payloads read again, not yet noted": ("POST", READING, (SNAPPED,), 3, True),
     "delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
     "deleted and noted": ("PUT", RECOVER, (PLACING,), 1, False),
     "in place, not yet noted": ("PUT", RECOVER, (PLACING,), 1, True),
 }
-# From here on nothing is announced by a start that goes on, until all is proved.
+# From here on a start that resumes announces nothing until all is verified.
 END_WINDOWS = {
     "before the aliases": ("POST", ALIASES, (PLACING, PLACED, CREATED), 1, False),
     "aliases there": ("POST", ALIASES, (PLACING, PLACED, CREATED), 1, True),
@@ -77,11 +77,11 @@ TIDY_WINDOWS = {
     "before the staged one's end": ("DELETE", NEXT, (TIDYING,), 1, False),
     "staged one deleted, not yet noted": ("DELETE", NEXT, (TIDYING,), 1, True),
 }
-# With --in-place. A run that goes on finds the collection gone: nothing is noted before it is made anew.
+# With --in-place. A run that resumes finds no collection: nothing is noted before it is recreated.
 GONE = (DELETING, DELETED)
 IN_PLACE_WINDOWS = {
     "in place: before the guard's last look": ("POST", READING, ("started",), 1, False),
-    "in place: payloads read, not yet kept": ("POST", READING, ("started",), 3, True),
+    "in place: payloads read, not yet noted": ("POST", READING, ("started",), 3, True),
     "in place: delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "in place: deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
     "in place: deleted and noted": ("PUT", LIVE, GONE, 1, False),

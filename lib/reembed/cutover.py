@@ -1,241 +1,260 @@
-"""Cut over to the new collection: the method is proven, the live one deleted, the new one put under its name."""
+"""Cut over: verify the method, ask the guard again, delete the live collection, put the new one under its name."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection_restore import drop_temporary
-from lib.backup.last_migration import PLACED, PLACING, RECOVERED, SNAPPED, STAGED
+from lib.backup.last_migration import CREATED, DELETED, DELETING, KEPT, PLACED, PLACING, RECOVERED, SNAPPED
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.collection import CollectionState, get_state, health, is_failed
+from lib.clients.qdrant.collection import (
+    create_default,
+    create_like,
+    delete_collection,
+    exists,
+    get_state,
+    is_failed,
+    refuse_foreign,
+)
 from lib.clients.qdrant.restoring import can_fetch_itself, recover, unique_filename, upload_and_restore
 from lib.clients.qdrant.transport import is_disk_full
 from lib.concurrency import steps_of
-from lib.errors import AccessRefused, MigrationError, StoreFailed, StoreUnreachable
+from lib.errors import AccessRefused, MigrationError, StoreUnreachable
 from lib.files import free_bytes, private_dir
-from lib.reembed.assess import ABSENT, ADOPT, DEAD, REPLACE, protection, settings_of, situation
-from lib.reembed.migration import Migration, journal_of
-from lib.reembed.recreate import drop_live, make_collection
-from lib.reembed.staging import drop_staged, require_same_settings, room_kept, with_room
+from lib.journal import Journal
+from lib.reembed.assess import (
+    ABSENT,
+    ADOPT,
+    FAILED,
+    REPLACE,
+    Assessment,
+    Live,
+    find_live,
+    require_protection,
+    settings_of,
+)
+from lib.reembed.context import Context
+from lib.reembed.guard import undo_of
+from lib.reembed.staging import (
+    drop_staged,
+    require_same_settings,
+    settings_and_aliases,
+    staged_dropped_if_full,
+    stamp,
+    verified_staged,
+    with_room,
+)
+from lib.reembed.sync import save_payloads
 
-FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the spool"
-_TIMEOUT_SECONDS = 60.0  # for an answer that does not come, on top of three times the rehearsal
-_ROOM = 64 << 20
+FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the embedding cache"
+_TIMEOUT_SECONDS = 60.0  # for a restore without an answer, in addition to three times the preparation
+_SPARE_BYTES = 64 << 20
+_RESTORES = 2  # restores of the staged collection, before the new one is filled from the embedding cache
 
 
 @dataclass(frozen=True)
-class Way:
-    """How the staged collection comes under the live name, and how long that may take (seconds)."""
+class CutoverMethod:
+    """How the new collection comes under the live name; `restore` puts the staged one there, None: it is filled."""
 
     kind: str
-    snapshot: snapshots.Snapshot | None = None
-    location: str = ""
-    file: Path | None = None
-    patience: float = _TIMEOUT_SECONDS
+    restore: Callable[[], object] | None = None
 
 
-def prove_way(run: Migration) -> Way:
-    """Have the staged collection's snapshot made, and prove the shortest way that leads from it to the live name.
+@dataclass(frozen=True)
+class Cutover:
+    """The method that was used, "" if none was needed in this start; both times are monotonic, or None.
 
-    Where the server cannot fetch from itself: the file sent from here, or the points from the cache, whichever the
-    rates seen say is shorter.
+    `absent_since`: when the live collection became unavailable. `complete_at`: when the staged one was in its place.
     """
-    qdrant = run.target.qdrant
+
+    method: str
+    absent_since: float | None
+    complete_at: float | None = None
+
+    def absent_seconds(self, filled_at: float) -> float:
+        """Return how long the collection was absent or incomplete; without `complete_at` until `filled_at`."""
+        return 0.0 if self.absent_since is None else (self.complete_at or filled_at) - self.absent_since
+
+
+def cut_over(
+    ctx: Context,
+    journal: Journal,
+    found: Assessment,
+    manifest: Manifest | None,
+    announce: Callable[[str], None],
+) -> Cutover:
+    """Put the new collection under the live name: the complete staged one, or an empty one to be filled.
+
+    `manifest` is the backup of the plan; the guard is asked again before each delete. `announce` gets the commands
+    that undo the delete, right before it. Raises GuardRefused if no verified backup protects the collection.
+    """
+    absent_since: float | None = None
+    method: CutoverMethod | None = None
+    failures = 0
+    while True:
+        live = find_live(ctx, journal)
+        if live.kind == ADOPT:
+            return Cutover("", absent_since)
+        if live.kind != REPLACE and absent_since is None:
+            absent_since = time.monotonic()
+        method = method or _choose_method(ctx, journal, found, live.kind)
+        if live.kind == REPLACE and method.restore:
+            require_same_settings(ctx, journal)
+        if live.kind != ABSENT:
+            deleted_at = _delete_live(ctx, journal, live, announce)
+            absent_since = deleted_at if absent_since is None else absent_since
+        _journal_old_settings(journal, manifest)
+        if method.restore is None or failures == _RESTORES or verified_staged(ctx, journal) is None:
+            with_room(ctx, journal, partial(_create_empty, ctx, journal))
+            return Cutover(FILL, absent_since)
+        if _restore_staged(ctx, journal, method.kind, method.restore):
+            return Cutover(method.kind, absent_since, time.monotonic())
+        failures += 1
+
+
+def _choose_method(ctx: Context, journal: Journal, found: Assessment, kind: str) -> CutoverMethod:
+    """Choose how to cut over, before the live collection is deleted if it still exists."""
+    if found.in_place or verified_staged(ctx, journal) is None:
+        return CutoverMethod(FILL)
+    before_delete = kind == REPLACE
+    with staged_dropped_if_full(ctx, journal, found.room) if before_delete else nullcontext():
+        return verify_method(ctx, journal)
+
+
+def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
+    """Make a snapshot of the staged collection, and return the first method that works for it.
+
+    The server fetches it from itself; else it is sent from here; else, if this machine has no room for it, the new
+    collection is filled from the cache.
+    """
     began = time.monotonic()
-    snapshot = _snapshot(run)
-    made = time.monotonic() - began
-    location = can_fetch_itself(qdrant, run.staged, snapshot, f"{run.staged}_probe")
+    snapshot = _snapshot(ctx, journal)
+    location = can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe")
+    file = None if location else _download(ctx, snapshot)
+    limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
+    checksum = snapshot.checksum
+    assert checksum is not None
     if location:
-        rehearsal = time.monotonic() - began - made
-        return Way(FETCH, snapshot, location, patience=_TIMEOUT_SECONDS + 3 * rehearsal)
-    began = time.monotonic()
-    file = _fetched(run, snapshot)
-    fetched = time.monotonic() - began
-    points = get_state(qdrant, run.staged).points
-    rate = run.upsert_rate or journal_of(run).fact("upsert_rate")
-    if file is None or (rate and points / rate < fetched + made):
-        return Way(FILL)
-    return Way(SEND, snapshot, file=file, patience=_TIMEOUT_SECONDS + 3 * (fetched + made))
+        fetch = partial(recover, ctx.qdrant, ctx.collection, location, checksum)
+        return CutoverMethod(FETCH, partial(fetch, seconds=limit, answer_seconds=limit))
+    return CutoverMethod(SEND, partial(_send, ctx, file, checksum, limit)) if file else CutoverMethod(FILL)
 
 
-def _snapshot(run: Migration) -> snapshots.Snapshot:
-    """The snapshot of the staged collection as it is now: an earlier start's, where nothing was written since."""
-    qdrant, journal = run.target.qdrant, journal_of(run)
-    for one in snapshots.list_snapshots(qdrant, run.staged):
+def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
+    """Return the staged collection's snapshot: the journaled one if nothing was written since, else a new one."""
+    for one in snapshots.list_snapshots(ctx.qdrant, ctx.staged):
         if one.name == journal.fact("snapshot"):
-            return snapshots.with_checksum(qdrant, run.staged, one)
-        snapshots.delete(qdrant, run.staged, one.name)
-    with run.bar("snapshot", None, ""):
-        made = snapshots.create(qdrant, run.staged)
+            return snapshots.with_checksum(ctx.qdrant, ctx.staged, one)
+        snapshots.delete(ctx.qdrant, ctx.staged, one.name)
+    with ctx.bar("snapshot", None, ""):
+        made = snapshots.create(ctx.qdrant, ctx.staged)
     journal.append(SNAPPED, snapshot=made.name)
-    return snapshots.with_checksum(qdrant, run.staged, made)
-
-
-def file_of(run: Migration) -> Path:
-    """Where the snapshot is kept while it has to be sent from here."""
-    return snapshot_file(run.folder, run.staged)
+    return snapshots.with_checksum(ctx.qdrant, ctx.staged, made)
 
 
 def snapshot_file(folder: Path, staged: str) -> Path:
-    """The snapshot of a staged collection, below the backup folder."""
+    """Return where in the backup folder a staged collection's snapshot is while it is sent."""
     return folder / CACHE_DIR / f"{staged}.snapshot.partial"
 
 
-def _fetched(run: Migration, snapshot: snapshots.Snapshot) -> Path | None:
-    """The snapshot on this machine, whole by its checksum; None where there is no room for it."""
-    folder = private_dir(run.folder / CACHE_DIR)
-    if free_bytes(folder) < snapshot.size + _ROOM:
+def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
+    """Download the snapshot and verify its checksum. Returns None if there is no room for it."""
+    path = snapshot_file(ctx.folder, ctx.staged)
+    if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
         return None
-    path = file_of(run)
-    with path.open("wb") as stream, run.bar("fetch the snapshot", snapshot.size, "bytes") as progress:
+    with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
         path.chmod(0o600)
-        snapshots.download(run.target.qdrant, run.staged, snapshot, stream.write, steps_of(progress))
+        snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, steps_of(progress))
     return path
 
 
-def put_in_place(run: Migration, way: Way) -> bool:
-    """Take the way, onto a name that nobody has; whether the server says that the collection stands.
+def _delete_live(ctx: Context, journal: Journal, live: Live, announce: Callable[[str], None]) -> float:
+    """Ask the guard, save settings and payloads, delete the collection. Returns the monotonic time of the delete.
 
-    An answer that does not come is waited for: the server goes on. What stands there when this returns False, or was
-    made by somebody else meanwhile, is the caller's to look at; something dead is deleted here. A disk that is full
-    now gets room: the staged collection goes, the embedding cache has all of it.
+    Payloads are read by the last request before the delete.
     """
-    journal_of(run).append(PLACING, way=way.kind)
-    try:
-        _restore(run, way)
-    except (AccessRefused, StoreUnreachable):
-        raise
-    except MigrationError as error:
-        if is_failed(run.target.qdrant, run.target.collection):
-            drop_temporary(run.target.qdrant, run.target.collection)
-        if is_disk_full(error):
-            drop_staged(run)
-        return False
-    journal_of(run).append(PLACED)
-    return True
-
-
-def _restore(run: Migration, way: Way) -> None:
-    assert way.snapshot is not None
-    assert way.snapshot.checksum is not None
-    qdrant, name, checksum = run.target.qdrant, run.target.collection, way.snapshot.checksum
-    if way.kind == FETCH:
-        recover(qdrant, name, way.location, checksum, seconds=way.patience, answer_seconds=way.patience)
-        return
-    assert way.file is not None
-    sent = unique_filename(run.staged)
-    size = way.file.stat().st_size
-    with run.bar("send", size, "bytes") as progress:
-        upload_and_restore(
-            qdrant,
-            name,
-            way.file,
-            size=size,
-            filename=sent,
-            checksum=checksum,
-            progress=steps_of(progress),
-            seconds=way.patience,
-            answer_seconds=way.patience,
-        )
-    snapshots.delete(qdrant, name, sent)
-
-
-_TURNS = 6  # looks at what stands there; somebody may make it anew again and again
-_TRIES = 2  # restores of the staged collection, before it is filled from the embedding cache
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """How the operator is told: the way back from a backup, what is said right before a delete, the report's files."""
-
-    undo_of: Callable[[Manifest | None], str]
-    announce: Callable[[str], None]
-    report: Callable[[Mapping[str, Any]], list[Path]]
-
-
-def standing_staged(run: Migration) -> str | None:
-    """The staged collection's name, where it stands, is this run's own, and was proved."""
-    if not (run.has_staged and run.reached(STAGED) and journal_of(run).fact("proved")):
-        return None
-    return run.staged if health(run.target.qdrant, run.staged) == "live" else None
-
-
-def exchange(run: Migration, first: Manifest | None, callbacks: Callbacks) -> float | None:
-    """Bring the new collection under its name; the moment (monotonic seconds) from which it was absent, or None.
-
-    It is whole where it was put in place from the staged one, else empty. `run.absent_seconds` is set where it is
-    whole. Raises GuardRefused before a delete without a proved backup.
-    """
-    began: float | None = None
-    way: Way | None = None
-    failed: list[Way] = []
-    for _ in range(_TURNS):
-        kind, state = situation(run)
-        if kind == ADOPT:
-            return began
-        if kind != REPLACE and began is None:
-            began = time.monotonic()
-        if way is None:
-            way = _way(run, kind)
-        if kind == REPLACE and way.kind != FILL:
-            require_same_settings(run)
-        gone = time.monotonic() if kind == ABSENT else _clear(run, (kind, state), callbacks)
-        began = gone if began is None else began
-        _know_settings(run, first)
-        if way.kind == FILL or len(failed) == _TRIES or standing_staged(run) is None:
-            journal = journal_of(run)
-            with_room(run, partial(make_collection, run.target, journal.fact("settings"), journal))
-            run.way = FILL
-            return began
-        if put_in_place(run, way):
-            run.way = way.kind
-            run.absent_seconds = time.monotonic() - began
-            return began
-        failed.append(way)
-    raise StoreFailed(
-        f"'{run.target.collection}' is made anew by somebody else again and again",
-        next_step="stop AutoMem (docker compose stop flask-api), then run the same command again",
-    )
-
-
-def _way(run: Migration, kind: str) -> Way:
-    """The way from the staged collection, proved while the live one still stands, if it does."""
-    if run.in_place or standing_staged(run) is None:
-        return Way(FILL)
-    if kind != REPLACE:
-        return prove_way(run)
-    with room_kept(run):
-        return prove_way(run)
-
-
-def _clear(run: Migration, found: tuple[str, CollectionState | None], callbacks: Callbacks) -> float:
-    """Delete what stands there, guarded; when (monotonic seconds)."""
-    journal = journal_of(run)
-    manifest = protection(run, *found)
+    manifest = require_protection(ctx, journal, live)
     if manifest and manifest.name != journal.fact("manifest"):
         journal.append("backup accepted by the guard", manifest=manifest.name)
-    if manifest or not journal.undo:
-        run.undo = callbacks.undo_of(manifest)
-    callbacks.announce(run.undo)
-    if found[0] == DEAD:
-        drop_temporary(run.target.qdrant, run.target.collection)
+    undo = undo_of(manifest) if manifest or not journal.undo else journal.undo
+    announce(undo)
+    if live.kind == FAILED:  # nothing in it can be read
+        journal.append(DELETING, undo=undo)
+        drop_temporary(ctx.qdrant, ctx.collection)
         return time.monotonic()
-    return drop_live(run.target, run.cache, journal, run.bar, undo=run.undo)
+    state = get_state(ctx.qdrant, ctx.collection)
+    refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
+    settings, aliases = settings_and_aliases(ctx, journal, state)
+    count = save_payloads(ctx, journal, state.points)
+    journal.append(KEPT, kept=count, settings=settings, aliases=aliases)
+    journal.append(DELETING, undo=undo)
+    deleted_at = time.monotonic()
+    delete_collection(ctx.qdrant, ctx.collection)
+    journal.append(DELETED)
+    return deleted_at
 
 
-def _know_settings(run: Migration, first: Manifest | None) -> None:
-    """The old collection's settings into the journal, where it was gone before this run read them."""
-    journal = journal_of(run)
+def _journal_old_settings(journal: Journal, manifest: Manifest | None) -> None:
+    """Note the old collection's settings in the journal if it was gone before this run read them."""
     if journal.fact("settings"):
         return
     if journal.fact("staged_like"):
         journal.append(RECOVERED, settings=journal.fact("staged_like"))
-    elif first:
-        journal.append(RECOVERED, **settings_of(first))
+    elif manifest:
+        journal.append(RECOVERED, **settings_of(manifest))
+
+
+def _create_empty(ctx: Context, journal: Journal) -> None:
+    """Create the collection at the new size with the old settings, or with AutoMem's if there are none."""
+    if not exists(ctx.qdrant, ctx.collection):
+        if settings := journal.fact("settings"):
+            create_like(ctx.qdrant, ctx.collection, settings, ctx.spec.size, metadata=stamp(ctx.spec))
+        else:
+            create_default(ctx.qdrant, ctx.collection, ctx.spec.size, stamp(ctx.spec))
+    journal.append(CREATED)
+
+
+def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable[[], object]) -> bool:
+    """Restore the staged collection's snapshot under the live name, which is free. Returns whether that succeeded.
+
+    If no answer comes, the server's restore is waited for. A failed collection that a restore leaves is deleted. If
+    the disk is full, the staged collection is dropped.
+    """
+    journal.append(PLACING, way=kind)
+    try:
+        restore()
+    except (AccessRefused, StoreUnreachable):
+        raise
+    except MigrationError as error:
+        if is_failed(ctx.qdrant, ctx.collection):
+            drop_temporary(ctx.qdrant, ctx.collection)
+        if is_disk_full(error):
+            drop_staged(ctx, journal)
+        return False
+    journal.append(PLACED)
+    return True
+
+
+def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> None:
+    """Upload the snapshot and have it restored under the live name; delete the copy that the server keeps of it."""
+    filename, size = unique_filename(ctx.staged), file.stat().st_size
+    with ctx.bar("send", size, "bytes") as progress:
+        upload_and_restore(
+            ctx.qdrant,
+            ctx.collection,
+            file,
+            size=size,
+            filename=filename,
+            checksum=checksum,
+            progress=steps_of(progress),
+            seconds=seconds,
+            answer_seconds=seconds,
+        )
+    snapshots.delete(ctx.qdrant, ctx.collection, filename)

@@ -18,6 +18,7 @@ from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_mis
 from lib.concurrency import ProgressBar, steps_of
 from lib.dimensions import EmbeddingSpec, native_size, public_url
 from lib.errors import UsageProblem
+from lib.journal import Journal
 from lib.reembed.plan import Payloads, Scan, scan_graph
 
 MOST_INTERVALS = 240
@@ -183,6 +184,14 @@ class EmbeddingTotals:
     def price(self, model: str) -> float | None:
         """In US dollars; None for a model without a known price."""
         return price_of(self.tokens, model)
+
+
+def start_totals(
+    cache: EmbeddingCache, spec: EmbeddingSpec, journal: Journal | None, *, logged: bool
+) -> EmbeddingTotals:
+    """Return empty totals; if `logged`, with the cache's log, which continues for the run of `journal`."""
+    run_id = journal.run_id if journal else None
+    return EmbeddingTotals(log=PaidLog(cache, spec, run_id) if logged else None)
 
 
 @dataclass(frozen=True)

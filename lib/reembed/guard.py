@@ -1,27 +1,30 @@
-"""The guard: no live collection is deleted without a proved backup of it, in place right now."""
+"""The guard: no live collection is deleted without a verified backup of it, whose file is unchanged now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lib.backup.archive import read_archive
 from lib.backup.catalog import backup_sets
 from lib.backup.existing_points import TemporaryIdTable, as_id, pages
 from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
 from lib.clients.qdrant.collection import CollectionState
+from lib.dimensions import UNKNOWN_MODEL
 from lib.errors import BackupDamaged, GuardRefused
 from lib.network import same_server
 
 MAX_AGE_HOURS = 24.0
 _PAGE = 500
-_SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment's ids are others
+_SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
+_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the backup must be of: server, live state, all live ids, and those of them that the graph does not hold."""
+class GuardedCollection:
+    """What a backup must hold: the server's address, the collection, all its ids, and those without a memory."""
 
     server: str
     state: CollectionState
@@ -29,82 +32,99 @@ class Wanted:
     only_live: TemporaryIdTable
 
 
-def refusal(state: CollectionState, configured: int, why: str) -> GuardRefused:
-    """The refusal in the words that operators know."""
+def require_backup(folder: Path, guarded: GuardedCollection, configured: int) -> Manifest:
+    """Return the newest backup set that protects the collection. Raises GuardRefused with the reason why none does."""
+    found = find_backup(folder, guarded)
+    if isinstance(found, Manifest):
+        return found
+    state = guarded.state
     how = "with different dimension" if state.size != configured else "and would be replaced"
-    return GuardRefused(
+    raise GuardRefused(
         f"Collection '{state.name}' already exists {how}\n"
         f"({state.size}d, {state.points} points; VECTOR_SIZE is {configured}d).\n"
-        f"It is not touched without a proved backup: {why}",
+        f"It is not changed without a verified backup: {found}",
         next_step="python scripts/backup_automem.py\npython scripts/reembed_embeddings.py",
     )
 
 
-def require_backup(folder: Path, wanted: Wanted, configured: int) -> Manifest:
-    """The newest set whose collection half fits; raises GuardRefused with the reason why none does."""
-    found = fitting_backup(folder, wanted)
-    if isinstance(found, str):
-        raise refusal(wanted.state, configured, found)
-    return found
-
-
-def fitting_backup(folder: Path, wanted: Wanted) -> Manifest | str:
-    """The newest set whose collection half fits, or the reason why none does."""
-    why = f"there is none in {folder}"
+def find_backup(folder: Path, guarded: GuardedCollection) -> Manifest | str:
+    """Return the newest backup set that protects the collection, or why the newest one does not."""
+    why = ""
     for manifest in backup_sets(folder):
-        fault = _fault(manifest, wanted)
+        fault = _fault(manifest, guarded)
         if fault is None:
             return manifest
-        if why.startswith("there is none"):
-            why = f"the newest, {manifest.name}, {fault}"
-    return why
+        why = why or f"the newest, {manifest.name}, {fault}"
+    return why or f"there is none in {folder}"
 
 
-def _fault(manifest: Manifest, wanted: Wanted) -> str | None:
-    """Why this set does not protect the collection, or None."""
+def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
+    """Return why this set does not protect the collection, or None."""
     component = manifest.collection
     if component is None:
         return "holds no collection"
-    fault = _unfit(manifest, component, wanted)
+    fault = _fault_in_manifest(manifest, component, guarded)
     if fault:
         return fault
     try:
         path = manifest.file_of(component)
         check_file(path, component.file)
-        expected, alone = _expected(path, wanted)
+        live, alone = _count_expected(path, guarded)
     except BackupDamaged as error:
         return str(error)
-    if expected < _SAME_SHARE * len(wanted.live):
-        return f"is of other data: it holds {expected} of the {len(wanted.live)} points that stand there"
-    missing = len(wanted.only_live) - alone
+    if live < _SAME_SHARE * len(guarded.live):
+        return f"is of other data: it holds {live} of the collection's {len(guarded.live)} points"
+    missing = len(guarded.only_live) - alone
     return f"does not hold {missing} point(s) that are in the collection alone" if missing else None
 
 
-def _unfit(manifest: Manifest, component: CollectionComponent, wanted: Wanted) -> str | None:
-    if component.collection != wanted.state.name or not same_server(
-        component.server["address"], wanted.server
-    ):
-        return f"is of '{component.collection}' on {component.server['address']}"
-    if component.size != wanted.state.size:
+def _fault_in_manifest(
+    manifest: Manifest, component: CollectionComponent, guarded: GuardedCollection
+) -> str | None:
+    server = component.server["address"]
+    if component.collection != guarded.state.name or not same_server(server, guarded.server):
+        return f"is of '{component.collection}' on {server}"
+    if component.size != guarded.state.size:
         return f"is of {component.size}d vectors"
     if manifest.age_hours > MAX_AGE_HOURS:
         return f"is {manifest.age_hours:.0f} hours old (at most {MAX_AGE_HOURS:.0f})"
     if manifest.is_from_future:
         return f"is dated {-manifest.age_hours:.0f} hours in the future"
     if VERIFICATION_LEVELS.index(component.proof) < VERIFICATION_LEVELS.index(CHECKED):
-        return "was never proved (--no-verify)"
+        return "was never verified (--no-verify)"
     return None
 
 
-def _expected(path: Path, wanted: Wanted) -> tuple[int, int]:
-    """How many of the live ids the archive promises, and how many of those that only the collection holds."""
+def _count_expected(path: Path, guarded: GuardedCollection) -> tuple[int, int]:
+    """Return how many live ids are among the archive's expected ids, and how many of those without a memory."""
     live = alone = 0
 
     def count(ids: Iterator[str]) -> None:
         nonlocal live, alone
         for page in pages(map(as_id, ids), _PAGE):
-            live += len(wanted.live.payloads(page))
-            alone += len(wanted.only_live.payloads(page))
+            live += len(guarded.live.payloads(page))
+            alone += len(guarded.only_live.payloads(page))
 
     read_archive(path, on_ids=count)
     return live, alone
+
+
+def undo_of(manifest: Manifest | None) -> str:
+    """Return the commands that restore the collection of this backup; the graph was not changed."""
+    if manifest is None or manifest.collection is None:
+        return "  (none: no collection was replaced)"
+    component = manifest.collection
+    lines = [
+        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(component)))}",
+        f"  export VECTOR_SIZE={component.size}",
+    ]
+    if component.model == UNKNOWN_MODEL:
+        # With the new vectors' model --only-missing would mix two models.
+        lines += [
+            "  # The backup does not record the model of the old vectors. Set it, then add newer memories:",
+            "  # export EMBEDDING_MODEL=...",
+            f"  # {_ONLY_MISSING}",
+        ]
+    else:
+        lines += [f"  export EMBEDDING_MODEL={quote(component.model)}", f"  {_ONLY_MISSING}"]
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -11,50 +12,65 @@ from lib.backup.last_migration import DELETING, PLACED
 from lib.clients.embeddings.pricing import PRICES_AS_OF, price_of
 from lib.dimensions import public_url
 from lib.journal import Journal
-from lib.reembed.embed import PaidSums
-from lib.reembed.migration import Migration, journal_of
+from lib.reembed.context import Context
+from lib.reembed.embed import EmbeddingTotals, PaidSums
 from lib.reembed.plan import Scan
 from lib.reembed.quality import compare_after
-from lib.reembed.resume import manifest_of
+from lib.reembed.resume import accepted_backup
 from lib.reembed.sync import SyncOutcome
 
 FORMAT = 1
 _MOST_STEPS = 200
 
 
-def points_in_place(run: Migration, outcome: SyncOutcome) -> int:
-    """How many points the plan has in the collection."""
-    return run.cache.memory_count() - outcome.unembedded - len(outcome.rejected)
+@dataclass(frozen=True)
+class Finished:
+    """What the last start of a re-embedding did. `scan` is its last reading of the graph.
+
+    `points` of the plan are in the collection. `absent_seconds`: how long it was absent or incomplete. `undo`: the
+    commands that restore the old collection.
+    """
+
+    scan: Scan
+    outcome: SyncOutcome
+    points: int
+    paid: EmbeddingTotals
+    method: str
+    absent_seconds: float
+    aliases_taken: list[str]
+    indexed: bool
+    repaired: int
+    removed: int
+    undo: str
 
 
 def make_report(
-    run: Migration, scan: Scan, outcome: SyncOutcome, *, went_on_after_delete: bool
+    ctx: Context, journal: Journal, done: Finished, *, resumed_after_delete: bool
 ) -> dict[str, Any]:
-    """Put together what is known at the end of a run; `scan` is its last reading of the graph.
+    """Put together what the journal, the cache and the last start of a re-embedding know of it.
 
     Times are ISO 8601 in UTC, prices in US dollars. `old` is None if no collection was replaced. `bought` includes
     the batches of dry runs and spot checks. `recall` is None if it could not be measured; `recall_note` says why.
     """
-    journal = journal_of(run)
-    sums = run.bought.log.sums if run.bought.log else PaidSums()
-    recall, recall_note = compare_after(run.target.qdrant, run.target.collection, run.cache, journal)
-    absent = _absent_by(journal) if went_on_after_delete else None
-    size, points, model = run.spec.size, points_in_place(run, outcome), run.spec.model
+    sums = done.paid.log.sums if done.paid.log else PaidSums()
+    recall, recall_note = compare_after(ctx.qdrant, ctx.collection, ctx.cache, journal)
+    absent = _absent_by(journal) if resumed_after_delete else None
+    size, model, scan = ctx.spec.size, ctx.spec.model, done.scan
     return {
         "format": FORMAT,
         "run": journal.run_id,
-        "collection": run.target.collection,
-        "targets": run.targets,
-        "endpoint": public_url(run.spec.base_url),
+        "collection": ctx.collection,
+        "targets": ctx.targets,
+        "endpoint": public_url(ctx.spec.base_url),
         "started": _started(journal, sums),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "old": _old_vectors(run),
-        "new": {"size": size, "points": points, "model": model, "model_known": "stamped"},
-        "way": run.way or str(journal.fact("way") or ""),
-        "absent_seconds": round(run.absent_seconds if absent is None else absent, 3),
+        "old": _old_vectors(ctx, journal),
+        "new": {"size": size, "points": done.points, "model": model, "model_known": "stamped"},
+        "way": done.method or str(journal.fact("way") or ""),
+        "absent_seconds": round(done.absent_seconds if absent is None else absent, 3),
         "absent_known": "measured" if absent is None else "at most, by the journal's times",
         "memories": scan.memories,
-        "texts": run.cache.text_total().texts,
+        "texts": ctx.cache.text_total().texts,
         "bought": _paid(sums, model),
         "rates": [dataclasses.asdict(one) for one in sums.slots],
         "recall": recall and dataclasses.asdict(recall),
@@ -62,14 +78,14 @@ def make_report(
         "skipped": {"counts": dict(scan.skipped), "examples": scan.examples},
         "cut": scan.too_long,
         "cut_examples": scan.too_long_examples,
-        "refused": [dataclasses.asdict(one) for one in run.bought.refused],
-        "rejected": [dataclasses.asdict(one) for one in outcome.rejected],
-        "aliases_taken": run.aliases_taken,
-        "indexed": run.indexed,
-        "mended": run.mended,
-        "removed": run.removed,
+        "refused": [dataclasses.asdict(one) for one in done.paid.refused],
+        "rejected": [dataclasses.asdict(one) for one in done.outcome.rejected],
+        "aliases_taken": done.aliases_taken,
+        "indexed": done.indexed,
+        "mended": done.repaired,
+        "removed": done.removed,
         "backup": journal.fact("manifest"),
-        "undo": run.undo,
+        "undo": done.undo,
         "steps": _steps(journal),
     }
 
@@ -100,12 +116,12 @@ def _started(journal: Journal, sums: PaidSums) -> str:
     return began.isoformat(timespec="seconds")
 
 
-def _old_vectors(run: Migration) -> dict[str, Any] | None:
+def _old_vectors(ctx: Context, journal: Journal) -> dict[str, Any] | None:
     """What was replaced; `model_known` is `stamped`, `configured` or `guessed`, or empty if no model is known."""
-    settings: Mapping[str, Any] | None = journal_of(run).fact("settings")
+    settings: Mapping[str, Any] | None = journal.fact("settings")
     if not settings:
         return None
-    manifest = manifest_of(run.folder, run.journal)
+    manifest = accepted_backup(ctx, journal)
     component = manifest.collection if manifest else None
     return {
         "size": settings["config"]["params"]["vectors"].get("size", 0),

@@ -1,165 +1,168 @@
-"""The whole re-embedding, from a bought plan to a proved collection, killed anywhere and gone on with."""
+"""The re-embedding as a sequence. Killed at any point and started again, it resumes from its journal.
+
+assess and plan (`assess.assess`, before this) > embed > stage > guard and cutover > catch up > verify > report
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from lib.backup.last_migration import (
     COMMAND,
     DELETING,
-    PLACING,
     VERIFIED,
     last_migration,
     restored_since,
     spec_as_json,
 )
 from lib.backup.manifest import Manifest
-from lib.clients.qdrant.collection import CollectionState, exists, get_state, put_fan_out, set_metadata
+from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.errors import UsageProblem
-from lib.journal import start_journal
-from lib.reembed.assess import ABSENT, ADOPT, REPLACE, require_whole_graph, situation
-from lib.reembed.cutover import Callbacks, exchange, file_of, standing_staged
-from lib.reembed.embed import EmbeddingRunner, catch_up
-from lib.reembed.migration import Migration, journal_of
+from lib.journal import Journal, start_journal
+from lib.reembed.assess import (
+    ABSENT,
+    ADOPT,
+    REPLACE,
+    Assessment,
+    find_live,
+    require_protection,
+    require_whole_graph,
+)
+from lib.reembed.context import Context, mark_fresh, must_forget
+from lib.reembed.cutover import cut_over, snapshot_file
+from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached
+from lib.reembed.guard import undo_of
 from lib.reembed.quality import save_before
-from lib.reembed.recreate import Filled, fill, stamp
-from lib.reembed.report import make_report
-from lib.reembed.resume import give_up_others
-from lib.reembed.staging import drop_staged, stage, verify_points, with_room
+from lib.reembed.report import Finished, make_report
+from lib.reembed.resume import close_others
+from lib.reembed.staging import drop_staged, fill, has_staged, stage, stamp, verified_staged, verify_points
 from lib.reembed.sync import payloads_now, remove_orphans
 
-_FRESH = "fresh since"
 
+def reembed(
+    ctx: Context,
+    found: Assessment,
+    runner: EmbeddingRunner,
+    paid: EmbeddingTotals,
+    announce: Callable[[str], None],
+    write_report: Callable[[Mapping[str, Any]], list[Path]],
+) -> tuple[Finished, list[Path]]:
+    """Replace the collection by one with vectors of `ctx.spec`. Returns what was done, and the report's files.
 
-def is_fresh(run: Migration) -> bool:
-    """Whether `--fresh` was begun by an earlier start of this migration: what was bought since then counts."""
-    return run.cache.get_meta(_FRESH) == _fresh_mark(run)
-
-
-def forget_paid(run: Migration, runner: EmbeddingRunner) -> None:
-    """`--fresh`: drop the vectors of the plan's texts, so that they are bought anew, once.
-
-    The provider must answer first: with a refused key nothing that was paid for is thrown away.
+    `announce` gets the commands that undo a delete, right before it. Raises GuardRefused if no verified backup
+    protects the collection: before anything is paid for, and again before the delete.
     """
-    run.bought.pay(runner.client.embed(["hello"]).tokens)
-    run.cache.forget_planned()
-    run.cache.set_meta(_FRESH, _fresh_mark(run))
-    run.fresh = False
+    manifest = require_protection(ctx, found.journal, found.live)
+    _embed(ctx, runner, paid)
+    journal = _begin(ctx, found.journal, manifest)
+    undo = journal.undo or undo_of(_undo_set(ctx, manifest))
+    resumed_after_delete = journal.has_reached(DELETING)
+
+    _stage(ctx, journal, found, runner, paid)
+    cutover = cut_over(ctx, journal, found, manifest, announce)
+    first = fill(ctx, journal)
+
+    scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+    last = fill(ctx, journal)
+    # If the collection was replaced, AutoMem may have removed a deleted memory's point from the old one only.
+    replaced = cutover.absent_since is not None
+    removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection)) if replaced else 0
+
+    repaired = verify_points(ctx, ctx.collection, last.outcome, own=False)
+    _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
+
+    done = Finished(
+        scan=scan,
+        outcome=last.outcome,
+        points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
+        paid=paid,
+        method=cutover.method,
+        absent_seconds=cutover.absent_seconds(first.complete_at),
+        aliases_taken=last.aliases_taken,
+        indexed=last.indexed,
+        repaired=repaired,
+        removed=removed,
+        undo=journal.undo or undo,
+    )
+    files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
+    # A run that is killed before this writes its report again.
+    if paid.log:
+        paid.log.settle(journal.run_id)
+    journal.close("done")
+    return done, files
 
 
-def _fresh_mark(run: Migration) -> str:
-    spec = spec_as_json(run.spec)
-    return f"{spec['endpoint']} {spec['model']} {spec['size']}"
-
-
-def begin(run: Migration, first: Manifest | None, callbacks: Callbacks) -> None:
-    """Open the journal, or go on with it; runs of other settings are given up. `first` protected the plan."""
-    give_up_others(run.folder, run.targets, run.spec, run.target.qdrant)
-    if run.journal is None:
-        facts = {"spec": spec_as_json(run.spec), "manifest": first.name if first else None}
-        facts["again"] = run.again
-        run.journal = start_journal(run.folder, COMMAND, run.targets, **facts)
-    run.undo = run.journal.undo or callbacks.undo_of(_undo_set(run, first))
-
-
-def _undo_set(run: Migration, first: Manifest | None) -> Manifest | None:
-    """The set that brings back what was there before this run; None if the newest one is older than that.
-
-    If somebody deleted the collection, it may have been the result of a later migration than the set.
-    """
-    last = last_migration(run.folder, run.targets)
-    if first is None or first.collection is None or last is None or not last.has_reached(VERIFIED):
-        return first
-    made = (last.fact("spec") or {}).get("size")
-    gone = not exists(run.target.qdrant, run.target.collection)
-    return None if gone and first.collection.size != made and not restored_since(run.folder, last) else first
-
-
-def only_stage(run: Migration, runner: EmbeddingRunner) -> CollectionState | None:
-    """`--no-switch`: the staged collection, proved; None where the live one is this migration's result already."""
-    kind, live = situation(run)
-    if kind == ADOPT:
+def only_stage(
+    ctx: Context, found: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
+) -> CollectionState | None:
+    """Build and verify the staged collection (`--no-switch`). Returns None if the live one is the result already."""
+    _embed(ctx, runner, paid)
+    journal = _begin(ctx, found.journal, None)
+    live = find_live(ctx, journal)
+    if live.kind == ADOPT:
         return None
-    if live is None:
+    if live.state is None:
         raise UsageProblem(
-            f"there is no collection '{run.target.collection}' to stand beside: --no-switch has nothing to wait for",
+            f"there is no live collection '{ctx.collection}': --no-switch has nothing to wait for",
             next_step="python scripts/reembed_embeddings.py",
         )
-    return stage(run, runner, live)
+    return stage(ctx, journal, found, live.state, runner, paid)
 
 
-def migrate(run: Migration, runner: EmbeddingRunner, first: Manifest | None, callbacks: Callbacks) -> Filled:
-    """Stage, exchange (or adopt) the collection, catch up, prove it, clean up, report.
+def _embed(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -> None:
+    """Embed every text of the plan that has no vector in the cache; with `--fresh`, drop the earlier vectors first.
 
-    The guard is asked again right before the delete, and what it accepts then is what the journal names and
-    `voice` is told the way back to.
+    The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
     """
-    kind, live = situation(run)
-    went_on_after_delete = run.reached(DELETING)
-    if kind == REPLACE and live is not None and not run.in_place:
-        stage(run, runner, live)
-    elif kind != ABSENT or standing_staged(run) is None:
-        scan = catch_up(runner, run.graph, run.cache, run.bar, run.bought, payloads_now(run))
-        if kind == REPLACE:
-            require_whole_graph(run, scan.own_text)
-    if kind == REPLACE:
-        save_before(run.target.qdrant, run.target.collection, run.cache, journal_of(run))
-    began = exchange(run, first, callbacks)
-    filled = _fill(run)
-    if began is not None and not run.absent_seconds:
-        run.absent_seconds = filled.whole_at - began
-    scan = catch_up(runner, run.graph, run.cache, run.bar, run.bought, payloads_now(run))
-    run.odd = scan.odd
-    late = _fill(run)
-    late.outcome.added += filled.outcome.added
-    if (
-        began is not None
-    ):  # a memory that went after the last sync took no point of the new collection with it
-        run.removed = remove_orphans(run, get_state(run.target.qdrant, run.target.collection))
-    rejected = [one.id for one in late.outcome.rejected]
-    run.mended = verify_points(run, run.target.collection, rejected, own=False)
-    _tidy(run, late)
-    run.report = callbacks.report(
-        make_report(run, scan, late.outcome, went_on_after_delete=went_on_after_delete)
-    )
-    _end(run)
-    return late
+    if must_forget(ctx):
+        paid.pay(runner.client.embed(["hello"]).tokens)
+        ctx.cache.forget_planned()
+        mark_fresh(ctx)
+    embed_uncached(runner, ctx.cache, ctx.bar, paid)
 
 
-def _fill(run: Migration) -> Filled:
-    return with_room(run, partial(_filled, run))
+def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> Journal:
+    """Close the runs with other settings; return this run's journal, a new one if none is resumed."""
+    close_others(ctx)
+    if journal:
+        return journal
+    facts = {"spec": spec_as_json(ctx.spec), "manifest": manifest.name if manifest else None}
+    return start_journal(ctx.folder, COMMAND, ctx.targets, **facts, again=ctx.again)
 
 
-def _filled(run: Migration) -> Filled:
-    filled = fill(
-        run.target,
-        run.cache,
-        run.cache.memory_count(),
-        run.bar,
-        journal_of(run).fact("aliases") or [],
-        whole=run.reached(DELETING) or run.reached(PLACING),
-        copied_from=standing_staged(run),
-    )
-    settings = journal_of(run).fact("settings")
-    if settings:
-        put_fan_out(run.target.qdrant, run.target.collection, settings["config"])
-    run.aliases_taken, run.indexed = filled.aliases_taken, filled.indexed
-    return filled
+def _undo_set(ctx: Context, manifest: Manifest | None) -> Manifest | None:
+    """Return the backup set that undoes this run; None if somebody deleted the result of a later migration than it."""
+    last = last_migration(ctx.folder, ctx.targets)
+    if manifest is None or manifest.collection is None or last is None or not last.has_reached(VERIFIED):
+        return manifest
+    if exists(ctx.qdrant, ctx.collection) or restored_since(ctx.folder, last):
+        return manifest
+    return manifest if manifest.collection.size == (last.fact("spec") or {}).get("size") else None
 
 
-def _tidy(run: Migration, filled: Filled) -> None:
-    """Stamp, note, and remove what was staged: the snapshot's files first, then the collection."""
-    journal, stamped = journal_of(run), stamp(run.spec)
-    set_metadata(run.target.qdrant, run.target.collection, stamped)
-    run.cache.set_meta(_FRESH, "")
-    journal.append(VERIFIED, points=filled.outcome.added, stamp=stamped)
-    if run.has_staged:
-        drop_staged(run)
-        file_of(run).unlink(missing_ok=True)
+def _stage(
+    ctx: Context, journal: Journal, found: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
+) -> None:
+    """Build the staged collection, or with `--in-place` only catch up. Then search the old collection, to compare."""
+    live = find_live(ctx, journal)
+    if live.kind == REPLACE and live.state is not None and not found.in_place:
+        stage(ctx, journal, found, live.state, runner, paid)
+    elif live.kind != ABSENT or verified_staged(ctx, journal) is None:
+        scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+        if live.kind == REPLACE:
+            require_whole_graph(ctx, found, scan.own_text)
+    if live.kind == REPLACE:
+        save_before(ctx.qdrant, ctx.collection, ctx.cache, journal)
 
 
-def _end(run: Migration) -> None:
-    """The report is written; a run killed before its journal is closed writes it again."""
-    if run.bought.log:
-        run.bought.log.settle(journal_of(run).run_id)
-    journal_of(run).close("done")
+def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
+    """Record the model in the collection and the journal; remove what was staged."""
+    stamped = stamp(ctx.spec)
+    set_metadata(ctx.qdrant, ctx.collection, stamped)
+    mark_fresh(ctx, done=True)
+    journal.append(VERIFIED, points=added, stamp=stamped)
+    if has_staged(ctx, journal):
+        drop_staged(ctx, journal)
+        snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)

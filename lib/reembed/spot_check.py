@@ -20,8 +20,8 @@ from lib.clients.qdrant.collection import CollectionState, create_default, creat
 from lib.clients.qdrant.points import exact_search, retrieve
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.journal import Journal, open_journals, start_journal
-from lib.reembed.embed import EmbeddingRunner, embed_texts
-from lib.reembed.migration import Migration
+from lib.reembed.context import Context
+from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts
 from lib.reembed.quality import NEIGHBOURS, mean_overlap
 from lib.reembed.sync import SyncOutcome, sync_collection
 
@@ -54,29 +54,29 @@ class SpotCheck:
 
 
 def spot_check(
-    run: Migration, runner: EmbeddingRunner, live: CollectionState | None, count: int
+    ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, live: CollectionState | None, count: int
 ) -> SpotCheck:
     """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it."""
-    qdrant, rows = run.target.qdrant, spread(run.cache, count)
-    _embed(run, runner, rows)
-    journal = start_journal(run.folder, COMMAND, run.targets, spec=spec_as_json(run.spec))
-    side = f"{run.target.collection}__check_{journal.run_id}"
+    qdrant, rows = ctx.qdrant, spread(ctx.cache, count)
+    _embed(ctx, runner, paid, rows)
+    journal = start_journal(ctx.folder, COMMAND, ctx.targets, spec=spec_as_json(ctx.spec))
+    side = f"{ctx.collection}__check_{journal.run_id}"
     journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(qdrant, 'DELETE', side)}")
     try:
-        _make(qdrant, side, live, run.spec.size)
-        with plan_of(run.cache, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
+        _make(qdrant, side, live, ctx.spec.size)
+        with plan_of(ctx.cache, rows, journal) as plan, ctx.bar("upsert", len(rows), "points") as progress:
             outcome = sync_collection(qdrant, side, plan, progress=progress)
-        compared = compare(qdrant, run.cache, live.name, side, rows) if live else None
+        compared = compare(qdrant, ctx.cache, live.name, side, rows) if live else None
     finally:
-        _remove(qdrant, run.cache, journal)
+        _remove(qdrant, ctx.cache, journal)
     return SpotCheck(len(rows), outcome, compared)
 
 
-def clear_up(run: Migration) -> None:
+def clear_up(ctx: Context) -> None:
     """Remove what killed checks of the same stores left."""
-    for journal in open_journals(run.folder):
-        if journal.command == COMMAND and journal.targets == run.targets:
-            _remove(run.target.qdrant, run.cache, journal)
+    for journal in open_journals(ctx.folder):
+        if journal.command == COMMAND and journal.targets == ctx.targets:
+            _remove(ctx.qdrant, ctx.cache, journal)
 
 
 def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
@@ -106,13 +106,13 @@ def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
     return [row for number, row in enumerate(cache.memories()) if number in wanted]
 
 
-def _embed(run: Migration, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
-    known = run.cache.known(row.key for row in rows)
+def _embed(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, rows: Sequence[MemoryRow]) -> None:
+    known = ctx.cache.known(row.key for row in rows)
     missing = {row.key: row for row in reversed(rows) if row.key not in known}
     total = Missing(len(missing), sum(row.tokens for row in missing.values()))
-    runner.require_affordable(total.tokens, run.bought)
+    runner.require_affordable(total.tokens, paid)
     texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
-    embed_texts(runner, run.cache, texts, total, run.bar, run.bought)
+    embed_texts(runner, ctx.cache, texts, total, ctx.bar, paid)
 
 
 def _make(qdrant: Qdrant, side: str, live: CollectionState | None, size: int) -> None:

@@ -1,193 +1,205 @@
-"""Build the new collection beside the live one, and verify the points of either."""
+"""Build the new collection while the live one serves, fill either of them, and verify the points of either."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, TypeVar
 
+from lib.backup.collection import STAMP_KEY
 from lib.backup.collection_restore import drop_temporary
-from lib.backup.existing_points import existing_points, orphan_ids, pages
-from lib.backup.last_migration import DELETING, READ, STAGED, STAGING, TIDYING
+from lib.backup.existing_points import existing_points, pages
+from lib.backup.last_migration import DELETING, PLACING, READ, STAGED, STAGING, TIDYING
 from lib.backup.payloads import PointId
 from lib.clients.qdrant.collection import (
     CollectionState,
     aliases_of,
     create_like,
     exists,
+    free_aliases,
     get_state,
     health,
+    put_aliases,
+    put_fan_out,
     put_indexes,
     same_settings,
     wait_green,
 )
-from lib.clients.qdrant.points import delete_points
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
+from lib.dimensions import EmbeddingSpec
 from lib.errors import StoreFailed, VerificationFailed, listed
-from lib.reembed.assess import journaled_settings, require_whole_graph
-from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, catch_up
-from lib.reembed.migration import Migration, journal_of
+from lib.journal import Journal
+from lib.reembed.assess import Assessment, journaled_settings, require_whole_graph
+from lib.reembed.context import Context
+from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, EmbeddingTotals, catch_up
 from lib.reembed.plan import memories_now
-from lib.reembed.recreate import INDEX_SECONDS, made_anew, save_live, stamp
-from lib.reembed.resume import refuse_stranger_staged
-from lib.reembed.sync import SyncOutcome, payloads_now, sync_collection
+from lib.reembed.resume import refuse_foreign_staged
+from lib.reembed.sync import (
+    SyncOutcome,
+    payloads_now,
+    save_payloads,
+    sync_collection,
+    unplanned_ids,
+    was_recreated,
+)
 from lib.verify.vectors import repair_vectors
 
+INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256
-
-
-def verify_points(run: Migration, collection: str, rejected: Iterable[PointId], *, own: bool) -> int:
-    """Every planned id is there, every vector equals the embedding cache's; how many vectors had to be renewed.
-
-    `rejected`: rows that the server does not take. `own`: nobody else writes to the collection, so that no other id
-    may be there, and each vector is the plan's. What the old service wrote to a live one is renewed, and compared
-    again. Raises VerificationFailed.
-    """
-    missing, orphans = _ids(run, collection, set(rejected))
-    if not own:  # with its memory the running AutoMem removes the point
-        missing = sorted(memories_now(run.graph.conn, run.graph.graph, [missing]), key=str)
-    if missing or (own and orphans):
-        one, what = (missing, "missing") if missing else (orphans, "not in the plan")
-        some = listed(one[:_EXAMPLES])
-        raise VerificationFailed(
-            f"{len(one)} point(s) of '{collection}' are {what}, such as {some}",
-            next_step="python scripts/reembed_embeddings.py   (goes on from the embedding cache)",
-        )
-    qdrant, cache, spec = run.target.qdrant, run.cache, run.spec
-    mended = repair_vectors(qdrant, collection, cache, spec, run.bar, planned=own)
-    if mended and repair_vectors(qdrant, collection, cache, spec, run.bar, planned=own):
-        raise VerificationFailed(
-            f"points of '{collection}' keep changing to other vectors: something else writes to it",
-            next_step="stop AutoMem, then python scripts/reembed_embeddings.py   (goes on from the embedding cache)",
-        )
-    return mended
-
-
-def _ids(run: Migration, collection: str, rejected: set[PointId]) -> tuple[list[PointId], list[PointId]]:
-    """Planned ids with a vector that are not there; ids there that no plan has."""
-    missing: list[PointId] = []
-    with existing_points(run.target.qdrant, collection, payload=False) as existing:
-        for rows in pages(run.cache.memories(), _PAGE):
-            known = run.cache.known([row.key for row in rows])
-            wanted = [row.point_id for row in rows if row.key in known and row.point_id not in rejected]
-            there = existing.payloads(wanted)
-            missing += [one for one in wanted if one not in there]
-        orphans = list(orphan_ids(existing, lambda ids: set(run.cache.memories_of(ids))))
-    return missing, orphans
-
-
+_RESUME = "python scripts/reembed_embeddings.py   (resumes from the embedding cache)"
 T = TypeVar("T")
 
-_FEW_POINTS = 1000  # fewer say nothing of the rate
+
+def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
+    """Return the metadata that records a collection's model; servers before 1.16 ignore it."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now}}
 
 
-def stage(run: Migration, runner: EmbeddingRunner, live: CollectionState) -> CollectionState:
-    """Make the staged collection, or go on with it, and prove it; the live one, which is `live`, is only read.
+def stage(
+    ctx: Context,
+    journal: Journal,
+    found: Assessment,
+    live: CollectionState,
+    runner: EmbeddingRunner,
+    paid: EmbeddingTotals,
+) -> CollectionState:
+    """Create or resume the staged collection, fill and verify it. The `live` one is only read.
 
-    Catching up and syncing repeat until a round buys fewer than 100 contents. Raises StoreFailed where the server's
-    disk is full (the staged collection is removed again), MissingData where the graph lost memories meanwhile.
+    Catching up and filling repeat until a round embeds fewer than 100 texts. Raises StoreFailed if the server's disk
+    is full (the staged collection is dropped), MissingData if the graph lost memories meanwhile.
     """
-    journal = journal_of(run)
-    with room_kept(run):
-        _begin(run, live)
+    with staged_dropped_if_full(ctx, journal, found.room):
+        _create_staged(ctx, journal, live)
         for _ in range(MOST_ROUNDS):
-            before = run.bought.texts
-            scan = catch_up(runner, run.graph, run.cache, run.bar, run.bought, payloads_now(run))
-            require_whole_graph(run, scan.own_text)
-            count = save_live(run.target, run.cache, journal, run.bar, live.points)
+            before = paid.texts
+            scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+            require_whole_graph(ctx, found, scan.own_text)
+            count = save_payloads(ctx, journal, live.points)
             journal.append(READ, kept=count)
-            outcome = _sync(run)
-            if run.bought.texts - before < FEW_CONTENTS:
+            outcome = _fill_staged(ctx)
+            if paid.texts - before < FEW_CONTENTS:
                 break
-        verify_points(run, run.staged, [one.id for one in outcome.rejected], own=True)
-        state = get_state(run.target.qdrant, run.staged)
-    rate = {"upsert_rate": run.upsert_rate} if run.upsert_rate else {}
-    journal.append(STAGED, points=state.points, proved=True, **rate)
+        verify_points(ctx, ctx.staged, outcome, own=True)
+        state = get_state(ctx.qdrant, ctx.staged)
+    journal.append(STAGED, points=state.points, proved=True)
     return state
 
 
-def _begin(run: Migration, live: CollectionState) -> None:
-    """Announce and create; what an earlier start made is gone on with where the live one's settings are the same."""
-    refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)
-    qdrant, journal = run.target.qdrant, journal_of(run)
-    anew = run.reached(DELETING) or made_anew(run.cache, journal, live.points)
-    like = (journaled_settings(run) if anew else None) or live.raw
-    standing = health(qdrant, run.staged)
-    same = run.has_staged and same_settings(journal.fact("staged_like"), like)
-    if standing != "missing" and not (standing == "live" and same):
-        drop_temporary(qdrant, run.staged)
-    aliases = {*(journal.fact("aliases") or () if anew else ()), *aliases_of(qdrant, run.target.collection)}
+def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> None:
+    """Announce and create the staged collection; an earlier start's is kept if it has the same settings."""
+    refuse_foreign_staged(ctx)
+    like, aliases = settings_and_aliases(ctx, journal, live)
+    same = has_staged(ctx, journal) and same_settings(journal.fact("staged_like"), like)
+    condition = health(ctx.qdrant, ctx.staged)
+    if condition != "missing" and not (condition == "live" and same):
+        drop_temporary(ctx.qdrant, ctx.staged)
     journal.append(
         STAGING,
-        staged_collection=run.staged,
+        staged_collection=ctx.staged,
         staged_like=like,
-        aliases=sorted(aliases),
+        aliases=aliases,
         snapshot=None,
         proved=False,
     )
-    if not exists(qdrant, run.staged):
-        create_like(qdrant, run.staged, like, run.spec.size, metadata=stamp(run.spec))
+    if exists(ctx.qdrant, ctx.staged):
+        put_indexes(ctx.qdrant, ctx.staged, like.get("payload_schema") or {})
     else:
-        put_indexes(qdrant, run.staged, like.get("payload_schema") or {})
+        create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, metadata=stamp(ctx.spec))
 
 
-def require_same_settings(run: Migration) -> None:
-    """Raise StoreFailed where the live collection's settings changed since the staged one was made like it.
+def settings_and_aliases(
+    ctx: Context, journal: Journal, live: CollectionState
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what the new collection inherits: the live one's settings (raw info) and aliases.
 
-    Unless somebody made the live one anew: the settings of the old one count then.
+    If the live one was recreated: the settings of the old one, and the aliases of both.
     """
-    journal, live = journal_of(run), get_state(run.target.qdrant, run.target.collection)
-    if run.reached(DELETING) or made_anew(run.cache, journal, live.points):
-        return
-    if not same_settings(journal.fact("staged_like"), live.raw):
-        raise StoreFailed(
-            f"the settings of '{live.name}' changed while '{run.staged}' was made like it: nothing is replaced",
-            next_step="run the same command again: it stages anew, and nothing is bought twice",
-        )
+    aliases = aliases_of(ctx.qdrant, ctx.collection)
+    if not was_recreated(ctx, journal, live.points):
+        return live.raw, sorted(aliases)
+    return journaled_settings(journal) or live.raw, sorted({*aliases, *(journal.fact("aliases") or [])})
 
 
-def _sync(run: Migration) -> SyncOutcome:
-    """Nobody else writes to the staged collection: what the plan does not have leaves it."""
-    qdrant, began = run.target.qdrant, time.monotonic()
-    with run.bar("stage", run.cache.memory_count(), "points") as progress:
+def _fill_staged(ctx: Context) -> SyncOutcome:
+    """Sync the staged collection with the plan; nobody else writes to it."""
+    with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
         outcome = sync_collection(
-            qdrant, run.staged, run.cache, whole=True, copied_from=run.staged, progress=progress
+            ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
         )
-    if outcome.added >= _FEW_POINTS:
-        run.upsert_rate = outcome.added / (time.monotonic() - began)
-    with existing_points(qdrant, run.staged, payload=False) as existing:
-        delete_points(
-            qdrant, run.staged, list(orphan_ids(existing, lambda ids: set(run.cache.memories_of(ids))))
-        )
-    if outcome.wrote or not get_state(qdrant, run.staged).optimized:
-        with run.bar("wait for the index", None, ""):
-            run.indexed = wait_green(qdrant, run.staged, INDEX_SECONDS).optimized
+    _wait_for_index(ctx, ctx.staged, outcome)
     return outcome
 
 
+def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome) -> bool:
+    """Wait up to an hour until the index is built. Returns whether it is."""
+    state = get_state(ctx.qdrant, collection)
+    if outcome.wrote or not state.optimized:
+        with ctx.bar("wait for the index", None, ""):
+            state = wait_green(ctx.qdrant, collection, INDEX_SECONDS)
+    return state.optimized
+
+
+def has_staged(ctx: Context, journal: Journal) -> bool:
+    """Return whether the staged collection, if one exists, was made by this run."""
+    return bool(journal.fact("staged_collection") == ctx.staged)
+
+
+def verified_staged(ctx: Context, journal: Journal) -> str | None:
+    """Return the staged collection's name if it exists, was made by this run and is verified."""
+    if not (has_staged(ctx, journal) and journal.has_reached(STAGED) and journal.fact("proved")):
+        return None
+    return ctx.staged if health(ctx.qdrant, ctx.staged) == "live" else None
+
+
+def require_same_settings(ctx: Context, journal: Journal) -> None:
+    """Raise StoreFailed if the live collection's settings changed since the staged one was created.
+
+    If the live one was recreated, the settings of the old one count.
+    """
+    live = get_state(ctx.qdrant, ctx.collection)
+    if was_recreated(ctx, journal, live.points) or same_settings(journal.fact("staged_like"), live.raw):
+        return
+    raise StoreFailed(
+        f"the settings of '{live.name}' changed after '{ctx.staged}' was created with them: nothing is replaced",
+        next_step="run the same command again: it stages the collection again, and nothing is paid for twice",
+    )
+
+
+def drop_staged(ctx: Context, journal: Journal) -> None:
+    """Delete the staged collection of this run, its snapshot files first."""
+    journal.append(TIDYING, snapshot=None, proved=False)
+    drop_temporary(ctx.qdrant, ctx.staged)
+
+
 @contextmanager
-def room_kept(run: Migration) -> Iterator[None]:
-    """A disk that fills before the delete: the staged collection goes again, the live one is untouched."""
+def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterator[None]:
+    """If the server's disk fills before the delete, drop the staged collection; the live one is unchanged.
+
+    `room`: bytes that are needed. Raises StoreFailed then.
+    """
     try:
         yield
     except QdrantError as error:
         if not is_disk_full(error):
             raise
-        drop_staged(run)
-        room = run.room / 2**20
+        drop_staged(ctx, journal)
         raise StoreFailed(
-            f"the Qdrant server's disk is full: {error.text}\n'{run.target.collection}' is untouched,"
-            f" '{run.staged}' was removed again; about {room:,.0f} MiB are needed beside the live collection",
-            next_step="make room on the server, then run the same command again (nothing is bought twice), or\n"
-            "python scripts/reembed_embeddings.py --in-place   (needs less: the old collection goes first)",
+            f"the Qdrant server's disk is full: {error.text}\n'{ctx.collection}' is unchanged,"
+            f" '{ctx.staged}' was removed again; about {room / 2**20:,.0f} MiB are needed in addition to the live"
+            " collection",
+            next_step="make room on the server, then run the same command again (nothing is paid for twice), or\n"
+            "python scripts/reembed_embeddings.py --in-place   (needs less: the old collection is deleted first)",
         ) from error
 
 
-def with_room(run: Migration, work: Callable[[], T]) -> T:
-    """What `work` gives, after the delete; on a full disk the staged collection makes room: the cache has all of it.
+def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
+    """Return the result of `work`. On a full disk, after the delete, drop the staged collection and repeat it.
 
-    Raises StoreFailed where that is not enough.
+    Raises StoreFailed if that does not make enough room. The cache has every vector of the staged collection.
     """
     while True:
         try:
@@ -195,17 +207,89 @@ def with_room(run: Migration, work: Callable[[], T]) -> T:
         except QdrantError as error:
             if not is_disk_full(error):
                 raise
-            if not run.has_staged or health(run.target.qdrant, run.staged) == "missing":
+            if not has_staged(ctx, journal) or health(ctx.qdrant, ctx.staged) == "missing":
                 raise StoreFailed(
-                    f"the Qdrant server's disk is full: {error.text}\n'{run.target.collection}' is at the new size"
-                    " already, but not whole; the embedding cache holds every vector that was bought",
-                    next_step="make room on the server (1.11 must be restarted then, to forget that its disk was full)"
-                    " and run the same command again: it goes on from the embedding cache",
+                    f"the Qdrant server's disk is full: {error.text}\n'{ctx.collection}' has the new size"
+                    " already, but is not complete; the embedding cache holds every vector that was paid for",
+                    next_step="make room on the server (1.11 must then be restarted to notice it) and run the same"
+                    " command again: it resumes from the embedding cache",
                 ) from error
-        drop_staged(run)
+        drop_staged(ctx, journal)
 
 
-def drop_staged(run: Migration) -> None:
-    """Delete the staged collection of this run, its snapshot files first."""
-    journal_of(run).append(TIDYING, snapshot=None, proved=False)
-    drop_temporary(run.target.qdrant, run.staged)
+@dataclass(frozen=True)
+class Filled:
+    """What filling the collection did; aliases that another collection has taken; whether the index is built.
+
+    `complete_at`: monotonic time at which the last point was written.
+    """
+
+    outcome: SyncOutcome
+    aliases_taken: list[str]
+    indexed: bool
+    complete_at: float
+
+
+def fill(ctx: Context, journal: Journal) -> Filled:
+    """Write every missing or changed point of the plan, restore the aliases, wait for the index."""
+    return with_room(ctx, journal, lambda: _fill(ctx, journal))
+
+
+def _fill(ctx: Context, journal: Journal) -> Filled:
+    qdrant, name = ctx.qdrant, ctx.collection
+    with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
+        outcome = sync_collection(
+            qdrant,
+            name,
+            ctx.cache,
+            whole=journal.has_reached(DELETING) or journal.has_reached(PLACING),
+            copied_from=verified_staged(ctx, journal),
+            progress=progress,
+        )
+    complete_at = time.monotonic()
+    aliases = journal.fact("aliases") or []
+    free = free_aliases(qdrant, name, aliases)
+    put_aliases(qdrant, name, free)
+    indexed = _wait_for_index(ctx, name, outcome)
+    if settings := journal.fact("settings"):
+        put_fan_out(qdrant, name, settings["config"])
+    return Filled(outcome, sorted(set(aliases) - set(free)), indexed, complete_at)
+
+
+def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, own: bool) -> int:
+    """Verify that every planned id exists and every vector equals the cache's. Returns how many vectors it repaired.
+
+    Ids that the `outcome` of filling rejected are left out. `own`: nobody else writes to the collection, so no other
+    id may exist, and each vector must be the plan's. In a live one, vectors that AutoMem wrote with the old model are
+    repaired and compared again. Raises VerificationFailed.
+    """
+    missing, orphans = _different_ids(ctx, collection, {one.id for one in outcome.rejected})
+    if not own:  # AutoMem removes a point with its memory
+        missing = sorted(memories_now(ctx.graph.conn, ctx.graph.graph, [missing]), key=str)
+    if missing or (own and orphans):
+        wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
+        raise VerificationFailed(
+            f"{len(wrong)} point(s) of '{collection}' are {what}, such as {listed(wrong[:_EXAMPLES])}",
+            next_step=_RESUME,
+        )
+    repaired = repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=own)
+    if repaired and repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=own):
+        raise VerificationFailed(
+            f"vectors of '{collection}' keep changing: something else writes to it",
+            next_step=f"stop AutoMem, then {_RESUME}",
+        )
+    return repaired
+
+
+def _different_ids(
+    ctx: Context, collection: str, rejected: set[PointId]
+) -> tuple[list[PointId], list[PointId]]:
+    """Return the planned ids with a vector that do not exist, and the existing ids that are not planned."""
+    missing: list[PointId] = []
+    with existing_points(ctx.qdrant, collection, payload=False) as existing:
+        for rows in pages(ctx.cache.memories(), _PAGE):
+            known = ctx.cache.known([row.key for row in rows])
+            wanted = [row.point_id for row in rows if row.key in known and row.point_id not in rejected]
+            found = existing.payloads(wanted)
+            missing += [one for one in wanted if one not in found]
+        return missing, list(unplanned_ids(ctx.cache, existing))

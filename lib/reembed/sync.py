@@ -1,18 +1,17 @@
-"""Bring the points of a collection level: add, renew, save, remove orphans. Nothing is paid for."""
+"""Bring the points of a collection to the plan: add, update, save payloads, remove orphans. Nothing is paid for."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, pages
-from lib.backup.last_migration import DELETING
+from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids, pages
+from lib.backup.last_migration import DELETING, KEPT, READ
 from lib.backup.payloads import PointId, identical, merged_payload, own_payload, standing_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.qdrant.collection import CollectionState
@@ -28,13 +27,41 @@ from lib.clients.qdrant.points import (
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress, bounded_map
 from lib.errors import GuardRefused, MissingData
-from lib.reembed.guard import Wanted, fitting_backup
-from lib.reembed.migration import Migration
+from lib.journal import Journal
+from lib.reembed.context import Context, reached
+from lib.reembed.guard import GuardedCollection, find_backup
 from lib.reembed.plan import Payloads, memories_now, only_live_ids, usually_spelled
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+_BATCH = 256
+_CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
+_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
+
+
+def was_recreated(ctx: Context, journal: Journal, points: int) -> bool:
+    """Return whether the collection, which has `points`, is no longer the one that this run found.
+
+    This run has deleted that one, or most of its points have disappeared since their payloads were read.
+    """
+    shrunk = journal.has_reached(READ) and 2 * points < ctx.cache.saved_count()
+    return journal.has_reached(DELETING) or shrunk
+
+
+def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
+    """Save the payloads of the collection's `points` in the cache, fsynced. Returns how many were read.
+
+    The first reading of a migration drops those of earlier ones. If the collection was recreated, its payloads are
+    merged into the saved ones, which are all that is left of the old points.
+    """
+    recreated = was_recreated(ctx, journal, points)
+    if not (recreated or journal.has_reached(READ) or journal.has_reached(KEPT)):
+        ctx.cache.clear_saved()
+    count = 0
+    with ctx.bar("save payloads", points, "points") as progress:
+        for page in scroll(ctx.qdrant, ctx.collection, payload=True):
+            ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [_row(point) for point in page])
+            count += len(page)
+            progress(len(page))
+    return count
 
 
 def _row(point: Point) -> SavedPoint:
@@ -42,109 +69,77 @@ def _row(point: Point) -> SavedPoint:
     return SavedPoint(point.id, orjson.dumps(point.payload or {}), vector)
 
 
-def save_payloads(
-    qdrant: Qdrant,
-    collection: str,
-    cache: EmbeddingCache,
-    *,
-    first: bool = True,
-    add: bool = False,
-    progress: Progress | None = None,
-) -> int:
-    """Keep every live point's payload (fsynced); the `first` reading of a migration forgets those of earlier ones.
-
-    With `add` it is laid over what was kept: for a run that goes on after the delete. What stands there then was
-    made anew, what was kept before the delete is all that is left of the old points, and no key that only they held
-    is lost.
-    """
-    if first and not add:
-        cache.clear_saved()
-    count = 0
-    for page in scroll(qdrant, collection, payload=True):
-        cache.save_points(_laid_over(page, cache) if add else [_row(point) for point in page])
-        count += len(page)
-        if progress:
-            progress(len(page))
-    return count
-
-
-def _laid_over(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
-    """The points with what was kept of them before, where they lack it."""
-    rows = cache.saved_points([point.id for point in points])
-    before = {one: orjson.loads(row.payload) for one, row in rows.items()}
-    laid = []
+def _merged(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
+    """Add to each point's payload the saved keys that it lacks."""
+    saved = _saved_payloads(cache, [point.id for point in points])
+    rows = []
     for point in points:
-        payload = standing_payload(point.payload or {}, before.get(point.id), whole=True)
-        laid.append(_row(replace(point, payload=dict(payload or {}))))
-    return laid
+        payload = standing_payload(point.payload or {}, saved.get(point.id), whole=True)
+        rows.append(_row(replace(point, payload=dict(payload or {}))))
+    return rows
 
 
-def payloads_now(run: Migration) -> Payloads:
-    """Look payloads up by id: the live points', and once this run has deleted the collection those that it kept."""
+def _saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
+
+
+def payloads_now(ctx: Context, journal: Journal | None) -> Payloads:
+    """Return a function from ids to payloads: the live points', after the delete also the saved ones."""
 
     def look_up(ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-        found: dict[PointId, dict[str, Any]] = {}
-        if run.reached(DELETING):
-            found = {one: orjson.loads(row.payload) for one, row in run.cache.saved_points(ids).items()}
-        with suppress(QdrantError):  # missing, or being restored
-            live = retrieve(run.target.qdrant, run.target.collection, ids, payload=True)
+        found = _saved_payloads(ctx.cache, ids) if reached(journal, DELETING) else {}
+        with contextlib.suppress(QdrantError):  # missing, or being restored
+            live = retrieve(ctx.qdrant, ctx.collection, ids, payload=True)
             found |= {point.id: point.payload for point in live if point.payload}
         return found
 
     return look_up
 
 
-def save_whole(points: list[Point], cache: EmbeddingCache) -> None:
-    """Keep these points, vectors and all, before they are removed as surplus."""
-    cache.save_points([_row(point) for point in points])
+def remove_orphans(ctx: Context, state: CollectionState) -> int:
+    """Remove the points that have no memory in the graph. Returns how many.
 
-
-_SHARE = 0.01
-
-
-def remove_orphans(run: Migration, state: CollectionState) -> int:
-    """Remove points that no memory has: asked by id after the point was read; how many went.
-
-    Raises MissingData for an empty graph, GuardRefused where more than 1% would go without a proved backup.
+    The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
+    empty graph, GuardRefused if more than 1% would be removed without a verified backup.
     """
-    with only_live_ids(run.target.qdrant, state.name, run.cache, run.graph) as orphans:
+    with only_live_ids(ctx.qdrant, state.name, ctx.cache, ctx.graph) as orphans:
         if not len(orphans):
             return 0
-        if run.cache.memory_count() == 0:
+        if ctx.cache.memory_count() == 0:
             raise MissingData(
-                f"graph '{run.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
+                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
                 next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
             )
-        if len(orphans) > _SHARE * state.points:
-            with existing_points(run.target.qdrant, state.name, payload=False) as live:
-                found = fitting_backup(run.folder, Wanted(run.target.qdrant.display, state, live, orphans))
-            if isinstance(found, str):
-                raise GuardRefused(
-                    f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
-                    f" so many are not removed without a proved backup: {found}",
-                    next_step=f"python scripts/backup_automem.py\n{run.again}",
-                )
-        there = memories_now(run.graph.conn, run.graph.graph, orphans.ids())
-        return sum(_remove_page(run, state.name, page, there) for page in orphans.ids())
+        if len(orphans) > _ORPHAN_SHARE * state.points:
+            _require_backup_of(ctx, state, orphans)
+        existing = memories_now(ctx.graph.conn, ctx.graph.graph, orphans.ids())
+        return sum(_remove_page(ctx, state.name, page, existing) for page in orphans.ids())
 
 
-def _remove_page(run: Migration, collection: str, ids: list[PointId], known: set[PointId]) -> int:
-    """Remove the points of `ids` but those of `known` memories, and of memories that were stored since."""
-    points = retrieve(run.target.qdrant, collection, ids, payload=True, vector=True)
-    there = known | usually_spelled(run.graph.conn, run.graph.graph, ids)
-    gone = [point for point in points if point.id not in there]
-    save_whole(gone, run.cache)
-    delete_points(run.target.qdrant, collection, [point.id for point in gone])
-    return len(gone)
+def _require_backup_of(ctx: Context, state: CollectionState, orphans: TemporaryIdTable) -> None:
+    with existing_points(ctx.qdrant, state.name, payload=False) as live:
+        found = find_backup(ctx.folder, GuardedCollection(ctx.qdrant.display, state, live, orphans))
+    if isinstance(found, str):
+        raise GuardRefused(
+            f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+            f" so many are not removed without a verified backup: {found}",
+            next_step=f"python scripts/backup_automem.py\n{ctx.again}",
+        )
 
 
-_BATCH = 256
-_LANES = 4  # connections at once: a third more points a second than over one; more bring nothing
+def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: set[PointId]) -> int:
+    """Remove the points of `ids` except those of `memories` and of memories that were stored since."""
+    points = retrieve(ctx.qdrant, collection, ids, payload=True, vector=True)
+    memories = memories | usually_spelled(ctx.graph.conn, ctx.graph.graph, ids)
+    orphans = [point for point in points if point.id not in memories]
+    ctx.cache.save_points([_row(point) for point in orphans])
+    delete_points(ctx.qdrant, collection, [point.id for point in orphans])
+    return len(orphans)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A memory whose point is missing or differs; `old` is the payload that stands there, if any."""
+    """A memory whose point is missing or differs; `old` is the payload of its point, None if there is no point."""
 
     row: MemoryRow
     payload: dict[str, Any]
@@ -152,35 +147,33 @@ class Change:
 
     @property
     def needs_vector(self) -> bool:
-        """False where only the payload moved on: the vector that stands there is right.
-
-        A point without its content does not say which text its vector was made of.
-        """
+        """False if only the payload changed. The content of a point says which text its vector was made of."""
         return self.old is None or self.old.get("content") != self.row.content
 
 
-@dataclass
+@dataclass(frozen=True)
 class SyncOutcome:
-    """Points added, renewed with a vector, renewed in the payload alone; rows that the server rejects."""
+    """Points added, updated with their vector, updated in the payload only; rows without a vector; rejected rows."""
 
     added: int = 0
     changed: int = 0
     payloads: int = 0
     unembedded: int = 0
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: tuple[Rejected, ...] = ()
 
     @property
     def wrote(self) -> bool:
         """Whether any point was written."""
         return bool(self.added or self.changed or self.payloads)
 
-    def add(self, other: SyncOutcome) -> None:
-        """Count in what another part of the rows came to."""
-        self.added += other.added
-        self.changed += other.changed
-        self.payloads += other.payloads
-        self.unembedded += other.unembedded
-        self.rejected += other.rejected
+    def __add__(self, other: SyncOutcome) -> SyncOutcome:
+        return SyncOutcome(
+            self.added + other.added,
+            self.changed + other.changed,
+            self.payloads + other.payloads,
+            self.unembedded + other.unembedded,
+            self.rejected + other.rejected,
+        )
 
 
 def changes(
@@ -190,24 +183,22 @@ def changes(
     whole: bool = False,
     copies: TemporaryIdTable | None = None,
 ) -> Iterator[list[Change]]:
-    """What the plan wants and the collection does not have so, in batches (some may be empty).
+    """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of memories.
 
-    `whole`: see `standing_payload`. `copies`: payloads that this migration itself wrote; what a point has as they
-    have it is not its own word, and gives way to what was kept since.
+    `whole`: see `standing_payload`. `copies`: payloads that this migration wrote itself. What a point has as they
+    have it gives way to what was saved since.
     """
     for rows in pages(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
-        live, kept = existing.payloads(ids), cache.saved_points(ids)
+        live, saved = existing.payloads(ids), _saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
         found = []
         for row in rows:
             old = live.get(row.point_id)
-            known = kept.get(row.point_id)
-            before, properties = orjson.loads(known.payload) if known else None, orjson.loads(row.payload)
             own = own_payload(old, written.get(row.point_id))
-            base = standing_payload(own, before, whole=whole)
-            # The text that is embedded: the node's, or the point's own where the node has none.
-            payload = {**merged_payload(base, properties), "content": row.content}
+            base = standing_payload(own, saved.get(row.point_id), whole=whole)
+            # The text that is embedded: the node's, or the point's if the node has none.
+            payload = {**merged_payload(base, orjson.loads(row.payload)), "content": row.content}
             change = Change(row, payload, old)
             if old is None or not identical(old, payload) or change.needs_vector:
                 found.append(change)
@@ -215,7 +206,7 @@ def changes(
 
 
 def texts_to_embed(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[TextRow]:
-    """Texts that missing or changed points need and the embedding cache lacks, identical ones once."""
+    """Yield the texts, each once, that missing or changed points need and the cache lacks."""
     seen: set[bytes] = set()
     for batch in changes(cache, existing):
         wanted = [change.row for change in batch if change.needs_vector]
@@ -227,9 +218,14 @@ def texts_to_embed(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterato
 
 
 def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
-    """How many texts `texts_to_embed` would give, and their tokens."""
+    """Count the texts of `texts_to_embed`, and their tokens."""
     tokens = [row.tokens for row in texts_to_embed(cache, existing)]
     return Missing(len(tokens), sum(tokens))
+
+
+def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
+    """Yield the existing ids that the plan does not have."""
+    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
 
 
 def sync_collection(
@@ -241,58 +237,56 @@ def sync_collection(
     copied_from: str | None = None,
     progress: Progress | None = None,
 ) -> SyncOutcome:
-    """Bring `collection` to the embedding cache's plan, with the embedding cache's vectors.
+    """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
 
-    A payload starts from the live point's, else from the one kept in the cache (`whole`: see `standing_payload`),
-    overlaid by the graph's values. `copied_from`: the collection that this one was made from by this migration, or
-    itself where nobody else writes to it (see `changes`).
-    Memories whose vector is not in the embedding cache are counted in `unembedded` and left alone.
+    A payload starts from the live point's, else from the saved one (`whole`: see `standing_payload`), overlaid by the
+    graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
+    the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
+    to it: then points without a memory are removed, too.
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
         existing = tables.enter_context(existing_points(qdrant, collection))
-        copies = existing if copied_from == collection else None
-        if copied_from and copies is None:
+        copies = None
+        if copied_from == collection:
+            copies = existing
+            delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
+        elif copied_from:
             copies = tables.enter_context(existing_points(qdrant, copied_from))
         found = changes(cache, existing, whole=whole, copies=copies)
         write = functools.partial(_write, qdrant, collection)
-        for done, rows in bounded_map(write, _with_vectors(cache, found), _LANES):
-            outcome.add(done)
+        for written, rows in bounded_map(write, _with_vectors(cache, found), _CONNECTIONS):
+            outcome += written
             if progress:
                 progress(rows)
     return outcome
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What one lane writes: `vectors` (n, dims) are those of `ready`; the others' are right, or not bought yet."""
-
-    changes: list[Change]
-    ready: list[Change]
-    vectors: NDArray[np.float32] | None
+_Batch = tuple[list[Change], dict[bytes, bytes]]
 
 
 def _with_vectors(cache: EmbeddingCache, found: Iterator[list[Change]]) -> Iterator[_Batch]:
-    import numpy as np
-
     for batch in found:
-        vectors = cache.get_vectors([change.row.key for change in batch if change.needs_vector])
-        ready = [change for change in batch if change.needs_vector and change.row.key in vectors]
-        rows = [np.frombuffer(vectors[change.row.key], dtype="<f4") for change in ready]
-        yield _Batch(batch, ready, np.vstack(rows) if rows else None)
+        yield batch, cache.get_vectors([change.row.key for change in batch if change.needs_vector])
 
 
 def _write(qdrant: Qdrant, collection: str, batch: _Batch) -> tuple[SyncOutcome, int]:
-    """Write one batch; what came of it, and how many rows it had."""
-    outcome, ready = SyncOutcome(), batch.ready
-    outcome.unembedded = sum(change.needs_vector for change in batch.changes) - len(ready)
-    if batch.vectors is not None:
+    """Write one batch. Returns its outcome and how many rows it had."""
+    import numpy as np
+
+    found, vectors = batch
+    embed = [change for change in found if change.needs_vector]
+    ready = [change for change in embed if change.row.key in vectors]
+    rejected: list[Rejected] = []
+    if ready:
+        matrix = np.vstack([np.frombuffer(vectors[change.row.key], dtype="<f4") for change in ready])
         ids, payloads = [change.row.point_id for change in ready], [change.payload for change in ready]
-        outcome.rejected = upsert(qdrant, collection, ids, batch.vectors, payloads)
-        outcome.added = sum(change.old is None for change in ready)
-        outcome.changed = sum(change.old is not None for change in ready)
-    for change in batch.changes:
-        if not change.needs_vector:
-            overwrite_payload(qdrant, collection, change.row.point_id, change.payload)
-            outcome.payloads += 1
-    return outcome, len(batch.changes)
+        rejected = upsert(qdrant, collection, ids, matrix, payloads)
+    added = sum(change.old is None for change in ready)
+    only_payload = [change for change in found if not change.needs_vector]
+    for change in only_payload:
+        overwrite_payload(qdrant, collection, change.row.point_id, change.payload)
+    outcome = SyncOutcome(
+        added, len(ready) - added, len(only_payload), len(embed) - len(ready), tuple(rejected)
+    )
+    return outcome, len(found)

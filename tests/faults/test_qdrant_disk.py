@@ -52,11 +52,11 @@ def test_a_staged_migration(crowded, disk, free):
     before, was = points_of(operator), operator.state()
     leave_free(disk, free)
     first = operator.run("reembed_embeddings", expect=None)
-    if "is untouched" in first.err:
+    if "is unchanged" in first.err:
         assert operator.state() == was
         assert operator.collections() == [operator.collection]
         assert "MiB are needed beside the live collection" in first.err
-    assert free > 100 or "is untouched" in first.err
+    assert free > 100 or "is unchanged" in first.err
     go_on(operator, real, disk, (), first, before)
 
 
@@ -66,7 +66,7 @@ def test_a_migration_in_place(crowded, disk, free):
     before = points_of(operator)
     leave_free(disk, free)
     first = operator.run("reembed_embeddings", "--in-place", expect=None)
-    assert free > 100 or "not whole" in first.err
+    assert free > 100 or "not complete" in first.err
     go_on(operator, real, disk, ("--in-place",), first, before)
 
 

@@ -87,7 +87,7 @@ def test_an_old_unfinished_run_does_not_waive_the_guard(operator):
     for path in [*operator.manifests(), *(operator.backups / "qdrant").glob("*.gz")]:
         path.unlink()
     refused = operator.run("reembed_embeddings", expect=2)
-    assert "It is not touched without a proved backup" in refused.err
+    assert "It is not changed without a verified backup" in refused.err
     assert operator.call("POST", "/points/count", {"exact": True})["count"] == len(points)
 
 

@@ -1,4 +1,4 @@
-"""The re-embedding killed at every turn, and gone on with by the same command."""
+"""The re-embedding killed at every step, and resumed by the same command."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_killed_at_random_moments(rig):
         4.0,
         4.0,
         4.0,
-    ):  # the first one ends while it buys: that takes 1.3 s at the very least
+    ):  # the first one ends while it embeds: that takes 1.3 s at the very least
         deadline = time.monotonic() + rng.uniform(0.3, longest)
         kills += rig.kill_when(lambda deadline=deadline: time.monotonic() > deadline) == -signal.SIGKILL
     assert kills
@@ -115,7 +115,7 @@ def test_killed_at_random_moments(rig):
     assert rig.paid_twice() <= kills * WORKERS * BATCH
 
 
-def test_interrupted_and_gone_on_with(rig):
+def test_interrupted_and_resumed(rig):
     assert rig.kill_at("delete announced, not sent", signal.SIGINT) == 130
     assert rig.kill_at("deleted and noted", signal.SIGTERM) == 130
     assert open_journals(rig.operator.backups)
@@ -150,7 +150,7 @@ def test_an_answer_that_never_comes_costs_at_most_one_more_start(rig):
     rig.finish()
 
 
-def test_another_run_meanwhile_is_told_to_wait(rig):
+def test_another_run_meanwhile_has_to_wait(rig):
     stop = rig.stop_at("before the guard's last look")
     process = rig.start()
     assert stop.reached.wait(300)
@@ -171,14 +171,14 @@ def test_other_settings_after_the_delete_are_refused_and_name_both_ways_out(rig)
     assert f"export VECTOR_SIZE={NEW_SIZE} EMBEDDING_MODEL={LARGE}" in refused.err
     assert rig.operator.archive() in refused.err
     assert rig.operator.collections() == [f"{rig.operator.collection}__next"]
-    told = rig.operator.run("backup_automem", "--list")
-    assert "reembed_embeddings.py is unfinished" in told.err
+    listed = rig.operator.run("backup_automem", "--list")
+    assert "reembed_embeddings.py is unfinished" in listed.err
     with rig.journal().path.open("ab") as stream:
         stream.write(b'{"phase": "closed", "at"')  # a line cut by a crash is no end
     rig.finish()
 
 
-def test_other_settings_before_the_delete_begin_anew(rig):
+def test_other_settings_before_the_delete_begin_again(rig):
     rig.kill_at("before the guard's last look")
     rig.operator.run("reembed_embeddings", *COMMAND, env={"VECTOR_SIZE": "64"})
     assert_migrated(rig.operator, rig.before, size=64)
@@ -188,8 +188,8 @@ def test_other_settings_before_the_delete_begin_anew(rig):
 
 @pytest.mark.parametrize("size", [OLD_SIZE, NEW_SIZE])
 @pytest.mark.parametrize("way", ["", "in place: "], ids=["staged", "in-place"])
-def test_what_automem_made_anew_meanwhile_is_no_obstacle_and_no_loss(rig, size, way):
-    """AutoMem was restarted while the collection was away: it made it anew and repaired some points."""
+def test_what_automem_recreated_meanwhile_is_no_obstacle_and_no_loss(rig, size, way):
+    """AutoMem was restarted while the collection was away: it recreated the collection and repaired some points."""
     if way:
         rig.words = (*COMMAND, "--in-place")
     rig.kill_at(f"{way}deleted and noted")
@@ -218,13 +218,13 @@ def test_a_point_that_only_the_new_collection_holds_is_not_deleted_unprotected(r
     lonely = {"id": 99, "vector": [1.0] + [0.0] * (OLD_SIZE - 1), "payload": {"content": "mine alone"}}
     operator.call("PUT", "/points?wait=true", {"points": [lonely]})
     refused = operator.run("reembed_embeddings", *COMMAND, expect=2)
-    assert "It is not touched without a proved backup" in refused.err
+    assert "It is not changed without a verified backup" in refused.err
     assert list(points_of(operator)) == [99]
     operator.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE)})
     rig.finish()
 
 
-def test_a_delete_that_was_announced_but_never_came_is_guarded_anew(rig):
+def test_a_delete_that_was_announced_but_never_came_is_guarded_again(rig):
     rig.kill_at("delete announced, not sent")
     operator = rig.operator
     (operator.backups / operator.archive()).unlink()

@@ -63,7 +63,7 @@ class Seesaw:
 
     def back_up(self, errors: str) -> None:
         """As it was told."""
-        assert "It is not touched without a proved backup" in errors, errors
+        assert "It is not changed without a verified backup" in errors, errors
         self.operator.run("backup_automem", "--only", "qdrant")
 
     def turn(self) -> None:

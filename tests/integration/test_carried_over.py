@@ -180,7 +180,7 @@ WAYS = [("--dry-run",), ("--in-place",), ("--only-missing",), ("--limit", "5")]
         *(pytest.param(kind, words, marks=pytest.mark.matrix) for kind in FOREIGN for words in WAYS),
     ],
 )
-def test_what_is_not_carried_over_is_refused_before_anything_is_bought(operator, kind, words):
+def test_what_is_not_carried_over_is_refused_before_anything_is_paid_for(operator, kind, words):
     operator.load(40)
     make_foreign(operator, kind)
     if kind != "custom sharding":  # without a shard key it has no shard that could be backed up
@@ -287,7 +287,7 @@ LATER = {
 
 @pytest.mark.parametrize("kind", LATER)
 def test_a_vector_added_to_a_collection_with_points_is_refused_and_restored(operator, kind):
-    """Neither the re-embedding nor --only-missing goes on; a backup has it, and --no-switch does not hide it."""
+    """Neither the re-embedding nor --only-missing continues; a backup has it, and --no-switch does not hide it."""
     require_later_vectors(operator)
     config, value, reason = LATER[kind]
     operator.load(20)
@@ -368,8 +368,8 @@ def change_settings(operator, seconds: int) -> None:
 
 
 def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypatch):
-    """After --no-switch the collection is staged anew; right before the delete nothing is replaced."""
-    from lib.reembed import cutover as exchange
+    """After --no-switch the collection is staged again; right before the delete nothing is replaced."""
+    from lib.reembed import cutover
 
     operator.load(20)
     operator.run("backup_automem", "--only", "qdrant")
@@ -377,12 +377,12 @@ def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypa
     operator.run("reembed_embeddings", "--no-switch")
     change_settings(operator, 7)
 
-    def late(run):
+    def late(*args):
         change_settings(operator, 8)
-        return prove_way(run)
+        return verify_method(*args)
 
-    prove_way = exchange.prove_way
-    monkeypatch.setattr(exchange, "prove_way", late)
+    verify_method = cutover.verify_method
+    monkeypatch.setattr(cutover, "verify_method", late)
     refused = operator.run("reembed_embeddings", expect=1)
     assert f"the settings of '{operator.collection}' changed" in refused.err
     monkeypatch.undo()
@@ -397,17 +397,17 @@ def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypa
 
 def stop_after_the_delete(monkeypatch) -> None:
     """The run is killed between the delete and what comes next."""
-    from lib.reembed import cutover as exchange
+    from lib.reembed import cutover
 
     def killed(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exchange, "_know_settings", killed)
+    monkeypatch.setattr(cutover, "_journal_old_settings", killed)
 
 
 @pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.matrix)])
-def test_what_automem_made_anew_after_the_delete_gets_the_old_settings(operator, monkeypatch, way, first):
+def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator, monkeypatch, way, first):
     """Its own collection has the right size, and its first memory the right vector: that makes it no result."""
     operator.load(20)
     change_settings(operator, 7)

@@ -268,7 +268,7 @@ def test_a_collection_on_two_nodes_is_embedded_anew(operator, pair):
 
 def test_without_a_backup_of_every_node_nothing_is_embedded_anew(operator):
     upgrade(operator)
-    assert "It is not touched without a proved backup" in operator.run("reembed_embeddings", expect=2).err
+    assert "It is not changed without a verified backup" in operator.run("reembed_embeddings", expect=2).err
     operator.export(QDRANT_NODE_URLS="")
     refused = operator.run("reembed_embeddings", expect=1)
     assert "export QDRANT_NODE_URLS=" in refused.err

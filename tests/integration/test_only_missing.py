@@ -43,7 +43,7 @@ def some_ids(operator, count: int) -> list[str]:
     return plain[20 : 20 + count]
 
 
-def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_bought(level):
+def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_paid_for(level):
     before = points_of(level)
     missing, changed, tagged, keyless = some_ids(level, 4)
     added = str(uuid.uuid4())
@@ -60,7 +60,7 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_bought(level):
     level.call("PUT", "/points?wait=true", {"points": [orphans]})
 
     repair(level, added=2, changed=1, payloads=2, removed=1, bought=3)
-    # Three unchanged points prove the model, three texts are new.
+    # Three unchanged points verify the model, three texts are new.
     assert level.servers.openai.stats()["texts"] == 6
     del before[missing]
     after = points_of(level)
@@ -86,7 +86,7 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     assert np.allclose(vector, odd)
 
 
-def test_a_surplus_point_is_kept_before_it_goes(level):
+def test_an_orphan_point_is_saved_before_it_is_removed(level):
     from lib.clients.embeddings.cache import EmbeddingCache
 
     vector = np.eye(OLD_SIZE, dtype=np.float32)[3]
@@ -101,7 +101,7 @@ def test_a_surplus_point_is_kept_before_it_goes(level):
     assert np.array_equal(np.frombuffer(kept.vector, dtype="<f4"), vector)
 
 
-def test_many_surplus_points_need_a_backup(level):
+def test_many_orphan_points_need_a_backup(level):
     rows = [
         {"id": n, "vector": vector_for(SMALL, str(n), OLD_SIZE).tolist(), "payload": {}} for n in range(1, 9)
     ]
@@ -138,7 +138,7 @@ def test_another_model_at_the_same_size_is_refused(level):
 
 
 @pytest.mark.parametrize("script", ["reembed_embeddings", "verify_migration"])
-def test_a_dimension_mismatch_is_told_in_the_words_that_operators_know(operator, script):
+def test_a_dimension_mismatch_is_reported_in_the_words_that_operators_know(operator, script):
     operator.load(20)
     operator.export(VECTOR_SIZE=3072, EMBEDDING_MODEL=LARGE)
     words = ["--only-missing"] if script == "reembed_embeddings" else []
@@ -161,7 +161,7 @@ def test_a_missing_collection_is_an_error(operator):
 
 @pytest.mark.matrix
 def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_found(operator):
-    """The old service writes on until it is restarted, and no dimension check tells."""
+    """AutoMem writes vectors of the old model until it is restarted; no dimension check notices."""
     operator.load()
     operator.run("backup_automem", "--only", "qdrant")
     operator.export(EMBEDDING_MODEL=LARGE)

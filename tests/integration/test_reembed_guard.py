@@ -1,4 +1,4 @@
-"""The guard: nothing is deleted without a proved backup of it; and what the provider does to a run."""
+"""The guard: nothing is deleted without a verified backup of it; and what the provider does to a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.manifest import sealed
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
-from lib.reembed.guard import Wanted, require_backup
+from lib.reembed.guard import GuardedCollection, require_backup
 from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
 from tests.restore_support import wait_for
@@ -33,13 +33,15 @@ def unprotected(operator, why: str) -> None:
     state = get_state(operator.qdrant, operator.collection)
     with TemporaryIdTable() as nothing, pytest.raises(GuardRefused) as refusal:
         require_backup(
-            operator.backups, Wanted(operator.servers.qdrant_url, state, nothing, nothing), NEW_SIZE
+            operator.backups,
+            GuardedCollection(operator.servers.qdrant_url, state, nothing, nothing),
+            NEW_SIZE,
         )
     assert why in str(refusal.value), refusal.value
 
 
 def refused(operator, why: str) -> None:
-    """The run is refused for this reason, before anything was bought or touched."""
+    """The run is refused for this reason, before anything was paid for or changed."""
     before = operator.state()
     operator.servers.openai.reset()
     result = operator.run("reembed_embeddings", expect=2)
@@ -57,7 +59,7 @@ def test_without_a_backup(operator):
     operator.run("backup_automem", "--only", "falkordb")
     refused(operator, "holds no collection")
     operator.run("backup_automem", "--only", "qdrant", "--no-verify", expect=3, env={"VECTOR_SIZE": "48"})
-    refused(operator, "was never proved")
+    refused(operator, "was never verified")
 
 
 def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(ready):
@@ -84,7 +86,7 @@ def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(
         (lambda one: one["collection"].update(size=NEW_SIZE), f"is of {NEW_SIZE}d vectors"),
         (lambda one: one.update(created=old), "hours old (at most 24)"),
         (lambda one: one.update(created=ahead), "in the future"),
-        (lambda one: one["collection"].update(proof="unproved"), "was never proved"),
+        (lambda one: one["collection"].update(proof="unproved"), "was never verified"),
     ):
         edited(change)
         unprotected(ready, why)
@@ -122,7 +124,7 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
 
 
 def test_the_guard_is_asked_again_before_the_delete(ready):
-    """What was true when the purchase began need not be true hours later."""
+    """What was true when the embedding began need not be true hours later."""
     before = ready.state()
     ready.servers.openai.fault(hang_seconds=300, times=1)
     ready.servers.openai.reset()
@@ -151,7 +153,7 @@ def test_the_guard_is_asked_again_before_the_delete(ready):
         pytest.param({"status": 401, "code": "invalid_api_key"}, "OPENAI_API_KEY", marks=pytest.mark.matrix),
     ],
 )
-def test_a_provider_that_refuses_stops_the_run_with_what_was_bought_kept(ready, fault, says):
+def test_a_provider_that_refuses_stops_the_run_and_the_vectors_stay(ready, fault, says):
     before, openai = ready.state(), ready.servers.openai
     openai.fault(**fault, after=5)
     openai.reset()
@@ -226,12 +228,12 @@ def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
     state = get_state(ready.qdrant, ready.collection)
     with TemporaryIdTable() as live, TemporaryIdTable() as nothing:
         live.put((f"00000000-0000-4000-8000-{number:012x}", None) for number in range(state.points))
-        wanted = Wanted(ready.servers.qdrant_url, state, live, nothing)
+        guarded = GuardedCollection(ready.servers.qdrant_url, state, live, nothing)
         with pytest.raises(GuardRefused, match="is of other data: it holds 0 of the"):
-            require_backup(ready.backups, wanted, NEW_SIZE)
+            require_backup(ready.backups, guarded, NEW_SIZE)
 
 
-def test_a_graph_that_empties_while_texts_are_bought_empties_no_collection(ready):
+def test_a_graph_that_empties_while_texts_are_embedded_empties_no_collection(ready):
     before = ready.state()
     ready.servers.openai.reset()
     ready.servers.openai.fault(hang_seconds=300)
