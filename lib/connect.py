@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lib.console import Console
     from lib.reembed.embed import EmbeddingRunner
     from lib.reembed.migration import Migration
-    from lib.restore.inputs import Wanted
-    from lib.restore.site import Site
+    from lib.restore.inputs import Inputs
+    from lib.restore.preflight import Options, Site
 
 
 def graph_address(config: Config) -> GraphAddress:
@@ -122,14 +122,14 @@ def open_migration(
     return run
 
 
-def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> Site:
+def open_site(config: Config, console: Console, inputs: Inputs, again: str, options: Options) -> Site:
     """The stores that the files are for; if one is stopped, the error says how to start just the stores."""
     from lib.errors import StoreUnreachable
-    from lib.restore.site import Site
+    from lib.restore.preflight import Site
 
     try:
-        graph = open_graph(config, console.warn) if wanted.rdb else None
-        collection = open_collection(config) if wanted.archive else None
+        graph = open_graph(config, console.warn) if inputs.rdb else None
+        collection = open_collection(config) if inputs.archive else None
     except StoreUnreachable as error:
         step = (
             "start just the stores, in AutoMem's folder, or correct the address:"
@@ -147,6 +147,7 @@ def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> S
         say=console.say,
         notice=console.notice,
         again=again,
+        options=options,
     )
 
 

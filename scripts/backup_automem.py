@@ -108,6 +108,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
             connect.engines(config),
             console.progress,
             verify=not args.no_verify,
+            notice=console.notice,
         )
     if not args.upload:
         return output.show_backup(manifest, console)

@@ -25,7 +25,7 @@ from lib.backup.archive import (
     read_archive,
     together,
 )
-from lib.backup.existing_points import as_id, as_text, pages
+from lib.backup.existing_points import as_id, pages
 from lib.backup.graph import check_file, compare_collection
 from lib.backup.last_migration import journalled_model
 from lib.backup.manifest import CHECKED, COLLECTION_DIR, RESTORED, UNVERIFIED, BackupFile, CollectionComponent
@@ -181,7 +181,7 @@ def _asked(path: Path, archive: ArchiveFacts, aside: Aside) -> int | None:
             for segments in known:
                 lacking -= segments.held(list(lacking))
             if lacking:
-                one = as_text(min(lacking, key=str))
+                one = str(min(lacking, key=str))
                 raise BackupDamaged(f"{path}: its segments lack promised points, {one} for one")
         fewest: dict[int, int] = {}
         for shard, points in (one for segments in known for one in segments.counts.items()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
-from lib.backup.collection_restore import drop_temporary
 from lib.backup.last_migration import (
     COMMAND,
     CREATED,
@@ -21,6 +20,7 @@ from lib.backup.last_migration import (
 )
 from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.qdrant.collection import exists
+from lib.clients.qdrant.restoring import drop_temporary
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, BadFile, GuardRefused

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from lib.backup.collection_restore import drop_temporary
 from lib.backup.existing_points import existing_points, orphan_ids, pages
 from lib.backup.last_migration import DELETING, READ, STAGED, STAGING, TIDYING
 from lib.backup.payloads import PointId
@@ -23,6 +22,7 @@ from lib.clients.qdrant.collection import (
     wait_green,
 )
 from lib.clients.qdrant.points import delete_points
+from lib.clients.qdrant.restoring import drop_temporary
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.reembed.assess import journaled_settings, require_whole_graph

@@ -120,7 +120,7 @@ def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypat
     operator.run("backup_automem")
     state = operator.state()
     with monkeypatch.context() as patched:
-        patched.setattr("lib.backup.collection_restore.compare", interrupt)
+        patched.setattr("lib.restore.collection.verify_restored", interrupt)
         operator.run("restore_from_backup", operator.archive(), expect=130)
     assert operator.collections() == [operator.collection]
     assert f"restore_from_backup.py {operator.archive()}\n" in notice(operator)

@@ -10,7 +10,6 @@ import pytest
 from lib.errors import BackupDamaged
 from lib.restore.preflight import verify_files
 from lib.restore.run import restore
-from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.restore_support import assert_tidy, site, spoil, wanted
 
@@ -29,14 +28,14 @@ def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, m
     spoilt = operator.state()
     with ExitStack() as stack:
         place = site(operator)
-        proved = verify_files(place, wanted(operator, archive), stack, Options())
+        proved = verify_files(place, wanted(operator, archive), stack)
         if meanwhile == "is damaged":
             archive.write_bytes(archive.read_bytes()[:-5000] + bytes(5000))
         if room or meanwhile == "stays":
-            restore(place, proved, lambda _: "the undo", Options())
+            restore(place, proved, lambda _: "the undo")
             assert operator.state().collection == before.collection
         else:
             with pytest.raises(BackupDamaged):
-                restore(place, proved, lambda _: "the undo", Options())
+                restore(place, proved, lambda _: "the undo")
             assert operator.state() == spoilt
     assert_tidy(operator)

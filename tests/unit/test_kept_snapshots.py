@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from lib.backup.snapshot_restore import SavedSnapshots
+from lib.restore.inputs import SavedSnapshots
 
 TEXTS = [b"the first snapshot", b"the second"]
 
@@ -16,7 +16,7 @@ def passed(kept: SavedSnapshots) -> list[bytes]:
     """What a proof reads of each snapshot, five bytes at a time."""
     found = []
     for text in TEXTS:
-        stream, pieces = kept.passing(io.BytesIO(text)), []
+        stream, pieces = kept.copying(io.BytesIO(text)), []
         while piece := stream.read(5):
             pieces.append(piece)
         found.append(b"".join(pieces))
