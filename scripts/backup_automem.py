@@ -112,10 +112,10 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
         )
     if not args.upload:
         return output.show_backup(manifest, console)
-    from lib.backup.copies import again, upload
+    from lib.backup.copies import upload, upload_command
 
     assert manifest.path is not None
-    console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, place)}")
+    console.say(f"backup set: {manifest.path}\nif its upload stops: {upload_command(manifest.path, place)}")
     uploaded = upload(args.upload, manifest, console.progress, config.copies)
     return output.show_backup(manifest, console, uploaded)
 
