@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lib.reembed.embed import EmbeddingRunner
     from lib.reembed.migration import Migration
     from lib.restore.inputs import Inputs
-    from lib.restore.preflight import Options, Site
+    from lib.restore.preflight import Site
 
 
 def graph_address(config: Config) -> GraphAddress:
@@ -122,8 +122,11 @@ def open_migration(
     return run
 
 
-def open_site(config: Config, console: Console, inputs: Inputs, again: str, options: Options) -> Site:
-    """The stores that the files are for; if one is stopped, the error says how to start just the stores."""
+def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
+    """Open the stores that the files are for. `choices` are `safety`, `force_version` and `while_running` of a Site.
+
+    Raises StoreUnreachable with the command that starts just the stores.
+    """
     from lib.errors import StoreUnreachable
     from lib.restore.preflight import Site
 
@@ -147,7 +150,7 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, opti
         say=console.say,
         notice=console.notice,
         again=again,
-        options=options,
+        **choices,
     )
 
 

@@ -99,16 +99,18 @@ def restore(config: Config, console: Console, inputs: Inputs, args: argparse.Nam
     from lib import connect
     from lib.errors import UsageProblem
     from lib.restore import output
-    from lib.restore.preflight import Options, notify_other_clients, require_quiet, verify_files
+    from lib.restore.preflight import notify_other_clients, require_quiet, verify_files
     from lib.restore.run import restore as restore_all
 
-    options = Options(
+    site = connect.open_site(
+        config,
+        console,
+        inputs,
+        command_line("restore_from_backup", sys.argv[1:]),
         safety=not args.no_safety_backup,
         force_version=args.force_version,
         while_running=args.while_running,
     )
-    again = command_line("restore_from_backup", sys.argv[1:])
-    site = connect.open_site(config, console, inputs, again, options)
     with ExitStack() as stack:
         verified = verify_files(site, inputs, stack)
         try:

@@ -25,7 +25,7 @@ from lib.clients.falkordb.digest import graph_digest
 from lib.clients.falkordb.scratch import Engine, installed_engines
 from lib.journal import open_journals
 from lib.restore.inputs import Inputs, read_inputs
-from lib.restore.preflight import Options, Site
+from lib.restore.preflight import Site
 from tests.operator_support import Operator
 
 TIMEOUT = 60
@@ -121,7 +121,7 @@ def site(
     engines: list[Engine] | None = None,
     *,
     both: bool = True,
-    options: Options | None = None,
+    while_running: bool = False,
 ) -> Site:
     """The restore's site, for calls within this process."""
     from lib.dimensions import EmbeddingSpec
@@ -144,7 +144,7 @@ def site(
         bar=bar,
         say=lambda _text: None,
         notice=lambda _text: None,
-        options=options or Options(),
+        while_running=while_running,
     )
 
 

@@ -30,7 +30,7 @@ from lib.backup.graph import check_file, compare_collection
 from lib.backup.last_migration import journalled_model
 from lib.backup.manifest import CHECKED, COLLECTION_DIR, RESTORED, UNVERIFIED, BackupFile, CollectionComponent
 from lib.backup.payloads import PointId
-from lib.backup.server_snapshots import NodeJournal, own_snapshot
+from lib.backup.server_snapshots import own_snapshot
 from lib.child_process import scratch_folder
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
@@ -369,8 +369,8 @@ def _archive(
 
 @contextmanager
 def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iterator[snapshots.Snapshot]:
-    about = NodeJournal(journal, node.qdrant.display) if source.nodes else journal
-    with own_snapshot(node.qdrant, source.collection, about) as made:
+    address = node.qdrant.display if source.nodes else None
+    with own_snapshot(node.qdrant, source.collection, journal, address) as made:
         yield snapshots.with_checksum(node.qdrant, source.collection, made)
 
 

@@ -19,7 +19,7 @@ from lib.backup.existing_points import TemporaryIdTable, as_id, orphan_ids
 from lib.backup.graph import GraphSource, take_graph
 from lib.backup.manifest import BACKUP, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
 from lib.backup.payloads import PointId, point_id, unusable
-from lib.backup.server_snapshots import AWAITED, by_node, candidates, is_over, remove_named, removed
+from lib.backup.server_snapshots import AWAITED, candidates, is_over, nodes_left, remove_named, removed
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
@@ -242,8 +242,8 @@ def clean_up_backup(folder: Path, collection: CollectionSource | None, journal: 
 
 
 def _remove_named(collection: CollectionSource, journal: Journal) -> None:
-    for qdrant, about in _on_each_node(collection, journal):
-        remove_named(qdrant, about)
+    for qdrant, node in _nodes_left(collection, journal):
+        remove_named(qdrant, journal, node)
 
 
 def report_snapshots(
@@ -272,26 +272,24 @@ def report_snapshots(
 def snapshot_deletions(collection: CollectionSource, journal: Journal) -> list[str]:
     """The commands that delete what may be a snapshot of this run, which its journal does not name."""
     commands = []
-    for qdrant, about in _on_each_node(collection, journal):
+    for qdrant, node in _nodes_left(collection, journal):
         with suppress(MigrationError):  # a server that does not list its snapshots
-            path = str(about.fact("collection")), "snapshots"
-            commands += [curl_line(qdrant, "DELETE", *path, name) for name in candidates(qdrant, about)]
+            name, found = candidates(qdrant, journal, node)
+            commands += [curl_line(qdrant, "DELETE", name, "snapshots", one) for one in found]
     return commands
 
 
-def _on_each_node(collection: CollectionSource, journal: Journal) -> Iterator[tuple[Qdrant, Journal]]:
-    """Each node on which a snapshot of the run may be left, with the journal's entries about that node.
+def _nodes_left(collection: CollectionSource, journal: Journal) -> Iterator[tuple[Qdrant, str | None]]:
+    """Each node on which a snapshot of the run may be left, opened; and its address in the journal.
 
     Raises UsageProblem if the node is not listed any more: only the operator knows how to reach it.
     """
     clients = {one.display: one for one in (collection.qdrant, *collection.nodes)}
-    for node, about in by_node(journal):
-        if removed(about):
-            continue
+    for node in nodes_left(journal):
         if node is not None and node not in clients:
             raise UsageProblem(
                 f"a killed run ({journal.run_id}) may have left a snapshot on the Qdrant node {node}, which "
                 "QDRANT_NODE_URLS does not list now",
                 next_step=f"list it again; or, if it no longer exists, delete {journal.path}",
             )
-        yield (clients[node] if node else collection.qdrant), about
+        yield (clients[node] if node else collection.qdrant), node

@@ -15,32 +15,9 @@ from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import AccessRefused, MigrationError
 from lib.journal import Journal
 
-NODE = "node"  # the fact that holds the address of the node an entry is about
-
-
-class NodeJournal(Journal):
-    """The entries of one run that are about one node. What is appended is also written to the run's own journal."""
-
-    def __init__(self, whole: Journal, node: str) -> None:
-        about = [entry for entry in whole.entries[1:] if entry.get(NODE) == node]
-        super().__init__(whole.path, [*whole.entries[:1], *about])
-        self.node = node
-        self._whole = whole
-
-    def append(self, phase: str, **facts: object) -> None:
-        """Record a phase with facts; on disk when this returns."""
-        self._whole.append(phase, **facts, **{NODE: self.node})
-        self.entries.append(self._whole.entries[-1])
-
-
-def by_node(journal: Journal) -> list[tuple[str | None, Journal]]:
-    """Split the journal by the addresses of the nodes in it; if it names no node: itself, under None."""
-    nodes = dict.fromkeys(str(entry[NODE]) for entry in journal.entries if NODE in entry)
-    return [(node, NodeJournal(journal, node)) for node in nodes] or [(None, journal)]
-
-
 ANNOUNCED, MADE, REMOVED = "snapshot announced", "snapshot made", "snapshot removed"
 AWAITED = "snapshot awaited"  # all else of the run is cleaned up, but the server may still make its snapshot
+_NODE = "node"  # the fact that holds the address of the cluster's node that an entry is about
 _POLL_SECONDS = 0.5
 _OTHER_SECOND_SECONDS = 5.0  # how long a second is waited for in which no snapshot was begun
 _MAKING = timedelta(hours=1)  # a server that has not made a snapshot by then makes it no more
@@ -50,29 +27,39 @@ _ON_THE_WAY = timedelta(seconds=60)  # from the announcement until the server be
 
 
 @contextmanager
-def own_snapshot(qdrant: Qdrant, collection: str, journal: Journal) -> Iterator[snapshots.Snapshot]:
-    """A snapshot for the block, announced in the journal before it is asked for, deleted afterwards."""
+def own_snapshot(
+    qdrant: Qdrant, collection: str, journal: Journal, node: str | None = None
+) -> Iterator[snapshots.Snapshot]:
+    """A snapshot for the block, announced in the journal before it is asked for, deleted afterwards.
+
+    `node` is the address of one of several nodes that make a snapshot each.
+    """
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
     now = _second_of_our_own(qdrant, known).isoformat()
-    journal.append(ANNOUNCED, collection=collection, known_snapshots=known, server_time=now, snapshot=None)
+    facts = {"collection": collection, "known_snapshots": known, "server_time": now, "snapshot": None}
+    _append(journal, ANNOUNCED, node, **facts)
     ours = None
     try:
-        made = _make(qdrant, collection, journal)
+        made = _make(qdrant, collection, journal, node)
         if made.name in known:
-            journal.append(REMOVED)  # another client's, made in the same second: never deleted
+            _append(journal, REMOVED, node)  # another client's, made in the same second: never deleted
         else:
             ours = made.name
-            journal.append(MADE, snapshot=ours)
+            _append(journal, MADE, node, snapshot=ours)
         yield made
     finally:
-        remove_named(qdrant, journal, ours)
+        remove_named(qdrant, journal, node, ours)
 
 
-def _make(qdrant: Qdrant, collection: str, journal: Journal) -> snapshots.Snapshot:
+def _append(journal: Journal, phase: str, node: str | None, **facts: object) -> None:
+    journal.append(phase, **facts, **({_NODE: node} if node else {}))
+
+
+def _make(qdrant: Qdrant, collection: str, journal: Journal, node: str | None) -> snapshots.Snapshot:
     try:
         return snapshots.create(qdrant, collection)
     except (QdrantError, AccessRefused):
-        journal.append(REMOVED)  # the server reported that it made none
+        _append(journal, REMOVED, node)  # the server reported that it made none
         raise
 
 
@@ -93,42 +80,48 @@ def _begun(name: str) -> datetime | None:
     return datetime.strptime(f"{found[1]}+0000", "%Y-%m-%d-%H-%M-%S%z") if found else None
 
 
+def nodes_left(journal: Journal) -> list[str | None]:
+    """The nodes on which a snapshot of this run may be left; None stands for a server that is no cluster."""
+    last = {one.get(_NODE): one["phase"] for one in journal.entries if one["phase"] in {ANNOUNCED, REMOVED}}
+    return [node for node, phase in last.items() if phase == ANNOUNCED]
+
+
 def removed(journal: Journal) -> bool:
-    """Whether surely no snapshot of this run is left on the server, or on any node of its cluster."""
-    for _, one in by_node(journal):
-        phases = [entry["phase"] for entry in one.entries if entry["phase"] in {ANNOUNCED, REMOVED}]
-        if phases and phases[-1] == ANNOUNCED:
-            return False
-    return True
+    """Whether surely no snapshot of this run is left on any node."""
+    return not nodes_left(journal)
 
 
-def remove_named(qdrant: Qdrant, journal: Journal, name: str | None = None) -> None:
-    """Delete the run's snapshot, by default the one that its journal names. `removed` reports whether it is deleted."""
-    name = name or journal.fact("snapshot")
-    if name and not removed(journal):
+def remove_named(qdrant: Qdrant, journal: Journal, node: str | None, name: str | None = None) -> None:
+    """Delete the run's snapshot on this node, by default the one that the journal names, if it is not deleted yet."""
+    entry = _latest(journal, node, "snapshot")
+    name = name or entry["snapshot"]
+    if name and node in nodes_left(journal):
         with suppress(MigrationError):  # the backup itself is what counts; an open journal tries again
-            snapshots.delete(qdrant, str(journal.fact("collection")), str(name))
-            journal.append(REMOVED, snapshot=name)
+            snapshots.delete(qdrant, str(_latest(journal, node, "collection")["collection"]), name)
+            _append(journal, REMOVED, node, snapshot=name)
 
 
-def candidates(qdrant: Qdrant, journal: Journal) -> list[str]:
-    """The snapshots that may be the one of a run which was killed before it knew its name.
+def candidates(qdrant: Qdrant, journal: Journal, node: str | None) -> tuple[str, list[str]]:
+    """The collection, and the snapshots that may be the run's, which was killed before its journal had the name.
 
     They did not exist at the announcement and were begun right after it. Another client may have made them, so none
     is ever deleted here.
     """
-    entry = _announcement(journal)
+    entry = _latest(journal, node, "known_snapshots")
     collection, asked = str(entry["collection"]), datetime.fromisoformat(entry["server_time"])
     listed = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
     fresh = [name for name in listed if name not in entry["known_snapshots"]]
     begun = {name: _begun(name) for name in fresh if name.startswith(f"{collection}-")}
-    return sorted(name for name, at in begun.items() if at and -_ROUNDING <= at - asked <= _ON_THE_WAY)
+    ours = sorted(name for name, at in begun.items() if at and -_ROUNDING <= at - asked <= _ON_THE_WAY)
+    return collection, ours
 
 
 def is_over(journal: Journal) -> bool:
-    """Whether the announcement is so old that the server makes its snapshot no more."""
-    return datetime.now(timezone.utc) - datetime.fromisoformat(_announcement(journal)["at"]) > _MAKING
+    """Whether the last announcement is so old that the server makes its snapshot no more."""
+    asked = next(entry["at"] for entry in reversed(journal.entries) if entry["phase"] == ANNOUNCED)
+    return datetime.now(timezone.utc) - datetime.fromisoformat(asked) > _MAKING
 
 
-def _announcement(journal: Journal) -> dict[str, Any]:
-    return next(entry for entry in reversed(journal.entries) if entry["phase"] == ANNOUNCED)
+def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
+    """The latest entry about this node that has the fact."""
+    return next(one for one in reversed(journal.entries) if one.get(_NODE) == node and fact in one)

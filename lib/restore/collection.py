@@ -144,7 +144,7 @@ class RestorePlan:
     def complete(self, aliases: Iterable[str]) -> None:
         """Set what a snapshot does not hold: the read fan-out, and the aliases whose names are free."""
         qdrant, name = self.target.qdrant, self.target.collection
-        put_fan_out(qdrant, name, self.backup.facts["config"])
+        put_fan_out(qdrant, name, self.backup.archive.facts["config"])
         put_aliases(qdrant, name, free_aliases(qdrant, name, aliases))
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
@@ -172,12 +172,12 @@ def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestoreP
 
     Raises UsageProblem if the nodes are not listed, or if the target is no cluster.
     """
-    recorded: list[dict[str, Any]] = backup.facts.get("nodes") or []
-    held = backup.verification.archive.snapshots
+    recorded: list[dict[str, Any]] = backup.archive.facts.get("nodes") or []
+    held = backup.archive.snapshots
     if not recorded and peers_of(target.qdrant)[1] < 2:
         return RestorePlan(backup, target, (Part(target.qdrant, held[0]),))
     nodes = _nodes_of(backup, target, len(recorded))
-    shards = [tuple(one["shards"]) for one in recorded] or [tuple(backup.verification.snapshot.shards)]
+    shards = [tuple(one["shards"]) for one in recorded] or [tuple(backup.snapshot.shards)]
     parts: list[Part] = []
     for number in _cover(shards):
         node = nodes.get(int(recorded[number]["peer"])) if recorded else None
@@ -220,8 +220,10 @@ def _cover(held: Sequence[tuple[int, ...]]) -> Iterator[int]:
 def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None:
     """Compare size, distance and every expected id with the backup. Raises BackupDamaged."""
     state = get_state(qdrant, name)
-    if (state.size, state.distance) != (backup.size, backup.verification.snapshot.distance):
-        raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.size}d")
+    if (state.size, state.distance) != (backup.snapshot.size, backup.snapshot.distance):
+        raise BackupDamaged(
+            f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d"
+        )
     if not backup.ids.complete:
         _take_ids(backup, qdrant, name, state.points)
     with existing_points(qdrant, name, payload=False) as existing:
@@ -277,7 +279,7 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
 
 def trial_name(collection: str, backup: CollectionBackup) -> str:
     """The name of the trial restore of this very snapshot."""
-    return f"{collection}__try_{backup.sha256[:16]}"
+    return f"{collection}__try_{backup.archive.snapshot_sha256[:16]}"
 
 
 def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None) -> str:
@@ -329,7 +331,7 @@ def cut_over(
     sample = _sample(plan.backup, qdrant, temporary)
     urls = plan.own_urls(temporary, temporary)
     existed = exists(qdrant, name)
-    wanted = {*aliases, *plan.backup.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
+    wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
     if existed:
         delete_collection(qdrant, name)

@@ -23,15 +23,12 @@ from lib.backup.check import ARCHIVE, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
     Aside,
     CollectionSource,
-    CollectionVerification,
     has_room,
     known_model,
     verify_collection,
 )
 from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.manifest import (
-    CHECKED,
-    RESTORED,
     CollectionComponent,
     GraphComponent,
     Manifest,
@@ -154,41 +151,28 @@ class _CopyingReader:
 class CollectionBackup:
     """A verified archive or bare snapshot.
 
-    `ids` are the expected ids. A bare snapshot records none: those of its trial restore are taken.
+    `archive.facts` is the archive's `collection.json`, or what replaces it for a bare snapshot. `ids` are the expected
+    ids. A bare snapshot records none: those of its trial restore are taken.
     """
 
     path: Path
-    verification: CollectionVerification
+    archive: ArchiveFacts
+    snapshot: SnapshotFacts
     bare: bool = False
     ids: TemporaryIdTable = field(default_factory=TemporaryIdTable, repr=False, compare=False)
     saved: SavedSnapshots = field(default_factory=SavedSnapshots, repr=False, compare=False)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """`collection.json` of the archive, or what replaces it for a bare snapshot."""
-        return self.verification.archive.facts
-
-    @property
-    def sha256(self) -> str:
-        """The snapshot's own checksum."""
-        return self.verification.archive.snapshot_sha256
-
-    @property
-    def size(self) -> int:
-        """The dimension of the vectors inside."""
-        return self.verification.snapshot.size
-
-    @property
     def points(self) -> int | None:
         """How many points are expected; None for a bare snapshot whose segments no engine here could count."""
-        return None if self.verification.archive.ids < 0 else self.verification.archive.ids
+        return None if self.archive.ids < 0 else self.archive.ids
 
     def send(self, read: SnapshotReader, snapshot: SnapshotMember) -> None:
         """Give `read` this snapshot as a stream: the saved one, else from the file."""
         if self.bare:
             with self.path.open("rb") as stream:
                 read(stream)
-        elif saved := self.saved.stream(self.verification.archive.snapshots.index(snapshot)):
+        elif saved := self.saved.stream(self.archive.snapshots.index(snapshot)):
             read(saved)
         else:
             read_archive(self.path, on_snapshot=read, only=snapshot.name)
@@ -208,7 +192,7 @@ def open_archive(path: Path, component: CollectionComponent | None) -> Collectio
     found = verify_collection(
         path, component=component, on_ids=lambda lines: ids.fill(map(as_id, lines)), passing=saved.copying
     )
-    return CollectionBackup(path, found, ids=ids, saved=saved)
+    return CollectionBackup(path, found.archive, found.snapshot, ids=ids, saved=saved)
 
 
 def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
@@ -223,11 +207,7 @@ def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
         counted, _ = aside.counted(lambda: _count(aside.segments[0]))
     facts = _facts(path, target.collection, target.spec, snapshot, member)
     archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
-    if counted is None:
-        level, note = CHECKED, "a bare snapshot: both tar levels and its configuration"
-    else:
-        level, note = RESTORED, f"{counted} points counted by Qdrant's own engine"
-    return CollectionBackup(path, CollectionVerification(level, note, archive, snapshot), bare=True)
+    return CollectionBackup(path, archive, snapshot, bare=True)
 
 
 def _inspected(path: Path, aside: Aside) -> tuple[SnapshotMember, SnapshotFacts]:

@@ -40,7 +40,7 @@ def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int
             "newer": _newer(found.collection)
         }
     how, where = "without a safety backup", "nowhere: --no-safety-backup"
-    if site.options.safety:
+    if site.safety:
         how, where = "after a safety backup", "in the safety backup that a restore takes"
     text = [f"would restore, {how}:", *_plan_lines(document), *newer_lines(found, where)]
     console.result(document, "\n".join(text))
@@ -81,9 +81,9 @@ def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict
         "name": name,
         "file": str(backup.path),
         "bytes": backup.path.stat().st_size,
-        "snapshot_bytes": backup.verification.archive.snapshot_size,
+        "snapshot_bytes": backup.archive.snapshot_size,
         "points": backup.points,
-        "size": backup.size,
+        "size": backup.snapshot.size,
         "live": live,
     }
 
@@ -157,9 +157,10 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
     if files.collection:
         one = files.collection
         lines.append(
-            f"collection '{config.collection}' restored from {one.path}: {len(one.ids):,} points of {one.size}d"
+            f"collection '{config.collection}' restored from {one.path}: {len(one.ids):,} points of"
+            f" {one.snapshot.size}d"
         )
-        document["collection"] = {"file": str(one.path), "points": len(one.ids), "size": one.size}
+        document["collection"] = {"file": str(one.path), "points": len(one.ids), "size": one.snapshot.size}
     if done.safety:
         lines.append(f"the state before: {done.safety.path}")
     if done.newer:
@@ -172,7 +173,9 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         )
         document["late_writes"] = str(done.late_writes)
     if files.collection:
-        settings = settings_lines(files.collection.size, str(files.collection.facts["model"]), config)
+        settings = settings_lines(
+            files.collection.snapshot.size, str(files.collection.archive.facts["model"]), config
+        )
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings
     document["notes"] = done.notes

@@ -37,15 +37,6 @@ from lib.restore.inputs import CollectionBackup, Inputs, open_archive, open_bare
 
 
 @dataclass(frozen=True)
-class Options:
-    """The operator's choices."""
-
-    safety: bool = True
-    force_version: bool = False
-    while_running: bool = False
-
-
-@dataclass(frozen=True)
 class Site:
     """The opened stores (None: not needed), the backup folder, the scratch engines, AutoMem's API, and callbacks.
 
@@ -62,7 +53,9 @@ class Site:
     say: Callable[[str], None]
     notice: Callable[[str], None]
     again: str = "the same command again"
-    options: Options = Options()
+    safety: bool = True  # take a safety backup
+    force_version: bool = False
+    while_running: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def _verified_archive(site: Site, target: CollectionSource, path: Path, inputs: 
 
 
 def _require_same_name(backup: CollectionBackup, target: CollectionSource) -> None:
-    name = backup.facts["collection"]
+    name = backup.archive.facts["collection"]
     if name != target.collection:
         raise UsageProblem(
             f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
@@ -125,9 +118,9 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
 
     A bare snapshot does not record its server's version, so only the trial restore can find out.
     """
-    if backup.bare or site.options.force_version:
+    if backup.bare or site.force_version:
         return
-    if reason := restorable(str(backup.facts["server"]["version"]), target.qdrant.version()):
+    if reason := restorable(str(backup.archive.facts["server"]["version"]), target.qdrant.version()):
         raise StoreFailed(
             f"{backup.path.name} cannot be restored here: {reason}",
             next_step="run a Qdrant of the backup's version (or its next minor), or add --force-version",
@@ -228,7 +221,7 @@ def _may_run(answer: HealthAnswer, url: str) -> str:
 
 def _require_same_numbers(site: Site, backup: GraphBackup, target: GraphSource, text: str) -> None:
     """Raise UsageProblem with this text; with --while-running only if names have other numbers in the backup."""
-    if not site.options.while_running:
+    if not site.while_running:
         raise UsageProblem(text, next_step=_STOP_AUTOMEM)
     if target.graph in list_graphs(target.conn):
         graphs.require_same_numbers(backup, target)

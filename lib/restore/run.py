@@ -70,7 +70,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         trials = _trial_restores(site, files, journal)
         notes = [*left.notes, *_clean_up_graphs(site, left)]
         newer = newer_than(site, files)
-        safety = _safety_backup(site, files, journal) if site.options.safety else None
+        safety = _safety_backup(site, files, journal) if site.safety else None
         if files.graph and site.graph:
             require_still_quiet(site, files.graph, site.graph)
         back = undo(safety)
@@ -162,7 +162,7 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> _Tria
         site.say("trial restore of the graph, under a temporary name")
         payload = graphs.trial_restore(files.graph, site.graph, journal)
     if files.plan:
-        size = files.plan.backup.verification.archive.snapshot_size
+        size = files.plan.backup.archive.snapshot_size
         with site.bar("trial restore of the collection", size, "bytes") as progress:
             temporary = collections.trial_restore(files.plan, journal, progress)
     return _Trials(payload, temporary)
@@ -257,12 +257,12 @@ def _cut_over_graph(
         journal,
         folder=site.folder,
         undo=undo,
-        quiet=not site.options.while_running,
+        quiet=not site.while_running,
     )
     if old is None:
         return None
     component = safety.graph if safety else None
-    saved_digest = (component.digest if component else "") if site.options.safety else None
+    saved_digest = (component.digest if component else "") if site.safety else None
     return graphs.drop_old(site.graph, old, saved_digest, site.folder, journal)
 
 

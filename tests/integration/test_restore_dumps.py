@@ -15,7 +15,7 @@ from lib.clients.falkordb.scratch import NoEngine
 from lib.errors import StoreFailed, UsageProblem
 from lib.journal import open_journals, start_journal
 from lib.restore.graph import TooSmall, clean_up_graph, drop_old
-from lib.restore.preflight import Options, require_quiet, verify_files
+from lib.restore.preflight import require_quiet, verify_files
 from lib.restore.run import restore
 from tests.matrix import matrix
 from tests.restore_support import neighbours, site, wanted
@@ -158,7 +158,7 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     monkeypatch.setattr("lib.restore.preflight.ask_health", lambda _api: HealthAnswer("running"))
-    place = site(operator, engines=[], both=False, options=Options(while_running=True))
+    place = site(operator, engines=[], both=False, while_running=True)
     with pytest.raises(UsageProblem, match="not loaded by any engine"):
         run_restore(operator, place, operator.rdb())
 
