@@ -1,8 +1,7 @@
-"""Background work: cancellation, a bounded map, a background task, a background writer, progress callbacks."""
+"""Background work: a cancel token, a background task, a bounded map, a background writer; progress types."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +12,30 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[int], None]  # gets the number of things done since the last call
+ProgressBar = Callable[[str, "int | None", str], "AbstractContextManager[Progress]"]  # title, total, unit
 
-class Stopped(Exception):
-    """The work was told to end; whoever told it knows why."""
+
+def steps_of(progress: Progress) -> Callable[[int, int], None]:
+    """Adapt `progress` to a caller that reports (done so far, total)."""
+    seen = 0
+
+    def report(done: int, _total: int) -> None:
+        nonlocal seen
+        progress(done - seen)
+        seen = done
+
+    return report
+
+
+class Cancelled(Exception):
+    """The work was cancelled by another thread, which knows the reason."""
 
 
 class CancelToken:
-    """Set once, by another thread; `ends` names what a waiting worker is woken by."""
+    """Cancels work that runs in another thread. It is set at most once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +43,7 @@ class CancelToken:
         self._enders: list[Callable[[], object]] = []
 
     def set(self) -> None:
-        """Tell it; what is waited for ends now."""
+        """Cancel the work: call every registered `ends` callback."""
         with self._lock:
             self._set = True
             enders = list(self._enders)
@@ -35,13 +51,13 @@ class CancelToken:
             end()
 
     def check(self) -> None:
-        """Raise Stopped where it was told."""
+        """Raise Cancelled if the token is set."""
         if self._set:
-            raise Stopped
+            raise Cancelled
 
     @contextmanager
     def ends(self, end: Callable[[], object]) -> Iterator[None]:
-        """Inside the block `set` calls `end`, from its own thread. Raises Stopped where it was set before or after."""
+        """Inside the block, `set` calls `end` (in its own thread), to wake a call that blocks. Raises Cancelled."""
         with self._lock:
             self._enders.append(end)
         try:
@@ -52,38 +68,20 @@ class CancelToken:
                 self._enders.remove(end)
 
 
-Progress = Callable[[int], None]
-ProgressBar = Callable[[str, "int | None", str], "AbstractContextManager[Progress]"]  # title, total, unit
-
-
-def steps_of(progress: Progress) -> Callable[[int, int], None]:
-    """For a callee that tells (done so far, in all)."""
-    seen = 0
-
-    def tell(done: int, _total: int) -> None:
-        nonlocal seen
-        progress(done - seen)
-        seen = done
-
-    return tell
-
-
-T = TypeVar("T")
-
-
 class BackgroundTask(Generic[T]):
-    """`work` in a thread of its own, from entering the block on; it gets this, for its `stop` and to tell its moves.
+    """Runs `work` in a thread while the block is open. `work` gets this object.
 
-    Leaving the block by an error stops the work and waits for its end, so that it makes nothing after that. Signals
-    are the main thread's, which stays free to be interrupted.
+    If the block ends by an error, the work is cancelled and waited for, so that it changes nothing afterwards. The
+    thread is a daemon: a third Ctrl-C ends the process, whatever the work waits for.
     """
 
     def __init__(self, work: Callable[[BackgroundTask[T]], T]) -> None:
+        from concurrent.futures import Future
+
         self.stop = CancelToken()
         self._work = work
         self._begun = threading.Event()
-        self._results: list[T] = []
-        self._error: BaseException | None = None
+        self._outcome: Future[T] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> BackgroundTask[T]:
@@ -97,8 +95,16 @@ class BackgroundTask(Generic[T]):
             self.stop.set()
         self._thread.join()
 
+    def _run(self) -> None:
+        try:
+            self._outcome.set_result(self._work(self))
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, whatever it is
+            self._outcome.set_exception(error)
+        finally:
+            self._begun.set()
+
     def moving(self, progress: Progress) -> Progress:
-        """For the work: `progress` that tells that it has begun, and raises Stopped where it was told to end."""
+        """Wrap `progress` for the work: its first call ends `wait_begun`. Raises Cancelled."""
 
         def advance(step: int) -> None:
             self.stop.check()
@@ -108,7 +114,7 @@ class BackgroundTask(Generic[T]):
         return advance
 
     def watching(self, progress: Progress) -> Progress:
-        """For the main thread: `progress` that raises the work's error as soon as there is one."""
+        """Wrap `progress` for the main thread: it raises the work's error as soon as there is one."""
 
         def advance(step: int) -> None:
             self.check()
@@ -117,45 +123,32 @@ class BackgroundTask(Generic[T]):
         return advance
 
     def wait_begun(self) -> None:
-        """Wait until the work has moved, or ended; raises its error."""
+        """Wait until the work has reported progress, or has ended. Raises its error."""
         self._begun.wait()
         self.check()
 
     def check(self) -> None:
-        """Raise the work's error where it has failed."""
-        if self._error is not None:
-            raise self._error
+        """Raise the work's error if it has failed."""
+        if self._outcome.done():
+            self._outcome.result()
 
     def result(self) -> T:
-        """Wait for the work's end; raises its error."""
-        self._thread.join()
-        self.check()
-        return self._results[0]
-
-    def _run(self) -> None:
-        try:
-            self._results.append(self._work(self))
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, whatever it is
-            self._error = error
-        finally:
-            self._begun.set()
+        """Wait for the end of the work and return its result. Raises its error."""
+        return self._outcome.result()
 
 
-R = TypeVar("R")
+def bounded_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Yield `work(item)` in the order of the items, with at most `threads` items in work.
 
-
-def bounded_map(work: Callable[[T], R], items: Iterable[T], lanes: int) -> Iterator[R]:
-    """What `work` makes of each item, in the items' order; `lanes` of them are at work at once, none is read ahead.
-
-    Items are read in the caller's thread. The first error is raised when those at work have ended.
+    Items are read in the caller's thread, none ahead. An error is raised after the other items in work have ended.
     """
-    running: deque[Future[R]] = deque()
-    from concurrent.futures import ThreadPoolExecutor  # 10 ms, which most commands do without
+    from concurrent.futures import ThreadPoolExecutor  # takes 10 ms to import; most commands do not need it
 
-    with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:
+    running: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="bounded_map") as pool:
         try:
             for item in items:
-                if len(running) == lanes:
+                if len(running) == threads:
                     yield running.popleft().result()
                 running.append(pool.submit(work, item))
             while running:
@@ -165,42 +158,31 @@ def bounded_map(work: Callable[[T], R], items: Iterable[T], lanes: int) -> Itera
                 waiting.cancel()
 
 
-_PIECES = 8  # that may wait; pieces are of at most a megabyte
+_MOST_WAITING = 8  # pieces; each is at most a megabyte
 
 
 class BackgroundWriter:
-    """Calls `write` with each piece, in order, in a thread of its own; its error is raised by the next call here."""
+    """Calls `write` with each piece, in order, in one other thread. An error is raised by a later call."""
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self._write = write
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._waiting: deque[Future[object]] = deque()
+        self._pool = ThreadPoolExecutor(1)
 
     def write(self, piece: bytes) -> None:
-        """Hand over a piece, which must not change any more."""
-        if self._error is not None:
-            raise self._error
-        self._pieces.put(piece)
+        """Queue a piece, which must not change any more. Waits while too many are queued."""
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) == _MOST_WAITING):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._write, piece))
 
     def finish(self) -> None:
-        """Wait until all is written."""
+        """Wait until every piece is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
         self.close()
-        if self._error is not None:
-            raise self._error
 
     def close(self) -> None:
-        """End the thread, whatever it met; nothing is written after this."""
-        if self._thread.is_alive():
-            self._pieces.put(None)
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            if self._error is not None:
-                continue  # so that nobody waits for room
-            try:
-                self._write(piece)
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                self._error = error
+        """End the thread; pieces that are still queued are discarded."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""The journal of a run that changes a store: what it is doing, what it made, how to go back.
+"""The journal of a run that changes a store: its phases, the names it created on servers, and how to undo it.
 
-One file per run, `journal_<UTC>_<id>_<command>.jsonl`, a JSON object a line, fsynced before the step it announces.
-Only names found in a journal are ever removed from a server; a journal without a closing line is open.
+One file per run: `journal_<UTC>_<id>_<command>.jsonl`, one JSON object per line, fsynced before the step that it
+announces. Only names found in a journal are ever removed from a server. A journal without a closing line is open.
 """
 
 from __future__ import annotations
@@ -18,27 +18,53 @@ from pathlib import Path
 from shlex import quote
 from typing import IO, Any
 
+import msgspec
+
 from lib.errors import BadFile
 from lib.files import readable_bytes, sync_dir
 
 CLOSED = "closed"
-# In the names of backup sets and runs: how it is written, and what it looks like.
+# In the names of backup sets and runs: the format of strftime, and the pattern that matches it.
 STAMP_FORMAT, STAMP = "%Y%m%d_%H%M%S", r"[0-9]{8}_[0-9]{6}"
 _SECOND = timedelta(seconds=1)
-_RUN_ID = re.compile(rf"{STAMP}_[0-9a-f]{{4}}")
-# Facts that are removed from a server or read as a file, and what a run of these scripts can have written there.
-_TEMPORARY = {"staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph"}
-_ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
-_FILES = {
+_TEMPORARY = ("staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph")
+_PATTERNS = {
+    "run_id": rf"{STAMP}_[0-9a-f]{{4}}",
     "manifest": rf"backup_{STAMP}\.json",
-    "stamp": STAMP,
+    "stamp": STAMP,  # of a set; a model's stamp is a dict
     "snapshot": r"[^/\\]+",
 }
-_TEXTS = {*_TEMPORARY, *_FILES, "collection", "undo"} - {"stamp"}  # a model's stamp is a dict
+_ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
+
+
+class _Entry(msgspec.Struct):
+    """The fields of an entry that every version writes, or that name something to remove or to read.
+
+    No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
+    """
+
+    at: datetime
+    phase: str
+    undo: str | None = None
+    collection: str | None = None
+    staged_collection: str | None = None
+    side: str | None = None
+    temporary_collection: str | None = None
+    throwaway_graph: str | None = None
+    safety_graph: str | None = None
+    manifest: str | None = None
+    snapshot: str | None = None
+    stamp: str | dict[str, Any] | None = None  # of a set, or the model and size in a collection
+
+
+class _FirstEntry(_Entry, kw_only=True):
+    run_id: str
+    command: str
+    targets: list[str]
 
 
 def _ends_torn(stream: IO[bytes]) -> bool:
-    """Whether a crash cut the last line: the next entry must not be glued to it."""
+    """Return whether a crash cut the last line, so that the next entry needs a newline first."""
     stream.seek(-1, os.SEEK_END)
     return stream.read(1) != b"\n"
 
@@ -52,27 +78,27 @@ class Journal:
 
     @property
     def run_id(self) -> str:
-        """The run's own id, part of every name it makes on a server."""
+        """The run's id, part of every name that it creates on a server."""
         return str(self.entries[0]["run_id"])
 
     @property
     def command(self) -> str:
-        """The command that opened it."""
+        """The command that opened the journal."""
         return str(self.entries[0]["command"])
 
     @property
     def targets(self) -> list[str]:
-        """What the run works on: addresses with names."""
+        """The addresses and names of the graph and the collection."""
         return list(self.entries[0]["targets"])
 
     @property
     def phase(self) -> str:
-        """The last phase that was announced."""
+        """The phase of the last entry."""
         return str(self.entries[-1]["phase"])
 
     @property
     def is_open(self) -> bool:
-        """Whether the run never came to its end."""
+        """Whether the run has not finished."""
         return self.phase != CLOSED
 
     @property
@@ -83,23 +109,23 @@ class Journal:
 
     @property
     def undo(self) -> str:
-        """The latest way back, as commands."""
+        """The latest commands that undo the run."""
         found = [entry["undo"] for entry in self.entries if entry.get("undo")]
         return str(found[-1]) if found else ""
 
     def fact(self, name: str) -> Any:
-        """The latest value of a fact, or None."""
+        """Return the latest value of a fact, or None."""
         for entry in reversed(self.entries):
             if name in entry:
                 return entry[name]
         return None
 
     def has_reached(self, phase: str) -> bool:
-        """Whether `phase` was ever announced."""
+        """Return whether `phase` has been entered."""
         return any(entry["phase"] == phase for entry in self.entries)
 
     def append(self, phase: str, **facts: object) -> None:
-        """Announce `phase` with its facts; on disk when this returns."""
+        """Write an entry; it is on the disk when this returns."""
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "phase": phase, **facts}
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         with self.path.open("ab+") as stream:
@@ -107,16 +133,16 @@ class Journal:
                 line = "\n" + line
             stream.write(line.encode())
             stream.flush()
-            self.entries.append(entry)  # now, since a signal may come into what takes long
+            self.entries.append(entry)  # before fsync, which takes long: a signal may end it
             os.fsync(stream.fileno())
 
     def close(self, outcome: str) -> None:
-        """The run came to its end; nothing is left to go on from."""
+        """Write the closing entry: the run has finished, there is nothing to resume."""
         self.append(CLOSED, outcome=outcome)
 
 
 def start_journal(folder: Path, command: str, targets: list[str], **facts: object) -> Journal:
-    """Open a journal before the first name is made on a server."""
+    """Create a journal. Call it before the first name is created on a server."""
     run_id = f"{_next_stamp(folder)}_{secrets.token_hex(2)}"
     path = folder / f"journal_{run_id}_{command}.jsonl"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -128,7 +154,7 @@ def start_journal(folder: Path, command: str, targets: list[str], **facts: objec
 
 
 def _next_stamp(folder: Path) -> str:
-    """Now, or a second after the newest journal: what is asked for as the last run is, also if the clock went back."""
+    """Return the current time, or one second after the newest journal: run ids stay in order if the clock goes back."""
     possible = [datetime.now(timezone.utc)]
     for path in folder.glob("journal_*.jsonl"):
         with contextlib.suppress(ValueError, OverflowError):
@@ -138,9 +164,9 @@ def _next_stamp(folder: Path) -> str:
 
 
 def read_journal(path: Path) -> Journal | None:
-    """A journal from disk; a last line cut by a crash is passed over, an empty or foreign file is None.
+    """Read a journal. Returns None for an empty or foreign file; skips a last line that a crash has cut.
 
-    Raises BadFile for one with a name in it that no run of these scripts can have written: it came from elsewhere.
+    Raises BadFile if an entry holds what no run of these scripts can have written.
     """
     entries = []
     for line in readable_bytes(path).split(b"\n"):
@@ -153,57 +179,41 @@ def read_journal(path: Path) -> Journal | None:
     if not entries or not entries[0].keys() >= {"run_id", "command", "targets"}:
         return None
     journal = Journal(path, entries)
-    for fault in _misshapen(entries) or _forged(journal):
+    for fault in _faults(journal):
         raise BadFile(
             f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it",
-            next_step=f"see where it comes from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
+            next_step=f"find out where it is from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
         )
     return journal
 
 
-def _misshapen(entries: list[dict[str, Any]]) -> list[str]:
-    """What holds another kind of value than a run writes."""
-    first = entries[0]
-    found = [name for name in ("run_id", "command") if not isinstance(first[name], str)]
-    if not isinstance(first["targets"], list) or not all(isinstance(one, str) for one in first["targets"]):
-        found.append("targets")
-    for entry in entries:
-        at = entry.get("at")
-        try:
-            known = isinstance(at, str) and datetime.fromisoformat(at).tzinfo is not None
-        except ValueError:
-            known = False
-        found += ["at"] if not known else []
-        found += ["phase"] if not isinstance(entry["phase"], str) else []
-        found += [name for name in _TEXTS & entry.keys() if not isinstance(entry[name], str | None)]
-    return [f"its {name} is none that a run writes" for name in dict.fromkeys(found)]
-
-
-def _forged(journal: Journal) -> Iterator[str]:
-    """What no run can have written: its id, its targets, or a name that is to be removed or read."""
-    if not _RUN_ID.fullmatch(journal.run_id):
-        yield f"its run id is {journal.run_id!r}"
-    own = [str(target).split(" ", 2)[-1] for target in journal.targets]
-    temporary = re.compile("|".join(rf"(?:{re.escape(one)}|\{{{re.escape(one)}\}}){_ENDING}" for one in own))
+def _faults(journal: Journal) -> Iterator[str]:
+    """Yield what no run can have written: a field of another type, or a name that is not one of its own."""
     for entry in journal.entries:
-        for fact, value in entry.items():
-            if not isinstance(value, str):
-                continue
-            if fact in _TEMPORARY and not temporary.fullmatch(value):
-                yield f"it names {value!r} as its {fact.replace('_', ' ')}"
-            if fact in _FILES and not re.fullmatch(_FILES[fact], value):
-                yield f"it names {value!r} as its {fact}"
-            if fact == "collection" and value not in own and not temporary.fullmatch(value):
-                yield f"it names {value!r} as the collection of its snapshot"
+        try:
+            typed = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)
+        except msgspec.ValidationError as error:
+            yield f"an entry is not valid: {error}"
+            return
+        if typed.at.tzinfo is None:
+            yield f"the time {entry['at']!r} has no time zone"
+    own = [target.split(" ", 2)[-1] for target in journal.targets]
+    temporary = "|".join(rf"(?:{re.escape(one)}|\{{{re.escape(one)}\}}){_ENDING}" for one in own)
+    collection = "|".join([*map(re.escape, own), temporary])
+    patterns = {**_PATTERNS, **dict.fromkeys(_TEMPORARY, temporary), "collection": collection}
+    for entry in journal.entries:
+        for name, pattern in patterns.items():
+            if isinstance(entry.get(name), str) and not re.fullmatch(pattern, entry[name]):
+                yield f"it names {entry[name]!r} as its {name.replace('_', ' ')}"
 
 
 def open_journals(folder: Path) -> list[Journal]:
-    """The runs that never came to their end, oldest first."""
+    """Return the journals of unfinished runs, oldest first."""
     return unfinished(folder)[0]
 
 
 def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
-    """The runs that never came to their end, and the files that may be of one: they hold something and do not read."""
+    """Return the journals of unfinished runs, and the non-empty files that cannot be read as a journal."""
     found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
     return (
         [journal for journal in found.values() if journal is not None and journal.is_open],

@@ -308,7 +308,7 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and prove it.
 
     The file appears under its name only when it is whole; from the first `progress` on its moment is fixed. `stop`
-    ends it from another thread (Stopped, or what a connection that hung up raises); `on_loaded` gets the scratch
+    ends it from another thread (Cancelled, or what a connection that hung up raises); `on_loaded` gets the scratch
     server that has loaded the file. Raises MissingData where the graph is absent.
     """
     require_graph(source.conn, source.graph, source.address)

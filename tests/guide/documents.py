@@ -9,6 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 README, MIGRATION, EXAMPLE = ROOT / "README.md", ROOT / "MIGRATION.md", ROOT / ".env.example"
+REFERENCE, OPERATIONS = ROOT / "docs" / "reference.md", ROOT / "docs" / "operations.md"
+DOCUMENTS = [README, MIGRATION, REFERENCE, OPERATIONS]
+PROSE = [*DOCUMENTS, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "architecture.md"]
 SHELL = "bash"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 _FENCE = re.compile(r"^(\s*)```(\w*)\s*$")

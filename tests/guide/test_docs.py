@@ -1,15 +1,27 @@
-"""Every shell block of the guide and of the README, typed in order by someone who reads only them."""
+"""Every shell block of the documents, typed in order by an operator who reads only them."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.guide.documents import MIGRATION, README, SHELL, Block, blocks, sections
+from tests.guide.documents import (
+    DOCUMENTS,
+    MIGRATION,
+    OPERATIONS,
+    PROSE,
+    README,
+    REFERENCE,
+    SHELL,
+    Block,
+    blocks,
+    sections,
+)
 from tests.guide.site import LARGE, SMALL, Ran, Site
 from tests.sandbox.stack import Stack
 from tests.sandbox.state import State
@@ -156,17 +168,22 @@ def test_the_guide_from_the_first_line_to_the_last(site):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("site", [LARGE], indirect=True)
-def test_the_readme(site):
+def test_the_readme_and_the_operations_page(site):
     shutil.copy(site.automem_env, site.checkout / ".env")
     type_all(site, README, OVERVIEW)
+    type_all(site, OPERATIONS, {})
+
+
+def test_the_reference_has_no_block_to_run():
+    assert all(block.not_run for block in blocks(REFERENCE) if block.language == SHELL)
 
 
 def shell_blocks() -> list[Block]:
-    return [block for path in (README, MIGRATION) for block in blocks(path) if block.language == SHELL]
+    return [block for path in DOCUMENTS for block in blocks(path) if block.language == SHELL]
 
 
 def test_every_block_has_a_language_that_is_run_shown_or_compared():
-    assert {block.language for path in (README, MIGRATION) for block in blocks(path)} <= {
+    assert {block.language for path in DOCUMENTS for block in blocks(path)} <= {
         SHELL,
         "json",
         "",
@@ -235,14 +252,20 @@ def test_the_headings_follow_the_guide():
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("document", [README, MIGRATION], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", PROSE, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
-    import re
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name) if name else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
 
-    text = document.read_text()
-    anchors = {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in sections(document)}
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (document.parent / target).exists(), target
+
+def anchors(path: Path) -> set[str]:
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in sections(path)}
+
+
+def test_the_readme_stays_short():
+    assert len(README.read_text().split()) < 1800

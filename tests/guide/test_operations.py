@@ -1,4 +1,4 @@
-"""The README's examples for cron, systemd and GitHub Actions, tried as far as a machine without them can."""
+"""The examples for cron, systemd and GitHub Actions, tried as far as a machine without them can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.guide.documents import README, ROOT, Block, blocks
+from tests.guide.documents import OPERATIONS, ROOT, Block, blocks
 from tests.guide.site import SMALL, Ran, Site
 from tests.offsite_support import BUCKET, S3Server
 from tests.sandbox.stack import Stack
@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 def examples(language: str) -> list[Block]:
-    found = [one for one in blocks(README) if one.language == language]
+    found = [one for one in blocks(OPERATIONS) if one.language == language]
     assert found, language
     return found
 

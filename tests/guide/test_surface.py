@@ -13,7 +13,7 @@ import pytest
 from lib import cli, errors
 from lib.backup import manifest
 from lib.config import DEFAULTS, PROJECT_ROOT
-from tests.guide.documents import EXAMPLE, FLAG, MIGRATION, README, ROOT, sections
+from tests.guide.documents import DOCUMENTS, EXAMPLE, FLAG, README, REFERENCE, ROOT, sections
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
 # Other programs' flags, with the program that a line must name.
@@ -64,16 +64,16 @@ def table_flags(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_readme_has_every_flag_of_a_script_and_no_other(script):
+def test_the_reference_has_every_flag_of_a_script_and_no_other(script):
     own = flags_of(script) - (set() if script == "quickstart" else COMMON)
-    assert table_flags(sections(README)[f"{script}.py"]) == own
+    assert table_flags(sections(REFERENCE)[f"{script}.py"]) == own
 
 
 def test_the_readme_has_every_common_flag():
     assert table_flags(sections(README)["The scripts"]) == COMMON
 
 
-@pytest.mark.parametrize("document", [README, MIGRATION, EXAMPLE], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, EXAMPLE], ids=lambda path: path.name)
 def test_no_document_names_a_flag_that_does_not_exist(document):
     known = set().union(*(flags_of(script) for script in SCRIPTS))
     text = document.read_text()
@@ -127,14 +127,14 @@ def test_the_example_changes_nothing_as_it_is(tmp_path):
     assert dotenv_values(copy) == example_values()
 
 
-def test_the_readme_has_every_variable_and_no_other():
-    table = "\n".join(line for line in sections(README)["Settings"].splitlines() if line.startswith("|"))
+def test_the_reference_has_every_variable_and_no_other():
+    table = "\n".join(line for line in sections(REFERENCE)["Settings"].splitlines() if line.startswith("|"))
     first = [line.split("|")[1] for line in table.splitlines()]
     named = {name for row in first for name in re.findall(r"`([A-Z_]+)`", row)}
     assert named == set(example_values())
 
 
-@pytest.mark.parametrize("document", [README, MIGRATION], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_no_document_names_a_variable_that_does_not_exist(document):
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", document.read_text()))
     assert named <= set(example_values()) | NOT_OURS | FILES
@@ -156,8 +156,8 @@ def test_the_readme_has_every_exit_code():
     assert {int(code) for code in re.findall(r"(?:^|   ?)(\d+) [a-z]", cli.EXIT_CODES)} == codes
 
 
-def test_the_readme_has_every_field_of_the_manifest():
-    section = sections(README)["The manifest, format 1"]
+def test_the_reference_has_every_field_of_the_manifest():
+    section = sections(REFERENCE)["The manifest, format 1"]
     assert manifest.FORMAT == 1
     for kind in (
         manifest.Manifest,
@@ -170,4 +170,4 @@ def test_the_readme_has_every_field_of_the_manifest():
         missing = {name for name in names if f"`{name}`" not in section}
         assert not missing, kind.__name__
     for level in manifest.VERIFICATION_LEVELS:
-        assert f"| `{level}` |" in sections(README)["Levels of proof"]
+        assert f"| `{level}` |" in sections(REFERENCE)["Levels of verification"]

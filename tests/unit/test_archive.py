@@ -298,27 +298,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[what, 200 << 20] / peaks[what, 8 << 20] <= 1.15
 
 
-def test_what_the_disk_refuses_is_told_to_the_caller_and_ends_the_thread(tmp_path):
+def test_a_write_that_the_disk_refuses_raises_in_the_caller_and_ends_the_thread(tmp_path):
     def full(_piece: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     def much() -> None:
         for _ in range(1000):  # more than may wait: nobody is kept waiting by a writer that has failed
-            behind.write(b"x")
-        behind.finish()
+            writer.write(b"x")
+        writer.finish()
 
-    behind = BackgroundWriter(full)
+    writer = BackgroundWriter(full)
     with pytest.raises(OSError, match="No space left"):
         much()
-    behind.close()
-    assert not behind._thread.is_alive()
+    writer.close()
+    assert not any(thread.is_alive() for thread in writer._pool._threads)
 
 
 def test_pieces_are_written_in_their_order():
     seen: list[bytes] = []
-    behind = BackgroundWriter(seen.append)
+    writer = BackgroundWriter(seen.append)
     pieces = [bytes([number % 256]) for number in range(300)]
     for piece in pieces:
-        behind.write(piece)
-    behind.finish()
+        writer.write(piece)
+    writer.finish()
     assert seen == pieces

@@ -198,5 +198,5 @@ def test_what_a_run_writes_is_read(journal, fact, value):
 def test_a_run_id_from_elsewhere_is_refused(journal):
     text = journal.path.read_text().replace(journal.run_id, "../../home/x")
     journal.path.write_text(text)
-    with pytest.raises(BadFile, match="its run id"):
+    with pytest.raises(BadFile, match="as its run id"):
         read_journal(journal.path)

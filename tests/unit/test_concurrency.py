@@ -1,4 +1,4 @@
-"""Items worked at side by side: in order, never more than told, nothing read ahead, an error waits for the others."""
+"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_results_come_in_the_items_order_though_the_first_ends_last():
     assert list(bounded_map(work, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
 
 
-def test_never_more_at_once_than_lanes_and_none_read_ahead():
+def test_never_more_at_once_than_threads_and_none_read_ahead():
     lock, all_in = threading.Lock(), threading.Barrier(3)
     now, most, read = 0, 0, []
 
@@ -59,4 +59,6 @@ def test_the_first_error_is_raised_when_those_at_work_have_ended():
     with pytest.raises(ValueError, match="no room"):
         list(bounded_map(work, iter(range(100)), 4))
     assert set(ended) <= {1, 2, 3}
-    assert threading.active_count() == 1 or not any("lane" in one.name for one in threading.enumerate())
+    assert threading.active_count() == 1 or not any(
+        "bounded_map" in one.name for one in threading.enumerate()
+    )
