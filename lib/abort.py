@@ -77,7 +77,8 @@ def abort_restore(
             clean_up_backup(folder, collection, journal)
             done.removed += collections.clean_up_collection(collection, journal)
             done.left += [
-                f"perhaps a snapshot of that run: {one}" for one in snapshot_deletions(collection, journal)
+                f"perhaps a snapshot of that run on the server; delete it: {one}"
+                for one in snapshot_deletions(collection, journal)
             ]
         if graph:
             done.removed += clean_up_graph(graph, journal, folder)

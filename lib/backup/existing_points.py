@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from shlex import quote
-from types import TracebackType
 from typing import Any, TypeVar
 
 import orjson
@@ -49,7 +48,7 @@ def _room_or_error() -> Iterator[None]:
         ) from error
 
 
-class TemporaryIdTable:
+class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
     """Ids with payloads in SQLite's own temporary file, which is deleted when the table is closed or collected.
 
     Ids are stored as text, because SQLite's integers end at 2^63. One thread at a time may use it.
@@ -57,16 +56,11 @@ class TemporaryIdTable:
 
     def __init__(self) -> None:
         self.complete = False  # whether `fill` has read all its ids
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect("", check_same_thread=False)
         with _room_or_error():
             self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
-    def __enter__(self) -> TemporaryIdTable:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._db.close()
 
     def fill(self, ids: Iterable[PointId]) -> None:
@@ -80,10 +74,8 @@ class TemporaryIdTable:
     def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
         """Add ids; a known one gets the new payload."""
         texts = ((str(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
-        with _room_or_error():
-            self._db.execute("BEGIN")
+        with _room_or_error(), self._db:
             self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
-            self._db.execute("COMMIT")
 
     def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
         """Return those of `ids` that are here, with their payloads."""
@@ -96,10 +88,8 @@ class TemporaryIdTable:
 
     def discard(self, ids: Iterable[PointId]) -> None:
         """Remove ids."""
-        with _room_or_error():
-            self._db.execute("BEGIN")
+        with _room_or_error(), self._db:
             self._db.executemany("DELETE FROM points WHERE id = ?", ((str(one),) for one in ids))
-            self._db.execute("COMMIT")
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])
@@ -117,15 +107,11 @@ class TemporaryIdTable:
             yield [as_id(text) for (text,) in page]
 
 
-def existing_points(
-    qdrant: Qdrant, collection: str, *, payload: bool = True, progress: Callable[[int], None] | None = None
-) -> TemporaryIdTable:
-    """Read every point of a collection by one ordered scroll. `progress` gets the points of each page."""
+def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) -> TemporaryIdTable:
+    """Read every point of a collection by one ordered scroll."""
     table = TemporaryIdTable()
     for page in scroll(qdrant, collection, payload=payload):
         table.put((point.id, point.payload) for point in page)
-        if progress:
-            progress(len(page))
     return table
 
 
