@@ -333,7 +333,7 @@ def test_that_other_clients_cannot_be_listed_is_said(operator, monkeypatch):
     operator.run("backup_automem")
     monkeypatch.setattr("lib.restore.preflight.other_clients", refuse)
     said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
-    assert "warning: who else is connected to FalkorDB cannot be told" in said
+    assert "warning: the other clients of FalkorDB cannot be listed" in said
     assert "NOPERM" in said
 
 
