@@ -45,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--while-running",
         action="store_true",
-        help="replace the graph though AutoMem runs, where that is safe",
+        help="replace the graph while AutoMem runs, if that is safe",
     )
     return parser
 
