@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
@@ -202,6 +202,44 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
     with atomic_writer(path) as stream:
         stream.write(data)
+
+
+class PassThrough:
+    """A binary stream that counts the bytes read from it or written to it, and hands each piece to every sink.
+
+    A sink is a function, such as `hashlib.sha256().update`.
+    """
+
+    def __init__(self, stream: IO[bytes], *sinks: Callable[[bytes], object]) -> None:
+        self.size = 0
+        self._stream = stream
+        self._sinks = sinks
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Read from the stream."""
+        piece = self._stream.read(size)
+        self._pass(piece)
+        return piece
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Read from the stream into `buffer`."""
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def write(self, piece: bytes, /) -> int:
+        """Write to the stream."""
+        self._pass(piece)
+        return self._stream.write(piece)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+    def _pass(self, piece: bytes) -> None:
+        self.size += len(piece)
+        for sink in self._sinks:
+            sink(piece)
 
 
 def sha256_file(path: Path) -> str:

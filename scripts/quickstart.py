@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole guide on a sandbox of this machine: real FalkorDB, stand-ins for the rest, sample memories."""
+"""Run the whole guide in a sandbox on this machine: real FalkorDB, stand-ins for the rest, sample memories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def arguments() -> argparse.ArgumentParser:
         "serve",
         nargs="?",
         choices=["serve"],
-        help="leave the sandbox up on the guide's ports 6379, 6333, 8001",
+        help="run the sandbox on the guide's ports 6379, 6333, 8001 until Ctrl-C",
     )
     parser.add_argument("--memories", type=cli.positive, default=1000, metavar="N", help="how many (1000)")
     parser.add_argument("--keep", action="store_true", help="keep the folder with data, logs and backups")
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Make the sandbox's folder, and remove it again, unless it is to be kept or tells what went wrong."""
+    """Run in a temporary folder. It is removed at the end, except after a failure or with --keep."""
     from tests.sandbox.stack import GUIDE_PORTS, require_free
 
     require_sandbox()
@@ -59,7 +59,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def tour(folder: Path, memories: int) -> int:
-    """Run the guide and end with a table of what was checked."""
+    """Run the guide and print a table of what was checked."""
     from lib.console import table
     from tests.sandbox.stack import Stack
     from tests.sandbox.tour import SMALL, Tour, walk
@@ -76,15 +76,15 @@ def tour(folder: Path, memories: int) -> int:
             flush=True,
         )
         stack.start_automem(SMALL[1], SMALL[0])
-        walked = Tour(stack, folder / "backups", lambda text: print(text, flush=True))
-        walk(walked)
-    print("\n" + table(walked.checked, ("checked", "figures")))
+        guide = Tour(stack, folder / "backups", lambda text: print(text, flush=True))
+        walk(guide)
+    print("\n" + table(guide.checked, ("checked", "figures")))
     print(f"\nthe whole guide, {memories:,} memories, in {time.monotonic() - began:.0f} s")
     return 0
 
 
 def require_sandbox() -> None:
-    """Say what to install where the sandbox's packages are missing."""
+    """Raise MigrationError if a package of the sandbox is missing."""
     import importlib.util
 
     from lib.errors import MigrationError
@@ -98,7 +98,7 @@ def require_sandbox() -> None:
 
 
 def serve(folder: Path, memories: int) -> int:
-    """Leave the sandbox up on the guide's own ports until Ctrl-C."""
+    """Run the sandbox on the guide's own ports until Ctrl-C."""
     from tests.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack
     from tests.sandbox.tour import SMALL
 
@@ -113,8 +113,8 @@ def serve(folder: Path, memories: int) -> int:
             'echo "VECTOR_SIZE=768" >> .env\n'
             'echo "EMBEDDING_MODEL=text-embedding-3-small" >> .env\n\n'
             "The last two are in .env because the guide changes them there: an export would hide that change.\n"
-            "Take the lines that you added out of .env when you are done.\n\n"
-            "then follow MIGRATION.md. Ctrl-C here ends it.",
+            "Remove the lines that you added to .env when you are done.\n\n"
+            "then follow MIGRATION.md. Ctrl-C here stops the sandbox.",
             flush=True,
         )
         wait_for_end()
@@ -122,7 +122,7 @@ def serve(folder: Path, memories: int) -> int:
 
 
 def wait_for_end() -> None:
-    """Sleep until Ctrl-C or SIGTERM: the ordinary end of `serve`."""
+    """Sleep until Ctrl-C or SIGTERM."""
     try:
         while os.getpid():
             time.sleep(3600)

@@ -1,22 +1,26 @@
 #!/usr/bin/env python3
-"""Verify a migration: size, ids, content, payloads, indexes, vectors, and that recall finds what it should."""
+"""Verify a migration: size, ids, content, payloads, indexes, every vector, recall."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib import cli
+from lib.errors import DONE, REMAINING, MigrationError
 
 if TYPE_CHECKING:
-    from lib.config import Config
+    from collections.abc import Callable
+
     from lib.console import Console
     from lib.verify.checks import Check
     from lib.verify.run import Stores
+
+Result = TypeVar("Result")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -29,40 +33,33 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--after-restart",
         action="store_true",
-        help="AutoMem was restarted: what was pending must be right now",
+        help="AutoMem was restarted: nothing may be pending any more",
     )
     parser.add_argument("--record", action="store_true", help="store a migration record through POST /memory")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, then run behind the error boundary."""
+    """Parse the arguments and run the command."""
     args = arguments().parse_args(argv)
     return cli.run(lambda: command(args), as_json=args.json)
 
 
 def command(args: argparse.Namespace) -> int:
-    """Read the settings, then verify."""
+    """Load the configuration, open both stores, make every check."""
+    from lib import connect
+    from lib.backup.run import require_sources
     from lib.config import config_of
     from lib.console import Console
     from lib.show_config import announce, show_config
+    from lib.verify import output
+    from lib.verify.run import Stores, recall_lines, verify
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
     announce(config, console)
-    return verification(config, console, args)
-
-
-def verification(config: Config, console: Console, args: argparse.Namespace) -> int:
-    """Open both stores and ask every question."""
-    from lib import connect
-    from lib.backup.run import require_sources
-    from lib.errors import DONE, REMAINING
-    from lib.verify import output
-    from lib.verify.run import Stores, verify
-
     graph, collection = connect.open_graph(config, console.warn), connect.open_collection(config)
     require_sources(graph, collection)
     stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets())
@@ -70,38 +67,30 @@ def verification(config: Config, console: Console, args: argparse.Namespace) -> 
         checks = verify(
             stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress
         )
-    lines = recall_lines(config, console, args.recall) if args.recall else []
-    recorded = record(stores, checks, console) if args.record else None
-    code = output.show_checks(checks, lines, recorded, config, console)
+    recalled = None
+    if args.recall:
+        recalled = attempt("--recall", lambda: recall_lines(stores.api, args.recall), console)
+    recorded = attempt("--record", lambda: record(stores, checks), console) if args.record else None
+    code = output.show_checks(checks, recalled or [], recorded, config, console)
     return code or (REMAINING if args.record and not recorded else DONE)
 
 
-def recall_lines(config: Config, console: Console, query: str) -> list[str]:
-    """What recalling `query` brings, for the operator to judge."""
-    from lib import connect
-    from lib.errors import MigrationError
-    from lib.verify.checks import recall_lines
-
+def attempt(flag: str, action: Callable[[], Result], console: Console) -> Result | None:
+    """Do what `flag` asks for. A failure is a warning only: the checks are done, and their result is shown."""
     try:
-        return recall_lines(connect.automem_api(config), query)
+        return action()
     except MigrationError as error:
-        console.warn(f"--recall: {error}")
-        return []
-
-
-def record(stores: Stores, checks: list[Check], console: Console) -> str | None:
-    """Store the migration record once everything has passed; that it is not stored does not undo the verification."""
-    from lib.errors import MigrationError
-    from lib.verify.run import is_settled, record
-
-    if not is_settled(checks):
-        console.warn("--record: not stored before every check has passed")
+        console.warn(f"{flag}: {error}")
         return None
-    try:
-        return record(stores)
-    except MigrationError as error:
-        console.warn(f"--record: {error}")
-        return None
+
+
+def record(stores: Stores, checks: list[Check]) -> str:
+    """Store the migration record. Raises MigrationError unless every check passed."""
+    from lib.verify import run
+
+    if not run.all_passed(checks):
+        raise MigrationError("not stored before every check has passed")
+    return run.record(stores)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Pair:
     def wait_paired(self) -> None:
         wait_until(lambda: all(len(node.ask("GET", "/cluster")["peers"]) == 2 for node in self.nodes))
 
-    def wait_settled(self, name: str) -> None:
+    def wait_active(self, name: str) -> None:
         """Until every replica of the collection is active, as both nodes see it."""
         wait_until(lambda: all(_settled(node, name) for node in self.nodes))
 
@@ -98,7 +98,7 @@ class Pair:
                 order = {"shard_id": shard, "from_peer_id": source.peer, "to_peer_id": target.peer}
                 source.ask("POST", f"/collections/{name}/cluster", {"replicate_shard": order})
             wait_until(lambda source=source, target=target: source.shards(name) <= target.shards(name))
-            self.wait_settled(name)
+            self.wait_active(name)
 
     def clean_up(self, prefix: str) -> None:
         """Delete the collections of these names, their snapshot files on both nodes first."""

@@ -27,7 +27,7 @@ def q(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def names(q: Qdrant) -> Iterator[list[str]]:
-    """Three names that nobody has; what stands under them in the end is removed, its files first."""
+    """Three unused names; collections of these names are deleted in the end, their snapshot files first."""
     own = [f"test_{uuid.uuid4().hex[:12]}" for _ in range(3)]
     yield own
     for name in own:

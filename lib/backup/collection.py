@@ -36,7 +36,7 @@ from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
 from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state, vector_params
 from lib.clients.qdrant.points import scroll
-from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, engine_here, opened_segments
+from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
 from lib.clients.qdrant.transport import NotFound, Qdrant
 from lib.concurrency import Progress, steps_of
@@ -108,7 +108,7 @@ class Aside:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.hindrance = "" if has_room(2 * size) else _no_room()
-        if not engine_here():
+        if not has_engine():
             self.hindrance = "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
         self.segments: list[SegmentFiles] = []
         self.ids = folder / "ids.txt"
@@ -121,7 +121,7 @@ class Aside:
         own = self._folder / str(len(self.segments))
         own.mkdir()
         self.segments.append(SegmentFiles(own))
-        facts = inspect_snapshot(stream, self.segments[-1].keep)
+        facts = inspect_snapshot(stream, self.segments[-1].save)
         if self.segments[-1].full:
             self.hindrance = _no_room()
         return facts

@@ -39,7 +39,7 @@ ABSENT, ADOPT, REPLACE, DEAD = "absent", "adopt", "replace", "dead"
 # A graph that lost more than this while texts were bought is a fault to look at, not a change to follow.
 _LOST_SHARE, _LOST_FEW = 0.01, 10
 # A restore that the server goes on with though its client was killed.
-_UNDER_WAY, _UNDER_WAY_SECONDS = {"restoring", "dead", "failing"}, 60.0
+_UNDER_WAY, _UNDER_WAY_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
 
 
 def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, CollectionState | None]:

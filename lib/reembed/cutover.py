@@ -12,7 +12,7 @@ from lib.backup.catalog import CACHE_DIR
 from lib.backup.last_migration import PLACED, PLACING, RECOVERED, SNAPPED, STAGED
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.collection import CollectionState, get_state, health
+from lib.clients.qdrant.collection import CollectionState, get_state, health, is_failed
 from lib.clients.qdrant.restoring import (
     can_fetch_itself,
     drop_temporary,
@@ -118,7 +118,7 @@ def put_in_place(run: Migration, way: Way) -> bool:
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
-        if health(run.target.qdrant, run.target.collection) == "dead":
+        if is_failed(run.target.qdrant, run.target.collection):
             drop_temporary(run.target.qdrant, run.target.collection)
         if is_disk_full(error):
             drop_staged(run)

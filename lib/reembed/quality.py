@@ -17,8 +17,7 @@ from typing import Any
 from lib.backup.last_migration import DELETING
 from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
-from lib.clients.qdrant.points import retrieve
-from lib.clients.qdrant.search import Hit, nearest_to
+from lib.clients.qdrant.points import Hit, nearest_to, retrieve
 from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError
 from lib.errors import MigrationError
 from lib.reembed.migration import Migration, journal_of

@@ -140,10 +140,10 @@ def fill(
     whole_at = time.monotonic()
     taken = put_back_aliases(target, aliases)
     state = get_state(target.qdrant, target.collection)
-    if outcome.wrote or not state.settled:
+    if outcome.wrote or not state.optimized:
         with bar("wait for the index", None, ""):
             state = wait_green(target.qdrant, target.collection, INDEX_SECONDS)
-    return Filled(outcome, taken, state.settled, whole_at)
+    return Filled(outcome, taken, state.optimized, whole_at)
 
 
 def put_back_aliases(target: Target, aliases: list[str]) -> list[str]:

@@ -19,8 +19,7 @@ from lib.backup.last_migration import spec_as_json
 from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
-from lib.clients.qdrant.points import retrieve
-from lib.clients.qdrant.search import Hit, Searcher
+from lib.clients.qdrant.points import Hit, exact_search, retrieve
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.journal import Journal, open_journals, start_journal
 from lib.reembed.embed import EmbeddingRunner, embed_texts
@@ -152,11 +151,11 @@ def compare(run: Migration, side: str, live: CollectionState, rows: Sequence[Mem
     among = [row.point_id for row in shared]
     near = min(NEIGHBOURS, len(shared) - 1)
     overlaps, scores = [], []
-    with Searcher(qdrant) as searcher:
+    with exact_search(qdrant, among) as search:
         for row in shared[:: max(1, len(shared) // MOST_QUERIES)]:
             blob = run.cache.get_vectors([row.key])[row.key]
-            before = searcher.search(live.name, vectors[row.point_id], near + 1, payload=False, among=among)
-            after = searcher.search(side, np.frombuffer(blob, "<f4"), near + 1, payload=False, among=among)
+            before = search(live.name, vectors[row.point_id], near + 1)
+            after = search(side, np.frombuffer(blob, "<f4"), near + 1)
             old, new = _others(before, row.point_id, near), _others(after, row.point_id, near)
             overlaps.append(len({hit.id for hit in old} & {hit.id for hit in new}) / near)
             scores.append((old[0].score, new[0].score))

@@ -160,9 +160,9 @@ def _sync(run: Migration) -> SyncOutcome:
         delete_points(
             qdrant, run.staged, list(orphan_ids(existing, lambda ids: set(run.cache.memories_of(ids))))
         )
-    if outcome.wrote or not get_state(qdrant, run.staged).settled:
+    if outcome.wrote or not get_state(qdrant, run.staged).optimized:
         with run.bar("wait for the index", None, ""):
-            run.indexed = wait_green(qdrant, run.staged, INDEX_SECONDS).settled
+            run.indexed = wait_green(qdrant, run.staged, INDEX_SECONDS).optimized
     return outcome
 
 

@@ -18,7 +18,7 @@ from lib.backup.collection import CollectionSource
 from lib.backup.existing_points import existing_points, orphan_ids
 from lib.backup.payloads import PointId
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.cluster import peers_of, wait_settled
+from lib.clients.qdrant.cluster import peers_of, wait_active
 from lib.clients.qdrant.collection import (
     aliases_of,
     create_small,
@@ -94,7 +94,7 @@ class RestorePlan:
         """Send every snapshot and have it restored as `name`. The nodes store the files under `stem`."""
         for part in self.parts:
             self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
-            self._wait_settled(part, name)
+            self._wait_active(part, name)
 
     def own_urls(self, name: str, stem: str) -> list[str] | None:
         """The URLs from which the nodes can fetch their own copies of `name`, tested; None if one cannot."""
@@ -108,9 +108,9 @@ class RestorePlan:
     def fetch(self, name: str, urls: Sequence[str]) -> None:
         """Have each node restore its snapshot as `name` from its own URL."""
         for part, url in zip(self.parts, urls, strict=True):
-            further = part is not self.parts[0]
-            recover(part.node, name, url, part.snapshot.sha256, seconds=part.timeout, beside=further)
-            self._wait_settled(part, name)
+            further, sha256 = part is not self.parts[0], part.snapshot.sha256
+            recover(part.node, name, url, sha256, seconds=part.timeout, allow_existing=further)
+            self._wait_active(part, name)
 
     def delete_files(self, name: str, stem: str) -> None:
         """Delete the files that were uploaded to `name` under `stem`, if there are any."""
@@ -157,14 +157,14 @@ class RestorePlan:
             checksum=part.snapshot.sha256,
             progress=steps_of(progress) if progress else None,
             seconds=part.timeout,
-            beside=part is not self.parts[0],
+            allow_existing=part is not self.parts[0],
         )
 
-    def _wait_settled(self, part: Part, name: str) -> None:
+    def _wait_active(self, part: Part, name: str) -> None:
         if part.number is not None:
             self.begun.add(name)
             nodes = self.target.nodes or (self.target.qdrant,)
-            wait_settled(nodes, name, part.node, part.shards, part.timeout)
+            wait_active(nodes, name, part.node, part.shards, part.timeout)
 
 
 def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestorePlan:

@@ -1,4 +1,4 @@
-"""What verify_migration.py tells: every check with its figures."""
+"""What verify_migration.py prints: every check with its figures, and what helps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def show_checks(
     checks: list[Check], recalled: list[str], recorded: str | None, config: Config, console: Console
 ) -> int:
-    """Every check with its figures, and what helps where one failed; exit code 4 then."""
+    """Print every check, and the commands that help if one failed. Returns exit code 4 then, else 0."""
     from lib.verify.checks import FAILED, PENDING
 
     failed = [check for check in checks if check.status == FAILED]
@@ -27,7 +27,7 @@ def show_checks(
         text += "\n\nrecalled:\n" + "\n".join(recalled)
     if failed:
         remedies = dict.fromkeys(line for check in failed for line in check.remedy.splitlines())
-        text += f"\n\n{len(failed)} check(s) FAILED. What helps:\n  " + "\n  ".join(remedies)
+        text += f"\n\n{len(failed)} of {len(checks)} checks FAILED. What helps:\n  " + "\n  ".join(remedies)
     elif any(check.status == PENDING for check in checks):
         text += "\n\nrestart AutoMem with the new settings, then:  python scripts/verify_migration.py --after-restart"
     if recorded:

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 import orjson
 
-from tests.sandbox.openai_rules import Limits, estimated_tokens
+from tests.sandbox.openai_requests import Limits, estimated_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SEND_BUFFER = 4 << 20

@@ -588,7 +588,7 @@ def random_cases(times: int) -> list[tuple[str, int]]:
 @pytest.fixture
 def no_segments(monkeypatch):
     """A machine without Qdrant's engine."""
-    monkeypatch.setattr("lib.backup.collection.engine_here", lambda: False)
+    monkeypatch.setattr("lib.backup.collection.has_engine", lambda: False)
 
 
 def test_without_an_engine_all_but_skilled_edits_are_caught(backed, tmp_path, no_segments):

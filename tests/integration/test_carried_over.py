@@ -264,7 +264,7 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
         one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]
     }
     assert checks["vectors"]["status"] == "passed"
-    assert f"{len(points)} equal to the vectors that were paid for" in checks["vectors"]["detail"]
+    assert f"{len(points)} equal to the embedding cache's" in checks["vectors"]["detail"]
     one = next(iter(points))
     wrong = points[one][1].tolist() * (NEW_SIZE // OLD_SIZE)
     operator.call("PUT", "/points/vectors?wait=true", {"points": [{"id": one, "vector": wrong}]})

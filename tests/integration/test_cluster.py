@@ -54,7 +54,7 @@ def pair(pairs) -> Pair:
 def operator_at(pair: Pair, session_servers, folder) -> Iterator[Operator]:
     someone = Operator(dataclasses.replace(session_servers, qdrant_url=pair.one.url), folder)
     someone.load(POINTS)
-    pair.wait_settled(someone.collection)
+    pair.wait_active(someone.collection)
     someone.export(QDRANT_NODE_URLS=pair.urls)
     yield someone
     pair.clean_up(someone.collection)
@@ -211,7 +211,7 @@ def test_a_node_that_is_down_is_named_and_the_next_run_is_whole(operator, pair):
         assert "QDRANT_NODE_URLS" in refused.err
     finally:
         pair.two.start()
-        pair.wait_settled(operator.collection)
+        pair.wait_active(operator.collection)
     operator.run("backup_automem")
 
 
@@ -238,7 +238,7 @@ def test_a_node_that_is_down_may_be_left_out_where_the_other_holds_every_shard(r
         assert component(replicated)["promised_ids"] == points
     finally:
         pair.two.start()
-        pair.wait_settled(replicated.collection)
+        pair.wait_active(replicated.collection)
 
 
 def test_the_settings_show_no_login_of_a_node(operator):
@@ -258,7 +258,7 @@ def test_a_collection_on_two_nodes_is_embedded_anew(operator, pair):
     assert after.keys() == before.keys()
     assert all(after[one][0]["content"] == payload["content"] for one, (payload, _) in before.items())
     assert_vectors(after)
-    pair.wait_settled(operator.collection)
+    pair.wait_active(operator.collection)
     assert settings(operator) == was
     assert [len(node.shards(operator.collection)) for node in pair.nodes] == [1, 1]
     operator.call("POST", "/points/delete?wait=true", {"points": sorted(before, key=str)[:9]})
@@ -295,7 +295,7 @@ def spoil(operator: Operator) -> None:
 
 def assert_restored(operator: Operator, pair: Pair, before: dict) -> None:
     assert contents(operator) == before
-    pair.wait_settled(operator.collection)
+    pair.wait_active(operator.collection)
     assert operator.collections() == [operator.collection]
     assert [node.snapshots(operator.collection) for node in pair.nodes] == [[], []]
 
@@ -328,7 +328,7 @@ def test_the_snapshots_go_back_by_hand_too(operator, pair, tmp_path):
         url = f"{node.url}/collections/{operator.collection}/snapshots/upload?wait=true&priority=snapshot"
         file = tmp_path / "snapshot" / one["snapshot_name"]
         subprocess.run(["curl", "-sf", "-F", f"snapshot=@{file}", url], check=True, capture_output=True)
-        pair.wait_settled(operator.collection)
+        pair.wait_active(operator.collection)
     assert contents(operator) == before
 
 

@@ -265,9 +265,9 @@ DOWNLOADS = {
     "trailers": (
         without_end(CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n"),
         NoAnswer,
-        "stays broken off at byte 1",
+        "does not continue after byte 1",
     ),
-    "a byte at a time": (dripping, StoreFailed, "the rest of a broken download cannot be fetched"),
+    "a byte at a time": (dripping, StoreFailed, "the rest of an interrupted download cannot be fetched"),
 }
 
 

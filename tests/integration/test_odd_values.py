@@ -276,7 +276,7 @@ def test_a_small_difference_is_told_and_written(odd, words):
     before = payloads(odd)
     checks = odd.run("verify_migration", "--json", expect=4).json["checks"]
     (detail,) = (one["detail"] for one in checks if one["name"] == "payloads")
-    assert f"({IDS[0]}: {', '.join(sorted(NEWER))})" in detail
+    assert f"{IDS[0]} ({', '.join(sorted(NEWER))})" in detail
     if words:
         assert odd.run("reembed_embeddings", *words, "--json").json["payloads"] == 1
     else:

@@ -128,7 +128,7 @@ def through(remote, after, **kinds):
     return Cutting(int(remote.url.rpartition(":")[2]), after, **kinds)
 
 
-def test_a_broken_download_without_a_length_goes_on_where_it_was(operator, remote, made):
+def test_a_broken_download_without_a_length_is_resumed(operator, remote, made):
     from lib.clients.qdrant.transport import Qdrant
 
     snapshot, whole = made
@@ -150,7 +150,7 @@ def test_a_download_of_another_length_is_refused(operator, remote, made):
 
 
 def test_two_downloads_that_differ_are_no_backup(operator, remote):
-    """The first one gives the checksum, the second one is what is kept."""
+    """The first one gives the checksum, the second one is stored."""
     operator.load(20)
     with through(remote, [], change=True) as proxy:
         result = operator.run("backup_automem", "--only", "qdrant", env={"QDRANT_URL": proxy.url}, expect=4)

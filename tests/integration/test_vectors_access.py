@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.clients.qdrant import collection, points, restoring, search, snapshots
+from lib.clients.qdrant import collection, points, restoring, snapshots
 from lib.clients.qdrant import collection as recreate
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant
@@ -45,7 +45,7 @@ def test_with_the_key_all_goes_as_without_one(guarded: Qdrant):
     assert location is not None
     restoring.recover(guarded, "copy", location, made.checksum)
     assert points.count(guarded, "copy") == 50
-    assert search.search(guarded, "copy", vectors_of(50, 8)[4], 1)[0].payload == payload_of(4)
+    assert points.search(guarded, "copy", vectors_of(50, 8)[4], 1)[0].payload == payload_of(4)
     assert collection.delete_collection(guarded, "copy")
 
 
@@ -87,7 +87,7 @@ def test_a_large_upload_with_a_wrong_key_ends_before_it_begins(guarded: Qdrant, 
     assert time.monotonic() - began < 25
 
 
-def test_large_upserts_with_a_wrong_key_say_so(guarded: Qdrant, monkeypatch: pytest.MonkeyPatch):
+def test_large_upserts_with_a_wrong_key_report_it(guarded: Qdrant, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lib.clients.qdrant.transport.SEND_SECONDS", 0.5)
     stranger = Qdrant(guarded.base_url, WRONG, sleep=lambda _: None)
     payloads = [{"content": "x" * 1_000_000}] * 20

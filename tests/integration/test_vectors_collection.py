@@ -44,13 +44,13 @@ def test_the_state_of_a_collection(q: Qdrant, filled: str):
     state = collection.get_state(q, filled)
     assert (state.size, state.distance, state.points, state.vectors_named) == (8, "Cosine", 50, False)
     assert state.payload_schema["tags"]["data_type"] == "keyword"
-    assert collection.wait_green(q, filled, 30).settled
+    assert collection.wait_green(q, filled, 30).optimized
     assert collection.health(q, filled) == "live"
     assert collection.exists(q, filled)
 
 
-class Asleep(HttpProxy):
-    """After the server's start its optimisers wait for an update, as 1.11.3 and 1.18.3 say it."""
+class IdleOptimizer(HttpProxy):
+    """After a restart of the server its optimizers wait for an update, in the words of 1.11.3 and 1.18.3."""
 
     def __init__(self, q: Qdrant, status: str) -> None:
         place = urlsplit(q.base_url)
@@ -64,20 +64,22 @@ class Asleep(HttpProxy):
         self.woken |= request.command == "PATCH"
         status, headers, content = request.forward(body)
         if request.command == "GET" and not self.woken:
-            told = orjson.loads(content)
-            told["result"]["status"] = self.status
-            told["result"]["optimizer_status"] = {"error": "optimizations pending, awaiting update operation"}
-            content = orjson.dumps(told)
+            answer = orjson.loads(content)
+            answer["result"]["status"] = self.status
+            answer["result"]["optimizer_status"] = {
+                "error": "optimizations pending, awaiting update operation"
+            }
+            content = orjson.dumps(answer)
         request.reply(status, headers, content)
 
 
 @pytest.mark.parametrize("status", ["green", "grey"])
-def test_optimisers_that_wait_since_the_servers_start_are_woken(q: Qdrant, filled: str, status: str):
-    with Asleep(q, status) as way:
+def test_an_idle_optimizer_is_started(q: Qdrant, filled: str, status: str):
+    with IdleOptimizer(q, status) as way:
         near = Qdrant(way.url)
-        told = check_status(collection.get_state(near, filled))
-        assert (told.status, told.detail) == (PASSED, f"{status} (indexing goes on with the next write)")
-        assert collection.wait_green(near, filled, 30).settled
+        check = check_status(collection.get_state(near, filled))
+        assert (check.status, check.detail) == (PASSED, f"{status} (indexing continues with the next write)")
+        assert collection.wait_green(near, filled, 30).optimized
         assert way.woken
 
 
@@ -88,7 +90,7 @@ def test_a_missing_collection_names_those_that_exist(q: Qdrant, filled: str, nam
     assert not collection.delete_collection(q, names[1])
 
 
-def test_a_collection_is_made_anew_in_another_size_with_all_its_settings(q: Qdrant, names: list[str]):
+def test_a_collection_is_recreated_in_another_size_with_all_its_settings(q: Qdrant, names: list[str]):
     old, new = names[:2]
     q.json("PUT", f"/collections/{old}", RICH)
     q.json("PATCH", f"/collections/{old}", {"params": {"read_fan_out_factor": 3}})
@@ -107,7 +109,7 @@ def test_a_collection_is_made_anew_in_another_size_with_all_its_settings(q: Qdra
         assert metadata == {"embedding_model": "text-embedding-3-large"}
 
 
-def test_the_size_may_not_be_changed_where_vectors_are_named(q: Qdrant, names: list[str]):
+def test_the_size_may_not_be_changed_if_vectors_are_named(q: Qdrant, names: list[str]):
     q.json("PUT", f"/collections/{names[0]}", {"vectors": {"a": {"size": 4, "distance": "Cosine"}}})
     state = collection.get_state(q, names[0])
     assert (state.size, state.vectors_named) == (4, True)
@@ -128,7 +130,7 @@ def test_automems_own_collection(q: Qdrant, names: list[str]):
         recreate.create_default(q, names[0], 8)
 
 
-def test_metadata_is_kept_where_the_server_knows_it(q: Qdrant, filled: str):
+def test_metadata_is_stored_if_the_server_knows_it(q: Qdrant, filled: str):
     knows = q.version() >= "1.16"
     assert collection.set_metadata(q, filled, {"embedding_model": "m"}) is knows
     assert collection.get_state(q, filled).metadata == ({"embedding_model": "m"} if knows else {})
@@ -148,10 +150,10 @@ def test_aliases_are_put_back_and_never_deleted_through(q: Qdrant, filled: str, 
     assert collection.health(q, filled) == "missing"
 
 
-def test_a_collection_whose_restore_failed_is_dead_and_can_be_deleted(
+def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(
     q: Qdrant, filled: str, names: list[str]
 ):
-    """On 1.11.3 a server that stops with a dead collection does not start again."""
+    """On 1.11.3 a server that stops with a failed collection does not start again."""
     whole = io.BytesIO()
     snapshots.download(q, filled, snapshots.create(q, filled), whole.write)
     data = content("a.snapshot with the WAL 'x'", {"a.snapshot": whole.getvalue()}, recorded=False)
@@ -161,7 +163,7 @@ def test_a_collection_whose_restore_failed_is_dead_and_can_be_deleted(
         send(q, names[1], data)
     assert collection.is_failed(q, names[1])
     assert collection.exists(q, names[1])
-    with pytest.raises(MigrationError, match="is dead"):
+    with pytest.raises(MigrationError, match="is failed"):
         restoring.wait_restored(q, names[1], 1)
     for snapshot in snapshots.list_snapshots(q, names[1]):
         assert snapshots.delete(q, names[1], snapshot.name)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.clients.qdrant import points, search
+from lib.clients.qdrant import points
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import MissingData
@@ -127,10 +127,10 @@ def test_strict_mode_shrinks_batches_and_pages(q: Qdrant, names: list[str]):
 
 
 def test_the_nearest_point_to_its_own_vector_is_itself(q: Qdrant, filled: str):
-    hits = search.search(q, filled, vectors_of(50, 8)[17], 3)
+    hits = points.search(q, filled, vectors_of(50, 8)[17], 3)
     assert hits[0].id == ids_of(50)[17]
     assert hits[0].score == pytest.approx(1, abs=1e-5)
     assert hits[0].payload == payload_of(17)
     assert hits[0].score > hits[1].score > hits[2].score
     with pytest.raises(QdrantError, match="expected dim: 8, got 2"):
-        search.search(q, filled, [1.0, 2.0], 3)
+        points.search(q, filled, [1.0, 2.0], 3)

@@ -63,7 +63,7 @@ def test_config_in_the_snapshot_is_the_live_one(q: Qdrant, filled: str):
     assert {key: config[key] for key in live} == live
 
 
-def test_a_download_goes_on_where_the_way_broke(q: Qdrant, filled: str):
+def test_a_download_resumes_after_a_broken_connection(q: Qdrant, filled: str):
     made = snapshots.create(q, filled)
     whole, _ = fetch(q, filled, made)
     with Way(q) as way:
@@ -122,7 +122,7 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
     path.write_bytes(data)
     filename = restoring.unique_filename("back")
     seen: list[tuple[int, int]] = []
-    restored = restoring.upload_and_restore(
+    answered = restoring.upload_and_restore(
         q,
         names[1],
         path,
@@ -131,7 +131,7 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
         checksum=made.checksum,
         progress=lambda *at: seen.append(at),
     )
-    assert restored.answered
+    assert answered
     assert seen[-1] == (len(data), len(data))
     assert_whole(q, names[1])
     assert [snapshot.name for snapshot in snapshots.list_snapshots(q, names[1])] == [filename]
@@ -146,7 +146,7 @@ def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, fi
         restoring.preflight_upload(far, names[1])
         far.close()
         way.swallow = made.checksum.encode()
-        restored = restoring.upload_and_restore(
+        answered = restoring.upload_and_restore(
             far,
             names[1],
             io.BytesIO(data),
@@ -155,7 +155,7 @@ def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, fi
             checksum=made.checksum,
             seconds=30,
         )
-    assert not restored.answered
+    assert not answered
     assert_whole(q, names[1])
     assert len(snapshots.list_snapshots(q, names[1])) == 1
 
@@ -177,7 +177,7 @@ def test_a_source_that_ends_early_restores_nothing(q: Qdrant, filled: str, names
 
 def test_a_wrong_checksum_restores_nothing(q: Qdrant, filled: str, names: list[str]):
     data, _ = fetch(q, filled, snapshots.create(q, filled))
-    with pytest.raises(BackupDamaged, match="is not the one of the backup") as told:
+    with pytest.raises(BackupDamaged, match="is not the one of the backup") as caught:
         restoring.upload_and_restore(
             q,
             names[1],
@@ -186,21 +186,21 @@ def test_a_wrong_checksum_restores_nothing(q: Qdrant, filled: str, names: list[s
             filename=restoring.unique_filename("wrong"),
             checksum="1" * 64,
         )
-    assert "checksum mismatch" in str(told.value.__cause__).lower()
+    assert "checksum mismatch" in str(caught.value.__cause__).lower()
     assert not collection.exists(q, names[1])
 
 
-def test_the_server_restores_from_itself_once_that_is_proved(q: Qdrant, filled: str, names: list[str]):
+def test_the_server_restores_from_itself_once_that_is_verified(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
     location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
     assert location is not None
     assert not collection.exists(q, names[2])
-    assert restoring.recover(q, names[1], location, made.checksum).answered
+    assert restoring.recover(q, names[1], location, made.checksum)
     assert_whole(q, names[1])
     assert snapshots.list_snapshots(q, names[1]) == []
 
 
-def test_no_proof_no_url(q: Qdrant, filled: str, names: list[str]):
+def test_no_url_if_the_server_cannot_fetch_itself(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
     missing = snapshots.Snapshot("none.snapshot", made.size, made.checksum, made.created)
     assert restoring.can_fetch_itself(q, filled, missing, probe=names[2]) is None
@@ -214,8 +214,8 @@ def test_a_recover_whose_answer_is_lost_is_waited_for(q: Qdrant, filled: str, na
     location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
     with Way(q) as way:
         way.swallow = b"/snapshots/recover"
-        restored = restoring.recover(Qdrant(way.url), names[1], location, made.checksum, seconds=30)
-    assert not restored.answered
+        answered = restoring.recover(Qdrant(way.url), names[1], location, made.checksum, seconds=30)
+    assert not answered
     assert_whole(q, names[1])
 
 

@@ -83,7 +83,7 @@ def test_each_check_fails_when_what_it_checks_is_broken(migrated):
             "ids",
             lambda: operator.call("POST", "/points/delete?wait=true", {"points": [one]}),
         ),
-        "a surplus point": ("surplus points", lambda: put_points(operator, lonely)),
+        "an orphan point": ("orphan points", lambda: put_points(operator, lonely)),
         "another content": ("content", lambda: set_payload(operator, one, content="somebody else's")),
         "a changed value": ("payloads", lambda: set_payload(operator, one, tags=["wrong"])),
         "a lost key of the old point": ("payloads", lambda: drop_key(operator, special, "source_app")),
@@ -121,7 +121,7 @@ def test_what_verify_calls_drift_only_missing_repairs(migrated):
     drop_key(migrated, third, "tags")
     drop_key(migrated, special, "legacy_score")
     put_points(migrated, {77: ({"content": "nobody's"}, good[one][1])})
-    assert failing(migrated) == ["ids", "surplus points", "content", "payloads"]
+    assert failing(migrated) == ["ids", "orphan points", "content", "payloads"]
     migrated.run("reembed_embeddings", "--only-missing")
     with migrated.restarted():
         verify(migrated, "--after-restart")
@@ -141,7 +141,7 @@ def test_a_red_status(operator, session_servers):
     operator.load(20)
     url = f"{session_servers.qdrant_url}/_sandbox/faults"
     if not requests.get(url, timeout=10).ok:
-        pytest.skip("a real server cannot be told to be red")
+        pytest.skip("a real server cannot be made red")
     info = {**operator.info(), "status": "red", "optimizer_status": {"error": "no space left on device"}}
     rule = {
         "method": "GET",
@@ -156,7 +156,7 @@ def test_a_red_status(operator, session_servers):
         requests.delete(url, timeout=10)
 
 
-def test_without_a_spool_a_difference_cannot_wait_for_the_restart(operator):
+def test_without_an_embedding_cache_a_difference_cannot_wait_for_the_restart(operator):
     operator.load()
     checks = verify(operator)
     assert checks["recall"]["status"] == "not checked"
@@ -190,19 +190,19 @@ def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(m
 def test_a_memory_of_a_moment_to_come_is_not_newer_than_the_migration(migrated):
     """Its timestamp would excuse whatever is wrong with its point until the restart."""
     operator = migrated
-    gone, changed, tagged = [one for one in embeddable(operator) if isinstance(one, str)][:3]
-    for one in (gone, changed, tagged):
+    deleted, changed, tagged = [one for one in embeddable(operator) if isinstance(one, str)][:3]
+    for one in (deleted, changed, tagged):
         operator.cypher("MATCH (m:Memory {id: $id}) SET m.timestamp = '2099-01-01T00:00:00Z'", id=one)
     operator.run("reembed_embeddings", "--only-missing")
     verify(operator)
-    operator.call("POST", "/points/delete?wait=true", {"points": [gone]})
+    operator.call("POST", "/points/delete?wait=true", {"points": [deleted]})
     set_payload(operator, changed, content="broken")
     set_payload(operator, tagged, tags=["broken"])
     assert {"ids", "content", "payloads"} <= set(failing(operator))
 
 
 @pytest.mark.matrix
-def test_a_point_that_automem_wrote_anew_since_is_no_failure(migrated):
+def test_a_point_that_automem_has_rewritten_is_no_failure(migrated):
     """PATCH /memory replaces the payload: what only the old point held is AutoMem's own loss."""
     special = next(one for one, (payload, _) in points_of(migrated).items() if "source_app" in payload)
     migrated.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.11, m.updated_at = '2027'", id=special)
@@ -221,7 +221,7 @@ def test_a_memory_deleted_since_is_no_sample(migrated):
 
 
 @pytest.mark.matrix
-def test_recall_straight_from_qdrant_where_no_api_answers(migrated):
+def test_recall_straight_from_qdrant_if_no_api_answers(migrated):
     checks = verify(migrated, "--sample", "7")
     assert checks["recall"]["detail"].startswith("7 samples come first, straight from Qdrant")
     turn_vectors(migrated)
@@ -262,8 +262,8 @@ def test_recall_through_automem_before_and_after_its_restart(operator, tmp_path)
         assert "vector" in result.json["recalled"][0]
         assert len(embeddable(operator)) == before + 1
         assert f"{NEW_SIZE}d" in embeddable(operator)[result.json["recorded"]]["content"]
-        told = operator.run("verify_migration", "--recall", content).out
-        assert "recalled:" in told
+        shown = operator.run("verify_migration", "--recall", content).out
+        assert "recalled:" in shown
 
         turn_vectors(operator)
         assert verify(operator, expect=4)["recall"]["status"] == PENDING

@@ -1,4 +1,4 @@
-"""AutoMem's stand-in as a server: routes, start and stop."""
+"""AutoMem's stand-in: health, recall and remember over real stores, and the check of the vector size at its start."""
 
 from __future__ import annotations
 
@@ -6,200 +6,275 @@ import argparse
 import json
 import logging
 import os
+import queue
+import re
 import secrets
 import sys
-import tempfile
+import threading
 import time
-import urllib.request
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import requests
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from tests.sandbox.automem_memory import NewMemory, Refused, Worker, parse_memory, stored_answer, tag_list
-from tests.sandbox.automem_recall import RecallQuery, recall
-from tests.sandbox.automem_store import (
-    PAYLOAD_KEYS,
-    VARIABLES,
-    AutoMemSettings,
+from tests.sandbox.automem_recall import recall
+from tests.sandbox.automem_stores import (
+    DEFAULTS,
     MemoryGraph,
-    Vectors,
+    Settings,
+    VectorStore,
     VectorsUnavailable,
+    decode_metadata,
+    is_on,
     iso,
+    parse_moment,
+    point_payload,
     settings_from,
+    tag_prefixes,
 )
-from tests.sandbox.process import ServerProcess, free_port
+from tests.sandbox.process import PROJECT_ROOT, ServerProcess, free_port
 
+HOST = "127.0.0.1"
+CONTENT_LIMIT = 2000  # characters
 MOST_RESULTS = 50
-_TEXTS = {
-    404: "The requested URL was not found on the server. If you entered the URL manually please check your spelling "
-    "and try again.",
-    405: "The method is not allowed for the requested URL.",
-}
+METHOD_NOT_ALLOWED = "The method is not allowed for the requested URL."
 log = logging.getLogger("automem")
 
 
-class Service:
-    """The running stand-in: its stores, its worker and its routes."""
+def parse_memory(body: object, vector_size: int) -> dict[str, Any]:
+    """Build the node's properties from a request. Raises HTTPException (400) with AutoMem's texts."""
+    if not isinstance(body, Mapping):
+        raise HTTPException(400, "JSON body is required")
+    if body.get("embedding"):  # the stand-in embeds every memory itself
+        raise HTTPException(400, f"Embedding must contain exactly {vector_size} values")
+    content = _content(body)
+    tags = tag_list(body.get("tags"))
+    created = _moment(body, "timestamp") or iso(datetime.now(timezone.utc))
+    updated = _moment(body, "updated_at") or created
+    return {
+        "id": str(uuid.uuid4()),
+        "content": content,
+        "timestamp": created,
+        "importance": _importance(body),
+        "tags": tags,
+        "tag_prefixes": tag_prefixes(tags),
+        "type": body.get("type") or "Memory",  # the stand-in has no classifier
+        "confidence": float(body.get("confidence") or 0.9) if body.get("type") else 0.3,
+        "t_valid": _moment(body, "t_valid") or created,
+        "t_invalid": _moment(body, "t_invalid"),
+        "updated_at": updated,
+        "last_accessed": _moment(body, "last_accessed") or updated,
+        "metadata": json.dumps(body.get("metadata") or {}),
+        "processed": False,
+    }
 
-    def __init__(self, settings: AutoMemSettings) -> None:
+
+def tag_list(raw: object) -> list[str]:
+    """Read tags from a list or from a text with commas."""
+    parts = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else []
+    return [part.strip() for part in parts if isinstance(part, str) and part.strip()]
+
+
+def _content(body: Mapping[str, Any]) -> str:
+    content = str(body.get("content") or "").strip()
+    if not content:
+        raise HTTPException(400, "'content' is required")
+    if len(content) > CONTENT_LIMIT:
+        raise HTTPException(
+            400,
+            f"Content exceeds maximum length of {CONTENT_LIMIT} characters ({len(content)} provided). "
+            "Please split into smaller memories or summarize.",
+        )
+    return content
+
+
+def _importance(body: Mapping[str, Any]) -> float:
+    try:
+        return 0.5 if body.get("importance") is None else float(body["importance"])
+    except (TypeError, ValueError):
+        raise HTTPException(400, "'importance' must be a number") from None
+
+
+def _moment(body: Mapping[str, Any], name: str) -> str | None:
+    moment = parse_moment(body.get(name))
+    return iso(moment) if moment else None
+
+
+class Worker:
+    """One thread that enriches and embeds stored memories in their order.
+
+    A failure is only logged: a memory whose vector could not be written exists in the graph only. AutoMem repairs
+    such memories every hour, the stand-in never does.
+    """
+
+    def __init__(self, graph: MemoryGraph, vectors: VectorStore) -> None:
+        self._graph = graph
+        self._vectors = vectors
+        self._jobs: queue.Queue[str] = queue.Queue()
+        self._busy = False
+        self._processed = self._failed = 0
+        self.enqueue = self._jobs.put
+        threading.Thread(target=self._run, name="automem-worker", daemon=True).start()
+
+    def state(self) -> dict[str, object]:
+        """Report its counts as `/health` shows them, under `enrichment`."""
+        return {
+            "failed": self._failed,
+            "inflight": int(self._busy),
+            "pending": self._jobs.qsize(),
+            "processed": self._processed,
+            "queue_depth": self._jobs.qsize(),
+            "status": "running",
+        }
+
+    def _run(self) -> None:
+        while True:
+            memory_id = self._jobs.get()
+            self._busy = True
+            try:
+                self._process(memory_id)
+                self._processed += 1
+            except RedisError as error:
+                log.error("Enrichment failed for %s: %s", memory_id, error)
+                self._failed += 1
+            self._busy = False
+
+    def _process(self, memory_id: str) -> None:
+        properties = self._graph.get(memory_id)
+        if properties is None:
+            return
+        now = datetime.now(timezone.utc)
+        metadata = decode_metadata(properties.get("metadata"))
+        metadata.setdefault("entities", {})  # the stand-in recognises none
+        metadata["enrichment"] = {
+            "last_run": iso(now),
+            "forced": False,
+            "temporal_links": self._graph.link_preceding(memory_id, now),
+            "patterns_detected": [],
+            "semantic_neighbors": [],
+        }
+        properties["metadata"] = json.dumps(metadata)
+        changed = {
+            "metadata": properties["metadata"],
+            "summary": re.split(r"(?<=[.!?])\s+", properties["content"])[0],  # the first sentence
+            "enriched": True,
+            "enriched_at": iso(now),
+            "processed": True,
+        }
+        self._graph.update(memory_id, changed)
+        try:
+            self._vectors.upsert(memory_id, properties["content"], point_payload(properties))
+        except VectorsUnavailable as error:
+            log.error("Qdrant upsert failed for %s: %s", memory_id, error)
+
+
+class Service:
+    """The running stand-in: its stores, its worker and its routes.
+
+    A new Service creates what is missing in both stores. Raises ValueError if the collection has another size than
+    VECTOR_SIZE, and VectorsUnavailable or RedisError if a store does not answer.
+    """
+
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._graph = MemoryGraph(settings)
-        self._vectors = Vectors(settings)
+        self._vectors = VectorStore(settings)
+        self._vectors.prepare()
+        self._graph.ensure_indexes()
         self._worker = Worker(self._graph, self._vectors)
 
-    def start(self) -> None:
-        """Create what is missing in both stores, then begin to work.
-
-        Raises ValueError where the collection has another size than VECTOR_SIZE; a store that does not answer is
-        only logged, and tried again when it is needed.
-        """
-        try:
-            self._vectors.prepare()
-        except VectorsUnavailable as error:
-            log.error("Failed to initialize Qdrant client: %s", error)
-        try:
-            self._graph.ensure_indexes()
-        except RedisError as error:
-            log.error("Failed to initialize FalkorDB connection: %s", error)
-        self._worker.start()
-
     def application(self) -> Starlette:
-        """The ASGI application."""
-        ways = ["GET", "POST"] if self._settings.post_recall else ["GET"]
+        """Build the ASGI application, without the check of the token."""
+        recall_methods = ["GET", "POST"] if is_on(self._settings["AUTOMEM_POST_RECALL"]) else ["GET"]
         return Starlette(
             routes=[
-                Route("/health", self._route(self._health), methods=["GET"]),
-                Route("/recall", self._route(self._recall), methods=ways),
-                Route("/memory", self._route(self._store), methods=["POST"]),
+                Route("/health", partial(_answer, self._health), methods=["GET"]),
+                Route("/recall", partial(_answer, self._recall), methods=recall_methods),
+                Route("/memory", partial(_answer, self._store), methods=["POST"]),
             ],
-            exception_handlers={HTTPException: _plain_error},
+            exception_handlers={HTTPException: _http_error, RedisError: _graph_error},
         )
 
     def authorized(self, request: Request) -> bool:
-        """Whether the request carries the token: as a bearer, as X-API-Key or as `api_key`. /health needs none."""
-        token = self._settings.api_token
+        """Whether the request carries the token, as a bearer or as X-API-Key. /health needs none."""
+        token = self._settings["AUTOMEM_API_TOKEN"]
         if not token or request.url.path == "/health":
             return True
-        header = request.headers.get("authorization", "")
-        bearer = header[7:].strip() if header.lower().startswith("bearer ") else ""
-        given = bearer or request.headers.get("x-api-key", "") or request.query_params.get("api_key", "")
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         return secrets.compare_digest(given.strip().encode(), token.encode())
 
-    def _route(self, work: Callable[[Request, Any], Response]) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
-            body = _json_or_none(request, await request.body())
-            try:
-                return await run_in_threadpool(partial(work, request, body))
-            except Refused as refused:
-                return error_answer(refused.status, refused.message)
-            except RedisError as error:
-                log.error("FalkorDB: %s", error)
-                return error_answer(503, "FalkorDB is unavailable")
-
-        return endpoint
-
-    def _health(self, _request: Request, _body: object) -> Response:
-        memories, points, size = self._memory_count(), None, None
-        self._find_qdrant()
+    def _health(self, _request: Request, _body: object) -> JSONResponse:
+        memories = points = size = None
         try:
             size, points = self._vectors.collection_size(), self._vectors.count()
         except VectorsUnavailable as error:
             log.info("health: %s", error)
-        sync = _sync_status(memories, points)
-        whole = memories is not None and self._vectors.ready and sync != "drift_detected"
-        return json_answer(
-            {
-                "status": "healthy" if whole else "degraded",
-                "falkordb": "disconnected" if memories is None else "connected",
-                "qdrant": "connected" if self._vectors.ready else "disconnected",
-                "memory_count": memories,
-                "vector_count": points,
-                "sync_status": sync,
-                "vector_dimensions": {
-                    "configured": self._settings.vector_size,
-                    "effective": self._vectors.effective_size,
-                    "collection": size,
-                    "mismatch": size is not None and size != self._settings.vector_size,
-                },
-                "enrichment": self._worker.state(),
-                "timestamp": iso(datetime.now(timezone.utc)),
-                "graph": self._settings.graph,
-            }
-        )
-
-    def _recall(self, request: Request, body: object) -> Response:
-        self._find_qdrant()
-        if request.method == "POST" and isinstance(body, dict):
-            return json_answer(recall(self._graph, self._vectors, _query_from(body, body.get("tags"))))
-        params = request.query_params
-        return json_answer(
-            recall(self._graph, self._vectors, _query_from(dict(params), params.getlist("tags")))
-        )
-
-    def _store(self, _request: Request, body: object) -> Response:
-        started = time.perf_counter()
-        memory = parse_memory(body, self._vectors.effective_size)
-        self._graph.store(memory.properties)
-        self._find_qdrant()
-        qdrant = "queued" if memory.vector is None else self._write_given_vector(memory, memory.vector)
-        self._worker.enqueue(memory.id, embed=memory.vector is None)
-        return json_answer(stored_answer(memory, qdrant, started), 201)
-
-    def _write_given_vector(self, memory: NewMemory, vector: Sequence[float]) -> str:
-        """A caller's own vector is written at once; its payload has the two dates of validity as well."""
-        keys = (
-            *(key for key in PAYLOAD_KEYS if key not in {"metadata", "relevance_score"}),
-            "t_valid",
-            "t_invalid",
-        )
-        payload = {**{key: memory.properties[key] for key in keys}, "metadata": memory.metadata}
         try:
-            self._vectors.upsert(memory.id, vector, payload)
-        except VectorsUnavailable as error:
-            log.error("Qdrant upsert failed for %s: %s", memory.id, error)
-            return "failed"
-        return "stored"
-
-    def _memory_count(self) -> int | None:
-        try:
-            return self._graph.count()
+            memories = self._graph.count()
         except RedisError as error:
             log.info("health: %s", error)
-            return None
+        sync = _sync_status(memories, points)
+        healthy = memories is not None and sync != "drift_detected"
+        answer = {
+            "status": "healthy" if healthy else "degraded",
+            "falkordb": "disconnected" if memories is None else "connected",
+            "qdrant": "connected",
+            "memory_count": memories,
+            "vector_count": points,
+            "sync_status": sync,
+            "vector_dimensions": {
+                "configured": self._vectors.configured_size,
+                "effective": self._vectors.effective_size,
+                "collection": size,
+                "mismatch": size is not None and size != self._vectors.configured_size,
+            },
+            "enrichment": self._worker.state(),
+            "timestamp": iso(datetime.now(timezone.utc)),
+            "graph": self._settings["FALKORDB_GRAPH"],
+        }
+        return JSONResponse(answer)
 
-    def _find_qdrant(self) -> None:
-        """A Qdrant that did not answer at the start is prepared when it does; a made collection is not made again."""
-        if self._vectors.ready:
-            return
-        try:
-            self._vectors.prepare()
-        except (VectorsUnavailable, ValueError) as error:
-            log.error("Failed to initialize Qdrant client: %s", error)
+    def _recall(self, request: Request, body: object) -> JSONResponse:
+        given: dict[str, Any] = dict(request.query_params)
+        given["tags"] = request.query_params.getlist("tags")
+        if request.method == "POST" and isinstance(body, dict):
+            given = body
+        tags = given.get("tags")
+        listed = [tag for part in (tags if isinstance(tags, list) else [tags]) for tag in tag_list(part)]
+        limit = max(1, min(int(given.get("limit", 5)), MOST_RESULTS))
+        text = str(given.get("query") or "").strip()
+        return JSONResponse(recall(self._graph, self._vectors, text, limit, [tag.lower() for tag in listed]))
 
-
-def json_answer(body: object, status: int = 200) -> Response:
-    """A body with sorted keys, as Flask writes it."""
-    return Response(json.dumps(body, sort_keys=True), status, media_type="application/json")
-
-
-def error_answer(status: int, message: str) -> Response:
-    """AutoMem's one shape of an error."""
-    return json_answer({"code": status, "message": message, "status": "error"}, status)
-
-
-def _plain_error(_request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    return error_answer(status, _TEXTS.get(status, str(error)))
+    def _store(self, _request: Request, body: object) -> JSONResponse:
+        started = time.perf_counter()
+        memory = parse_memory(body, self._vectors.effective_size)
+        self._graph.store(memory)
+        self._worker.enqueue(memory["id"])
+        shown = ("type", "confidence", "timestamp", "updated_at", "last_accessed")
+        answer = {
+            "status": "success",
+            "memory_id": memory["id"],
+            "stored_at": memory["timestamp"],
+            **{key: memory[key] for key in shown},
+            "qdrant": "queued",
+            "embedding_status": "queued",
+            "enrichment": "queued",
+            "metadata": json.loads(memory["metadata"]),
+            "query_time_ms": round((time.perf_counter() - started) * 1000, 2),
+        }
+        return JSONResponse(answer, 201)
 
 
 def _sync_status(memories: int | None, points: int | None) -> str:
@@ -210,130 +285,80 @@ def _sync_status(memories: int | None, points: int | None) -> str:
     return "drift_detected" if points < memories else "orphaned_vectors"
 
 
-def _json_or_none(request: Request, body: bytes) -> object:
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        return None
+async def _answer(work: Callable[[Request, object], JSONResponse], request: Request) -> JSONResponse:
+    """Read the body, then answer in a thread."""
     try:
-        return json.loads(body)
+        body = json.loads(await request.body())
     except ValueError:
-        return None
+        body = None
+    return await run_in_threadpool(work, request, body)
 
 
-def _query_from(given: dict[str, Any], tags: object) -> RecallQuery:
-    raw = tags if isinstance(tags, list) else [tags]
-    wanted = [tag for part in raw for tag in tag_list(part)]
-    try:
-        limit = int(given.get("limit", 5))
-    except (TypeError, ValueError):
-        limit = 5
-    return RecallQuery(
-        text=str(given.get("query") or "").strip(),
-        limit=max(1, min(limit, MOST_RESULTS)),
-        tags=tuple(tag.lower() for tag in wanted),
-        tag_mode="all" if given.get("tag_mode") == "all" else "any",
-        tag_match="exact" if given.get("tag_match") == "exact" else "prefix",
-    )
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"code": status, "message": message, "status": "error"}, status)
 
 
-HOST = "127.0.0.1"
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+def _http_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, METHOD_NOT_ALLOWED if error.status_code == 405 else error.detail)
 
 
-class AutoMemServer:
-    """Handle on the service as a child process; also a context manager.
+def _graph_error(_request: Request, error: Exception) -> JSONResponse:
+    log.error("FalkorDB: %s", error)
+    return _error(503, "FalkorDB is unavailable")
+
+
+class AutoMemServer(ServerProcess):
+    """The service as a child process.
 
     Args:
-        port: a free one where None.
+        port: a free one if None.
         env: AutoMem's variables (FALKORDB_HOST, QDRANT_URL, VECTOR_SIZE, EMBEDDING_MODEL, ...).
-        log: the child's output; a temporary file where None.
     """
 
     def __init__(
         self, port: int | None = None, env: Mapping[str, str] | None = None, log: Path | None = None
     ) -> None:
         self.port = port or free_port()
-        # Empty counts as unset: the parent's own variables do not leak into the service.
-        self._env = {**dict.fromkeys(VARIABLES, ""), **(env or {})}
-        self._log_dir = None if log else tempfile.TemporaryDirectory(prefix="automem-sandbox-")
-        self._log = log or Path(self._log_dir.name if self._log_dir else "", "server.log")
-        self._process: ServerProcess | None = None
-
-    @property
-    def url(self) -> str:
-        """For AUTOMEM_API_URL."""
-        return f"http://{HOST}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._running().pid
+        self.url = f"http://{HOST}:{self.port}"
+        # Empty counts as unset: the parent's variables do not reach the service.
+        settings = {**dict.fromkeys(DEFAULTS, ""), **(env or {})}
+        argv = [sys.executable, "-m", "tests.sandbox.automem_server", "--port", str(self.port)]
+        super().__init__(argv, log, settings, PROJECT_ROOT)
 
     def start(self) -> AutoMemServer:
-        """Start it and wait for its /health. Raises ServerStartError, with the log's end, where it refuses."""
-        argv = [sys.executable, "-m", "tests.sandbox.automem_server", "--port", str(self.port)]
-        self._process = ServerProcess(argv, self._log, self._env, PROJECT_ROOT)
-        self._process.start().wait_ready(lambda: bool(self.health()))
-        return self
-
-    def stop(self) -> None:
-        """SIGTERM; nothing happens if it does not run."""
-        if self._process is not None:
-            self._process.stop()
-
-    def kill(self) -> None:
-        """SIGKILL; nothing happens if it does not run."""
-        if self._process is not None:
-            self._process.kill()
+        """Start it and wait for its /health. Raises ServerStartError, with the log's end, if it refuses."""
+        return super().start().wait_ready(lambda: bool(self.health()))
 
     def restart(self, env: Mapping[str, str] | None = None) -> AutoMemServer:
         """Stop it and start it again on the same port, with some variables changed."""
-        self.stop()
         self._env.update(env or {})
-        return self.start()
+        return super().restart()
 
     def health(self) -> dict[str, Any]:
-        """GET /health. Raises OSError where it does not answer."""
-        with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
-            return dict(json.load(answer))
-
-    def log_tail(self) -> str:
-        """The end of its log."""
-        return self._running().log_tail()
-
-    def __enter__(self) -> AutoMemServer:
-        return self.start()
-
-    def __exit__(self, *_exc: object) -> None:
-        self.stop()
-
-    def _running(self) -> ServerProcess:
-        if self._process is None:
-            raise RuntimeError("this AutoMem was not started")
-        return self._process
+        """Ask for /health. Raises OSError if it does not answer."""
+        return dict(requests.get(f"{self.url}/health", timeout=10).json())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM."""
     import uvicorn
-    from starlette.requests import Request
 
     parser = argparse.ArgumentParser(description="AutoMem stand-in; its settings come from the environment")
     parser.add_argument("--port", type=int, default=8001)
-    parser.add_argument("--host", default=HOST)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(levelname)s | %(message)s")
     service = Service(settings_from(os.environ))
-    service.start()
     routes = service.application()
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
-        """The token comes before the route: a wrong one answers 401 even where there is none."""
-        if scope["type"] == "http" and not service.authorized(Request(scope)):
-            await error_answer(401, "Unauthorized")(scope, receive, send)
-        else:
+        """Check the token before the route: a wrong token is answered 401 even if there is no such route."""
+        if service.authorized(Request(scope)):
             await routes(scope, receive, send)
+        else:
+            await _error(401, "Unauthorized")(scope, receive, send)
 
-    uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning", lifespan="off")
+    uvicorn.run(application, host=HOST, port=arguments.port, log_level="warning", lifespan="off")
     return 0
 
 

@@ -12,21 +12,24 @@ from lib.clients.falkordb.scratch import Engine, installed_engines
 from lib.errors import MigrationError
 from tests.sandbox.process import ServerProcess, ServerStartError, free_port
 
-# The Docker image's own arguments to the module (https://github.com/FalkorDB/FalkorDB, build/docker/run.sh): a query
+# The Docker image's arguments to the module (https://github.com/FalkorDB/FalkorDB, build/docker/run.sh): a query
 # is cut at one second, a result at 10,000 rows.
 DOCKER_LIMITS = "MAX_QUEUED_QUERIES 25 TIMEOUT 1000 RESULTSET_SIZE 10000"
-# The list of past queries off: its first look at the graphs may fall into the module's own start, and then the next
-# graph that is made (or loaded) stops the server for good (about 1 start in 1,000, on 4.16.3 and 4.22.1).
+# The list of past queries is off. Its first look at the graphs can coincide with the start of the module; then the next
+# graph that is created or loaded stops the server for good (about 1 start in 1,000, on 4.16.3 and 4.22.1).
 NO_TELEMETRY = "CMD_INFO no"
 PERSISTENCE = ("save 60 1", "appendonly yes", "appendfsync everysec")
 START_SECONDS = 60.0
 
 
-class FalkorServer:
-    """One FalkorDB on a loopback port; its data stay in `data` when it is killed and started again.
+class FalkorServer(ServerProcess):
+    """One FalkorDB on a loopback port. Its data stay in `data` if it is killed and started again.
 
-    `sync_delay_seconds` is `repl-diskless-sync-delay`: how long the server waits before it answers a request for
-    an RDB (its own default, 5 s, where None). With `telemetry` it keeps its list of past queries, as Docker's does.
+    Args:
+        engine: the oldest one of this machine if None.
+        sync_delay_seconds: `repl-diskless-sync-delay`, how long the server waits before it answers a request for an
+            RDB; the server's default, 5 s, if None.
+        telemetry: record past queries, as Docker's server does.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class FalkorServer:
         limits: str = DOCKER_LIMITS,
         telemetry: bool = False,
     ) -> None:
+        super().__init__(["FalkorDB"], data / "falkordb.log", cwd=data)
         self.data = data
         self.port = port or free_port()
         self._password = password or ""
@@ -49,7 +53,6 @@ class FalkorServer:
         self._settings = list(settings)
         if sync_delay_seconds is not None:
             self._settings.append(f"repl-diskless-sync-delay {sync_delay_seconds}")
-        self._process: ServerProcess | None = None
 
     @property
     def address(self) -> GraphAddress:
@@ -57,13 +60,8 @@ class FalkorServer:
         return GraphAddress(host="127.0.0.1", port=self.port, password=self._password)
 
     @property
-    def pid(self) -> int:
-        """Raises ServerStartError when it is not running."""
-        return self._running().pid
-
-    @property
     def engine(self) -> Engine:
-        """The engine it runs on: the oldest of this machine where none was given."""
+        """The engine that it runs on. Raises ServerStartError if this machine has none."""
         if self._engine is None:
             engines = installed_engines({})
             if not engines:
@@ -73,38 +71,15 @@ class FalkorServer:
 
     def start(self) -> FalkorServer:
         """Start it and wait until its data are loaded. Raises ServerStartError."""
-        config = self._write_config()
-        log = self.data / "falkordb.log"
-        self._process = ServerProcess([self.engine.server, config], log, cwd=self.data)
-        self._process.start().wait_ready(self._answers, START_SECONDS)
-        return self
+        self.argv = [str(self.engine.server), str(self._write_config())]
+        return super().start().wait_ready(self._answers, START_SECONDS)
 
-    def stop(self) -> None:
-        """SIGTERM: it saves and goes."""
-        if self._process is not None:
-            self._process.stop(seconds=30.0)
-
-    def kill(self) -> None:
-        """SIGKILL: what the append-only file holds is what comes back."""
-        if self._process is not None:
-            self._process.kill()
-
-    def restart(self) -> FalkorServer:
-        """Stop it and start it again on the same port with the same data."""
-        self.stop()
-        return self.start()
-
-    def log_tail(self) -> str:
-        """The end of its log."""
-        return self._running().log_tail()
-
-    def _running(self) -> ServerProcess:
-        if self._process is None:
-            raise ServerStartError("this FalkorDB was not started")
-        return self._process
+    def stop(self, seconds: float = 30.0) -> None:
+        """Send SIGTERM: it saves and exits. SIGKILL after `seconds`."""
+        super().stop(seconds)
 
     def _answers(self) -> bool:
-        """Whether it is this server that answers: on a taken port another one would."""
+        """Whether this server answers, and not another one on the same port."""
         try:
             with connect(self.address, timeout_seconds=START_SECONDS) as conn:
                 return int(conn.info("server")["process_id"]) == self.pid
@@ -112,7 +87,7 @@ class FalkorServer:
             return False
 
     def _write_config(self) -> Path:
-        """All settings in a file of mode 0600, so that the password is not in the process list."""
+        """Write all settings to a file of mode 0600, so that the password is not in the process list."""
         self.data.mkdir(parents=True, exist_ok=True)
         lines = [
             "bind 127.0.0.1",

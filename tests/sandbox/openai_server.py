@@ -1,4 +1,4 @@
-"""An OpenAI-compatible embeddings endpoint: its application, and its process."""
+"""An OpenAI-compatible embeddings endpoint: its faults for tests, its application, and its process."""
 
 from __future__ import annotations
 
@@ -8,42 +8,143 @@ import base64
 import contextlib
 import hashlib
 import sys
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orjson
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tests.sandbox import openai_rules as checks
-from tests.sandbox.openai_rules import ApiError, FloatArray, Limits, Rule, Wanted, estimated_tokens, rule_from
-from tests.sandbox.process import ServerProcess, free_port
-from tests.sandbox.vectors import vectors_for
+from tests.sandbox import openai_requests as checks
+from tests.sandbox.openai_requests import ApiError, EmbeddingRequest, Limits, estimated_tokens
+from tests.sandbox.process import PROJECT_ROOT, ServerProcess, free_port
+from tests.sandbox.vectors import FloatArray, vectors_for
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
+HOST = "127.0.0.1"
+
+
+@dataclass
+class Fault:
+    """One fault.
+
+    It applies to `times` requests (None: all) after the first `after`. If given, only to requests with
+    `poisoned_text` in one of their inputs, or with more than `more_than` inputs. `poisoned_text` without another
+    effect answers 400.
+
+    Before the answer: `status` with the error body's `code`, `error_type` and `message` (and `retry_after`
+    seconds); nothing is charged. `hang_seconds` delays the answer, at most until the faults are cleared; the answer
+    is charged.
+
+    On the answer: `cut` ends the connection after that share of the body (0..1). `wrong_count` leaves out the last
+    vector. `omit_zero` leaves out an index that is 0. `wrong_order` reverses the list but keeps the indices.
+    `wrong_indices` numbers from 1. `wrong_width` answers that many dimensions. `nan` puts one into the vectors (of
+    the poisoned inputs, or the first). `not_unit` scales the vectors. `no_base64` answers lists even if base64 was
+    requested. `no_headers` omits the limits.
+    """
+
+    status: int | None = None
+    code: str | None = None
+    error_type: str | None = None
+    message: str | None = None
+    retry_after: float | None = None
+    times: int | None = None
+    after: int = 0
+    poisoned_text: str | None = None
+    more_than: int | None = None
+    hang_seconds: float = 0.0
+    cut: float | None = None
+    wrong_count: bool = False
+    omit_zero: bool = False
+    wrong_order: bool = False
+    wrong_indices: bool = False
+    wrong_width: int | None = None
+    nan: bool = False
+    not_unit: float | None = None
+    no_base64: bool = False
+    no_headers: bool = False
+
+    def __post_init__(self) -> None:
+        rows = (self.wrong_count, self.omit_zero, self.wrong_order, self.wrong_indices, self.no_base64)
+        vectors = (self.wrong_width, self.nan, self.not_unit)
+        if self.poisoned_text and self.status is None and not any((*rows, *vectors, self.cut)):
+            self.status = 400
+
+    def applies(self, texts: Sequence[str]) -> bool:
+        """Whether the fault applies to this request. Counts the request."""
+        if self.poisoned_text and not any(self.poisoned_text in text for text in texts):
+            return False
+        if self.more_than is not None and len(texts) <= self.more_than:
+            return False
+        if self.after > 0:
+            self.after -= 1
+            return False
+        if self.times is not None:
+            self.times -= 1
+            return self.times >= 0
+        return True
+
+    def error(self) -> ApiError | None:
+        """Build the error to answer with, if the fault has a status."""
+        if self.status is None:
+            return None
+        message = self.message or f"The sandbox was asked to answer {self.status}."
+        error = ApiError(self.status, message, self.error_type or "sandbox_fault", code=self.code)
+        if self.retry_after is not None:
+            error.headers["retry-after"] = f"{self.retry_after:g}"
+        return error
+
+    def change_vectors(self, vectors: FloatArray, texts: Sequence[str]) -> FloatArray:
+        """Apply the fault to the (n, size) float32 vectors."""
+        if self.wrong_width is not None:
+            vectors = np.resize(vectors, (len(vectors), self.wrong_width))
+        if self.not_unit is not None:
+            vectors = vectors * np.float32(self.not_unit)
+        if self.nan:
+            hit = [at for at, text in enumerate(texts) if (self.poisoned_text or "") in text]
+            vectors = vectors.copy()
+            vectors[hit if self.poisoned_text else hit[:1], 0] = np.nan
+        return vectors
+
+    def change_rows(self, rows: list[dict[str, object]]) -> None:
+        """Apply the fault to the rows of the answer, in place."""
+        if self.wrong_indices:
+            for at, row in enumerate(rows):
+                row["index"] = at + 1
+        if self.omit_zero:
+            del rows[0]["index"]
+        if self.wrong_count:
+            rows.pop()
+        if self.wrong_order:
+            rows.reverse()
+
 
 class CutResponse(Response):
-    """Announces the whole body, sends a share of it and leaves: the server then ends the connection."""
+    """Announces the whole body of an answer but sends only a share of it. The server then ends the connection."""
 
-    share = 0.5
+    def __init__(self, answer: Response, share: float) -> None:
+        super().__init__(answer.body, answer.status_code)
+        self.raw_headers = answer.raw_headers
+        self._share = share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the headers and a share of the body, then return as if all were said."""
+        """Send the headers and a share of the body, then return as if the body were complete."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        part = self.body[: int(len(self.body) * self.share)]
+        part = self.body[: int(len(self.body) * self._share)]
         await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
-class Ledger:
-    """What was asked, refused and charged since the last reset."""
+class Counts:
+    """What was requested, refused and charged since the last reset."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -52,16 +153,16 @@ class Ledger:
         self.in_flight = self.peak_in_flight = self.largest_batch = 0
         self._paid: Counter[bytes] = Counter()
 
-    def charge(self, wanted: Wanted, tokens: int) -> None:
-        """Count a request as bought, whether or not its answer arrives."""
+    def charge(self, wanted: EmbeddingRequest, tokens: int) -> None:
+        """Count a request as paid, whether or not its answer arrives."""
         self.tokens += tokens
         self.largest_batch = max(self.largest_batch, len(wanted.texts))
         for text in wanted.texts:
-            bought = f"{wanted.model}\0{wanted.size}\0{text}".encode("utf-8", "surrogatepass")
-            self._paid[hashlib.blake2b(bought, digest_size=8).digest()] += 1
+            paid = f"{wanted.model}\0{wanted.size}\0{text}".encode("utf-8", "surrogatepass")
+            self._paid[hashlib.blake2b(paid, digest_size=8).digest()] += 1
 
     def report(self) -> dict[str, object]:
-        """`texts` were charged; `paid_twice` of them had been charged before, same model and size."""
+        """Report the counts. `paid_twice` of the charged `texts` were charged before for the same model and size."""
         texts = sum(self._paid.values())
         return {
             "requests": self.requests,
@@ -76,17 +177,17 @@ class Ledger:
 
 
 class EmbeddingsApp:
-    """State of one sandbox endpoint and its routes."""
+    """The endpoint's state and its routes."""
 
     def __init__(self, limits: Limits, latency_seconds: float) -> None:
         self._limits = limits
         self._latency = latency_seconds
-        self._ledger = Ledger()
-        self._rules: list[Rule] = []
-        self._dropped = asyncio.Event()  # of the rules that there are; the next ones get another
+        self._counts = Counts()
+        self._faults: list[Fault] = []
+        self._cleared = asyncio.Event()  # of the current faults; later ones have another event
 
     def asgi(self) -> Starlette:
-        """The application to serve."""
+        """Build the application."""
         return Starlette(
             routes=[
                 Route("/v1/embeddings", self.embeddings, methods=["POST"]),
@@ -99,17 +200,17 @@ class EmbeddingsApp:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings."""
-        ledger = self._ledger
-        ledger.requests += 1
-        ledger.in_flight += 1
-        ledger.peak_in_flight = max(ledger.peak_in_flight, ledger.in_flight)
+        counts = self._counts
+        counts.requests += 1
+        counts.in_flight += 1
+        counts.peak_in_flight = max(counts.peak_in_flight, counts.in_flight)
         try:
             answer = await self._answer(request)
         except ApiError as error:
             answer = _json(error.body, error.status, error.headers)
         finally:
-            ledger.in_flight -= 1
-        ledger.statuses[answer.status_code] += 1
+            counts.in_flight -= 1
+        counts.statuses[answer.status_code] += 1
         answer.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
         return answer
 
@@ -118,92 +219,77 @@ class EmbeddingsApp:
         body = _parsed(await request.body())
         given = body.get("input", "") if isinstance(body, dict) else ""
         texts = [text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str)]
-        rules, dropped = [rule for rule in self._rules if rule.fires(texts)], self._dropped
+        faults, cleared = [fault for fault in self._faults if fault.applies(texts)], self._cleared
         refusal = self._limits.take(estimated_tokens(texts))
-        headers = {} if any(rule.no_headers for rule in rules) else self._limits.headers()
+        headers = {} if any(fault.no_headers for fault in faults) else self._limits.headers()
         try:
-            _raise_ordered(rules)
+            for fault in faults:
+                if error := fault.error():
+                    raise error
             wanted = checks.checked_request(body)
             if refusal is not None:
                 raise checks.rate_limit_error(refusal, wanted.model)
-            counts = checks.token_counts(texts)
-            checks.check_tokens(counts)
+            tokens = checks.token_counts(texts)
+            checks.check_tokens(tokens)
         except ApiError as error:
-            await _hang(rules, dropped)
+            await _hang(faults, cleared)
             error.headers = {**headers, **error.headers}
             raise
-        self._ledger.charge(wanted, sum(counts))
+        self._counts.charge(wanted, sum(tokens))
         await asyncio.sleep(self._latency)
-        await _hang(rules, dropped)
-        return _success(wanted, sum(counts), rules, headers)
+        await _hang(faults, cleared)
+        return _success(wanted, sum(tokens), faults, headers)
 
     async def stats(self, _: Request) -> Response:
-        """GET /_sandbox/stats: see Ledger.report."""
-        return _json(self._ledger.report())
+        """GET /_sandbox/stats: see Counts.report."""
+        return _json(self._counts.report())
 
     async def reset(self, _: Request) -> Response:
-        """POST /_sandbox/reset: forget the counts."""
-        self._ledger = Ledger()
+        """POST /_sandbox/reset: set the counts to 0."""
+        self._counts = Counts()
         return _json({"ok": True})
 
     async def add_faults(self, request: Request) -> Response:
-        """POST /_sandbox/faults: one Rule as JSON, or a list of them."""
-        wanted = orjson.loads(await request.body())
-        try:
-            self._rules += [rule_from(each) for each in (wanted if isinstance(wanted, list) else [wanted])]
-        except (TypeError, ValueError) as error:
-            return _json({"error": str(error)}, 400)
-        return _json({"ok": True, "rules": len(self._rules)})
+        """POST /_sandbox/faults: the settings of one Fault."""
+        settings = orjson.loads(await request.body())
+        unknown = settings.keys() - Fault.__dataclass_fields__.keys()
+        if unknown:
+            return _json({"error": f"unknown fault settings: {', '.join(sorted(unknown))}"}, 400)
+        self._faults.append(Fault(**settings))
+        return _json({"ok": True})
 
     async def clear_faults(self, _: Request) -> Response:
         """DELETE /_sandbox/faults."""
-        self._rules.clear()
-        self._dropped.set()
-        self._dropped = asyncio.Event()
+        self._faults.clear()
+        self._cleared.set()
+        self._cleared = asyncio.Event()
         return _json({"ok": True})
 
 
-async def _hang(rules: list[Rule], dropped: asyncio.Event) -> None:
-    """As long as the rules say, or until they are dropped."""
-    seconds = sum(rule.hang_seconds for rule in rules)
+async def _hang(faults: list[Fault], cleared: asyncio.Event) -> None:
+    """Wait for the seconds of the faults, or until they are cleared."""
+    seconds = sum(fault.hang_seconds for fault in faults)
     if seconds:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(dropped.wait(), seconds)
+            await asyncio.wait_for(cleared.wait(), seconds)
 
 
-def _raise_ordered(rules: list[Rule]) -> None:
-    for rule in rules:
-        if rule.status is not None:
-            message = rule.message or f"The sandbox was told to answer {rule.status}."
-            error = ApiError(rule.status, message, rule.error_type or "sandbox_fault", code=rule.code)
-            if rule.retry_after is not None:
-                error.headers["retry-after"] = f"{rule.retry_after:g}"
-            raise error
-
-
-def _success(wanted: Wanted, tokens: int, rules: list[Rule], headers: dict[str, str]) -> Response:
+def _success(wanted: EmbeddingRequest, tokens: int, faults: list[Fault], headers: dict[str, str]) -> Response:
     vectors = vectors_for(wanted.model, wanted.texts, wanted.size)
-    for rule in rules:
-        vectors = rule.bend(vectors, wanted.texts)
-    in_base64 = wanted.base64 and not any(rule.no_base64 for rule in rules)
-    first = 1 if any(rule.wrong_indices for rule in rules) else 0
-    data = [
-        {"object": "embedding", "index": first + at, "embedding": _encoded(vector, in_base64=in_base64)}
+    for fault in faults:
+        vectors = fault.change_vectors(vectors, wanted.texts)
+    in_base64 = wanted.base64 and not any(fault.no_base64 for fault in faults)
+    rows: list[dict[str, object]] = [
+        {"object": "embedding", "index": at, "embedding": _encoded(vector, in_base64=in_base64)}
         for at, vector in enumerate(vectors)
     ]
-    if any(rule.omit_zero for rule in rules):
-        del data[0]["index"]
-    if any(rule.wrong_count for rule in rules):
-        data.pop()
-    if any(rule.wrong_order for rule in rules):
-        data.reverse()
+    for fault in faults:
+        fault.change_rows(rows)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    body = {"object": "list", "data": data, "model": wanted.model, "usage": usage}
-    cuts = [rule.cut for rule in rules if rule.cut is not None]
-    answer = _json(body, headers=headers, kind=CutResponse if cuts else Response)
-    if isinstance(answer, CutResponse):
-        answer.share = min(cuts)
-    return answer
+    body = {"object": "list", "data": rows, "model": wanted.model, "usage": usage}
+    answer = _json(body, headers=headers)
+    cuts = [fault.cut for fault in faults if fault.cut is not None]
+    return CutResponse(answer, min(cuts)) if cuts else answer
 
 
 def _encoded(vector: FloatArray, *, in_base64: bool) -> object:
@@ -217,26 +303,18 @@ def _parsed(body: bytes) -> object:
         return None
 
 
-def _json(
-    body: object, status: int = 200, headers: dict[str, str] | None = None, kind: type[Response] = Response
-) -> Response:
-    # A NaN becomes null with orjson, as with servers written in Go or JavaScript.
-    content = orjson.dumps(body)
-    return kind(content, status, headers, media_type="application/json")
+def _json(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # orjson writes a NaN as null, as servers written in Go or JavaScript do.
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
-HOST = "127.0.0.1"
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-
-class OpenAIServer:
-    """Handle on the endpoint as a child process; also a context manager.
+class OpenAIServer(ServerProcess):
+    """The endpoint as a child process.
 
     Args:
-        port: a free one where None.
-        latency_seconds: added to every good answer.
+        port: a free one if None.
+        latency_seconds: added to every successful answer.
         tokens_per_minute, requests_per_minute: refilling limits, announced in the headers; None: no limit, no header.
-        log: the child's output; a temporary file where None.
     """
 
     def __init__(
@@ -248,80 +326,50 @@ class OpenAIServer:
         log: Path | None = None,
     ) -> None:
         self.port = port or free_port()
-        self._log_dir = None if log else tempfile.TemporaryDirectory(prefix="openai-sandbox-")
-        log = log or Path(self._log_dir.name if self._log_dir else "", "server.log")
-        argv: list[str] = [sys.executable, "-m", "tests.sandbox.openai_server", "--port", str(self.port)]
+        self.base_url = f"http://{HOST}:{self.port}/v1"  # for OPENAI_BASE_URL
+        argv = [sys.executable, "-m", "tests.sandbox.openai_server", "--port", str(self.port)]
         argv += ["--latency", str(latency_seconds)]
         argv += ["--tokens-per-minute", str(tokens_per_minute or 0)]
         argv += ["--requests-per-minute", str(requests_per_minute or 0)]
-        # One thread of linear algebra: the server shares its cores with what it is there to test.
-        self._process = ServerProcess(argv, log, {"OPENBLAS_NUM_THREADS": "1"}, PROJECT_ROOT)
-
-    @property
-    def base_url(self) -> str:
-        """For OPENAI_BASE_URL."""
-        return f"http://{HOST}:{self.port}/v1"
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._process.pid
+        # One thread of linear algebra: the server shares its cores with the program under test.
+        super().__init__(argv, log, {"OPENBLAS_NUM_THREADS": "1"}, PROJECT_ROOT)
 
     def start(self) -> OpenAIServer:
-        """Start and wait until it answers; raises ServerStartError."""
-        self._process.start().wait_ready(lambda: bool(self.stats()))
-        return self
-
-    def stop(self) -> None:
-        """End the child and remove its log where it was a temporary one."""
-        self._process.stop()
-        if self._log_dir:
-            self._log_dir.cleanup()
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
+        """Start it and wait until it answers. Raises ServerStartError."""
+        return super().start().wait_ready(lambda: bool(self.stats()))
 
     def stats(self) -> dict[str, Any]:
-        """requests, texts charged, distinct_texts, paid_twice, tokens, statuses, peak_in_flight, largest_batch."""
+        """Read the counts since the last reset: see Counts.report."""
         return dict(self._call("GET", "stats"))
 
     def reset(self) -> None:
-        """Forget the counts."""
+        """Set the counts to 0."""
         self._call("POST", "reset")
 
     def fault(self, **settings: object) -> None:
-        """Order a fault; see tests/sandbox/openai_faults.Rule for the settings."""
+        """Add a Fault with these settings. Raises ValueError for an unknown one."""
         self._call("POST", "faults", settings)
 
     def clear_faults(self) -> None:
-        """Drop every ordered fault."""
+        """Remove every fault."""
         self._call("DELETE", "faults")
 
     def _call(self, method: str, name: str, body: object = None) -> Any:
-        import requests
+        import requests  # not in the server's process: it starts faster without
 
         answer = requests.request(method, f"http://{HOST}:{self.port}/_sandbox/{name}", json=body, timeout=10)
         if not answer.ok:
             raise ValueError(answer.text)
         return answer.json()
 
-    def __enter__(self) -> OpenAIServer:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     import uvicorn
 
-    from tests.sandbox.openai_rules import Limits
-
-    parser = argparse.ArgumentParser(description="OpenAI-compatible embeddings for tests and rehearsals")
+    parser = argparse.ArgumentParser(description="OpenAI-compatible embeddings for tests and quickstart")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds added to every good answer")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds added to every successful answer")
     parser.add_argument("--tokens-per-minute", type=float, default=0, help="0: no limit")
     parser.add_argument("--requests-per-minute", type=float, default=0, help="0: no limit")
     given = parser.parse_args(argv)

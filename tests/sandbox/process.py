@@ -1,4 +1,4 @@
-"""A server as a child process of a test or of the rehearsal: started, awaited, killed, never left behind."""
+"""A server as a child process of a test or of quickstart. It never outlives its parent."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.02
 LOG_TAIL_BYTES = 4000
 
-# A shell that outlives the parent: the pipe from it closes when it is gone, however it died. Without the word `done`
-# the server goes too, if its number still is the server's.
-_UNDERTAKER = """
+# A shell that outlives the parent. Its pipe from the parent closes when the parent ends, even by SIGKILL. Without the
+# word `done` it then kills the server, if the process id still belongs to the server.
+_CLEANUP_WATCHDOG = """
 trap '' HUP INT TERM
 read -r word
 [ "$word" = done ] && exit
@@ -26,17 +32,17 @@ case $(ps -o args= -p "$1") in "$2"*) kill -9 "$1" ;; esac
 
 
 class ServerStartError(RuntimeError):
-    """The child exited, or did not answer in time; the text ends with the tail of its log."""
+    """The child exited, or did not answer in time. The text ends with the tail of its log."""
 
 
-# Below those that Linux and macOS give to whoever asks for just any port: such a one could be given to another before
-# the server that it is for has started. Each process begins elsewhere, and takes none twice.
+# Below the ports that Linux and macOS assign by themselves: such a port could be given to another process before the
+# server starts. Each process begins at another port and returns none twice.
 _PORTS = range(20_000, 32_000)
 _choices = islice(cycle(_PORTS), os.getpid() * 997 % len(_PORTS), None)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that nobody listens on. Raises ServerStartError where there is none."""
+    """Find a TCP port of `host` that nothing listens on. Raises ServerStartError if there is none."""
     for port in islice(_choices, len(_PORTS)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
@@ -45,31 +51,34 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 class ServerProcess:
-    """One child process. Its stdout and stderr are appended to `log`; it is signalled by its own pid only.
+    """One child process, and a context manager that starts and stops it.
 
-    It does not outlive its parent: a parent that is killed takes it along.
+    Args:
+        log: stdout and stderr are appended to it; a temporary file if None.
+        env: added to the parent's environment.
 
-    The child leads a process group of its own, so a Ctrl-C meant for the parent does not reach it before the
-    parent has tidied up.
+    The child leads a new process group: a Ctrl-C for the parent does not reach it before the parent has cleaned up.
+    If the parent is killed, the child is killed as well.
     """
 
     def __init__(
         self,
         argv: Sequence[str | Path],
-        log: Path,
+        log: Path | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
         self.argv = [str(argument) for argument in argv]
-        self.log = log
-        self._env = dict(env or {})  # added to the parent's own environment
+        self._temporary = None if log else tempfile.TemporaryDirectory(prefix="automem-sandbox-")
+        self.log = log or Path(self._temporary.name if self._temporary else "", "server.log")
+        self._env = dict(env or {})
         self._cwd = cwd
         self._child: subprocess.Popen[bytes] | None = None
-        self._undertaker: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
-        """The child's process id. Raises ServerStartError when there is no child."""
+        """The child's process id. Raises ServerStartError if it was never started."""
         if self._child is None:
             raise ServerStartError(f"{self.argv[0]} is not running")
         return self._child.pid
@@ -79,11 +88,11 @@ class ServerProcess:
         """Whether the child was started and has not exited."""
         return self._child is not None and self._child.poll() is None
 
-    def start(self) -> ServerProcess:
-        """Start the child; does not wait for it to answer (see `wait_ready`)."""
+    def start(self) -> Self:
+        """Start the child. A subclass for one kind of server also waits until it answers."""
         if self.running:
             raise ServerStartError(f"{self.argv[0]} is running already")
-        self._dismiss()
+        self._dismiss_watchdog()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
@@ -95,8 +104,8 @@ class ServerProcess:
                 cwd=self._cwd,
                 start_new_session=True,
             )
-        self._undertaker = subprocess.Popen(
-            ["/bin/sh", "-c", _UNDERTAKER, "sh", str(self._child.pid), self.argv[0]],
+        self._watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", _CLEANUP_WATCHDOG, "sh", str(self._child.pid), self.argv[0]],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -104,15 +113,16 @@ class ServerProcess:
         )
         return self
 
-    def wait_ready(self, check: Callable[[], bool], seconds: float = 20.0) -> ServerProcess:
-        """Wait until `check` returns True; OSError and ConnectionError from it mean "not yet".
+    def wait_ready(self, check: Callable[[], bool], seconds: float = 20.0) -> Self:
+        """Wait until `check` returns True; an OSError from it means "not yet".
 
-        On an early exit or after `seconds` the child is stopped and ServerStartError is raised with the log's tail.
+        If the child exits, or after `seconds`, it is stopped and ServerStartError is raised with the log's tail.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if not self.running:
-                raise ServerStartError(f"{self.argv[0]} exited with {self._code()}:\n{self.log_tail()}")
+            if self._child is not None and self._child.poll() is not None:
+                code = self._child.returncode
+                raise ServerStartError(f"{self.argv[0]} exited with {code}:\n{self.log_tail()}")
             with contextlib.suppress(OSError):
                 if check():
                     return self
@@ -121,34 +131,42 @@ class ServerProcess:
         raise ServerStartError(f"{self.argv[0]} did not answer within {seconds:g} s:\n{self.log_tail()}")
 
     def kill(self) -> None:
-        """SIGKILL, and wait until the child is gone. Nothing happens if it is gone already."""
+        """Send SIGKILL and wait until the child has ended. Does nothing if it has ended already."""
         if self._child is not None and self._child.poll() is None:
             self._child.kill()
             self._child.wait()
-        self._dismiss()
+        self._dismiss_watchdog()
 
     def stop(self, seconds: float = 5.0) -> None:
-        """SIGTERM, and SIGKILL after `seconds`. Nothing happens if the child is gone already."""
+        """Send SIGTERM, and SIGKILL after `seconds`. Does nothing if the child has ended already."""
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(seconds)
         self.kill()
 
-    def _dismiss(self) -> None:
-        """The child is gone: nobody is left to be taken along."""
-        if self._undertaker is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._undertaker.communicate(b"done\n")
-            self._undertaker = None
+    def restart(self) -> Self:
+        """Stop the child and start it again, with the same port and data."""
+        self.stop()
+        return self.start()
 
     def log_tail(self, size: int = LOG_TAIL_BYTES) -> str:
-        """The last `size` bytes of the log, as text."""
+        """Read the last `size` bytes of the log, as text."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - size))
             return log.read().decode("utf-8", "replace")
 
-    def _code(self) -> int | None:
-        return None if self._child is None else self._child.returncode
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _dismiss_watchdog(self) -> None:
+        """End the watchdog; the child has ended."""
+        if self._watchdog is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._watchdog.communicate(b"done\n")
+            self._watchdog = None

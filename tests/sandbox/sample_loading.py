@@ -1,4 +1,4 @@
-"""Loading sample memories into a real FalkorDB and a Qdrant collection made as AutoMem makes it."""
+"""Load sample memories into a real FalkorDB and into a Qdrant collection as AutoMem creates it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import requests
 
-from tests.sandbox.automem_store import KEYWORD_INDEXES
+from tests.sandbox.automem_stores import KEYWORD_INDEXES
 from tests.sandbox.sample_memories import REACH, SampleMemory
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ INDEXES = (
     "CREATE INDEX FOR (m:Memory) ON (m.type, m.importance)",
     "CREATE INDEX FOR (e:Entity) ON (e.slug)",
 )
-# Positions in an ordered stretch of ids: a range of ids is a seek, a list of single ids or a variable is a scan
-# of the whole graph (GRAPH.EXPLAIN, FalkorDB 4.16.3).
+# The rows refer to positions in an ordered range of ids. A range of ids is a seek; a list of single ids or a variable
+# is a scan of the whole graph (GRAPH.EXPLAIN, FalkorDB 4.16.3).
 _LINK = (
     "MATCH (n) WHERE id(n) >= $low AND id(n) <= $high WITH n ORDER BY id(n) WITH collect(n) AS nodes, $low AS low "
     "UNWIND $rows AS row WITH nodes[row[0] - low] AS a, nodes[row[1] - low] AS b, row "
@@ -41,7 +41,7 @@ _LINK = (
 
 @dataclass(frozen=True)
 class LoadedGraph:
-    """How much was written: nodes of any label, those labelled Memory, and relationships."""
+    """How much was written: all nodes, those labelled Memory, and relationships."""
 
     nodes: int
     memories: int
@@ -51,7 +51,7 @@ class LoadedGraph:
 def load_graph(conn: redis.Redis, graph: str, memories: Iterable[SampleMemory]) -> LoadedGraph:
     """Write the nodes and relationships, with range indexes, into a graph that does not exist yet.
 
-    Raises ValueError where it exists, and RuntimeError where the server counts other than what was sent.
+    Raises ValueError if it exists, and RuntimeError if the server's counts differ from what was sent.
     """
     from falkordb.graph import Graph
 
@@ -69,18 +69,18 @@ def load_graph(conn: redis.Redis, graph: str, memories: Iterable[SampleMemory]) 
         labelled += sum("Memory" in memory.labels for memory in batch)
         node_ids = dict(list(node_ids.items())[-2 * REACH :])
     loaded = LoadedGraph(nodes, labelled, relationships)
-    held = LoadedGraph(
+    counted = LoadedGraph(
         _number(store, "MATCH (n) RETURN count(n)"),
         _number(store, "MATCH (n:Memory) RETURN count(n)"),
         _number(store, "MATCH ()-[r]->() RETURN count(r)"),
     )
-    if held != loaded:
-        raise RuntimeError(f"graph '{graph}' holds {held} after {loaded} were sent")
+    if counted != loaded:
+        raise RuntimeError(f"graph '{graph}' contains {counted} after {loaded} were sent")
     return loaded
 
 
 def _create_nodes(store: Any, batch: Sequence[SampleMemory], node_ids: dict[int, int]) -> None:
-    """Create a batch in its own order, labels by labels, and note each node's internal id."""
+    """Create a batch in its order and record each node's internal id. One query for consecutive nodes with equal labels."""
     for labels, run in itertools.groupby(batch, key=lambda memory: memory.labels):
         group = list(run)
         statement = f"UNWIND $rows AS row CREATE (n:{':'.join(labels)}) SET n = row RETURN id(n)"
@@ -115,11 +115,13 @@ def load_points(
     *,
     orphans: int = 0,
 ) -> int:
-    """Create `collection` as AutoMem does (unnamed, Cosine, keyword indexes) and write the points; returns how many.
+    """Create `collection` as AutoMem does (unnamed, Cosine, keyword indexes) and write the points. Returns how many.
 
-    `embed` maps texts to an (n, size) float32 array. `orphans` points have ids that no node has, as after a
-    deletion that reached the graph alone. Raises requests.HTTPError where Qdrant refuses, and RuntimeError where
-    it counts other than what was sent.
+    Args:
+        embed: maps texts to an (n, size) float32 array.
+        orphans: so many more points have ids that no node has, as after a deletion in the graph only.
+
+    Raises requests.HTTPError if Qdrant refuses, and RuntimeError if its count differs from what was sent.
     """
     with requests.Session() as session:
         session.headers.update(
@@ -135,12 +137,14 @@ def load_points(
             written += len(batch)
         answer = _send(session, "POST", f"{base}/points/count", {"exact": True})
     if answer["result"]["count"] != written:
-        raise RuntimeError(f"collection '{collection}' holds {answer['result']['count']} of {written} points")
+        raise RuntimeError(
+            f"collection '{collection}' contains {answer['result']['count']} of {written} points"
+        )
     return written
 
 
 def create_collection(session: requests.Session, base: str, size: int) -> None:
-    """A collection as AutoMem creates it; `base` is its URL."""
+    """Create a collection as AutoMem does. `base` is its URL."""
     _send(session, "PUT", base, {"vectors": {"size": size, "distance": "Cosine"}})
     for field_name in KEYWORD_INDEXES:
         body = {"field_name": field_name, "field_schema": "keyword"}
@@ -148,7 +152,7 @@ def create_collection(session: requests.Session, base: str, size: int) -> None:
 
 
 def endpoint_embedder(base_url: str, api_key: str, model: str, size: int) -> Embed:
-    """An `embed` for `load_points` that asks an OpenAI-compatible endpoint, 100 texts a request."""
+    """Create an `embed` for `load_points` that uses an OpenAI-compatible endpoint."""
     import base64
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""A believable AutoMem graph of any size, with the memories in it that break careless tools."""
+"""A realistic AutoMem graph of any size, including memories that careless tools damage."""
 
 from __future__ import annotations
 
@@ -9,19 +9,69 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
-from tests.sandbox.automem_store import iso, point_payload, tag_prefixes
-from tests.sandbox.sample_awkward import Node, kind_at, make_awkward
-from tests.sandbox.sample_texts import Draft, write_draft
+from tests.sandbox.automem_stores import iso, point_payload, tag_prefixes
+from tests.sandbox.sample_texts import Draft, chinese_text, long_text, write_draft
 
 FIRST_MOMENT = datetime(2026, 1, 5, 8, 0, tzinfo=timezone.utc)
-SPAN = timedelta(days=300)  # all samples lie between FIRST_MOMENT and this much later, however many there are
-REACH = 60  # a relationship reaches back over at most this many memories, so that loading needs no memory
-CLUSTER = 100  # after so many memories AutoMem's consolidation has run once more
+SPAN = timedelta(days=300)  # all samples are between FIRST_MOMENT and this much later, however many there are
+REACH = 60  # a relationship refers to one of this many preceding nodes at most: a loader remembers few ids
+CLUSTER = 100  # AutoMem's consolidation runs once per so many memories
+CYCLE = 200  # the awkward kinds repeat after so many memories; "long_text" occurs in the first cycle only
+LONG_TEXT_WORDS = 5300  # about 7,400 tokens of cl100k, below the 8,192 that OpenAI accepts
+
+_POSITIONS = {
+    5: "point_only_keys",
+    8: "quotes",
+    13: "newlines",
+    17: "emoji",
+    23: "chinese",
+    29: "archived",
+    31: "long_text",
+    37: "blank",
+    41: "missing_content",
+    44: "empty",
+    48: "duplicate_text",
+    53: "malformed_metadata",
+    59: "foreign_id",
+    64: "several_labels",
+    71: "parallel_relationships",
+    76: "self_relationship",
+    79: "no_id",
+    83: "updated",
+    89: "invalidated",
+    97: "point_only_keys",
+    101: "integer_id",
+    107: "numbers",
+    113: "archived",
+    131: "point_only_keys",
+    149: "duplicate_text",
+    167: "archived",
+    181: "emoji",
+}
+KINDS = frozenset(_POSITIONS.values())
+_WITHOUT_POINT = ("blank", "empty", "missing_content", "foreign_id", "no_id")
+_PROPERTIES: dict[str, dict[str, object]] = {
+    "blank": {"content": "  \n\t "},
+    "empty": {"content": ""},
+    "missing_content": {"content": None},
+    "malformed_metadata": {"metadata": '{"source": "import", "broken": '},
+    "numbers": {
+        "metadata": '{"n": null, "f": 0.30000000000000004, "big": 12345678901234567890, "a": {"b": [1]}}',
+        "relevance_score": 0.1 + 0.2,
+    },
+    "updated": {"relevance_score": None},
+    "invalidated": {"t_invalid": "2026-11-01T00:00:00+00:00"},
+}
+_RELATIONSHIPS: dict[str, list[tuple[str, dict[str, object]]]] = {
+    "parallel_relationships": [("RELATES_TO", {"strength": 0.25}), ("RELATES_TO", {"strength": 0.75})],
+    "self_relationship": [("RELATES_TO", {"strength": 0.5})],
+    "invalidated": [("INVALIDATED_BY", {"reason": "superseded"})],
+}
 
 
 @dataclass(frozen=True)
 class Relationship:
-    """A relationship to the node with the sequence number `target` (its own, or an earlier one)."""
+    """A relationship to the node with the sequence number `target` (the node itself, or an earlier one)."""
 
     type: str
     target: int
@@ -30,9 +80,9 @@ class Relationship:
 
 @dataclass(frozen=True)
 class SampleMemory:
-    """One node, with its relationships to earlier nodes and, where AutoMem would have one, its point.
+    """One node, its relationships to earlier nodes and its point, if AutoMem would have one.
 
-    `kind` is "plain", the name of what is awkward about it, or, for nodes without the label Memory, "other".
+    `kind` is "plain", an awkward kind, or "other" for nodes without the label Memory.
     """
 
     sequence: int
@@ -45,13 +95,13 @@ class SampleMemory:
 
     @property
     def content(self) -> str:
-        """The text that was embedded, "" where there is none."""
+        """The text that is embedded; "" if there is none."""
         return str(self.properties.get("content") or "")
 
 
 @dataclass
 class _Run:
-    """What generating remembers: the random numbers, a short tail of sequence numbers, a few texts."""
+    """The state of one generation: its random numbers, the last sequence numbers, a few texts."""
 
     rng: random.Random
     count: int
@@ -61,12 +111,12 @@ class _Run:
     entities: set[str] = field(default_factory=set)
 
     def moment(self, number: int) -> datetime:
-        """When memory `number` was stored: evenly spread, with a jitter below the step, so order is kept."""
+        """Choose when memory `number` was stored: evenly spread, with a jitter below the step."""
         step = SPAN / max(self.count, 1)
         return FIRST_MOMENT + step * (number + self.rng.random() * 0.9)
 
     def new_id(self) -> str:
-        """A version 4 UUID out of the run's own random numbers."""
+        """Create a version 4 UUID from the run's random numbers."""
         return str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
 
     def next_sequence(self) -> int:
@@ -76,9 +126,9 @@ class _Run:
 
 
 def generate(count: int, seed: int = 7) -> Iterator[SampleMemory]:
-    """Exactly `count` nodes labelled Memory, and a few others between them; equal for equal arguments.
+    """Generate exactly `count` nodes labelled Memory, and a few others between them.
 
-    Memory stays flat whatever `count` is. From 200 memories on, each awkward kind is there (see `sample_awkward`).
+    Equal arguments give equal nodes. Memory use does not grow with `count`. 200 memories contain every awkward kind.
     """
     run = _Run(random.Random(seed), count)
     yield _consolidation_control(run)
@@ -95,36 +145,94 @@ def generate(count: int, seed: int = 7) -> Iterator[SampleMemory]:
             yield from _consolidated(run, draft, memory)
 
 
+def kind_at(number: int) -> str:
+    """Look up the kind of the memory with this number: "plain" for most."""
+    kind = _POSITIONS.get(number % CYCLE, "plain")
+    return "plain" if kind == "long_text" and number >= CYCLE else kind
+
+
 def _memory(run: _Run, number: int, draft: Draft) -> SampleMemory:
-    node = Node(run.new_id(), _properties(run, number, draft), number=number)
-    payload_changes = _lag(run, node)
-    node.payload.update(payload_changes)
-    node.kind = kind_at(number)
+    kind = kind_at(number)
+    properties = {"id": run.new_id(), **_properties(run, number, draft)}
+    point_accessed = properties["last_accessed"]
+    if run.rng.random() <= 0.33:  # a recall has changed `last_accessed` in the graph, not in the point
+        later = datetime.fromisoformat(str(point_accessed)) + timedelta(hours=run.rng.randint(1, 500))
+        properties["last_accessed"] = iso(later)
     sequence = run.next_sequence()
     relationships = _relationships(run)
-    make_awkward(node, run.rng, draft, run.last_content)
-    for type_, properties, targets_itself in node.relationships:
-        target = sequence if targets_itself or not run.tail else run.tail[-1]
-        relationships.append(Relationship(type_, target, properties))
-    properties = {"id": node.id, **node.properties} if node.id is not None else node.properties
+    _make_awkward(properties, kind, number)
+    text = _awkward_text(run, kind, draft, number)
+    if text is not None:
+        properties["content"] = text
+        if properties["summary"] is not None:
+            properties["summary"] = text[:160]
+    target = run.tail[-1] if run.tail and kind != "self_relationship" else sequence
+    relationships += [Relationship(type_, target, more) for type_, more in _RELATIONSHIPS.get(kind, [])]
     payload = None
-    if node.has_point:
-        payload = {**point_payload(properties), **node.payload}
-        for key in node.dropped_from_payload:
-            payload.pop(key, None)
+    if kind not in _WITHOUT_POINT:
+        payload = {**_payload(properties, kind, number), "last_accessed": point_accessed}
     return SampleMemory(
         sequence=sequence,
-        kind=node.kind,
-        labels=("Memory", *node.extra_labels),
+        kind=kind,
+        labels=("Memory", "MetaMemory", "Pinned") if kind == "several_labels" else ("Memory",),
         properties={key: value for key, value in properties.items() if value is not None},
-        point_id=node.id if node.has_point else None,
+        point_id=properties["id"] if payload else None,  # type: ignore[arg-type]
         payload=payload,
         relationships=tuple(relationships),
     )
 
 
+def _make_awkward(properties: dict[str, object], kind: str, number: int) -> None:
+    """Change the properties for an awkward kind, except the text."""
+    properties.update(_PROPERTIES.get(kind, {}))
+    if kind == "archived":
+        properties.update(archived=True, archived_at=properties["updated_at"], relevance_score=0.07)
+    elif kind == "foreign_id":
+        properties["id"] = f"legacy-{number - 17}"  # the first one is legacy-42
+    elif kind == "integer_id":
+        properties["id"] = 4200 + number
+    elif kind == "no_id":
+        properties["id"] = None
+    elif kind == "emoji":
+        tags = ["mood:\U0001f60a", *properties["tags"]]  # type: ignore[misc]
+        properties.update(tags=tags, tag_prefixes=tag_prefixes(tags))
+
+
+def _awkward_text(run: _Run, kind: str, draft: Draft, number: int) -> str | None:
+    """Write the text of a kind whose text is awkward; None for the other kinds."""
+    text, awkward = draft.content, None
+    if kind == "quotes":
+        awkward = f'"{text}" she said; it\'s C:\\temp\\new, `$id` and {{"a": \'b\'}} -- DROP TABLE'
+    elif kind == "newlines":
+        awkward = "- " + text.replace(", ", ",\n\t- ") + "\r\n\n```sql\nSELECT 1;\n```\n"
+    elif kind == "emoji":
+        family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+        awkward = f"{text} \U0001f36b{family} cafe\u0301 \u202eabc\u202c"
+    elif kind == "duplicate_text":
+        awkward = run.last_content
+    elif kind == "chinese":
+        awkward = chinese_text(run.rng, draft)
+    elif kind == "long_text":
+        awkward = long_text(run.rng, number, LONG_TEXT_WORDS)
+    return awkward
+
+
+def _payload(properties: dict[str, object], kind: str, number: int) -> dict[str, object]:
+    """Build the payload of the point: what AutoMem's worker writes, changed for an awkward kind."""
+    payload = point_payload(properties)
+    if kind in {"updated", "invalidated"}:  # PATCH /memory writes both dates into the point
+        payload.update(t_valid=properties["t_valid"], t_invalid=properties.get("t_invalid"))
+    if kind == "updated":
+        del payload["relevance_score"]
+    elif kind == "archived":
+        payload["archived"] = True
+    elif kind == "point_only_keys":
+        payload.update(source_app="legacy-import", legacy_score=round(0.5 + number % 50 / 100, 2))
+    return payload
+
+
 def _properties(run: _Run, number: int, draft: Draft) -> dict[str, object]:
-    """The properties AutoMem writes, in its order; `None` means that the node has no such property."""
+    """Create the properties that AutoMem writes, in its order. None: the node has no such property."""
     rng, moment = run.rng, run.moment(number)
     tags = _tags(rng, draft)
     enriched = rng.random() < 0.95
@@ -153,7 +261,7 @@ def _properties(run: _Run, number: int, draft: Draft) -> dict[str, object]:
         "updated_at": iso(moment),
         "last_accessed": iso(moment),
         "metadata": json.dumps(metadata),
-        # Consolidation has scored the older ones: full doubles, of which a client sees 15 digits.
+        # Consolidation has scored some of them: full doubles, of which a client sees 15 digits.
         "relevance_score": rng.random() if rng.random() < 0.5 else None,
         "processed": True if enriched else None,
         "summary": draft.content.split(", ", maxsplit=1)[0] if enriched else None,
@@ -171,18 +279,8 @@ def _tags(rng: random.Random, draft: Draft) -> list[str]:
     return tags
 
 
-def _lag(run: _Run, node: Node) -> dict[str, object]:
-    """Recall has moved `last_accessed` on in the graph for every third memory; the point still has the old one."""
-    if run.rng.random() > 0.33:
-        return {}
-    old = node.properties["last_accessed"]
-    later = datetime.fromisoformat(str(old)) + timedelta(hours=run.rng.randint(1, 500))
-    node.properties["last_accessed"] = iso(later)
-    return {"last_accessed": old}
-
-
 def _relationships(run: _Run) -> list[Relationship]:
-    """Links to earlier memories, as enrichment and agents make them."""
+    """Create relationships to earlier memories, as enrichment and agents do."""
     rng = run.rng
     if not run.tail:
         return []
@@ -216,7 +314,7 @@ def _entity(run: _Run, draft: Draft, memory: SampleMemory) -> SampleMemory:
 
 
 def _consolidated(run: _Run, draft: Draft, memory: SampleMemory) -> Iterator[SampleMemory]:
-    """What a consolidation leaves behind: a pattern without an id over three memories, and its run."""
+    """Create the nodes of one consolidation: a pattern without an id over three memories, and its run."""
     members = sorted({memory.sequence, run.tail[0], run.tail[len(run.tail) // 2]})
     links = tuple(Relationship("SUMMARIZES", member, {}) for member in members)
     pattern: dict[str, object] = {"name": f"{draft.topic} in {draft.project}", "cluster_size": len(members)}

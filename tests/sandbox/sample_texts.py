@@ -1,4 +1,4 @@
-"""Words for sample memories: people, projects and technology, put together into distinct, believable texts."""
+"""Texts of sample memories: people, projects and technology, combined into distinct, believable sentences."""
 
 from __future__ import annotations
 
@@ -6,114 +6,51 @@ import random
 from dataclasses import dataclass
 
 _PEOPLE = (
-    "Alice Bob Carmen Dmitri Elena Farid Grace Hiroshi Ines Jonas Kofi Lena Marco Nadia Olivia Pavel "
-    "Quinn Rosa Samir Tove Ulrich Vera Wanjiru Ximena Yusuf Zofia Anders Beatriz Chidi Daphne Emre "
-    "Fiona"
+    "Alice Bob Carmen Dmitri Elena Farid Grace Hiroshi Ines Jonas Kofi Lena Marco Nadia Olivia Pavel Quinn "
+    "Rosa Samir Tove Ulrich Vera Wanjiru Ximena Yusuf Zofia Anders Beatriz Chidi Daphne Emre Fiona"
 )
 _PROJECTS = (
-    "Atlas Beacon Cobalt Delta Ember Falcon Granite Harbor Iris Juniper Kestrel Lantern Meridian "
-    "Nimbus Orchid Pioneer Quartz Ripple Saffron Tundra"
+    "Atlas Beacon Cobalt Delta Ember Falcon Granite Harbor Iris Juniper Kestrel Lantern Meridian Nimbus "
+    "Orchid Pioneer Quartz Ripple Saffron Tundra"
 )
-PEOPLE = tuple(_PEOPLE.split())
-PROJECTS = tuple(_PROJECTS.split())
-# topic: (technologies, things that are built or break there)
-TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "databases": (
-        ("PostgreSQL", "SQLite", "MySQL", "Redis", "FalkorDB", "ClickHouse"),
-        (
-            "schema migration",
-            "read replica",
-            "connection pool",
-            "slow query log",
-            "partial index",
-            "vacuum job",
-        ),
-    ),
-    "deployment": (
-        ("Docker", "Kubernetes", "Railway", "Terraform", "Helm", "Ansible"),
-        (
-            "rolling release",
-            "cache volume",
-            "health probe",
-            "container image",
-            "rollback script",
-            "canary stage",
-        ),
-    ),
-    "frontend": (
-        ("React", "Svelte", "TypeScript", "Tailwind", "Vite", "WebAssembly"),
-        ("login form", "dark theme", "date picker", "bundle size", "keyboard shortcut", "onboarding tour"),
-    ),
-    "security": (
-        ("OAuth", "Vault", "TLS", "WebAuthn", "Keycloak", "Argon2"),
-        (
-            "token rotation",
-            "audit trail",
-            "password reset",
-            "session cookie",
-            "access review",
-            "certificate renewal",
-        ),
-    ),
-    "search": (
-        ("Qdrant", "Elasticsearch", "embeddings", "BM25", "Lucene", "Tantivy"),
-        (
-            "relevance ranking",
-            "synonym list",
-            "vector index",
-            "query parser",
-            "snippet preview",
-            "facet counter",
-        ),
-    ),
-    "billing": (
-        ("Stripe", "SEPA", "invoices", "Xero", "tax rules", "PayPal"),
-        (
-            "refund flow",
-            "monthly statement",
-            "price table",
-            "trial period",
-            "dunning mail",
-            "currency rounding",
-        ),
-    ),
-    "observability": (
-        ("Grafana", "Prometheus", "OpenTelemetry", "Sentry", "Loki", "Jaeger"),
-        (
-            "error budget",
-            "latency alert",
-            "trace sampling",
-            "log retention",
-            "dashboard panel",
-            "on-call rota",
-        ),
-    ),
-    "mobile": (
-        ("Swift", "Kotlin", "Flutter", "push notifications", "SQLDelight", "Fastlane"),
-        ("offline mode", "crash report", "store listing", "camera permission", "battery drain", "deep link"),
-    ),
-    "data": (
-        ("Airflow", "Parquet", "dbt", "Kafka", "Spark", "DuckDB"),
-        (
-            "nightly export",
-            "late events",
-            "column naming",
-            "backfill run",
-            "quality check",
-            "retention window",
-        ),
-    ),
-    "office": (
-        ("the calendar", "the wiki", "the stand-up", "the retrospective", "the roadmap", "the handbook"),
-        (
-            "meeting room",
-            "travel budget",
-            "hiring plan",
-            "coffee machine",
-            "workshop agenda",
-            "holiday cover",
-        ),
-    ),
+PEOPLE, PROJECTS = _PEOPLE.split(), _PROJECTS.split()
+# Three lines a topic: its name, technologies, and what is built or fails there.
+_TOPICS = """
+databases
+    PostgreSQL, SQLite, MySQL, Redis, FalkorDB, ClickHouse
+    schema migration, read replica, connection pool, slow query log, partial index, vacuum job
+deployment
+    Docker, Kubernetes, Railway, Terraform, Helm, Ansible
+    rolling release, cache volume, health probe, container image, rollback script, canary stage
+frontend
+    React, Svelte, TypeScript, Tailwind, Vite, WebAssembly
+    login form, dark theme, date picker, bundle size, keyboard shortcut, onboarding tour
+security
+    OAuth, Vault, TLS, WebAuthn, Keycloak, Argon2
+    token rotation, audit trail, password reset, session cookie, access review, certificate renewal
+search
+    Qdrant, Elasticsearch, embeddings, BM25, Lucene, Tantivy
+    relevance ranking, synonym list, vector index, query parser, snippet preview, facet counter
+billing
+    Stripe, SEPA, invoices, Xero, tax rules, PayPal
+    refund flow, monthly statement, price table, trial period, dunning mail, currency rounding
+observability
+    Grafana, Prometheus, OpenTelemetry, Sentry, Loki, Jaeger
+    error budget, latency alert, trace sampling, log retention, dashboard panel, on-call rota
+mobile
+    Swift, Kotlin, Flutter, push notifications, SQLDelight, Fastlane
+    offline mode, crash report, store listing, camera permission, battery drain, deep link
+data
+    Airflow, Parquet, dbt, Kafka, Spark, DuckDB
+    nightly export, late events, column naming, backfill run, quality check, retention window
+office
+    the calendar, the wiki, the stand-up, the retrospective, the roadmap, the handbook
+    meeting room, travel budget, hiring plan, coffee machine, workshop agenda, holiday cover
+"""
+_LINES = [line.strip().split(", ") for line in _TOPICS.strip().splitlines()]
+TOPICS = {
+    name: (technologies, things)
+    for (name,), technologies, things in zip(_LINES[0::3], _LINES[1::3], _LINES[2::3], strict=True)
 }
 OPENINGS: dict[str, tuple[str, ...]] = {
     "Decision": (
@@ -184,7 +121,7 @@ CHINESE = (
 
 @dataclass(frozen=True)
 class Draft:
-    """A text and the words it is about."""
+    """A text and the words in it."""
 
     content: str
     type: str
@@ -196,7 +133,7 @@ class Draft:
 
 
 def write_draft(rng: random.Random, number: int) -> Draft:
-    """One memory's text. `number` goes into its ticket reference, so no two drafts of a run are equal."""
+    """Write one memory's text. Its ticket reference contains `number`, so that no two drafts of a run are equal."""
     topic = rng.choice(tuple(TOPICS))
     tools, things = TOPICS[topic]
     kind = rng.choice(tuple(OPENINGS))
@@ -221,14 +158,14 @@ def write_draft(rng: random.Random, number: int) -> Draft:
 
 
 def chinese_text(rng: random.Random, draft: Draft) -> str:
-    """The draft's people and project in a Chinese sentence."""
+    """Write a Chinese sentence with the draft's person and project."""
     return rng.choice(CHINESE).format(
         project=draft.project, person=draft.person, tool=draft.tool, reference=draft.reference
     )
 
 
 def long_text(rng: random.Random, number: int, words: int) -> str:
-    """A report of about `words` English words (seven cl100k tokens for five words, roughly)."""
+    """Write a report of about `words` English words (seven cl100k tokens for five words, roughly)."""
     parts: list[str] = []
     length = 0
     while length < words:

@@ -1,11 +1,9 @@
-"""All four servers of an AutoMem deployment on this machine: a rehearsal stage, filled with sample memories."""
+"""All four servers of an AutoMem deployment on this machine, filled with sample memories."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the servers listen; None: any free port."""
+    """Where the servers listen. None: any free port."""
 
     falkordb: int | None = None
     qdrant: int | None = None
@@ -38,7 +36,7 @@ GUIDE_PORTS = Ports(falkordb=6379, qdrant=6333, automem=8001)
 
 
 def require_free(ports: Ports) -> None:
-    """Raise MigrationError naming the ports that something listens on already."""
+    """Raise MigrationError if something listens on these ports already. It names them."""
     taken = []
     for name, port in (("FalkorDB", ports.falkordb), ("Qdrant", ports.qdrant), ("AutoMem", ports.automem)):
         with socket.socket() as probe:
@@ -49,43 +47,39 @@ def require_free(ports: Ports) -> None:
                 taken.append(f"{port} ({name})")
     if taken:
         raise MigrationError(
-            f"port {', '.join(taken)} is taken: something listens there already",
-            next_step="see what it is (ss -ltnp) and stop it, or run the tour, which takes free ports:"
+            f"port {', '.join(taken)} is taken: another process listens there",
+            next_step="find the process (ss -ltnp) and stop it, or run the tour, which uses free ports:"
             " python scripts/quickstart.py",
         )
 
 
 class Stack:
-    """The four servers below one folder. AutoMem is started by itself, with the size and model that are asked for."""
+    """The four servers, with their data in one folder. AutoMem is started separately, with a size and a model."""
 
     def __init__(self, folder: Path, ports: Ports | None = None, qdrant_version: str = "1.18.3") -> None:
         self.folder = folder
         ports = ports or Ports()
         (folder / "falkordb").mkdir(parents=True, exist_ok=True)
-        # Without the default pause of 5 s before a replication stream, which is there to gather replicas.
+        # Without the default delay of 5 s before a replication stream: there are no other replicas to wait for.
         self.falkordb = FalkorServer(folder / "falkordb", ports.falkordb, sync_delay_seconds=0)
         self.qdrant = QdrantServer(folder / "qdrant", qdrant_version, ports.qdrant)
         self.openai = OpenAIServer(ports.openai, log=folder / "openai.log")
         self._automem_port = ports.automem
         self.automem: AutoMemServer | None = None
-        self._running = ExitStack()
+        self._servers = (self.falkordb, self.qdrant, self.openai)
 
     def start(self) -> Stack:
-        """Start the stores and the embeddings endpoint, side by side."""
-        servers = (self.falkordb, self.qdrant, self.openai)
-        starts: list[Callable[[], object]] = [server.start for server in servers]
-        for server in servers:
-            self._running.callback(server.stop)
-        with ThreadPoolExecutor(len(starts)) as pool:
-            for done in [pool.submit(start) for start in starts]:
-                done.result()
+        """Start the stores and the embeddings endpoint, in parallel."""
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            for started in [pool.submit(server.start) for server in self._servers]:
+                started.result()
         return self
 
     def settings(self, size: int, model: str) -> dict[str, str]:
-        """What the scripts and AutoMem are given in their environment.
+        """Build the environment of the scripts and of AutoMem.
 
-        Every setting that leads somewhere is named, so that none of the operator's own, in his environment or in a
-        `.env`, reaches a sandbox; the servers here take any login.
+        It contains every address and login, so that no setting of the operator's environment or `.env` files is used.
+        The servers here accept any login.
         """
         return {
             "FALKORDB_HOST": _HOST,
@@ -108,7 +102,7 @@ class Stack:
         }
 
     def load(self, count: int, size: int, model: str) -> tuple[int, int]:
-        """Fill both stores with sample memories; nodes and points."""
+        """Load sample memories into both stores. Returns the numbers of nodes and points."""
         memories = list(generate(count))
         with connect(self.falkordb.address) as conn:
             graph = load_graph(conn, GRAPH, memories)
@@ -116,7 +110,7 @@ class Stack:
         return graph.nodes, load_points(self.qdrant.url, "", COLLECTION, size, embed, memories)
 
     def start_automem(self, size: int, model: str) -> AutoMemServer:
-        """Start (or start again) the service with these settings. Raises ServerStartError where it refuses."""
+        """Start or restart the service with these settings. Raises ServerStartError if it refuses."""
         self.stop_automem()
         service = AutoMemServer(self._automem_port, self.settings(size, model), self.folder / "automem.log")
         self._automem_port = service.port
@@ -125,7 +119,7 @@ class Stack:
         return service
 
     def stop_automem(self) -> None:
-        """Stop the service, not the stores."""
+        """Stop the service, but not the stores."""
         if self.automem is not None:
             self.automem.stop()
             self.automem = None
@@ -133,7 +127,8 @@ class Stack:
     def stop(self) -> None:
         """Stop everything that was started."""
         self.stop_automem()
-        self._running.close()
+        for server in reversed(self._servers):
+            server.stop()
 
     def __enter__(self) -> Stack:
         return self.start()

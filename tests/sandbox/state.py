@@ -1,4 +1,4 @@
-"""Both stores in a few numbers, to tell whether anything changed."""
+"""Both stores in a few numbers, to see whether anything changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lib.clients.qdrant.transport import Qdrant
 
 @dataclass(frozen=True)
 class State:
-    """The graph's by-id digest, a hash over every point's id, payload and vector, and each point's payload keys."""
+    """The graph's by-id digest, a hash of every point's id, payload and vector, and each point's payload keys."""
 
     graph: str
     points: int
@@ -22,7 +22,7 @@ class State:
 
 
 def state_of(address: GraphAddress, graph: str, qdrant: Qdrant, collection: str) -> State:
-    """What stands in both stores now. Raises MissingData where one is absent."""
+    """Read the state of both stores. Raises MissingData if one is absent."""
     digest, points, keys = hashlib.sha256(), 0, set()
     for page in scroll(qdrant, collection, payload=True, vector=True):
         for point in page:

@@ -1,4 +1,4 @@
-"""The guide from its first line to its last, on the sandbox: each command is printed, then run as a process."""
+"""The whole guide on the sandbox: each command is printed, then run as a process."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from typing import Any
 
 from lib.clients.qdrant.transport import Qdrant
 from lib.errors import VerificationFailed
-from tests.sandbox.process import ServerStartError
+from tests.sandbox.process import PROJECT_ROOT, ServerStartError
 from tests.sandbox.stack import COLLECTION, GRAPH, TOKEN, Stack
 from tests.sandbox.state import State, state_of
 
 SMALL, LARGE = ("text-embedding-3-small", 768), ("text-embedding-3-large", 3072)
-_ROOT = Path(__file__).resolve().parents[2]
-_VIA = "python"
 VECTOR_MATCH = "by vector"
 
 
 @dataclass
 class Tour:
-    """One walk through the guide; `checked` is what it saw."""
+    """One run through the guide. `checked` lists what was checked, with its figures."""
 
     stack: Stack
     backups: Path
-    say: Callable[[str], None]
+    show: Callable[[str], None]
     model: str = SMALL[0]
     size: int = SMALL[1]
     checked: list[tuple[str, str]] = field(default_factory=list)
 
     def check(self, what: str, figure: object, *, ok: bool = True) -> None:
-        """Note what was seen; raises VerificationFailed where it is not what the guide promises."""
+        """Record a check. Raises VerificationFailed if it is not `ok`."""
         if not ok:
             raise VerificationFailed(
                 f"{what}: {figure}", next_step=f"look at the logs in {self.stack.folder}"
@@ -45,28 +43,30 @@ class Tour:
         self.checked.append((what, str(figure)))
 
     def export(self, model: str, size: int) -> None:
-        """What the operator types before the next commands."""
+        """Change the settings, as the operator does before the next commands."""
         self.model, self.size = model, size
-        self.say(f"\n$ export VECTOR_SIZE={size}\n$ export EMBEDDING_MODEL={model}")
+        self.show(f"\n$ export VECTOR_SIZE={size}\n$ export EMBEDDING_MODEL={model}")
 
     def run(self, *words: str, expect: int = 0) -> str:
-        """Print a command, run it as the operator would, and return what it printed."""
-        self.say(f"\n$ {' '.join(_VIA if word == sys.executable else word for word in words)}")
+        """Print a command, run it as the operator would, and return its output."""
+        self.show(f"\n$ {' '.join('python' if word == sys.executable else word for word in words)}")
         environ = {**os.environ, **self.stack.settings(self.size, self.model)}
         environ |= {"AUTOMEM_BACKUP_DIR": str(self.backups)}
         environ.pop("AUTOMEM_ENV_FILE", None)
-        done = subprocess.run(words, cwd=_ROOT, env=environ, capture_output=True, text=True, check=False)
-        self.say((done.stderr + done.stdout).rstrip())
+        done = subprocess.run(
+            words, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, check=False
+        )
+        self.show((done.stderr + done.stdout).rstrip())
         if done.returncode != expect:
             self.check(f"exit code of {words[-1]}", f"{done.returncode}, expected {expect}", ok=False)
         return done.stdout + done.stderr
 
     def script(self, name: str, *words: str, expect: int = 0) -> str:
-        """One of the scripts."""
+        """Run one of the scripts."""
         return self.run(sys.executable, f"scripts/{name}.py", *words, expect=expect)
 
     def recall(self, query: str) -> str:
-        """The guide's recall line, as GET (released versions answer 405 to POST); how each result matched."""
+        """Run the guide's recall, as GET: released versions answer 405 to POST. Returns how each result matched."""
         assert self.stack.automem is not None
         url = f"{self.stack.automem.url}/recall"
         parts = ["-G", url, "-H", f"Authorization: Bearer {TOKEN}", "--data-urlencode", f"query={query}"]
@@ -76,25 +76,25 @@ class Tour:
             f"  {one['memory']['content'][:80]}"
             for one in answer.get("results", [])
         ]
-        self.say("\n".join(found))
+        self.show("\n".join(found))
         return "\n".join(found)
 
     def curl(self, *words: str) -> dict[str, Any]:
-        """A curl line of the guide, its JSON answer for the caller to show the part that matters."""
+        """Run a curl command of the guide. Returns its JSON answer; the caller shows a part of it."""
         if shutil.which("curl") is None:
             self.check("curl", "is not installed", ok=False)
         command = ["curl", "-sS", *words]
-        self.say(f"\n$ {shlex.join(command)}")
+        self.show(f"\n$ {shlex.join(command)}")
         answer = subprocess.run(command, capture_output=True, check=True).stdout
         return dict(json.loads(answer))
 
     def state(self) -> State:
-        """What stands in both stores now."""
+        """Read the current state of both stores."""
         return state_of(self.stack.falkordb.address, GRAPH, Qdrant(self.stack.qdrant.url), COLLECTION)
 
 
 def walk(tour: Tour) -> None:
-    """The whole guide: upgrade, verify, recall, roll back, downgrade. Raises VerificationFailed."""
+    """Run the whole guide: upgrade, verify, recall, roll back, downgrade. Raises VerificationFailed."""
     before = tour.state()
     archive, rdb = _back_up(tour)
     _fail_fast(tour)
@@ -105,16 +105,16 @@ def walk(tour: Tour) -> None:
 
 
 def _back_up(tour: Tour) -> tuple[str, str]:
-    tour.say("\n# 1. Back up")
+    tour.show("\n# 1. Back up")
     tour.script("backup_automem")
     archive = str(max((tour.backups / "qdrant").glob("*.tar.gz")))
     rdb = str(max((tour.backups / "falkordb").glob("*.rdb")))
-    tour.check("backup", "both files, proved, one manifest")
+    tour.check("backup", "both files, verified, one manifest")
     return archive, rdb
 
 
 def _fail_fast(tour: Tour) -> None:
-    tour.say("\n# 2. New configuration: everything refuses to mix dimensions until the migration is done")
+    tour.show("\n# 2. New configuration: no command mixes dimensions until the migration is done")
     tour.export(*LARGE)
     text = tour.script("verify_migration", expect=2)
     tour.check("fail-fast, scripts", "exit code 2", ok="VECTOR DIMENSION MISMATCH" in text)
@@ -128,14 +128,14 @@ def _fail_fast(tour: Tour) -> None:
 
 
 def _upgrade(tour: Tour, before: State) -> None:
-    tour.say("\n# 3. Re-embed")
+    tour.show("\n# 3. Re-embed")
     tour.script("reembed_embeddings", "--dry-run")
     paid = tour.stack.openai.stats()["texts"]
     tour.script("reembed_embeddings")
-    tour.say("\n# 4. Verify")
+    tour.show("\n# 4. Verify")
     info = tour.curl(f"{tour.stack.qdrant.url}/collections/{COLLECTION}")["result"]
     vectors = info["config"]["params"]["vectors"]
-    tour.say(f".result.config.params.vectors: {json.dumps(vectors)}")
+    tour.show(f".result.config.params.vectors: {json.dumps(vectors)}")
     tour.check(
         "size and distance", json.dumps(vectors), ok=vectors == {"size": tour.size, "distance": "Cosine"}
     )
@@ -143,18 +143,20 @@ def _upgrade(tour: Tour, before: State) -> None:
     after = tour.state()
     lost = before.keys - after.keys
     tour.check(
-        "upgrade to 3072d", f"{after.points} points, {tour.stack.openai.stats()['texts'] - paid} texts bought"
+        "upgrade to 3072d", f"{after.points} points, {tour.stack.openai.stats()['texts'] - paid} texts paid"
     )
-    tour.check("payload keys of the old points", f"{len(before.keys)} kept, {len(lost)} lost", ok=not lost)
+    tour.check(
+        "payload keys of the old points", f"{len(before.keys)} preserved, {len(lost)} lost", ok=not lost
+    )
     tour.check("graph untouched by the upgrade", after.graph[:16], ok=after.graph == before.graph)
 
 
 def _recall(tour: Tour) -> None:
-    tour.say("\n# 5. Test recall: the service still runs with the old settings, so it finds by keyword only")
+    tour.show("\n# 5. Test recall: the service still runs with the old settings, so it finds by keyword only")
     query = "database decision for the project"
     old = tour.recall(query)
     tour.check("recall before the restart", "no vector match", ok=VECTOR_MATCH not in old)
-    tour.say("\n# 6. Restart AutoMem with the new settings (here: the stand-in service)")
+    tour.show("\n# 6. Restart AutoMem with the new settings (here: the stand-in service)")
     tour.stack.start_automem(tour.size, tour.model)
     new = tour.recall(query)
     tour.check("recall after the restart", "vector matches", ok=VECTOR_MATCH in new)
@@ -163,7 +165,7 @@ def _recall(tour: Tour) -> None:
 
 
 def _roll_back(tour: Tour, before: State, archive: str, rdb: str) -> None:
-    tour.say("\n# Rollback: stop the application, restore both files, revert the configuration, start again")
+    tour.show("\n# Rollback: stop the application, restore both files, revert the configuration, start again")
     tour.stack.stop_automem()
     tour.script("restore_from_backup", archive)
     tour.script("restore_from_backup", rdb)
@@ -178,13 +180,13 @@ def _roll_back(tour: Tour, before: State, archive: str, rdb: str) -> None:
 
 
 def _downgrade(tour: Tour) -> None:
-    tour.say("\n# Downgrading: up once more (paid for already), back up, then down to 768d")
+    tour.show("\n# Downgrading: first up again (already paid), back up, then down to 768d")
     tour.export(*LARGE)
     paid = tour.stack.openai.stats()["texts"]
     tour.script("backup_automem")
     tour.script("reembed_embeddings")
     again = tour.stack.openai.stats()["texts"] - paid
-    tour.check("3072d again", f"{again} texts bought: the embedding cache had them", ok=again == 0)
+    tour.check("3072d again", f"{again} texts paid: all were in the embedding cache", ok=again == 0)
     tour.export(*SMALL)
     tour.script("backup_automem")
     tour.script("reembed_embeddings")

@@ -1,9 +1,9 @@
-"""Deterministic stand-in embeddings: texts that share words are near each other, each model has its own space.
+"""Deterministic embeddings without a model: texts that share words are near each other, each model has its own space.
 
-A text becomes a bag of features (stems of lower-cased words; for scripts without spaces, single, double and
-triple characters). Every feature has one Gaussian direction: a window, at a place hashed from the feature, on a
-tape of noise seeded by the model, so that nothing has to be kept per word. The vector is the weighted sum of the
-directions, scaled to length 1. A faint direction of the exact text keeps any two texts apart.
+A text becomes a bag of features: stems of lower-cased words, or, for scripts without spaces, one to three characters.
+Every feature has one Gaussian direction: a window on an array of noise that is seeded by the model. The offset of the
+window is hashed from the feature, so that nothing is stored per word. The vector is the weighted sum of the directions,
+scaled to length 1. A weak direction of the exact text separates any two texts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
-# Full size of each model the sandbox serves; the last three stand for models of OpenAI-compatible servers.
+# The full size of each model. The last three are examples of models of OpenAI-compatible servers.
 NATIVE_SIZES = {
     "text-embedding-3-small": 1536,
     "text-embedding-3-large": 3072,
@@ -29,11 +29,11 @@ NATIVE_SIZES = {
     "mxbai-embed-large": 1024,
     "all-minilm": 384,
 }
-TAPE_PLACES = 1 << 20  # 4 MB of noise a model; two windows on it are as good as orthogonal
-REMEMBERED_WORDS = 1 << 16
+NOISE_OFFSETS = 1 << 20  # 4 MB of noise per model; two windows are practically orthogonal
+CACHED_WORDS = 1 << 16
 EXACT_TEXT_WEIGHT = 0.25
 STOP_WORD_WEIGHT = 0.1
-FEATURES_AT_ONCE = 256  # rows summed in one go, so that a long text takes little memory
+FEATURES_AT_ONCE = 256  # rows per sum: a long text then needs little memory
 
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 _PIECES = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
@@ -49,10 +49,10 @@ _STOP_WORDS = frozenset(
 
 
 def vectors_for(model: str, texts: Sequence[str], size: int | None = None) -> FloatArray:
-    """(n, size) float32, rows of length 1. Raises KeyError for a model the sandbox does not serve.
+    """Embed texts: (n, size) float32, rows of length 1. Raises KeyError for an unknown model.
 
-    A `size` under the model's own is the full vector cut and scaled to length 1 again, as the
-    text-embedding-3 models do (https://platform.openai.com/docs/guides/embeddings).
+    For a `size` below the model's own, the full vector is cut and scaled to length 1 again, as by the
+    text-embedding-3 models (https://platform.openai.com/docs/guides/embeddings).
     """
     full = np.stack([_direction_of(model, text) for text in texts])
     cut = full[:, : size or NATIVE_SIZES[model]]
@@ -60,7 +60,7 @@ def vectors_for(model: str, texts: Sequence[str], size: int | None = None) -> Fl
 
 
 def vector_for(model: str, text: str, size: int | None = None) -> FloatArray:
-    """(size,) float32 of length 1; see `vectors_for`."""
+    """Embed one text: (size,) float32 of length 1."""
     vector: FloatArray = vectors_for(model, [text], size)[0]
     return vector
 
@@ -69,15 +69,15 @@ def _direction_of(model: str, text: str) -> FloatArray:
     counts = Counter(_features(text))
     weights = [weight * (1.0 + math.log(times)) for (_, weight), times in counts.items()]
     own_weight = 0.7 * EXACT_TEXT_WEIGHT * (math.hypot(*weights) or 1.0)
-    places = [place for place, _ in counts] + [_place(f"\0{half}\0{text}") for half in (1, 2)]
-    return _weighted_sum(_windows(model), places, [*weights, own_weight, own_weight])
+    offsets = [offset for offset, _ in counts] + [_offset(f"\0{number}\0{text}") for number in (1, 2)]
+    return _weighted_sum(_windows(model), offsets, [*weights, own_weight, own_weight])
 
 
-def _weighted_sum(windows: FloatArray, places: list[int], weights: list[float]) -> FloatArray:
+def _weighted_sum(windows: FloatArray, offsets: list[int], weights: list[float]) -> FloatArray:
     total = np.zeros(windows.shape[1], dtype=np.float32)
-    for start in range(0, len(places), FEATURES_AT_ONCE):
+    for start in range(0, len(offsets), FEATURES_AT_ONCE):
         part = slice(start, start + FEATURES_AT_ONCE)
-        total += np.asarray(weights[part], dtype=np.float32) @ windows[places[part]]
+        total += np.asarray(weights[part], dtype=np.float32) @ windows[offsets[part]]
     return total
 
 
@@ -90,28 +90,28 @@ def _features(text: str) -> Iterator[tuple[int, float]]:
                 yield from (_word(unspaced[at : at + width]) for at in range(len(unspaced) - width + 1))
 
 
-@lru_cache(maxsize=REMEMBERED_WORDS)
+@lru_cache(maxsize=CACHED_WORDS)
 def _word(word: str) -> tuple[int, float]:
-    """Place on the tape and weight of one word."""
+    """Compute the offset in the noise and the weight of one word."""
     stem = word
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             stem = word[: -len(ending)]
             break
-    return _place(stem), STOP_WORD_WEIGHT if word in _STOP_WORDS else 1.0
+    return _offset(stem), STOP_WORD_WEIGHT if word in _STOP_WORDS else 1.0
 
 
-def _place(name: str) -> int:
+def _offset(name: str) -> int:
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % TAPE_PLACES
+    return int.from_bytes(digest, "little") % NOISE_OFFSETS
 
 
 @lru_cache(maxsize=len(NATIVE_SIZES))
 def _windows(model: str) -> FloatArray:
-    """(TAPE_PLACES, native size) float32: overlapping views on the model's tape, no copies."""
+    """Create (NOISE_OFFSETS, native size) float32: overlapping views of the model's noise, no copies."""
     size = NATIVE_SIZES[model]
     seed = int.from_bytes(hashlib.blake2b(model.encode(), digest_size=16).digest(), "little")
-    tape = np.random.Generator(np.random.SFC64(seed)).standard_normal(
-        TAPE_PLACES + size - 1, dtype=np.float32
+    noise = np.random.Generator(np.random.SFC64(seed)).standard_normal(
+        NOISE_OFFSETS + size - 1, dtype=np.float32
     )
-    return np.lib.stride_tricks.sliding_window_view(tape, size)
+    return np.lib.stride_tricks.sliding_window_view(noise, size)

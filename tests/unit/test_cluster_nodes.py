@@ -1,4 +1,4 @@
-"""Which nodes' snapshots together are the whole collection, told from what two-node clusters answered."""
+"""Which nodes' snapshots together are the whole collection, from recorded answers of two-node clusters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recorded(version: str) -> list[dict]:
 
 
 def looks_of(version: str) -> list[Topology]:
-    """What the first and the second node said of the collection, right after it was filled."""
+    """The topology as the first and the second node reported it, right after the collection was filled."""
     found = []
     for node in (1, 2):
         answers = [one for one in recorded(version) if one.get("node") == node]
@@ -70,13 +70,13 @@ def test_a_shard_of_a_node_that_is_not_listed_is_refused_and_its_node_named(look
             require(whole, [(ONE, looks[listed])])
 
 
-def test_one_node_under_two_addresses_is_told(looks):
+def test_one_node_under_two_addresses_is_refused(looks):
     one, two = looks
     with pytest.raises(UsageProblem, match=f"lists one node twice: {ONE} and http://balancer"):
         require(one, [(ONE, one), (TWO, two), ("http://balancer", one)])
 
 
-def test_a_node_of_another_cluster_is_told():
+def test_a_node_of_another_cluster_is_refused():
     (one, two), (stranger, _) = looks_of("1.11.3"), looks_of("1.18.3")
     with pytest.raises(UsageProblem, match=f"http://stranger.*another cluster .*peer {stranger.this_peer}"):
         require(one, [(ONE, one), (TWO, two), ("http://stranger", stranger)])
@@ -99,7 +99,7 @@ def replicated(looks: list[Topology], state: str = "Active") -> list[Topology]:
     return [dataclasses.replace(look, shards=tuple(shards)) for look in looks]
 
 
-def test_a_node_may_be_left_out_where_the_other_holds_every_shard(looks):
+def test_a_node_may_be_left_out_if_the_other_holds_every_shard(looks):
     one, two = replicated(looks, "Dead")
     require(one, [(ONE, one)])
     with pytest.raises(StoreFailed, match="in state Dead"):

@@ -9,9 +9,8 @@ from collections import Counter
 
 import pytest
 
-from tests.sandbox.automem_store import decode_metadata, tag_prefixes
-from tests.sandbox.sample_awkward import KINDS
-from tests.sandbox.sample_memories import REACH, SampleMemory, generate
+from tests.sandbox.automem_stores import decode_metadata, tag_prefixes
+from tests.sandbox.sample_memories import KINDS, REACH, SampleMemory, generate
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_facts_of_real_snapshots(snapshots: dict[str, bytes]):
     assert inspect(snapshots["memories_two_shards.snapshot"]).shards == {0: 2, 1: 2}
 
 
-def test_a_stream_that_trickles_says_the_same(snapshots: dict[str, bytes]):
+def test_a_stream_of_small_pieces_gives_the_same_facts(snapshots: dict[str, bytes]):
     data = snapshots["memories_two_shards.snapshot"]
     assert inspect_snapshot(Trickle(data)) == inspect(data)
 
@@ -206,7 +206,7 @@ def test_a_segment_of_another_collection_is_refused(snapshots: dict[str, bytes])
         inspect(overwritten(data, at, other[foreign_at : foreign_at + foreign_size].ljust(size, b"\0")))
 
 
-def test_one_nodes_part_of_a_cluster_says_which_shard_is_absent():
+def test_one_nodes_part_of_a_cluster_shows_which_shard_is_absent():
     """The other shards are there as bare configuration, as on real clusters."""
     assert inspect(part_of_cluster(drop_state=False)).absent_shards == [1]
     with pytest.raises(BackupDamaged, match="lacks shard 1"):
@@ -251,7 +251,7 @@ def test_sparse_entries_have_the_content_that_tar_gives_them(snapshots: dict[str
 
 
 def test_a_sparse_map_of_several_blocks(tmp_path):
-    """Written by GNU tar, where it is installed."""
+    """Written by GNU tar, if it is installed."""
     import shutil
     import subprocess
 
@@ -290,7 +290,7 @@ def test_memory_stays_flat_over_a_large_entry():
 @contextlib.contextmanager
 def opened(data: bytes, folder: Path) -> Iterator[Segments | None]:
     files = SegmentFiles(folder)
-    inspect_snapshot(io.BytesIO(data), files.keep)
+    inspect_snapshot(io.BytesIO(data), files.save)
     with opened_segments(files) as segments:
         yield segments
 
@@ -307,7 +307,7 @@ def test_the_engine_counts_what_it_can_open(tmp_path):
         assert segments is None
 
 
-def test_the_engine_tells_which_ids_are_there(tmp_path):
+def test_the_engine_finds_the_ids_that_exist(tmp_path):
     pytest.importorskip("qdrant_edge")
     with opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path) as segments:
         every = segments.held(
@@ -325,8 +325,8 @@ def test_an_engine_that_dies_ends_nothing_else(tmp_path, monkeypatch, number, er
     dying = tmp_path / "dying.py"
     dying.write_text(f"import os\ninput()\nos.kill(os.getpid(), {number})\n")
     monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", dying)
-    (tmp_path / "aside").mkdir()
-    with pytest.raises(error), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "aside"):
+    (tmp_path / "segments").mkdir()
+    with pytest.raises(error), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "segments"):
         pass
 
 

@@ -19,9 +19,9 @@ def stored(vectors: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [4, 768, 3072])
 def test_normalised_storage_is_equal_and_a_changed_number_is_not(size: int):
     sent = rows(50, size)
-    kept = stored(sent)
-    assert not vectors_differ(kept, sent).any()
-    changed = kept.copy()
+    saved = stored(sent)
+    assert not vectors_differ(saved, sent).any()
+    changed = saved.copy()
     changed[7, 2] += 1e-4
     changed[9] = -changed[9]
     assert list(np.flatnonzero(vectors_differ(changed, sent))) == [7, 9]
@@ -47,10 +47,10 @@ def test_every_datatype_is_compared_as_the_engine_stores_it(datatype, distance, 
     points = [edge.Point(id=number, vector=one.tolist(), payload={}) for number, one in enumerate(sent)]
     shard.update(edge.UpdateOperation.upsert_points(points))
     found = sorted(shard.retrieve(list(range(20)), False, True), key=lambda one: one.id)
-    kept = np.array([one.vector for one in found], dtype=np.float32)
+    saved = np.array([one.vector for one in found], dtype=np.float32)
     shard.close()
-    assert not vectors_differ(kept, sent, distance, datatype).any()
-    changed = kept.copy()
+    assert not vectors_differ(saved, sent, distance, datatype).any()
+    changed = saved.copy()
     changed[7] = changed[8]
     changed[9, 3] = np.nan
     changed[11, 5] += 0 if datatype == "turbo4" else 1

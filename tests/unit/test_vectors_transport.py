@@ -35,10 +35,10 @@ class Scripted:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 scripted.seen.append((self.command, self.path, dict(self.headers), body))
                 scripted.connections.add(self.client_address)
-                status, headers, said = scripted.answers[0]
+                status, headers, content = scripted.answers[0]
                 if len(scripted.answers) > 1:
                     scripted.answers.pop(0)
-                data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(data))}.items():
                     self.send_header(name, value)
@@ -82,14 +82,14 @@ def refusing_from_the_headers(status_line: str) -> Iterator[str]:
     """A server that answers when it has the headers, reads no body and keeps the connection open."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.listen(8)
-    kept: list[socket.socket] = []
+    connections: list[socket.socket] = []
 
     def serve() -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = listener.accept()
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                kept.append(client)
+                connections.append(client)
                 head = b""
                 while b"\r\n\r\n" not in head:
                     head += client.recv(100)
@@ -97,7 +97,7 @@ def refusing_from_the_headers(status_line: str) -> Iterator[str]:
 
     threading.Thread(target=serve, daemon=True).start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    for client in kept:
+    for client in connections:
         client.close()
     listener.close()
 
@@ -179,7 +179,7 @@ def test_a_redirect_is_not_followed_with_the_key():
         assert other.seen == []
 
 
-def test_rate_limits_that_say_when_are_waited_for():
+def test_rate_limits_with_retry_after_are_waited_for():
     limited = refused(429, "Retry after 20s", Retry_After="20")
     with Scripted(limited, limited, fine({"count": 3})) as server:
         assert points.count(server.qdrant, "x") == 3
@@ -193,7 +193,7 @@ def test_a_rate_limit_is_not_waited_for_without_end():
         assert sum(server.slept) <= transport.LONGEST_WAIT_SECONDS
 
 
-def test_gateways_are_given_three_more_tries_where_repeating_is_safe():
+def test_a_gateways_error_is_retried_three_times_if_repeating_is_safe():
     with Scripted((503, {}, "no upstream")) as server:
         with pytest.raises(QdrantError, match="no upstream"):
             points.count(server.qdrant, "x")
@@ -278,7 +278,7 @@ def test_float32_arrives_as_it_is():
     assert np.array_equal(np.array(sent, dtype=np.float32), vectors)
 
 
-def test_a_body_in_parts_is_sent_whole_and_whole_again_where_the_request_is_repeated():
+def test_a_body_in_parts_is_sent_whole_and_whole_again_when_the_request_is_repeated():
     payloads = [{"content": f"{number}" * 40_000} for number in range(20)]  # more than one piece
     with Scripted((503, {}, "no upstream"), fine()) as server:
         upsert.upsert(server.qdrant, "x", list(range(20)), np.ones((20, 4), np.float32), payloads)
@@ -344,19 +344,19 @@ def test_shards_that_move_or_are_not_whole_are_refused(local: dict, transfers: l
 @pytest.mark.parametrize(
     ("text", "health"),
     [
-        ("0 of 0 read operations failed", "dead"),
-        ("The replica set for shard 0 on peer 1 does not have enough active replicas", "dead"),
-        ("1 of 1 read operations failed:\n  Failed to Get Info,  Failed to restore local replica", "dead"),
-        ("Failed to Get Info,  Dirty shard - shard is not fully initialized", "dead"),
+        ("0 of 0 read operations failed", "failed"),
+        ("The replica set for shard 0 on peer 1 does not have enough active replicas", "failed"),
+        ("1 of 1 read operations failed:\n  Failed to Get Info,  Failed to restore local replica", "failed"),
+        ("Failed to Get Info,  Dirty shard - shard is not fully initialized", "failed"),
         ("Local shard 0 not found", "restoring"),
-        ("Failed to Get Info,  Failed to load local shard: Too many open files", "failing"),
-        ("1 of 1 read operations failed: Tonic status error: Unavailable, tcp connect error", "failing"),
-        ("Tonic status error: does not have enough active replicas", "failing"),
-        ("No space left on device", "failing"),
+        ("Failed to Get Info,  Failed to load local shard: Too many open files", "unavailable"),
+        ("1 of 1 read operations failed: Tonic status error: Unavailable, tcp connect error", "unavailable"),
+        ("Tonic status error: does not have enough active replicas", "unavailable"),
+        ("No space left on device", "unavailable"),
     ],
 )
-def test_only_a_shard_that_is_lost_makes_a_collection_dead(text: str, health: str):
-    """A dead collection may be deleted; one on a node that is down, or that did not load, must not be."""
+def test_only_a_lost_shard_makes_a_collection_failed(text: str, health: str):
+    """A failed collection may be deleted; one on a node that is down, or that did not load, must not be."""
     with Scripted(
         fine({"collections": [{"name": "x"}]}), refused(500, f"Service internal error: {text}")
     ) as server:
@@ -368,11 +368,11 @@ def test_a_collection_that_is_listed_but_not_found_is_on_its_way():
         assert collection.health(server.qdrant, "x") == "restoring"
 
 
-def info(told: object) -> tuple:
-    """A collection of one point whose optimiser says this."""
+def info(optimizer: object) -> tuple:
+    """A collection of one point whose optimizer has this status."""
     params = {"vectors": {"size": 4, "distance": "Cosine"}}
-    status = "green" if told == "ok" else "red"
-    return fine({"status": status, "optimizer_status": told, "config": {"params": params}})
+    status = "green" if optimizer == "ok" else "red"
+    return fine({"status": status, "optimizer_status": optimizer, "config": {"params": params}})
 
 
 NO_ROOM = {
@@ -381,15 +381,15 @@ NO_ROOM = {
 ONE = fine({"count": 1})
 
 
-def test_an_optimiser_that_stopped_for_want_of_room_tries_once_more_then_it_is_told():
+def test_an_optimizer_that_stopped_without_room_is_started_once_more_then_it_is_an_error():
     with Scripted(info(NO_ROOM), ONE, fine(), info(NO_ROOM), ONE, fine()) as server:
         with pytest.raises(QdrantError, match="Not enough space available"):
             collection.wait_green(server.qdrant, "x", 3600)
         assert [method for method, *_ in server.seen] == ["GET", "POST", "PATCH", "GET", "POST"]
 
 
-def test_an_optimiser_that_has_room_again_goes_on():
+def test_an_optimizer_that_has_room_again_continues():
     well = [info("ok"), ONE] * collection.STABLE_POLLS
     with Scripted(info(NO_ROOM), ONE, fine(), *well) as server:
-        assert collection.wait_green(server.qdrant, "x", 3600).settled
+        assert collection.wait_green(server.qdrant, "x", 3600).optimized
         assert [method for method, *_ in server.seen].count("PATCH") == 1

@@ -1,4 +1,4 @@
-"""Where a collection's shards are, and on which nodes a snapshot of all of them can be made."""
+"""The shards of a collection on the nodes of a cluster, and the nodes whose snapshots hold all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXAMPLE = f"export {_VARIABLE}=http://node1:6333,http://node2:6333   (every nod
 
 @dataclass(frozen=True)
 class Shard:
-    """One replica of one shard; `points` is known on the node asked only."""
+    """One replica of one shard. `points` is known only on the node that was asked."""
 
     shard_id: int
     peer: int
@@ -27,10 +27,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Topology:
-    """The collection's shards and the cluster's nodes. `peers` is 1 on a server without a cluster.
+    """The collection's shards and the cluster's nodes, as the node `this_peer` reports them.
 
-    `known` maps the peer ids of the nodes to the addresses at which they find each other; empty where the key may not
-    ask or there is no cluster.
+    `peers` is 1 on a server without a cluster. `known` maps the peer ids of the nodes to the addresses that they use
+    among themselves; it is empty without a cluster, or if the key may not ask for it.
     """
 
     peers: int
@@ -49,10 +49,15 @@ class Topology:
         """The replicas on the node that was asked."""
         return tuple(shard for shard in self.shards if shard.peer == self.this_peer)
 
+    @property
+    def local_ids(self) -> tuple[int, ...]:
+        """The ids of the shards on the node that was asked, in order."""
+        return tuple(sorted({shard.shard_id for shard in self.local}))
+
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a cluster: how to ask it, its peer id, and the shards of the collection that it holds."""
+    """A node of a cluster, its peer id, and the ids of the collection's shards on it."""
 
     qdrant: Qdrant
     peer: int
@@ -62,54 +67,50 @@ class Node:
 def topology(q: Qdrant, name: str) -> Topology:
     """Ask the node at `q` for the shards of a collection. Raises NotFound.
 
-    Qdrant Cloud always says that the cluster is enabled, also with one node: so the peers are counted. A key that
-    may see one collection only is not told them; the shards tell the same then.
+    The peers are counted, because Qdrant Cloud reports an enabled cluster with one node too. A key for one collection
+    may not list them; then the nodes that hold shards are counted.
     """
     result = q.json("GET", collection_path(name, "cluster"))
     this_peer = int(result["peer_id"])
     local = [Shard(s["shard_id"], this_peer, s["state"], s["points_count"]) for s in result["local_shards"]]
     remote = [Shard(s["shard_id"], int(s["peer_id"]), s["state"], None) for s in result["remote_shards"]]
-    shards, known = (*local, *remote), _known_peers(q)
-    peers = max(1, len(known), len({shard.peer for shard in shards}))
-    return Topology(peers, this_peer, shards, len(result.get("shard_transfers") or ()), known)
-
-
-def _known_peers(q: Qdrant) -> dict[int, str]:
     try:
-        cluster = q.json("GET", "/cluster")
+        nodes = q.json("GET", "/cluster").get("peers") or {}
     except AccessRefused:
-        return {}
-    return {int(peer): str(entry.get("uri", "")) for peer, entry in (cluster.get("peers") or {}).items()}
+        nodes = {}
+    known = {int(peer): str(entry.get("uri", "")) for peer, entry in nodes.items()}
+    peers = max(1, len(known), len({shard.peer for shard in (*local, *remote)}))
+    return Topology(peers, this_peer, (*local, *remote), len(result.get("shard_transfers") or ()), known)
 
 
 def peers_of(q: Qdrant) -> tuple[int, int]:
-    """The peer id of the node at `q`, and how many nodes its cluster has; (0, 0) for a server without a cluster."""
+    """The peer id of the node at `q` and the number of nodes in its cluster; (0, 0) without a cluster."""
     cluster = q.json("GET", "/cluster")
     return int(cluster.get("peer_id") or 0), len(cluster.get("peers") or ())
 
 
-def wait_settled(
-    nodes: Sequence[Qdrant], name: str, place: Qdrant, shards: Iterable[int], seconds: float
+def wait_active(
+    nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterable[int], seconds: float
 ) -> None:
-    """Poll until the node at `place` holds these shards and every node calls each replica active.
+    """Poll until `node` holds these shards and all `nodes` report every replica as active.
 
-    A restore into a cluster answers seconds before that: until then counts lack points, and another restore begun
-    meanwhile can leave a shard without any active replica (seen on 1.11.3 and 1.18.3). Raises StoreFailed.
+    A restore into a cluster answers seconds earlier. Until then counts lack points, and the restore of another part
+    can leave a shard without an active replica (seen on 1.11.3 and 1.18.3). Raises StoreFailed.
     """
     wanted, deadline, stable = set(shards), time.monotonic() + seconds, 0
     while stable < _STABLE_POLLS:
-        states, there = _states(nodes, name), set(_ids(topology(place, name).local))
-        stable = stable + 1 if states == {ACTIVE} and wanted <= there else 0
+        states, held = _states(nodes, name), set(topology(node, name).local_ids)
+        stable = stable + 1 if states == {ACTIVE} and wanted <= held else 0
         if time.monotonic() >= deadline:
             raise StoreFailed(
-                f"the shards of '{name}' did not come to rest on the nodes ({', '.join(sorted(states))})",
+                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})",
                 next_step="look at the Qdrant servers' logs, then run the same command again",
             )
-        place.sleep(_POLL_SECONDS)
+        node.sleep(_POLL_SECONDS)
 
 
 def _states(nodes: Iterable[Qdrant], name: str) -> set[str]:
-    """The states of all replicas, as all nodes tell them."""
+    """The states of all replicas, as all nodes report them."""
     found: set[str] = set()
     for node in nodes:
         try:
@@ -122,10 +123,10 @@ def _states(nodes: Iterable[Qdrant], name: str) -> set[str]:
 
 
 def refuse_partial(topology: Topology) -> None:
-    """Raise unless one node holds every shard whole, and it is the one asked.
+    """Raise MigrationError unless the node that was asked holds every shard, and StoreFailed unless all are active.
 
-    A snapshot holds only the segments of the node that made it: restored alone it answers `true` with a part of
-    the points (seen on 1.11.3 and 1.18.3).
+    A snapshot holds only the segments of the node that made it. Restored alone it answers `true`, with a part of the
+    points (seen on 1.11.3 and 1.18.3).
     """
     if topology.holders - {topology.this_peer}:
         raise MigrationError(
@@ -133,30 +134,28 @@ def refuse_partial(topology: Topology) -> None:
             f"is not a backup, and {_VARIABLE} does not list the nodes",
             next_step=_EXAMPLE,
         )
-    _require_settled(topology.shards, topology.transfers)
+    _require_active(topology.shards, topology.transfers)
 
 
 def whole_nodes(q: Qdrant, listed: Sequence[Qdrant], name: str) -> list[Node]:
     """The nodes whose snapshots together hold the whole collection, in the order of `listed`.
 
-    `q` is asked first, then each of `listed` itself; without any, the node at `q` must hold everything. Raises
-    UsageProblem where `listed` is wrong, MigrationError where it leaves a shard out, StoreFailed where a shard is not
-    whole, StoreUnreachable where a node does not answer, NotFound where there is no such collection.
+    If `listed` is empty, the node at `q` must hold everything. Raises UsageProblem if `listed` is wrong,
+    MigrationError if it lacks a shard, StoreFailed if a shard is not active, StoreUnreachable if a node does not
+    answer, NotFound if the collection does not exist.
     """
     whole = topology(q, name)
     if not listed:
         refuse_partial(whole)
-        return [Node(q, whole.this_peer, _ids(whole.local))]
-    looks = [(one.display, _look(one, name)) for one in listed]
-    require_match(whole, looks, q.display)
-    require_cover(whole, [look for _, look in looks])
-    found = [
-        Node(one, look.this_peer, _ids(look.local)) for one, (_, look) in zip(listed, looks, strict=True)
-    ]
-    return [node for node in found if node.shards]
+        return [Node(q, whole.this_peer, whole.local_ids)]
+    views = [_listed_topology(node, name) for node in listed]
+    require_match(whole, [(node.display, view) for node, view in zip(listed, views, strict=True)], q.display)
+    require_cover(whole, views)
+    nodes = [Node(node, view.this_peer, view.local_ids) for node, view in zip(listed, views, strict=True)]
+    return [node for node in nodes if node.shards]
 
 
-def _look(node: Qdrant, name: str) -> Topology:
+def _listed_topology(node: Qdrant, name: str) -> Topology:
     try:
         return topology(node, name)
     except StoreUnreachable as error:
@@ -171,53 +170,49 @@ def _look(node: Qdrant, name: str) -> Topology:
         ) from error
 
 
-def require_match(whole: Topology, looks: Sequence[tuple[str, Topology]], display: str) -> None:
-    """Raise UsageProblem unless each of `looks` (address, what it says) is another node of the one cluster."""
+def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], display: str) -> None:
+    """Raise UsageProblem unless each of `views` (address and its topology) is another node of the same cluster."""
     seen: dict[int, str] = {}
-    for address, look in looks:
-        if look.this_peer in seen:
+    for address, view in views:
+        if view.this_peer in seen:
             raise UsageProblem(
-                f"{_VARIABLE} lists one node twice: {seen[look.this_peer]} and {address} are both peer "
-                f"{look.this_peer} (behind a load balancer there are several nodes at one address)",
+                f"{_VARIABLE} lists one node twice: {seen[view.this_peer]} and {address} are both peer "
+                f"{view.this_peer} (behind a load balancer there are several nodes at one address)",
                 next_step=_EXAMPLE,
             )
-        seen[look.this_peer] = address
+        seen[view.this_peer] = address
         ours = {whole.this_peer, *whole.holders, *whole.known}
-        theirs = {look.this_peer, *look.holders, *look.known}
-        if look.this_peer not in ours or whole.this_peer not in theirs:
+        theirs = {view.this_peer, *view.holders, *view.known}
+        if view.this_peer not in ours or whole.this_peer not in theirs:
             raise UsageProblem(
-                f"{address}, which {_VARIABLE} lists, is a node of another cluster (peer {look.this_peer}) than "
+                f"{address}, which {_VARIABLE} lists, is a node of another cluster (peer {view.this_peer}) than "
                 f"{display} (peer {whole.this_peer})",
                 next_step=_EXAMPLE,
             )
 
 
-def require_cover(whole: Topology, looks: Sequence[Topology]) -> None:
-    """Raise unless an active replica of every shard is on one of the nodes that were asked."""
-    local = [shard for look in looks for shard in look.local]
-    _require_settled(local, max(one.transfers for one in (whole, *looks)))
-    covered = set(_ids(local))
-    views = [shard for one in (whole, *looks) for shard in one.shards]
-    left = [shard for shard in views if shard.shard_id not in covered]
-    if left:
-        first = min(left, key=lambda shard: shard.shard_id)
+def require_cover(whole: Topology, views: Sequence[Topology]) -> None:
+    """Raise MigrationError unless `views` hold every shard, StoreFailed unless their replicas are active."""
+    local = [shard for view in views for shard in view.local]
+    _require_active(local, max(one.transfers for one in (whole, *views)))
+    covered = {shard.shard_id for shard in local}
+    missing = [shard for view in (whole, *views) for shard in view.shards if shard.shard_id not in covered]
+    if missing:
+        first = min(missing, key=lambda shard: shard.shard_id)
         address = whole.known.get(first.peer)
-        place = f"peer {first.peer}" + (f" (to the other nodes: {address})" if address else "")
+        node = f"peer {first.peer}" + (f" (to the other nodes: {address})" if address else "")
         raise MigrationError(
-            f"shard {first.shard_id} of the collection is on {place} alone, which {_VARIABLE} does not list: "
+            f"shard {first.shard_id} of the collection is on {node} alone, which {_VARIABLE} does not list: "
             "a backup would not hold it",
             next_step=_EXAMPLE,
         )
 
 
-def _require_settled(shards: Iterable[Shard], transfers: int) -> None:
-    unfit = sorted({shard.state for shard in shards} - {ACTIVE})
-    if unfit or transfers:
-        what = f"in state {', '.join(unfit)}" if unfit else "being moved"
+def _require_active(shards: Iterable[Shard], transfers: int) -> None:
+    inactive = sorted({shard.state for shard in shards} - {ACTIVE})
+    if inactive or transfers:
+        what = f"in state {', '.join(inactive)}" if inactive else "being moved"
         raise StoreFailed(
-            f"a shard of the collection is {what}", next_step="wait until the cluster is whole again"
+            f"a shard of the collection is {what}",
+            next_step="wait until all shards of the cluster are active",
         )
-
-
-def _ids(shards: Iterable[Shard]) -> tuple[int, ...]:
-    return tuple(sorted({shard.shard_id for shard in shards}))

@@ -1,10 +1,12 @@
-"""Points: read in order, counted, compared, written in batches that every server takes, deleted."""
+"""Points: scroll, count, retrieve, upsert in batches that every server accepts, delete, search."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +16,56 @@ from lib.errors import UsageProblem
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from qdrant_client import QdrantClient
 
 PointId = str | int  # a lower-case hyphenated UUID, or an unsigned integer
 
 PAGE = 1000
-PAGE_OF_IDS = 5000  # alone they cost hardly more than the request
+PAGE_OF_IDS = 5000  # ids alone cost hardly more than the request
 PAGE_WITH_VECTORS = 256  # larger pages of vectors are read more slowly
 DELETE_BATCH = 1000
+BATCH_POINTS = 256
+# The server takes 32 MiB, and answers 400 above (seen on 1.11.3 and 1.18.3).
+BATCH_BYTES = 30 * 1024 * 1024
+_SEARCH_SECONDS = 10.0
+_WAIT = {"wait": "true"}
 
-# "Limit exceeded 100 > 2 for "limit". Help: ..." of strict mode (Qdrant 1.13 and later).
+# Strict mode (Qdrant 1.13 and later): 'Limit exceeded 100 > 2 for "limit". Help: ...'
 _PAGE_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "limit"')
+_UPSERT_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "upsert limit"')
+_INVALID_ROW = (400, 422)
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One point; `payload` and `vector` ((dims,) float32) are None where they were not asked for, or absent."""
+    """One point; `payload` and `vector` ((dims,) float32) are None if not requested, or absent."""
 
     id: PointId
     payload: dict[str, Any] | None
     vector: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is not in the collection, and why."""
+
+    id: PointId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A point found, and its score in the collection's distance."""
+
+    id: PointId
+    score: float
+    payload: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: PointId
+    json: bytes
 
 
 def scroll(
@@ -43,9 +76,9 @@ def scroll(
     vector: bool = False,
     page: int | None = None,
 ) -> Iterator[list[Point]]:
-    """All points in the order of their ids, page by page, until the server names no next one.
+    """Yield all points in pages, in the order of their ids.
 
-    `payload` may list the keys wanted. Pages shrink to what strict mode allows. Raises NotFound, QdrantError.
+    `payload` may list the wanted keys. Pages shrink to what strict mode allows. Raises NotFound, QdrantError.
     """
     path = collection_path(name, "points", "scroll")
     limit = page or (PAGE_WITH_VECTORS if vector else PAGE if payload else PAGE_OF_IDS)
@@ -54,7 +87,10 @@ def scroll(
         try:
             result = q.json("POST", path, {**body, "limit": limit}, retry=True)
         except QdrantError as error:
-            limit = _smaller(error, limit)
+            allowed = _PAGE_LIMIT.search(error.text) if error.status == 400 else None
+            if allowed is None or not 0 < int(allowed[1]) < limit:
+                raise
+            limit = int(allowed[1])
             continue
         offset, points = result["next_page_offset"], _points(result.pop("points"))
         yield points
@@ -71,61 +107,48 @@ def retrieve(
     payload: bool | list[str] = False,
     vector: bool = False,
 ) -> list[Point]:
-    """The points of these ids, in no promised order; ids that the collection does not hold are left out."""
-    path = collection_path(name, "points")
-    batch = PAGE_WITH_VECTORS if vector else PAGE
-    found: list[Point] = []
-    for start in range(0, len(ids), batch):
-        body = {"ids": list(ids[start : start + batch]), "with_payload": payload, "with_vector": vector}
-        found += _points(q.json("POST", path, body, retry=True))
-    return found
+    """The points with these ids, in any order; ids that the collection does not have are left out."""
+    pages = _retrieve_pages(q, name, ids, payload=payload, vector=vector)
+    return [point for page in pages for point in _points(page)]
 
 
 def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
-    """Payload and vectors of these points as the server's JSON has them, named vectors and sparse ones included."""
-    path = collection_path(name, "points")
-    found: dict[PointId, tuple[Any, Any]] = {}
-    for start in range(0, len(ids), PAGE_WITH_VECTORS):
-        body = {
-            "ids": list(ids[start : start + PAGE_WITH_VECTORS]),
-            "with_payload": True,
-            "with_vector": True,
-        }
-        for raw in q.json("POST", path, body, retry=True):
-            found[raw["id"]] = (raw.get("payload"), raw.get("vector"))
-    return found
+    """Payload and vectors of these points as in the server's JSON, with named and sparse vectors."""
+    pages = _retrieve_pages(q, name, ids, payload=True, vector=True)
+    return {raw["id"]: (raw.get("payload"), raw.get("vector")) for page in pages for raw in page}
 
 
-def count(q: Qdrant, name: str, *, exact: bool = True) -> int:
-    """How many points the collection holds. Raises NotFound, QdrantError."""
-    return int(
-        q.json("POST", collection_path(name, "points", "count"), {"exact": exact}, retry=True)["count"]
-    )
+def _retrieve_pages(
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
+) -> Iterator[list[dict[str, Any]]]:
+    size = PAGE_WITH_VECTORS if vector else PAGE
+    for start in range(0, len(ids), size):
+        body = {"ids": list(ids[start : start + size]), "with_payload": payload, "with_vector": vector}
+        yield q.json("POST", collection_path(name, "points"), body, retry=True)
+
+
+def count(q: Qdrant, name: str) -> int:
+    """The exact number of points in the collection. Raises NotFound, QdrantError."""
+    answer = q.json("POST", collection_path(name, "points", "count"), {"exact": True}, retry=True)
+    return int(answer["count"])
 
 
 def delete_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> None:
-    """Delete the points of these ids, and return when it is done; unknown ids are passed over."""
+    """Delete the points with these ids and wait until it is done; unknown ids are ignored."""
     path = collection_path(name, "points", "delete")
     for start in range(0, len(ids), DELETE_BATCH):
         body = {"points": list(ids[start : start + DELETE_BATCH])}
-        q.json("POST", path, body, params={"wait": "true"}, retry=True)
+        q.json("POST", path, body, params=_WAIT, retry=True)
 
 
 def overwrite_payload(q: Qdrant, name: str, point_id: PointId, payload: dict[str, Any]) -> None:
-    """Replace the whole payload of one point, its vector kept, and return when it is done."""
+    """Replace the whole payload of one point, not its vector, and wait until it is done."""
     body = {"payload": payload, "points": [point_id]}
-    q.json("PUT", collection_path(name, "points", "payload"), body, params={"wait": "true"}, retry=True)
-
-
-def _smaller(error: QdrantError, limit: int) -> int:
-    allowed = _PAGE_LIMIT.search(error.text) if error.status == 400 else None
-    if allowed is None or not 0 < int(allowed[1]) < limit:
-        raise error
-    return int(allowed[1])
+    q.json("PUT", collection_path(name, "points", "payload"), body, params=_WAIT, retry=True)
 
 
 def _points(raws: list[dict[str, Any]]) -> list[Point]:
-    """The points in their order. A vector from JSON takes eight times its array's room: each goes as it is read."""
+    """Convert in order. A vector from JSON takes eight times the memory of its array: each is freed when read."""
     raws.reverse()
     return [_point(raws.pop()) for _ in range(len(raws))]
 
@@ -135,35 +158,12 @@ def _point(raw: dict[str, Any]) -> Point:
     if isinstance(vector, dict):
         if any(name and isinstance(one, list) for name, one in vector.items()):
             raise UsageProblem("the collection has named vectors; AutoMem keeps one unnamed vector per point")
-        vector = vector.get("")  # an unnamed vector with sparse vectors besides
-    if vector is None:
-        return Point(raw["id"], raw.get("payload"), None)
-    import numpy as np  # 0.1 s, spared where ids and payloads alone are read
+        vector = vector.get("")  # an unnamed vector together with sparse vectors
+    if vector is not None:
+        import numpy as np  # 0.1 s, not needed when only ids and payloads are read
 
-    return Point(raw["id"], raw.get("payload"), np.array(vector, dtype=np.float32))
-
-
-BATCH_POINTS = 256
-# The server takes 32 MiB, and answers 400 above (seen on 1.11.3 and 1.18.3).
-BATCH_BYTES = 30 * 1024 * 1024
-
-# "Limit exceeded 11 > 10 for "upsert limit". Help: ..." of strict mode (Qdrant 1.13 and later).
-_UPSERT_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "upsert limit"')
-_OF_THE_ROWS = (400, 422)
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that is not in the collection, and why."""
-
-    id: PointId
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Row:
-    id: PointId
-    json: bytes
+        vector = np.array(vector, dtype=np.float32)
+    return Point(raw["id"], raw.get("payload"), vector)
 
 
 def upsert(
@@ -175,59 +175,61 @@ def upsert(
     *,
     batch_points: int = BATCH_POINTS,
 ) -> list[Rejected]:
-    """Write points and wait until they are in; returns the rows that the server, or JSON, does not take.
+    """Write points and wait until they are stored. Returns the rows that the server, or JSON, does not accept.
 
-    `vectors` is (n, dims) float32, one row per id and payload. A batch is not atomic: its other rows are in.
-    Raises QdrantError for what no single row is to blame for: wrong dims, a full disk, a limit of the collection.
+    `vectors` is (n, dims) float32, one row per id and payload. All other rows of a batch are stored.
+    Raises QdrantError for what no single row causes: wrong dims, a full disk, a limit of the collection.
     """
-    rows: list[_Row] = []
-    rejected: list[Rejected] = []
-    for row in _rows(ids, vectors, payloads):
-        (rows if isinstance(row, _Row) else rejected).append(row)  # type: ignore[arg-type]
+    rows, rejected = _serialized(ids, vectors, payloads)
     path = collection_path(name, "points")
-    todo = list(_batches(rows, batch_points))[::-1]
-    while todo:
-        batch = todo.pop()
+    remaining = list(_batches(rows, batch_points))[::-1]
+    while remaining:
+        batch = remaining.pop()
+        parts = [part for row in batch for part in (b",", row.json)]
         try:
-            _put(q, path, batch)
+            q.json("PUT", path, Parts([b'{"points":[', *parts[1:], b"]}"]), params=_WAIT, retry=True)
         except NoAnswer:
-            preflight_write(q, name)  # a refusal from the headers hangs a large body: say it if it is that
+            preflight_write(q, name)  # reports a refusal of the access, at which a large body gets no answer
             raise
         except QdrantError as error:
-            if len(batch) == 1 and error.status in _OF_THE_ROWS and not _of_the_collection(error):
+            if len(batch) == 1 and error.status in _INVALID_ROW and not _of_the_collection(error):
                 rejected.append(Rejected(batch[0].id, error.text))
             else:
-                todo += _split(batch, error)[::-1]
+                remaining += _split(batch, error)[::-1]
     return rejected
 
 
 def preflight_write(q: Qdrant, name: str) -> None:
-    """Raise AccessRefused unless points may be written: a small request that needs the same right."""
-    body = {"points": [str(uuid.uuid4())]}  # the delete of a point that nobody has
-    q.json("POST", collection_path(name, "points", "delete"), body, params={"wait": "true"}, retry=True)
+    """Raise AccessRefused if points may not be written, by a small request that needs the same right."""
+    body = {"points": [str(uuid.uuid4())]}  # deletes a point that does not exist
+    q.json("POST", collection_path(name, "points", "delete"), body, params=_WAIT, retry=True)
 
 
-def _rows(
+def _serialized(
     ids: Sequence[PointId], vectors: NDArray[np.float32], payloads: Sequence[dict[str, Any]]
-) -> Iterator[_Row | Rejected]:
+) -> tuple[list[_Row], list[Rejected]]:
     import numpy as np
     import orjson
 
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    finite = np.asarray(np.isfinite(vectors).all(axis=1), dtype=np.bool_)
-    for index, (point_id, payload) in enumerate(zip(ids, payloads, strict=True)):
-        if not finite[index]:
-            yield Rejected(point_id, "its vector holds a number that is not finite")
+    rows: list[_Row] = []
+    rejected: list[Rejected] = []
+    for point_id, vector, payload in zip(
+        ids, np.ascontiguousarray(vectors, dtype=np.float32), payloads, strict=True
+    ):
+        if not np.isfinite(vector).all():
+            rejected.append(Rejected(point_id, "its vector holds a number that is not finite"))
             continue
         try:
-            json = encode({"id": point_id, "vector": vectors[index], "payload": payload})
+            json = encode({"id": point_id, "vector": vector, "payload": payload})
         except orjson.JSONEncodeError as error:
-            yield Rejected(point_id, f"its payload is not JSON: {error}")
+            rejected.append(Rejected(point_id, f"its payload is not JSON: {error}"))
             continue
         if len(json) < BATCH_BYTES:
-            yield _Row(point_id, json)
+            rows.append(_Row(point_id, json))
         else:
-            yield Rejected(point_id, f"its {len(json)} bytes are more than one request may hold")
+            reason = f"its {len(json)} bytes are more than one request may hold"
+            rejected.append(Rejected(point_id, reason))
+    return rows, rejected
 
 
 def _batches(rows: Sequence[_Row], points: int) -> Iterator[list[_Row]]:
@@ -243,24 +245,94 @@ def _batches(rows: Sequence[_Row], points: int) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _put(q: Qdrant, path: str, batch: Sequence[_Row]) -> None:
-    rows = [part for row in batch for part in (b",", row.json)]
-    q.json("PUT", path, Parts([b'{"points":[', *rows[1:], b"]}"]), params={"wait": "true"}, retry=True)
-
-
 def _split(batch: list[_Row], error: QdrantError) -> list[list[_Row]]:
-    """Smaller batches to send instead of a refused one; raises `error` where smaller ones would fail too."""
+    """Smaller batches instead of a refused one; raises `error` if they would be refused too."""
     allowed = _UPSERT_LIMIT.search(error.text)
     if allowed and 0 < int(allowed[1]) < len(batch):
         return list(_batches(batch, int(allowed[1])))
     # 429 without Retry-After: the request is larger than the rate limit. 413: a proxy's limit.
-    too_large = error.status == 413 or (error.status == 429 and not error.waitable)
-    if len(batch) == 1 or not (too_large or error.status in _OF_THE_ROWS) or _of_the_collection(error):
+    too_large = error.status == 413 or (error.status == 429 and error.retry_after is None)
+    if len(batch) == 1 or not (too_large or error.status in _INVALID_ROW) or _of_the_collection(error):
         raise error
-    half = len(batch) // 2
-    return [batch[:half], batch[half:]]
+    middle = len(batch) // 2
+    return [batch[:middle], batch[middle:]]
 
 
 def _of_the_collection(error: QdrantError) -> bool:
-    """Whether every row would be refused alike: all share their dims, and strict mode says "Help"."""
+    """Whether every row would be refused alike: all have the same dims, and strict mode says "Help"."""
     return "Vector dimension error" in error.text or "Help:" in error.text
+
+
+def search(q: Qdrant, name: str, vector: Sequence[float] | NDArray[np.float32], limit: int) -> list[Hit]:
+    """The `limit` nearest points to `vector` (dims,), best first. Raises NotFound, QdrantError, NoAnswer."""
+    return _query(q, name, [float(number) for number in vector], limit, payload=True)
+
+
+def nearest_to(q: Qdrant, name: str, point_id: PointId, limit: int) -> list[Hit]:
+    """The `limit` nearest points to a stored one, without it, best first, without payloads.
+
+    Raises NotFound, QdrantError, NoAnswer.
+    """
+    return _query(q, name, point_id, limit, payload=False)
+
+
+def _query(q: Qdrant, name: str, query: PointId | list[float], limit: int, *, payload: bool) -> list[Hit]:
+    """One request (https://api.qdrant.tech/api-reference/search/query-points; 1.10 and later).
+
+    The official client would take a second to import, and 45 MB.
+    """
+    body = {"query": query, "limit": limit, "with_payload": payload}
+    path = collection_path(name, "points", "query")
+    answer = q.json("POST", path, body, timeout=_SEARCH_SECONDS, retry=False)
+    return [Hit(point["id"], float(point["score"]), point.get("payload")) for point in answer["points"]]
+
+
+@contextmanager
+def exact_search(
+    q: Qdrant, ids: Sequence[PointId]
+) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
+    """Yield a function (collection, vector, limit) that searches among these ids only, exactly, best first.
+
+    It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
+    """
+    from qdrant_client import models
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    client = _official_client(q)
+    narrowed = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
+    exact = models.SearchParams(exact=True)
+
+    def nearest(name: str, vector: NDArray[np.float32], limit: int) -> list[Hit]:
+        try:
+            answer = client.query_points(
+                name,
+                vector.tolist(),
+                query_filter=narrowed,
+                search_params=exact,
+                limit=limit,
+                with_payload=False,
+            )
+        except UnexpectedResponse as error:
+            text = error.content.decode("utf-8", "replace")
+            raise QdrantError(q.display, error.status_code or 0, text) from None
+        except ResponseHandlingException:
+            raise NoAnswer(f"Qdrant at {q.display} gave no answer to a search") from None
+        return [
+            Hit(one.id if isinstance(one.id, int) else str(one.id), one.score, None) for one in answer.points
+        ]
+
+    with closing(client):
+        yield nearest
+
+
+def _official_client(q: Qdrant) -> QdrantClient:
+    from qdrant_client import QdrantClient
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it warns of a key over http, also in a private network
+        return QdrantClient(
+            url=q.base_url,
+            api_key=q.api_key or None,
+            timeout=max(1, int(q.timeout_seconds)),
+            check_compatibility=False,  # an extra request, and a warning for servers that work
+        )

@@ -1,4 +1,4 @@
-"""A collection put in place from a snapshot: sent to the server, or fetched by the server from itself."""
+"""Restore a collection from a snapshot, either uploaded or fetched by the server from itself."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import Health, delete_collection, health, list_collections
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
-from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full
+from lib.clients.qdrant.transport import (
+    GATEWAY_ERRORS,
+    NoAnswer,
+    Qdrant,
+    QdrantError,
+    collection_path,
+    is_disk_full,
+)
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
-ANSWER_SECONDS = 300.0  # the server answers when the restore is done; after that the collection is asked
+ANSWER_SECONDS = 300.0  # the server answers when the restore has ended; after that the collection is polled
 RESTORE_SECONDS = 1800.0
 POLL_SECONDS = 0.5
-DEAD_SECONDS = 10.0  # while a shard is put in place, a collection can look dead for a moment
+FAILED_SECONDS = 10.0  # during a restore, a collection can look failed for a moment
 WRONG_CHECKSUM = "0" * 64
 
-# A container's own port, where QDRANT_URL is a mapped one.
+# A container's own port, if QDRANT_URL is a mapped one.
 _OWN_URL = "http://localhost:6333"
-_GATEWAY_GAVE_UP = (502, 503, 504)
-_PIECE_BYTES = 256 << 10  # each has the seconds that a send may take
+_CONFLICT = 409
+_PIECE_BYTES = 256 << 10  # the timeout of a send applies to each piece
 
-
-@dataclass(frozen=True)
-class Restored:
-    """How a restore ended: seconds it took, and whether the server itself said so (else: polled)."""
-
-    seconds: float
-    answered: bool
+UploadProgress = Callable[[int, int], object]  # bytes sent, bytes in all
 
 
 def unique_filename(stem: str) -> str:
-    """A name for an uploaded file: it stays on the server under it, and can be deleted by it."""
+    """A name for an uploaded file: the server keeps the file under it, and can delete it by it."""
     return f"{stem}-{secrets.token_hex(6)}.snapshot"
 
 
 def preflight_upload(q: Qdrant, collection: str) -> None:
-    """Raise AccessRefused unless snapshots may be uploaded: a kilobyte with a wrong checksum.
+    """Raise AccessRefused if snapshots may not be uploaded, by an upload of one kilobyte with a wrong checksum.
 
     It changes and leaves nothing, whether the collection exists or not (seen on 1.11.3 and 1.18.3).
     """
@@ -62,25 +62,48 @@ def upload_and_restore(
     size: int,
     filename: str,
     checksum: str,
-    progress: Callable[[int, int], object] | None = None,
+    progress: UploadProgress | None = None,
     seconds: float = RESTORE_SECONDS,
     answer_seconds: float = ANSWER_SECONDS,
-    beside: bool = False,
-) -> Restored:
-    """Send a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
+    allow_existing: bool = False,
+) -> bool:
+    """Upload a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
 
-    The file stays in the collection's folder as `filename` (see `unique_filename`), also when this fails. An answer
-    of 200 proves nothing about the points: count them and compare. `progress` gets (bytes sent, bytes in all).
-    `beside`: other parts of the collection, from other nodes' snapshots, are in place already.
-    Raises MigrationError where the collection exists, AccessRefused, QdrantError and StoreFailed (look at `health`
-    then, and delete a dead collection), NoAnswer where the sending broke off, BackupDamaged for a short source.
+    Returns whether the server answered within `answer_seconds`; if it did not, the collection was polled for at most
+    `seconds`. An answer does not verify the points: count and compare them. The server keeps the file as `filename`
+    (see `unique_filename`), also after a failure. `allow_existing`: the collection already has parts from other
+    nodes' snapshots.
+    Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
+    and delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged for a source that is
+    shorter or that has another checksum.
     """
-    if not beside:
+    if not allow_existing:
         _refuse_existing(q, collection)
     preflight_upload(q, collection)
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as stream:
-        body = _Body(stream, size, progress)
-        return _upload(q, collection, body, filename, checksum, (answer_seconds, seconds))
+        form = _Form(filename, _Body(stream, size, progress))
+        process = startup(q)
+        try:
+            _post(q, collection, form, checksum, answer_seconds)
+            return True
+        except NoAnswer:
+            if form.left:
+                raise  # the server has a part only, and restores nothing
+        except QdrantError as error:
+            if _is_mismatch(error):
+                raise _wrong_file(q, collection) from error
+            if error.status not in GATEWAY_ERRORS:
+                raise
+    wait_restored(q, collection, seconds, process)
+    return False
+
+
+def _wrong_file(q: Qdrant, collection: str) -> BackupDamaged:
+    return BackupDamaged(
+        f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was changed"
+        " since it was verified, or damaged on the way",
+        next_step="check the file:  python scripts/backup_automem.py --check FILE",
+    )
 
 
 def recover(
@@ -91,34 +114,33 @@ def recover(
     *,
     seconds: float = RESTORE_SECONDS,
     answer_seconds: float = ANSWER_SECONDS,
-    beside: bool = False,
-) -> Restored:
+    allow_existing: bool = False,
+) -> bool:
     """Have the server restore `collection` from a `location` that it fetches itself (see `can_fetch_itself`).
 
-    Like `upload_and_restore` otherwise; a second restore of the same collection that is under way is waited for.
+    Otherwise like `upload_and_restore`. If the collection is already being restored, that restore is waited for.
     """
-    if not beside:
+    if not allow_existing:
         _refuse_existing(q, collection)
-    began, process = time.monotonic(), startup(q)
+    process = startup(q)
     try:
         _put_recover(q, collection, location, checksum, answer_seconds)
+        return True
     except NoAnswer:
         pass
     except QdrantError as error:
-        if error.status != 409 and error.status not in _GATEWAY_GAVE_UP:
+        if error.status not in (_CONFLICT, *GATEWAY_ERRORS):
             raise
-    else:
-        return Restored(time.monotonic() - began, answered=True)
     wait_restored(q, collection, seconds, process)
-    return Restored(time.monotonic() - began, answered=False)
+    return False
 
 
 def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
-    """The URL under which the server fetches this snapshot of its own, or None where it cannot.
+    """The URL at which the server fetches this snapshot from itself, or None if it cannot.
 
-    Proved by a recover as `probe` (a name that nobody has) with a wrong checksum: the mismatch that it answers
-    names the right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError
-    where the server has no room for what it fetches.
+    Verified by a recover as `probe` (an unused name) with a wrong checksum: the server's mismatch error names the
+    right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError if the
+    server has no room for what it fetches.
     """
     for base in dict.fromkeys((q.base_url, _OWN_URL)):
         location = base + collection_path(collection, "snapshots", snapshot.name)
@@ -135,27 +157,27 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
 
 
 def _is_mismatch(error: QdrantError) -> bool:
-    """Whether the server received something else than the checksum says."""
+    """Whether what the server received has another checksum."""
     return error.status == 400 and "checksum mismatch" in error.text.lower()
 
 
 def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | None = None) -> None:
-    """Poll until the collection answers. Raises StoreFailed: dead, or not there after `seconds`.
+    """Poll until the collection answers. Raises StoreFailed if it failed, or is not restored after `seconds`.
 
-    Until a restore is done, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3). `process` is the server
-    that was asked (`startup`): another one restores nothing.
+    Until a restore ends, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3). `process` is the `startup` of
+    the server that was asked to restore: if the server was restarted, nothing is restored any more.
     """
     deadline = time.monotonic() + seconds
     failed_since: float | None = None
     while True:
-        gone = restarted(q, process)
+        new_process = restarted(q, process)
         state = _health(q, collection)
         now = time.monotonic()
         if state == "live":
             return
-        failed_since = (failed_since or now) if state == "dead" else None
-        lost = gone and state == "missing"
-        if lost or now >= deadline or (failed_since is not None and now - failed_since >= DEAD_SECONDS):
+        failed_since = (failed_since or now) if state == "failed" else None
+        has_failed = failed_since is not None and now - failed_since >= FAILED_SECONDS
+        if has_failed or now >= deadline or (new_process and state == "missing"):
             raise StoreFailed(
                 f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}",
                 next_step="look at the Qdrant server's log, then run the same command again",
@@ -164,10 +186,10 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
 
 
 class _Body:
-    """A stream of known length, as the multipart encoder wants it."""
+    """A stream of known length, as the multipart encoder needs it; `len` is what is not read yet."""
 
-    def __init__(self, stream: BinaryIO, size: int, progress: Callable[[int, int], object] | None) -> None:
-        self.len = size  # what is left
+    def __init__(self, stream: BinaryIO, size: int, progress: UploadProgress | None) -> None:
+        self.len = size
         self._stream, self._size, self._progress = stream, size, progress
 
     def read(self, size: int = -1) -> bytes:
@@ -181,7 +203,10 @@ class _Body:
 
 
 class _Form:
-    """A snapshot as multipart, in pieces: of a file, 16 KiB would be read at a time. `left`: bytes not sent yet."""
+    """A snapshot as a multipart body of `len` bytes, of which `left` are not sent yet.
+
+    It is an iterable of large pieces: from a file object, http.client would read 16 KiB at a time.
+    """
 
     def __init__(self, filename: str, content: bytes | _Body) -> None:
         from requests_toolbelt import MultipartEncoder
@@ -196,35 +221,6 @@ class _Form:
             self.left -= len(piece)
 
 
-def _upload(
-    q: Qdrant,
-    collection: str,
-    body: _Body,
-    filename: str,
-    checksum: str,
-    patience: tuple[float, float],
-) -> Restored:
-    form, began, process = _Form(filename, body), time.monotonic(), startup(q)
-    try:
-        _post(q, collection, form, checksum, patience[0])
-    except NoAnswer:
-        if form.left:
-            raise  # the server got a part, and restores nothing
-    except QdrantError as error:
-        if _is_mismatch(error):
-            raise BackupDamaged(
-                f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was"
-                " changed since it was verified, or damaged on the way",
-                next_step="check the file:  python scripts/backup_automem.py --check FILE",
-            ) from error
-        if error.status not in _GATEWAY_GAVE_UP:
-            raise
-    else:
-        return Restored(time.monotonic() - began, answered=True)
-    wait_restored(q, collection, patience[1], process)
-    return Restored(time.monotonic() - began, answered=False)
-
-
 def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float) -> None:
     path = collection_path(collection, "snapshots", "upload")
     params = {"wait": "true", "priority": "snapshot", "checksum": checksum}
@@ -234,7 +230,7 @@ def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float
 
 def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, seconds: float) -> None:
     body = {"location": location, "priority": "snapshot", "checksum": checksum}
-    # To the configured address alone: who listens at another one is not known.
+    # The key is sent to the configured address only: another server may listen at the other one.
     if q.api_key and location.startswith(f"{q.base_url}/"):
         body["api_key"] = q.api_key
     path = collection_path(collection, "snapshots", "recover")
@@ -242,12 +238,12 @@ def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, secon
 
 
 def _refuse_existing(q: Qdrant, collection: str) -> None:
-    """A restore clears what it restores onto, and where it fails then, nothing is left (seen on 1.11.3 and 1.18.3)."""
+    """Raise MigrationError if the collection exists: a restore that fails destroys it (seen on 1.11.3 and 1.18.3)."""
     state = health(q, collection)
     if state not in {"missing", "restoring"}:
         raise MigrationError(
             f"'{collection}' exists at {q.display} ({state}); a restore would clear it first",
-            next_step="delete it once its backup is proved, or restore under another name",
+            next_step="delete it once its backup is verified, or restore under another name",
         )
 
 
@@ -255,7 +251,7 @@ def _health(q: Qdrant, collection: str) -> Health:
     try:
         return health(q, collection)
     except StoreUnreachable:
-        return "failing"  # it may be starting anew
+        return "unavailable"  # the server may be restarting
 
 
 def drop_temporary(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:

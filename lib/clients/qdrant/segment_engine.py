@@ -1,8 +1,8 @@
-"""Run as a process of its own: Qdrant's engine over shards, one question a line, one answer a line, both JSON.
+"""A separate process with Qdrant's engine over shards. Each question and each answer is a line of JSON.
 
-What it maps of the segments is not the caller's memory, and a file that crashes it crashes nothing else. It ends with
-its standard input, and with its parent, whose process id is its argument. It is started by its path and knows nothing
-of this project.
+It maps the segments outside the caller's memory, and a file that crashes it does not crash the caller. It ends with
+its standard input, and with its parent, whose process id is its argument. It is started by its path, and imports
+nothing of this project.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 
 
 def die_with_parent() -> None:
-    """On Linux: not even a moment longer, in which this could write into a folder that is being removed."""
+    """Make Linux kill this process with its parent: it must not write into a folder that is being removed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
-    if os.getppid() != int(sys.argv[1]):  # it was gone before
+    if os.getppid() != int(sys.argv[1]):  # the parent had ended before
         raise SystemExit
 
 
-def opened(archives: dict[str, str]) -> dict[str, Any]:
-    """Each shard by its number, from the archive whose path is given, unpacked beside it."""
+def open_shards(archives: dict[str, str]) -> dict[str, Any]:
+    """Unpack each shard's archive (number to path) into the folder of the archive, and open it."""
     from qdrant_edge import EdgeShard
 
     shards = {}
@@ -37,11 +37,11 @@ def opened(archives: dict[str, str]) -> dict[str, Any]:
 
 
 def answer(shards: dict[str, Any], question: dict[str, Any]) -> object:
-    """`open`: the number of points in each shard; `held`: which of these ids are points."""
+    """`open` opens shards and returns the number of points in each; `held` returns those ids that are points."""
     from qdrant_edge import CountRequest
 
     if "open" in question:
-        shards.update(opened(question["open"]))
+        shards.update(open_shards(question["open"]))
         return {number: int(shard.count(CountRequest(exact=True))) for number, shard in shards.items()}
     found: set[int | str] = set()
     for shard in shards.values():
@@ -51,15 +51,15 @@ def answer(shards: dict[str, Any], question: dict[str, Any]) -> object:
 
 
 def main() -> int:
-    """Answer until the input ends."""
+    """Answer questions until the input ends."""
     die_with_parent()
     shards: dict[str, Any] = {}
     for line in sys.stdin:
         try:
-            told = {"answer": answer(shards, json.loads(line))}
+            reply = {"answer": answer(shards, json.loads(line))}
         except Exception as error:  # noqa: BLE001 - the engine raises nothing finer (pypi.org/project/qdrant-edge-py)
-            told = {"error": str(error)}
-        sys.stdout.write(json.dumps(told) + "\n")
+            reply = {"error": str(error)}
+        sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
     for shard in shards.values():
         shard.close()

@@ -1,4 +1,4 @@
-"""Snapshots of a collection on the server: created once, listed, downloaded whole, deleted."""
+"""Snapshots of a collection on the server: create once, list, download whole, delete."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from lib.clients.qdrant.transport import (
+    GATEWAY_ERRORS,
     PAUSES_SECONDS,
     NoAnswer,
     NotFound,
@@ -26,75 +27,20 @@ from lib.clients.qdrant.transport import (
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
 from lib.http_deadline import end_by
 
-
-def server_time(q: Qdrant) -> datetime:
-    """The server's clock (UTC, whole seconds): the `Date` of an answer, sent by 1.11.3 and 1.18.3.
-
-    This machine's clock where a proxy took that header away.
-    """
-    told = q.call("GET", "/").headers.get("Date", "")
-    try:
-        return parsedate_to_datetime(told).astimezone(timezone.utc)
-    except ValueError:
-        return datetime.now(timezone.utc)
-
-
-def startup(q: Qdrant) -> str | None:
-    """When this server process was started, in its own words (1.11.3 and 1.18.3); None where it does not say.
-
-    A key for one collection may not ask for it (https://qdrant.tech/documentation/guides/security/).
-    """
-    try:
-        told = q.json("GET", "/telemetry", params={"details_level": "0"}, retry=False)
-    except MigrationError:
-        return None
-    app = told.get("app") if isinstance(told, dict) else None
-    moment = app.get("startup") if isinstance(app, dict) else None
-    return str(moment) if moment else None
-
-
-def restarted(q: Qdrant, before: str | None) -> bool:
-    """Whether surely another process answers than the one that said `before`."""
-    now = startup(q) if before else None
-    return now is not None and now != before
-
-
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
-
-
-def restorable(backup_version: str, server_version: str) -> str | None:
-    """Why a server cannot take a snapshot of `backup_version`, or None where it can.
-
-    The same minor version or the next one takes it (https://qdrant.tech/documentation/concepts/snapshots/); others
-    leave a dead collection behind, or lose data (seen with 1.11.3 and 1.18.3).
-    """
-    backup, server = _VERSION.match(backup_version), _VERSION.match(server_version)
-    if backup is None or server is None:
-        return f"the version of the backup ('{backup_version}') or server ('{server_version}') is not known"
-    if backup[1] == server[1] and int(server[2]) - int(backup[2]) in {0, 1}:
-        return None
-    minor = int(backup[2])
-    return (
-        f"a snapshot of Qdrant {backup_version} restores onto {backup[1]}.{minor} and {backup[1]}.{minor + 1} only, "
-        f"this server is {server_version}"
-    )
-
-
-ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is asked
+ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is polled
 CREATE_SECONDS = 1800.0
 POLL_SECONDS = 1.0
 PIECE_BYTES = 1024 * 1024
-PIECE_SECONDS = 600.0  # a download that brings less in this time is broken off
+PIECE_SECONDS = 600.0  # a connection that brings less than a piece in this time is closed
 
-_SERVERS = 3  # so many of them, one after the other, may fall over one snapshot
-
+_MOST_RESTARTS = 3  # of the server while it makes one snapshot
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_GATEWAY_GAVE_UP = (502, 503, 504)
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot file on the server: size in bytes, sha256 in hex where the server told one, creation time (UTC)."""
+    """A snapshot file on the server: size in bytes, sha256 in hex if the server gives one, creation time (UTC)."""
 
     name: str
     size: int
@@ -104,11 +50,59 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Download:
-    """What came over: bytes, their sha256 in hex, and how often the way broke meanwhile."""
+    """A completed download: bytes, their sha256 in hex, and how often the connection broke."""
 
     size: int
     sha256: str
     resumed: int
+
+
+def server_time(q: Qdrant) -> datetime:
+    """The server's clock (UTC, whole seconds), from the `Date` header, which 1.11.3 and 1.18.3 send.
+
+    If a proxy removed that header: this machine's clock.
+    """
+    date = q.call("GET", "/").headers.get("Date", "")
+    try:
+        return parsedate_to_datetime(date).astimezone(timezone.utc)
+    except ValueError:
+        return datetime.now(timezone.utc)
+
+
+def startup(q: Qdrant) -> str | None:
+    """When the server process was started, as it reports it (1.11.3 and 1.18.3), or None if it does not.
+
+    A key for one collection may not ask for it (https://qdrant.tech/documentation/guides/security/).
+    """
+    try:
+        moment = q.json("GET", "/telemetry", params={"details_level": "0"}, retry=False)["app"]["startup"]
+    except (MigrationError, KeyError, TypeError):
+        return None
+    return str(moment) if moment else None
+
+
+def restarted(q: Qdrant, before: str | None) -> bool:
+    """Whether the server process is certainly another one than the one whose `startup` was `before`."""
+    now = startup(q) if before else None
+    return now is not None and now != before
+
+
+def restorable(backup_version: str, server_version: str) -> str | None:
+    """Why a server cannot restore a snapshot of `backup_version`, or None if it can.
+
+    The same and the next minor version can (https://qdrant.tech/documentation/concepts/snapshots/). Others leave a
+    failed collection, or lose data (seen with 1.11.3 and 1.18.3).
+    """
+    backup, server = _VERSION.match(backup_version), _VERSION.match(server_version)
+    if backup is None or server is None:
+        return f"the version of the backup ('{backup_version}') or server ('{server_version}') is not known"
+    major, minor = backup[1], int(backup[2])
+    if major == server[1] and int(server[2]) - minor in {0, 1}:
+        return None
+    return (
+        f"a snapshot of Qdrant {backup_version} restores onto {major}.{minor} and {major}.{minor + 1} only, "
+        f"this server is {server_version}"
+    )
 
 
 def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
@@ -122,45 +116,77 @@ def create(
     *,
     known_before: Sequence[Snapshot] | None = None,
     seconds: float = CREATE_SECONDS,
-    answer_seconds: float = ANSWER_SECONDS,
 ) -> Snapshot:
-    """Have one snapshot made and wait for it, at most `seconds`; never two.
+    """Have one snapshot made, never two, and wait for it, at most `seconds`.
 
-    A lost answer stops nothing on the server (seen on 1.11.3 and 1.18.3), so the list is polled then; a server that
-    was started anew meanwhile is asked again. With `known_before` (the list before an earlier try) a snapshot that is
-    not in it is taken as that try's. Raises NoAnswer where none appears, QdrantError, AccessRefused.
+    The server continues after a lost answer (seen on 1.11.3 and 1.18.3), so the list is polled then. Only a server
+    that was restarted is asked again. With `known_before` (the list before an earlier attempt), a snapshot that is
+    not in it is returned as that attempt's. Raises NoAnswer if none appears, QdrantError, AccessRefused.
     """
     now = list_snapshots(q, collection)
     known = now if known_before is None else known_before
     earlier = [snapshot for snapshot in now if snapshot not in known]
     if earlier:
         return _newest(earlier)
-    for _ in range(_SERVERS):
+    for _ in range(_MOST_RESTARTS):
         process = startup(q)
-        made = _ask(q, collection, answer_seconds) or _await_new(q, collection, known, seconds, process)
+        made = _request(q, collection, min(ANSWER_SECONDS, seconds)) or _wait_new(
+            q, collection, known, seconds, process
+        )
         if made:
             return made
     raise NoAnswer(
-        f"Qdrant at {q.display} was started anew {_SERVERS} times while it made a snapshot of '{collection}'",
+        f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'",
         next_step="look at the server's log and its memory, then run again",
     )
 
 
-def _ask(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | None:
-    """The snapshot, or None where no answer came."""
+def _request(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | None:
+    """Request a snapshot. Returns None if no answer came."""
     path = collection_path(collection, "snapshots")
     try:
         return _snapshot(q.json("POST", path, params={"wait": "true"}, timeout=answer_seconds, retry=False))
     except NoAnswer:
         return None
     except QdrantError as error:
-        if error.status not in _GATEWAY_GAVE_UP:
+        if error.status not in GATEWAY_ERRORS:
             raise
         return None
 
 
+def _wait_new(
+    q: Qdrant, collection: str, known: Sequence[Snapshot], seconds: float, process: str | None
+) -> Snapshot | None:
+    """Poll for a snapshot that is not `known`. Returns None if the server was restarted and left none."""
+    deadline = time.monotonic() + seconds
+    seen: Snapshot | None = None
+    while time.monotonic() < deadline:
+        new_process = restarted(q, process)  # before the list, which then has what the old process made
+        new = [snapshot for snapshot in list_snapshots(q, collection) if snapshot not in known]
+        if new and _newest(new) == seen:
+            return seen  # unchanged since the last poll, so it is complete
+        if new_process and not new:
+            return None
+        seen = _newest(new) if new else None
+        q.sleep(POLL_SECONDS)
+    raise NoAnswer(
+        f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s",
+        next_step="look at the server's log and free disk space, then run again",
+    )
+
+
+def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
+    return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.name))
+
+
+def _snapshot(raw: dict[str, Any]) -> Snapshot:
+    checksum = str(raw.get("checksum") or "")
+    valid = checksum if _SHA256.fullmatch(checksum) else None
+    return Snapshot(str(raw["name"]), int(raw["size"]), valid, str(raw.get("creation_time") or ""))
+
+
 def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
-    """Delete a snapshot file; False where it, or the collection, is not there."""
+    """Delete a snapshot file. Returns False if it, or the collection, does not exist."""
     try:
         path = collection_path(collection, "snapshots", snapshot)
         q.json("DELETE", path, params={"wait": "true"}, retry=True)
@@ -176,13 +202,13 @@ def download(
     write: Callable[[bytes], object],
     progress: Callable[[int, int], object] | None = None,
 ) -> Download:
-    """Hand every byte of the snapshot to `write`, in order and once; goes on where the connection broke.
+    """Pass every byte of the snapshot to `write`, in order and once. Resumes after a broken connection.
 
-    A server that keeps its snapshots in S3 sends neither a length nor a part of a file: the length is the list's, and
-    after a break the bytes that are here already are passed over.
+    A server that keeps its snapshots in S3 sends neither a length nor parts of a file: then the length in its list
+    counts, and after a break the bytes that were already received are skipped.
 
-    `progress` gets (bytes so far, bytes in all). Raises BackupDamaged where the server's own checksum differs,
-    StoreFailed where the file changes on the way, NoAnswer after several connections without a byte.
+    `progress` gets (bytes so far, bytes in all). Raises BackupDamaged if the server's checksum differs, StoreFailed
+    if the file changes meanwhile, NoAnswer after several connections without a byte.
     """
     fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size)
     digest = hashlib.sha256()
@@ -190,20 +216,20 @@ def download(
         digest.update(piece)
         write(piece)
         if progress is not None:
-            progress(fetch.done, fetch.total)
+            progress(fetch.received, fetch.total)
     sha256 = digest.hexdigest()
     if snapshot.checksum not in {None, sha256}:
         raise BackupDamaged(
             f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}",
             next_step="run the backup again",
         )
-    return Download(fetch.done, sha256, fetch.resumed)
+    return Download(fetch.received, sha256, fetch.resumed)
 
 
 def with_checksum(q: Qdrant, collection: str, snapshot: Snapshot) -> Snapshot:
-    """The snapshot; if the server gave no checksum (its snapshots are in S3), with that of what it sends.
+    """The snapshot with a checksum. If the server gave none (its snapshots are in S3), it is computed.
 
-    The snapshot is downloaded once more for this, onto no disk, so that a second download is compared with the first.
+    For this the snapshot is downloaded once, and not stored, so that a second download can be compared with it.
     Raises like `download`.
     """
     if snapshot.checksum is not None:
@@ -212,56 +238,56 @@ def with_checksum(q: Qdrant, collection: str, snapshot: Snapshot) -> Snapshot:
 
 
 class _Fetch:
-    """One file over as many connections as it takes."""
+    """The download of one file over as many connections as it needs."""
 
     def __init__(self, q: Qdrant, path: str, listed_size: int) -> None:
-        self.done = 0
+        self.received = 0
         self.total = -1
-        self._listed_size = listed_size
         self.resumed = 0
         self._q = q
         self._path = path
+        self._listed_size = listed_size
         self._etag = ""
 
     def pieces(self) -> Iterator[bytes]:
-        barren = 0  # connections in a row that brought next to nothing
-        while self.done != self.total:
-            before, began = self.done, time.monotonic()
+        barren = 0  # consecutive connections that brought almost nothing
+        while self.received != self.total:
+            before, began = self.received, time.monotonic()
             yield from self._one_connection()
-            if self.done == self.total:
+            if self.received == self.total:
                 return
             self.resumed += 1
             enough = PIECE_BYTES if time.monotonic() - began >= PIECE_SECONDS else 1
-            barren = barren + 1 if self.done - before < enough else 0
+            barren = barren + 1 if self.received - before < enough else 0
             if barren > len(PAUSES_SECONDS):
                 raise NoAnswer(
-                    f"Qdrant at {self._q.display}: the download stays broken off at byte {self.done}"
+                    f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}"
                 )
             self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
 
     def _one_connection(self) -> Iterator[bytes]:
-        headers = {"Accept-Encoding": "identity"}  # otherwise compressed on the fly, without a length
-        if self.done:
-            headers["Range"] = f"bytes={self.done}-"
+        headers = {"Accept-Encoding": "identity"}  # otherwise it is compressed, and has no length
+        if self.received:
+            headers["Range"] = f"bytes={self.received}-"
         with self._q.call("GET", self._path, headers=headers, stream=True) as response:
             if response.status_code == 206 and "Content-Range" not in response.headers:
-                return  # its head broke off
-            known = self._check(response)
-            # What breaks here ends this connection's pieces early.
+                return  # the connection broke within the headers
+            skip = self._bytes_to_skip(response)
+            # If the connection breaks here, its pieces end early.
             with contextlib.suppress(HTTPError, OSError):
-                for received in _paced(response):
-                    piece, known = received[known:], max(0, known - len(received))
-                    if self.done + len(piece) > self.total:
+                for data in _paced(response):
+                    piece, skip = data[skip:], max(0, skip - len(data))
+                    if self.received + len(piece) > self.total:
                         raise self._refuse("the download is longer than its length")
-                    self.done += len(piece)
+                    self.received += len(piece)
                     if piece:
                         yield piece
 
-    def _check(self, response: requests.Response) -> int:
-        """How many bytes of this answer are here already."""
+    def _bytes_to_skip(self, response: requests.Response) -> int:
+        """Check the headers. Returns how many bytes of this answer were already received."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise self._refuse("a proxy compresses the download")
-        if self.done == 0:
+        if self.received == 0:
             self._etag = response.headers.get("ETag", "")
             length = response.headers.get("Content-Length", str(self._listed_size))
             if not re.fullmatch(r"[0-9]{1,18}", length):
@@ -269,62 +295,31 @@ class _Fetch:
             self.total = int(length)
             return 0
         if response.status_code == 200 and not self._etag and "Content-Length" not in response.headers:
-            return self.done
-        wanted = f"bytes {self.done}-{self.total - 1}/{self.total}"
+            return self.received
+        wanted = f"bytes {self.received}-{self.total - 1}/{self.total}"
         if response.status_code != 206 or response.headers.get("Content-Range") != wanted:
-            raise self._refuse("the rest of a broken download cannot be fetched")
+            raise self._refuse("the rest of an interrupted download cannot be fetched")
         if response.headers.get("ETag", "") != self._etag:
             raise self._refuse("the snapshot changed while it was fetched")
         return 0
 
     def _refuse(self, why: str) -> StoreFailed:
-        step = "run the backup again, straight against the server"
+        step = "run the backup again, directly against the server"
         return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
 
 
 def _paced(response: requests.Response) -> Iterator[bytes]:
-    """The bytes as they come, chunk lines and trailers passed over; TimeoutError if a MiB takes PIECE_SECONDS.
+    """Yield the body as it arrives. Raises TimeoutError if a piece takes PIECE_SECONDS.
 
-    Not by `stream` of urllib3: it reads lines and trailers without a bound.
+    urllib3's `stream` is not used: it reads chunk lines and trailers without a limit.
     """
     left = 0
     while True:
         if left <= 0:
             end_by(response, time.monotonic() + PIECE_SECONDS)
             left = PIECE_BYTES
-        received = response.raw.read1(PIECE_BYTES, decode_content=False)
-        if not received:
+        data = response.raw.read1(PIECE_BYTES, decode_content=False)
+        if not data:
             return
-        left -= len(received)
-        yield received
-
-
-def _await_new(
-    q: Qdrant, collection: str, known: Sequence[Snapshot], seconds: float, process: str | None
-) -> Snapshot | None:
-    """What appears in the list; None where the server `process` that was asked is gone, and left nothing."""
-    deadline = time.monotonic() + seconds
-    seen: Snapshot | None = None
-    while time.monotonic() < deadline:
-        gone = restarted(q, process)  # asked before the list: what that one made is in it
-        fresh = [snapshot for snapshot in list_snapshots(q, collection) if snapshot not in known]
-        if fresh and _newest(fresh) == seen:
-            return seen  # twice the same: nothing writes to it any more
-        if gone and not fresh:
-            return None
-        seen = _newest(fresh) if fresh else None
-        q.sleep(POLL_SECONDS)
-    raise NoAnswer(
-        f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s",
-        next_step="look at the server's log and free disk space, then run again",
-    )
-
-
-def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
-    return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.name))
-
-
-def _snapshot(raw: dict[str, Any]) -> Snapshot:
-    checksum = str(raw.get("checksum") or "")
-    found = Snapshot(str(raw["name"]), int(raw["size"]), checksum, str(raw.get("creation_time") or ""))
-    return found if _SHA256.fullmatch(checksum) else replace(found, checksum=None)
+        left -= len(data)
+        yield data

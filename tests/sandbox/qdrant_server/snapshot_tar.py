@@ -1,6 +1,6 @@
-"""The tar archives of snapshots: written in the layout of the real server, read with its error texts.
+"""The tar archives of snapshots, in the layout of the real server.
 
-A collection's archive holds `config.json`, `version.info`, `shard_key_mapping.json`, `payload_index.json` and the
+A collection's archive contains `config.json`, `version.info`, `shard_key_mapping.json`, `payload_index.json` and the
 shard `0/` with a tar per segment (`0/segments/{uuid}.tar`, entries `snapshot/files/...`) and the log (`0/wal/`).
 Files with holes are GNU sparse entries, which tarfile reads but does not write.
 """
@@ -20,7 +20,7 @@ COPY_BYTES = 1 << 20
 PAGE = 4096
 SPARSE_IN_HEADER, SPARSE_IN_EXTENSION = 4, 21
 SEGMENT_FILES = "snapshot/files"
-ROCKSDB_BACKUP = "snapshot/db_backup"  # where 1.11 keeps a segment's data; 1.18 does not look there
+ROCKSDB_BACKUP = "snapshot/db_backup"  # 1.11 stores a segment's data here, 1.18 ignores the folder
 DESCRIPTIONS = ("segment.json", "version.info")
 
 
@@ -37,7 +37,7 @@ class CutShort(Exception):
 
 
 def write_segment(archive: Path, folder: Path, *, modern: bool) -> None:
-    """Pack one segment's files into `archive`, holes as holes; as 1.11 their data in another place."""
+    """Pack one segment's files into `archive`, holes as holes. 1.11 (not `modern`) puts the data in another folder."""
     with archive.open("wb") as out:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -60,7 +60,7 @@ def add_bytes(out: BinaryIO, name: str, content: bytes) -> None:
 
 
 def add_file(out: BinaryIO, name: str, source: BinaryIO, size: int) -> None:
-    """Append an entry of the first `size` bytes of `source`; what it lacks is zeros."""
+    """Append an entry of the first `size` bytes of `source`, padded with zeros."""
     info = tarfile.TarInfo(name)
     info.size = size
     out.write(info.tobuf(tarfile.GNU_FORMAT))
@@ -84,7 +84,7 @@ def add_sparse(out: BinaryIO, name: str, path: Path, size: int) -> None:
 
 
 def data_extents(descriptor: int, size: int) -> list[tuple[int, int]]:
-    """The (offset, length) of what is not a hole within the first `size` bytes; rewinds the file.
+    """List (offset, length) of everything but holes within the first `size` bytes. Rewinds the file.
 
     A page of zeros counts as a hole: file systems differ in which of the engine's preallocated pages they store.
     """
@@ -111,7 +111,7 @@ def data_extents(descriptor: int, size: int) -> list[tuple[int, int]]:
 
 
 def _sparse_header(name: str, size: int, extents: list[tuple[int, int]]) -> bytes:
-    """A header of the old GNU sparse format (GNU tar manual, "Storing Sparse Files")."""
+    """Build a header of the old GNU sparse format (GNU tar manual, "Storing Sparse Files")."""
     info = tarfile.TarInfo(name)
     info.size = sum(length for _, length in extents)
     encoded = info.tobuf(tarfile.GNU_FORMAT)
@@ -179,16 +179,14 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) 
             raise CutShort(str(target)) from None
 
 
-def unpack_segment(archive: Path, folder: Path, *, modern: bool) -> bool:
-    """Unpack one segment's files into `folder`; False, and no folder, for an archive without any."""
+def unpack_segment(archive: Path, folder: Path, *, modern: bool) -> None:
+    """Unpack one segment's files into `folder`. An archive without files creates no folder."""
     scratch = archive.with_suffix(".unpacked")
     unpack(archive, scratch)
     files, data = scratch / SEGMENT_FILES, scratch / ROCKSDB_BACKUP
-    present = files.is_dir()
-    if present:
+    if files.is_dir():
         files.rename(folder)
         if not modern and data.is_dir():
             for part in data.iterdir():
                 part.rename(folder / part.name)
     shutil.rmtree(scratch, ignore_errors=True)
-    return present

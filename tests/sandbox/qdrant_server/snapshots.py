@@ -1,4 +1,4 @@
-"""Snapshot files: made, listed, found at a location, restored."""
+"""Snapshot files: create, list, find, delete, fetch and restore them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 from tests.sandbox.qdrant_server import snapshot_tar as tar
-from tests.sandbox.qdrant_server.collection import Collection, read_config
-from tests.sandbox.qdrant_server.request import (
+from tests.sandbox.qdrant_server.config import incompatible
+from tests.sandbox.qdrant_server.storage import Collection, Storage, read_config
+from tests.sandbox.qdrant_server.versions import (
+    SNAPSHOT,
     Refusal,
     bad_request,
     internal,
-    parser_words,
-    snapshot_missing,
+    parser_error,
     wrong_input,
 )
-from tests.sandbox.qdrant_server.settings import SNAPSHOT, incompatible
-from tests.sandbox.qdrant_server.storage import Storage
 
+Json = dict[str, Any]
 FETCH_SECONDS = 600.0
-PIECE = 1 << 20
+MEGABYTE = 1024 * 1024
+STORAGE_FORMAT = b"0.4.2"  # the same in 1.11.3 and 1.18.3
+SUFFIX = ".snapshot"
 
 
 @contextmanager
 def local_copy(storage: Storage, location: str, api_key: str | None) -> Iterator[Path]:
-    """The snapshot as a local file, for as long as the context lasts.
+    """Provide the snapshot at a location as a local file. It may be removed when the context ends.
 
-    Refusal (400, 500) in the real server's words where it cannot be had; then nothing was touched.
+    Raises Refusal (400, 500) if it cannot be read or fetched; nothing was changed then.
     """
     parts = urlsplit(location)
     if parts.scheme == "file":
@@ -62,28 +64,22 @@ def _fetch(storage: Storage, location: str, api_key: str | None, target: Path) -
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=FETCH_SECONDS) as answer, target.open("wb") as out:
-            shutil.copyfileobj(answer, out, PIECE)
+            shutil.copyfileobj(answer, out, MEGABYTE)
     except urllib.error.HTTPError as error:
         status = f"{error.code} {HTTPStatus(error.code).phrase}"
-        what = storage.dialect.downloads
+        what = "tar" if storage.version.modern else "snapshot"
         raise wrong_input(f"Failed to download {what} from {location}: status - {status}") from None
     except OSError:
         raise internal(f"Http request error: error sending request for url ({location})") from None
     return target
 
 
-Json = dict[str, Any]
-MEGABYTE = 1024 * 1024
-STORAGE_FORMAT = b"0.4.2"  # the same in 1.11.3 and 1.18.3
-SUFFIX = ".snapshot"
-
-
 def create(storage: Storage, collection: Collection) -> Json:
-    """Make a snapshot; its name, time, size and sha256. Refusal (500) for a dead collection."""
+    """Create a snapshot. Returns its name, time, size and sha256. Raises Refusal (500) for a failed collection."""
     name = f"{collection.name}-{storage.peer}-{datetime.now(timezone.utc):%Y-%m-%d-%H-%M-%S}{SUFFIX}"
     scratch = storage.scratch(f"{name}-target-")
-    if collection.dead:
-        raise internal(storage.dialect.dead(SNAPSHOT, storage.peer, str(scratch)))
+    if collection.failed:
+        raise internal(storage.version.failed_shard(SNAPSHOT, storage.peer, str(scratch)))
     built = scratch / name
     with collection.lock, built.open("wb") as out:
         collection.engine(SNAPSHOT).flush()
@@ -98,7 +94,7 @@ def create(storage: Storage, collection: Collection) -> Json:
 
 
 def sha256(path: Path) -> str:
-    """The file's sha256 in hexadecimal."""
+    """Compute a file's sha256, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(MEGABYTE):
@@ -107,10 +103,10 @@ def sha256(path: Path) -> str:
 
 
 def describe(path: Path) -> Json:
-    """A snapshot as the list shows it; only the server's own have a checksum."""
+    """Describe a snapshot as the list shows it. Only snapshots that this server created have a checksum."""
     stat = path.stat()
-    made = datetime.fromtimestamp(stat.st_mtime, timezone.utc)
-    found: Json = {"name": path.name, "creation_time": f"{made:%Y-%m-%dT%H:%M:%S}", "size": stat.st_size}
+    created = datetime.fromtimestamp(stat.st_mtime, timezone.utc)
+    found: Json = {"name": path.name, "creation_time": f"{created:%Y-%m-%dT%H:%M:%S}", "size": stat.st_size}
     checksum = path.with_name(f"{path.name}.checksum")
     if checksum.exists():
         found["checksum"] = checksum.read_text()
@@ -118,21 +114,21 @@ def describe(path: Path) -> Json:
 
 
 def listed(storage: Storage, name: str) -> list[Json]:
-    """The snapshots of an existing collection; Refusal (404) otherwise."""
+    """List the snapshots of a collection. Raises Refusal (404)."""
     folder = storage.snapshot_folder(storage.get(name).name)
     return [describe(path) for path in sorted(folder.glob(f"*{SUFFIX}"))] if folder.is_dir() else []
 
 
 def find(storage: Storage, name: str, snapshot: str) -> Path:
-    """The file of one snapshot of an existing collection; Refusal (404) otherwise."""
+    """Find the file of one snapshot. Raises Refusal (404)."""
     path = storage.snapshot_folder(storage.get(name).name) / snapshot
     if "/" in snapshot or not path.is_file():
-        raise snapshot_missing(snapshot)
+        raise Refusal(404, f"Not found: Snapshot {snapshot} not found")
     return path
 
 
 def delete(storage: Storage, name: str, snapshot: str) -> bool:
-    """Delete one snapshot; Refusal (404) where there is none."""
+    """Delete one snapshot. Raises Refusal (404)."""
     path = find(storage, name, snapshot)
     path.unlink()
     path.with_name(f"{path.name}.checksum").unlink(missing_ok=True)
@@ -140,33 +136,32 @@ def delete(storage: Storage, name: str, snapshot: str) -> bool:
 
 
 def _write(out: BinaryIO, collection: Collection, storage: Storage, scratch: Path) -> None:
-    heads = _heads(collection, storage)
-    early = ("config.json", "0/replica_state.json", "0/shard_config.json")
-    if not storage.dialect.sparse_snapshots:  # 1.11: the configuration first, folders as entries of their own
+    modern = storage.version.modern
+    files = _small_files(collection, storage)
+    if not modern:  # 1.11 writes the configuration first, and entries for folders
         tar.add_folder(out, "./")
-        for name in early:
-            if name == "0/replica_state.json":
-                tar.add_folder(out, "0")
-            tar.add_bytes(out, name, heads.pop(name))
+        tar.add_bytes(out, "config.json", files.pop("config.json"))
+        tar.add_folder(out, "0")
+        for name in ("0/replica_state.json", "0/shard_config.json"):
+            tar.add_bytes(out, name, files.pop(name))
         tar.add_folder(out, "0/segments")
-    _write_segments(out, collection, scratch, modern=storage.dialect.modern)
-    if not storage.dialect.sparse_snapshots:
+    _write_segments(out, collection, scratch, modern=modern)
+    if not modern:
         tar.add_folder(out, "0/wal")
-    _write_log(out, collection, sparse=storage.dialect.sparse_snapshots)
-    for name, content in heads.items():
+    _write_log(out, collection, sparse=modern)
+    for name, content in files.items():
         tar.add_bytes(out, name, content)
     out.write(bytes(2 * tar.BLOCK))
 
 
-def _heads(collection: Collection, storage: Storage) -> dict[str, bytes]:
-    peer = storage.peer
-    config = {**collection.config, **({"uuid": None} if storage.dialect.modern else {})}
+def _small_files(collection: Collection, storage: Storage) -> dict[str, bytes]:
+    modern, peer = storage.version.modern, storage.peer
     contents: dict[str, Any] = {
         "0/newest_clocks.json": {"clocks": []},
         "0/replica_state.json": {"is_local": True, "this_peer_id": peer, "peers": {str(peer): "Active"}},
         "0/shard_config.json": {"type": "ReplicaSet"},
-        "config.json": config,
-        "shard_key_mapping.json": [] if storage.dialect.modern else {},
+        "config.json": {**collection.config, "uuid": None} if modern else collection.config,
+        "shard_key_mapping.json": [] if modern else {},
         "payload_index.json": {"schema": collection.schema},
     }
     return {**{name: orjson.dumps(value) for name, value in contents.items()}, "version.info": STORAGE_FORMAT}
@@ -184,7 +179,7 @@ def _write_segments(out: BinaryIO, collection: Collection, scratch: Path, *, mod
 
 
 def _write_log(out: BinaryIO, collection: Collection, *, sparse: bool) -> None:
-    """The engine preallocates 32 MiB files; the entries have the size that the collection's wal_config asks for."""
+    """Write the log. The engine preallocates 32 MiB files; the entries have the size that wal_config asks for."""
     capacity = collection.config["wal_config"]["wal_capacity_mb"] * MEGABYTE
     for path in sorted((collection.shard_folder / "wal").iterdir()):
         with path.open("rb") as source:
@@ -198,20 +193,21 @@ def _write_log(out: BinaryIO, collection: Collection, *, sparse: bool) -> None:
 
 
 def restore(storage: Storage, name: str, archive: Path) -> bool:
-    """Make `name` (created if missing) what the snapshot holds; Refusal with the real server's words otherwise."""
+    """Restore a snapshot into a collection, which is created if missing. Raises Refusal, worded as by the real server."""
     name = storage.aliases.get(name, name)
     scratch = storage.scratch(f"col-{name}-recovery-")
     try:
         config, schema = _unpack(storage, archive, scratch)
         segments_present = _unpack_segments(storage, scratch / "0")
         existing = storage.collections.get(name)
-        if existing is not None:
-            _check_compatible(existing, config)
+        difference = incompatible(existing.config, config) if existing else None
+        if difference:
+            raise wrong_input(f"Snapshot is not compatible with existing collection: {difference}")
         if any(scratch.glob("[1-9]*/segments/*")):
-            raise internal("the stand-in keeps one shard and cannot restore several")
+            raise internal("the stand-in supports one shard and cannot restore several")
         collection = existing or storage.create(name, _without_fan_out(config))
-        if not storage.dialect.modern and not (segments_present and (scratch / "0" / "wal").is_dir()):
-            return True  # 1.11.3 skips a shard folder without log or segments, and says so to nobody
+        if not storage.version.modern and not (segments_present and (scratch / "0" / "wal").is_dir()):
+            return True  # 1.11.3 silently ignores a shard folder without log or segments
         _replace_shard(storage, collection, scratch / "0")
         _adopt_schema(storage, collection, schema, new=existing is None)
         return True
@@ -220,99 +216,93 @@ def restore(storage: Storage, name: str, archive: Path) -> bool:
 
 
 def _without_fan_out(config: Json) -> Json:
-    """A collection made by a restore lacks what the create call does not take (seen on 1.11.3 and 1.19.0)."""
+    """Remove what the create call does not accept: a restored collection lacks it (1.11.3 and 1.19.0)."""
     params = {key: value for key, value in config["params"].items() if not key.startswith("read_fan_out")}
     return {**config, "params": params}
 
 
 def _unpack(storage: Storage, archive: Path, scratch: Path) -> tuple[Json, Json]:
-    dialect = storage.dialect
+    version = storage.version
     try:
-        tar.unpack(archive, scratch, sparse_allowed=dialect.sparse_snapshots)
+        tar.unpack(archive, scratch, sparse_allowed=version.modern)
     except tar.NotAnArchive:
-        raise internal(dialect.not_an_archive()) from None
+        raise internal(version.not_an_archive()) from None
     except tar.SparseEntry:
         raise wrong_input("Malformed snapshot, tar archive contains GNUSparse entry") from None
     except tar.CutShort as cut:
         raise internal(f"File IO error: failed to unpack `{cut}`") from None
     config_file = scratch / "config.json"
     if not config_file.exists():
-        raise internal(dialect.file_absent(str(config_file)))
+        raise internal(version.file_absent(str(config_file)))
     try:
         return read_config(scratch)
     except orjson.JSONDecodeError as error:
-        raise internal(f"Json error: {parser_words(config_file.read_bytes(), error.pos)}") from None
+        raise internal(f"Json error: {parser_error(config_file.read_bytes(), error.pos)}") from None
 
 
 def _unpack_segments(storage: Storage, shard: Path) -> bool:
-    """Unpack each segment's tar in place; whether the folder of segments is there."""
+    """Unpack each segment's tar in place. Returns whether the folder of segments exists."""
     folder = shard / "segments"
     if not folder.is_dir():
-        if storage.dialect.modern:
+        if storage.version.modern:
             missing = "No such file or directory (os error 2)"
             raise internal(f"IO Error: failed to read directory `{folder}`: {missing}")
         return False
     for packed in sorted(folder.glob("*.tar")):
         try:
-            tar.unpack_segment(packed, packed.with_suffix(""), modern=storage.dialect.modern)
+            tar.unpack_segment(packed, packed.with_suffix(""), modern=storage.version.modern)
         except (tar.NotAnArchive, tar.CutShort):
-            raise internal(storage.dialect.segment_not_an_archive(str(packed))) from None
+            raise internal(storage.version.segment_not_an_archive(str(packed))) from None
         packed.unlink()
     return True
 
 
-def _check_compatible(collection: Collection, config: Json) -> None:
-    difference = incompatible(collection.config, config)
-    if difference is not None:
-        raise wrong_input(f"Snapshot is not compatible with existing collection: {difference}")
-
-
 def _replace_shard(storage: Storage, collection: Collection, shard: Path) -> None:
-    """The point of no return: the old shard goes before the new one is known to load."""
+    """Replace the shard. As on the real server, the old one is removed before the new one is known to load."""
     with collection.lock:
-        _still_there(storage, collection)
+        _check_not_deleted(storage, collection)
         collection.close()
         shutil.rmtree(collection.shard_folder, ignore_errors=True)
         try:
-            _refuse_foreign(shard)
+            _check_segment_format(shard)
             for part in ("segments", "wal"):
                 (shard / part).mkdir(exist_ok=True)
             shard.rename(collection.shard_folder)
             collection.open()
         except Exception as error:  # noqa: BLE001  # the engine raises nothing finer
-            collection.dead = True
-            raise internal(_load_words(str(error))) from None
-        _still_there(storage, collection)
+            collection.failed = True
+            raise internal(_load_error(str(error))) from None
+        _check_not_deleted(storage, collection)
 
 
-def _still_there(storage: Storage, collection: Collection) -> None:
-    """A DELETE during the restore wins."""
+def _check_not_deleted(storage: Storage, collection: Collection) -> None:
+    """Finish a DELETE that came during the restore."""
     if not collection.deleted:
         return
     storage.discard(collection)
-    if storage.dialect.modern:
+    if storage.version.modern:
         raise Refusal(404, "Not found: shard 0 not found")
 
 
-def _refuse_foreign(shard: Path) -> None:
-    """Segments of the RocksDB era (1.11) have no files that the engine knows."""
+def _check_segment_format(shard: Path) -> None:
+    """Refuse RocksDB segments (1.11): they contain no files that the engine knows."""
     for folder in (shard / "segments").glob("*"):
         if not (folder / "vector_storage").is_dir() and not any(folder.glob("vector_storage-*")):
             raise RuntimeError(f"Service runtime error: Failed to load segment {folder.name}: foreign format")
 
 
-def _load_words(error: str) -> str:
+def _load_error(error: str) -> str:
     log = re.search(r"failed to open WAL [^:]*: (.*)", error)
     return f"Wal error: {log.group(1)}" if log else error
 
 
 def _adopt_schema(storage: Storage, collection: Collection, schema: Json, *, new: bool) -> None:
-    """Remember how indexes were asked for; 1.18.3 builds those of a new collection that its segments lack."""
+    """Take over the index schema. For a new collection 1.18.3 also builds the indexes that its segments lack."""
     with collection.lock:
         if collection.deleted:
             return
         collection.schema = schema
-        if new and storage.dialect.modern:
+        if new and storage.version.modern:
             for field in schema.keys() - collection.info()["payload_schema"].keys():
                 collection.add_index(field, schema[field])
         collection.save()
