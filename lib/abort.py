@@ -1,4 +1,4 @@
-"""`--abort`: give up unfinished runs. What their journals name is removed, then the journals are closed."""
+"""`--abort`: give up unfinished runs. Removes what their journals name, then closes the journals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ABORTED = "aborted by the operator"
 
 @dataclass
 class Aborted:
-    """The runs that were given up, what was removed, and what is left for the operator to know."""
+    """The runs that were given up, what was removed, and what remains."""
 
     runs: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
@@ -39,14 +39,14 @@ class Aborted:
 
 
 def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
-    """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused, before anything is removed."""
-    from lib.reembed import spot_check  # with numpy, which a backup does without
+    """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused before anything is removed."""
+    from lib.reembed import spot_check  # imports numpy, which a backup does not load
     from lib.reembed.cutover import snapshot_file
 
     name, done = collection_of(targets), Aborted()
     journals = [one for one in _open(folder, targets) if one.command in {COMMAND, spot_check.COMMAND}]
     for journal in journals:
-        _require_back(qdrant, name, journal)
+        _require_new_collection(qdrant, name, journal)
     for journal in journals:
         staged = journal.fact("staged_collection") or journal.fact("side")
         if staged and exists(qdrant, staged):
@@ -58,14 +58,14 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
             snapshot_file(folder, staged).unlink(missing_ok=True)
         _close(journal, done)
     if journals:
-        done.left += [_live(qdrant, name), "what was paid for stays in the embedding cache"]
+        done.left += [_live(qdrant, name), "the vectors that were paid for stay in the embedding cache"]
     return done
 
 
 def abort_restore(
     graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
 ) -> Aborted:
-    """Give up the restores of these stores. Raises GuardRefused, before anything is removed."""
+    """Give up the restores of these stores. Raises GuardRefused before anything is removed."""
     done = Aborted()
     journals = [one for one in _open(folder, targets) if one.command == RESTORE]
     for journal in journals:
@@ -83,7 +83,7 @@ def abort_restore(
         if graph:
             done.removed += clean_up_graph(graph, journal, folder)
         if aliases:
-            done.left.append(f"aliases that the restore took off: {', '.join(aliases)}")
+            done.left.append(f"aliases that the restore removed: {', '.join(aliases)}")
         if journal.fact("manifest"):
             done.left.append(f"the safety backup: {folder / str(journal.fact('manifest'))}")
         if journal.is_open:
@@ -96,9 +96,9 @@ def abort_restore(
 def clean_up_untouched(
     graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
 ) -> None:
-    """Remove what stopped restores left that never touched a live store, and close their journals.
+    """Clean up after stopped restores that never touched a live store, and close their journals.
 
-    A journal stays open if it names something in a store that is not opened here.
+    A journal stays open if it names something in a store that is not given.
     """
     for journal in _open(folder, targets):
         if journal.command != RESTORE or touched(journal):
@@ -138,8 +138,8 @@ def _live(qdrant: Qdrant, name: str) -> str:
     return f"collection '{name}' as it is now: {state.points:,} points of {state.size}d"
 
 
-def _require_back(qdrant: Qdrant, name: str, journal: Journal) -> None:
-    """Raise GuardRefused if the run deleted the collection, and none as large as the old one is in its place."""
+def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None:
+    """Raise GuardRefused if the run deleted the collection, and no collection of at least its size has replaced it."""
     if not journal.has_reached(DELETING):
         return
     if health(qdrant, name) == "live":
@@ -153,6 +153,7 @@ def _require_back(qdrant: Qdrant, name: str, journal: Journal) -> None:
 
 
 def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
+    """Raise GuardRefused if the restore deleted the collection, and neither the new nor the old one exists."""
     if not collections.is_absent(journal):
         return
     if health(qdrant, name) != "live" or not get_state(qdrant, name).points:
@@ -161,28 +162,25 @@ def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
 
 def _refuse(name: str, journal: Journal, again: str) -> None:
     raise GuardRefused(
-        f"run {journal.run_id} deleted the collection '{name}', and no whole one is in its place: nothing was removed",
+        f"run {journal.run_id} deleted the collection '{name}', and no complete one has replaced it:"
+        " nothing was removed",
         next_step=f"finish the run:\n{again}\nor undo it:\n{journal.undo}",
     )
 
 
 def abort(config: Config, console: Console, command: str) -> int:
-    """Give up the unfinished runs of `command` ("reembed" or "restore") on these stores."""
+    """Give up the unfinished runs of `command` ("reembed" or "restore") on these stores, and report them."""
     from lib import connect
 
     folder, targets = config.backup_dir, config.targets()
     collection = connect.open_collection(config)
     if command == "restore":
-        return show_aborted(abort_restore(connect.open_graph(config), collection, folder, targets), console)
-    with connect.open_cache(config) as cache:
-        return show_aborted(abort_reembed(collection.qdrant, cache, folder, targets), console)
-
-
-def show_aborted(done: Aborted, console: Console) -> int:
-    """The runs that were given up, what was removed, what is left."""
-    lines = [f"aborted: run {one}" for one in done.runs] or [
-        "no unfinished run of these stores: nothing to abort"
-    ]
+        done = abort_restore(connect.open_graph(config), collection, folder, targets)
+    else:
+        with connect.open_cache(config) as cache:
+            done = abort_reembed(collection.qdrant, cache, folder, targets)
+    nothing = ["no unfinished run of these stores: nothing to abort"]
+    lines = [f"aborted: run {one}" for one in done.runs] or nothing
     lines += [f"removed: {one}" for one in done.removed]
     lines += [f"left: {one}" for one in done.left]
     console.result(dataclasses.asdict(done), "\n".join(lines))

@@ -1,4 +1,4 @@
-"""Temporary folders and child processes that end with this one, and how much memory a process may take."""
+"""Temporary folders and child processes that end with this process, and the memory of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -16,24 +15,18 @@ from pathlib import Path
 from typing import IO
 
 from lib.errors import UsageProblem
+from lib.files import replaceable_by_others
 
-# What a child needs to start. It opens files that may be hostile: it gets no key, password or token.
-_ENVIRONMENT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH",
-    "PYTHONPATH",
-)
+# What a child needs to start. It may open hostile files, so it gets no key, password or token.
+_ENVIRONMENT = {
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH"),
+}
 _SPARE_MEMORY = 4 << 30
 
-# A shell that outlives this process: its end of the pipe closes when the process, and a child that has not told its
-# number yet, are gone. Without the word `done` the children are killed and the folder is removed.
-_UNDERTAKER = """
+# A cleanup watchdog: a shell that outlives this process. Its input ends when this process, and a child that has not yet
+# sent its process id, have ended. Unless the last line is `done`, it kills the children and removes the folder.
+_WATCHDOG = """
 trap '' HUP INT TERM
 children=
 while read -r word; do
@@ -41,24 +34,24 @@ while read -r word; do
     children="$children $word"
 done
 [ -z "$children" ] || kill -9 $children
-# A process that dies at this moment may still be writing there.
+# A process that was just killed may still be writing there.
 for _ in 1 2 3 4 5 6 7 8 9 10; do
     rm -rf "$1" 2>/dev/null
     [ -e "$1" ] || break
     sleep 0.2
 done
 """
-# A child tells its number before it becomes the server: there is no moment at which a kill leaves one behind.
+# A child sends its process id before it becomes the server, so a kill at any moment leaves no server behind.
 _CHILD = 'echo $$; exec "$@" >"$0" 2>&1'
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a child process: what it needs to start, and no secret."""
-    return {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    """Return the environment of a child process: what it needs to start, and no secret."""
+    return {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
 
 
-def limit(pid: int, *, mapped: int = 0, cpu_seconds: int | None = None) -> None:
-    """Bound the memory of a child (all of this machine's, and `mapped` bytes of files) and its CPU time, on Linux."""
+def limit_resources(pid: int, *, mapped: int = 0, cpu_seconds: int | None = None) -> None:
+    """Bound a child's memory to this machine's plus `mapped` bytes of files, and its CPU time; only on Linux."""
     if sys.platform != "linux":
         return
     import resource
@@ -72,33 +65,32 @@ def limit(pid: int, *, mapped: int = 0, cpu_seconds: int | None = None) -> None:
 
 @dataclass
 class ScratchFolder:
-    """The folder, and how to start a server in it that does not outlive this process."""
+    """A temporary folder. A server that is started in it does not outlive this process."""
 
     path: Path
     _pipe: IO[bytes]
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start `command` in the folder, its output in `log`; the caller ends it, and the undertaker after a kill."""
+        """Start `command` in the folder, its output in `log`. The caller ends it; after a kill, the watchdog does."""
         child = subprocess.Popen(
             ["/bin/sh", "-c", _CHILD, str(log), *command],
             stdin=subprocess.DEVNULL,
             stdout=self._pipe,
             cwd=self.path,
             env=child_environment(),
-            start_new_session=True,  # a Ctrl-C is for the command, which then ends its server itself
+            start_new_session=True,  # Ctrl-C goes to this process alone, which then ends its child
         )
-        limit(child.pid)
+        limit_resources(child.pid)
         return child
 
 
-def _common_folder() -> Path:
-    """The system's folder for temporary files. Raises UsageProblem if another user could replace what is in it."""
+def _system_folder() -> Path:
+    """Return the system's folder for temporary files. Raises UsageProblem if other users could replace files there."""
     folder = Path(tempfile.gettempdir())
     state = folder.stat()
-    others_write = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if state.st_uid not in {0, os.geteuid()} or (others_write and not state.st_mode & stat.S_ISVTX):
+    if replaceable_by_others(state):
         raise UsageProblem(
-            f"other users could replace what lies in the folder for temporary files {folder} (uid {state.st_uid},"
+            f"other users could replace files in the folder for temporary files {folder} (uid {state.st_uid},"
             f" mode {state.st_mode & 0o7777:o})",
             next_step="export TMPDIR=/tmp   or another folder that is yours, or sticky (mode 1777)",
         )
@@ -107,21 +99,21 @@ def _common_folder() -> Path:
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchFolder]:
-    """A new folder (0700) in `parent` (default: the system's temporary folder), removed when the block ends."""
-    folder = (parent or _common_folder()) / f"{prefix}{secrets.token_hex(4)}"
-    undertaker = subprocess.Popen(
-        ["/bin/sh", "-c", _UNDERTAKER, "sh", str(folder)],
+    """Make a new folder (0700) in `parent` (default: the system's); removed when the block or this process ends."""
+    folder = (parent or _system_folder()) / f"{prefix}{secrets.token_hex(4)}"
+    watchdog = subprocess.Popen(
+        ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)],
         stdin=subprocess.PIPE,
         env=child_environment(),
         start_new_session=True,
     )
-    assert undertaker.stdin is not None
+    assert watchdog.stdin is not None
     try:
         folder.mkdir(mode=0o700)
-        yield ScratchFolder(folder, undertaker.stdin)
+        yield ScratchFolder(folder, watchdog.stdin)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        undertaker.communicate(b"done\n")
+        watchdog.communicate(b"done\n")
 
 
 _MEMINFO = Path("/proc/meminfo")
@@ -129,14 +121,14 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory() -> int | None:
-    """Bytes: what the kernel calls available, or what this process's control group leaves if that is less.
+    """Return the bytes that the kernel calls available, or what this process's control group leaves if that is less.
 
-    None where neither is told (macOS). The files: https://docs.kernel.org/filesystems/proc.html and
+    None if neither is known (macOS). The files: https://docs.kernel.org/filesystems/proc.html and
     https://docs.kernel.org/admin-guide/cgroup-v2.html.
     """
     known = [number for number in (_available(_MEMINFO), _left_by_group(_CGROUPS)) if number is not None]
@@ -144,20 +136,17 @@ def free_memory() -> int | None:
 
 
 def _available(meminfo: Path) -> int | None:
-    for line in _lines(meminfo):
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) << 10
-    return None
+    found = [line.split()[1] for line in _lines(meminfo) if line.startswith("MemAvailable:")]
+    return int(found[0]) << 10 if found else None
 
 
 def _left_by_group(folder: Path) -> int | None:
-    """Of the group whose files stand here, as a container sees its own: pages of files count as free."""
+    """Return what the limit of the control group leaves. The group's cached file pages count as free."""
     limit, used = _lines(folder / "memory.max"), _lines(folder / "memory.current")
     if not limit or not used or not limit[0].isdigit():
         return None
-    told = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
-    return max(0, int(limit[0]) - int(used[0]) + int(told.get("inactive_file", 0)))
+    statistics = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
+    return max(0, int(limit[0]) - int(used[0]) + int(statistics.get("inactive_file", 0)))
 
 
 def _lines(path: Path) -> list[str]:
@@ -171,11 +160,11 @@ _M_MMAP_THRESHOLD = -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 _LARGE_BYTES = 512 * 1024
 
 
-def return_large_blocks() -> None:
-    """From now on what is larger than 512 kB goes back to the system when it is freed, in every thread.
+def unmap_large_blocks() -> None:
+    """Have blocks of more than 512 kB returned to the system as soon as they are freed, in every thread.
 
-    Left alone, glibc raises that limit as soon as one such block is freed, and heaps grow full of holes. Costs a tenth
-    of the CPU of a purchase, spares a third of the peak memory of what follows.
+    By default glibc raises that limit when one such block is freed, and the heaps fragment. This costs a tenth of the
+    CPU time of embedding, and saves a third of the peak memory of what follows.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         import ctypes
@@ -183,10 +172,10 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-def give_back() -> None:
-    """Return what is free in the heaps, one for each thread that ever ran.
+def release_free_memory() -> None:
+    """Return the free memory of the heaps, of which each thread has one, to the system. Does nothing without glibc.
 
-    https://man7.org/linux/man-pages/man3/malloc_trim.3.html; where there is no such call nothing happens.
+    https://man7.org/linux/man-pages/man3/malloc_trim.3.html
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         import ctypes

@@ -1,4 +1,4 @@
-"""The command line's edge: common flags, the error boundary, signals. Imports nothing heavy."""
+"""The command line: common flags, the error boundary, signals. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ _INSTALL = "make venv && source .venv/bin/activate   or   pip install -r require
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PATIENCE = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, or a terminal that closed: leaves by the same road as Ctrl-C, so that nothing stays half done."""
+_CLEANING_UP = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells bad usage as every other error is told; takes no abbreviations, which a later flag would break."""
+    """Reports bad usage like other errors. Abbreviated flags are refused, because a later flag could break them."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
@@ -49,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         self._as_json = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but refuse empty and second values; remembers whether JSON was asked for."""
+        """Parse as argparse does, but refuse empty and repeated values."""
         words = list(sys.argv[1:] if args is None else args)
         self._as_json = "--json" in words
         self._refuse_empty(words)
@@ -60,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_empty(self, words: list[str]) -> None:
-        """An unset shell variable between quotes would silently mean something else than what was asked for."""
+        """Refuse what an unset shell variable between quotes leaves: it would silently mean something else."""
         for before, word in zip(["", *words], words, strict=False):
             flag, equals, value = word.partition("=")
             if not word.strip():
@@ -68,30 +64,30 @@ class Parser(argparse.ArgumentParser):
                     f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?"
                 )
             if any(ord(character) < 32 or ord(character) == 127 for character in word):
-                # As a file's name it would be repeated in messages, and forge a line of them.
-                self.error(f"an argument holds a control character: {one_line(word)!r}")
+                # As the name of a file it would be repeated in messages, where it could forge a line.
+                self.error(f"an argument has a control character: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
 
     def _refuse_repeated(self, words: list[str]) -> None:
-        """Of two values of a flag the first would be passed over: one copy elsewhere of two, one store of two."""
+        """Refuse a flag that is given twice: argparse would silently drop the first value."""
         flags = {one for action in self._actions if action.nargs != 0 for one in action.option_strings}
         given = [word.partition("=")[0] for word in words if word.startswith("-")]
         for flag in sorted(flags):
             if given.count(flag) > 1:
                 self.error(
-                    f"{flag} is given {given.count(flag)} times, one value is taken: run once for each"
+                    f"{flag} is given {given.count(flag)} times, but accepts one value: run once for each"
                 )
 
     def error(self, message: str) -> NoReturn:
-        """Exit code 2."""
-        message = without_logins(message)  # it repeats the words that were typed
+        """Report bad usage, and exit with code 2."""
+        message = without_logins(message)  # it repeats the arguments, which may hold a URL with a login
         _report(UsageProblem(message, next_step=f"python scripts/{self.prog} --help"), as_json=self._as_json)
         raise SystemExit(USAGE)
 
 
 def parser(description: str) -> Parser:
-    """A parser with the flags that every command has."""
+    """Make a parser with the flags that every command has."""
     made = Parser(description)
     common = made.add_argument_group("common")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
@@ -110,13 +106,13 @@ def parser(description: str) -> Parser:
 
 
 def positive(text: str) -> int:
-    """An argument type: a whole number from 1 on."""
+    """An argument type: a whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
 
 
@@ -132,20 +128,20 @@ def dollars(text: str) -> float:
 
 
 def _values(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, object]:
-    """The values of those of these flags that are given."""
+    """Return those of these flags that are given, with their values."""
     values = {flag: getattr(args, flag.lstrip("-").replace("-", "_")) for flag in flags}
     return {flag: value for flag, value in values.items() if value not in (None, False)}
 
 
 def require_with(args: argparse.Namespace, flag: str, other: str) -> None:
-    """Raise UsageProblem where `flag` is given without `other`."""
+    """Raise UsageProblem if `flag` is given without `other`."""
     given = _values(args, [flag, other])
     if list(given) == [flag]:
-        raise UsageProblem(f"{flag} is of {other} alone", next_step=f"{other} {flag} {given[flag]}")
+        raise UsageProblem(f"{flag} requires {other}", next_step=f"{other} {flag} {given[flag]}")
 
 
 def refuse_together(args: argparse.Namespace, *flags: str) -> None:
-    """Raise UsageProblem where more than one of these flags is given."""
+    """Raise UsageProblem if more than one of these flags is given."""
     given = list(_values(args, flags))
     if len(given) > 1:
         raise UsageProblem(
@@ -153,33 +149,28 @@ def refuse_together(args: argparse.Namespace, *flags: str) -> None:
         )
 
 
-def _tidy_on_signals() -> None:
-    """The first signal ends the run by an exception, the second lets that clean up, a third ends the cleaning too."""
+def _handle_signals() -> None:
+    """Install a handler: the first signal ends the run, the second one lets it clean up, a third ends the cleanup."""
     seen = 0
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal seen
         seen += 1
         if seen == 2:
             with contextlib.suppress(OSError):
-                os.write(2, _PATIENCE)  # print might be what the signal came into
+                os.write(2, _CLEANING_UP)  # print may be what was interrupted
             return
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise KeyboardInterrupt  # also for SIGTERM and a terminal that closed, so that everything is cleaned up
 
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
 
 
-def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _report(error: MigrationError, *, as_json: bool) -> None:
     name = "ValueError" if isinstance(error, DimensionMismatch) else "error"
     text, step = pasteable(str(error)), pasteable(error.next_step)
-    with contextlib.suppress(OSError):  # a terminal that closed
+    with contextlib.suppress(OSError):  # the terminal may have closed
         if as_json:
             print(json.dumps({"error": text, "next": step, "exit_code": error.exit_code}))
         sys.stdout.flush()
@@ -192,8 +183,8 @@ class _Interrupted(MigrationError):
     exit_code = INTERRUPTED
 
 
-def _file_trouble(error: OSError) -> MigrationError | None:
-    """A full disk, or what the system says of a file that it names; None where it is another fault."""
+def _file_error(error: OSError) -> MigrationError | None:
+    """Return the error for a full disk, or for a file that the system names; None for a bug."""
     from lib.files import FULL_DISK
 
     where = str(error.filename or "the backup folder or the folder for temporary files")
@@ -212,33 +203,34 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     except MigrationError as error:
         known = error
     except KeyboardInterrupt:
-        _ignore_signals()  # all is tidied up, only the word is left
-        known = _Interrupted("interrupted", next_step="run the same command again, it goes on where it was")
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # everything is cleaned up; only the message is missing
+        known = _Interrupted("interrupted", next_step="run the same command again: it resumes")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in {"", "lib"}:
             raise
         known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=_INSTALL)
     except OSError as error:
-        trouble = None if isinstance(error, BrokenPipeError) else _file_trouble(error)
-        if trouble is None:
+        found = None if isinstance(error, BrokenPipeError) else _file_error(error)
+        if found is None:
             raise
-        known = trouble
+        known = found
     _report(known, as_json=as_json)
     with contextlib.suppress(OSError):
         show_held()
     return known.exit_code
 
 
-def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The traceback of a bug, which may hold what others wrote, or an address with its login."""
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of a bug, escaped: it may hold texts of others, or an address with its login."""
     import traceback
 
     sys.stderr.write(escaped(without_logins("".join(traceback.format_exception(kind, error, trace)))))
 
 
-def _let_go(stream: io.TextIOBase) -> None:
-    """A reader that left (head, less, a terminal) must not fail the interpreter's own last flush."""
+def _flush(stream: io.TextIOBase) -> None:
+    """Flush a stream. If its reader has left (head, less, a terminal), the interpreter's last flush must not fail."""
     with contextlib.suppress(ValueError):
         try:
             stream.flush()
@@ -247,15 +239,15 @@ def _let_go(stream: io.TextIOBase) -> None:
 
 
 def run(command: Callable[[], int], *, as_json: bool = False) -> int:
-    """Run a command and turn known errors into one message and an exit code; bugs keep their traceback."""
-    _tidy_on_signals()
-    sys.excepthook = _show_fault
+    """Run a command. Known errors become one message and an exit code; bugs keep their traceback."""
+    _handle_signals()
+    sys.excepthook = _show_bug
     streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, io.TextIOWrapper)]
     for stream in streams:
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a memory's words
+        stream.reconfigure(errors="backslashreplace")  # for a terminal that cannot show every character
     code = INTERRUPTED
     with contextlib.suppress(BrokenPipeError):
         code = _boundary(command, as_json=as_json)
     for stream in streams:
-        _let_go(stream)
+        _flush(stream)
     return code

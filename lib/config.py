@@ -1,12 +1,15 @@
-"""The configuration: one frozen Config, built once in `main`. Each value knows where it came from."""
+"""The configuration: one frozen Config, built once in `main`. Each value has its origin."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from lib.backup.age import CopyKeys
@@ -18,11 +21,14 @@ from lib.network import canonical_host, is_private, without_login
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+OPENAI_URL = "https://api.openai.com/v1"
+_QDRANT_PORT = 6333
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
 def masked(name: str, value: str) -> str:
-    """The value as it may be shown: secrets as stars, addresses without credentials, query and fragment."""
+    """Return the value as it may be shown: secrets as stars, addresses without credentials, query and fragment."""
     if name in SECRETS:
         return "****" if value else "(not set)"
     if PRIVATE_KEY in value.upper():
@@ -33,234 +39,233 @@ def masked(name: str, value: str) -> str:
         return value
     if "@" in value:
         scheme = value.split("://", 1)[0] + "://" if "://" in value else ""
-        login, _, place = value.rpartition("@")
-        value = f"{scheme}****@{'****' if set(login) & set('?#') else place}"  # or the @ is part of a query
+        login, _, host = value.rpartition("@")
+        # After ? or # the @ is not the end of a login, but part of a query.
+        value = f"{scheme}****@{'****' if set(login) & set('?#') else host}"
     end = re.search(r"[?#]", value)
     return f"{value[: end.start()]}{end[0]}****" if end else value
 
 
 def same_value(left: str, right: str) -> bool:
-    """Whether two texts set the same value: blanks around them and the word for true or false do not matter."""
+    """Whether two texts set the same value: blanks around them, and which word for true or false, do not matter."""
     one, other = left.strip(), right.strip()
     return one == other or any({one.lower(), other.lower()} <= words for words in (_TRUE, _FALSE))
 
 
 def _several(value: str) -> list[str]:
-    """The URLs between commas; a comma within a password parts nothing."""
+    """Split URLs at commas, but not at a comma within a password."""
     return [one for one in re.split(r"[\s,]*,\s*(?=[a-z]+://|$)", value.strip()) if one]
 
 
 class Reader:
-    """Turns texts into values and gathers every fault on the way."""
+    """Turns texts into values, and collects the fault of each that is wrong."""
 
-    def __init__(self, settings: Mapping[str, Setting], faults: list[str]) -> None:
+    def __init__(self, settings: dict[str, Setting], faults: list[str]) -> None:
         self.settings = settings
         self.faults = faults
 
     def text(self, name: str) -> str:
-        """The value as it was written."""
+        """Return the value as it was written."""
         return self.settings[name].value
 
     def no_key(self, name: str) -> str:
-        """The path of a file of keys, or public keys; a private key does not belong there."""
+        """Return the path of a key file, or public keys. A private key is a fault."""
         if PRIVATE_KEY in self.text(name).upper():
             self.fault(name, "holds a private key: keep the key in a file of mode 600, and name the file")
         return self.text(name)
 
     def fault(self, name: str, why: str) -> None:
-        """Note what is wrong with a setting, and where it came from."""
+        """Add a fault: the setting, its origin, and what is wrong."""
         one = self.settings[name]
         self.faults.append(f"{name}={masked(name, one.value)} ({one.origin}): {why}")
 
-    def number(self, name: str, low: float, high: float, kind: type[int | float]) -> float:
-        """A number from `low` to `high`."""
+    def number(self, name: str, low: float, high: float, kind: type[int | float] = float) -> float:
+        """Return a number from `low` to `high`."""
         try:
-            value = kind(self.text(name))
+            value: float = kind(self.text(name))
         except ValueError:
+            value = math.nan
+        if not low <= value <= high:
             word = "a whole number" if kind is int else "a number"
             self.fault(name, f"must be {word} from {low:g} to {high:g}")
             return low
-        if not low <= value <= high:
-            self.fault(name, f"must be from {low:g} to {high:g}")
-            return low
         return value
 
+    def integer(self, name: str, low: int, high: int) -> int:
+        """Return a whole number from `low` to `high`."""
+        return int(self.number(name, low, high, int))
+
     def port(self, name: str) -> int:
-        """A TCP port."""
-        return int(self.number(name, 1, 65535, int))
+        """Return a TCP port."""
+        return self.integer(name, 1, 65535)
 
     def flag(self, name: str) -> bool:
-        """True or false."""
+        """Return true or false."""
         word = self.text(name).lower()
         if word not in _TRUE | _FALSE:
             self.fault(name, "must be true or false")
         return word in _TRUE
 
     def host(self, name: str) -> str:
-        """A host's name or address alone."""
+        """Return a host's name or address, without a port."""
         value = self.text(name)
         if set(value) & set("/@?# ") or value.count(":") == 1:
             port = name.replace("_HOST", "_PORT")
-            self.fault(name, f"must be a host alone, such as localhost (its port belongs into {port})")
+            self.fault(name, f"must be a host alone, such as localhost (set its port with {port})")
         return value
 
-    def url(self, name: str, example: str, default_port: int | None = None, *, query: bool = False) -> str:
-        """An http(s) URL with its port, without a slash at its end. A query is a fault unless `query` is set."""
-        return self._url(name, self.text(name), example, default_port, query=query)
-
-    def urls(self, name: str, example: str, default_port: int | None = None) -> tuple[str, ...]:
-        """Several of them between commas; none where nothing is set."""
-        return tuple(self._url(name, one, example, default_port) for one in _several(self.text(name)))
-
-    def _url(
-        self, name: str, value: str, example: str, default_port: int | None, *, query: bool = False
+    def url(
+        self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None
     ) -> str:
+        """Return an http(s) URL with its port (default: `port`), without a slash at its end.
+
+        A query is a fault unless `query` is set. `value` is one URL of several (default: the whole setting).
+        """
+        example = DEFAULTS[name] or f"http://localhost:{_QDRANT_PORT}"
+        value = self.text(name) if value is None else value
         try:
             parts = urlsplit(value)
-            port = parts.port
+            port = port if parts.port is None else parts.port
         except ValueError:
-            self.fault(name, f"is no URL such as {example}")
+            self.fault(name, f"is not a URL such as {example}")
             return value
         if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
             self.fault(name, f"must begin with http:// or https://, such as {example}")
             return value
         if parts.fragment or (parts.query and not query):
             what = "a fragment (from # on)" if parts.fragment else "a query (from ? on)"
-            self.fault(name, f"{what} is not supported here, and nothing of it would be sent: leave it out")
+            self.fault(name, f"{what} is not supported here and would not be sent: leave it out")
             return value
-        login, at, _place = parts.netloc.rpartition("@")
+        login, at, _host = parts.netloc.rpartition("@")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        place = f"{login}{at}{host}{f':{port}' if (port := port or default_port) else ''}"
-        return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), parts.query, ""))
+        netloc = f"{login}{at}{host}" + (f":{port}" if port else "")
+        return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), parts.query, ""))
+
+    def urls(self, name: str) -> tuple[str, ...]:
+        """Return the URLs of Qdrant nodes, given with commas between them."""
+        return tuple(self.url(name, port=_QDRANT_PORT, value=one) for one in _several(self.text(name)))
+
+    def qdrant_url(self, name: str) -> str:
+        """Return QDRANT_URL, else the URL of QDRANT_HOST and QDRANT_PORT, from any source, as AutoMem does."""
+        if self.text(name):
+            return self.url(name, port=_QDRANT_PORT)
+        host, port = self.host("QDRANT_HOST"), self.port("QDRANT_PORT")
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        origins = [(one, self.settings[one].origin) for one in ("QDRANT_HOST", "QDRANT_PORT")]
+        set_by = ", ".join(f"{one} ({origin})" for one, origin in origins if origin != DEFAULT)
+        self.settings[name] = Setting(url, set_by or DEFAULT)
+        return url
+
+    def username(self, name: str) -> str:
+        """Return FalkorDB's user, which is `default` if only a password is set."""
+        return self.text(name) or ("default" if self.text("FALKORDB_PASSWORD") else "")
 
     def name(self, name: str) -> str:
-        """A name that becomes part of a file's name."""
+        """Return a name that can be part of a file's name."""
         value = self.text(name)
         if "/" in value or value != value.strip() or not value.isprintable():
-            self.fault(name, "must not hold a slash, blanks at its ends or what cannot be printed")
+            self.fault(name, "must not have a slash, blanks at its ends or characters that cannot be printed")
         if value in {".", ".."}:
-            self.fault(name, "is a folder in every URL: it reaches no such collection or graph")
+            self.fault(name, "means a folder in a URL, so that no collection of this name can be reached")
         return value
 
     def model(self, name: str) -> str:
-        """A model's name."""
+        """Return a model's name."""
         value = self.text(name).strip()
         if not value.isprintable():
-            self.fault(name, "holds characters that no model's name has")
+            self.fault(name, "has characters that cannot be printed")
         return value
 
     def header(self, name: str) -> str:
-        """A secret that travels in an HTTP header."""
+        """Return a secret that is sent in an HTTP header."""
         value = self.text(name)
         if value and not (value.isascii() and value.isprintable() and value == value.strip()):
-            self.fault(name, "holds blanks at its ends or characters that no HTTP header can carry")
+            self.fault(name, "has blanks at its ends or characters that an HTTP header cannot hold")
         return value
 
     def folder(self, name: str) -> Path:
-        """A folder's absolute path; `~` is the home folder."""
+        """Return a folder's absolute path; `~` is the home folder."""
         value = self.text(name)
         if not value.strip():
             self.fault(name, "must not be blank: is a variable unset?")
         try:
             return Path(value).expanduser().absolute()
         except RuntimeError:
-            self.fault(name, "has a ~ whose home folder is not known")
+            self.fault(name, "begins with a ~ whose home folder is unknown")
             return Path(value)
 
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-OPENAI_URL = "https://api.openai.com/v1"
-_QDRANT_PORT = 6333
-
-DEFAULTS: dict[str, str] = {
-    "FALKORDB_HOST": "localhost",
-    "FALKORDB_PORT": "6379",
-    "FALKORDB_USERNAME": "",
-    "FALKORDB_PASSWORD": "",
-    "FALKORDB_TLS": "false",
-    "FALKORDB_GRAPH": "memories",
-    "FALKORDB_SCRATCH_SERVER": "",
-    "FALKORDB_SCRATCH_MODULE": "",
-    "QDRANT_URL": "",
-    "QDRANT_HOST": "localhost",
-    "QDRANT_PORT": str(_QDRANT_PORT),
-    "QDRANT_NODE_URLS": "",
-    "QDRANT_API_KEY": "",
-    "QDRANT_COLLECTION": "memories",
-    "QDRANT_TIMEOUT_SECONDS": "60",
-    "VECTOR_SIZE": "3072",
-    "EMBEDDING_MODEL": "text-embedding-3-large",
-    "OPENAI_API_KEY": "",
-    "OPENAI_BASE_URL": OPENAI_URL,
-    "AUTOMEM_API_URL": "http://localhost:8001",
-    "AUTOMEM_API_TOKEN": "",
-    "AUTOMEM_BACKUP_DIR": str(PROJECT_ROOT / "backups"),
-    "AUTOMEM_BACKUP_RECIPIENTS": "",
-    "AUTOMEM_BACKUP_PASSPHRASE_FILE": "",
-    "AUTOMEM_BACKUP_IDENTITY": "",
-}
+def _setting(name: str, default: str, read: Callable[[Reader, str], Any], *, shown: bool = True) -> Any:
+    """Declare a field of Config: the setting, its default as text, and the method of Reader that reads it."""
+    return field(repr=shown, metadata={"name": name, "default": default, "read": read})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the scripts need, validated. Secrets never show in its repr."""
+    """Everything that the scripts need, validated. Its repr shows no secret."""
 
-    falkordb_host: str
-    falkordb_port: int
-    falkordb_username: str
-    falkordb_password: str = field(repr=False)
-    falkordb_tls: bool
-    graph: str
-    scratch_server: str
-    scratch_module: str
-    qdrant_url: str = field(repr=False)
-    qdrant_node_urls: tuple[str, ...] = field(repr=False)
-    qdrant_api_key: str = field(repr=False)
-    collection: str
-    qdrant_timeout: float
-    vector_size: int
-    embedding_model: str
-    openai_api_key: str = field(repr=False)
-    openai_base_url: str = field(repr=False)
-    api_url: str = field(repr=False)
-    api_token: str = field(repr=False)
-    backup_dir: Path
-    copies: CopyKeys
-    settings: Mapping[str, Setting] = field(repr=False)
+    falkordb_host: str = _setting("FALKORDB_HOST", "localhost", Reader.host)
+    falkordb_port: int = _setting("FALKORDB_PORT", "6379", Reader.port)
+    falkordb_username: str = _setting("FALKORDB_USERNAME", "", Reader.username)
+    falkordb_password: str = _setting("FALKORDB_PASSWORD", "", Reader.text, shown=False)
+    falkordb_tls: bool = _setting("FALKORDB_TLS", "false", Reader.flag)
+    graph: str = _setting("FALKORDB_GRAPH", "memories", Reader.name)
+    scratch_server: str = _setting("FALKORDB_SCRATCH_SERVER", "", Reader.text)
+    scratch_module: str = _setting("FALKORDB_SCRATCH_MODULE", "", Reader.text)
+    qdrant_url: str = _setting("QDRANT_URL", "", Reader.qdrant_url, shown=False)
+    # Used by qdrant_url alone, which also checks them.
+    qdrant_host: str = _setting("QDRANT_HOST", "localhost", Reader.text)
+    qdrant_port: str = _setting("QDRANT_PORT", str(_QDRANT_PORT), Reader.text)
+    qdrant_node_urls: tuple[str, ...] = _setting("QDRANT_NODE_URLS", "", Reader.urls, shown=False)
+    qdrant_api_key: str = _setting("QDRANT_API_KEY", "", Reader.header, shown=False)
+    collection: str = _setting("QDRANT_COLLECTION", "memories", Reader.name)
+    qdrant_timeout: float = _setting(
+        "QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400)
+    )
+    vector_size: int = _setting("VECTOR_SIZE", "3072", partial(Reader.integer, low=1, high=65536))
+    embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
+    openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
+    openai_base_url: str = _setting(
+        "OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False
+    )
+    api_url: str = _setting("AUTOMEM_API_URL", "http://localhost:8001", Reader.url, shown=False)
+    api_token: str = _setting("AUTOMEM_API_TOKEN", "", Reader.header, shown=False)
+    backup_dir: Path = _setting("AUTOMEM_BACKUP_DIR", str(PROJECT_ROOT / "backups"), Reader.folder)
+    recipients: str = _setting("AUTOMEM_BACKUP_RECIPIENTS", "", Reader.no_key)
+    passphrase_file: str = _setting("AUTOMEM_BACKUP_PASSPHRASE_FILE", "", Reader.no_key)
+    identity: str = _setting("AUTOMEM_BACKUP_IDENTITY", "", Reader.no_key)
+    settings: Mapping[str, Setting] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
 
     @property
+    def copies(self) -> CopyKeys:
+        """The keys of encrypted copies."""
+        return CopyKeys(self.recipients, self.passphrase_file, self.identity)
+
+    @property
     def spec(self) -> EmbeddingSpec:
-        """What decides a vector: endpoint, model, size."""
+        """The endpoint, model and size that decide a vector."""
         return EmbeddingSpec(self.openai_base_url, self.embedding_model, self.vector_size)
 
     def targets(self) -> list[str]:
-        """The graph and the collection by address and name, one spelling for one target, no secret."""
+        """Return the graph and the collection by address and name, without a secret. One target has one spelling."""
         host = canonical_host(self.falkordb_host)
         parts = urlsplit(self.qdrant_url)
         qdrant = f"{canonical_host(parts.hostname or '')}:{parts.port}{parts.path}"
         return [f"falkordb {host}:{self.falkordb_port} {self.graph}", f"qdrant {qdrant} {self.collection}"]
 
     def deployment(self) -> Deployment:
-        """Whose backup sets are this configuration's."""
+        """Return the stores whose backup sets belong to this configuration."""
         graph_server = f"{self.falkordb_host}:{self.falkordb_port}"
         return Deployment(graph_server, self.graph, self.qdrant_url, self.collection)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Each setting as (name, value with secrets masked, where it came from)."""
+        """Return each setting as (name, value with secrets masked, origin)."""
         return [(name, masked(name, one.value), one.origin) for name, one in self.settings.items()]
 
 
-def _qdrant_url(read: Reader, settings: dict[str, Setting]) -> str:
-    """QDRANT_URL beats QDRANT_HOST and QDRANT_PORT, wherever each is set, as in AutoMem."""
-    if settings["QDRANT_URL"].value:
-        return read.url("QDRANT_URL", f"http://localhost:{_QDRANT_PORT}", _QDRANT_PORT)
-    host, port = read.host("QDRANT_HOST"), read.port("QDRANT_PORT")
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    origins = [(name, settings[name].origin) for name in ("QDRANT_HOST", "QDRANT_PORT")]
-    told = ", ".join(f"{name} ({origin})" for name, origin in origins if origin != DEFAULT)
-    settings["QDRANT_URL"] = Setting(url, told or DEFAULT)
-    return url
+_SETTINGS = [one for one in fields(Config) if one.metadata]
+DEFAULTS: dict[str, str] = {one.metadata["name"]: one.metadata["default"] for one in _SETTINGS}
 
 
 def load_config(
@@ -271,7 +276,7 @@ def load_config(
     cwd: Path | None = None,
     root: Path = PROJECT_ROOT,
 ) -> Config:
-    """Read and check every setting; raises ConfigError with all faults in one go.
+    """Read and check every setting. Raises ConfigError with all faults.
 
     Precedence: environment, `env_file` (or AUTOMEM_ENV_FILE), `.env` in `cwd`, `.env` in `root`,
     `~/.config/automem/.env`, defaults. An empty value counts as not set.
@@ -279,7 +284,9 @@ def load_config(
     settings, faults, warnings = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
-    config = _build(Reader(settings, faults), settings)
+    reader = Reader(settings, faults)
+    values = {one.name: one.metadata["read"](reader, one.metadata["name"]) for one in _SETTINGS}
+    config = Config(**values, settings=settings)
     faults += _proxies(environ)
     if faults:
         raise ConfigError(faults)
@@ -287,7 +294,7 @@ def load_config(
 
 
 def _in_clear_text(config: Config) -> Iterator[str]:
-    """A line for each key that would cross a public network unencrypted."""
+    """Yield a warning for each key that would be sent over a public network without encryption."""
     urls = {
         "QDRANT_API_KEY": (config.qdrant_api_key, (config.qdrant_url, *config.qdrant_node_urls)),
         "OPENAI_API_KEY": (config.openai_api_key, (config.openai_base_url,)),
@@ -303,7 +310,7 @@ def _in_clear_text(config: Config) -> Iterator[str]:
 
 
 def _proxies(environ: Mapping[str, str]) -> Iterator[str]:
-    """A fault for each proxy that is no URL; nothing of it is shown, it may be a part of a password."""
+    """Yield a fault for each proxy that is not a URL. Its value is not shown: it may be part of a password."""
     for name, value in environ.items():
         if not value or name.lower() not in {"http_proxy", "https_proxy", "all_proxy"}:
             continue
@@ -314,58 +321,26 @@ def _proxies(environ: Mapping[str, str]) -> Iterator[str]:
             sound = False
         if not sound:
             yield (
-                f"{name} (environment): is no URL of a proxy such as http://host:3128 (in a password, # is %23, / is"
-                " %2F, @ is %40)"
+                f"{name} (environment): is not the URL of a proxy such as http://host:3128"
+                " (in a password, # is %23, / is %2F, @ is %40)"
             )
 
 
-def _build(read: Reader, settings: dict[str, Setting]) -> Config:
-    password = read.text("FALKORDB_PASSWORD")
-    return Config(
-        falkordb_host=read.host("FALKORDB_HOST"),
-        falkordb_port=read.port("FALKORDB_PORT"),
-        falkordb_username=read.text("FALKORDB_USERNAME") or ("default" if password else ""),
-        falkordb_password=password,
-        falkordb_tls=read.flag("FALKORDB_TLS"),
-        graph=read.name("FALKORDB_GRAPH"),
-        scratch_server=read.text("FALKORDB_SCRATCH_SERVER"),
-        scratch_module=read.text("FALKORDB_SCRATCH_MODULE"),
-        qdrant_url=_qdrant_url(read, settings),
-        qdrant_node_urls=read.urls("QDRANT_NODE_URLS", "http://node1:6333,http://node2:6333", _QDRANT_PORT),
-        qdrant_api_key=read.header("QDRANT_API_KEY"),
-        collection=read.name("QDRANT_COLLECTION"),
-        qdrant_timeout=read.number("QDRANT_TIMEOUT_SECONDS", 1, 86400, float),
-        vector_size=int(read.number("VECTOR_SIZE", 1, 65536, int)),
-        embedding_model=read.model("EMBEDDING_MODEL"),
-        openai_api_key=read.header("OPENAI_API_KEY"),
-        openai_base_url=read.url("OPENAI_BASE_URL", OPENAI_URL, query=True),
-        api_url=read.url("AUTOMEM_API_URL", "http://localhost:8001"),
-        api_token=read.header("AUTOMEM_API_TOKEN"),
-        backup_dir=read.folder("AUTOMEM_BACKUP_DIR"),
-        copies=CopyKeys(
-            read.no_key("AUTOMEM_BACKUP_RECIPIENTS"),
-            read.no_key("AUTOMEM_BACKUP_PASSPHRASE_FILE"),
-            read.no_key("AUTOMEM_BACKUP_IDENTITY"),
-        ),
-        settings=settings,
-    )
-
-
 def config_of(env_file: str | None, backup_dir: str | None) -> Config:
-    """The configuration of this process."""
+    """Return the configuration of this process."""
     return load_config(os.environ, env_file=env_file, backup_dir=backup_dir)
 
 
 def require_embedding(config: Config) -> None:
-    """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE; nothing is asked."""
+    """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE. Sends nothing."""
     require_openai_key(config)
     check_model(config.embedding_model, config.vector_size)
 
 
 def require_openai_key(config: Config) -> None:
-    """Raise UsageProblem where no key is set: told before anything is touched."""
+    """Raise UsageProblem if no key is set."""
     if not config.openai_api_key:
         raise UsageProblem(
             "OPENAI_API_KEY is not set: embeddings cannot be made",
-            next_step="export OPENAI_API_KEY=...   (a local server that needs none takes any word)",
+            next_step="export OPENAI_API_KEY=...   (a local server that needs no key accepts any word)",
         )

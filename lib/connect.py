@@ -1,8 +1,9 @@
-"""From a Config to opened stores: the one place where settings become clients."""
+"""Open the stores and clients that a Config names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,12 @@ from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.clients.automem import AutoMemApi
-from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_trouble
+from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_failure
 from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config
-from lib.files import TargetLock, private_dir
+from lib.files import lock_targets, private_dir
 
 if TYPE_CHECKING:
     from lib.clients.embeddings.cache import EmbeddingCache
@@ -27,62 +28,57 @@ if TYPE_CHECKING:
     from lib.restore.preflight import Site
 
 
-def graph_address(config: Config) -> GraphAddress:
-    """Where FalkorDB is, and who asks."""
-    return GraphAddress(
+def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
+    """Connect to FalkorDB, and list its graphs. `warn` gets a fault that does not prevent reading.
+
+    Raises StoreUnreachable, StoreFailed, AccessRefused.
+    """
+    address = GraphAddress(
         host=config.falkordb_host,
         port=config.falkordb_port,
         username=config.falkordb_username,
         password=config.falkordb_password,
         tls=config.falkordb_tls,
     )
-
-
-def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
-    """A FalkorDB that lists its graphs to us; `warn` gets what is wrong with it and hinders no reading.
-
-    Raises StoreUnreachable, StoreFailed, AccessRefused.
-    """
-    address = graph_address(config)
     source = GraphSource(address, connect(address), config.graph)
     list_graphs(source.conn)
-    if trouble := save_trouble(source.conn):
-        warn(trouble)
+    if failure := save_failure(source.conn):
+        warn(failure)
     return source
 
 
 def open_collection(config: Config) -> CollectionSource:
-    """A Qdrant that lists its collections to us.
+    """Connect to Qdrant, and list its collections.
 
     Raises StoreUnreachable, StoreFailed, AccessRefused, and UsageProblem if QDRANT_COLLECTION is an alias.
     """
     qdrant = Qdrant(config.qdrant_url, config.qdrant_api_key, config.qdrant_timeout)
-    qdrant.version()  # which it tells without a key, too
+    qdrant.version()  # needs no key
     refuse_alias(qdrant, config.collection)
     nodes = [Qdrant(url, config.qdrant_api_key, config.qdrant_timeout) for url in config.qdrant_node_urls]
     return CollectionSource(qdrant, config.collection, config.spec, tuple(nodes))
 
 
 def engines(config: Config) -> list[Engine]:
-    """The scratch engines of this machine, oldest first."""
+    """Return the scratch engines of this machine, oldest first."""
     return installed_engines({SERVER_VARIABLE: config.scratch_server, MODULE_VARIABLE: config.scratch_module})
 
 
 def automem_api(config: Config) -> AutoMemApi:
-    """AutoMem's API as configured; nothing is asked yet."""
+    """Return AutoMem's API as configured. Sends nothing."""
     return AutoMemApi(config.api_url, config.api_token)
 
 
 def open_cache(config: Config) -> EmbeddingCache:
-    """The embedding cache, made where it is missing.
+    """Open the embedding cache; creates it if it is missing.
 
-    `vectors.sqlite3` holds what was paid for, whatever it was for; the plan and the live points' payloads are in a
-    file of this graph and this collection alone, so that two deployments never mix.
+    `vectors.sqlite3` holds every vector that was paid for. The plan and the live points' payloads are in a separate
+    file for this graph and this collection, so that two deployments never mix.
     """
-    from lib.child_process import return_large_blocks
+    from lib.child_process import unmap_large_blocks
     from lib.clients.embeddings.cache import EmbeddingCache
 
-    return_large_blocks()  # whoever opens an embedding cache moves vectors about
+    unmap_large_blocks()  # a command that opens an embedding cache moves vectors
     folder = private_dir(private_dir(config.backup_dir) / CACHE_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return EmbeddingCache(
@@ -91,7 +87,7 @@ def open_cache(config: Config) -> EmbeddingCache:
 
 
 def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[GraphSource, CollectionSource]:
-    """Both stores of a re-embedding. `repair`: the collection must exist at the configured size.
+    """Open both stores for a re-embedding. `repair`: the collection must exist at the configured size.
 
     Raises StoreUnreachable, StoreFailed, AccessRefused, MissingData, DimensionMismatch.
     """
@@ -110,7 +106,7 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
 def open_migration(
     config: Config, graph: GraphSource, source: CollectionSource, cache: EmbeddingCache, bar: ProgressBar
 ) -> Migration:
-    """A re-embedding of these stores, the unfinished one if there is one. Raises GuardRefused."""
+    """Return a re-embedding of these stores; an unfinished one is resumed. Raises GuardRefused."""
     from lib.abort import clean_up_untouched
     from lib.reembed.migration import Migration, Target
     from lib.reembed.resume import open_run
@@ -163,7 +159,7 @@ def open_runner(
     *,
     sample: bool,
 ) -> EmbeddingRunner:
-    """The provider, not asked yet; a `sample` is taken at the model's own size if VECTOR_SIZE is beyond it."""
+    """Return the provider's client. A `sample` is embedded at the model's own size if VECTOR_SIZE is larger."""
     from lib.clients.embeddings.client import EmbeddingClient
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
@@ -172,6 +168,6 @@ def open_runner(
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
-def target_lock(config: Config) -> TargetLock:
-    """The machine-wide lock on this graph and this collection."""
-    return TargetLock(config.targets())
+def target_lock(config: Config) -> AbstractContextManager[None]:
+    """Return the machine-wide lock on this graph and this collection."""
+    return lock_targets(config.targets())

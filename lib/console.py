@@ -1,4 +1,4 @@
-"""What the operator sees: progress on stderr, the result on stdout; printed commands as a shell takes them."""
+"""Output for the operator: progress on stderr, the result on stdout, commands that a shell can run as printed."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _T = TypeVar("_T")
 
 
 def remember_flags(env_file: str | None, backup_dir: str | None) -> None:
-    """Note what every printed command of this process needs, as it was typed."""
+    """Save the flags that every command which this process prints needs."""
     given = zip(_CARRIED, (env_file, backup_dir), strict=True)
     _flags[:] = [word for flag, value in given if value for word in (flag, value)]
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
-    """The command line of `script` with these words, without the carried flags and the logins of URLs."""
-    kept, skip = [], False
+    """Return the command line of `script` with these words, without the saved flags and the logins of URLs."""
+    shown, skip = [], False
     for word in words:
         if skip or word.split("=", 1)[0] in _CARRIED:
             skip = word in _CARRIED
         else:
-            kept.append(without_login(word) if "://" in word else word)
-    return shlex.join(["python", f"scripts/{script}.py", *kept])
+            shown.append(without_login(word) if "://" in word else word)
+    return shlex.join(["python", f"scripts/{script}.py", *shown])
 
 
 def pasteable(value: _T) -> _T:
-    """The value with every command in its texts as a shell takes it here; lists and dicts are gone through."""
+    """Return the value with each command in its texts as a shell can run it here; also within lists and dicts."""
     if isinstance(value, str):
         return _COMMAND.sub(_here, value)  # type: ignore[return-value]
     if isinstance(value, dict):
@@ -61,7 +61,7 @@ def _here(found: re.Match[str]) -> str:
 
 
 def _interpreter() -> str:
-    """`python` if that is the interpreter that runs now, in its own environment; else its path."""
+    """Return `python` if that is this interpreter, else its path."""
     found = shutil.which("python")
     if found and Path(found).parent == Path(sys.executable).parent:
         return "python"
@@ -74,24 +74,23 @@ _WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
 
 
 def size_text(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
+    """Return a number of bytes as text, such as 1.5 MB."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 _HELD: list[str] = []
 
 
 def hold(warning: str) -> None:
-    """A warning that is printed before whatever is shown next; only a dimension mismatch comes before it."""
+    """Print a warning before the next output. It waits, since stderr must start with a dimension mismatch."""
     _HELD.append(warning)
 
 
 def show_held() -> None:
-    """Print the warnings that are held."""
+    """Print the warnings that `hold` was given."""
     held, _HELD[:] = _HELD[:], []
     for text in held:
         print(f"warning: {escaped(pasteable(text))}", file=sys.stderr, flush=True)
@@ -99,7 +98,7 @@ def show_held() -> None:
 
 @dataclass
 class Console:
-    """One command's voice. With `as_json`, stdout carries one JSON document and nothing else."""
+    """The output of one command. With `as_json`, stdout gets one JSON document and nothing else."""
 
     as_json: bool = False
     quiet: bool = False
@@ -107,36 +106,36 @@ class Console:
     _waiting_at: float = field(default=-math.inf, repr=False)
 
     def say(self, text: str) -> None:
-        """A step, on stderr."""
+        """Print a step on stderr, unless quiet."""
         if self.quiet:
             show_held()
         else:
             self.notice(text)
 
     def notice(self, text: str) -> None:
-        """What the operator must have before something is destroyed: printed also when quiet, on stderr."""
+        """Print on stderr, also when quiet, such as what the operator needs before something is destroyed."""
         show_held()
         print(escaped(pasteable(text)), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """Something the operator must see, also when quiet."""
+        """Print a warning, also when quiet."""
         self.notice(f"warning: {text}")
 
     def waiting(self, text: str) -> None:
-        """Why nothing moves: at most every ten seconds; when quiet, a line every five minutes."""
+        """Print why the run waits, at most every ten seconds, or every five minutes when quiet."""
         now, pause = time.monotonic(), _QUIET_SECONDS if self.quiet else _WAITING_SECONDS
         if now - self._waiting_at >= pause:
             self._waiting_at = now
             self.notice(text)
 
     def detail(self, text: str) -> None:
-        """A step that only --verbose shows."""
+        """Print a step if --verbose is set."""
         if self.verbose:
             self.say(text)
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int | None, unit: str = "") -> Iterator[Progress]:
-        """A callback that takes what was done since the last call; bars on a terminal, plain lines otherwise."""
+        """Show a bar on a terminal, else plain lines. Yields a callback for the amount done since its last call."""
         show_held()
         title = one_line(title)
         if self.quiet:
@@ -151,7 +150,7 @@ class Console:
                 yield advance
 
     def result(self, document: Mapping[str, object], text: str) -> None:
-        """The outcome, last, on stdout. Where its reader has left, what was done is done all the same."""
+        """Print the result on stdout. If its reader has left, the command does not fail."""
         show_held()
         shown = (
             json.dumps(pasteable(dict(document)), default=_as_json)
@@ -170,7 +169,7 @@ def _amounts(unit: str) -> Callable[[float], str]:
 def _as_json(value: object) -> str:
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{type(value).__name__} has no place in a result")
+    raise TypeError(f"{type(value).__name__} cannot be part of a result")
 
 
 @contextlib.contextmanager
@@ -196,20 +195,16 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     word = "" if unit == "bytes" else f" {unit}"
     what = (
         f": {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)"
-        if unit and done  # "0 B (0 B/s)" of a step that moved nothing tells nothing
+        if unit and done  # no "0 B (0 B/s)" for a step that moved nothing
         else f": {seconds:.1f} s"
     )
     print(title + what, file=sys.stderr, flush=True)
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Columns as wide as their widest cell; plain text that survives a pipe."""
-    cells = [
-        [str(cell) for cell in row] for row in ([header] if header else []) + [list(row) for row in rows]
-    ]
-    if not cells:
-        return ""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    """Return a table as plain text; each column is as wide as its widest cell."""
+    cells = [[str(cell) for cell in row] for row in ([header, *rows] if header else rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells

@@ -1,4 +1,4 @@
-"""Embedding models and dimensions: what a model can make, where it is asked, and the check that fails fast."""
+"""Embedding models and dimensions: the sizes that a model can make, and the dimension check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """What decides a vector, apart from the text: endpoint (it may hold a login or a key), model and size."""
+    """The endpoint, model and size that decide a text's vector. The endpoint's URL may hold a login or a key."""
 
     base_url: str = field(repr=False)
     model: str
@@ -28,28 +28,28 @@ class EmbeddingSpec:
 
 
 def bare_model(model: str) -> str:
-    """The model behind a gateway's prefix: `openai/text-embedding-3-large` is `text-embedding-3-large`."""
+    """Return the model without a gateway's prefix: `openai/text-embedding-3-large` is `text-embedding-3-large`."""
     name = model.rpartition("/")[2]
     return name if name in _NATIVE_SIZES else model
 
 
 def same_model(one: object, other: object) -> bool:
-    """Whether two names are of one model, a gateway's prefix left aside."""
+    """Whether two names mean one model, with or without a gateway's prefix."""
     return bare_model(str(one)) == bare_model(str(other))
 
 
 def native_size(model: str) -> int | None:
-    """The model's full size, or None for a model that is not known here."""
+    """Return the model's full size, or None for an unknown model."""
     return _NATIVE_SIZES.get(bare_model(model))
 
 
 def takes_dimensions(model: str) -> bool:
-    """Whether the API takes `dimensions` for this model."""
+    """Whether the API accepts `dimensions` for this model."""
     return bare_model(model).startswith(_SHORTENED)
 
 
 def model_fault(model: str, size: int) -> str | None:
-    """Why `model` cannot make vectors of `size`, or None. Unknown models are judged by their first answer."""
+    """Return why `model` cannot make vectors of `size`, or None. An unknown model is checked by its first answer."""
     native = native_size(model)
     if native is None or size == native:
         return None
@@ -61,7 +61,7 @@ def model_fault(model: str, size: int) -> str | None:
 
 
 def check_model(model: str, size: int) -> None:
-    """Raise UsageProblem where `model` cannot make vectors of `size`."""
+    """Raise UsageProblem if `model` cannot make vectors of `size`."""
     fault = model_fault(model, size)
     if fault is None:
         return
@@ -73,9 +73,9 @@ def check_model(model: str, size: int) -> None:
 
 
 def check_dimension(collection: str, actual: int, configured: int) -> None:
-    """Fail fast, with the text operators know, where the live size is not the configured one.
+    """Raise DimensionMismatch (a ValueError) if the live size is not the configured one.
 
-    Raises DimensionMismatch (a ValueError); the command's stderr starts with `ValueError: VECTOR ...`.
+    The command's stderr then starts with `ValueError: VECTOR DIMENSION MISMATCH`, as AutoMem's guide documents.
     """
     if actual == configured:
         return
@@ -94,7 +94,7 @@ OPENAI_BASE_URL = "https://api.openai.com/v1"
 
 
 def public_url(base_url: str) -> str:
-    """`base_url` without credentials, query and closing slash; OpenAI's own where it is empty."""
+    """Return `base_url` without credentials, query and closing slash; OpenAI's URL if it is empty."""
     parts = urlsplit(base_url.strip() or OPENAI_BASE_URL)
     host = parts.netloc.rpartition("@")[2].lower()
     return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), "", ""))

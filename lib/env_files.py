@@ -1,4 +1,4 @@
-"""`.env` files: which are read, what each line sets, and the faults that hide in them."""
+"""`.env` files: which are read, what each line sets, and the faults in them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shlex import quote
 from lib.files import NotRegular, read_regular, trusted_owners
 
 DEFAULT = "default"
-_LARGEST, _NO_ENV = 256 << 10, "it is no .env, too large or no text"
-# What is run: from the environment or the checkout's own .env alone.
+_LARGEST, _NO_ENV = 256 << 10, "it is not a .env: too large, or not text"
+# Programs that are run: only the environment and the checkout's own .env may name them.
 _PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
-_SENT_TO = {  # a key, and the settings that say where it is sent
+_SENT_TO = {  # a key, and the settings with the addresses that it is sent to
     "QDRANT_API_KEY": ("QDRANT_URL", "QDRANT_HOST", "QDRANT_NODE_URLS"),
     "FALKORDB_PASSWORD": ("FALKORDB_HOST",),
     "OPENAI_API_KEY": ("OPENAI_BASE_URL",),
@@ -27,21 +27,21 @@ _SENT_TO = {  # a key, and the settings that say where it is sent
 
 @dataclass(frozen=True)
 class Setting:
-    """One value (out of reprs, it may be a secret), where it came from, and what it beats, the next one first.
+    """One value (not in reprs: it may be a secret), its origin, and the values that it takes precedence over, in order.
 
     `owner`: the user id of the file that it is in, or of the process whose environment it is in; None for a default.
     """
 
     value: str = field(repr=False)
     origin: str
-    beaten: tuple[Setting, ...] = field(default=(), repr=False)
+    hidden: tuple[Setting, ...] = field(default=(), repr=False)
     owner: int | None = field(default=None, repr=False)
 
 
 def env_files(
     env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]
 ) -> list[Path]:
-    """The files that are read, first wins; a named one that is missing is a fault."""
+    """Return the files to read, by precedence. A named file that is missing is a fault."""
     found = [cwd / ".env", root / ".env"]
     home = environ.get("HOME")
     if home:
@@ -52,7 +52,7 @@ def env_files(
         found.insert(0, path)
         if not path.is_file():
             flag = "--env-file" if env_file else "AUTOMEM_ENV_FILE"
-            faults.append(f"{flag} names {path}, which is no file")
+            faults.append(f"{flag} names {path}, which is not a file")
     faults += [
         f"{path} is a link to {path.readlink()}, which does not exist: link it again or remove it"
         for path in dict.fromkeys(path.absolute() for path in found)
@@ -62,10 +62,10 @@ def env_files(
 
 
 def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, str]:
-    """By line, assignments inside another: what `echo ... >> .env` makes of a file without a final newline."""
+    """Return a fault by line for an assignment inside another: `echo ... >> .env` to a file without a final newline."""
     names = "|".join(sorted(known, key=len, reverse=True))
     in_value = re.compile(rf"\s*(?:export\s+)?(\w+?)=(?:(?!\s#).)*?({names})=")
-    # In a comment the names may be mentioned: only one that is glued to a word was appended.
+    # A comment may mention the names. Only a name that follows a word without a blank was appended.
     in_comment = re.compile(rf"(?:\s*|.*\s)(#).*[a-z0-9.]({names})=")
     faults = {}
     for number, line in enumerate(lines, 1):
@@ -74,12 +74,12 @@ def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, 
             what = "the comment" if found[1] == "#" else f"the line of {found[1]}"
             faults[number] = (
                 f"{path}:{number}: {what} also holds {found[2]}= (the file had no final newline"
-                f" when {found[2]} was appended): put {found[2]} on a line of its own"
+                f" when {found[2]} was appended): put {found[2]} on a separate line"
             )
     return faults
 
 
-# Names of AutoMem, of the tests and of other programs that resemble one of ours.
+# Names of AutoMem, of the tests and of other programs that resemble a setting.
 _OTHERS = {
     "AUTOMEM_ENV_FILE",
     "QDRANT_TEST_URL",
@@ -91,7 +91,7 @@ _RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDR
 
 
 def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> list[str]:
-    """A line for each name that looks like a misspelt setting; values are not shown."""
+    """Return a warning for each name that looks like a misspelt setting, without its value."""
     import difflib
 
     found = {}
@@ -102,14 +102,14 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
             near = difflib.get_close_matches(name.upper(), known, 1, _RESEMBLANCE)
             if near:
                 found[name] = (
-                    f"{name} ({setting.origin}) is no setting and has no effect: did you mean {near[0]}?"
+                    f"{name} ({setting.origin}) is not a setting and has no effect: did you mean {near[0]}?"
                 )
     return list(found.values())
 
 
 def _untrusted(path: Path, opened: os.stat_result) -> str | None:
-    """Why a file may not say where keys are sent: somebody else could have written it. None if it may."""
-    for state in (path.lstat(), opened):  # a link, and what it leads to
+    """Return why a file may not name the addresses that keys are sent to: another user could have written it."""
+    for state in (path.lstat(), opened):  # a link, and its target
         if state.st_uid not in trusted_owners():
             return (
                 f"{path} belongs to another user (uid {state.st_uid}), who could have your keys sent elsewhere:"
@@ -121,16 +121,14 @@ def _untrusted(path: Path, opened: os.stat_result) -> str | None:
 
 
 def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
-    """The text of a file that may be trusted, and the user id of its owner; what hinders is a fault."""
+    """Return the text of a trusted file and the user id of its owner; no text, and a fault, if it is not trusted."""
     try:
         data, state = read_regular(path, _LARGEST)
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path} cannot be read: {_NO_ENV if isinstance(error, NotRegular) else error}")
         return "", 0
-    fault = _untrusted(path, state)
-    if fault is None and ("\0" in text):
-        fault = f"{path} cannot be read: {_NO_ENV}"
+    fault = _untrusted(path, state) or (f"{path} cannot be read: {_NO_ENV}" if "\0" in text else None)
     if fault:
         faults.append(fault)
         return "", state.st_uid
@@ -140,7 +138,7 @@ def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
 def _read_file(
     path: Path, known: Mapping[str, str], root: Path, environ: Mapping[str, str], faults: list[str]
 ) -> dict[str, Setting]:
-    """What a file sets; of duplicate lines the last one counts, an empty value counts as not set."""
+    """Return what a file sets. The last of duplicate lines counts; an empty value counts as not set."""
     from dotenv import dotenv_values
     from dotenv.parser import parse_stream
 
@@ -155,7 +153,7 @@ def _read_file(
             good += source
             lines[one.key] = line
         elif line not in glued and any(name in source for name in known):
-            faults.append(f"{path}:{line}: is no assignment, which is NAME=value")
+            faults.append(f"{path}:{line}: is not an assignment, which is NAME=value")
     values = dotenv_values(stream=io.StringIO(good))
     own = (root / ".env").absolute()
     faults += [
@@ -164,30 +162,30 @@ def _read_file(
         if values.get(name) and path != own
     ]
     faults += [
-        f"{path}:{lines[name]}: {name} takes ${{{taken}}} from your environment, and the file is another user's (uid"
+        f"{path}:{lines[name]}: {name} uses ${{{used}}} of your environment, and the file is another user's (uid"
         f" {owner}): write the value out, or set {name} in the environment"
-        for name, taken in (_taken_along(good, environ) if owner != os.geteuid() else [])
+        for name, used in (_interpolated(good, environ) if owner != os.geteuid() else [])
     ]
     return {
         name: Setting(value, f"{path}:{lines[name]}", owner=owner) for name, value in values.items() if value
     }
 
 
-def _taken_along(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """By setting, what a file takes from the environment: a key there could become part of another's address."""
+def _interpolated(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return (setting, variable) for each use of the environment: a key there could become part of an address."""
     from dotenv import dotenv_values
 
     written = dotenv_values(stream=io.StringIO(text), interpolate=False)
     return [
-        (name, taken)
+        (name, used)
         for name, value in written.items()
-        for taken in re.findall(r"\$\{([^}:]*)", value or "")
-        if taken in environ
+        for used in re.findall(r"\$\{([^}:]*)", value or "")
+        if used in environ
     ]
 
 
 def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
-    """A line for each key that is sent to an address which another user's file sets."""
+    """Return a warning for each key that is sent to an address from another user's file."""
     lines = []
     for key, addresses in _SENT_TO.items():
         for address in addresses:
@@ -203,7 +201,7 @@ def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
 def read_settings(
     environ: Mapping[str, str], defaults: Mapping[str, str], env_file: str | None, cwd: Path, root: Path
 ) -> tuple[dict[str, Setting], list[str], list[str]]:
-    """Every setting by precedence, the faults found in the files, and what the operator is warned of."""
+    """Return every setting by precedence, the faults found in the files, and the warnings."""
     faults: list[str] = []
     user = os.geteuid()
     sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
@@ -214,5 +212,5 @@ def read_settings(
     settings = {}
     for name, default in defaults.items():
         found = [source[name] for source in sources if name in source]
-        settings[name] = replace(found[0], beaten=tuple(found[1:])) if found else Setting(default, DEFAULT)
+        settings[name] = replace(found[0], hidden=tuple(found[1:])) if found else Setting(default, DEFAULT)
     return settings, faults, [*_misspelt(sources, defaults), *_of_two_owners(settings)]

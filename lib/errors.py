@@ -1,4 +1,4 @@
-"""Errors with a next step and the exit code of the command; and how texts of others are shown in them."""
+"""Errors, each with a next step and an exit code; and how foreign texts are escaped in messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UsageProblem(MigrationError):
 
 
 class ConfigError(UsageProblem):
-    """Every fault of the configuration, told in one go."""
+    """All faults of the configuration."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = list(faults)
@@ -48,7 +48,7 @@ class DimensionMismatch(UsageProblem, ValueError):
 
 
 class GuardRefused(UsageProblem):
-    """A destructive step without a proved backup."""
+    """A destructive step without a verified backup."""
 
 
 class BadFile(UsageProblem):
@@ -72,13 +72,13 @@ class MissingData(MigrationError):
 
 
 class BackupDamaged(MigrationError):
-    """A backup file does not prove: its checksum, structure or counts are off."""
+    """A backup file is damaged: its checksum, structure or counts are wrong."""
 
     exit_code = VERIFICATION_FAILED
 
 
 class VerificationFailed(MigrationError):
-    """What stands in the stores is not what should."""
+    """The content of a store differs from what is expected."""
 
     exit_code = VERIFICATION_FAILED
 
@@ -90,12 +90,12 @@ class LockHeld(MigrationError):
 
 
 class ProviderRefused(MigrationError):
-    """The embeddings provider refused (key, quota, credit) or stayed silent for too long."""
+    """The embeddings provider refused (key, quota, credit), or did not answer in time."""
 
     exit_code = PROVIDER_REFUSED
 
 
-# Control characters but tab and newline, the marks that turn the direction of a text, other line ends, half characters.
+# Control characters but tab and newline, marks that change the direction of text, other line ends, surrogates.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -103,15 +103,15 @@ _BREAKS = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 
 def escaped(text: str) -> str:
-    """The text with every such character as its escape sequence; it keeps its lines."""
+    """Return the text with each unsafe character as its escape sequence; its lines stay."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def one_line(text: str) -> str:
-    """As `escaped`, on one line: for names, ids and errors of others within a message."""
+    """Return the text as `escaped`, on one line: for foreign names, ids and errors within a message."""
     return escaped(text).translate(_BREAKS)
 
 
 def listed(texts: Iterable[object]) -> str:
-    """Names or ids of others, between commas."""
+    """Return foreign names or ids as one text, with commas between them."""
     return ", ".join(one_line(str(one)) for one in texts)

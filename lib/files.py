@@ -11,7 +11,6 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import IO
 
 from lib.errors import LockHeld, UsageProblem
@@ -23,10 +22,10 @@ _LARGEST = 64 << 20  # a journal, a report or a manifest
 
 
 def private_dir(path: Path, *, shared: bool = False) -> Path:
-    """Make `path` (0700) if it is missing and prove that files can be written there.
+    """Make `path` (0700) if it is missing, and check that files can be written there.
 
-    `shared`: a place of copies, where others may write: what comes from there is verified. Any other folder is refused
-    if others may write there, since these scripts act on what they find in it. Raises UsageProblem.
+    Unless `shared`, a folder where other users may write is refused, since these scripts act on what they find in it.
+    A shared folder holds copies, which are verified when they are read. Raises UsageProblem.
     """
     probe = path / f".probe-{os.getpid()}"
     try:
@@ -37,11 +36,13 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
         probe.unlink()
     except OSError as error:
         shown = quote(str(path))
-        way_out = f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
+        next_step = (
+            f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
+        )
         if isinstance(error, FileExistsError | NotADirectoryError):
-            way_out = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
+            next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(
-            f"cannot write to the folder {path}: {error.strerror}", next_step=way_out
+            f"cannot write to the folder {path}: {error.strerror}", next_step=next_step
         ) from error
     return path
 
@@ -49,10 +50,11 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
 def _require_own(path: Path) -> None:
     """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there.
 
-    A folder of ours that holds nothing yet, as `backups/` of a fresh clone, is closed to others (0700).
+    A folder of the user's own that holds nothing yet, such as `backups/` of a new clone, is closed to others (0700).
     """
     state = path.stat()
-    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and not _holds_anything(path):
+    is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
+    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:
         path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
@@ -60,7 +62,7 @@ def _require_own(path: Path) -> None:
             f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it",
             next_step=f"sudo chown -R $(id -un) {quote(str(path))}   or name another with --backup-dir",
         )
-    # A group that has the user's own number is that user's alone, as most Linux systems make them (umask 002).
+    # A group with the user's own number holds that user alone on most Linux systems (umask 002).
     group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
     if state.st_mode & (stat.S_IWOTH | group):
         raise UsageProblem(
@@ -69,20 +71,21 @@ def _require_own(path: Path) -> None:
         )
 
 
-def _holds_anything(path: Path) -> bool:
-    return any(one.name != "README.md" and not one.name.startswith(".") for one in path.iterdir())
+def replaceable_by_others(state: os.stat_result) -> bool:
+    """Whether another user could remove or replace files in a folder with this state."""
+    others_write = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return state.st_uid not in {0, os.geteuid()} or bool(others_write and not state.st_mode & stat.S_ISVTX)
 
 
 def trusted_owners() -> set[int]:
-    """The user who runs this, root, and the owner of this checkout, whose code runs anyway."""
+    """Return the ids of this user, of root, and of the owner of this checkout, whose code runs anyway."""
     return {os.geteuid(), 0, Path(__file__).stat().st_uid}
 
 
 def private_file(path: Path, *, create: bool = True) -> None:
-    """Make an empty file (0600) if it is missing; take wider rights of an existing one away.
+    """Make an empty file (0600) if it is missing and `create` is set; close an existing file to others.
 
-    Without `create` a missing file stays missing. Raises UsageProblem for a link, for what is no regular file, and for
-    a file of a user who is not trusted.
+    Raises UsageProblem for a link, for anything but a regular file, and for a file of a user who is not trusted.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
     try:
@@ -94,18 +97,18 @@ def private_file(path: Path, *, create: bool = True) -> None:
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
-        raise _no_file_of_ours(path) from error
+        raise _foreign_file(path) from error
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode) or state.st_uid not in trusted_owners():
-            raise _no_file_of_ours(path)
+            raise _foreign_file(path)
         if state.st_mode & 0o077:
             os.fchmod(descriptor, 0o600)
     finally:
         os.close(descriptor)
 
 
-def _no_file_of_ours(path: Path) -> UsageProblem:
+def _foreign_file(path: Path) -> UsageProblem:
     return UsageProblem(
         f"{path} is a link, a device, a folder or another user's file: nothing is written through it",
         next_step=f"ls -l {quote(str(path))}   then remove it, or name another folder with --backup-dir",
@@ -113,20 +116,19 @@ def _no_file_of_ours(path: Path) -> UsageProblem:
 
 
 class NotRegular(OSError):
-    """A pipe, a device, a folder, or a file larger than any of its kind: reading it may never end."""
+    """A pipe, a device, a folder, or a file larger than expected: reading it may never end."""
 
 
 def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
-    """The content of a regular file of at most `limit` bytes, and its state as it was read.
-
-    Raises NotRegular, and OSError as opening and reading do.
-    """
+    """Return the content and the state of a regular file of at most `limit` bytes. Raises NotRegular, OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             is_folder = stat.S_ISDIR(state.st_mode)
-            raise NotRegular(errno.EINVAL, os.strerror(errno.EISDIR) if is_folder else "is no regular file")
+            raise NotRegular(
+                errno.EINVAL, os.strerror(errno.EISDIR) if is_folder else "is not a regular file"
+            )
         with os.fdopen(descriptor, "rb", closefd=False) as stream:
             data = stream.read(limit + 1)
     finally:
@@ -137,15 +139,18 @@ def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
 
 
 def readable_bytes(path: Path) -> bytes:
-    """The content of a small file of the backup folder.
+    """Return the content of a small file of the backup folder, which may have been copied from elsewhere.
 
-    Raises UsageProblem if it belongs to another user, is larger than any, or is a pipe, a device or a folder, as a copy
-    from elsewhere may hold: reading one of these may never end.
+    Raises UsageProblem if it is not a regular file, is too large, or cannot be opened by this user.
     """
     try:
         return read_regular(path, _LARGEST)[0]
     except NotRegular:
-        raise _unreadable(path) from None
+        raise UsageProblem(
+            f"{path} was not written by these scripts: it is not a regular file, or too large for one",
+            next_step="find out where it comes from, then move it out of the backup folder: "
+            f" mv {quote(str(path))} /tmp/",
+        ) from None
     except PermissionError as error:
         folder = quote(str(path.parent))
         raise UsageProblem(
@@ -154,22 +159,15 @@ def readable_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _unreadable(path: Path) -> UsageProblem:
-    return UsageProblem(
-        f"{path} was not written by these scripts: it is no regular file, or larger than any of its kind",
-        next_step=f"see where it comes from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
-    )
-
-
 def free_bytes(path: Path) -> int:
-    """Bytes free for us on the disk of `path`, or of its nearest parent that exists."""
+    """Return the bytes free for this user on the disk of `path`, or of its nearest parent that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def sync_dir(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
+    """Make a rename in the folder `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,12 +177,12 @@ def sync_dir(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file (0600) that appears under `path` only when the block ends well.
+    """Write a binary file (0600) that appears as `path` only if the block succeeds; an existing file is replaced.
 
-    Until then it is `<path>.partial`, which is removed when the block fails. An existing file is replaced.
+    Until then it is `<path>.partial`, which is removed if the block fails.
     """
     partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)  # of a killed run; it may be a link, or readable by others
+    partial.unlink(missing_ok=True)  # left by a killed run; it may be a link, or readable by others
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "w+b") as stream:
@@ -243,7 +241,7 @@ class PassThrough:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in chunks."""
+    """Return the hex sha256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -252,26 +250,21 @@ def sha256_file(path: Path) -> str:
 
 
 def _require_lock_folder(folder: Path) -> None:
-    """Raise UsageProblem if another user could remove a lock file that is held: then two runs would hold it at once."""
-    descriptor = os.open(os.path.realpath(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        state = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-    others_write = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if state.st_uid not in {0, os.geteuid()} or (others_write and not state.st_mode & stat.S_ISVTX):
+    """Raise UsageProblem if another user could remove a held lock file: then two runs could hold the lock."""
+    state = folder.resolve().lstat()
+    if not stat.S_ISDIR(state.st_mode) or replaceable_by_others(state):
         raise UsageProblem(
             f"no lock in {folder} would hold: it belongs to uid {state.st_uid} with mode {state.st_mode & 0o7777:o},"
-            " so others may remove what lies in it",
+            " so others may remove what is in it",
             next_step=f"sudo chown root {quote(str(folder))} && sudo chmod 1777 {quote(str(folder))}",
         )
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:
-    """Open or make the lock file so that any user of the machine can lock it. Raises UsageProblem for anything else.
+    """Open or make the lock file so that every user of the machine can lock it. Raises UsageProblem for other files.
 
-    In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing
-    one is opened without it; a kernel lock needs no write permission.
+    In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing file is
+    opened without it. A kernel lock needs no write permission.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
@@ -280,23 +273,23 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            raise _no_lock_file(path, str(error.strerror)) from error
+            raise _bad_lock_file(path, str(error.strerror)) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise _no_lock_file(path, "it is no regular file") from None
+            raise _bad_lock_file(path, "it is not a regular file") from None
     return os.fdopen(descriptor, "rb")
 
 
-def _no_lock_file(path: Path, why: str) -> UsageProblem:
+def _bad_lock_file(path: Path, why: str) -> UsageProblem:
     shown = quote(str(path))
     return UsageProblem(
-        f"{path} cannot be locked ({why}): no run of these scripts made it",
+        f"{path} cannot be locked ({why}): these scripts did not make it",
         next_step=f"ls -l {shown}   then   sudo rm -r {shown}",
     )
 
 
 def _lock_file(path: Path) -> IO[bytes]:
-    """Lock `path`; what a cleaner of /tmp removes meanwhile is made again. Raises portalocker's AlreadyLocked."""
+    """Lock `path`. If a cleaner of /tmp removed it meanwhile, make it again. Raises portalocker's AlreadyLocked."""
     import portalocker
 
     while True:
@@ -304,72 +297,49 @@ def _lock_file(path: Path) -> IO[bytes]:
         try:
             portalocker.lock(stream, portalocker.LOCK_EX | portalocker.LOCK_NB)
             with contextlib.suppress(OSError):
-                os.utime(path)  # cleaners take what is old
-            if _stands_under(path, stream):
-                return stream
+                os.utime(path)  # cleaners remove old files
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                    return stream
         except BaseException:
             stream.close()
             raise
         stream.close()
 
 
-def _stands_under(path: Path, stream: IO[bytes]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
-    except FileNotFoundError:
-        return False
+@contextlib.contextmanager
+def lock_targets(names: Sequence[str], folder: Path = Path("/tmp")) -> Iterator[None]:  # noqa: S108 - shared on purpose
+    """Hold a lock on each of these targets during the block. The kernel drops it with the process.
 
-
-class TargetLock:
-    """One run at a time on a target, whatever the user and the checkout; the kernel drops it with the process.
+    Raises LockHeld if another run on this machine holds one, whatever its user and checkout.
 
     Args:
         names: what the run works on (addresses with graph or collection names, no secret).
-        folder: where the lock files live, the same for every user of the machine.
+        folder: where the lock files are, the same for every user of the machine.
     """
+    import portalocker
 
-    def __init__(self, names: Sequence[str], folder: Path = Path("/tmp")) -> None:  # noqa: S108 - shared on purpose
-        self._folder = folder
-        self._names = sorted(set(names))
-        self._held: list[IO[bytes]] = []
-
-    def __enter__(self) -> TargetLock:
-        import portalocker
-
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _require_lock_folder(self._folder)
-        for name in self._names:
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_lock_folder(folder)
+    with contextlib.ExitStack() as held:
+        for name in sorted(set(names)):
             file = f"automem-migration-{hashlib.sha256(name.encode()).hexdigest()[:24]}.lock"
             try:
-                self._held.append(_lock_file(self._folder / file))
+                held.enter_context(_lock_file(folder / file))
             except portalocker.AlreadyLocked as error:
-                self._release()
                 raise LockHeld(
                     f"another run is working on {name}",
                     next_step="wait until it has ended, then run the same command again",
                 ) from error
-            except BaseException:
-                self._release()
-                raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        for stream in self._held:
-            stream.close()
-        self._held.clear()
+        yield
 
 
 class UsedFile:
-    """Says to other processes that a file is in use, by many at a time or by one alone; the kernel forgets it.
+    """Declares to other processes that a file is in use: by many at a time, or by one alone.
 
     Args:
-        path: a file beside the used one, made where it is missing. Locking the file itself could undo the locks that
-            SQLite holds on it.
+        path: a lock file for the used one, made if it is missing. A lock on the used file itself could undo the locks
+            that SQLite holds on it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -384,7 +354,7 @@ class UsedFile:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else uses the file during the block. Raises LockHeld."""
+        """Use the file alone during the block. Raises LockHeld."""
         self._lock(alone=True)
         try:
             yield
@@ -404,5 +374,5 @@ class UsedFile:
             ) from error
 
     def close(self) -> None:
-        """Let go."""
+        """Release the file."""
         self._stream.close()

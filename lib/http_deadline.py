@@ -1,4 +1,4 @@
-"""Answers over requests that are whole in time: a socket's own timeout bounds the wait for one byte, not for a head."""
+"""Deadlines for answers that requests reads. A socket's timeout bounds the wait for one byte, not for all headers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class _TimedReader(io.RawIOBase):
         self.deadline = None if self._timeout is None else time.monotonic() + self._timeout
 
     def readable(self) -> bool:
-        """A BufferedReader asks."""
+        """Return True, for BufferedReader."""
         return True
 
     def fileno(self) -> int:
-        """The socket's."""
+        """Return the socket's descriptor."""
         return self._raw.fileno()
 
     def readinto(self, buffer: Any) -> int | None:
-        """As the socket's own, within what is left of the time."""
+        """Read from the socket within the time that is left."""
         if self.deadline is not None:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -40,13 +40,13 @@ class _TimedReader(io.RawIOBase):
         return cast("int | None", self._raw.readinto(buffer))
 
     def close(self) -> None:
-        """Close the socket's reader, too."""
+        """Close the socket's reader, and this one."""
         self._raw.close()
         super().close()
 
 
 class TimedAnswer(HTTPResponse):
-    """An answer whose head, interim answers (1xx) included, must be whole within the timeout of one read."""
+    """An answer whose headers, with interim answers (1xx), must be complete within the timeout of one read."""
 
     def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
         super().__init__(sock, *args, **more)
@@ -54,20 +54,20 @@ class TimedAnswer(HTTPResponse):
         self.fp = io.BufferedReader(self._timed)
 
     def begin(self) -> None:
-        """Read the head."""
+        """Read the headers."""
         super().begin()
         self.end_by(None)
 
     def end_by(self, deadline: float | None) -> None:
-        """Have what is still to be read, chunk lines and trailers included, raise TimeoutError after `deadline`."""
+        """Make all later reads, also of chunk lines and trailers, raise TimeoutError after `deadline`."""
         self._timed.deadline = deadline
 
 
 class TimedAdapter(HTTPAdapter):
-    """Makes connections whose answers are TimedAnswers."""
+    """Opens connections whose answers are TimedAnswers."""
 
     def get_connection_with_tls_context(self, *args: Any, **more: Any) -> HTTPConnectionPool:
-        """The pool for a request; requests offers this to be overridden."""
+        """Return the pool for a request; requests documents this method for overriding."""
         pool: Any = super().get_connection_with_tls_context(*args, **more)
         kind = pool.ConnectionCls
         if kind.response_class is not TimedAnswer:
@@ -76,6 +76,6 @@ class TimedAdapter(HTTPAdapter):
 
 
 def end_by(response: Response, deadline: float) -> None:
-    """Bound the reading of the body."""
-    # By which requests itself reads cookies.
+    """Make reads of the body raise TimeoutError after `deadline` (monotonic seconds)."""
+    # requests itself reads cookies through this private attribute.
     cast("TimedAnswer", response.raw._original_response).end_by(deadline)  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""Network addresses: one canonical spelling to compare them, none with a login; and the policy of every HTTP client."""
+"""Network addresses without logins, in one canonical spelling; and the bounds of every HTTP client."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ if TYPE_CHECKING:
     import requests
 
 _PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".ts.net")
-_SHARED = ipaddress.ip_network("100.64.0.0/10")  # carriers' and Tailscale's
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
 
 
 def canonical_host(host: str) -> str:
-    """The host in lower case; this machine by its number, however it is called."""
+    """Return the host in lower case; any name of this machine becomes 127.0.0.1."""
     name = host.lower().rstrip(".")
     return "127.0.0.1" if name in _THIS_MACHINE else name
 
 
 def container_hint(host: str, variable: str) -> str:
-    """What to try if a name without a domain does not resolve; empty for any other host."""
+    """Return what to try if a name without a domain does not resolve; "" for any other host."""
     if "." in host or ":" in host or canonical_host(host) == "127.0.0.1":
         return ""
     return (
@@ -34,12 +33,12 @@ def container_hint(host: str, variable: str) -> str:
 
 
 def is_this_machine(url: str) -> bool:
-    """Whether the URL's host is this very machine, by any of its loopback names and numbers."""
+    """Whether the URL's host is this machine, by any of its loopback names and addresses."""
     return is_loopback(urlsplit(url).hostname or "")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the host is this very machine."""
+    """Whether the host is this machine."""
     host = canonical_host(host)
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -48,48 +47,48 @@ def is_loopback(host: str) -> bool:
 
 
 def is_private(host: str) -> bool:
-    """Whether a host is this machine or on a private network, as far as its name or number tells."""
+    """Whether a host is this machine or on a private network, judged by its name or address."""
     name = canonical_host(host)
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
         return "." not in name or name.endswith(_PRIVATE_DOMAINS)
-    return address.is_private or address.is_loopback or address.is_link_local or address in _SHARED
+    return not address.is_global  # which leaves out 100.64.0.0/10, too: carriers' and Tailscale's
 
 
 def same_server(left: str, right: str) -> bool:
-    """Whether two addresses (URLs, or `host:port`) are of one server, as far as their spelling tells."""
-    return _place(left) == _place(right)
+    """Whether two addresses (URLs, or `host:port`) name one server, judged by their spelling."""
+    return _endpoint(left) == _endpoint(right)
 
 
-def _place(address: str) -> tuple[str, int | None, str]:
+def _endpoint(address: str) -> tuple[str, int | None, str]:
     parts = urlsplit(address if "://" in address else f"//{address}")
     return canonical_host(parts.hostname or ""), parts.port, parts.path.rstrip("/")
 
 
 def without_logins(text: str) -> str:
-    """A text with the logins of all URLs in it masked."""
+    """Return a text with the login of each URL masked."""
     return re.sub(r"://\S*@", "://***@", text)
 
 
 def without_login(url: str) -> str:
-    """The URL without user and password, as it may be shown."""
+    """Return the URL without user and password, as it may be shown."""
     scheme, mark, rest = url.partition("://")
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
 
 
-# Of what comes over the network; a piece that is inflated is at most 1,000 times larger.
+# Bytes received at a time; an inflated piece is at most 1,000 times larger.
 PIECE_BYTES = 64 << 10
-# One layer: a second inflates each piece a thousand times again.
+# One layer only: a second one could inflate each piece a thousand times again.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
 
 
 class Unbounded(Exception):
-    """The answer is larger than any that was asked for, or takes longer than any may."""
+    """The answer is too large, takes too long, or is compressed in an unexpected way."""
 
 
 def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Session:
-    """A session for this server, with no login but `login` and with no proxy if it is this machine."""
+    """Make a session for this server: no login but `login`, and no proxy if it is this machine."""
     import requests
 
     from lib.http_deadline import TimedAdapter
@@ -103,12 +102,12 @@ def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Sess
 
 
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """A callable keeps ~/.netrc out, whose password requests would send along, or in the place of a token."""
+    """Send no login. Without this callable, requests would send a password of ~/.netrc, even instead of a token."""
     return request
 
 
 def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:
-    """The pieces as one. Raises Unbounded if they are more than `limit` bytes, or take more than `seconds`."""
+    """Join the pieces. Raises Unbounded if they are more than `limit` bytes, or take more than `seconds`."""
     body, deadline = bytearray(), time.monotonic() + seconds
     for piece in pieces:
         body += piece
@@ -120,11 +119,11 @@ def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:
 
 
 def _too_late(seconds: float) -> Unbounded:
-    return Unbounded(f"the answer was not whole after {seconds:.0f} s")
+    return Unbounded(f"the answer was not complete after {seconds:.0f} s")
 
 
 def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
-    """Read the body of a streamed answer, so that its `content` is there. Raises Unbounded, requests' errors."""
+    """Read the body of a streamed answer into its `content`. Raises Unbounded, requests' errors."""
     from requests import exceptions
     from urllib3.exceptions import DecodeError, HTTPError
 
@@ -145,20 +144,20 @@ def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
     except Unbounded:
         response.close()
         raise
-    # What requests itself does when it has read a body; a codec that the server names need not be one of texts.
+    # As requests does when it has read a body. The server may name a codec that is not for text.
     vars(response).update(_content=body, _content_consumed=True, encoding="utf-8")
 
 
 def _received(response: requests.Response) -> Iterator[bytes]:
-    """The body, inflated, as it comes: `iter_content` waits until a piece is full, however slowly it comes."""
+    """Yield the inflated body as it arrives. `iter_content` would wait until each piece is full."""
     while piece := response.raw.read1(PIECE_BYTES, decode_content=True):
         yield piece
 
 
 def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]]]:
-    """The `event_hooks` of an httpx client: each answer is whole in `seconds`, and a refusal in `limit` bytes.
+    """Return the `event_hooks` of an httpx client: each answer is complete in `seconds`, an error within `limit` bytes.
 
-    The caller reads the body of any other answer with `joined`.
+    The caller reads the body of a successful answer with `joined`.
     """
 
     def bound_time(request: Any) -> None:
@@ -167,17 +166,17 @@ def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]
 
     def bound_refusal(response: Any) -> None:
         if response.headers.get("Content-Encoding", "").strip().lower() not in _ENCODINGS:
-            raise Unbounded("the answer is compressed in a way that was not asked for")
-        response.encoding = "utf-8"  # a codec that the server names need not be one of texts
+            raise Unbounded("the answer is compressed in a way that was not requested")
+        response.encoding = "utf-8"  # the server may name a codec that is not for text
         if response.status_code >= 300:
-            # What `response.read()` does, which reads without a bound.
+            # As `response.read()` does, but with a bound.
             vars(response).update(_content=joined(response.iter_bytes(), limit, seconds))
 
     return {"request": [bound_time], "response": [bound_refusal]}
 
 
 def _bound_stream(event: str, info: dict[str, Any], seconds: float) -> None:
-    """Have the reads of a new connection end `seconds` after the last write: a head that drips has no other end.
+    """Make reads of a new connection fail `seconds` after the last write, also if the headers arrive byte by byte.
 
     https://www.python-httpx.org/advanced/extensions/#trace, https://www.encode.io/httpcore/network-backends/
     """

@@ -1,4 +1,4 @@
-"""`--show-config`, unfinished runs, and how AutoMem takes up a change of the settings."""
+"""`--show-config`, unfinished runs, and the settings that AutoMem must be restarted with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESTART = """\
     Railway:  set both as variables, then  railway up"""
 
 _WHICH_MODEL = (
-    "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not know: with another one"
+    "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not record: with another one"
     " recall finds nothing"
 )
 _SCRIPTS = {
@@ -36,10 +36,9 @@ _SCRIPTS = {
 
 
 def show_config(config: Config, console: Console) -> int:
-    """Every setting with its origin, secrets masked; and what the servers hold, where they answer."""
+    """Print every setting with its origin, secrets masked, and the live state of each store that answers."""
     live = _live(config)
-    hidden = {name: _hides(name, one) for name, one in config.settings.items()}
-    rows = [(*row, hidden[row[0]]) for row in config.rows()]
+    rows = [(*row, _hides(row[0], config.settings[row[0]])) for row in config.rows()]
     for text in config.warnings:
         console.warn(text)
     document = {
@@ -49,20 +48,16 @@ def show_config(config: Config, console: Console) -> int:
         },
         "live": live,
     }
-    text = (
-        table(rows, ("setting", "value", "from", "hides"))
-        + "\n\n"
-        + table(list(live.items()), ("live", "state"))
-    )
-    console.result(document, text)
+    settings = table(rows, ("setting", "value", "from", "hides"))
+    console.result(document, f"{settings}\n\n{table(list(live.items()), ('live', 'state'))}")
     return DONE
 
 
 def _live(config: Config) -> dict[str, str]:
     found = {}
-    for name, look in (("graph", _live_graph), ("collection", _live_collection)):
+    for name, read in (("graph", _live_graph), ("collection", _live_collection)):
         try:
-            found[name] = look(config)
+            found[name] = read(config)
         except MigrationError as error:
             found[name] = f"unknown: {error}".splitlines()[0]
     return found
@@ -93,44 +88,37 @@ def _live_collection(config: Config) -> str:
 
 
 def announce(config: Config, console: Console) -> None:
-    """What counts before a command begins: runs that never came to their end, and with -v the settings."""
+    """Print unfinished runs before a command begins, and the settings with -v; hold the warnings for later."""
     from lib.journal import unfinished
 
     for name, value, origin in config.rows():
         if origin != DEFAULT:
             console.detail(f"{name}={value}   ({origin})")
-    for text in [*hidden_settings(config), *config.warnings]:
+    for name, setting in config.settings.items():
+        if hidden := _hides(name, setting):
+            shown = name if name in SECRETS else f"{name}={masked(name, setting.value)}"
+            hold(f"{shown} ({setting.origin}) hides {hidden}")
+    for text in config.warnings:
         hold(text)
     journals, unreadable = unfinished(config.backup_dir)
     for path in unreadable:
         console.warn(
-            f"{path} is damaged: its run may be unfinished, and what it made or deleted is not known"
+            f"{path} is damaged: its run may be unfinished, and what it created or deleted is unknown"
         )
     for journal in journals:
         console.say(_unfinished(journal, config.targets()))
 
 
 def _hides(name: str, setting: Setting) -> str:
-    """The next value that a setting hides, and where it is; empty if nothing different is hidden."""
-    other = next((one for one in setting.beaten if not same_value(one.value, setting.value)), None)
+    """Return the next different value that a setting hides, with its origin; "" if there is none."""
+    other = next((one for one in setting.hidden if not same_value(one.value, setting.value)), None)
     if other is None:
         return ""
     return f"{'another value' if name in SECRETS else masked(name, other.value)} in {other.origin}"
 
 
-def hidden_settings(config: Config) -> list[str]:
-    """A line for each setting that hides a different value of the same name in a file that is also read."""
-    lines = []
-    for name, setting in config.settings.items():
-        hidden = _hides(name, setting)
-        if hidden:
-            shown = name if name in SECRETS else f"{name}={masked(name, setting.value)}"
-            lines.append(f"{shown} ({setting.origin}) hides {hidden}")
-    return lines
-
-
 def _unfinished(journal: Journal, targets: list[str]) -> str:
-    """How a run that is open goes on, and the way back from it."""
+    """Return how to resume, give up and undo an unfinished run."""
     from lib.backup.server_snapshots import AWAITED
 
     if journal.phase == AWAITED and journal.targets == targets:
@@ -139,7 +127,7 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     again = str(journal.fact("again") or f"python scripts/{script}   with the same settings and arguments")
     text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
     if journal.targets != targets:
-        return f"{text}; it is of other stores: {listed(journal.targets)}"
+        return f"{text}; it works on other stores: {listed(journal.targets)}"
     text += f"\n  resume:  {again}"
     if journal.command in {"reembed", "restore"}:
         text += f"\n  give it up:  python scripts/{script} --abort"
@@ -154,10 +142,10 @@ def _awaited(journal: Journal) -> str:
 
 
 def settings_lines(size: int, model: str, config: Config) -> list[str]:
-    """Lines to put back where the collection's size or model is not the configured one; else none.
+    """Return the lines that put the settings back if the collection's size or model differs from them; else [].
 
-    A `.env` that says another is named also where the environment beats it: AutoMem may read it. A model that the
-    backup does not know is none to put back.
+    A `.env` with another value is named even if the environment takes precedence: AutoMem may read it. A model that
+    the backup does not record cannot be put back.
     """
     wanted = {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": model}
     if model == UNKNOWN_MODEL:
@@ -176,7 +164,7 @@ def settings_lines(size: int, model: str, config: Config) -> list[str]:
     elif files:
         lines = [
             "",
-            f"warning: the collection is {size}d ({model}), and so says the environment, but a file does not:",
+            f"warning: the collection is {size}d ({model}), as the environment says, but a file says otherwise:",
         ]
     for file in files:
         lines += [f"and in {file}:", *(f"  {name}={quote(value)}" for name, value in wanted.items())]
@@ -187,7 +175,7 @@ def _files_that_disagree(wanted: dict[str, str], config: Config) -> list[str]:
     found = set()
     for name, value in wanted.items():
         setting = config.settings[name]
-        told = next((one for one in (setting, *setting.beaten) if ":" in one.origin), None)
-        if told and told.value != value:
-            found.add(told.origin.rsplit(":", 1)[0])
+        in_file = next((one for one in (setting, *setting.hidden) if ":" in one.origin), None)
+        if in_file and in_file.value != value:
+            found.add(in_file.origin.rsplit(":", 1)[0])
     return sorted(found)

@@ -38,7 +38,7 @@ HOOKS = {
     "copy recovered": "lib.restore.collection.recover",
     "aliases written": "lib.restore.collection.put_aliases",
     "graph swapped in": "lib.restore.graph.swap_in",
-    "graph exchanged": "lib.clients.falkordb.swap._exchange",
+    "graph renamed and restored": "lib.clients.falkordb.swap._rename_and_restore",
     "old graph dropped": "lib.restore.graph.drop_graph",
     "spot check's collection made": "lib.reembed.spot_check._make",
     "spot check's points written": "lib.reembed.spot_check.sync_collection",

@@ -25,7 +25,7 @@ from lib.backup.manifest import (
     read_manifest,
 )
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
-from lib.files import PARTIAL, TargetLock, private_dir, readable_bytes, sync_dir, write_atomic
+from lib.files import PARTIAL, lock_targets, private_dir, readable_bytes, sync_dir, write_atomic
 from lib.journal import STAMP, STAMP_FORMAT, Journal, open_journals, read_journal
 from lib.network import same_server
 
@@ -40,7 +40,7 @@ def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
     write into the same folder at the same time: a taken second is waited out.
     """
     while True:
-        with contextlib.suppress(LockHeld), TargetLock([f"stamps of {folder.resolve()}"]):
+        with contextlib.suppress(LockHeld), lock_targets([f"stamps of {folder.resolve()}"]):
             now = datetime.now(timezone.utc).replace(microsecond=0)
             stamp = now.strftime(STAMP_FORMAT)
             taken = {_stamp_of(one) for one in open_journals(folder)}

@@ -44,7 +44,7 @@ from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem
-from lib.files import TargetLock, private_dir
+from lib.files import lock_targets, private_dir
 from lib.journal import STAMP
 
 _GZIP = b"\x1f\x8b"
@@ -264,7 +264,7 @@ def fetched(
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
-    with TargetLock([f"fetching into {folder.absolute()}"]):
+    with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
         if not is_whole_here(store, name, folder):
             path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines())
@@ -332,7 +332,7 @@ def _there(store: OffsiteStore, drill: Path, proof: FileVerification) -> FileVer
 def _drill_folder(folder: Path) -> Iterator[Path]:
     """A folder for copies, empty; what a killed drill left in it goes first."""
     drill = private_dir(folder) / "drill"
-    with TargetLock([f"drill in {folder.absolute()}"]):
+    with lock_targets([f"drill in {folder.absolute()}"]):
         shutil.rmtree(drill, ignore_errors=True)
         try:
             yield drill

@@ -26,7 +26,15 @@ from lib.errors import (
     StoreFailed,
     UsageProblem,
 )
-from lib.files import TargetLock, atomic_writer, free_bytes, private_dir, sha256_file, sync_dir, write_atomic
+from lib.files import (
+    atomic_writer,
+    free_bytes,
+    lock_targets,
+    private_dir,
+    sha256_file,
+    sync_dir,
+    write_atomic,
+)
 from lib.journal import STAMP
 
 MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
@@ -132,7 +140,7 @@ def _send_encrypted(
         _require_same_manifest(store, manifest)
         return []
     folder = private_dir(manifest.path.parent / OUTGOING) / _outgoing_name(manifest, store.keys)
-    with TargetLock([f"upload of {manifest.path.absolute()}"]):
+    with lock_targets([f"upload of {manifest.path.absolute()}"]):
         encrypted = _encrypted(manifest, files, folder, store.keys, bar)
         sent = _send_all(store, folder, encrypted, bar)
         shutil.rmtree(folder)

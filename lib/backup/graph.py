@@ -33,7 +33,7 @@ from lib.clients.falkordb.connection import (
     expires_at,
     function_libraries,
     require_graph,
-    save_trouble,
+    save_failure,
     server_versions,
 )
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
@@ -50,7 +50,7 @@ from lib.clients.falkordb.scratch import (
     reads_from,
     scratch_server,
 )
-from lib.clients.falkordb.swap import dump_apart, dump_graph, rename_graph
+from lib.clients.falkordb.swap import dump_graph, dump_separately, rename_graph
 from lib.concurrency import CancelToken, Progress, steps_of
 from lib.errors import AccessRefused, BackupDamaged, MissingData
 from lib.files import atomic_writer, free_bytes, private_dir, sha256_file
@@ -239,7 +239,7 @@ def loaded_graph(
         if dump:
             rename_graph(scratch.conn, graph, dump[0])
             with ThreadPoolExecutor(1) as beside:
-                payload = beside.submit(dump_apart, scratch.address, dump[0])
+                payload = beside.submit(dump_separately, scratch.address, dump[0])
                 proof = _read(scratch, dump[0], engine, facts, progress)
                 dump[1].append(payload.result())
             rename_graph(scratch.conn, dump[0], graph)
@@ -369,7 +369,7 @@ def _taken(
     except PsyncRefused:
         return _dumped(source, path, tell, "its RDB is refused")
     except RdbNotMade as error:
-        if not save_trouble(source.conn):
+        if not save_failure(source.conn):
             raise  # the connection broke
         return _dumped(source, path, tell, str(error))
 

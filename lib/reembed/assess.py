@@ -26,10 +26,10 @@ from lib.clients.qdrant.collection import (
 from lib.clients.qdrant.restoring import wait_restored
 from lib.dimensions import same_model
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
-from lib.reembed.embed import PurchaseLog
+from lib.reembed.embed import PaidLog
 from lib.reembed.guard import MAX_AGE_HOURS, Wanted, require_backup
 from lib.reembed.migration import Migration
-from lib.reembed.plan import Plan, only_live_ids, read_plan, room_needed, textless_points, whole_plan
+from lib.reembed.plan import Plan, only_live_ids, room_needed, scan_graph, textless_points, whole_plan
 from lib.reembed.resume import manifest_of, refuse_stranger, refuse_stranger_staged
 from lib.reembed.sync import missing_of, payloads_now
 from lib.verify.vectors import vectors_agree
@@ -48,12 +48,11 @@ def look(run: Migration, *, repair: bool = False) -> tuple[Plan, str, Collection
     `repair`: what stands there is to be brought level with the graph, not to be made anew.
     """
     require_graph(run.graph.conn, run.graph.graph, run.graph.address)
-    scan = read_plan(run.graph, run.cache, run.spec, run.bar, payloads_now(run))
+    scan = scan_graph(run.graph, run.cache, run.spec, run.bar, payloads_now(run))
     run.odd = [] if repair else scan.odd  # their points are left alone then
     run.planned, run.room = scan.own_text, room_needed(scan, run.spec)
     if not repair:
-        run.bought.log = PurchaseLog(run.cache, run.spec)
-        run.bought.log.begin(run.journal.run_id if run.journal else None)
+        run.bought.log = PaidLog(run.cache, run.spec, run.journal.run_id if run.journal else None)
     kind, state = situation(run)
     if not (repair or run.in_place):
         refuse_stranger_staged(run.folder, run.targets, run.target.qdrant, run.staged)

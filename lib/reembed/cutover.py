@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lib.backup.catalog import CACHE_DIR
 from lib.backup.last_migration import PLACED, PLACING, RECOVERED, SNAPPED, STAGED
@@ -27,7 +28,6 @@ from lib.files import free_bytes, private_dir
 from lib.reembed.assess import ABSENT, ADOPT, DEAD, REPLACE, protection, settings_of, situation
 from lib.reembed.migration import Migration, journal_of
 from lib.reembed.recreate import drop_live, make_collection
-from lib.reembed.report import Report
 from lib.reembed.staging import drop_staged, require_same_settings, room_kept, with_room
 
 FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the spool"
@@ -162,7 +162,7 @@ class Callbacks:
 
     undo_of: Callable[[Manifest | None], str]
     announce: Callable[[str], None]
-    report: Callable[[Report], list[Path]]
+    report: Callable[[Mapping[str, Any]], list[Path]]
 
 
 def standing_staged(run: Migration) -> str | None:

@@ -14,6 +14,7 @@ from lib.show_config import RESTART
 if TYPE_CHECKING:
     from lib.backup.manifest import Manifest
     from lib.clients.embeddings.cache import Missing
+    from lib.clients.embeddings.prune import Pruned
     from lib.clients.qdrant.collection import CollectionState
     from lib.config import Config
     from lib.reembed.assess import Found
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lib.reembed.migration import Migration
     from lib.reembed.only_missing import Drifted
     from lib.reembed.plan import Plan
-    from lib.reembed.prune import Pruned
     from lib.reembed.spot_check import SpotCheck
     from lib.reembed.sync import SyncOutcome
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 def prune(config: Config, console: Console, *, dry_run: bool) -> int:
     """Delete from the embedding cache what no plan needs."""
     from lib import connect
-    from lib.reembed.prune import prune_spool
+    from lib.clients.embeddings.prune import prune_cache
 
     with connect.open_cache(config) as cache:
-        return show_pruned(prune_spool(cache, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
+        return show_pruned(prune_cache(cache, config.backup_dir, dry_run=dry_run), console, dry_run=dry_run)
 
 
 def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:

@@ -15,11 +15,11 @@ from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan
 from lib.backup.graph import GraphSource
 from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
-from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_per_million
+from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.transport import Qdrant
-from lib.concurrency import Progress, ProgressBar
+from lib.concurrency import ProgressBar
 from lib.dimensions import EmbeddingSpec
 from lib.errors import MigrationError
 
@@ -32,16 +32,14 @@ Payloads = Callable[[Sequence[PointId]], Mapping[PointId, Mapping[str, Any]]]
 
 @dataclass
 class Scan:
-    """One reading of the graph: `memories` nodes seen, `usable` planned, the rest counted by reason with examples.
+    """One reading of the graph: `memories` nodes were read, `usable` ones planned, the rest counted by reason.
 
-    `tokens` are all of them, identical texts for each memory; `too_long` memories are embedded without their end;
-    `payload_bytes` are those of the usable ones' properties as JSON. `odd` are ids of planned memories whose content
-    in the graph is not what is embedded, each with the reason.
+    `too_long` memories are embedded without their end. `payload_bytes` is the size of the usable ones' properties as
+    JSON. `odd` are (id, reason) of planned memories whose content in the graph is not what is embedded.
     """
 
     memories: int = 0
     usable: int = 0
-    tokens: int = 0
     payload_bytes: int = 0
     too_long: int = 0
     too_long_examples: list[str] = field(default_factory=list)
@@ -51,11 +49,11 @@ class Scan:
 
     @property
     def own_text(self) -> int:
-        """Memories that are embedded with their own content."""
+        """The number of memories that are embedded with their own content."""
         return self.usable - len(self.odd)
 
     def skip(self, node: MemoryNode, reason: str) -> None:
-        """Count a memory that cannot be embedded, and keep it as an example."""
+        """Count a memory that cannot be embedded; the first ones are examples."""
         self.skipped[reason] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append((str(node.properties.get("id", f"node {node.node_id}")), reason))
@@ -68,7 +66,7 @@ class Scan:
 
 
 def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
-    """Those of `ids` whose memory is in the graph right now, with content to embed."""
+    """Those of `ids` whose memory is in the graph now, with content to embed."""
     query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
     asked = [spelling for one in ids for spelling in spellings(one)]
     rows = read_rows(conn, graph, query, {"ids": asked}) if asked else []
@@ -79,16 +77,16 @@ def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set
 
 
 def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]) -> set[PointId]:
-    """Those of `ids`, which come in pages, whose memory is in the graph right now, whatever its content is.
+    """Those of `ids` (pages) whose memory is in the graph now, whatever its content is.
 
-    Asked for by the usual spellings; if that leaves any, every id of the graph is read, once.
+    The graph is asked for the usual spellings. If ids are left after that, every id of the graph is read, once.
     """
     found: set[PointId] = set()
     with TemporaryIdTable() as left:
         for page in ids:
-            here = usually_spelled(conn, graph, page)
-            found |= here
-            left.put((one, None) for one in page if one not in here)
+            known = usually_spelled(conn, graph, page)
+            found |= known
+            left.put((one, None) for one in page if one not in known)
         if len(left):
             for nodes in pages(iter_memories(conn, graph, keys=("id",)), _PAGE):
                 spelled = [point_id(node.properties["id"]) for node in nodes]
@@ -97,139 +95,132 @@ def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]
 
 
 def usually_spelled(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
-    """Those of `ids` whose memory is in the graph right now under one of the usual spellings."""
+    """Those of `ids` whose memory is in the graph now under one of the usual spellings."""
     asked = [spelling for one in ids for spelling in spellings(one)]
     found = {point_id(one) for one in existing_memory_ids(conn, graph, asked)}
     return {one for one in found if one is not None}
 
 
-def _row(node: MemoryNode, identity: PointId, text: str, key: bytes, tokens: int) -> MemoryRow:
-    properties = dict(node.properties)
-    if properties.get("content") != text:
-        properties.pop("content", None)  # the point's own is kept, see `sync.changes`
-    try:
-        payload = orjson.dumps(properties)
-    except TypeError as error:
-        raise MigrationError(f"memory {identity} holds a property that no payload can: {error}") from error
-    return MemoryRow(identity, node.node_id, key, text, payload, tokens)
+@dataclass(frozen=True)
+class _Candidate:
+    """A memory, its point id, the text to embed, and why that is not its own content ("" if it is)."""
+
+    node: MemoryNode
+    identity: PointId
+    text: str
+    reason: str = ""
 
 
 def scan_graph(
-    conn: redis.Redis,
-    graph: str,
+    graph: GraphSource,
     cache: EmbeddingCache,
     spec: EmbeddingSpec,
+    bar: ProgressBar,
+    payloads: Payloads,
     *,
-    payloads: Payloads | None = None,
-    progress: Progress | None = None,
+    title: str = "read graph",
 ) -> Scan:
-    """Read every memory into the embedding cache's plan; rows of an earlier scan that are gone from the graph leave it.
+    """Read every memory into the cache's plan, in pages of 500, and derive missing vectors from larger ones.
 
-    Flat in memory: pages of 500. The first node with an id keeps it, further ones are listed. A memory whose content
-    cannot be embedded is planned with the content that its point has by `payloads`, so that the point is kept.
+    The plan of an earlier scan is replaced. Of several nodes with one id the first is planned, the others are listed.
+    A memory whose content cannot be embedded is planned with the content that its point has by `payloads`, so that it
+    does not lose its point.
     """
-    scan, odd = Scan(), list[_Odd]()
+    scan, others = Scan(), list[_Candidate]()
     cache.begin_scan()
-    for page in pages(iter_memories(conn, graph), _PAGE):
-        usable, others = [], []
-        for node in page:
-            reason = unusable(node.properties)
-            if reason:
-                others.append((node, reason))
-            else:
-                usable.append((node, str(node.properties["content"])))
-        _plan(usable, cache, spec, scan)
-        odd += _with_text(others, payloads, scan)
-        scan.memories += len(page)
-        if progress:
+    with bar(title, None, "memories") as progress:
+        for page in pages(iter_memories(graph.conn, graph.graph), _PAGE):
+            usable, odd = list[_Candidate](), list[tuple[MemoryNode, str]]()
+            for node in page:
+                identity, reason = point_id(node.properties.get("id")), unusable(node.properties)
+                if reason or identity is None:
+                    odd.append((node, reason or ""))
+                else:
+                    usable.append(_Candidate(node, identity, str(node.properties["content"])))
+            _plan(usable, cache, spec, scan)
+            others += _with_other_text(odd, payloads, scan)
+            scan.memories += len(page)
             progress(len(page))
-    for some in pages(odd, _PAGE):  # last: a usable memory of the same id goes before
-        taken = _plan([(one.node, one.text) for one in some], cache, spec, scan)
-        scan.odd += [
-            (str(point_id(one.node.properties["id"])), one.reason)
-            for one in some
-            if one.node.node_id in taken
-        ]
+    for some in pages(others, _PAGE):  # last, since a usable memory with the same id has priority
+        _plan(some, cache, spec, scan)
     cache.end_scan()
     forget_tokenizer()
+    cache.derive_missing(spec)
     return scan
 
 
-@dataclass(frozen=True)
-class _Odd:
-    """A memory whose content cannot be embedded, and the text that is embedded instead."""
-
-    node: MemoryNode
-    text: str
-    reason: str
-
-
-def _with_text(others: list[tuple[MemoryNode, str]], payloads: Payloads | None, scan: Scan) -> list[_Odd]:
-    """Those for which there is a text: their point's own content, else what is readable of theirs; skip the rest."""
-    identities = [point_id(node.properties.get("id")) for node, _ in others]
+def _with_other_text(odd: list[tuple[MemoryNode, str]], payloads: Payloads, scan: Scan) -> list[_Candidate]:
+    """Find another text for each: its point's content, or the readable part of its own. Skips those without one."""
+    identities = [point_id(node.properties.get("id")) for node, _ in odd]
     asked = [one for one in identities if one is not None]
-    known = payloads(asked) if payloads and asked else {}
+    known = payloads(asked) if asked else {}
     found = []
-    for (node, reason), identity in zip(others, identities, strict=True):
+    for (node, reason), identity in zip(odd, identities, strict=True):
         text = known.get(identity, {}).get("content") if identity is not None else None
         if reason == UNREADABLE and not (isinstance(text, str) and text.strip()):
             text = node.properties["content"][NOT_UTF8]  # type: ignore[index]
         if identity is not None and isinstance(text, str) and text.strip():
-            found.append(_Odd(node, text, reason))
+            found.append(_Candidate(node, identity, text, reason))
         else:
             scan.skip(node, reason)
     return found
 
 
-def _plan(
-    nodes: list[tuple[MemoryNode, str]], cache: EmbeddingCache, spec: EmbeddingSpec, scan: Scan
-) -> set[int]:
-    """Plan these memories with these texts; the node ids of those that were taken."""
+def _plan(candidates: list[_Candidate], cache: EmbeddingCache, spec: EmbeddingSpec, scan: Scan) -> None:
+    """Put these memories into the plan and count them; an id that is planned already is skipped."""
     rows: dict[PointId, MemoryRow] = {}
-    taken: set[int] = set()
-    identities = [point_id(node.properties["id"]) for node, _ in nodes]
-    texts = [text for _, text in nodes]
-    keys = [cache.text_key(spec, text) for text in texts]
-    tokens, limit = _tokens(cache, dict(zip(keys, texts, strict=True))), input_limit(spec.model)
-    known = cache.scanned([one for one in identities if one is not None])
-    for (node, text), identity, key in zip(nodes, identities, keys, strict=True):
-        assert identity is not None
-        if identity in known or identity in rows:
-            scan.skip(node, DUPLICATE)
+    keys = [cache.text_key(spec, one.text) for one in candidates]
+    tokens = _tokens(cache, {key: one.text for key, one in zip(keys, candidates, strict=True)})
+    limit, known = input_limit(spec.model), cache.scanned([one.identity for one in candidates])
+    for one, key in zip(candidates, keys, strict=True):
+        if one.identity in known or one.identity in rows:
+            scan.skip(one.node, DUPLICATE)
             continue
-        rows[identity] = _row(node, identity, text, key, tokens[key])
-        taken.add(node.node_id)
+        payload = _payload(one)
+        rows[one.identity] = MemoryRow(one.identity, one.node.node_id, key, one.text, payload, tokens[key])
+        scan.payload_bytes += len(payload)
+        if one.reason:
+            scan.odd.append((str(one.identity), one.reason))
         if limit is not None and tokens[key] > limit:
-            scan.cut(str(identity))
+            scan.cut(str(one.identity))
     cache.put_memories(list(rows.values()))
     scan.usable += len(rows)
-    scan.tokens += sum(row.tokens for row in rows.values())
-    scan.payload_bytes += sum(len(row.payload) for row in rows.values())
-    return taken
+
+
+def _payload(one: _Candidate) -> bytes:
+    """The graph's values as JSON. Without a content that is not embedded: the point keeps its own (`sync.changes`)."""
+    properties = dict(one.node.properties)
+    if properties.get("content") != one.text:
+        properties.pop("content", None)
+    try:
+        return orjson.dumps(properties)
+    except TypeError as error:
+        problem = f"memory {one.identity} has a property that a payload cannot hold: {error}"
+        raise MigrationError(problem) from error
 
 
 def _tokens(cache: EmbeddingCache, texts: dict[bytes, str]) -> dict[bytes, int]:
-    """The tokens of each text; what the plan holds already is not counted again."""
+    """The tokens of each text. Texts that the plan has already are not counted again."""
     known = cache.tokens_of(list(texts))
     new = {key: text for key, text in texts.items() if key not in known}
     return known | (dict(zip(new, count_tokens(list(new.values())), strict=True)) if new else {})
 
 
 _ORPHAN_EXAMPLES = 20
-_ID_PAGE = 60  # ids a question: each has up to eight spellings
-# Beside its vector a point takes about so much on the server's disk: its payload with indexes, its links.
+_ID_PAGE = 60  # ids per query: each has up to eight spellings
+# The disk space of a point on the server besides its vector: a multiple of its payload (with indexes), and its links.
 _PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
-# The 64 MiB below which the server takes no write; log files, and pages of each segment, of 32 MiB (1.11.3, 1.18.3).
+# The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
 _FIXED_BYTES = 320 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole of a re-embedding.
+    """What a re-embedding will do.
 
-    `texts` and `tokens` are what must be bought, `price` in US dollars (None: unknown model), `only_live` the ids
-    that the collection alone holds, `disk_peak` bytes that the Qdrant server holds at the worst moment: the old
-    collection, the new one, its snapshot and the copy restored from that.
+    `texts` and `tokens` must be embedded, `price` is in US dollars (None: unknown model), `only_live` the number of
+    points without a memory, `disk_peak` the most bytes that the Qdrant server will need: for the old collection, the
+    new one, its snapshot and the copy restored from that.
     """
 
     scan: Scan
@@ -245,26 +236,16 @@ class Plan:
 
     @property
     def cached(self) -> int:
-        """Memories whose vector is paid for already (identical texts count for each memory)."""
+        """Memories that need no embedding: cached, or with the text of another one."""
         return self.scan.usable - self.texts
-
-
-def read_plan(
-    graph: GraphSource, cache: EmbeddingCache, spec: EmbeddingSpec, bar: ProgressBar, payloads: Payloads
-) -> Scan:
-    """Read the graph into the cache, and cut what vectors can be had from larger ones; `payloads`: see `scan_graph`."""
-    with bar("read graph", None, "memories") as progress:
-        scan = scan_graph(graph.conn, graph.graph, cache, spec, payloads=payloads, progress=progress)
-    cache.derive_missing(spec)
-    return scan
 
 
 def only_live_ids(
     qdrant: Qdrant, collection: str, cache: EmbeddingCache, graph: GraphSource
 ) -> TemporaryIdTable:
-    """The ids that the collection holds and no memory does that can be embedded.
+    """The ids of points without a memory that can be embedded.
 
-    The graph is asked after the points were read: a memory stored since its scan is none of them.
+    The graph is asked after the points were read, so that a memory stored since the scan counts.
     """
     table = TemporaryIdTable()
     with existing_points(qdrant, collection, payload=False) as existing:
@@ -276,7 +257,7 @@ def only_live_ids(
 
 
 def textless_points(only_live: TemporaryIdTable, graph: GraphSource) -> list[str]:
-    """Those of the points without a planned memory whose memory exists: neither it nor the point has a text."""
+    """Those of the `only_live` points whose memory exists: neither it nor the point has a text to embed."""
     return sorted(map(str, memories_now(graph.conn, graph.graph, only_live.ids())))
 
 
@@ -288,10 +269,9 @@ def whole_plan(
     only_live: TemporaryIdTable | None,
     textless: list[str],
 ) -> Plan:
-    """Put the plan together for printing; `missing` is what must be bought, `textless` are no part of `only_live`."""
-    price = price_per_million(spec.model)
-    alone = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
-    examples = list(islice((one for one in alone if one not in textless), _ORPHAN_EXAMPLES))
+    """Put the plan together. `missing` must be embedded; `textless` points are not counted in `only_live`."""
+    orphans = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
+    examples = list(islice((one for one in orphans if one not in textless), _ORPHAN_EXAMPLES))
     return Plan(
         scan=scan,
         spec=spec,
@@ -299,25 +279,22 @@ def whole_plan(
         live_points=live.points if live else 0,
         texts=missing.texts,
         tokens=missing.tokens,
-        price=None if price is None else missing.tokens * price / 1e6,
+        price=price_of(missing.tokens, spec.model),
         only_live=len(only_live) - len(textless) if only_live else 0,
         only_live_examples=examples,
-        disk_peak=_disk_peak(scan, spec, live),
+        disk_peak=(round(live.points * (live.size * 4 + _other_bytes(scan))) if live else 0)
+        + room_needed(scan, spec),
     )
 
 
-def _disk_peak(scan: Scan, spec: EmbeddingSpec, live: CollectionState | None) -> int:
-    old = live.points * (live.size * 4 + _beside(scan)) if live else 0.0
-    return round(old) + room_needed(scan, spec)
-
-
 def room_needed(scan: Scan, spec: EmbeddingSpec) -> int:
-    """Bytes on the server beside the live collection: the staged one, its snapshot, what is made of that, twice.
+    """The bytes that the server needs besides the live collection.
 
-    And what does not grow with the points.
+    Four times the points (the staged collection, its snapshot, and the copies restored from it), and a fixed amount.
     """
-    return round(4 * scan.usable * (spec.size * 4 + _beside(scan))) + _FIXED_BYTES
+    return round(4 * scan.usable * (spec.size * 4 + _other_bytes(scan))) + _FIXED_BYTES
 
 
-def _beside(scan: Scan) -> float:
+def _other_bytes(scan: Scan) -> float:
+    """Bytes of a point besides its vector."""
     return _PAYLOAD_SHARE * scan.payload_bytes / max(1, scan.usable) + _LINKS_BYTES

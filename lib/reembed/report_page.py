@@ -1,15 +1,14 @@
-"""The report of a finished re-embedding as files: JSON, and a page with plots that needs nothing but itself."""
+"""The report of a finished re-embedding as files: JSON, and an HTML page with plots that loads nothing else."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.backup.catalog import write_document, write_page
 from lib.console import Console, pasteable
@@ -19,34 +18,27 @@ from lib.reembed.output import dollars
 if TYPE_CHECKING:
     import jinja2
 
-    from lib.reembed.report import Report
-
-WIDTH, HEIGHT = 720.0, 240.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 12.0, 22.0, 38.0
 _BINS = 30
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-@dataclass(frozen=True)
-class Tick:
-    """A place on an axis, and what is written there."""
+class Tick(NamedTuple):
+    """A position on an axis, and its label."""
 
     at: float
     label: str
 
 
-@dataclass(frozen=True)
-class Area:
-    """A curve with the ground below it filled: `outline` and `ground` are SVG path data, `kind` its colour's name."""
+class Area(NamedTuple):
+    """A curve from the left to the right end, filled below: `outline` is SVG path data, `kind` names its colour."""
 
     name: str
     kind: str
     outline: str
-    ground: str
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar, and what it says when it is pointed at."""
+class Bar(NamedTuple):
+    """A bar, and the label that is shown when the pointer is over it."""
 
     x: float
     y: float
@@ -57,7 +49,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of `width` x `height`; its inside is `left`..`right` and `top`..`bottom`. `marks`: broken lines."""
+    """A drawing; its axes go from `left` to `right` and from `bottom` to `top`. `marks`: x of broken lines."""
+
+    width, height = 720.0, 240.0
+    left, right, top, bottom = 56.0, 708.0, 22.0, 202.0
 
     x_label: str
     y_label: str
@@ -66,16 +61,10 @@ class Plot:
     areas: list[Area] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     marks: list[float] = field(default_factory=list)
-    width: float = WIDTH
-    height: float = HEIGHT
-    left: float = _LEFT
-    right: float = WIDTH - _RIGHT
-    top: float = _TOP
-    bottom: float = HEIGHT - _BOTTOM
 
 
 class _Axis:
-    """Values from `low` to `high` laid over a stretch of the drawing."""
+    """Maps values from `low` to `high` to positions from `begin` to `end`."""
 
     def __init__(self, low: float, high: float, begin: float, end: float) -> None:
         self._low, self._high = low, high if high > low else low + 1
@@ -85,40 +74,32 @@ class _Axis:
         return round(self._begin + (value - self._low) / (self._high - self._low) * self._length, 2)
 
     def ticks(self, most: int) -> list[Tick]:
-        """At round values: 1, 2 or 5 times a power of ten apart."""
-        step = _round_step((self._high - self._low) / most)
+        """Ticks at round values, 1, 2 or 5 times a power of ten apart."""
+        least = (self._high - self._low) / most
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(power * times for times in (1, 2, 5, 10) if power * times >= least * (1 - 1e-9))
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
         values = [number * step for number in range(first, last + 1)]
         return [Tick(self.at(value), f"{value:,.{digits}f}") for value in values]
 
 
-def _round_step(least: float) -> float:
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(power * times for times in (1, 2, 5, 10) if power * times >= least * (1 - 1e-9))
+def _x_axis(low: float, high: float) -> _Axis:
+    return _Axis(low, high, Plot.left, Plot.right)
 
 
-def _across(low: float, high: float) -> _Axis:
-    return _Axis(low, high, _LEFT, WIDTH - _RIGHT)
+def _y_axis(high: float) -> _Axis:
+    return _Axis(0.0, high, Plot.bottom, Plot.top)
 
 
-def _up(high: float) -> _Axis:
-    return _Axis(0.0, high, HEIGHT - _BOTTOM, _TOP)
-
-
-def _steps(name: str, kind: str, edges: Sequence[float], heights: Sequence[float]) -> Area:
-    """A curve of steps: `heights` between neighbouring `edges`, in the drawing's units."""
-    points = [f"{edges[0]},{heights[0]}"]
-    for edge, height, following in zip(edges[1:], heights, [*heights[1:], None], strict=False):
-        points.append(f"{edge},{height}")
-        if following is not None:
-            points.append(f"{edge},{following}")
-    outline, ground = "M" + " L".join(points), HEIGHT - _BOTTOM
-    return Area(name, kind, outline, f"{outline} L{edges[-1]},{ground} L{edges[0]},{ground} Z")
+def _steps(edges: Sequence[float], heights: Sequence[float]) -> str:
+    """SVG path data of a step curve: one height between each two neighbouring edges."""
+    ends = zip(edges, edges[1:], heights, strict=False)
+    return "M" + " L".join(f"{left},{height} L{right},{height}" for left, right, height in ends)
 
 
 def rates(slots: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Texts a second over the time in which texts were embedded; pauses are left out and marked. None without any."""
+    """Texts per second over the time of embedding, with marks for the pauses, which are left out. None if empty."""
     slots = [one for one in slots if one["seconds"] > 0]
     if not slots:
         return None
@@ -126,28 +107,27 @@ def rates(slots: Sequence[Mapping[str, Any]]) -> Plot | None:
     for one in slots:
         seconds.append(seconds[-1] + one["seconds"])
     unit, word = (1.0, "seconds") if seconds[-1] < 180 else (60.0, "minutes")
-    across, up = _across(0.0, seconds[-1] / unit), _up(1.1 * max([*speeds, 0.9]))
-    edges = [across.at(one / unit) for one in seconds]
-    area = _steps("texts a second", "new", edges, [up.at(one) for one in speeds])
+    x, y = _x_axis(0.0, seconds[-1] / unit), _y_axis(1.1 * max([*speeds, 0.9]))
+    edges = [x.at(one / unit) for one in seconds]
+    area = Area("texts per second", "new", _steps(edges, [y.at(one) for one in speeds]))
     marks = [edge for edge, one in zip(edges, slots, strict=False) if one["after_pause"]]
-    return Plot(f"{word} of embedding", "texts a second", across.ticks(8), up.ticks(5), [area], marks=marks)
+    return Plot(f"{word} of embedding", "texts per second", x.ticks(8), y.ticks(5), [area], marks=marks)
 
 
 def scores(before: Sequence[float], after: Sequence[float]) -> Plot | None:
-    """How the scores of both collections are spread, one over the other; None without any."""
+    """The distribution of the scores in both collections, one over the other. None if empty."""
     if not before or not after:
         return None
     low, high = min(*before, *after), max(*before, *after)
     low, high = (low, high) if high > low else (low - 0.05, high + 0.05)
-    shares = [_shares(one, low, high) for one in (before, after)]
-    across, up = _across(low, high), _up(110 * max(max(one) for one in shares))
-    edges = [across.at(low + (high - low) * number / _BINS) for number in range(_BINS + 1)]
-    names = (("before", "old"), ("after", "new"))
+    shares = {"old": _shares(before, low, high), "new": _shares(after, low, high)}
+    x, y = _x_axis(low, high), _y_axis(110 * max(map(max, shares.values())))
+    edges = [x.at(low + (high - low) * number / _BINS) for number in range(_BINS + 1)]
     areas = [
-        _steps(name, kind, edges, [up.at(100 * share) for share in one])
-        for (name, kind), one in zip(names, shares, strict=True)
+        Area(name, kind, _steps(edges, [y.at(100 * share) for share in shares[kind]]))
+        for name, kind in (("before", "old"), ("after", "new"))
     ]
-    return Plot("score of a neighbour", "% of the neighbours", across.ticks(8), up.ticks(5), areas)
+    return Plot("score of a neighbour", "% of the neighbours", x.ticks(8), y.ticks(5), areas)
 
 
 def _shares(values: Sequence[float], low: float, high: float) -> list[float]:
@@ -158,50 +138,54 @@ def _shares(values: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def overlaps(memories: Sequence[Mapping[str, Any]], most: int) -> Plot | None:
-    """How many of the memories kept so many of their `most` neighbours; None without any."""
+    """How many memories have how many of their `most` nearest neighbours in common. None if empty."""
     if not memories:
         return None
     counts = [0] * (most + 1)
     for one in memories:
         counts[round(most * one["same"] / one["near"])] += 1
-    across, up = _across(-0.5, most + 0.5), _up(1.1 * max(counts))
-    ground = HEIGHT - _BOTTOM
+    x, y = _x_axis(-0.5, most + 0.5), _y_axis(1.1 * max(counts))
+    width = round(x.at(0.4) - x.at(-0.4), 2)
     bars = [
         Bar(
-            across.at(number - 0.4),
-            up.at(count),
-            round(across.at(number + 0.4) - across.at(number - 0.4), 2),
-            round(ground - up.at(count), 2),
+            x.at(number - 0.4),
+            y.at(count),
+            width,
+            round(Plot.bottom - y.at(count), 2),
             f"{number} of {most} the same: {count} memories",
         )
         for number, count in enumerate(counts)
         if count
     ]
-    ticks = [Tick(across.at(number), str(number)) for number in range(most + 1)]
-    whole = [tick for tick in up.ticks(5) if "." not in tick.label]
-    return Plot(f"neighbours kept, of {most}", "memories", ticks, whole, bars=bars)
+    ticks = [Tick(x.at(number), str(number)) for number in range(most + 1)]
+    whole = [tick for tick in y.ticks(5) if "." not in tick.label]
+    return Plot(f"neighbours in common, of {most}", "memories", ticks, whole, bars=bars)
 
 
-FORMAT = 1
-_TEMPLATES = Path(__file__).resolve().parent / "templates"
-
-
-def write(report: Report, folder: Path, console: Console) -> list[Path]:
-    """Write both below `folder`; those that are written. That one cannot be fails nothing: all is done by then."""
-    document = {"format": FORMAT, **dataclasses.asdict(report)}
-    document["undo"] = pasteable(report.undo)
+def write(report: Mapping[str, Any], folder: Path, console: Console) -> list[Path]:
+    """Write both files below `folder` and return their paths. A failure is only a warning: the work is done."""
+    document = {**report, "undo": pasteable(report["undo"])}
     written: list[Path] = []
     try:
-        written.append(write_document(folder, report.run, document))
+        written.append(write_document(folder, document["run"], document))
         written.append(write_page(written[0], page(document)))
     except (MigrationError, OSError, ImportError) as error:
-        console.warn(f"the report could not be written whole: {error}")
+        console.warn(f"the report could not be written completely: {error}")
     return written
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The document as HTML: no script, nothing fetched from anywhere, every text in it escaped."""
-    return _templates().get_template("report.html").render(**document, plots=_plots(document))
+    """The document as HTML: no script, no external resource, all text escaped."""
+    recall = document["recall"] or {"memories": [], "neighbours": 0}
+    memories = recall["memories"]
+    before = [score for one in memories for score in one["before"]]
+    after = [score for one in memories for score in one["after"]]
+    plots = {
+        "rates": rates(document["rates"]),
+        "scores": scores(before, after),
+        "overlaps": overlaps(memories, recall["neighbours"]),
+    }
+    return _templates().get_template("report.html").render(**document, plots=plots)
 
 
 @cache
@@ -215,28 +199,15 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(count=_count, dollars=dollars, span=_span, moment=_moment)
+    templates.filters.update(count=_count, dollars=dollars, duration=_duration, moment=_moment)
     return templates
-
-
-def _plots(document: Mapping[str, Any]) -> dict[str, Plot | None]:
-    recall = document["recall"] or {"memories": [], "neighbours": 0}
-    memories = recall["memories"]
-    before = [score for one in memories for score in one["before"]]
-    after = [score for one in memories for score in one["after"]]
-    return {
-        "rates": rates(document["rates"]),
-        "scores": scores(before, after),
-        "overlaps": overlaps(memories, recall["neighbours"]),
-    }
 
 
 def _count(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
 
 
-def _span(seconds: float) -> str:
-    """Seconds as people read them."""
+def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -245,5 +216,4 @@ def _span(seconds: float) -> str:
 
 
 def _moment(text: str) -> str:
-    """A time of the report, which is UTC."""
     return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")

@@ -103,7 +103,7 @@ def migrate(run: Migration, runner: EmbeddingRunner, first: Manifest | None, cal
         if kind == REPLACE:
             require_whole_graph(run, scan.own_text)
     if kind == REPLACE:
-        save_before(run)
+        save_before(run.target.qdrant, run.target.collection, run.cache, journal_of(run))
     began = exchange(run, first, callbacks)
     filled = _fill(run)
     if began is not None and not run.absent_seconds:

@@ -1,7 +1,7 @@
-"""`--limit N`: some memories re-embedded into a collection of their own, its recall compared with the live one's.
+"""`--limit N`: re-embed a sample into a temporary collection and compare its recall with the live collection's.
 
-The live collection is only read. The side collection is in a journal before it is made, and gone when the check ends;
-after a kill the next start removes it.
+The live collection is only read. The temporary one is in a journal before it is created, and deleted when the check
+ends; after a kill the next start deletes it.
 """
 
 from __future__ import annotations
@@ -10,34 +10,31 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 
-from lib.backup.existing_points import pages
 from lib.backup.last_migration import spec_as_json
-from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
-from lib.clients.qdrant.points import Hit, exact_search, retrieve
+from lib.clients.qdrant.points import exact_search, retrieve
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.journal import Journal, open_journals, start_journal
 from lib.reembed.embed import EmbeddingRunner, embed_texts
 from lib.reembed.migration import Migration
+from lib.reembed.quality import NEIGHBOURS, mean_overlap
 from lib.reembed.sync import SyncOutcome, sync_collection
 
 COMMAND, ANNOUNCED = "spot_check", "side collection announced"
-NEIGHBOURS = 10
 MOST_QUERIES = 50
-_PAGE = 256
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Neighbours of the same memories, among the same memories, in the live and in the side collection.
+class SampleRecall:
+    """The neighbours of the same memories, among the same memories, in the live and in the temporary collection.
 
-    `overlap` is the mean share of the `neighbours` nearest that both name (0..1); the scores are medians of the
-    nearest neighbour's, each in its own collection.
+    `overlap`: see `mean_overlap`, of the `neighbours` nearest. The scores are medians of the nearest neighbour's in the
+    live and in the temporary ("side") collection.
     """
 
     queries: int
@@ -49,31 +46,29 @@ class Recall:
 
 @dataclass(frozen=True)
 class SpotCheck:
-    """What came of it; `compared` is None where no live point of these memories could be compared."""
+    """What a spot check did; `compared` is None if the live collection has no points of these memories."""
 
     memories: int
     outcome: SyncOutcome
-    compared: Recall | None
+    compared: SampleRecall | None
 
 
 def spot_check(
     run: Migration, runner: EmbeddingRunner, live: CollectionState | None, count: int
 ) -> SpotCheck:
-    """Embed `count` memories spread over the plan, fill a side collection with them, compare, drop it."""
-    rows = spread(run.cache, count)
-    _buy(run, runner, rows)
+    """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it."""
+    qdrant, rows = run.target.qdrant, spread(run.cache, count)
+    _embed(run, runner, rows)
     journal = start_journal(run.folder, COMMAND, run.targets, spec=spec_as_json(run.spec))
     side = f"{run.target.collection}__check_{journal.run_id}"
-    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(run.target.qdrant, 'DELETE', side)}")
+    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(qdrant, 'DELETE', side)}")
     try:
-        _make(run, side, live)
+        _make(qdrant, side, live, run.spec.size)
         with plan_of(run.cache, rows, journal) as plan, run.bar("upsert", len(rows), "points") as progress:
-            outcome = sync_collection(run.target.qdrant, side, plan, progress=progress)
-        compared = (
-            compare(run, side, live, [row for row in rows if _stored(row, run.cache)]) if live else None
-        )
+            outcome = sync_collection(qdrant, side, plan, progress=progress)
+        compared = compare(qdrant, run.cache, live.name, side, rows) if live else None
     finally:
-        _remove(run.target.qdrant, run.cache, journal)
+        _remove(qdrant, run.cache, journal)
     return SpotCheck(len(rows), outcome, compared)
 
 
@@ -93,10 +88,14 @@ def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
 
 
 def remove_plan(cache: EmbeddingCache, journal: Journal) -> None:
-    """Delete the plan of a check, which is a file of its own."""
+    """Delete the file with the plan of a check."""
+    path = _plan_path(cache, journal)
     for ending in ("", "-wal", "-shm"):
-        path = _plan_path(cache, journal)
         path.with_name(path.name + ending).unlink(missing_ok=True)
+
+
+def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
+    return cache.path.with_name(f"{cache.path.stem}-check-{journal.run_id}.sqlite3")
 
 
 def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
@@ -107,8 +106,8 @@ def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
     return [row for number, row in enumerate(cache.memories()) if number in wanted]
 
 
-def _buy(run: Migration, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
-    known = run.cache.known([row.key for row in rows])
+def _embed(run: Migration, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
+    known = run.cache.known(row.key for row in rows)
     missing = {row.key: row for row in reversed(rows) if row.key not in known}
     total = Missing(len(missing), sum(row.tokens for row in missing.values()))
     runner.require_affordable(total.tokens, run.bought)
@@ -116,15 +115,11 @@ def _buy(run: Migration, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> 
     embed_texts(runner, run.cache, texts, total, run.bar, run.bought)
 
 
-def _make(run: Migration, side: str, live: CollectionState | None) -> None:
+def _make(qdrant: Qdrant, side: str, live: CollectionState | None, size: int) -> None:
     if live is None:
-        create_default(run.target.qdrant, side, run.spec.size)
+        create_default(qdrant, side, size)
     else:
-        create_like(run.target.qdrant, side, live.raw, run.spec.size)
-
-
-def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
-    return cache.path.with_name(f"{cache.path.stem}-check-{journal.run_id}.sqlite3")
+        create_like(qdrant, side, live.raw, size)
 
 
 @contextlib.contextmanager
@@ -137,45 +132,31 @@ def plan_of(cache: EmbeddingCache, rows: Sequence[MemoryRow], journal: Journal) 
         yield plan
 
 
-def _stored(row: MemoryRow, cache: EmbeddingCache) -> bool:
-    return bool(cache.known([row.key]))
-
-
-def compare(run: Migration, side: str, live: CollectionState, rows: Sequence[MemoryRow]) -> Recall | None:
-    """The same memories' nearest neighbours in both collections; None where fewer than two have a live point."""
-    qdrant = run.target.qdrant
-    vectors = dict(_live_vectors(qdrant, live.name, [row.point_id for row in rows]))
-    shared = [row for row in rows if row.point_id in vectors]
+def compare(
+    qdrant: Qdrant, cache: EmbeddingCache, live: str, side: str, rows: Sequence[MemoryRow]
+) -> SampleRecall | None:
+    """Compare the neighbours in both collections. None if fewer than two embedded memories have a live point."""
+    keys = {row.point_id: row.key for row in rows}
+    embedded = cache.known(keys.values())
+    points = retrieve(qdrant, live, [one for one, key in keys.items() if key in embedded], vector=True)
+    vectors = {point.id: point.vector for point in points if point.vector is not None and point.vector.any()}
+    shared = [one for one in keys if one in vectors]
     if len(shared) < 2:
         return None
-    among = [row.point_id for row in shared]
     near = min(NEIGHBOURS, len(shared) - 1)
-    overlaps, scores = [], []
-    with exact_search(qdrant, among) as search:
-        for row in shared[:: max(1, len(shared) // MOST_QUERIES)]:
-            blob = run.cache.get_vectors([row.key])[row.key]
-            before = search(live.name, vectors[row.point_id], near + 1)
-            after = search(side, np.frombuffer(blob, "<f4"), near + 1)
-            old, new = _others(before, row.point_id, near), _others(after, row.point_id, near)
-            overlaps.append(len({hit.id for hit in old} & {hit.id for hit in new}) / near)
+    pairs, scores = [], []
+    with exact_search(qdrant, shared) as search:
+        for one in shared[:: max(1, len(shared) // MOST_QUERIES)]:
+            wanted = np.frombuffer(cache.get_vectors([keys[one]])[keys[one]], "<f4")
+            before = search(live, vectors[one], near + 1)
+            after = search(side, wanted, near + 1)
+            old, new = ([hit for hit in hits if hit.id != one][:near] for hits in (before, after))
+            pairs.append(([hit.id for hit in old], [hit.id for hit in new]))
             scores.append((old[0].score, new[0].score))
-    return Recall(
-        queries=len(overlaps),
+    return SampleRecall(
+        queries=len(pairs),
         neighbours=near,
-        overlap=fmean(overlaps),
+        overlap=mean_overlap(pairs),
         live_score=median(old for old, _ in scores),
         side_score=median(new for _, new in scores),
     )
-
-
-def _others(hits: list[Hit], own: PointId, near: int) -> list[Hit]:
-    return [hit for hit in hits if hit.id != own][:near]
-
-
-def _live_vectors(
-    qdrant: Qdrant, collection: str, ids: Sequence[PointId]
-) -> Iterator[tuple[PointId, np.ndarray[tuple[int], np.dtype[np.float32]]]]:
-    for page in pages(ids, _PAGE):
-        for point in retrieve(qdrant, collection, page, vector=True):
-            if point.vector is not None and point.vector.any():
-                yield point.id, point.vector

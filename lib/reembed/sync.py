@@ -70,7 +70,7 @@ def save_payloads(
 
 def _laid_over(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
     """The points with what was kept of them before, where they lack it."""
-    rows = cache.kept([point.id for point in points])
+    rows = cache.saved_points([point.id for point in points])
     before = {one: orjson.loads(row.payload) for one, row in rows.items()}
     laid = []
     for point in points:
@@ -85,7 +85,7 @@ def payloads_now(run: Migration) -> Payloads:
     def look_up(ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
         found: dict[PointId, dict[str, Any]] = {}
         if run.reached(DELETING):
-            found = {one: orjson.loads(row.payload) for one, row in run.cache.kept(ids).items()}
+            found = {one: orjson.loads(row.payload) for one, row in run.cache.saved_points(ids).items()}
         with suppress(QdrantError):  # missing, or being restored
             live = retrieve(run.target.qdrant, run.target.collection, ids, payload=True)
             found |= {point.id: point.payload for point in live if point.payload}
@@ -197,7 +197,7 @@ def changes(
     """
     for rows in pages(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
-        live, kept = existing.payloads(ids), cache.kept(ids)
+        live, kept = existing.payloads(ids), cache.saved_points(ids)
         written = copies.payloads(ids) if copies is not None else {}
         found = []
         for row in rows:

@@ -25,9 +25,9 @@ from lib.clients.falkordb.rdb import (
 from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for, newest_encoding
 from lib.clients.falkordb.swap import (
     drop_graph,
-    dump_apart,
     dump_as,
     dump_graph,
+    dump_separately,
     memory_used,
     require_memory,
     require_readable,
@@ -256,7 +256,7 @@ def trial_restore(backup: GraphBackup, target: GraphSource, journal: Journal) ->
         dumped: list[Future[bytes]] = []
 
         def dump() -> None:  # while the target's copy is read; so only one payload at a time is in memory
-            dumped.append(background.submit(dump_apart, scratch.address, backup.graph))
+            dumped.append(background.submit(dump_separately, scratch.address, backup.graph))
 
         verify_acceptance(target.conn, copy, temporary, backup.digest, dump)
         return dumped[0].result()

@@ -132,7 +132,7 @@ def _compare_page(
 ) -> None:
     ids = list(memories)
     planned = cache.memories_of(ids) if cache else {}  # the memories as the last catch-up read them
-    old_points = cache.kept(ids) if cache else {}
+    old_points = cache.saved_points(ids) if cache else {}
     latest = datetime.now(timezone.utc) + _CLOCK_SKEW
     for identity, properties in memories.items():
         payload, row = payloads.get(identity), planned.get(identity)

@@ -17,7 +17,7 @@ from statistics import median
 
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.worker_pool import EmbedOutcome, embed_missing
+from lib.clients.embeddings.worker_pool import EmbedProgress, embed_missing
 from lib.clients.falkordb.connection import connect
 from lib.dimensions import EmbeddingSpec
 from tests.bench.cheap_endpoint import CheapEndpoint
@@ -86,7 +86,7 @@ def opened(url: str) -> Iterator[tuple[EmbeddingClient, EmbeddingCache]]:
 
 def bought(
     client: EmbeddingClient, cache: EmbeddingCache, count: int, workers: int, text: str = ""
-) -> EmbedOutcome:
+) -> EmbedProgress:
     """`count` texts from the request to the disk."""
     rows = rows_of(cache, client.spec, count, text)
     outcome = embed_missing(client, rows, cache.put_vectors, workers=workers, batch_size=BATCH)

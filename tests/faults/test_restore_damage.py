@@ -174,7 +174,7 @@ def test_an_rdb_without_a_checksum_needs_its_manifest(backed, tmp_path):
     zeroed = path.read_bytes()[:-8] + bytes(8)
     alone = tmp_path / "alone.rdb"
     alone.write_bytes(zeroed)
-    assert "carries no checksum" in assert_refused(backed, place, alone)
+    assert "has no checksum" in assert_refused(backed, place, alone)
     path.write_bytes(zeroed)
     assert "sha256" in assert_refused(backed, place, path)
 

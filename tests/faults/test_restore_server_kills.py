@@ -32,8 +32,8 @@ QDRANT = [
     ("called copy recovered", None),
 ]
 FALKORDB = [
-    ("entering graph exchanged", 0.002),
-    ("called graph exchanged", None),
+    ("entering graph renamed and restored", 0.002),
+    ("called graph renamed and restored", None),
     ("entering graph accepted", 0.01),
 ]
 MORE = [0.0, 0.02, 0.1, 0.2, 0.5, 1.0][: KILLS_EACH - 1]

@@ -14,7 +14,7 @@ from importlib import import_module
 import pytest
 
 from lib.config import load_config
-from lib.files import TargetLock
+from lib.files import lock_targets
 from tests.matrix import matrix
 from tests.operator_support import LARGE, SMALL, Operator
 from tests.sandbox.falkordb_server import FalkorServer
@@ -333,7 +333,7 @@ def test_a_faulty_env_file_is_named_with_its_line(operator, tmp_path):
     says = (f"{path}:2", "also holds VECTOR_SIZE=")
     refused(operator, 2, "verify_migration", "--env-file", str(path), says=says)
     refused(operator, 2, "verify_migration", says=says, AUTOMEM_ENV_FILE=str(path))
-    says = (f"--env-file names {tmp_path / 'none'}, which is no file",)
+    says = (f"--env-file names {tmp_path / 'none'}, which is not a file",)
     refused(operator, 2, "verify_migration", "--env-file", str(tmp_path / "none"), says=says)
 
 
@@ -534,7 +534,7 @@ def test_an_empty_file_argument_is_refused(operator):
         (("backup_automem", "surplus"), "surplus"),
         (("backup_automem", "--list", "--check", "all"), "not allowed with argument"),
         (("backup_automem", "--cleanup", "--list"), "not allowed with argument"),
-        (("backup_automem", "--keep", "3"), "--keep is of --cleanup alone"),
+        (("backup_automem", "--keep", "3"), "--keep requires --cleanup"),
         (("backup_automem", "--cleanup", "--only", "qdrant"), "--only and --cleanup do not go together"),
         (("backup_automem", "--check", "all", "--only", "qdrant"), "--only and --check do not go together"),
         (("backup_automem", "--list", "--upload", "copies"), "--upload and --list do not go together"),
@@ -573,11 +573,11 @@ def test_a_flag_that_is_not_there_or_cannot_be(operator, words, says):
 @pytest.mark.parametrize("command", ["backup", "reembed", "restore"])
 def test_another_run_holds_the_lock(operator, command):
     targets = load_config(operator.environ).targets()
-    with TargetLock([targets[1]]):
+    with lock_targets([targets[1]]):
         refused(operator, 5, *COMMANDS[command], says=("another run is working on qdrant",), next_step="wait")
         words = ("backup_automem", "--cleanup", "--keep", "1")
         refused(operator, 5, *words, says=("another run is working on qdrant",), next_step="wait")
-    with TargetLock([targets[0]]):
+    with lock_targets([targets[0]]):
         refused(operator, 5, *COMMANDS[command], says=("another run is working on falkordb",))
 
 

@@ -25,7 +25,7 @@ import pytest
 import requests
 
 from lib.clients.falkordb.connection import connect
-from lib.files import TargetLock
+from lib.files import lock_targets
 from tests.http_proxy import HttpProxy, Request
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
@@ -85,8 +85,8 @@ def operator(session_servers, by_name, tmp_path, monkeypatch) -> Iterator[Operat
 
     The machine-wide lock is in a folder of the test: another test suite has the same name for its Qdrant.
     """
-    own_lock = functools.partialmethod(TargetLock.__init__, folder=tmp_path / "locks")
-    monkeypatch.setattr(TargetLock, "__init__", own_lock)
+    own_lock = functools.partialmethod(lock_targets.__init__, folder=tmp_path / "locks")
+    monkeypatch.setattr(lock_targets, "__init__", own_lock)
     someone = Operator(session_servers, tmp_path, NAME, NAME)
     someone.export(QDRANT_URL=QDRANT, OPENAI_BASE_URL=EMBEDDINGS, HTTP_PROXY=by_name.url)
     session_servers.openai.clear_faults()

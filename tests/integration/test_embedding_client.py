@@ -11,8 +11,8 @@ import pytest
 
 from lib.clients.embeddings import client as client_module
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.rate_limits import Stopped
 from lib.clients.embeddings.refusals import BadAnswer, BadInput, WrongWidth
+from lib.concurrency import Cancelled
 from lib.dimensions import EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem
 from tests.sandbox.openai_server import OpenAIServer
@@ -69,11 +69,12 @@ def test_no_proxy_is_asked_for_an_endpoint_of_this_machine(server, monkeypatch, 
 )
 def test_vectors_arrive_bit_for_bit(server, model, size, no_base64):
     server.fault(no_base64=no_base64)
-    answer = client_for(server, size, model).embed(TEXTS)
+    client = client_for(server, size, model)
+    answer = client.embed(TEXTS)
     assert answer.vectors.dtype == np.float32
     assert np.array_equal(answer.vectors, vectors_for(model, TEXTS, size))
     assert answer.tokens == server.stats()["tokens"] > 0
-    assert answer.limits is None
+    assert client.pacer.buckets() == [None, None]
 
 
 def test_an_answer_in_another_order_is_put_in_order(server):
@@ -240,6 +241,6 @@ def test_a_stop_ends_the_waiting_at_once(server, fault, monkeypatch):
     stop = threading.Event()
     threading.Timer(0.4, stop.set).start()
     started = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         client_for(server).embed(TEXTS, stop=stop)
     assert time.monotonic() - started < 20

@@ -22,6 +22,7 @@ from lib.clients.embeddings.refusals import WrongWidth
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.dimensions import EmbeddingSpec
 from lib.errors import ProviderRefused
+from tests.cache_support import stored_count
 from tests.matrix import matrix
 from tests.sandbox.openai_server import OpenAIServer
 from tests.sandbox.vectors import vectors_for
@@ -254,7 +255,7 @@ def test_a_refusal_half_way_keeps_what_was_bought(server, cache, fault, named):
     with pytest.raises(ProviderRefused, match=named):
         job.run()
     assert time.monotonic() - started < 60
-    assert cache.count(job.spec) == server.stats()["texts"] == 80
+    assert stored_count(cache, job.spec) == server.stats()["texts"] == 80
     server.clear_faults()
     again = Job(server, cache, job.texts)
     assert again.run().embedded == 120
@@ -280,7 +281,7 @@ def test_an_answer_of_another_width_stores_nothing(server, cache):
     job = Job(server, cache, texts_of(40))
     with pytest.raises(WrongWidth, match="VECTOR_SIZE is 256"):
         job.run()
-    assert cache.count(job.spec) == 0
+    assert stored_count(cache, job.spec) == 0
 
 
 def test_an_error_of_the_store_ends_the_run(server, cache):
@@ -345,7 +346,7 @@ def test_a_run_that_was_ended_pays_again_for_nothing_but_what_was_in_flight(
     server.clear_faults()
     with EmbeddingCache(path) as cache:
         job = Job(server, cache, texts_of(2000))
-        stored = cache.count(job.spec)
+        stored = stored_count(cache, job.spec)
         assert 300 <= stored < 2000
         assert server.stats()["texts"] - stored <= most_paid_twice
         job.run(workers=8, batch_size=100)

@@ -105,7 +105,7 @@ def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_
     before = points_of(staged)
     staged.call("DELETE", "")
     refused = staged.run("reembed_embeddings", "--abort", expect=2)
-    assert "no whole one is in its place: nothing was removed" in refused.err
+    assert "no complete one has replaced it: nothing was removed" in refused.err
     assert "the way back" in refused.err
     assert staged.collections() == [f"{staged.collection}__next"]
     assert [one.run_id for one in open_journals(staged.backups)] == [journal.run_id]
@@ -309,7 +309,7 @@ def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(ope
     monkeypatch.setattr("lib.reembed.quality.nearest_to", bug)
     with pytest.raises(KeyError, match="a bug"):
         operator.run("reembed_embeddings")
-    assert (LookupError, TypeError) not in neighbours._TROUBLE
+    assert (LookupError, TypeError) not in neighbours._FAILURES
     assert operator.info()["config"]["params"]["vectors"]["size"] == 48  # the live one was not touched
 
 

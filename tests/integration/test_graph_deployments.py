@@ -95,7 +95,7 @@ def test_a_server_that_cannot_save_is_backed_up_with_a_warning(operator):
             words = ("--dry-run",) if script == "reembed_embeddings" else ()
             assert "cannot save its data" in operator.run(script, *words).err
         planned = operator.run("restore_from_backup", operator.rdb(), "--dry-run", expect=1)
-        assert "takes no writes now" in planned.err
+        assert "accepts no writes now" in planned.err
         assert "df -h" in planned.err
     assert component(operator)["proof"] == "restored"
     assert component(operator)["digest"] == before.graph

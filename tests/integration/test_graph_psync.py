@@ -285,7 +285,7 @@ def test_an_announcement_that_makes_no_sense_is_refused():
         answer = b"+FULLRESYNC abc 1\r\n" + line
         with (
             peer(b"+OK\r\n", b"+OK\r\n", answer) as address,
-            pytest.raises(StoreFailed, match="not understood"),
+            pytest.raises(StoreFailed, match="in an unknown form"),
         ):
             collect(address)
 

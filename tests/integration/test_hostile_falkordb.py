@@ -19,7 +19,7 @@ from lib.clients.falkordb.connection import (
     expires_at,
     function_libraries,
     list_graphs,
-    save_trouble,
+    save_failure,
     server_versions,
 )
 from lib.clients.falkordb.queries import raw_rows
@@ -156,7 +156,7 @@ def test_an_rdb_that_never_begins_is_given_up(monkeypatch, unit):
 
 
 def test_an_rdb_of_a_length_as_long_as_a_book_is_refused():
-    says = pytest.raises(StoreFailed, match="in a way that is not understood")
+    says = pytest.raises(StoreFailed, match="in an unknown form")
     with serving(sending(b"+FULLRESYNC x 0\r\n$" + b"9" * 5000 + b"\r\n")) as port, says:
         psync.stream_rdb(GraphAddress("127.0.0.1", port), lambda _piece: None)
 
@@ -179,7 +179,7 @@ def test_a_reply_of_another_form_is_no_traceback(form):
         for ask in (
             list_graphs,
             server_versions,
-            save_trouble,
+            save_failure,
             function_libraries,
             lambda conn: expires_at(conn, "g"),
             lambda conn: raw_rows(conn, "g", "RETURN 1"),

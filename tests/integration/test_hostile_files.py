@@ -229,9 +229,9 @@ def test_a_manifest_that_cannot_be_read_stops_nothing(operator):
 
 
 def test_an_rdb_with_a_number_as_long_as_a_book_is_read(tmp_path):
-    from lib.clients.falkordb.rdb import crc64, inspect_rdb, written_string
+    from lib.clients.falkordb.rdb import crc64, encoded_string, inspect_rdb
 
-    body = b"REDIS0012\xfa" + written_string(b"used-mem") + written_string(b"9" * 5000) + b"\xff"
+    body = b"REDIS0012\xfa" + encoded_string(b"used-mem") + encoded_string(b"9" * 5000) + b"\xff"
     path = tmp_path / "g.rdb"
     path.write_bytes(body + crc64(body, 0).to_bytes(8, "little"))
     assert inspect_rdb(path).memory == 0

@@ -131,7 +131,7 @@ def test_the_file_of_another_owner_takes_no_key_along(operator, monkeypatch):
     environ = {"QDRANT_URL": "", "OPENAI_BASE_URL": ""}
     os.chown(path, NOBODY, NOBODY)
     said = operator.run("backup_automem", env=environ, expect=2).err
-    assert f"{path}:3: QDRANT_URL takes ${{OPENAI_API_KEY}} from your environment" in said
+    assert f"{path}:3: QDRANT_URL uses ${{OPENAI_API_KEY}} of your environment" in said
     assert "OPENAI_BASE_URL takes" not in said
     assert "sk-of-root" not in said
 
@@ -140,7 +140,7 @@ def test_the_file_of_another_owner_takes_no_key_along(operator, monkeypatch):
 def test_an_env_file_that_is_none_is_refused(operator, content):
     (operator.folder / ".env").write_bytes(content)
     said = operator.run("backup_automem", expect=2).err
-    assert f"{operator.folder}/.env cannot be read: it is no .env" in said
+    assert f"{operator.folder}/.env cannot be read: it is not a .env" in said
 
 
 @pytest.mark.parametrize(

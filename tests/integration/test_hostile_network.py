@@ -136,7 +136,7 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not whole after 1 s")]
+    ("answer", "says"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not complete after 1 s")]
 )
 def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, says):
     began = time.monotonic()
@@ -159,7 +159,7 @@ def test_a_provider_without_end_ends_the_run(operator, impatient, answer):
         operator.export(OPENAI_BASE_URL=f"{url}/v1", VECTOR_SIZE=96)
         result = operator.run("reembed_embeddings", "--dry-run", expect=6)
     assert asked
-    assert "larger than" in result.err or "was not whole" in result.err
+    assert "larger than" in result.err or "was not complete" in result.err
     assert operator.state() == before
 
 
@@ -170,7 +170,7 @@ def test_a_head_that_drips_is_given_up(impatient, kind):
     """Each byte comes in time; the head, or what is no byte of the body, has no end."""
     began = time.monotonic()
     with serving(HEADS[kind]) as (url, _):
-        with pytest.raises((StoreUnreachable, StoreFailed), match=r"timed out|was not whole after 1 s"):
+        with pytest.raises((StoreUnreachable, StoreFailed), match=r"timed out|was not complete after 1 s"):
             Qdrant(url, timeout_seconds=0.3, sleep=lambda _seconds: None).version()
         with pytest.raises(StoreUnreachable):
             recall(AutoMemApi(url, timeout_seconds=0.3), "x", 1)
@@ -203,7 +203,7 @@ REFUSALS = {
         "larger",
     ),
     "inflated": (replying(400, {"Content-Encoding": "gzip"}, BOMB), "larger than 1 MiB"),
-    "twice": (replying(200, {"Content-Encoding": "gzip, gzip"}, TWICE), "in a way that was not asked for"),
+    "twice": (replying(200, {"Content-Encoding": "gzip, gzip"}, TWICE), "in a way that was not requested"),
     "deep": (replying(200, {"Content-Type": "application/json"}, b"[" * 500_000), "is not JSON"),
 }
 

@@ -108,7 +108,7 @@ def test_a_files_name_forges_no_line(operator, tmp_path, flag):
     path = tmp_path / FORGED.replace("/", "")
     path.write_bytes(b"REDIS0012")
     said = operator.run("restore_from_backup", *flag, str(path), expect=2).err
-    assert "an argument holds a control character" in said
+    assert "an argument has a control character" in said
     assert "\n::forged" not in said
     assert not raw(said)
 
@@ -179,7 +179,7 @@ def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
             result = operator.run(
                 "backup_automem", env={name: value, "QDRANT_URL": "http://192.0.2.1:6333"}, expect=2
             )
-            assert f"{name} (environment): is no URL of a proxy" in result.err
+            assert f"{name} (environment): is not the URL of a proxy" in result.err
             assert not any(part in result.err for part in ("pa#", "ss@", "pa?", "pa55"))
 
 

@@ -92,7 +92,9 @@ def test_a_graph_of_any_name_comes_back_from_a_copy(operator, place):
 def test_a_name_that_no_copy_gives_back_is_refused_before_the_backup(operator, tmp_path, odd):
     operator.export(FALKORDB_GRAPH=f"g{odd}")
     result = operator.run("backup_automem", "--upload", str(tmp_path / "copies"), expect=2)
-    assert ("cannot be fetched back" if odd.isprintable() else "or what cannot be printed") in result.err
+    assert (
+        "cannot be fetched back" if odd.isprintable() else "or characters that cannot be printed"
+    ) in result.err
     assert not operator.backups.exists()
     assert not (tmp_path / "copies").exists()
 

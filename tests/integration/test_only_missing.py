@@ -96,7 +96,7 @@ def test_a_surplus_point_is_kept_before_it_goes(level):
     folder = level.backups / "embeddings"
     [path] = folder.glob(f"{level.collection}*.sqlite3")
     with EmbeddingCache(path, vectors=folder / "vectors.sqlite3") as cache:
-        kept = cache.kept([99])[99]
+        kept = cache.saved_points([99])[99]
     assert b'"note":"dear"' in kept.payload
     assert np.array_equal(np.frombuffer(kept.vector, dtype="<f4"), vector)
 

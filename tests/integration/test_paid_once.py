@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lib.clients.embeddings.cache_file import room_of
-from lib.clients.embeddings.pricing import cut_to_tokens, price_per_million
+from lib.clients.embeddings.pricing import cut_to_tokens, price_of
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of
@@ -47,7 +47,7 @@ def test_without_room_for_all_texts_none_is_bought(ready, monkeypatch):
     before = points_of(ready)
     result = ready.run("reembed_embeddings", expect=1)
     assert "no room for 2" in result.err
-    assert "what does not fit is not bought" in result.err
+    assert "what does not fit is not embedded" in result.err
     assert stats(ready)["tokens"] == 0
     assert points_of(ready).keys() == before.keys()
     assert not list(ready.backups.glob("journal_*_reembed.jsonl"))
@@ -189,7 +189,7 @@ def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
     report = json.loads(next((ready.backups / "reports").glob("*.json")).read_text())
     assert report["bought"]["tokens"] == billed
     assert 0 < report["bought"]["discarded"] < billed
-    assert report["bought"]["price"] == pytest.approx(billed * price_per_million(LARGE) / 1e6)
+    assert report["bought"]["price"] == pytest.approx(price_of(billed, LARGE))
 
 
 @pytest.mark.matrix
@@ -201,7 +201,7 @@ def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
     ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "1", expect=6)
     ready.servers.openai.clear_faults()
     ready.servers.openai.reset()
-    just = tokens * price_per_million(LARGE) / 1e6  # enough, had nothing been thrown away
+    just = price_of(tokens, LARGE)  # enough, had nothing been thrown away
     refused = ready.run("reembed_embeddings", "--max-cost", f"{just:.8f}", expect=2)
     assert "was spent" in refused.err
     assert "nothing was spent" not in refused.err

@@ -85,7 +85,7 @@ def test_the_undo_of_vectors_of_an_unknown_model_adds_none_of_the_new_model(file
     active = [line for line in undo.splitlines() if not line.lstrip().startswith("#")]
     assert [line.split()[-1] for line in active[1:]] == [f"VECTOR_SIZE={OLD_SIZE}"]
     assert "EMBEDDING_MODEL=unknown" not in undo + done.stdout + done.stderr
-    assert "which the backup does not know" in done.stdout
+    assert "which the backup does not record" in done.stdout
 
 
 @pytest.mark.matrix
@@ -146,7 +146,7 @@ def test_a_setting_that_hides_another_is_named_and_shown(operator):
     assert warnings == [
         f"warning: QDRANT_API_KEY (environment) hides another value in {file}:3",
         f"warning: VECTOR_SIZE=768 (environment) hides 3072 in {file}:1",
-        f"warning: VECTOR_SZE ({file}:2) is no setting and has no effect: did you mean VECTOR_SIZE?",
+        f"warning: VECTOR_SZE ({file}:2) is not a setting and has no effect: did you mean VECTOR_SIZE?",
     ]
     shown = operator.run("backup_automem", "--show-config", "--json", env=env)
     assert shown.json["settings"]["VECTOR_SIZE"]["hides"] == f"3072 in {file}:1"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.clients.embeddings import cache_file as pruning
+from lib.clients.embeddings import prune as pruning
 from lib.clients.embeddings.cache import SUM_BYTES, EmbeddingCache, MemoryRow
 from lib.clients.embeddings.cache_file import CacheDamaged
+from lib.clients.embeddings.prune import prune_cache
 from lib.dimensions import EmbeddingSpec
 from lib.errors import GuardRefused, LockHeld
 from lib.journal import start_journal
-from lib.reembed.prune import prune_spool
+from tests.cache_support import stored_count
 from tests.operator_support import LARGE, NEW_SIZE
 from tests.reembed_support import assert_migrated, points_of, upgrade
 
@@ -56,19 +57,19 @@ def test_what_any_plan_names_stays_and_the_rest_goes(tmp_path):
     with opened(tmp_path, "own") as cache:
         plan(cache, BIG, texts(0, 30))
         bought(cache, BIG, texts(0, 40))
-        counted = prune_spool(cache, tmp_path, dry_run=True)
+        counted = prune_cache(cache, tmp_path, dry_run=True)
         assert [(one.spec.size, one.vectors, one.unneeded) for one in counted.stored] == [
             (16, 20, 10),
             (64, 40, 10),
         ]
         assert sum(one.unneeded_bytes for one in counted.stored) == 10 * ((64 + 16) * 4 + 2 * SUM_BYTES)
-        assert (counted.removed, cache.count(BIG)) == (0, 40)
-        done = prune_spool(cache, tmp_path, dry_run=False)
+        assert (counted.removed, stored_count(cache, BIG)) == (0, 40)
+        done = prune_cache(cache, tmp_path, dry_run=False)
         assert (done.removed, done.shrunk) == (20, True)
         keys = [cache.text_key(BIG, text) for text in texts(0, 30)]
         keys += [cache.text_key(SMALL, text) for text in texts(50, 60)]
         assert cache.known(keys) == set(keys)
-        assert (cache.count(BIG), cache.count(SMALL)) == (30, 10)
+        assert (stored_count(cache, BIG), stored_count(cache, SMALL)) == (30, 10)
         assert cache.get_vectors(keys[:1]) == {keys[0]: vector("text 0", 64)}
 
 
@@ -76,7 +77,7 @@ def test_the_file_gives_its_room_back(tmp_path):
     with opened(tmp_path, "own") as cache:
         plan(cache, BIG, texts(0, 5))
         bought(cache, BIG, texts(0, 3000))
-        done = prune_spool(cache, tmp_path, dry_run=False)
+        done = prune_cache(cache, tmp_path, dry_run=False)
         assert done.removed == 2995
         assert done.bytes_after < done.bytes_before / 4
 
@@ -85,14 +86,14 @@ def test_without_room_for_the_copy_the_vectors_go_all_the_same(tmp_path, monkeyp
     monkeypatch.setattr(pruning, "free_bytes", lambda _path: 1000)
     with opened(tmp_path, "own") as cache:
         bought(cache, BIG, texts(0, 100))
-        done = prune_spool(cache, tmp_path, dry_run=False)
-        assert (done.removed, done.shrunk, cache.count(BIG)) == (100, False, 0)
+        done = prune_cache(cache, tmp_path, dry_run=False)
+        assert (done.removed, done.shrunk, stored_count(cache, BIG)) == (100, False, 0)
 
 
 def test_no_plan_at_all_needs_nothing(tmp_path):
     with opened(tmp_path, "own") as cache:
         bought(cache, BIG, texts(0, 10))
-        assert prune_spool(cache, tmp_path, dry_run=False).removed == 10
+        assert prune_cache(cache, tmp_path, dry_run=False).removed == 10
 
 
 def test_a_plan_that_cannot_be_read_stops_it(tmp_path):
@@ -102,8 +103,8 @@ def test_a_plan_that_cannot_be_read_stops_it(tmp_path):
             b"no database at all, but long enough to look" * 99
         )
         with pytest.raises(CacheDamaged):
-            prune_spool(cache, tmp_path, dry_run=False)
-        assert cache.count(BIG) == 10
+            prune_cache(cache, tmp_path, dry_run=False)
+        assert stored_count(cache, BIG) == 10
 
 
 def test_an_empty_file_is_no_plan_either(tmp_path):
@@ -111,8 +112,8 @@ def test_an_empty_file_is_no_plan_either(tmp_path):
         bought(cache, BIG, texts(0, 10))
         (tmp_path / "embeddings" / "empty.sqlite3").touch()
         with pytest.raises(CacheDamaged, match="nothing is removed"):
-            prune_spool(cache, tmp_path, dry_run=False)
-        assert cache.count(BIG) == 10
+            prune_cache(cache, tmp_path, dry_run=False)
+        assert stored_count(cache, BIG) == 10
 
 
 def test_an_unfinished_run_stops_it(tmp_path):
@@ -120,22 +121,22 @@ def test_an_unfinished_run_stops_it(tmp_path):
         bought(cache, BIG, texts(0, 10))
         journal = start_journal(tmp_path, "reembed", ["a", "b"])
         with pytest.raises(GuardRefused, match="unfinished"):
-            prune_spool(cache, tmp_path, dry_run=False)
-        assert prune_spool(cache, tmp_path, dry_run=True).stored[0].unneeded == 10
+            prune_cache(cache, tmp_path, dry_run=False)
+        assert prune_cache(cache, tmp_path, dry_run=True).stored[0].unneeded == 10
         journal.close("done")
-        assert prune_spool(cache, tmp_path, dry_run=False).removed == 10
+        assert prune_cache(cache, tmp_path, dry_run=False).removed == 10
 
 
 def test_another_run_on_the_same_vectors_stops_it(tmp_path):
     with opened(tmp_path, "own") as cache, opened(tmp_path, "other") as other:
         bought(cache, BIG, texts(0, 10))
         with pytest.raises(LockHeld, match=r"vectors\.sqlite3"):
-            prune_spool(cache, tmp_path, dry_run=False)
-        assert other.count(BIG) == 10
+            prune_cache(cache, tmp_path, dry_run=False)
+        assert stored_count(other, BIG) == 10
 
 
 def test_nobody_begins_while_it_works(tmp_path):
-    with opened(tmp_path, "own") as cache, cache.alone(), pytest.raises(LockHeld):
+    with opened(tmp_path, "own") as cache, cache.exclusive(), pytest.raises(LockHeld):
         opened(tmp_path, "other")
 
 

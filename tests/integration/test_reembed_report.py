@@ -15,7 +15,7 @@ import pytest
 
 from lib.backup.last_migration import DELETED, DELETING
 from lib.reembed import report_page as plots
-from lib.reembed.embed import MOST_SLOTS, Purchases, Slot
+from lib.reembed.embed import MOST_INTERVALS, Interval, PaidSums
 from lib.reembed.report_page import page
 from tests.kill_support import run_killed
 from tests.matrix import matrix
@@ -317,7 +317,7 @@ def test_the_next_one_has_a_report_and_sums_of_its_own(ready):
     assert second["recall_note"] == "no collection was replaced"
     shown = Page(Path(result["report"][1]).read_text())
     assert "Not measured: no collection was replaced" in shown.text
-    assert "Nothing had to be bought" in shown.text
+    assert "Nothing had to be embedded" in shown.text
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------
@@ -403,10 +403,12 @@ def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
 
 
 def test_slots_are_bounded_however_long_a_run_is():
-    made = Purchases()
+    made = PaidSums()
     for number in range(10_000):
-        made.add(Slot(float(number), 1.0, 7, 1 if number == 5000 else 0, after_pause=number == 3000), 70, 1)
-        assert len(made.slots) <= MOST_SLOTS
+        made.add(
+            Interval(float(number), 1.0, 7, 1 if number == 5000 else 0, after_pause=number == 3000), 70, 1
+        )
+        assert len(made.slots) <= MOST_INTERVALS
     assert (made.texts, made.tokens, made.requests, made.rate_limited) == (70_000, 700_000, 10_000, 1)
     assert sum(slot.texts for slot in made.slots) == 70_000
     assert sum(slot.seconds for slot in made.slots) == pytest.approx(10_000)

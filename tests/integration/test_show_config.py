@@ -84,7 +84,7 @@ def test_every_command_tells_of_a_run_that_never_ended(operator):
         assert re.search(rf"at: deleting\)\n  resume:  \S+ {ROOT}/scripts/reembed_embeddings.py ", err)
         assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in err
         assert "undo:\n  the way back" in err
-        assert "it is of other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err
+        assert "it works on other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err
     assert operator.run("backup_automem", "--list", "-q").err == ""
 
 

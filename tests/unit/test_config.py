@@ -88,7 +88,7 @@ def test_a_named_file_that_is_missing_is_told_with_the_other_faults(places, load
         faults = faults_of(load, path, VECTOR_SIZE="abc")
     else:
         faults = faults_of(load, AUTOMEM_ENV_FILE=path, VECTOR_SIZE="abc")
-    assert faults[0] == f"{flag} names {path}, which is no file"
+    assert faults[0] == f"{flag} names {path}, which is not a file"
     assert len(faults) == 2
 
 
@@ -150,7 +150,7 @@ def test_a_line_that_was_glued_to_another_is_named(places, load, text, line, fir
     path.write_text(text)
     (fault,) = faults_of(load)
     assert fault.startswith(f"{path}:{line}: {first} also holds {second}=")
-    assert f"put {second} on a line of its own" in fault
+    assert f"put {second} on a separate line" in fault
     assert SECRET not in fault
 
 
@@ -175,7 +175,7 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
     path = places / "cwd" / ".env"
     path.write_text("this is: not ours\n\nVECTOR_SIZE: 768\n")
     (fault,) = faults_of(load)
-    assert fault == f"{path}:3: is no assignment, which is NAME=value"
+    assert fault == f"{path}:3: is not an assignment, which is NAME=value"
     path.write_text("this is: not ours\nVECTOR_SIZE=768\n")
     assert load().vector_size == 768
     assert caplog.text == ""
@@ -216,7 +216,7 @@ def test_all_faults_in_one_go(places, load):
     assert "VECTOR_SIZE=abc (environment): must be a whole number from 1 to 65536" in told
     assert "must begin with http:// or https://, such as http://localhost:6333" in told
     assert f"FALKORDB_TLS=perhaps ({path}:1)" in told
-    assert "its port belongs into FALKORDB_PORT" in told
+    assert "set its port with FALKORDB_PORT" in told
     assert SECRET not in told
 
 

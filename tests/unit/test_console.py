@@ -74,7 +74,7 @@ def test_json_is_one_document_in_any_encoding(capsys):
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes"])
 def test_what_has_no_place_in_json_is_an_error(value):
-    with pytest.raises(TypeError, match="has no place in a result"):
+    with pytest.raises(TypeError, match="cannot be part of a result"):
         Console(as_json=True).result({"value": value}, "")
 
 

@@ -15,6 +15,7 @@ import pytest
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, SavedPoint
 from lib.clients.embeddings.cache_file import CacheDamaged
 from lib.dimensions import EmbeddingSpec
+from tests.cache_support import stored_count
 
 SPEC = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +53,8 @@ def test_the_file_is_private_and_durable(cache, path):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     wal = path.with_name(path.name + "-wal")
     assert stat.S_IMODE(wal.stat().st_mode) == 0o600
-    assert cache._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert cache._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert cache.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert cache.db.execute("PRAGMA synchronous").fetchone() == (2,)
     assert cache.size_bytes() > 0
 
 
@@ -80,8 +81,8 @@ def test_vectors_come_back_as_stored_and_outlive_the_process(path):
         cache.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
         stranger = cache.text_key(SPEC, "never stored")
     with EmbeddingCache(path) as cache:
-        assert cache.count(SPEC) == 1200
-        assert cache.count(replace(SPEC, size=4)) == 0
+        assert stored_count(cache, SPEC) == 1200
+        assert stored_count(cache, replace(SPEC, size=4)) == 0
         assert cache.known([*keys, stranger]) == set(keys)
         found = cache.get_vectors([*keys, stranger])
         assert found == {key: blob(n) for n, key in enumerate(keys)}
@@ -110,8 +111,8 @@ def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damag
     with EmbeddingCache(path) as cache:
         keys = [cache.text_key(SPEC, text) for text in ("good", "bad")]
         cache.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
-        good, bad = (stored for (stored,) in cache._rows("SELECT vector FROM vectors ORDER BY id"))
-        cache._db.execute("UPDATE vectors SET vector = ? WHERE id = 2", [DAMAGES[damage](bad, good)])
+        good, bad = (stored for (stored,) in cache.rows("SELECT vector FROM vectors ORDER BY id"))
+        cache.db.execute("UPDATE vectors SET vector = ? WHERE id = 2", [DAMAGES[damage](bad, good)])
     with EmbeddingCache(path) as cache:
         with pytest.raises(CacheDamaged, match=r"1 embedding\(s\) in .* were damaged") as caught:
             cache.get_vectors(keys)
@@ -132,11 +133,10 @@ def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
     """Rights, or a disk that is mounted read-only: what was paid for is whole."""
     with EmbeddingCache(path):
         pass
-    with (
-        EmbeddingCache(path, read_only=True) as cache,
-        pytest.raises(CacheDamaged, match="readonly") as caught,
-    ):
-        cache.set_meta("a", "b")
+    with EmbeddingCache(path) as cache:
+        cache.db.execute("PRAGMA query_only = ON")
+        with pytest.raises(CacheDamaged, match="readonly") as caught:
+            cache.set_meta("a", "b")
     assert "make it writable again" in caught.value.next_step
     assert "paid for again" not in caught.value.next_step
 
@@ -145,7 +145,7 @@ def test_vectors_that_an_earlier_version_stored_are_read(path):
     """They have no checksum."""
     with EmbeddingCache(path) as cache:
         key = cache.text_key(SPEC, "old")
-        cache._db.execute("INSERT INTO vectors (key, vector) VALUES (?, ?)", [key, blob(3)])
+        cache.db.execute("INSERT INTO vectors (key, vector) VALUES (?, ?)", [key, blob(3)])
     with EmbeddingCache(path) as cache:
         assert cache.get_vectors([cache.text_key(SPEC, "old")]) == {key: blob(3)}
 
@@ -224,7 +224,7 @@ def test_missing_texts_are_distinct_and_shrink_while_they_are_read(cache):
     missing = cache.missing_total()
     assert (missing.texts, missing.tokens) == (2, 6)
     seen = []
-    for row in cache.missing_rows(page=1):
+    for row in cache.missing_texts(SPEC, page=1):
         seen.append((row.text, row.label[-1]))
         cache.put_vectors([(row.key, blob(2))])
     assert seen == [("same", "1"), ("other", "3")]
@@ -244,19 +244,20 @@ def test_point_ids_keep_their_kind(cache, point_id):
     cache.put_memories([row])
     cache.save_points([SavedPoint(point_id, b"{}")])
     assert next(cache.memories()).point_id == point_id
-    assert list(cache.kept([point_id])) == [point_id]
+    assert list(cache.saved_points([point_id])) == [point_id]
 
 
 def test_kept_points_keep_their_vector_when_read_again_without_it(cache):
     cache.save_points([SavedPoint(1, b'{"a":1}', b"vector"), SavedPoint(2, b"{}")])
     cache.save_points([SavedPoint(1, b'{"a":2}')])
-    assert cache.kept([1, 3]) == {1: SavedPoint(1, b'{"a":2}', b"vector")}
-    assert [point.point_id for point in cache.saved_points(page=1)] == [1, 2]
+    assert cache.saved_points([1, 3]) == {1: SavedPoint(1, b'{"a":2}', b"vector")}
+    assert list(cache.saved_points([1, 2, 3])) == [1, 2]
     assert cache.saved_count() == 2
     cache.clear_saved()
-    assert [point.point_id for point in cache.saved_points()] == [
+    assert list(cache.saved_points([1, 2])) == [
         1
-    ]  # kept whole: it was removed from the collection
+    ]  # saved with its vector: it was removed from the collection
+    assert cache.saved_count() == 1
 
 
 def test_meta(cache):
@@ -268,7 +269,8 @@ def test_meta(cache):
 
 def test_a_reader_sees_commits_and_cannot_write(cache, path):
     key = cache.text_key(SPEC, "x")
-    with EmbeddingCache(path, read_only=True) as reader:
+    with EmbeddingCache(path) as reader:
+        reader.db.execute("PRAGMA query_only = ON")
         cache.put_vectors([(key, blob(1))])
         assert reader.known([key]) == {key}
         with pytest.raises(CacheDamaged):
@@ -330,11 +332,11 @@ def test_kill_9_loses_nothing_that_was_confirmed(path):
     confirmed += [int(line) for line in child.stdout.read().split("\n")[:-1]]
     child.wait()
     with EmbeddingCache(path) as cache:
-        stored = cache.count(SPEC)
+        stored = stored_count(cache, SPEC)
         assert stored % 50 == 0
         assert stored // 50 >= len(confirmed)
         assert cache.known([cache.text_key(SPEC, f"{confirmed[-1]}/49")])
-        assert cache._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert cache.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_two_targets_share_what_was_bought_and_nothing_else(tmp_path):

@@ -5,8 +5,7 @@ import threading
 import pytest
 
 from lib.clients.embeddings.pricing import expected
-from lib.clients.embeddings.rate_limits import Pacer
-from lib.clients.embeddings.refusals import BucketState, RateLimits
+from lib.clients.embeddings.rate_limits import BucketState, Pacer, RateLimits
 
 GO = threading.Event()  # never set
 

@@ -16,9 +16,9 @@ import pytest
 
 from lib.errors import LOCKED, LockHeld, UsageProblem
 from lib.files import (
-    TargetLock,
     atomic_writer,
     free_bytes,
+    lock_targets,
     private_dir,
     private_file,
     sha256_file,
@@ -277,12 +277,12 @@ def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
 HOLD = """
     import os, sys, time
     from pathlib import Path
-    from lib.files import TargetLock
+    from lib.files import lock_targets
     if len(sys.argv) > 3:
         import portalocker
         os.umask(0o077)
         os.setuid(int(sys.argv[3]))
-    with TargetLock(sys.argv[2].split(","), Path(sys.argv[1])):
+    with lock_targets(sys.argv[2].split(","), Path(sys.argv[1])):
         print("ready", flush=True)
         time.sleep(60)
 """
@@ -292,21 +292,21 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path)
     process = start(HOLD, str(tmp_path / "locks"), "graph g,collection c")
     try:
         with pytest.raises(LockHeld, match="another run is working on collection c") as caught:
-            TargetLock(["collection c", "graph other"], tmp_path / "locks").__enter__()
+            lock_targets(["collection c", "graph other"], tmp_path / "locks").__enter__()
         assert caught.value.exit_code == LOCKED == 5
         assert "wait" in caught.value.next_step
-        with TargetLock(["graph other"], tmp_path / "locks"):  # given back by the refused run
+        with lock_targets(["graph other"], tmp_path / "locks"):  # given back by the refused run
             pass
     finally:
         kill(process)
-    with TargetLock(["graph g", "collection c"], tmp_path / "locks"):
+    with lock_targets(["graph g", "collection c"], tmp_path / "locks"):
         pass
 
 
 def test_one_process_locks_a_target_once(tmp_path):
-    with TargetLock(["t", "t"], tmp_path), pytest.raises(LockHeld):
-        TargetLock(["t"], tmp_path).__enter__()
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t", "t"], tmp_path), pytest.raises(LockHeld):
+        lock_targets(["t"], tmp_path).__enter__()
+    with lock_targets(["t"], tmp_path):
         pass
 
 
@@ -324,15 +324,15 @@ def test_two_users_exclude_each_other(open_place, first):
 
 
 def test_a_lock_file_that_a_cleaner_removed_is_made_anew_and_kept_young(tmp_path):
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t"], tmp_path):
         pass
     (file,) = tmp_path.iterdir()
     os.utime(file, (1, 1))
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t"], tmp_path):
         assert file.stat().st_mtime > 1_000_000
     file.unlink()
-    with TargetLock(["t"], tmp_path), pytest.raises(LockHeld):
-        TargetLock(["t"], tmp_path).__enter__()
+    with lock_targets(["t"], tmp_path), pytest.raises(LockHeld):
+        lock_targets(["t"], tmp_path).__enter__()
 
 
 def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path, monkeypatch):
@@ -348,43 +348,43 @@ def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path, monkeypatch):
             file.unlink()
 
     monkeypatch.setattr(portalocker, "lock", removed_meanwhile)
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t"], tmp_path):
         monkeypatch.undo()
         with pytest.raises(LockHeld):
-            TargetLock(["t"], tmp_path).__enter__()
+            lock_targets(["t"], tmp_path).__enter__()
 
 
 def test_the_lock_does_not_follow_a_link(tmp_path):
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t"], tmp_path):
         pass
     (file,) = tmp_path.iterdir()
     file.unlink()
     file.symlink_to("/etc/hostname")
     with pytest.raises(UsageProblem, match="symbolic link") as caught:
-        TargetLock(["t"], tmp_path).__enter__()
+        lock_targets(["t"], tmp_path).__enter__()
     assert f"sudo rm -r {file}" in caught.value.next_step
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_what_is_no_file_is_no_lock(tmp_path, kind):
     """A pipe would hang the run that opens it."""
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t"], tmp_path):
         pass
     (file,) = tmp_path.iterdir()
     file.unlink()
     os.mkfifo(file) if kind == "fifo" else file.mkdir()
-    with pytest.raises(UsageProblem, match="no regular file"):
-        TargetLock(["t"], tmp_path).__enter__()
+    with pytest.raises(UsageProblem, match="is not a regular file"):
+        lock_targets(["t"], tmp_path).__enter__()
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775])
 def test_a_folder_in_which_others_could_remove_the_lock_is_refused(tmp_path, mode):
     tmp_path.chmod(mode)
     with pytest.raises(UsageProblem, match=f"no lock in {tmp_path} would hold") as caught:
-        TargetLock(["t"], tmp_path).__enter__()
+        lock_targets(["t"], tmp_path).__enter__()
     assert "chmod 1777" in caught.value.next_step
     tmp_path.chmod(mode | 0o1000)
-    with TargetLock(["t"], tmp_path):
+    with lock_targets(["t"], tmp_path):
         pass
 
 
@@ -392,13 +392,13 @@ def test_a_folder_in_which_others_could_remove_the_lock_is_refused(tmp_path, mod
 def test_a_lock_folder_of_another_user_is_refused(tmp_path):
     os.chown(tmp_path, NOBODY, NOBODY)
     with pytest.raises(UsageProblem, match=f"belongs to uid {NOBODY}"):
-        TargetLock(["t"], tmp_path).__enter__()
+        lock_targets(["t"], tmp_path).__enter__()
     os.chown(tmp_path, 0, 0)
 
 
 def test_a_link_to_a_folder_of_roots_changes_nothing_there(tmp_path):
     (tmp_path / "private").mkdir(mode=0o700)
     (tmp_path / "locks").symlink_to(tmp_path / "private")
-    with TargetLock(["t"], tmp_path / "locks"):
+    with lock_targets(["t"], tmp_path / "locks"):
         pass
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700

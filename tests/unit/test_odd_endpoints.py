@@ -9,7 +9,7 @@ from lib.backup.existing_points import TemporaryIdTable
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.cache_file import VALUES_AT_ONCE
 from lib.clients.embeddings.client import Provider, billed_tokens, read_answer
-from lib.clients.embeddings.pricing import count_tokens, input_limit, price_per_million
+from lib.clients.embeddings.pricing import count_tokens, input_limit, price_of
 from lib.clients.embeddings.refusals import BadAnswer, BadIndices, context_limit
 from lib.clients.embeddings.worker_pool import _cut_to_limit
 from lib.config import load_config
@@ -44,7 +44,7 @@ def answer(indices: list[object], *, rows: list[int] | None = None) -> dict:
     ],
 )
 def test_every_vector_belongs_to_its_text(indices, rows):
-    read = read_answer(answer(indices, rows=rows), 4, SPEC, None)
+    read = read_answer(answer(indices, rows=rows), 4, SPEC)
     assert (read.vectors == np.eye(4)).all()
 
 
@@ -64,7 +64,7 @@ def test_every_vector_belongs_to_its_text(indices, rows):
 )
 def test_indices_that_do_not_fit_end_the_run_instead_of_splitting_the_batch(indices):
     with pytest.raises(BadIndices) as refused:
-        read_answer(answer(indices), 4, SPEC, None)
+        read_answer(answer(indices), 4, SPEC)
     assert isinstance(refused.value, ProviderRefused)
     assert not isinstance(refused.value, BadAnswer)
     assert "--batch-size 1" in refused.value.next_step
@@ -72,7 +72,7 @@ def test_indices_that_do_not_fit_end_the_run_instead_of_splitting_the_batch(indi
 
 def test_a_number_as_long_as_a_book_is_a_bad_answer():
     with pytest.raises(BadAnswer, match="neither base64 nor a list of numbers"):
-        read_answer({"data": [{"embedding": [10**400, 0, 0, 0]}]}, 1, SPEC, None)
+        read_answer({"data": [{"embedding": [10**400, 0, 0, 0]}]}, 1, SPEC)
 
 
 def test_tokens_below_zero_pay_for_nothing():
@@ -87,7 +87,7 @@ def test_the_model_behind_a_prefix_is_known(prefix):
     assert native_size(model) == 3072
     assert takes_dimensions(model)
     assert input_limit(model) == 8192
-    assert price_per_million(model) == 0.13
+    assert price_of(1_000_000, model) == 0.13
     with pytest.raises(UsageProblem, match="at most 3072d"):
         check_model(model, 4096)
     assert Provider(EmbeddingSpec("", model, 768), "k", 1.0)._options["dimensions"] == 768
@@ -125,7 +125,7 @@ def test_the_query_of_the_endpoint_is_sent(tmp_path):
     azure = "https://host/openai/deployments/d?api-version=2024-06-01"
     config = load_config({"OPENAI_BASE_URL": azure}, cwd=tmp_path, root=tmp_path)
     provider = Provider(config.spec, "k", 1.0)
-    client = provider._client()
+    client = provider.client()
     assert str(client.base_url).rstrip("/") == "https://host/openai/deployments/d"
     assert client.default_query == {"api-version": "2024-06-01"}
     assert provider.name.endswith("at https://host/openai/deployments/d")

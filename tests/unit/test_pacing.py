@@ -5,15 +5,17 @@ import time
 
 import pytest
 
-from lib.clients.embeddings.rate_limits import Pacer, Stopped, estimated_tokens
-from lib.clients.embeddings.refusals import (
+from lib.clients.embeddings.rate_limits import (
     BucketState,
+    Pacer,
     RateLimited,
     RateLimits,
     duration_seconds,
+    estimated_tokens,
     rate_limits,
     retry_after,
 )
+from lib.concurrency import Cancelled
 
 GO = threading.Event()  # never set
 
@@ -144,7 +146,7 @@ def test_a_refusal_holds_everyone_for_the_time_named_and_a_tenth_at_most(pacer, 
     pacer.acquire(10, GO)
     pacer.refused(10, 4.0, None)
     assert 4.0 <= pacer._delay(10) <= 4.4
-    assert pacer.counts().rate_limited == 1
+    assert pacer.rate_limited == 1
     clock.now += 4.4
     assert pacer._delay(10) == 0
 
@@ -205,6 +207,6 @@ def test_a_stop_ends_the_wait(pacer):
     stop = threading.Event()
     threading.Timer(0.1, stop.set).start()
     started = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         pacer.acquire(1, stop)
     assert time.monotonic() - started < 30

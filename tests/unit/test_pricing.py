@@ -7,7 +7,7 @@ from lib.clients.embeddings.pricing import (
     count_tokens,
     cut_to_tokens,
     input_limit,
-    price_per_million,
+    price_of,
 )
 
 
@@ -32,10 +32,10 @@ def test_text_that_looks_like_a_control_token_is_only_text():
 
 
 def test_prices_by_model():
-    assert price_per_million("text-embedding-3-small") == 0.02
-    assert price_per_million("text-embedding-3-large") == 0.13
-    assert price_per_million("text-embedding-ada-002") == 0.10
-    assert price_per_million("nomic-embed-text") is None
+    assert price_of(1_000_000, "text-embedding-3-small") == 0.02
+    assert price_of(1_000_000, "text-embedding-3-large") == 0.13
+    assert price_of(1_000_000, "text-embedding-ada-002") == 0.10
+    assert price_of(1_000_000, "nomic-embed-text") is None
     assert PRICES_AS_OF.startswith("20")
     assert input_limit("text-embedding-3-large") == 8192
     assert input_limit("nomic-embed-text") is None

@@ -17,7 +17,7 @@ def request_of(url, model="text-embedding-3-large", size=768):
     """The request that `send` would make, built and not sent."""
     provider = Provider(EmbeddingSpec(url, model, size), KEY, 5.0)
     seen = []
-    provider._client()._client.event_hooks["request"] = [seen.append]
+    provider.client()._client.event_hooks["request"] = [seen.append]
     with pytest.raises(Exception):  # noqa: B017 - nobody answers
         provider.send(["a text"])
     provider.close()
@@ -50,7 +50,7 @@ def test_the_texts_are_sent_as_they_are_and_base64_is_asked_for():
 )
 def test_azure_gets_the_key_in_its_own_header_and_its_version_in_the_query(host, monkeypatch):
     spec = EmbeddingSpec(f"https://{host}/openai/deployments/large?api-version=2024-10-21", "m", 8)
-    client = Provider(spec, KEY, 5.0)._client()
+    client = Provider(spec, KEY, 5.0).client()
     assert client.default_headers["api-key"] == KEY
     assert str(client.base_url) == f"https://{host}/openai/deployments/large/"
     assert client.default_query == {"api-version": "2024-10-21"}
@@ -58,12 +58,12 @@ def test_azure_gets_the_key_in_its_own_header_and_its_version_in_the_query(host,
 
 def test_nobody_else_gets_that_header():
     for url in ("", "https://openai.azure.com.example.org/v1", DEAD):
-        assert "api-key" not in Provider(EmbeddingSpec(url, "m", 8), KEY, 5.0)._client().default_headers
+        assert "api-key" not in Provider(EmbeddingSpec(url, "m", 8), KEY, 5.0).client().default_headers
 
 
 def test_voyage_is_asked_for_a_size_by_its_own_name():
     provider = Provider(EmbeddingSpec("https://api.voyageai.com/v1", "voyage-3-large", 512), KEY, 5.0)
-    assert provider._beside == {"output_dimension": 512}
+    assert provider._extra == {"output_dimension": 512}
     assert "output_dimension" not in body_of(request_of(DEAD))
 
 

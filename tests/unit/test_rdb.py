@@ -8,14 +8,14 @@ import pytest
 from lib.clients.falkordb import rdb as dump_payload
 from lib.clients.falkordb.rdb import (
     crc64,
+    encoded_string,
     inspect_rdb,
     is_rdb,
+    read_length,
+    read_string,
     require_rdb_checksum,
-    take_length,
-    take_string,
     unwrap_dump,
     wrap_dump,
-    written_string,
 )
 from lib.errors import BackupDamaged
 
@@ -29,7 +29,7 @@ def sealed(body: bytes) -> bytes:
 
 def small_rdb(version: bytes = b"0012", end: bytes = b"\xff") -> bytes:
     aux = (
-        b"\xfa" + written_string(b"redis-ver") + written_string(b"8.2.3") + b"\xfa\x05ctime\xc2\xb1\x19\x03k"
+        b"\xfa" + encoded_string(b"redis-ver") + encoded_string(b"8.2.3") + b"\xfa\x05ctime\xc2\xb1\x19\x03k"
     )
     return sealed(
         b"REDIS"
@@ -46,7 +46,7 @@ def small_rdb(version: bytes = b"0012", end: bytes = b"\xff") -> bytes:
 def small_payload(name: bytes = b"memories", prefix: bytes = b"", version: int = 12) -> bytes:
     header = prefix + (len(name) + 1).to_bytes(8, "little") + name + b"\0" + bytes(range(256)) * 9
     return sealed(
-        b"\x07" + GRAPH_ID + b"\x05" + written_string(header) + b"\x00" + version.to_bytes(2, "little")
+        b"\x07" + GRAPH_ID + b"\x05" + encoded_string(header) + b"\x00" + version.to_bytes(2, "little")
     )
 
 
@@ -172,14 +172,14 @@ def test_a_payload_tells_what_it_needs():
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 16_383, 16_384, 70_000])
 def test_strings_of_every_length(size: int):
-    data = written_string(b"a" * size) + b"rest"
-    assert take_string(data, 0) == (b"a" * size, len(data) - 4)
-    assert take_string(data[: size // 2], 0) in {None, (b"", 1)} or size == 0
+    data = encoded_string(b"a" * size) + b"rest"
+    assert read_string(data, 0) == (b"a" * size, len(data) - 4)
+    assert read_string(data[: size // 2], 0) in {None, (b"", 1)} or size == 0
 
 
 def test_packed_numbers_are_strings_too():
-    assert take_string(b"\xc0\xfe", 0) == (b"-2", 2)
-    assert take_string(b"\xc1\x00\x01", 0) == (b"256", 3)
-    assert take_string(b"\xc2\x00\x00\x01\x00", 0) == (b"65536", 5)
-    assert take_length(b"\xc3", 0) is None
-    assert take_length(b"", 0) is None
+    assert read_string(b"\xc0\xfe", 0) == (b"-2", 2)
+    assert read_string(b"\xc1\x00\x01", 0) == (b"256", 3)
+    assert read_string(b"\xc2\x00\x00\x01\x00", 0) == (b"65536", 5)
+    assert read_length(b"\xc3", 0) is None
+    assert read_length(b"", 0) is None

@@ -7,7 +7,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,21 +18,18 @@ import numpy.typing as npt
 import orjson
 import pybase64
 
-from lib.clients.embeddings.rate_limits import Pacer, Stopped, estimated_tokens
+from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.clients.embeddings.refusals import (
     AGAIN,
     BadAnswer,
     BadIndices,
     BadInput,
-    RateLimited,
-    RateLimits,
     Transient,
     WrongWidth,
-    judged,
-    rate_limits,
     redacted,
-    refusal_of,
+    refusal_error,
 )
+from lib.concurrency import Cancelled
 from lib.dimensions import OPENAI_BASE_URL, EmbeddingSpec, native_size, public_url, takes_dimensions
 from lib.errors import ProviderRefused, UsageProblem
 from lib.network import Unbounded, httpx_hooks, is_this_machine, joined
@@ -50,7 +47,6 @@ class Answer:
 
     vectors: FloatArray
     tokens: int
-    limits: RateLimits | None = None
 
 
 def parsed(content: bytes) -> dict[str, object]:
@@ -59,7 +55,7 @@ def parsed(content: bytes) -> dict[str, object]:
         body = orjson.loads(content)
     except orjson.JSONDecodeError:
         try:
-            body = json.loads(content)  # takes the NaN that servers written in Python may send
+            body = json.loads(content)  # accepts NaN, which servers written in Python may send
         except (ValueError, RecursionError) as error:
             raise BadAnswer("the answer is not JSON") from error
     if not isinstance(body, dict):
@@ -67,10 +63,8 @@ def parsed(content: bytes) -> dict[str, object]:
     return body
 
 
-def read_answer(
-    body: dict[str, object], count: int, spec: EmbeddingSpec, limits: RateLimits | None
-) -> Answer:
-    """The checked vectors for `count` texts. Raises BadAnswer, or WrongWidth for another size than `spec`'s."""
+def read_answer(body: dict[str, object], count: int, spec: EmbeddingSpec) -> Answer:
+    """Check and decode the vectors for `count` texts. Raises BadAnswer, BadIndices, WrongWidth."""
     data = body.get("data")
     if not isinstance(data, list) or len(data) != count:
         raise BadAnswer(
@@ -79,15 +73,15 @@ def read_answer(
     indices = _indices(data)
     vectors = np.empty((count, spec.size), dtype=np.float32)
     while data:
-        item = data.pop()  # the answer's text shrinks while the vectors grow
+        item = data.pop()  # frees the text of each vector while the array fills
         vectors[indices.pop()] = _row(item.get("embedding"), spec)
-    return Answer(_unit(vectors, spec), billed_tokens(body), limits)
+    return Answer(_unit(vectors, spec), billed_tokens(body))
 
 
 def _indices(data: list[Any]) -> list[int]:
-    """The index of each vector. Raises BadIndices if it does not follow from the answer which vector is which text's.
+    """The index of the text of each vector. Raises BadIndices if the answer does not say it.
 
-    Without any index the order is that of the texts. One that is missing among others is the one that is left:
+    Without any index the order is that of the texts. If one index alone is missing, it is the one that is left:
     encoders that omit zeros leave out the 0 (protobuf's JSON, as Gemini's endpoint sends it).
     """
     if not all(isinstance(item, dict) for item in data):
@@ -107,7 +101,7 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
     try:
         if isinstance(embedding, str):
             row = np.frombuffer(pybase64.b64decode(embedding, validate=True), dtype="<f4")
-        else:  # a server that ignores base64; None stands for NaN in JSON
+        else:  # from a server that ignores base64; None represents NaN in JSON
             row = np.asarray(embedding, dtype=np.float32)
     except (ValueError, TypeError, OverflowError, binascii.Error) as error:
         raise BadAnswer("a vector that is neither base64 nor a list of numbers") from error
@@ -122,7 +116,7 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
 
 
 def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
-    """Check the lengths; OpenAI's models answer with length 1, others may not and are scaled."""
+    """Check the lengths. OpenAI's models answer with length 1; vectors of other models are scaled to it."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     if not np.isfinite(norms).all():
         raise BadAnswer("a vector with values that are not numbers")
@@ -135,25 +129,22 @@ def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
 
 
 def billed_tokens(body: dict[str, object]) -> int:
-    """The tokens that an answer is billed for, whether or not its vectors are of use; 0 if it names none."""
+    """The tokens that an answer is billed for, whether or not its vectors can be used; 0 if it names none."""
     usage = body.get("usage")
     billed = usage.get("total_tokens") or usage.get("prompt_tokens") if isinstance(usage, dict) else 0
-    return max(0, billed) if isinstance(billed, int) else 0  # a negative one would pay for others
+    return max(0, billed) if isinstance(billed, int) else 0  # a negative number would lower the sum
 
 
-# Azure's own header for a key (https://learn.microsoft.com/azure/ai-services/openai/reference#authentication).
+# Azure takes the key in another header (https://learn.microsoft.com/azure/ai-services/openai/reference#authentication).
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
-_VOYAGE_HOST = (
-    "api.voyageai.com"  # takes `output_dimension` (https://docs.voyageai.com/reference/embeddings-api)
-)
-
-
-# An answer is at most so large (a number as text, and what is around the numbers), and takes so many time-outs.
+# Voyage takes `output_dimension` (https://docs.voyageai.com/reference/embeddings-api).
+_VOYAGE_HOST = "api.voyageai.com"
+# The most bytes of an answer per number and around the numbers, and the most time-outs that one answer may take.
 _BYTES_A_NUMBER, _HEAD_BYTES, _TIMES = 64, 1 << 20, 3
 
 
 class Provider:
-    """One key at one endpoint, for one model and size. Thread-safe; `name` is fit to be shown."""
+    """Requests to one endpoint with one key, for one model and size. Thread-safe. `name` holds no secret."""
 
     def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
         if not api_key.isascii() or any(character.isspace() for character in api_key):
@@ -165,35 +156,31 @@ class Provider:
         self.name = f"{spec.model} at {public_url(spec.base_url)}"
         self._key = api_key
         self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
-        self._made: openai.OpenAI | None = None
-        self._making = threading.Lock()
-        # base64, decoded here: a list of numbers costs 30 to 60 times the CPU.
+        self._openai: openai.OpenAI | None = None
+        self._opening = threading.Lock()
+        # base64 is decoded here: a JSON list of numbers costs 30 to 60 times the CPU.
         self._options: dict[str, Any] = {"model": spec.model, "encoding_format": "base64"}
-        self._beside: dict[str, object] = {}
+        self._extra: dict[str, object] = {}
         if takes_dimensions(spec.model) and spec.size != native_size(spec.model):
             self._options["dimensions"] = spec.size
         if urlsplit(self._base_url).hostname == _VOYAGE_HOST:
-            self._beside["output_dimension"] = spec.size
+            self._extra["output_dimension"] = spec.size
 
-    def prepare(self) -> None:
-        """Have the package ready, so that its import is no part of a request's time."""
-        self._client()
-
-    def _client(self) -> openai.OpenAI:
-        """The package's client, made when something is to be sent: importing it costs half a second."""
-        with self._making:
-            if self._made is None:
+    def client(self) -> openai.OpenAI:
+        """The package's client, created on the first call: importing the package takes half a second."""
+        with self._opening:
+            if self._openai is None:
                 import openai
 
                 parts = urlsplit(self._base_url)
                 azure = (parts.hostname or "").endswith(_AZURE_HOSTS)
-                self._made = openai.OpenAI(
+                self._openai = openai.OpenAI(
                     api_key=self._key or "none",
                     base_url=urlunsplit(parts._replace(query="", fragment="")),
                     default_query=dict(parse_qsl(parts.query)),
                     default_headers={"api-key": self._key} if azure else None,
                     timeout=self._timeout,
-                    # No proxy leads to this machine; texts and Azure's key would go along to where a redirect points.
+                    # No proxy leads to this machine. A redirect would carry the texts and Azure's key elsewhere.
                     http_client=openai.DefaultHttpxClient(
                         trust_env=not is_this_machine(self._base_url),
                         follow_redirects=False,
@@ -201,59 +188,53 @@ class Provider:
                     ),
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )
-            return self._made
+            return self._openai
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
-        """Headers and body of a 200.
-
-        Raises RateLimited, Transient, BadInput or ProviderRefused for any other (lib/clients/embeddings/refusals.py).
-        """
+        """Headers and body of a 200. Raises RateLimited, Transient, BadInput or ProviderRefused for any other."""
         import openai
 
-        # httpx, or what the package has in its place: what breaks within a body comes as its error.
+        # httpx, or what the package uses instead: an error while the body is read is of that package.
         http = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
         try:
-            # As extra_body the texts replace `input` unlooked at; else the package walks through every one of them.
-            with self._client().embeddings.with_streaming_response.create(
-                input="", extra_body={"input": list(texts), **self._beside}, **self._options
+            # In extra_body the texts replace `input` unchecked; otherwise the package walks through all of them.
+            with self.client().embeddings.with_streaming_response.create(
+                input="", extra_body={"input": list(texts), **self._extra}, **self._options
             ) as raw:
                 limit = _HEAD_BYTES + len(texts) * self._size * _BYTES_A_NUMBER
                 return raw.headers, joined(raw.iter_bytes(), limit, _TIMES * self._timeout)
         except Unbounded as error:
             raise Transient(str(error)) from error
-        except http.TimeoutException as error:
+        except (http.TimeoutException, openai.APITimeoutError) as error:
             raise Transient("no answer in time") from error
-        except http.HTTPError as error:
-            raise Transient(redacted(str(error), self._key) or "the connection broke") from None
         except openai.APIStatusError as error:
             # Its own text may hold the key: it is not chained.
-            raise self._judged(texts, error.status_code, error.response.headers, error.body) from None
-        except openai.APITimeoutError as error:
-            raise Transient("no answer in time") from error
-        except openai.APIConnectionError as error:
+            raise self._error(texts, error.status_code, error.response.headers, error.body) from None
+        except (http.HTTPError, openai.APIConnectionError) as error:
             raise Transient(redacted(str(error.__cause__ or error), self._key) or "no connection") from None
 
     def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
-        """The JSON of a 200. Raises BadAnswer, and as `send` where it holds an error after all."""
+        """The JSON of a 200. Raises BadAnswer, and the errors of `send` if it holds an error after all."""
         body = parsed(content)
         if "data" not in body:  # some proxies wrap an error of the model's host into a 200
             error_body = body.get("error")
             code = error_body.get("code") if isinstance(error_body, dict) else None
-            raise self._judged(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
+            raise self._error(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
         return body
 
     def close(self) -> None:
         """Close the connections."""
-        if self._made is not None:
-            self._made.close()
+        if self._openai is not None:
+            self._openai.close()
 
-    def _judged(
+    def _error(
         self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object
     ) -> Exception:
-        return judged(refusal_of(status, headers, body, self._key), estimated_tokens(texts), self.name)
+        sent = estimated_tokens(texts)
+        return refusal_error(status, headers, body, secret=self._key, sent_tokens=sent, provider=self.name)
 
 
-FIRST_CONTACT_SECONDS = 60.0  # an endpoint that never answered yet is given up sooner
+FIRST_CONTACT_SECONDS = 60.0  # the time limit for an endpoint that has never answered
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
 FAILURES_BEFORE_SPLIT = 5
@@ -265,9 +246,9 @@ class EmbeddingClient:
 
     Args:
         spec: endpoint ("" for OpenAI's), model and size.
-        api_key: never shown, in no message and no repr; raises UsageProblem where it cannot be one.
-        timeout_seconds: of one request.
-        max_wait_seconds: of rate limits, or of failures, before the run gives up.
+        api_key: shown in no message and no repr. Raises UsageProblem if it cannot be a key.
+        timeout_seconds: for one request.
+        max_wait_seconds: for rate limits, or for failures, before the run gives up.
     """
 
     def __init__(
@@ -281,20 +262,16 @@ class EmbeddingClient:
         self.spec = spec
         self.pacer = Pacer(max_wait_seconds)
         self._provider = Provider(spec, api_key, timeout_seconds)
+        self.provider = self._provider.name
         self._max_wait = max_wait_seconds
-        self.request_seconds: float | None = None  # what the first good answer took
+        self.request_seconds: float | None = None  # duration of the first good request
         self._last_answer: float | None = None
-        self.billed_tokens = 0  # of every answer of the provider, those included that are of no use
+        self.billed_tokens = 0  # of all answers, including those that cannot be used
         # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
         self._decoding = threading.Lock()
 
-    @property
-    def provider(self) -> str:
-        """Model and endpoint, to be shown."""
-        return self._provider.name
-
     def answered_since(self, moment: float) -> bool:
-        """Whether good vectors came after `moment` (monotonic seconds)."""
+        """Whether good vectors arrived after `moment` (monotonic seconds)."""
         return self._last_answer is not None and self._last_answer >= moment
 
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
@@ -303,27 +280,28 @@ class EmbeddingClient:
         Raises:
             ProviderRefused: key, permission, quota, or no good answer for `max_wait_seconds`.
             WrongWidth: the model makes another size.
-            BadInput: the batch is to be split, or its only text refused.
-            Stopped: `stop` was set while the request waited.
+            BadInput: split the batch; if it is one text, the provider does not take it.
+            Cancelled: `stop` was set while the request waited.
         """
         import backoff
 
         stop = stop or threading.Event()
-        started = time.monotonic()
-
-        def waits() -> Generator[float, Any, None]:
-            return self._waits(stop, started)
-
-        retried = backoff.on_exception(waits, (RateLimited, Transient), jitter=None, logger=None)(
-            self._attempt
-        )
-        try:
-            answer: Answer = retried(list(texts), stop)
-        except (RateLimited, Transient) as error:
-            if stop.is_set():
-                raise Stopped from error
-            raise self._given_up(error, started) from error
-        return answer
+        started, failures = time.monotonic(), 0
+        pauses = backoff.expo(factor=2 * FIRST_PAUSE_SECONDS, max_value=LONGEST_PAUSE_SECONDS)
+        next(pauses)  # backoff's generators begin with an empty value
+        while True:
+            try:
+                return self._attempt(list(texts), stop)
+            except (RateLimited, Transient) as error:
+                failures += isinstance(error, Transient)
+                final = None if stop.is_set() else self._final_error(error, started, failures)
+                if final:
+                    raise final from error
+                if isinstance(error, Transient):  # the pacer itself delays what a rate limit refused
+                    longest = next(pauses)
+                    stop.wait(random.uniform(longest / 2, longest))
+                if stop.is_set():
+                    raise Cancelled from error
 
     def close(self) -> None:
         """Close the connections."""
@@ -331,7 +309,7 @@ class EmbeddingClient:
 
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
-        self._provider.prepare()
+        self._provider.client()  # imports the package, which is no part of the request's duration
         self.pacer.acquire(tokens, stop)
         began = time.monotonic()
         try:
@@ -340,7 +318,7 @@ class EmbeddingClient:
             with self._decoding:
                 body = self._provider.opened(texts, headers, content)
                 self.billed_tokens += billed_tokens(body)
-                answer = read_answer(body, len(texts), self.spec, limits)
+                answer = read_answer(body, len(texts), self.spec)
             self._refuse_one_for_all(texts, answer)
         except BadInput:
             self.pacer.answered(tokens, None)
@@ -357,45 +335,39 @@ class EmbeddingClient:
         return answer
 
     def _refuse_one_for_all(self, texts: list[str], answer: Answer) -> None:
-        """Raise ProviderRefused where several different texts got one and the same vector: nothing could be found."""
+        """Raise ProviderRefused if different texts got the same vector: a search could find nothing."""
         if len(set(texts)) > 2 and bool((answer.vectors == answer.vectors[0]).all()):
             raise ProviderRefused(
                 f"{self.provider} answers every text with the same vector",
                 next_step="check EMBEDDING_MODEL and OPENAI_BASE_URL, then run the same command again",
             )
 
-    def _waits(self, stop: threading.Event, started: float) -> Generator[float, Any, None]:
-        """Pauses between tries, for backoff. It waits here itself, so that a stop ends the wait at once.
-
-        A rate limit needs no pause of its own: the pacer's gate holds every worker. Ends, and with it the tries,
-        where waiting is no use any more.
-        """
-        failures = 0
-        error = yield 0.0
-        while not self._hopeless(error, started, failures):
-            if isinstance(error, Transient):
-                failures += 1
-                longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**failures)
-                stop.wait(random.uniform(longest / 2, longest))
-            if stop.is_set():
-                return
-            error = yield 0.0
-
-    def _hopeless(self, error: Exception, started: float, failures: int) -> bool:
-        now, last = time.monotonic(), self._last_answer
+    def _final_error(self, error: RateLimited | Transient, started: float, failures: int) -> Exception | None:
+        """The exception that ends the tries, or None to try again. `failures` counts Transient ones."""
+        now = time.monotonic()
+        seconds = now - started
         if isinstance(error, RateLimited):
-            too_long = (error.wait_seconds or 0.0) > self._max_wait
-            return too_long or now - max(started, last or started) >= self._max_wait
-        if self._split_instead(error, started, failures):
-            return True
-        patience = self._max_wait if last is not None else min(FIRST_CONTACT_SECONDS, self._max_wait)
-        return now - started >= patience
-
-    def _split_instead(self, error: Exception, started: float, failures: int) -> bool:
-        # Some servers answer 500 to a text they cannot take. While others are served, it is the batch.
-        if getattr(error, "status", None) != 500 or failures < FAILURES_BEFORE_SPLIT:
-            return False
-        return self.answered_since(started) or self._takes_a_word()
+            waited = now - max(started, self._last_answer or started)
+            if (error.wait_seconds or 0.0) <= self._max_wait and waited < self._max_wait:
+                return None
+            return ProviderRefused(
+                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error})",
+                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size; {AGAIN}",
+            )
+        first_contact = self._last_answer is None
+        timeout = min(FIRST_CONTACT_SECONDS, self._max_wait) if first_contact else self._max_wait
+        if seconds < timeout and failures < FAILURES_BEFORE_SPLIT:
+            return None
+        # Some servers answer 500 to a text that they cannot take. If others are served, the batch is the cause.
+        split = error.status == 500 and seconds < self._max_wait
+        if split and (self.answered_since(started) or self._takes_a_word()):
+            return BadInput(str(error))
+        if seconds < timeout:
+            return None
+        return ProviderRefused(
+            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
+            next_step=f"check OPENAI_BASE_URL, the network and the provider's status page, {AGAIN}",
+        )
 
     def _takes_a_word(self) -> bool:
         try:
@@ -403,17 +375,3 @@ class EmbeddingClient:
         except (RateLimited, Transient, BadInput):
             return False
         return True
-
-    def _given_up(self, error: Exception, started: float) -> Exception:
-        seconds = time.monotonic() - started
-        if isinstance(error, RateLimited):
-            return ProviderRefused(
-                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error})",
-                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size; {AGAIN}",
-            )
-        if self._split_instead(error, started, FAILURES_BEFORE_SPLIT) and seconds < self._max_wait:
-            return BadInput(str(error))
-        return ProviderRefused(
-            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
-            next_step=f"check OPENAI_BASE_URL, the network and the provider's status page, {AGAIN}",
-        )

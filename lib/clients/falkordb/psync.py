@@ -1,7 +1,7 @@
-"""The server's RDB over the replication protocol, as `redis-cli --rdb` takes it: a point in time, streamed.
+"""Receive the server's RDB over the replication protocol, as `redis-cli --rdb` does: one point in time, streamed.
 
-The exchange: https://redis.io/docs/latest/operate/oss_and_stack/management/replication/ and redis 8.2's
-replication.c. Needs the permissions +psync and +replconf; asks for no disk on the server.
+The protocol: https://redis.io/docs/latest/operate/oss_and_stack/management/replication/ and redis 8.2's
+replication.c. It needs the permissions +psync and +replconf, and no disk on the server.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lib.clients.falkordb.connection import START_HINT, GraphAddress, access_refused
-from lib.clients.falkordb.rdb import MAGIC, crc64
+from lib.clients.falkordb.rdb import CHUNK_BYTES, MAGIC, crc64
 from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 CONNECT_SECONDS = 10.0
-CHUNK_BYTES = 1 << 20
 MARK_BYTES = 40
 CRC_BYTES = 8
-PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines meanwhile
+PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
 _LENGTH_DIGITS, _LINE_BYTES = 15, 1 << 16
-_GRANT = "grant it: ACL SETUSER <user> +psync +replconf; without it the graph is taken with DUMP"
+_GRANT = "grant it: ACL SETUSER <user> +psync +replconf; without it the graph is backed up with DUMP"
 _LATER = {
     "LOADING": "is still loading its data",
     "BUSY": "is busy with a script",
@@ -35,16 +34,16 @@ _LATER = {
 
 
 class PsyncRefused(AccessRefused):
-    """This user or this server does not hand out an RDB; DUMP of the graph is the way."""
+    """This user may not, or this server cannot, send an RDB. DUMP may still work."""
 
 
 class RdbNotMade(StoreUnreachable):
-    """The server began to make an RDB and gave up: it lacks the memory to fork, or room on its disk."""
+    """The server failed to make an RDB: it lacks the memory to fork, or room on its disk. DUMP may still work."""
 
 
 @dataclass(frozen=True)
 class RdbTransfer:
-    """What arrived: bytes, sha256, and whether the RDB's own CRC64 was there (it is then right)."""
+    """What was received: bytes, sha256, and whether the RDB has a CRC64, which was then right."""
 
     size: int
     sha256: str
@@ -59,61 +58,63 @@ def stream_rdb(
     idle_seconds: float = 60.0,
     stop: CancelToken | None = None,
 ) -> RdbTransfer:
-    """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` hangs up.
+    """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` ends the connection.
 
-    `idle_seconds` of silence (the server sends newlines while it prepares) end it. Raises PsyncRefused and RdbNotMade
-    where DUMP is the way, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged where what came is not a
-    whole RDB.
+    `idle_seconds` without a byte end it, too; the server sends newlines while it prepares. Raises PsyncRefused and
+    RdbNotMade if DUMP may still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived
+    is not a whole RDB.
     """
-    with contextlib.closing(_Wire(address, idle_seconds)) as wire, (stop or CancelToken()).ends(wire.hang_up):
-        wire.introduce()
-        header = wire.request_rdb()
-        arrival = _Arrival(write, progress)
+    connection = _ReplicaConnection(address, idle_seconds)
+    with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
+        connection.introduce()
+        header = connection.request_rdb()
+        receiver = _Receiver(write, progress)
+        is_diskless = header.startswith(b"$EOF:")
         pieces = (
-            _until_mark(wire, header[5:]) if header.startswith(b"$EOF:") else _of_length(wire, header[1:])
+            _read_until_mark(connection, header[5:]) if is_diskless else _read_length(connection, header[1:])
         )
         for piece in pieces:
-            arrival.take(piece)
-    return arrival.finish(address.display)
+            receiver.add(piece)
+    return receiver.finish(address.display)
 
 
-def _until_mark(wire: _Wire, mark: bytes) -> Iterator[bytes]:
-    """A diskless transfer: the data end where the 40 bytes of `mark` come again."""
+def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[bytes]:
+    """Read a diskless transfer: it ends with the 40 bytes of `mark`."""
     if len(mark) != MARK_BYTES:
-        raise StoreFailed(f"FalkorDB at {wire.where} announced an RDB in a way that is not understood")
+        raise StoreFailed(f"FalkorDB at {connection.address} announced an RDB in an unknown form")
     held = b""
     while True:
-        held += wire.chunk(CHUNK_BYTES)
+        held += connection.chunk(CHUNK_BYTES)
         yield held[:-MARK_BYTES]
         held = held[-MARK_BYTES:]
         if held == mark:
             return
 
 
-def _of_length(wire: _Wire, digits: bytes) -> Iterator[bytes]:
-    """A transfer from the server's disk: its length comes first."""
+def _read_length(connection: _ReplicaConnection, digits: bytes) -> Iterator[bytes]:
+    """Read a transfer from the server's disk: its length was announced."""
     if not digits.isdigit() or len(digits) > _LENGTH_DIGITS:
-        raise StoreFailed(f"FalkorDB at {wire.where} announced an RDB in a way that is not understood")
+        raise StoreFailed(f"FalkorDB at {connection.address} announced an RDB in an unknown form")
     left = int(digits)
     while left:
-        piece = wire.chunk(min(CHUNK_BYTES, left))
+        piece = connection.chunk(min(CHUNK_BYTES, left))
         left -= len(piece)
         yield piece
 
 
-class _Arrival:
-    """Counts, checks and passes on what arrives; holds back nothing but the last eight bytes' part of the CRC."""
+class _Receiver:
+    """Passes pieces on and computes their checksums. The CRC64 leaves out the last eight bytes, which may hold it."""
 
     def __init__(self, write: Callable[[bytes], object], progress: Callable[[int], None] | None) -> None:
         self._write = write
-        self._progress = progress
+        self._progress = progress or (lambda _size: None)
         self._sha256 = hashlib.sha256()
         self._crc = 0
         self._tail = b""
         self._start = b""
         self._size = 0
 
-    def take(self, piece: bytes) -> None:
+    def add(self, piece: bytes) -> None:
         if not piece:
             return
         self._write(piece)
@@ -124,26 +125,27 @@ class _Arrival:
         data = self._tail + piece
         self._crc = crc64(data[:-CRC_BYTES], self._crc)
         self._tail = data[-CRC_BYTES:]
-        if self._progress:
-            self._progress(self._size)
+        self._progress(self._size)
 
-    def finish(self, where: str) -> RdbTransfer:
+    def finish(self, address: str) -> RdbTransfer:
         if not self._start.startswith(MAGIC):
-            raise BackupDamaged(f"what FalkorDB at {where} sent is not an RDB")
+            raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB")
         stored = int.from_bytes(self._tail, "little")
         if stored not in {0, self._crc}:
-            raise BackupDamaged(f"the RDB from {where} arrived damaged: its CRC64 does not match")
+            raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match")
         return RdbTransfer(self._size, self._sha256.hexdigest(), stored == self._crc)
 
 
-class _Wire:
-    """One connection that speaks RESP; its failures are told in the operator's terms."""
+class _ReplicaConnection:
+    """A connection that asks for an RDB as a replica does; socket errors become StoreUnreachable."""
 
     def __init__(self, address: GraphAddress, idle_seconds: float) -> None:
-        self.where = address.display
-        self._address = address
+        self.address = address.display
+        self._login = (
+            [word for word in (address.username, address.password) if word] if address.password else []
+        )
         self._idle = idle_seconds
-        with self._told():
+        with self._socket_errors():
             self._socket = _open_socket(address, min(CONNECT_SECONDS, idle_seconds))
             self._socket.settimeout(idle_seconds)
             self._reader = self._socket.makefile("rb")
@@ -152,25 +154,24 @@ class _Wire:
         self._reader.close()
         self._socket.close()
 
-    def hang_up(self) -> None:
-        """End what is waited for; from any thread, so not by TLS's own good-bye."""
+    def shut_down(self) -> None:
+        """End a read that waits, from any thread. TLS's own shutdown would have to wait for it."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def introduce(self) -> None:
-        """Log in, and say what kind of replica this is."""
-        if self._address.password:
-            user = [self._address.username] if self._address.username else []
-            self._ask("AUTH", *user, self._address.password)
+        """Log in, and declare what this replica supports."""
+        if self._login:
+            self._ask("AUTH", *self._login)
         self._ask("REPLCONF", "capa", "eof")
         self._ask("REPLCONF", "rdb-only", "1")
 
     def request_rdb(self) -> bytes:
-        """Ask for the RDB; the line that announces it. Newlines meanwhile mean that the server prepares it."""
+        """Ask for the RDB. Returns the line that announces it; the server sends newlines until it is prepared."""
         answer = self._ask("PSYNC", "?", "-1")
         if not answer.startswith(b"+FULLRESYNC"):
             raise StoreFailed(
-                f"FalkorDB at {self.where} answered PSYNC with {answer[:80].decode('utf-8', 'replace')}"
+                f"FalkorDB at {self.address} answered PSYNC with {answer[:80].decode('utf-8', 'replace')}"
             )
         try:
             return self._line()
@@ -180,54 +181,56 @@ class _Wire:
             raise RdbNotMade(str(error), next_step=error.next_step) from error
 
     def chunk(self, size: int) -> bytes:
-        """At least one byte and at most `size`."""
-        with self._told():
+        """Receive at least one byte and at most `size`."""
+        with self._socket_errors():
             data = self._reader.read1(size)
         if not data:
-            raise StoreUnreachable(f"FalkorDB at {self.where} closed the connection in the middle of the RDB")
+            raise StoreUnreachable(
+                f"FalkorDB at {self.address} closed the connection in the middle of the RDB"
+            )
         return data
 
     def _ask(self, *words: str) -> bytes:
         encoded = [word.encode() for word in words]
-        with self._told():
+        with self._socket_errors():
             self._socket.sendall(
                 b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded)
             )
         return self._line()
 
     def _line(self) -> bytes:
-        """The next line that is not empty. Raises what a refusal means."""
+        """Return the next line that is not empty. Raises the error for a refusal."""
         line, deadline = b"", time.monotonic() + PREPARE_SECONDS
         while not line.endswith(b"\n"):
-            with self._told():
-                byte = self._reader.read1(1)  # each may come as late as `idle_seconds`
+            with self._socket_errors():
+                byte = self._reader.read1(1)  # each may take `idle_seconds`
             if not byte or len(line) > _LINE_BYTES:
                 raise StoreUnreachable(
-                    f"FalkorDB at {self.where} closed the connection instead of sending an RDB",
-                    next_step="look at the server's log: it may lack the memory to fork",
+                    f"FalkorDB at {self.address} closed the connection instead of sending an RDB",
+                    next_step="check the server's log: it may lack the memory to fork",
                 )
             if time.monotonic() > deadline:
                 raise StoreUnreachable(
-                    f"FalkorDB at {self.where} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s",
-                    next_step="look at the server's log, then run this again",
+                    f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s",
+                    next_step="check the server's log, then run this again",
                 )
             line = (line + byte).lstrip()
         if line.startswith(b"-"):
-            raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.where)
+            raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.address)
         return line.strip()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _socket_errors(self) -> Iterator[None]:
         try:
             yield
         except TimeoutError as error:
             raise StoreUnreachable(
-                f"FalkorDB at {self.where} has sent nothing for {self._idle:g} s", next_step=START_HINT
+                f"FalkorDB at {self.address} has sent nothing for {self._idle:g} s", next_step=START_HINT
             ) from error
         except OSError as error:
             reason = error.strerror or error
             raise StoreUnreachable(
-                f"FalkorDB at {self.where} cannot be reached: {reason}", next_step=START_HINT
+                f"FalkorDB at {self.address} cannot be reached: {reason}", next_step=START_HINT
             ) from error
 
 
@@ -254,11 +257,11 @@ def _refusal(text: str, where: str) -> MigrationError:
         return access_refused(where, text)
     if kind == "NOPERM":
         return PsyncRefused(
-            f"FalkorDB at {where} does not permit this user to take an RDB: {text}", next_step=_GRANT
+            f"FalkorDB at {where} does not permit this user to receive an RDB: {text}", next_step=_GRANT
         )
     if "unknown command" in text.lower():
         return PsyncRefused(
-            f"FalkorDB at {where} has replication commands switched off: {text}", next_step=_GRANT
+            f"FalkorDB at {where} has its replication commands switched off: {text}", next_step=_GRANT
         )
     if kind in _LATER:
         return StoreFailed(

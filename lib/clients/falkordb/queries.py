@@ -11,30 +11,30 @@ from typing import Any
 
 import redis
 
-from lib.clients.falkordb.connection import command, place, translated
+from lib.clients.falkordb.connection import command, translated
 from lib.errors import MissingData, StoreFailed
 
+# The types of values in the server's compact form.
 NULL, STRING, INTEGER, BOOLEAN, DOUBLE, ARRAY, MAP, POINT, VECTOR = 1, 2, 3, 4, 5, 6, 10, 11, 12
 DATETIME, DATE, TIME, DURATION = 13, 14, 15, 16
-# The key under which a text, or a list of texts, is given whose bytes are no UTF-8; a property is never a map.
+# The key of a text, or of a list of texts, with bytes that are not UTF-8. No property is a map.
 NOT_UTF8 = "not UTF-8"
-# The key under which a vector, or a list of vectors, is given: JSON could not tell them from lists of doubles.
+# The key of a vector, or of a list of vectors, which JSON cannot distinguish from lists of doubles.
 VECF32 = "vecf32"
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - FalkorDB's times have no zone
 
 
 def plain_value(cell: list[Any]) -> Any:
-    """A compact value as JSON has it; times as ISO 8601, in UTC.
+    """Return a compact value as JSON has it; times as ISO 8601, in UTC.
 
-    `{NOT_UTF8: ...}` with U+FFFD for unreadable text, `{VECF32: ...}` for vectors: see `plain`.
-
+    Text that is not UTF-8 is `{NOT_UTF8: ...}` with U+FFFD, a vector is `{VECF32: ...}`; `plain` removes both marks.
     Raises StoreFailed for a type that no property has.
     """
-    readable = [True]
-    value = _plain(cell, readable)
-    if _has_float32s(cell):
-        return {VECF32: value}
-    return value if readable[0] else {NOT_UTF8: value}
+    try:
+        value = _plain(cell, "strict")
+    except UnicodeDecodeError:
+        return {NOT_UTF8: _plain(cell, "replace")}
+    return {VECF32: value} if _has_float32s(cell) else value
 
 
 def unreadable(value: object) -> bool:
@@ -43,26 +43,13 @@ def unreadable(value: object) -> bool:
 
 
 def is_vector(value: object) -> bool:
-    """Whether `plain_value` marked this value as a vector, or as a list of them."""
+    """Whether `plain_value` marked this value as a vector, or as a list of vectors."""
     return isinstance(value, dict) and value.keys() == {VECF32}
 
 
 def plain(value: Any) -> Any:
-    """A property's value without the mark that `plain_value` may have put on it."""
+    """Return a property's value without the mark that `plain_value` may have added."""
     return next(iter(value.values())) if is_vector(value) or unreadable(value) else value
-
-
-def shortest_float32(number: float) -> float:
-    """The double with the fewest digits that is the same 32-bit float."""
-    try:
-        wanted = struct.pack("f", number)
-    except OverflowError:
-        return number
-    for digits in range(6, 10):
-        short = float(f"{number:.{digits}g}")
-        if struct.pack("f", short) == wanted:
-            return short
-    return number
 
 
 def _has_float32s(cell: list[Any]) -> bool:
@@ -70,64 +57,34 @@ def _has_float32s(cell: list[Any]) -> bool:
     return kind == VECTOR or (kind == ARRAY and bool(value) and all(map(_has_float32s, value)))
 
 
-def _plain(cell: list[Any], readable: list[bool]) -> Any:
+def _plain(cell: list[Any], errors: str) -> Any:
     kind, value = cell
     if kind == STRING:
-        return _text(value, readable)
+        return value.decode(errors=errors)
     if kind == ARRAY:
-        return [_plain(item, readable) for item in value]
+        return [_plain(item, errors) for item in value]
     if kind == MAP:
         pairs = zip(value[::2], value[1::2], strict=True)
-        return {_text(key, readable): _plain(item, readable) for key, item in pairs}
+        return {key.decode(errors=errors): _plain(item, errors) for key, item in pairs}
+    if kind in {DATETIME, DATE, TIME, DURATION}:
+        return _time_text(kind, value)
     if kind not in _SIMPLE:
         raise StoreFailed(
-            f"the graph holds a value of a type (number {kind}) that is not known here",
+            f"the graph holds a value of an unknown type (number {kind})",
             next_step="remove the property, or use a version of this tool that knows this FalkorDB",
         )
     return _SIMPLE[kind](value)
 
 
-def _text(value: bytes, readable: list[bool]) -> str:
+def _float32(number: Any) -> float:
+    """Return the double with the fewest digits that is the same 32-bit float."""
+    value = float(number)
     try:
-        return value.decode()
-    except UnicodeDecodeError:
-        readable[0] = False
-        return value.decode("utf-8", "replace")
-
-
-def _moment(seconds: int) -> datetime | None:
-    try:
-        return _EPOCH + timedelta(seconds=seconds)
+        wanted = struct.pack("f", value)
     except OverflowError:
-        return None  # a year that Python does not know
-
-
-def _datetime(seconds: int) -> str:
-    moment = _moment(seconds)
-    return f"{moment.isoformat()}+00:00" if moment else str(seconds)
-
-
-def _date(seconds: int) -> str:
-    moment = _moment(seconds)
-    return moment.date().isoformat() if moment else str(seconds)
-
-
-def _time(seconds: int) -> str:
-    return (_EPOCH + timedelta(seconds=seconds % 86400)).time().isoformat()
-
-
-def _duration(seconds: int) -> str:
-    """ISO 8601, split as the server splits it: a calendar's years, months and days from 1970 on."""
-    from dateutil.relativedelta import relativedelta  # type: ignore[import-untyped]
-
-    moment = _moment(seconds)
-    if moment is None:
-        return f"PT{seconds}S"
-    delta = relativedelta(moment, _EPOCH)
-    days = [(delta.years, "Y"), (delta.months, "M"), (delta.days, "D")]
-    times = [(delta.hours, "H"), (delta.minutes, "M"), (delta.seconds, "S")]
-    day, clock = ("".join(f"{number}{unit}" for number, unit in part if number) for part in (days, times))
-    return f"P{day}{'T' + clock if clock else ''}" if day or clock else "PT0S"
+        return value
+    shorter = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    return next((one for one in shorter if struct.pack("f", one) == wanted), value)
 
 
 _SIMPLE: dict[int, Callable[[Any], Any]] = {
@@ -135,15 +92,33 @@ _SIMPLE: dict[int, Callable[[Any], Any]] = {
     INTEGER: int,
     BOOLEAN: lambda value: value == b"true",
     DOUBLE: float,
-    POINT: lambda pair: dict(
-        zip(("latitude", "longitude"), (shortest_float32(float(x)) for x in pair), strict=True)
-    ),
-    VECTOR: lambda numbers: [shortest_float32(float(number)) for number in numbers],
-    DATETIME: _datetime,
-    DATE: _date,
-    TIME: _time,
-    DURATION: _duration,
+    POINT: lambda pair: dict(zip(("latitude", "longitude"), map(_float32, pair), strict=True)),
+    VECTOR: lambda numbers: [_float32(number) for number in numbers],
 }
+
+
+def _time_text(kind: int, seconds: int) -> str:
+    """Return a time, given in seconds since 1970, as ISO 8601."""
+    try:
+        moment = _EPOCH + timedelta(seconds=seconds)
+    except OverflowError:  # a year that Python does not know
+        return f"PT{seconds}S" if kind == DURATION else str(seconds)
+    if kind == DATETIME:
+        return f"{moment.isoformat()}+00:00"
+    if kind == DATE:
+        return moment.date().isoformat()
+    return moment.time().isoformat() if kind == TIME else _duration(moment)
+
+
+def _duration(end: datetime) -> str:
+    """Return the time from 1970 to `end` in calendar years, months and days, as the server splits a duration."""
+    from dateutil.relativedelta import relativedelta  # type: ignore[import-untyped]
+
+    delta = relativedelta(end, _EPOCH)
+    days = [(delta.years, "Y"), (delta.months, "M"), (delta.days, "D")]
+    times = [(delta.hours, "H"), (delta.minutes, "M"), (delta.seconds, "S")]
+    day, clock = ("".join(f"{number}{unit}" for number, unit in part if number) for part in (days, times))
+    return f"P{day}{'T' + clock if clock else ''}" if day or clock else "PT0S"
 
 
 PAGE_ROWS = 2000
@@ -152,9 +127,9 @@ Row = list[Any]
 
 @dataclass(frozen=True)
 class Window:
-    """One way to walk ids: `match` binds $low and $high, `more` finds whether anything lies at or above $low.
+    """A query over a range of ids: `match` binds $low and $high, `more` finds whether any id is at or above $low.
 
-    `id_name` is what a window of one single id is called in the next, finer way.
+    `id_name` is the parameter that holds the id of a window of one id in the next, finer window.
     """
 
     match: str
@@ -163,13 +138,13 @@ class Window:
 
 
 def nodes(label: str = "") -> list[Window]:
-    """Nodes `n`, of `label` or all."""
+    """Return the window over the nodes `n`, of `label` or all."""
     pattern = f"MATCH (n{':' + quoted(label) if label else ''})"
     return [Window(f"{pattern} WHERE id(n) >= $low AND id(n) < $high", f"{pattern} WHERE id(n) >= $low")]
 
 
 def relationships() -> list[Window]:
-    """Relationships `r` from `n` to `m`."""
+    """Return the windows over the relationships `r` from `n` to `m`: by source, by target, by their own id."""
     pattern, pair = "MATCH (n)-[r]->(m) WHERE", "id(n) = $source AND id(m) = $target"
     return [
         Window(f"{pattern} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
@@ -185,44 +160,44 @@ def relationships() -> list[Window]:
 
 
 def quoted(name: str) -> str:
-    """A label or type for a query. FalkorDB's parser knows no way to write a backtick in one."""
+    """Return a label or type as a query takes it. FalkorDB's parser has no escape for a backtick."""
     if "`" in name:
-        raise StoreFailed(f"a name with a backtick cannot be asked for in a query: {name!r}")
+        raise StoreFailed(f"a name with a backtick cannot be used in a query: {name!r}")
     return f"`{name}`"
 
 
-def raw_rows(conn: redis.Redis, graph: str, cypher: str, **numbers: int) -> list[Row]:
-    """One read-only query's rows in the server's compact form: every value as [type, value], strings as bytes.
+def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[Row]:
+    """Return one read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
 
-    Raises MissingData where the graph does not exist, StoreFailed.
+    The server returns at most RESULTSET_SIZE rows. Raises MissingData if the graph does not exist, StoreFailed,
+    StoreUnreachable, AccessRefused.
     """
-    bound = "".join(f"{name}={number} " for name, number in numbers.items())
+    from falkordb.helpers import stringify_param_value
+
+    bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())
     text = f"CYPHER {bound}{cypher}" if bound else cypher
     try:
         answer = command(conn, "GRAPH.RO_QUERY", graph, text, "--compact")
     except StoreFailed as error:
-        raise missing_or(error, graph) from error
-    with translated(place(conn)):
+        if "empty key" in str(error):
+            raise MissingData(f"graph '{graph}' does not exist") from error
+        raise
+    with translated(conn):
         return [list(row) for row in answer[1]] if len(answer) > 1 else []
 
 
-def missing_or(error: StoreFailed, graph: str) -> MissingData | StoreFailed:
-    """`error`, or MissingData where it says that the graph is not there."""
-    return MissingData(f"graph '{graph}' does not exist") if "empty key" in str(error) else error
-
-
 def single(conn: redis.Redis, graph: str, cypher: str) -> int:
-    """The one number that a query returns."""
+    """Return the one number that a query returns."""
     return int(raw_rows(conn, graph, cypher)[0][0][1])
 
 
 def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
-    """How many of `rows` rows the server returns: fewer if RESULTSET_SIZE cuts the result."""
+    """Return how many of `rows` rows the server returns: fewer if RESULTSET_SIZE cuts the result."""
     return len(raw_rows(conn, graph, f"UNWIND range(1, {rows}) AS x RETURN x"))
 
 
 def names(conn: redis.Redis, graph: str, procedure: str, column: str) -> list[str]:
-    """All that a procedure such as db.labels() yields, in the order of the internal ids."""
+    """Return all that a procedure such as db.labels() yields, in the order of the internal ids."""
     found: list[str] = []
     while True:
         page = f"CALL {procedure}() YIELD {column} RETURN {column} SKIP {len(found)} LIMIT {PAGE_ROWS}"
@@ -241,18 +216,24 @@ def pages(
     first: int = 0,
     size: int = PAGE_ROWS,
 ) -> Iterator[list[Row]]:
-    """All rows of `returns`, from the id `first` on, in pages; windows ascend, the rows in one have no order."""
-    walk = _Walk(conn, graph, f" RETURN {returns}", row_cap(conn, graph, 2) - 1)
-    yield from walk.pages(windows, first, size, {})
+    """Yield all rows of `returns` from the id `first` on. Pages ascend by id; rows within a page have no order."""
+    reader = _PageReader(conn, graph, f" RETURN {returns}", row_cap(conn, graph, 2) - 1)
+    yield from reader.pages(windows, first, size, {})
 
 
 @dataclass
-class _Walk:
+class _PageReader:
+    """Reads windows, and narrows them if the server cuts a result.
+
+    `uncut`: the server is known to return this many rows, and one more. `span_limit`: the most ids of one window, known
+    once the server has cut a result.
+    """
+
     conn: redis.Redis
     graph: str
     returns: str
-    uncut: int  # the server is known to return so many rows, and one more, uncut
-    span_limit: int = sys.maxsize  # what one window may span, once the server has cut a result
+    uncut: int
+    span_limit: int = sys.maxsize
 
     def pages(
         self, windows: Sequence[Window], first: int, size: int, fixed: dict[str, int]
@@ -264,15 +245,20 @@ class _Walk:
                 span //= 2
                 continue
             if rows is None:
-                yield from self._finer(windows, low, size, fixed)
+                if len(windows) == 1:
+                    raise StoreFailed(
+                        f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
+                        next_step="raise them: GRAPH.CONFIG SET RESULTSET_SIZE 10000, GRAPH.CONFIG SET TIMEOUT 1000",
+                    )
+                yield from self.pages(windows[1:], 0, size, {**fixed, window.id_name: low})
             elif rows:
                 yield rows
-            elif not self._more(window, low + span, fixed):
+            elif not self._has_more(window, low + span, fixed):
                 return
             low, span = low + span, min(size, span * 2, self.span_limit)
 
     def _rows(self, window: Window, low: int, high: int, fixed: dict[str, int]) -> list[Row] | None:
-        """A window's rows; None where the server has cut them, by number or by time."""
+        """Return a window's rows; None if the server has cut them, by number or by time."""
         try:
             rows = raw_rows(self.conn, self.graph, window.match + self.returns, low=low, high=high, **fixed)
         except StoreFailed as error:
@@ -280,24 +266,14 @@ class _Walk:
                 raise
             return None
         if len(rows) > self.uncut:
-            # A cut result looks like a whole one: only a longer result shows that this one was not cut.
+            # A cut result looks complete. Only a longer result shows that this one was not cut.
             self.uncut = row_cap(self.conn, self.graph, 2 * len(rows) + 1) - 1
             if len(rows) > self.uncut:
                 self.span_limit = max(1, self.uncut)
                 return None
         return rows
 
-    def _finer(
-        self, windows: Sequence[Window], low: int, size: int, fixed: dict[str, int]
-    ) -> Iterator[list[Row]]:
-        if len(windows) == 1:
-            raise StoreFailed(
-                f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
-                next_step="raise them: GRAPH.CONFIG SET RESULTSET_SIZE 10000, GRAPH.CONFIG SET TIMEOUT 1000",
-            )
-        yield from self.pages(windows[1:], 0, size, {**fixed, windows[0].id_name: low})
-
-    def _more(self, window: Window, low: int, fixed: dict[str, int]) -> bool:
+    def _has_more(self, window: Window, low: int, fixed: dict[str, int]) -> bool:
         return bool(raw_rows(self.conn, self.graph, f"{window.more} RETURN 1 LIMIT 1", low=low, **fixed))
 
 
@@ -309,7 +285,7 @@ _CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
 
 @dataclass(frozen=True)
 class MemoryNode:
-    """A node of label Memory: FalkorDB's own id, and the properties as Python values."""
+    """A node of label Memory: FalkorDB's internal id, and the properties as plain JSON, see `plain_value`."""
 
     node_id: int
     properties: dict[str, object]
@@ -317,7 +293,7 @@ class MemoryNode:
 
 @dataclass(frozen=True)
 class GraphCounts:
-    """`labels` and `types` name only what has nodes or relationships; a node counts under each of its labels."""
+    """Numbers in all, by label and by type, without zeros. A node counts under each of its labels."""
 
     nodes: int
     relationships: int
@@ -327,7 +303,7 @@ class GraphCounts:
 
 @dataclass(frozen=True)
 class GraphSchema:
-    """Definitions, comparable with ==: indexes and constraints sorted, names in the order of their internal ids."""
+    """Definitions, comparable with ==. Indexes and constraints are sorted; names are in the order of their ids."""
 
     indexes: list[dict[str, str]]
     constraints: list[dict[str, str]]
@@ -339,47 +315,34 @@ class GraphSchema:
 def read_rows(
     conn: redis.Redis, graph: str, cypher: str, params: Mapping[str, object] | None = None
 ) -> list[list[Any]]:
-    """One read-only query's rows as Python values; at most the server's RESULTSET_SIZE of them.
-
-    Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
-    """
-    from falkordb.helpers import stringify_param_value
-
-    bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in (params or {}).items())
-    rows = raw_rows(conn, graph, f"CYPHER {bound}{cypher}" if bound else cypher)
+    """Return one read-only query's rows as plain JSON; see `raw_rows`."""
+    rows = raw_rows(conn, graph, cypher, **(params or {}))
     return [[plain_value(cell) for cell in row] for row in rows]
 
 
 def iter_memories(
     conn: redis.Redis, graph: str, *, after: int = -1, page: int = PAGE_ROWS, keys: Sequence[str] = ()
 ) -> Iterator[MemoryNode]:
-    """Every memory whose node id is above `after`, by ascending node id; `page` ids are asked for at a time.
+    """Yield every memory whose node id is above `after`, by ascending node id, from pages of `page` ids.
 
-    `keys` are the only properties wanted (default: all); one that a memory lacks comes as None.
-    Values are plain JSON, see `plain_value`. Doubles arrive with 15 digits, as FalkorDB prints them.
+    `keys` are the properties to read (default: all); a missing one is None. Doubles have the 15 digits that FalkorDB
+    prints.
     """
-    wanted = [f"n.{quoted(key)}" for key in keys]
-    columns = ", ".join(["id(n)", *(wanted or ["properties(n)"])])
-    named = [key.encode() for key in keys]
+    columns = ", ".join(
+        ["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"]
+    )
     for rows in pages(conn, graph, nodes(MEMORY_LABEL), columns, first=after + 1, size=page):
-        for node_id, *cells in sorted(rows, key=_first_number):
-            pairs = (
-                [part for pair in zip(named, cells, strict=True) for part in pair] if keys else cells[0][1]
-            )
-            yield MemoryNode(node_id[1], _python_properties(pairs))
-
-
-def _first_number(row: list[Any]) -> int:
-    return int(row[0][1])
-
-
-def _python_properties(pairs: list[Any]) -> dict[str, object]:
-    cells = zip(pairs[::2], pairs[1::2], strict=True)
-    return {key.decode("utf-8", "replace"): plain_value(cell) for key, cell in cells}
+        for node_id, *cells in sorted(rows, key=lambda row: int(row[0][1])):
+            if keys:
+                found = dict(zip(keys, map(plain_value, cells), strict=True))
+            else:
+                pairs = zip(cells[0][1][::2], cells[0][1][1::2], strict=True)
+                found = {key.decode("utf-8", "replace"): plain_value(cell) for key, cell in pairs}
+            yield MemoryNode(node_id[1], found)
 
 
 def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int]) -> set[str | int]:
-    """Those of `ids` that are the `id` property of some memory right now; compared exactly, types included."""
+    """Return those of `ids` that are now the `id` of a memory. They are compared exactly, types included."""
     query = f"MATCH (m:{MEMORY_LABEL}) WHERE m.id IN $ids RETURN DISTINCT m.id"
     found: set[str | int] = set()
     for start in range(0, len(ids), IDS_PER_QUERY):
@@ -389,7 +352,7 @@ def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int])
 
 
 def counts(conn: redis.Redis, graph: str) -> GraphCounts:
-    """Exact numbers: the server keeps them, so each is one short query whatever the size of the graph."""
+    """Return exact counts. The server maintains them, so each is one short query."""
     labels = {
         label: single(conn, graph, f"MATCH (n:{quoted(label)}) RETURN count(n)")
         for label in names(conn, graph, "db.labels", "label")
@@ -407,9 +370,9 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
-    """Indexes, constraints and names. An index's progress and statistics are no part of its definition.
+    """Return the definitions of indexes and constraints, and all names; an index's progress is not included.
 
-    A constraint that FAILED (some node broke it) enforces nothing and is in no RDB: it is left out.
+    A constraint that FAILED (a node violates it) enforces nothing and is in no RDB: it is left out.
     """
     return GraphSchema(
         indexes=_definitions(conn, graph, "db.indexes", _INDEX_COLUMNS),
@@ -433,11 +396,11 @@ def _definitions(
 
 
 def _canonical(cell: list[Any]) -> str:
-    """A compact value as text that does not depend on the order in which properties were indexed."""
+    """Return a compact value as text that does not depend on the order in which properties were indexed."""
     kind, value = cell
-    if kind == 6:  # an array
+    if kind == ARRAY:
         return "[" + ", ".join(sorted(_canonical(item) for item in value)) + "]"
-    if kind == 10:  # a map
+    if kind == MAP:
         pairs = zip(value[::2], value[1::2], strict=True)
         return "{" + ", ".join(sorted(f"{key.decode()}: {_canonical(item)}" for key, item in pairs)) + "}"
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

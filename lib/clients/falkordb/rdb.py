@@ -1,4 +1,4 @@
-"""RDB files and DUMP payloads: their fields, versions, checksums, and one made from the other."""
+"""RDB files and DUMP payloads: their fields, versions and checksums, and the conversion of one to the other."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ _CRC64 = anycrc.Model("CRC64-REDIS")
 
 
 def crc64(data: bytes, crc: int = 0) -> int:
-    """Redis's CRC64 of `data` after what `crc` covers."""
+    """Return redis's CRC64 of `data`, continued from `crc`."""
     return int(_CRC64.calc(data, crc))
 
 
-def take_module_id(data: bytes, at: int) -> tuple[str, int] | None:
-    """Name of a module's data type and the version of its encoding (its low ten bits)."""
-    taken = take_length(data, at)
-    if taken is None:
+def read_module_id(data: bytes, at: int) -> tuple[str, int] | None:
+    """Return the name of a module's data type, and the version of its encoding (the low ten bits of its id)."""
+    found = read_length(data, at)
+    if found is None:
         return None
-    number = taken[0] >> 10
-    name = "".join(_MODULE_NAME[number >> (6 * place) & 63] for place in reversed(range(9)))
-    return name, taken[0] & 1023
+    name = "".join(_MODULE_NAME[found[0] >> shift & 63] for shift in range(58, 9, -6))
+    return name, found[0] & 1023
 
 
-def take_length(data: bytes, at: int) -> tuple[int, int] | None:
-    """A length and the offset after it; None where the data ends before, or it is no plain length."""
+def read_length(data: bytes, at: int) -> tuple[int, int] | None:
+    """Return a length and the offset after it; None if the data ends before that, or if it is not a plain length."""
     first = data[at] if at < len(data) else 0xFF
     wide = {0x80: 4, 0x81: 8}.get(first)
     if first < 0x40:
@@ -47,20 +46,20 @@ def take_length(data: bytes, at: int) -> tuple[int, int] | None:
     return None
 
 
-def take_string(data: bytes, at: int) -> tuple[bytes, int] | None:
-    """A string and the offset after it; small integers, which an RDB packs, as their digits."""
+def read_string(data: bytes, at: int) -> tuple[bytes, int] | None:
+    """Return a string and the offset after it, or None. Small integers, which an RDB packs, become their digits."""
     width = {0xC0: 1, 0xC1: 2, 0xC2: 4}.get(data[at] if at < len(data) else 0)
     if width and at + 1 + width <= len(data):
         number = int.from_bytes(data[at + 1 : at + 1 + width], "little", signed=True)
         return b"%d" % number, at + 1 + width
-    taken = take_length(data, at)
-    if taken is None or sum(taken) > len(data):
+    found = read_length(data, at)
+    if found is None or sum(found) > len(data):
         return None
-    return data[taken[1] : taken[1] + taken[0]], sum(taken)
+    return data[found[1] : sum(found)], sum(found)
 
 
-def written_string(text: bytes) -> bytes:
-    """A string as an RDB writes it: a length of one, two or five bytes, then the text."""
+def encoded_string(text: bytes) -> bytes:
+    """Return a string as an RDB holds it: a length of one, two or five bytes, then the text."""
     size = len(text)
     if size < 0x40:
         return bytes([size]) + text
@@ -73,26 +72,26 @@ DUMP_FOOTER_BYTES = 10  # RDB version and CRC64
 MODULE_VALUE = 7  # the type byte of a module's value
 _STRING_FOLLOWS = 5
 _LZF = 0xC3
-_NAME_BYTES = 4096  # of the value's beginning are enough to find a name
+_NAME_BYTES = 4096  # enough of the value's beginning to find a name
 
 
 def rdb_version(payload: bytes) -> int:
-    """The RDB version that a server must know to take this payload."""
+    """Return the RDB version that a server must know to accept this payload."""
     return int.from_bytes(payload[-DUMP_FOOTER_BYTES:-8], "little")
 
 
 def graph_encoding(payload: bytes) -> int:
-    """The version of FalkorDB's encoding. Raises BackupDamaged where the payload is another kind of key's."""
-    identity = take_module_id(payload, 1) if payload[:1] == bytes([MODULE_VALUE]) else None
+    """Return the version of FalkorDB's encoding. Raises BackupDamaged if the payload is not a graph."""
+    identity = read_module_id(payload, 1) if payload[:1] == bytes([MODULE_VALUE]) else None
     if identity is None or not identity[0].startswith("graph"):
         raise BackupDamaged("this DUMP payload holds no graph")
     return identity[1]
 
 
 def graph_name(payload: bytes) -> str | None:
-    """The name that the graph had when it was dumped; None where the encoding is not known (seen: 18 and 20).
+    """Return the name that the graph had when it was dumped; None if the encoding is not known (18 and 20 are).
 
-    RESTORE under any other name crashes FalkorDB 4.16 and ends with two names on one graph on 4.22.
+    RESTORE under any other name crashes FalkorDB 4.16, and gives one graph two names on 4.22.
     """
     start = _first_string(payload[: 64 * 1024])
     for at in (0, 1):  # encoding 20 writes a type byte before each field
@@ -104,27 +103,27 @@ def graph_name(payload: bytes) -> str | None:
 
 
 def _first_string(payload: bytes) -> bytes:
-    """The beginning of the first string in the value, uncompressed."""
-    head = take_length(payload, 1)
+    """Return the beginning of the first string in the value, uncompressed."""
+    head = read_length(payload, 1)
     if head is None or payload[head[1] : head[1] + 1] != bytes([_STRING_FOLLOWS]):
         return b""
     at = head[1] + 1
     if payload[at] != _LZF:
-        plain = take_string(payload, at)
+        plain = read_string(payload, at)
         return plain[0] if plain else payload[at + 5 :]
-    packed = take_length(payload, at + 1)
-    unpacked = take_length(payload, packed[1]) if packed else None
+    packed = read_length(payload, at + 1)
+    unpacked = read_length(payload, packed[1]) if packed else None
     return _unpack(payload[unpacked[1] :]) if unpacked else b""
 
 
 def _unpack(packed: bytes) -> bytes:
-    """The first bytes of an LZF stream (http://oldhome.schmorp.de/marc/liblzf.html)."""
+    """Unpack the first bytes of an LZF stream (http://oldhome.schmorp.de/marc/liblzf.html)."""
     out = bytearray()
     at = 0
     while at < len(packed) and len(out) < _NAME_BYTES:
         control = packed[at]
         at += 1
-        if control < 32:  # so many literal bytes, and one
+        if control < 32:  # the number of literal bytes, less one
             out += packed[at : at + control + 1]
             at += control + 1
             continue
@@ -146,16 +145,16 @@ _MARK_BYTES = 40  # https://redis.io/docs/latest/operate/oss_and_stack/managemen
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 64 * 1024  # the auxiliary fields fit many times
 _AUX, _SELECT_DB, _MODULE_AUX, _END = 0xFA, 0xFE, 0xF7, 0xFF
-_DUMP_MARK = "automem-dump"  # an auxiliary field of ours; servers skip the ones they do not know
+_DUMP_MARK = "automem-dump"  # an auxiliary field that `wrap_dump` adds; servers skip unknown ones
 
 
 @dataclass(frozen=True)
 class RdbFacts:
-    """What an RDB file says about itself.
+    """What an RDB file records about itself.
 
-    `crc_ok`: it carries a checksum, and it is right. `dumped_graph`: the graph that it wraps, where it is a DUMP
-    in the shape of an RDB. `graph_encoding`: the version of FalkorDB's encoding, where it could be told.
-    `memory`: the bytes that the server used when it wrote the file, 0 where it did not say.
+    `crc_ok`: it has a checksum, and it is right. `dumped_graph`: the name of the graph in a file that `wrap_dump` made.
+    `graph_encoding`: the version of FalkorDB's encoding, if it was found. `memory`: the bytes that the server used when
+    it wrote the file; 0 if unknown.
     """
 
     version: int
@@ -171,6 +170,7 @@ class RdbFacts:
 
 @dataclass(frozen=True)
 class _Head:
+    version: int
     aux: dict[str, str]
     graph_encoding: int | None
     data_at: int  # offset of the first byte after the auxiliary fields
@@ -183,7 +183,7 @@ def is_rdb(path: Path) -> bool:
 
 
 def inspect_rdb(path: Path) -> RdbFacts:
-    """Read the file once, to its end. Raises BackupDamaged where its structure or its checksum is wrong."""
+    """Read the whole file once. Raises BackupDamaged if its structure or its checksum is wrong."""
     size = path.stat().st_size
     if not is_rdb(path):
         raise BackupDamaged(f"{path.name} is not an RDB file: it does not begin with REDIS")
@@ -191,7 +191,6 @@ def inspect_rdb(path: Path) -> RdbFacts:
         raise BackupDamaged(f"{path.name} is cut off: {size} bytes are too few for an RDB file")
     with path.open("rb") as file:
         head = _read_head(file.read(HEAD_BYTES))
-        version = _version(path)
         mark = _end_mark_bytes(file, size)
         computed, stored, sha256 = _checksums(file, path, size - mark)
     if mark and stored != computed:
@@ -201,7 +200,7 @@ def inspect_rdb(path: Path) -> RdbFacts:
             f"{path.name} is damaged: its CRC64 is {stored:016x}, its content makes {computed:016x}"
         )
     return RdbFacts(
-        version=version,
+        version=head.version,
         redis_version=head.aux.get("redis-ver", ""),
         size=size,
         sha256=sha256,
@@ -213,13 +212,8 @@ def inspect_rdb(path: Path) -> RdbFacts:
     )
 
 
-def _version(path: Path) -> int:
-    with path.open("rb") as file:
-        return int(file.read(HEADER_BYTES)[len(MAGIC) :])
-
-
 def _end_mark_bytes(file: BinaryIO, size: int) -> int:
-    """The length of the mark behind the RDB: `redis-cli --rdb -` writes out the one that ends a diskless sync."""
+    """Return the length of the mark that `redis-cli --rdb -` writes after the RDB of a diskless sync; 0 without one."""
     file.seek(max(0, size - _MARK_BYTES - TRAILER_BYTES))
     tail = file.read()
     marked = len(tail) == _MARK_BYTES + TRAILER_BYTES and tail[-TRAILER_BYTES] != _END and tail[0] == _END
@@ -227,9 +221,9 @@ def _end_mark_bytes(file: BinaryIO, size: int) -> int:
 
 
 def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
-    """CRC64 of all but the trailer's eight bytes, the CRC64 stored there, and the sha256 of the whole file.
+    """Return the CRC64 of all but the last eight bytes, the CRC64 in these, and the sha256 of the whole file.
 
-    `size`: without the mark of a diskless sync, if there is one.
+    `size` is without the mark of a diskless sync.
     """
     file.seek(0)
     crc, digest, left = 0, hashlib.sha256(), size - 8
@@ -248,32 +242,32 @@ def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
 
 
 def require_rdb_checksum(path: Path, facts: RdbFacts, *, expected_sha256: str = "") -> None:
-    """Raise BackupDamaged unless a checksum covers the file: the given sha256, or else its own CRC64.
+    """Raise BackupDamaged unless the given sha256, or else the file's own CRC64, confirms the content.
 
-    A damaged RDB without a checksum loads silently wrong: seen with 2 to 24 of 200 random damages.
+    A damaged RDB without a checksum can load silently wrong: seen with 2 to 24 of 200 random damages.
     """
     if expected_sha256 and facts.sha256 != expected_sha256:
         raise BackupDamaged(f"{path.name} is not the file its manifest describes: its sha256 differs")
     if not expected_sha256 and not facts.crc_ok:
         raise BackupDamaged(
-            f"{path.name} carries no checksum (its server ran with `rdbchecksum no`), so damage cannot be told",
+            f"{path.name} has no checksum (its server ran with `rdbchecksum no`), so damage cannot be detected",
             next_step="name the backup's manifest (backup_*.json), which holds its sha256",
         )
 
 
 def wrap_dump(payload: bytes, key: str, *, redis_version: str = "", created: int = 0) -> Iterator[bytes]:
-    """The pieces of an RDB file that holds one key, `key`, with the value that DUMP gave as `payload`.
+    """Yield the pieces of an RDB file that holds one key, `key`, with the value of the DUMP `payload`.
 
-    `created` is in seconds since 1970. The file loads like any other, and `unwrap_dump` cuts the payload out again.
+    `created` is in seconds since 1970. A server loads the file like any other, and `unwrap_dump` returns the payload.
     """
     name = key.encode()
     aux = {"redis-ver": redis_version, "ctime": str(created), _DUMP_MARK: key}
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
     head += b"".join(
-        bytes([_AUX]) + written_string(field.encode()) + written_string(text.encode())
+        bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode())
         for field, text in aux.items()
     )
-    head += bytes([_SELECT_DB, 0]) + payload[:1] + written_string(name)
+    head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(name)
     crc = crc64(head)
     yield head
     value = memoryview(payload)[1:-DUMP_FOOTER_BYTES]
@@ -286,9 +280,9 @@ def wrap_dump(payload: bytes, key: str, *, redis_version: str = "", created: int
 
 
 def unwrap_dump(path: Path) -> bytes | None:
-    """The DUMP payload of a file that `wrap_dump` made, for RESTORE; None for any other RDB.
+    """Return the DUMP payload of a file that `wrap_dump` made, for RESTORE; None for any other RDB.
 
-    The payload is held in memory, as RESTORE needs it. The file's checksum must have been checked before.
+    The caller must have verified the file's checksum.
     """
     with path.open("rb") as file:
         start = file.read(HEAD_BYTES)
@@ -296,14 +290,12 @@ def unwrap_dump(path: Path) -> bytes | None:
         if _DUMP_MARK not in head.aux:
             return None
         kind_at = head.data_at + 2
-        key = take_string(start, kind_at + 1)
+        key = read_string(start, kind_at + 1)
         if start[head.data_at : kind_at] != bytes([_SELECT_DB, 0]) or key is None:
-            raise BackupDamaged(f"{path.name} says that it wraps a graph, and does not hold one")
+            raise BackupDamaged(f"{path.name} is marked as a wrapped graph, and does not hold one")
         file.seek(key[1])
         value = file.read(os.fstat(file.fileno()).st_size - key[1] - TRAILER_BYTES)
-    payload: bytes = (
-        start[kind_at : kind_at + 1] + value + struct.pack("<H", int(start[len(MAGIC) : HEADER_BYTES]))
-    )
+    payload: bytes = start[kind_at : kind_at + 1] + value + struct.pack("<H", head.version)
     return payload + crc64(payload).to_bytes(8, "little")
 
 
@@ -311,20 +303,20 @@ def _read_head(start: bytes) -> _Head:
     aux: dict[str, str] = {}
     at = HEADER_BYTES
     while start[at : at + 1] == bytes([_AUX]):
-        field = take_string(start, at + 1)
-        text = take_string(start, field[1]) if field else None
+        field = read_string(start, at + 1)
+        text = read_string(start, field[1]) if field else None
         if field is None or text is None:
             break
         aux[field[0].decode("utf-8", "replace")] = text[0].decode("utf-8", "replace")
         at = text[1]
-    return _Head(aux, _graph_encoding(start, at), at)
+    return _Head(int(start[len(MAGIC) : HEADER_BYTES]), aux, _graph_encoding(start, at), at)
 
 
 def _graph_encoding(start: bytes, at: int) -> int | None:
-    """From the module's own auxiliary field, which precedes the data, or from the first key's value."""
+    """Read the encoding from the module's auxiliary field, which precedes the data, or from the first key's value."""
     if start[at : at + 1] == bytes([_MODULE_AUX]):
-        identity = take_module_id(start, at + 1)
+        identity = read_module_id(start, at + 1)
     else:
-        key = take_string(start, at + 3) if start[at + 2 : at + 3] == bytes([MODULE_VALUE]) else None
-        identity = take_module_id(start, key[1]) if key else None
+        key = read_string(start, at + 3) if start[at + 2 : at + 3] == bytes([MODULE_VALUE]) else None
+        identity = read_module_id(start, key[1]) if key else None
     return identity[1] if identity and identity[0].startswith("graph") else None

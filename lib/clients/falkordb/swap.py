@@ -1,4 +1,4 @@
-"""Replace a graph over a plain connection; what the restore needs of its target is asked first."""
+"""Replace a graph over a plain connection, and check first that the target allows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import redis
 
-from lib.clients.falkordb.connection import GraphAddress, command, connect, list_graphs, place, translated
+from lib.clients.falkordb.connection import (
+    GraphAddress,
+    address_of,
+    command,
+    connect,
+    list_graphs,
+    translated,
+)
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.rdb import graph_encoding, graph_name, rdb_version
 from lib.errors import (
@@ -24,14 +31,14 @@ GRANT = (
     "grant what a restore needs: ACL SETUSER <user> +restore +rename +multi +exec +dump +graph.delete"
     " +graph.ro_query"
 )
-_NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so that nothing is ever restored from it
-_REPLICA = "READONLY", "read only replica"
-_SWEEPERS = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
+_NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
+_EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
+BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
 @dataclass(frozen=True)
 class OtherClient:
-    """A connection to the server that is not ours: address, seconds since its last command, and that command."""
+    """A connection of another client: its address, the seconds since its last command, and that command."""
 
     address: str
     idle_seconds: int
@@ -39,48 +46,55 @@ class OtherClient:
 
 
 def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str) -> None:
-    """Raise where this user or this server would refuse a step of the swap: told now rather than half-way.
+    """Raise if this user or this server would refuse a step of the swap.
 
-    Each command is asked for in a form that does nothing: a payload that no server takes, keys that do not exist
-    (nobody can have the names `throwaway` and `safety`), an empty transaction. Permissions, memory and replica are
-    judged before the arguments (seen on 4.16.3 and 4.22.1).
+    Each command is sent in a form that changes nothing: a payload that no server accepts, keys that do not exist
+    (nobody can have the names `temporary` and `safety`), an empty transaction. The server checks permissions, memory
+    and its role before the arguments (seen on 4.16.3 and 4.22.1).
     Raises AccessRefused with what to grant, StoreFailed for a full memory, a read-only replica, a taken name.
     """
-    asked = (
+    commands = (
         ("RESTORE", temporary, 0, _NO_PAYLOAD),
         ("RENAME", temporary, safety),
         ("DUMP", safety),
         ("GRAPH.DELETE", safety),
         ("GRAPH.RO_QUERY", temporary, "RETURN 1"),
     )
-    lacking = [str(words[0]) for words in asked if not _may(conn, *words)]
-    if not _may_transact(conn):
-        lacking.append("MULTI/EXEC")
-    if lacking:
+    missing = [str(words[0]) for words in commands if not _is_permitted(conn, *words)]
+    try:
+        with translated(conn):
+            _transaction(conn)
+    except (AccessRefused, StoreFailed):
+        missing.append("MULTI/EXEC")
+    if missing:
         raise AccessRefused(
-            f"FalkorDB at {place(conn)} does not permit this user {', '.join(lacking)}"
-            f" on '{graph}' and the names beside it: nothing was touched",
+            f"FalkorDB at {address_of(conn)} does not permit this user {', '.join(missing)}"
+            f" on '{graph}' and the temporary names next to it: nothing was touched",
             next_step=f"{GRANT} ~{graph}*" + (f" ~{{{graph}}}*" if safety.startswith(f"{{{graph}}}") else ""),
         )
-    _require_graph_or_nothing(conn, graph)
+    if graph not in list_graphs(conn) and command(conn, "EXISTS", graph):
+        raise StoreFailed(
+            f"the name '{graph}' is taken on FalkorDB at {address_of(conn)} by a key that is not a graph",
+            next_step=f"look at it (TYPE {graph}), and move it away: RENAME {graph} {graph}_old",
+        )
 
 
-def _may(conn: redis.Redis, *words: object) -> bool:
-    """Whether the user may; raises StoreFailed where the server itself cannot write now."""
+def _is_permitted(conn: redis.Redis, *words: object) -> bool:
+    """Whether the user may send this command. Raises StoreFailed if the server itself cannot write now."""
     try:
         command(conn, *words)
     except AccessRefused:
         return False
     except StoreFailed as error:
-        _raise_unwritable(conn, str(error))
+        _raise_if_unwritable(conn, str(error))
         return "unknown command" not in str(error).lower()
     return True
 
 
-def _raise_unwritable(conn: redis.Redis, text: str) -> None:
-    where = f"FalkorDB at {place(conn)}"
-    if any(sign in text for sign in _REPLICA):
-        with translated(place(conn)):
+def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:
+    where = f"FalkorDB at {address_of(conn)}"
+    if "READONLY" in text or "read only replica" in text:
+        with translated(conn):
             master = conn.info("replication")
         raise StoreFailed(
             f"{where} is a read-only replica",
@@ -94,99 +108,67 @@ def _raise_unwritable(conn: redis.Redis, text: str) -> None:
         )
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
         raise StoreFailed(
-            f"{where} takes no writes now: {text}",
-            next_step="look at the server's log and its free disk (df -h) first; nothing was touched",
-        )
-
-
-def _may_transact(conn: redis.Redis) -> bool:
-    """An empty MULTI and EXEC, on one connection."""
-    connection = conn.connection_pool.get_connection()
-    try:
-        for word in ("MULTI", "EXEC"):
-            connection.send_command(word)
-            connection.read_response()
-    except (redis.exceptions.NoPermissionError, redis.exceptions.ExecAbortError):
-        connection.disconnect()  # the server forgets what was begun
-        return False
-    except redis.exceptions.ResponseError:
-        connection.disconnect()
-        return False
-    finally:
-        conn.connection_pool.release(connection)
-    return True
-
-
-def _require_graph_or_nothing(conn: redis.Redis, graph: str) -> None:
-    if graph not in list_graphs(conn) and command(conn, "EXISTS", graph):
-        raise StoreFailed(
-            f"the name '{graph}' is taken on FalkorDB at {place(conn)}: a key that is no graph stands there",
-            next_step=f"look at it (TYPE {graph}), and move it away: RENAME {graph} {graph}_old",
+            f"{where} accepts no writes now: {text}",
+            next_step="check the server's log and its free disk (df -h) first; nothing was touched",
         )
 
 
 def require_memory(conn: redis.Redis, need: int) -> None:
-    """Raise StoreFailed where `maxmemory` leaves fewer than `need` bytes.
+    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes.
 
-    Redis itself refuses only what comes when the limit is already passed; and where its policy is to evict, it makes
-    room by deleting keys, the live graph among them.
+    Redis refuses a write only when the limit is already passed. If its policy is to evict, it makes room by deleting
+    keys, and the live graph may be one of them.
     """
     try:
-        with translated(place(conn)):
+        with translated(conn):
             memory = conn.info("memory")
     except AccessRefused:
-        return  # the rehearsal will tell
+        return  # the trial restore will show it
     limit, used = int(memory.get("maxmemory", 0)), int(memory["used_memory"])
     policy = str(memory.get("maxmemory_policy", "noeviction"))
     if not limit or used + need <= limit:
         return
-    evicts = f"; its policy '{policy}' would delete other keys to make room" if policy in _SWEEPERS else ""
+    evicts = (
+        f"; its policy '{policy}' would delete other keys to make room" if policy in _EVICTS_ANY_KEY else ""
+    )
     raise StoreFailed(
-        f"FalkorDB at {place(conn)} uses {used >> 20} of {limit >> 20} MiB (maxmemory), and the graph needs another"
-        f" {need >> 20} MiB while old and new stand side by side{evicts}",
+        f"FalkorDB at {address_of(conn)} uses {used >> 20} of {limit >> 20} MiB (maxmemory), and the graph needs"
+        f" another {need >> 20} MiB while the old and the new one both exist{evicts}",
         next_step=f"CONFIG SET maxmemory {used + need + (64 << 20)}   (put it back afterwards), then run this again",
     )
 
 
 def memory_used(conn: redis.Redis) -> int:
-    """Bytes that a server uses for its data."""
-    with translated(place(conn)):
+    """Return the bytes of memory that a server uses."""
+    with translated(conn):
         return int(conn.info("memory")["used_memory"])
 
 
 def other_clients(conn: redis.Redis) -> list[OtherClient]:
-    """Who else is connected: neither these connections nor replicas. Raises MigrationError if it may not be asked."""
-    with translated(place(conn)):
-        listed, own = conn.client_list(), _own_ids(conn)
-    return [
-        OtherClient(str(one["addr"]), int(one["idle"]), str(one["cmd"]))
-        for one in listed
-        if int(one["id"]) not in own and not set(str(one["flags"])) & set("MSP")
-    ]
-
-
-def _own_ids(conn: redis.Redis) -> set[int]:
-    """The ids of the two connections that `connect` makes: for questions, and for all else."""
-    asked = (conn, getattr(conn, "reads", conn))
-    return {int(redis.Redis.execute_command(one, "CLIENT", "ID")) for one in asked}
-
-
-BULK_BYTES = 512 * 1024 * 1024  # proto-max-bulk-len, as redis has it unless configured
+    """Return the other connections, without replicas. Raises MigrationError if CLIENT LIST is refused."""
+    own_connections = (conn, getattr(conn, "reads", conn))  # `connect` makes two
+    with translated(conn):
+        own = {int(redis.Redis.execute_command(one, "CLIENT", "ID")) for one in own_connections}
+        return [
+            OtherClient(str(one["addr"]), int(one["idle"]), str(one["cmd"]))
+            for one in conn.client_list()
+            if int(one["id"]) not in own and not set(str(one["flags"])) & set("MSP")
+        ]
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
-    """The graph as one DUMP payload, held in memory; the server answers nobody else meanwhile (1 s per 150k nodes).
+    """Return the graph as one DUMP payload. The server answers no other client meanwhile (1 s per 150k nodes).
 
     Raises MissingData.
     """
     payload = command(conn, "DUMP", name)
     if payload is None:
-        raise MissingData(f"graph '{name}' does not exist on FalkorDB at {place(conn)}")
+        raise MissingData(f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}")
     return bytes(payload)
 
 
-def dump_apart(address: GraphAddress, name: str) -> bytes:
-    """`dump_graph` over a connection of its own, for a thread beside one that reads the same server."""
+def dump_separately(address: GraphAddress, name: str) -> bytes:
+    """Return `dump_graph` over a new connection, for a thread that runs while another one reads the same server."""
     with contextlib.closing(connect(address)) as conn:
         return dump_graph(conn, name)
 
@@ -198,7 +180,7 @@ def rename_graph(conn: redis.Redis, old: str, new: str) -> None:
 
 
 def dump_as(conn: redis.Redis, name: str, other: str) -> bytes:
-    """The payload of graph `name` with the name `other` inside; for a scratch server, where renaming does no harm."""
+    """Return the payload of graph `name` with the name `other` inside. For a scratch server, which it may rename on."""
     if other == name:
         return dump_graph(conn, name)
     rename_graph(conn, name, other)
@@ -214,11 +196,11 @@ def verify_acceptance(
     expected: GraphDigest,
     then: Callable[[], object] = lambda: None,
 ) -> None:
-    """Prove on the target that it takes this graph: restore it under `throwaway`, compare, delete it again.
+    """Verify on the target that it accepts this graph: restore it as `temporary`, compare, delete it again.
 
-    The payload must have been dumped under the name `throwaway`. Raises VerificationFailed where the copy differs,
-    StoreFailed or AccessRefused where the target does not take it; nothing is left behind. `then` is called once the
-    copy is there, before it is read.
+    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists, before it is
+    read. The copy is deleted in any case. Raises VerificationFailed if the copy differs, StoreFailed or AccessRefused
+    if the target does not accept it.
     """
     _require_name(payload, temporary)
     _require_free(conn, temporary)
@@ -228,23 +210,23 @@ def verify_acceptance(
         then()
         copy = graph_digest(conn, temporary, by_id=expected.by_id)
     except MigrationError:
-        with contextlib.suppress(MigrationError):  # what went wrong first is what the operator must read
+        with contextlib.suppress(MigrationError):  # the operator must see the first error
             drop_graph(conn, temporary)
         raise
     drop_graph(conn, temporary)
     if copy != expected:
         raise VerificationFailed(
-            f"the copy that FalkorDB at {place(conn)} made differs from the backup: "
+            f"the copy that FalkorDB at {address_of(conn)} made differs from the backup: "
             f"{copy.nodes} nodes and {copy.relationships} relationships, expected {expected.nodes} and "
             f"{expected.relationships}, digest {copy.digest} instead of {expected.digest}"
         )
 
 
 def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
-    """Raise StoreFailed where the target writes older versions than this payload's, and so cannot read it.
+    """Raise StoreFailed if the target writes older versions than this payload's, and so cannot read it.
 
-    A graph of one node is made and dumped under `throwaway`, then deleted: the way for a payload whose own name is
-    taken, which no rehearsal can restore.
+    A graph of one node is created and dumped as `temporary`, then deleted. This is for a payload whose own name is
+    taken, so that a trial restore is not possible.
     """
     _require_free(conn, temporary)
     try:
@@ -258,17 +240,17 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
     ):
         if written > read:
             raise StoreFailed(
-                f"FalkorDB at {place(conn)} cannot read this backup: version {written}, it reads up to {read}",
+                f"FalkorDB at {address_of(conn)} cannot read this backup: version {written}, it reads up to {read}",
                 next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
             )
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Put the dumped graph in place as `name`, at once; the graph that stood there is then `safety_name`.
+    """Replace the graph `name` by the dumped one, atomically; the old graph is then `safety_name`.
 
-    Returns whether an old graph stands there now. Redis rolls nothing back, so both answers are read, and a
-    rename whose RESTORE was refused is undone. Raises StoreFailed, AccessRefused with the old graph in place;
-    StoreUnreachable where the answer did not come: then GRAPH.LIST tells which of the two states it is.
+    Returns whether there was an old graph. Redis does not roll back, so both replies are checked, and a rename whose
+    RESTORE was refused is undone. Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if
+    the reply did not arrive: then GRAPH.LIST shows which of the two states it is.
     """
     _require_name(payload, name)
     _require_free(conn, safety_name)
@@ -276,54 +258,57 @@ def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> b
         _require_free(conn, name)
         _restore(conn, payload, name)
         return False
-    with _told(conn, payload):
-        renamed, restored = _exchange(conn, name, payload, safety_name)
-    moved = not isinstance(renamed, Exception)  # it fails where the old graph went away just before
-    if not isinstance(restored, Exception):
-        return moved
-    if moved:
-        _put_back(conn, name, safety_name)
-    with _told(conn, payload):
-        raise restored
+    with _restore_errors(conn, payload):
+        renamed, restored = _rename_and_restore(conn, name, payload, safety_name)
+    had_old = not isinstance(renamed, Exception)  # RENAME fails if the old graph was deleted just before
+    if isinstance(restored, Exception):
+        if had_old:
+            _put_back(conn, name, safety_name)
+        with _restore_errors(conn, payload):
+            raise restored
+    return had_old
 
 
 def swap_back(conn: redis.Redis, name: str, safety_name: str) -> None:
-    """Undo `swap_in`: drop the graph that stands as `name`, if one does, and give the old one its name back.
+    """Undo `swap_in`: delete the graph `name` if it exists, and rename the old one back.
 
-    Raises MissingData where there is no `safety_name`; then nothing was touched.
+    Raises MissingData, before anything is changed, if `safety_name` does not exist.
     """
     graphs = list_graphs(conn)
     if safety_name not in graphs:
-        raise MissingData(f"graph '{safety_name}' does not exist on FalkorDB at {place(conn)}")
+        raise MissingData(f"graph '{safety_name}' does not exist on FalkorDB at {address_of(conn)}")
     if name in graphs:
         drop_graph(conn, name)
     command(conn, "RENAME", safety_name, name)
 
 
 def drop_graph(conn: redis.Redis, name: str) -> None:
-    """GRAPH.DELETE; nothing happens where it does not exist."""
+    """Delete a graph, if it exists."""
     if name in list_graphs(conn):
         command(conn, "GRAPH.DELETE", name)
 
 
-def _exchange(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> tuple[object, object]:
-    """The answers to RENAME and RESTORE of one transaction; an error among them is returned, not raised.
+def _rename_and_restore(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> list[object]:
+    """Return the replies to RENAME and RESTORE of one transaction."""
+    return _transaction(conn, ("RENAME", name, safety_name), ("RESTORE", name, 0, payload))
 
-    Each word waits for its answer: where MULTI is refused, the commands of a pipeline would run one by one.
+
+def _transaction(conn: redis.Redis, *commands: tuple[object, ...]) -> list[object]:
+    """Run the commands between MULTI and EXEC. Returns their replies; an error among these is not raised.
+
+    Each command waits for its reply. In a pipeline they would run one by one if MULTI were refused.
     """
     connection = conn.connection_pool.get_connection()
     try:
-        for words in (("MULTI",), ("RENAME", name, safety_name), ("RESTORE", name, 0, payload)):
+        for words in (("MULTI",), *commands, ("EXEC",)):
             connection.send_command(*words)
-            connection.read_response()
-        connection.send_command("EXEC")
-        renamed, restored = connection.read_response()
+            reply = connection.read_response()
     except redis.exceptions.RedisError:
-        connection.disconnect()  # the server forgets what was queued
+        connection.disconnect()  # the server discards what was queued
         raise
     finally:
         conn.connection_pool.release(connection)
-    return renamed, restored
+    return list(reply)
 
 
 def _put_back(conn: redis.Redis, name: str, safety_name: str) -> None:
@@ -332,18 +317,18 @@ def _put_back(conn: redis.Redis, name: str, safety_name: str) -> None:
         command(conn, "RENAME", safety_name, name)
     except MigrationError as error:
         raise StoreFailed(
-            f"the new graph was refused, and the old one stands as '{safety_name}' now: {error}",
-            next_step=f"give it its name back: RENAME {safety_name} {name}",
+            f"the new graph was refused, and the old one is now '{safety_name}': {error}",
+            next_step=f"rename it back: RENAME {safety_name} {name}",
         ) from error
 
 
 def _restore(conn: redis.Redis, payload: bytes, name: str) -> None:
-    with _told(conn, payload):
+    with _restore_errors(conn, payload):
         conn.execute_command("RESTORE", name, 0, payload)
 
 
 def _require_name(payload: bytes, name: str) -> None:
-    graph_encoding(payload)  # raises for what is no graph at all
+    graph_encoding(payload)  # raises if the payload is not a graph
     inside = graph_name(payload)
     if inside is not None and inside != name:
         raise StoreFailed(f"this payload was dumped as graph '{inside}' and cannot be restored as '{name}'")
@@ -352,16 +337,16 @@ def _require_name(payload: bytes, name: str) -> None:
 def _require_free(conn: redis.Redis, name: str) -> None:
     if command(conn, "EXISTS", name):
         raise StoreFailed(
-            f"a key '{name}' exists already on FalkorDB at {place(conn)}; it is not touched",
-            next_step=f"if it is a leftover of an earlier run: GRAPH.DELETE {name}",
+            f"a key '{name}' exists already on FalkorDB at {address_of(conn)}; it is not touched",
+            next_step=f"if an earlier run left it behind: GRAPH.DELETE {name}",
         )
 
 
 @contextlib.contextmanager
-def _told(conn: redis.Redis, payload: bytes) -> Iterator[None]:
-    """Failures of a RESTORE in the operator's terms."""
+def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
+    """Raise a RESTORE's errors with the step that helps."""
     try:
-        with translated(place(conn)):
+        with translated(conn):
             yield
     except AccessRefused as error:
         raise AccessRefused(str(error), next_step=GRANT) from error
@@ -369,20 +354,20 @@ def _told(conn: redis.Redis, payload: bytes) -> Iterator[None]:
         if len(payload) <= BULK_BYTES:
             raise
         raise StoreFailed(
-            f"FalkorDB at {place(conn)} does not take a graph of {len(payload) / 2**20:.0f} MiB in one piece",
+            f"FalkorDB at {address_of(conn)} does not accept a graph of {len(payload) / 2**20:.0f} MiB in one piece",
             next_step="raise its limit: CONFIG SET proto-max-bulk-len 4gb",
         ) from error
     except StoreFailed as error:
-        raise StoreFailed(str(error), next_step=_remedy(str(error), payload)) from error
+        raise StoreFailed(str(error), next_step=_next_step(str(error), payload)) from error
 
 
-def _remedy(text: str, payload: bytes) -> str:
+def _next_step(text: str, payload: bytes) -> str:
     if "payload version or checksum" in text:
         return f"the backup needs a redis that reads RDB version {rdb_version(payload)}: upgrade the target's FalkorDB"
     if "Bad data format" in text:
         return f"the backup needs a FalkorDB that reads graph encoding {graph_encoding(payload)}: upgrade the target"
     if "maxmemory" in text:
         return (
-            "old and new graph stand side by side for a while: raise maxmemory, or free memory on the target"
+            "the old and the new graph both exist for a while: raise maxmemory, or free memory on the target"
         )
     return GRANT if "unknown command" in text.lower() else ""

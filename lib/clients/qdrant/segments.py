@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 import orjson
 
-from lib.child_process import child_environment, limit
+from lib.child_process import child_environment, limit_resources
 from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.snapshot_format import BLOCK, ByteStream, Section, Sparse
 from lib.errors import BackupDamaged, MigrationError
@@ -153,7 +153,7 @@ def _engine(size: int, segments: int) -> Iterator[Ask]:
         start_new_session=True,  # Ctrl-C interrupts the command, which then ends this process
     ) as child:
         mapped = _MAPPED * size + segments * _PREALLOCATED
-        limit(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_PER_SECOND)
+        limit_resources(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_PER_SECOND)
         assert child.stdin is not None
         assert child.stdout is not None
         stdin, stdout = child.stdin, child.stdout
