@@ -51,8 +51,8 @@ bench: venv
 
 venv: $(STAMP)
 
-# Made anew whenever a requirement changes. The newer FalkorDB may have to be compiled: at most ten minutes are
-# given to that, and without it the tools say what this machine cannot prove.
+# Recreated whenever a requirement changes. If the newer FalkorDB must be compiled, that may take at most ten minutes.
+# Without it the tools report what this machine cannot verify.
 $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
