@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.backup import collection_restore as collections
 from lib.backup.collection import CollectionSource
-from lib.backup.collection_restore import drop_temporary
 from lib.backup.graph import GraphSource
 from lib.backup.last_migration import COMMAND, DELETING, PLACED, VERIFIED, collection_of
-from lib.backup.run import clean_up_backup
+from lib.backup.run import clean_up_backup, snapshot_deletions
+from lib.backup.server_snapshots import AWAITED
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists, get_state, health
+from lib.clients.qdrant.restoring import drop_temporary
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
 from lib.journal import Journal, open_journals
-from lib.restore.graph import SWITCHING as GRAPH_SWITCHING
-from lib.restore.graph import clean_up_graph
+from lib.restore import collection as collections
+from lib.restore.graph import SWAPPING, clean_up_graph
 from lib.restore.run import COMMAND as RESTORE
 
 if TYPE_CHECKING:
@@ -75,8 +75,11 @@ def abort_restore(
         aliases = collections.aliases_taken_off(journal)
         if collection:
             clean_up_backup(folder, collection, journal)
-            found = (collection.qdrant, collection.collection, journal, None, collection.nodes)
-            done.removed += collections.clean_up_collection(*found)
+            done.removed += collections.clean_up_collection(collection, journal)
+            done.left += [
+                f"perhaps a snapshot of that run on the server; delete it: {one}"
+                for one in snapshot_deletions(collection, journal)
+            ]
         if graph:
             done.removed += clean_up_graph(graph, journal, folder)
         if aliases:
@@ -108,13 +111,15 @@ def clean_up_untouched(
             drop_temporary(collection.qdrant, temporary, collection.nodes)
         if graph and temporary_graph:
             clean_up_graph(graph, journal, folder)
-        if clean and journal.is_open:
+        if not clean:
+            journal.append(AWAITED)  # for the next backup, which names the snapshot
+        elif journal.is_open:
             journal.close("cleaned up by the next run: nothing live was touched")
 
 
 def touched(journal: Journal) -> bool:
     """Whether a restore ever began to replace a live store."""
-    return journal.has_reached(collections.SWITCHING) or journal.has_reached(GRAPH_SWITCHING)
+    return journal.has_reached(collections.DELETING) or journal.has_reached(SWAPPING)
 
 
 def _open(folder: Path, targets: list[str]) -> list[Journal]:
@@ -149,8 +154,7 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
 
 def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
     """Raise GuardRefused if the restore deleted the collection, and neither the new nor the old one exists."""
-    over = (collections.SWITCHED, collections.PUT_BACK)
-    if not journal.has_reached(collections.SWITCHING) or any(map(journal.has_reached, over)):
+    if not collections.is_absent(journal):
         return
     if health(qdrant, name) != "live" or not get_state(qdrant, name).points:
         _refuse(name, journal, str(journal.fact("again") or "the same restore again"))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lib.console import Console
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingRunner
-    from lib.restore.inputs import Wanted
-    from lib.restore.site import Site
+    from lib.restore.inputs import Inputs
+    from lib.restore.preflight import Site
 
 
 def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
@@ -115,14 +115,17 @@ def open_reembed(
     return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, bar)
 
 
-def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> Site:
-    """The stores that the files are for; if one is stopped, the error says how to start just the stores."""
+def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
+    """Open the stores that the files are for. `choices` are `safety`, `force_version` and `while_running` of a Site.
+
+    Raises StoreUnreachable with the command that starts just the stores.
+    """
     from lib.errors import StoreUnreachable
-    from lib.restore.site import Site
+    from lib.restore.preflight import Site
 
     try:
-        graph = open_graph(config, console.warn) if wanted.rdb else None
-        collection = open_collection(config) if wanted.archive else None
+        graph = open_graph(config, console.warn) if inputs.rdb else None
+        collection = open_collection(config) if inputs.archive else None
     except StoreUnreachable as error:
         step = (
             "start just the stores, in AutoMem's folder, or correct the address:"
@@ -140,6 +143,7 @@ def open_site(config: Config, console: Console, wanted: Wanted, again: str) -> S
         say=console.say,
         notice=console.notice,
         again=again,
+        **choices,
     )
 
 

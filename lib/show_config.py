@@ -135,13 +135,10 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
 
 
 def _awaited(journal: Journal) -> str:
-    """What may still appear on the server of a run of which nothing else is left."""
+    """Name the snapshot that the server may still make for a killed run of which nothing else is left."""
     collection = journal.fact("collection")
     asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{collection}'"
-    unsure = journal.fact("unsure")
-    if unsure:
-        return f"{asked}: it is one of {listed(unsure)}; which one cannot be told, delete it yourself"
-    return f"{asked}: should the file still appear there, the next backup deletes it"
+    return f"{asked}: if it still appears there, the next backup prints the command that deletes it"
 
 
 def settings_lines(size: int, model: str, config: Config) -> list[str]:

@@ -105,13 +105,16 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
             connect.engines(config) if graph else [],
             console.progress,
             verify=not args.no_verify,
+            notice=console.notice,
         )
     uploaded = None
     if args.upload:
-        from lib.backup.copies import again, upload
+        from lib.backup.copies import upload, upload_command
 
         assert manifest.path is not None
-        console.say(f"backup set: {manifest.path}\nif its upload stops: {again(manifest.path, shown)}")
+        console.say(
+            f"backup set: {manifest.path}\nif its upload stops: {upload_command(manifest.path, shown)}"
+        )
         uploaded = upload(args.upload, manifest, console.progress, config.copies)
     return output.show_backup(manifest, console, uploaded)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put a graph, a collection or both back from backup files: proved first, switched last, the old state kept."""
+"""Restore a graph, a collection or both from backup files: verified first, cut over last, the old state backed up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib.console import command_line
 if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
-    from lib.restore.inputs import Wanted
+    from lib.restore.inputs import Inputs
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def arguments() -> argparse.ArgumentParser:
         help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, or a URL",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="prove the files and print the plan, touch nothing"
+        "--dry-run", action="store_true", help="verify the files and print the plan, touch nothing"
     )
     parser.add_argument("--no-safety-backup", action="store_true", help="do not back up what is replaced")
     parser.add_argument(
@@ -45,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--while-running",
         action="store_true",
-        help="replace the graph though AutoMem runs, where that is safe",
+        help="replace the graph while AutoMem runs, if that is safe",
     )
     return parser
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Tell the files apart, open what they need, restore under the lock."""
+    """Identify the files, open the stores that they need, restore under the lock."""
     from lib import connect
     from lib.abort import abort
     from lib.config import config_of
@@ -82,47 +82,49 @@ def command(args: argparse.Namespace) -> int:
         )
     from lib.backup.check import fetched
     from lib.files import private_dir
-    from lib.restore.inputs import read_wanted
+    from lib.restore.inputs import read_inputs
 
     owner = config.deployment()
     engines = partial(connect.engines, config)
     bar, keys = console.progress, config.copies
     files = [fetched(word, config.backup_dir, owner, engines, bar, keys) for word in args.files]
-    wanted = read_wanted(files, config.backup_dir, owner)
+    inputs = read_inputs(files, config.backup_dir, owner)
     private_dir(config.backup_dir)
     with connect.target_lock(config):
-        return restore(config, console, wanted, args)
+        return restore(config, console, inputs, args)
 
 
-def restore(config: Config, console: Console, wanted: Wanted, args: argparse.Namespace) -> int:
-    """Prove everything, then rehearse and switch; or with --dry-run stop before the first write."""
+def restore(config: Config, console: Console, inputs: Inputs, args: argparse.Namespace) -> int:
+    """Verify all files, then restore; with --dry-run stop before the first write."""
     from lib import connect
     from lib.errors import UsageProblem
     from lib.restore import output
     from lib.restore.preflight import notify_other_clients, require_quiet, verify_files
     from lib.restore.run import restore as restore_all
-    from lib.restore.site import Options
 
-    options = Options(
+    site = connect.open_site(
+        config,
+        console,
+        inputs,
+        command_line("restore_from_backup", sys.argv[1:]),
         safety=not args.no_safety_backup,
         force_version=args.force_version,
         while_running=args.while_running,
     )
-    site = connect.open_site(config, console, wanted, command_line("restore_from_backup", sys.argv[1:]))
     with ExitStack() as stack:
-        proved = verify_files(site, wanted, stack, options)
+        verified = verify_files(site, inputs, stack)
         try:
-            if proved.graph:
-                notify_other_clients(site)
-                require_quiet(site, proved.graph, options)
+            if verified.graph and site.graph:
+                notify_other_clients(site, site.graph)
+                require_quiet(site, verified.graph, site.graph)
         except UsageProblem as error:
-            if not args.dry_run:  # a drill may well be held while the service runs
+            if not args.dry_run:
                 raise
             console.warn(str(error))
         if args.dry_run:
-            return output.show_restore_plan(site, proved, options, console)
-        done = restore_all(site, proved, output.undo_restore, options)
-        return output.show_restored(done, proved, config, console)
+            return output.show_restore_plan(site, verified, console)
+        done = restore_all(site, verified, output.undo_restore)
+        return output.show_restored(done, verified, config, console)
 
 
 if __name__ == "__main__":

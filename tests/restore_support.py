@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +24,8 @@ from lib.clients.falkordb.connection import connect, list_graphs
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.falkordb.scratch import Engine, installed_engines
 from lib.journal import open_journals
-from lib.restore.inputs import Wanted, read_wanted
-from lib.restore.site import Site
+from lib.restore.inputs import Inputs, read_inputs
+from lib.restore.preflight import Site
 from tests.operator_support import Operator
 
 TIMEOUT = 60
@@ -94,6 +97,14 @@ def assert_tidy(operator: Operator) -> None:
     assert [one for one in open_journals(operator.backups) if one.phase != AWAITED] == []
 
 
+def delete_printed_snapshots(said: str) -> list[str]:
+    """Run each printed command that deletes what may be a killed run's snapshot; the snapshots' names."""
+    lines = re.findall(r"^  (curl -s -X DELETE .*/snapshots/.*)$", said, re.MULTILINE)
+    for line in lines:
+        subprocess.run(shlex.split(line), check=True, capture_output=True, timeout=TIMEOUT)
+    return [shlex.split(line)[-1].rpartition("/")[2] for line in lines]
+
+
 def spoil(operator: Operator) -> None:
     """Change both stores, so that a restore has something to do."""
     operator.cypher("MATCH (m:Memory) WHERE id(m) % 3 = 0 DETACH DELETE m")
@@ -105,7 +116,13 @@ def spoil(operator: Operator) -> None:
     )
 
 
-def site(operator: Operator, engines: list[Engine] | None = None, *, both: bool = True) -> Site:
+def site(
+    operator: Operator,
+    engines: list[Engine] | None = None,
+    *,
+    both: bool = True,
+    while_running: bool = False,
+) -> Site:
     """The restore's site, for calls within this process."""
     from lib.dimensions import EmbeddingSpec
     from tests.operator_support import OLD_SIZE, SMALL
@@ -127,15 +144,16 @@ def site(operator: Operator, engines: list[Engine] | None = None, *, both: bool 
         bar=bar,
         say=lambda _text: None,
         notice=lambda _text: None,
+        while_running=while_running,
     )
 
 
-def wanted(operator: Operator, *words: object) -> Wanted:
+def wanted(operator: Operator, *words: object) -> Inputs:
     """The files that a restore is to put back."""
     from lib.config import load_config
 
     owner = load_config(operator.environ).deployment()
-    return read_wanted([str(word) for word in words], operator.backups, owner)
+    return read_inputs([str(word) for word in words], operator.backups, owner)
 
 
 def targets(operator: Operator) -> list[str]:

@@ -1,13 +1,14 @@
 """Copies encrypted with age (https://age-encryption.org): the keys, and files encrypted and decrypted as streams.
 
-The package pyrage is loaded only if a copy is encrypted. It decrypts with a passphrase in memory alone, so a passphrase
-protects a key file of its own, as `age -d -i` takes it, and that key the set.
+The package pyrage is loaded only if a copy is encrypted. It decrypts with a passphrase in memory only, so a passphrase
+encrypts a small key file per set, which `age -d -i` accepts, and that key encrypts the set.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -28,10 +29,10 @@ _RECIPIENTS = "AUTOMEM_BACKUP_RECIPIENTS"
 
 @dataclass(frozen=True)
 class CopyKeys:
-    """The settings of encrypted copies, as they were written; empty is not set.
+    """The settings of encrypted copies, not parsed; empty if not set.
 
-    `recipients`: public keys between commas, or the path of a file with one a line. `passphrase_file` and `identity`
-    are paths: of a passphrase, of private keys.
+    `recipients`: public keys separated by commas, or the path of a file with one per line. `passphrase_file`: the path
+    of a file with a passphrase. `identity`: the path of a file with private keys.
     """
 
     recipients: str = ""
@@ -50,7 +51,7 @@ class CopyKeys:
 
 
 def require_encryption(keys: CopyKeys) -> None:
-    """Raise UsageProblem, before the backup, if what is uploaded could not be encrypted with these keys."""
+    """Raise UsageProblem if copies could not be encrypted with these keys; called before the backup."""
     if keys.recipients and keys.passphrase_file:
         raise UsageProblem(
             f"{_RECIPIENTS} and {_PASSPHRASE} are both set: it is not clear who may read the copies",
@@ -103,34 +104,30 @@ def identities(keys: CopyKeys) -> list[Any]:
     pyrage = _pyrage()
     path = Path(keys.identity).expanduser()
     data = _secret(path, _IDENTITY)
-    try:
+    found: list[Any] = []
+    with suppress(pyrage.IdentityError, UnicodeDecodeError):
         if b"PRIVATE KEY-----" in data:
-            return [pyrage.ssh.Identity.from_buffer(data)]
-        lines = [one.strip() for one in data.decode().splitlines()]
-        found = [pyrage.x25519.Identity.from_str(one) for one in lines if one and not one.startswith("#")]
-    except (pyrage.IdentityError, UnicodeDecodeError) as error:
-        raise _no_identity(path) from error
+            found = [pyrage.ssh.Identity.from_buffer(data)]
+        else:
+            lines = [one.strip() for one in data.decode().splitlines()]
+            found = [pyrage.x25519.Identity.from_str(one) for one in lines if one and not one.startswith("#")]
     if not found:
-        raise _no_identity(path)
+        raise UsageProblem(
+            f"{_IDENTITY}: {path} holds no private key that can be used",
+            next_step="name a file that age-keygen made, or an SSH key without a passphrase",
+        )
     return found
 
 
-def _no_identity(path: Path) -> UsageProblem:
-    return UsageProblem(
-        f"{_IDENTITY}: {path} holds no private key that can be used",
-        next_step="name a file that age-keygen made, or an SSH key without a passphrase",
-    )
-
-
 def new_key(words: str) -> tuple[Any, bytes]:
-    """A new key for one set: its public key, and the key file, encrypted with the passphrase."""
+    """Make a key for one set. Returns the public key, and the key file encrypted with the passphrase."""
     pyrage = _pyrage()
     identity = pyrage.x25519.Identity.generate()
     return identity.to_public(), bytes(pyrage.passphrase.encrypt(f"{identity}\n".encode(), words))
 
 
 def key_in(key_file: bytes, words: str) -> list[Any]:
-    """The private key in a set's key file. Raises AccessRefused if the passphrase is another."""
+    """The private key in a set's key file. Raises AccessRefused for a wrong passphrase."""
     pyrage = _pyrage()
     if len(key_file) > _KEY_FILE_LIMIT:
         raise BackupDamaged("the key file of the copy is too large for one")
@@ -144,7 +141,7 @@ def key_in(key_file: bytes, words: str) -> list[Any]:
 
 
 def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
-    """Encrypt a file into another; memory stays flat."""
+    """Encrypt a file into another, as a stream."""
     pyrage = _pyrage()
     with source.open("rb") as plain, atomic_writer(target) as stream:
         pyrage.encrypt_io(plain, stream, public_keys)
@@ -153,18 +150,18 @@ def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
 def decrypt(
     chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str
 ) -> None:
-    """Decrypt a file that arrives in pieces; `write` gets each piece once its checksum is right.
+    """Decrypt a file that arrives in pieces. `write` gets each piece after its checksum was verified.
 
-    Raises AccessRefused if no key fits, BackupDamaged for a file that was changed or cut off, and what the pieces or
-    `write` raise. `name` is shown.
+    Raises AccessRefused if no key fits, BackupDamaged for a file that was changed or cut off, and what `chunks` or
+    `write` raise. `name` is for messages.
     """
     pyrage = _pyrage()
-    reader, writer = _Reader(chunks, name), _Writer(write)
+    errors: list[BaseException] = []
     try:
-        pyrage.decrypt_io(reader, writer, private_keys)
+        pyrage.decrypt_io(_Reader(_with_header(chunks, name), errors), _Writer(write, errors), private_keys)
     except (pyrage.DecryptError, OSError) as error:
-        if cause := reader.error or writer.error:
-            raise cause from None
+        if errors:
+            raise errors[0] from None
         if "No matching keys" in str(error):
             raise AccessRefused(
                 f"{name} is encrypted for another key than {_IDENTITY} or {_PASSPHRASE} gives",
@@ -174,7 +171,7 @@ def decrypt(
 
 
 def could_hold(size: int | None, plain: int) -> bool:
-    """Whether an encrypted file of `size` bytes, None if there is none, can be of `plain` bytes: told without a key."""
+    """Whether an encrypted file of `size` bytes (None: there is none) can hold `plain` bytes; needs no key."""
     if size is None:
         return False
     body = _NONCE + plain + _TAG * max(1, -(-plain // _CHUNK))
@@ -190,55 +187,53 @@ def require_key(keys: CopyKeys, name: str) -> None:
         )
 
 
-class _Reader:
-    """Pieces of bytes as a file that pyrage reads; a header without end is not read on."""
+def _with_header(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """The same pieces. Raises BackupDamaged if age's header does not end: pyrage would read on and on."""
+    header, pieces = b"", iter(chunks)
+    for piece in pieces:
+        header += piece
+        if _HEADER_END not in header and len(header) > _HEADER_LIMIT:
+            raise BackupDamaged(f"{name} is not encrypted with age, or its header has no end")
+        yield piece
+        if _HEADER_END in header:
+            break
+    yield from pieces
 
-    def __init__(self, chunks: Iterable[bytes], name: str) -> None:
-        self._chunks = iter(chunks)
+
+class _Reader:
+    """Pieces of bytes as a file that pyrage reads. An error is added to `errors`: pyrage keeps only its text."""
+
+    def __init__(self, pieces: Iterator[bytes], errors: list[BaseException]) -> None:
+        self._pieces, self._errors = pieces, errors
         self._left = b""
-        self._header: bytes | None = b""
-        self._name = name
-        self.error: BaseException | None = None
 
     def read(self, size: int = -1) -> bytes:
         try:
-            while not self._left and (piece := next(self._chunks, None)) is not None:
-                self._left = piece
+            self._left = self._left or next(filter(None, self._pieces), b"")
         except BaseException as error:
-            self.error = error  # pyrage would keep its text alone
+            self._errors.append(error)
             raise
-        found, self._left = (self._left, b"") if size < 0 else (self._left[:size], self._left[size:])
-        self._look_for_end(found)
+        end = len(self._left) if size < 0 else size
+        found, self._left = self._left[:end], self._left[end:]
         return found
-
-    def _look_for_end(self, data: bytes) -> None:
-        if self._header is None:
-            return
-        self._header += data
-        if _HEADER_END in self._header:
-            self._header = None
-        elif len(self._header) > _HEADER_LIMIT:
-            self.error = BackupDamaged(f"{self._name} is not encrypted with age, or its header has no end")
-            raise self.error
 
 
 class _Writer:
-    """A function as a file that pyrage writes."""
+    """A function as a file that pyrage writes, with `errors` as in `_Reader`."""
 
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self._write = write
-        self.error: BaseException | None = None
+    def __init__(self, write: Callable[[bytes], object], errors: list[BaseException]) -> None:
+        self._write, self._errors = write, errors
 
     def write(self, data: bytes) -> int:
         try:
             self._write(data)
         except BaseException as error:
-            self.error = error
+            self._errors.append(error)
             raise
         return len(data)
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Do nothing: no bytes are buffered here."""
 
 
 def _lines(path: Path, setting: str, *, comments: bool = True) -> list[str]:
@@ -251,7 +246,7 @@ def _lines(path: Path, setting: str, *, comments: bool = True) -> list[str]:
 
 
 def _secret(path: Path, setting: str, *, private: bool = True) -> bytes:
-    """The content of a file of keys. Raises UsageProblem if it cannot be read, or if others may read it."""
+    """Read a file of keys. Raises UsageProblem if it cannot be read, or if it is `private` and others may read it."""
     try:
         data, state = read_regular(path, _KEY_FILE_LIMIT)
     except OSError as error:

@@ -39,7 +39,7 @@ from lib.backup.manifest import (
     checking_file,
     require_equal,
 )
-from lib.backup.server_snapshots import NodeJournal, own_snapshot
+from lib.backup.server_snapshots import own_snapshot
 from lib.child_process import scratch_folder
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
@@ -379,8 +379,8 @@ def _write_archive(
 
 @contextmanager
 def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iterator[snapshots.Snapshot]:
-    about = NodeJournal(journal, node.qdrant.display) if source.nodes else journal
-    with own_snapshot(node.qdrant, source.collection, about) as made:
+    address = node.qdrant.display if source.nodes else None
+    with own_snapshot(node.qdrant, source.collection, journal, address) as made:
         yield snapshots.with_checksum(node.qdrant, source.collection, made)
 
 

@@ -1,4 +1,4 @@
-"""Backup sets elsewhere: uploaded, the manifest last, each file read back; listed, and fetched."""
+"""Copies of backup sets elsewhere: uploaded (the manifest last, each file read back), listed, fetched."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -15,16 +14,9 @@ from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
 from lib.backup.catalog import OUTGOING, is_complete, manifest_paths, safety_copies, with_purpose
-from lib.backup.copy_store import (
-    FILE,
-    KEY_FILE,
-    NO_KEYS,
-    OffsiteStore,
-    Progress,
-    offsite_address,
-    open_offsite,
-)
+from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
+from lib.concurrency import Progress, ProgressBar
 from lib.errors import (
     AccessRefused,
     BackupDamaged,
@@ -45,20 +37,19 @@ from lib.files import (
 )
 from lib.journal import STAMP
 
-Bar = Callable[[str, "int | None", str], AbstractContextManager[Progress]]
 MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
 _SPARE = 16 << 20
 
 
 class NotArrived(MigrationError):
-    """The set is whole here, and not there."""
+    """The set is complete here; its upload failed."""
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A set that is whole at `url` (as it may be shown): how many files and bytes were sent, how many were there.
+    """A set that is complete at `url` (as it may be printed): how many files and bytes were sent, how many were there.
 
-    `same_disk`: the copy is lost with the disk that the set here is on. `encrypted`: its files are `.age` files there.
+    `same_disk`: the copy is lost with the disk of the set here. `encrypted`: its files are `.age` files there.
     """
 
     url: str
@@ -70,17 +61,16 @@ class Uploaded:
     encrypted: bool = False
 
 
-def upload(url: str, manifest: Manifest, bar: Bar, keys: CopyKeys = NO_KEYS) -> Uploaded:
-    """Bring a set there, manifest last, each file read back and compared; what is there already is not sent again.
+def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_KEYS) -> Uploaded:
+    """Upload a set, its manifest last. Each file is read back and compared; what is there already is not sent again.
 
-    With `keys` that encrypt, what is sent are its files encrypted.
+    If `keys` encrypt, the files are sent encrypted.
 
-    Raises NotArrived where anything is not as it should be: then no manifest of the set is there, and no file of
-    another's was touched. Raises BackupDamaged where a file here is not what the manifest says, UsageProblem for a
-    name that could not be fetched back.
+    Raises NotArrived if anything fails: then no manifest of the set is there, and no other file was changed. Raises
+    BackupDamaged if a file here differs from the manifest, UsageProblem for a name that could not be fetched back.
     """
     assert manifest.path is not None
-    shown = offsite_address(url).shown
+    address = offsite_address(url)
     files = [*manifest.files, _file_here(manifest.path, manifest.name)]
     for file in manifest.files:
         require_fetchable(file.name)
@@ -88,22 +78,27 @@ def upload(url: str, manifest: Manifest, bar: Bar, keys: CopyKeys = NO_KEYS) -> 
     try:
         store = open_offsite(url, keys)
         if keys.encrypt:
-            sent = _bring_encrypted(store, manifest, files, bar)
+            sent = _send_encrypted(store, manifest, files, bar)
         else:
-            sent = _bring_all(store, manifest.path.parent, files, bar)
+            sent = _send_all(store, manifest.path.parent, files, bar)
     except MigrationError as error:
         raise NotArrived(
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
-            next_step=f"{error.next_step}\n{again(manifest.path, shown)}".strip(),
+            next_step=f"{error.next_step}\n{upload_command(manifest.path, address.shown)}".strip(),
         ) from error
-    size, there = sum(file.size for file in sent), max(0, len(files) - len(sent))
     return Uploaded(
-        shown, manifest.name, len(sent), size, there, _on_same_disk(url, manifest.path), keys.encrypt
+        address.shown,
+        manifest.name,
+        len(sent),
+        sum(file.size for file in sent),
+        max(0, len(files) - len(sent)),
+        address.scheme == FILE and Path(address.path).stat().st_dev == manifest.path.stat().st_dev,
+        keys.encrypt,
     )
 
 
 def require_elsewhere(url: str, folder: Path) -> None:
-    """Raise UsageProblem where the URL is the backup folder or one in it: the set would pass for its own copy."""
+    """Raise UsageProblem if the URL is the backup folder or inside it: the set would count as its own copy."""
     address = offsite_address(url)
     if address.scheme == FILE and Path(address.path).resolve().is_relative_to(folder.resolve()):
         raise UsageProblem(
@@ -112,35 +107,32 @@ def require_elsewhere(url: str, folder: Path) -> None:
         )
 
 
-def _on_same_disk(url: str, path: Path) -> bool:
-    address = offsite_address(url)
-    return address.scheme == FILE and Path(address.path).stat().st_dev == path.stat().st_dev
-
-
-def _bring_all(store: OffsiteStore, here: Path, files: list[BackupFile], bar: Bar) -> list[BackupFile]:
-    """Bring the files of the folder `here` in their order, the manifest last; those that were sent."""
+def _send_all(
+    store: OffsiteStore, folder: Path, files: list[BackupFile], bar: ProgressBar
+) -> list[BackupFile]:
+    """Send the files of `folder` in their order, the manifest last. Returns those that were sent."""
     there = _sizes(store, files)
     if all(there.get(file.name) == file.size for file in files):
         with bar("manifest there", files[-1].size, "bytes") as progress:
-            if store.holds(
-                files[-1], files[-1].name, progress
-            ):  # it proves that the files once were whole there
+            # It is sent last: if it is there, the files were complete there.
+            if store.holds(files[-1], files[-1].name, progress):
                 return []
-    return [file for file in files if _bring(store, file, here, bar, there)]
+    return [file for file in files if _send(store, file, folder, bar, there)]
 
 
-def _sizes(store: OffsiteStore, files: list[BackupFile]) -> dict[str, int]:
-    """What there is in the folders of these files, with its bytes."""
-    return {name: size for one in {"", *folders_of(files)} for name, size in store.sizes(one).items()}
+def _sizes(store: OffsiteStore, files: Sequence[BackupFile]) -> dict[str, int]:
+    """The bytes of every file in the folders of these files, and next to their manifest."""
+    folders = {"", *(file.name.rpartition("/")[0] for file in files)}
+    return {name: size for one in folders for name, size in store.sizes(one).items()}
 
 
-def _bring_encrypted(
-    store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: Bar
+def _send_encrypted(
+    store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: ProgressBar
 ) -> list[BackupFile]:
-    """Bring the set's files encrypted, the manifest last; those that were sent.
+    """Send the set's files encrypted, the manifest last. Returns those that were sent.
 
-    They are encrypted into a folder here, where they stay until the set is whole there: a file encrypted twice is not
-    the same twice, and what is there must be compared when an upload goes on.
+    They are encrypted into a folder here, which is removed when the copy is complete: encrypting a file twice gives
+    different bytes, and a resumed upload must compare what is there.
     """
     assert manifest.path is not None
     there = _sizes(store, files)
@@ -150,7 +142,7 @@ def _bring_encrypted(
     folder = private_dir(manifest.path.parent / OUTGOING) / _outgoing_name(manifest, store.keys)
     with lock_targets([f"upload of {manifest.path.absolute()}"]):
         encrypted = _encrypted(manifest, files, folder, store.keys, bar)
-        sent = _bring_all(store, folder, encrypted, bar)
+        sent = _send_all(store, folder, encrypted, bar)
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):  # another upload's files
             folder.parent.rmdir()
@@ -158,35 +150,34 @@ def _bring_encrypted(
 
 
 def _require_same_manifest(store: OffsiteStore, manifest: Manifest) -> None:
-    """Raise BadFile if the manifest there is another one; without a key to decrypt it its size alone is known."""
+    """Raise BadFile if the manifest there differs. Without a key to decrypt it only its size is compared."""
     assert manifest.path is not None
     if store.keys.decrypt and store.read(manifest.name) != manifest.path.read_bytes():
-        raise BadFile(
-            f"{store.shown}/{manifest.name}{SUFFIX} is another file",
-            next_step="name another folder, or see what that file is and remove it there",
-        )
+        raise _occupied(store, manifest.name + SUFFIX)
+
+
+def _occupied(store: OffsiteStore, name: str) -> BadFile:
+    return BadFile(
+        f"{store.shown}/{name} is another file",
+        next_step="name another folder, or see what that file is and remove it there",
+    )
 
 
 def _outgoing_name(manifest: Manifest, keys: CopyKeys) -> str:
-    """One folder for each set and whom its copy is encrypted for."""
+    """A folder per set and recipients."""
     if not keys.recipients:
         return f"{manifest.stamp}_passphrase"
-    whom = sorted(map(str, recipients(keys)))
-    return f"{manifest.stamp}_{hashlib.sha256(' '.join(whom).encode()).hexdigest()[:12]}"
+    public_keys = " ".join(sorted(map(str, recipients(keys))))
+    return f"{manifest.stamp}_{hashlib.sha256(public_keys.encode()).hexdigest()[:12]}"
 
 
 def _encrypted(
-    manifest: Manifest, files: list[BackupFile], folder: Path, keys: CopyKeys, bar: Bar
+    manifest: Manifest, files: list[BackupFile], folder: Path, keys: CopyKeys, bar: ProgressBar
 ) -> list[BackupFile]:
-    """The set's files encrypted in `folder`, the manifest last; what an earlier upload encrypted is used again."""
+    """Encrypt the set's files into `folder`, the manifest last. What an earlier upload encrypted is used again."""
     assert manifest.path is not None
-    need = sum(file.size for file in files if not (folder / f"{file.name}{SUFFIX}").exists()) + _SPARE
-    if free_bytes(folder) < need:
-        raise MigrationError(
-            f"{folder} has {free_bytes(folder) >> 20} MiB free, the encrypted set needs {need >> 20} MiB until it is"
-            " uploaded",
-            next_step=f"df -h {quote(str(folder.parent.parent))}   then free some room",
-        )
+    need = sum(file.size for file in files if not (folder / f"{file.name}{SUFFIX}").exists())
+    _require_room(folder, need, "the encrypted set")
     names = [file.name for file in files]
     public_keys = recipients(keys) if keys.recipients else []
     if not public_keys:
@@ -201,8 +192,17 @@ def _encrypted(
     return [_file_here(folder / f"{name}{SUFFIX}", f"{name}{SUFFIX}") for name in names]
 
 
+def _require_room(folder: Path, size: int, what: str, or_else: str = "") -> None:
+    need = size + _SPARE
+    if free_bytes(folder) < need:
+        raise MigrationError(
+            f"{folder} has {free_bytes(folder) >> 20} MiB free, {what} needs {need >> 20} MiB",
+            next_step=f"df -h {quote(str(folder))}   then free some room{or_else}",
+        )
+
+
 def _set_key(path: Path, keys: CopyKeys) -> Any:
-    """The public key that a set is encrypted for, its key file written to `path`: that of an earlier upload, or new."""
+    """The public key that a set is encrypted for: that of an earlier upload, else a new one. `path` is its key file."""
     words = passphrase(keys)
     if path.exists():
         with contextlib.suppress(AccessRefused):
@@ -214,14 +214,9 @@ def _set_key(path: Path, keys: CopyKeys) -> Any:
     return public_key
 
 
-def again(path: Path, url: str) -> str:
+def upload_command(path: Path, url: str) -> str:
     """The command that uploads an existing set."""
     return f"python scripts/backup_automem.py --check {quote(str(path))} --upload {quote(url)}"
-
-
-def folders_of(files: Iterable[BackupFile]) -> list[str]:
-    """The folders, relative to the set's own, in which its files lie."""
-    return sorted({file.name.rpartition("/")[0] for file in files})
 
 
 def _file_here(path: Path, name: str) -> BackupFile:
@@ -236,33 +231,32 @@ def _require_whole(path: Path, file: BackupFile) -> None:
         )
 
 
-def _bring(store: OffsiteStore, file: BackupFile, folder: Path, bar: Bar, there: dict[str, int]) -> bool:
-    """Send one file and read it back; False where it is there already. Never replaces another file."""
+def _send(
+    store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar, there: dict[str, int]
+) -> bool:
+    """Send one file and read it back. Returns False if it is there already. Never replaces another file."""
     if file.name in there:
         with bar(f"read back {file.name}", file.size, "bytes") as progress:
             if there[file.name] == file.size and store.holds(file, file.name, progress):
                 return False
-        raise BadFile(
-            f"{store.shown}/{file.name} is another file",
-            next_step="name another folder, or see what that file is and remove it there",
-        )
+        raise _occupied(store, file.name)
     with bar(f"upload {file.name}", file.size, "bytes") as progress:
-        name = store.send(folder / file.name, file.name, progress)
+        stored = store.send(folder / file.name, file.name, progress)
     try:
         with bar(f"read back {file.name}", file.size, "bytes") as progress:
-            if not store.holds(file, name, progress):
+            if not store.holds(file, stored, progress):
                 raise StoreFailed(
                     f"{store.shown}/{file.name} reads back as something else than what was sent"
                 )
-    except MigrationError:  # S3's own checksums refuse the reading where the bytes are others
-        store.remove(name)
+    except MigrationError:  # S3's own checksums refuse to read changed bytes
+        store.remove(stored)
         raise
-    store.keep(name, file.name)
+    store.publish(stored, file.name)
     return True
 
 
 def manifests(store: OffsiteStore) -> list[str]:
-    """The names of the manifests there, newest first; raises MissingData where there is nothing at all."""
+    """The names of the manifests there, newest first. Raises MissingData if there is none."""
     names = {name.removesuffix(SUFFIX) for name in store.sizes()}
     found = sorted(filter(MANIFEST_NAME.fullmatch, names), reverse=True)
     if not found:
@@ -273,29 +267,30 @@ def manifests(store: OffsiteStore) -> list[str]:
 
 
 def read_there(store: OffsiteStore, name: str) -> tuple[Manifest, bytes]:
-    """A manifest there, and its bytes; raises MissingData, BackupDamaged, BadFile."""
+    """Read a manifest there. Returns it and its bytes. Raises MissingData, BackupDamaged, BadFile."""
     data = store.read(name)
     return parse_manifest(data, Path(name)), data
 
 
-def fetch(store: OffsiteStore, name: str, folder: Path, bar: Bar) -> Path:
-    """Bring a set into `folder`, its manifest last; returns the manifest's path here.
+def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Path:
+    """Fetch a set into `folder`, its manifest last; returns the manifest's path here.
 
-    Every byte is compared with the manifest's checksum before it bears a name here. Whole files that are here already
-    are not fetched again, others are never replaced. Raises BackupDamaged, BadFile, MissingData, MigrationError.
+    A file gets its name only after its checksum was compared with the manifest's. Complete files that are here already
+    are not fetched again, other files are never replaced. Raises BackupDamaged, BadFile, MissingData, MigrationError.
     """
     manifest, data = read_there(store, name)
     for file in manifest.files:
-        _require_safe(store, file.name)
+        if not _is_plain(file.name):  # never write outside of the folder
+            raise BadFile(f"the manifest at {store.shown} names a file that no backup has: {file.name!r}")
     path = private_dir(folder) / manifest.name
-    if path.exists() and path.read_bytes() != data:
-        raise _another(path)
+    _require_same(path, data)
     missing = [file for file in manifest.files if not _is_here(folder / file.name, file)]
-    need = sum(file.size for file in missing) + _SPARE
-    if missing and free_bytes(folder) < need:
-        raise MigrationError(
-            f"{folder} has {free_bytes(folder) >> 20} MiB free, the set needs {need >> 20} MiB",
-            next_step=f"df -h {quote(str(folder))}   then free some room, or name another folder with --backup-dir",
+    if missing:
+        _require_room(
+            folder,
+            sum(file.size for file in missing),
+            "the set",
+            ", or name another folder with --backup-dir",
         )
     for file in missing:
         private_dir((folder / file.name).parent)
@@ -307,20 +302,23 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: Bar) -> Path:
 
 
 def is_whole_here(store: OffsiteStore, name: str, folder: Path) -> bool:
-    """Whether the set is in `folder` already, byte for byte. Raises BadFile for another file of one of its names."""
+    """Whether the set is in `folder` already, byte for byte. Raises BadFile if another file has one of its names."""
     manifest, data = read_there(store, name)
     path = folder / manifest.name
-    if path.exists() and path.read_bytes() != data:
-        raise _another(path)
-    # Each is looked at, for the sake of what it raises.
-    here = [_is_here(folder / file.name, file) for file in manifest.files]
+    _require_same(path, data)
+    here = [_is_here(folder / file.name, file) for file in manifest.files]  # every file: each may raise
     return path.exists() and all(here)
+
+
+def _require_same(path: Path, manifest: bytes) -> None:
+    if path.exists() and path.read_bytes() != manifest:
+        raise _another(path)
 
 
 def accept(path: Path, folder: Path) -> Path:
     """Move a fetched set, whose manifest is `path`, into `folder`, the manifest last; returns its path there.
 
-    What is there already is the same (see `is_whole_here`) and is replaced by it.
+    Files that are there already are the same (see `is_whole_here`) and are replaced.
     """
     manifest = read_manifest(path)
     for name in [*(file.name for file in manifest.files), manifest.name]:
@@ -332,7 +330,7 @@ def accept(path: Path, folder: Path) -> Path:
 
 
 def require_fetchable(name: str) -> None:
-    """Raise UsageProblem for a file's name that `fetch` would refuse: asked before anything is uploaded."""
+    """Raise UsageProblem for a file's name that `fetch` would refuse; called before anything is uploaded."""
     if not _is_plain(name):
         raise UsageProblem(
             f"{name!r} cannot be fetched back from a copy: a part of its name is '.' or '..', or holds a backslash or"
@@ -348,12 +346,6 @@ def _is_plain(name: str) -> bool:
     )
 
 
-def _require_safe(store: OffsiteStore, name: str) -> None:
-    """A manifest from elsewhere names files in here: never one outside of the folder."""
-    if not _is_plain(name):
-        raise BadFile(f"the manifest at {store.shown} names a file that no backup has: {name!r}")
-
-
 def _is_here(path: Path, file: BackupFile) -> bool:
     if not path.exists():
         return False
@@ -364,7 +356,7 @@ def _is_here(path: Path, file: BackupFile) -> bool:
 
 def _another(path: Path) -> BadFile:
     return BadFile(
-        f"{path} is here already, and is not the one of the set to fetch",
+        f"{path} is here already, and differs from the one of the set to fetch",
         next_step="fetch into another folder with --backup-dir",
     )
 
@@ -396,7 +388,7 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
 
 @dataclass(frozen=True)
 class Catalog:
-    """What `where` holds: each set and whether its files are in place with their sizes; manifests that do not read."""
+    """The sets in a folder or at a URL, each with whether its files exist with their sizes; unreadable manifests."""
 
     where: str
     sets: list[tuple[Manifest, bool]]
@@ -404,7 +396,7 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or without one in `folder`; raises like `open_offsite` and `remote_catalog`."""
+    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`."""
     return remote_catalog(open_offsite(url, keys)) if url else local_catalog(folder)
 
 
@@ -421,22 +413,18 @@ def local_catalog(folder: Path) -> Catalog:
 
 
 def remote_catalog(store: OffsiteStore) -> Catalog:
-    """The sets elsewhere; raises MissingData where there is none."""
-    sizes: dict[str, dict[str, int]] = {}
-    sets, unreadable = [], []
+    """The sets elsewhere. Raises MissingData if there is none."""
+    found, unreadable = [], []
     for name in manifests(store):
         try:
-            manifest, _ = read_there(store, name)
+            found.append(read_there(store, name)[0])
         except (BackupDamaged, BadFile, MissingData):
             unreadable.append(f"{store.shown}/{name}")
-            continue
-        for folder in folders_of(manifest.files):
-            sizes.setdefault(folder, store.sizes(folder))
-        there = {file: size for found in sizes.values() for file, size in found.items()}
-        sets.append((manifest, all(_is_there(file, there) for file in manifest.files)))
+    there = _sizes(store, [file for manifest in found for file in manifest.files])
+    sets = [(one, all(_is_there(file, there) for file in one.files)) for one in found]
     return Catalog(store.shown, sets, unreadable)
 
 
 def _is_there(file: BackupFile, there: dict[str, int]) -> bool:
-    """Whether a file of its size is there, as it is or encrypted."""
+    """Whether a file of its size is there, plain or encrypted."""
     return there.get(file.name) == file.size or could_hold(there.get(file.name + SUFFIX), file.size)

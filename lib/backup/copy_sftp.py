@@ -1,12 +1,11 @@
-"""SFTP as backups need it: hosts that are known, a peer that falls silent noticed, transfers not a packet at a time.
+"""SFTP for backups: known hosts only, silent servers noticed, reads ahead.
 
-fsspec's own SFTP trusts any host key (AutoAddPolicy), so that whoever stands in between would get password and backup.
+fsspec's own SFTP accepts any host key by default, so that a machine in between would get the password and the backup.
 """
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import paramiko
@@ -19,7 +18,7 @@ _PRIVATE = 0o600
 
 
 class KnownHostSFTP(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """fsspec's file system over paramiko. Login: the URL's, else the agent's or `~/.ssh/id_*`'s keys."""
+    """fsspec's file system over paramiko. Login: the URL's, else the keys of the agent or in `~/.ssh/id_*`."""
 
     cachable = False
 
@@ -35,22 +34,20 @@ class KnownHostSFTP(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no type
             channel.settimeout(_SILENT_SECONDS)
 
     def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o700) -> None:  # noqa: FBT001, FBT002 - fsspec's
-        """Folders that are their owner's alone."""
+        """Create folders that only their owner can read."""
         super().makedirs(path, exist_ok=exist_ok, mode=mode)
 
     def put_file(self, lpath: str, rpath: str, callback: Any = None, **_: Any) -> None:
-        """Pipelined, readable by its owner alone; the server's size is compared at the end."""
-        with Path(lpath).open("rb") as source, self.ftp.open(rpath, "wb") as there:
-            with contextlib.suppress(OSError):  # some servers let nobody change modes
-                there.chmod(_PRIVATE)
-            there.set_pipelined(True)
-            while data := source.read(1 << 15):
-                there.write(data)
-                if callback is not None:
-                    callback.relative_update(len(data))
+        """Send a file that only its owner can read. paramiko compares the server's size at the end."""
+        self.ftp.open(rpath, "w").close()
+        with contextlib.suppress(OSError):  # some servers let nobody change modes
+            self.ftp.chmod(rpath, _PRIVATE)
+        self.ftp.put(
+            lpath, rpath, callback=lambda done, _total: callback.absolute_update(done) if callback else None
+        )
 
     def mv(self, old: str, new: str, **_: Any) -> None:
-        """A rename that replaces nothing (fsspec's replaces what is there)."""
+        """Rename without replacing a file that exists (fsspec's replaces it)."""
         self.ftp.rename(old, new)
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> Any:

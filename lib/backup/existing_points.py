@@ -1,14 +1,13 @@
-"""The points of a collection in a temporary table on disk, compared by id."""
+"""Ids, with or without payloads, in a temporary table on disk, compared by id."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from shlex import quote
-from types import TracebackType
 from typing import Any, TypeVar
 
 import orjson
@@ -23,7 +22,7 @@ Row = TypeVar("Row")
 
 
 def pages(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """The rows in lists of `size`, the last one shorter; none is empty, and none is read before it is asked for."""
+    """Yield the rows in lists of `size`, the last one shorter. None is empty; rows are read as they are asked for."""
     left = iter(rows)
     while page := list(islice(left, size)):
         yield page
@@ -32,19 +31,14 @@ def pages(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 _PAGE = 1000
 
 
-def as_text(identity: PointId) -> str:
-    """An id as one text: digits for a number (SQLite's integers end at 2^63), the UUID otherwise."""
-    return str(identity)
-
-
 def as_id(text: str) -> PointId:
-    """The id of a text made by `as_text`."""
+    """The id that `str` made this text of: digits are a number, anything else is a UUID."""
     return int(text) if text.isdigit() else text
 
 
 @contextlib.contextmanager
-def temporary_room() -> Iterator[None]:
-    """A temporary table that outgrew its disk is told as that."""
+def _room_or_error() -> Iterator[None]:
+    """Report a temporary table that outgrew its disk as a MigrationError."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -54,51 +48,54 @@ def temporary_room() -> Iterator[None]:
         ) from error
 
 
-class TemporaryIdTable:
-    """Ids with payloads in SQLite's own temporary file, gone when closed."""
+class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
+    """Ids with payloads in SQLite's own temporary file, which is deleted when the table is closed or collected.
+
+    Ids are stored as text, because SQLite's integers end at 2^63. One thread at a time may use it.
+    """
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
-        with temporary_room():
+        self.complete = False  # whether `fill` has read all its ids
+        self._db = sqlite3.connect("", check_same_thread=False)
+        with _room_or_error():
             self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
-    def __enter__(self) -> TemporaryIdTable:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._db.close()
+
+    def fill(self, ids: Iterable[PointId]) -> None:
+        """Replace what is here by these ids."""
+        self._db.execute("DELETE FROM points")
+        self.complete = False
+        for page in pages(ids, _PAGE):
+            self.put((one, None) for one in page)
+        self.complete = True
 
     def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
         """Add ids; a known one gets the new payload."""
-        texts = ((as_text(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
-        with temporary_room():
-            self._db.execute("BEGIN")
+        texts = ((str(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
+        with _room_or_error(), self._db:
             self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
-            self._db.execute("COMMIT")
 
     def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-        """Those of `ids` that are here, with their payloads."""
+        """Return those of `ids` that are here, with their payloads."""
         found: dict[PointId, dict[str, Any]] = {}
-        for part in chunks([as_text(one) for one in ids]):
+        for part in chunks([str(one) for one in ids]):
             sql = f"SELECT id, payload FROM points WHERE id IN ({marks(part)})"  # noqa: S608 - only question marks
             for text, payload in self._db.execute(sql, part):
                 found[as_id(text)] = orjson.loads(payload) if payload else {}
         return found
 
     def discard(self, ids: Iterable[PointId]) -> None:
-        """Forget ids."""
-        with temporary_room():
-            self._db.execute("BEGIN")
-            self._db.executemany("DELETE FROM points WHERE id = ?", ((as_text(one),) for one in ids))
-            self._db.execute("COMMIT")
+        """Remove ids."""
+        with _room_or_error(), self._db:
+            self._db.executemany("DELETE FROM points WHERE id = ?", ((str(one),) for one in ids))
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])
 
     def ids(self) -> Iterator[list[PointId]]:
-        """All ids, in pages."""
+        """Yield all ids, in pages, ordered as text."""
         last = ""
         while True:
             page = self._db.execute(
@@ -110,22 +107,18 @@ class TemporaryIdTable:
             yield [as_id(text) for (text,) in page]
 
 
-def existing_points(
-    qdrant: Qdrant, collection: str, *, payload: bool = True, progress: Callable[[int], None] | None = None
-) -> TemporaryIdTable:
-    """Every point of a collection, by one ordered scroll."""
+def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) -> TemporaryIdTable:
+    """Read every point of a collection by one ordered scroll."""
     table = TemporaryIdTable()
     for page in scroll(qdrant, collection, payload=payload):
         table.put((point.id, point.payload) for point in page)
-        if progress:
-            progress(len(page))
     return table
 
 
 def orphan_ids(
-    existing: TemporaryIdTable, planned: Callable[[Sequence[PointId]], set[PointId]]
+    existing: TemporaryIdTable, planned: Callable[[Sequence[PointId]], Collection[PointId]]
 ) -> Iterator[PointId]:
-    """Ids of the collection that the plan does not have."""
+    """Yield the existing ids that are not planned. `planned` returns those of a page that are."""
     for page in existing.ids():
         known = planned(page)
         yield from (one for one in page if one not in known)

@@ -1,4 +1,4 @@
-"""Payloads: ids, the forms of a value in both stores, and what belongs in a point."""
+"""Payloads: ids, the forms of a value in both stores, and the payload of a point."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _GEO = {"lon": "longitude", "lat": "latitude"}  # Qdrant's names, FalkorDB's
 
 
 def same(left: object, right: object) -> bool:
-    """Equal as far as the stores can tell: `left` is the point's, `right` the node's.
+    """Whether the point's value `left` and the node's `right` are equal within the stores' precision.
 
-    FalkorDB's client gets doubles with 15 digits (0.30000000000000004 is 0.3), Qdrant may give back another last one.
-    A whole number of the node arrives with all its digits.
+    FalkorDB's client gets doubles with 15 digits (0.30000000000000004 is 0.3), Qdrant may change the last digit. Whole
+    numbers of a node arrive with all their digits.
     """
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
@@ -37,7 +37,7 @@ def same(left: object, right: object) -> bool:
 
 
 def identical(left: object, right: object) -> bool:
-    """Equal in JSON, types included: to Python `true` and 1 are equal, to a filter they are not."""
+    """Whether both are equal in JSON, types included: `true` and 1 are equal in Python, but not for a filter."""
     return left == right and _canonical(left) == _canonical(right)
 
 
@@ -46,11 +46,11 @@ def _canonical(value: object) -> bytes:
 
 
 def in_form_of(live: object, value: object) -> Any:
-    """The node's `value` as the point writes it; `live`, the point's own, where both say the same.
+    """Convert the node's `value` to the form of the point's value `live`; returns `live` if both mean the same.
 
-    JSON text and the value that it spells, FalkorDB's points and Qdrant's, numbers of 32 bits and of 64, whole ones
-    and doubles, a list of one and that one, one moment in two spellings or as a number are the same. A form that cannot
-    be kept gives way to the node's.
+    These are the same: JSON text and its value, FalkorDB's and Qdrant's geo points, numbers of 32 and 64 bits, whole
+    numbers and doubles, a list of one item and that item, and one moment in two spellings or as a number. If the form
+    of `live` cannot hold the value, it keeps the node's form.
     """
     if same(live, value) or _same_moment(live, value):
         return live
@@ -66,14 +66,14 @@ def in_form_of(live: object, value: object) -> Any:
 
 
 def _in_text_form(live: object, value: object) -> Any:
-    """One of the two, or both, are text."""
+    """Convert if one of the two is text, or both."""
     if isinstance(live, str) and isinstance(value, str):
         return _in_moment_form(live, value)
     if isinstance(value, str):
         return _in_form_of_no_text(live, value)
     if _zone(str(live)) is not None and _kind(value) == "number":
         return _from_epoch(str(live), value)
-    spelled = spelled_by(live)
+    spelled = parsed_json(live)
     if spelled is None or _kind(spelled) != _kind(value):
         one = value[0] if isinstance(value, list) and len(value) == 1 else None
         return in_form_of(live, one) if isinstance(one, str) else value
@@ -82,7 +82,7 @@ def _in_text_form(live: object, value: object) -> Any:
 
 
 def _in_form_of_no_text(live: object, value: str) -> Any:
-    spelled = spelled_by(value)
+    spelled = parsed_json(value)
     if _kind(spelled) == _kind(live) is not None:
         return in_form_of(live, spelled)
     if isinstance(live, list) and live and isinstance(live[0], str):
@@ -90,8 +90,8 @@ def _in_form_of_no_text(live: object, value: str) -> Any:
     return _as_epoch(live, value) if _kind(live) == "number" and _zone(value) is not None else value
 
 
-def spelled_by(text: object) -> Any:
-    """The value that a JSON text spells; None where it is no JSON."""
+def parsed_json(text: object) -> Any:
+    """Parse JSON text; None if it is not JSON."""
     try:
         return orjson.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -99,7 +99,7 @@ def spelled_by(text: object) -> Any:
 
 
 def _kind(value: object) -> str | None:
-    """What two forms must have in common; None for null and for text."""
+    """The kind of a JSON value, which two forms must share; None for null and for text."""
     if isinstance(value, bool):
         return "truth"
     if isinstance(value, (int, float)):
@@ -108,21 +108,21 @@ def _kind(value: object) -> str | None:
 
 
 def _in_number_form(live: Any, value: Any) -> int | float:
-    """A whole number, or a double, as the point's is: an index of integers does not find 6.0."""
+    """A whole number or a double, like the point's: an integer index does not find 6.0."""
     if isinstance(live, float):
         return float(value) if float(value) == value else value
     return int(value) if float(value).is_integer() else value
 
 
 def _in_map_form(live: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """Key by key; as in the payload itself, what only the point holds stays."""
+    """Convert key by key. As in the payload itself, keys that only the point has stay."""
     if live.keys() >= _GEO.keys() and value.keys() == set(_GEO.values()):
         return {**live, **{key: _in_float_form(live[key], value[name]) for key, name in _GEO.items()}}
     return {**live, **{key: in_form_of(live[key], one) if key in live else one for key, one in value.items()}}
 
 
 def _in_list_form(live: list[Any], value: list[Any]) -> list[Any]:
-    """Item by item; what is longer than the point's list is written as the last of its items is."""
+    """Convert item by item. Items beyond the point's list get the form of its last item."""
     if not live:
         return value
     patterns = [live[min(number, len(live) - 1)] for number in range(len(value))]
@@ -133,14 +133,14 @@ def _in_list_form(live: list[Any], value: list[Any]) -> list[Any]:
 
 
 def in_vector_form(live: object, value: Any) -> Any:
-    """As `in_form_of`, for a node's vector or a list of them: its numbers have 32 bits."""
+    """`in_form_of` for a node's vector or a list of vectors: their numbers have 32 bits."""
     if isinstance(live, list) and isinstance(value, list) and len(live) == len(value):
         return [in_vector_form(*pair) for pair in zip(live, value, strict=True)]
     return _in_float_form(live, value) if _kind(live) == _kind(value) == "number" else in_form_of(live, value)
 
 
 def _in_float_form(live: Any, value: Any) -> Any:
-    """The point's double where the node's 32-bit float is that, rounded."""
+    """The point's double if it rounds to the node's 32-bit float, else the node's."""
     try:
         return live if struct.pack("f", live) == struct.pack("f", value) else value
     except (struct.error, OverflowError):
@@ -161,7 +161,7 @@ def _same_moment(live: object, value: object) -> bool:
 
 
 def _moment(text: str) -> tuple[datetime, str] | None:
-    """A moment, and the digits of its second after the sixth; UTC where it names no zone, midnight without a time."""
+    """Parse a moment; also returns the digits of its second after the sixth. Defaults: UTC, midnight."""
     found = _MOMENT.fullmatch(text)
     if found is None:
         return None
@@ -178,12 +178,12 @@ def _moment(text: str) -> tuple[datetime, str] | None:
 
 
 def _unit(number: float) -> int | None:
-    """What a second is in a number that may be a moment: since 1970, in seconds, or their 1000th, or millionth part."""
+    """The unit of a number that may be a moment since 1970: 1 (seconds), 1000 (ms) or 10**6 (us), else None."""
     return next((unit for unit in (1, 10**3, 10**6) if 1e8 * unit <= abs(number) < 1e11 * unit), None)
 
 
 def _as_epoch(live: Any, value: str) -> Any:
-    """The moment as a number like `live`, a whole one where that is."""
+    """The moment as a number in the unit and type of `live`."""
     found, unit = _moment(value), _unit(live)
     if found is None or unit is None:
         return value
@@ -192,13 +192,13 @@ def _as_epoch(live: Any, value: str) -> Any:
 
 
 def _from_epoch(live: str, value: Any) -> Any:
-    """The number as a moment spelled like `live`."""
+    """The number as a moment, spelled like `live`."""
     unit = _unit(value)
     return in_form_of(live, (_EPOCH + value * 10**6 / unit * _MICROSECOND).isoformat()) if unit else value
 
 
 def _in_moment_form(live: str, value: str) -> str:
-    """A newer moment in UTC, with the zone spelled as the point spells it; any other text as it is."""
+    """A moment in UTC with its zone spelled like the point's; any other text unchanged."""
     zones = _zone(live), _zone(value)
     if None in zones:
         return value
@@ -207,7 +207,7 @@ def _in_moment_form(live: str, value: str) -> str:
 
 
 def _zone(text: str) -> Any:
-    """The zone of a day with a time as it is spelled, "" without one; None where the text is none."""
+    """The zone of a moment with a time as it is spelled, or "" if it has none; None for any other text."""
     found = _MOMENT.fullmatch(text) if _moment(text) else None
     return (found[4] or "") if found and found[2] else None
 
@@ -231,9 +231,9 @@ PAYLOAD_KEYS = (
     "t_invalid",
     "archived",
 )
-# What recall filters on, scores by and shows comes from the node wherever the point lacks it: all but these. AutoMem
-# writes t_valid into each node, and into a point only when the memory is updated. Of archived and relevance_score its
-# write to the point may have failed silently, after that to the graph.
+# Keys that recall filters on, scores by or shows. If the point lacks one, it comes from the node. AutoMem writes
+# t_valid into each node, but into a point only when the memory is updated. After writing archived and relevance_score
+# to the graph, its write to the point may have failed silently.
 NEEDED_KEYS = tuple(key for key in PAYLOAD_KEYS if key not in {"updated_at", "last_accessed", "t_valid"})
 _ALWAYS_BACK = ("content", "tags", "tag_prefixes")
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
@@ -246,9 +246,9 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a li
 
 
 def point_id(value: object) -> PointId | None:
-    """The id as Qdrant holds it (lower-case hyphenated UUID, or an unsigned integer), None where it can be neither.
+    """The id as Qdrant stores it: a lower-case hyphenated UUID or an unsigned integer; None if it can be neither.
 
-    A number spelled as text counts where the spelling is the number's own: 32 digits are a UUID, "007" is nothing.
+    Text is a number only in its canonical spelling: 32 digits are a UUID, "007" is no id.
     """
     if isinstance(value, bool):
         return None
@@ -263,7 +263,7 @@ def point_id(value: object) -> PointId | None:
 
 
 def unusable(properties: Mapping[str, Any]) -> str | None:
-    """Why a memory's own content cannot be embedded, or None. Verify exempts exactly what this names."""
+    """Why a memory's own content cannot be embedded, or None. Verify skips exactly these memories."""
     content = properties.get("content")
     if content is None or (isinstance(content, str) and not content.strip()):
         return BLANK
@@ -275,7 +275,7 @@ def unusable(properties: Mapping[str, Any]) -> str | None:
 
 
 def spellings(identity: PointId) -> list[str | int]:
-    """The usual ways in which a memory's `id` may spell this point's; `point_id` takes mixed cases, too."""
+    """The usual spellings of this point's id as a memory's `id`. `point_id` accepts mixed case, too."""
     if isinstance(identity, int):
         return [identity, str(identity)]
     found = [identity, identity.replace("-", ""), f"urn:uuid:{identity}", f"{{{identity}}}"]
@@ -283,15 +283,15 @@ def spellings(identity: PointId) -> list[str | int]:
 
 
 def _decoded(metadata: object) -> object:
-    """AutoMem keeps `metadata` as a JSON string in the graph and as an object in the point; malformed stays text."""
+    """AutoMem stores `metadata` as a JSON string in the graph and as an object in the point. Malformed text stays."""
     if not isinstance(metadata, str):
         return metadata
-    value = spelled_by(metadata)
+    value = parsed_json(metadata)
     return value if isinstance(value, dict) else metadata
 
 
 def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The payload for a memory that has no point: AutoMem's keys that the node has, metadata decoded."""
+    """The payload for a memory without a point: AutoMem's keys that the node has, metadata decoded."""
     payload = {key: plain(properties[key]) for key in PAYLOAD_KEYS if properties.get(key) is not None}
     if "metadata" in payload:
         payload["metadata"] = _decoded(payload["metadata"])
@@ -299,18 +299,17 @@ def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def standing_payload(
-    live: Mapping[str, Any] | None, kept: Mapping[str, Any] | None, *, whole: bool = False
+    live: Mapping[str, Any] | None, saved: Mapping[str, Any] | None, *, whole: bool = False
 ) -> Mapping[str, Any] | None:
-    """What a memory's payload starts from: the live point's, else the one `kept` from before the migration.
+    """What a memory's payload starts from: the live point's, else the one `saved` before the migration.
 
-    Where the live point was made anew meanwhile, it gets back what only the old one held, and what recall needs.
-    AutoMem's other keys are its own to drop, but for `whole`, while the migration is under way: then every key of
-    the old point comes back.
+    If AutoMem recreated the live point meanwhile, it gets back the keys that only the old point had, and those that
+    recall needs. AutoMem may drop its other keys; with `whole`, while the migration runs, every key comes back.
     """
-    if live is None or kept is None:
-        return kept if live is None else live
+    if live is None or saved is None:
+        return saved if live is None else live
     lost = {
-        key: value for key, value in kept.items() if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_BACK
+        key: value for key, value in saved.items() if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_BACK
     }
     return {**lost, **live}
 
@@ -318,7 +317,7 @@ def standing_payload(
 def own_payload(
     live: Mapping[str, Any] | None, written: Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
-    """What of a point's payload is not just as the migration itself `written` it; None where nothing is."""
+    """The part of a point's payload that differs from what the migration itself has `written`, or None."""
     if live is None or written is None:
         return live
     return {
@@ -327,11 +326,11 @@ def own_payload(
 
 
 def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The live point's payload overlaid by the graph's value of every key that the point has, or that recall needs.
+    """Overlay the live point's payload with the graph's values of the keys that the point has, or that recall needs.
 
-    Where both say the same in two forms the point's stays, and what is newer in the graph is written in the point's
-    form (see `in_form_of`). What only the point holds stays; what else only the node holds stays out. Where the node's
-    metadata is malformed, or its value no UTF-8, the point's own is kept.
+    A value that means the same in both stores stays as the point has it; a newer one is written in the point's form
+    (see `in_form_of`). Keys that only the point has stay; other keys that only the node has are left out. If the node's
+    metadata is malformed, or its value is no UTF-8, the point's own value stays.
     """
     if live is None:
         return node_payload(properties)
@@ -350,10 +349,10 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
 
 
 def _metadata_form(had: object, current: object) -> object:
-    """The node's metadata text in the point's form, an object or the text of one; malformed text replaces no object."""
+    """The node's metadata in the point's form: an object or its JSON text. Malformed text replaces no object."""
     if not isinstance(current, str) or current == had:
         return current
-    decoded, is_text = _decoded(current), isinstance(spelled_by(had), dict)
+    decoded, is_text = _decoded(current), isinstance(parsed_json(had), dict)
     if isinstance(decoded, str):
         return had if is_text or isinstance(had, dict) else decoded
     return in_form_of(had, decoded) if is_text else decoded

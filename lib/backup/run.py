@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 
 import redis
 
 from lib.backup.archive import read_archive
 from lib.backup.catalog import claim_stamp, remove_unfinished
 from lib.backup.collection import CollectionSource, take_collection
-from lib.backup.existing_points import as_text, pages, temporary_room
+from lib.backup.existing_points import TemporaryIdTable, as_id, orphan_ids
 from lib.backup.graph import GraphSource, take_graph
 from lib.backup.manifest import BACKUP, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
 from lib.backup.payloads import PointId, point_id, unusable
-from lib.backup.server_snapshots import AWAITED, by_node, remove_late, remove_own, removed
+from lib.backup.server_snapshots import AWAITED, candidates, is_over, nodes_left, remove_named, removed
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import memory_used
 from lib.clients.qdrant.collection import get_state
-from lib.clients.qdrant.transport import Qdrant
+from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import BackgroundTask, ProgressBar
 from lib.errors import AccessRefused, MigrationError, UsageProblem
 from lib.files import free_bytes, private_dir
 from lib.journal import Journal, open_journals, start_journal
 
 _EXAMPLES = 20
-_PAGE = 2000
-_GRAPH, _POINTS = "graph_ids", "point_ids"
 
 
 def ids_for_points(conn: redis.Redis, graph: str) -> Iterator[PointId]:
@@ -43,64 +39,6 @@ def ids_for_points(conn: redis.Redis, graph: str) -> Iterator[PointId]:
         identity = point_id(node.properties.get("id"))
         if identity is not None and not unusable(node.properties):
             yield identity
-
-
-class PairIds:
-    """The ids of both halves in SQLite's own temporary file, gone when closed; each half may tell from its thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._told: set[str] = set()
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        with temporary_room():
-            for table in (_GRAPH, _POINTS):
-                self._db.execute(f"CREATE TABLE {table} (id TEXT PRIMARY KEY) WITHOUT ROWID")
-
-    def __enter__(self) -> PairIds:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._db.close()
-
-    def read_graph(self, conn: redis.Redis, graph: str) -> None:
-        """Take the graph's ids, once: of several sources the first counts."""
-        self._put(_GRAPH, map(as_text, ids_for_points(conn, graph)))
-
-    def take_points(self, ids: Iterable[str]) -> None:
-        """Take the collection's ids, one text each."""
-        self._put(_POINTS, ids)
-
-    @property
-    def has_graph(self) -> bool:
-        """Whether the graph's ids are here."""
-        return _GRAPH in self._told
-
-    @property
-    def has_points(self) -> bool:
-        """Whether the collection's ids are here."""
-        return _POINTS in self._told
-
-    def drift(self) -> Drift:
-        """Memories without a point, points without a memory, with examples."""
-        missing, left = self._only(_GRAPH, _POINTS), self._only(_POINTS, _GRAPH)
-        return Drift(missing[0], left[0], missing[1], left[1])
-
-    def _put(self, table: str, ids: Iterable[str]) -> None:
-        for page in pages(((one,) for one in ids), _PAGE):
-            with self._lock, temporary_room():
-                self._db.execute("BEGIN")
-                self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?)", page)  # noqa: S608 - a constant
-                self._db.execute("COMMIT")
-        self._told.add(table)
-
-    def _only(self, table: str, other: str) -> tuple[int, list[str]]:
-        where = f"FROM {table} t WHERE NOT EXISTS (SELECT 1 FROM {other} o WHERE o.id = t.id)"  # noqa: S608 - constants
-        with temporary_room():
-            number = int(self._db.execute(f"SELECT count(*) {where}").fetchone()[0])
-            rows = self._db.execute(f"SELECT t.id {where} ORDER BY t.id LIMIT {_EXAMPLES}").fetchall()
-        return number, [text for (text,) in rows]
 
 
 _PACKED = 4  # an RDB has a fifth to a twentieth of the server's memory, as seen on 4.16.3 and 4.22.1
@@ -134,9 +72,10 @@ def take_backup(
     _check_room(folder, graph, collection)
     stamp, created = claim_stamp(folder, journal)
     try:
-        with PairIds() as ids:
-            saved = _save(graph, collection, folder, stamp, engines, journal, bar, ids, verify=verify)
-            drift = _drift(ids, graph, folder, saved[1])
+        with TemporaryIdTable() as graph_ids, TemporaryIdTable() as point_ids:
+            ids = (graph_ids, point_ids)
+            saved = _save(graph, collection, folder, stamp, engines, journal, bar, *ids, verify=verify)
+            drift = _drift(*ids, graph, folder, saved[1])
         return write_manifest(folder, Manifest(stamp, created, *saved, drift, purpose=purpose))
     except BaseException:
         remove_unfinished(folder, journal)  # both or neither
@@ -167,30 +106,36 @@ def _save(
     engines: list[Engine],
     journal: Journal,
     bar: ProgressBar,
-    ids: PairIds,
+    graph_ids: TemporaryIdTable,
+    point_ids: TemporaryIdTable,
     *,
     verify: bool,
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
     The main thread saves the collection: it writes the journal, and after a signal deletes the snapshot on the server.
+    The tables are filled if the files are verified.
     """
 
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
         assert graph
-        read_ids = partial(ids.read_graph, graph=graph.graph)
-        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, on_loaded=read_ids)
+        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, stop=task.stop)
+        name = graph.graph
         with bar("graph", None, "bytes") as progress:
-            return take(progress=task.moving(progress), stop=task.stop)
+            return take(
+                progress=task.moving(progress),
+                on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)),
+            )
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
         if collection is None:
             return None
-        take = partial(
-            take_collection, collection, folder, stamp, journal, verify=verify, on_ids=ids.take_points
-        )
+        take = partial(take_collection, collection, folder, stamp, journal, verify=verify)
         with bar("collection", None, "bytes") as progress:
-            return take(progress=task.watching(progress) if task else progress)
+            return take(
+                progress=task.watching(progress) if task else progress,
+                on_ids=lambda ids: point_ids.fill(map(as_id, ids)),
+            )
 
     if graph is None:
         return None, save_collection(None)
@@ -201,16 +146,29 @@ def _save(
 
 
 def _drift(
-    ids: PairIds, graph: GraphSource | None, folder: Path, collection_component: CollectionComponent | None
+    graph_ids: TemporaryIdTable,
+    point_ids: TemporaryIdTable,
+    graph: GraphSource | None,
+    folder: Path,
+    collection_component: CollectionComponent | None,
 ) -> Drift | None:
     """Compare the ids in the files; if no engine loaded the graph's file, those of the live graph."""
     if graph is None or collection_component is None:
         return None
-    if not ids.has_graph:
-        ids.read_graph(graph.conn, graph.graph)
-    if not ids.has_points:
-        read_archive(folder / collection_component.file.name, on_ids=ids.take_points)
-    return ids.drift()
+    if not graph_ids.complete:
+        graph_ids.fill(ids_for_points(graph.conn, graph.graph))
+    if not point_ids.complete:
+        path = folder / collection_component.file.name
+        read_archive(path, on_ids=lambda ids: point_ids.fill(map(as_id, ids)))
+    missing, orphans = _only_in(graph_ids, point_ids), _only_in(point_ids, graph_ids)
+    return Drift(missing[0], orphans[0], missing[1], orphans[1])
+
+
+def _only_in(one: TemporaryIdTable, other: TemporaryIdTable) -> tuple[int, list[str]]:
+    """How many ids of `one` are not in `other`, and the first of them."""
+    found = orphan_ids(one, other.payloads)
+    examples = [str(identity) for identity in islice(found, _EXAMPLES)]
+    return len(examples) + sum(1 for _ in found), examples
 
 
 COMMAND = "backup"
@@ -225,24 +183,27 @@ def run_backup(
     bar: ProgressBar,
     *,
     verify: bool = True,
+    notice: Callable[[str], None] = lambda _text: None,
 ) -> Manifest:
-    """Take a set under the target's lock; raises like `take_backup`, with the journal open where a rest remains."""
-    pending = _left_open(folder, targets)
-    left = [one for one in pending if not clean_up_backup(folder, collection, one, pending)]
+    """Take a set under the target's lock. Raises like `take_backup`; the journal stays open if something is left.
+
+    `notice` gets the snapshots that killed runs may have left on the server.
+    """
+    left = [one for one in _left_open(folder, targets) if not clean_up_backup(folder, collection, one)]
     journal = start_journal(folder, COMMAND, targets)
     try:
         manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
     except BaseException as error:
         remove_unfinished(folder, journal)  # once more: a third Ctrl-C may have ended the first time
         if isinstance(error, KeyboardInterrupt) and collection:
-            _remove(collection, journal, pending)  # once more: it may have come into the first time
+            _remove_named(collection, journal)  # once more: it may have come into the first time
         if removed(journal):
             journal.close("failed, nothing left")
         raise
     if removed(journal):
         journal.close(manifest.name)
     if collection:
-        clean_up_late(collection, left)
+        report_snapshots(collection, left, notice)
     return manifest
 
 
@@ -252,51 +213,66 @@ def _left_open(folder: Path, targets: list[str]) -> list[Journal]:
     return [one for one in here if one.command == COMMAND or one.phase == AWAITED]
 
 
-def clean_up_backup(
-    folder: Path, collection: CollectionSource | None, journal: Journal, pending: Sequence[Journal] = ()
-) -> bool:
-    """Remove what a killed run left of its backup, here and on the server; whether surely nothing is left now."""
+def clean_up_backup(folder: Path, collection: CollectionSource | None, journal: Journal) -> bool:
+    """Remove what a killed run left of its backup, here and on the server. Returns whether surely nothing is left."""
     remove_unfinished(folder, journal)
-    whole = journal.command == COMMAND or journal.phase == AWAITED  # a restore may have left more
-    clean = removed(journal) or (collection is not None and _remove(collection, journal, pending))
-    if clean and whole:
+    if collection:
+        _remove_named(collection, journal)
+    clean = removed(journal)
+    if clean and (journal.command == COMMAND or journal.phase == AWAITED):  # a restore may have left more
         journal.close("cleaned up by the next run")
     return clean
 
 
-def clean_up_late(collection: CollectionSource, left: Sequence[Journal]) -> None:
-    """Once more at the end of a run: by now the server may have ended what killed runs asked it for.
+def _remove_named(collection: CollectionSource, journal: Journal) -> None:
+    for qdrant, node in _nodes_left(collection, journal):
+        remove_named(qdrant, journal, node)
 
-    Closes the journals of which nothing can come any more; the others stay open for the run after this one.
+
+def report_snapshots(
+    collection: CollectionSource, left: Sequence[Journal], notice: Callable[[str], None]
+) -> None:
+    """Name the snapshots that killed runs may have left, each with the command that deletes it.
+
+    Closes the journals for which one was found, or that are so old that none appears any more. The others stay open
+    for the next run: the server may still be making the snapshot.
     """
+    commands: list[str] = []
     for journal in left:
-        gone = [remove_late(*one) for one in _on_each_node(collection, journal, left)]
-        if all(gone):
+        found = snapshot_deletions(collection, journal)
+        commands += found
+        if found or is_over(journal):
             journal.close("cleaned up by the next run")
+        elif journal.phase != AWAITED:
+            journal.append(AWAITED)
+    if commands:
+        notice(
+            "warning: a killed run may have left a snapshot on the Qdrant server. Delete it, unless somebody else made"
+            " it:\n  " + "\n  ".join(dict.fromkeys(commands))
+        )
 
 
-def _remove(collection: CollectionSource, journal: Journal, pending: Sequence[Journal]) -> bool:
-    for one in _on_each_node(collection, journal, pending):
-        remove_own(*one)
-    return removed(journal)
+def snapshot_deletions(collection: CollectionSource, journal: Journal) -> list[str]:
+    """The commands that delete what may be a snapshot of this run, which its journal does not name."""
+    commands = []
+    for qdrant, node in _nodes_left(collection, journal):
+        with suppress(MigrationError):  # a server that does not list its snapshots
+            name, found = candidates(qdrant, journal, node)
+            commands += [curl_line(qdrant, "DELETE", name, "snapshots", one) for one in found]
+    return commands
 
 
-def _on_each_node(
-    collection: CollectionSource, journal: Journal, pending: Sequence[Journal]
-) -> Iterator[tuple[Qdrant, Journal, list[Journal]]]:
-    """Each node that the run had make a snapshot, with what its journal and the others say of that node.
+def _nodes_left(collection: CollectionSource, journal: Journal) -> Iterator[tuple[Qdrant, str | None]]:
+    """Each node on which a snapshot of the run may be left, opened; and its address in the journal.
 
-    Raises UsageProblem where the node is not listed any more: only the operator knows how to ask it.
+    Raises UsageProblem if the node is not listed any more: only the operator knows how to reach it.
     """
     clients = {one.display: one for one in (collection.qdrant, *collection.nodes)}
-    for node, mine in by_node(journal):
-        if removed(mine):
-            continue
+    for node in nodes_left(journal):
         if node is not None and node not in clients:
             raise UsageProblem(
                 f"a killed run ({journal.run_id}) may have left a snapshot on the Qdrant node {node}, which "
                 "QDRANT_NODE_URLS does not list now",
-                next_step=f"list it again; or, if it is gone for good, delete {journal.path}",
+                next_step=f"list it again; or, if it no longer exists, delete {journal.path}",
             )
-        others = [theirs for one in pending for about, theirs in by_node(one) if about == node]
-        yield (clients[node] if node else collection.qdrant), mine, others
+        yield (clients[node] if node else collection.qdrant), node

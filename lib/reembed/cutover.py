@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from lib.backup.catalog import CACHE_DIR
-from lib.backup.collection_restore import drop_temporary
 from lib.backup.last_migration import CREATED, DELETED, DELETING, KEPT, PLACED, PLACING, RECOVERED, SNAPPED
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import snapshots
@@ -23,7 +22,13 @@ from lib.clients.qdrant.collection import (
     is_failed,
     refuse_foreign,
 )
-from lib.clients.qdrant.restoring import can_fetch_itself, recover, unique_filename, upload_and_restore
+from lib.clients.qdrant.restoring import (
+    can_fetch_itself,
+    drop_temporary,
+    recover,
+    unique_filename,
+    upload_and_restore,
+)
 from lib.clients.qdrant.transport import is_disk_full
 from lib.concurrency import steps_of
 from lib.errors import AccessRefused, MigrationError, StoreUnreachable

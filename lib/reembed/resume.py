@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from shlex import quote
 
-from lib.backup.collection_restore import drop_temporary
 from lib.backup.last_migration import (
     COMMAND,
     CREATED,
@@ -20,6 +19,7 @@ from lib.backup.last_migration import (
 )
 from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.qdrant.collection import exists
+from lib.clients.qdrant.restoring import drop_temporary
 from lib.clients.qdrant.transport import curl_line
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals

@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from lib.backup.collection import STAMP_KEY
-from lib.backup.collection_restore import drop_temporary
 from lib.backup.existing_points import existing_points, pages
 from lib.backup.last_migration import DELETING, PLACING, READ, STAGED, STAGING, TIDYING
 from lib.backup.payloads import PointId
@@ -28,6 +27,7 @@ from lib.clients.qdrant.collection import (
     same_settings,
     wait_green,
 )
+from lib.clients.qdrant.restoring import drop_temporary
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.dimensions import EmbeddingSpec
 from lib.errors import StoreFailed, VerificationFailed, listed

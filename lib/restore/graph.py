@@ -1,4 +1,4 @@
-"""Restore a graph: verified in a scratch server and on the target, cut over atomically; the old one kept until then."""
+"""Restore a graph: verified in a scratch server and on the target, then cut over atomically."""
 
 from __future__ import annotations
 
@@ -40,25 +40,31 @@ from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.files import atomic_writer, private_dir
 from lib.journal import Journal
 
-SWITCHING, SWITCHED, SAFE = "switching the graph", "graph switched", "safety backup"
+# Phases of the journal.
+TRIAL_BEGUN, SAFE, SWAPPING, SWAPPED = (
+    "rehearsing the graph",
+    "safety backup",
+    "switching the graph",
+    "graph switched",
+)
 
 
 def drop_old(
     target: GraphSource, safety_name: str, saved_digest: str | None, folder: Path, journal: Journal
 ) -> Path | None:
-    """Drop the old graph; first its late writes are saved, where it differs from the safety backup's digest.
+    """Drop the old graph. If its digest differs from the safety backup's, it is first saved to a file: late writes.
 
-    `saved_digest` is None where the operator wanted no safety backup. Returns the file they were saved to.
+    `saved_digest` is None if the operator wanted no safety backup. Returns that file, or None.
     """
     saved = None
     if saved_digest is not None and _digest(target, safety_name) != saved_digest:
-        saved = save_aside(target, safety_name, folder, journal)
+        saved = save_graph(target, safety_name, folder, journal)
     drop_graph(target.conn, safety_name)
     return saved
 
 
-def save_aside(target: GraphSource, name: str, folder: Path, journal: Journal) -> Path:
-    """Save a graph as it stands into a file of its own, a DUMP wrapped as an RDB, which restore takes back."""
+def save_graph(target: GraphSource, name: str, folder: Path, journal: Journal) -> Path:
+    """Save a graph to a file that restore accepts: a DUMP wrapped as an RDB."""
     mark = name if name != target.graph else f"{name}__found_{journal.run_id}"
     path = private_dir(folder / GRAPH_DIR) / f"{mark}.rdb"
     with atomic_writer(path) as stream:
@@ -69,27 +75,27 @@ def save_aside(target: GraphSource, name: str, folder: Path, journal: Journal) -
 
 
 def clean_up_graph(target: GraphSource, journal: Journal, folder: Path) -> list[str]:
-    """Clean up after a run that was killed: its throw-away graph, and the old graph under its safety name.
+    """Clean up after a killed run: its trial graph, and the old graph under its safety name. Returns what was done.
 
-    The swap is atomic: either the old graph stands under its own name, or the new one does and the old one is
-    whole under its safety name. Where the new one is what the file holds, the old one is retired. Where something
-    else stands there by now, both stay: it may hold days of work.
+    The swap is atomic: either the old graph still has its own name, or the new one has it and the old one is complete
+    under its safety name. If the new one is what the file holds, the old one is dropped. If another graph has the name
+    by now, both stay, because it may hold days of work.
     """
     done = []
     temporary, safety = journal.fact("throwaway_graph"), journal.fact("safety_graph")
     if temporary in list_graphs(target.conn):
         drop_graph(target.conn, temporary)
-        done.append(f"removed the rehearsal graph {temporary}")
+        done.append(f"removed the trial graph {temporary}")
     if safety not in list_graphs(target.conn):
         return done
-    standing = _digest(target, target.graph)
-    if journal.has_reached(SWITCHED) or (standing and standing == journal.fact("restored_digest")):
+    current = _digest(target, target.graph)
+    if journal.has_reached(SWAPPED) or (current and current == journal.fact("restored_digest")):
         saved = drop_old(target, safety, _saved_digest(journal, folder), folder, journal)
         done.append(f"dropped {safety}, the graph before that run" + (f"; see {saved}" if saved else ""))
-    elif standing:
+    elif current:
         done.append(
-            f"the graph before that run is kept as {safety}: what stands as '{target.graph}' has changed since."
-            f" When it is of no use any more: GRAPH.DELETE {safety}"
+            f"the graph before that run is preserved as {safety}: '{target.graph}' has changed since. When it is no"
+            f" longer needed: GRAPH.DELETE {safety}"
         )
     else:
         swap_back(target.conn, target.graph, safety)
@@ -98,7 +104,7 @@ def clean_up_graph(target: GraphSource, journal: Journal, folder: Path) -> list[
 
 
 def _saved_digest(journal: Journal, folder: Path) -> str | None:
-    """The digest in the safety backup of that run; "" where it cannot be read, None where none was wanted."""
+    """The digest in the safety backup of that run; "" if it cannot be read, None if none was wanted."""
     if not journal.has_reached(SAFE):
         return None
     try:
@@ -109,12 +115,12 @@ def _saved_digest(journal: Journal, folder: Path) -> str | None:
 
 
 def _digest(target: GraphSource, name: str) -> str:
-    """The digest of a graph that stands there; "" where none does."""
+    """The digest of a graph, or "" if it does not exist."""
     return graph_digest(target.conn, name, by_id=True).digest if name in list_graphs(target.conn) else ""
 
 
 _UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
-UNLOADED = "not loaded by any engine: its checksum, the versions and the way back stand in for that"
+UNLOADED = "not loaded by any engine: only its checksum and the versions are verified"
 
 
 class TooSmall(MigrationError):
@@ -123,26 +129,32 @@ class TooSmall(MigrationError):
 
 @dataclass(frozen=True)
 class GraphBackup:
-    """A proved RDB. `scratch` has it loaded while the `open_backup` block lasts; None where no engine could."""
+    """A verified RDB. `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it.
+
+    `temporary` is the name of the trial restore; `copies` holds the payload under that name until it is used.
+    """
 
     path: Path
     graph: str
-    proof: GraphVerification
+    verification: GraphVerification
     scratch: Scratch | None
-    temporary: str = ""  # the name of the rehearsal, and
-    copies: list[bytes] = field(default_factory=list, repr=False)  # the payload under it, until it is used
+    temporary: str = ""
+    copies: list[bytes] = field(default_factory=list, repr=False)
 
     @property
     def digest(self) -> GraphDigest | None:
-        """The digest of the graph in the file, where an engine loaded it."""
-        return self.proof.digest
+        """The digest of the graph in the file, if an engine loaded it."""
+        return self.verification.digest
 
 
 @contextmanager
-def open_backup(
+def open_rdb(
     path: Path, source: GraphSource, engines: list[Engine], component: GraphComponent | None
 ) -> Iterator[GraphBackup]:
-    """Prove the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall."""
+    """Verify the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall.
+
+    A wrapped DUMP needs no engine: without one its checksum and versions are verified alone.
+    """
     if component:
         check_file(path, component.file)
     facts = inspect_rdb(path)
@@ -161,23 +173,22 @@ def open_backup(
     temporary = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
     copies = list[bytes]()
     loaded = loaded_graph(path, source.graph, engine, facts, component=component, dump=(temporary, copies))
-    with loaded as (proof, scratch):
-        _require_nodes(path, proof, component)
-        yield GraphBackup(path, source.graph, proof, scratch, temporary, copies)
+    with loaded as (found, scratch):
+        _require_nodes(path, found, component)
+        yield GraphBackup(path, source.graph, found, scratch, temporary, copies)
 
 
 def _require_loadable(path: Path, facts: RdbFacts) -> None:
-    lacking = machine_lacks(facts)
-    if lacking:
+    if lacking := machine_lacks(facts):
         raise TooSmall(
-            f"{path.name} cannot be loaded here to be proved: {lacking}",
+            f"{path.name} cannot be loaded here to be verified: {lacking}",
             next_step="free some, or run this on another machine that reaches both stores; nothing was touched",
         )
 
 
-def _require_nodes(path: Path, proof: GraphVerification, component: GraphComponent | None) -> None:
-    """An empty graph is put back where the manifest says that it was empty; a bare RDB may be another server's."""
-    if proof.counts is not None and proof.counts.nodes == 0 and component is None:
+def _require_nodes(path: Path, found: GraphVerification, component: GraphComponent | None) -> None:
+    """Raise BackupDamaged for an empty graph without a manifest: the RDB may be of another server."""
+    if found.counts is not None and found.counts.nodes == 0 and component is None:
         raise BackupDamaged(
             f"{path} holds an empty graph, and no manifest says that it was empty",
             next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
@@ -185,9 +196,9 @@ def _require_nodes(path: Path, proof: GraphVerification, component: GraphCompone
 
 
 def require_version(backup: GraphBackup, target: GraphSource) -> None:
-    """Raise StoreFailed where the target is known to be too old for this file; asked before anything is touched."""
+    """Raise StoreFailed if the target is known to be too old for this file."""
     falkordb = server_versions(target.conn).falkordb
-    reads, written = newest_encoding(falkordb), backup.proof.rdb.graph_encoding
+    reads, written = newest_encoding(falkordb), backup.verification.rdb.graph_encoding
     if backup.scratch is None and reads is not None and written is not None and written > reads:
         raise StoreFailed(
             f"{backup.path.name} is of graph encoding {written}, FalkorDB {falkordb} reads up to {reads}",
@@ -195,8 +206,8 @@ def require_version(backup: GraphBackup, target: GraphSource) -> None:
         )
 
 
-def require_target(backup: GraphBackup, target: GraphSource) -> None:
-    """Raise where the target would refuse the swap half-way: rights, memory, a replica, a taken name."""
+def require_swap(backup: GraphBackup, target: GraphSource) -> None:
+    """Raise if the target would refuse the swap: rights, memory, a replica, a taken name."""
     mark = secrets.token_hex(4)
     names = [temporary_name(target.conn, target.graph, kind, mark) for kind in ("try", "pre")]
     require_writable(target.conn, target.graph, *names)
@@ -206,56 +217,52 @@ def require_target(backup: GraphBackup, target: GraphSource) -> None:
 
 
 def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
-    """Raise UsageProblem unless a running AutoMem would read the restored graph right.
+    """Raise UsageProblem unless a running AutoMem would read the restored graph correctly.
 
-    It knows labels, relationship types and property keys by their number and is never told of new ones.
+    Its client caches labels, relationship types and property keys by their number and never refreshes them.
     """
     stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
-    kept = backup.proof.schema
-    if kept is None:
+    saved = backup.verification.schema
+    if saved is None:
         raise UsageProblem(
             f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop
         )
     live = schema(target.conn, target.graph)
     for name in ("labels", "relationship_types", "property_keys"):
-        if getattr(live, name) != getattr(kept, name):
+        if getattr(live, name) != getattr(saved, name):
             raise UsageProblem(
                 f"--while-running is not safe here: the {name.replace('_', ' ')} of the live graph and of the backup"
-                " differ, and a running AutoMem knows them by number",
+                " differ, and a running AutoMem has cached them by number",
                 next_step=stop,
             )
 
 
 def trial_restore(backup: GraphBackup, target: GraphSource, journal: Journal) -> bytes:
-    """Let the target take the graph under a throw-away name, digests compared; the payload under the real name.
+    """Restore the graph under a temporary name on the target and compare digests. Returns the payload to swap in.
 
-    A payload carries its graph's name, and restoring it under another one can crash a server: so the scratch
-    graph is renamed before each DUMP, and without one only the versions are compared.
+    A payload contains its graph's name, and restoring it under another one can crash a server. So the scratch graph is
+    renamed before each DUMP. Without an engine only the versions are compared.
     """
     temporary = backup.temporary or temporary_name(target.conn, backup.graph, "try", journal.run_id)
-    journal.append("rehearsing the graph", throwaway_graph=temporary)
-    if backup.scratch is None or backup.digest is None:
+    journal.append(TRIAL_BEGUN, throwaway_graph=temporary)
+    scratch = backup.scratch
+    if scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
         assert payload is not None
         require_readable(target.conn, payload, temporary)
         return payload
-    with ThreadPoolExecutor(1) as beside:
+    copy = backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.temporary)
+    with ThreadPoolExecutor(1) as background:
         dumped: list[Future[bytes]] = []
 
-        def dump() -> None:  # while the target's copy is read; one payload at a time is held
-            assert backup.scratch is not None
-            dumped.append(beside.submit(dump_separately, backup.scratch.address, backup.graph))
+        def dump() -> None:  # while the target's copy is read; so only one payload at a time is in memory
+            dumped.append(background.submit(dump_separately, scratch.address, backup.graph))
 
-        verify_acceptance(target.conn, _copy(backup, backup.scratch), temporary, backup.digest, dump)
+        verify_acceptance(target.conn, copy, temporary, backup.digest, dump)
         return dumped[0].result()
 
 
-def _copy(backup: GraphBackup, scratch: Scratch) -> bytes:
-    """The payload under the rehearsal's name: the one that was taken with the proof, at its first use."""
-    return backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.temporary)
-
-
-def switch_graph(
+def cut_over(
     backup: GraphBackup,
     target: GraphSource,
     payload: bytes,
@@ -265,37 +272,37 @@ def switch_graph(
     undo: str,
     quiet: bool = True,
 ) -> str | None:
-    """The atomic swap, then the digest again; back to the old graph where it differs.
+    """Swap the graph in atomically and compare its digest; if it differs, swap the old graph back.
 
-    `quiet` says that AutoMem is stopped: while it runs it may write at once, and the rehearsal alone is the proof.
-    Returns the name under which the old graph now stands, None where there was none.
+    `quiet`: AutoMem is stopped. While it runs it may write at once, so that only the trial restore is compared.
+    Returns the name that the old graph has now, or None if there was none.
     """
     safety = temporary_name(target.conn, backup.graph, "pre", journal.run_id)
     wanted = backup.digest.digest if backup.digest else ""
-    journal.append(SWITCHING, safety_graph=safety, restored_digest=wanted, undo=undo)
+    journal.append(SWAPPING, safety_graph=safety, restored_digest=wanted, undo=undo)
     had_old = swap_in(target.conn, backup.graph, payload, safety)
     try:
         found = _found(backup, target)
     except MigrationError as error:
         raise StoreFailed(
-            f"graph '{backup.graph}' is switched and could not be compared: {error}",
+            f"graph '{backup.graph}' is replaced and could not be compared: {error}",
             next_step=f"run the same command again; or undo:\n{undo}",
         ) from error
     if quiet and wanted and found != wanted:
-        aside = save_aside(target, backup.graph, folder, journal)
+        saved = save_graph(target, backup.graph, folder, journal)
         if had_old:
             swap_back(target.conn, backup.graph, safety)
         raise StoreFailed(
-            f"graph '{backup.graph}' does not have the backup's digest after the switch; "
-            + (f"the old graph is back, what was found is in {aside}" if had_old else f"see {aside}"),
+            f"graph '{backup.graph}' does not have the backup's digest after the cutover; "
+            + (f"the old graph is back, what was found is in {saved}" if had_old else f"see {saved}"),
             next_step="stop whatever writes to the graph, then run the same command again",
         )
-    journal.append(SWITCHED, digest=found)
+    journal.append(SWAPPED, digest=found)
     return safety if had_old else None
 
 
 def _found(backup: GraphBackup, target: GraphSource) -> str:
-    """The digest of the graph in its place; without an engine it is at least read and counted."""
+    """The digest of the restored graph. Without an engine's digest to compare it with, it must at least have nodes."""
     if backup.digest is None and not counts(target.conn, target.graph).nodes:
-        raise StoreFailed(f"graph '{target.graph}' is empty after the switch")
+        raise StoreFailed(f"graph '{target.graph}' is empty after the cutover")
     return graph_digest(target.conn, target.graph, by_id=True).digest

@@ -1,137 +1,213 @@
-"""What the FILE arguments of a restore mean, told from their content, and whether this server can take them."""
+"""The FILE arguments of a restore: what each is, by its content; backups of a collection, opened and verified."""
 
 from __future__ import annotations
 
 import re
-import secrets
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import IO, Any, cast
 
-from lib.backup.archive import ArchiveFacts, SnapshotMember, peek_facts, read_snapshot
+from lib.backup.archive import (
+    ArchiveFacts,
+    SnapshotMember,
+    SnapshotReader,
+    peek_facts,
+    read_archive,
+    read_snapshot,
+)
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
 from lib.backup.check import ARCHIVE, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
     CollectionSource,
-    CollectionVerification,
     SegmentCopies,
     has_room,
     known_model,
     verify_collection,
 )
+from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.manifest import (
-    CHECKED,
-    RESTORED,
     CollectionComponent,
     GraphComponent,
     Manifest,
     read_manifest,
 )
-from lib.backup.snapshot_restore import CollectionBackup, ExpectedIds, SavedSnapshots
 from lib.child_process import scratch_folder
-from lib.clients.qdrant.collection import CollectionState, refuse_alias
-from lib.clients.qdrant.restoring import preflight_upload
+from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.segments import SegmentFiles, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
-from lib.clients.qdrant.snapshots import restorable
-from lib.clients.qdrant.transport import Qdrant
 from lib.dimensions import EmbeddingSpec
-from lib.errors import BackupDamaged, BadFile, StoreFailed, UsageProblem
-from lib.files import readable_bytes
+from lib.errors import BackupDamaged, BadFile, UsageProblem
+from lib.files import FULL_DISK, readable_bytes
 
 
-@dataclass
-class Wanted:
-    """The files to restore, with their halves of a manifest where one names them."""
+@dataclass(frozen=True)
+class Inputs:
+    """The files to restore, each with its component of a manifest if one names it.
+
+    `bare`: the archive is a plain snapshot as Qdrant's own API returns it. `warnings` are for the operator.
+    """
 
     rdb: Path | None = None
     archive: Path | None = None
     graph_component: GraphComponent | None = None
     collection_component: CollectionComponent | None = None
-    notes: list[str] = field(default_factory=list)
-    bare: bool = False  # the archive is none, but a snapshot as Qdrant's own API gives it
+    bare: bool = False
+    warnings: tuple[str, ...] = ()
 
 
-def read_wanted(words: list[str], folder: Path, owner: Deployment) -> Wanted:
-    """Sort the FILE arguments; raises BadFile for one that is missing, empty, a folder or of an unknown kind."""
-    wanted = Wanted()
+def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
+    """Sort the FILE arguments. Raises BadFile for one that is missing, empty, a folder or of an unknown kind."""
+    graphs: list[tuple[Path, GraphComponent | None]] = []
+    collections: list[tuple[Path, CollectionComponent | None]] = []
+    bare, warnings = False, list[str]()
     for word in words:
-        if word == "latest":
-            _take_set(wanted, latest(folder, owner))
-            continue
         path = Path(word)
-        kind = kind_of(path)
+        kind = MANIFEST if word == "latest" else kind_of(path)
         if kind == MANIFEST:
-            _take_set(wanted, read_manifest(path))
+            manifest = latest(folder, owner) if word == "latest" else read_manifest(path)
+            if manifest.graph:
+                graphs.append((manifest.file_of(manifest.graph), manifest.graph))
+            if manifest.collection:
+                collections.append((manifest.file_of(manifest.collection), manifest.collection))
         elif kind == RDB:
-            _take_rdb(wanted, path, _component_of(folder, path, "graph", wanted))
+            found = _set_of(folder, path, warnings)
+            graphs.append((path, found.graph if found else None))
         elif kind == ARCHIVE:
-            _take_archive(wanted, path, _component_of(folder, path, "collection", wanted))
+            found = _set_of(folder, path, warnings)
+            collections.append((path, found.collection if found else None))
         else:
-            _take_archive(wanted, path, None)
-            wanted.bare = True
-    return wanted
+            collections.append((path, None))
+            bare = True
+    for name, files in (("graph", graphs), ("collection", collections)):
+        if len(files) > 1:
+            raise BadFile(
+                f"{files[1][0]} and {files[0][0]} are both of the {name}", next_step="name one of them"
+            )
+    rdb, graph_component = graphs[0] if graphs else (None, None)
+    archive, collection_component = collections[0] if collections else (None, None)
+    return Inputs(rdb, archive, graph_component, collection_component, bare, tuple(warnings))
 
 
-def _component_of(
-    folder: Path, path: Path, name: str, wanted: Wanted
-) -> GraphComponent | CollectionComponent | None:
+def _set_of(folder: Path, path: Path, warnings: list[str]) -> Manifest | None:
+    """The backup set that the file belongs to. Adds a warning if only a damaged manifest may be its own."""
     manifest = find_set(folder, path)
-    for broken in [] if manifest else broken_manifests(folder, path):
-        wanted.notes.append(
-            f"{broken.name}, which may be the manifest of {path.name}, is damaged: the file is verified by its own"
-            f" checksum alone.  What is wrong says:  python scripts/backup_automem.py --check {quote(str(broken))}"
-        )
-    return getattr(manifest, name) if manifest else None
+    warnings += [
+        f"{broken.name}, which may be the manifest of {path.name}, is damaged: the file is verified by its own"
+        f" checksum alone.  What is wrong:  python scripts/backup_automem.py --check {quote(str(broken))}"
+        for broken in ([] if manifest else broken_manifests(folder, path))
+    ]
+    return manifest
 
 
-def _take_set(wanted: Wanted, manifest: Manifest) -> None:
-    if manifest.graph:
-        _take_rdb(wanted, manifest.file_of(manifest.graph), manifest.graph)
-    if manifest.collection:
-        _take_archive(wanted, manifest.file_of(manifest.collection), manifest.collection)
+class SavedSnapshots:
+    """An archive's snapshots in temporary files, so that it is inflated only once.
+
+    Either all are saved or none: none if there is no `room`, or if the disk fills up.
+    """
+
+    def __init__(self, *, room: bool = False) -> None:
+        self._files: list[IO[bytes]] | None = [] if room else None
+
+    def copying(self, stream: IO[bytes]) -> IO[bytes]:
+        """Return the stream again. What is read from it is saved as the next snapshot."""
+        if self._files is None:
+            return stream
+        self._files.append(tempfile.TemporaryFile())  # noqa: SIM115 - closed with its owner
+        return cast("IO[bytes]", _CopyingReader(stream, self))
+
+    def write(self, piece: bytes) -> None:
+        """Save more bytes of the snapshot that is being read."""
+        if self._files is None:
+            return
+        try:
+            self._files[-1].write(piece)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self._files = None
+
+    def stream(self, number: int) -> IO[bytes] | None:
+        """The archive's snapshot of this number, from its start, or None if it was not saved."""
+        if not self._files:
+            return None
+        self._files[number].seek(0)
+        return self._files[number]
 
 
-def _take_rdb(wanted: Wanted, path: Path, component: GraphComponent | CollectionComponent | None) -> None:
-    if wanted.rdb:
-        raise BadFile(f"{path} and {wanted.rdb} are both of the graph", next_step="name one of them")
-    wanted.rdb = path
-    wanted.graph_component = component if isinstance(component, GraphComponent) else None
+class _CopyingReader:
+    def __init__(self, stream: IO[bytes], saved: SavedSnapshots) -> None:
+        self._stream, self._saved = stream, saved
+
+    def read(self, size: int, /) -> bytes:
+        piece = self._stream.read(size)
+        self._saved.write(piece)
+        return piece
 
 
-def _take_archive(wanted: Wanted, path: Path, component: GraphComponent | CollectionComponent | None) -> None:
-    if wanted.archive:
-        raise BadFile(f"{path} and {wanted.archive} are both of the collection", next_step="name one of them")
-    wanted.archive = path
-    wanted.collection_component = component if isinstance(component, CollectionComponent) else None
+@dataclass(frozen=True)
+class CollectionBackup:
+    """A verified archive or bare snapshot.
+
+    `archive.facts` is the archive's `collection.json`, or what replaces it for a bare snapshot. `ids` are the expected
+    ids. A bare snapshot records none: those of its trial restore are taken.
+    """
+
+    path: Path
+    archive: ArchiveFacts
+    snapshot: SnapshotFacts
+    bare: bool = False
+    ids: TemporaryIdTable = field(default_factory=TemporaryIdTable, repr=False, compare=False)
+    saved: SavedSnapshots = field(default_factory=SavedSnapshots, repr=False, compare=False)
+
+    @property
+    def points(self) -> int | None:
+        """How many points are expected; None for a bare snapshot whose segments no engine here could count."""
+        return None if self.archive.ids < 0 else self.archive.ids
+
+    def send(self, read: SnapshotReader, snapshot: SnapshotMember) -> None:
+        """Give `read` this snapshot as a stream: the saved one, else from the file."""
+        if self.bare:
+            with self.path.open("rb") as stream:
+                read(stream)
+        elif saved := self.saved.stream(self.archive.snapshots.index(snapshot)):
+            read(saved)
+        else:
+            read_archive(self.path, on_snapshot=read, only=snapshot.name)
 
 
-UNKNOWN = -1  # how many points are promised
+_TIMES = 3  # the room that a snapshot takes in the temporary folder: once saved, and twice while the engine opens it
+_UNKNOWN = -1  # how many points are expected
 # A server names a snapshot by its collection, its own number and the moment (seen on 1.11.3 and 1.18.3).
 _NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 
-def verify_bare(path: Path, collection: str, spec: EmbeddingSpec) -> CollectionVerification:
-    """Both tar levels read to the end, the checksum beside it where there is one, its segments counted where possible.
+def open_archive(path: Path, component: CollectionComponent | None) -> CollectionBackup:
+    """Verify an archive; nothing on the target is touched. Raises BackupDamaged."""
+    size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
+    ids = TemporaryIdTable()
+    saved = SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
+    found = verify_collection(
+        path, component=component, on_ids=lambda lines: ids.fill(map(as_id, lines)), passing=saved.copying
+    )
+    return CollectionBackup(path, found.archive, found.snapshot, ids=ids, saved=saved)
 
-    Raises BackupDamaged. A segment left out of the file shows in the count alone: only a backup of ours promises ids.
+
+def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
+    """Verify a bare snapshot: both tar levels, and the checksum file next to it if there is one.
+
+    Its segments are counted if an engine here reads them. A segment that is missing from the file shows in the count
+    alone, because only archives list the expected ids. Raises BackupDamaged.
     """
     with scratch_folder("segments-") as scratch:
         copies = SegmentCopies(scratch.path, path.stat().st_size)
         member, snapshot = _inspected(path, copies)
         counted, _ = copies.counted(lambda: _count(copies.segments[0]))
-    archive = ArchiveFacts(
-        _facts(path, collection, spec, snapshot, member), (member,), UNKNOWN if counted is None else counted
-    )
-    if counted is None:
-        return CollectionVerification(
-            CHECKED, "a bare snapshot: both tar levels and its configuration", archive, snapshot
-        )
-    return CollectionVerification(
-        RESTORED, f"{counted} points counted by Qdrant's own engine", archive, snapshot
-    )
+    facts = _facts(path, target.collection, target.spec, snapshot, member)
+    archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
+    return CollectionBackup(path, archive, snapshot, bare=True)
 
 
 def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, SnapshotFacts]:
@@ -151,14 +227,14 @@ def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, Snaps
 
 
 def _compare_checksum(path: Path, sha256: str) -> None:
-    """A server keeps `<name>.checksum` beside a snapshot on its disk; an operator may have copied both."""
-    beside = path.with_name(f"{path.name}.checksum")
-    told = ""
+    """Compare with `<name>.checksum`, which a server keeps next to a snapshot on its disk."""
+    file = path.with_name(f"{path.name}.checksum")
+    expected = ""
     with suppress(OSError, ValueError, UsageProblem):
-        told = readable_bytes(beside).decode("ascii").strip().lower()
-    if re.fullmatch(r"[0-9a-f]{64}", told) and told != sha256:
+        expected = readable_bytes(file).decode("ascii").strip().lower()
+    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != sha256:
         raise BackupDamaged(
-            f"{path} does not have the sha256 that {beside.name} gives: it was damaged or edited"
+            f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited"
         )
 
 
@@ -170,9 +246,9 @@ def _count(files: SegmentFiles) -> int | None:
 def _facts(
     path: Path, collection: str, spec: EmbeddingSpec, snapshot: SnapshotFacts, member: SnapshotMember
 ) -> dict[str, Any]:
-    """What an archive's `collection.json` would say, as far as the file tells."""
+    """What an archive's `collection.json` would hold, as far as the file shows it."""
     named = _NAME.fullmatch(path.name)
-    as_live = CollectionState(
+    state = CollectionState(
         collection,
         snapshot.size,
         snapshot.distance,
@@ -188,55 +264,8 @@ def _facts(
         "config": snapshot.config,
         "payload_schema": snapshot.payload_schema,
         "aliases": [],
-        "model": known_model(as_live, spec)[0],
+        "model": known_model(state, spec)[0],
         "snapshot_name": member.name,
         "snapshot_size": member.size,
         "snapshot_sha256": member.sha256,
     }
-
-
-_TIMES = 3  # the room that a snapshot takes in the temporary folder: kept once, and twice while the engine opens it
-
-
-def open_backup(path: Path, component: CollectionComponent | None) -> CollectionBackup:
-    """Prove the archive; nothing on the target is touched. Raises BackupDamaged."""
-    size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
-    ids, kept = ExpectedIds(), SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
-    proof = verify_collection(path, component=component, on_ids=ids.keep, passing=kept.passing)
-    return CollectionBackup(path, proof, ids=ids, kept=kept)
-
-
-def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
-    """Prove a bare snapshot as far as it can be, nothing telling what it should hold. Raises BackupDamaged."""
-    return CollectionBackup(path, verify_bare(path, target.collection, target.spec), bare=True)
-
-
-def require_same_name(backup: CollectionBackup, target: CollectionSource) -> None:
-    """Raise UsageProblem where the archive is of another collection than the one that it would replace."""
-    name = backup.facts["collection"]
-    if name != target.collection:
-        raise UsageProblem(
-            f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
-            next_step=f"export QDRANT_COLLECTION={quote(name)}   if that is the collection to restore",
-        )
-
-
-def require_target(qdrant: Qdrant, collection: str) -> None:
-    """Raise where this key may not put a collection in place, or where the name is an alias; nothing is changed."""
-    refuse_alias(qdrant, collection)
-    preflight_upload(qdrant, f"{collection}__try_{secrets.token_hex(4)}")
-
-
-def check_version(backup: CollectionBackup, qdrant: Qdrant, *, force: bool) -> None:
-    """Raise where this server cannot take the snapshot: it would leave a dead collection behind.
-
-    A bare snapshot does not say which version made it: only its rehearsal tells.
-    """
-    if backup.bare:
-        return
-    reason = restorable(str(backup.facts["server"]["version"]), qdrant.version())
-    if reason and not force:
-        raise StoreFailed(
-            f"{backup.path.name} cannot be restored here: {reason}",
-            next_step="run a Qdrant of the backup's version (or its next minor), or add --force-version",
-        )

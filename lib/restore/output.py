@@ -1,4 +1,4 @@
-"""What restore_from_backup.py tells: the plan, what was restored, the settings that go with it."""
+"""What restore_from_backup.py prints: the plan, what was restored, the settings that go with it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ if TYPE_CHECKING:
     from lib.backup.collection import CollectionSource
     from lib.backup.graph import GraphSource
     from lib.backup.manifest import Manifest
-    from lib.backup.snapshot_restore import CollectionBackup
     from lib.config import Config
     from lib.restore.graph import GraphBackup
-    from lib.restore.site import Newer, NewerThanBackup, Options, Restored, Site, VerifiedFiles
+    from lib.restore.inputs import CollectionBackup
+    from lib.restore.preflight import Newer, NewerThanBackup, Site, VerifiedFiles
+    from lib.restore.run import Restored
 
-# The graph alone: no setting goes with it, but AutoMem knows labels and keys by the old graph's numbers.
-RESTART_GRAPH = """\
-  start AutoMem anew: its caches are of the old graph
+# The graph alone: no setting goes with it, but AutoMem has cached labels and keys by the old graph's numbers.
+_RESTART_GRAPH = """\
+  restart AutoMem: its caches are of the old graph
     Docker:   docker compose up -d --force-recreate flask-api
     systemd:  sudo systemctl restart automem
     Railway:  railway redeploy"""
 
 
-def show_restore_plan(site: Site, proved: VerifiedFiles, options: Options, console: Console) -> int:
-    """What a restore would do: --dry-run stops before the first write."""
+def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int:
+    """Print what a restore would do: --dry-run stops before the first write."""
     from lib.restore.preflight import newer_than
 
-    found = newer_than(site, proved)
+    found = newer_than(site, files)
     document: dict[str, Any] = {}
-    if proved.graph and site.graph:
-        document["graph"] = _graph_plan(proved.graph, site.graph) | {"newer": _newer(found.graph)}
-    if proved.collection and site.collection:
-        document["collection"] = _collection_plan(proved.collection, site.collection) | {
+    if files.graph and site.graph:
+        document["graph"] = _graph_plan(files.graph, site.graph) | {"newer": _newer(found.graph)}
+    if files.collection and site.collection:
+        document["collection"] = _collection_plan(files.collection, site.collection) | {
             "newer": _newer(found.collection)
         }
-    how = "after a safety backup" if options.safety else "without a safety backup"
-    where = "in the safety backup that a restore takes" if options.safety else "nowhere: --no-safety-backup"
+    how, where = "without a safety backup", "nowhere: --no-safety-backup"
+    if site.safety:
+        how, where = "after a safety backup", "in the safety backup that a restore takes"
     text = [f"would restore, {how}:", *_plan_lines(document), *newer_lines(found, where)]
     console.result(document, "\n".join(text))
     return DONE
@@ -50,7 +52,7 @@ def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
     from lib.clients.falkordb.queries import counts
     from lib.clients.falkordb.swap import memory_used
 
-    held, live = backup.proof.counts, None
+    held, live = backup.verification.counts, None
     if target.graph in list_graphs(target.conn):
         seen = counts(target.conn, target.graph)
         live = {"nodes": seen.nodes, "relationships": seen.relationships}
@@ -61,7 +63,7 @@ def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
         "memory_bytes": memory_used(backup.scratch.conn) if backup.scratch else None,
         "nodes": held.nodes if held else None,
         "relationships": held.relationships if held else None,
-        "note": backup.proof.note,
+        "note": backup.verification.note,
         "live": live,
     }
 
@@ -79,9 +81,9 @@ def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict
         "name": name,
         "file": str(backup.path),
         "bytes": backup.path.stat().st_size,
-        "snapshot_bytes": backup.proof.archive.snapshot.size,
+        "snapshot_bytes": backup.archive.snapshot.size,
         "points": backup.points,
-        "size": backup.size,
+        "size": backup.snapshot.size,
         "live": live,
     }
 
@@ -94,21 +96,19 @@ def _plan_lines(document: dict[str, Any]) -> list[str]:
             held = f"{graph['nodes']:,} nodes, {graph['relationships']:,} relationships"
             held += f", {size_text(graph['memory_bytes'])} in memory"
         live = graph["live"]
-        stands = f"{live['nodes']:,} nodes, {live['relationships']:,} relationships" if live else "absent"
-        lines.append(
-            f"graph '{graph['name']}': {held} ({size_text(graph['bytes'])} file); there now: {stands}"
-        )
+        now = f"{live['nodes']:,} nodes, {live['relationships']:,} relationships" if live else "absent"
+        lines.append(f"graph '{graph['name']}': {held} ({size_text(graph['bytes'])} file); now: {now}")
     if one := document.get("collection"):
         points = "an unknown number of" if one["points"] is None else f"{one['points']:,}"
         sizes = f"{size_text(one['bytes'])} file, {size_text(one['snapshot_bytes'])} snapshot"
         lines.append(
             f"collection '{one['name']}': {points} points of {one['size']}d ({sizes});"
-            f" there now: {_standing(one['live'])}"
+            f" now: {_live_text(one['live'])}"
         )
     return lines
 
 
-def _standing(live: dict[str, Any] | None) -> str:
+def _live_text(live: dict[str, Any] | None) -> str:
     if live is None:
         return "absent"
     if live["state"] != "live":
@@ -121,7 +121,7 @@ def _newer(found: Newer | None) -> dict[str, Any] | None:
 
 
 def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
-    """What the backup lacks of what stands there, and where it remains."""
+    """What the stores hold and the backup does not, and where it remains."""
     lines = []
     for what, component in (("memories", found.graph), ("points", found.collection)):
         if not component:
@@ -141,49 +141,52 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
     return lines
 
 
-def show_restored(done: Restored, proved: VerifiedFiles, config: Config, console: Console) -> int:
-    """What was restored, where the old state is, and the settings that go with it."""
+def show_restored(done: Restored, files: VerifiedFiles, config: Config, console: Console) -> int:
+    """Print what was restored, where the old state is, and the settings that go with it."""
     lines = [*done.notes]
     document: dict[str, object] = {"safety_backup": done.safety.name if done.safety else None}
-    if proved.graph:
-        digest, how = proved.graph.digest, "digest equal"
+    if files.graph:
+        digest, how = files.graph.digest, "digest equal"
         if digest is None:
             how = "not compared: no FalkorDB engine is installed here"
-        lines.append(f"graph '{proved.graph.graph}' restored from {proved.graph.path}, {how}")
+        lines.append(f"graph '{files.graph.graph}' restored from {files.graph.path}, {how}")
         document["graph"] = {
-            "file": str(proved.graph.path),
+            "file": str(files.graph.path),
             "digest": digest.digest if digest else None,
         }
-    if proved.collection:
-        one = proved.collection
+    if files.collection:
+        one = files.collection
         lines.append(
-            f"collection '{config.collection}' restored from {one.path}: {one.ids.count:,} points of {one.size}d"
+            f"collection '{config.collection}' restored from {one.path}: {len(one.ids):,} points of"
+            f" {one.snapshot.size}d"
         )
-        document["collection"] = {"file": str(one.path), "points": one.ids.count, "size": one.size}
+        document["collection"] = {"file": str(one.path), "points": len(one.ids), "size": one.snapshot.size}
     if done.safety:
-        lines.append(f"what stood there before: {done.safety.path}")
+        lines.append(f"the state before: {done.safety.path}")
     if done.newer:
-        kept = done.late_writes or (done.safety.path if done.safety else None)
-        lines += newer_lines(done.newer, f"in {kept}" if kept else "nowhere: there was no safety backup")
+        saved = done.late_writes or (done.safety.path if done.safety else None)
+        lines += newer_lines(done.newer, f"in {saved}" if saved else "nowhere: there was no safety backup")
         document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
     if done.late_writes:
         lines.append(
-            f"the old graph as it was at the switch, with writes after the safety backup: {done.late_writes}"
+            f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}"
         )
         document["late_writes"] = str(done.late_writes)
-    if proved.collection:
-        settings = settings_lines(proved.collection.size, str(proved.collection.facts["model"]), config)
+    if files.collection:
+        settings = settings_lines(
+            files.collection.snapshot.size, str(files.collection.archive.facts["model"]), config
+        )
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings
     document["notes"] = done.notes
-    restart = RESTART if proved.collection else RESTART_GRAPH
+    restart = RESTART if files.collection else _RESTART_GRAPH
     lines += ["", "next:", restart, "  python scripts/verify_migration.py"]
     console.result(document, "\n".join(lines))
     return DONE
 
 
 def undo_restore(safety: Manifest | None) -> str:
-    """The way back from a restore."""
+    """The command that undoes a restore."""
     if safety is None:
         return "  (none: there was nothing before, or --no-safety-backup was given)"
     return f"  python scripts/restore_from_backup.py {quote(str(safety.path))}"

@@ -1,10 +1,14 @@
-"""What a restore asks before it touches anything: files verified, targets able, AutoMem stopped, newer data counted."""
+"""Before a restore changes anything: files verified, targets able, AutoMem stopped, newer data counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
+from shlex import quote
 from urllib.parse import urlsplit
 
 import redis
@@ -14,75 +18,131 @@ from lib.backup.existing_points import TemporaryIdTable, as_id, pages
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import GraphComponent
 from lib.backup.payloads import PointId
-from lib.backup.snapshot_restore import CollectionBackup, place
-from lib.clients.automem import HealthAnswer, ask_health
+from lib.clients.automem import AutoMemApi, HealthAnswer, ask_health
 from lib.clients.falkordb.connection import expires_at, function_libraries, list_graphs
 from lib.clients.falkordb.queries import iter_memories
+from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import other_clients
-from lib.clients.qdrant.collection import health
+from lib.clients.qdrant.collection import health, refuse_alias
 from lib.clients.qdrant.points import scroll
-from lib.errors import MigrationError, UsageProblem, listed, one_line
+from lib.clients.qdrant.restoring import preflight_upload
+from lib.clients.qdrant.snapshots import restorable
+from lib.concurrency import ProgressBar
+from lib.errors import MigrationError, StoreFailed, UsageProblem, listed, one_line
 from lib.network import container_hint, is_loopback, is_this_machine, same_server, without_login
 from lib.restore import graph as graphs
+from lib.restore.collection import RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
-from lib.restore.inputs import (
-    Wanted,
-    check_version,
-    open_backup,
-    open_bare,
-    require_same_name,
-    require_target,
-)
-from lib.restore.site import Newer, NewerThanBackup, Options, Site, VerifiedFiles
-
-_NAMED = 3  # clients that are named one by one
-_STOP_AUTOMEM = (
-    "stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
-    " and start it afterwards:  docker compose up -d --force-recreate flask-api\n"
-    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is; if only a proxy answers"
-    " for a stopped AutoMem: to AutoMem's own address, such as http://localhost:8001)"
-)
+from lib.restore.inputs import CollectionBackup, Inputs, open_archive, open_bare
 
 
-def verify_files(site: Site, wanted: Wanted, stack: ExitStack, options: Options) -> VerifiedFiles:
-    """Prove every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
-    proved = VerifiedFiles()
-    for text in wanted.notes:
+@dataclass(frozen=True)
+class Site:
+    """The opened stores (None: not needed), the backup folder, the scratch engines, AutoMem's API, and callbacks.
+
+    `say` is silent with --quiet, `notice` is not. `again` is the command line of this run.
+    """
+
+    graph: GraphSource | None
+    collection: CollectionSource | None
+    folder: Path
+    targets: list[str]
+    engines: list[Engine]
+    api: AutoMemApi
+    bar: ProgressBar
+    say: Callable[[str], None]
+    notice: Callable[[str], None]
+    again: str = "the same command again"
+    safety: bool = True  # take a safety backup
+    force_version: bool = False
+    while_running: bool = False
+
+
+@dataclass(frozen=True)
+class VerifiedFiles:
+    """The verified backups. A scratch server has the graph's loaded while the restore runs."""
+
+    graph: GraphBackup | None = None
+    plan: RestorePlan | None = None
+
+    @property
+    def collection(self) -> CollectionBackup | None:
+        """The collection's backup."""
+        return self.plan.backup if self.plan else None
+
+
+def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
+    """Verify every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
+    for text in inputs.warnings:
         site.notice(f"warning: {text}")
-    if wanted.archive:
+    plan = graph = None
+    if inputs.archive:
         assert site.collection is not None
-        site.say(f"proving {wanted.archive}")
-        if wanted.bare:
-            backup = open_bare(wanted.archive, site.collection)
-        else:
-            backup = open_backup(wanted.archive, wanted.collection_component)
-        require_same_name(backup, site.collection)
-        check_version(backup, site.collection.qdrant, force=options.force_version)
-        require_target(site.collection.qdrant, site.collection.collection)
-        proved.placement = place(backup, site.collection)
-    if wanted.rdb:
+        plan = _verified_archive(site, site.collection, inputs.archive, inputs)
+    if inputs.rdb:
         assert site.graph is not None
-        site.say(f"proving {wanted.rdb}: loading it into a scratch FalkorDB")
-        opened = graphs.open_backup(wanted.rdb, site.graph, site.engines, wanted.graph_component)
-        proved.graph = stack.enter_context(opened)
-        graphs.require_version(proved.graph, site.graph)
-        graphs.require_target(proved.graph, site.graph)
-        _tell_left_out(site, site.graph, proved.graph, wanted.graph_component)
+        graph = _verified_rdb(site, site.graph, inputs.rdb, inputs.graph_component, stack)
     for component, server in (
-        (wanted.graph_component, _server(site.graph)),
-        (wanted.collection_component, _server(site.collection)),
+        (inputs.graph_component, _server(site.graph)),
+        (inputs.collection_component, _server(site.collection)),
     ):
         if component and not same_server(component.server["address"], server):
             site.notice(
                 f"warning: {component.file.name} was taken from {component.server['address']}, it goes to {server}"
             )
-    return proved
+    return VerifiedFiles(graph, plan)
 
 
-def _tell_left_out(
-    site: Site, target: GraphSource, backup: graphs.GraphBackup, component: GraphComponent | None
+def _verified_archive(site: Site, target: CollectionSource, path: Path, inputs: Inputs) -> RestorePlan:
+    """Verify the archive, and that this server can take it and this key may restore it."""
+    site.say(f"verifying {path}")
+    backup = open_bare(path, target) if inputs.bare else open_archive(path, inputs.collection_component)
+    _require_same_name(backup, target)
+    _require_version(site, backup, target)
+    refuse_alias(target.qdrant, target.collection)
+    preflight_upload(target.qdrant, f"{target.collection}__try_{secrets.token_hex(4)}")
+    return plan_restore(backup, target)
+
+
+def _require_same_name(backup: CollectionBackup, target: CollectionSource) -> None:
+    name = backup.archive.facts["collection"]
+    if name != target.collection:
+        raise UsageProblem(
+            f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
+            next_step=f"export QDRANT_COLLECTION={quote(name)}   if that is the collection to restore",
+        )
+
+
+def _require_version(site: Site, backup: CollectionBackup, target: CollectionSource) -> None:
+    """Raise StoreFailed if a restore onto this server's version would leave a failed collection.
+
+    A bare snapshot does not record its server's version, so only the trial restore can find out.
+    """
+    if backup.bare or site.force_version:
+        return
+    if reason := restorable(str(backup.archive.facts["server"]["version"]), target.qdrant.version()):
+        raise StoreFailed(
+            f"{backup.path.name} cannot be restored here: {reason}",
+            next_step="run a Qdrant of the backup's version (or its next minor), or add --force-version",
+        )
+
+
+def _verified_rdb(
+    site: Site, target: GraphSource, path: Path, component: GraphComponent | None, stack: ExitStack
+) -> GraphBackup:
+    """Verify the RDB, and that the target can take it; it stays loaded until the stack ends."""
+    site.say(f"verifying {path}: loading it into a scratch FalkorDB")
+    backup = stack.enter_context(graphs.open_rdb(path, target, site.engines, component))
+    graphs.require_version(backup, target)
+    graphs.require_swap(backup, target)
+    _warn_left_out(site, target, backup, component)
+    return backup
+
+
+def _warn_left_out(
+    site: Site, target: GraphSource, backup: GraphBackup, component: GraphComponent | None
 ) -> None:
-    """Name what a restore of the graph does not bring back: function libraries, and an expiry of its key."""
+    """Name what a restore of the graph does not restore: function libraries, and an expiry of its key."""
     held = component.functions if component else []
     if backup.scratch:
         held = [*held, *function_libraries(backup.scratch.conn)]
@@ -110,79 +170,48 @@ def _server(source: GraphSource | CollectionSource | None) -> str:
     return source.qdrant.display if source else ""
 
 
-def _is_here(target: GraphSource) -> bool:
-    return bool(target.address.unix_socket) or is_loopback(target.address.host)
+_STOP_AUTOMEM = (
+    "stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
+    " and start it afterwards:  docker compose up -d --force-recreate flask-api\n"
+    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is; if only a proxy answers"
+    " for a stopped AutoMem: to AutoMem's own address, such as http://localhost:8001)"
+)
 
 
-def require_quiet(site: Site, backup: graphs.GraphBackup, options: Options) -> None:
-    """Refuse the graph while AutoMem may run: its caches would write values under wrong names.
+def require_quiet(site: Site, backup: GraphBackup, target: GraphSource) -> None:
+    """Refuse to replace the graph while AutoMem may run: its caches would write values under wrong names.
 
-    With `while_running` it goes on only where labels, relationship types and property keys are the same, in order.
+    With --while-running it is refused only if labels, relationship types or property keys differ, or their order.
     """
-    assert site.graph is not None
     answer, url = ask_health(site.api), without_login(site.api.url)
     if answer.presence == "unresolved":
-        site.notice(_unknown(answer, url))
-        return
-    if answer.presence == "absent":
-        if not answer.seen and is_this_machine(site.api.url) and not _is_here(site.graph):
-            site.notice(
-                f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {_server(site.graph)}: if"
-                " AutoMem runs elsewhere, make sure that it is stopped, or set AUTOMEM_API_URL"
-            )
-        if answer.seen:
-            site.notice(
-                f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
-                " stopped, wherever it runs"
-            )
-        return
-    _require_harmless(site.graph, backup, options, _may_run(answer, url))
+        hint = container_hint(urlsplit(url).hostname or "", "AUTOMEM_API_URL=http://localhost:8001").strip()
+        site.notice(
+            f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is {url}, and {answer.seen}."
+            f" Make sure that AutoMem is stopped, wherever it runs{f'; {hint}' if hint else ''}"
+        )
+    elif answer.presence != "absent":
+        _require_same_numbers(site, backup, target, _may_run(answer, url))
+    elif answer.seen:
+        site.notice(
+            f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
+            " stopped, wherever it runs"
+        )
+    elif is_this_machine(site.api.url) and not (
+        target.address.unix_socket or is_loopback(target.address.host)
+    ):
+        site.notice(
+            f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {_server(target)}: if AutoMem"
+            " runs elsewhere, make sure that it is stopped, or set AUTOMEM_API_URL"
+        )
 
 
-def require_still_quiet(site: Site, backup: graphs.GraphBackup | None, options: Options) -> None:
-    """`require_quiet` once more, right before a switch: hours may have passed, and AutoMem may have been started."""
-    if backup is None or site.graph is None:
-        return
+def require_still_quiet(site: Site, backup: GraphBackup, target: GraphSource) -> None:
+    """`require_quiet` right before a cutover: AutoMem may have been started during the trial restores."""
     answer = ask_health(site.api)
     if answer.presence in {"running", "silent"}:
         text = f"AutoMem was started meanwhile: {_may_run(answer, without_login(site.api.url))}"
-        _require_harmless(site.graph, backup, options, text)
-
-
-def _require_harmless(target: GraphSource, backup: graphs.GraphBackup, options: Options, text: str) -> None:
-    """Raise UsageProblem with this text; with `while_running` only where names have other numbers in the backup."""
-    if not options.while_running:
-        raise UsageProblem(text, next_step=_STOP_AUTOMEM)
-    if target.graph in list_graphs(target.conn):
-        graphs.require_same_numbers(backup, target)
-
-
-def notify_other_clients(site: Site) -> None:
-    """Name who else is connected to FalkorDB: they are never told that the graph was replaced."""
-    assert site.graph is not None
-    try:
-        others = other_clients(site.graph.conn)
-    except MigrationError as error:
-        site.notice(f"warning: who else is connected to FalkorDB cannot be told: {error}")
-        return
-    if not others:
-        return
-    named = ", ".join(
-        one_line(f"{one.address} ({one.command}, {one.idle_seconds} s ago)") for one in others[:_NAMED]
-    )
-    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-    site.notice(
-        f"warning: {len(others)} other client(s) of FalkorDB: {named}{more}. One that knows the graph reads and writes"
-        " under wrong names after the switch, until it is restarted"
-    )
-
-
-def _unknown(answer: HealthAnswer, url: str) -> str:
-    hint = container_hint(urlsplit(url).hostname or "", "AUTOMEM_API_URL=http://localhost:8001").strip()
-    return (
-        f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is {url}, and {answer.seen}."
-        f" Make sure that AutoMem is stopped, wherever it runs{f'; {hint}' if hint else ''}"
-    )
+        _require_same_numbers(site, backup, target, text)
 
 
 def _may_run(answer: HealthAnswer, url: str) -> str:
@@ -190,18 +219,75 @@ def _may_run(answer: HealthAnswer, url: str) -> str:
     return f"AutoMem {how}: after the graph is replaced its caches would write values under wrong names"
 
 
+def _require_same_numbers(site: Site, backup: GraphBackup, target: GraphSource, text: str) -> None:
+    """Raise UsageProblem with this text; with --while-running only if names have other numbers in the backup."""
+    if not site.while_running:
+        raise UsageProblem(text, next_step=_STOP_AUTOMEM)
+    if target.graph in list_graphs(target.conn):
+        graphs.require_same_numbers(backup, target)
+
+
+_NAMED_CLIENTS = 3
+
+
+def notify_other_clients(site: Site, target: GraphSource) -> None:
+    """Name who else is connected to FalkorDB: clients are not notified that the graph was replaced."""
+    try:
+        others = other_clients(target.conn)
+    except MigrationError as error:
+        site.notice(f"warning: the other clients of FalkorDB cannot be listed: {error}")
+        return
+    if not others:
+        return
+    named = ", ".join(
+        one_line(f"{one.address} ({one.command}, {one.idle_seconds} s ago)")
+        for one in others[:_NAMED_CLIENTS]
+    )
+    more = f" and {len(others) - _NAMED_CLIENTS} more" if len(others) > _NAMED_CLIENTS else ""
+    clients = "1 other client" if len(others) == 1 else f"{len(others)} other clients"
+    site.notice(
+        f"warning: {clients} of FalkorDB: {named}{more}. A client that has cached this graph will mix up names after"
+        " the cutover, until it is restarted"
+    )
+
+
 _PAGE = 500
 _HASH, _MODULUS = "content", 1 << 62
+_NAMED_IDS = 20
 
 
-def newer_than(site: Site, proved: VerifiedFiles) -> NewerThanBackup:
+@dataclass(frozen=True)
+class Newer:
+    """Of one store: how many ids the backup lacks, of how many it has another content, and the first of these ids."""
+
+    added: int = 0
+    changed: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed)
+
+    def plus(self, added: Iterable[PointId], changed: Iterable[PointId] = ()) -> Newer:
+        """This and more ids."""
+        added, changed = list(added), list(changed)
+        named = [*self.named, *map(str, added), *map(str, changed)][:_NAMED_IDS]
+        return Newer(self.added + len(added), self.changed + len(changed), named)
+
+
+@dataclass(frozen=True)
+class NewerThanBackup:
+    """What a restore takes away. None: the file does not show it, or there is nothing to replace."""
+
+    graph: Newer | None = None
+    collection: Newer | None = None
+
+
+def newer_than(site: Site, files: VerifiedFiles) -> NewerThanBackup:
     """Compare the memories' ids and contents, and the points' ids, with the backup's; only reads."""
-    found = NewerThanBackup()
-    if proved.graph and site.graph:
-        found.graph = _newer_memories(proved.graph, site.graph)
-    if proved.collection and site.collection:
-        found.collection = _newer_points(proved.collection, site.collection)
-    return found
+    return NewerThanBackup(
+        _newer_memories(files.graph, site.graph) if files.graph and site.graph else None,
+        _newer_points(files.collection, site.collection) if files.collection and site.collection else None,
+    )
 
 
 def _newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
@@ -209,22 +295,20 @@ def _newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
         return None
     found = Newer()
     with (
-        _contents_of(backup.scratch.conn, backup.graph) as kept,
-        _contents_of(live.conn, live.graph) as standing,
+        _contents_of(backup.scratch.conn, backup.graph) as saved,
+        _contents_of(live.conn, live.graph) as current,
     ):
-        for page in standing.ids():
-            known, now = kept.payloads(page), standing.payloads(page)
-            added = [identity for identity in page if identity not in known]
-            changed = [identity for identity in page if known.get(identity, now[identity]) != now[identity]]
-            found.added += len(added)
-            found.changed += len(changed)
-            for identity in (*added, *changed):
-                found.name(identity)
+        for page in current.ids():
+            known, now = saved.payloads(page), current.payloads(page)
+            found = found.plus(
+                (one for one in page if one not in known),
+                (one for one in page if known.get(one, now[one]) != now[one]),
+            )
     return found
 
 
 def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
-    """By id, the sum of the hashes of all contents that bear it: an id may be used twice."""
+    """By id, the sum of the hashes of all contents that have it: an id may be used twice."""
     table = TemporaryIdTable()
     for page in pages(_contents(conn, graph), _PAGE):
         sums = {one: int(row[_HASH]) for one, row in table.payloads([one for one, _ in page]).items()}
@@ -235,7 +319,7 @@ def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
 
 
 def _contents(conn: redis.Redis, graph: str) -> Iterator[tuple[PointId, int]]:
-    """Each memory's id with a hash of its content; one without an id cannot be told from another."""
+    """Each memory's id with a hash of its content. A memory without an id is left out: it cannot be identified."""
     for node in iter_memories(conn, graph, keys=("id", "content")):
         identity, content = node.properties["id"], node.properties["content"]
         if identity is not None:
@@ -244,18 +328,10 @@ def _contents(conn: redis.Redis, graph: str) -> Iterator[tuple[PointId, int]]:
 
 
 def _newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | None:
-    if backup.bare and backup.ids.count is None:
-        return None
-    if health(live.qdrant, live.collection) != "live":
+    if not backup.ids.complete or health(live.qdrant, live.collection) != "live":
         return None
     found = Newer()
-    with TemporaryIdTable() as kept:
-        for page in backup.expected():
-            kept.put((one, None) for one in page)
-        for points in scroll(live.qdrant, live.collection):
-            known = kept.payloads([point.id for point in points])
-            for point in points:
-                if point.id not in known:
-                    found.added += 1
-                    found.name(point.id)
+    for points in scroll(live.qdrant, live.collection):
+        known = backup.ids.payloads([point.id for point in points])
+        found = found.plus(point.id for point in points if point.id not in known)
     return found

@@ -1,194 +1,235 @@
-"""The restore of what was verified: trial restores, a safety backup, the cutovers; clean-up after a crash."""
+"""The steps of a restore: trial restores, safety backup, cutover of both stores; and clean-up after a crash."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
-from lib.backup import collection_restore as collections
 from lib.backup.manifest import SAFETY, Manifest
-from lib.backup.run import clean_up_backup, clean_up_late, take_backup
+from lib.backup.run import clean_up_backup, report_snapshots, take_backup
 from lib.backup.server_snapshots import AWAITED, removed
-from lib.backup.snapshot_restore import place
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph
 from lib.clients.qdrant.collection import exists, is_failed
+from lib.clients.qdrant.restoring import drop_temporary
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.journal import Journal, open_journals, start_journal
+from lib.restore import collection as collections
 from lib.restore import graph as graphs
-from lib.restore.graph import SAFE, clean_up_graph, drop_old
-from lib.restore.graph import SWITCHING as GRAPH_SWITCHING
-from lib.restore.inputs import open_backup
-from lib.restore.preflight import newer_than, require_still_quiet
-from lib.restore.site import Options, Restored, Site, Undo, VerifiedFiles
+from lib.restore.collection import RestorePlan, is_absent, plan_restore
+from lib.restore.inputs import open_archive
+from lib.restore.preflight import NewerThanBackup, Site, VerifiedFiles, newer_than, require_still_quiet
 
 COMMAND = "restore"
-_GRAPH_SETTLED, _COLLECTION_SETTLED = "graph settled", "collection settled"
-_OUTCOME = "settled by the next restore"
+# Phases of the journal.
+_RESUMED, _GRAPH_CLEAN, _COLLECTION_CLEAN = "going on", "graph settled", "collection settled"
+
+Undo = Callable[[Manifest | None], str]  # from the safety backup: the commands that restore it
 
 
-@dataclass
-class Settled:
-    """What killed runs left: aliases taken off and not put back, their journals, whether the snapshot is gone."""
+@dataclass(frozen=True)
+class Restored:
+    """What was done: the safety backup, the file of late writes to the old graph, what an earlier run had left.
 
-    aliases: list[str] = field(default_factory=list)
-    journals: list[Journal] = field(default_factory=list)
-    left: list[Journal] = field(default_factory=list)
-
-
-def settle(site: Site, proved: VerifiedFiles, run: Journal, notes: list[str]) -> Settled:
-    """Put in order what killed restores of this target left in the collection's server and in the backup folder.
-
-    The rehearsal that one proved is kept for `run`. The graph is not touched yet: see `clean_up_graphs`.
+    `newer` is what the stores held and the files do not.
     """
-    found = Settled()
-    for journal in open_journals(site.folder):
-        if journal.command == COMMAND and journal.targets == site.targets and journal.path != run.path:
-            clean_up_backup(site.folder, site.collection, journal)
-            if journal.phase == AWAITED:
-                found.left.append(journal)
-            elif journal.is_open:
-                _tell(site, notes, _before(site, journal))
-                _clean_up_collection(site, proved, run, journal, found, notes)
-                found.journals.append(journal)
-    return found
+
+    safety: Manifest | None
+    late_writes: Path | None
+    notes: list[str]
+    newer: NewerThanBackup
 
 
-def _clean_up_collection(
-    site: Site, proved: VerifiedFiles, run: Journal, journal: Journal, found: Settled, notes: list[str]
-) -> None:
-    if site.collection is None:
-        return
-    qdrant, name, nodes = site.collection.qdrant, site.collection.collection, site.collection.nodes
-    _tell(site, notes, collections.clean_up_collection(qdrant, name, journal, proved.collection, nodes))
-    found.aliases += collections.aliases_taken_off(journal)
-    run.append("going on", aliases=found.aliases)
-    journal.append(_COLLECTION_SETTLED)
+@dataclass(frozen=True)
+class _Leftovers:
+    """What killed runs left: aliases to set again, journals to close, journals of which only a snapshot is left."""
+
+    aliases: list[str]
+    journals: list[Journal]
+    awaited: list[Journal]
+    notes: list[str]
 
 
-def clean_up_graphs(site: Site, found: Settled, notes: list[str]) -> None:
-    """The graphs that killed restores left, once this run has proved that it can go on. Closes what is settled.
+@dataclass(frozen=True)
+class _Trials:
+    """The payload of the graph, and the name of the collection's trial restore; None: not restored."""
 
-    A journal stays open where this run does not open the store that its rest is in.
-    """
-    for journal in found.journals:
-        if site.graph:
-            _tell(site, notes, clean_up_graph(site.graph, journal, site.folder))
-            journal.append(_GRAPH_SETTLED)
-        if _is_settled(journal) and removed(journal):
-            journal.close(_OUTCOME)
-        elif _is_settled(journal):
-            found.left.append(journal)
+    payload: bytes | None
+    temporary: str | None
 
 
-def _before(site: Site, journal: Journal) -> list[str]:
-    """Where the state is that stood there before a run which began to switch."""
-    name = journal.fact("manifest")
-    if not name or not any(map(journal.has_reached, (collections.SWITCHING, GRAPH_SWITCHING))):
-        return []
-    return [f"what stood there before an unfinished run: {site.folder / name}"]
-
-
-def _tell(site: Site, notes: list[str], news: list[str]) -> None:
-    """At once, and again in the result."""
-    for text in news:
-        site.notice(text)
-    notes += news
-
-
-def clean_up_last(site: Site, found: Settled) -> None:
-    """At the end of a run: by now the server has ended what a killed run asked it for, or never began it."""
+def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
+    """Restore verified files. Raises with the stores as they were, or with the commands that finish the run."""
+    paths = [str(one.path) for one in (files.graph, files.collection) if one]
+    journal = start_journal(site.folder, COMMAND, site.targets, again=site.again, files=paths)
+    try:
+        left = _clean_up_killed_runs(site, files, journal)
+        trials = _trial_restores(site, files, journal)
+        notes = [*left.notes, *_clean_up_graphs(site, left)]
+        newer = newer_than(site, files)
+        safety = _safety_backup(site, files, journal) if site.safety else None
+        if files.graph and site.graph:
+            require_still_quiet(site, files.graph, site.graph)
+        back = undo(safety)
+        site.notice(f"\ncutting over now. To undo:\n{back}\nTo resume after a crash:\n  {site.again}\n")
+        if files.plan and trials.temporary:
+            _cut_over_collection(site, files.plan, trials.temporary, journal, safety, back, left.aliases)
+    except BaseException as error:
+        if not is_absent(journal):
+            _drop_trials(site, journal, close=not _may_be_busy(journal, error))
+        raise
+    if trials.temporary and site.collection:
+        drop_temporary(site.collection.qdrant, trials.temporary, site.collection.nodes)
+    late_writes = _cut_over_graph(site, files, trials, journal, safety, back)
+    _close_reembeds(site, files)
+    journal.close("done")
     if site.collection:
-        clean_up_late(site.collection, found.left)
+        snapshots_left = [one for one in left.journals if one.is_open and _is_clean(one)]
+        report_snapshots(site.collection, [*left.awaited, *snapshots_left], site.notice)
+    return Restored(safety, late_writes, notes, newer)
 
 
-def _is_settled(journal: Journal) -> bool:
-    """Whether nothing that the journal names is left in a store that no run has opened since."""
+def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
+    """Clean up what killed restores of these stores left on the Qdrant server and in the backup folder.
+
+    A verified trial of the same snapshot is left for this `run`. For the graph see `_clean_up_graphs`.
+    """
+    left = _Leftovers([], [], [], [])
+    for journal in open_journals(site.folder):
+        if journal.command != COMMAND or journal.targets != site.targets or journal.path == run.path:
+            continue
+        clean_up_backup(site.folder, site.collection, journal)
+        if journal.phase == AWAITED:
+            left.awaited.append(journal)
+        elif journal.is_open:
+            left.notes.extend(_state_before(site, journal))
+            if site.collection:
+                found = collections.clean_up_collection(site.collection, journal, files.collection)
+                left.notes.extend(_reported(site, found))
+                left.aliases.extend(collections.aliases_taken_off(journal))
+                run.append(_RESUMED, aliases=left.aliases)
+                journal.append(_COLLECTION_CLEAN)
+            left.journals.append(journal)
+    return left
+
+
+def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
+    """Clean up the graphs that killed restores left, after this run's trials: until then one of them may be needed.
+
+    Closes the journals of which nothing is left. A journal stays open if it names something in a store that this run
+    does not open.
+    """
+    notes = []
+    for journal in left.journals:
+        if site.graph:
+            notes += _reported(site, graphs.clean_up_graph(site.graph, journal, site.folder))
+            journal.append(_GRAPH_CLEAN)
+        if _is_clean(journal) and removed(journal):
+            journal.close("settled by the next restore")
+    return notes
+
+
+def _state_before(site: Site, journal: Journal) -> list[str]:
+    """Name the safety backup of a killed run that had begun to cut over."""
+    name = journal.fact("manifest")
+    if not name or not any(map(journal.has_reached, (collections.DELETING, graphs.SWAPPING))):
+        return []
+    return _reported(site, [f"the state before an unfinished run: {site.folder / name}"])
+
+
+def _reported(site: Site, notes: list[str]) -> list[str]:
+    """Report at once; the result shows the notes again."""
+    for text in notes:
+        site.notice(text)
+    return notes
+
+
+def _is_clean(journal: Journal) -> bool:
+    """Whether every store in which the journal names something was opened and cleaned up since."""
     in_graph = journal.fact("throwaway_graph") or journal.fact("safety_graph")
     in_collection = journal.fact("temporary_collection") or not removed(journal)
-    return not (in_graph and not journal.has_reached(_GRAPH_SETTLED)) and not (
-        in_collection and not journal.has_reached(_COLLECTION_SETTLED)
+    return not (in_graph and not journal.has_reached(_GRAPH_CLEAN)) and not (
+        in_collection and not journal.has_reached(_COLLECTION_CLEAN)
     )
 
 
-def supersede(site: Site, proved: VerifiedFiles) -> None:
-    """An unfinished re-embedding ends here: the collection that it was making is not the one that stands now."""
-    for journal in open_journals(site.folder):
-        if journal.command == "reembed" and journal.targets == site.targets and proved.collection:
-            journal.close("superseded by a restore")
+def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> _Trials:
+    payload = temporary = None
+    if files.graph and site.graph:
+        site.say("trial restore of the graph, under a temporary name")
+        payload = graphs.trial_restore(files.graph, site.graph, journal)
+    if files.plan:
+        size = files.plan.backup.archive.snapshot.size
+        with site.bar("trial restore of the collection", size, "bytes") as progress:
+            temporary = collections.trial_restore(files.plan, journal, progress)
+    return _Trials(payload, temporary)
 
 
-def restore(site: Site, proved: VerifiedFiles, undo: Undo, options: Options) -> Restored:
-    """Rehearse, back up what is there, switch. Raises with the stores as they were, or says how to go on."""
-    result = Restored()
-    journal = start_journal(site.folder, COMMAND, site.targets, again=site.again, files=proved.files)
-    back = ""
+def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal) -> Manifest | None:
+    """Back up what is about to be replaced, if it exists. A failed collection cannot be read."""
+    graph = site.graph if files.graph else None
+    collection = site.collection if files.collection else None
+    if graph and graph.graph not in list_graphs(graph.conn):
+        graph = None
+    if collection and not exists(collection.qdrant, collection.collection):
+        collection = None
+    if collection and is_failed(collection.qdrant, collection.collection):
+        site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
+        collection = None
+    safety = None
+    if graph or collection:
+        site.say("safety backup of the current state")
+        safety = take_backup(graph, collection, site.folder, site.engines, journal, site.bar, purpose=SAFETY)
+    journal.append(graphs.SAFE, manifest=safety.name if safety else None)
+    return safety
+
+
+def _cut_over_collection(
+    site: Site,
+    plan: RestorePlan,
+    temporary: str,
+    journal: Journal,
+    safety: Manifest | None,
+    undo: str,
+    aliases: list[str],
+) -> None:
+    """Replace the live collection. If that fails, the old one is put back, or the error has the commands to finish."""
     try:
-        settled = settle(site, proved, journal, result.notes)
-        payload, temporary = _trial_restore(site, proved, journal)
-        clean_up_graphs(site, settled, result.notes)
-        result.newer = newer_than(site, proved)
-        if options.safety:
-            result.safety = _safety_backup(site, proved, journal)
-            journal.append(SAFE, manifest=result.safety.name if result.safety else None)
-        require_still_quiet(site, proved.graph, options)
-        back = undo(result.safety)
-        site.notice(f"\nswitching now. To undo:\n{back}\nTo go on after a crash:\n  {site.again}\n")
-        if proved.placement and temporary:
-            with site.bar("restore the collection", None, "bytes") as progress:
-                collections.replace_live(
-                    proved.placement, temporary, journal, progress, undo=back, aliases=settled.aliases
-                )
+        with site.bar("restore the collection", None, "bytes") as progress:
+            collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
     except MigrationError as error:
-        if not _between(journal):
-            # Where the server may still be at work on what was asked, the journal stays open for the next run.
-            _clean_up(site, journal, close=not isinstance(error, StoreUnreachable))
+        if not is_absent(journal):
             raise
-        _raise_not_in_place(site, result.safety, journal, error, back)
-    except BaseException:
-        if not _between(journal):
-            # During an upload the server may still be at work: the next run of any command closes the journal then.
-            busy = journal.phase == "rehearsing the collection" or journal.has_reached(collections.SWITCHING)
-            _clean_up(site, journal, close=not busy)
-        raise
-    if temporary and site.collection:
-        collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
-    if proved.graph and site.graph and payload is not None:
-        _switch_graph(site, proved.graph, payload, journal, back, options, result)
-    supersede(site, proved)
-    journal.close("done")
-    clean_up_last(site, settled)
-    return result
+        _raise_not_restored(site, safety, journal, error, undo)
 
 
-def _raise_not_in_place(
+def _raise_not_restored(
     site: Site, safety: Manifest | None, journal: Journal, error: MigrationError, undo: str
 ) -> NoReturn:
-    """The last step failed: the old collection is put back, or the commands that finish the job are told."""
     trouble = _put_back(site, safety, journal)
     if trouble is None:
-        _clean_up(site, journal, close=True)
         raise StoreFailed(
-            f"the collection could not be put in place: {error}; the one that stood there is back, as its safety"
-            " backup has it",
+            f"the collection could not be restored: {error}; the old one is back, as its safety backup has it",
             next_step=error.next_step or f"look at the Qdrant server's log, then:\n{site.again}",
         ) from error
     raise StoreFailed(
-        f"the collection is not in place: {error}; its rehearsal {journal.fact('temporary_collection')} stands"
-        f" whole on the server. {trouble}",
-        next_step=f"go on from the rehearsal:\n{site.again}\nor undo:\n{undo}",
+        f"the collection is not restored: {error}; its trial restore {journal.fact('temporary_collection')} is complete"
+        f" on the server. {trouble}",
+        next_step=f"resume from the trial restore:\n{site.again}\nor undo:\n{undo}",
     ) from error
 
 
 def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
-    """Put the collection back that the safety backup holds; why that could not be, or None where it is back."""
+    """Restore the old collection from the safety backup. Returns None, or why that failed."""
     component = safety.collection if safety else None
     if site.collection is None or safety is None or component is None:
         return "There is no safety backup to put back"
     site.notice(f"putting '{site.collection.collection}' back as it was, from {safety.path}")
     try:
-        saved = place(open_backup(safety.file_of(component), component), site.collection)
+        saved = plan_restore(open_archive(safety.file_of(component), component), site.collection)
         temporary = str(journal.fact("temporary_collection"))
         collections.put_back(saved, temporary, journal.fact("aliases") or [])
     except MigrationError as error:
@@ -197,70 +238,54 @@ def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | No
     return None
 
 
-def _trial_restore(site: Site, proved: VerifiedFiles, journal: Journal) -> tuple[bytes | None, str | None]:
-    payload = temporary = None
-    if proved.graph and site.graph:
-        site.say("the target proves that it takes the graph, under a throw-away name")
-        payload = graphs.trial_restore(proved.graph, site.graph, journal)
-    if proved.placement:
-        size = proved.placement.backup.proof.archive.snapshot.size
-        with site.bar("rehearse the collection", size, "bytes") as progress:
-            temporary = collections.trial_restore(proved.placement, journal, progress)
-    return payload, temporary
-
-
-def _safety_backup(site: Site, proved: VerifiedFiles, journal: Journal) -> Manifest | None:
-    """Back up what is about to be replaced; what is absent needs none, what is dead is lost already."""
-    graph = site.graph if proved.graph else None
-    collection = site.collection if proved.collection else None
-    if graph and graph.graph not in list_graphs(graph.conn):
-        graph = None
-    if collection and not exists(collection.qdrant, collection.collection):
-        collection = None
-    if collection and is_failed(collection.qdrant, collection.collection):
-        site.say(f"'{collection.collection}' is dead and cannot be read: nothing of it can be backed up")
-        collection = None
-    if graph is None and collection is None:
-        return None
-    site.say("safety backup of what is there now")
-    return take_backup(graph, collection, site.folder, site.engines, journal, site.bar, purpose=SAFETY)
-
-
-def _switch_graph(
+def _cut_over_graph(
     site: Site,
-    backup: graphs.GraphBackup,
-    payload: bytes,
+    files: VerifiedFiles,
+    trials: _Trials,
     journal: Journal,
+    safety: Manifest | None,
     undo: str,
-    options: Options,
-    result: Restored,
-) -> None:
-    assert site.graph is not None
-    require_still_quiet(site, backup, options)  # the collection may have taken its time
-    quiet = not options.while_running
-    old = graphs.switch_graph(
-        backup, site.graph, payload, journal, folder=site.folder, undo=undo, quiet=quiet
+) -> Path | None:
+    """Replace the graph and drop the old one. Returns the file of its late writes, if there are any."""
+    if not files.graph or not site.graph or trials.payload is None:
+        return None
+    require_still_quiet(site, files.graph, site.graph)  # the cutover of the collection may have taken long
+    old = graphs.cut_over(
+        files.graph,
+        site.graph,
+        trials.payload,
+        journal,
+        folder=site.folder,
+        undo=undo,
+        quiet=not site.while_running,
     )
     if old is None:
-        return
-    component = result.safety.graph if result.safety else None
-    saved = (component.digest if component else "") if options.safety else None
-    result.late_writes = drop_old(site.graph, old, saved, site.folder, journal)
+        return None
+    component = safety.graph if safety else None
+    saved_digest = (component.digest if component else "") if site.safety else None
+    return graphs.drop_old(site.graph, old, saved_digest, site.folder, journal)
 
 
-def _between(journal: Journal) -> bool:
-    """Whether the old collection is gone and the new one not in place: the rehearsal is what the next run uses."""
-    over = (collections.SWITCHED, collections.PUT_BACK)
-    return journal.has_reached(collections.SWITCHING) and not any(map(journal.has_reached, over))
+def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
+    """Close unfinished re-embeddings: the collection that they were replacing no longer exists."""
+    for journal in open_journals(site.folder):
+        if journal.command == "reembed" and journal.targets == site.targets and files.collection:
+            journal.close("superseded by a restore")
 
 
-def _clean_up(site: Site, journal: Journal, *, close: bool) -> None:
-    """Nothing has changed yet: drop the rehearsal; with `close` the journal too, where surely nothing is left."""
-    temporary = journal.fact("temporary_collection")
-    with suppress(MigrationError):  # what went wrong first is what the operator must read
+def _may_be_busy(journal: Journal, error: BaseException) -> bool:
+    """Whether the server may still be restoring: then the journal stays open for the next run of any command."""
+    if isinstance(error, MigrationError):
+        return isinstance(error, StoreUnreachable)
+    return journal.phase == collections.TRIAL_BEGUN or journal.has_reached(collections.DELETING)
+
+
+def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:
+    """Nothing live has changed: drop the trial restores. `close` the journal too if surely nothing is left."""
+    temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
+    with suppress(MigrationError):  # the operator must read the first error
         if site.collection and temporary:
-            collections.drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
-        temporary_graph = journal.fact("throwaway_graph")
+            drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
         if close and removed(journal) and not collections.aliases_taken_off(journal):

@@ -12,22 +12,22 @@ from statistics import median
 
 import redis
 
-from lib.backup import collection_restore as restore_collection
 from lib.backup.archive import read_archive
 from lib.backup.collection import CollectionSource, take_collection
 from lib.backup.graph import GraphSource, take_graph
-from lib.backup.snapshot_restore import Placement, place
 from lib.clients.falkordb import digest as digests
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.scratch import installed_engines
 from lib.clients.falkordb.swap import drop_graph, dump_as
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import delete_collection, wait_green
-from lib.clients.qdrant.restoring import upload_and_restore
+from lib.clients.qdrant.restoring import drop_temporary, upload_and_restore
 from lib.files import private_dir
 from lib.journal import Journal, start_journal
+from lib.restore import collection as restore_collection
 from lib.restore import graph as restore_graph
-from lib.restore.inputs import open_backup
+from lib.restore.collection import RestorePlan, plan_restore
+from lib.restore.inputs import open_archive
 from tests.bench.figures import PAIRS, Figure, at_most, seconds_of
 from tests.bench.peak import peak_mb
 from tests.bench.references import Stopwatch
@@ -90,7 +90,7 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
         journal = start_journal(folder, "restore", ["bench"])
         with Stopwatch(digests, "graph_digest") as digest:
             began = time.perf_counter()
-            with restore_graph.open_backup(path, source, engines, half) as backup:
+            with restore_graph.open_rdb(path, source, engines, half) as backup:
                 proof.append(time.perf_counter() - began - digest.seconds)
                 before = digest.seconds
                 whole = seconds_of(functools.partial(_restore, backup, source, journal, folder))
@@ -109,7 +109,7 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
 
 def _restore(backup: restore_graph.GraphBackup, source: GraphSource, journal: Journal, folder: Path) -> None:
     payload = restore_graph.trial_restore(backup, source, journal)
-    old = restore_graph.switch_graph(backup, source, payload, journal, folder=folder, undo="")
+    old = restore_graph.cut_over(backup, source, payload, journal, folder=folder, undo="")
     assert old
     drop_graph(source.conn, old)
 
@@ -139,12 +139,14 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         for number in range(PAIRS):
             journal = start_journal(folder, "restore", ["bench"])
             began = time.perf_counter()
-            placement = place(open_backup(folder / half.file.name, half), source)
+            plan = plan_restore(open_archive(folder / half.file.name, half), source)
             proof.append(time.perf_counter() - began)
-            ours.append(seconds_of(functools.partial(_replace, placement, journal)))
+            ours.append(seconds_of(functools.partial(_replace, plan, journal)))
             absent.append(_between(journal))
             name = f"{source.collection}_bare"
-            put = functools.partial(_put, raw, placement.backup.sha256, source, f"{name}_{number}", name)
+            put = functools.partial(
+                _put, raw, plan.backup.archive.snapshot_sha256, source, f"{name}_{number}", name
+            )
             bare.append(seconds_of(put))
             delete_collection(source.qdrant, name)
         on = on_qdrant(source.qdrant, POINTS, SIZE)
@@ -154,10 +156,10 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         yield at_most("restore.absent_vs_bare", median(absent), median(bare), None, on)
 
 
-def _replace(placement: Placement, journal: Journal) -> None:
-    temporary = restore_collection.trial_restore(placement, journal, None)
-    restore_collection.replace_live(placement, temporary, journal, None, undo="")
-    restore_collection.drop_temporary(placement.target.qdrant, temporary)
+def _replace(plan: RestorePlan, journal: Journal) -> None:
+    temporary = restore_collection.trial_restore(plan, journal, None)
+    restore_collection.cut_over(plan, temporary, journal, None, undo="")
+    drop_temporary(plan.target.qdrant, temporary)
 
 
 def _put(raw: Path, sha256: str, source: CollectionSource, file: str, name: str) -> None:
@@ -170,7 +172,7 @@ def _put(raw: Path, sha256: str, source: CollectionSource, file: str, name: str)
 def _between(journal: Journal) -> float:
     """From the announced delete to the compared new collection, in seconds."""
     at = {entry["phase"]: datetime.fromisoformat(entry["at"]) for entry in journal.entries}
-    return (at[restore_collection.SWITCHED] - at[restore_collection.SWITCHING]).total_seconds()
+    return (at[restore_collection.RESTORED] - at[restore_collection.DELETING]).total_seconds()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def arrived(operator: Operator, url: str, folder: Path, manifest: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "code", "says"),
     [
-        ("ftp://host/x", 2, "not a place that backups are uploaded to"),
+        ("ftp://host/x", 2, "backups cannot be uploaded to"),
         ("s3://", 2, "names no bucket"),
         ("s3://no-such-bucket/x", 1, "does not exist"),
         ("sftp://127.0.0.1:1/x", 1, "cannot open sftp://127.0.0.1:1/x"),
@@ -122,10 +122,10 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(operator, tmp
 
 
 def test_the_offsite_requirements_bring_every_package_that_a_message_names():
-    from lib.backup.copy_store import _LIBRARIES
+    from lib.backup.copy_store import _PACKAGES
 
     lines = (ROOT / "requirements-offsite.txt").read_text() + (ROOT / "requirements.txt").read_text()
-    for _, package in _LIBRARIES.values():
+    for package in _PACKAGES.values():
         assert f"\n{package}>=" in lines
 
 

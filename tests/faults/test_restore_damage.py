@@ -21,7 +21,6 @@ from lib.backup.manifest import sealed
 from lib.clients.falkordb.scratch import installed_engines
 from lib.errors import BackupDamaged, BadFile, MigrationError
 from lib.restore.preflight import verify_files
-from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.operator_support import Operator
 from tests.restore_support import damaged, site, wanted
@@ -52,7 +51,7 @@ def backed(loaded, tmp_path):
 def proved(operator, place, *words: Path) -> None:
     """What the restore does before it touches anything."""
     with ExitStack() as stack:
-        verify_files(place, wanted(operator, *words), stack, Options())
+        verify_files(place, wanted(operator, *words), stack)
 
 
 def assert_refused(operator, place, *words: Path) -> str:

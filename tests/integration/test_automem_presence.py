@@ -170,7 +170,7 @@ def test_an_automem_that_is_started_during_the_trial_stops_the_restore_before_th
         ready.export(AUTOMEM_API_URL=automem.url)
         refused = ready.run("restore_from_backup", ready.rdb(), expect=2)
     assert "AutoMem was started meanwhile" in refused.err
-    assert "switching now" not in refused.err
+    assert "cutting over now" not in refused.err
     assert ready.state() == before
     assert ready.graphs() == [ready.graph]
     assert open_journals(ready.backups) == []

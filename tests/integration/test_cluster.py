@@ -414,7 +414,7 @@ def test_a_part_that_is_lost_on_its_way_puts_the_old_collection_back(operator, p
         gate.stops.append(stop)
         failed = operator.run("restore_from_backup", archive, expect=1)
         assert stop.reached.is_set()
-    assert "the one that stood there is back" in failed.err, failed.err
+    assert "the old one is back" in failed.err, failed.err
     assert_restored(operator, pair, spoilt)
     operator.export(QDRANT_NODE_URLS=pair.urls)
     operator.run("restore_from_backup", archive)

@@ -120,7 +120,7 @@ def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypat
     operator.run("backup_automem")
     state = operator.state()
     with monkeypatch.context() as patched:
-        patched.setattr("lib.backup.collection_restore.compare", interrupt)
+        patched.setattr("lib.restore.collection.verify_restored", interrupt)
         operator.run("restore_from_backup", operator.archive(), expect=130)
     assert operator.collections() == [operator.collection]
     assert f"restore_from_backup.py {operator.archive()}\n" in notice(operator)
@@ -333,7 +333,7 @@ def test_that_other_clients_cannot_be_listed_is_said(operator, monkeypatch):
     operator.run("backup_automem")
     monkeypatch.setattr("lib.restore.preflight.other_clients", refuse)
     said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
-    assert "warning: who else is connected to FalkorDB cannot be told" in said
+    assert "warning: the other clients of FalkorDB cannot be listed" in said
     assert "NOPERM" in said
 
 

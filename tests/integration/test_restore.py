@@ -226,7 +226,7 @@ def test_a_dead_collection_is_replaced_and_said_to_be_lost(operator):
     kill_collection(operator)
     operator.run("restore_from_backup", operator.archive(), "--dry-run")
     result = operator.run("restore_from_backup", operator.archive())
-    assert "is dead and cannot be read" in result.err
+    assert "has failed and cannot be read" in result.err
     assert operator.state() == before
     assert settings(operator) == asset
     assert_tidy(operator)

@@ -17,7 +17,6 @@ from lib.journal import open_journals, start_journal
 from lib.restore.graph import TooSmall, clean_up_graph, drop_old
 from lib.restore.preflight import require_quiet, verify_files
 from lib.restore.run import restore
-from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.restore_support import neighbours, site, wanted
 
@@ -39,14 +38,13 @@ def digest(operator, graph: str = "") -> str:
         return graph_digest(conn, graph or operator.graph, by_id=True).digest
 
 
-def run_restore(operator, place, file, options=None, undo=lambda _: "the undo"):
+def run_restore(operator, place, file, undo=lambda _: "the undo"):
     """The restore within this process, as the script calls it."""
     files = wanted(operator, file)
-    options = options or Options()
     with ExitStack() as stack:
-        proved = verify_files(place, files, stack, options)
-        require_quiet(place, proved.graph, options)
-        return restore(place, proved, undo, options)
+        verified = verify_files(place, files, stack)
+        require_quiet(place, verified.graph, place.graph)
+        return restore(place, verified, undo)
 
 
 def test_a_user_without_psync_backs_up_by_dump_and_restores(without_psync):
@@ -160,10 +158,9 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     monkeypatch.setattr("lib.restore.preflight.ask_health", lambda _api: HealthAnswer("running"))
+    place = site(operator, engines=[], both=False, while_running=True)
     with pytest.raises(UsageProblem, match="not loaded by any engine"):
-        run_restore(
-            operator, site(operator, engines=[], both=False), operator.rdb(), Options(while_running=True)
-        )
+        run_restore(operator, place, operator.rdb())
 
 
 def test_writes_between_the_safety_backup_and_the_switch_are_saved_and_restorable(operator):
@@ -209,7 +206,7 @@ def test_what_was_written_after_a_killed_switch_stays_and_the_old_graph_too(oper
     operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
     journal.append("switching the graph", safety_graph=kept, restored_digest="0" * 32)
     (told,) = clean_up_graph(place.graph, journal, operator.backups)
-    assert f"kept as {kept}" in told
+    assert f"preserved as {kept}" in told
     assert digest(operator, kept) == old
     assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]
 
@@ -231,7 +228,7 @@ def test_days_of_work_after_a_killed_switch_survive_a_restore_that_fails(operato
     assert digest(operator) == worked
     monkeypatch.undo()
     done = run_restore(operator, place, file)
-    assert any("kept as" in note for note in done.notes)
+    assert any("preserved as" in note for note in done.notes)
     assert done.safety.graph.digest == worked
     assert digest(operator) != worked
 

@@ -204,7 +204,7 @@ def test_other_clients_are_named(ready):
     with connect(ready.servers.falkordb.address) as conn:
         conn.execute_command("GRAPH.RO_QUERY", ready.graph, "RETURN 1")
         text = ready.run("restore_from_backup", ready.rdb(), "-q").err
-    assert "other client(s) of FalkorDB: 127.0.0.1:" in text
+    assert "1 other client of FalkorDB: 127.0.0.1:" in text
     assert "graph.ro_query" in text.lower()
     assert "until it is restarted" in text
 

@@ -28,7 +28,7 @@ ROOMS = {
     "qdrant_edge": "lib/clients/qdrant",
     "openai": "lib/clients/embeddings",
     "tiktoken": "lib/clients/embeddings",
-    "sqlite3": ("lib/clients/embeddings", "lib/backup/existing_points.py", "lib/backup/run.py"),
+    "sqlite3": ("lib/clients/embeddings", "lib/backup/existing_points.py"),
     "isal": "lib/backup",
     "fsspec": "lib/backup",
     "paramiko": "lib/backup/copy_sftp.py",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from lib.clients.qdrant.collection import Health, health
+from lib.clients.qdrant import snapshots
+from lib.clients.qdrant.collection import Health, delete_collection, health, list_collections
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
 from lib.clients.qdrant.transport import (
     GATEWAY_ERRORS,
@@ -251,3 +252,18 @@ def _health(q: Qdrant, collection: str) -> Health:
         return health(q, collection)
     except StoreUnreachable:
         return "unavailable"  # the server may be restarting
+
+
+def drop_temporary(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:
+    """Delete a temporary collection, live or failed, and first the files uploaded to it.
+
+    The files cannot be reached without the collection. `nodes` are those of a cluster, each of which may hold a file.
+    """
+    if name not in list_collections(q):
+        return
+    for node in (q, *nodes):
+        # The collection matters more: a failed one keeps a 1.11.3 server from starting.
+        with suppress(MigrationError):
+            for one in snapshots.list_snapshots(node, name):
+                snapshots.delete(node, name, one.name)
+    delete_collection(q, name)

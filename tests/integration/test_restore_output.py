@@ -1,4 +1,4 @@
-"""What a restore tells: both sides before it begins, what is newer than the file, how AutoMem is started anew."""
+"""What a restore prints: both sides before it begins, what is newer than the file, how to restart AutoMem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.restore_support import TIMEOUT
 pytestmark = pytest.mark.qdrant
 
 
-def test_what_is_newer_than_the_files_is_counted_named_and_kept(operator):
+def test_what_is_newer_than_the_files_is_counted_named_and_preserved(operator):
     operator.load()
     operator.run("backup_automem")
     fresh = [str(uuid.UUID(int=number)) for number in range(3)]
@@ -36,10 +36,10 @@ def test_what_is_newer_than_the_files_is_counted_named_and_kept(operator):
     assert "remain in the safety backup that a restore takes" in text
     done = operator.run("restore_from_backup", "latest")
     assert all(identity in done.out for identity in fresh)
-    kept = operator.manifests()[-1]
-    assert f"remain in {kept}" in done.out
+    saved = operator.manifests()[-1]
+    assert f"remain in {saved}" in done.out
     assert operator.cypher("MATCH (m:Memory) WHERE m.id IN $ids RETURN count(m)", ids=fresh) == [[0]]
-    operator.run("restore_from_backup", "-q", str(kept))
+    operator.run("restore_from_backup", "-q", str(saved))
     assert operator.cypher("MATCH (m:Memory) WHERE m.id IN $ids RETURN count(m)", ids=fresh) == [[3]]
 
 
@@ -55,7 +55,7 @@ def test_points_newer_than_the_file_remain_in_the_graph_too(operator):
 
 
 @pytest.mark.matrix
-def test_after_the_graph_alone_no_setting_is_spoken_of(operator):
+def test_after_the_graph_alone_no_setting_is_printed(operator):
     operator.load(60)
     operator.run("backup_automem")
     text = operator.run("restore_from_backup", operator.rdb()).out
@@ -66,7 +66,7 @@ def test_after_the_graph_alone_no_setting_is_spoken_of(operator):
     assert "VECTOR_SIZE" in operator.run("restore_from_backup", operator.archive()).out
 
 
-def test_a_store_that_is_absent_is_told_in_the_plan(operator):
+def test_a_store_that_is_absent_is_shown_in_the_plan(operator):
     operator.load(60)
     operator.run("backup_automem")
     requests.delete(f"{operator.servers.qdrant_url}/collections/{operator.collection}", timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""What was proved is what is sent: the archive is not read again, but where the room to keep its snapshot was lacking."""
+"""What was verified is what is sent: the archive is read again only if there was no room to save its snapshot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from lib.errors import BackupDamaged
 from lib.restore.preflight import verify_files
 from lib.restore.run import restore
-from lib.restore.site import Options
 from tests.matrix import matrix
 from tests.restore_support import assert_tidy, site, spoil, wanted
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.qdrant
 
 @pytest.mark.parametrize("room", matrix([True, False], True))
 @pytest.mark.parametrize("meanwhile", matrix(["stays", "is damaged"], "is damaged"))
-def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, meanwhile):
+def test_the_snapshot_that_was_verified_is_restored(operator, monkeypatch, room, meanwhile):
     operator.load(80)
     operator.run("backup_automem", "--only", "qdrant")
     before, archive = operator.state(), Path(operator.archive())
@@ -29,14 +28,14 @@ def test_the_snapshot_that_was_proved_is_restored(operator, monkeypatch, room, m
     spoilt = operator.state()
     with ExitStack() as stack:
         place = site(operator)
-        proved = verify_files(place, wanted(operator, archive), stack, Options())
+        verified = verify_files(place, wanted(operator, archive), stack)
         if meanwhile == "is damaged":
             archive.write_bytes(archive.read_bytes()[:-5000] + bytes(5000))
         if room or meanwhile == "stays":
-            restore(place, proved, lambda _: "the undo", Options())
+            restore(place, verified, lambda _: "the undo")
             assert operator.state().collection == before.collection
         else:
             with pytest.raises(BackupDamaged):
-                restore(place, proved, lambda _: "the undo", Options())
+                restore(place, verified, lambda _: "the undo")
             assert operator.state() == spoilt
     assert_tidy(operator)

@@ -1,0 +1,400 @@
+"""Restore a collection from its snapshots: a trial under a temporary name, then the cutover. One server or a cluster.
+
+A restore can destroy the collection that it restores onto, and a failed collection keeps a 1.11.3 server from
+starting again. So nothing is restored onto a live one, and a temporary one whose restore failed is deleted at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import IO, Any, BinaryIO, cast
+
+from lib.backup.archive import SnapshotMember
+from lib.backup.collection import CollectionSource
+from lib.backup.existing_points import existing_points, orphan_ids
+from lib.backup.payloads import PointId
+from lib.clients.qdrant import snapshots
+from lib.clients.qdrant.cluster import peers_of, wait_active
+from lib.clients.qdrant.collection import (
+    aliases_of,
+    create_small,
+    delete_collection,
+    exists,
+    free_aliases,
+    get_state,
+    health,
+    is_failed,
+    list_collections,
+    put_aliases,
+    put_fan_out,
+)
+from lib.clients.qdrant.points import raw_points, scroll
+from lib.clients.qdrant.restoring import (
+    can_fetch_itself,
+    drop_temporary,
+    recover,
+    upload_and_restore,
+    wait_restored,
+)
+from lib.clients.qdrant.transport import Qdrant, QdrantError
+from lib.concurrency import Progress, steps_of
+from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
+from lib.journal import Journal
+from lib.restore.inputs import CollectionBackup
+
+# Phases of the journal.
+TRIAL_BEGUN, TRIAL_VERIFIED = "rehearsing the collection", "collection rehearsed"
+DELETING, RESTORED, PUT_BACK = (
+    "deleting the live collection",
+    "collection restored",
+    "old collection put back",
+)
+_ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
+_UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
+_TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
+_LIST_NODES = "export QDRANT_NODE_URLS=http://node1:6333,http://node2:6333   (every node's own address)"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One snapshot and the node that it goes to; in a cluster with a number and the shards that it brings."""
+
+    node: Qdrant
+    snapshot: SnapshotMember
+    number: int | None = None
+    shards: tuple[int, ...] = ()
+
+    @property
+    def timeout(self) -> float:
+        """Seconds to wait for the end of the restore if the node's answer does not come."""
+        return _TIMEOUT_SECONDS + self.snapshot.size / _SLOW_BYTES_A_SECOND
+
+    def filename(self, stem: str) -> str:
+        """Under which the node stores the uploaded file."""
+        return f"{stem}.snapshot" if self.number is None else f"{stem}-{self.number}.snapshot"
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """A backup, the collection that it replaces, and the node that each snapshot goes to.
+
+    `begun`: names under which at least one of several parts was restored.
+    """
+
+    backup: CollectionBackup
+    target: CollectionSource
+    parts: tuple[Part, ...]
+    begun: set[str] = field(default_factory=set, compare=False)
+
+    def upload(self, name: str, stem: str, progress: Progress | None) -> None:
+        """Send every snapshot and have it restored as `name`. The nodes store the files under `stem`."""
+        for part in self.parts:
+            self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
+            self._wait_active(part, name)
+
+    def own_urls(self, name: str, stem: str) -> list[str] | None:
+        """The URLs from which the nodes can fetch their own copies of `name`, tested; None if one cannot."""
+        urls = []
+        for part in self.parts:
+            file = snapshots.Snapshot(part.filename(stem), part.snapshot.size, part.snapshot.sha256, "")
+            if url := can_fetch_itself(part.node, name, file, f"{name}_probe"):
+                urls.append(url)
+        return urls if len(urls) == len(self.parts) else None
+
+    def fetch(self, name: str, urls: Sequence[str]) -> None:
+        """Have each node restore its snapshot as `name` from its own URL."""
+        for part, url in zip(self.parts, urls, strict=True):
+            further, sha256 = part is not self.parts[0], part.snapshot.sha256
+            recover(part.node, name, url, sha256, seconds=part.timeout, allow_existing=further)
+            self._wait_active(part, name)
+
+    def delete_files(self, name: str, stem: str) -> None:
+        """Delete the files that were uploaded to `name` under `stem`, if there are any."""
+        for part in self.parts:
+            snapshots.delete(part.node, name, part.filename(stem))
+
+    def withdraw(self, name: str) -> None:
+        """Delete the files of a restore that created no collection `name`.
+
+        The server lists them only while a collection of that name exists, so an empty one is created for the moment.
+        """
+        qdrant = self.target.qdrant
+        if name in list_collections(qdrant):
+            return
+        create_small(qdrant, name)
+        try:
+            self.delete_files(name, name)
+        finally:
+            delete_collection(qdrant, name)
+
+    def drop_unusable(self) -> None:
+        """Delete what a failed restore left under the live name.
+
+        A failed collection would keep a 1.11.3 server from starting; one with some of its parts would look complete.
+        """
+        qdrant, name = self.target.qdrant, self.target.collection
+        with suppress(MigrationError):  # the operator must read the first error
+            if name in self.begun or is_failed(qdrant, name):
+                delete_collection(qdrant, name)
+
+    def complete(self, aliases: Iterable[str]) -> None:
+        """Set what a snapshot does not hold: the read fan-out, and the aliases whose names are free."""
+        qdrant, name = self.target.qdrant, self.target.collection
+        put_fan_out(qdrant, name, self.backup.archive.facts["config"])
+        put_aliases(qdrant, name, free_aliases(qdrant, name, aliases))
+
+    def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
+        upload_and_restore(
+            part.node,
+            name,
+            cast("BinaryIO", stream),
+            size=part.snapshot.size,
+            filename=part.filename(stem),
+            checksum=part.snapshot.sha256,
+            progress=steps_of(progress) if progress else None,
+            seconds=part.timeout,
+            allow_existing=part is not self.parts[0],
+        )
+
+    def _wait_active(self, part: Part, name: str) -> None:
+        if part.number is not None:
+            self.begun.add(name)
+            nodes = self.target.nodes or (self.target.qdrant,)
+            wait_active(nodes, name, part.node, part.shards, part.timeout)
+
+
+def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestorePlan:
+    """Assign each snapshot to a node. The nodes are asked for their peer ids.
+
+    Raises UsageProblem if the nodes are not listed, or if the target is no cluster.
+    """
+    recorded: list[dict[str, Any]] = backup.archive.facts.get("nodes") or []
+    held = backup.archive.snapshots
+    if not recorded and peers_of(target.qdrant)[1] < 2:
+        return RestorePlan(backup, target, (Part(target.qdrant, held[0]),))
+    nodes = _nodes_of(backup, target, len(recorded))
+    shards = [tuple(one["shards"]) for one in recorded] or [tuple(backup.snapshot.shards)]
+    parts: list[Part] = []
+    for number in _cover(shards):
+        node = nodes.get(int(recorded[number]["peer"])) if recorded else None
+        taken = [part.node for part in parts]
+        free = [one for one in nodes.values() if one not in taken] or list(nodes.values())
+        parts.append(Part(node or free[0], held[number], number, shards[number]))
+    return RestorePlan(backup, target, tuple(parts))
+
+
+def _nodes_of(backup: CollectionBackup, target: CollectionSource, count: int) -> dict[int, Qdrant]:
+    """The listed nodes by their peer ids, for the snapshots of `count` nodes (0: of one server)."""
+    if count and not target.nodes:
+        raise UsageProblem(
+            f"{backup.path.name} holds the snapshots of {count} Qdrant nodes, and QDRANT_NODE_URLS lists none to"
+            " restore them to",
+            next_step=_LIST_NODES,
+        )
+    found: dict[int, Qdrant] = {}
+    for node in target.nodes or (target.qdrant,):
+        peer, peers = peers_of(node)
+        if count and not peers:
+            raise UsageProblem(
+                f"{backup.path.name} holds the snapshots of {count} Qdrant nodes: a server that is no cluster, as "
+                f"{node.display}, takes no part of a collection",
+                next_step="start it with QDRANT__CLUSTER__ENABLED=true and --uri; one node is enough",
+            )
+        found[peer] = node
+    return found
+
+
+def _cover(held: Sequence[tuple[int, ...]]) -> Iterator[int]:
+    """As few snapshots as bring every shard: always the one that brings most of what is still missing."""
+    missing = {shard for shards in held for shard in shards}
+    while missing:
+        best = max(range(len(held)), key=lambda number: len(missing & set(held[number])))
+        missing -= set(held[best])
+        yield best
+
+
+def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None:
+    """Compare size, distance and every expected id with the backup. Raises BackupDamaged."""
+    state = get_state(qdrant, name)
+    if (state.size, state.distance) != (backup.snapshot.size, backup.snapshot.distance):
+        raise BackupDamaged(
+            f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d"
+        )
+    if not backup.ids.complete:
+        _take_ids(backup, qdrant, name, state.points)
+    with existing_points(qdrant, name, payload=False) as existing:
+        missing = sum(1 for _ in orphan_ids(backup.ids, existing.payloads))
+    if missing:
+        raise _points_lost(backup, f"{missing} of {len(backup.ids)} points are lost")
+
+
+def _take_ids(backup: CollectionBackup, qdrant: Qdrant, trial: str, found: int) -> None:
+    """A bare snapshot lists no ids: expect those of its trial restore, unless its segments held more points."""
+    if found < (backup.points or 0):
+        raise _points_lost(backup, f"with {found} of {backup.points} points")
+    backup.ids.fill(point.id for page in scroll(qdrant, trial) for point in page)
+
+
+def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
+    return BackupDamaged(
+        f"{backup.path.name} restores without an error, but {how}",
+        next_step="use another backup: python scripts/backup_automem.py --list",
+    )
+
+
+Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
+_SAMPLE = 200
+
+
+def _sample(backup: CollectionBackup, qdrant: Qdrant, name: str) -> Sample:
+    """Points of this collection, spread over all the backup's ids."""
+    step = max(1, len(backup.ids) // _SAMPLE)
+    every = chain.from_iterable(backup.ids.ids())
+    return raw_points(qdrant, name, list(islice(every, 0, step * _SAMPLE, step)))
+
+
+def _verify_live(plan: RestorePlan, sample: Sample) -> None:
+    """Raise BackupDamaged unless the restored collection equals its trial; it is deleted then.
+
+    Compared are every id, and payloads and vectors (also named ones) of the sample.
+    """
+    backup, qdrant, name = plan.backup, plan.target.qdrant, plan.target.collection
+    try:
+        verify_restored(backup, qdrant, name)
+        _verify_sample(qdrant, name, sample)
+    except BackupDamaged:
+        with suppress(MigrationError):  # the operator must read the first error
+            delete_collection(qdrant, name)
+        raise
+
+
+def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
+    if raw_points(qdrant, name, list(sample)) != sample:
+        raise BackupDamaged(f"'{name}' differs from its trial restore")
+
+
+def trial_name(collection: str, backup: CollectionBackup) -> str:
+    """The name of the trial restore of this very snapshot."""
+    return f"{collection}__try_{backup.archive.snapshot.sha256[:16]}"
+
+
+def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None) -> str:
+    """Restore under a temporary name and compare. Returns that name; the caller deletes a failed one at once.
+
+    A trial that a killed run verified is used again: its name holds the snapshot's checksum.
+    """
+    qdrant, name = plan.target.qdrant, trial_name(plan.target.collection, plan.backup)
+    journal.append(TRIAL_BEGUN, temporary_collection=name)
+    if name not in list_collections(qdrant):
+        try:
+            plan.upload(name, name, progress)
+        except QdrantError as error:
+            with suppress(MigrationError):  # the operator must read the first error
+                plan.withdraw(name)
+            if error.status < 500:
+                raise
+            raise _trial_failed(plan, error) from error
+    verify_restored(plan.backup, qdrant, name)
+    journal.append(TRIAL_VERIFIED)
+    return name
+
+
+def _trial_failed(plan: RestorePlan, error: QdrantError) -> StoreFailed:
+    # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
+    room = _ROOM_FACTOR * sum(part.snapshot.size for part in plan.parts) / 2**20
+    return StoreFailed(
+        f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}",
+        next_step=f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
+        " takes now), then run the same command again",
+    )
+
+
+def cut_over(
+    plan: RestorePlan,
+    temporary: str,
+    journal: Journal,
+    progress: Progress | None,
+    *,
+    undo: str,
+    aliases: Iterable[str] = (),
+) -> None:
+    """Delete the live collection and restore under its name from the copies that the servers already hold.
+
+    Whether the servers can fetch their copies is tested before the delete; if not, the files are uploaded again.
+    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once.
+    """
+    qdrant, name = plan.target.qdrant, plan.target.collection
+    sample = _sample(plan.backup, qdrant, temporary)
+    urls = plan.own_urls(temporary, temporary)
+    existed = exists(qdrant, name)
+    wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
+    journal.append(DELETING, undo=undo, aliases=sorted(wanted))
+    if existed:
+        delete_collection(qdrant, name)
+    second_upload = f"{temporary}-again"
+    try:
+        if urls:
+            plan.fetch(name, urls)
+        else:
+            plan.upload(name, second_upload, progress)
+        for stem in (second_upload, _old_stem(temporary)):  # also what a killed run uploaded
+            plan.delete_files(name, stem)
+    except MigrationError:
+        plan.drop_unusable()
+        raise
+    _verify_live(plan, sample)
+    plan.complete(wanted)
+    journal.append(RESTORED)
+
+
+def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None:
+    """Restore the old collection from its safety backup; no collection of its name exists now."""
+    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(temporary)
+    try:
+        saved.upload(name, stem, None)
+        saved.delete_files(name, stem)
+        verify_restored(saved.backup, qdrant, name)
+    except MigrationError:
+        saved.drop_unusable()
+        raise
+    saved.complete(aliases)
+
+
+def _old_stem(temporary: str) -> str:
+    """Under which the old collection's snapshots are uploaded when it is put back."""
+    return f"{temporary}-old"
+
+
+def is_absent(journal: Journal) -> bool:
+    """Whether the run deleted the live collection and restored none: the next run uses its trial."""
+    return journal.has_reached(DELETING) and not (
+        journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK)
+    )
+
+
+def clean_up_collection(
+    target: CollectionSource, journal: Journal, backup: CollectionBackup | None = None
+) -> list[str]:
+    """Clean up after a killed run; returns what was done. A verified trial of `backup` is left for this run."""
+    qdrant, collection = target.qdrant, target.collection
+    if journal.has_reached(DELETING) and health(qdrant, collection) == "restoring":
+        with suppress(StoreFailed):  # if it fails in the end, this run replaces it
+            wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
+    name = journal.fact("temporary_collection")
+    if name is None or name not in list_collections(qdrant):
+        return []
+    if backup is not None and journal.has_reached(TRIAL_VERIFIED) and name == trial_name(collection, backup):
+        return [f"resuming from {name}, which an earlier run verified"]
+    drop_temporary(qdrant, name, target.nodes)
+    return [f"removed the temporary collection {name}"]
+
+
+def aliases_taken_off(journal: Journal) -> list[str]:
+    """The aliases that a run, or one that it resumed, took off with the collection and did not put back."""
+    if journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK):
+        return []
+    return list(journal.fact("aliases") or [])
