@@ -86,12 +86,8 @@ def reembed(
         removed=removed,
         undo=journal.undo or undo,
     )
-    files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
-    # A run that is killed before this writes its report again.
-    if paid.log:
-        paid.log.settle(journal.run_id)
-    journal.close("done")
-    return done, files
+    report = make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete)
+    return done, _close(journal, paid, write_report(report))
 
 
 def only_stage(
@@ -166,3 +162,11 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     if has_staged(ctx, journal):
         drop_staged(ctx, journal)
         snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
+
+
+def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[Path]:
+    """Close the run. If it is killed before this, the resumed run writes its report again."""
+    if paid.log:
+        paid.log.settle(journal.run_id)
+    journal.close("done")
+    return report

@@ -85,8 +85,8 @@ def operator(session_servers, by_name, tmp_path, monkeypatch) -> Iterator[Operat
 
     The machine-wide lock is in a folder of the test: another test suite has the same name for its Qdrant.
     """
-    own_lock = functools.partialmethod(lock_targets.__init__, folder=tmp_path / "locks")
-    monkeypatch.setattr(lock_targets, "__init__", own_lock)
+    own_lock = functools.partial(lock_targets, folder=tmp_path / "locks")
+    monkeypatch.setattr("lib.connect.lock_targets", own_lock)
     someone = Operator(session_servers, tmp_path, NAME, NAME)
     someone.export(QDRANT_URL=QDRANT, OPENAI_BASE_URL=EMBEDDINGS, HTTP_PROXY=by_name.url)
     session_servers.openai.clear_faults()
