@@ -31,7 +31,7 @@ from lib.reembed.assess import (
     require_whole_graph,
 )
 from lib.reembed.context import Context, mark_fresh, must_forget
-from lib.reembed.cutover import cut_over, snapshot_file
+from lib.reembed.cutover import Cutover, cut_over, snapshot_file
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached
 from lib.reembed.guard import undo_of
 from lib.reembed.quality import save_before
@@ -66,10 +66,7 @@ def reembed(
 
     scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
     last = fill(ctx, journal)
-    # If the collection was replaced, AutoMem may have removed a deleted memory's point from the old one only.
-    replaced = cutover.absent_since is not None
-    removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection)) if replaced else 0
-
+    removed = _remove_orphans(ctx, cutover)
     repaired = verify_points(ctx, ctx.collection, last.outcome, own=False)
     _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
 
@@ -162,6 +159,13 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     if has_staged(ctx, journal):
         drop_staged(ctx, journal)
         snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
+
+
+def _remove_orphans(ctx: Context, cutover: Cutover) -> int:
+    """Remove points without a memory. AutoMem may have removed a deleted memory's point from the old collection only."""
+    if cutover.absent_since is None:  # nothing was replaced
+        return 0
+    return remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
 
 
 def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[Path]:
