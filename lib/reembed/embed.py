@@ -94,7 +94,7 @@ class PaidLog:
         if self.sums.settled_by and self.sums.settled_by != run_id:
             self.sums = PaidSums()
 
-    def settle(self, run_id: str) -> None:
+    def mark_reported(self, run_id: str) -> None:
         """Note that the report of this run has the sums."""
         self.sums.settled_by = run_id
         self.save()

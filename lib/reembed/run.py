@@ -162,7 +162,7 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
 
 
 def _remove_orphans(ctx: Context, cutover: Cutover) -> int:
-    """Remove points without a memory. AutoMem may have removed a deleted memory's point from the old collection only."""
+    """Remove points without a memory: AutoMem may have removed a memory and its point in the old collection alone."""
     if cutover.absent_since is None:  # nothing was replaced
         return 0
     return remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
@@ -171,6 +171,6 @@ def _remove_orphans(ctx: Context, cutover: Cutover) -> int:
 def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[Path]:
     """Close the run. If it is killed before this, the resumed run writes its report again."""
     if paid.log:
-        paid.log.settle(journal.run_id)
+        paid.log.mark_reported(journal.run_id)
     journal.close("done")
     return report

@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: sizes, layers, who prints, who reads the environment, quick help."""
+"""The rules of the architecture, read from the source: sizes, layers, who prints, who reads the environment, words."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIB = sorted((ROOT / "lib").rglob("*.py"))
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != "__init__.py")
 PRINTING = {"lib/console.py", "lib/cli.py"}
-# Which package may import which library; the sandbox stands in for the servers themselves.
-ROOMS = {
+# Which modules may import which library. The sandbox replaces the servers, so it may import all of them.
+MODULES = {
     "falkordb": "lib/clients/falkordb",
     "qdrant_client": "lib/clients/qdrant",
     "qdrant_edge": "lib/clients/qdrant",
@@ -165,15 +165,15 @@ def test_only_the_configuration_reads_the_environment():
     assert outside == {"lib/config.py", "lib/child_process.py"}
 
 
-@pytest.mark.parametrize("package", ROOMS)
-def test_each_library_has_its_room(package):
-    rooms = ROOMS[package] if isinstance(ROOMS[package], tuple) else (ROOMS[package],)
+@pytest.mark.parametrize("package", MODULES)
+def test_each_library_has_its_modules(package):
+    allowed = MODULES[package] if isinstance(MODULES[package], tuple) else (MODULES[package],)
     users = {short(path) for path in [*LIB, *SCRIPTS] if package in imported(path)}
     users = {name for name in users if not name.startswith("tests/sandbox/")}
     if package == "argparse":  # a script's own arguments
         users = {name for name in users if not name.startswith("scripts/")}
     assert users, f"nobody imports {package}"
-    assert {name for name in users if not name.startswith(rooms)} == set()
+    assert {name for name in users if not name.startswith(allowed)} == set()
 
 
 def test_nothing_broad_is_caught_without_a_reason():
@@ -292,3 +292,36 @@ def test_every_script_has_the_common_flags(path):
     )
     assert (args.json, args.quiet, args.verbose, args.show_config) == (True,) * 4
     assert (args.env_file, args.backup_dir) == ("e", "b")
+
+
+# Words of earlier versions that have a standard term now, and the on-disk names and flags that keep them.
+OLD_WORDS = re.compile(
+    r"\b(prov(e|es|ed|ing)|proofs?|spools?|bought|buy(er|s)?|purchases?|rehears\w*|anew|surplus|shelf|undertaker"
+    r"|throw-?away|misfit|mend(ed|s)?|beside|told|asleep|gone on with|goes on|stands)\b",
+    re.IGNORECASE,
+)
+STORED = re.compile(
+    r"""["'](staged and proved|proved|proofs?|collection rehearsed|rehearsing the (collection|graph)|bought|mended)["']"""
+    r"|f?[\"']bought of |bought[.|]|`bought`|stands for|\bproof(_note)?\b|proved=|prune.spool|mended\\|",
+)
+
+
+def test_the_library_uses_the_standard_terms():
+    found = [
+        f"{short(path)}:{number} {line.strip()}"
+        for path in [*LIB, *SCRIPTS]
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if OLD_WORDS.search(STORED.sub("", line))
+    ]
+    assert found == []
+
+
+def test_what_the_architecture_page_names_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`((?:\w+/)*\w+\.py)(?:: (\w+))?`", text)
+    assert len(named) > 20
+    for name, function in named:
+        path = next(one for one in (ROOT / "lib" / name, ROOT / name) if one.exists())
+        assert not function or re.search(
+            rf"(def|class) {function}\b|^{function}\b", path.read_text(), re.MULTILINE
+        ), name
