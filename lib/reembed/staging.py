@@ -260,8 +260,8 @@ def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, exclus
     """Verify that every planned id exists and every vector equals the cache's. Returns how many vectors it repaired.
 
     Ids that the `outcome` of filling rejected are left out. `exclusive`: nobody else writes to the collection, so no
-    other id may exist, and each vector must be the plan's. In a live one, vectors that AutoMem wrote with the old model are
-    repaired and compared again. Raises VerificationFailed.
+    other id may exist, and each vector must be the plan's. In a live one, vectors that AutoMem wrote with the old
+    model are repaired and compared again. Raises VerificationFailed.
     """
     missing, orphans = _different_ids(ctx, collection, {one.id for one in outcome.rejected})
     if not exclusive:  # AutoMem removes a point with its memory
