@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import COMMAND, DELETING, PLACED, VERIFIED, collection_of
+from lib.backup.last_migration import COMMAND, DELETING, STAGED_RESTORED, VERIFIED, collection_of
 from lib.backup.run import clean_up_backup, snapshot_deletions
 from lib.backup.server_snapshots import AWAITED
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists, get_state, health
-from lib.clients.qdrant.restoring import drop_temporary
+from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
@@ -50,7 +50,7 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     for journal in journals:
         staged = journal.fact("staged_collection") or journal.fact("side")
         if staged and exists(qdrant, staged):
-            drop_temporary(qdrant, staged)
+            delete_with_snapshots(qdrant, staged)
             done.removed.append(f"collection {staged}")
         if journal.command == spot_check.COMMAND:
             spot_check.remove_plan(cache, journal)
@@ -108,7 +108,7 @@ def clean_up_untouched(
             continue
         clean = clean_up_backup(folder, collection, journal)
         if collection and temporary:
-            drop_temporary(collection.qdrant, temporary, collection.nodes)
+            delete_with_snapshots(collection.qdrant, temporary, collection.nodes)
         if graph and temporary_graph:
             clean_up_graph(graph, journal, folder)
         if not clean:
@@ -143,7 +143,7 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
     if not journal.has_reached(DELETING):
         return
     if health(qdrant, name) == "live":
-        if journal.has_reached(PLACED) or journal.has_reached(VERIFIED):
+        if journal.has_reached(STAGED_RESTORED) or journal.has_reached(VERIFIED):
             return
         before, state = journal.fact("settings") or {}, get_state(qdrant, name)
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")

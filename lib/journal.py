@@ -63,7 +63,7 @@ class _FirstEntry(_Entry, kw_only=True):
     targets: list[str]
 
 
-def _ends_torn(stream: IO[bytes]) -> bool:
+def _last_line_incomplete(stream: IO[bytes]) -> bool:
     """Return whether a crash cut the last line, so that the next entry needs a newline first."""
     stream.seek(-1, os.SEEK_END)
     return stream.read(1) != b"\n"
@@ -129,11 +129,11 @@ class Journal:
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "phase": phase, **facts}
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         with self.path.open("ab+") as stream:
-            if stream.tell() and _ends_torn(stream):
+            if stream.tell() and _last_line_incomplete(stream):
                 line = "\n" + line
             stream.write(line.encode())
             stream.flush()
-            self.entries.append(entry)  # before fsync, which takes long: a signal may end it
+            self.entries.append(entry)  # before fsync, which a signal may interrupt
             os.fsync(stream.fileno())
 
     def close(self, outcome: str) -> None:

@@ -13,13 +13,13 @@ from lib.backup.last_migration import (
     CREATED,
     DELETED,
     DELETING,
-    PLACED,
-    PLACING,
+    DROPPING_STAGED,
     READ,
-    SNAPPED,
+    RESTORING_STAGED,
+    SNAPSHOT_MADE,
     STAGED,
+    STAGED_RESTORED,
     STAGING,
-    TIDYING,
 )
 from lib.journal import Journal, open_journals, read_journal
 from tests.gate import CancelToken, Gate
@@ -55,27 +55,27 @@ STAGED_WINDOWS = {
     "all staged, being verified": ("POST", STAGED_READING, (READ,), 3, False),
     "verified, no snapshot yet": ("POST", SNAPSHOTS, (STAGED,), 1, False),
     "snapshot made, not yet noted": ("POST", SNAPSHOTS, (STAGED,), 1, True),
-    "before the method is verified": ("PUT", PROBE, (SNAPPED,), 1, False),
-    "method verified": ("PUT", PROBE, (SNAPPED,), 1, True),
-    "before the guard's last look": ("POST", READING, (SNAPPED,), 1, False),
-    "payloads read again, not yet noted": ("POST", READING, (SNAPPED,), 3, True),
+    "before the method is verified": ("PUT", PROBE, (SNAPSHOT_MADE,), 1, False),
+    "method verified": ("PUT", PROBE, (SNAPSHOT_MADE,), 1, True),
+    "before the guard's last look": ("POST", READING, (SNAPSHOT_MADE,), 1, False),
+    "payloads read again, not yet noted": ("POST", READING, (SNAPSHOT_MADE,), 3, True),
     "delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
-    "deleted and noted": ("PUT", RECOVER, (PLACING,), 1, False),
-    "in place, not yet noted": ("PUT", RECOVER, (PLACING,), 1, True),
+    "deleted and noted": ("PUT", RECOVER, (RESTORING_STAGED,), 1, False),
+    "in place, not yet noted": ("PUT", RECOVER, (RESTORING_STAGED,), 1, True),
 }
 # From here on a start that resumes announces nothing until all is verified.
 END_WINDOWS = {
-    "before the aliases": ("POST", ALIASES, (PLACING, PLACED, CREATED), 1, False),
-    "aliases there": ("POST", ALIASES, (PLACING, PLACED, CREATED), 1, True),
-    "before the stamp": ("PATCH", LIVE, (PLACING, PLACED, CREATED), 1, False),
-    "stamped, not yet noted": ("PATCH", LIVE, (PLACING, PLACED, CREATED), 1, True),
+    "before the aliases": ("POST", ALIASES, (RESTORING_STAGED, STAGED_RESTORED, CREATED), 1, False),
+    "aliases there": ("POST", ALIASES, (RESTORING_STAGED, STAGED_RESTORED, CREATED), 1, True),
+    "before the stamp": ("PATCH", LIVE, (RESTORING_STAGED, STAGED_RESTORED, CREATED), 1, False),
+    "stamped, not yet noted": ("PATCH", LIVE, (RESTORING_STAGED, STAGED_RESTORED, CREATED), 1, True),
 }
 TIDY_WINDOWS = {
-    "before the snapshot's end": ("DELETE", SNAPSHOTS, (TIDYING,), 1, False),
-    "snapshot deleted": ("DELETE", SNAPSHOTS, (TIDYING,), 1, True),
-    "before the staged one's end": ("DELETE", NEXT, (TIDYING,), 1, False),
-    "staged one deleted, not yet noted": ("DELETE", NEXT, (TIDYING,), 1, True),
+    "before the snapshot's end": ("DELETE", SNAPSHOTS, (DROPPING_STAGED,), 1, False),
+    "snapshot deleted": ("DELETE", SNAPSHOTS, (DROPPING_STAGED,), 1, True),
+    "before the staged one's end": ("DELETE", NEXT, (DROPPING_STAGED,), 1, False),
+    "staged one deleted, not yet noted": ("DELETE", NEXT, (DROPPING_STAGED,), 1, True),
 }
 # With --in-place. A run that resumes finds no collection: nothing is noted before it is recreated.
 GONE = (DELETING, DELETED)

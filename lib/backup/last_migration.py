@@ -11,15 +11,15 @@ from lib.journal import Journal, read_journal
 
 # In the staged collection; the live one serves all the time.
 STAGING, READ, STAGED = "staging", "live payloads read", "staged and proved"
-SNAPPED = "snapshot of the staged collection made"
+SNAPSHOT_MADE = "snapshot of the staged collection made"
 # The cutover.
-RECOVERED = "settings taken from the backup"
-KEPT = "payloads kept"
+SETTINGS_RECOVERED = "settings taken from the backup"
+PAYLOADS_SAVED = "payloads kept"
 DELETING, DELETED = "deleting the live collection", "live collection deleted"
-PLACING, PLACED = "putting the staged collection in place", "staged collection in place"
+RESTORING_STAGED, STAGED_RESTORED = "putting the staged collection in place", "staged collection in place"
 CREATED = "collection created"
 # The end.
-VERIFIED, TIDYING = "proved", "removing the staged collection"
+VERIFIED, DROPPING_STAGED = "proved", "removing the staged collection"
 
 COMMAND = "reembed"
 
@@ -87,7 +87,7 @@ def journalled_model(folder: Path, collection: str, size: int) -> str | None:
         journal = read_journal(path)
         if journal is None or journal.targets[-1:] != [collection]:
             continue
-        if any(map(journal.has_reached, (DELETING, PLACING, CREATED))):
+        if any(map(journal.has_reached, (DELETING, RESTORING_STAGED, CREATED))):
             finished = journal.command == COMMAND and journal.has_reached(VERIFIED)
             stamp = journal.fact("stamp") if finished else None
             made = next(iter(stamp.values())) if isinstance(stamp, dict) else {}

@@ -70,7 +70,7 @@ def _in_text_form(live: object, value: object) -> Any:
     if isinstance(live, str) and isinstance(value, str):
         return _in_moment_form(live, value)
     if isinstance(value, str):
-        return _in_form_of_no_text(live, value)
+        return _text_in_form_of_value(live, value)
     if _zone(str(live)) is not None and _kind(value) == "number":
         return _from_epoch(str(live), value)
     spelled = parsed_json(live)
@@ -81,9 +81,9 @@ def _in_text_form(live: object, value: object) -> Any:
     return live if same(spelled, formed) else orjson.dumps(formed).decode()
 
 
-def _in_form_of_no_text(live: object, value: str) -> Any:
+def _text_in_form_of_value(live: object, value: str) -> Any:
     spelled = parsed_json(value)
-    if _kind(spelled) == _kind(live) is not None:
+    if _kind(live) is not None and _kind(spelled) == _kind(live):
         return in_form_of(live, spelled)
     if isinstance(live, list) and live and isinstance(live[0], str):
         return [in_form_of(live[0], value)]
@@ -99,9 +99,9 @@ def parsed_json(text: object) -> Any:
 
 
 def _kind(value: object) -> str | None:
-    """The kind of a JSON value, which two forms must share; None for null and for text."""
+    """Return boolean, number, list or map; None for null and text. Values are converted only within one kind."""
     if isinstance(value, bool):
-        return "truth"
+        return "boolean"
     if isinstance(value, (int, float)):
         return "number"
     return "list" if isinstance(value, list) else "map" if isinstance(value, dict) else None
@@ -235,14 +235,14 @@ PAYLOAD_KEYS = (
 # t_valid into each node, but into a point only when the memory is updated. After writing archived and relevance_score
 # to the graph, its write to the point may have failed silently.
 NEEDED_KEYS = tuple(key for key in PAYLOAD_KEYS if key not in {"updated_at", "last_accessed", "t_valid"})
-_ALWAYS_BACK = ("content", "tags", "tag_prefixes")
+_ALWAYS_RESTORED = ("content", "tags", "tag_prefixes")
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).
 _UUID = re.compile(rf"[0-9a-fA-F]{{32}}|(?:urn:uuid:)?{_HYPHENATED}|\{{{_HYPHENATED}\}}")
 _U64 = (1 << 64) - 1
 BLANK, BAD_ID = "blank content", "id is neither a UUID nor an unsigned integer"
 NOT_TEXT, UNREADABLE = "content is {kind}, not text", "content is not valid UTF-8"
-_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a point"}
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a geo point"}
 
 
 def point_id(value: object) -> PointId | None:
@@ -298,23 +298,26 @@ def node_payload(properties: Mapping[str, Any]) -> dict[str, Any]:
     return payload
 
 
-def standing_payload(
+def base_payload(
     live: Mapping[str, Any] | None, saved: Mapping[str, Any] | None, *, whole: bool = False
 ) -> Mapping[str, Any] | None:
     """What a memory's payload starts from: the live point's, else the one `saved` before the migration.
 
-    If AutoMem recreated the live point meanwhile, it gets back the keys that only the old point had, and those that
-    recall needs. AutoMem may drop its other keys; with `whole`, while the migration runs, every key comes back.
+    If AutoMem recreated the live point meanwhile, the keys that AutoMem does not write, and content and tags, are
+    restored from the old point. Other keys of AutoMem stay dropped. With `whole` (while the migration runs)
+    every key is restored.
     """
     if live is None or saved is None:
         return saved if live is None else live
     lost = {
-        key: value for key, value in saved.items() if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_BACK
+        key: value
+        for key, value in saved.items()
+        if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_RESTORED
     }
     return {**lost, **live}
 
 
-def own_payload(
+def changed_since_written(
     live: Mapping[str, Any] | None, written: Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
     """The part of a point's payload that differs from what the migration itself has `written`, or None."""

@@ -41,7 +41,7 @@ def ids_for_points(conn: redis.Redis, graph: str) -> Iterator[PointId]:
             yield identity
 
 
-_PACKED = 4  # an RDB has a fifth to a twentieth of the server's memory, as seen on 4.16.3 and 4.22.1
+_RDB_SHARE = 4  # assumed: an RDB took 1/5 to 1/20 of the server's memory on 4.16.3 and 4.22.1
 _LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed while writing
 
 
@@ -86,7 +86,7 @@ def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionS
     need = _LEAST_BYTES
     if graph:
         with suppress(AccessRefused):
-            need += memory_used(graph.conn) // _PACKED
+            need += memory_used(graph.conn) // _RDB_SHARE
     if collection:
         state = get_state(collection.qdrant, collection.collection)
         need += state.points * state.size * 4
@@ -140,7 +140,7 @@ def _save(
     if graph is None:
         return None, save_collection(None)
     with BackgroundTask(save_graph) as task:
-        task.wait_begun()  # so that what the graph's file holds was in the collection when its ids are read
+        task.wait_begun()  # the graph's state is fixed now, and its points exist when the collection's ids are read
         saved = save_collection(task)
         return task.result(), saved
 
@@ -194,9 +194,9 @@ def run_backup(
     try:
         manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
     except BaseException as error:
-        remove_unfinished(folder, journal)  # once more: a third Ctrl-C may have ended the first time
+        remove_unfinished(folder, journal)  # again: a third Ctrl-C may have stopped the first attempt
         if isinstance(error, KeyboardInterrupt) and collection:
-            _remove_named(collection, journal)  # once more: it may have come into the first time
+            _remove_named(collection, journal)  # again: the interrupt may have stopped the first attempt
         if removed(journal):
             journal.close("failed, nothing left")
         raise
@@ -208,7 +208,7 @@ def run_backup(
 
 
 def _left_open(folder: Path, targets: list[str]) -> list[Journal]:
-    """Killed backups, and runs of other commands of which a snapshot alone is left: of these targets, oldest first."""
+    """Killed backups, and runs of other commands that left only a snapshot, of these targets, oldest first."""
     here = (one for one in open_journals(folder) if one.targets == targets)
     return [one for one in here if one.command == COMMAND or one.phase == AWAITED]
 
@@ -234,8 +234,8 @@ def report_snapshots(
 ) -> None:
     """Name the snapshots that killed runs may have left, each with the command that deletes it.
 
-    Closes the journals for which one was found, or that are so old that none appears any more. The others stay open
-    for the next run: the server may still be making the snapshot.
+    Closes the journals for which one was found, or that are older than an hour, after which none appears. The others
+    stay open for the next run: the server may still be making the snapshot.
     """
     commands: list[str] = []
     for journal in left:
@@ -253,7 +253,7 @@ def report_snapshots(
 
 
 def snapshot_deletions(collection: CollectionSource, journal: Journal) -> list[str]:
-    """The commands that delete what may be a snapshot of this run, which its journal does not name."""
+    """Return the commands that delete snapshots that this run may have made and its journal does not name."""
     commands = []
     for qdrant, node in _nodes_left(collection, journal):
         with suppress(MigrationError):  # a server that does not list its snapshots

@@ -10,7 +10,14 @@ from lib.backup.archive import peek_facts
 from lib.backup.catalog import newest_with
 from lib.backup.collection import STAMP_KEY
 from lib.backup.existing_points import existing_points
-from lib.backup.last_migration import CREATED, DELETED, DELETING, PLACED, PLACING, kept_the_size
+from lib.backup.last_migration import (
+    CREATED,
+    DELETED,
+    DELETING,
+    RESTORING_STAGED,
+    STAGED_RESTORED,
+    kept_the_size,
+)
 from lib.backup.manifest import Manifest, check_file
 from lib.clients.embeddings.cache import Missing
 from lib.clients.falkordb.connection import require_graph
@@ -147,7 +154,7 @@ def _unlike(backup: Manifest | None, empty: CollectionState) -> str:
 def find_live(ctx: Context, journal: Journal | None) -> Live:
     """Find what exists under the collection's name now."""
     qdrant, name = ctx.qdrant, ctx.collection
-    if reached(journal, PLACING) and health(qdrant, name) in _RESTORE_RUNS:
+    if reached(journal, RESTORING_STAGED) and health(qdrant, name) in _RESTORE_RUNS:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
     if not exists(qdrant, name):
@@ -168,27 +175,27 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
     # One that AutoMem recreated has AutoMem's settings, and may hold a new memory.
     settings = journaled_settings(journal)
     alike = settings is None or same_settings(settings, state.raw, but_size=True)
-    if reached(journal, CREATED) or reached(journal, PLACED):
+    if reached(journal, CREATED) or reached(journal, STAGED_RESTORED):
         return True
     if state.points == 0 and not reached(journal, DELETING) and alike:
         return True
     return alike and not must_forget(ctx) and vectors_agree(ctx.qdrant, state, ctx.cache, ctx.spec)
 
 
-def missing_if_current(ctx: Context, found: Assessment) -> Missing | None:
+def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
     """Return the texts that the collection lacks if it has this model and size already; None if it must be embedded.
 
     Also None if a run would pay for nothing more than for those: it costs nothing and repairs what differs.
     """
-    live = found.live.state
+    live = assessment.live.state
     stamp = live.metadata.get(STAMP_KEY) if live else None
-    if live is None or not isinstance(stamp, dict) or found.journal is not None or not live.points:
+    if live is None or not isinstance(stamp, dict) or assessment.journal is not None or not live.points:
         return None
     if live.size != ctx.spec.size or not same_model(stamp.get("model"), ctx.spec.model):
         return None
     with existing_points(ctx.qdrant, live.name) as existing:
         missing = missing_of(ctx.cache, existing)
-    return missing if found.plan.texts > missing.texts else None
+    return missing if assessment.plan.texts > missing.texts else None
 
 
 def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Manifest | None:
@@ -234,9 +241,9 @@ def _is_recent(ctx: Context, journal: Journal | None) -> bool:
     return True
 
 
-def require_whole_graph(ctx: Context, found: Assessment, usable: int) -> None:
+def require_whole_graph(ctx: Context, assessment: Assessment, usable: int) -> None:
     """Raise MissingData, before the delete, if the graph lost memories since the plan: it has `usable` ones now."""
-    planned = found.plan.scan.own_text
+    planned = assessment.plan.scan.own_text
     lost = planned - usable
     if lost <= 0 or (usable and lost <= max(_LOST_FEW, _LOST_SHARE * planned)):
         return

@@ -10,7 +10,16 @@ from functools import partial
 from pathlib import Path
 
 from lib.backup.catalog import CACHE_DIR
-from lib.backup.last_migration import CREATED, DELETED, DELETING, KEPT, PLACED, PLACING, RECOVERED, SNAPPED
+from lib.backup.last_migration import (
+    CREATED,
+    DELETED,
+    DELETING,
+    PAYLOADS_SAVED,
+    RESTORING_STAGED,
+    SETTINGS_RECOVERED,
+    SNAPSHOT_MADE,
+    STAGED_RESTORED,
+)
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import (
@@ -24,7 +33,7 @@ from lib.clients.qdrant.collection import (
 )
 from lib.clients.qdrant.restoring import (
     can_fetch_itself,
-    drop_temporary,
+    delete_with_snapshots,
     recover,
     unique_filename,
     upload_and_restore,
@@ -59,14 +68,14 @@ from lib.reembed.staging import (
 from lib.reembed.sync import save_payloads
 
 FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the embedding cache"
-_TIMEOUT_SECONDS = 60.0  # for a restore without an answer, in addition to three times the preparation
+_TIMEOUT_SECONDS = 60.0  # the time limit of a restore: this, and three times the time that the snapshot took
 _SPARE_BYTES = 64 << 20
 _RESTORES = 2  # restores of the staged collection, before the new one is filled from the embedding cache
 
 
 @dataclass(frozen=True)
 class CutoverMethod:
-    """How the new collection comes under the live name; `restore` puts the staged one there, None: it is filled."""
+    """How the new collection gets the live name. `restore` restores the staged snapshot; None: fill an empty one."""
 
     kind: str
     restore: Callable[[], object] | None = None
@@ -74,7 +83,7 @@ class CutoverMethod:
 
 @dataclass(frozen=True)
 class Cutover:
-    """The method that was used, "" if none was needed in this start; both times are monotonic, or None.
+    """The method that was used, "" if none was needed in this process; both times are monotonic, or None.
 
     `absent_since`: when the live collection became unavailable. `complete_at`: when the staged one was in its place.
     """
@@ -91,7 +100,7 @@ class Cutover:
 def cut_over(
     ctx: Context,
     journal: Journal,
-    found: Assessment,
+    assessment: Assessment,
     manifest: Manifest | None,
     announce: Callable[[str], None],
 ) -> Cutover:
@@ -109,7 +118,7 @@ def cut_over(
             return Cutover("", absent_since)
         if live.kind != REPLACE and absent_since is None:
             absent_since = time.monotonic()
-        method = method or _choose_method(ctx, journal, found, live.kind)
+        method = method or _choose_method(ctx, journal, assessment, live.kind)
         if live.kind == REPLACE and method.restore:
             require_same_settings(ctx, journal)
         if live.kind != ABSENT:
@@ -124,12 +133,12 @@ def cut_over(
         failures += 1
 
 
-def _choose_method(ctx: Context, journal: Journal, found: Assessment, kind: str) -> CutoverMethod:
+def _choose_method(ctx: Context, journal: Journal, assessment: Assessment, kind: str) -> CutoverMethod:
     """Choose how to cut over, before the live collection is deleted if it still exists."""
-    if found.in_place or verified_staged(ctx, journal) is None:
+    if assessment.in_place or verified_staged(ctx, journal) is None:
         return CutoverMethod(FILL)
     before_delete = kind == REPLACE
-    with staged_dropped_if_full(ctx, journal, found.room) if before_delete else nullcontext():
+    with staged_dropped_if_full(ctx, journal, assessment.room) if before_delete else nullcontext():
         return verify_method(ctx, journal)
 
 
@@ -160,7 +169,7 @@ def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
         snapshots.delete(ctx.qdrant, ctx.staged, one.name)
     with ctx.bar("snapshot", None, ""):
         made = snapshots.create(ctx.qdrant, ctx.staged)
-    journal.append(SNAPPED, snapshot=made.name)
+    journal.append(SNAPSHOT_MADE, snapshot=made.name)
     return snapshots.with_checksum(ctx.qdrant, ctx.staged, made)
 
 
@@ -192,13 +201,13 @@ def _delete_live(ctx: Context, journal: Journal, live: Live, announce: Callable[
     announce(undo)
     if live.kind == FAILED:  # nothing in it can be read
         journal.append(DELETING, undo=undo)
-        drop_temporary(ctx.qdrant, ctx.collection)
+        delete_with_snapshots(ctx.qdrant, ctx.collection)
         return time.monotonic()
     state = get_state(ctx.qdrant, ctx.collection)
     refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
     settings, aliases = settings_and_aliases(ctx, journal, state)
     count = save_payloads(ctx, journal, state.points)
-    journal.append(KEPT, kept=count, settings=settings, aliases=aliases)
+    journal.append(PAYLOADS_SAVED, kept=count, settings=settings, aliases=aliases)
     journal.append(DELETING, undo=undo)
     deleted_at = time.monotonic()
     delete_collection(ctx.qdrant, ctx.collection)
@@ -211,9 +220,9 @@ def _journal_old_settings(journal: Journal, manifest: Manifest | None) -> None:
     if journal.fact("settings"):
         return
     if journal.fact("staged_like"):
-        journal.append(RECOVERED, settings=journal.fact("staged_like"))
+        journal.append(SETTINGS_RECOVERED, settings=journal.fact("staged_like"))
     elif manifest:
-        journal.append(RECOVERED, **settings_of(manifest))
+        journal.append(SETTINGS_RECOVERED, **settings_of(manifest))
 
 
 def _create_empty(ctx: Context, journal: Journal) -> None:
@@ -232,18 +241,18 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     If no answer comes, the server's restore is waited for. A failed collection that a restore leaves is deleted. If
     the disk is full, the staged collection is dropped.
     """
-    journal.append(PLACING, way=kind)
+    journal.append(RESTORING_STAGED, way=kind)
     try:
         restore()
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
         if is_failed(ctx.qdrant, ctx.collection):
-            drop_temporary(ctx.qdrant, ctx.collection)
+            delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
             drop_staged(ctx, journal)
         return False
-    journal.append(PLACED)
+    journal.append(STAGED_RESTORED)
     return True
 
 

@@ -63,16 +63,16 @@ def dollars(price: float | None) -> str:
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
-def show_plan(found: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
+def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
     from lib.clients.embeddings.pricing import PRICES_AS_OF
     from lib.reembed.resume import resume_notice
 
-    if found.journal:
-        console.notice(resume_notice(found.journal))
-    plan = found.plan
-    now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else found.live.kind
-    action = f"{_action(found, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
+    if assessment.journal:
+        console.notice(resume_notice(assessment.journal))
+    plan = assessment.plan
+    now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else assessment.live.kind
+    action = f"{_action(assessment, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
     texts = f"{plan.texts:,} texts, {plan.tokens:,} tokens"
     rows = [
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
@@ -83,30 +83,30 @@ def show_plan(found: Assessment, ctx: Context, console: Console, *, limit: int |
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
     ]
     console.say(table(rows))
-    _show_left_out(found, ctx, console)
+    _show_left_out(assessment, ctx, console)
 
 
-def _action(found: Assessment, ctx: Context, limit: int | None) -> str:
+def _action(assessment: Assessment, ctx: Context, limit: int | None) -> str:
     from lib.reembed.assess import ABSENT, ADOPT, FAILED
 
     if limit:
-        memories = min(limit, found.plan.scan.usable)
+        memories = min(limit, assessment.plan.scan.usable)
         return f"only read it: the check of {memories:,} memories uses a temporary collection"
     recreate = "delete and recreate it"
     actions = {ABSENT: "create it", ADOPT: "sync it with the graph", FAILED: recreate}
-    if found.live.kind in actions:
-        return actions[found.live.kind]
+    if assessment.live.kind in actions:
+        return actions[assessment.live.kind]
     if ctx.no_switch:
         return f"build {ctx.staged}, stop there"
-    return recreate if found.in_place else f"build {ctx.staged}, then swap it in"
+    return recreate if assessment.in_place else f"build {ctx.staged}, then swap it in"
 
 
-def _show_left_out(found: Assessment, ctx: Context, console: Console) -> None:
+def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> None:
     """Print memories whose text is not embedded as it is, and points that leave the collection."""
     from lib.clients.qdrant.transport import curl_line
     from lib.reembed.assess import REPLACE
 
-    plan, scan = found.plan, found.plan.scan
+    plan, scan = assessment.plan, assessment.plan.scan
     if scan.too_long:
         some = listed(scan.too_long_examples[:_EXAMPLES])
         console.warn(f"{scan.too_long:,} longer than the model takes, embedded without their end: {some}")
@@ -115,18 +115,18 @@ def _show_left_out(found: Assessment, ctx: Context, console: Console) -> None:
         console.say(f"skipped, {reason}: {count:,} ({listed(names)}{', ...' if count > len(names) else ''})")
     for one, reason in scan.odd[:_EXAMPLES]:
         console.say(f"memory {one}: {reason}; embedding the text that its point has, or what is readable")
-    if found.unlike:
+    if assessment.unlike:
         drop = curl_line(ctx.qdrant, "DELETE", ctx.collection)
         console.warn(
-            f"'{ctx.collection}' is empty, and its settings or indexes are not those of {found.unlike}: it keeps"
+            f"'{ctx.collection}' is empty, and its settings or indexes are not those of {assessment.unlike}: it keeps"
             f" its own. To have the backup's, delete it, then run this command again:\n  {drop}"
         )
-    if found.textless and found.live.kind == REPLACE:
+    if assessment.textless and assessment.live.kind == REPLACE:
         console.warn(
-            f"{len(found.textless)} point(s) leave the collection though their memory exists: neither has a text to"
-            f" embed ({listed(found.textless[:_EXAMPLES])}); they stay in the backup"
+            f"{len(assessment.textless)} point(s) leave the collection though their memory exists: neither has a text"
+            f" to embed ({listed(assessment.textless[:_EXAMPLES])}); they stay in the backup"
         )
-    if plan.only_live and found.live.kind == REPLACE:
+    if plan.only_live and assessment.live.kind == REPLACE:
         some = listed(plan.only_live_examples[:_EXAMPLES])
         console.warn(
             f"{plan.only_live} point(s) have no memory in the graph: they stay in the backup and leave the"
@@ -134,27 +134,29 @@ def _show_left_out(found: Assessment, ctx: Context, console: Console) -> None:
         )
 
 
-def warn_of_refusals(found: Assessment, ctx: Context, console: Console) -> list[str]:
+def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> list[str]:
     """Return what the run without --dry-run will be refused for; print all but the model's fault, which was printed."""
     from lib.reembed.assess import require_protection
 
     fault = model_fault(ctx.spec.model, ctx.spec.size)
     reasons = [fault] if fault else []
     try:
-        require_protection(ctx, found.journal, found.live)
+        require_protection(ctx, assessment.journal, assessment.live)
     except GuardRefused as error:
         reasons.append(f"{error}\nfirst:  {error.next_step.splitlines()[0]}")
         console.warn(f"the run without --dry-run will be refused: {reasons[-1]}")
     return reasons
 
 
-def show_tried(tried: Tried, found: Assessment, ctx: Context, refused: list[str], console: Console) -> int:
+def show_tried(
+    tried: Tried, assessment: Assessment, ctx: Context, refused: list[str], console: Console
+) -> int:
     """Print the outcome of --dry-run."""
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
     if tried.expected:
         text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
     document = {
-        "plan": _plan_document(found, ctx),
+        "plan": _plan_document(assessment, ctx),
         "dry_run": dataclasses.asdict(tried),
         "left": dataclasses.asdict(tried.left),
         "will_be_refused": refused,
@@ -163,8 +165,8 @@ def show_tried(tried: Tried, found: Assessment, ctx: Context, refused: list[str]
     return DONE
 
 
-def _plan_document(found: Assessment, ctx: Context) -> dict[str, object]:
-    plan, scan = found.plan, found.plan.scan
+def _plan_document(assessment: Assessment, ctx: Context) -> dict[str, object]:
+    plan, scan = assessment.plan, assessment.plan.scan
     return {
         "memories": scan.memories,
         "usable": scan.usable,
@@ -172,8 +174,8 @@ def _plan_document(found: Assessment, ctx: Context) -> dict[str, object]:
         "skipped_examples": _reasons(scan.examples),
         "too_long": scan.too_long_examples,
         "odd": _reasons(scan.odd),
-        "textless": found.textless,
-        "settings_unlike": found.unlike or None,
+        "textless": assessment.textless,
+        "settings_unlike": assessment.unlike or None,
         "model": plan.spec.model,
         "size": plan.spec.size,
         "texts": plan.texts,
@@ -224,10 +226,10 @@ def announce(ctx: Context, console: Console, undo: str) -> None:
 
 
 def show_reembedded(
-    done: Finished, found: Assessment, report: list[Path], ctx: Context, console: Console
+    done: Finished, assessment: Assessment, report: list[Path], ctx: Context, console: Console
 ) -> int:
     """Print the result, how to undo it, the next steps and where the report is."""
-    left = _warn_of_memories(done.paid, done.outcome, done.scan.odd, found.textless, console)
+    left = _warn_of_memories(done.paid, done.outcome, done.scan.odd, assessment.textless, console)
     for alias in done.aliases_taken:
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
@@ -249,7 +251,7 @@ def show_reembedded(
         "cut": done.paid.cut,
         "rejected": [dataclasses.asdict(one) for one in rejected],
         "odd": _reasons(done.scan.odd),
-        "textless": found.textless,
+        "textless": assessment.textless,
         "aliases_taken": done.aliases_taken,
         "indexed": done.indexed,
         "undo": done.undo,
@@ -322,10 +324,10 @@ def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Conte
 
 
 def show_spot_check(
-    done: SpotCheck, found: Assessment, paid: EmbeddingTotals, ctx: Context, console: Console
+    done: SpotCheck, assessment: Assessment, paid: EmbeddingTotals, ctx: Context, console: Console
 ) -> int:
     """Print the result of --limit."""
-    left = _warn_of_memories(paid, done.outcome, found.plan.scan.odd, found.textless, console)
+    left = _warn_of_memories(paid, done.outcome, assessment.plan.scan.odd, assessment.textless, console)
     document = {
         "memories": done.memories,
         "points": done.outcome.added,

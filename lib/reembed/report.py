@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from lib.backup.last_migration import DELETING, PLACED
+from lib.backup.last_migration import DELETING, STAGED_RESTORED
 from lib.clients.embeddings.pricing import PRICES_AS_OF, price_of
 from lib.dimensions import public_url
 from lib.journal import Journal
@@ -136,7 +136,7 @@ def _absent_by(journal: Journal) -> float | None:
     began = [_moment(one) for one in journal.entries if one["phase"] == DELETING]
     if not began:
         return None
-    placed = [_moment(one) for one in journal.entries if one["phase"] == PLACED]
+    placed = [_moment(one) for one in journal.entries if one["phase"] == STAGED_RESTORED]
     return ((placed[-1] if placed else _moment(journal.entries[-1])) - began[0]).total_seconds()
 
 

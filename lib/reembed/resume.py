@@ -9,9 +9,9 @@ from lib.backup.last_migration import (
     CREATED,
     DELETED,
     DELETING,
-    PLACED,
-    PLACING,
+    RESTORING_STAGED,
     STAGED,
+    STAGED_RESTORED,
     STAGING,
     VERIFIED,
     collection_of,
@@ -19,7 +19,7 @@ from lib.backup.last_migration import (
 )
 from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.qdrant.collection import exists
-from lib.clients.qdrant.restoring import drop_temporary
+from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import curl_line
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
@@ -29,9 +29,9 @@ _SETTINGS = {"size": "dimension (VECTOR_SIZE)", "model": "EMBEDDING_MODEL", "end
 # The last phase first.
 _PROGRESS = (
     (VERIFIED, "the new collection is in place and verified; the clean-up is left"),
-    (PLACED, "the staged collection is in place; catching up and the verification are left"),
+    (STAGED_RESTORED, "the staged collection is in place; catching up and the verification are left"),
     (CREATED, "the new collection is created; filling it and the verification are left"),
-    (PLACING, "the old collection is deleted; the staged one was being put in its place"),
+    (RESTORING_STAGED, "the old collection is deleted; the staged one was being put in its place"),
     (DELETED, "the old collection is deleted"),
     (DELETING, "the old collection was about to be deleted"),
     (STAGED, "the staged collection is verified, the live one is unchanged"),
@@ -60,7 +60,7 @@ def close_others(ctx: Context) -> None:
     for journal in _open_here(ctx):
         if journal.fact("spec") != spec_as_json(ctx.spec) and not journal.has_reached(DELETING):
             if staged := journal.fact("staged_collection"):
-                drop_temporary(ctx.qdrant, staged)
+                delete_with_snapshots(ctx.qdrant, staged)
             journal.close("given up before anything was deleted: other settings now")
 
 

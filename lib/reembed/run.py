@@ -43,7 +43,7 @@ from lib.reembed.sync import payloads_now, remove_orphans
 
 def reembed(
     ctx: Context,
-    found: Assessment,
+    assessment: Assessment,
     runner: EmbeddingRunner,
     paid: EmbeddingTotals,
     announce: Callable[[str], None],
@@ -54,20 +54,20 @@ def reembed(
     `announce` gets the commands that undo a delete, right before it. Raises GuardRefused if no verified backup
     protects the collection: before anything is paid for, and again before the delete.
     """
-    manifest = require_protection(ctx, found.journal, found.live)
+    manifest = require_protection(ctx, assessment.journal, assessment.live)
     _embed(ctx, runner, paid)
-    journal = _begin(ctx, found.journal, manifest)
+    journal = _begin(ctx, assessment.journal, manifest)
     undo = journal.undo or undo_of(_undo_set(ctx, manifest))
     resumed_after_delete = journal.has_reached(DELETING)
 
-    _stage(ctx, journal, found, runner, paid)
-    cutover = cut_over(ctx, journal, found, manifest, announce)
+    _stage(ctx, journal, assessment, runner, paid)
+    cutover = cut_over(ctx, journal, assessment, manifest, announce)
     first = fill(ctx, journal)
 
     scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
     last = fill(ctx, journal)
     removed = _remove_orphans(ctx, cutover)
-    repaired = verify_points(ctx, ctx.collection, last.outcome, own=False)
+    repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False)
     _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
 
     done = Finished(
@@ -88,11 +88,11 @@ def reembed(
 
 
 def only_stage(
-    ctx: Context, found: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
+    ctx: Context, assessment: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
 ) -> CollectionState | None:
     """Build and verify the staged collection (`--no-switch`). Returns None if the live one is the result already."""
     _embed(ctx, runner, paid)
-    journal = _begin(ctx, found.journal, None)
+    journal = _begin(ctx, assessment.journal, None)
     live = find_live(ctx, journal)
     if live.kind == ADOPT:
         return None
@@ -101,7 +101,7 @@ def only_stage(
             f"there is no live collection '{ctx.collection}': --no-switch has nothing to wait for",
             next_step="python scripts/reembed_embeddings.py",
         )
-    return stage(ctx, journal, found, live.state, runner, paid)
+    return stage(ctx, journal, assessment, live.state, runner, paid)
 
 
 def _embed(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -> None:
@@ -126,7 +126,7 @@ def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> 
 
 
 def _undo_set(ctx: Context, manifest: Manifest | None) -> Manifest | None:
-    """Return the backup set that undoes this run; None if somebody deleted the result of a later migration than it."""
+    """Return the backup set that undoes this run; None if a later migration's result was deleted."""
     last = last_migration(ctx.folder, ctx.targets)
     if manifest is None or manifest.collection is None or last is None or not last.has_reached(VERIFIED):
         return manifest
@@ -136,16 +136,16 @@ def _undo_set(ctx: Context, manifest: Manifest | None) -> Manifest | None:
 
 
 def _stage(
-    ctx: Context, journal: Journal, found: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
+    ctx: Context, journal: Journal, assessment: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
 ) -> None:
     """Build the staged collection, or with `--in-place` only catch up. Then search the old collection, to compare."""
     live = find_live(ctx, journal)
-    if live.kind == REPLACE and live.state is not None and not found.in_place:
-        stage(ctx, journal, found, live.state, runner, paid)
+    if live.kind == REPLACE and live.state is not None and not assessment.in_place:
+        stage(ctx, journal, assessment, live.state, runner, paid)
     elif live.kind != ABSENT or verified_staged(ctx, journal) is None:
         scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
         if live.kind == REPLACE:
-            require_whole_graph(ctx, found, scan.own_text)
+            require_whole_graph(ctx, assessment, scan.own_text)
     if live.kind == REPLACE:
         save_before(ctx.qdrant, ctx.collection, ctx.cache, journal)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lib.backup.collection import STAMP_KEY
 from lib.backup.existing_points import existing_points, pages
-from lib.backup.last_migration import DELETING, PLACING, READ, STAGED, STAGING, TIDYING
+from lib.backup.last_migration import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
 from lib.backup.payloads import PointId
 from lib.clients.qdrant.collection import (
     CollectionState,
@@ -27,7 +27,7 @@ from lib.clients.qdrant.collection import (
     same_settings,
     wait_green,
 )
-from lib.clients.qdrant.restoring import drop_temporary
+from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.dimensions import EmbeddingSpec
 from lib.errors import StoreFailed, VerificationFailed, listed
@@ -62,7 +62,7 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
 def stage(
     ctx: Context,
     journal: Journal,
-    found: Assessment,
+    assessment: Assessment,
     live: CollectionState,
     runner: EmbeddingRunner,
     paid: EmbeddingTotals,
@@ -72,18 +72,18 @@ def stage(
     Catching up and filling repeat until a round embeds fewer than 100 texts. Raises StoreFailed if the server's disk
     is full (the staged collection is dropped), MissingData if the graph lost memories meanwhile.
     """
-    with staged_dropped_if_full(ctx, journal, found.room):
+    with staged_dropped_if_full(ctx, journal, assessment.room):
         _create_staged(ctx, journal, live)
         for _ in range(MOST_ROUNDS):
             before = paid.texts
             scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
-            require_whole_graph(ctx, found, scan.own_text)
+            require_whole_graph(ctx, assessment, scan.own_text)
             count = save_payloads(ctx, journal, live.points)
             journal.append(READ, kept=count)
             outcome = _fill_staged(ctx)
             if paid.texts - before < FEW_CONTENTS:
                 break
-        verify_points(ctx, ctx.staged, outcome, own=True)
+        verify_points(ctx, ctx.staged, outcome, exclusive=True)
         state = get_state(ctx.qdrant, ctx.staged)
     journal.append(STAGED, points=state.points, proved=True)
     return state
@@ -96,7 +96,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     same = has_staged(ctx, journal) and same_settings(journal.fact("staged_like"), like)
     condition = health(ctx.qdrant, ctx.staged)
     if condition != "missing" and not (condition == "live" and same):
-        drop_temporary(ctx.qdrant, ctx.staged)
+        delete_with_snapshots(ctx.qdrant, ctx.staged)
     journal.append(
         STAGING,
         staged_collection=ctx.staged,
@@ -171,8 +171,8 @@ def require_same_settings(ctx: Context, journal: Journal) -> None:
 
 def drop_staged(ctx: Context, journal: Journal) -> None:
     """Delete the staged collection of this run, its snapshot files first."""
-    journal.append(TIDYING, snapshot=None, proved=False)
-    drop_temporary(ctx.qdrant, ctx.staged)
+    journal.append(DROPPING_STAGED, snapshot=None, proved=False)
+    delete_with_snapshots(ctx.qdrant, ctx.staged)
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def _fill(ctx: Context, journal: Journal) -> Filled:
             qdrant,
             name,
             ctx.cache,
-            whole=journal.has_reached(DELETING) or journal.has_reached(PLACING),
+            whole=journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED),
             copied_from=verified_staged(ctx, journal),
             progress=progress,
         )
@@ -256,24 +256,24 @@ def _fill(ctx: Context, journal: Journal) -> Filled:
     return Filled(outcome, sorted(set(aliases) - set(free)), indexed, complete_at)
 
 
-def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, own: bool) -> int:
+def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, exclusive: bool) -> int:
     """Verify that every planned id exists and every vector equals the cache's. Returns how many vectors it repaired.
 
-    Ids that the `outcome` of filling rejected are left out. `own`: nobody else writes to the collection, so no other
-    id may exist, and each vector must be the plan's. In a live one, vectors that AutoMem wrote with the old model are
-    repaired and compared again. Raises VerificationFailed.
+    Ids that the `outcome` of filling rejected are left out. `exclusive`: nobody else writes to the collection, so no
+    other id may exist, and each vector must be the plan's. In a live one, vectors that AutoMem wrote with the old
+    model are repaired and compared again. Raises VerificationFailed.
     """
     missing, orphans = _different_ids(ctx, collection, {one.id for one in outcome.rejected})
-    if not own:  # AutoMem removes a point with its memory
+    if not exclusive:  # AutoMem removes a point with its memory
         missing = sorted(memories_now(ctx.graph.conn, ctx.graph.graph, [missing]), key=str)
-    if missing or (own and orphans):
+    if missing or (exclusive and orphans):
         wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
         raise VerificationFailed(
             f"{len(wrong)} point(s) of '{collection}' are {what}, such as {listed(wrong[:_EXAMPLES])}",
             next_step=_RESUME,
         )
-    repaired = repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=own)
-    if repaired and repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=own):
+    repaired = repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive)
+    if repaired and repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive):
         raise VerificationFailed(
             f"vectors of '{collection}' keep changing: something else writes to it",
             next_step=f"stop AutoMem, then {_RESUME}",

@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids, pages
-from lib.backup.last_migration import DELETING, KEPT, READ
-from lib.backup.payloads import PointId, identical, merged_payload, own_payload, standing_payload
+from lib.backup.last_migration import DELETING, PAYLOADS_SAVED, READ
+from lib.backup.payloads import PointId, base_payload, changed_since_written, identical, merged_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import (
@@ -53,7 +53,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     merged into the saved ones, which are all that is left of the old points.
     """
     recreated = was_recreated(ctx, journal, points)
-    if not (recreated or journal.has_reached(READ) or journal.has_reached(KEPT)):
+    if not (recreated or journal.has_reached(READ) or journal.has_reached(PAYLOADS_SAVED)):
         ctx.cache.clear_saved()
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
@@ -74,7 +74,7 @@ def _merged(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
     saved = _saved_payloads(cache, [point.id for point in points])
     rows = []
     for point in points:
-        payload = standing_payload(point.payload or {}, saved.get(point.id), whole=True)
+        payload = base_payload(point.payload or {}, saved.get(point.id), whole=True)
         rows.append(_row(replace(point, payload=dict(payload or {}))))
     return rows
 
@@ -185,8 +185,8 @@ def changes(
 ) -> Iterator[list[Change]]:
     """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of memories.
 
-    `whole`: see `standing_payload`. `copies`: payloads that this migration wrote itself. What a point has as they
-    have it gives way to what was saved since.
+    `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A value that still equals its copy is
+    replaced by one that was saved later.
     """
     for rows in pages(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
@@ -195,8 +195,8 @@ def changes(
         found = []
         for row in rows:
             old = live.get(row.point_id)
-            own = own_payload(old, written.get(row.point_id))
-            base = standing_payload(own, saved.get(row.point_id), whole=whole)
+            own = changed_since_written(old, written.get(row.point_id))
+            base = base_payload(own, saved.get(row.point_id), whole=whole)
             # The text that is embedded: the node's, or the point's if the node has none.
             payload = {**merged_payload(base, orjson.loads(row.payload)), "content": row.content}
             change = Change(row, payload, old)
@@ -239,7 +239,7 @@ def sync_collection(
 ) -> SyncOutcome:
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
 
-    A payload starts from the live point's, else from the saved one (`whole`: see `standing_payload`), overlaid by the
+    A payload starts from the live point's, else from the saved one (`whole`: see `base_payload`), overlaid by the
     graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
     to it: then points without a memory are removed, too.

@@ -35,7 +35,7 @@ from lib.clients.qdrant.collection import (
 from lib.clients.qdrant.points import raw_points, scroll
 from lib.clients.qdrant.restoring import (
     can_fetch_itself,
-    drop_temporary,
+    delete_with_snapshots,
     recover,
     upload_and_restore,
     wait_restored,
@@ -389,7 +389,7 @@ def clean_up_collection(
         return []
     if backup is not None and journal.has_reached(TRIAL_VERIFIED) and name == trial_name(collection, backup):
         return [f"resuming from {name}, which an earlier run verified"]
-    drop_temporary(qdrant, name, target.nodes)
+    delete_with_snapshots(qdrant, name, target.nodes)
     return [f"removed the temporary collection {name}"]
 
 

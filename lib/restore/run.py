@@ -14,7 +14,7 @@ from lib.backup.server_snapshots import AWAITED, removed
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph
 from lib.clients.qdrant.collection import exists, is_failed
-from lib.clients.qdrant.restoring import drop_temporary
+from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
@@ -45,7 +45,7 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Leftovers:
-    """What killed runs left: aliases to set again, journals to close, journals of which only a snapshot is left."""
+    """What killed runs left: aliases to set again, journals to close, journals of which only a snapshot may be left."""
 
     aliases: list[str]
     journals: list[Journal]
@@ -73,17 +73,17 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         safety = _safety_backup(site, files, journal) if site.safety else None
         if files.graph and site.graph:
             require_still_quiet(site, files.graph, site.graph)
-        back = undo(safety)
-        site.notice(f"\ncutting over now. To undo:\n{back}\nTo resume after a crash:\n  {site.again}\n")
+        commands = undo(safety)
+        site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
         if files.plan and trials.temporary:
-            _cut_over_collection(site, files.plan, trials.temporary, journal, safety, back, left.aliases)
+            _cut_over_collection(site, files.plan, trials.temporary, journal, safety, commands, left.aliases)
     except BaseException as error:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
         raise
     if trials.temporary and site.collection:
-        drop_temporary(site.collection.qdrant, trials.temporary, site.collection.nodes)
-    late_writes = _cut_over_graph(site, files, trials, journal, safety, back)
+        delete_with_snapshots(site.collection.qdrant, trials.temporary, site.collection.nodes)
+    late_writes = _cut_over_graph(site, files, trials, journal, safety, commands)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
@@ -137,7 +137,9 @@ def _state_before(site: Site, journal: Journal) -> list[str]:
     name = journal.fact("manifest")
     if not name or not any(map(journal.has_reached, (collections.DELETING, graphs.SWAPPING))):
         return []
-    return _reported(site, [f"the state before an unfinished run: {site.folder / name}"])
+    return _reported(
+        site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"]
+    )
 
 
 def _reported(site: Site, notes: list[str]) -> list[str]:
@@ -151,9 +153,8 @@ def _is_clean(journal: Journal) -> bool:
     """Whether every store in which the journal names something was opened and cleaned up since."""
     in_graph = journal.fact("throwaway_graph") or journal.fact("safety_graph")
     in_collection = journal.fact("temporary_collection") or not removed(journal)
-    return not (in_graph and not journal.has_reached(_GRAPH_CLEAN)) and not (
-        in_collection and not journal.has_reached(_COLLECTION_CLEAN)
-    )
+    graph_is_clean = not in_graph or journal.has_reached(_GRAPH_CLEAN)
+    return graph_is_clean and (not in_collection or journal.has_reached(_COLLECTION_CLEAN))
 
 
 def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> _Trials:
@@ -196,7 +197,7 @@ def _cut_over_collection(
     undo: str,
     aliases: list[str],
 ) -> None:
-    """Replace the live collection. If that fails, the old one is put back, or the error has the commands to finish."""
+    """Replace the live collection. If that fails, the old one is restored, or the error has the commands to finish."""
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
             collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
@@ -209,10 +210,10 @@ def _cut_over_collection(
 def _raise_not_restored(
     site: Site, safety: Manifest | None, journal: Journal, error: MigrationError, undo: str
 ) -> NoReturn:
-    trouble = _put_back(site, safety, journal)
+    trouble = _restore_old_collection(site, safety, journal)
     if trouble is None:
         raise StoreFailed(
-            f"the collection could not be restored: {error}; the old one is back, as its safety backup has it",
+            f"the collection could not be restored: {error}; the old one was restored from the safety backup",
             next_step=error.next_step or f"look at the Qdrant server's log, then:\n{site.again}",
         ) from error
     raise StoreFailed(
@@ -222,18 +223,18 @@ def _raise_not_restored(
     ) from error
 
 
-def _put_back(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
+def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
     """Restore the old collection from the safety backup. Returns None, or why that failed."""
     component = safety.collection if safety else None
     if site.collection is None or safety is None or component is None:
-        return "There is no safety backup to put back"
-    site.notice(f"putting '{site.collection.collection}' back as it was, from {safety.path}")
+        return "There is no safety backup to restore the old collection from"
+    site.notice(f"restoring the old '{site.collection.collection}' from {safety.path}")
     try:
         saved = plan_restore(open_archive(safety.file_of(component), component), site.collection)
         temporary = str(journal.fact("temporary_collection"))
         collections.put_back(saved, temporary, journal.fact("aliases") or [])
     except MigrationError as error:
-        return f"The old one could not be put back either: {error}"
+        return f"The old one could not be restored either: {error}"
     journal.append(collections.PUT_BACK)
     return None
 
@@ -285,7 +286,7 @@ def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:
     temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
     with suppress(MigrationError):  # the operator must read the first error
         if site.collection and temporary:
-            drop_temporary(site.collection.qdrant, temporary, site.collection.nodes)
+            delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
         if close and removed(journal) and not collections.aliases_taken_off(journal):

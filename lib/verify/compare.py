@@ -12,7 +12,7 @@ import orjson
 import redis
 
 from lib.backup.existing_points import TemporaryIdTable, existing_points, pages
-from lib.backup.payloads import PointId, identical, merged_payload, point_id, standing_payload, unusable
+from lib.backup.payloads import PointId, base_payload, identical, merged_payload, point_id, unusable
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.transport import Qdrant
@@ -164,7 +164,7 @@ def _differing_keys(
     payload: dict[str, Any], saved: dict[str, Any] | None, properties: Properties
 ) -> list[str]:
     """The keys in which the point is not as the migration would write it."""
-    wanted = merged_payload(standing_payload(payload, saved), _stable(properties))
+    wanted = merged_payload(base_payload(payload, saved), _stable(properties))
     return sorted(key for key in wanted if key not in payload or not identical(wanted[key], payload[key]))
 
 

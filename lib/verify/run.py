@@ -63,15 +63,15 @@ def verify(
         check_model(state, spec),
         check_indexes(qdrant, state, settings_before(stores.folder, stores.targets)),
     ]
-    known = cache if cache.memory_count() else None
+    planned = cache if cache.memory_count() else None
     migrated_at = verified_at(stores.folder, stores.targets)
     with bar("compare stores", None, "memories") as progress:
         found = compare_stores(
-            graph.conn, graph.graph, qdrant, state.name, known, migrated_at, samples, progress
+            graph.conn, graph.graph, qdrant, state.name, planned, migrated_at, samples, progress
         )
-    checks += check_findings(found, have_plan=known is not None, after_restart=after_restart)
+    checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
     with bar("compare vectors", state.points, "points") as progress:
-        checks.append(check_vectors(qdrant, state, known, spec, progress))
+        checks.append(check_vectors(qdrant, state, planned, spec, progress))
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
     except MigrationError as error:  # the results of all other checks are shown

@@ -21,7 +21,7 @@ from lib.clients.falkordb.scratch import installed_engines
 from lib.clients.falkordb.swap import drop_graph, dump_as
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import delete_collection, wait_green
-from lib.clients.qdrant.restoring import drop_temporary, upload_and_restore
+from lib.clients.qdrant.restoring import delete_with_snapshots, upload_and_restore
 from lib.files import private_dir
 from lib.journal import Journal, start_journal
 from lib.restore import collection as restore_collection
@@ -159,7 +159,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
 def _replace(plan: RestorePlan, journal: Journal) -> None:
     temporary = restore_collection.trial_restore(plan, journal, None)
     restore_collection.cut_over(plan, temporary, journal, None, undo="")
-    drop_temporary(plan.target.qdrant, temporary)
+    delete_with_snapshots(plan.target.qdrant, temporary)
 
 
 def _put(raw: Path, sha256: str, source: CollectionSource, file: str, name: str) -> None:

@@ -11,13 +11,13 @@ import pytest
 from lib.backup.last_migration import (
     DELETED,
     DELETING,
-    PLACED,
-    PLACING,
+    DROPPING_STAGED,
     READ,
-    SNAPPED,
+    RESTORING_STAGED,
+    SNAPSHOT_MADE,
     STAGED,
+    STAGED_RESTORED,
     STAGING,
-    TIDYING,
     VERIFIED,
 )
 from lib.journal import open_journals, read_journal
@@ -80,13 +80,13 @@ def test_killed_as_soon_as_a_phase_is_noted(rig):
         STAGING,
         READ,
         STAGED,
-        SNAPPED,
+        SNAPSHOT_MADE,
         DELETING,
         DELETED,
-        PLACING,
-        PLACED,
+        RESTORING_STAGED,
+        STAGED_RESTORED,
         VERIFIED,
-        TIDYING,
+        DROPPING_STAGED,
     ):
         rig.kill_when(lambda phase=phase: _reached(rig, phase))
     rig.finish()

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.last_migration import PLACED, PLACING, TIDYING, VERIFIED
+from lib.backup.last_migration import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
@@ -368,7 +368,7 @@ def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_repor
     assert ready.collections() == [ready.collection]
     (path,) = ready.backups.glob("journal_*_reembed.jsonl")
     phases = [entry["phase"] for entry in read_journal(path).entries]
-    assert phases.index(TIDYING) < phases.index(VERIFIED)
+    assert phases.index(DROPPING_STAGED) < phases.index(VERIFIED)
 
 
 @on_the_stand_in
@@ -421,7 +421,7 @@ def test_a_server_killed_while_it_restores_starts_again_and_the_run_continues(op
             with Gate(server.url) as gate:
                 rig = Rig(someone, gate)
                 process = rig.start()
-                while process.poll() is None and rig.phase() not in {PLACING, PLACED}:
+                while process.poll() is None and rig.phase() not in {RESTORING_STAGED, STAGED_RESTORED}:
                     time.sleep(0.001)
                 time.sleep(0.02 * turn)
                 server.kill()

@@ -38,7 +38,7 @@ CACHED_WHEN_KILLED = 6  # two answers of three texts were stored before the run 
 CACHED_BY_SPOT_CHECK = 6  # --limit 6
 DELETED_NOTHING = ["reembed_no_switch", "reembed_staging", "reembed_delete_announced"]
 DELETED = ["reembed_deleted", "reembed_placing", "in_place_deleted", "in_place_filling"]
-PLACED = ["reembed_placed", "reembed_verified"]
+STAGED_RESTORED = ["reembed_placed", "reembed_verified"]
 TRIALS = ["restore_trial_graph", "restore_rehearsed"]
 RESTORES = [*TRIALS, "restore_deleted", "restore_between", "restore_switched", "restore_graph_switched"]
 
@@ -275,7 +275,7 @@ def test_a_backup_passes_its_check(operator, folder):
     operator.run("backup_automem", "--check", operator.manifests()[0])
 
 
-@pytest.mark.parametrize("case", matrix([*DELETED_NOTHING, *DELETED, *PLACED], "reembed_deleted"))
+@pytest.mark.parametrize("case", matrix([*DELETED_NOTHING, *DELETED, *STAGED_RESTORED], "reembed_deleted"))
 def test_an_unfinished_reembedding_resumes_and_pays_nothing(operator, by_name, case):
     load(operator, case)
     upgrade(operator)
@@ -369,7 +369,7 @@ def test_after_the_delete_abort_is_refused_and_the_undo_brings_the_old_state_bac
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("case", PLACED)
+@pytest.mark.parametrize("case", STAGED_RESTORED)
 def test_abort_after_the_cutover_keeps_the_new_collection(operator, case):
     load(operator, case)
     upgrade(operator)

@@ -319,7 +319,11 @@ def points_of_ids(operator) -> list:
 
 SET_LATER = {"read_fan_out_factor": 2, "read_fan_out_delay_ms": 5}
 # Of 1.19 alone.
-PLACED = {"vectors": {"memory": "cold"}, "payload": {"memory": "cold"}, "metadata": {"mine": {"n": 1 << 62}}}
+STAGED_RESTORED = {
+    "vectors": {"memory": "cold"},
+    "payload": {"memory": "cold"},
+    "metadata": {"mine": {"n": 1 << 62}},
+}
 
 
 def make_placed(operator) -> None:
@@ -327,7 +331,7 @@ def make_placed(operator) -> None:
     points = points_of(operator)
     operator.call("DELETE", "")
     url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
-    body = {**PLACED, "vectors": {**DENSE, **PLACED["vectors"]}}
+    body = {**STAGED_RESTORED, "vectors": {**DENSE, **STAGED_RESTORED["vectors"]}}
     requests.put(url, json=body, timeout=60).raise_for_status()
     for name in ("tags", "tag_prefixes"):
         operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})

@@ -6,12 +6,12 @@ import pytest
 
 from lib.backup.payloads import (
     PAYLOAD_KEYS,
+    base_payload,
     in_form_of,
     merged_payload,
     node_payload,
     point_id,
     same,
-    standing_payload,
 )
 
 UUID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
@@ -134,15 +134,15 @@ def test_a_memory_without_a_point_gets_automems_keys_that_its_node_has():
 def test_nothing_given_is_changed():
     live, node = {"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]}
     merged_payload(live, node)
-    standing_payload(live, {"source_app": "x"})
+    base_payload(live, {"source_app": "x"})
     assert (live, node) == ({"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]})
 
 
 def test_a_payload_starts_from_the_live_point_else_from_the_kept_one():
     kept = {"content": "c", "source_app": "import"}
-    assert standing_payload(None, None) is None
-    assert standing_payload(None, kept) == kept
-    assert standing_payload({"content": "d", "tags": []}, {"content": "c", "tags": ["a"]}) == {
+    assert base_payload(None, None) is None
+    assert base_payload(None, kept) == kept
+    assert base_payload({"content": "d", "tags": []}, {"content": "c", "tags": ["a"]}) == {
         "content": "d",
         "tags": [],
     }
@@ -157,7 +157,7 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
         "t_valid": "2026",
         "n": None,
     }
-    assert standing_payload({"content": "d"}, kept) == {
+    assert base_payload({"content": "d"}, kept) == {
         "content": "d",
         "tags": ["a"],
         "source_app": "import",
@@ -167,7 +167,7 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
 
 def test_while_the_migration_is_under_way_every_key_of_the_old_point_comes_back():
     kept = {"content": "c", "t_valid": "2026", "source_app": "import"}
-    assert standing_payload({"content": "d"}, kept, whole=True) == {**kept, "content": "d"}
+    assert base_payload({"content": "d"}, kept, whole=True) == {**kept, "content": "d"}
 
 
 NEEDED = {
@@ -191,9 +191,9 @@ def test_what_recall_reads_comes_from_the_node_wherever_the_point_lacks_it(key, 
     node = {**NEEDED, "summary": "s", "t_valid": "2025", "updated_at": "2025", "last_accessed": "2025"}
     live = {one: value for one, value in live.items() if one != key}
     wanted = {"a": 1} if key == "metadata" else NEEDED[key]
-    merged = merged_payload(standing_payload(live, None), node)
+    merged = merged_payload(base_payload(live, None), node)
     assert merged[key] == wanted
-    assert merged_payload(standing_payload(live, live), node)[key] == wanted
+    assert merged_payload(base_payload(live, live), node)[key] == wanted
     assert merged.keys() == NEEDED.keys() | live.keys()
 
 

@@ -69,7 +69,7 @@ def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str)
     if missing:
         raise AccessRefused(
             f"FalkorDB at {address_of(conn)} does not permit this user {', '.join(missing)}"
-            f" on '{graph}' and the temporary names next to it: nothing was touched",
+            f" on '{graph}' and on names that begin with it: nothing was changed",
             next_step=f"{GRANT} ~{graph}*" + (f" ~{{{graph}}}*" if safety.startswith(f"{{{graph}}}") else ""),
         )
     if graph not in list_graphs(conn) and command(conn, "EXISTS", graph):
@@ -123,7 +123,7 @@ def require_memory(conn: redis.Redis, need: int) -> None:
         with translated(conn):
             memory = conn.info("memory")
     except AccessRefused:
-        return  # the trial restore will show it
+        return  # if memory is short, the trial restore fails
     limit, used = int(memory.get("maxmemory", 0)), int(memory["used_memory"])
     policy = str(memory.get("maxmemory_policy", "noeviction"))
     if not limit or used + need <= limit:
@@ -234,13 +234,14 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
         probe = dump_graph(conn, temporary)
     finally:
         drop_graph(conn, temporary)
-    for read, written in (
-        (rdb_version(probe), rdb_version(payload)),
-        (graph_encoding(probe), graph_encoding(payload)),
+    for what, read, written in (
+        ("RDB version", rdb_version(probe), rdb_version(payload)),
+        ("graph encoding", graph_encoding(probe), graph_encoding(payload)),
     ):
         if written > read:
             raise StoreFailed(
-                f"FalkorDB at {address_of(conn)} cannot read this backup: version {written}, it reads up to {read}",
+                f"FalkorDB at {address_of(conn)} cannot read this backup: its {what} is {written},"
+                f" the server reads up to {read}",
                 next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
             )
 

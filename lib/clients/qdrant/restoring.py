@@ -37,7 +37,7 @@ UploadProgress = Callable[[int, int], object]  # bytes sent, bytes in all
 
 
 def unique_filename(stem: str) -> str:
-    """A name for an uploaded file: the server keeps the file under it, and can delete it by it."""
+    """Return a name for an uploaded file. The server stores the file under this name, and deletes it by this name."""
     return f"{stem}-{secrets.token_hex(6)}.snapshot"
 
 
@@ -186,7 +186,7 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
 
 
 class _Body:
-    """A stream of known length, as the multipart encoder needs it; `len` is what is not read yet."""
+    """A stream of known length, as the multipart encoder needs it; `len` is the number of unread bytes."""
 
     def __init__(self, stream: BinaryIO, size: int, progress: UploadProgress | None) -> None:
         self.len = size
@@ -243,7 +243,7 @@ def _refuse_existing(q: Qdrant, collection: str) -> None:
     if state not in {"missing", "restoring"}:
         raise MigrationError(
             f"'{collection}' exists at {q.display} ({state}); a restore would clear it first",
-            next_step="delete it once its backup is verified, or restore under another name",
+            next_step="verify its backup, then delete it and run the same command again",
         )
 
 
@@ -254,8 +254,8 @@ def _health(q: Qdrant, collection: str) -> Health:
         return "unavailable"  # the server may be restarting
 
 
-def drop_temporary(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:
-    """Delete a temporary collection, live or failed, and first the files uploaded to it.
+def delete_with_snapshots(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:
+    """Delete a collection, live or failed, and first the snapshots that were uploaded to it.
 
     The files cannot be reached without the collection. `nodes` are those of a cluster, each of which may hold a file.
     """
