@@ -74,7 +74,7 @@ def assert_one_set(operator: Operator) -> None:
     assert open_journals(operator.backups) == []
 
 
-def assert_final_files_prove(operator: Operator) -> None:
+def assert_final_files_verify(operator: Operator) -> None:
     """Whatever stands under its final name is whole, by other means than the tool's own."""
     for path in operator.backups.glob("falkordb/*.rdb"):
         assert_rdb(path.read_bytes())
@@ -83,9 +83,9 @@ def assert_final_files_prove(operator: Operator) -> None:
     for path in operator.manifests():
         manifest = json.loads(path.read_text())
         for component in ("graph", "collection"):
-            told = manifest[component]["file"]
-            data = (operator.backups / told["name"]).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (told["size"], told["sha256"])
+            report = manifest[component]["file"]
+            data = (operator.backups / report["name"]).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (report["size"], report["sha256"])
 
 
 def assert_rdb(data: bytes) -> None:
@@ -117,8 +117,10 @@ def assert_no_scratch(operator: Operator) -> None:
 
 
 def _processes(word: str) -> list[str]:
-    told = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
-    return [line for line in told.stdout.splitlines() if word in line]
+    report = subprocess.run(
+        ["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True
+    )
+    return [line for line in report.stdout.splitlines() if word in line]
 
 
 def age_journals(operator: Operator, hours: int) -> None:

@@ -113,7 +113,7 @@ class Held:
     process: ScriptProcess
     marker: Path
 
-    def stands_at(self, number: int = 0) -> bool:
+    def is_held_at(self, number: int = 0) -> bool:
         """Whether it has come to this place."""
         return self.marker.with_name(f"{self.marker.name}.{number}").exists()
 
@@ -133,7 +133,7 @@ def start_held(operator: Operator, where: str, script: str, *words: str, nohup: 
 
 def standing(held: Held, number: int = 0) -> ScriptProcess:
     """The process, once it stands at the place."""
-    assert wait_for(lambda: held.stands_at(number) or held.process.poll() is not None)
+    assert wait_for(lambda: held.is_held_at(number) or held.process.poll() is not None)
     assert held.process.poll() is None, held.process.communicate()
     return held.process
 

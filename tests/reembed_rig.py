@@ -95,7 +95,7 @@ IN_PLACE_WINDOWS = {
 }
 DEFAULT_WINDOWS = {**STAGED_WINDOWS, **END_WINDOWS, **TIDY_WINDOWS}
 WINDOWS = {**DEFAULT_WINDOWS, **IN_PLACE_WINDOWS}
-ANEW = STAGED_WINDOWS.keys() | TIDY_WINDOWS.keys()
+ANNOUNCED_AGAIN = STAGED_WINDOWS.keys() | TIDY_WINDOWS.keys()
 
 
 class Rig:
@@ -166,7 +166,7 @@ class Rig:
         method, path, phases, nth, carried_out = WINDOWS[window]
 
         def there() -> bool:
-            return self.phase() in phases and (window not in ANEW or self.entries() != self.noted)
+            return self.phase() in phases and (window not in ANNOUNCED_AGAIN or self.entries() != self.noted)
 
         path = path.format(live=self.operator.collection)
         self.gate.stops.append(CancelToken(method, path, nth, carried_out, alone=True, when=there))

@@ -172,10 +172,10 @@ class ScriptProcess:
 
     def _look(self, seconds: float | None) -> int | None:
         if self.returncode is None and select.select([self._ended], [], [], seconds)[0]:
-            told = os.read(self._ended, 32)
+            line = os.read(self._ended, 32)
             os.close(self._ended)
-            assert told, "the process that forks the scripts is gone"
-            self.returncode = int(told)
+            assert line, "the process that forks the scripts is gone"
+            self.returncode = int(line)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:

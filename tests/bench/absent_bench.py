@@ -32,7 +32,7 @@ OLD_SIZE, SIZE, MODEL = 768, 3072, "text-embedding-3-large"
 CONNECTIONS, BATCH = 4, 256
 QUICK = bool(os.environ.get("BENCH_QUICK"))
 MEMORIES, RUNS = (1_000, 1) if QUICK else (10_000, PAIRS)
-WAYS = {
+CUTOVERS = {
     "reembed.absent_vs_upload": ((), {"1.11": 0.7, "1.18": 0.3}),
     "reembed.absent_vs_upload_in_place": (("--in-place",), {"1.11": 1.2, "1.18": 1.2}),
 }
@@ -41,7 +41,7 @@ WAYS = {
 def absent(folder: Path) -> Iterator[Figure]:
     """Seconds that the script itself tells (`--json`), against an orjson upload of as many points over 4 connections."""
     with graph_source(folder, MEMORIES) as graph, CheapEndpoint(latency_seconds=0.05, size=SIZE) as endpoint:
-        for name, (words, goals) in WAYS.items():
+        for name, (words, goals) in CUTOVERS.items():
             ours, reference = [], []
             for number in range(RUNS):
                 own = private_dir(folder / f"{name} {number}")
@@ -69,8 +69,8 @@ def absent(folder: Path) -> Iterator[Figure]:
 
 def _absent_seconds(words: tuple[str, ...], environ: dict[str, str], folder: Path) -> float:
     _script("backup_automem", "-q", environ=environ, folder=folder)
-    told = _script("reembed_embeddings", "-q", "--json", *words, environ=environ, folder=folder)
-    return float(json.loads(told)["absent_seconds"])
+    output = _script("reembed_embeddings", "-q", "--json", *words, environ=environ, folder=folder)
+    return float(json.loads(output)["absent_seconds"])
 
 
 def _script(name: str, *words: str, environ: dict[str, str], folder: Path) -> str:

@@ -84,7 +84,7 @@ def opened(url: str) -> Iterator[tuple[EmbeddingClient, EmbeddingCache]]:
         client.close()
 
 
-def bought(
+def embed_all(
     client: EmbeddingClient, cache: EmbeddingCache, count: int, workers: int, text: str = ""
 ) -> EmbedProgress:
     """`count` texts from the request to the disk."""
@@ -97,20 +97,20 @@ def bought(
 def rate(url: str, count: int, workers: int) -> float:
     """Texts a second."""
     with opened(url) as (client, cache):
-        return count / bought(client, cache, count, workers).seconds
+        return count / embed_all(client, cache, count, workers).seconds
 
 
 def sequential_rate(url: str) -> float:
     """Texts a second as the openai package is used where nobody cares: one request of 32 after the other, kept in a list."""
     import openai
 
-    client, kept = openai.OpenAI(api_key="sk-bench", base_url=url), []
+    client, vectors = openai.OpenAI(api_key="sk-bench", base_url=url), []
     texts = [f"memory {number}:{TEXT[:60]}" for number in range(SEQUENTIAL_BATCH)]
     client.embeddings.create(model=LARGE, input=texts)
     began = time.perf_counter()
     for _ in range(SEQUENTIAL_BATCHES):
-        kept += [one.embedding for one in client.embeddings.create(model=LARGE, input=texts).data]
-    return len(kept) / (time.perf_counter() - began)
+        vectors += [one.embedding for one in client.embeddings.create(model=LARGE, input=texts).data]
+    return len(vectors) / (time.perf_counter() - began)
 
 
 def rates(_folder: Path) -> Iterator[Figure]:
@@ -148,7 +148,7 @@ def limits(_folder: Path) -> Iterator[Figure]:
             tempfile.TemporaryDirectory(prefix="bench-") as name,
             EmbeddingCache(Path(name) / "s.sqlite3") as cache,
         ):
-            seconds = bought(client, cache, count, WORKERS, TEXT).seconds
+            seconds = embed_all(client, cache, count, WORKERS, TEXT).seconds
         client.close()
         seen = endpoint.counts()
     given = TOKENS_A_MINUTE / 60 * seconds + TOKENS_A_MINUTE

@@ -83,15 +83,15 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
 
     The proof (checksum, load, counts, and the first DUMP while the graph is read) is told by itself.
     """
-    half = take_graph(source, folder, "restore", [], verify=False)
-    path, engines = folder / half.file.name, installed_engines({})
-    ours, bare, read, proof = [], [], [], []
+    component = take_graph(source, folder, "restore", [], verify=False)
+    path, engines = folder / component.file.name, installed_engines({})
+    ours, bare, read, verification = [], [], [], []
     for number in range(PAIRS):
         journal = start_journal(folder, "restore", ["bench"])
         with Stopwatch(digests, "graph_digest") as digest:
             began = time.perf_counter()
-            with restore_graph.open_rdb(path, source, engines, half) as backup:
-                proof.append(time.perf_counter() - began - digest.seconds)
+            with restore_graph.open_rdb(path, source, engines, component) as backup:
+                verification.append(time.perf_counter() - began - digest.seconds)
                 before = digest.seconds
                 whole = seconds_of(functools.partial(_restore, backup, source, journal, folder))
                 ours.append(whole - (digest.seconds - before))
@@ -102,7 +102,7 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
     on = on_graph(source, NODES)
     return [
         at_most("restore.graph_vs_bare", median(ours), median(bare), 1.5, on),
-        at_most("restore.graph_proof_vs_bare", median(proof), median(bare), None, on),
+        at_most("restore.graph_proof_vs_bare", median(verification), median(bare), None, on),
         at_most("restore.digests_vs_bare", median(read), median(bare), None, on),
     ]
 
@@ -132,15 +132,15 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
     with collection_source(folder, POINTS, SIZE) as source:
         wait_green(source.qdrant, source.collection, REST_SECONDS)
         time.sleep(FLUSHED_SECONDS)
-        half = take_collection(source, folder, "restore", start_journal(folder, "backup", ["bench"]))
+        component = take_collection(source, folder, "restore", start_journal(folder, "backup", ["bench"]))
         raw = folder / "bare.snapshot"
-        read_archive(folder / half.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
-        ours, bare, absent, proof = [], [], [], []
+        read_archive(folder / component.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
+        ours, bare, absent, verification = [], [], [], []
         for number in range(PAIRS):
             journal = start_journal(folder, "restore", ["bench"])
             began = time.perf_counter()
-            plan = plan_restore(open_archive(folder / half.file.name, half), source)
-            proof.append(time.perf_counter() - began)
+            plan = plan_restore(open_archive(folder / component.file.name, component), source)
+            verification.append(time.perf_counter() - began)
             ours.append(seconds_of(functools.partial(_replace, plan, journal)))
             absent.append(_between(journal))
             name = f"{source.collection}_bare"
@@ -152,7 +152,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         on = on_qdrant(source.qdrant, POINTS, SIZE)
         goal = 2.5 if source.qdrant.version().startswith("1.11.") else 2.0
         yield at_most("restore.collection_vs_bare", median(ours), median(bare), goal, on)
-        yield at_most("restore.collection_proof_vs_bare", median(proof), median(bare), None, on)
+        yield at_most("restore.collection_proof_vs_bare", median(verification), median(bare), None, on)
         yield at_most("restore.absent_vs_bare", median(absent), median(bare), None, on)
 
 
@@ -184,8 +184,8 @@ def peak(folder: Path) -> Iterator[Figure]:
     for points in (FEW_POINTS, POINTS):
         place = private_dir(folder / str(points))
         with collection_source(place, points, SIZE) as source:
-            half = take_collection(source, place, "restore", start_journal(place, "backup", ["bench"]))
-            peaks.append(_peak_of(source, place, place / half.file.name))
+            component = take_collection(source, place, "restore", start_journal(place, "backup", ["bench"]))
+            peaks.append(_peak_of(source, place, place / component.file.name))
             on = on_qdrant(source.qdrant, points, SIZE)
     yield at_most("restore.peak_mb", peaks[1], LIMIT_MB, 1.0, on)
     yield at_most("restore.peak_flat", peaks[1], peaks[0], 1.15, on)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.qdrant
 
 ENGINES = installed_engines({})
 GRAPH, COLLECTION = "graph", "collection"
-HALVES = (GRAPH, COLLECTION)
+COMPONENTS = (GRAPH, COLLECTION)
 
 
 @dataclass
@@ -136,7 +136,7 @@ def raw(which: str, what: str) -> Kind:
     return damage
 
 
-for _which in (*HALVES, "manifest"):
+for _which in (*COMPONENTS, "manifest"):
     for _what, _times in RAW.items():
         KINDS[f"{_which}: {_what}"] = (raw(_which, _what), _times)
 
@@ -144,8 +144,8 @@ for _which in (*HALVES, "manifest"):
 # --- whole files ------------------------------------------------------------------------------------------------
 
 
-def of_each_half(function: Callable[[Sets, str], None]) -> Callable[[Sets, str], None]:
-    for component in HALVES:
+def of_each_component(function: Callable[[Sets, str], None]) -> Callable[[Sets, str], None]:
+    for component in COMPONENTS:
 
         def damage(sets: Sets, chance: random.Random, component: str = component) -> Path:
             path = sets.file(component)
@@ -156,34 +156,34 @@ def of_each_half(function: Callable[[Sets, str], None]) -> Callable[[Sets, str],
     return function
 
 
-@of_each_half
+@of_each_component
 def missing(sets: Sets, component: str) -> None:
     sets.file(component).unlink()
 
 
-@of_each_half
+@of_each_component
 def empty(sets: Sets, component: str) -> None:
     sets.file(component).write_bytes(b"")
 
 
-@of_each_half
+@of_each_component
 def of_the_other_set(sets: Sets, component: str) -> None:
     shutil.copy(sets.file(component, sets.older), sets.file(component))
 
 
-@of_each_half
+@of_each_component
 def of_the_other_set_resealed(sets: Sets, component: str) -> None:
     of_the_other_set(sets, component)
     sets.reseal(component)
 
 
-@of_each_half
+@of_each_component
 def the_manifest_points_to_the_other_set(sets: Sets, component: str) -> None:
     other = json.loads(sets.older.read_text())[component]["file"]
     sets.edit(component, "file", value=other)
 
 
-@of_each_half
+@of_each_component
 def the_manifest_points_out_of_the_folder(sets: Sets, component: str) -> None:
     path = sets.file(component)
     outside = sets.folder.parent / path.name
@@ -191,9 +191,9 @@ def the_manifest_points_out_of_the_folder(sets: Sets, component: str) -> None:
     sets.edit(component, "file", "name", value=f"../{path.name}")
 
 
-@of_each_half
-def replaced_by_the_other_half(sets: Sets, component: str) -> None:
-    other = next(one for one in HALVES if one != component)
+@of_each_component
+def replaced_by_the_other_component(sets: Sets, component: str) -> None:
+    other = next(one for one in COMPONENTS if one != component)
     shutil.copy(sets.file(other), sets.file(component))
     sets.reseal(component)
 
@@ -267,7 +267,7 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
 
 def edited(keys: tuple[str, ...], value: Any) -> Kind:
     def damage(sets: Sets, chance: random.Random) -> Path:
-        path = sets.file(keys[0]) if keys[0] in HALVES else sets.manifest
+        path = sets.file(keys[0]) if keys[0] in COMPONENTS else sets.manifest
         sets.edit(*keys, value=value)
         return path
 
@@ -470,7 +470,7 @@ def byte_in_a_segment(sets: Sets, chance: random.Random) -> Path:
 
 
 @kind(1, "gzip: packed anew")
-def packed_anew(sets: Sets, _: random.Random) -> Path:
+def recompressed(sets: Sets, _: random.Random) -> Path:
     path = sets.file(COLLECTION)
     packed = path.read_bytes()
     plain = igzip.decompress(packed)
@@ -540,7 +540,9 @@ def uncaught(
         sets = copied(backed, folder)
         manifest = sets.manifest
         spoilt = KINDS[name][0](sets, random.Random(f"{name} {number}"))
-        named = [proof.path for proof in verify_named(sets.folder, str(manifest), engines) if proof.fault]
+        named = [
+            checked.path for checked in verify_named(sets.folder, str(manifest), engines) if checked.fault
+        ]
         if not {spoilt, manifest} & set(named):
             missed.append(f"{name} #{number}")
     return missed
@@ -553,8 +555,8 @@ def test_there_are_enough_of_them():
 
 
 @pytest.mark.core
-def test_whole_sets_prove(backed):
-    assert [proof.fault for proof in verify_named(backed.backups, "all", ENGINES)] == [""] * 4
+def test_complete_backup_sets_verify(backed):
+    assert [checked.fault for checked in verify_named(backed.backups, "all", ENGINES)] == [""] * 4
 
 
 GROUPS = sorted({name.split(":")[0] for name in KINDS})
@@ -607,13 +609,13 @@ def test_without_an_engine_the_rdbs_own_checksum_still_counts(backed, tmp_path, 
     assert uncaught(backed, tmp_path / "w", cases, []) == []
 
 
-def test_a_set_that_was_not_proved_is_covered_by_its_checksums(backed, tmp_path, monkeypatch):
+def test_an_unverified_backup_set_is_covered_by_its_checksums(backed, tmp_path, monkeypatch):
     whole = copied(backed, tmp_path / "unproved")
-    for component in HALVES:
+    for component in COMPONENTS:
         whole.edit(component, "proof", value="unproved")
     whole.edit(GRAPH, "digest", value="")
     monkeypatch.setattr(Operator, "backups", whole.folder)
-    assert [proof.fault for proof in verify_named(whole.folder, "all", ENGINES)] == [""] * 4
+    assert [checked.fault for checked in verify_named(whole.folder, "all", ENGINES)] == [""] * 4
     assert uncaught(backed, tmp_path / "w", random_cases(2)) == []
 
 
@@ -671,7 +673,7 @@ def test_each_guard_is_needed(backed, tmp_path, monkeypatch, guard):
     assert uncaught(backed, tmp_path / "w", cases) != []
 
 
-def test_a_drill_that_is_switched_off_is_noticed(backed, tmp_path, monkeypatch):
+def test_a_disabled_backup_check_is_noticed(backed, tmp_path, monkeypatch):
     for place in ("lib.backup.check.verify_graph", "lib.backup.check.verify_collection"):
         monkeypatch.setattr(place, lambda *_words, **_named: Accepted())
     monkeypatch.setattr("lib.backup.manifest.sealed", dict)
@@ -718,6 +720,6 @@ def test_as_a_process_the_exit_code_is_4(backed, tmp_path, name, word):
     result = backed.run(
         "backup_automem", "--check", words[word], "--backup-dir", str(sets.folder), "--json", expect=4
     )
-    faults = {Path(proof["path"]).name for proof in result.json["proofs"] if proof["fault"]}
+    faults = {Path(checked["path"]).name for checked in result.json["proofs"] if checked["fault"]}
     assert spoilt.name in faults
     assert len(result.json["proofs"]) == {"all": 4}.get(word, 2) or name.startswith("manifest")

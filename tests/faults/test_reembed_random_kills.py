@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(3600)]
 
 SCRIPT_KILLS = 6 * KILLS_EACH if KILLS_EACH > 1 else 3
 SERVER_KILLS = 2 * KILLS_EACH if KILLS_EACH > 1 else 1
-WAYS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged", "in-place"])
+CUTOVERS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged", "in-place"])
 
 
 class Seesaw:
@@ -108,7 +108,7 @@ def finish(seesaw: Seesaw, kills: int) -> None:
     assert operator.servers.openai.stats()["paid_twice"] <= kills * WORKERS * BATCH
 
 
-@WAYS
+@CUTOVERS
 def test_the_script_is_killed_at_random_moments(operator, words, record_property):
     seesaw = Seesaw(operator, words)
     operator.servers.openai.fault(hang_seconds=0.05)
@@ -125,7 +125,7 @@ def test_the_script_is_killed_at_random_moments(operator, words, record_property
     record_property("states", json.dumps(seesaw.states))
 
 
-@WAYS
+@CUTOVERS
 def test_the_server_is_killed_at_random_moments(operator, own_qdrant, words, record_property):
     someone = replace(operator, servers=replace(operator.servers, qdrant_url=own_qdrant.url), exports={})
     seesaw = Seesaw(someone, words)

@@ -73,7 +73,7 @@ def run_under(
 ) -> tuple[int, str]:
     """A restore whose server is killed and started again; its exit code, and what it said."""
     held = start_held(operator, where, "restore_from_backup", *files)
-    assert wait_for(held.stands_at), held.process.communicate()
+    assert wait_for(held.is_held_at), held.process.communicate()
     if seconds is not None:
         held.go_on()
         time.sleep(seconds)
@@ -139,18 +139,18 @@ def test_qdrant_stays_down_and_the_next_command_finishes(ready, own_qdrant):
     """The machine is gone for longer than the script waits for an answer: the journal and the safety backup remain."""
     operator, files, (wanted, asset), old = ready
     held = start_held(operator, "entering copy recovered", "restore_from_backup", *files)
-    assert wait_for(held.stands_at)
+    assert wait_for(held.is_held_at)
     own_qdrant.kill()
     held.process.kill()
     held.process.communicate(timeout=60)
-    told = operator.run("restore_from_backup", *files, expect=1).err
-    assert "docker compose up -d falkordb qdrant" in told
+    err = operator.run("restore_from_backup", *files, expect=1).err
+    assert "docker compose up -d falkordb qdrant" in err
     own_qdrant.start()
     assert_one_is_whole(operator, wanted, old)
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)
-    kept = Path(operator.manifests()[1])  # what the killed run saved before it deleted anything
-    operator.run("restore_from_backup", str(kept))
+    safety = Path(operator.manifests()[1])  # what the killed run saved before it deleted anything
+    operator.run("restore_from_backup", str(safety))
     assert operator.state() == old

@@ -87,7 +87,7 @@ def cron_lines() -> list[str]:
 
 
 @pytest.mark.matrix
-def test_the_cron_lines_are_silent_where_all_is_well(nightly):
+def test_the_cron_lines_are_silent_if_all_is_well(nightly):
     for line in cron_lines():
         *fields, command = line.split(None, CRON_FIELDS)
         assert all(re.fullmatch(r"[\d*/,-]+", one) for one in fields)
@@ -126,8 +126,8 @@ def test_the_systemd_units(nightly, tmp_path):
     if shutil.which("systemd-analyze"):
         command = ["systemd-analyze", "verify", *(str(tmp_path / name) for name in found)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        told = [line for line in done.stderr.splitlines() if "automem" in line]
-        assert (done.returncode, told) == (0, []), done.stderr
+        lines = [line for line in done.stderr.splitlines() if "automem" in line]
+        assert (done.returncode, lines) == (0, []), done.stderr
     service = found["automem-backup.service"]
     (folder,) = re.findall(r"^WorkingDirectory=(.+)$", service, re.MULTILINE)
     commands = re.findall(r"^ExecStart=(.+)$", service, re.MULTILINE)
@@ -206,7 +206,7 @@ def unprivileged() -> list[str]:
 
 
 @pytest.mark.parametrize("words", [["--backup-dir"], ["--backup-dir", "OWN", "--upload"]])
-def test_a_mount_of_roots_is_told_with_the_remedy(nightly, mount, own, words):
+def test_a_mount_of_roots_is_reported_with_the_remedy(nightly, mount, own, words):
     words = [str(own) if word == "OWN" else word for word in words]
     command = [sys.executable, str(nightly.checkout / "scripts" / "backup_automem.py"), *words, str(mount)]
     ran = bare(nightly, [*unprivileged(), *command], nightly.checkout)

@@ -136,15 +136,15 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder):
 
 
 @pytest.mark.matrix
-def test_where_it_fails_it_says_how_and_keeps_what_it_made(folder):
+def test_a_failure_is_reported_and_its_files_are_preserved(folder):
     run = Quickstart(folder, "--memories", "30", FALKORDB_SCRATCH_SERVER="/nowhere/redis-server")
     out, err = run.process.communicate(timeout=300)
     assert run.process.returncode == 4
     assert "FALKORDB_SCRATCH_SERVER" in out
     assert "exit code of scripts/backup_automem.py: 2, expected 0" in err
-    (kept,) = folder.iterdir()
-    assert f"kept: {kept}" in err
-    assert (kept / "openai.log").exists()
+    (preserved,) = folder.iterdir()
+    assert f"kept: {preserved}" in err
+    assert (preserved / "openai.log").exists()
     assert run.processes() == []
 
 
@@ -156,7 +156,7 @@ def test_production_names_every_setting_but_the_engine():
     }
 
 
-def test_serve_refuses_a_taken_port_and_says_which(folder, guide_ports):
+def test_serve_refuses_a_taken_port_and_names_it(folder, guide_ports):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if free(GUIDE_PORTS.automem):
@@ -179,13 +179,13 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_po
         pytest.skip(f"port {taken} is taken on this machine")
     run = Quickstart(folder, "serve", "--memories", "30")
     try:
-        told = ""
-        while "Ctrl-C" not in told:
+        output = ""
+        while "Ctrl-C" not in output:
             line = run.process.stdout.readline()
             assert line, f"it ended: {run.process.communicate(timeout=300)}"
-            told += line
-        exports = dict(re.findall(r"export (\w+)=(\S+)", told))
-        lines = dict(re.findall(r'echo "(\w+)=(\S+)" >> .env', told))
+            output += line
+        exports = dict(re.findall(r"export (\w+)=(\S+)", output))
+        lines = dict(re.findall(r'echo "(\w+)=(\S+)" >> .env', output))
         assert lines == {"VECTOR_SIZE": "768", "EMBEDDING_MODEL": "text-embedding-3-small"}
         assert exports["AUTOMEM_API_TOKEN"] == TOKEN
         assert (

@@ -359,8 +359,8 @@ def test_after_the_delete_abort_is_refused_and_the_undo_brings_the_old_state_bac
     collections = operator.collections()
     refused = operator.run("reembed_embeddings", "--abort", expect=2).err.split("next:")[1]
     assert operator.collections() == collections
-    ways = [line.split("/scripts/")[1].split() for line in refused.splitlines() if "/scripts/" in line]
-    (resume, undo, _) = ways
+    commands = [line.split("/scripts/")[1].split() for line in refused.splitlines() if "/scripts/" in line]
+    (resume, undo, _) = commands
     assert resume == ["reembed_embeddings.py", *words_of(case)]
     old = {"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
     operator.run(undo[0].removesuffix(".py"), *undo[1:], env=old)

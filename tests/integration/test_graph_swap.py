@@ -61,10 +61,10 @@ def test_backup_scratch_and_swap_bring_back_the_graph_and_touch_nothing_else(
 
     rdb = take(server.address, tmp_path / "memories.rdb")
     with scratch_server(engine, rdb) as scratch:
-        proof = dump_as(scratch.conn, "memories", "memories__proof")
+        dumped = dump_as(scratch.conn, "memories", "memories__proof")
         payload = dump_graph(scratch.conn, "memories")
         assert list_graphs(scratch.conn) == ["memories"]
-    verify_acceptance(target_conn, proof, "memories__proof", expected)
+    verify_acceptance(target_conn, dumped, "memories__proof", expected)
     assert list_graphs(target_conn) == ["memories", "second"]
 
     assert swap_in(target_conn, "memories", payload, SAFETY) is True
@@ -113,7 +113,7 @@ def test_an_absent_graph_is_simply_restored(conn: redis.Redis, target_conn: redi
     assert list_graphs(target_conn) == ["memories"]
 
 
-def test_an_empty_graph_goes_the_same_way(conn: redis.Redis, target_conn: redis.Redis):
+def test_an_empty_graph_is_swapped_alike(conn: redis.Redis, target_conn: redis.Redis):
     write(conn, "memories", "CREATE (a:A {x: 1})", "MATCH (a) DELETE a")
     fill(target_conn, "memories", 20)
     assert swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
@@ -211,7 +211,7 @@ def test_names_in_use_are_not_touched(conn: redis.Redis, target_conn: redis.Redi
     assert target_conn.get("plain") == b"x"
 
 
-def test_proof_fails_where_the_copy_is_not_what_was_expected(conn: redis.Redis, target_conn: redis.Redis):
+def test_verification_fails_if_the_copy_is_not_what_was_expected(conn: redis.Redis, target_conn: redis.Redis):
     fill(conn, "memories", 50)
     expected = digest(conn, "memories")
     write(conn, "memories", "MATCH (m:Memory {id: 'id-7'}) SET m.content = 'changed'")
@@ -220,7 +220,7 @@ def test_proof_fails_where_the_copy_is_not_what_was_expected(conn: redis.Redis, 
     assert list_graphs(target_conn) == []
 
 
-def test_a_refused_proof_leaves_nothing(conn: redis.Redis, target_conn: redis.Redis):
+def test_a_refused_verification_leaves_nothing(conn: redis.Redis, target_conn: redis.Redis):
     fill(conn, "memories", 50)
     expected = digest(conn, "memories")
     payload = of_newer_falkordb(dump_as(conn, "memories", "proof"))
@@ -247,7 +247,7 @@ def test_the_old_graph_comes_back(conn: redis.Redis, target: FalkorServer, targe
 
 
 @pytest.mark.parametrize("missing", ["restore", "rename", "multi"])
-def test_a_missing_permission_is_told_and_changes_nothing(
+def test_a_missing_permission_is_reported_and_changes_nothing(
     conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis, missing: str
 ):
     fill(conn, "memories", 50)
@@ -288,7 +288,7 @@ def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer
 
 
 @pytest.mark.matrix
-def test_a_graph_that_is_saved_in_many_parts_survives_the_way(
+def test_a_graph_that_is_saved_in_many_parts_survives_the_transfer(
     conn: redis.Redis, engine: Engine, tmp_path: Path
 ):
     """FalkorDB spreads a graph over several keys in an RDB (100,000 entities each); here over many."""
@@ -315,7 +315,7 @@ def test_a_graph_that_is_saved_in_many_parts_survives_the_way(
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs two versions of FalkorDB: pip install falkordblite")
-def test_an_older_graph_goes_onto_a_newer_server_unchanged_and_not_back(tmp_path: Path):
+def test_an_older_graph_moves_to_a_newer_server_unchanged_and_not_back(tmp_path: Path):
     old_engine, new_engine = ENGINES[0], ENGINES[-1]
     with scratch_server(old_engine) as old, scratch_server(new_engine) as new:
         fill_rich(old.conn, "memories")
@@ -330,7 +330,7 @@ def test_an_older_graph_goes_onto_a_newer_server_unchanged_and_not_back(tmp_path
         assert digest(old.conn, "memories") == before
 
 
-def test_a_lost_answer_is_told_and_the_names_tell_the_state(
+def test_a_lost_answer_is_reported_and_the_names_show_the_state(
     conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
 ):
     fill(conn, "memories", 50)

@@ -139,7 +139,7 @@ def test_a_stamp_leads_nowhere_else(operator, copied, stamp):
     assert set(operator.folder.rglob("*stolen*")) == before
 
 
-def test_what_does_not_verify_is_not_kept(operator, copied):
+def test_what_does_not_verify_is_not_saved(operator, copied):
     """Every byte is as the manifest says, and the archive is none: it never bears a name in the backup folder."""
     (manifest,), junk = copied.glob("backup_*.json"), gzip.compress(b"no archive")
     raw = json.loads(manifest.read_text())

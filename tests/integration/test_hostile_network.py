@@ -136,12 +136,12 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not complete after 1 s")]
+    ("answer", "expected"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not complete after 1 s")]
 )
-def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, says):
+def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, expected):
     began = time.monotonic()
     with serving(answer) as (url, _):
-        with pytest.raises(StoreFailed, match=says):
+        with pytest.raises(StoreFailed, match=expected):
             Qdrant(url, timeout_seconds=1.0).version()
         assert ask_health(AutoMemApi(url)).presence == "silent"
         with pytest.raises(StoreUnreachable):
@@ -213,12 +213,12 @@ REFUSALS = {
 )
 def test_a_refusal_of_the_provider_is_bounded_too(operator, impatient, kind):
     """The openai package reads the body of an error whole, whatever it inflates to; 32 GB come of the second."""
-    answer, says = REFUSALS[kind]
+    answer, expected = REFUSALS[kind]
     operator.load(5)
     operator.run("backup_automem")
     with serving(answer) as (url, _):
         operator.export(OPENAI_BASE_URL=f"{url}/v1", VECTOR_SIZE=96)
-        assert says in operator.run("reembed_embeddings", "--dry-run", expect=6).err
+        assert expected in operator.run("reembed_embeddings", "--dry-run", expect=6).err
 
 
 def test_a_deep_json_is_no_traceback():
@@ -274,11 +274,11 @@ DOWNLOADS = {
 @pytest.mark.parametrize("kind", list(DOWNLOADS))
 def test_a_snapshot_without_end_is_given_up(monkeypatch, kind):
     monkeypatch.setattr(snapshots, "PIECE_SECONDS", 0.2)
-    answer, error, says = DOWNLOADS[kind]
+    answer, error, expected = DOWNLOADS[kind]
     taken = bytearray()
     with serving(answer) as (url, _):
         q = Qdrant(url, timeout_seconds=2.0, sleep=lambda _seconds: None)
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=expected):
             snapshots.download(q, "c", snapshots.Snapshot("s", 1000, None, ""), taken.extend)
     assert len(taken) <= 1000
 

@@ -101,7 +101,7 @@ def make_odd(operator, cypher: str) -> None:
     [one if number < 2 else pytest.param(one, marks=pytest.mark.matrix) for number, one in enumerate(ODD)],
 )
 @pytest.mark.parametrize("words", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
-def test_a_point_whose_memory_has_no_text_keeps_its_own_and_is_listed(odd, kind, words):
+def test_a_point_whose_memory_has_no_text_keeps_its_content_and_is_listed(odd, kind, words):
     cypher, reason = ODD[kind]
     make_odd(odd, cypher)
     before = payloads(odd)
@@ -267,7 +267,7 @@ NEWER = {
 
 
 @pytest.mark.parametrize("words", [("--only-missing",), pytest.param((), marks=pytest.mark.matrix)])
-def test_a_small_difference_is_told_and_written(odd, words):
+def test_a_small_difference_is_reported_and_written(odd, words):
     """Python takes 1 for true, a double or its own moments for what they only come near to: JSON does not."""
     sets = ", ".join(f"m.{key} = {cypher}" for key, (cypher, _, _) in NEWER.items())
     odd.cypher(f"MATCH (m:Memory {{id: $id}}) SET {sets}", id=IDS[0])

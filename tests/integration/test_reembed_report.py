@@ -138,7 +138,7 @@ def assert_found(near, scores, wanted):
 # --- what it says -----------------------------------------------------------------------------------------------
 
 
-def test_it_says_what_was_done_and_how_to_undo_it(migrated):
+def test_it_reports_what_was_done_and_how_to_undo_it(migrated):
     ready, result = migrated.operator, migrated.printed
     document, shown, _ = the_report(ready)
     assert result["report"] == [str(path) for path in reports(ready)[::-1]]
@@ -166,18 +166,18 @@ def test_it_says_what_was_done_and_how_to_undo_it(migrated):
     assert f"{len(points):,}" in shown.text
 
 
-def test_what_was_bought_is_what_the_provider_counted(migrated):
+def test_the_reported_embeddings_are_what_the_provider_counted(migrated):
     document, shown, _ = the_report(migrated.operator)
-    stats, bought = migrated.counted, document["bought"]
-    assert (bought["texts"], bought["tokens"], bought["requests"]) == (
+    stats, embedded = migrated.counted, document["bought"]
+    assert (embedded["texts"], embedded["tokens"], embedded["requests"]) == (
         stats["texts"],
         stats["tokens"],
         stats["requests"],
     )
-    assert bought["price"] == pytest.approx(stats["tokens"] * 0.13 / 1e6)
+    assert embedded["price"] == pytest.approx(stats["tokens"] * 0.13 / 1e6)
     assert sum(slot["texts"] for slot in document["rates"]) == stats["texts"]
-    assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(bought["seconds"], abs=0.1)
-    assert f"${bought['price']:.4f}" in shown.text
+    assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(embedded["seconds"], abs=0.1)
+    assert f"${embedded['price']:.4f}" in shown.text
     # Nothing was bought but the texts themselves.
     texts = {node["content"] for node in embeddable(migrated.operator).values()}
     assert stats["texts"] == len(texts)
@@ -268,7 +268,7 @@ def test_it_is_private_and_holds_no_key(migrated):
         (f"after {DELETING}", ()),
     ),
 )
-def test_a_run_that_is_killed_and_goes_on_still_has_what_was_before(ready, where, words):
+def test_a_run_that_is_killed_and_resumed_still_reports_what_was_before(ready, where, words):
     before = points_of(ready)
     run_killed(ready, where, "reembed_embeddings", *words)
     result = ready.run("reembed_embeddings", *words)
@@ -306,7 +306,7 @@ def test_what_an_earlier_start_paid_for_is_in_the_sums(ready):
 
 
 @pytest.mark.matrix
-def test_the_next_one_has_a_report_and_sums_of_its_own(ready):
+def test_the_next_one_has_a_separate_report_and_separate_sums(ready):
     ready.run("reembed_embeddings")
     first = the_report(ready)[0]
     result = ready.run("reembed_embeddings", "--json").json
@@ -374,7 +374,7 @@ def test_a_report_that_cannot_be_written_fails_no_migration(ready):
 
 
 @pytest.mark.matrix
-def test_backups_are_listed_and_cleaned_up_beside_reports(ready):
+def test_backups_are_listed_and_cleaned_up_next_to_reports(ready):
     ready.run("reembed_embeddings")
     ready.run("backup_automem", "--only", "qdrant")
     assert len(ready.run("backup_automem", "--list", "--json").json["sets"]) == 2
@@ -395,8 +395,8 @@ def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
     assert undo not in done["sets"]
     assert "names it" in done["protected"][undo]
     assert ready.backups / undo in ready.manifests()
-    told = ready.run("backup_automem", "--cleanup", "--keep", "1").out
-    assert told.startswith(f"nothing to delete\nkept {undo}: the undo of reembed run ")
+    out = ready.run("backup_automem", "--cleanup", "--keep", "1").out
+    assert out.startswith(f"nothing to delete\nkept {undo}: the undo of reembed run ")
 
 
 # --- figures and plots ------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
 
 
 @pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "half"], "manifest"))
-def test_the_drill_of_latest_proves_no_older_set_in_its_place(operator, harm):
+def test_the_check_of_latest_verifies_no_older_set_instead(operator, harm):
     """`--check latest` is what `restore latest` would take, or fails."""
     operator.load(20)
     operator.run("backup_automem")
@@ -150,7 +150,7 @@ def test_the_drill_of_latest_proves_no_older_set_in_its_place(operator, harm):
 
 
 @pytest.mark.matrix
-def test_the_drill_of_latest_is_of_these_stores(operator):
+def test_the_check_of_latest_is_of_these_stores(operator):
     operator.load(20)
     operator.run("backup_automem")
     own = operator.rdb()
@@ -219,7 +219,7 @@ def kill_collection(operator) -> None:
     assert requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).status_code == 500
 
 
-def test_a_dead_collection_is_replaced_and_said_to_be_lost(operator):
+def test_a_failed_collection_is_replaced_and_reported_as_lost(operator):
     operator.load()
     before, asset = operator.state(), settings(operator)
     operator.run("backup_automem")
@@ -313,7 +313,7 @@ def test_a_version_jump_is_refused_before_anything_is_touched(operator):
 
 
 @pytest.mark.matrix
-def test_a_file_moved_away_from_its_manifest_restores_by_its_own_checksums(operator):
+def test_a_file_moved_away_from_its_manifest_restores_by_the_checksums_in_it(operator):
     operator.load()
     before = operator.state()
     operator.run("backup_automem")
@@ -350,7 +350,7 @@ def test_another_deployment_in_the_same_folder_is_never_taken_or_deleted(operato
         other.clean_up()
 
 
-def test_a_backup_of_another_server_is_told_before_the_switch(operator):
+def test_a_backup_of_another_server_is_reported_before_the_cutover(operator):
     operator.load(60)
     operator.run("backup_automem", "--only", "falkordb")
     manifest = operator.manifests()[0]
@@ -358,7 +358,7 @@ def test_a_backup_of_another_server_is_told_before_the_switch(operator):
     document["graph"]["server"]["address"] = "10.1.2.3:6379"
     manifest.write_text(json.dumps(sealed(document)))
     for more in (["--dry-run"], ["-q"]):
-        told = operator.run("restore_from_backup", str(manifest), *more).err
-        assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in told
+        err = operator.run("restore_from_backup", str(manifest), *more).err
+        assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in err
     safety = str(operator.manifests()[-1])
     assert "was taken from" not in operator.run("restore_from_backup", safety, "--dry-run").err

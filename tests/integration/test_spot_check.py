@@ -25,7 +25,7 @@ def same_points(left, right):
 
 
 @pytest.mark.matrix
-def test_a_sample_is_compared_and_leaves_nothing_but_what_was_bought(operator):
+def test_a_sample_is_compared_and_leaves_only_cached_vectors(operator):
     operator.load(240)
     upgrade(operator)
     before, openai = points_of(operator), operator.servers.openai

@@ -61,7 +61,7 @@ class Fault:
             return True
 
 
-class FaultyWay:
+class FaultyProxy:
     """Listens on a port of its own, with TLS where `tls` is given; a context manager."""
 
     def __init__(self, port: int, *faults: Fault, tls: ssl.SSLContext | None = None) -> None:
@@ -72,7 +72,7 @@ class FaultyWay:
         self._open: set[socket.socket] = set()
         self.port = self._listener.getsockname()[1]
 
-    def __enter__(self) -> FaultyWay:
+    def __enter__(self) -> FaultyProxy:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
