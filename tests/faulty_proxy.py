@@ -1,4 +1,4 @@
-"""A TCP way to any server with faults in it: chosen requests are cut off, held, trickled or answered by somebody else."""
+"""A TCP proxy to any server, with faults: chosen requests are cut off, held, trickled or answered by somebody else."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Fault:
 
 
 class FaultyProxy:
-    """Listens on a port of its own, with TLS where `tls` is given; a context manager."""
+    """Listen on a free port, with TLS if `tls` is given; a context manager."""
 
     def __init__(self, port: int, *faults: Fault, tls: ssl.SSLContext | None = None) -> None:
         self.faults = list(faults)

@@ -140,7 +140,7 @@ class Rig:
         return (journal.path, len(journal.entries)) if journal else (None, 0)
 
     def turn(self) -> None:
-        """The migration is done: the next one goes the other way."""
+        """The migration is done: the next one goes in the opposite direction."""
         self.operator.run("backup_automem", "--only", "qdrant")
         self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
         self.operator.export(VECTOR_SIZE=self.size, EMBEDDING_MODEL=MODELS[self.size])

@@ -1,4 +1,4 @@
-"""What the tests of lib/clients/qdrant share: a server, a collection of their own, a way there that breaks."""
+"""Shared by the tests of lib/clients/qdrant: a server, a separate collection, a proxy that breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the live collection is absent while the dimension changes, beside the barest upload of as many points.
+"""How long the live collection is absent while the dimension changes, compared with a bare upload of as many points.
 
 The old collection has 768d, the new one 3072d. BENCH_QUICK=1 takes a small part of the data.
 """
@@ -39,7 +39,7 @@ CUTOVERS = {
 
 
 def absent(folder: Path) -> Iterator[Figure]:
-    """Seconds that the script itself tells (`--json`), against an orjson upload of as many points over 4 connections."""
+    """Seconds that the script reports (`--json`), against an orjson upload of as many points over 4 connections."""
     with graph_source(folder, MEMORIES) as graph, CheapEndpoint(latency_seconds=0.05, size=SIZE) as endpoint:
         for name, (words, goals) in CUTOVERS.items():
             ours, reference = [], []
@@ -76,7 +76,7 @@ def _absent_seconds(words: tuple[str, ...], environ: dict[str, str], folder: Pat
 def _script(name: str, *words: str, environ: dict[str, str], folder: Path) -> str:
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
     done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode not in {0, 3}:  # 3: the samples lack some points, which is told
+    if done.returncode not in {0, 3}:  # 3: the samples lack some points, which is reported
         raise RuntimeError(f"{name}.py: exit code {done.returncode}\n{done.stderr}")
     return done.stdout
 

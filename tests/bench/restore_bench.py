@@ -1,4 +1,4 @@
-"""restore_from_backup.py beside the bare commands."""
+"""restore_from_backup.py compared with the bare commands."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def fill(conn: redis.Redis) -> None:
 
 
 def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
-    """From the proved file to the dropped old graph, the digests apart, against one DUMP and RESTORE of the same graph.
+    """From the verified file to the dropped old graph, without the digests, against one DUMP and RESTORE of the same graph.
 
-    The proof (checksum, load, counts, and the first DUMP while the graph is read) is told by itself.
+    The verification (checksum, load, counts, and the first DUMP while the graph is read) is a separate figure.
     """
     component = take_graph(source, folder, "restore", [], verify=False)
     path, engines = folder / component.file.name, installed_engines({})
@@ -123,11 +123,11 @@ def _bare(backup: restore_graph.GraphBackup, source: GraphSource, name: str) -> 
 
 
 def collection_restore(folder: Path) -> Iterator[Figure]:
-    """Rehearsal, comparisons and switch against one upload and restore; and how long the live one is absent.
+    """Trial restore, comparisons and cutover against one upload and restore; and how long the live one is absent.
 
-    The proof of the archive, which inflates it and keeps the snapshot for the rehearsal, is told by itself. The
-    collection is at rest: in the snapshot of one that was just filled stands a log that each restore plays again, which
-    takes four times as long as all the rest.
+    The verification of the archive, which inflates it and saves the snapshot for the trial restore, is a separate
+    figure. The collection is at rest: the snapshot of a collection that was just filled contains a log that each
+    restore replays, which takes four times as long as all the rest.
     """
     with collection_source(folder, POINTS, SIZE) as source:
         wait_green(source.qdrant, source.collection, REST_SECONDS)

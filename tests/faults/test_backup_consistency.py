@@ -1,4 +1,4 @@
-"""Backups of stores that are written to: each graph is one moment of it, and the drift told is the drift there is."""
+"""Backups of stores that are written to: each graph is consistent, and the reported drift is the actual drift."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = "MATCH (m:Memory) RETURN m.id"
 
 
 def components(nodes: list[list[object]], twins: list[list[object]]) -> list[object]:
-    """The keys of pairs of which something is missing; raises where one is there twice."""
+    """Return the keys of incomplete pairs; raises if a pair exists twice."""
     sides = [(key, side) for key, side in nodes]
     assert len(set(sides)) == len(sides)
     assert len({key for (key,) in twins}) == len(twins)
@@ -94,12 +94,12 @@ def test_no_backup_holds_an_incomplete_pair_and_the_reported_drift_is_correct(ta
     assert all(keys)
     assert (
         len({frozenset(one) for one in keys}) == BACKUPS
-    )  # each is a moment of its own: the writers did write
-    assert any(map(any, drifts))  # and what they wrote between the two snapshots is what is told
+    )  # each backup is a different moment: the writers did write
+    assert any(map(any, drifts))  # and what they wrote between the two snapshots is reported
 
 
 def assert_drift(manifest: Manifest, memories: set[str]) -> tuple[int, int]:
-    """What the manifest says of ids on one side only is what its two files hold."""
+    """Check that the drift in the manifest is that of its two files."""
     points = promised_ids(manifest.file_of(manifest.collection))
     counted = manifest.drift
     assert (counted.only_graph, counted.only_collection) == (len(memories - points), len(points - memories))

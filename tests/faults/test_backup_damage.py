@@ -1,7 +1,7 @@
-"""Backups damaged on purpose: the restore drill catches every damage, and says which file it is in.
+"""Backups damaged on purpose: the backup check catches every damage and names the damaged file.
 
-Each kind of damage is a function on a copy of two backup sets; it returns the files that the drill may name. Kinds
-that also put right the checksums above the damage (`resealed`) show what the deeper guards are worth.
+Each kind of damage is a function on a copy of two backup sets; it returns the files that the check may name. Kinds
+that also correct the checksums above the damage (`resealed`) test the deeper checks.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Sets:
         self.manifest.write_text(json.dumps(sealed(document)))
 
     def reseal(self, component: str) -> None:
-        """Make the manifest fit the half's file as it is now."""
+        """Make the manifest fit the component's file as it is now."""
         data = self.file(component).read_bytes()
         self.edit(component, "file", "size", value=len(data))
         self.edit(component, "file", "sha256", value=sha256(data).hexdigest())
@@ -114,7 +114,7 @@ def change_bytes(data: bytes, what: str, chance: random.Random) -> bytes:
 
 
 def same(one: bytes, other: bytes) -> bool:
-    """Whether two files say the same: a manifest with a line twice, or with another blank, still does."""
+    """Whether two files have the same content: a manifest with a repeated line or another blank still has."""
     try:
         return one == other or json.loads(one) == json.loads(other)
     except ValueError:
@@ -244,7 +244,7 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "a constraint more": ((GRAPH, "constraints"), lambda old: [*old, {"type": "UNIQUE"}]),
     "digest": ((GRAPH, "digest"), lambda old: old[1:] + old[:1]),
     "no digest": ((GRAPH, "digest"), ""),
-    "graph proof of another kind": ((GRAPH, "proof"), "excellent"),
+    "graph verification of another kind": ((GRAPH, "proof"), "excellent"),
     "no graph file": ((GRAPH, "file"), None),
     "collection file sha256": ((COLLECTION, "file", "sha256"), lambda old: old.upper()),
     "collection name": ((COLLECTION, "collection"), "another"),
@@ -302,7 +302,7 @@ def with_crc(data: bytes) -> bytes:
 
 
 def with_another_letter(data: bytes, chance: random.Random) -> bytes:
-    """One letter of a memory's content changed, where the RDB holds its beginning uncompressed."""
+    """Change one letter of a memory's content at which the RDB holds its beginning uncompressed."""
     starts = [
         one.content[:12].encode() for one in generate(200) if one.content and one.content[:12].isascii()
     ]
@@ -469,7 +469,7 @@ def byte_in_a_segment(sets: Sets, chance: random.Random) -> Path:
     return path
 
 
-@kind(1, "gzip: packed anew")
+@kind(1, "gzip: recompressed")
 def recompressed(sets: Sets, _: random.Random) -> Path:
     path = sets.file(COLLECTION)
     packed = path.read_bytes()
@@ -502,7 +502,7 @@ for _name, _function in GZIP.items():
 CASES = [(name, number) for name, (_, times) in KINDS.items() for number in range(times)]
 
 
-# --- the drill --------------------------------------------------------------------------------------------------
+# --- the backup check -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +534,7 @@ def copied(backed: Operator, folder: Path) -> Sets:
 def uncaught(
     backed: Operator, folder: Path, cases: list[tuple[str, int]], engines: list[Engine] = ENGINES
 ) -> list[str]:
-    """The cases that the drill lets pass, or of which it names another file."""
+    """The cases that the check lets pass, or for which it names another file."""
     missed = []
     for name, number in cases:
         sets = copied(backed, folder)
@@ -562,7 +562,7 @@ def test_complete_backup_sets_verify(backed):
 GROUPS = sorted({name.split(":")[0] for name in KINDS})
 
 
-# What shows only where the segments can be opened: those of 1.11 cannot.
+# Detected only if the segments can be opened: those of 1.11 cannot.
 BY_SEGMENTS = "archive: another id, resealed"
 
 
@@ -577,7 +577,7 @@ def test_every_damage_is_caught_and_its_file_named(backed, tmp_path, group):
     assert missed == [] or (missed == [f"{BY_SEGMENTS} #0"] and not segments_open(backed))
 
 
-# What no sha256 covers any more, because the damage put it right, is left to the deeper proofs.
+# Damage that corrected its sha256 is left to the deeper verification levels.
 DEEP = ("resealed", "right", "edited")
 
 
@@ -601,7 +601,7 @@ def test_without_an_engine_all_but_skilled_edits_are_caught(backed, tmp_path, no
         ("archive: another id, resealed", 0),
         ("rdb: another letter, every checksum right", 0),
     ]
-    assert len(uncaught(backed, tmp_path / "w", skilled, [])) == len(skilled)  # as the README says
+    assert len(uncaught(backed, tmp_path / "w", skilled, [])) == len(skilled)  # as the README describes
 
 
 def test_without_an_engine_the_rdbs_own_checksum_still_counts(backed, tmp_path, no_segments):
@@ -610,7 +610,7 @@ def test_without_an_engine_the_rdbs_own_checksum_still_counts(backed, tmp_path, 
 
 
 def test_an_unverified_backup_set_is_covered_by_its_checksums(backed, tmp_path, monkeypatch):
-    whole = copied(backed, tmp_path / "unproved")
+    whole = copied(backed, tmp_path / "unverified")
     for component in COMPONENTS:
         whole.edit(component, "proof", value="unproved")
     whole.edit(GRAPH, "digest", value="")
@@ -619,7 +619,7 @@ def test_an_unverified_backup_set_is_covered_by_its_checksums(backed, tmp_path, 
     assert uncaught(backed, tmp_path / "w", random_cases(2)) == []
 
 
-# --- the drill itself is on trial: without a guard, what it alone catches passes ----------------------------------
+# --- tests of the check itself: without a guard, what only that guard catches passes ------------------------------
 
 GUARDS = {
     "the manifest's checksum": ("lib.backup.manifest.sealed", dict, "edited: a value, not the checksum"),
@@ -632,7 +632,7 @@ GUARDS = {
     "a file's size and sha256": (
         "lib.backup.collection.check_file",
         lambda _path, _file, _sha256: None,
-        "gzip: packed anew",
+        "gzip: recompressed",
     ),
     "what the RDB says of itself": (
         "lib.backup.graph.compare_rdb",

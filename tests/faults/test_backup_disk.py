@@ -1,4 +1,4 @@
-"""Too little room, on this machine or the server's: told before where it can be known, and nothing half done."""
+"""Too little room, on this machine or the server's: reported in advance if possible, and nothing left incomplete."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_too_little_memory_for_a_scratch_server_lowers_the_verification_level(ba
     level, note = levels(backing)[0]
     assert level == "checked"
     assert "20 MiB of memory are free" in note
-    monkeypatch.setattr(graph_backup, "free_memory", lambda: None)  # not told, as on macOS: tried
+    monkeypatch.setattr(graph_backup, "free_memory", lambda: None)  # unknown, as on macOS: tried
     assert levels(backing)[0][0] == "restored"
 
 
 @pytest.mark.parametrize("when", ["while it loads", "while it is read"])
 def test_a_killed_scratch_server_reports_no_fault_of_the_file(backing, monkeypatch, when):
-    """As the kernel does where memory runs out after all."""
+    """Fail as the kernel does when memory runs out after all."""
     backing.run("backup_automem")
     if when == "while it loads":
         start = scratch._start

@@ -1,4 +1,4 @@
-"""A backup that is cut off, refused or out of room: no half set is ever trusted, nothing stays on the server."""
+"""A backup that is cut off, refused or out of room: no incomplete set is ever trusted, nothing stays on the server."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_server_error_ends_it_with_nothing_left(backing, stand_in, rule):
 
 
 def test_a_lost_answer_to_the_snapshot_is_none(backing):
-    """The answer to the snapshot is lost: the list tells that it is there, and it is used."""
+    """The answer to the snapshot request is lost: the list shows the snapshot, and it is used."""
     theirs = backing.call("POST", "/snapshots")["name"]
     with Gate(backing.servers.qdrant_url) as gate:
         stop = CancelToken("POST", r"/snapshots\?", carried_out=True)

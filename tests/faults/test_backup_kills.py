@@ -1,7 +1,7 @@
 """The backup killed (SIGKILL) in every window and at random moments, while others write to both stores.
 
-Whatever the moment: no file under its final name that does not prove, the next run works and cleans up, nothing stays on
-the server, no scratch server or folder is left.
+At any moment: every file under its final name verifies, the next run works and cleans up, nothing stays on the server,
+no scratch server or folder is left.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ALMOST = [
 ]
 NEVER_SENT = {"after snapshot announced"}
 UNNAMED = {"before snapshot made"}  # the server made one, the journal does not name it
-# Reached by the graph's thread: where the collection's is by then, depends on the moment.
+# Reached by the graph's thread. The state of the collection's thread depends on the moment.
 DURING_GRAPH_BACKUP = {
     "called RDB streamed",
     "called RDB file written",
@@ -160,7 +160,7 @@ SLOW_ANSWER = "POST", r"/snapshots\?"
 
 
 def killed_at(operator: Operator, gate: Gate, stop: CancelToken) -> CancelToken:
-    """A backup that is killed while a request stands at the gate."""
+    """A backup that is killed while a request is held at the gate."""
     gate.stops.append(stop)
     process = operator.start("backup_automem")
     assert wait_for(stop.reached.is_set)
@@ -214,7 +214,7 @@ def test_two_killed_runs_have_two_snapshots_named(backing, gated):
 
 
 def test_a_snapshot_that_never_comes_is_not_awaited_for_ever(backing):
-    """The run was killed right before it asked: that cannot be known, so for an hour one line tells of it."""
+    """The run was killed right before its request. That cannot be known, so one line reports it for an hour."""
     run_killed(backing, "after snapshot announced", "backup_automem")
     backing.run("backup_automem")
     (journal,) = awaited(backing)

@@ -1,4 +1,4 @@
-"""The way to either store breaks, drips, falls silent or answers with something else while a backup is taken."""
+"""The connection to either store breaks, trickles, falls silent or answers with something else during a backup."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def port_of(url: str) -> int:
 
 @contextmanager
 def qdrant_proxy(operator: Operator, *faults: Fault) -> Iterator[FaultyProxy]:
-    """All that the operator's commands send to Qdrant goes this way."""
+    """Send all requests of the operator's commands to Qdrant through a proxy."""
     with FaultyProxy(port_of(operator.servers.qdrant_url), *faults) as proxy:
         operator.export(QDRANT_URL=f"http://127.0.0.1:{proxy.port}")
         yield proxy
@@ -69,7 +69,7 @@ def falkordb_proxy(operator: Operator, *faults: Fault, **more: ssl.SSLContext) -
 
 
 def back_up(operator: Operator, *, only: str = "", timeout: float = 30.0, verify: bool = False):
-    """A backup within this process, over the ways that the operator's settings name; waits are cut short."""
+    """Take a backup within this process, over the proxies in the operator's settings; waits are cut short."""
     place, settings = site(operator), operator.environ
     address = GraphAddress("127.0.0.1", int(settings["FALKORDB_PORT"]))
     qdrant = Qdrant(settings["QDRANT_URL"], timeout_seconds=timeout, sleep=lambda _seconds: time.sleep(0.02))
@@ -129,7 +129,7 @@ def test_the_replication_stream_is_cut_anywhere(backing, diskless):
         )  # the server's newlines while it prepares make an answer a little longer or shorter
         borders = [(cut, "") for cut in (0, 1, 2, 13, 40, 56, 57, 58, 70, 100, rdb)]
         anywhere = [(chance.randrange(rdb), "" if number < 4 else "falkordb") for number in range(30)]
-        for cut, only in [*borders, *anywhere]:  # what the collection's half comes to is told by a few
+        for cut, only in [*borders, *anywhere]:  # a few cuts show what the collection's component becomes
             with (
                 falkordb_proxy(backing, Fault(b"PSYNC", cut=cut)),
                 pytest.raises(StoreUnreachable, match="closed"),
@@ -181,9 +181,9 @@ def assert_final_collections_verify(operator: Operator) -> None:
     from tests.backup_support import assert_archive
 
     (manifest,) = operator.manifests()
-    reply = json.loads(manifest.read_text())["collection"]["file"]
-    data = (operator.backups / reply["name"]).read_bytes()
-    assert (len(data), hashlib.sha256(data).hexdigest()) == (reply["size"], reply["sha256"])
+    recorded = json.loads(manifest.read_text())["collection"]["file"]
+    data = (operator.backups / recorded["name"]).read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (recorded["size"], recorded["sha256"])
     assert_archive(data)
 
 

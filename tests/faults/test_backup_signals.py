@@ -1,4 +1,4 @@
-"""The backup ended by a signal: at any phase nothing is left half done, by one Ctrl-C or by two, or as the terminal closes."""
+"""The backup ended by a signal, in any phase: one Ctrl-C, two, or a closed terminal. Nothing is left incomplete."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ PLACES = {
 }
 
 
-# Of the graph's thread: the collection's may have announced a snapshot by then, and not asked for it.
+# Of the graph's thread. The collection's thread may have announced a snapshot by then, and not requested it.
 DURING_GRAPH_BACKUP = {"the RDB is there", "the scratch server loads", "the scratch server is asked"}
 
 
 def assert_undone(operator: Operator, process: ScriptProcess, *, may_await: bool = False) -> str:
-    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said.
+    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works. Returns the output.
 
-    `may_await`: a snapshot may have been announced and not asked for.
+    `may_await`: a snapshot may have been announced and not requested.
     """
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
@@ -99,7 +99,7 @@ def test_a_signal_right_after_the_manifest_leaves_the_whole_set(backing):
 
 
 def test_a_signal_before_the_snapshot_was_asked_for(backing):
-    """Whether the server got the request cannot be known: every command says that a snapshot may come."""
+    """Whether the server got the request cannot be known: every command reports that a snapshot may appear."""
     ended_at(backing, "after snapshot announced")
     assert files(backing) == []
     backing.run("backup_automem")

@@ -30,9 +30,7 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture
 def gate(s3, operator) -> Iterator[S3Gate]:
     with S3Gate(s3.port) as s3_gate:
-        operator.export(
-            **s3_environ(s3_gate.url), AWS_MAX_ATTEMPTS=2
-        )  # five, with pauses, where nobody says so
+        operator.export(**s3_environ(s3_gate.url), AWS_MAX_ATTEMPTS=2)  # five, with pauses, by default
         yield s3_gate
 
 
@@ -63,7 +61,7 @@ def set_of(manifest: Path) -> dict[str, bytes]:
 
 
 def upload(operator: Operator, url: str, expect: int) -> str:
-    """Upload the existing sets; what was said on stderr."""
+    """Upload the existing sets; returns stderr."""
     before = files_in(operator.backups)
     done = operator.run("backup_automem", "--check", "all", "--upload", url, expect=expect)
     assert files_in(operator.backups) == before
@@ -162,7 +160,7 @@ def test_a_bucket_that_may_not_be_written(operator, gate):
     operator.load(60)
     gate.rule("PUT", "copies", "refuse")
     result = operator.run("backup_automem", "--upload", f"s3://{BUCKET}/copies", expect=2)
-    assert "told by the gate" in result.err
+    assert "reported by the gate" in result.err
     assert not operator.backups.exists()
 
 
@@ -336,7 +334,7 @@ def test_ctrl_c_while_uploading(operator, sftp, backed_up):
     arrived(operator, sftp.url("/copies"), sftp.folder / "copies", backed_up)
 
 
-# --- on the way back --------------------------------------------------------------------------------------------
+# --- download ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Qdrant killed and started again under a request that it would have gone on with alone: nobody waits for it in vain."""
+"""Qdrant restarts during a request that it would have finished without a client: nobody waits for it in vain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def put_points(url: str, collection: str) -> None:
 
 
 def restart_when_reached(server, stop: CancelToken) -> threading.Thread:
-    """Once a request stands there the server is killed and started again; then the request's connection ends."""
+    """Restart the server once a request is held at the gate; then close the request's connection."""
 
     def work() -> None:
         assert stop.reached.wait(60)
@@ -78,7 +78,7 @@ def test_another_process_is_distinguished_from_the_same_one(own_qdrant):
     process = startup(q)
     assert process
     assert not restarted(q, process)
-    assert not restarted(q, None)  # one that did not say cannot be told from another
+    assert not restarted(q, None)  # a server without a start time cannot be distinguished from another
     own_qdrant.kill()
     assert startup(q) is None
     assert not restarted(q, process)

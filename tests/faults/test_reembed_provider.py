@@ -165,11 +165,11 @@ PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}
 
 @pytest.mark.parametrize("name", matrix(LASTING, "401 mid-way"))
 def test_lasting_errors_end_the_run_and_preserve_paid_vectors(rig, name):
-    fault, code, output = LASTING[name]
+    fault, code, expected = LASTING[name]
     rig.patience = 4.0
     rig.openai.fault(**fault, after=5)
     done = rig.reembed(expect=code)
-    assert output in done.err
+    assert expected in done.err
     assert "next:" in done.err
     rig.assert_untouched()
     assert rig.cached() == 5 * BATCH
@@ -240,7 +240,7 @@ def test_a_long_memory_is_cut_and_named_before_and_after(rig):
 
 @dataclass
 class Resetting:
-    """A way to the endpoint that answers chosen requests with a TCP reset: before they are passed on, or after."""
+    """A proxy to the endpoint that answers chosen requests with a TCP reset: before they are passed on, or after."""
 
     port: int
     resets: int

@@ -1,4 +1,4 @@
-"""The staged way, and what may happen to the stores while it is under way."""
+"""The staged cutover, and what may happen to the stores while it runs."""
 
 from __future__ import annotations
 
@@ -355,7 +355,7 @@ def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
 
 @on_the_stand_in
 def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_reported(ready):
-    """A restore that unpacks onto a full disk says only that it failed to unpack (1.18.3)."""
+    """A restore that unpacks onto a full disk reports only that it failed to unpack (1.18.3)."""
     before = points_of(ready)
     unpack = refusal("Service runtime error: IO Error: failed to unpack")
     recover = {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **unpack}

@@ -105,7 +105,7 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
         for number in range(EACH):
             bad = damaged(whole, kind, chance)
             if bad == whole or (alone and same_content(bad, whole)):
-                continue  # zeros onto zeros, or what gzip's header says of its writer
+                continue  # zeros onto zeros, or the writer in gzip's header
             path.write_bytes(bad)
             try:
                 assert_refused(backed, place, path)
@@ -141,8 +141,8 @@ def test_swapped_files_and_other_graphs_are_refused(operator):
         ours, theirs = (backed.backups / one[component]["file"]["name"] for one in (first, second))
         original = ours.read_bytes()
         shutil.copy(theirs, ours)
-        caught = assert_refused(backed, place, backed.manifests()[0])
-        assert "sha256" in caught or "bytes" in caught
+        message = assert_refused(backed, place, backed.manifests()[0])
+        assert "sha256" in message or "bytes" in message
         ours.write_bytes(original)
     backed.export(FALKORDB_GRAPH="no_such_graph")
     result = backed.run("restore_from_backup", backed.rdb(), expect=4)
@@ -188,7 +188,7 @@ def add(tar: tarfile.TarFile, name: str, body: bytes, **more: object) -> None:
 
 
 def rebuilt(source: Path, target: Path, change) -> Path:
-    """A copy of an archive, member by member; `change(tar, name, body)` writes what it likes and says so."""
+    """A copy of an archive, member by member; `change(tar, name, body)` may write a member and then returns true."""
     with tarfile.open(source, "r:gz") as old, tarfile.open(target, "w:gz", format=tarfile.GNU_FORMAT) as new:
         for member in old:
             body = old.extractfile(member).read()
@@ -344,7 +344,7 @@ def test_an_archive_whose_own_facts_are_off_is_refused(backed, tmp_path, edit):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
-    """A file that passes its checksum and does not load: the scratch server says so and leaves nothing."""
+    """A file that passes its checksum and does not load: the scratch server reports it and leaves nothing."""
     from lib.clients.falkordb.rdb import crc64
 
     place, whole = site(backed), Path(backed.rdb()).read_bytes()
@@ -361,7 +361,7 @@ def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
     servers = {str(engine.server) for engine in installed_engines({})}
     left = [pid for pid in Path("/proc").glob("[0-9]*") if _runs(pid, servers) and _is_ours(pid)]
     assert left == []
-    assert refused >= 4  # a forged checksum over changed text may well load: only the manifest would tell
+    assert refused >= 4  # changed text with a forged checksum may load: only the manifest would detect it
 
 
 def _runs(pid: Path, servers: set[str]) -> bool:

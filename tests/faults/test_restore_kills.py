@@ -91,7 +91,7 @@ def loaded(session_servers, tmp_path_factory):
 
 @pytest.fixture
 def ready(loaded):
-    """Stores that differ from the backup; its files, the state it holds, and the one that stands."""
+    """Stores that differ from the backup; its files, the state it holds, and the live one."""
     files = [loaded.rdb_of_first, loaded.archive_of_first] if hasattr(loaded, "rdb_of_first") else None
     if files is None:
         loaded.rdb_of_first, loaded.archive_of_first = files = [loaded.rdb(), loaded.archive()]
@@ -105,7 +105,7 @@ def points_of(operator: Operator, name: str) -> str:
 
 
 def assert_one_is_whole(operator: Operator, wanted, old) -> None:
-    """Each store holds the old state or the backup's; the collection may be absent while its rehearsal is whole."""
+    """Each store holds the old state or the backup's; the collection may be absent while its trial restore is complete."""
     with connect(operator.servers.falkordb.address) as conn:
         assert graph_digest(conn, operator.graph, by_id=True).digest in {old.graph, wanted.graph}
 
@@ -116,7 +116,7 @@ def assert_one_is_whole(operator: Operator, wanted, old) -> None:
                 name = next(one for one in operator.collections() if "__try_" in one)
             return points_of(operator, name) in {old.collection, wanted.collection}
         except MigrationError:
-            return False  # the server goes on with what the killed run asked for
+            return False  # the server still works on what the killed run asked for
 
     assert wait_for(one_is_whole, pause=0.1)
 
@@ -181,7 +181,7 @@ def test_killed_twice_in_different_windows_it_still_resumes(ready):
                 f"{operator.servers.qdrant_url}/collections/{operator.collection}",
                 json={"vectors": {"size": 48, "distance": "Cosine"}},
                 timeout=TIMEOUT,
-            )  # AutoMem made it anew, empty
+            )  # AutoMem recreated it, empty
         run_killed(operator, where, "restore_from_backup", *files)
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
@@ -221,7 +221,7 @@ IN_FLIGHT = {
 
 @pytest.fixture
 def gate(ready):
-    """The script's way to Qdrant, with a gate in it."""
+    """A proxy with a gate between the script and Qdrant."""
     operator, direct = ready[0], ready[0].environ["QDRANT_URL"]
     with Gate(direct) as found:
         operator.export(QDRANT_URL=found.url)
@@ -248,7 +248,7 @@ def test_killed_while_a_request_is_in_flight(ready, gate, request_, late):
 
 @pytest.fixture
 def stand_in(qdrant_url):
-    """Fault rules are the stand-in's own."""
+    """Fault rules exist only in the stand-in."""
     if requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT).status_code == 404:
         pytest.skip("a real server takes no fault rules")
     yield
@@ -308,11 +308,11 @@ def test_a_permanently_refused_recover_prints_the_commands(ready, stand_in, how)
     assert_tidy(operator)
 
 
-@pytest.mark.parametrize("which", ["rehearsal", "last"])
+@pytest.mark.parametrize("which", ["trial restore", "last"])
 def test_a_refused_upload_leaves_the_old_state_or_reports_how_to_resume(ready, stand_in, which):
     operator, files, (wanted, asset), old = ready
     upload = {"method": "POST", "status": 500, "times": 1, "body": {"status": {"error": "no space"}}}
-    if which == "rehearsal":
+    if which == "trial restore":
         faults(operator, {**upload, "path": r"__try_.*upload\?.*checksum=(?!0000)"})
         failed = operator.run("restore_from_backup", *files, expect=1)
         assert operator.state() == old

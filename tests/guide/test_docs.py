@@ -52,7 +52,7 @@ def backed_up(site: Site, ran: Ran, before: State) -> None:
 
 
 def configured(site: Site, ran: Ran, before: State) -> None:
-    """The file alone says so, without the exports; its unfinished last line is as it was."""
+    """The file alone sets it, without the exports; its unfinished last line is unchanged."""
     settings = json.loads(site.script("verify_migration", "--show-config", "--json").out)["settings"]
     assert settings["VECTOR_SIZE"]["value"] == LARGE[0]
     assert ".env:" in settings["VECTOR_SIZE"]["from"]
@@ -129,7 +129,7 @@ GUIDE: dict[tuple[str, str], Check] = {
 
 
 def assert_service_reported(site: Site, ran: Ran, before: State) -> None:
-    """The drill is held while AutoMem runs; the real run would refuse."""
+    """The dry run works while AutoMem runs; the real run would refuse."""
     upgraded(site, ran, before)
     assert "warning: AutoMem is running" in ran.err
     refused = site.script("restore_from_backup", "latest")
@@ -206,7 +206,7 @@ def test_a_block_that_is_not_run_names_what_it_would_need():
 
 @pytest.mark.matrix
 def test_the_error_texts_of_the_guide_are_those_that_are_printed(site):
-    """A mismatch and a refusal, provoked; the rate limit's text is where the client raises it."""
+    """A mismatch and a refusal, provoked; the rate limit's text is in the client that raises it."""
     larger = dict(
         zip(("VECTOR_SIZE", "EMBEDDING_MODEL"), LARGE, strict=True), AUTOMEM_ENV_FILE=str(site.automem_env)
     )

@@ -50,7 +50,7 @@ def nightly(site) -> Iterator[Site]:
     """The checkout with a `.env` and the `.venv` that the examples name, and no backup yet."""
     venv = site.checkout / ".venv" / "bin"
     venv.mkdir(parents=True, exist_ok=True)
-    # Not a link: Python would look for its packages beside the link.
+    # Not a link: Python would look for its packages next to the link.
     (venv / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (venv / "python").chmod(0o755)
     shutil.copy(site.automem_env, site.checkout / ".env")
@@ -66,7 +66,7 @@ def here(site: Site, text: str) -> str:
 def bare(site: Site, words: list[str], cwd: Path, **more: str) -> Ran:
     """What cron or a service gives a command: these variables and nothing else."""
     environ = {"HOME": str(site.folder), "LOGNAME": "automem", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
-    if "LD_LIBRARY_PATH" in os.environ:  # where a test machine keeps its Python's own libraries
+    if "LD_LIBRARY_PATH" in os.environ:  # the standard library of the test machine's Python
         environ["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     done = subprocess.run(
         words,
@@ -110,7 +110,7 @@ def test_a_cron_line_that_fails_has_something_to_mail_and_deletes_nothing(nightl
 
 
 def units(site: Site, folder: Path) -> dict[str, str]:
-    """The unit files by name, as they would stand on this machine."""
+    """The unit files by name, as they would be installed on this machine."""
     found = {}
     for block in examples("ini"):
         first, _, text = block.text.partition("\n")

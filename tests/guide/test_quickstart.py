@@ -1,4 +1,4 @@
-"""The newcomer's one command, as a process: it passes, it tells what it checked, and nothing of it is left."""
+"""The newcomer's one command, as a process: it passes, reports what it checked, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def free(port: int) -> bool:
 
 
 class Quickstart:
-    """A run with a temporary folder of its own (short, for the sockets in it) and a mark that its children inherit."""
+    """A run with a separate temporary folder (short, for the sockets in it) and a mark that its children inherit."""
 
     def __init__(self, folder: Path, *words: str, **more: str) -> None:
         self.folder, self.mark = folder, f"{MARK}={folder.name}"
@@ -120,12 +120,12 @@ def guide_ports() -> Iterator[None]:
 @pytest.mark.matrix
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
 def test_it_walks_through_the_guide_and_leaves_nothing(folder):
-    """Also where the environment is that of an operator with a production to lose."""
+    """Also if the environment is that of an operator with production stores."""
     run = Quickstart(folder, "--memories", "220", **PRODUCTION)
     seen = run.most_processes_seen(4)
     out, err = run.process.communicate(timeout=400)
     assert run.process.returncode == 0, f"{err}\n{out[-4000:]}"
-    assert seen >= 4, "the servers were never seen, so their absence would prove nothing"
+    assert seen >= 4, "the servers were never seen, so their absence would show nothing"
     run.assert_gone()
     assert err == ""
     table = out[out.rindex("checked  ") :]

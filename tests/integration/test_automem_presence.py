@@ -98,7 +98,7 @@ def test_a_degraded_automem_runs(ready):
 
 @pytest.mark.parametrize("status", matrix([300, 304, 400, 402, 406, 421, 426, 451], 400))
 def test_an_answer_of_a_reverse_proxy_is_no_absence(status):
-    """nginx answers 400 to plain HTTP at its TLS port, others 402, 421 or 451 of their own."""
+    """nginx answers 400 to plain HTTP at its TLS port, others answer 402, 421 or 451."""
     with Answering(status) as gateway:
         assert ask_health(AutoMemApi(gateway.url)).presence == "silent"
 

@@ -1,4 +1,4 @@
-"""How far a backup is proved on machines that lack something: said loudly, and never more than was done."""
+"""How far a backup is verified on machines that lack something: reported clearly, and never more than was done."""
 
 from __future__ import annotations
 

@@ -64,13 +64,13 @@ def test_the_rdb_holds_it_all_and_verifies(big):
     assert manifest["graph"]["kind"] == "rdb"
     data = (big.backups / manifest["graph"]["file"]["name"]).read_bytes()
     at = data.index(b"\xfe\x00\xfb")  # the database's number, and how many keys it has
-    assert data[at + 3] == 2  # a virtual key beside the graph's own
+    assert data[at + 3] == 2  # a virtual key in addition to the graph's key
     checks = big.run("backup_automem", "--check", "all", "--json").json["proofs"]
     assert [one["level"] for one in checks] == ["restored"]
 
 
 def test_a_dump_holds_it_all_and_verifies(big):
-    """Where replication is refused; one key then holds what an RDB spreads over several."""
+    """If replication is refused, one key holds what an RDB spreads over several."""
     with connect(big.servers.falkordb.address) as conn:
         conn.execute_command("ACL", "SETUSER", "dumper", "on", ">pw", "~*", "+@all", "-psync", "-replconf")
     big.export(FALKORDB_USERNAME="dumper", FALKORDB_PASSWORD="pw")

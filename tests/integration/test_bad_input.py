@@ -1,4 +1,4 @@
-"""What operators get wrong: one clear message, the right exit code, no traceback, nothing touched, no secret told."""
+"""What operators get wrong: one clear message, the right exit code, no traceback, nothing touched, no secret revealed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tree(operator) -> dict[str, str]:
 
 
 def names(operator) -> tuple[object, ...]:
-    """What stands on the servers, by name."""
+    """What exists on the servers, by name."""
     return operator.collections(), operator.graphs(), operator.call("GET", "/snapshots")
 
 
@@ -338,7 +338,7 @@ def test_a_faulty_env_file_is_named_with_its_line(operator, tmp_path):
 
 
 def offline(operator) -> None:
-    """Nothing listens at the stores' addresses: what is told now was told without a network."""
+    """Nothing listens at the stores' addresses: what is reported was found without a network."""
     operator.export(FALKORDB_PORT=free_port(), QDRANT_URL=f"http://127.0.0.1:{free_port()}")
 
 
@@ -412,7 +412,7 @@ def test_a_file_that_cannot_be_restored(operator, files, name):
 @pytest.mark.parametrize("name", WRONG)
 def test_a_file_that_cannot_be_checked(operator, files, name):
     offline(operator)
-    if name in {"theirs.json", "newer.json"}:  # told with the other proofs: a drill goes on
+    if name in {"theirs.json", "newer.json"}:  # reported with the other results: the check continues
         result = operator.run("backup_automem", "--check", str(files[name]), "--json", expect=4)
         assert WRONG[name] in result.json["proofs"][0]["fault"]
         return
@@ -595,7 +595,7 @@ def test_another_run_holds_the_lock(operator, command):
 
 @pytest.fixture
 def planner(session_servers, stocked):
-    """The stocked operator where only the embedding cache may change."""
+    """The stocked operator, if only the embedding cache may change."""
     stocked.exports.clear()
     before = names(stocked)
     yield stocked

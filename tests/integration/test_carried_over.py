@@ -273,7 +273,7 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
 
 
 def require_later_vectors(operator) -> None:
-    """Skip where the server adds no vector to a collection: it has no such address, as for any that it does not know."""
+    """Skip if the server cannot add a vector to a collection: it answers as for an unknown address."""
     url = f"{operator.servers.qdrant_url}/collections/nobody/vectors/later"
     if "doesn't exist" not in requests.put(url, json={"sparse": {}}, timeout=60).text:
         pytest.skip("this server adds no vector to an existing collection (1.18 and later)")
@@ -323,7 +323,7 @@ PLACED = {"vectors": {"memory": "cold"}, "payload": {"memory": "cold"}, "metadat
 
 
 def make_placed(operator) -> None:
-    """The operator's collection once more, with what a snapshot's restore forgets, and what 1.19 has anew."""
+    """The operator's collection once more, with what a snapshot's restore forgets, and what is new in 1.19."""
     points = points_of(operator)
     operator.call("DELETE", "")
     url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
@@ -360,7 +360,7 @@ def test_what_a_restored_snapshot_forgets_is_set_again(operator, method):
 
 
 def change_settings(operator, seconds: int) -> None:
-    """Every kind of setting that may change while a collection is in use; metadata where the server keeps it."""
+    """Every kind of setting that may change while a collection is in use; metadata if the server stores it."""
     body = {"optimizers_config": {"flush_interval_sec": seconds}, "metadata": {"mine": seconds}}
     operator.call("PATCH", "", {**body, "params": {"read_fan_out_factor": seconds}})
     tenant = {"type": "keyword", "is_tenant": True}

@@ -154,7 +154,7 @@ def test_a_node_of_a_cluster_that_has_a_collection_of_that_name_is_distinguished
         ("after snapshot made", [1, 0]),  # the first node's
         ("called snapshot downloaded", [1, 1]),
         ("entering snapshot deleted", [1, 1]),
-        ("before snapshot removed", [1, 0]),  # deleted on the second node, which the journal does not say
+        ("before snapshot removed", [1, 0]),  # deleted on the second node, which the journal does not record
     ],
 )
 def test_a_killed_backup_is_cleaned_up_on_every_node(operator, pair, where, left):

@@ -1,4 +1,4 @@
-"""Unfinished runs that are given up or that clean up after themselves, and what is said while a run waits."""
+"""Unfinished runs that are given up or that clean up after themselves, and what a waiting run reports."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
     assert "unfinished" not in notice(staged)
     assert "nothing to abort" in staged.run("reembed_embeddings", "--abort").out
     staged.run("reembed_embeddings")
-    assert staged.servers.openai.stats()["texts"] == paid  # what was paid for was not thrown away
+    assert staged.servers.openai.stats()["texts"] == paid  # what was paid for was not discarded
 
 
 PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
@@ -220,7 +220,7 @@ def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
 
 
 def test_a_damaged_journal_is_named_by_every_command(operator):
-    """Its first line is gone: nothing tells which run it was, or that it is unfinished."""
+    """Its first line is gone: nothing records which run it was, or that it is unfinished."""
     operator.backups.mkdir()
     file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
     file.write_bytes(b"")  # a crash before the first entry: nothing was made

@@ -53,7 +53,7 @@ def operator(session_servers, server, tmp_path) -> Iterator[Operator]:
 
 
 def component(operator) -> dict:
-    """The graph's half of the newest set."""
+    """The graph component of the newest set."""
     return operator.run("backup_automem", "--list", "--json").json["sets"][0]["graph"]
 
 

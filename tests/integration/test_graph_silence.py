@@ -26,7 +26,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(socketserver.StreamRequestHandler):
-    """Speaks as much of the protocol as it takes to say hello; DUMP is slow."""
+    """Speak only the part of the protocol that a connection needs; DUMP is slow."""
 
     def handle(self) -> None:
         while words := self._words():

@@ -119,7 +119,7 @@ def test_the_engine_of_the_segments_is_bounded_and_gets_no_secret(monkeypatch, t
 
 @as_root
 def test_the_file_of_another_owner_takes_no_key_along(operator, monkeypatch):
-    """Of the checkout's owner, say: python-dotenv puts what is in the environment where a file names it."""
+    """For example the checkout's owner: python-dotenv expands variables of the environment that a file names."""
     from lib import env_files
 
     monkeypatch.setattr(env_files, "trusted_owners", lambda: {0, NOBODY})

@@ -25,7 +25,7 @@ from lib.errors import StoreFailed, StoreUnreachable
 
 
 class Server(ThreadingHTTPServer):
-    """A client that hangs up is no error of the test's: its traceback would stand among the command's own words."""
+    """A client that hangs up is no error of the test: its traceback would appear in the command's output."""
 
     def handle_error(self, *_: object) -> None:
         pass
@@ -284,7 +284,7 @@ def test_a_snapshot_without_end_is_given_up(monkeypatch, kind):
 
 
 def test_texts_and_keys_go_nowhere_else(operator, impatient):
-    """A redirect is an error for each client; where it points nothing arrives."""
+    """A redirect is an error for each client; nothing arrives at its target."""
     operator.load(5)
     operator.run("backup_automem")
     with (
@@ -331,7 +331,7 @@ def test_a_whole_answer_keeps_its_connection():
 
 
 def test_a_server_sends_the_key_to_its_configured_address_alone():
-    """It is told to fetch its own snapshot: from the address that is configured, and from its own localhost."""
+    """The server is asked to fetch its own snapshot: from the configured address, and from its localhost."""
     from lib.clients.qdrant.restoring import can_fetch_itself
     from lib.clients.qdrant.snapshots import Snapshot
 

@@ -1,4 +1,4 @@
-"""A collection with named vectors, which AutoMem never makes: backed up whole, and put back; embedded anew it is not."""
+"""A collection with named vectors, which AutoMem never makes: backed up completely, and restored; it is not re-embedded."""
 
 from __future__ import annotations
 

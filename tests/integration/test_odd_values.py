@@ -179,7 +179,7 @@ def test_only_missing_repairs_missing_keys_and_cleared_payloads(odd):
     odd.call("POST", "/points/payload/delete?wait=true", {"points": IDS[:3], "keys": ["tag_prefixes"]})
     odd.call("POST", "/points/payload/clear?wait=true", {"points": IDS[3:5]})
     done = odd.run("reembed_embeddings", "--only-missing", "--json").json
-    # The vector of a point that does not say its content may be of another text.
+    # The vector of a point without its content may be of another text.
     assert (done["payloads"], done["changed"]) == (3, 2)
     assert payloads(odd) == before
     assert_vectors(points_of(odd), SMALL, OLD_SIZE)

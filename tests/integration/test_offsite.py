@@ -170,7 +170,7 @@ def test_a_backup_is_uploaded_listed_verified_and_restored_from_there(operator, 
     assert [(one["stamp"], one["complete"]) for one in listed["sets"]] == [
         (json.loads(manifest.read_text())["stamp"], True)
     ]
-    # The way there says nothing about what is here: from now on only the copy exists.
+    # The upload does not depend on the local files: from now on only the copy exists.
     shutil.move(operator.backups, tmp_path / "lost")
     if "://" in place.url:
         checks = operator.run("backup_automem", "--check", place.url, "--json").json["proofs"]

@@ -1,4 +1,4 @@
-"""Nothing is bought that cannot be stored, nothing that exists, and what was paid for is counted even if it is of no use."""
+"""Nothing is embedded that cannot be stored or already exists, and everything paid for is counted, even if unused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_sample_is_not_embedded_without_room_either(ready, monkeypatch, words)
 
 
 def test_what_is_paid_for_is_stored_though_the_disk_fills_meanwhile(ready, monkeypatch):
-    """Another process takes the room: the batches that are sent are stored, no other is sent, and a next run goes on."""
+    """Another process takes the room: the sent batches are stored, no other is sent, and the next run resumes."""
     wanted = json.loads(ready.run("reembed_embeddings", "--dry-run", "--batch-size", "10", "--json").out)
     texts = wanted["plan"]["texts"]
     assert cached(ready) == 10
@@ -93,7 +93,7 @@ def test_the_room_that_is_asked_for_is_what_sqlite_takes(tmp_path, size):
     from lib.dimensions import EmbeddingSpec
 
     spec, count = EmbeddingSpec("", LARGE, size), 700
-    path = tmp_path / "spool.sqlite3"
+    path = tmp_path / "cache.sqlite3"
     with EmbeddingCache(path) as cache:
         empty = cache.size_bytes()
         cache.put_vectors([(cache.text_key(spec, str(n)), bytes(4 * size)) for n in range(count)])
@@ -109,7 +109,7 @@ def stamped(operator) -> bool:
 def test_a_collection_that_is_what_the_settings_ask_for_is_not_embedded_again(ready):
     ready.run("reembed_embeddings")
     if not stamped(ready):
-        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+        pytest.skip("this server keeps no metadata: nothing records which model made the vectors")
     before = points_of(ready)
     ready.servers.openai.reset()
     elsewhere = str(ready.folder / "other backups")
@@ -128,7 +128,7 @@ def test_a_collection_that_is_what_the_settings_ask_for_is_not_embedded_again(re
     assert stats(ready)["tokens"] == 0
     ready.run("backup_automem", "--only", "qdrant", "--backup-dir", elsewhere)
     ready.run("reembed_embeddings", "--fresh", "--backup-dir", elsewhere)
-    assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
+    assert stats(ready)["texts"] > len(before) / 2  # embedded again because it was asked for
 
 
 @pytest.mark.parametrize("where", matrix(["elsewhere", "backups"]))
@@ -136,11 +136,11 @@ def test_the_same_model_behind_a_prefix_is_not_embedded_again(ready, where):
     """A gateway names it `openai/...`: the collection's stamp is of the same vectors."""
     ready.run("reembed_embeddings")
     if not stamped(ready):
-        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+        pytest.skip("this server keeps no metadata: nothing records which model made the vectors")
     ready.servers.openai.reset()
     ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
     result = ready.run("reembed_embeddings", "--backup-dir", str(ready.folder / where))
-    if where == "elsewhere":  # in its own folder the run compares every vector with what was bought
+    if where == "elsewhere":  # in its own folder the run compares every vector with what was paid for
         assert f"is already {NEW_SIZE}d openai/{LARGE}" in result.out
     assert stats(ready)["tokens"] == 0
     checks = ready.run("verify_migration", "--json", expect=None).json["checks"]

@@ -1,4 +1,4 @@
-"""Every printed command works as pasted: from where the script was started, with its flags, quoted for a shell."""
+"""Every printed command works as pasted: from the script's working directory, with its flags, quoted for a shell."""
 
 from __future__ import annotations
 

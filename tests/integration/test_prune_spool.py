@@ -1,4 +1,4 @@
-"""`--prune-spool`: what no plan needs goes, what any plan needs stays, and nobody is at work meanwhile."""
+"""`--prune-spool`: what no plan needs is deleted, what any plan needs stays, and no other run is active meanwhile."""
 
 from __future__ import annotations
 

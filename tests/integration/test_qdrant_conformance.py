@@ -1,6 +1,6 @@
 """The Qdrant stand-in against recordings of real servers, and real servers against the same recordings.
 
-By default the stand-in plays both versions. With QDRANT_TEST_SERVER (the path of a server binary) the very same
+By default the stand-in plays both versions. With QDRANT_TEST_SERVER (the path of a server binary) the same
 replays run against that server instead, started empty; its version decides which recording is meant.
 """
 
@@ -38,7 +38,7 @@ LEFT_OUT = {  # (title, version or "" for both) -> why the stand-in is not compa
     (
         "download, client default",
         "",
-    ): "the server compresses with br where it may; the standard library has gzip only",
+    ): "the server compresses with br if it may; the standard library has gzip only",
     (
         "after one segment dropped: info",
         "1.11.3",

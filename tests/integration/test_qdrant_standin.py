@@ -95,7 +95,7 @@ def test_a_cut_download_ends_early_and_resumes_with_range(server: QdrantServer) 
     _fault(server, path=r"/snapshots/.+\.snapshot", cut_after_bytes=5000, times=1)
     received = b""
     answer = requests.get(where, headers=identity, timeout=TIMEOUT, stream=True)
-    with pytest.raises(requests.RequestException):  # noqa: PT012  # the pieces before the cut are kept
+    with pytest.raises(requests.RequestException):  # noqa: PT012  # the pieces before the cut are preserved
         for piece in answer.iter_content(1000):
             received += piece
     assert len(received) == 5000
@@ -232,7 +232,7 @@ def test_a_start_takes_under_two_seconds(tmp_path: Path) -> None:
     server = QdrantServer(tmp_path / "data")
     started = time.monotonic()
     with server:
-        assert time.monotonic() - started < 30  # 0.7 s where nothing else runs
+        assert time.monotonic() - started < 30  # 0.7 s if nothing else runs
         assert server.restart().running
     assert not server.running
 

@@ -1,4 +1,4 @@
-"""reembed_embeddings.py as an operator runs it: the plain way, what stays as it was, and what is never paid for."""
+"""reembed_embeddings.py as an operator runs it: the default cutover, what stays unchanged, and what is never paid for."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
     assert (result["bought"]["texts"], result["mended"], result["absent_seconds"]) == (0, 0, 0.0)
     assert operator.state() == state
 
-    # Where the server keeps no metadata the run's journal tells, even under the settings of before.
+    # If the server stores no metadata, the run's journal records the model, even with the earlier settings.
     operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
     operator.run("backup_automem", "--only", "qdrant")
     component = json.loads(operator.manifests()[-1].read_text())["collection"]
@@ -82,7 +82,7 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
 
 
 def assert_stamped(operator):
-    """The collection says which model made it, where the server can keep that (1.16 and later)."""
+    """The collection records which model made it, if the server can store that (1.16 and later)."""
     major, minor = map(int, operator.qdrant.version().split(".")[:2])
     metadata = operator.info()["config"].get("metadata")
     if (major, minor) < (1, 16):
@@ -181,7 +181,7 @@ def test_a_collection_that_is_gone_is_made_as_the_newest_backup_has_it(operator)
 
 @pytest.mark.matrix
 def test_an_empty_collection_with_other_settings_than_the_backup_is_reported(operator):
-    """AutoMem makes a collection that is gone anew, with its own settings, before anybody runs the migration."""
+    """AutoMem recreates a deleted collection, with its own settings, before anybody runs the migration."""
     operator.load()
     make_rich(operator)
     operator.run("backup_automem", "--only", "qdrant")
@@ -273,7 +273,7 @@ def test_fresh_embeds_everything_again_and_forgets_nothing_if_it_is_refused(oper
     operator.servers.openai.reset()
     operator.run("reembed_embeddings", "--fresh", "--dry-run", expect=2)
     operator.run("reembed_embeddings", "--fresh", "--max-cost", "0.0001", expect=2)
-    # What stands there was made by vectors that no longer count: it is replaced, so it must be protected.
+    # The existing collection was made from vectors that no longer count: it is replaced, so it must be protected.
     operator.run("reembed_embeddings", "--fresh", expect=2)
     assert cached(operator) == texts
     operator.run("backup_automem", "--only", "qdrant")
@@ -373,6 +373,6 @@ def test_a_change_of_content_or_payload_during_the_run_is_in_the_new_collection(
 
 
 def test_expected_payload_is_not_the_code_under_test():
-    # The rule's second telling must itself tell a wrong payload from a right one.
+    # The second implementation of the rule must itself distinguish a wrong payload from a right one.
     old, node = {"content": "a", "mine": 1}, {"content": "b", "summary": "s", "archived": True}
     assert expected_payload(old, node) == {"content": "b", "mine": 1, "archived": True}

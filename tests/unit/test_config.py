@@ -1,4 +1,4 @@
-"""The configuration: where each value comes from, and every fault told in one go, without a secret."""
+"""The configuration: the origin of each value, and all faults reported together, without a secret."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
     ],
 )
 def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
-    """`/collections/..` is the server itself; a blank folder is one beside the scripts."""
+    """`/collections/..` is the server itself; a blank folder is one next to the scripts."""
     (fault,) = faults_of(load, **{name: value})
     assert fault.startswith(f"{name}=")
 

@@ -168,7 +168,7 @@ for number in range(10**6):
     ],
 )
 def test_a_name_that_no_run_can_have_written_is_refused(journal, fact, value):
-    """A journal says what is removed from the servers: one from elsewhere removes nothing."""
+    """A journal names what is removed from the servers: one from elsewhere removes nothing."""
     journal.append("announced", **{fact: value})
     with pytest.raises(BadFile, match="was not written by these scripts") as caught:
         open_journals(journal.path.parent)

@@ -1,4 +1,4 @@
-"""What a machine and a container say of their memory."""
+"""What a machine and a container report about their memory."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ MISSING = object()
 
 
 def answer(indices: list[object], *, rows: list[int] | None = None) -> dict:
-    """Vectors of which number n is the nth unit vector; `rows` says which one each item holds."""
+    """Vectors of which number n is the nth unit vector; `rows` names the one that each item holds."""
     data = []
     for at, index in enumerate(indices):
         item: dict = {"embedding": np.eye(4)[rows[at] if rows else at].tolist()}

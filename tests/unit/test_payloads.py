@@ -293,7 +293,7 @@ def test_if_both_hold_the_same_value_in_two_forms_the_points_form_stays(live, no
         ("2024-05-06T07:08:09+00:00", "2025-05-06T07:08:09Z", "2025-05-06T07:08:09+00:00"),
         ("2024-05-06T07:08:09", "2025-05-06T07:08:09+00:00", "2025-05-06T07:08:09"),
         ("2024-05-06T07:08:09Z", "2025-05-06T07:08:09+02:00", "2025-05-06T07:08:09+02:00"),
-        # A form that cannot be kept gives way.
+        # A form that cannot be preserved is replaced.
         ({"a": 1}, "free words", "free words"),
         ({"a": 1}, "[1]", "[1]"),
         ("free words", 5, 5),

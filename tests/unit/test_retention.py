@@ -227,7 +227,7 @@ def test_without_a_full_set_latest_names_the_others(tmp_path):
 
 
 def test_a_safety_copy_of_an_earlier_version_is_known_by_its_journal(tmp_path):
-    """Its manifest does not say what it was taken for."""
+    """Its manifest does not record what it was taken for."""
     wanted, old = make(tmp_path, 1), make(tmp_path, 2)
     raw = json.loads(old.path.read_text())
     del raw["purpose"]
