@@ -1,4 +1,4 @@
-"""AutoMem at work meanwhile: it stores memories in both stores and archives some, and goes on where one refuses."""
+"""AutoMem at work during a run: it stores memories in both stores, archives some, and continues if a store refuses."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def backing(loaded: Operator, tmp_path) -> Iterator[Operator]:
 
 @pytest.fixture
 def stand_in(qdrant_url: str) -> Iterator[None]:
-    """Fault rules are the stand-in's own."""
+    """Fault rules exist only in the stand-in."""
     if requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT).status_code == 404:
         pytest.skip("a real server takes no fault rules")
     yield

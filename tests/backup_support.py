@@ -1,4 +1,4 @@
-"""What the tests of a backup that goes wrong share: loaded stores, writers, what a run may leave, files proved anew."""
+"""Shared by the tests of failing backups: loaded stores, writers, what a run may leave, files verified again."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def assert_one_set(operator: Operator) -> None:
     assert open_journals(operator.backups) == []
 
 
-def assert_final_files_prove(operator: Operator) -> None:
-    """Whatever stands under its final name is whole, by other means than the tool's own."""
+def assert_final_files_verify(operator: Operator) -> None:
+    """Check that every file under its final name is complete, without the tool's checks."""
     for path in operator.backups.glob("falkordb/*.rdb"):
         assert_rdb(path.read_bytes())
     for path in operator.backups.glob("qdrant/*.tar.gz"):
@@ -83,9 +83,9 @@ def assert_final_files_prove(operator: Operator) -> None:
     for path in operator.manifests():
         manifest = json.loads(path.read_text())
         for component in ("graph", "collection"):
-            told = manifest[component]["file"]
-            data = (operator.backups / told["name"]).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (told["size"], told["sha256"])
+            recorded = manifest[component]["file"]
+            data = (operator.backups / recorded["name"]).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (recorded["size"], recorded["sha256"])
 
 
 def assert_rdb(data: bytes) -> None:
@@ -117,8 +117,10 @@ def assert_no_scratch(operator: Operator) -> None:
 
 
 def _processes(word: str) -> list[str]:
-    told = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
-    return [line for line in told.stdout.splitlines() if word in line]
+    report = subprocess.run(
+        ["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True
+    )
+    return [line for line in report.stdout.splitlines() if word in line]
 
 
 def age_journals(operator: Operator, hours: int) -> None:
@@ -135,8 +137,8 @@ def age_journals(operator: Operator, hours: int) -> None:
 def writers(operator: Operator, count: int, pause: float, keep: int = 100) -> Iterator[Callable[[], bool]]:
     """Threads that create pairs (both nodes and their relationship in one query), then their points.
 
-    Each deletes its own pairs again, beyond the newest `keep`; no pair is ever half there. What is given waits until
-    another pair was created from now on (False: none came).
+    Each deletes its pairs again, except the newest `keep`; no pair is ever incomplete. The yielded function waits until
+    another pair has been created (False: none was).
     """
     stop, faults, created = threading.Event(), [], [0]
 
@@ -147,7 +149,7 @@ def writers(operator: Operator, count: int, pause: float, keep: int = 100) -> It
     def work(number: int) -> None:
         try:
             _write_pairs(operator, number, stop, pause, keep, created)
-        except Exception as error:  # noqa: BLE001 - told by the block's end, whatever it is
+        except Exception as error:  # noqa: BLE001 - reported at the end of the block
             faults.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]

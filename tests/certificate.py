@@ -1,4 +1,4 @@
-"""A certificate of this machine's own, as `openssl` makes it."""
+"""A self-signed certificate, as `openssl` makes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
-    """The files of a certificate for localhost and 127.0.0.1, and of its key; skips where openssl is not there."""
+    """The files of a certificate for localhost and 127.0.0.1, and of its key; skips if openssl is not installed."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate of this test")
     path, key = folder / "cert.pem", folder / "key.pem"

@@ -1,4 +1,4 @@
-"""Servers for the whole session, an operator with stores of his own, and which tests belong to the matrices."""
+"""Servers for the whole session, an operator with separate stores, and which tests belong to the matrices."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def qdrant_url(tmp_path_factory) -> Iterator[str]:
     binary = test_server()
     place = None if binary else tmp_path_factory.getbasetemp()
     with tempfile.TemporaryDirectory(prefix="qdrant-", dir=place, ignore_cleanup_errors=True) as name:
-        folder = Path(name) / "data"  # its log lies beside it
+        folder = Path(name) / "data"  # its log lies next to it
         with RealQdrant(binary, folder) if binary else QdrantServer(folder, STAND_IN_VERSION) as server:
             yield server.url
 
 
 @pytest.fixture
 def own_qdrant(tmp_path) -> Iterator[RealQdrant | QdrantServer]:
-    """A server of the test's own, to be killed: QDRANT_TEST_SERVER's, else the stand-in."""
+    """A server of this test alone, to be killed: QDRANT_TEST_SERVER's, else the stand-in."""
     binary = test_server()
     folder = tmp_path / "own_qdrant"
     with RealQdrant(binary, folder) if binary else QdrantServer(folder, STAND_IN_VERSION) as server:
@@ -104,7 +104,7 @@ def session_servers(tmp_path_factory, qdrant_url) -> Iterator[Servers]:
 
 @pytest.fixture
 def operator(session_servers, tmp_path) -> Iterator[Operator]:
-    """An operator with a graph, a collection and a backup folder of his own; nothing is left behind."""
+    """An operator with a separate graph, collection and backup folder; nothing is left behind."""
     someone = Operator(session_servers, tmp_path)
     session_servers.openai.clear_faults()
     yield someone

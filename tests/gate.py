@@ -1,4 +1,4 @@
-"""A way to Qdrant with a gate in it: stops a chosen request before or after the server has carried it out."""
+"""A proxy to Qdrant with a gate: holds a chosen request before or after the server has carried it out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CancelToken:
     """The `nth` request of this method and path (of those for which `when` is true).
 
     `carried_out`: the server has answered, the answer is held back; else the request never reaches it. `reached` is
-    set when a request stands there; it goes nowhere any more, and its connection is closed once `let_go` is set.
+    set when a request is held there; it is not passed on any more, and its connection is closed once `let_go` is set.
     With `late` the server gets the request then after all, and `ended` is set when it has answered. With `alone` it
     never hears of those of this kind that come after it over other connections.
     """
@@ -56,7 +56,7 @@ class CancelToken:
 
 
 class Gate(HttpProxy):
-    """An HTTP proxy on a port of its own; a context manager."""
+    """An HTTP proxy on a free port; a context manager."""
 
     def __init__(self, target: str) -> None:
         place = urlsplit(target)

@@ -1,4 +1,4 @@
-"""An HTTP proxy on a port of its own; what it does with a request, its user says."""
+"""An HTTP proxy on a free port; its user decides what it does with a request."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.script_process import ScriptProcess
 KILLS_EACH = int(os.environ.get("KILLS_EACH", "1"))
 assert KILLS_EACH > 0, "KILLS_EACH is how often each window is hit: a number from 1 on"
 
-# What a script may be stopped at, beside the entries of its journal: a name, and the call that it stands for.
+# Places at which a script may be stopped, in addition to its journal entries: a name, and the call that it means.
 HOOKS = {
     "scratch server started": "lib.clients.falkordb.scratch._start",
     "scratch server loading": "lib.clients.falkordb.scratch._loaded",
@@ -99,7 +99,7 @@ def _prelude(where: str, held: Path | None = None, *, nohup: bool = False) -> st
 
 
 def run_killed(operator: Operator, where: str, script: str, *words: str) -> str:
-    """Run the script until it kills itself at `where`; returns what it said. Fails where it never came there."""
+    """Run the script until it kills itself at `where`; returns its output. Fails if it never came there."""
     process = operator.start(script, *words, prelude=_prelude(where))
     out, err = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, f"{where}: exit {process.returncode}\n{err}\n{out}"
@@ -108,22 +108,22 @@ def run_killed(operator: Operator, where: str, script: str, *words: str) -> str:
 
 @dataclass
 class Held:
-    """A script that stands still wherever it comes to one of its places, for a signal to take it from there."""
+    """A script that is held at each of its places, until a signal ends it there or the test lets it go."""
 
     process: ScriptProcess
     marker: Path
 
-    def stands_at(self, number: int = 0) -> bool:
+    def is_held_at(self, number: int = 0) -> bool:
         """Whether it has come to this place."""
         return self.marker.with_name(f"{self.marker.name}.{number}").exists()
 
     def go_on(self, number: int = 0) -> None:
-        """Let it go on from this place, where no exception took it away already."""
+        """Let it continue from this place, if no exception ended it already."""
         self.marker.with_name(f"{self.marker.name}.go.{number}").touch()
 
 
 def start_held(operator: Operator, where: str, script: str, *words: str, nohup: bool = False) -> Held:
-    """Start the script; it stands still at each of the places."""
+    """Start the script; it is held at each of the places."""
     marker = operator.folder / "held"
     for old in operator.folder.glob("held.*"):
         old.unlink()
@@ -132,14 +132,14 @@ def start_held(operator: Operator, where: str, script: str, *words: str, nohup: 
 
 
 def standing(held: Held, number: int = 0) -> ScriptProcess:
-    """The process, once it stands at the place."""
-    assert wait_for(lambda: held.stands_at(number) or held.process.poll() is not None)
+    """The process, once it is held at the place."""
+    assert wait_for(lambda: held.is_held_at(number) or held.process.poll() is not None)
     assert held.process.poll() is None, held.process.communicate()
     return held.process
 
 
 def ctrl_c(operator: Operator, where: str, script: str, *words: str) -> str:
-    """One SIGINT where the script comes to `where`: it ends with 130; what it said."""
+    """Send one SIGINT when the script comes to `where`: it ends with 130. Returns its output."""
     held = start_held(operator, where, script, *words)
     standing(held).send_signal(signal.SIGINT)
     held.go_on()
@@ -159,7 +159,7 @@ def kill(process: ScriptProcess) -> bool:
 
 
 def left_by_kill(operator: Operator) -> str:
-    """What stands there after a kill: the journal's last word, and the collections."""
+    """What exists after a kill: the journal's last phase, and the collections."""
     journals = open_journals(operator.backups)
     names = [name.removeprefix(operator.collection) or "live" for name in operator.collections()]
     return f"{journals[-1].phase if journals else 'no journal'}: {'+'.join(names) or 'no collection'}"

@@ -1,4 +1,4 @@
-"""A way to the S3 server that holds, spoils, refuses or drops chosen requests."""
+"""A proxy to the S3 server that holds, spoils, refuses or drops chosen requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rule:
 
 
 class S3Gate(HttpProxy):
-    """An HTTP proxy on a port of its own; a context manager."""
+    """An HTTP proxy on a free port; a context manager."""
 
     def __init__(self, port: int) -> None:
         super().__init__("127.0.0.1", port)
@@ -65,6 +65,4 @@ class S3Gate(HttpProxy):
 
 def _refusal(act: str) -> bytes:
     code = "AccessDenied" if act == "refuse" else "InternalError"
-    return (
-        f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>told by the gate</Message></Error>".encode()
-    )
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>reported by the gate</Message></Error>".encode()

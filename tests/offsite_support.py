@@ -31,7 +31,7 @@ main(["-H", "127.0.0.1", "-p", sys.argv[1]])
 
 @dataclass
 class S3Server:
-    """moto's S3 in a process of its own; `environ` is what a client of it needs."""
+    """moto's S3 in a separate process; `environ` is what a client of it needs."""
 
     port: int = field(default_factory=free_port)
 

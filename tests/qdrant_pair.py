@@ -88,7 +88,7 @@ class Pair:
 
     def wait_active(self, name: str) -> None:
         """Until every replica of the collection is active, as both nodes see it."""
-        wait_until(lambda: all(_settled(node, name) for node in self.nodes))
+        wait_until(lambda: all(_is_ready(node, name) for node in self.nodes))
 
     def replicate(self, name: str) -> None:
         """Copy each shard of the collection to the other node, too, and let that be its setting."""
@@ -110,7 +110,7 @@ class Pair:
             self.one.ask("DELETE", f"/collections/{name}")
 
 
-def _settled(node: ClusterNode, name: str) -> bool:
+def _is_ready(node: ClusterNode, name: str) -> bool:
     found = node.ask("GET", f"/collections/{name}/cluster")
     shards = [*found["local_shards"], *found["remote_shards"]]
     return bool(shards) and not found["shard_transfers"] and {one["state"] for one in shards} == {"Active"}

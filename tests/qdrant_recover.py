@@ -1,4 +1,4 @@
-"""Replays the recording around recover: restores from the server's own URL, clients that hang up, a dead collection.
+"""Replays the recording around recover: restores from the server's own URL, clients that hang up, a failed collection.
 
 Rows marked `timed` depend on the moment: their statuses are compared as sets, and the end state that they come to.
 """

@@ -1,4 +1,4 @@
-"""Replays recorded requests against a server, row by row, and says where its answers differ."""
+"""Replays recorded requests against a server, row by row, and reports how its answers differ."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Replay:
 
 
 def _read(answer: requests.Response, *, decoded: bool) -> None:
-    """Load the body; undecoded where the request asked for an encoding of its own."""
+    """Load the body; undecoded if the request asked for an encoding."""
     answer._content = answer.raw.read(decode_content=decoded)
     answer._content_consumed = True
 

@@ -1,4 +1,4 @@
-"""The bytes of the recorded uploads: a snapshot, whole or damaged in the way that the recording names."""
+"""The bytes of the recorded uploads: a snapshot, complete or damaged as the recording names it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recorded_snapshots(version: str) -> dict[str, bytes]:
 
 
 def content(description: str, snapshots: dict[str, bytes], *, recorded: bool) -> bytes:
-    """The bytes that `description` names; `recorded` tells whether the snapshots are those of the recording."""
+    """The bytes that `description` names; `recorded`: the snapshots are those of the recording."""
     junk = re.fullmatch(r"([\d,]+) bytes of '(.*)'", description)
     if junk:
         size = int(junk[1].replace(",", ""))
@@ -56,7 +56,7 @@ def _damaged(snapshot: bytes, damage: str, *, recorded: bool) -> bytes:
 
 
 def _cut(snapshot: bytes, recorded_at: int, *, recorded: bool) -> int:
-    """Where to cut: the recording's offset, or the same place of another snapshot."""
+    """The offset of the cut: the recording's, or the same place of another snapshot."""
     if recorded:
         return recorded_at
     members = _members(snapshot)

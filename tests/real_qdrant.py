@@ -20,7 +20,7 @@ def test_server() -> Path | None:
     return Path(path) if path else None
 
 
-test_server.__test__ = False  # type: ignore[attr-defined]  # pytest is not to collect it where it is imported
+test_server.__test__ = False  # type: ignore[attr-defined]  # pytest is not to collect it from modules that import it
 
 
 class RealQdrant:
@@ -64,11 +64,11 @@ class RealQdrant:
 
     @property
     def version(self) -> str:
-        """What `GET /` says."""
+        """The answer to `GET /`."""
         return str(requests.get(self.url, timeout=10).json()["version"])
 
     def start(self) -> RealQdrant:
-        """Start it and wait until it answers; ServerStartError where it does not come up."""
+        """Start it and wait until it answers; raises ServerStartError if it does not come up."""
         self._process.start().wait_ready(self._answers, START_SECONDS)
         return self
 

@@ -95,7 +95,7 @@ IN_PLACE_WINDOWS = {
 }
 DEFAULT_WINDOWS = {**STAGED_WINDOWS, **END_WINDOWS, **TIDY_WINDOWS}
 WINDOWS = {**DEFAULT_WINDOWS, **IN_PLACE_WINDOWS}
-ANEW = STAGED_WINDOWS.keys() | TIDY_WINDOWS.keys()
+ANNOUNCED_AGAIN = STAGED_WINDOWS.keys() | TIDY_WINDOWS.keys()
 
 
 class Rig:
@@ -140,7 +140,7 @@ class Rig:
         return (journal.path, len(journal.entries)) if journal else (None, 0)
 
     def turn(self) -> None:
-        """The migration is done: the next one goes the other way."""
+        """The migration is done: the next one goes in the opposite direction."""
         self.operator.run("backup_automem", "--only", "qdrant")
         self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
         self.operator.export(VECTOR_SIZE=self.size, EMBEDDING_MODEL=MODELS[self.size])
@@ -166,7 +166,7 @@ class Rig:
         method, path, phases, nth, carried_out = WINDOWS[window]
 
         def there() -> bool:
-            return self.phase() in phases and (window not in ANEW or self.entries() != self.noted)
+            return self.phase() in phases and (window not in ANNOUNCED_AGAIN or self.entries() != self.noted)
 
         path = path.format(live=self.operator.collection)
         self.gate.stops.append(CancelToken(method, path, nth, carried_out, alone=True, when=there))

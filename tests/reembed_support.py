@@ -1,4 +1,4 @@
-"""What the tests of the re-embedding share: the stores as plain values, and the payload rule said once more."""
+"""What the tests of the re-embedding share: the stores as plain values, and a second implementation of the payload rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of restore and of the backup's proofs share: stores compared whole, damaged files, journals."""
+"""Shared by the tests of restore and of backup verification: complete comparison of stores, damaged files, journals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TIMEOUT = 60
 
 
 def settings(operator: Operator) -> dict[str, Any]:
-    """What the collection is beside its points."""
+    """The collection's properties other than its points."""
     info = operator.info()
     aliases = operator.call("GET", "/aliases")["aliases"]
     schema = {name: {**one, "points": None} for name, one in info["payload_schema"].items()}
@@ -58,7 +58,7 @@ def keys_of(operator: Operator) -> dict[bytes, object]:
 
 @contextmanager
 def neighbours(operator: Operator) -> Iterator[Callable[[], Any]]:
-    """A second graph, a plain key and another collection; the callable tells what they are now."""
+    """A second graph, a plain key and another collection; the callable returns their current content."""
     name = f"other_{operator.collection}"
     url = f"{operator.servers.qdrant_url}/collections/{name}"
     requests.put(url, json={"vectors": {"size": 4, "distance": "Dot"}}, timeout=TIMEOUT).raise_for_status()

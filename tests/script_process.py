@@ -1,8 +1,8 @@
 """The scripts as an operator starts them: called in the test's own process, or forked from one that has imported all.
 
-Starting a Python with openai and qdrant-client costs more than most tests do. A forked script is a process of its own:
+Starting a Python with openai and qdrant-client costs more than most tests do. A forked script is a separate process:
 it can be killed, signalled and stopped, and shares nothing with the test. What a start itself costs, and what an
-import does, is tested with a Python started anew (tests/guide, tests/unit).
+import does, is tested with a new Python process (tests/guide, tests/unit).
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def do_not_wait() -> None:
 def call_script(
     script: str, words: tuple[str, ...], folder: Path, environ: Mapping[str, str]
 ) -> Result | None:
-    """`main()` of a script, with streams, arguments, environment and working directory of its own.
+    """`main()` of a script, with separate streams, arguments, environment and working directory.
 
-    Returns None where that is impossible: in another thread than the main one (signals), or inside another call.
+    Returns None if that is impossible: in another thread than the main one (signals), or inside another call.
     """
     if threading.current_thread() is not threading.main_thread() or not _CALLING.acquire(blocking=False):
         return None
@@ -172,10 +172,10 @@ class ScriptProcess:
 
     def _look(self, seconds: float | None) -> int | None:
         if self.returncode is None and select.select([self._ended], [], [], seconds)[0]:
-            told = os.read(self._ended, 32)
+            line = os.read(self._ended, 32)
             os.close(self._ended)
-            assert told, "the process that forks the scripts is gone"
-            self.returncode = int(told)
+            assert line, "the process that forks the scripts is gone"
+            self.returncode = int(line)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -185,7 +185,7 @@ class ScriptProcess:
         return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Everything that it still says, once it has ended."""
+        """The rest of its output, once it has ended."""
         said: dict[str, str] = {}
         readers = [
             threading.Thread(
@@ -270,7 +270,7 @@ def _exactly(line: socket.socket, count: int) -> bytes:
 
 
 def serve(line: socket.socket) -> None:
-    """Fork a script for each order, tell its pid, and how it ended; end when the tests have ended."""
+    """Fork a script for each order, report its pid and exit code; end when the tests have ended."""
     _import_all()
     woken, wake = os.pipe()
     for one in (woken, wake):

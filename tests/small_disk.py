@@ -1,4 +1,4 @@
-"""A disk of its own for a server or a folder, that can be nearly full, and larger again."""
+"""A separate disk for a server or a folder, which can be nearly full, and larger again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """`folder`, made anew, on a disk of this size (as `mount` takes it)."""
+    """`folder`, recreated, on a disk of this size (as `mount` takes it)."""
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = subprocess.run(words, capture_output=True, check=False)
@@ -27,7 +27,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def leave_free(disk: Path, mebibytes: int) -> None:
-    """Change the disk's size, so that it has this much room beside what is on it now."""
+    """Change the disk's size, so that it has this much room in addition to its current content."""
     size = shutil.disk_usage(disk).used + (mebibytes << 20)
     subprocess.run(["mount", "-o", f"remount,size={size >> 10}k", str(disk)], check=True)
 

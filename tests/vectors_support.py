@@ -1,4 +1,4 @@
-"""What the tests of lib/clients/qdrant share: a server, a collection of their own, a way there that breaks."""
+"""Shared by the tests of lib/clients/qdrant: a server, a separate collection, a proxy that breaks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fill(q: Qdrant, name: str, n: int, size: int) -> None:
     assert rejected == []
 
 
-class Way:
+class BreakingProxy:
     """A TCP proxy to the server. `cut_after` lists, per connection, the bytes of answers let through before it breaks
     (None: all). `swallow` drops the answer to the next request whose head holds it, and closes.
     """
@@ -80,7 +80,7 @@ class Way:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> Way:
+    def __enter__(self) -> BreakingProxy:
         return self
 
     def __exit__(self, *_: object) -> None:

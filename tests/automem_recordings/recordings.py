@@ -55,7 +55,7 @@ def load_recording(
     return len(points)
 
 
-# Free-form, or made by a model that recognises people and tools: compared where the data are the recorded ones.
+# Free-form, or made by a model that recognises people and tools: compared only if the data are the recorded ones.
 OPAQUE = {"metadata"}
 # AutoMem leaves `tags` out of a related memory that has none.
 RELATED = re.compile(r"relations\[\d+\]\.memory$")
@@ -64,7 +64,7 @@ RELATED = re.compile(r"relations\[\d+\]\.memory$")
 def differences(
     ours: Any, recorded: Any, path: str = "$", same: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """Where two answers differ in keys or types; under the keys of `same`, in values too.
+    """List the places at which two answers differ in keys or types; under the keys of `same`, in values too.
 
     A number is a number, whole or not. Every element of our list must have the shape of one recorded element.
     """

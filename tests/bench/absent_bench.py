@@ -1,4 +1,4 @@
-"""How long the live collection is absent while the dimension changes, beside the barest upload of as many points.
+"""How long the live collection is absent while the dimension changes, compared with a bare upload of as many points.
 
 The old collection has 768d, the new one 3072d. BENCH_QUICK=1 takes a small part of the data.
 """
@@ -32,16 +32,16 @@ OLD_SIZE, SIZE, MODEL = 768, 3072, "text-embedding-3-large"
 CONNECTIONS, BATCH = 4, 256
 QUICK = bool(os.environ.get("BENCH_QUICK"))
 MEMORIES, RUNS = (1_000, 1) if QUICK else (10_000, PAIRS)
-WAYS = {
+CUTOVERS = {
     "reembed.absent_vs_upload": ((), {"1.11": 0.7, "1.18": 0.3}),
     "reembed.absent_vs_upload_in_place": (("--in-place",), {"1.11": 1.2, "1.18": 1.2}),
 }
 
 
 def absent(folder: Path) -> Iterator[Figure]:
-    """Seconds that the script itself tells (`--json`), against an orjson upload of as many points over 4 connections."""
+    """Seconds that the script reports (`--json`), against an orjson upload of as many points over 4 connections."""
     with graph_source(folder, MEMORIES) as graph, CheapEndpoint(latency_seconds=0.05, size=SIZE) as endpoint:
-        for name, (words, goals) in WAYS.items():
+        for name, (words, goals) in CUTOVERS.items():
             ours, reference = [], []
             for number in range(RUNS):
                 own = private_dir(folder / f"{name} {number}")
@@ -69,14 +69,14 @@ def absent(folder: Path) -> Iterator[Figure]:
 
 def _absent_seconds(words: tuple[str, ...], environ: dict[str, str], folder: Path) -> float:
     _script("backup_automem", "-q", environ=environ, folder=folder)
-    told = _script("reembed_embeddings", "-q", "--json", *words, environ=environ, folder=folder)
-    return float(json.loads(told)["absent_seconds"])
+    output = _script("reembed_embeddings", "-q", "--json", *words, environ=environ, folder=folder)
+    return float(json.loads(output)["absent_seconds"])
 
 
 def _script(name: str, *words: str, environ: dict[str, str], folder: Path) -> str:
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
     done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode not in {0, 3}:  # 3: the samples lack some points, which is told
+    if done.returncode not in {0, 3}:  # 3: the samples lack some points, which is reported
         raise RuntimeError(f"{name}.py: exit code {done.returncode}\n{done.stderr}")
     return done.stdout
 

@@ -1,4 +1,4 @@
-"""backup_automem.py beside the raw transfers of the same data."""
+"""backup_automem.py compared with the raw transfers of the same data."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GRAPH_MEMORIES = 50_000
 POINTS, SIZES = 10_000, (768, 3072)
 PEAK_MEMORIES, PEAK_SIZE = (10_000, 100_000, 300_000), 64
 PEAK_MB = 150
-# Right after an RDB its child process still stands, and the next one waits for the server's clock of a second.
+# Right after an RDB its child process still exists, and the next RDB waits for the server's one-second clock.
 REAPED_SECONDS = 2.0
 
 
 def graph_vs_raw(folder: Path) -> Iterator[Figure]:
-    """Counted, checksummed, fsynced and atomically named, without the proof by loading, against the bare stream."""
+    """Counted, checksummed, fsynced and atomically named, without verification by loading, against the bare stream."""
     stamps = iter(range(PAIRS))
     engines = installed_engines({})  # with none that loads the file the graph would be taken with DUMP
     with graph_source(folder, GRAPH_MEMORIES) as source:
@@ -63,9 +63,9 @@ def _take(source: CollectionSource, folder: Path, journal: object, stamp: str) -
 
 
 def whole(folder: Path) -> Iterator[Figure]:
-    """The script from its start to its end, proof included, against the sum of the two raw transfers.
+    """The script from its start to its end, verification included, against the sum of the two raw transfers.
 
-    As FalkorDB is deployed it waits five seconds before it sends an RDB, here in both; the first figure is without.
+    A default FalkorDB waits five seconds before it sends an RDB. Both sides include this wait here; the first figure does not.
     """
     size = SIZES[0]
     with collection_source(folder, POINTS, size) as points:

@@ -1,4 +1,4 @@
-"""How fast the steps are beside the barest way to do the same: a table, and bench.json.
+"""How fast the steps are, compared with a bare implementation of the same: a table, and bench.json.
 
     python -m tests.bench.bench [GROUP or FIGURE ...]
 
@@ -26,7 +26,7 @@ BENCHES = {**backup_bench.BENCHES, **restore_bench.BENCHES, **reembed_bench.BENC
 
 
 def measured(words: list[str]) -> list[Figure]:
-    """The figures whose benches begin with one of the words, told as they come."""
+    """The figures whose benches begin with one of the words, printed as they are measured."""
     figures: list[Figure] = []
     chosen = [name for name in BENCHES if not words or any(name.startswith(word) for word in words)]
     for name in chosen:

@@ -30,7 +30,7 @@ SEND_BUFFER = 4 << 20
 
 
 class CheapEndpoint:
-    """Handle on the endpoint as a child process of its own; a context manager."""
+    """Run the endpoint in a child process; a context manager."""
 
     def __init__(
         self, *, latency_seconds: float = 0.3, size: int = 3072, tokens_per_minute: float = 0.0
@@ -101,7 +101,7 @@ class Served:
 
 
 def read_request(stream: BinaryIO) -> bytes | None:
-    """The body of the next request, empty where it has none; None at the end."""
+    """Return the body of the next request, empty if it has none; None at the end."""
     length = 0
     if not stream.readline():
         return None

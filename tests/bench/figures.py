@@ -1,4 +1,4 @@
-"""A figure: ours beside the barest way to do the same, as a line of bench.json."""
+"""A figure: our time and that of a bare implementation, as a line of bench.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAIRS = 5
 
 @dataclass(frozen=True)
 class Figure:
-    """Seconds (texts a second for a rate, MB for a peak) and their ratio; no goal where one only looks on."""
+    """Seconds (texts a second for a rate, MB for a peak) and their ratio; no goal if the figure is only informative."""
 
     figure: str
     ours: float

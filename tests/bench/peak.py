@@ -1,4 +1,4 @@
-"""The largest resident size of a script of ours, as a process of its own."""
+"""The largest resident size of one of our scripts, run as a separate process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ finally:
 def peak_mb(
     script: str, *words: str, env: Mapping[str, str], folder: Path, codes: Collection[int] = (0,)
 ) -> float:
-    """MiB (ru_maxrss) of `scripts/<script>.py` with these words; raises RuntimeError with what it said otherwise."""
+    """MiB (ru_maxrss) of `scripts/<script>.py` with these words; raises RuntimeError with its output if it fails."""
     own = [sys.executable, "-c", _RUNNER, str(ROOT / "scripts" / f"{script}.py"), *words]
     done = subprocess.run(
         [sys.executable, "-c", _STARTER, *own],

@@ -1,7 +1,7 @@
-"""reembed_embeddings.py beside what a provider of 300 ms a request could give at most, beside its limits, and its memory.
+"""reembed_embeddings.py compared with the maximum of a provider of 300 ms a request, with its limits, and its memory.
 
-The endpoint (tests/bench/cheap_endpoint.py) is a process of its own whose answers are ready, so that what is measured is
-the client: from the request to the vector on the disk, checked and fsynced. BENCH_QUICK=1 takes a small part of the data.
+The endpoint (tests/bench/cheap_endpoint.py) is a separate process with prepared answers, so that only the client is
+measured: from the request to the vector on the disk, checked and fsynced. BENCH_QUICK=1 takes a small part of the data.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def opened(url: str) -> Iterator[tuple[EmbeddingClient, EmbeddingCache]]:
     client = EmbeddingClient(EmbeddingSpec(url, LARGE, SIZE), "sk-bench")
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        EmbeddingCache(Path(folder) / "spool.sqlite3") as cache,
+        EmbeddingCache(Path(folder) / "cache.sqlite3") as cache,
     ):
         client.embed(["probe"])
         yield client, cache
         client.close()
 
 
-def bought(
+def embed_all(
     client: EmbeddingClient, cache: EmbeddingCache, count: int, workers: int, text: str = ""
 ) -> EmbedProgress:
     """`count` texts from the request to the disk."""
@@ -97,20 +97,20 @@ def bought(
 def rate(url: str, count: int, workers: int) -> float:
     """Texts a second."""
     with opened(url) as (client, cache):
-        return count / bought(client, cache, count, workers).seconds
+        return count / embed_all(client, cache, count, workers).seconds
 
 
 def sequential_rate(url: str) -> float:
-    """Texts a second as the openai package is used where nobody cares: one request of 32 after the other, kept in a list."""
+    """Texts a second of plain sequential use of the openai package: one request of 32 after the other, collected in a list."""
     import openai
 
-    client, kept = openai.OpenAI(api_key="sk-bench", base_url=url), []
+    client, vectors = openai.OpenAI(api_key="sk-bench", base_url=url), []
     texts = [f"memory {number}:{TEXT[:60]}" for number in range(SEQUENTIAL_BATCH)]
     client.embeddings.create(model=LARGE, input=texts)
     began = time.perf_counter()
     for _ in range(SEQUENTIAL_BATCHES):
-        kept += [one.embedding for one in client.embeddings.create(model=LARGE, input=texts).data]
-    return len(kept) / (time.perf_counter() - began)
+        vectors += [one.embedding for one in client.embeddings.create(model=LARGE, input=texts).data]
+    return len(vectors) / (time.perf_counter() - began)
 
 
 def rates(_folder: Path) -> Iterator[Figure]:
@@ -132,7 +132,7 @@ def rates(_folder: Path) -> Iterator[Figure]:
 
 
 def ideal(workers: int) -> float:
-    """Texts a second where nothing but the latency takes time."""
+    """Texts a second if only the latency takes time."""
     return workers * BATCH / LATENCY_SECONDS
 
 
@@ -148,7 +148,7 @@ def limits(_folder: Path) -> Iterator[Figure]:
             tempfile.TemporaryDirectory(prefix="bench-") as name,
             EmbeddingCache(Path(name) / "s.sqlite3") as cache,
         ):
-            seconds = bought(client, cache, count, WORKERS, TEXT).seconds
+            seconds = embed_all(client, cache, count, WORKERS, TEXT).seconds
         client.close()
         seen = endpoint.counts()
     given = TOKENS_A_MINUTE / 60 * seconds + TOKENS_A_MINUTE
@@ -164,7 +164,7 @@ def limits(_folder: Path) -> Iterator[Figure]:
 
 
 def peaks(_folder: Path) -> Iterator[Figure]:
-    """Peak memory of the whole command in MB, from the scan of the graph to the proved collection; flat over the data."""
+    """Peak memory of the whole command in MB, from the scan of the graph to the verified collection; flat over the data."""
     found = {}
     for count in EXTENT.memories:
         found[count] = peak = _peak_of(count)

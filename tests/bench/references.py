@@ -1,4 +1,4 @@
-"""The barest way to do what the tools do, and a stopwatch for a part of them."""
+"""Bare implementations of what the tools do, and a stopwatch for a part of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""restore_from_backup.py beside the bare commands."""
+"""restore_from_backup.py compared with the bare commands."""
 
 from __future__ import annotations
 
@@ -79,19 +79,19 @@ def fill(conn: redis.Redis) -> None:
 
 
 def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
-    """From the proved file to the dropped old graph, the digests apart, against one DUMP and RESTORE of the same graph.
+    """From the verified file to the dropped old graph, without the digests, against one DUMP and RESTORE of the same graph.
 
-    The proof (checksum, load, counts, and the first DUMP while the graph is read) is told by itself.
+    The verification (checksum, load, counts, and the first DUMP while the graph is read) is a separate figure.
     """
-    half = take_graph(source, folder, "restore", [], verify=False)
-    path, engines = folder / half.file.name, installed_engines({})
-    ours, bare, read, proof = [], [], [], []
+    component = take_graph(source, folder, "restore", [], verify=False)
+    path, engines = folder / component.file.name, installed_engines({})
+    ours, bare, read, verification = [], [], [], []
     for number in range(PAIRS):
         journal = start_journal(folder, "restore", ["bench"])
         with Stopwatch(digests, "graph_digest") as digest:
             began = time.perf_counter()
-            with restore_graph.open_rdb(path, source, engines, half) as backup:
-                proof.append(time.perf_counter() - began - digest.seconds)
+            with restore_graph.open_rdb(path, source, engines, component) as backup:
+                verification.append(time.perf_counter() - began - digest.seconds)
                 before = digest.seconds
                 whole = seconds_of(functools.partial(_restore, backup, source, journal, folder))
                 ours.append(whole - (digest.seconds - before))
@@ -102,7 +102,7 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
     on = on_graph(source, NODES)
     return [
         at_most("restore.graph_vs_bare", median(ours), median(bare), 1.5, on),
-        at_most("restore.graph_proof_vs_bare", median(proof), median(bare), None, on),
+        at_most("restore.graph_proof_vs_bare", median(verification), median(bare), None, on),
         at_most("restore.digests_vs_bare", median(read), median(bare), None, on),
     ]
 
@@ -123,24 +123,24 @@ def _bare(backup: restore_graph.GraphBackup, source: GraphSource, name: str) -> 
 
 
 def collection_restore(folder: Path) -> Iterator[Figure]:
-    """Rehearsal, comparisons and switch against one upload and restore; and how long the live one is absent.
+    """Trial restore, comparisons and cutover against one upload and restore; and how long the live one is absent.
 
-    The proof of the archive, which inflates it and keeps the snapshot for the rehearsal, is told by itself. The
-    collection is at rest: in the snapshot of one that was just filled stands a log that each restore plays again, which
-    takes four times as long as all the rest.
+    The verification of the archive, which inflates it and saves the snapshot for the trial restore, is a separate
+    figure. The collection is at rest: the snapshot of a collection that was just filled contains a log that each
+    restore replays, which takes four times as long as all the rest.
     """
     with collection_source(folder, POINTS, SIZE) as source:
         wait_green(source.qdrant, source.collection, REST_SECONDS)
         time.sleep(FLUSHED_SECONDS)
-        half = take_collection(source, folder, "restore", start_journal(folder, "backup", ["bench"]))
+        component = take_collection(source, folder, "restore", start_journal(folder, "backup", ["bench"]))
         raw = folder / "bare.snapshot"
-        read_archive(folder / half.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
-        ours, bare, absent, proof = [], [], [], []
+        read_archive(folder / component.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
+        ours, bare, absent, verification = [], [], [], []
         for number in range(PAIRS):
             journal = start_journal(folder, "restore", ["bench"])
             began = time.perf_counter()
-            plan = plan_restore(open_archive(folder / half.file.name, half), source)
-            proof.append(time.perf_counter() - began)
+            plan = plan_restore(open_archive(folder / component.file.name, component), source)
+            verification.append(time.perf_counter() - began)
             ours.append(seconds_of(functools.partial(_replace, plan, journal)))
             absent.append(_between(journal))
             name = f"{source.collection}_bare"
@@ -152,7 +152,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         on = on_qdrant(source.qdrant, POINTS, SIZE)
         goal = 2.5 if source.qdrant.version().startswith("1.11.") else 2.0
         yield at_most("restore.collection_vs_bare", median(ours), median(bare), goal, on)
-        yield at_most("restore.collection_proof_vs_bare", median(proof), median(bare), None, on)
+        yield at_most("restore.collection_proof_vs_bare", median(verification), median(bare), None, on)
         yield at_most("restore.absent_vs_bare", median(absent), median(bare), None, on)
 
 
@@ -184,8 +184,8 @@ def peak(folder: Path) -> Iterator[Figure]:
     for points in (FEW_POINTS, POINTS):
         place = private_dir(folder / str(points))
         with collection_source(place, points, SIZE) as source:
-            half = take_collection(source, place, "restore", start_journal(place, "backup", ["bench"]))
-            peaks.append(_peak_of(source, place, place / half.file.name))
+            component = take_collection(source, place, "restore", start_journal(place, "backup", ["bench"]))
+            peaks.append(_peak_of(source, place, place / component.file.name))
             on = on_qdrant(source.qdrant, points, SIZE)
     yield at_most("restore.peak_mb", peaks[1], LIMIT_MB, 1.0, on)
     yield at_most("restore.peak_flat", peaks[1], peaks[0], 1.15, on)

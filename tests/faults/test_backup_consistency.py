@@ -1,4 +1,4 @@
-"""Backups of stores that are written to: each graph is one moment of it, and the drift told is the drift there is."""
+"""Backups of stores that are written to: each graph is consistent, and the reported drift is the actual drift."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = "MATCH (m:Memory) RETURN m.id"
 
 
 def components(nodes: list[list[object]], twins: list[list[object]]) -> list[object]:
-    """The keys of pairs of which something is missing; raises where one is there twice."""
+    """Return the keys of incomplete pairs; raises if a pair exists twice."""
     sides = [(key, side) for key, side in nodes]
     assert len(set(sides)) == len(sides)
     assert len({key for (key,) in twins}) == len(twins)
@@ -76,7 +76,7 @@ def promised_ids(archive: Path) -> set[str]:
         return set(stream.extractfile("ids.txt").read().decode().split())
 
 
-def test_no_backup_holds_half_a_pair_and_the_drift_told_is_true(taken):
+def test_no_backup_holds_an_incomplete_pair_and_the_reported_drift_is_correct(taken):
     operator, sets, never = taken
     keys, drifts = [], []
     for manifest in sets:
@@ -94,21 +94,21 @@ def test_no_backup_holds_half_a_pair_and_the_drift_told_is_true(taken):
     assert all(keys)
     assert (
         len({frozenset(one) for one in keys}) == BACKUPS
-    )  # each is a moment of its own: the writers did write
-    assert any(map(any, drifts))  # and what they wrote between the two snapshots is what is told
+    )  # each backup is a different moment: the writers did write
+    assert any(map(any, drifts))  # and what they wrote between the two snapshots is reported
 
 
 def assert_drift(manifest: Manifest, memories: set[str]) -> tuple[int, int]:
-    """What the manifest says of ids on one side only is what its two files hold."""
+    """Check that the drift in the manifest is that of its two files."""
     points = promised_ids(manifest.file_of(manifest.collection))
-    told = manifest.drift
-    assert (told.only_graph, told.only_collection) == (len(memories - points), len(points - memories))
-    assert set(told.examples_graph) <= memories - points
-    assert set(told.examples_collection) <= points - memories
-    return told.only_graph, told.only_collection
+    counted = manifest.drift
+    assert (counted.only_graph, counted.only_collection) == (len(memories - points), len(points - memories))
+    assert set(counted.examples_graph) <= memories - points
+    assert set(counted.examples_collection) <= points - memories
+    return counted.only_graph, counted.only_collection
 
 
-def test_an_export_by_queries_would_hold_half_pairs(operator):
+def test_an_export_by_queries_would_hold_incomplete_pairs(operator):
     """The same writers, the same check: what reads nodes and relationships one after the other is found out."""
     operator.load(60)
     with writers(operator, WRITERS, PAUSE_SECONDS), connect(operator.servers.falkordb.address) as conn:
@@ -120,7 +120,7 @@ def test_an_export_by_queries_would_hold_half_pairs(operator):
         assert wait_for(torn)
 
 
-def test_drift_made_before_the_backup_is_told(operator):
+def test_drift_made_before_the_backup_is_reported(operator):
     operator.load(60)
     gone = operator.cypher("MATCH (m:Memory) WHERE m.content <> '' RETURN m.id LIMIT 1")[0][0]
     operator.call("POST", "/points/delete?wait=true", {"points": [gone]})

@@ -1,7 +1,7 @@
-"""Backups damaged on purpose: the restore drill catches every damage, and says which file it is in.
+"""Backups damaged on purpose: the backup check catches every damage and names the damaged file.
 
-Each kind of damage is a function on a copy of two backup sets; it returns the files that the drill may name. Kinds
-that also put right the checksums above the damage (`resealed`) show what the deeper guards are worth.
+Each kind of damage is a function on a copy of two backup sets; it returns the files that the check may name. Kinds
+that also correct the checksums above the damage (`resealed`) test the deeper checks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.qdrant
 
 ENGINES = installed_engines({})
 GRAPH, COLLECTION = "graph", "collection"
-HALVES = (GRAPH, COLLECTION)
+COMPONENTS = (GRAPH, COLLECTION)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Sets:
         self.manifest.write_text(json.dumps(sealed(document)))
 
     def reseal(self, component: str) -> None:
-        """Make the manifest fit the half's file as it is now."""
+        """Make the manifest fit the component's file as it is now."""
         data = self.file(component).read_bytes()
         self.edit(component, "file", "size", value=len(data))
         self.edit(component, "file", "sha256", value=sha256(data).hexdigest())
@@ -114,7 +114,7 @@ def change_bytes(data: bytes, what: str, chance: random.Random) -> bytes:
 
 
 def same(one: bytes, other: bytes) -> bool:
-    """Whether two files say the same: a manifest with a line twice, or with another blank, still does."""
+    """Whether two files have the same content: a manifest with a repeated line or another blank still has."""
     try:
         return one == other or json.loads(one) == json.loads(other)
     except ValueError:
@@ -136,7 +136,7 @@ def raw(which: str, what: str) -> Kind:
     return damage
 
 
-for _which in (*HALVES, "manifest"):
+for _which in (*COMPONENTS, "manifest"):
     for _what, _times in RAW.items():
         KINDS[f"{_which}: {_what}"] = (raw(_which, _what), _times)
 
@@ -144,8 +144,8 @@ for _which in (*HALVES, "manifest"):
 # --- whole files ------------------------------------------------------------------------------------------------
 
 
-def of_each_half(function: Callable[[Sets, str], None]) -> Callable[[Sets, str], None]:
-    for component in HALVES:
+def of_each_component(function: Callable[[Sets, str], None]) -> Callable[[Sets, str], None]:
+    for component in COMPONENTS:
 
         def damage(sets: Sets, chance: random.Random, component: str = component) -> Path:
             path = sets.file(component)
@@ -156,34 +156,34 @@ def of_each_half(function: Callable[[Sets, str], None]) -> Callable[[Sets, str],
     return function
 
 
-@of_each_half
+@of_each_component
 def missing(sets: Sets, component: str) -> None:
     sets.file(component).unlink()
 
 
-@of_each_half
+@of_each_component
 def empty(sets: Sets, component: str) -> None:
     sets.file(component).write_bytes(b"")
 
 
-@of_each_half
+@of_each_component
 def of_the_other_set(sets: Sets, component: str) -> None:
     shutil.copy(sets.file(component, sets.older), sets.file(component))
 
 
-@of_each_half
+@of_each_component
 def of_the_other_set_resealed(sets: Sets, component: str) -> None:
     of_the_other_set(sets, component)
     sets.reseal(component)
 
 
-@of_each_half
+@of_each_component
 def the_manifest_points_to_the_other_set(sets: Sets, component: str) -> None:
     other = json.loads(sets.older.read_text())[component]["file"]
     sets.edit(component, "file", value=other)
 
 
-@of_each_half
+@of_each_component
 def the_manifest_points_out_of_the_folder(sets: Sets, component: str) -> None:
     path = sets.file(component)
     outside = sets.folder.parent / path.name
@@ -191,9 +191,9 @@ def the_manifest_points_out_of_the_folder(sets: Sets, component: str) -> None:
     sets.edit(component, "file", "name", value=f"../{path.name}")
 
 
-@of_each_half
-def replaced_by_the_other_half(sets: Sets, component: str) -> None:
-    other = next(one for one in HALVES if one != component)
+@of_each_component
+def replaced_by_the_other_component(sets: Sets, component: str) -> None:
+    other = next(one for one in COMPONENTS if one != component)
     shutil.copy(sets.file(other), sets.file(component))
     sets.reseal(component)
 
@@ -244,7 +244,7 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "a constraint more": ((GRAPH, "constraints"), lambda old: [*old, {"type": "UNIQUE"}]),
     "digest": ((GRAPH, "digest"), lambda old: old[1:] + old[:1]),
     "no digest": ((GRAPH, "digest"), ""),
-    "graph proof of another kind": ((GRAPH, "proof"), "excellent"),
+    "graph verification of another kind": ((GRAPH, "proof"), "excellent"),
     "no graph file": ((GRAPH, "file"), None),
     "collection file sha256": ((COLLECTION, "file", "sha256"), lambda old: old.upper()),
     "collection name": ((COLLECTION, "collection"), "another"),
@@ -267,7 +267,7 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
 
 def edited(keys: tuple[str, ...], value: Any) -> Kind:
     def damage(sets: Sets, chance: random.Random) -> Path:
-        path = sets.file(keys[0]) if keys[0] in HALVES else sets.manifest
+        path = sets.file(keys[0]) if keys[0] in COMPONENTS else sets.manifest
         sets.edit(*keys, value=value)
         return path
 
@@ -302,7 +302,7 @@ def with_crc(data: bytes) -> bytes:
 
 
 def with_another_letter(data: bytes, chance: random.Random) -> bytes:
-    """One letter of a memory's content changed, where the RDB holds its beginning uncompressed."""
+    """Change one letter of a memory's content at which the RDB holds its beginning uncompressed."""
     starts = [
         one.content[:12].encode() for one in generate(200) if one.content and one.content[:12].isascii()
     ]
@@ -469,8 +469,8 @@ def byte_in_a_segment(sets: Sets, chance: random.Random) -> Path:
     return path
 
 
-@kind(1, "gzip: packed anew")
-def packed_anew(sets: Sets, _: random.Random) -> Path:
+@kind(1, "gzip: recompressed")
+def recompressed(sets: Sets, _: random.Random) -> Path:
     path = sets.file(COLLECTION)
     packed = path.read_bytes()
     plain = igzip.decompress(packed)
@@ -502,7 +502,7 @@ for _name, _function in GZIP.items():
 CASES = [(name, number) for name, (_, times) in KINDS.items() for number in range(times)]
 
 
-# --- the drill --------------------------------------------------------------------------------------------------
+# --- the backup check -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -534,13 +534,15 @@ def copied(backed: Operator, folder: Path) -> Sets:
 def uncaught(
     backed: Operator, folder: Path, cases: list[tuple[str, int]], engines: list[Engine] = ENGINES
 ) -> list[str]:
-    """The cases that the drill lets pass, or of which it names another file."""
+    """The cases that the check lets pass, or for which it names another file."""
     missed = []
     for name, number in cases:
         sets = copied(backed, folder)
         manifest = sets.manifest
         spoilt = KINDS[name][0](sets, random.Random(f"{name} {number}"))
-        named = [proof.path for proof in verify_named(sets.folder, str(manifest), engines) if proof.fault]
+        named = [
+            checked.path for checked in verify_named(sets.folder, str(manifest), engines) if checked.fault
+        ]
         if not {spoilt, manifest} & set(named):
             missed.append(f"{name} #{number}")
     return missed
@@ -553,14 +555,14 @@ def test_there_are_enough_of_them():
 
 
 @pytest.mark.core
-def test_whole_sets_prove(backed):
-    assert [proof.fault for proof in verify_named(backed.backups, "all", ENGINES)] == [""] * 4
+def test_complete_backup_sets_verify(backed):
+    assert [checked.fault for checked in verify_named(backed.backups, "all", ENGINES)] == [""] * 4
 
 
 GROUPS = sorted({name.split(":")[0] for name in KINDS})
 
 
-# What shows only where the segments can be opened: those of 1.11 cannot.
+# Detected only if the segments can be opened: those of 1.11 cannot.
 BY_SEGMENTS = "archive: another id, resealed"
 
 
@@ -575,7 +577,7 @@ def test_every_damage_is_caught_and_its_file_named(backed, tmp_path, group):
     assert missed == [] or (missed == [f"{BY_SEGMENTS} #0"] and not segments_open(backed))
 
 
-# What no sha256 covers any more, because the damage put it right, is left to the deeper proofs.
+# Damage that corrected its sha256 is left to the deeper verification levels.
 DEEP = ("resealed", "right", "edited")
 
 
@@ -599,7 +601,7 @@ def test_without_an_engine_all_but_skilled_edits_are_caught(backed, tmp_path, no
         ("archive: another id, resealed", 0),
         ("rdb: another letter, every checksum right", 0),
     ]
-    assert len(uncaught(backed, tmp_path / "w", skilled, [])) == len(skilled)  # as the README says
+    assert len(uncaught(backed, tmp_path / "w", skilled, [])) == len(skilled)  # as the README describes
 
 
 def test_without_an_engine_the_rdbs_own_checksum_still_counts(backed, tmp_path, no_segments):
@@ -607,17 +609,17 @@ def test_without_an_engine_the_rdbs_own_checksum_still_counts(backed, tmp_path, 
     assert uncaught(backed, tmp_path / "w", cases, []) == []
 
 
-def test_a_set_that_was_not_proved_is_covered_by_its_checksums(backed, tmp_path, monkeypatch):
-    whole = copied(backed, tmp_path / "unproved")
-    for component in HALVES:
+def test_an_unverified_backup_set_is_covered_by_its_checksums(backed, tmp_path, monkeypatch):
+    whole = copied(backed, tmp_path / "unverified")
+    for component in COMPONENTS:
         whole.edit(component, "proof", value="unproved")
     whole.edit(GRAPH, "digest", value="")
     monkeypatch.setattr(Operator, "backups", whole.folder)
-    assert [proof.fault for proof in verify_named(whole.folder, "all", ENGINES)] == [""] * 4
+    assert [checked.fault for checked in verify_named(whole.folder, "all", ENGINES)] == [""] * 4
     assert uncaught(backed, tmp_path / "w", random_cases(2)) == []
 
 
-# --- the drill itself is on trial: without a guard, what it alone catches passes ----------------------------------
+# --- tests of the check itself: without a guard, what only that guard catches passes ------------------------------
 
 GUARDS = {
     "the manifest's checksum": ("lib.backup.manifest.sealed", dict, "edited: a value, not the checksum"),
@@ -630,7 +632,7 @@ GUARDS = {
     "a file's size and sha256": (
         "lib.backup.collection.check_file",
         lambda _path, _file, _sha256: None,
-        "gzip: packed anew",
+        "gzip: recompressed",
     ),
     "what the RDB says of itself": (
         "lib.backup.graph.compare_rdb",
@@ -671,7 +673,7 @@ def test_each_guard_is_needed(backed, tmp_path, monkeypatch, guard):
     assert uncaught(backed, tmp_path / "w", cases) != []
 
 
-def test_a_drill_that_is_switched_off_is_noticed(backed, tmp_path, monkeypatch):
+def test_a_disabled_backup_check_is_noticed(backed, tmp_path, monkeypatch):
     for place in ("lib.backup.check.verify_graph", "lib.backup.check.verify_collection"):
         monkeypatch.setattr(place, lambda *_words, **_named: Accepted())
     monkeypatch.setattr("lib.backup.manifest.sealed", dict)
@@ -718,6 +720,6 @@ def test_as_a_process_the_exit_code_is_4(backed, tmp_path, name, word):
     result = backed.run(
         "backup_automem", "--check", words[word], "--backup-dir", str(sets.folder), "--json", expect=4
     )
-    faults = {Path(proof["path"]).name for proof in result.json["proofs"] if proof["fault"]}
+    faults = {Path(checked["path"]).name for checked in result.json["proofs"] if checked["fault"]}
     assert spoilt.name in faults
     assert len(result.json["proofs"]) == {"all": 4}.get(word, 2) or name.startswith("manifest")

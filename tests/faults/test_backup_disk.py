@@ -1,4 +1,4 @@
-"""Too little room, on this machine or the server's: told before where it can be known, and nothing half done."""
+"""Too little room, on this machine or the server's: reported in advance if possible, and nothing left incomplete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.backup import collection as verify_collection
-from lib.backup import graph as prove
+from lib.backup import graph as graph_backup
 from lib.backup.check import verify_named
 from lib.backup.run import run_backup
 from lib.clients.falkordb import scratch
@@ -21,8 +21,8 @@ from lib.clients.falkordb.scratch import installed_engines
 from lib.errors import MigrationError
 from lib.journal import open_journals
 from tests.backup_support import assert_one_set, files, server_files
-from tests.faults.test_backup_network import CREATE, qdrant_way
-from tests.faulty_way import Fault, answer
+from tests.faults.test_backup_network import CREATE, qdrant_proxy
+from tests.faulty_proxy import Fault, answer
 from tests.operator_support import Operator
 from tests.restore_support import site, targets
 from tests.small_disk import fill, small_disk
@@ -40,7 +40,7 @@ def levels(operator: Operator) -> list[tuple[str, str]]:
 # --- the folder for temporary files -------------------------------------------------------------------------------
 
 
-def test_little_room_for_temporary_files_lowers_the_proof_and_says_so(backing, tmp_path):
+def test_little_room_for_temporary_files_lowers_the_verification_level_and_is_reported(backing, tmp_path):
     with small_disk(tmp_path / "t", "600k") as place:
         backing.export(TMPDIR=place)
         result = backing.run("backup_automem", "--json")
@@ -62,33 +62,35 @@ def test_a_full_folder_for_temporary_files_is_passed_over(backing, tmp_path):
     assert_one_set(backing)
 
 
-def test_room_that_goes_while_the_segments_are_opened_lowers_the_proof(backing, tmp_path, monkeypatch):
+def test_room_lost_while_the_segments_are_opened_lowers_the_verification_level(
+    backing, tmp_path, monkeypatch
+):
     pytest.importorskip("qdrant_edge")
     backing.run("backup_automem")
     monkeypatch.setattr(verify_collection, "free_bytes", lambda _path: 1 << 60)
     with small_disk(tmp_path / "t", "32k") as place:
         monkeypatch.setattr(tempfile, "tempdir", str(place))
-        (proof,) = (one for one in verify_named(backing.backups, "all", []) if "qdrant" in str(one.path))
-    assert (proof.level, proof.fault) == ("checked", "")
-    assert "no room" in proof.note
+        (verified,) = (one for one in verify_named(backing.backups, "all", []) if "qdrant" in str(one.path))
+    assert (verified.level, verified.fault) == ("checked", "")
+    assert "no room" in verified.note
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_for_a_scratch_server_lowers_the_proof(backing, monkeypatch):
+def test_too_little_memory_for_a_scratch_server_lowers_the_verification_level(backing, monkeypatch):
     backing.run("backup_automem")
-    monkeypatch.setattr(prove, "free_memory", lambda: 20 << 20)
+    monkeypatch.setattr(graph_backup, "free_memory", lambda: 20 << 20)
     level, note = levels(backing)[0]
     assert level == "checked"
     assert "20 MiB of memory are free" in note
-    monkeypatch.setattr(prove, "free_memory", lambda: None)  # not told, as on macOS: tried
+    monkeypatch.setattr(graph_backup, "free_memory", lambda: None)  # unknown, as on macOS: tried
     assert levels(backing)[0][0] == "restored"
 
 
 @pytest.mark.parametrize("when", ["while it loads", "while it is read"])
-def test_a_scratch_server_that_is_killed_says_nothing_about_the_file(backing, monkeypatch, when):
-    """As the kernel does where memory runs out after all."""
+def test_a_killed_scratch_server_reports_no_fault_of_the_file(backing, monkeypatch, when):
+    """Fail as the kernel does when memory runs out after all."""
     backing.run("backup_automem")
     if when == "while it loads":
         start = scratch._start
@@ -100,13 +102,13 @@ def test_a_scratch_server_that_is_killed_says_nothing_about_the_file(backing, mo
 
         monkeypatch.setattr(scratch, "_start", start_and_kill)
     else:
-        real = prove.graph_digest
+        real = graph_backup.graph_digest
 
         def digest_of_a_dying_one(conn, graph, **more):
             os.kill(int(conn.info("server")["process_id"]), signal.SIGKILL)
             return real(conn, graph, **more)
 
-        monkeypatch.setattr(prove, "graph_digest", digest_of_a_dying_one)
+        monkeypatch.setattr(graph_backup, "graph_digest", digest_of_a_dying_one)
     level, note = levels(backing)[0]
     assert level == "checked"
     assert "killed from outside" in note
@@ -116,7 +118,7 @@ def test_a_scratch_server_that_is_killed_says_nothing_about_the_file(backing, mo
 
 
 @pytest.mark.core
-def test_a_graph_that_cannot_fit_is_told_before_the_transfer(backing, monkeypatch):
+def test_a_graph_that_cannot_fit_is_reported_before_the_transfer(backing, monkeypatch):
     monkeypatch.setattr("lib.backup.run.memory_used", lambda _conn: 1 << 50)
     place = site(backing)
     with pytest.raises(MigrationError, match="MiB free, the backup may need"):
@@ -171,8 +173,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_server_without_room_for_the_snapshot(backing):
     """In the words of a real server."""
     words = "Service internal error: No space left on device: WAL buffer size exceeds available disk space"
-    told = answer(500, json.dumps({"status": {"error": words}}), "Content-Type: application/json\r\n")
-    with qdrant_way(backing, Fault(CREATE, answer=told)):
+    refusal = answer(500, json.dumps({"status": {"error": words}}), "Content-Type: application/json\r\n")
+    with qdrant_proxy(backing, Fault(CREATE, answer=refusal)):
         failed = backing.run("backup_automem", expect=1)
     assert "No space left on device" in failed.err
     assert "free disk space on the Qdrant server" in failed.err

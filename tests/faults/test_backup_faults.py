@@ -1,4 +1,4 @@
-"""A backup that is cut off, refused or out of room: no half set is ever trusted, nothing stays on the server."""
+"""A backup that is cut off, refused or out of room: no incomplete set is ever trusted, nothing stays on the server."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_server_error_ends_it_with_nothing_left(backing, stand_in, rule):
 
 
 def test_a_lost_answer_to_the_snapshot_is_none(backing):
-    """The answer to the snapshot is lost: the list tells that it is there, and it is used."""
+    """The answer to the snapshot request is lost: the list shows the snapshot, and it is used."""
     theirs = backing.call("POST", "/snapshots")["name"]
     with Gate(backing.servers.qdrant_url) as gate:
         stop = CancelToken("POST", r"/snapshots\?", carried_out=True)
@@ -122,7 +122,7 @@ def small(tmp_path):
         yield folder
 
 
-def test_a_full_disk_is_told_before_and_while_writing(backing, small):
+def test_a_full_disk_is_reported_before_and_while_writing(backing, small):
     backing.export(AUTOMEM_BACKUP_DIR=small / "backups")
     filler = small / "filler"
     filler.write_bytes(bytes(60 << 20))
@@ -130,7 +130,7 @@ def test_a_full_disk_is_told_before_and_while_writing(backing, small):
     assert "MiB free" in early.err
     filler.write_bytes(bytes(20 << 20))
     held = start_held(backing, "after backup begun", "backup_automem")
-    assert wait_for(lambda: held.stands_at() or held.process.poll() is not None)
+    assert wait_for(lambda: held.is_held_at() or held.process.poll() is not None)
     fill(small / "more")
     held.go_on()
     _, err = held.process.communicate(timeout=300)
@@ -144,7 +144,7 @@ def test_a_full_disk_is_told_before_and_while_writing(backing, small):
     backing.run("backup_automem")
 
 
-def test_a_disk_without_room_for_the_journal_says_so(backing, tmp_path):
+def test_a_disk_without_room_for_the_journal_is_reported(backing, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 

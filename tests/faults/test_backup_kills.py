@@ -1,7 +1,7 @@
 """The backup killed (SIGKILL) in every window and at random moments, while others write to both stores.
 
-Whatever the moment: no file under its final name that does not prove, the next run works and cleans up, nothing stays on
-the server, no scratch server or folder is left.
+At any moment: every file under its final name verifies, the next run works and cleans up, nothing stays on the server,
+no scratch server or folder is left.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lib.clients.falkordb.scratch import installed_engines
 from lib.journal import open_journals
 from tests.backup_support import (
     age_journals,
-    assert_final_files_prove,
+    assert_final_files_verify,
     assert_no_scratch,
     assert_one_set,
     assert_sets,
@@ -67,8 +67,8 @@ ALMOST = [
 ]
 NEVER_SENT = {"after snapshot announced"}
 UNNAMED = {"before snapshot made"}  # the server made one, the journal does not name it
-# Reached by the graph's thread: where the collection's is by then, depends on the moment.
-BESIDE = {
+# Reached by the graph's thread. The state of the collection's thread depends on the moment.
+DURING_GRAPH_BACKUP = {
     "called RDB streamed",
     "called RDB file written",
     "called scratch graph counted",
@@ -94,13 +94,13 @@ def assert_recovered(
     `awaiting`: a snapshot that was never asked for may still come. `unnamed`: the next run prints the command that
     deletes the killed one's snapshot. None: that depends on the moment.
     """
-    assert_final_files_prove(operator)
+    assert_final_files_verify(operator)
     assert [one.stem[7:] for one in operator.manifests()] == [
         one.stamp for one in backup_sets(operator.backups)
     ]
     printed = delete_printed_snapshots(operator.run("backup_automem").err)
     assert unnamed is None or len(printed) == unnamed
-    assert_final_files_prove(operator)
+    assert_final_files_verify(operator)
     assert not [one for one in verify_named(operator.backups, "all", installed_engines({})) if one.fault]
     assert_sets(operator, 1 + done)
     left = awaited(operator)
@@ -125,7 +125,7 @@ def test_killed_there_the_next_run_cleans_up_and_works(busy, where, record_prope
     done = where in DONE
     assert len(busy.manifests()) == int(done)  # a set is whole, or none is there to be trusted
     known = {"awaiting": where in NEVER_SENT, "unnamed": where in UNNAMED}
-    assert_recovered(busy, done=done, **(dict.fromkeys(known) if where in BESIDE else known))
+    assert_recovered(busy, done=done, **(dict.fromkeys(known) if where in DURING_GRAPH_BACKUP else known))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ SLOW_ANSWER = "POST", r"/snapshots\?"
 
 
 def killed_at(operator: Operator, gate: Gate, stop: CancelToken) -> CancelToken:
-    """A backup that is killed while a request stands at the gate."""
+    """A backup that is killed while a request is held at the gate."""
     gate.stops.append(stop)
     process = operator.start("backup_automem")
     assert wait_for(stop.reached.is_set)
@@ -193,10 +193,10 @@ def test_a_snapshot_that_appears_only_after_further_runs_is_named_all_the_same(b
     stop.let_go.set()
     assert stop.ended.wait(300)
     (name,) = server_files(backing)
-    said = backing.run("backup_automem").err
-    assert ("if it still appears there, the next backup prints the command" in said) == (runs > 0)
+    output = backing.run("backup_automem").err
+    assert ("if it still appears there, the next backup prints the command" in output) == (runs > 0)
     assert server_files(backing) == [name]
-    assert delete_printed_snapshots(said) == [name]
+    assert delete_printed_snapshots(output) == [name]
     assert_sets(backing, runs + 1)
     assert open_journals(backing.backups) == []
 
@@ -214,13 +214,13 @@ def test_two_killed_runs_have_two_snapshots_named(backing, gated):
 
 
 def test_a_snapshot_that_never_comes_is_not_awaited_for_ever(backing):
-    """The run was killed right before it asked: that cannot be known, so for an hour one line tells of it."""
+    """The run was killed right before its request. That cannot be known, so one line reports it for an hour."""
     run_killed(backing, "after snapshot announced", "backup_automem")
     backing.run("backup_automem")
     (journal,) = awaited(backing)
-    told = backing.run("backup_automem", "--list").err
+    err = backing.run("backup_automem", "--list").err
     asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{backing.collection}'"
-    assert told == f"{asked}: if it still appears there, the next backup prints the command that deletes it\n"
+    assert err == f"{asked}: if it still appears there, the next backup prints the command that deletes it\n"
     age_journals(backing, hours=2)
     backing.run("backup_automem")
     assert_sets(backing, 2)
@@ -233,10 +233,10 @@ def test_an_operators_own_snapshot_stays(backing):
     (ours,) = server_files(backing)
     time.sleep(1.1)  # as above
     theirs = backing.call("POST", "/snapshots")["name"]
-    said = backing.run("backup_automem").err
+    output = backing.run("backup_automem").err
     assert server_files(backing) == [ours, theirs]
-    assert "Delete it, unless somebody else made it" in said
-    assert delete_printed_snapshots(said) == [ours, theirs]
+    assert "Delete it, unless somebody else made it" in output
+    assert delete_printed_snapshots(output) == [ours, theirs]
     assert server_files(backing) == []
     assert open_journals(backing.backups) == []
     assert "snapshot" not in backing.run("backup_automem").err

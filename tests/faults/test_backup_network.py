@@ -1,4 +1,4 @@
-"""The way to either store breaks, drips, falls silent or answers with something else while a backup is taken."""
+"""The connection to either store breaks, trickles, falls silent or answers with something else during a backup."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from lib.clients.falkordb.psync import stream_rdb
 from lib.clients.qdrant.transport import Qdrant
 from lib.errors import StoreFailed, StoreUnreachable
 from lib.journal import open_journals
-from tests.backup_support import assert_final_files_prove, assert_one_set, files, server_files
+from tests.backup_support import assert_final_files_verify, assert_one_set, files, server_files
 from tests.certificate import self_signed
-from tests.faulty_way import Fault, FaultyWay, answer
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.operator_support import Operator
 from tests.restore_support import site, targets
 from tests.sandbox.falkordb_server import FalkorServer
@@ -52,24 +52,24 @@ def port_of(url: str) -> int:
 
 
 @contextmanager
-def qdrant_way(operator: Operator, *faults: Fault) -> Iterator[FaultyWay]:
-    """All that the operator's commands send to Qdrant goes this way."""
-    with FaultyWay(port_of(operator.servers.qdrant_url), *faults) as way:
-        operator.export(QDRANT_URL=f"http://127.0.0.1:{way.port}")
-        yield way
+def qdrant_proxy(operator: Operator, *faults: Fault) -> Iterator[FaultyProxy]:
+    """Send all requests of the operator's commands to Qdrant through a proxy."""
+    with FaultyProxy(port_of(operator.servers.qdrant_url), *faults) as proxy:
+        operator.export(QDRANT_URL=f"http://127.0.0.1:{proxy.port}")
+        yield proxy
     del operator.exports["QDRANT_URL"]
 
 
 @contextmanager
-def falkordb_way(operator: Operator, *faults: Fault, **more: ssl.SSLContext) -> Iterator[FaultyWay]:
-    with FaultyWay(operator.servers.falkordb.port, *faults, **more) as way:
-        operator.export(FALKORDB_PORT=way.port)
-        yield way
+def falkordb_proxy(operator: Operator, *faults: Fault, **more: ssl.SSLContext) -> Iterator[FaultyProxy]:
+    with FaultyProxy(operator.servers.falkordb.port, *faults, **more) as proxy:
+        operator.export(FALKORDB_PORT=proxy.port)
+        yield proxy
     del operator.exports["FALKORDB_PORT"]
 
 
 def back_up(operator: Operator, *, only: str = "", timeout: float = 30.0, verify: bool = False):
-    """A backup within this process, over the ways that the operator's settings name; waits are cut short."""
+    """Take a backup within this process, over the proxies in the operator's settings; waits are cut short."""
     place, settings = site(operator), operator.environ
     address = GraphAddress("127.0.0.1", int(settings["FALKORDB_PORT"]))
     qdrant = Qdrant(settings["QDRANT_URL"], timeout_seconds=timeout, sleep=lambda _seconds: time.sleep(0.02))
@@ -91,7 +91,7 @@ def assert_nothing_left(operator: Operator) -> None:
     assert open_journals(operator.backups) == []
 
 
-def start_anew(operator: Operator) -> None:
+def forget_backups(operator: Operator) -> None:
     shutil.rmtree(operator.backups, ignore_errors=True)
 
 
@@ -121,17 +121,17 @@ def test_the_replication_stream_is_cut_anywhere(backing, diskless):
     whole = Fault(b"PSYNC", cut=EVERY_BYTE)
     chance = random.Random(f"psync {diskless}")
     with framing(backing, diskless):
-        with falkordb_way(backing, whole):
+        with falkordb_proxy(backing, whole):
             back_up(backing, only="falkordb")
-        start_anew(backing)
+        forget_backups(backing)
         rdb = (
             whole.passed - 300
         )  # the server's newlines while it prepares make an answer a little longer or shorter
         borders = [(cut, "") for cut in (0, 1, 2, 13, 40, 56, 57, 58, 70, 100, rdb)]
         anywhere = [(chance.randrange(rdb), "" if number < 4 else "falkordb") for number in range(30)]
-        for cut, only in [*borders, *anywhere]:  # what the collection's half comes to is told by a few
+        for cut, only in [*borders, *anywhere]:  # a few cuts show what the collection's component becomes
             with (
-                falkordb_way(backing, Fault(b"PSYNC", cut=cut)),
+                falkordb_proxy(backing, Fault(b"PSYNC", cut=cut)),
                 pytest.raises(StoreUnreachable, match="closed"),
             ):
                 back_up(backing, only=only)
@@ -147,57 +147,57 @@ def test_the_last_bytes_of_either_framing(backing, tmp_path):
     mark = b"0123456789abcdefghij0123456789ABCDEFGHIJ"
     hello = b"+FULLRESYNC 0123456789abcdef0123456789abcdef01234567 0\r\n"
     for head, tail in ((b"$EOF:%s\r\n" % mark, mark), (b"$%d\r\n" % len(data), b"")):
-        told = hello + head + bytes(data) + tail
+        reply = hello + head + bytes(data) + tail
         borders = [0, len(hello) - 1, len(hello), len(hello) + 5, len(hello + head) - 1, len(hello + head)]
-        borders += [len(told) - back for back in (1, 2, 8, 9, 39, 40, 41, 48, 49)]
+        borders += [len(reply) - back for back in (1, 2, 8, 9, 39, 40, 41, 48, 49)]
         for cut in sorted(set(borders)):
-            fault = Fault(b"PSYNC", answer=told[:cut], hang_up=True)
-            with falkordb_way(backing, fault) as way, pytest.raises(StoreUnreachable, match="closed"):
-                stream_rdb(GraphAddress("127.0.0.1", way.port), lambda _piece: None)
-        with falkordb_way(backing, Fault(b"PSYNC", answer=told, hang_up=True)) as way:
-            moved = stream_rdb(GraphAddress("127.0.0.1", way.port), lambda _piece: None)
+            fault = Fault(b"PSYNC", answer=reply[:cut], hang_up=True)
+            with falkordb_proxy(backing, fault) as proxy, pytest.raises(StoreUnreachable, match="closed"):
+                stream_rdb(GraphAddress("127.0.0.1", proxy.port), lambda _piece: None)
+        with falkordb_proxy(backing, Fault(b"PSYNC", answer=reply, hang_up=True)) as proxy:
+            moved = stream_rdb(GraphAddress("127.0.0.1", proxy.port), lambda _piece: None)
         assert moved.sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_the_download_is_cut_anywhere_and_goes_on_there(backing):
+def test_the_download_is_cut_anywhere_and_resumes_there(backing):
     whole = Fault(DOWNLOAD, cut=EVERY_BYTE)
-    with qdrant_way(backing, whole):
+    with qdrant_proxy(backing, whole):
         back_up(backing, only="qdrant")
-    start_anew(backing)
+    forget_backups(backing)
     chance = random.Random("download")
     borders = [0, 1, 200, 300, 400, 500, whole.passed - 512, whole.passed - 2, whole.passed - 1]
     for cut in [*borders, *(chance.randrange(whole.passed) for _ in range(33))]:
         fault = Fault(DOWNLOAD, cut=cut)
-        with qdrant_way(backing, fault):
+        with qdrant_proxy(backing, fault):
             back_up(backing, only="qdrant")
         assert fault.hits == 1
-        assert_final_collections_prove(backing)
+        assert_final_collections_verify(backing)
         assert server_files(backing) == []
         assert open_journals(backing.backups) == []
-        start_anew(backing)
+        forget_backups(backing)
 
 
-def assert_final_collections_prove(operator: Operator) -> None:
+def assert_final_collections_verify(operator: Operator) -> None:
     from tests.backup_support import assert_archive
 
     (manifest,) = operator.manifests()
-    told = json.loads(manifest.read_text())["collection"]["file"]
-    data = (operator.backups / told["name"]).read_bytes()
-    assert (len(data), hashlib.sha256(data).hexdigest()) == (told["size"], told["sha256"])
+    recorded = json.loads(manifest.read_text())["collection"]["file"]
+    data = (operator.backups / recorded["name"]).read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (recorded["size"], recorded["sha256"])
     assert_archive(data)
 
 
 @pytest.mark.core
 def test_a_download_that_breaks_again_and_again_still_arrives(backing):
     fault = Fault(DOWNLOAD, times=None, cut=150_000)
-    with qdrant_way(backing, fault):
+    with qdrant_proxy(backing, fault):
         back_up(backing)
     assert fault.hits > 1
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
 def test_a_download_that_never_gets_a_byte_through_is_given_up(backing):
-    with qdrant_way(backing, Fault(DOWNLOAD, times=None, cut=0)):
+    with qdrant_proxy(backing, Fault(DOWNLOAD, times=None, cut=0)):
         failed = backing.run("backup_automem", expect=1)
     assert "connection broke" in failed.err or "broken off" in failed.err
     assert_nothing_left(backing)
@@ -207,22 +207,22 @@ def test_a_download_that_never_gets_a_byte_through_is_given_up(backing):
 @pytest.mark.parametrize("cut", [0, 15, 120])
 def test_a_question_whose_answer_is_cut_is_asked_again(backing, request_, cut):
     fault = Fault(READS[request_], cut=cut)
-    with qdrant_way(backing, fault):
+    with qdrant_proxy(backing, fault):
         back_up(backing)
     assert fault.hits == 1
     assert_one_set(backing)
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
 @pytest.mark.parametrize("request_", [CREATE, DELETE], ids=["create", "delete"])
 @pytest.mark.parametrize("cut", [0, 15, 120])
 def test_an_answer_that_is_lost_leaves_no_second_snapshot(backing, request_, cut):
     fault = Fault(request_, cut=cut)
-    with qdrant_way(backing, fault):
+    with qdrant_proxy(backing, fault):
         back_up(backing)
     assert fault.hits == 1
     assert_one_set(backing)
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
 # --- slow, and silent ---------------------------------------------------------------------------------------------
@@ -230,11 +230,11 @@ def test_an_answer_that_is_lost_leaves_no_second_snapshot(backing, request_, cut
 
 def test_slow_servers_are_waited_for(backing):
     slow = Fault(b"PSYNC", piece=512, pause=0.002), Fault(DOWNLOAD, piece=16384, pause=0.002)
-    with falkordb_way(backing, slow[0]), qdrant_way(backing, slow[1]):
+    with falkordb_proxy(backing, slow[0]), qdrant_proxy(backing, slow[1]):
         backing.run("backup_automem")
     assert [one.hits for one in slow] == [1, 1]
     assert_one_set(backing)
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
 @pytest.mark.parametrize("silent", [0, 30, 60, 5_000, 60_000])
@@ -243,7 +243,7 @@ def test_a_falkordb_that_falls_silent_is_noticed(backing, monkeypatch, silent):
     monkeypatch.setattr("lib.backup.graph.stream_rdb", quick)
     begun = time.monotonic()
     with (
-        falkordb_way(backing, Fault(b"PSYNC", silent=silent)),
+        falkordb_proxy(backing, Fault(b"PSYNC", silent=silent)),
         pytest.raises(StoreUnreachable, match=r"has sent nothing for 0\.5 s"),
     ):
         back_up(backing)
@@ -253,7 +253,7 @@ def test_a_falkordb_that_falls_silent_is_noticed(backing, monkeypatch, silent):
 
 @pytest.mark.parametrize("request_", ["collection", "scroll", "list"])
 def test_a_qdrant_that_falls_silent_is_noticed(backing, request_):
-    with qdrant_way(backing, Fault(READS[request_], times=None, silent=20)):
+    with qdrant_proxy(backing, Fault(READS[request_], times=None, silent=20)):
         begun = time.monotonic()
         with pytest.raises(StoreUnreachable, match=r"timed out|broke"):
             back_up(backing, timeout=0.5)
@@ -262,18 +262,18 @@ def test_a_qdrant_that_falls_silent_is_noticed(backing, request_):
 
 
 @pytest.mark.parametrize("silent", [100, 100_000])
-def test_a_download_that_falls_silent_goes_on_over_another_connection(backing, silent):
+def test_a_download_that_falls_silent_resumes_over_another_connection(backing, silent):
     fault = Fault(DOWNLOAD, silent=silent)
-    with qdrant_way(backing, fault):
+    with qdrant_proxy(backing, fault):
         back_up(backing, timeout=2)
     assert fault.hits == 1
     assert_one_set(backing)
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
-def test_a_dead_qdrant_ends_the_command_in_bounded_time(backing):
+def test_a_failed_qdrant_ends_the_command_in_bounded_time(backing):
     backing.export(QDRANT_TIMEOUT_SECONDS=1)
-    with qdrant_way(backing, Fault(SCROLL, times=None, silent=0)):
+    with qdrant_proxy(backing, Fault(SCROLL, times=None, silent=0)):
         begun = time.monotonic()
         failed = backing.run("backup_automem", expect=1)
     assert time.monotonic() - begun < 50
@@ -289,7 +289,7 @@ def test_a_dead_qdrant_ends_the_command_in_bounded_time(backing):
 def test_an_error_of_the_server_ends_it_with_nothing_left(backing, request_, status):
     pattern = {**READS, "create": CREATE}[request_]
     with (
-        qdrant_way(backing, Fault(pattern, answer=answer(status, "the server is on fire"))),
+        qdrant_proxy(backing, Fault(pattern, answer=answer(status, "the server is on fire"))),
         pytest.raises(StoreFailed, match="on fire"),
     ):
         back_up(backing)
@@ -299,10 +299,10 @@ def test_an_error_of_the_server_ends_it_with_nothing_left(backing, request_, sta
 
 
 @pytest.mark.parametrize("request_", [*READS, "create", "delete"])
-def test_a_rate_limit_that_says_when_is_waited_out(backing, request_):
+def test_a_rate_limit_that_names_its_end_is_waited_out(backing, request_):
     pattern = {**READS, "create": CREATE, "delete": DELETE}[request_]
     fault = Fault(pattern, times=2, answer=answer(429, "slow down", "Retry-After: 1\r\n"))
-    with qdrant_way(backing, fault):
+    with qdrant_proxy(backing, fault):
         back_up(backing)
     assert fault.hits == 2
     assert_one_set(backing)
@@ -312,17 +312,17 @@ def test_a_rate_limit_that_says_when_is_waited_out(backing, request_):
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_gateway_in_trouble_is_asked_again(backing, request_, status):
     fault = Fault(READS[request_], times=2, answer=answer(status, "Bad Gateway"))
-    with qdrant_way(backing, fault):
+    with qdrant_proxy(backing, fault):
         back_up(backing)
     assert fault.hits == 2
     assert_one_set(backing)
 
 
 @pytest.mark.parametrize("skip", range(12))
-def test_a_key_that_expires_on_the_way(backing, skip):
+def test_a_key_that_expires_during_the_backup(backing, skip):
     """From some request on, every one is refused: also the one that would delete the snapshot again."""
     expired = Fault(ANY, skip=skip, times=None, answer=answer(403, "ExpiredSignature"))
-    with qdrant_way(backing, expired):
+    with qdrant_proxy(backing, expired):
         result = backing.run("backup_automem", expect=None)
     if expired.hits:
         assert result.code in {0, 2}, result.err
@@ -332,7 +332,7 @@ def test_a_key_that_expires_on_the_way(backing, skip):
         assert files(backing) == []
     backing.run("backup_automem")
     assert server_files(backing) == []
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
 REFUSALS = {
@@ -346,9 +346,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("text", REFUSALS, ids=lambda text: text.split(" ", 1)[0])
-def test_a_refusal_of_the_replication_stream_is_told(backing, text):
+def test_a_refusal_of_the_replication_stream_is_reported(backing, text):
     code, words = REFUSALS[text]
-    with falkordb_way(backing, Fault(b"PSYNC", answer=f"-{text}\r\n".encode())):
+    with falkordb_proxy(backing, Fault(b"PSYNC", answer=f"-{text}\r\n".encode())):
         failed = backing.run("backup_automem", expect=code)
     assert words in failed.err
     assert_nothing_left(backing)
@@ -364,16 +364,16 @@ def test_a_refusal_of_the_replication_stream_is_told(backing, text):
     ],
     ids=["NOPERM", "unknown"],
 )
-def test_without_the_stream_the_graph_is_dumped_and_the_manifest_says_why(backing, text):
-    with falkordb_way(backing, Fault(b"PSYNC", times=None, answer=f"-{text}\r\n".encode())):
+def test_without_the_stream_the_graph_is_dumped_and_the_manifest_records_why(backing, text):
+    with falkordb_proxy(backing, Fault(b"PSYNC", times=None, answer=f"-{text}\r\n".encode())):
         manifest = backing.run("backup_automem", "--json").json
     assert manifest["graph"]["kind"] == "dump"
     assert manifest["graph"]["proof"] == "restored"
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
     backing.run("backup_automem", "--check", "all")
 
 
-def test_a_user_who_may_neither_stream_nor_dump_is_told_what_to_grant(backing):
+def test_a_user_who_may_neither_stream_nor_dump_gets_the_missing_grants_reported(backing):
     with connect(backing.servers.falkordb.address) as conn:
         conn.execute_command(
             "ACL", "SETUSER", "poor", "on", ">pw", "~*", "+@all", "-psync", "-replconf", "-dump"
@@ -421,10 +421,10 @@ def test_tls_and_a_password(loaded, tmp_path, certificate):
         backing.cypher(
             "UNWIND range(1, 3000) AS i CREATE (:Memory {id: toString(i), content: 'memory ' + i})"
         )
-        with falkordb_way(backing, tls=context):
+        with falkordb_proxy(backing, tls=context):
             backing.run("backup_automem")
             assert_one_set(backing)
-            start_anew(backing)
+            forget_backups(backing)
             for change, words in (
                 ({"FALKORDB_PASSWORD": "wrong"}, "refused the login"),
                 ({"SSL_CERT_FILE": ""}, "ertificate"),
@@ -436,7 +436,7 @@ def test_tls_and_a_password(loaded, tmp_path, certificate):
                 assert "a secret" not in failed.err
                 assert_nothing_left(backing)
         for cut in (0, 57, 5_000):
-            with falkordb_way(backing, Fault(b"PSYNC", cut=cut), tls=context):
+            with falkordb_proxy(backing, Fault(b"PSYNC", cut=cut), tls=context):
                 failed = backing.run("backup_automem", expect=1)
             assert "FalkorDB at localhost" in failed.err
             assert_nothing_left(backing)

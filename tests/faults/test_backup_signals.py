@@ -1,4 +1,4 @@
-"""The backup ended by a signal: at any phase nothing is left half done, by one Ctrl-C or by two, or as the terminal closes."""
+"""The backup ended by a signal, in any phase: one Ctrl-C, two, or a closed terminal. Nothing is left incomplete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from lib.backup.server_snapshots import ANNOUNCED
 from lib.journal import open_journals
 from tests.backup_support import (
-    assert_final_files_prove,
+    assert_final_files_verify,
     assert_no_scratch,
     assert_one_set,
     assert_sets,
@@ -52,14 +52,14 @@ PLACES = {
 }
 
 
-# Of the graph's thread: the collection's may have announced a snapshot by then, and not asked for it.
-BESIDE = {"the RDB is there", "the scratch server loads", "the scratch server is asked"}
+# Of the graph's thread. The collection's thread may have announced a snapshot by then, and not requested it.
+DURING_GRAPH_BACKUP = {"the RDB is there", "the scratch server loads", "the scratch server is asked"}
 
 
 def assert_undone(operator: Operator, process: ScriptProcess, *, may_await: bool = False) -> str:
-    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works; what it said.
+    """Exit code 130, no file, snapshot, scratch or open journal left, and the next run works. Returns the output.
 
-    `may_await`: a snapshot may have been announced and not asked for.
+    `may_await`: a snapshot may have been announced and not requested.
     """
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
@@ -76,12 +76,12 @@ def assert_undone(operator: Operator, process: ScriptProcess, *, may_await: bool
 
 
 @pytest.mark.parametrize("place", matrix(PLACES, "snapshot noted"))
-def test_a_signal_leaves_nothing_half_done(backing, place):
+def test_a_signal_leaves_nothing_incomplete(backing, place):
     number = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP][list(PLACES).index(place) % 3]
     held = start_held(backing, PLACES[place], "backup_automem")
     standing(held).send_signal(number)
     held.go_on()
-    assert_undone(backing, held.process, may_await=place in BESIDE)
+    assert_undone(backing, held.process, may_await=place in DURING_GRAPH_BACKUP)
 
 
 def ended_at(operator: Operator, place: str) -> None:
@@ -95,11 +95,11 @@ def ended_at(operator: Operator, place: str) -> None:
 def test_a_signal_right_after_the_manifest_leaves_the_whole_set(backing):
     ended_at(backing, "called manifest written")
     assert_one_set(backing)
-    assert_final_files_prove(backing)
+    assert_final_files_verify(backing)
 
 
 def test_a_signal_before_the_snapshot_was_asked_for(backing):
-    """Whether the server got the request cannot be known: every command says that a snapshot may come."""
+    """Whether the server got the request cannot be known: every command reports that a snapshot may appear."""
     ended_at(backing, "after snapshot announced")
     assert files(backing) == []
     backing.run("backup_automem")
@@ -159,7 +159,7 @@ def test_a_third_ctrl_c_ends_it_and_the_next_run_cleans_up(backing, clean_up):
     assert_no_scratch(backing)
 
 
-def test_a_terminal_that_closes_leaves_nothing_half_done(backing):
+def test_a_terminal_that_closes_leaves_nothing_incomplete(backing):
     """The kernel's own SIGHUP to the terminal's foreground, every further write to it failing."""
     master, slave = pty.openpty()
 
@@ -202,7 +202,7 @@ def test_a_terminal_that_closes_leaves_nothing_half_done(backing):
     assert_one_set(backing)
 
 
-def test_nohup_goes_on_without_its_terminal(backing):
+def test_nohup_continues_without_its_terminal(backing):
     held = start_held(backing, "after backup begun", "backup_automem", nohup=True)
     standing(held).send_signal(signal.SIGHUP)
     held.go_on()

@@ -29,9 +29,9 @@ def s3() -> Iterator[S3Server]:
 
 @pytest.fixture
 def gate(s3, operator) -> Iterator[S3Gate]:
-    with S3Gate(s3.port) as way:
-        operator.export(**s3_environ(way.url), AWS_MAX_ATTEMPTS=2)  # five, with pauses, where nobody says so
-        yield way
+    with S3Gate(s3.port) as s3_gate:
+        operator.export(**s3_environ(s3_gate.url), AWS_MAX_ATTEMPTS=2)  # five, with pauses, by default
+        yield s3_gate
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def set_of(manifest: Path) -> dict[str, bytes]:
 
 
 def upload(operator: Operator, url: str, expect: int) -> str:
-    """Upload the existing sets; what was said on stderr."""
+    """Upload the existing sets; returns stderr."""
     before = files_in(operator.backups)
     done = operator.run("backup_automem", "--check", "all", "--upload", url, expect=expect)
     assert files_in(operator.backups) == before
@@ -78,7 +78,7 @@ def arrived(operator: Operator, url: str, folder: Path, manifest: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "code", "says"),
+    ("url", "code", "message"),
     [
         ("ftp://host/x", 2, "backups cannot be uploaded to"),
         ("s3://", 2, "names no bucket"),
@@ -89,11 +89,11 @@ def arrived(operator: Operator, url: str, folder: Path, manifest: Path) -> None:
         ("sftp://127.0.0.1:port/x", 2, "no number"),
     ],
 )
-def test_a_place_that_will_not_do_is_refused_before_the_backup(operator, s3, url, code, says):
+def test_a_place_that_will_not_do_is_refused_before_the_backup(operator, s3, url, code, message):
     operator.export(**s3.environ)
     operator.load(60)
     result = operator.run("backup_automem", "--upload", url, expect=code)
-    assert says in result.err
+    assert message in result.err
     assert "next:" in result.err
     assert not operator.backups.exists()
 
@@ -160,7 +160,7 @@ def test_a_bucket_that_may_not_be_written(operator, gate):
     operator.load(60)
     gate.rule("PUT", "copies", "refuse")
     result = operator.run("backup_automem", "--upload", f"s3://{BUCKET}/copies", expect=2)
-    assert "told by the gate" in result.err
+    assert "reported by the gate" in result.err
     assert not operator.backups.exists()
 
 
@@ -174,7 +174,7 @@ def test_a_key_that_may_not_delete_will_do(operator, gate, s3, backed_up):
 # --- while it is uploaded ---------------------------------------------------------------------------------------
 
 
-def test_a_backup_whose_upload_fails_is_whole_here_and_says_how_to_go_on(operator, sftp, tmp_path):
+def test_a_backup_whose_upload_fails_is_complete_here_and_reports_how_to_continue(operator, sftp, tmp_path):
     operator.load(60)
     sftp.mischief.cut_after = 20_000
     url = sftp.url("/copies")
@@ -193,8 +193,8 @@ def test_a_backup_whose_upload_fails_is_whole_here_and_says_how_to_go_on(operato
 @pytest.mark.parametrize("part", matrix([".rdb", ".tar.gz", ".json"], ".rdb"))
 def test_what_arrives_spoiled_never_gets_its_name(operator, sftp, backed_up, part):
     sftp.mischief.spoil = part
-    told = upload(operator, sftp.url("/copies"), 1)
-    assert "reads back as something else" in told
+    err = upload(operator, sftp.url("/copies"), 1)
+    assert "reads back as something else" in err
     there = files_in(sftp.folder / "copies")
     assert not [name for name in there if part in name]
     assert backed_up.name not in there
@@ -206,8 +206,8 @@ def test_what_arrives_spoiled_never_gets_its_name(operator, sftp, backed_up, par
 def test_what_arrives_spoiled_in_a_bucket_is_removed(operator, gate, s3, backed_up, part):
     prefix = operator.graph
     gate.rule("PUT", part, "spoil")
-    told = upload(operator, f"s3://{BUCKET}/{prefix}", 1)
-    assert "did not arrive" in told
+    err = upload(operator, f"s3://{BUCKET}/{prefix}", 1)
+    assert "did not arrive" in err
     assert not [name for name in s3.objects(prefix) if name.startswith(part)]
     assert backed_up.name not in s3.objects(prefix)
     gate.open()
@@ -221,8 +221,8 @@ def test_what_arrives_spoiled_in_a_bucket_is_removed(operator, gate, s3, backed_
 )
 def test_a_bucket_that_refuses_midway(operator, gate, s3, backed_up, part, act):
     gate.rule("PUT", part, act)
-    told = upload(operator, f"s3://{BUCKET}/{operator.graph}", 1)
-    assert "did not arrive" in told
+    err = upload(operator, f"s3://{BUCKET}/{operator.graph}", 1)
+    assert "did not arrive" in err
     assert backed_up.name not in s3.objects(operator.graph)
     gate.open()
     upload(operator, f"s3://{BUCKET}/{operator.graph}", 0)
@@ -252,8 +252,8 @@ def test_a_file_of_anothers_is_never_replaced(operator, sftp, backed_up):
             shutil.rmtree(folder, ignore_errors=True)
             (folder / name).parent.mkdir(parents=True)
             (folder / name).write_bytes(foreign)
-            told = upload(operator, sftp.url("/copies"), 1)
-            assert f"{name} is another file" in told
+            err = upload(operator, sftp.url("/copies"), 1)
+            assert f"{name} is another file" in err
             assert (folder / name).read_bytes() == foreign
             assert name == backed_up.name or backed_up.name not in files_in(folder)
 
@@ -334,7 +334,7 @@ def test_ctrl_c_while_uploading(operator, sftp, backed_up):
     arrived(operator, sftp.url("/copies"), sftp.folder / "copies", backed_up)
 
 
-# --- on the way back --------------------------------------------------------------------------------------------
+# --- download ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -356,10 +356,10 @@ def test_a_copy_that_was_damaged_there_touches_nothing_here(operator, copied, pa
     url, folder, manifest = copied
     damage(next(folder.rglob(part)))
     before = operator.state()
-    drill = operator.run("backup_automem", "--check", url, "--json", expect=4).json["proofs"]
-    assert "damaged" in {one["level"] for one in drill}
-    assert str(folder) in drill[0]["path"]
-    assert "drill" not in drill[0]["fault"]
+    checks = operator.run("backup_automem", "--check", url, "--json", expect=4).json["proofs"]
+    assert "damaged" in {one["level"] for one in checks}
+    assert str(folder) in checks[0]["path"]
+    assert "drill" not in checks[0]["fault"]
     for word in (f"{url}/latest", f"{url}/{manifest.name}"):
         operator.run("restore_from_backup", word, expect=4)
     assert operator.state() == before
@@ -393,7 +393,7 @@ def test_a_manifest_that_leads_out_of_the_folder(operator, copied, tmp_path):
     assert (tmp_path / "stolen.rdb").read_bytes() == b"x"
 
 
-def test_files_of_ones_own_are_not_replaced_by_fetched_ones(operator, copied):
+def test_existing_local_files_are_not_replaced_by_fetched_ones(operator, copied):
     url, _, manifest = copied
     for name in set_of(manifest):
         shutil.rmtree(operator.backups, ignore_errors=True)
@@ -404,7 +404,7 @@ def test_files_of_ones_own_are_not_replaced_by_fetched_ones(operator, copied):
         assert (operator.backups / name).read_bytes() == b"mine"
 
 
-def test_a_fetch_that_breaks_off_goes_on(operator, sftp, backed_up, tmp_path):
+def test_an_interrupted_fetch_resumes(operator, sftp, backed_up, tmp_path):
     upload(operator, sftp.url("/copies"), 0)
     shutil.move(operator.backups, tmp_path / "lost")
     sftp.mischief.hold = ("read", ".tar.gz")
@@ -429,14 +429,14 @@ def test_a_fetch_that_breaks_off_goes_on(operator, sftp, backed_up, tmp_path):
 def test_what_a_url_may_name(operator, copied):
     url, _, manifest = copied
     stamp = dataclasses.asdict(read_manifest(manifest))["stamp"]
-    for word, code, says in (
+    for word, code, message in (
         (url, 2, "names no backup"),
         (f"{url}/backup_20200101_000000.json", 1, "backup_20200101_000000.json"),
         (f"{url}/falkordb/other_{stamp}.rdb", 2, "is no file of the set"),
         (f"{url}/nowhere/latest", 1, "no backup at"),
     ):
         result = operator.run("restore_from_backup", word, expect=code)
-        assert says in result.err
+        assert message in result.err
     operator.run("backup_automem", "--list", f"{url}/nowhere", expect=1)
     elsewhere = operator.run(
         "restore_from_backup", f"{url}/latest", expect=1, env={"FALKORDB_GRAPH": "other"}

@@ -1,6 +1,6 @@
-"""A real Qdrant whose disk fills at every stage of a migration, or a restore: nothing is lost, the same command goes on.
+"""A real Qdrant whose disk fills at every stage of a migration, or a restore: nothing is lost, the same command resumes.
 
-How much is free where is only known by trying: 4,000 points of 3072d, from too little for anything to almost enough.
+How much must be free at which stage is only known by trying: 4,000 points of 3072d, from too little for anything to almost enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def crowded(operator, disk):
-    """An operator with a backup, whose server has a disk of its own; and the server."""
+    """An operator with a backup, whose server has a separate disk; and the server."""
     binary = test_server()
     assert binary is not None
     with RealQdrant(binary, disk / "qdrant") as real:
@@ -72,7 +72,7 @@ def test_a_migration_in_place(crowded, disk, free):
 
 @pytest.mark.parametrize("free", [80, 180, 280, 380])
 def test_a_restore(crowded, disk, free):
-    """What fails is told before anything is replaced, and leaves nothing on the server."""
+    """A failure is reported before anything is replaced, and leaves nothing on the server."""
     operator, _ = crowded
     operator.run("reembed_embeddings")
     time.sleep(FLUSHED_SECONDS)
@@ -97,7 +97,7 @@ def test_a_restore(crowded, disk, free):
 
 
 def go_on(operator, real, disk, words, first, before):
-    """The operator does as he is told."""
+    """Follow the printed next step."""
     assert "Traceback" not in first.err
     assert first.code == 0 or (first.code == 1 and "disk is full" in first.err), first.err
     if first.code:

@@ -1,4 +1,4 @@
-"""Qdrant killed and started again under a request that it would have gone on with alone: nobody waits for it in vain."""
+"""Qdrant restarts during a request that it would have finished without a client: nobody waits for it in vain."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def put_points(url: str, collection: str) -> None:
         requests.put(f"{url}/collections/{collection}{path}", json=body, timeout=60).raise_for_status()
 
 
-def start_anew(server, stop: CancelToken) -> threading.Thread:
-    """Once a request stands there the server is killed and started again; then the request's connection ends."""
+def restart_when_reached(server, stop: CancelToken) -> threading.Thread:
+    """Restart the server once a request is held at the gate; then close the request's connection."""
 
     def work() -> None:
         assert stop.reached.wait(60)
@@ -39,46 +39,46 @@ def start_anew(server, stop: CancelToken) -> threading.Thread:
     return thread
 
 
-def test_a_server_that_was_started_anew_is_asked_again_for_the_snapshot(own_qdrant):
+def test_a_restarted_server_is_asked_again_for_the_snapshot(own_qdrant):
     put_points(own_qdrant.url, "c")
     with Gate(own_qdrant.url) as gate:
         gate.stops.append(CancelToken("POST", "/collections/c/snapshots"))
-        thread = start_anew(own_qdrant, gate.stops[0])
+        thread = restart_when_reached(own_qdrant, gate.stops[0])
         made = create(Qdrant(gate.url), "c", seconds=60)
         thread.join()
     assert list_snapshots(Qdrant(own_qdrant.url), "c") == [made]
 
 
-def test_a_snapshot_that_was_whole_before_the_server_was_started_anew_is_taken(own_qdrant):
+def test_a_snapshot_that_was_complete_before_the_server_restarted_is_used(own_qdrant):
     put_points(own_qdrant.url, "c")
     with Gate(own_qdrant.url) as gate:
         gate.stops.append(CancelToken("POST", "/collections/c/snapshots", carried_out=True))
-        thread = start_anew(own_qdrant, gate.stops[0])
+        thread = restart_when_reached(own_qdrant, gate.stops[0])
         made = create(Qdrant(gate.url), "c", seconds=60)
         thread.join()
     assert [one.name for one in list_snapshots(Qdrant(own_qdrant.url), "c")] == [made.name]
 
 
-def test_a_restore_of_which_the_server_that_was_started_anew_knows_nothing_is_given_up(own_qdrant):
+def test_a_restore_unknown_to_the_restarted_server_is_given_up(own_qdrant):
     put_points(own_qdrant.url, "c")
     q = Qdrant(own_qdrant.url)
     made = create(q, "c")
     location = can_fetch_itself(q, "c", made, "probe")
     with Gate(own_qdrant.url) as gate:
         gate.stops.append(CancelToken("PUT", "/collections/d/snapshots/recover"))
-        thread = start_anew(own_qdrant, gate.stops[0])
+        thread = restart_when_reached(own_qdrant, gate.stops[0])
         with pytest.raises(StoreFailed, match="did not finish: the collection is missing"):
             recover(Qdrant(gate.url), "d", location, made.checksum, seconds=600)
         thread.join()
 
 
 @pytest.mark.core
-def test_another_process_is_told_from_the_same_one(own_qdrant):
+def test_another_process_is_distinguished_from_the_same_one(own_qdrant):
     q = Qdrant(own_qdrant.url)
     process = startup(q)
     assert process
     assert not restarted(q, process)
-    assert not restarted(q, None)  # one that did not say cannot be told from another
+    assert not restarted(q, None)  # a server without a start time cannot be distinguished from another
     own_qdrant.kill()
     assert startup(q) is None
     assert not restarted(q, process)

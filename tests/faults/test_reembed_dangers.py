@@ -1,4 +1,4 @@
-"""Ways in which a re-embedding could lose data although every step of it is right by itself."""
+"""Cases in which a re-embedding could lose data although each of its steps is correct."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_fresh_pays_once_however_often_it_is_started(operator):
     faults(operator)
     operator.run("reembed_embeddings", "--fresh")
     texts = len({node["content"] for node in embeddable(operator).values()})
-    assert operator.servers.openai.stats()["texts"] == texts + 1  # and one word to prove the key
+    assert operator.servers.openai.stats()["texts"] == texts + 1  # and one word to verify the key
 
 
 @pytest.mark.core

@@ -62,7 +62,7 @@ def test_killed_in_a_named_window(rig, window, record_property):
     assert rig.paid_twice() == 0
 
 
-def test_killed_while_it_buys(rig):
+def test_killed_while_embedding(rig):
     openai = rig.operator.servers.openai
     for answered in (0, 8):
         openai.fault(hang_seconds=600, after=answered)
@@ -123,7 +123,7 @@ def test_interrupted_and_resumed(rig):
     assert rig.paid_twice() == 0
 
 
-def test_ctrl_c_while_it_buys_keeps_what_is_in_flight(rig):
+def test_ctrl_c_while_embedding_saves_what_is_in_flight(rig):
     openai = rig.operator.servers.openai
     openai.fault(hang_seconds=0.4)
     assert rig.kill_when(lambda: openai.stats()["requests"] >= 5, signal.SIGINT) == 130
@@ -187,12 +187,12 @@ def test_other_settings_before_the_delete_begin_again(rig):
 
 
 @pytest.mark.parametrize("size", [OLD_SIZE, NEW_SIZE])
-@pytest.mark.parametrize("way", ["", "in place: "], ids=["staged", "in-place"])
-def test_what_automem_recreated_meanwhile_is_no_obstacle_and_no_loss(rig, size, way):
+@pytest.mark.parametrize("prefix", ["", "in place: "], ids=["staged", "in-place"])
+def test_what_automem_recreated_meanwhile_is_no_obstacle_and_no_loss(rig, size, prefix):
     """AutoMem was restarted while the collection was away: it recreated the collection and repaired some points."""
-    if way:
+    if prefix:
         rig.words = (*COMMAND, "--in-place")
-    rig.kill_at(f"{way}deleted and noted")
+    rig.kill_at(f"{prefix}deleted and noted")
     operator = rig.operator
     operator.call("PUT", "", {"vectors": {"size": size, "distance": "Cosine"}})
     special = [one for one, (payload, _) in rig.before.items() if "source_app" in payload]

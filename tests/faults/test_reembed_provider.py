@@ -164,12 +164,12 @@ PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}
 
 
 @pytest.mark.parametrize("name", matrix(LASTING, "401 mid-way"))
-def test_what_lasts_ends_the_run_and_keeps_what_was_bought(rig, name):
-    fault, code, said = LASTING[name]
+def test_lasting_errors_end_the_run_and_preserve_paid_vectors(rig, name):
+    fault, code, expected = LASTING[name]
     rig.patience = 4.0
     rig.openai.fault(**fault, after=5)
     done = rig.reembed(expect=code)
-    assert said in done.err
+    assert expected in done.err
     assert "next:" in done.err
     rig.assert_untouched()
     assert rig.cached() == 5 * BATCH
@@ -240,7 +240,7 @@ def test_a_long_memory_is_cut_and_named_before_and_after(rig):
 
 @dataclass
 class Resetting:
-    """A way to the endpoint that answers chosen requests with a TCP reset: before they are passed on, or after."""
+    """A proxy to the endpoint that answers chosen requests with a TCP reset: before they are passed on, or after."""
 
     port: int
     resets: int
@@ -294,10 +294,10 @@ def _reset(one: socket.socket) -> None:
 
 @pytest.mark.parametrize("after_it_was_paid", [False, True])
 def test_connections_that_are_reset(rig, after_it_was_paid):
-    way = Resetting(rig.openai.port, resets=6, after_it_was_paid=after_it_was_paid)
-    with way.open() as rig.url:
+    proxy = Resetting(rig.openai.port, resets=6, after_it_was_paid=after_it_was_paid)
+    with proxy.open() as rig.url:
         rig.reembed(expect=0)
-    assert way.hits > 8
+    assert proxy.hits > 8
     rig.url = ""
     assert rig.openai.stats()["paid_twice"] <= (6 * BATCH if after_it_was_paid else 0)
     after = points_of(rig.operator)
@@ -307,8 +307,8 @@ def test_connections_that_are_reset(rig, after_it_was_paid):
 
 def test_every_connection_is_reset(rig):
     rig.patience = 2.0
-    way = Resetting(rig.openai.port, resets=1 << 30, after_it_was_paid=False)
-    with way.open() as rig.url:
+    proxy = Resetting(rig.openai.port, resets=1 << 30, after_it_was_paid=False)
+    with proxy.open() as rig.url:
         rig.reembed(expect=6)
     rig.assert_untouched()
     assert rig.cached() == 2 * BATCH

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(3600)]
 
 SCRIPT_KILLS = 6 * KILLS_EACH if KILLS_EACH > 1 else 3
 SERVER_KILLS = 2 * KILLS_EACH if KILLS_EACH > 1 else 1
-WAYS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged", "in-place"])
+CUTOVERS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged", "in-place"])
 
 
 class Seesaw:
@@ -50,7 +50,7 @@ class Seesaw:
         return self.operator.start("reembed_embeddings", *self.words)
 
     def go_through(self) -> None:
-        """A run that nothing disturbs; where so much was written that it asks for another backup, it gets one."""
+        """Run undisturbed. If so much was written that the run asks for another backup, take one."""
         for _ in range(10):
             begun = time.monotonic()
             result = self.operator.run("reembed_embeddings", *self.words, expect=None)
@@ -62,12 +62,12 @@ class Seesaw:
         pytest.fail("AutoMem writes faster than a backup and a migration follow each other here")
 
     def back_up(self, errors: str) -> None:
-        """As it was told."""
+        """Take the backup that the run asked for."""
         assert "It is not changed without a verified backup" in errors, errors
         self.operator.run("backup_automem", "--only", "qdrant")
 
     def turn(self) -> None:
-        """A run went through: AutoMem is started with these settings, and the next change is the other way."""
+        """A run went through: AutoMem is started with these settings, and the next change goes in the opposite direction."""
         self.automem.configure(MODELS[self.size], self.size)
         self.operator.run("backup_automem", "--only", "qdrant")
         self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
@@ -108,7 +108,7 @@ def finish(seesaw: Seesaw, kills: int) -> None:
     assert operator.servers.openai.stats()["paid_twice"] <= kills * WORKERS * BATCH
 
 
-@WAYS
+@CUTOVERS
 def test_the_script_is_killed_at_random_moments(operator, words, record_property):
     seesaw = Seesaw(operator, words)
     operator.servers.openai.fault(hang_seconds=0.05)
@@ -125,7 +125,7 @@ def test_the_script_is_killed_at_random_moments(operator, words, record_property
     record_property("states", json.dumps(seesaw.states))
 
 
-@WAYS
+@CUTOVERS
 def test_the_server_is_killed_at_random_moments(operator, own_qdrant, words, record_property):
     someone = replace(operator, servers=replace(operator.servers, qdrant_url=own_qdrant.url), exports={})
     seesaw = Seesaw(someone, words)
@@ -134,7 +134,7 @@ def test_the_server_is_killed_at_random_moments(operator, own_qdrant, words, rec
     def strike(process: ScriptProcess) -> bool:
         own_qdrant.kill()
         time.sleep(rng.uniform(0.0, 1.0))
-        own_qdrant.start()  # raises where it does not come up again
+        own_qdrant.start()  # raises if it does not come up again
         seesaw.states[left_by_kill(seesaw.operator)] += 1
         return True
 

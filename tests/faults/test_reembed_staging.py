@@ -1,4 +1,4 @@
-"""The staged way, and what may happen to the stores while it is under way."""
+"""The staged cutover, and what may happen to the stores while it runs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_the_operators_own_delete_after_the_staging_loses_nothing(ready):
     assert settings(ready) == was
 
 
-def test_what_our_own_restore_put_there_is_adopted(rig):
+def test_a_collection_from_our_own_restore_is_adopted(rig):
     rig.kill_at("in place, not yet noted")
     live = LIVE.format(live=rig.operator.collection)
     again = [
@@ -263,7 +263,7 @@ def test_a_staged_collection_that_no_journal_knows_is_refused(ready):
     assert ready.collections() == [ready.collection, staged(ready)]
 
 
-def test_what_was_staged_with_other_settings_gives_way(ready):
+def test_what_was_staged_with_other_settings_is_replaced(ready):
     before = points_of(ready)
     ready.run("reembed_embeddings", "--no-switch")
     ready.run("reembed_embeddings", env={"VECTOR_SIZE": "64"})
@@ -272,7 +272,7 @@ def test_what_was_staged_with_other_settings_gives_way(ready):
     assert open_journals(ready.backups) == []
 
 
-def test_no_switch_says_when_there_is_nothing_to_stage(ready):
+def test_no_switch_reports_when_there_is_nothing_to_stage(ready):
     ready.run("reembed_embeddings", "--no-switch", "--in-place", expect=2)
     ready.run("reembed_embeddings")
     assert ready.run("reembed_embeddings", "--no-switch", "--json").json["staged"] is None
@@ -281,16 +281,16 @@ def test_no_switch_says_when_there_is_nothing_to_stage(ready):
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "message"),
     [
         ({"EMBEDDING_MODEL": SMALL}, "another EMBEDDING_MODEL"),
         ({"VECTOR_SIZE": "64"}, "another dimension (VECTOR_SIZE)"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}, "another OPENAI_BASE_URL"),
     ],
 )
-def test_after_the_delete_each_other_setting_is_refused_by_its_name(rig, setting, says):
+def test_after_the_delete_each_other_setting_is_refused_by_its_name(rig, setting, message):
     rig.kill_at("deleted and noted")
-    assert says in rig.operator.run("reembed_embeddings", expect=2, env=setting).err
+    assert message in rig.operator.run("reembed_embeddings", expect=2, env=setting).err
     rig.finish()
 
 
@@ -355,7 +355,7 @@ def test_a_disk_that_fills_after_the_delete_is_given_room(ready):
 
 @on_the_stand_in
 def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_reported(ready):
-    """A restore that unpacks onto a full disk says only that it failed to unpack (1.18.3)."""
+    """A restore that unpacks onto a full disk reports only that it failed to unpack (1.18.3)."""
     before = points_of(ready)
     unpack = refusal("Service runtime error: IO Error: failed to unpack")
     recover = {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **unpack}
@@ -372,7 +372,7 @@ def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_repor
 
 
 @on_the_stand_in
-def test_a_disk_without_room_for_the_new_collection_alone_says_how_to_go_on(ready):
+def test_a_disk_without_room_for_the_new_collection_alone_reports_how_to_resume(ready):
     before = points_of(ready)
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL)})
     failed = ready.run("reembed_embeddings", "--in-place", expect=1)

@@ -48,18 +48,18 @@ def backed(loaded, tmp_path):
     return Operator(loaded.servers, tmp_path / "work", loaded.graph, loaded.collection)
 
 
-def proved(operator, place, *words: Path) -> None:
+def verify(operator, place, *words: Path) -> None:
     """What the restore does before it touches anything."""
     with ExitStack() as stack:
         verify_files(place, wanted(operator, *words), stack)
 
 
 def assert_refused(operator, place, *words: Path) -> str:
-    with pytest.raises(MigrationError) as told:
-        proved(operator, place, *words)
+    with pytest.raises(MigrationError) as caught:
+        verify(operator, place, *words)
     # A head that is damaged enough is no backup at all any more.
-    assert isinstance(told.value, BackupDamaged | BadFile), repr(told.value)
-    return str(told.value)
+    assert isinstance(caught.value, BackupDamaged | BadFile), repr(caught.value)
+    return str(caught.value)
 
 
 def file_of(operator, which: str) -> Path:
@@ -100,12 +100,12 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
     whole, chance = path.read_bytes(), random.Random(f"restore {which}")
     if alone:  # without its manifest, the file's own checksums are all there is
         path = shutil.copy(path, tmp_path / path.name)
-    proved(backed, place, path)
+    verify(backed, place, path)
     for kind in KINDS:
         for number in range(EACH):
             bad = damaged(whole, kind, chance)
             if bad == whole or (alone and same_content(bad, whole)):
-                continue  # zeros onto zeros, or what gzip's header says of its writer
+                continue  # zeros onto zeros, or the writer in gzip's header
             path.write_bytes(bad)
             try:
                 assert_refused(backed, place, path)
@@ -139,11 +139,11 @@ def test_swapped_files_and_other_graphs_are_refused(operator):
     second = json.loads(backed.manifests()[1].read_text())
     for component in ("graph", "collection"):
         ours, theirs = (backed.backups / one[component]["file"]["name"] for one in (first, second))
-        kept = ours.read_bytes()
+        original = ours.read_bytes()
         shutil.copy(theirs, ours)
-        told = assert_refused(backed, place, backed.manifests()[0])
-        assert "sha256" in told or "bytes" in told
-        ours.write_bytes(kept)
+        message = assert_refused(backed, place, backed.manifests()[0])
+        assert "sha256" in message or "bytes" in message
+        ours.write_bytes(original)
     backed.export(FALKORDB_GRAPH="no_such_graph")
     result = backed.run("restore_from_backup", backed.rdb(), expect=4)
     assert "does not hold the graph 'no_such_graph'" in result.err
@@ -188,7 +188,7 @@ def add(tar: tarfile.TarFile, name: str, body: bytes, **more: object) -> None:
 
 
 def rebuilt(source: Path, target: Path, change) -> Path:
-    """A copy of an archive, member by member; `change(tar, name, body)` writes what it likes and says so."""
+    """A copy of an archive, member by member; `change(tar, name, body)` may write a member and then returns true."""
     with tarfile.open(source, "r:gz") as old, tarfile.open(target, "w:gz", format=tarfile.GNU_FORMAT) as new:
         for member in old:
             body = old.extractfile(member).read()
@@ -344,7 +344,7 @@ def test_an_archive_whose_own_facts_are_off_is_refused(backed, tmp_path, edit):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
-    """A file that passes its checksum and does not load: the scratch server says so and leaves nothing."""
+    """A file that passes its checksum and does not load: the scratch server reports it and leaves nothing."""
     from lib.clients.falkordb.rdb import crc64
 
     place, whole = site(backed), Path(backed.rdb()).read_bytes()
@@ -355,13 +355,13 @@ def test_scratch_servers_are_gone_after_damaged_loads(backed, tmp_path):
         path = tmp_path / "forged.rdb"
         path.write_bytes(body + crc64(body).to_bytes(8, "little"))
         try:
-            proved(backed, place, path)
+            verify(backed, place, path)
         except BackupDamaged:
             refused += 1
     servers = {str(engine.server) for engine in installed_engines({})}
     left = [pid for pid in Path("/proc").glob("[0-9]*") if _runs(pid, servers) and _is_ours(pid)]
     assert left == []
-    assert refused >= 4  # a forged checksum over changed text may well load: only the manifest would tell
+    assert refused >= 4  # changed text with a forged checksum may load: only the manifest would detect it
 
 
 def _runs(pid: Path, servers: set[str]) -> bool:

@@ -91,7 +91,7 @@ def loaded(session_servers, tmp_path_factory):
 
 @pytest.fixture
 def ready(loaded):
-    """Stores that differ from the backup; its files, the state it holds, and the one that stands."""
+    """Stores that differ from the backup; its files, the state it holds, and the live one."""
     files = [loaded.rdb_of_first, loaded.archive_of_first] if hasattr(loaded, "rdb_of_first") else None
     if files is None:
         loaded.rdb_of_first, loaded.archive_of_first = files = [loaded.rdb(), loaded.archive()]
@@ -105,20 +105,20 @@ def points_of(operator: Operator, name: str) -> str:
 
 
 def assert_one_is_whole(operator: Operator, wanted, old) -> None:
-    """Each store holds the old state or the backup's; the collection may be absent while its rehearsal is whole."""
+    """Each store holds the old state or the backup's; the collection may be absent while its trial restore is complete."""
     with connect(operator.servers.falkordb.address) as conn:
         assert graph_digest(conn, operator.graph, by_id=True).digest in {old.graph, wanted.graph}
 
-    def stands() -> bool:
+    def one_is_whole() -> bool:
         name = operator.collection
         try:
             if not exists(operator.qdrant, name):
                 name = next(one for one in operator.collections() if "__try_" in one)
             return points_of(operator, name) in {old.collection, wanted.collection}
         except MigrationError:
-            return False  # the server goes on with what the killed run asked for
+            return False  # the server still works on what the killed run asked for
 
-    assert wait_for(stands, pause=0.1)
+    assert wait_for(one_is_whole, pause=0.1)
 
 
 def resume(operator: Operator, files) -> None:
@@ -129,7 +129,7 @@ def resume(operator: Operator, files) -> None:
 @pytest.mark.parametrize(
     "where", matrix((WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS, "called live collection deleted")
 )
-def test_killed_there_it_goes_on(ready, where):
+def test_killed_there_it_resumes(ready, where):
     operator, files, (wanted, asset), old = ready
     run_killed(operator, where, "restore_from_backup", *files)
     assert_one_is_whole(operator, wanted, old)
@@ -149,7 +149,7 @@ def usual_seconds(loaded):
 
 
 @pytest.mark.parametrize("number", range(RANDOM))
-def test_killed_at_a_random_moment_it_goes_on(usual_seconds, ready, number, record_property):
+def test_killed_at_a_random_moment_it_resumes(usual_seconds, ready, number, record_property):
     operator, files, (wanted, asset), old = ready
     chance = random.Random(number)
     for _ in range(20):  # a moment after the end is no kill
@@ -169,7 +169,7 @@ def test_killed_at_a_random_moment_it_goes_on(usual_seconds, ready, number, reco
     assert_tidy(operator)
 
 
-def test_killed_twice_in_different_windows_it_still_goes_on(ready):
+def test_killed_twice_in_different_windows_it_still_resumes(ready):
     operator, files, (wanted, asset), _ = ready
     for where in (
         "called live collection deleted",
@@ -181,7 +181,7 @@ def test_killed_twice_in_different_windows_it_still_goes_on(ready):
                 f"{operator.servers.qdrant_url}/collections/{operator.collection}",
                 json={"vectors": {"size": 48, "distance": "Cosine"}},
                 timeout=TIMEOUT,
-            )  # AutoMem made it anew, empty
+            )  # AutoMem recreated it, empty
         run_killed(operator, where, "restore_from_backup", *files)
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
@@ -221,7 +221,7 @@ IN_FLIGHT = {
 
 @pytest.fixture
 def gate(ready):
-    """The script's way to Qdrant, with a gate in it."""
+    """A proxy with a gate between the script and Qdrant."""
     operator, direct = ready[0], ready[0].environ["QDRANT_URL"]
     with Gate(direct) as found:
         operator.export(QDRANT_URL=found.url)
@@ -248,7 +248,7 @@ def test_killed_while_a_request_is_in_flight(ready, gate, request_, late):
 
 @pytest.fixture
 def stand_in(qdrant_url):
-    """Fault rules are the stand-in's own."""
+    """Fault rules exist only in the stand-in."""
     if requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT).status_code == 404:
         pytest.skip("a real server takes no fault rules")
     yield
@@ -280,7 +280,7 @@ REFUSED_RECOVER = {
 
 
 @pytest.mark.parametrize("how", ["no safety backup", "the upload fails too"])
-def test_a_refused_recover_that_nothing_makes_good_says_the_commands(ready, stand_in, how):
+def test_a_permanently_refused_recover_prints_the_commands(ready, stand_in, how):
     operator, files, (wanted, asset), old = ready
     words = [*files, *(["--no-safety-backup"] if how == "no safety backup" else [])]
     upload = {"method": "POST", "status": 500, "body": {"status": {"error": "no space either"}}}
@@ -308,11 +308,11 @@ def test_a_refused_recover_that_nothing_makes_good_says_the_commands(ready, stan
     assert_tidy(operator)
 
 
-@pytest.mark.parametrize("which", ["rehearsal", "last"])
-def test_a_refused_upload_leaves_the_old_state_or_says_how_to_go_on(ready, stand_in, which):
+@pytest.mark.parametrize("which", ["trial restore", "last"])
+def test_a_refused_upload_leaves_the_old_state_or_reports_how_to_resume(ready, stand_in, which):
     operator, files, (wanted, asset), old = ready
     upload = {"method": "POST", "status": 500, "times": 1, "body": {"status": {"error": "no space"}}}
-    if which == "rehearsal":
+    if which == "trial restore":
         faults(operator, {**upload, "path": r"__try_.*upload\?.*checksum=(?!0000)"})
         failed = operator.run("restore_from_backup", *files, expect=1)
         assert operator.state() == old
@@ -345,11 +345,11 @@ def test_a_server_that_cannot_fetch_from_itself_gets_a_second_upload(ready, stan
 
 
 @pytest.mark.parametrize("number", [15, 2])
-def test_a_signal_leaves_the_old_state_or_the_way_on(ready, number):
+def test_a_signal_leaves_the_old_state_or_prints_how_to_resume(ready, number):
     operator, files, (wanted, asset), _ = ready
     for phase in ("snapshot announced", "deleting the live collection"):
         held = start_held(operator, f"after {phase}", "restore_from_backup", *files)
-        assert wait_for(held.stands_at), held.process.communicate()
+        assert wait_for(held.is_held_at), held.process.communicate()
         held.process.send_signal(number)
         _, err = held.process.communicate(timeout=300)
         assert held.process.returncode == 130, err

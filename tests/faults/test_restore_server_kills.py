@@ -1,7 +1,7 @@
-"""A server killed under a restore: it starts again, and one whole state is in place or reachable by the same command.
+"""A server killed under a restore: it starts again, and one complete state is live or reachable by the same command.
 
 The script is held at a place, let go, and the server is killed (SIGKILL) so many seconds later; or it is killed while
-the script stands still. QDRANT_TEST_SERVER names a real Qdrant; KILLS_EACH adds moments.
+the script is stopped. QDRANT_TEST_SERVER names a real Qdrant; KILLS_EACH adds moments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.sandbox.falkordb_server import FalkorServer
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.timeout(900)]
 
-# Seconds after the script was let go; None: while it stands there.
+# Seconds after the script was let go; None: while it is held there.
 QDRANT = [
     ("called live collection deleted", None),
     ("entering copy uploaded", 0.05),
@@ -56,7 +56,7 @@ def falkordb(tmp_path) -> Iterator[FalkorServer]:
 
 @pytest.fixture
 def ready(session_servers, own_qdrant, falkordb, tmp_path):
-    """Stores of this test's own that differ from their backup; the state it holds, and the one that stands."""
+    """Stores of this test alone that differ from their backup; the state it holds, and the live one."""
     servers = replace(session_servers, falkordb=falkordb, qdrant_url=own_qdrant.url)
     operator = Operator(servers, tmp_path / "work")
     operator.folder.mkdir()
@@ -71,9 +71,9 @@ def ready(session_servers, own_qdrant, falkordb, tmp_path):
 def run_under(
     operator: Operator, where: str, seconds: float | None, files: list[str], server
 ) -> tuple[int, str]:
-    """A restore whose server is killed and started again; its exit code, and what it said."""
+    """A restore whose server is killed and started again; its exit code and its output."""
     held = start_held(operator, where, "restore_from_backup", *files)
-    assert wait_for(held.stands_at), held.process.communicate()
+    assert wait_for(held.is_held_at), held.process.communicate()
     if seconds is not None:
         held.go_on()
         time.sleep(seconds)
@@ -81,7 +81,7 @@ def run_under(
     if seconds is None:
         held.go_on()
     time.sleep(0.5)
-    server.start()  # raises where it does not come up again
+    server.start()  # raises if it does not come up again
     _, err = held.process.communicate(timeout=400)
     assert "Traceback" not in err, err
     return held.process.returncode, err
@@ -139,18 +139,18 @@ def test_qdrant_stays_down_and_the_next_command_finishes(ready, own_qdrant):
     """The machine is gone for longer than the script waits for an answer: the journal and the safety backup remain."""
     operator, files, (wanted, asset), old = ready
     held = start_held(operator, "entering copy recovered", "restore_from_backup", *files)
-    assert wait_for(held.stands_at)
+    assert wait_for(held.is_held_at)
     own_qdrant.kill()
     held.process.kill()
     held.process.communicate(timeout=60)
-    told = operator.run("restore_from_backup", *files, expect=1).err
-    assert "docker compose up -d falkordb qdrant" in told
+    err = operator.run("restore_from_backup", *files, expect=1).err
+    assert "docker compose up -d falkordb qdrant" in err
     own_qdrant.start()
     assert_one_is_whole(operator, wanted, old)
     operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)
-    kept = Path(operator.manifests()[1])  # what the killed run saved before it deleted anything
-    operator.run("restore_from_backup", str(kept))
+    safety = Path(operator.manifests()[1])  # what the killed run saved before it deleted anything
+    operator.run("restore_from_backup", str(safety))
     assert operator.state() == old

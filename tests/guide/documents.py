@@ -1,4 +1,4 @@
-"""The documents as the tests see them: headings, fenced blocks, and what the comment above a block says of it."""
+"""The documents as the tests see them: headings, fenced blocks, and the comment above a block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployment as the guide's reader has it: AutoMem's folder, this checkout beside it, a shell, the four servers."""
+"""A deployment as the guide's reader has it: AutoMem's folder, this checkout next to it, a shell, the four servers."""
 
 from __future__ import annotations
 

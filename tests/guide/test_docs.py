@@ -42,17 +42,17 @@ def site(tmp_path, request) -> Iterator[Site]:
 
 def backed_up(site: Site, ran: Ran, before: State) -> None:
     (manifest,) = site.manifests()
-    told = json.loads(manifest.read_text())
-    assert told["graph"]["proof"] == "restored"
-    assert told["collection"]["proof"] in {"checked", "restored"}
-    site.stamp = told["stamp"]
+    document = json.loads(manifest.read_text())
+    assert document["graph"]["proof"] == "restored"
+    assert document["collection"]["proof"] in {"checked", "restored"}
+    site.stamp = document["stamp"]
     for name in (f"falkordb/memories_{site.stamp}.rdb", f"qdrant/qdrant_snapshot_{site.stamp}.tar.gz"):
         assert (site.backups / name).is_file()
     assert site.state() == before
 
 
 def configured(site: Site, ran: Ran, before: State) -> None:
-    """The file alone says so, without the exports; its unfinished last line is as it was."""
+    """The file alone sets it, without the exports; its unfinished last line is unchanged."""
     settings = json.loads(site.script("verify_migration", "--show-config", "--json").out)["settings"]
     assert settings["VECTOR_SIZE"]["value"] == LARGE[0]
     assert ".env:" in settings["VECTOR_SIZE"]["from"]
@@ -101,9 +101,9 @@ def downgraded(site: Site, ran: Ran, before: State) -> None:
 def by_hand(site: Site, ran: Ran, before: State) -> None:
     (snapshot,) = (site.backups / "qdrant").glob("memories-*.snapshot")
     assert snapshot.stat().st_size > 1000
-    stands = site.state()
+    state = site.state()
     assert site.script("restore_from_backup", str(snapshot)).code == 0
-    assert site.state() == stands
+    assert site.state() == state
 
 
 def recorded(site: Site, ran: Ran, before: State) -> None:
@@ -128,8 +128,8 @@ GUIDE: dict[tuple[str, str], Check] = {
 }
 
 
-def told_of_the_service(site: Site, ran: Ran, before: State) -> None:
-    """The drill is held while AutoMem runs; the real run would refuse."""
+def assert_service_reported(site: Site, ran: Ran, before: State) -> None:
+    """The dry run works while AutoMem runs; the real run would refuse."""
     upgraded(site, ran, before)
     assert "warning: AutoMem is running" in ran.err
     refused = site.script("restore_from_backup", "latest")
@@ -138,7 +138,7 @@ def told_of_the_service(site: Site, ran: Ran, before: State) -> None:
 
 
 OVERVIEW: dict[tuple[str, str], Check] = {
-    ("The scripts", "restore_from_backup.py latest --dry-run"): told_of_the_service,
+    ("The scripts", "restore_from_backup.py latest --dry-run"): assert_service_reported,
 }
 
 
@@ -191,7 +191,7 @@ def test_every_block_has_a_language_that_is_run_shown_or_compared():
     }
 
 
-def test_a_block_that_is_not_run_says_what_it_would_need():
+def test_a_block_that_is_not_run_names_what_it_would_need():
     left_out = [block for block in shell_blocks() if block.not_run]
     for block in left_out:
         assert any(word in block.not_run for word in ("needs ", "runs", "the tests bring")), block.name
@@ -206,7 +206,7 @@ def test_a_block_that_is_not_run_says_what_it_would_need():
 
 @pytest.mark.matrix
 def test_the_error_texts_of_the_guide_are_those_that_are_printed(site):
-    """A mismatch and a refusal, provoked; the rate limit's text is where the client raises it."""
+    """A mismatch and a refusal, provoked; the rate limit's text is in the client that raises it."""
     larger = dict(
         zip(("VECTOR_SIZE", "EMBEDDING_MODEL"), LARGE, strict=True), AUTOMEM_ENV_FILE=str(site.automem_env)
     )

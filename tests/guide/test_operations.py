@@ -50,7 +50,7 @@ def nightly(site) -> Iterator[Site]:
     """The checkout with a `.env` and the `.venv` that the examples name, and no backup yet."""
     venv = site.checkout / ".venv" / "bin"
     venv.mkdir(parents=True, exist_ok=True)
-    # Not a link: Python would look for its packages beside the link.
+    # Not a link: Python would look for its packages next to the link.
     (venv / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (venv / "python").chmod(0o755)
     shutil.copy(site.automem_env, site.checkout / ".env")
@@ -66,7 +66,7 @@ def here(site: Site, text: str) -> str:
 def bare(site: Site, words: list[str], cwd: Path, **more: str) -> Ran:
     """What cron or a service gives a command: these variables and nothing else."""
     environ = {"HOME": str(site.folder), "LOGNAME": "automem", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
-    if "LD_LIBRARY_PATH" in os.environ:  # where a test machine keeps its Python's own libraries
+    if "LD_LIBRARY_PATH" in os.environ:  # the standard library of the test machine's Python
         environ["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     done = subprocess.run(
         words,
@@ -87,7 +87,7 @@ def cron_lines() -> list[str]:
 
 
 @pytest.mark.matrix
-def test_the_cron_lines_are_silent_where_all_is_well(nightly):
+def test_the_cron_lines_are_silent_if_all_is_well(nightly):
     for line in cron_lines():
         *fields, command = line.split(None, CRON_FIELDS)
         assert all(re.fullmatch(r"[\d*/,-]+", one) for one in fields)
@@ -110,7 +110,7 @@ def test_a_cron_line_that_fails_has_something_to_mail_and_deletes_nothing(nightl
 
 
 def units(site: Site, folder: Path) -> dict[str, str]:
-    """The unit files by name, as they would stand on this machine."""
+    """The unit files by name, as they would be installed on this machine."""
     found = {}
     for block in examples("ini"):
         first, _, text = block.text.partition("\n")
@@ -126,8 +126,8 @@ def test_the_systemd_units(nightly, tmp_path):
     if shutil.which("systemd-analyze"):
         command = ["systemd-analyze", "verify", *(str(tmp_path / name) for name in found)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        told = [line for line in done.stderr.splitlines() if "automem" in line]
-        assert (done.returncode, told) == (0, []), done.stderr
+        lines = [line for line in done.stderr.splitlines() if "automem" in line]
+        assert (done.returncode, lines) == (0, []), done.stderr
     service = found["automem-backup.service"]
     (folder,) = re.findall(r"^WorkingDirectory=(.+)$", service, re.MULTILINE)
     commands = re.findall(r"^ExecStart=(.+)$", service, re.MULTILINE)
@@ -206,7 +206,7 @@ def unprivileged() -> list[str]:
 
 
 @pytest.mark.parametrize("words", [["--backup-dir"], ["--backup-dir", "OWN", "--upload"]])
-def test_a_mount_of_roots_is_told_with_the_remedy(nightly, mount, own, words):
+def test_a_mount_of_roots_is_reported_with_the_remedy(nightly, mount, own, words):
     words = [str(own) if word == "OWN" else word for word in words]
     command = [sys.executable, str(nightly.checkout / "scripts" / "backup_automem.py"), *words, str(mount)]
     ran = bare(nightly, [*unprivileged(), *command], nightly.checkout)

@@ -1,4 +1,4 @@
-"""The newcomer's one command, as a process: it passes, it tells what it checked, and nothing of it is left."""
+"""The newcomer's one command, as a process: it passes, reports what it checked, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def free(port: int) -> bool:
 
 
 class Quickstart:
-    """A run with a temporary folder of its own (short, for the sockets in it) and a mark that its children inherit."""
+    """A run with a separate temporary folder (short, for the sockets in it) and a mark that its children inherit."""
 
     def __init__(self, folder: Path, *words: str, **more: str) -> None:
         self.folder, self.mark = folder, f"{MARK}={folder.name}"
@@ -120,12 +120,12 @@ def guide_ports() -> Iterator[None]:
 @pytest.mark.matrix
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
 def test_it_walks_through_the_guide_and_leaves_nothing(folder):
-    """Also where the environment is that of an operator with a production to lose."""
+    """Also if the environment is that of an operator with production stores."""
     run = Quickstart(folder, "--memories", "220", **PRODUCTION)
     seen = run.most_processes_seen(4)
     out, err = run.process.communicate(timeout=400)
     assert run.process.returncode == 0, f"{err}\n{out[-4000:]}"
-    assert seen >= 4, "the servers were never seen, so their absence would prove nothing"
+    assert seen >= 4, "the servers were never seen, so their absence would show nothing"
     run.assert_gone()
     assert err == ""
     table = out[out.rindex("checked  ") :]
@@ -136,15 +136,15 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder):
 
 
 @pytest.mark.matrix
-def test_where_it_fails_it_says_how_and_keeps_what_it_made(folder):
+def test_a_failure_is_reported_and_its_files_are_preserved(folder):
     run = Quickstart(folder, "--memories", "30", FALKORDB_SCRATCH_SERVER="/nowhere/redis-server")
     out, err = run.process.communicate(timeout=300)
     assert run.process.returncode == 4
     assert "FALKORDB_SCRATCH_SERVER" in out
     assert "exit code of scripts/backup_automem.py: 2, expected 0" in err
-    (kept,) = folder.iterdir()
-    assert f"kept: {kept}" in err
-    assert (kept / "openai.log").exists()
+    (preserved,) = folder.iterdir()
+    assert f"kept: {preserved}" in err
+    assert (preserved / "openai.log").exists()
     assert run.processes() == []
 
 
@@ -156,7 +156,7 @@ def test_production_names_every_setting_but_the_engine():
     }
 
 
-def test_serve_refuses_a_taken_port_and_says_which(folder, guide_ports):
+def test_serve_refuses_a_taken_port_and_names_it(folder, guide_ports):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if free(GUIDE_PORTS.automem):
@@ -179,13 +179,13 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_po
         pytest.skip(f"port {taken} is taken on this machine")
     run = Quickstart(folder, "serve", "--memories", "30")
     try:
-        told = ""
-        while "Ctrl-C" not in told:
+        output = ""
+        while "Ctrl-C" not in output:
             line = run.process.stdout.readline()
             assert line, f"it ended: {run.process.communicate(timeout=300)}"
-            told += line
-        exports = dict(re.findall(r"export (\w+)=(\S+)", told))
-        lines = dict(re.findall(r'echo "(\w+)=(\S+)" >> .env', told))
+            output += line
+        exports = dict(re.findall(r"export (\w+)=(\S+)", output))
+        lines = dict(re.findall(r'echo "(\w+)=(\S+)" >> .env', output))
         assert lines == {"VECTOR_SIZE": "768", "EMBEDDING_MODEL": "text-embedding-3-small"}
         assert exports["AUTOMEM_API_TOKEN"] == TOKEN
         assert (

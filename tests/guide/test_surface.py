@@ -118,7 +118,7 @@ def test_the_example_has_every_variable_with_its_default():
 
 
 def test_the_example_changes_nothing_as_it_is(tmp_path):
-    """Copied whole to .env it sets nothing; each line without its `# ` is taken as it stands."""
+    """Copied whole to .env it sets nothing; each line without its `# ` is used unchanged."""
     from dotenv import dotenv_values
 
     assert dotenv_values(EXAMPLE) == {}

@@ -321,7 +321,9 @@ def test_archived_and_expired_memories_are_not_recalled(automem: AutoMemServer, 
         assert point_id not in vector_hits
 
 
-def test_it_refuses_to_start_on_another_size_and_adopts_it_when_told(automem: AutoMemServer, stores: Stores):
+def test_it_refuses_to_start_on_another_size_and_adopts_it_if_configured(
+    automem: AutoMemServer, stores: Stores
+):
     load(stores)
     automem.start()
     with pytest.raises(ServerStartError) as refused:

@@ -97,8 +97,8 @@ def test_a_degraded_automem_runs(ready):
 
 
 @pytest.mark.parametrize("status", matrix([300, 304, 400, 402, 406, 421, 426, 451], 400))
-def test_an_answer_of_what_stands_before_automem_is_no_absence(status):
-    """nginx answers 400 to plain HTTP at its TLS port, others 402, 421 or 451 of their own."""
+def test_an_answer_of_a_reverse_proxy_is_no_absence(status):
+    """nginx answers 400 to plain HTTP at its TLS port, others answer 402, 421 or 451."""
     with Answering(status) as gateway:
         assert ask_health(AutoMemApi(gateway.url)).presence == "silent"
 
@@ -128,8 +128,8 @@ def test_a_login_that_redirects_may_hide_automem(ready):
 @pytest.mark.parametrize("path", ["/api", "/recall", "/health"])
 def test_a_wrong_path_behind_automems_address_is_no_absence(ready, service, path):
     ready.export(AUTOMEM_API_URL=f"{service.url}{path}")
-    said = refused_restore(ready)
-    assert f"AutoMem answers at {service.url}, and not at that path" in said
+    output = refused_restore(ready)
+    assert f"AutoMem answers at {service.url}, and not at that path" in output
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ class Starting(Answering):
         request.reply(200 if runs else 404, [], b'{"falkordb": "connected"}' if runs else b"")
 
 
-def test_an_automem_that_is_started_during_the_trial_stops_the_restore_before_the_switch(ready):
+def test_an_automem_that_is_started_during_the_trial_stops_the_restore_before_the_cutover(ready):
     before = ready.state()
     with Starting(2) as automem:
         ready.export(AUTOMEM_API_URL=automem.url)
@@ -229,28 +229,29 @@ def test_another_service_is_named_and_the_restore_goes_ahead(ready):
 
 
 @pytest.mark.parametrize("warned", [False, True], ids=["FalkorDB here", "FalkorDB elsewhere"])
-def test_nobody_on_this_machine_says_nothing_of_an_automem_elsewhere(ready, monkeypatch, warned):
+def test_nobody_on_this_machine_does_not_rule_out_an_automem_elsewhere(ready, monkeypatch, warned):
     """AUTOMEM_API_URL is not set, FalkorDB is on another machine: AutoMem may run there."""
     from lib.restore import preflight as before_restore
 
     if warned:
         monkeypatch.setattr(before_restore, "is_loopback", lambda _host: False)
-    said = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
-    assert ("if AutoMem runs elsewhere, make sure that it is stopped" in said) == warned
+    output = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
+    assert ("if AutoMem runs elsewhere, make sure that it is stopped" in output) == warned
 
 
-def test_a_name_that_does_not_resolve_is_said_and_is_no_absence(ready):
+def test_a_name_that_does_not_resolve_is_reported_and_is_no_absence(ready):
     """Inside Docker the service may run under that name; a stopped one's name is gone, so that the restore goes ahead."""
     for host, in_docker in (("flask-api", True), ("automem.invalid", False)):
         ready.export(AUTOMEM_API_URL=f"http://me:secret-word@{host}:8001")
-        said = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
+        output = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
         assert (
-            f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}" in said
+            f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}"
+            in output
         )
-        assert "the name of its host does not resolve here (" in said
-        assert "Make sure that AutoMem is stopped" in said
-        assert ("resolves only inside Docker: from here, export AUTOMEM_API_URL=" in said) == in_docker
-        assert "secret-word" not in said
+        assert "the name of its host does not resolve here (" in output
+        assert "Make sure that AutoMem is stopped" in output
+        assert ("resolves only inside Docker: from here, export AUTOMEM_API_URL=" in output) == in_docker
+        assert "secret-word" not in output
     ready.run("restore_from_backup", ready.rdb())
 
 
@@ -288,9 +289,9 @@ def recall_check(operator, *words: str, expect: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def settled(session_servers, tmp_path_factory):
+def verified(session_servers, tmp_path_factory):
     """Stores that every check passes, with AutoMem at their size."""
-    someone = Operator(session_servers, tmp_path_factory.mktemp("settled"))
+    someone = Operator(session_servers, tmp_path_factory.mktemp("verified"))
     someone.load(40)
     with AutoMemServer(env=someone.environ) as automem:
         someone.export(AUTOMEM_API_URL=automem.url)
@@ -299,9 +300,9 @@ def settled(session_servers, tmp_path_factory):
     someone.clean_up()
 
 
-def after_restart(settled, **exports: str) -> dict[str, str]:
+def after_restart(verified, **exports: str) -> dict[str, str]:
     """The recall check with other settings: FAILED, exit code 4, with what to do."""
-    operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+    operator = Operator(verified.servers, verified.folder, verified.graph, verified.collection)
     operator.export(**exports)
     found = recall_check(operator, "--after-restart", expect=4)
     assert found["status"] == "FAILED"
@@ -309,9 +310,9 @@ def after_restart(settled, **exports: str) -> dict[str, str]:
     return found
 
 
-def test_after_the_restart_a_stopped_automem_fails(settled):
+def test_after_the_restart_a_stopped_automem_fails(verified):
     url = "http://127.0.0.1:1"
-    assert after_restart(settled, AUTOMEM_API_URL=url)["detail"] == (
+    assert after_restart(verified, AUTOMEM_API_URL=url)["detail"] == (
         f"AutoMem does not answer at {url}: nothing listens there"
     )
 
@@ -319,29 +320,29 @@ def test_after_the_restart_a_stopped_automem_fails(settled):
 @pytest.mark.parametrize(
     ("status", "body"), [(200, b"<html>"), (200, b'{"status": "ok"}'), (404, b""), (500, b""), (502, b"")]
 )
-def test_after_the_restart_another_server_fails(settled, status, body):
+def test_after_the_restart_another_server_fails(verified, status, body):
     with Answering(status, body) as other:
-        found = after_restart(settled, AUTOMEM_API_URL=other.url.replace("//", "//me:secret-word@"))
+        found = after_restart(verified, AUTOMEM_API_URL=other.url.replace("//", "//me:secret-word@"))
     assert found["detail"].startswith(f"AutoMem does not answer at {other.url}: HTTP {status} from ")
     assert "secret-word" not in json.dumps(found)
 
 
 @pytest.fixture
-def twin(settled):
+def twin(verified):
     """Other stores with the same memories, and 20 more: each recall answers there as it does here."""
-    other = Operator(settled.servers, settled.folder, settled.graph, f"{settled.collection}_twin")
-    other.graph = f"{settled.graph}_twin"
+    other = Operator(verified.servers, verified.folder, verified.graph, f"{verified.collection}_twin")
+    other.graph = f"{verified.graph}_twin"
     other.load(60)
     yield other
     other.clean_up()
 
 
 @pytest.mark.parametrize("what", ["graph", "collection"])
-def test_after_the_restart_an_automem_on_other_stores_fails(settled, twin, what):
+def test_after_the_restart_an_automem_on_other_stores_fails(verified, twin, what):
     """Its recall brings each sample first, by vector: from a copy."""
     name = {"graph": "FALKORDB_GRAPH", "collection": "QDRANT_COLLECTION"}[what]
-    with AutoMemServer(env={**settled.environ, name: getattr(twin, what)}) as automem:
-        operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+    with AutoMemServer(env={**verified.environ, name: getattr(twin, what)}) as automem:
+        operator = Operator(verified.servers, verified.folder, verified.graph, verified.collection)
         operator.export(AUTOMEM_API_URL=automem.url)
         found = recall_check(operator, "--after-restart", expect=4)
         assert found["status"] == "FAILED"
@@ -349,24 +350,24 @@ def test_after_the_restart_an_automem_on_other_stores_fails(settled, twin, what)
         assert recall_check(operator, expect=0)["status"] == "restart pending"
 
 
-def test_an_automem_that_refuses_to_start_fails(settled, tmp_path):
+def test_an_automem_that_refuses_to_start_fails(verified, tmp_path):
     """It was started with another size than the collection's, and ended."""
     from tests.sandbox.process import ServerStartError
 
-    automem = AutoMemServer(env={**settled.environ, "VECTOR_SIZE": str(NEW_SIZE)}, log=tmp_path / "log")
+    automem = AutoMemServer(env={**verified.environ, "VECTOR_SIZE": str(NEW_SIZE)}, log=tmp_path / "log")
     with pytest.raises(ServerStartError, match="DIMENSION"):
         automem.start()
-    assert "nothing listens" in after_restart(settled, AUTOMEM_API_URL=automem.url)["detail"]
+    assert "nothing listens" in after_restart(verified, AUTOMEM_API_URL=automem.url)["detail"]
 
 
-def test_after_the_restart_a_name_that_does_not_resolve_fails(settled):
-    found = after_restart(settled, AUTOMEM_API_URL="http://automem.invalid:8001")
+def test_after_the_restart_a_name_that_does_not_resolve_fails(verified):
+    found = after_restart(verified, AUTOMEM_API_URL="http://automem.invalid:8001")
     assert found["detail"].startswith(
         "AutoMem does not answer at http://automem.invalid:8001: the name of its host does not resolve here ("
     )
 
 
-def test_a_recall_says_why_nobody_answers():
+def test_a_recall_reports_why_nobody_answers():
     with pytest.raises(
         StoreUnreachable, match=r"at http://automem\.invalid: the name of its host does not resolve"
     ):
@@ -375,18 +376,18 @@ def test_a_recall_says_why_nobody_answers():
         recall(AutoMemApi("http://127.0.0.1:1"), "x", 5)
 
 
-def test_before_the_restart_a_stopped_automem_is_no_failure(settled):
-    operator = Operator(settled.servers, settled.folder, settled.graph, settled.collection)
+def test_before_the_restart_a_stopped_automem_is_no_failure(verified):
+    operator = Operator(verified.servers, verified.folder, verified.graph, verified.collection)
     found = recall_check(operator, expect=0)
     assert found["status"] == "not checked"
     assert "nothing listens there" in found["detail"]
 
 
-def test_verify_asks_no_proxy_for_an_automem_of_this_machine(settled):
+def test_verify_asks_no_proxy_for_an_automem_of_this_machine(verified):
     with Answering(502) as proxy:
-        settled.export(HTTP_PROXY=proxy.url)
+        verified.export(HTTP_PROXY=proxy.url)
         try:
-            assert recall_check(settled, "--after-restart", expect=0)["status"] == "passed"
+            assert recall_check(verified, "--after-restart", expect=0)["status"] == "passed"
         finally:
-            del settled.exports["HTTP_PROXY"]
+            del verified.exports["HTTP_PROXY"]
         assert proxy.asked == 0

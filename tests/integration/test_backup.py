@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.qdrant
 
 
-def test_makes_a_proved_pair_with_the_manifest_last(operator):
+def test_makes_a_verified_pair_with_the_manifest_last(operator):
     operator.load()
     before = operator.state()
     result = operator.run("backup_automem", "--json")
@@ -29,7 +29,7 @@ def test_makes_a_proved_pair_with_the_manifest_last(operator):
 
 
 @pytest.mark.parametrize(("only", "component"), [("falkordb", "graph"), ("qdrant", "collection")])
-def test_only_writes_a_manifest_with_one_half(operator, only, component):
+def test_only_writes_a_manifest_with_one_component(operator, only, component):
     operator.load()
     manifest = operator.run("backup_automem", "--only", only, "--json").json
     assert manifest[component] is not None
@@ -45,7 +45,7 @@ def test_drift_is_counted(operator):
     assert drift["examples_graph"] == [str(gone)]
 
 
-def test_unproved_backup_says_so_and_exits_3(operator):
+def test_an_unverified_backup_is_reported_and_exits_3(operator):
     operator.load()
     result = operator.run("backup_automem", "--no-verify", expect=3)
     assert "not verified" in result.err
@@ -74,7 +74,7 @@ def test_check_finds_one_flipped_byte(operator, what):
     assert "sha256" in result.out
 
 
-def test_cleanup_deletes_whole_sets_and_never_the_newest_proved(operator):
+def test_cleanup_deletes_complete_sets_and_never_the_newest_verified(operator):
     operator.load()
     for _ in range(3):
         operator.run("backup_automem")
@@ -135,6 +135,6 @@ def test_the_list_of_a_large_deployment_fits_a_terminal_of_80_columns(capsys):
     drift = sets.Drift(99_999, 99_999)
     one = sets.Manifest("20261122_235959", "2026-11-22T23:59:59+00:00", graph, collection, drift)
     show_sets(Catalog("backups", [(one, False)], []), Console())
-    told = capsys.readouterr().out
-    assert "199,998" in told
-    assert max(map(len, told.splitlines())) <= 80, told
+    out = capsys.readouterr().out
+    assert "199,998" in out
+    assert max(map(len, out.splitlines())) <= 80, out

@@ -1,4 +1,4 @@
-"""How far a backup is proved on machines that lack something: said loudly, and never more than was done."""
+"""How far a backup is verified on machines that lack something: reported clearly, and never more than was done."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_without_any_engine_it_is_checked_and_can_still_be_restored(operator):
     assert "pip install qdrant-edge-py" in collection["proof_note"]
     assert result.err.count("CHECKED only") == 2
     assert result.json["drift"]["only_collection"] == 1
-    proofs = operator.run("backup_automem", "--check", "all", "--json").json["proofs"]
-    assert [one["level"] for one in proofs] == ["checked", "checked"]
-    assert all("pip install" in one["note"] for one in proofs)
+    checks = operator.run("backup_automem", "--check", "all", "--json").json["proofs"]
+    assert [one["level"] for one in checks] == ["checked", "checked"]
+    assert all("pip install" in one["note"] for one in checks)
     operator.cypher("MATCH (m:Memory) SET m.content = 'overwritten'")
     operator.run("restore_from_backup", str(operator.manifests()[0]))
     assert operator.state() == before
@@ -88,14 +88,14 @@ def test_a_server_newer_than_the_engines_here_is_dumped_without_asking_it_for_an
     assert (result.json["graph"]["kind"], result.json["graph"]["proof"]) == ("dump", "checked")
     assert "CHECKED only" in result.err
     with_all(someone)
-    proofs = someone.run("backup_automem", "--check", "all", "--json").json["proofs"]
-    assert [one["level"] for one in proofs] == ["restored"]
+    checks = someone.run("backup_automem", "--check", "all", "--json").json["proofs"]
+    assert [one["level"] for one in checks] == ["restored"]
 
 
-def test_a_set_that_was_not_proved_exits_3_and_can_be_proved_later(operator):
+def test_an_unverified_set_exits_3_and_can_be_verified_later(operator):
     operator.load()
     result = operator.run("backup_automem", "--no-verify", "--json", expect=3)
     assert {result.json[component]["proof"] for component in ("graph", "collection")} == {"unproved"}
-    proofs = operator.run("backup_automem", "--check", "all", "--json").json["proofs"]
-    assert proofs[0]["level"] == "restored"
-    assert proofs[1]["level"] in {"checked", "restored"}
+    checks = operator.run("backup_automem", "--check", "all", "--json").json["proofs"]
+    assert checks[0]["level"] == "restored"
+    assert checks[1]["level"] in {"checked", "restored"}

@@ -58,19 +58,19 @@ def assert_exact(operator: Operator, manifest: dict) -> None:
         assert component["digest"] == graph_digest(conn, operator.graph, by_id=True).digest
 
 
-def test_the_rdb_holds_it_all_and_proves(big):
+def test_the_rdb_holds_it_all_and_verifies(big):
     manifest = big.run("backup_automem", "--only", "falkordb", "--json").json
     assert_exact(big, manifest)
     assert manifest["graph"]["kind"] == "rdb"
     data = (big.backups / manifest["graph"]["file"]["name"]).read_bytes()
     at = data.index(b"\xfe\x00\xfb")  # the database's number, and how many keys it has
-    assert data[at + 3] == 2  # a virtual key beside the graph's own
-    proofs = big.run("backup_automem", "--check", "all", "--json").json["proofs"]
-    assert [one["level"] for one in proofs] == ["restored"]
+    assert data[at + 3] == 2  # a virtual key in addition to the graph's key
+    checks = big.run("backup_automem", "--check", "all", "--json").json["proofs"]
+    assert [one["level"] for one in checks] == ["restored"]
 
 
-def test_a_dump_holds_it_all_and_proves(big):
-    """Where replication is refused; one key then holds what an RDB spreads over several."""
+def test_a_dump_holds_it_all_and_verifies(big):
+    """If replication is refused, one key holds what an RDB spreads over several."""
     with connect(big.servers.falkordb.address) as conn:
         conn.execute_command("ACL", "SETUSER", "dumper", "on", ">pw", "~*", "+@all", "-psync", "-replconf")
     big.export(FALKORDB_USERNAME="dumper", FALKORDB_PASSWORD="pw")

@@ -1,4 +1,4 @@
-"""What operators get wrong: one clear message, the right exit code, no traceback, nothing touched, no secret told."""
+"""What operators get wrong: one clear message, the right exit code, no traceback, nothing touched, no secret revealed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tree(operator) -> dict[str, str]:
 
 
 def names(operator) -> tuple[object, ...]:
-    """What stands on the servers, by name."""
+    """What exists on the servers, by name."""
     return operator.collections(), operator.graphs(), operator.call("GET", "/snapshots")
 
 
@@ -68,7 +68,7 @@ def operator(stocked):
 
 
 def refused(
-    operator, code: int, *words: str, says: tuple[str, ...], next_step: str | None = None, **env: str
+    operator, code: int, *words: str, expected: tuple[str, ...], next_step: str | None = None, **env: str
 ):
     """The command ends with this code, one message on stderr and one document on stdout.
 
@@ -81,7 +81,7 @@ def refused(
     assert len(heads) == 1, result.err
     assert set(result.json) == {"error", "next", "exit_code"}
     assert result.json["exit_code"] == code
-    for text in says:
+    for text in expected:
         assert text in result.json["error"]
         assert text in result.err
     assert result.json["next"]
@@ -102,7 +102,7 @@ def test_falkordb_is_down(operator, command):
     port = str(free_port())
     where = f"FalkorDB at 127.0.0.1:{port} does not answer"
     operator.export(FALKORDB_PORT=port, FALKORDB_PASSWORD=SECRET)
-    refused(operator, 1, *COMMANDS[command], says=(where,), next_step="docker compose up -d falkordb")
+    refused(operator, 1, *COMMANDS[command], expected=(where,), next_step="docker compose up -d falkordb")
 
 
 @pytest.mark.parametrize("command", matrix(COMMANDS, "reembed"))
@@ -113,7 +113,7 @@ def test_qdrant_is_down(operator, command):
         operator,
         1,
         *COMMANDS[command],
-        says=(f"Qdrant at {url} is unreachable",),
+        expected=(f"Qdrant at {url} is unreachable",),
         next_step=f"docker compose up -d {'falkordb qdrant' if command == 'restore' else 'qdrant'}",
     )
 
@@ -122,7 +122,7 @@ def test_qdrant_is_down(operator, command):
 def test_a_name_that_no_one_knows(operator, name):
     host = "no-such-host.invalid"
     operator.export(**{name: host if name == "FALKORDB_HOST" else f"http://{host}"})
-    refused(operator, 1, "backup_automem", says=(host,))
+    refused(operator, 1, "backup_automem", expected=(host,))
 
 
 @contextlib.contextmanager
@@ -161,14 +161,14 @@ def web_server(status: int, body: bytes, kind: str):
         (302, b"", "text/html"),
     ],
 )
-def test_something_else_listens_where_qdrant_should(operator, status, body, kind):
+def test_another_service_listens_on_qdrants_port(operator, status, body, kind):
     with web_server(status, body, kind) as port:
         operator.export(QDRANT_URL=f"http://127.0.0.1:{port}")
         refused(
             operator,
             1,
             "backup_automem",
-            says=(f"http://127.0.0.1:{port} is not Qdrant",),
+            expected=(f"http://127.0.0.1:{port} is not Qdrant",),
             next_step="QDRANT_URL",
         )
 
@@ -177,22 +177,22 @@ def test_something_else_listens_where_qdrant_should(operator, status, body, kind
 def test_each_command_notices_a_server_that_is_not_qdrant(operator, command):
     with web_server(200, b"hello", "text/plain") as port:
         operator.export(QDRANT_URL=f"http://127.0.0.1:{port}")
-        refused(operator, 1, *COMMANDS[command], says=("is not Qdrant",), next_step="QDRANT_URL")
+        refused(operator, 1, *COMMANDS[command], expected=("is not Qdrant",), next_step="QDRANT_URL")
 
 
 @pytest.mark.matrix
-def test_falkordb_listens_where_qdrant_should(operator):
+def test_falkordb_listens_on_qdrants_port(operator):
     port = operator.servers.falkordb.port
     operator.export(QDRANT_URL=f"http://127.0.0.1:{port}")
-    refused(operator, 1, "verify_migration", says=(f"Qdrant at http://127.0.0.1:{port}",))
+    refused(operator, 1, "verify_migration", expected=(f"Qdrant at http://127.0.0.1:{port}",))
 
 
 @every_command
-def test_a_web_server_listens_where_falkordb_should(operator, command):
+def test_a_web_server_listens_on_falkordbs_port(operator, command):
     with web_server(200, b"hello", "text/plain") as port:
         operator.export(FALKORDB_PORT=port)
-        says = (f"127.0.0.1:{port}", "is not FalkorDB")
-        refused(operator, 1, *COMMANDS[command], says=says, next_step="FALKORDB_PORT")
+        expected = (f"127.0.0.1:{port}", "is not FalkorDB")
+        refused(operator, 1, *COMMANDS[command], expected=expected, next_step="FALKORDB_PORT")
 
 
 @pytest.mark.matrix
@@ -205,7 +205,7 @@ def test_a_server_that_never_answers(operator):
             "backup_automem",
             "--only",
             "falkordb",
-            says=("does not answer",),
+            expected=("does not answer",),
             next_step="FALKORDB_PORT",
         )
 
@@ -225,8 +225,8 @@ def test_a_redis_without_the_graph_module(operator, tmp_path):
     try:
         operator.export(FALKORDB_PORT=port)
         for command in ("backup", "restore"):
-            says = (f"127.0.0.1:{port}", "FalkorDB")
-            refused(operator, 1, *COMMANDS[command], says=says, next_step="FALKORDB_PORT")
+            expected = (f"127.0.0.1:{port}", "FalkorDB")
+            refused(operator, 1, *COMMANDS[command], expected=expected, next_step="FALKORDB_PORT")
     finally:
         server.stop()
 
@@ -249,7 +249,7 @@ def locked_falkordb(tmp_path_factory):
 def test_a_wrong_falkordb_password(operator, locked_falkordb, command, login):
     operator.export(FALKORDB_PORT=locked_falkordb.port, **login)
     where = f"FalkorDB at 127.0.0.1:{locked_falkordb.port} refused the login"
-    refused(operator, 2, *COMMANDS[command], says=(where,), next_step="FALKORDB_PASSWORD")
+    refused(operator, 2, *COMMANDS[command], expected=(where,), next_step="FALKORDB_PASSWORD")
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +263,8 @@ def locked_qdrant(tmp_path_factory):
 @pytest.mark.parametrize("key", [{}, {"QDRANT_API_KEY": SECRET}])
 def test_a_wrong_qdrant_key(operator, locked_qdrant, command, key):
     operator.export(QDRANT_URL=locked_qdrant, **key)
-    says = (f"Qdrant at {locked_qdrant} refuses access",)
-    refused(operator, 2, *COMMANDS[command], says=says, next_step="QDRANT_API_KEY")
+    expected = (f"Qdrant at {locked_qdrant} refuses access",)
+    refused(operator, 2, *COMMANDS[command], expected=expected, next_step="QDRANT_API_KEY")
 
 
 # --- what is not there ------------------------------------------------------------------------------------------
@@ -273,8 +273,8 @@ def test_a_wrong_qdrant_key(operator, locked_qdrant, command, key):
 @pytest.mark.parametrize("command", ["backup", "reembed", "verify"])
 def test_the_graph_is_missing(operator, command):
     operator.export(FALKORDB_GRAPH="no_such_graph")
-    says = ("graph 'no_such_graph' does not exist", operator.graph)
-    refused(operator, 1, *COMMANDS[command], says=says, next_step="FALKORDB_GRAPH")
+    expected = ("graph 'no_such_graph' does not exist", operator.graph)
+    refused(operator, 1, *COMMANDS[command], expected=expected, next_step="FALKORDB_GRAPH")
 
 
 @pytest.mark.parametrize(
@@ -282,24 +282,24 @@ def test_the_graph_is_missing(operator, command):
 )
 def test_the_collection_is_missing(operator, words):
     operator.export(QDRANT_COLLECTION="no_such_collection")
-    refused(operator, 1, *words, says=("no_such_collection",))
+    refused(operator, 1, *words, expected=("no_such_collection",))
 
 
 def test_a_dry_run_of_a_backup_notices_what_is_missing(operator):
     operator.export(FALKORDB_GRAPH="no_such_graph")
-    refused(operator, 1, "backup_automem", "--dry-run", says=("no_such_graph",))
+    refused(operator, 1, "backup_automem", "--dry-run", expected=("no_such_graph",))
 
 
 def test_latest_without_any_backup(operator, tmp_path):
     for words in (("restore_from_backup", "latest"), ("backup_automem", "--check", "all")):
-        says = (f"no backup in {tmp_path / 'none'}",)
+        expected = (f"no backup in {tmp_path / 'none'}",)
         refused(
             operator,
             1,
             *words,
             "--backup-dir",
             str(tmp_path / "none"),
-            says=says,
+            expected=expected,
             next_step="backup_automem.py",
         )
     assert not (tmp_path / "none").exists()
@@ -324,21 +324,21 @@ def test_every_fault_of_the_configuration_in_one_message(operator, command):
         "FALKORDB_PORT=none",
         "OPENAI_API_KEY=****",
     )
-    refused(operator, 2, *COMMANDS[command], says=names, next_step="--show-config")
+    refused(operator, 2, *COMMANDS[command], expected=names, next_step="--show-config")
 
 
 def test_a_faulty_env_file_is_named_with_its_line(operator, tmp_path):
     path = tmp_path / "automem.env"
     path.write_text(f"A=1\nOPENAI_API_KEY={SECRET}VECTOR_SIZE=3072\n")
-    says = (f"{path}:2", "also holds VECTOR_SIZE=")
-    refused(operator, 2, "verify_migration", "--env-file", str(path), says=says)
-    refused(operator, 2, "verify_migration", says=says, AUTOMEM_ENV_FILE=str(path))
-    says = (f"--env-file names {tmp_path / 'none'}, which is not a file",)
-    refused(operator, 2, "verify_migration", "--env-file", str(tmp_path / "none"), says=says)
+    expected = (f"{path}:2", "also holds VECTOR_SIZE=")
+    refused(operator, 2, "verify_migration", "--env-file", str(path), expected=expected)
+    refused(operator, 2, "verify_migration", expected=expected, AUTOMEM_ENV_FILE=str(path))
+    expected = (f"--env-file names {tmp_path / 'none'}, which is not a file",)
+    refused(operator, 2, "verify_migration", "--env-file", str(tmp_path / "none"), expected=expected)
 
 
 def offline(operator) -> None:
-    """Nothing listens at the stores' addresses: what is told now was told without a network."""
+    """Nothing listens at the stores' addresses: what is reported was found without a network."""
     operator.export(FALKORDB_PORT=free_port(), QDRANT_URL=f"http://127.0.0.1:{free_port()}")
 
 
@@ -349,7 +349,7 @@ def test_reembed_without_a_key(operator):
         operator,
         2,
         "reembed_embeddings",
-        says=("OPENAI_API_KEY is not set",),
+        expected=("OPENAI_API_KEY is not set",),
         next_step="export OPENAI_API_KEY=",
     )
 
@@ -357,10 +357,15 @@ def test_reembed_without_a_key(operator):
 def test_a_model_that_cannot_make_the_size(operator):
     offline(operator)
     operator.export(EMBEDDING_MODEL=SMALL, VECTOR_SIZE=3072)
-    says = (f"EMBEDDING_MODEL {SMALL} makes at most 1536d vectors, VECTOR_SIZE is 3072",)
+    expected = (f"EMBEDDING_MODEL {SMALL} makes at most 1536d vectors, VECTOR_SIZE is 3072",)
     for words in ((), ("--only-missing",)):
         refused(
-            operator, 2, "reembed_embeddings", *words, says=says, next_step=f"export EMBEDDING_MODEL={LARGE}"
+            operator,
+            2,
+            "reembed_embeddings",
+            *words,
+            expected=expected,
+            next_step=f"export EMBEDDING_MODEL={LARGE}",
         )
 
 
@@ -400,37 +405,39 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_file_that_cannot_be_restored(operator, files, name):
     offline(operator)
-    says = (str(files[name]), WRONG[name])
-    refused(operator, 2, "restore_from_backup", str(files[name]), says=says)
+    expected = (str(files[name]), WRONG[name])
+    refused(operator, 2, "restore_from_backup", str(files[name]), expected=expected)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_file_that_cannot_be_checked(operator, files, name):
     offline(operator)
-    if name in {"theirs.json", "newer.json"}:  # told with the other proofs: a drill goes on
+    if name in {"theirs.json", "newer.json"}:  # reported with the other results: the check continues
         result = operator.run("backup_automem", "--check", str(files[name]), "--json", expect=4)
         assert WRONG[name] in result.json["proofs"][0]["fault"]
         return
-    refused(operator, 2, "backup_automem", "--check", str(files[name]), says=(str(files[name]), WRONG[name]))
+    refused(
+        operator, 2, "backup_automem", "--check", str(files[name]), expected=(str(files[name]), WRONG[name])
+    )
 
 
 def test_a_file_of_no_set_cannot_be_checked(operator, tmp_path):
     shutil.copy(operator.rdb(), tmp_path / "copy.rdb")
-    says = (f"{tmp_path / 'copy.rdb'} belongs to no backup set",)
-    refused(operator, 2, "backup_automem", "--check", str(tmp_path / "copy.rdb"), says=says)
+    expected = (f"{tmp_path / 'copy.rdb'} belongs to no backup set",)
+    refused(operator, 2, "backup_automem", "--check", str(tmp_path / "copy.rdb"), expected=expected)
 
 
 def test_two_files_of_one_store(operator, tmp_path):
     offline(operator)
     for file, store in ((operator.rdb(), "graph"), (operator.archive(), "collection")):
-        says = (f"are both of the {store}",)
-        refused(operator, 2, "restore_from_backup", file, file, says=says)
-        refused(operator, 2, "restore_from_backup", "latest", file, says=says)
+        expected = (f"are both of the {store}",)
+        refused(operator, 2, "restore_from_backup", file, file, expected=expected)
+        refused(operator, 2, "restore_from_backup", "latest", file, expected=expected)
 
 
 def test_no_file_is_named(operator):
     offline(operator)
-    refused(operator, 2, "restore_from_backup", says=("no FILE is named",), next_step="--list")
+    refused(operator, 2, "restore_from_backup", expected=("no FILE is named",), next_step="--list")
 
 
 def test_a_manifest_whose_file_is_gone(operator, tmp_path):
@@ -439,16 +446,16 @@ def test_a_manifest_whose_file_is_gone(operator, tmp_path):
     result = operator.run("restore_from_backup", str(tmp_path / manifest.name), "--json", expect=4)
     assert "is missing" in result.json["error"]
     result = operator.run("backup_automem", "--check", str(tmp_path / manifest.name), "--json", expect=4)
-    assert [proof["level"] for proof in result.json["proofs"]] == ["damaged", "damaged"]
+    assert [check["level"] for check in result.json["proofs"]] == ["damaged", "damaged"]
 
 
-def test_one_broken_manifest_does_not_stop_the_drill(operator, tmp_path):
+def test_one_broken_manifest_does_not_stop_the_backup_check(operator, tmp_path):
     shutil.copytree(operator.backups, tmp_path / "copy")
     whole = min((tmp_path / "copy").glob("backup_*.json"))
     (tmp_path / "copy" / "backup_20990101_000000.json").write_bytes(whole.read_bytes()[:200])
     folder = ("--backup-dir", str(tmp_path / "copy"))
     result = operator.run("backup_automem", "--check", "all", "--json", *folder, expect=4)
-    levels = [proof["level"] for proof in result.json["proofs"]]
+    levels = [check["level"] for check in result.json["proofs"]]
     assert levels[0] == "damaged"
     assert set(levels[1:]) <= {"checked", "restored"}
     assert len(levels) == 3
@@ -466,14 +473,14 @@ def test_one_broken_manifest_does_not_stop_the_drill(operator, tmp_path):
 def test_a_backup_folder_that_cannot_be_written(operator, tmp_path, words):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/1"):
-        says = (f"cannot write to the folder {folder}",)
-        refused(operator, 2, *words, "--backup-dir", str(folder), says=says, next_step="--backup-dir")
+        expected = (f"cannot write to the folder {folder}",)
+        refused(operator, 2, *words, "--backup-dir", str(folder), expected=expected, next_step="--backup-dir")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_restore_into_a_backup_folder_that_cannot_be_written(operator):
     words = ("restore_from_backup", operator.archive(), "--backup-dir", "/proc/1")
-    refused(operator, 2, *words, says=("cannot write to the folder /proc/1",), next_step="--backup-dir")
+    refused(operator, 2, *words, expected=("cannot write to the folder /proc/1",), next_step="--backup-dir")
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
@@ -522,7 +529,7 @@ def test_an_empty_file_argument_is_refused(operator):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "expected"),
     [
         (("backup_automem", "--no-such-flag"), "--no-such-flag"),
         (("backup_automem", "--only", "redis"), "--only"),
@@ -558,13 +565,13 @@ def test_an_empty_file_argument_is_refused(operator):
         (("quickstart", "serv"), "serv"),
     ],
 )
-def test_a_flag_that_is_not_there_or_cannot_be(operator, words, says):
+def test_a_flag_that_is_not_there_or_cannot_be(operator, words, expected):
     offline(operator)
     if words[0] == "quickstart":
         result = operator.run(*words, expect=2)
-        assert says in result.err
+        assert expected in result.err
         return
-    refused(operator, 2, *words, says=(says,))
+    refused(operator, 2, *words, expected=(expected,))
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------
@@ -574,11 +581,13 @@ def test_a_flag_that_is_not_there_or_cannot_be(operator, words, says):
 def test_another_run_holds_the_lock(operator, command):
     targets = load_config(operator.environ).targets()
     with lock_targets([targets[1]]):
-        refused(operator, 5, *COMMANDS[command], says=("another run is working on qdrant",), next_step="wait")
+        refused(
+            operator, 5, *COMMANDS[command], expected=("another run is working on qdrant",), next_step="wait"
+        )
         words = ("backup_automem", "--cleanup", "--keep", "1")
-        refused(operator, 5, *words, says=("another run is working on qdrant",), next_step="wait")
+        refused(operator, 5, *words, expected=("another run is working on qdrant",), next_step="wait")
     with lock_targets([targets[0]]):
-        refused(operator, 5, *COMMANDS[command], says=("another run is working on falkordb",))
+        refused(operator, 5, *COMMANDS[command], expected=("another run is working on falkordb",))
 
 
 # --- with what re-embed notices after its plan ------------------------------------------------------------------
@@ -586,7 +595,7 @@ def test_another_run_holds_the_lock(operator, command):
 
 @pytest.fixture
 def planner(session_servers, stocked):
-    """The stocked operator where only the embedding cache may change."""
+    """The stocked operator, if only the embedding cache may change."""
     stocked.exports.clear()
     before = names(stocked)
     yield stocked
@@ -598,10 +607,12 @@ def planner(session_servers, stocked):
 def test_it_would_cost_too_much(planner):
     planner.export(VECTOR_SIZE=96, EMBEDDING_MODEL=LARGE)
     paid = planner.servers.openai.stats()
-    refused(planner, 2, "reembed_embeddings", "--max-cost", "0", says=("this would cost $0.", "was spent"))
+    refused(
+        planner, 2, "reembed_embeddings", "--max-cost", "0", expected=("this would cost $0.", "was spent")
+    )
     planner.export(EMBEDDING_MODEL="a-model-nobody-knows")
-    says = ("no list price", "--max-cost is $5")
-    refused(planner, 2, "reembed_embeddings", "--max-cost", "5", says=says)
+    expected = ("no list price", "--max-cost is $5")
+    refused(planner, 2, "reembed_embeddings", "--max-cost", "5", expected=expected)
     assert planner.servers.openai.stats() == paid
 
 
@@ -622,7 +633,7 @@ def test_reembed_is_content_without_a_collection(planner):
 def test_a_dimension_mismatch_comes_first_and_in_the_known_words(planner, words):
     planner.export(VECTOR_SIZE=96)
     result = refused(
-        planner, 2, *words, says=("VECTOR DIMENSION MISMATCH",), next_step="export VECTOR_SIZE=48"
+        planner, 2, *words, expected=("VECTOR DIMENSION MISMATCH",), next_step="export VECTOR_SIZE=48"
     )
     assert result.err.splitlines()[:3] == [
         "ValueError: VECTOR DIMENSION MISMATCH",
@@ -640,9 +651,10 @@ def test_a_query_that_would_not_be_sent_is_refused_before_anything_is_asked(oper
     operator.export(**{name: f"http://127.0.0.1:1/sub?api-key={SECRET}"})
     for words in (COMMANDS[command], (*COMMANDS[command], "--json"), (COMMANDS[command][0], "--show-config")):
         result = operator.run(*words, expect=2)
-        said = result.err + result.out
+        output = result.err + result.out
         assert (
-            f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported" in said
+            f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported"
+            in output
         )
-        assert SECRET not in said
+        assert SECRET not in output
     assert sorted(operator.folder.rglob("*")) == before

@@ -251,7 +251,7 @@ def distinct_texts(operator: Operator) -> int:
 
 
 def assert_reembedded(operator: Operator) -> None:
-    """Every memory has its new vector, and one journal says so."""
+    """Every memory has its new vector, and one journal records it."""
     assert_migrated(operator, points_in("backup"))
     assert aliases_of(operator) == [f"{NAME}_reader"]
     assert_tidy(operator)
@@ -282,7 +282,7 @@ def test_an_unfinished_reembedding_resumes_and_pays_nothing(operator, by_name, c
     operator.run("reembed_embeddings", *words_of(case))
     assert_reembedded(operator)
     assert operator.servers.openai.stats()["requests"] == 0
-    if case in {"reembed_deleted", "reembed_placing"}:  # the staged collection is put in place
+    if case in {"reembed_deleted", "reembed_placing"}:  # the cutover to the staged collection
         assert any(path.startswith(f"/collections/{NAME}/snapshots/upload") for path in by_name.asked)
 
 
@@ -359,8 +359,8 @@ def test_after_the_delete_abort_is_refused_and_the_undo_brings_the_old_state_bac
     collections = operator.collections()
     refused = operator.run("reembed_embeddings", "--abort", expect=2).err.split("next:")[1]
     assert operator.collections() == collections
-    ways = [line.split("/scripts/")[1].split() for line in refused.splitlines() if "/scripts/" in line]
-    (resume, undo, _) = ways
+    commands = [line.split("/scripts/")[1].split() for line in refused.splitlines() if "/scripts/" in line]
+    (resume, undo, _) = commands
     assert resume == ["reembed_embeddings.py", *words_of(case)]
     old = {"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
     operator.run(undo[0].removesuffix(".py"), *undo[1:], env=old)

@@ -169,7 +169,7 @@ def everything(operator) -> list[dict]:
     return operator.call("POST", "/points/scroll", body)["points"]
 
 
-WAYS = [("--dry-run",), ("--in-place",), ("--only-missing",), ("--limit", "5")]
+COMMANDS = [("--dry-run",), ("--in-place",), ("--only-missing",), ("--limit", "5")]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ WAYS = [("--dry-run",), ("--in-place",), ("--only-missing",), ("--limit", "5")]
     [
         *((kind, ()) for kind in FOREIGN),
         ("sparse vectors", ("--only-missing",)),
-        *(pytest.param(kind, words, marks=pytest.mark.matrix) for kind in FOREIGN for words in WAYS),
+        *(pytest.param(kind, words, marks=pytest.mark.matrix) for kind in FOREIGN for words in COMMANDS),
     ],
 )
 def test_what_is_not_carried_over_is_refused_before_anything_is_paid_for(operator, kind, words):
@@ -221,18 +221,18 @@ def test_sparse_vectors_are_no_obstacle_to_verify(operator):
 
 
 @pytest.mark.parametrize(
-    ("datatype", "distance", "way"),
+    ("datatype", "distance", "method"),
     [
         ("float16", "Cosine", ("--in-place",)),
         *(
-            pytest.param(datatype, distance, way, marks=pytest.mark.matrix)
+            pytest.param(datatype, distance, method, marks=pytest.mark.matrix)
             for datatype in ("float32", "float16", "turbo4")
             for distance in ("Cosine", "Dot")
-            for way in ((), ("--in-place",))
+            for method in ((), ("--in-place",))
         ),
     ],
 )
-def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datatype, distance, way):
+def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datatype, distance, method):
     operator.load(60)
     points = points_of(operator)
     operator.call("DELETE", "")
@@ -251,7 +251,7 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
     operator.run("backup_automem")
     had = settings(operator)
     upgrade(operator)
-    done = operator.run("reembed_embeddings", *way, "--json").json
+    done = operator.run("reembed_embeddings", *method, "--json").json
     assert done["mended"] == 0
     assert settings(operator) == had
     assert operator.info()["config"]["params"]["vectors"]["datatype"] == datatype
@@ -273,7 +273,7 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
 
 
 def require_later_vectors(operator) -> None:
-    """Skip where the server adds no vector to a collection: it has no such address, as for any that it does not know."""
+    """Skip if the server cannot add a vector to a collection: it answers as for an unknown address."""
     url = f"{operator.servers.qdrant_url}/collections/nobody/vectors/later"
     if "doesn't exist" not in requests.put(url, json={"sparse": {}}, timeout=60).text:
         pytest.skip("this server adds no vector to an existing collection (1.18 and later)")
@@ -327,7 +327,7 @@ STAGED_RESTORED = {
 
 
 def make_placed(operator) -> None:
-    """The operator's collection once more, with what a snapshot's restore forgets, and what 1.19 has anew."""
+    """The operator's collection once more, with what a snapshot's restore forgets, and what is new in 1.19."""
     points = points_of(operator)
     operator.call("DELETE", "")
     url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
@@ -343,8 +343,8 @@ def make_placed(operator) -> None:
     operator.call("PUT", "/points?wait=true", {"points": rows})
 
 
-@pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
-def test_what_a_restored_snapshot_forgets_is_set_again(operator, way):
+@pytest.mark.parametrize("method", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
+def test_what_a_restored_snapshot_forgets_is_set_again(operator, method):
     operator.load(20)
     make_placed(operator)
     had, metadata = settings(operator), operator.info()["config"].get("metadata")
@@ -355,7 +355,7 @@ def test_what_a_restored_snapshot_forgets_is_set_again(operator, way):
     operator.run("backup_automem", "--only", "qdrant")
     archive = operator.archive()
     upgrade(operator)
-    operator.run("reembed_embeddings", *way)
+    operator.run("reembed_embeddings", *method)
     assert settings(operator) == had
     assert metadata is None or operator.info()["config"]["metadata"].items() >= metadata.items()
     operator.run("restore_from_backup", archive)
@@ -364,7 +364,7 @@ def test_what_a_restored_snapshot_forgets_is_set_again(operator, way):
 
 
 def change_settings(operator, seconds: int) -> None:
-    """Every kind of setting that may change while a collection is in use; metadata where the server keeps it."""
+    """Every kind of setting that may change while a collection is in use; metadata if the server stores it."""
     body = {"optimizers_config": {"flush_interval_sec": seconds}, "metadata": {"mine": seconds}}
     operator.call("PATCH", "", {**body, "params": {"read_fan_out_factor": seconds}})
     tenant = {"type": "keyword", "is_tenant": True}
@@ -409,9 +409,9 @@ def stop_after_the_delete(monkeypatch) -> None:
     monkeypatch.setattr(cutover, "_journal_old_settings", killed)
 
 
-@pytest.mark.parametrize("way", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("method", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.matrix)])
-def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator, monkeypatch, way, first):
+def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator, monkeypatch, method, first):
     """Its own collection has the right size, and its first memory the right vector: that makes it no result."""
     operator.load(20)
     change_settings(operator, 7)
@@ -419,7 +419,7 @@ def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator,
     had, before = settings(operator), points_of(operator)
     upgrade(operator)
     stop_after_the_delete(monkeypatch)
-    operator.run("reembed_embeddings", *way, expect=130)
+    operator.run("reembed_embeddings", *method, expect=130)
     monkeypatch.undo()
     operator.call("PUT", "", {"vectors": {"size": NEW_SIZE, "distance": "Cosine"}})
     for name in ("tags", "tag_prefixes"):
@@ -430,7 +430,7 @@ def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator,
         row = {"id": late, "payload": {"content": text, "only": "here"}}
         row["vector"] = vector_for(LARGE, text, NEW_SIZE).tolist()
         operator.call("PUT", "/points?wait=true", {"points": [row]})
-    operator.run("reembed_embeddings", *way)
+    operator.run("reembed_embeddings", *method)
     assert settings(operator) == had
     after = points_of(operator)
     assert after.keys() == before.keys() | ({late} if first else set())

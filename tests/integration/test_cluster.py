@@ -113,7 +113,7 @@ def test_the_order_of_the_nodes_does_not_matter_and_each_is_asked_itself(operato
     assert [one["peer"] for one in component(operator)["nodes"]] == [pair.two.peer, pair.one.peer]
 
 
-def test_without_a_list_of_the_nodes_the_backup_says_to_set_it(operator, pair):
+def test_without_a_list_of_the_nodes_the_backup_asks_for_it(operator, pair):
     operator.export(QDRANT_NODE_URLS="")
     refused = operator.run("backup_automem", expect=1)
     assert "spread over 2 Qdrant nodes" in refused.err
@@ -123,7 +123,7 @@ def test_without_a_list_of_the_nodes_the_backup_says_to_set_it(operator, pair):
 
 def test_a_node_that_is_missing_twice_there_or_of_another_cluster_is_named(operator, pair, session_servers):
     one, two = pair.nodes
-    for urls, code, told in (
+    for urls, code, message in (
         (one.url, 1, f"peer {two.peer}"),
         (f"{one.url},{one.url}/", 2, "lists one node twice"),
         (f"{one.url},{two.url},{session_servers.qdrant_url}", 2, session_servers.qdrant_url),
@@ -131,13 +131,13 @@ def test_a_node_that_is_missing_twice_there_or_of_another_cluster_is_named(opera
     ):
         operator.export(QDRANT_NODE_URLS=urls)
         refused = operator.run("backup_automem", expect=code)
-        assert told in refused.err
+        assert message in refused.err
         assert "QDRANT_NODE_URLS" in refused.err
         assert not operator.manifests()
         assert_nothing_left(operator, pair)
 
 
-def test_a_node_of_a_cluster_that_has_a_collection_of_that_name_is_told_apart(operator, pairs):
+def test_a_node_of_a_cluster_that_has_a_collection_of_that_name_is_distinguished(operator, pairs):
     strange = pairs[2]
     strange.one.ask("PUT", f"/collections/{operator.collection}", {"vectors": {"size": 4, "distance": "Dot"}})
     try:
@@ -154,7 +154,7 @@ def test_a_node_of_a_cluster_that_has_a_collection_of_that_name_is_told_apart(op
         ("after snapshot made", [1, 0]),  # the first node's
         ("called snapshot downloaded", [1, 1]),
         ("entering snapshot deleted", [1, 1]),
-        ("before snapshot removed", [1, 0]),  # deleted on the second node, which the journal does not say
+        ("before snapshot removed", [1, 0]),  # deleted on the second node, which the journal does not record
     ],
 )
 def test_a_killed_backup_is_cleaned_up_on_every_node(operator, pair, where, left):
@@ -221,14 +221,14 @@ def test_replicas_are_counted_once(replicated, pair):
     found = component(replicated)
     assert [one["shards"] for one in found["nodes"]] == [[0, 1], [0, 1]]
     assert found["points"] == found["promised_ids"] == points
-    told = replicated.run("backup_automem", "--check", "all").out
-    assert "DAMAGED" not in told
+    message = replicated.run("backup_automem", "--check", "all").out
+    assert "DAMAGED" not in message
     if found["proof"] == "restored":
-        assert f"{points} points counted" in told
+        assert f"{points} points counted" in message
     assert_nothing_left(replicated, pair)
 
 
-def test_a_node_that_is_down_may_be_left_out_where_the_other_holds_every_shard(replicated, pair):
+def test_a_node_that_is_down_may_be_left_out_if_the_other_holds_every_shard(replicated, pair):
     points = replicated.state().points
     pair.two.kill()
     try:
@@ -249,7 +249,7 @@ def test_the_settings_show_no_login_of_a_node(operator):
     assert "s3cr3t" not in shown.out + refused.err + refused.out
 
 
-def test_a_collection_on_two_nodes_is_embedded_anew(operator, pair):
+def test_a_collection_on_two_nodes_is_re_embedded(operator, pair):
     operator.run("backup_automem")
     before, was = points_of(operator), settings(operator)
     upgrade(operator)
@@ -266,7 +266,7 @@ def test_a_collection_on_two_nodes_is_embedded_anew(operator, pair):
     assert points_of(operator).keys() == before.keys()
 
 
-def test_without_a_backup_of_every_node_nothing_is_embedded_anew(operator):
+def test_without_a_backup_of_every_node_nothing_is_re_embedded(operator):
     upgrade(operator)
     assert "It is not changed without a verified backup" in operator.run("reembed_embeddings", expect=2).err
     operator.export(QDRANT_NODE_URLS="")
@@ -355,19 +355,21 @@ def test_replicas_come_back_on_both_nodes(replicated, pair):
 def test_a_cluster_that_the_backup_does_not_know_takes_it_in_the_listed_order(operator, pairs):
     before = contents(operator)
     operator.run("backup_automem", "--only", "qdrant")
-    anew = pairs[2]
-    operator.export(QDRANT_URL=anew.two.url, QDRANT_NODE_URLS=anew.urls)
+    recreated = pairs[2]
+    operator.export(QDRANT_URL=recreated.two.url, QDRANT_NODE_URLS=recreated.urls)
     operator.run("restore_from_backup", operator.archive())
     moved = dataclasses.replace(
-        operator, servers=dataclasses.replace(operator.servers, qdrant_url=anew.one.url)
+        operator, servers=dataclasses.replace(operator.servers, qdrant_url=recreated.one.url)
     )
     try:
         assert contents(moved) == before
     finally:
-        anew.clean_up(operator.collection)
+        recreated.clean_up(operator.collection)
 
 
-def test_what_cannot_take_the_parts_is_told_before_anything_is_touched(operator, pair, session_servers):
+def test_a_target_that_cannot_take_the_parts_is_reported_before_anything_is_touched(
+    operator, pair, session_servers
+):
     operator.run("backup_automem", "--only", "qdrant")
     archive, before = operator.archive(), contents(operator)
     operator.export(QDRANT_NODE_URLS="")
@@ -390,7 +392,7 @@ def test_what_cannot_take_the_parts_is_told_before_anything_is_touched(operator,
         "before collection restored",
     ],
 )
-def test_a_killed_restore_is_gone_on_with(operator, pair, where):
+def test_a_killed_restore_resumes(operator, pair, where):
     before = contents(operator)
     operator.run("backup_automem", "--only", "qdrant")
     archive = operator.archive()
@@ -401,7 +403,7 @@ def test_a_killed_restore_is_gone_on_with(operator, pair, where):
     assert open_journals(operator.backups) == []
 
 
-def test_a_part_that_is_lost_on_its_way_puts_the_old_collection_back(operator, pair):
+def test_a_part_lost_in_transfer_puts_the_old_collection_back(operator, pair):
     before = contents(operator)
     operator.run("backup_automem", "--only", "qdrant")
     archive = operator.archive()

@@ -49,7 +49,7 @@ def client_for(server, size=768, model=LARGE, key=KEY, **options):
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_no_proxy_is_asked_for_an_endpoint_of_this_machine(server, monkeypatch, variable):
-    monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")  # where nobody listens
+    monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")  # nobody listens there
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     vectors = client_for(server).embed(TEXTS).vectors
@@ -90,7 +90,7 @@ def test_an_answer_in_another_order_is_put_in_order(server):
         {"status": 408, "times": 1},
         {"status": 409, "times": 1},
         {"status": 429, "code": "rate_limit_exceeded", "retry_after": 0.2, "times": 2},
-        {"status": 200, "code": 502, "times": 1},  # a proxy's way to say that its model's host failed
+        {"status": 200, "code": 502, "times": 1},  # a proxy reports in this form that its model's host failed
         {"cut": 0.5, "times": 2},
         pytest.param({"hang_seconds": 300, "times": 1}, marks=pytest.mark.matrix),
     ],

@@ -94,7 +94,7 @@ def texts_of(count):
     return [f"memory number {n} about topic {n % 17}" for n in range(count)]
 
 
-def test_everything_is_bought_once_and_only_once(server, cache):
+def test_everything_is_embedded_once_and_only_once(server, cache):
     job = Job(server, cache, texts_of(205))
     seen = []
     outcome = job.run(progress=seen.append)
@@ -137,7 +137,7 @@ def test_rows_are_read_only_as_fast_as_vectors_are_stored(server, cache):
     assert max(ahead) <= (2 + workers_module.SPARE_BATCHES + 2) * 10
 
 
-def test_a_poisoned_row_is_found_and_the_rest_bought(server, cache):
+def test_a_poisoned_row_is_found_and_the_rest_embedded(server, cache):
     texts = texts_of(100)
     server.fault(poisoned_text="number 37 ")
     job = Job(server, cache, texts)
@@ -248,7 +248,7 @@ def test_passing_faults_leave_nothing_missing_and_nothing_wrong(server, cache, f
         ({"status": 429, "retry_after": 0.05}, "Rate limit exceeded during re-embedding"),
     ),
 )
-def test_a_refusal_half_way_keeps_what_was_bought(server, cache, fault, named):
+def test_a_refusal_midway_preserves_paid_vectors(server, cache, fault, named):
     server.fault(**fault, after=8)
     job = Job(server, cache, texts_of(200), max_wait_seconds=1)
     started = time.monotonic()
@@ -263,7 +263,7 @@ def test_a_refusal_half_way_keeps_what_was_bought(server, cache, fault, named):
     again.check_stored()
 
 
-def test_an_endpoint_that_refuses_every_text_is_told_apart_from_bad_rows(server, cache):
+def test_an_endpoint_that_refuses_every_text_is_distinguished_from_bad_rows(server, cache):
     server.fault(status=400)
     with pytest.raises(ProviderRefused, match="does not even embed a plain word"):
         Job(server, cache, texts_of(40)).run()

@@ -80,8 +80,8 @@ def test_a_copy_is_encrypted_whole_and_restored_with_the_key(operator, tmp_path,
     (listed,) = operator.run("backup_automem", "--list", url, "--json", env=reads).json["sets"]
     assert listed["complete"]
     shutil.move(operator.backups, tmp_path / "lost")
-    drill = operator.run("backup_automem", "--check", url, "--json", env=reads).json["proofs"]
-    assert [one["fault"] for one in drill] == ["", ""]
+    checks = operator.run("backup_automem", "--check", url, "--json", env=reads).json["proofs"]
+    assert [one["fault"] for one in checks] == ["", ""]
     spoil(operator)
     assert "no key is set" in operator.run("restore_from_backup", f"{url}/latest", expect=2).err
     operator.run("restore_from_backup", f"{url}/{manifest.name}.age", "--no-safety-backup", env=reads)
@@ -117,7 +117,7 @@ def test_the_age_tool_decrypts_a_copy(operator, tmp_path, key, how):
         assert shown.stdout == (operator.backups / name.removesuffix(".age")).read_bytes()
 
 
-def test_an_upload_that_stopped_goes_on_with_the_files_it_encrypted(operator, tmp_path, key, monkeypatch):
+def test_a_stopped_upload_resumes_with_the_files_it_encrypted(operator, tmp_path, key, monkeypatch):
     copies = tmp_path / "copies"
     operator.export(AUTOMEM_BACKUP_RECIPIENTS=public(key))
     operator.load(40)
@@ -179,18 +179,18 @@ def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
     checked = operator.run(
         "backup_automem", "--check", f"file://{copies}", expect=2 if what == "another key" else 4
     )
-    says = {
+    expected = {
         "endless header": "its header has no end",
         "another key": "is encrypted for another key",
     }.get(what, "was changed or cut off")
-    assert says in checked.out + checked.err
+    assert expected in checked.out + checked.err
     operator.run("restore_from_backup", f"file://{copies}/latest", expect=2 if what == "another key" else 4)
     assert operator.state() == before
     assert not list(operator.backups.glob("backup_*"))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "expected"),
     [
         ({"AUTOMEM_BACKUP_RECIPIENTS": "{public}", "AUTOMEM_BACKUP_PASSPHRASE_FILE": "{words}"}, "both set"),
         ({"AUTOMEM_BACKUP_RECIPIENTS": "age1nonsense"}, "is no public key"),
@@ -203,7 +203,7 @@ def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
         ({"AUTOMEM_BACKUP_PASSPHRASE_FILE": "{folder}"}, "Is a directory"),
     ],
 )
-def test_keys_that_cannot_be_used_are_refused_before_the_backup(operator, tmp_path, key, settings, says):
+def test_keys_that_cannot_be_used_are_refused_before_the_backup(operator, tmp_path, key, settings, expected):
     opened = private(tmp_path / "open", WORDS)
     opened.chmod(0o640)
     secret = key.read_text().splitlines()[1]
@@ -217,7 +217,7 @@ def test_keys_that_cannot_be_used_are_refused_before_the_backup(operator, tmp_pa
     }
     env = {name: value.format(**named) for name, value in settings.items()}
     refused = operator.run("backup_automem", "--upload", str(tmp_path / "copies"), env=env, expect=2)
-    assert says in refused.err
+    assert expected in refused.err
     shown = operator.run("backup_automem", "--show-config", env=env, expect=None)
     assert secret not in refused.out + refused.err + shown.out + shown.err
     assert not operator.backups.exists()
@@ -235,7 +235,7 @@ def test_without_the_package_it_is_named_before_the_backup(operator, tmp_path, k
     assert not operator.backups.exists()
 
 
-def test_both_ways_go_in_small_pieces_and_a_header_without_end_is_not_kept(tmp_path, key):
+def test_both_directions_stream_in_small_pieces_and_an_endless_header_is_not_buffered(tmp_path, key):
     plain, sealed = tmp_path / "plain", tmp_path / "sealed"
     plain.write_bytes(bytes(range(256)) * 40_000)
     encrypt(plain, sealed, recipients(CopyKeys(recipients=public(key))))

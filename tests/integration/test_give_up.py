@@ -1,4 +1,4 @@
-"""Unfinished runs that are given up or that clean up after themselves, and what is said while a run waits."""
+"""Unfinished runs that are given up or that clean up after themselves, and what a waiting run reports."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def interrupt(*_args, **_more):
 
 def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
     before = points_of(staged)
-    said = notice(staged)
-    assert f"{ROOT}/scripts/reembed_embeddings.py --no-switch --batch-size 50\n" in said
-    assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in said
+    output = notice(staged)
+    assert f"{ROOT}/scripts/reembed_embeddings.py --no-switch --batch-size 50\n" in output
+    assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in output
     assert staged.collections() == [staged.collection, f"{staged.collection}__next"]
-    bought = staged.servers.openai.stats()["texts"]
+    paid = staged.servers.openai.stats()["texts"]
     done = staged.run("reembed_embeddings", "--abort", "--json").json
     assert done["removed"] == [f"collection {staged.collection}__next"]
     assert any(f"{len(before)} points of 48d" in one for one in done["left"])
@@ -54,7 +54,7 @@ def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
     assert "unfinished" not in notice(staged)
     assert "nothing to abort" in staged.run("reembed_embeddings", "--abort").out
     staged.run("reembed_embeddings")
-    assert staged.servers.openai.stats()["texts"] == bought  # what was paid for was not thrown away
+    assert staged.servers.openai.stats()["texts"] == paid  # what was paid for was not discarded
 
 
 PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
@@ -69,7 +69,7 @@ def test_a_migration_ended_by_ctrl_c_before_the_delete_is_given_up(operator, pla
     ctrl_c(operator, place, "reembed_embeddings")
     made = [f"{operator.collection}__next"] * staged
     assert operator.collections() == [operator.collection, *made]
-    bought = operator.servers.openai.stats()["texts"]
+    paid = operator.servers.openai.stats()["texts"]
     done = operator.run("reembed_embeddings", "--abort", "--json").json
     assert done["removed"] == [f"collection {one}" for one in made]
     assert operator.collections() == [operator.collection]
@@ -78,7 +78,7 @@ def test_a_migration_ended_by_ctrl_c_before_the_delete_is_given_up(operator, pla
     assert "unfinished" not in operator.run("backup_automem", "--only", "qdrant").err
     assert operator.run("reembed_embeddings", "--dry-run", "--json").json["plan"]["texts"] == 0
     operator.run("reembed_embeddings")
-    assert operator.servers.openai.stats()["texts"] == bought
+    assert operator.servers.openai.stats()["texts"] == paid
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypat
     assert operator.state() == state
 
 
-def test_a_trial_of_the_graph_that_was_interrupted_closes_its_own_journal(operator, monkeypatch):
+def test_an_interrupted_trial_restore_of_the_graph_closes_its_journal(operator, monkeypatch):
     operator.load(60)
     operator.run("backup_automem")
     state = operator.state()
@@ -182,17 +182,17 @@ def test_the_mark_of_a_diskless_sync_hides_no_damage(operator, damage):
 
 
 @pytest.mark.matrix
-def test_a_rate_limit_says_when_the_next_try_is(operator):
+def test_a_rate_limit_reports_when_the_next_try_is(operator):
     make_ready(operator)
     operator.servers.openai.fault(status=429, retry_after=3, times=1, after=1)
-    said = operator.run("reembed_embeddings", "--dry-run", "--batch-size", "5").err
+    output = operator.run("reembed_embeddings", "--dry-run", "--batch-size", "5").err
     operator.servers.openai.clear_faults()
     operator.servers.openai.fault(status=429, retry_after=3, times=1)
-    said += operator.run("reembed_embeddings", "--limit", "20", "--batch-size", "5").err
-    assert re.search(r"embed: rate limited, next try in [123] s", said)
+    output += operator.run("reembed_embeddings", "--limit", "20", "--batch-size", "5").err
+    assert re.search(r"embed: rate limited, next try in [123] s", output)
 
 
-def test_a_quiet_run_says_it_every_five_minutes(capsys, monkeypatch):
+def test_a_quiet_run_reports_it_every_five_minutes(capsys, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     quiet, loud = Console(quiet=True), Console()
@@ -200,9 +200,9 @@ def test_a_quiet_run_says_it_every_five_minutes(capsys, monkeypatch):
         quiet.waiting("quiet waits")
         loud.waiting("loud waits")
         now += 10.0
-    said = capsys.readouterr().err.splitlines()
-    assert said.count("quiet waits") == 3
-    assert said.count("loud waits") == 61
+    output = capsys.readouterr().err.splitlines()
+    assert output.count("quiet waits") == 3
+    assert output.count("loud waits") == 61
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
 
 
 def test_a_damaged_journal_is_named_by_every_command(operator):
-    """Its first line is gone: nothing tells which run it was, or that it is unfinished."""
+    """Its first line is gone: nothing records which run it was, or that it is unfinished."""
     operator.backups.mkdir()
     file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
     file.write_bytes(b"")  # a crash before the first entry: nothing was made
@@ -229,7 +229,7 @@ def test_a_damaged_journal_is_named_by_every_command(operator):
     assert f"{file} is damaged: its run may be unfinished" in notice(operator)
 
 
-def test_another_users_journal_is_a_refusal_with_a_way_out(operator, monkeypatch):
+def test_another_users_journal_is_a_refusal_with_a_remedy(operator, monkeypatch):
     operator.backups.mkdir()
     file = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
     file.write_text("{}")
@@ -263,7 +263,7 @@ def test_verify_counts_each_difference_once(operator):
     assert plain[5] in checks["content"]["detail"]
 
 
-def test_verify_says_what_only_missing_will_renew(operator):
+def test_verify_reports_what_only_missing_will_renew(operator):
     operator.load(60)
     operator.run("reembed_embeddings", "--only-missing")
     ids = [one for one in points_of(operator) if isinstance(one, str)][:7]
@@ -318,12 +318,12 @@ def test_a_damaged_manifest_of_a_restored_file_is_named(operator):
     operator.run("backup_automem")
     (manifest,) = operator.manifests()
     manifest.write_text(manifest.read_text().replace('"nodes"', '"nodez"', 1))
-    said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
-    assert f"warning: {manifest.name}, which may be the manifest of" in said
-    assert "is damaged" in said
+    output = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
+    assert f"warning: {manifest.name}, which may be the manifest of" in output
+    assert "is damaged" in output
 
 
-def test_that_other_clients_cannot_be_listed_is_said(operator, monkeypatch):
+def test_that_other_clients_cannot_be_listed_is_reported(operator, monkeypatch):
     from lib.errors import AccessRefused
 
     def refuse(_conn):
@@ -332,12 +332,12 @@ def test_that_other_clients_cannot_be_listed_is_said(operator, monkeypatch):
     operator.load(30)
     operator.run("backup_automem")
     monkeypatch.setattr("lib.restore.preflight.other_clients", refuse)
-    said = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
-    assert "warning: the other clients of FalkorDB cannot be listed" in said
-    assert "NOPERM" in said
+    output = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
+    assert "warning: the other clients of FalkorDB cannot be listed" in output
+    assert "NOPERM" in output
 
 
-def test_the_journal_says_how_the_run_was_started(staged):
+def test_the_journal_records_how_the_run_was_started(staged):
     (path,) = staged.backups.glob("journal_*_reembed.jsonl")
     journal = read_journal(path)
     assert journal is not None

@@ -53,7 +53,7 @@ def operator(session_servers, server, tmp_path) -> Iterator[Operator]:
 
 
 def component(operator) -> dict:
-    """The graph's half of the newest set."""
+    """The graph component of the newest set."""
     return operator.run("backup_automem", "--list", "--json").json["sets"][0]["graph"]
 
 
@@ -353,8 +353,8 @@ def test_a_graph_with_an_expiry_is_backed_up_so_that_it_outlives_it(operator):
         assert component(operator)["expires"].startswith("20")
         assert wait_for(lambda: not conn.exists(operator.graph), 30, 0.05)
     operator.run("backup_automem", "--check", "all")
-    told = operator.run("restore_from_backup", operator.rdb()).err
-    assert "the backup's key had an expiry (20" in told
+    err = operator.run("restore_from_backup", operator.rdb()).err
+    assert "the backup's key had an expiry (20" in err
     with connect(operator.servers.falkordb.address) as conn:
         assert conn.pttl(operator.graph) == -1
     assert operator.state() == before
@@ -372,10 +372,10 @@ def test_function_libraries_are_named_by_backup_and_restore(operator):
         try:
             assert "(GRAPH.UDF): mine" in operator.run("backup_automem", "--only", "falkordb").err
             assert component(operator)["functions"] == ["mine"]
-            kept = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
-            assert "function libraries" not in kept
+            err = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
+            assert "function libraries" not in err
         finally:
             conn.execute_command("GRAPH.UDF", "DELETE", "mine")
     for words in (("--dry-run",), ()):
-        told = operator.run("restore_from_backup", operator.rdb(), *words).err
-        assert "this one lacks: mine" in told
+        err = operator.run("restore_from_backup", operator.rdb(), *words).err
+        assert "this one lacks: mine" in err

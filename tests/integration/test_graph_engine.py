@@ -72,7 +72,7 @@ def test_an_engine_may_be_named(engine: Engine):
     ] == [engine.falkordb_version]
 
 
-def test_a_wrongly_named_engine_is_told(engine: Engine, tmp_path: Path):
+def test_a_wrongly_named_engine_is_reported(engine: Engine, tmp_path: Path):
     with pytest.raises(UsageProblem, match="go together"):
         installed_engines({SERVER_VARIABLE: str(engine.server)})
     with pytest.raises(UsageProblem, match="no such file"):
@@ -95,7 +95,7 @@ def test_the_oldest_engine_that_loads_the_file_is_taken():
     assert engine_for(facts_of(12, 18), [NEW], ServerVersions("8.10.2", "4.22.1")) is NEW
 
 
-def test_no_engine_is_told_with_what_to_install():
+def test_no_engine_is_reported_with_what_to_install():
     for engines in ([], [OLD]):
         with pytest.raises(NoEngine, match="RDB of version 15") as refusal:
             engine_for(facts_of(15, 20), engines, None)
@@ -185,7 +185,7 @@ def test_corrupted_files_never_pass(engine: Engine, server: FalkorServer, conn: 
             require_rdb_checksum(path, inspect_rdb(path))
 
 
-def test_a_file_that_does_not_load_is_told_and_in_time(
+def test_a_file_that_does_not_load_is_reported_and_in_time(
     engine: Engine, server: FalkorServer, conn: redis.Redis, tmp_path: Path
 ):
     fill(conn, "g", 2000)

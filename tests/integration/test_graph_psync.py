@@ -168,7 +168,7 @@ def test_a_password_is_needed_and_used(engine: Engine, tmp_path: Path):
         falkor.kill()
 
 
-def test_a_user_without_the_permission_is_told_which(server: FalkorServer, conn: redis.Redis):
+def test_a_missing_permission_is_reported_by_name(server: FalkorServer, conn: redis.Redis):
     conn.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@all", "-psync", "-replconf")
     address = GraphAddress("127.0.0.1", server.port, username="reader", password="pw")
     with pytest.raises(PsyncRefused) as refusal:
@@ -178,7 +178,7 @@ def test_a_user_without_the_permission_is_told_which(server: FalkorServer, conn:
     assert collect(address).startswith(b"REDIS")
 
 
-def test_switched_off_commands_point_to_dump(engine: Engine, tmp_path: Path):
+def test_disabled_commands_point_to_dump(engine: Engine, tmp_path: Path):
     settings = ('rename-command PSYNC ""',)
     falkor = FalkorServer(tmp_path / "hosted", engine=engine, settings=settings).start()
     try:
@@ -188,7 +188,7 @@ def test_switched_off_commands_point_to_dump(engine: Engine, tmp_path: Path):
         falkor.kill()
 
 
-def test_a_replica_without_its_master_is_told(server: FalkorServer, conn: redis.Redis):
+def test_a_replica_without_its_master_is_reported(server: FalkorServer, conn: redis.Redis):
     conn.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
     with pytest.raises(StoreFailed, match="name the master instead"):
         collect(server.address)
@@ -203,12 +203,12 @@ def test_a_replica_without_its_master_is_told(server: FalkorServer, conn: redis.
         (b"+CONTINUE\r\n", "answered PSYNC with"),
     ],
 )
-def test_other_refusals_are_told(line: bytes, words: str):
+def test_other_refusals_are_reported(line: bytes, words: str):
     with peer(b"+OK\r\n", b"+OK\r\n", line) as address, pytest.raises(StoreFailed, match=words):
         collect(address)
 
 
-def test_nobody_there_is_told():
+def test_no_listener_is_reported():
     with pytest.raises(StoreUnreachable, match="cannot be reached") as refusal:
         collect(GraphAddress("127.0.0.1", free_port()))
     assert "docker compose up -d falkordb" in refusal.value.next_step
@@ -260,7 +260,7 @@ def test_a_connection_that_ends_early_is_an_error(server: FalkorServer, conn: re
     assert "memory to fork" in failure.value.next_step
 
 
-def test_damage_on_the_way_is_noticed(server: FalkorServer, conn: redis.Redis):
+def test_damage_in_transfer_is_noticed(server: FalkorServer, conn: redis.Redis):
     fill(conn, "g", 100)
     data = bytearray(rdb_of(server))
     for at in (0, 50, len(data) // 2, len(data) - 3):

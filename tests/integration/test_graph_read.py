@@ -77,7 +77,7 @@ def test_a_smaller_cap_of_the_server_loses_nothing(conn: redis.Redis, cap: int, 
     assert sorted(found) == list(range(2 * size))
 
 
-def test_a_cap_that_allows_no_row_is_told(conn: redis.Redis):
+def test_a_cap_that_allows_no_row_is_reported(conn: redis.Redis):
     fill(conn, "g", 5)
     conn.execute_command("GRAPH.CONFIG", "SET", "RESULTSET_SIZE", 1)
     with pytest.raises(StoreFailed, match="cuts even the smallest result"):

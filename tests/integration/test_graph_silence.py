@@ -26,7 +26,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(socketserver.StreamRequestHandler):
-    """Speaks as much of the protocol as it takes to say hello; DUMP is slow."""
+    """Speak only the part of the protocol that a connection needs; DUMP is slow."""
 
     def handle(self) -> None:
         while words := self._words():
@@ -74,7 +74,7 @@ def conn(server):
         lambda conn: command(conn, "MODULE", "LIST"),
     ],
 )
-def test_a_question_ends_and_says_where_it_was_asked(server, conn, ask):
+def test_a_query_times_out_and_names_the_server(server, conn, ask):
     server.silent.set()
     began = time.monotonic()
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_what_takes_long_is_waited_for(conn):
     assert time.monotonic() - began > SLOW_SECONDS > 2 * READ_SECONDS
 
 
-def test_a_question_is_asked_once_and_the_next_one_anew(server, conn):
+def test_a_query_is_sent_once_and_the_next_one_reconnects(server, conn):
     server.silent.set()
     with pytest.raises(StoreUnreachable):
         raw_rows(conn, "g", "RETURN 1")

@@ -61,10 +61,10 @@ def test_backup_scratch_and_swap_bring_back_the_graph_and_touch_nothing_else(
 
     rdb = take(server.address, tmp_path / "memories.rdb")
     with scratch_server(engine, rdb) as scratch:
-        proof = dump_as(scratch.conn, "memories", "memories__proof")
+        dumped = dump_as(scratch.conn, "memories", "memories__trial")
         payload = dump_graph(scratch.conn, "memories")
         assert list_graphs(scratch.conn) == ["memories"]
-    verify_acceptance(target_conn, proof, "memories__proof", expected)
+    verify_acceptance(target_conn, dumped, "memories__trial", expected)
     assert list_graphs(target_conn) == ["memories", "second"]
 
     assert swap_in(target_conn, "memories", payload, SAFETY) is True
@@ -113,7 +113,7 @@ def test_an_absent_graph_is_simply_restored(conn: redis.Redis, target_conn: redi
     assert list_graphs(target_conn) == ["memories"]
 
 
-def test_an_empty_graph_goes_the_same_way(conn: redis.Redis, target_conn: redis.Redis):
+def test_an_empty_graph_is_swapped_alike(conn: redis.Redis, target_conn: redis.Redis):
     write(conn, "memories", "CREATE (a:A {x: 1})", "MATCH (a) DELETE a")
     fill(target_conn, "memories", 20)
     assert swap_in(target_conn, "memories", dump_graph(conn, "memories"), SAFETY)
@@ -122,7 +122,7 @@ def test_an_empty_graph_goes_the_same_way(conn: redis.Redis, target_conn: redis.
 
 
 def sealed(payload: bytes, version: int | None = None) -> bytes:
-    """The payload with a right checksum again, and another RDB version where one is given."""
+    """The payload with a right checksum again, and another RDB version if one is given."""
     body = payload[:-10] + (payload[-10:-8] if version is None else version.to_bytes(2, "little"))
     return body + crc64(body).to_bytes(8, "little")
 
@@ -175,7 +175,7 @@ def test_garbage_is_not_even_sent(target_conn: redis.Redis):
         with pytest.raises(BackupDamaged, match="holds no graph"):
             swap_in(target_conn, "memories", garbage, SAFETY)
         with pytest.raises(BackupDamaged, match="holds no graph"):
-            verify_acceptance(target_conn, garbage, "proof", GraphDigest("", 0, 0, by_id=True))
+            verify_acceptance(target_conn, garbage, "trial", GraphDigest("", 0, 0, by_id=True))
     assert list_graphs(target_conn) == ["memories"]
 
 
@@ -188,7 +188,7 @@ def test_a_payload_never_goes_under_another_name(
     with pytest.raises(StoreFailed, match="dumped as graph 'memories'"):
         swap_in(target_conn, "other", payload, SAFETY)
     with pytest.raises(StoreFailed, match="dumped as graph 'memories'"):
-        verify_acceptance(target_conn, payload, "memories__proof", digest(conn, "memories"))
+        verify_acceptance(target_conn, payload, "memories__trial", digest(conn, "memories"))
     assert list_graphs(target_conn) == ["memories"]
     assert counts(target_conn, "memories").nodes == 10
 
@@ -211,21 +211,21 @@ def test_names_in_use_are_not_touched(conn: redis.Redis, target_conn: redis.Redi
     assert target_conn.get("plain") == b"x"
 
 
-def test_proof_fails_where_the_copy_is_not_what_was_expected(conn: redis.Redis, target_conn: redis.Redis):
+def test_verification_fails_if_the_copy_is_not_what_was_expected(conn: redis.Redis, target_conn: redis.Redis):
     fill(conn, "memories", 50)
     expected = digest(conn, "memories")
     write(conn, "memories", "MATCH (m:Memory {id: 'id-7'}) SET m.content = 'changed'")
     with pytest.raises(VerificationFailed, match="differs from the backup"):
-        verify_acceptance(target_conn, dump_as(conn, "memories", "proof"), "proof", expected)
+        verify_acceptance(target_conn, dump_as(conn, "memories", "trial"), "trial", expected)
     assert list_graphs(target_conn) == []
 
 
-def test_a_refused_proof_leaves_nothing(conn: redis.Redis, target_conn: redis.Redis):
+def test_a_refused_verification_leaves_nothing(conn: redis.Redis, target_conn: redis.Redis):
     fill(conn, "memories", 50)
     expected = digest(conn, "memories")
-    payload = of_newer_falkordb(dump_as(conn, "memories", "proof"))
+    payload = of_newer_falkordb(dump_as(conn, "memories", "trial"))
     with pytest.raises(StoreFailed, match="Bad data format"):
-        verify_acceptance(target_conn, payload, "proof", expected)
+        verify_acceptance(target_conn, payload, "trial", expected)
     assert list_graphs(target_conn) == []
 
 
@@ -247,7 +247,7 @@ def test_the_old_graph_comes_back(conn: redis.Redis, target: FalkorServer, targe
 
 
 @pytest.mark.parametrize("missing", ["restore", "rename", "multi"])
-def test_a_missing_permission_is_told_and_changes_nothing(
+def test_a_missing_permission_is_reported_and_changes_nothing(
     conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis, missing: str
 ):
     fill(conn, "memories", 50)
@@ -288,7 +288,7 @@ def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer
 
 
 @pytest.mark.matrix
-def test_a_graph_that_is_saved_in_many_parts_survives_the_way(
+def test_a_graph_that_is_saved_in_many_parts_survives_the_transfer(
     conn: redis.Redis, engine: Engine, tmp_path: Path
 ):
     """FalkorDB spreads a graph over several keys in an RDB (100,000 entities each); here over many."""
@@ -315,7 +315,7 @@ def test_a_graph_that_is_saved_in_many_parts_survives_the_way(
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs two versions of FalkorDB: pip install falkordblite")
-def test_an_older_graph_goes_onto_a_newer_server_unchanged_and_not_back(tmp_path: Path):
+def test_an_older_graph_moves_to_a_newer_server_unchanged_and_not_back(tmp_path: Path):
     old_engine, new_engine = ENGINES[0], ENGINES[-1]
     with scratch_server(old_engine) as old, scratch_server(new_engine) as new:
         fill_rich(old.conn, "memories")
@@ -330,7 +330,7 @@ def test_an_older_graph_goes_onto_a_newer_server_unchanged_and_not_back(tmp_path
         assert digest(old.conn, "memories") == before
 
 
-def test_a_lost_answer_is_told_and_the_names_tell_the_state(
+def test_a_lost_answer_is_reported_and_the_names_show_the_state(
     conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
 ):
     fill(conn, "memories", 50)
@@ -351,7 +351,7 @@ def test_a_lost_answer_is_told_and_the_names_tell_the_state(
 
 @contextlib.contextmanager
 def cut_after(words: bytes, port: int) -> Iterator[int]:
-    """A way to `port` that breaks when `words` have been passed on; the server gets them, the client no answer."""
+    """A proxy to `port` that breaks when `words` have been passed on; the server gets them, the client no answer."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(client: socket.socket) -> None:

@@ -108,8 +108,8 @@ def test_so_is_one_to_a_command_that_may_take_hours(kind):
 
 
 def test_a_login_is_answered_shortly():
-    says = pytest.raises(StoreFailed, match="a reply of 4,000,000,000 bytes")
-    with serving(REPLIES["a text of gigabytes"], always=True) as port, says:
+    fails = pytest.raises(StoreFailed, match="a reply of 4,000,000,000 bytes")
+    with serving(REPLIES["a text of gigabytes"], always=True) as port, fails:
         connect(GraphAddress("127.0.0.1", port))
 
 
@@ -150,14 +150,14 @@ def test_a_reply_that_drips_is_given_up(monkeypatch, unit):
 @pytest.mark.parametrize("unit", [b"\n", b"x"], ids=["newlines", "line"])
 def test_an_rdb_that_never_begins_is_given_up(monkeypatch, unit):
     monkeypatch.setattr(psync, "PREPARE_SECONDS", 0.4)
-    says = pytest.raises(StoreUnreachable, match="has not begun to send its RDB")
-    with serving(without_end(b"+FULLRESYNC x 0\r\n", unit, 0.05)) as port, says:
+    fails = pytest.raises(StoreUnreachable, match="has not begun to send its RDB")
+    with serving(without_end(b"+FULLRESYNC x 0\r\n", unit, 0.05)) as port, fails:
         psync.stream_rdb(GraphAddress("127.0.0.1", port), lambda _piece: None)
 
 
 def test_an_rdb_of_a_length_as_long_as_a_book_is_refused():
-    says = pytest.raises(StoreFailed, match="in an unknown form")
-    with serving(sending(b"+FULLRESYNC x 0\r\n$" + b"9" * 5000 + b"\r\n")) as port, says:
+    fails = pytest.raises(StoreFailed, match="in an unknown form")
+    with serving(sending(b"+FULLRESYNC x 0\r\n$" + b"9" * 5000 + b"\r\n")) as port, fails:
         psync.stream_rdb(GraphAddress("127.0.0.1", port), lambda _piece: None)
 
 

@@ -1,4 +1,4 @@
-"""Files that come back from elsewhere and say what no backup says: nothing is planted, removed or filled by them."""
+"""Files from elsewhere with content that no backup has: nothing is planted, removed or filled by them."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def test_a_stamp_leads_nowhere_else(operator, copied, stamp):
     assert set(operator.folder.rglob("*stolen*")) == before
 
 
-def test_what_does_not_verify_is_not_kept(operator, copied):
-    """Every byte is as the manifest says, and the archive is none: it never bears a name in the backup folder."""
+def test_what_does_not_verify_is_not_saved(operator, copied):
+    """Every byte is as in the manifest, and the file is no archive: it never gets a name in the backup folder."""
     (manifest,), junk = copied.glob("backup_*.json"), gzip.compress(b"no archive")
     raw = json.loads(manifest.read_text())
     (copied / raw["collection"]["file"]["name"]).write_bytes(junk)

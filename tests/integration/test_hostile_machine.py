@@ -37,9 +37,9 @@ def refused(operator, script: str) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_env_file_of_another_user_is_refused(operator, elsewhere, script):
     os.chown(elsewhere, NOBODY, NOBODY)
-    told = refused(operator, script)
-    assert f"{elsewhere} belongs to another user (uid {NOBODY})" in told
-    assert f"sudo chown $(id -un) {elsewhere}" in told
+    err = refused(operator, script)
+    assert f"{elsewhere} belongs to another user (uid {NOBODY})" in err
+    assert f"sudo chown $(id -un) {elsewhere}" in err
 
 
 @as_root
@@ -61,9 +61,9 @@ def test_an_env_file_that_everybody_may_write_is_refused(operator, elsewhere):
 
 def test_a_program_to_run_comes_from_the_environment_or_the_checkout(operator, elsewhere):
     """Also not from a file that is trusted for addresses and keys."""
-    told = refused(operator, "backup_automem")
-    assert f"{elsewhere}:1: FALKORDB_SCRATCH_SERVER names a program to run" in told
-    assert f"{elsewhere}:2: FALKORDB_SCRATCH_MODULE names a program to run" in told
+    err = refused(operator, "backup_automem")
+    assert f"{elsewhere}:1: FALKORDB_SCRATCH_SERVER names a program to run" in err
+    assert f"{elsewhere}:2: FALKORDB_SCRATCH_MODULE names a program to run" in err
     elsewhere.unlink()
     engine = installed_engines({})[-1]
     operator.load(20)
@@ -119,7 +119,7 @@ def test_the_engine_of_the_segments_is_bounded_and_gets_no_secret(monkeypatch, t
 
 @as_root
 def test_the_file_of_another_owner_takes_no_key_along(operator, monkeypatch):
-    """Of the checkout's owner, say: python-dotenv puts what is in the environment where a file names it."""
+    """For example the checkout's owner: python-dotenv expands variables of the environment that a file names."""
     from lib import env_files
 
     monkeypatch.setattr(env_files, "trusted_owners", lambda: {0, NOBODY})
@@ -130,23 +130,23 @@ def test_the_file_of_another_owner_takes_no_key_along(operator, monkeypatch):
     operator.export(OPENAI_API_KEY="sk-of-root")
     environ = {"QDRANT_URL": "", "OPENAI_BASE_URL": ""}
     os.chown(path, NOBODY, NOBODY)
-    said = operator.run("backup_automem", env=environ, expect=2).err
-    assert f"{path}:3: QDRANT_URL uses ${{OPENAI_API_KEY}} of your environment" in said
-    assert "OPENAI_BASE_URL takes" not in said
-    assert "sk-of-root" not in said
+    output = operator.run("backup_automem", env=environ, expect=2).err
+    assert f"{path}:3: QDRANT_URL uses ${{OPENAI_API_KEY}} of your environment" in output
+    assert "OPENAI_BASE_URL takes" not in output
+    assert "sk-of-root" not in output
 
 
 @pytest.mark.parametrize("content", [b"A=1\n" * 600_000, b"QDRANT_URL=http://x\0y\n"], ids=["large", "NUL"])
 def test_an_env_file_that_is_none_is_refused(operator, content):
     (operator.folder / ".env").write_bytes(content)
-    said = operator.run("backup_automem", expect=2).err
-    assert f"{operator.folder}/.env cannot be read: it is not a .env" in said
+    output = operator.run("backup_automem", expect=2).err
+    assert f"{operator.folder}/.env cannot be read: it is not a .env" in output
 
 
 @pytest.mark.parametrize(
     "mode", [0o777, pytest.param(0o755, marks=as_root)], ids=["open to all", "another's"]
 )
-def test_no_scratch_server_works_where_others_may_replace_its_folder(operator, tmp_path, mode):
+def test_no_scratch_server_starts_if_others_may_replace_its_folder(operator, tmp_path, mode):
     operator.load(20)
     folder = tmp_path / "of others"
     folder.mkdir()
@@ -154,9 +154,9 @@ def test_no_scratch_server_works_where_others_may_replace_its_folder(operator, t
     if mode == 0o755:
         os.chown(folder, NOBODY, NOBODY)
     operator.export(TMPDIR=folder)
-    said = operator.run("backup_automem", expect=2).err
-    assert f"the folder for temporary files {folder} (uid" in said
-    assert "export TMPDIR=/tmp" in said
+    output = operator.run("backup_automem", expect=2).err
+    assert f"the folder for temporary files {folder} (uid" in output
+    assert "export TMPDIR=/tmp" in output
     assert list(folder.iterdir()) == []
     folder.chmod(0o1777)
     os.chown(folder, os.geteuid(), os.getegid())

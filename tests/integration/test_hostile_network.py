@@ -25,7 +25,7 @@ from lib.errors import StoreFailed, StoreUnreachable
 
 
 class Server(ThreadingHTTPServer):
-    """A client that hangs up is no error of the test's: its traceback would stand among the command's own words."""
+    """A client that hangs up is no error of the test: its traceback would appear in the command's output."""
 
     def handle_error(self, *_: object) -> None:
         pass
@@ -136,12 +136,12 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not complete after 1 s")]
+    ("answer", "expected"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not complete after 1 s")]
 )
-def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, says):
+def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, expected):
     began = time.monotonic()
     with serving(answer) as (url, _):
-        with pytest.raises(StoreFailed, match=says):
+        with pytest.raises(StoreFailed, match=expected):
             Qdrant(url, timeout_seconds=1.0).version()
         assert ask_health(AutoMemApi(url)).presence == "silent"
         with pytest.raises(StoreUnreachable):
@@ -213,12 +213,12 @@ REFUSALS = {
 )
 def test_a_refusal_of_the_provider_is_bounded_too(operator, impatient, kind):
     """The openai package reads the body of an error whole, whatever it inflates to; 32 GB come of the second."""
-    answer, says = REFUSALS[kind]
+    answer, expected = REFUSALS[kind]
     operator.load(5)
     operator.run("backup_automem")
     with serving(answer) as (url, _):
         operator.export(OPENAI_BASE_URL=f"{url}/v1", VECTOR_SIZE=96)
-        assert says in operator.run("reembed_embeddings", "--dry-run", expect=6).err
+        assert expected in operator.run("reembed_embeddings", "--dry-run", expect=6).err
 
 
 def test_a_deep_json_is_no_traceback():
@@ -274,17 +274,17 @@ DOWNLOADS = {
 @pytest.mark.parametrize("kind", list(DOWNLOADS))
 def test_a_snapshot_without_end_is_given_up(monkeypatch, kind):
     monkeypatch.setattr(snapshots, "PIECE_SECONDS", 0.2)
-    answer, error, says = DOWNLOADS[kind]
+    answer, error, expected = DOWNLOADS[kind]
     taken = bytearray()
     with serving(answer) as (url, _):
         q = Qdrant(url, timeout_seconds=2.0, sleep=lambda _seconds: None)
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=expected):
             snapshots.download(q, "c", snapshots.Snapshot("s", 1000, None, ""), taken.extend)
     assert len(taken) <= 1000
 
 
 def test_texts_and_keys_go_nowhere_else(operator, impatient):
-    """A redirect is an error for each client; where it points nothing arrives."""
+    """A redirect is an error for each client; nothing arrives at its target."""
     operator.load(5)
     operator.run("backup_automem")
     with (
@@ -331,7 +331,7 @@ def test_a_whole_answer_keeps_its_connection():
 
 
 def test_a_server_sends_the_key_to_its_configured_address_alone():
-    """It is told to fetch its own snapshot: from the address that is configured, and from its own localhost."""
+    """The server is asked to fetch its own snapshot: from the configured address, and from its localhost."""
     from lib.clients.qdrant.restoring import can_fetch_itself
     from lib.clients.qdrant.snapshots import Snapshot
 

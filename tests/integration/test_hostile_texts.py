@@ -62,13 +62,13 @@ def test_a_forged_model_is_not_run_when_the_lines_are_pasted(operator, tmp_path)
     model = f"text-embedding-3-small; touch {tmp_path}/PASTED #"
     config = load_config({**operator.environ, "VECTOR_SIZE": "96"}, cwd=tmp_path, root=tmp_path)
     lines = [line.strip() for line in settings_lines(48, model, config) if line.strip().startswith("export ")]
-    told = subprocess.run(
+    done = subprocess.run(
         ["sh", "-c", "\n".join([*lines, 'echo "$EMBEDDING_MODEL"'])],
         check=True,
         capture_output=True,
         text=True,
     )
-    assert told.stdout.strip() == model
+    assert done.stdout.strip() == model
     assert not (tmp_path / "PASTED").exists()
 
 
@@ -107,10 +107,10 @@ def test_a_files_name_forges_no_line(operator, tmp_path, flag):
     """As `restore_from_backup.py incoming/*` gives it."""
     path = tmp_path / FORGED.replace("/", "")
     path.write_bytes(b"REDIS0012")
-    said = operator.run("restore_from_backup", *flag, str(path), expect=2).err
-    assert "an argument has a control character" in said
-    assert "\n::forged" not in said
-    assert not raw(said)
+    output = operator.run("restore_from_backup", *flag, str(path), expect=2).err
+    assert "an argument has a control character" in output
+    assert "\n::forged" not in output
+    assert not raw(output)
 
 
 WORDS = [

@@ -1,4 +1,4 @@
-"""A collection with named vectors, which AutoMem never makes: backed up whole, and put back; embedded anew it is not."""
+"""A collection with named vectors, which AutoMem never makes: backed up completely, and restored; it is not re-embedded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_both_vectors_are_in_the_backup_and_come_back(named):
     assert named.collections() == [named.collection]
 
 
-def test_it_is_not_embedded_anew(named):
+def test_it_is_not_re_embedded(named):
     named.run("backup_automem", "--only", "qdrant")
     before = contents(named)
     refused = named.run("reembed_embeddings", expect=2)

@@ -101,7 +101,7 @@ def make_odd(operator, cypher: str) -> None:
     [one if number < 2 else pytest.param(one, marks=pytest.mark.matrix) for number, one in enumerate(ODD)],
 )
 @pytest.mark.parametrize("words", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
-def test_a_point_whose_memory_has_no_text_keeps_its_own_and_is_listed(odd, kind, words):
+def test_a_point_whose_memory_has_no_text_keeps_its_content_and_is_listed(odd, kind, words):
     cypher, reason = ODD[kind]
     make_odd(odd, cypher)
     before = payloads(odd)
@@ -179,7 +179,7 @@ def test_only_missing_repairs_missing_keys_and_cleared_payloads(odd):
     odd.call("POST", "/points/payload/delete?wait=true", {"points": IDS[:3], "keys": ["tag_prefixes"]})
     odd.call("POST", "/points/payload/clear?wait=true", {"points": IDS[3:5]})
     done = odd.run("reembed_embeddings", "--only-missing", "--json").json
-    # The vector of a point that does not say its content may be of another text.
+    # The vector of a point without its content may be of another text.
     assert (done["payloads"], done["changed"]) == (3, 2)
     assert payloads(odd) == before
     assert_vectors(points_of(odd), SMALL, OLD_SIZE)
@@ -267,7 +267,7 @@ NEWER = {
 
 
 @pytest.mark.parametrize("words", [("--only-missing",), pytest.param((), marks=pytest.mark.matrix)])
-def test_a_small_difference_is_told_and_written(odd, words):
+def test_a_small_difference_is_reported_and_written(odd, words):
     """Python takes 1 for true, a double or its own moments for what they only come near to: JSON does not."""
     sets = ", ".join(f"m.{key} = {cypher}" for key, (cypher, _, _) in NEWER.items())
     odd.cypher(f"MATCH (m:Memory {{id: $id}}) SET {sets}", id=IDS[0])

@@ -142,7 +142,7 @@ def test_a_link_that_leads_to_itself_is_no_place(operator, tmp_path):
     assert not operator.backups.exists()
 
 
-def test_a_copy_on_the_disk_of_the_backups_is_said_to_be_one(operator, tmp_path):
+def test_a_copy_on_the_disk_of_the_backups_is_reported_as_one(operator, tmp_path):
     operator.load(20)
     done = operator.run("backup_automem", "--only", "falkordb", "--upload", str(tmp_path / "copies"))
     assert "that is the disk of the backup folder: is the other one mounted?" in done.out
@@ -157,7 +157,7 @@ def test_an_existing_set_that_no_copy_gives_back_is_not_uploaded(operator, tmp_p
     assert files_in(tmp_path / "copies") == {}
 
 
-def test_a_backup_is_uploaded_listed_proved_and_restored_from_there(operator, place, tmp_path):
+def test_a_backup_is_uploaded_listed_verified_and_restored_from_there(operator, place, tmp_path):
     operator.load()
     done = operator.run("backup_automem", "--upload", place.url, "--json")
     (manifest,) = operator.manifests()
@@ -170,12 +170,12 @@ def test_a_backup_is_uploaded_listed_proved_and_restored_from_there(operator, pl
     assert [(one["stamp"], one["complete"]) for one in listed["sets"]] == [
         (json.loads(manifest.read_text())["stamp"], True)
     ]
-    # The way there says nothing about what is here: from now on only the copy exists.
+    # The upload does not depend on the local files: from now on only the copy exists.
     shutil.move(operator.backups, tmp_path / "lost")
     if "://" in place.url:
-        drill = operator.run("backup_automem", "--check", place.url, "--json").json["proofs"]
-        assert {one["level"] for one in drill} <= {"restored", "checked"}
-        assert len(drill) == 2
+        checks = operator.run("backup_automem", "--check", place.url, "--json").json["proofs"]
+        assert {one["level"] for one in checks} <= {"restored", "checked"}
+        assert len(checks) == 2
         assert files_in(operator.backups) == {}
         latest = f"{place.url}/latest"
     else:
@@ -205,7 +205,7 @@ def test_what_is_there_already_is_not_sent_again(operator, place):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("part", ["rdb", "tar.gz"])
-def test_one_half_is_restored_by_its_own_url(operator, s3, part):
+def test_one_component_is_restored_by_its_url(operator, s3, part):
     operator.export(**s3.environ)
     operator.load()
     url = f"s3://{BUCKET}/{operator.graph}"
@@ -224,8 +224,8 @@ def test_one_half_is_restored_by_its_own_url(operator, s3, part):
 
 def test_a_dry_run_writes_nothing_there(operator, place):
     operator.load()
-    told = operator.run("backup_automem", "--upload", place.url, "--dry-run").out
-    assert "copy" in told
+    results = operator.run("backup_automem", "--upload", place.url, "--dry-run").out
+    assert "copy" in results
     assert place.files() == {}
 
 
@@ -235,7 +235,7 @@ def test_a_password_in_the_url_reaches_the_server_and_nothing_else(operator, sft
     sftp.be_known(tmp_path)  # and no key: the password alone opens
     operator.load()
     url = sftp.url("/copies", login=f"{USER}:{quote(PASSWORD, safe='')}")
-    told = [
+    results = [
         operator.run("backup_automem", "-v", "--upload", url),
         operator.run("backup_automem", "-v", "--list", url),
         operator.run("backup_automem", "-v", "--check", url),
@@ -247,13 +247,15 @@ def test_a_password_in_the_url_reaches_the_server_and_nothing_else(operator, sft
         operator.run("backup_automem", "--list", url.replace(f":{sftp.port}", ":1"), expect=1),
     ]
     sftp.mischief.deny = ("open",)
-    told.append(operator.run("backup_automem", "--check", "all", "--upload", url, expect=2))
+    results.append(operator.run("backup_automem", "--check", "all", "--upload", url, expect=2))
     sftp.mischief.deny = ("rename",)
-    told.append(operator.run("backup_automem", "--check", "all", "--json", "--upload", f"{url}/2", expect=1))
+    results.append(
+        operator.run("backup_automem", "--check", "all", "--json", "--upload", f"{url}/2", expect=1)
+    )
     secrets = (PASSWORD, quote(PASSWORD, safe=""), "p4ss", "wrong-p")
-    for result in told:
+    for result in results:
         assert not [secret for secret in secrets if secret in result.out + result.err], result
-    assert "sftp://keeper:***@127.0.0.1" in told[0].out
+    assert "sftp://keeper:***@127.0.0.1" in results[0].out
     for path in operator.backups.rglob("*"):
         if path.is_file():
             assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path

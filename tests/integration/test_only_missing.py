@@ -28,7 +28,7 @@ def repair(operator, **expected: int) -> dict[str, int]:
     """What --only-missing did, as (added, changed, ...); what is not named must be 0."""
     done = operator.run("reembed_embeddings", "--only-missing", "--json").json
     counts = {name: done[name] for name in ("added", "changed", "payloads", "mended", "removed")}
-    counts["bought"] = done["bought"]["texts"]
+    counts["embedded"] = done["bought"]["texts"]
     assert counts == dict.fromkeys(counts, 0) | expected
     return done
 
@@ -59,7 +59,7 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_paid_for(level)
     }
     level.call("PUT", "/points?wait=true", {"points": [orphans]})
 
-    repair(level, added=2, changed=1, payloads=2, removed=1, bought=3)
+    repair(level, added=2, changed=1, payloads=2, removed=1, embedded=3)
     # Three unchanged points verify the model, three texts are new.
     assert level.servers.openai.stats()["texts"] == 6
     del before[missing]
@@ -96,9 +96,9 @@ def test_an_orphan_point_is_saved_before_it_is_removed(level):
     folder = level.backups / "embeddings"
     [path] = folder.glob(f"{level.collection}*.sqlite3")
     with EmbeddingCache(path, vectors=folder / "vectors.sqlite3") as cache:
-        kept = cache.saved_points([99])[99]
-    assert b'"note":"dear"' in kept.payload
-    assert np.array_equal(np.frombuffer(kept.vector, dtype="<f4"), vector)
+        saved = cache.saved_points([99])[99]
+    assert b'"note":"dear"' in saved.payload
+    assert np.array_equal(np.frombuffer(saved.vector, dtype="<f4"), vector)
 
 
 def test_many_orphan_points_need_a_backup(level):
@@ -160,7 +160,7 @@ def test_a_missing_collection_is_an_error(operator):
 
 
 @pytest.mark.matrix
-def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_found(operator):
+def test_after_a_migration_to_the_same_size_the_old_models_late_vectors_are_found(operator):
     """AutoMem writes vectors of the old model until it is restarted; no dimension check notices."""
     operator.load()
     operator.run("backup_automem", "--only", "qdrant")
@@ -183,7 +183,7 @@ def test_after_a_migration_that_kept_the_size_the_old_models_late_vectors_are_fo
     assert point_id(late) in points_of(operator)
 
 
-def test_a_point_without_its_vector_does_not_tell_the_model(level):
+def test_a_point_without_its_vector_does_not_identify_the_model(level):
     """The vectors of a point may be deleted and the point stays."""
     one = min(points_of(level), key=str)
     row = {"id": one, "vector": {}, "payload": points_of(level)[one][0]}

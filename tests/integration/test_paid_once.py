@@ -1,4 +1,4 @@
-"""Nothing is bought that cannot be stored, nothing that exists, and what was paid for is counted even if it is of no use."""
+"""Nothing is embedded that cannot be stored or already exists, and everything paid for is counted, even if unused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stats(operator) -> dict:
     return operator.servers.openai.stats()
 
 
-def test_without_room_for_all_texts_none_is_bought(ready, monkeypatch):
+def test_without_room_for_all_texts_none_is_embedded(ready, monkeypatch):
     limit_disk(monkeypatch, lambda: 8 * MIB)
     before = points_of(ready)
     result = ready.run("reembed_embeddings", expect=1)
@@ -54,7 +54,7 @@ def test_without_room_for_all_texts_none_is_bought(ready, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["--dry-run"], ["--limit", "20"]])
-def test_a_sample_is_not_bought_without_room_either(ready, monkeypatch, words):
+def test_a_sample_is_not_embedded_without_room_either(ready, monkeypatch, words):
     limit_disk(monkeypatch, lambda: MIB)
     result = ready.run("reembed_embeddings", *words, expect=1)
     assert "no room for" in result.err
@@ -62,7 +62,7 @@ def test_a_sample_is_not_bought_without_room_either(ready, monkeypatch, words):
 
 
 def test_what_is_paid_for_is_stored_though_the_disk_fills_meanwhile(ready, monkeypatch):
-    """Another process takes the room: the batches that are sent are stored, no other is sent, and a next run goes on."""
+    """Another process takes the room: the sent batches are stored, no other is sent, and the next run resumes."""
     wanted = json.loads(ready.run("reembed_embeddings", "--dry-run", "--batch-size", "10", "--json").out)
     texts = wanted["plan"]["texts"]
     assert cached(ready) == 10
@@ -70,9 +70,9 @@ def test_what_is_paid_for_is_stored_though_the_disk_fills_meanwhile(ready, monke
     limit_disk(monkeypatch, lambda: next(looks, MIB))
     result = ready.run("reembed_embeddings", "--batch-size", "10", "--workers", "2", expect=1)
     assert "no room for" in result.err
-    bought = stats(ready)["texts"]
-    assert cached(ready) == bought
-    assert 10 < bought < texts
+    paid = stats(ready)["texts"]
+    assert cached(ready) == paid
+    assert 10 < paid < texts
     monkeypatch.undo()
     ready.run("reembed_embeddings")
     assert stats(ready)["texts"] == texts  # each text was paid for once
@@ -93,7 +93,7 @@ def test_the_room_that_is_asked_for_is_what_sqlite_takes(tmp_path, size):
     from lib.dimensions import EmbeddingSpec
 
     spec, count = EmbeddingSpec("", LARGE, size), 700
-    path = tmp_path / "spool.sqlite3"
+    path = tmp_path / "cache.sqlite3"
     with EmbeddingCache(path) as cache:
         empty = cache.size_bytes()
         cache.put_vectors([(cache.text_key(spec, str(n)), bytes(4 * size)) for n in range(count)])
@@ -106,10 +106,10 @@ def stamped(operator) -> bool:
     return bool(operator.info()["config"].get("metadata"))
 
 
-def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(ready):
+def test_a_collection_that_is_what_the_settings_ask_for_is_not_embedded_again(ready):
     ready.run("reembed_embeddings")
     if not stamped(ready):
-        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+        pytest.skip("this server keeps no metadata: nothing records which model made the vectors")
     before = points_of(ready)
     ready.servers.openai.reset()
     elsewhere = str(ready.folder / "other backups")
@@ -128,19 +128,19 @@ def test_a_collection_that_is_what_the_settings_ask_for_is_not_bought_again(read
     assert stats(ready)["tokens"] == 0
     ready.run("backup_automem", "--only", "qdrant", "--backup-dir", elsewhere)
     ready.run("reembed_embeddings", "--fresh", "--backup-dir", elsewhere)
-    assert stats(ready)["texts"] > len(before) / 2  # bought again because it was asked for
+    assert stats(ready)["texts"] > len(before) / 2  # embedded again because it was asked for
 
 
 @pytest.mark.parametrize("where", matrix(["elsewhere", "backups"]))
-def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
+def test_the_same_model_behind_a_prefix_is_not_embedded_again(ready, where):
     """A gateway names it `openai/...`: the collection's stamp is of the same vectors."""
     ready.run("reembed_embeddings")
     if not stamped(ready):
-        pytest.skip("this server keeps no metadata: nothing tells which model made the vectors")
+        pytest.skip("this server keeps no metadata: nothing records which model made the vectors")
     ready.servers.openai.reset()
     ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
     result = ready.run("reembed_embeddings", "--backup-dir", str(ready.folder / where))
-    if where == "elsewhere":  # in its own folder the run compares every vector with what was bought
+    if where == "elsewhere":  # in its own folder the run compares every vector with what was paid for
         assert f"is already {NEW_SIZE}d openai/{LARGE}" in result.out
     assert stats(ready)["tokens"] == 0
     checks = ready.run("verify_migration", "--json", expect=None).json["checks"]
@@ -148,13 +148,13 @@ def test_the_same_model_behind_a_prefix_is_not_bought_again(ready, where):
 
 
 @pytest.mark.matrix
-def test_what_a_stopped_run_bought_counts_under_another_name_of_the_model(ready):
+def test_vectors_of_a_stopped_run_count_under_another_name_of_the_model(ready):
     before = points_of(ready)
     ready.run("reembed_embeddings", "--no-switch")
-    bought = stats(ready)["texts"]
+    paid = stats(ready)["texts"]
     ready.export(EMBEDDING_MODEL=f"openai/{LARGE}")
     ready.run("reembed_embeddings")
-    assert stats(ready)["texts"] == bought
+    assert stats(ready)["texts"] == paid
     assert_migrated(ready, before)
 
 
@@ -193,7 +193,7 @@ def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
 
 
 @pytest.mark.matrix
-def test_what_an_earlier_start_paid_and_threw_away_counts_in_max_cost(ready):
+def test_what_an_earlier_start_paid_and_discarded_counts_in_max_cost(ready):
     tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)[
         "plan"
     ]["tokens"]
@@ -232,7 +232,7 @@ def test_indices_that_do_not_fit_end_the_run_after_a_few_requests(ready):
 
 
 @pytest.mark.matrix
-def test_a_text_that_is_too_long_for_the_model_is_cut_when_the_refusal_says_how_long_it_may_be(ready):
+def test_a_text_that_is_too_long_for_the_model_is_cut_if_the_refusal_names_the_limit(ready):
     identity = "3f0f2f0a-0000-4000-8000-00000000000b"
     content = "word " * 300 + "BEYOND"
     ready.cypher("CREATE (:Memory {id: $id, content: $text})", id=identity, text=content)
@@ -257,7 +257,7 @@ def test_the_undo_never_names_a_set_of_before_the_deleted_collection(ready):
     assert "restore_from_backup" not in done["undo"]
 
 
-def test_a_damaged_row_of_the_cache_reaches_no_collection_and_alone_is_bought_again(operator):
+def test_a_damaged_row_of_the_cache_reaches_no_collection_and_alone_is_embedded_again(operator):
     make_ready(operator)
     before = points_of(operator)
     operator.run("reembed_embeddings", "--limit", "30")
@@ -269,8 +269,8 @@ def test_a_damaged_row_of_the_cache_reaches_no_collection_and_alone_is_bought_ag
     refused = operator.run("reembed_embeddings", expect=1)
     assert "1 embedding(s) in" in refused.err
     assert "were damaged on the disk" in refused.err
-    bought = operator.servers.openai.stats()["texts"]
+    paid = operator.servers.openai.stats()["texts"]
     assert points_of(operator).keys() == before.keys()
     assert operator.run("reembed_embeddings", "--json").json["bought"]["texts"] >= 1
-    assert operator.servers.openai.stats()["texts"] == bought + 1
+    assert operator.servers.openai.stats()["texts"] == paid + 1
     assert_migrated(operator, before)

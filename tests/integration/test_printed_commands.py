@@ -1,4 +1,4 @@
-"""Every printed command works as pasted: from where the script was started, with its flags, quoted for a shell."""
+"""Every printed command works as pasted: from the script's working directory, with its flags, quoted for a shell."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_the_undo_of_vectors_of_an_unknown_model_adds_none_of_the_new_model(file
     before = points_of(filed)
     undo = filed.run("reembed_embeddings", *FLAGS, "--json").json["undo"]
     filed.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'newer than the backup'")
-    bought = filed.servers.openai.stats()["texts"]
+    paid = filed.servers.openai.stats()["texts"]
     done = paste(filed, undo)
     after = points_of(filed)
     assert after.keys() == before.keys()
     assert all((vector == before[one][1]).all() for one, (_, vector) in after.items())
-    assert filed.servers.openai.stats()["texts"] == bought
+    assert filed.servers.openai.stats()["texts"] == paid
     active = [line for line in undo.splitlines() if not line.lstrip().startswith("#")]
     assert [line.split()[-1] for line in active[1:]] == [f"VECTOR_SIZE={OLD_SIZE}"]
     assert "EMBEDDING_MODEL=unknown" not in undo + done.stdout + done.stderr
@@ -89,7 +89,7 @@ def test_the_undo_of_vectors_of_an_unknown_model_adds_none_of_the_new_model(file
 
 
 @pytest.mark.matrix
-def test_the_way_out_of_a_refusal_can_be_pasted(filed):
+def test_the_remedy_of_a_refusal_can_be_pasted(filed):
     refused = filed.run("reembed_embeddings", *FLAGS, expect=2)
     steps = refused.err.split("\nnext:\n")[1]
     lines = [line.strip() for line in steps.splitlines() if line.strip()]
@@ -111,7 +111,7 @@ def test_from_the_checkout_the_command_is_as_in_the_guide(monkeypatch):
     assert shlex.split(shown["undo"][0])[1:] == ["scripts/backup_automem.py", "--list"]
 
 
-def test_an_alias_is_refused_by_name_before_anything_is_bought_or_written(operator):
+def test_an_alias_is_refused_by_name_before_anything_is_embedded_or_written(operator):
     operator.load(60)
     real = operator.collection
     alias = f"{real} alias"
@@ -178,7 +178,7 @@ def test_a_link_to_an_env_file_that_is_gone_is_a_fault(operator):
     assert "is a link to ../automem/.env, which does not exist" in refused.err
 
 
-def test_a_dry_run_shows_its_plan_without_a_key_and_says_that_the_real_run_lacks_a_backup(operator):
+def test_a_dry_run_shows_its_plan_without_a_key_and_reports_that_the_real_run_lacks_a_backup(operator):
     operator.load(60)
     env = {"VECTOR_SIZE": str(NEW_SIZE), "EMBEDDING_MODEL": LARGE}
     keyless = operator.run("reembed_embeddings", "--dry-run", env={**env, "OPENAI_API_KEY": ""}, expect=2)

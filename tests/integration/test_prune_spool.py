@@ -1,4 +1,4 @@
-"""`--prune-spool`: what no plan needs goes, what any plan needs stays, and nobody is at work meanwhile."""
+"""`--prune-spool`: what no plan needs is deleted, what any plan needs stays, and no other run is active meanwhile."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plan(cache, spec, texts):
     cache.end_scan()
 
 
-def bought(cache, spec, texts):
+def embed(cache, spec, texts):
     cache.put_vectors([(cache.text_key(spec, text), vector(text, spec.size)) for text in texts])
 
 
@@ -53,10 +53,10 @@ def texts(first, last):
 def test_what_any_plan_names_stays_and_the_rest_goes(tmp_path):
     with opened(tmp_path, "other") as other:
         plan(other, SMALL, texts(50, 60))
-        bought(other, SMALL, texts(50, 70))
+        embed(other, SMALL, texts(50, 70))
     with opened(tmp_path, "own") as cache:
         plan(cache, BIG, texts(0, 30))
-        bought(cache, BIG, texts(0, 40))
+        embed(cache, BIG, texts(0, 40))
         counted = prune_cache(cache, tmp_path, dry_run=True)
         assert [(one.spec.size, one.vectors, one.unneeded) for one in counted.stored] == [
             (16, 20, 10),
@@ -76,7 +76,7 @@ def test_what_any_plan_names_stays_and_the_rest_goes(tmp_path):
 def test_the_file_gives_its_room_back(tmp_path):
     with opened(tmp_path, "own") as cache:
         plan(cache, BIG, texts(0, 5))
-        bought(cache, BIG, texts(0, 3000))
+        embed(cache, BIG, texts(0, 3000))
         done = prune_cache(cache, tmp_path, dry_run=False)
         assert done.removed == 2995
         assert done.bytes_after < done.bytes_before / 4
@@ -85,20 +85,20 @@ def test_the_file_gives_its_room_back(tmp_path):
 def test_without_room_for_the_copy_the_vectors_go_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(pruning, "free_bytes", lambda _path: 1000)
     with opened(tmp_path, "own") as cache:
-        bought(cache, BIG, texts(0, 100))
+        embed(cache, BIG, texts(0, 100))
         done = prune_cache(cache, tmp_path, dry_run=False)
         assert (done.removed, done.shrunk, stored_count(cache, BIG)) == (100, False, 0)
 
 
 def test_no_plan_at_all_needs_nothing(tmp_path):
     with opened(tmp_path, "own") as cache:
-        bought(cache, BIG, texts(0, 10))
+        embed(cache, BIG, texts(0, 10))
         assert prune_cache(cache, tmp_path, dry_run=False).removed == 10
 
 
 def test_a_plan_that_cannot_be_read_stops_it(tmp_path):
     with opened(tmp_path, "own") as cache:
-        bought(cache, BIG, texts(0, 10))
+        embed(cache, BIG, texts(0, 10))
         (tmp_path / "embeddings" / "broken.sqlite3").write_bytes(
             b"no database at all, but long enough to look" * 99
         )
@@ -109,7 +109,7 @@ def test_a_plan_that_cannot_be_read_stops_it(tmp_path):
 
 def test_an_empty_file_is_no_plan_either(tmp_path):
     with opened(tmp_path, "own") as cache:
-        bought(cache, BIG, texts(0, 10))
+        embed(cache, BIG, texts(0, 10))
         (tmp_path / "embeddings" / "empty.sqlite3").touch()
         with pytest.raises(CacheDamaged, match="nothing is removed"):
             prune_cache(cache, tmp_path, dry_run=False)
@@ -118,7 +118,7 @@ def test_an_empty_file_is_no_plan_either(tmp_path):
 
 def test_an_unfinished_run_stops_it(tmp_path):
     with opened(tmp_path, "own") as cache:
-        bought(cache, BIG, texts(0, 10))
+        embed(cache, BIG, texts(0, 10))
         journal = start_journal(tmp_path, "reembed", ["a", "b"])
         with pytest.raises(GuardRefused, match="unfinished"):
             prune_cache(cache, tmp_path, dry_run=False)
@@ -129,7 +129,7 @@ def test_an_unfinished_run_stops_it(tmp_path):
 
 def test_another_run_on_the_same_vectors_stops_it(tmp_path):
     with opened(tmp_path, "own") as cache, opened(tmp_path, "other") as other:
-        bought(cache, BIG, texts(0, 10))
+        embed(cache, BIG, texts(0, 10))
         with pytest.raises(LockHeld, match=r"vectors\.sqlite3"):
             prune_cache(cache, tmp_path, dry_run=False)
         assert stored_count(other, BIG) == 10
@@ -156,8 +156,8 @@ def test_the_command_keeps_what_the_migration_needs(operator):
     sizes = {one["spec"]["size"]: one for one in dry["stored"]}
     assert sizes[NEW_SIZE // 2]["unneeded"] == sizes[NEW_SIZE // 2]["vectors"] > 0
     assert sizes[NEW_SIZE]["unneeded"] == 0
-    said = operator.run("reembed_embeddings", "--prune-spool", env={"OPENAI_API_KEY": ""})
-    assert f"{sizes[NEW_SIZE // 2]['vectors']} vectors deleted" in said.out
+    output = operator.run("reembed_embeddings", "--prune-spool", env={"OPENAI_API_KEY": ""})
+    assert f"{sizes[NEW_SIZE // 2]['vectors']} vectors deleted" in output.out
     operator.servers.openai.reset()
     operator.run("reembed_embeddings")
     assert operator.servers.openai.stats()["texts"] == 0

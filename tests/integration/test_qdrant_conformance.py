@@ -1,6 +1,6 @@
 """The Qdrant stand-in against recordings of real servers, and real servers against the same recordings.
 
-By default the stand-in plays both versions. With QDRANT_TEST_SERVER (the path of a server binary) the very same
+By default the stand-in plays both versions. With QDRANT_TEST_SERVER (the path of a server binary) the same
 replays run against that server instead, started empty; its version decides which recording is meant.
 """
 
@@ -38,7 +38,7 @@ LEFT_OUT = {  # (title, version or "" for both) -> why the stand-in is not compa
     (
         "download, client default",
         "",
-    ): "the server compresses with br where it may; the standard library has gzip only",
+    ): "the server compresses with br if it may; the standard library has gzip only",
     (
         "after one segment dropped: info",
         "1.11.3",
@@ -94,23 +94,27 @@ def test_every_recorded_request_is_answered_as_recorded(version: str, tmp_path: 
             if reason:
                 left_out.append(f"{number} {row['title']}: {reason}")
                 continue
-            found = _settled(replay, row) if row["title"].startswith(AFTER_NO_WAIT) else replay.run(row)
+            found = (
+                _replay_until_equal(replay, row)
+                if row["title"].startswith(AFTER_NO_WAIT)
+                else replay.run(row)
+            )
             wrong += [f"{number} {row['title']}: {line}" for line in found]
             compared += 1
-    _tell("transcript", version, compared, len(recording), left_out)
+    _print_summary("transcript", version, compared, len(recording), left_out)
     assert not wrong, "\n".join(wrong)
     assert compared >= COMPARED_AT_LEAST
     assert compared + len(left_out) == len(recording) == 351
 
 
-def _settled(replay: Replay, row: dict[str, Any]) -> list[str]:
+def _replay_until_equal(replay: Replay, row: dict[str, Any]) -> list[str]:
     deadline = time.monotonic() + SETTLE_SECONDS
     while (found := replay.run(row)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
 
 
-def _tell(recording: str, version: str, compared: int, total: int, left_out: list[str]) -> None:
+def _print_summary(recording: str, version: str, compared: int, total: int, left_out: list[str]) -> None:
     server = "real server" if REAL else "stand-in"
     print(
         f"\nconformance: {recording} {version} {server}: {compared} of {total} compared, {len(left_out)} left out"
@@ -126,7 +130,7 @@ def test_recover_is_answered_as_recorded(version: str, tmp_path: Path) -> None:
         replay = RecoverReplay(server.url)
         replay.set_up()
         wrong = replay.run(recording)
-    _tell("recover", version, replay.compared, len(recording), [])
+    _print_summary("recover", version, replay.compared, len(recording), [])
     assert not wrong, "\n".join(wrong)
     assert replay.compared == len(recording) == 54
 
@@ -150,7 +154,7 @@ def test_keys_are_judged_as_recorded(version: str, tmp_path: Path) -> None:
         snapshot = _small_collection(server.url)
         for row in meant:
             wrong += _auth_differences(server.url, row, snapshot)
-    _tell("auth", version, len(meant), len(recording), ["rows with a JWT"])
+    _print_summary("auth", version, len(meant), len(recording), ["rows with a JWT"])
     assert not wrong, "\n".join(wrong)
     assert len(meant) == 5 * 19
 
@@ -256,7 +260,9 @@ def test_acknowledged_points_outlive_a_kill(version: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.matrix
-def test_a_dead_collection_keeps_1_11_from_starting_and_delete_cures(version: str, tmp_path: Path) -> None:
+def test_a_failed_collection_prevents_1_11_from_starting_and_delete_cures(
+    version: str, tmp_path: Path
+) -> None:
     with _server(tmp_path, version) as server:
         good = f"{server.url}/collections/good"
         _small(good)
@@ -270,12 +276,12 @@ def test_a_dead_collection_keeps_1_11_from_starting_and_delete_cures(version: st
         bad = repacked(
             whole, lambda entry, body: b"x" * len(body) if entry.startswith("0/wal/open-") else body
         )
-        _upload_dead(server.url, bad)
+        _upload_failing(server.url, bad)
         assert requests.delete(f"{server.url}/collections/dead", timeout=20).json()["result"] is True
         server.kill()
         server.start()  # cured: it starts
         assert requests.post(f"{good}/points/count", json={}, timeout=20).json()["result"]["count"] == 1
-        _upload_dead(server.url, bad)
+        _upload_failing(server.url, bad)
         server.kill()
         if version == "1.11.3":
             with pytest.raises(ServerStartError):
@@ -294,7 +300,7 @@ def _small(url: str) -> None:
     requests.put(url, json=made, timeout=20).raise_for_status()
 
 
-def _upload_dead(url: str, content: bytes) -> None:
+def _upload_failing(url: str, content: bytes) -> None:
     where = f"{url}/collections/dead/snapshots/upload?wait=true"
     answer = requests.post(where, files={"snapshot": ("dead.snapshot", content)}, timeout=30)
     assert answer.status_code == 500, answer.text
@@ -357,7 +363,7 @@ def test_strict_mode_refuses_as_recorded(version: str, tmp_path: Path) -> None:
                 wrong += [f"{row['title']}: {line}" for line in replay.run(row)]
                 compared += 1
     reason = "no tool of ours filters by unindexed keys or sets a limit to a collection's size"
-    _tell(
+    _print_summary(
         "strict",
         version,
         compared,

@@ -95,7 +95,7 @@ def test_a_cut_download_ends_early_and_resumes_with_range(server: QdrantServer) 
     _fault(server, path=r"/snapshots/.+\.snapshot", cut_after_bytes=5000, times=1)
     received = b""
     answer = requests.get(where, headers=identity, timeout=TIMEOUT, stream=True)
-    with pytest.raises(requests.RequestException):  # noqa: PT012  # the pieces before the cut are kept
+    with pytest.raises(requests.RequestException):  # noqa: PT012  # the pieces before the cut are preserved
         for piece in answer.iter_content(1000):
             received += piece
     assert len(received) == 5000
@@ -186,7 +186,7 @@ def test_a_refused_upsert_without_wait_is_lost_in_silence_on_1_11(tmp_path: Path
         assert requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).json()["result"]["count"] == 4
 
 
-def test_reads_go_on_while_others_write(server: QdrantServer) -> None:
+def test_reads_continue_while_others_write(server: QdrantServer) -> None:
     url = _filled(server, 0 + 1)
     failed: list[str] = []
 
@@ -232,12 +232,12 @@ def test_a_start_takes_under_two_seconds(tmp_path: Path) -> None:
     server = QdrantServer(tmp_path / "data")
     started = time.monotonic()
     with server:
-        assert time.monotonic() - started < 30  # 0.7 s where nothing else runs
+        assert time.monotonic() - started < 30  # 0.7 s if nothing else runs
         assert server.restart().running
     assert not server.running
 
 
-def test_a_snapshot_of_several_shards_is_not_half_restored(server: QdrantServer) -> None:
+def test_a_snapshot_of_several_shards_is_not_partly_restored(server: QdrantServer) -> None:
     answer = _upload(server, "two", recorded_snapshots("1.18.3")["memories_two_shards.snapshot"])
     assert answer.status_code == 500
     assert requests.get(f"{server.url}/collections/two", timeout=TIMEOUT).status_code == 404

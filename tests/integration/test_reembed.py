@@ -1,4 +1,4 @@
-"""reembed_embeddings.py as an operator runs it: the plain way, what stays as it was, and what is never paid for."""
+"""reembed_embeddings.py as an operator runs it: the default cutover, what stays unchanged, and what is never paid for."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
     only_points = {key for payload, _ in after.values() for key in payload} - {"content"}
     assert {"source_app", "legacy_score"} <= only_points
 
-    bought = operator.servers.openai.stats()
+    embedded = operator.servers.openai.stats()
     texts = {node["content"] for node in embeddable(operator).values()}
     assert len(texts) < len(after)
-    assert (bought["texts"], bought["paid_twice"]) == (len(texts), 0)
+    assert (embedded["texts"], embedded["paid_twice"]) == (len(texts), 0)
     assert result["bought"]["texts"] == len(texts)
-    assert result["bought"]["tokens"] == bought["tokens"]
+    assert result["bought"]["tokens"] == embedded["tokens"]
 
     assert_stamped(operator)
 
@@ -71,7 +71,7 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
     assert (result["bought"]["texts"], result["mended"], result["absent_seconds"]) == (0, 0, 0.0)
     assert operator.state() == state
 
-    # Where the server keeps no metadata the run's journal tells, even under the settings of before.
+    # If the server stores no metadata, the run's journal records the model, even with the earlier settings.
     operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
     operator.run("backup_automem", "--only", "qdrant")
     component = json.loads(operator.manifests()[-1].read_text())["collection"]
@@ -82,7 +82,7 @@ def test_up_and_down_again_with_everything_but_the_size_as_it_was(operator):
 
 
 def assert_stamped(operator):
-    """The collection says which model made it, where the server can keep that (1.16 and later)."""
+    """The collection records which model made it, if the server can store that (1.16 and later)."""
     major, minor = map(int, operator.qdrant.version().split(".")[:2])
     metadata = operator.info()["config"].get("metadata")
     if (major, minor) < (1, 16):
@@ -180,8 +180,8 @@ def test_a_collection_that_is_gone_is_made_as_the_newest_backup_has_it(operator)
 
 
 @pytest.mark.matrix
-def test_an_empty_collection_that_is_set_up_otherwise_than_the_backup_is_told(operator):
-    """AutoMem makes a collection that is gone anew, with its own settings, before anybody runs the migration."""
+def test_an_empty_collection_with_other_settings_than_the_backup_is_reported(operator):
+    """AutoMem recreates a deleted collection, with its own settings, before anybody runs the migration."""
     operator.load()
     make_rich(operator)
     operator.run("backup_automem", "--only", "qdrant")
@@ -189,10 +189,10 @@ def test_an_empty_collection_that_is_set_up_otherwise_than_the_backup_is_told(op
     operator.call("DELETE", "")
     operator.call("PUT", "", {"vectors": {"size": NEW_SIZE, "distance": "Cosine"}})
     upgrade(operator)
-    told = operator.run("reembed_embeddings", "--dry-run", "--json")
-    assert told.json["plan"]["settings_unlike"] == operator.manifests()[0].name
-    assert f"not those of {operator.manifests()[0].name}: it keeps its own" in told.err
-    line = next(one.strip() for one in told.err.splitlines() if "curl" in one)
+    planned = operator.run("reembed_embeddings", "--dry-run", "--json")
+    assert planned.json["plan"]["settings_unlike"] == operator.manifests()[0].name
+    assert f"not those of {operator.manifests()[0].name}: it keeps its own" in planned.err
+    line = next(one.strip() for one in planned.err.splitlines() if "curl" in one)
     assert line == f"curl -s -X DELETE {operator.servers.qdrant_url}/collections/{operator.collection}"
     operator.call("DELETE", "")
     done = operator.run("reembed_embeddings")
@@ -221,7 +221,7 @@ def test_an_empty_collection_of_the_new_size_is_filled(operator):
     assert_migrated(operator, {})
 
 
-def test_a_dry_run_buys_one_batch_and_changes_nothing(operator):
+def test_a_dry_run_embeds_one_batch_and_changes_nothing(operator):
     operator.load()
     before = operator.state()
     upgrade(operator)
@@ -238,7 +238,7 @@ def test_a_dry_run_buys_one_batch_and_changes_nothing(operator):
     assert stats["texts"] == 30 + result["left"]["texts"]
 
 
-def test_a_dry_run_with_a_model_that_cannot_make_the_size_says_so_and_samples_at_its_own(operator):
+def test_a_dry_run_with_a_model_that_cannot_make_the_size_reports_it_and_samples_at_the_models_size(operator):
     operator.load()
     operator.export(VECTOR_SIZE=3072)
     result = operator.run("reembed_embeddings", "--dry-run", "--json")
@@ -264,7 +264,7 @@ def test_max_cost_refuses_before_anything_is_spent(operator):
 
 
 @pytest.mark.matrix
-def test_fresh_buys_everything_again_and_forgets_nothing_where_it_is_refused(operator):
+def test_fresh_embeds_everything_again_and_forgets_nothing_if_it_is_refused(operator):
     before = backed_up(operator)
     upgrade(operator)
     operator.run("reembed_embeddings")
@@ -273,7 +273,7 @@ def test_fresh_buys_everything_again_and_forgets_nothing_where_it_is_refused(ope
     operator.servers.openai.reset()
     operator.run("reembed_embeddings", "--fresh", "--dry-run", expect=2)
     operator.run("reembed_embeddings", "--fresh", "--max-cost", "0.0001", expect=2)
-    # What stands there was made by vectors that no longer count: it is replaced, so it must be protected.
+    # The existing collection was made from vectors that no longer count: it is replaced, so it must be protected.
     operator.run("reembed_embeddings", "--fresh", expect=2)
     assert cached(operator) == texts
     operator.run("backup_automem", "--only", "qdrant")
@@ -373,6 +373,6 @@ def test_a_change_of_content_or_payload_during_the_run_is_in_the_new_collection(
 
 
 def test_expected_payload_is_not_the_code_under_test():
-    # The rule's second telling must itself tell a wrong payload from a right one.
+    # The second implementation of the rule must itself distinguish a wrong payload from a right one.
     old, node = {"content": "a", "mine": 1}, {"content": "b", "summary": "s", "archived": True}
     assert expected_payload(old, node) == {"content": "b", "mine": 1, "archived": True}

@@ -144,7 +144,7 @@ def test_the_guard_is_asked_again_before_the_delete(ready):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "expected"),
     [
         (
             {"status": 429, "code": "insufficient_quota", "error_type": "insufficient_quota"},
@@ -153,23 +153,21 @@ def test_the_guard_is_asked_again_before_the_delete(ready):
         pytest.param({"status": 401, "code": "invalid_api_key"}, "OPENAI_API_KEY", marks=pytest.mark.matrix),
     ],
 )
-def test_a_provider_that_refuses_stops_the_run_and_the_vectors_stay(ready, fault, says):
+def test_a_provider_that_refuses_stops_the_run_and_the_vectors_stay(ready, fault, expected):
     before, openai = ready.state(), ready.servers.openai
     openai.fault(**fault, after=5)
     openai.reset()
     result = ready.run("reembed_embeddings", "--batch-size", "20", "--workers", "2", expect=6)
-    assert says in result.err
+    assert expected in result.err
     assert "nothing is paid for twice" in result.err
     assert ready.state() == before
-    bought = openai.stats()["texts"]
-    assert bought >= 80
+    paid = openai.stats()["texts"]
+    assert paid >= 80
     openai.clear_faults()
     left = ready.run("reembed_embeddings", "--json").json["bought"]["texts"]
     assert openai.stats()["paid_twice"] == 0
     assert (
-        openai.stats()["texts"]
-        == bought + left
-        == len({one["content"] for one in embeddable(ready).values()})
+        openai.stats()["texts"] == paid + left == len({one["content"] for one in embeddable(ready).values()})
     )
 
 

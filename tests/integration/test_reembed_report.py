@@ -1,4 +1,4 @@
-"""The report beside the backups: what it says against what can be computed apart from it, and what it must not hold."""
+"""The report next to the backups: its values against separately computed ones, and what it must not hold."""
 
 from __future__ import annotations
 
@@ -128,17 +128,17 @@ def nearest(points, one, most=10):
 
 
 def assert_found(near, scores, wanted):
-    """The same scores, and the same points but where scores are equal."""
+    """The same scores, and the same points except if scores are equal."""
     ids, best = wanted
     assert scores == pytest.approx(best[:10], abs=2e-4)
     sure = {one for one, score in zip(ids, best, strict=True) if score > best[9] + 2e-4}
     assert sure <= set(near)
 
 
-# --- what it says -----------------------------------------------------------------------------------------------
+# --- content ----------------------------------------------------------------------------------------------------
 
 
-def test_it_says_what_was_done_and_how_to_undo_it(migrated):
+def test_it_reports_what_was_done_and_how_to_undo_it(migrated):
     ready, result = migrated.operator, migrated.printed
     document, shown, _ = the_report(ready)
     assert result["report"] == [str(path) for path in reports(ready)[::-1]]
@@ -166,19 +166,19 @@ def test_it_says_what_was_done_and_how_to_undo_it(migrated):
     assert f"{len(points):,}" in shown.text
 
 
-def test_what_was_bought_is_what_the_provider_counted(migrated):
+def test_the_reported_embeddings_are_what_the_provider_counted(migrated):
     document, shown, _ = the_report(migrated.operator)
-    stats, bought = migrated.counted, document["bought"]
-    assert (bought["texts"], bought["tokens"], bought["requests"]) == (
+    stats, embedded = migrated.counted, document["bought"]
+    assert (embedded["texts"], embedded["tokens"], embedded["requests"]) == (
         stats["texts"],
         stats["tokens"],
         stats["requests"],
     )
-    assert bought["price"] == pytest.approx(stats["tokens"] * 0.13 / 1e6)
+    assert embedded["price"] == pytest.approx(stats["tokens"] * 0.13 / 1e6)
     assert sum(slot["texts"] for slot in document["rates"]) == stats["texts"]
-    assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(bought["seconds"], abs=0.1)
-    assert f"${bought['price']:.4f}" in shown.text
-    # Nothing was bought but the texts themselves.
+    assert sum(slot["seconds"] for slot in document["rates"]) == pytest.approx(embedded["seconds"], abs=0.1)
+    assert f"${embedded['price']:.4f}" in shown.text
+    # Only the texts themselves were embedded.
     texts = {node["content"] for node in embeddable(migrated.operator).values()}
     assert stats["texts"] == len(texts)
 
@@ -192,7 +192,7 @@ def test_recall_is_what_can_be_computed_from_the_vectors(migrated):
         was, now = nearest(before, one["id"]), nearest(after, one["id"])
         assert one["before"] == pytest.approx(was[1][:10], abs=2e-4)
         assert one["after"] == pytest.approx(now[1][:10], abs=2e-4)
-        # Where the tenth and the eleventh score the same either is right.
+        # If the tenth and the eleventh have the same score, either is right.
         apart = was[1][9] - was[1][10] > 2e-4 and now[1][9] - now[1][10] > 2e-4
         same = len(set(was[0][:10]) & set(now[0][:10]))
         assert one["same"] == same or (not apart and abs(one["same"] - same) <= 2)
@@ -268,7 +268,7 @@ def test_it_is_private_and_holds_no_key(migrated):
         (f"after {DELETING}", ()),
     ),
 )
-def test_a_run_that_is_killed_and_goes_on_still_has_what_was_before(ready, where, words):
+def test_a_run_that_is_killed_and_resumed_still_reports_what_was_before(ready, where, words):
     before = points_of(ready)
     run_killed(ready, where, "reembed_embeddings", *words)
     result = ready.run("reembed_embeddings", *words)
@@ -306,7 +306,7 @@ def test_what_an_earlier_start_paid_for_is_in_the_sums(ready):
 
 
 @pytest.mark.matrix
-def test_the_next_one_has_a_report_and_sums_of_its_own(ready):
+def test_the_next_one_has_a_separate_report_and_separate_sums(ready):
     ready.run("reembed_embeddings")
     first = the_report(ready)[0]
     result = ready.run("reembed_embeddings", "--json").json
@@ -374,7 +374,7 @@ def test_a_report_that_cannot_be_written_fails_no_migration(ready):
 
 
 @pytest.mark.matrix
-def test_backups_are_listed_and_cleaned_up_beside_reports(ready):
+def test_backups_are_listed_and_cleaned_up_next_to_reports(ready):
     ready.run("reembed_embeddings")
     ready.run("backup_automem", "--only", "qdrant")
     assert len(ready.run("backup_automem", "--list", "--json").json["sets"]) == 2
@@ -391,12 +391,12 @@ def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
     for words in ((), (), ("--only", "qdrant"), ("--only", "falkordb"), ("--only", "falkordb")):
         ready.run("backup_automem", *words)
     done = ready.run("backup_automem", "--cleanup", "--keep", "1", "--json").json
-    assert len(done["sets"]) == 2  # of the full sets one, of the graph halves one
+    assert len(done["sets"]) == 2  # one of the full sets, one of the sets with the graph only
     assert undo not in done["sets"]
     assert "names it" in done["protected"][undo]
     assert ready.backups / undo in ready.manifests()
-    told = ready.run("backup_automem", "--cleanup", "--keep", "1").out
-    assert told.startswith(f"nothing to delete\nkept {undo}: the undo of reembed run ")
+    out = ready.run("backup_automem", "--cleanup", "--keep", "1").out
+    assert out.startswith(f"nothing to delete\nkept {undo}: the undo of reembed run ")
 
 
 # --- figures and plots ------------------------------------------------------------------------------------------

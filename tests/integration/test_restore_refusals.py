@@ -1,4 +1,4 @@
-"""What a restore's target would refuse half-way is told before anything is touched, with what to do about it."""
+"""What a restore's target would refuse midway is reported before anything is touched, with what to do about it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def granted(operator, *rules: str):
 
 
 def refused(operator, *words: str, code: int) -> str:
-    """What both a dry run and a restore say; the stores and the backup folder are as before."""
+    """The output of both a dry run and a restore; the stores and the backup folder are as before."""
     before, files = operator.state(), sorted(operator.backups.rglob("*"))
     for more in (("--dry-run",), ()):
         result = operator.run("restore_from_backup", *words, *more, expect=code)
@@ -75,7 +75,7 @@ def refused(operator, *words: str, code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("lacking", "told"),
+    ("lacking", "permission"),
     matrix(
         [
             ("-restore", "RESTORE"),
@@ -88,15 +88,15 @@ def refused(operator, *words: str, code: int) -> str:
         ("-rename", "RENAME"),
     ),
 )
-def test_a_missing_permission_is_named_with_its_grant(untouched, lacking, told):
+def test_a_missing_permission_is_named_with_its_grant(untouched, lacking, permission):
     with granted(untouched, "~*", "+@all", lacking):
         text = refused(untouched, "latest", code=2)
-    assert f"does not permit this user {told} on '{untouched.graph}'" in text
+    assert f"does not permit this user {permission} on '{untouched.graph}'" in text
     assert "+restore +rename +multi +exec +dump +graph.delete" in text
 
 
 @pytest.mark.matrix
-def test_a_user_of_this_key_alone_is_told_of_the_names_beside_it(ready):
+def test_a_user_of_this_key_alone_learns_which_other_names_are_needed(ready):
     with granted(ready, f"~{ready.graph}", f"~telemetry{{{ready.graph}}}", "+@all"):
         assert f"~{ready.graph}*" in refused(ready, "latest", code=2)
     with granted(ready, f"~{ready.graph}*", f"~telemetry{{{ready.graph}*", "+@all"):
@@ -168,19 +168,19 @@ def test_an_alias_is_no_place_for_a_collection(ready):
 def silent_server():
     """Takes connections and never answers, as a service that hangs."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        kept = []
+        connections = []
 
         def take() -> None:
             while True:
                 try:
-                    kept.append(listener.accept()[0])
+                    connections.append(listener.accept()[0])
                 except OSError:
                     return
 
         threading.Thread(target=take, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
-        for one in kept:
+        for one in connections:
             one.close()
 
 
@@ -219,7 +219,7 @@ def falkor(folder, engine):
         server.stop()
 
 
-def test_a_target_of_an_older_encoding_says_what_to_upgrade(operator, tmp_path, newer_engine):
+def test_a_target_of_an_older_encoding_is_reported_with_what_to_upgrade(operator, tmp_path, newer_engine):
     operator.load(40)
     before = operator.state()
     with falkor(tmp_path / "newer", newer_engine) as newer:

@@ -1,4 +1,4 @@
-"""Samples loaded into real stores: all of them, fast, and refused where something is there already."""
+"""Samples loaded into real stores: all of them, fast, and refused if the stores hold something already."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class ProcessList:
     """Reads every process's command line, over and over, as any user of the machine could."""
 
     def __init__(self) -> None:
-        self.told: set[str] = set()
+        self.revealed: set[str] = set()
         self.rounds = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -81,7 +81,7 @@ class ProcessList:
                     words = path.read_bytes().decode("utf-8", "replace").replace("\0", " ")
                 except OSError:
                     continue
-                self.told |= {words for secret in SECRETS if secret in words}
+                self.revealed |= {words for secret in SECRETS if secret in words}
 
 
 def holders(folder: Path) -> list[str]:
@@ -94,13 +94,13 @@ def holders(folder: Path) -> list[str]:
     return found
 
 
-def test_no_secret_is_told_on_the_whole_way(guarded):
-    told = ""
+def test_no_command_reveals_a_secret(guarded):
+    revealed = ""
 
     def run(script, *words, expect=0, **env):
-        nonlocal told
+        nonlocal revealed
         result = guarded.run(script, *words, expect=expect, env=env)
-        told += result.out + result.err
+        revealed += result.out + result.err
 
     with ProcessList() as processes:
         run("backup_automem", "--show-config")
@@ -122,13 +122,13 @@ def test_no_secret_is_told_on_the_whole_way(guarded):
         guarded.servers.openai.fault(status=401, times=5)
         run("reembed_embeddings", "-v", "--fresh", expect=6)
     assert processes.rounds > 20
-    assert processes.told == set()
-    assert [secret for secret in SECRETS if secret in told] == []
+    assert processes.revealed == set()
+    assert [secret for secret in SECRETS if secret in revealed] == []
     assert len(list(guarded.backups.glob("journal_*.jsonl"))) >= 3
     assert holders(guarded.folder) == []
 
 
-def test_the_way_there_is_one_that_would_be_noticed(tmp_path):
+def test_a_secret_on_a_command_line_or_in_a_file_would_be_noticed(tmp_path):
     """The watchers themselves: a process with a secret among its words, and a file that holds one."""
     import subprocess
     import sys
@@ -136,11 +136,11 @@ def test_the_way_there_is_one_that_would_be_noticed(tmp_path):
 
     with ProcessList() as processes:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", TOKEN])
-        while not processes.told and processes.rounds < 500:
+        while not processes.revealed and processes.rounds < 500:
             time.sleep(0.02)
         child.kill()
         child.wait()
-    assert any(TOKEN in words for words in processes.told)
+    assert any(TOKEN in words for words in processes.revealed)
     (tmp_path / "file").write_text(f"x{QDRANT_KEY}y")
     assert holders(tmp_path) == [f"file: {QDRANT_KEY}"]
 

@@ -1,4 +1,4 @@
-"""--show-config: each value with where it came from, and what the servers hold, where they answer."""
+"""--show-config: each value with its origin, and what the servers hold, if they answer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_it_answers_with_the_servers_down(operator):
     assert SECRET not in result.out + result.err
 
 
-def test_a_file_of_the_working_directory_counts_where_nothing_is_exported(operator):
+def test_a_file_of_the_working_directory_counts_if_nothing_is_exported(operator):
     env_file = operator.folder / ".env"
     env_file.write_text("EMBEDDING_MODEL=one\nEMBEDDING_MODEL=two\n")
     operator.export(EMBEDDING_MODEL="")
@@ -67,7 +67,7 @@ def test_a_file_of_the_working_directory_counts_where_nothing_is_exported(operat
     assert shown["settings"]["EMBEDDING_MODEL"] == {"value": "two", "from": f"{env_file}:2"}
 
 
-def test_every_command_tells_of_a_run_that_never_ended(operator):
+def test_every_command_reports_a_run_that_never_ended(operator):
     operator.backups.mkdir()
     mine = load_config(operator.environ).targets()
     start_journal(operator.backups, "reembed", mine).append("deleting", undo="  the way back")
@@ -88,7 +88,7 @@ def test_every_command_tells_of_a_run_that_never_ended(operator):
     assert operator.run("backup_automem", "--list", "-q").err == ""
 
 
-def test_verbose_tells_the_settings_that_are_not_defaults(operator):
+def test_verbose_reports_the_settings_that_are_not_defaults(operator):
     err = operator.run("backup_automem", "--list", "-v", env={"QDRANT_API_KEY": SECRET}).err
     assert "VECTOR_SIZE=48   (environment)" in err
     assert "QDRANT_API_KEY=****   (environment)" in err

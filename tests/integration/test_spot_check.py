@@ -1,4 +1,4 @@
-"""`--limit N`: a sample beside the live collection, compared with it, and nothing left of it."""
+"""`--limit N`: a sample next to the live collection, compared with it, and nothing left of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def same_points(left, right):
 
 
 @pytest.mark.matrix
-def test_a_sample_is_compared_and_leaves_nothing_but_what_was_bought(operator):
+def test_a_sample_is_compared_and_leaves_only_cached_vectors(operator):
     operator.load(240)
     upgrade(operator)
     before, openai = points_of(operator), operator.servers.openai

@@ -1,4 +1,4 @@
-"""What a command loads: nothing heavy that it does not use. By names, as times tell of the machine."""
+"""What a command loads: nothing heavy that it does not use. Checked by names, as times depend on the machine."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_verification_looks_at_vectors_and_embeds_nothing(loaded):
     assert heavy(loaded, "verify_migration") <= {"numpy"}
 
 
-def test_a_reembedding_that_has_nothing_to_buy_loads_no_provider(loaded):
+def test_a_reembedding_that_has_nothing_to_embed_loads_no_provider(loaded):
     loaded.run("reembed_embeddings")
     loaded.run("backup_automem")
     assert heavy(loaded, "reembed_embeddings") <= {"numpy"}

@@ -75,12 +75,12 @@ class IdleOptimizer(HttpProxy):
 
 @pytest.mark.parametrize("status", ["green", "grey"])
 def test_an_idle_optimizer_is_started(q: Qdrant, filled: str, status: str):
-    with IdleOptimizer(q, status) as way:
-        near = Qdrant(way.url)
+    with IdleOptimizer(q, status) as proxy:
+        near = Qdrant(proxy.url)
         check = check_status(collection.get_state(near, filled))
         assert (check.status, check.detail) == (PASSED, f"{status} (indexing continues with the next write)")
         assert collection.wait_green(near, filled, 30).optimized
-        assert way.woken
+        assert proxy.woken
 
 
 def test_a_missing_collection_names_those_that_exist(q: Qdrant, filled: str, names: list[str]):

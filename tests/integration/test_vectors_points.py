@@ -126,7 +126,7 @@ def test_strict_mode_shrinks_batches_and_pages(q: Qdrant, names: list[str]):
     assert [point.id for page in pages for point in page] == ids_of(64)
 
 
-def test_the_nearest_point_to_its_own_vector_is_itself(q: Qdrant, filled: str):
+def test_the_nearest_point_to_a_points_vector_is_itself(q: Qdrant, filled: str):
     hits = points.search(q, filled, vectors_of(50, 8)[17], 3)
     assert hits[0].id == ids_of(50)[17]
     assert hits[0].score == pytest.approx(1, abs=1e-5)

@@ -13,7 +13,7 @@ from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
 from lib.verify.vectors import vectors_differ
 from tests.vectors_support import (
-    Way,
+    BreakingProxy,
     ids_of,
     payload_of,
     vectors_of,
@@ -66,21 +66,21 @@ def test_config_in_the_snapshot_is_the_live_one(q: Qdrant, filled: str):
 def test_a_download_resumes_after_a_broken_connection(q: Qdrant, filled: str):
     made = snapshots.create(q, filled)
     whole, _ = fetch(q, filled, made)
-    with Way(q) as way:
-        way.cut_after = [len(whole) // 3, 700, len(whole) // 4]
-        data, fetched = fetch(Qdrant(way.url, sleep=lambda _: None), filled, made)
+    with BreakingProxy(q) as proxy:
+        proxy.cut_after = [len(whole) // 3, 700, len(whole) // 4]
+        data, fetched = fetch(Qdrant(proxy.url, sleep=lambda _: None), filled, made)
     assert data == whole
     assert fetched.resumed == 3
     assert fetched.sha256 == made.checksum
 
 
-def test_a_way_that_lets_nothing_through_ends_in_an_error(q: Qdrant, filled: str):
+def test_a_proxy_that_lets_nothing_through_ends_in_an_error(q: Qdrant, filled: str):
     made = snapshots.create(q, filled)
-    with Way(q) as way:
-        way.cut_after = [5000, *[0] * 20]
+    with BreakingProxy(q) as proxy:
+        proxy.cut_after = [5000, *[0] * 20]
         with pytest.raises(StoreUnreachable):
-            fetch(Qdrant(way.url, sleep=lambda _: None), filled, made)
-        assert way.connections < 10
+            fetch(Qdrant(proxy.url, sleep=lambda _: None), filled, made)
+        assert proxy.connections < 10
 
 
 def test_bytes_that_are_not_the_servers_are_noticed(q: Qdrant, filled: str):
@@ -91,10 +91,10 @@ def test_bytes_that_are_not_the_servers_are_noticed(q: Qdrant, filled: str):
 
 
 def test_a_lost_answer_does_not_make_a_second_snapshot(q: Qdrant, filled: str):
-    with Way(q) as way:
-        way.swallow = b"POST /collections/"
-        made = snapshots.create(Qdrant(way.url), filled, seconds=30)
-        assert way.swallow == b""
+    with BreakingProxy(q) as proxy:
+        proxy.swallow = b"POST /collections/"
+        made = snapshots.create(Qdrant(proxy.url), filled, seconds=30)
+        assert proxy.swallow == b""
     assert snapshots.list_snapshots(q, filled) == [made]
     assert fetch(q, filled, made)[1].sha256 == made.checksum
 
@@ -141,11 +141,11 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
 def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
     data, _ = fetch(q, filled, made)
-    with Way(q) as way:
-        far = Qdrant(way.url)
+    with BreakingProxy(q) as proxy:
+        far = Qdrant(proxy.url)
         restoring.preflight_upload(far, names[1])
         far.close()
-        way.swallow = made.checksum.encode()
+        proxy.swallow = made.checksum.encode()
         answered = restoring.upload_and_restore(
             far,
             names[1],
@@ -212,9 +212,9 @@ def test_no_url_if_the_server_cannot_fetch_itself(q: Qdrant, filled: str, names:
 def test_a_recover_whose_answer_is_lost_is_waited_for(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
     location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
-    with Way(q) as way:
-        way.swallow = b"/snapshots/recover"
-        answered = restoring.recover(Qdrant(way.url), names[1], location, made.checksum, seconds=30)
+    with BreakingProxy(q) as proxy:
+        proxy.swallow = b"/snapshots/recover"
+        answered = restoring.recover(Qdrant(proxy.url), names[1], location, made.checksum, seconds=30)
     assert not answered
     assert_whole(q, names[1])
 
@@ -243,7 +243,7 @@ def test_nothing_is_restored_onto_a_collection_that_exists(q: Qdrant, filled: st
     assert_whole(q, filled)
 
 
-def test_an_upload_that_breaks_half_way_is_not_waited_for(q: Qdrant, filled: str, names: list[str]):
+def test_an_upload_that_breaks_midway_is_not_waited_for(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
     data, _ = fetch(q, filled, made)
 

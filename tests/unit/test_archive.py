@@ -119,7 +119,7 @@ def test_a_cut_file(whole, damaged, quarter):
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(whole, damaged):
-    """Nothing: in what gzip says of itself (bytes 3 to 9), and in the padding between deflate's blocks."""
+    """Return nothing: for gzip's header fields (bytes 3 to 9), and for the padding between deflate's blocks."""
     data, facts = whole.read_bytes(), read_archive(whole)
     spots = [*range(10), *range(10, len(data), len(data) // 60), *range(len(data) - 8, len(data))]
     harmless = []
@@ -303,7 +303,7 @@ def test_a_write_that_the_disk_refuses_raises_in_the_caller_and_ends_the_thread(
         raise OSError(28, "No space left on device")
 
     def much() -> None:
-        for _ in range(1000):  # more than may wait: nobody is kept waiting by a writer that has failed
+        for _ in range(1000):  # more than the queue holds: a writer that has failed blocks nobody
             writer.write(b"x")
         writer.finish()
 

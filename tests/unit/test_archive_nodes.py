@@ -1,4 +1,4 @@
-"""An archive with the snapshots of two nodes, as two-node clusters made them: proved whole, refused in every part."""
+"""An archive with the snapshots of two nodes, as two-node clusters made them: verified as complete, refused if any part is damaged."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def facts_of(version: str, snapshots: dict[str, bytes]) -> dict[str, Any]:
         }
         for number, (name, data) in enumerate(snapshots.items(), 1)
     ]
-    told = [
+    node_facts = [
         SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"]) for one in nodes
     ]
-    whole = combined(told)
+    whole = combined(node_facts)
     return {
         "collection": "memories",
         "server": {"address": "http://node1:6333", "version": version},
@@ -73,14 +73,14 @@ def version(request) -> str:
     return request.param
 
 
-def test_both_snapshots_are_proved_and_their_points_counted_together(version, tmp_path):
+def test_both_snapshots_are_verified_and_their_points_counted_together(version, tmp_path):
     snapshots = snapshots_of(version)
     path = write(tmp_path / "a.tar.gz", facts_of(version, snapshots), list(snapshots.items()))
-    proof = verify_collection(path)
-    assert [one.name for one in proof.archive.snapshots] == list(snapshots)
-    assert proof.archive.snapshot.size == sum(map(len, snapshots.values()))
-    if version == "1.18.3" and proof.level == "restored":
-        assert proof.note.startswith("40 points")
+    verified = verify_collection(path)
+    assert [one.name for one in verified.archive.snapshots] == list(snapshots)
+    assert verified.archive.snapshot.size == sum(map(len, snapshots.values()))
+    if version == "1.18.3" and verified.level == "restored":
+        assert verified.note.startswith("40 points")
 
 
 def test_a_reader_may_want_one_of_them(version, tmp_path):
@@ -108,7 +108,7 @@ def test_one_node_twice_is_no_backup(version, tmp_path):
         verify_collection(write(tmp_path / "a.tar.gz", facts_of(version, both), list(both.items())))
 
 
-def test_a_snapshot_that_is_missing_too_many_swapped_or_changed_is_told(version, tmp_path):
+def test_a_snapshot_that_is_missing_too_many_swapped_or_changed_is_reported(version, tmp_path):
     snapshots = snapshots_of(version)
     facts, (one, two) = facts_of(version, snapshots), list(snapshots.items())
     changed = bytearray(two[1])
@@ -141,7 +141,7 @@ def test_a_snapshot_that_is_missing_too_many_swapped_or_changed_is_told(version,
         lambda facts: facts.update(snapshot_size=1),
     ],
 )
-def test_an_edited_list_of_the_nodes_is_told(version, tmp_path, edit):
+def test_an_edited_list_of_the_nodes_is_reported(version, tmp_path, edit):
     snapshots = snapshots_of(version)
     facts = facts_of(version, snapshots)
     edit(facts)

@@ -83,7 +83,7 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("as_json", [True, False])
-def test_interrupted_runs_tidy_up_and_say_how_to_go_on(name, as_json):
+def test_interrupted_runs_clean_up_and_report_how_to_resume(name, as_json):
     body = "try:\n        print('ready', file=sys.stderr, flush=True)\n        time.sleep(60)\n    finally:\n        print('tidied', file=sys.stderr)"
     process = start(f"def command():\n    {body}\nraise SystemExit(cli.run(command, as_json={as_json}))")
     assert process.stderr.readline() == "ready\n"
@@ -97,7 +97,7 @@ def test_interrupted_runs_tidy_up_and_say_how_to_go_on(name, as_json):
 
 
 @pytest.mark.parametrize(
-    ("raised", "says"),
+    ("raised", "message"),
     [
         ("OSError(28, 'No space left on device')", "no room left for the backup folder"),
         ("OSError(28, 'No space left on device', '/b/x.partial')", "no room left for /b/x.partial"),
@@ -106,10 +106,10 @@ def test_interrupted_runs_tidy_up_and_say_how_to_go_on(name, as_json):
         ("OSError(30, 'Read-only file system', '/b/x')", "/b/x: Read-only file system"),
     ],
 )
-def test_trouble_with_files_is_told_without_a_traceback(raised, says):
+def test_trouble_with_files_is_reported_without_a_traceback(raised, message):
     code, _, err = run(f"raise {raised}")
     assert code == 1
-    assert err.startswith(f"error: {says}")
+    assert err.startswith(f"error: {message}")
     assert "\nnext:\n" in err
 
 
@@ -127,7 +127,7 @@ FLOOD = "for _ in range(100_000):\n    print('x' * 10)\nreturn 3"
 
 
 @pytest.mark.parametrize("script", ["backup_automem", "quickstart"])
-def test_without_its_packages_it_says_how_to_install_them(script):
+def test_without_its_packages_it_reports_how_to_install_them(script):
     """As typed into a shell whose Python is not the virtual environment's."""
     words = [sys.executable, "-S", "-E", str(ROOT / "scripts" / f"{script}.py")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd="/")
@@ -157,7 +157,7 @@ def test_what_the_terminal_cannot_show_is_escaped():
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("'--no-such'", "unrecognized arguments: --no-such"),
         ("'--js'", "unrecognized arguments: --js"),
@@ -169,7 +169,7 @@ def test_what_the_terminal_cannot_show_is_escaped():
         ("'--usd', 'inf'", "argument --usd: inf is not an amount in US dollars"),
     ],
 )
-def test_bad_usage(words, says):
+def test_bad_usage(words, message):
     code = (
         "p = cli.parser('what it does')\np.add_argument('--n', type=cli.positive)\np.add_argument('--usd', type=cli.dollars)\n"
         "print(p.parse_args([{}]))"
@@ -177,11 +177,11 @@ def test_bad_usage(words, says):
     process = start(code.format(words))
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
-    assert err.startswith(f"error: {says}\n\nnext:\n")
+    assert err.startswith(f"error: {message}\n\nnext:\n")
     process = start(code.format(f"'--json', {words}"))
     out, _ = process.communicate(timeout=300)
     assert json.loads(out)["exit_code"] == 2
-    assert json.loads(out)["error"] == says
+    assert json.loads(out)["error"] == message
 
 
 def test_good_usage():

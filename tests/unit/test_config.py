@@ -1,4 +1,4 @@
-"""The configuration: where each value comes from, and every fault told in one go, without a secret."""
+"""The configuration: the origin of each value, and all faults reported together, without a secret."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_an_env_file_may_be_named_from_the_working_directory_or_from_home(places
 
 
 @pytest.mark.parametrize("flag", ["--env-file", "AUTOMEM_ENV_FILE"])
-def test_a_named_file_that_is_missing_is_told_with_the_other_faults(places, load, flag):
+def test_a_named_file_that_is_missing_is_reported_with_the_other_faults(places, load, flag):
     path = str(places / "nowhere.env")
     if flag == "--env-file":
         faults = faults_of(load, path, VECTOR_SIZE="abc")
@@ -92,7 +92,7 @@ def test_a_named_file_that_is_missing_is_told_with_the_other_faults(places, load
     assert len(faults) == 2
 
 
-def test_the_backup_folder_of_the_flag_wins_and_says_so(places, load):
+def test_the_backup_folder_of_the_flag_wins_and_is_reported(places, load):
     config = load(backup_dir=str(places / "elsewhere"), AUTOMEM_BACKUP_DIR="/nowhere")
     assert config.backup_dir == places / "elsewhere"
     assert config.settings["AUTOMEM_BACKUP_DIR"].origin == "--backup-dir"
@@ -192,7 +192,7 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
     ],
 )
 def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
-    """`/collections/..` is the server itself; a blank folder is one beside the scripts."""
+    """`/collections/..` is the server itself; a blank folder is one next to the scripts."""
     (fault,) = faults_of(load, **{name: value})
     assert fault.startswith(f"{name}=")
 
@@ -212,12 +212,12 @@ def test_all_faults_in_one_go(places, load):
     }
     faults = faults_of(load, **environ)
     assert {fault.split("=")[0] for fault in faults} == {*environ, "FALKORDB_TLS", "QDRANT_TIMEOUT_SECONDS"}
-    told = "\n".join(faults)
-    assert "VECTOR_SIZE=abc (environment): must be a whole number from 1 to 65536" in told
-    assert "must begin with http:// or https://, such as http://localhost:6333" in told
-    assert f"FALKORDB_TLS=perhaps ({path}:1)" in told
-    assert "set its port with FALKORDB_PORT" in told
-    assert SECRET not in told
+    message = "\n".join(faults)
+    assert "VECTOR_SIZE=abc (environment): must be a whole number from 1 to 65536" in message
+    assert "must begin with http:// or https://, such as http://localhost:6333" in message
+    assert f"FALKORDB_TLS=perhaps ({path}:1)" in message
+    assert "set its port with FALKORDB_PORT" in message
+    assert SECRET not in message
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_the_nodes_of_a_cluster_are_listed_between_commas(load, value, urls):
     assert load(QDRANT_NODE_URLS=value).qdrant_node_urls == urls
 
 
-def test_a_made_url_says_what_it_was_made_of(load):
+def test_a_derived_url_names_its_origins(load):
     assert load().settings["QDRANT_URL"].origin == "default"
     origin = load(QDRANT_PORT="7").settings["QDRANT_URL"].origin
     assert origin == "QDRANT_PORT (environment)"
@@ -416,7 +416,7 @@ def test_other_targets_are_spelled_differently(load, other):
     assert load(**other).targets() != load().targets()
 
 
-def test_a_missing_openai_key_is_told_with_the_command_that_sets_it(load):
+def test_a_missing_openai_key_is_reported_with_the_command_that_sets_it(load):
     with pytest.raises(UsageProblem, match="OPENAI_API_KEY is not set") as caught:
         require_openai_key(load())
     assert "export OPENAI_API_KEY" in caught.value.next_step
@@ -453,7 +453,7 @@ def test_model_against_dimension(model, size, possible):
     assert f"export VECTOR_SIZE={native_size(model)}" in caught.value.next_step
 
 
-def test_the_way_out_of_a_wrong_model_works():
+def test_the_remedy_for_a_wrong_model_works():
     for model in ("text-embedding-3-small", "text-embedding-ada-002"):
         with pytest.raises(UsageProblem) as caught:
             check_model(model, 3072)
@@ -470,7 +470,7 @@ def test_only_the_third_family_takes_dimensions():
     assert not takes_dimensions("text-embedding-ada-002")
 
 
-def test_the_mismatch_is_told_in_the_words_that_operators_know():
+def test_the_mismatch_is_reported_in_the_words_that_operators_know():
     with pytest.raises(ValueError, match="VECTOR DIMENSION MISMATCH") as caught:
         check_dimension("memories", 768, 3072)
     error = caught.value
@@ -486,7 +486,7 @@ def test_the_mismatch_is_told_in_the_words_that_operators_know():
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
-def test_a_key_that_goes_to_the_address_in_another_users_file_is_said(places, load, monkeypatch):
+def test_a_key_that_goes_to_the_address_in_another_users_file_is_reported(places, load, monkeypatch):
     """Both are trusted, as the owner of the checkout is by root."""
     path = places / "cwd" / ".env"
     path.write_text("OPENAI_BASE_URL=http://127.0.0.1:9/v1\nQDRANT_URL=http://127.0.0.1:6333\n")
@@ -520,7 +520,7 @@ def test_a_key_that_goes_to_the_address_in_another_users_file_is_said(places, lo
         ({"FALKORDB_HOST": "db.example.com", "FALKORDB_PASSWORD": "word"}, "FALKORDB_PASSWORD"),
     ],
 )
-def test_a_key_in_clear_text_over_a_public_network_is_said_once(load, environ, name):
+def test_a_key_in_clear_text_over_a_public_network_is_reported_once(load, environ, name):
     (warning,) = load(**environ).warnings
     assert warning.startswith(f"{name} is sent in clear text to ")
     assert not any(secret in warning for secret in ("word", "key ", "token "))

@@ -108,7 +108,7 @@ def on_a_terminal(**env: str) -> str:
         while piece := os.read(mine, 65536):
             shown += piece
     except OSError:
-        pass  # how Linux tells that the other end is closed
+        pass  # how Linux reports that the other end is closed
     finally:
         os.close(mine)
     out, _ = child.communicate(timeout=300)

@@ -107,7 +107,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damage):
+def test_a_damaged_vector_is_never_given_and_only_it_is_embedded_again(path, damage):
     with EmbeddingCache(path) as cache:
         keys = [cache.text_key(SPEC, text) for text in ("good", "bad")]
         cache.put_vectors([(key, blob(n)) for n, key in enumerate(keys)])
@@ -121,7 +121,7 @@ def test_a_damaged_vector_is_never_given_and_only_it_is_bought_again(path, damag
         assert cache.get_vectors(keys) == {keys[0]: blob(0)}
 
 
-def test_what_was_bought_under_another_name_of_the_model_is_taken_as_it_is(cache):
+def test_vectors_cached_under_another_name_of_the_model_are_reused(cache):
     """A gateway calls it `openai/...`; an unknown model behind a prefix is another one."""
     named, other = replace(SPEC, model=f"openai/{SPEC.model}"), replace(SPEC, model="openai/one of its own")
     cache.put_vectors([(cache.text_key(named, "a"), blob(1)), (cache.text_key(other, "b"), blob(2))])
@@ -158,15 +158,15 @@ def test_a_vector_of_the_wrong_width_stores_nothing(cache, bad):
     assert cache.known([good, wrong]) == set()
 
 
-def test_only_the_plans_own_texts_and_size_are_forgotten(cache):
+def test_only_the_texts_and_size_of_the_plan_are_forgotten(cache):
     other = replace(SPEC, size=4)
-    kept = [cache.text_key(SPEC, "of another graph"), cache.text_key(other, "a")]
+    preserved = [cache.text_key(SPEC, "of another graph"), cache.text_key(other, "a")]
     mine = cache.text_key(SPEC, "a")
     cache.put_memories([MemoryRow(1, 1, mine, "a", b"{}", 1)])
-    cache.put_vectors([(mine, blob(1)), (kept[0], blob(2)), (kept[1], blob(1, 4))])
+    cache.put_vectors([(mine, blob(1)), (preserved[0], blob(2)), (preserved[1], blob(1, 4))])
     assert cache.missing_total().texts == 0
     assert cache.forget_planned() == 1
-    assert cache.known([mine, *kept]) == set(kept)
+    assert cache.known([mine, *preserved]) == set(preserved)
     assert cache.missing_total() == cache.text_total()
 
 
@@ -247,7 +247,7 @@ def test_point_ids_keep_their_kind(cache, point_id):
     assert list(cache.saved_points([point_id])) == [point_id]
 
 
-def test_kept_points_keep_their_vector_when_read_again_without_it(cache):
+def test_saved_points_keep_their_vector_when_read_again_without_it(cache):
     cache.save_points([SavedPoint(1, b'{"a":1}', b"vector"), SavedPoint(2, b"{}")])
     cache.save_points([SavedPoint(1, b'{"a":2}')])
     assert cache.saved_points([1, 3]) == {1: SavedPoint(1, b'{"a":2}', b"vector")}
@@ -277,7 +277,7 @@ def test_a_reader_sees_commits_and_cannot_write(cache, path):
             reader.set_meta("a", "b")
 
 
-def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path):
+def test_a_damaged_or_foreign_file_is_reported_with_what_to_do(tmp_path):
     damaged = tmp_path / "a.sqlite3"
     damaged.write_bytes(b"no database at all" * 100)
     with pytest.raises(CacheDamaged) as caught:
@@ -339,15 +339,15 @@ def test_kill_9_loses_nothing_that_was_confirmed(path):
         assert cache.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_two_targets_share_what_was_bought_and_nothing_else(tmp_path):
-    bought = tmp_path / "vectors.sqlite3"
-    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=bought) as one:
+def test_two_targets_share_paid_vectors_and_nothing_else(tmp_path):
+    shared = tmp_path / "vectors.sqlite3"
+    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=shared) as one:
         key = one.text_key(SPEC, "hello")
         one.put_vectors([(key, np.ones(SPEC.size, dtype="<f4").tobytes())])
         one.save_points([SavedPoint("00000000-0000-4000-8000-000000000001", b'{"a":1}')])
-    with EmbeddingCache(tmp_path / "other.sqlite3", vectors=bought) as other:
+    with EmbeddingCache(tmp_path / "other.sqlite3", vectors=shared) as other:
         assert other.known([key]) == {key}
         assert other.saved_count() == 0
         assert other.memory_count() == 0
-    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=bought) as again:
+    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=shared) as again:
         assert again.saved_count() == 1

@@ -18,7 +18,7 @@ def pacer(requests=None, tokens=None):
     return made
 
 
-def test_without_limits_the_workers_and_the_first_request_tell():
+def test_without_limits_the_workers_and_the_first_request_decide():
     found = expected(pacer(), 0.5, 10_000, 500_000, workers=16, batch_size=100)
     assert found.seconds == 7 * 0.5  # 100 requests, 16 at once
     assert "16 workers, 0.50 s a request" in found.text
@@ -28,7 +28,7 @@ def test_fewer_requests_than_workers_take_one_turn():
     assert expected(pacer(), 0.5, 150, 9_000, workers=16, batch_size=100).seconds == 0.5
 
 
-def test_a_token_limit_that_is_slower_tells():
+def test_a_token_limit_that_is_slower_decides():
     # 600,000 a minute: 10,000 a second; 100,000 are left of the first bucket.
     limits = BucketState(600_000, 100_000, 50.0)
     found = expected(pacer(tokens=limits), 0.1, 10_000, 400_000, workers=16, batch_size=100)
@@ -36,7 +36,7 @@ def test_a_token_limit_that_is_slower_tells():
     assert found.text == "30 s, paced by the provider's limit of 600,000 tokens a minute"
 
 
-def test_a_request_limit_that_is_slower_tells():
+def test_a_request_limit_that_is_slower_decides():
     limits = BucketState(60, 10, 50.0)  # one a second
     found = expected(pacer(requests=limits), 0.1, 10_000, 400_000, workers=16, batch_size=100)
     assert found.seconds == pytest.approx(90.0)

@@ -225,7 +225,7 @@ def test_a_folder_of_a_user_who_is_not_trusted_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
-def test_a_file_in_the_way(tmp_path, where):
+def test_a_file_that_blocks_the_folder(tmp_path, where):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageProblem, match=f"cannot write to the folder {tmp_path / where}") as caught:
         private_dir(tmp_path / where)
@@ -262,10 +262,10 @@ def test_a_folder_of_another_user(open_place):
             print(error, error.next_step)
     """
     process = start(code, str(open_place / "theirs"), str(NOBODY))
-    told = process.stdout.read()
+    output = process.stdout.read()
     process.communicate(timeout=300)
-    assert "Permission denied" in told
-    assert "chown" in told
+    assert "Permission denied" in output
+    assert "chown" in output
 
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
@@ -323,7 +323,7 @@ def test_two_users_exclude_each_other(open_place, first):
     kill(start(HOLD, str(open_place), "t", str(second)))
 
 
-def test_a_lock_file_that_a_cleaner_removed_is_made_anew_and_kept_young(tmp_path):
+def test_a_lock_file_that_a_cleaner_removed_is_recreated_and_refreshed(tmp_path):
     with lock_targets(["t"], tmp_path):
         pass
     (file,) = tmp_path.iterdir()

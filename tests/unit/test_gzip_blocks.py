@@ -20,7 +20,7 @@ ZEROS = b"\0" * (3 * BLOCK_BYTES)
 
 
 class Recorder(io.BytesIO):
-    """Remembers where each write ended."""
+    """Records the offset at which each write ended."""
 
     def __init__(self) -> None:
         super().__init__()

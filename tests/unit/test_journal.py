@@ -64,7 +64,7 @@ def test_it_is_private_and_one_line_an_entry(journal):
     assert lines[-1] == ""
 
 
-def test_every_cut_of_the_last_line_leaves_a_journal_that_goes_on(journal):
+def test_every_cut_of_the_last_line_leaves_a_journal_that_continues(journal):
     journal.append("deleting", name="c__next")
     whole = journal.path.read_bytes()
     end_of_first = whole.index(b"\n") + 1
@@ -142,10 +142,10 @@ for number in range(10**6):
     print(number, flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-    told = [process.stdout.readline() for _ in range(50)][-1]
+    last_line = [process.stdout.readline() for _ in range(50)][-1]
     os.kill(process.pid, signal.SIGKILL)
     rest, _ = process.communicate()
-    last = int((told + rest).split()[-1])
+    last = int((last_line + rest).split()[-1])
     (journal,) = open_journals(tmp_path)
     assert journal.has_reached(f"phase {last}")
     journal.append("goes on")
@@ -168,7 +168,7 @@ for number in range(10**6):
     ],
 )
 def test_a_name_that_no_run_can_have_written_is_refused(journal, fact, value):
-    """A journal says what is removed from the servers: one from elsewhere removes nothing."""
+    """A journal names what is removed from the servers: one from elsewhere removes nothing."""
     journal.append("announced", **{fact: value})
     with pytest.raises(BadFile, match="was not written by these scripts") as caught:
         open_journals(journal.path.parent)

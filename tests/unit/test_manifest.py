@@ -103,11 +103,11 @@ def test_what_is_written_is_what_is_read(tmp_path, components):
     assert "path" not in written.as_json()
 
 
-def test_the_proof_of_a_set_is_that_of_its_weaker_half(tmp_path):
+def test_the_verification_of_a_set_is_that_of_its_weaker_component(tmp_path):
     assert make(tmp_path, 1).proof == CHECKED
     assert make(tmp_path, 2, collection=None).proof == RESTORED
-    unproved = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
-    assert make(tmp_path, 3, collection=unproved).proof == UNVERIFIED
+    unverified = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
+    assert make(tmp_path, 3, collection=unverified).proof == UNVERIFIED
 
 
 def test_the_age_is_in_hours(tmp_path):
@@ -115,7 +115,7 @@ def test_the_age_is_in_hours(tmp_path):
     assert make(tmp_path, 1, created=created.isoformat()).age_hours == pytest.approx(25, abs=0.01)
 
 
-def test_what_a_later_version_adds_to_a_half_is_passed_over(tmp_path):
+def test_what_a_later_version_adds_to_a_component_is_ignored(tmp_path):
     written = make(tmp_path, 1)
     raw = json.loads(written.path.read_text())
     raw["graph"]["news"] = raw["news"] = 1
@@ -123,7 +123,7 @@ def test_what_a_later_version_adds_to_a_half_is_passed_over(tmp_path):
     assert read_manifest(written.path) == written
 
 
-def test_a_newer_format_is_told_as_such(tmp_path):
+def test_a_newer_format_is_reported_as_such(tmp_path):
     written = make(tmp_path, 1)
     raw = json.loads(written.path.read_text())
     written.path.write_text(json.dumps({**raw, "format": 2}))
@@ -150,7 +150,7 @@ def _without(name):
     return change
 
 
-def _half_without(component, name):
+def _component_without(component, name):
     def change(raw):
         del raw[component][name]
 
@@ -163,9 +163,9 @@ def _half_without(component, name):
         _without("created"),
         _without("graph"),
         _without("collection"),
-        _half_without("graph", "file"),
-        _half_without("graph", "digest"),
-        _half_without("collection", "promised_ids"),
+        _component_without("graph", "file"),
+        _component_without("graph", "digest"),
+        _component_without("collection", "promised_ids"),
         lambda raw: raw.update(graph=[1]),
         lambda raw: raw.update(graph="text"),
         lambda raw: raw.update(drift={"other": 1}),
@@ -201,7 +201,7 @@ def test_sets_are_found_newest_first_and_others_files_are_not_sets(tmp_path):
     assert find_set(tmp_path, tmp_path / "falkordb" / "other.rdb") is None
 
 
-def test_a_file_is_found_beside_its_own_manifest_when_the_folder_is_another(tmp_path):
+def test_a_file_is_found_next_to_its_manifest_if_the_folder_is_another(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     theirs = make(tmp_path / "there", 1)
@@ -231,7 +231,7 @@ def test_the_newest_whole_set_that_holds_a_collection(tmp_path):
     assert newest_with(tmp_path, "c", "http://elsewhere:6333") is None
 
 
-def test_deleting_a_set_takes_its_own_files_alone(tmp_path):
+def test_deleting_a_set_removes_only_its_files(tmp_path):
     one, other = make(tmp_path, 1), make(tmp_path, 2)
     delete_set(one)
     assert backup_sets(tmp_path) == [other]

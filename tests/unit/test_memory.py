@@ -1,4 +1,4 @@
-"""What a machine and a container say of their memory."""
+"""What a machine and a container report about their memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_kernels_estimate_counts(machine: Path):
 
 
 @pytest.mark.parametrize(("limit", "free"), [("max", 2 * GIB), (str(GIB), GIB // 2), (str(4 * GIB), 2 * GIB)])
-def test_a_containers_limit_counts_where_it_is_lower(machine: Path, limit: str, free: int):
+def test_a_containers_limit_counts_if_it_is_lower(machine: Path, limit: str, free: int):
     (machine / "meminfo").write_text("MemAvailable:  2097152 kB\n")
     (machine / "memory.max").write_text(f"{limit}\n")
     (machine / "memory.current").write_text(f"{3 * GIB // 4}\n")

@@ -21,7 +21,7 @@ MISSING = object()
 
 
 def answer(indices: list[object], *, rows: list[int] | None = None) -> dict:
-    """Vectors of which number n is the nth unit vector; `rows` says which one each item holds."""
+    """Vectors of which number n is the nth unit vector; `rows` names the one that each item holds."""
     data = []
     for at, index in enumerate(indices):
         item: dict = {"embedding": np.eye(4)[rows[at] if rows else at].tolist()}
@@ -95,7 +95,7 @@ def test_the_model_behind_a_prefix_is_known(prefix):
 
 
 @pytest.mark.parametrize(
-    ("said", "limit"),
+    ("output", "limit"),
     [
         ("400: This model's maximum context length is 8192 tokens, however you requested 9000 tokens", 8192),
         ("maximum context length of 512", 512),
@@ -103,19 +103,19 @@ def test_the_model_behind_a_prefix_is_known(prefix):
         ("the text is too long", None),
     ],
 )
-def test_the_limit_that_a_refusal_names(said, limit):
-    assert context_limit(said) == limit
+def test_the_limit_that_a_refusal_names(output, limit):
+    assert context_limit(output) == limit
 
 
 def test_a_text_is_cut_to_what_the_refusal_names_and_further_if_that_is_refused_too():
     row = TextRow(b"k" * 16, "word " * 900, "m1")
-    said = "maximum context length is 512 tokens"
-    once = _cut_to_limit(row, said)
+    output = "maximum context length is 512 tokens"
+    once = _cut_to_limit(row, output)
     assert once is not None
     assert count_tokens([once.text])[0] == 511
     assert row.text.startswith(once.text)
     assert (once.key, once.label) == (row.key, row.label)
-    twice = _cut_to_limit(once, said)
+    twice = _cut_to_limit(once, output)
     assert twice is not None
     assert count_tokens([twice.text])[0] == int(511 * 0.9)
     assert _cut_to_limit(row, "no limit in it") is None

@@ -83,7 +83,7 @@ def test_headers():
     assert rate_limits({}) is None
 
 
-def test_a_reset_too_short_to_tell_is_not_a_rate():
+def test_a_reset_too_short_to_measure_is_not_a_rate():
     assert BucketState(1000, 999, 0.001).refill is None
     assert BucketState(1000, 1000, 0).refill is None
 

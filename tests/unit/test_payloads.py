@@ -94,7 +94,7 @@ def test_metadata_is_decoded():
 
 
 @pytest.mark.parametrize("malformed", ['{"a": ', "free words", "[1, 2]", "5", ""])
-def test_malformed_metadata_is_no_reason_to_lose_the_points_own(malformed):
+def test_malformed_metadata_does_not_drop_the_metadata_of_the_point(malformed):
     assert merged_payload({"metadata": {"a": 1}}, {"metadata": malformed})["metadata"] == {"a": 1}
     assert merged_payload({"metadata": "older words"}, {"metadata": malformed})["metadata"] == malformed
     assert merged_payload({"metadata": '{"a":1}'}, {"metadata": malformed})["metadata"] == '{"a":1}'
@@ -118,7 +118,7 @@ def test_a_double_that_the_graph_shows_with_15_digits_does_not_replace_the_full_
         ({"a": 1}, {"a": 1, "b": None}, False), (1e300, 1e300 * (1 + 1e-15), True), (0.0, 1e-300, False),
     ],
 )  # fmt: skip
-def test_values_are_compared_as_the_stores_can_tell_them_apart(left, right, equal):
+def test_values_are_compared_as_the_stores_distinguish_them(left, right, equal):
     assert same(left, right) is equal
     assert same(right, left) is equal
 
@@ -138,18 +138,18 @@ def test_nothing_given_is_changed():
     assert (live, node) == ({"metadata": {"a": 1}, "tags": ["a"]}, {"metadata": '{"a": 2}', "tags": ["b"]})
 
 
-def test_a_payload_starts_from_the_live_point_else_from_the_kept_one():
-    kept = {"content": "c", "source_app": "import"}
+def test_a_payload_starts_from_the_live_point_else_from_the_saved_one():
+    saved = {"content": "c", "source_app": "import"}
     assert base_payload(None, None) is None
-    assert base_payload(None, kept) == kept
+    assert base_payload(None, saved) == saved
     assert base_payload({"content": "d", "tags": []}, {"content": "c", "tags": ["a"]}) == {
         "content": "d",
         "tags": [],
     }
 
 
-def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_needs():
-    kept = {
+def test_a_recreated_point_gets_back_what_only_the_old_one_held_and_what_recall_needs():
+    saved = {
         "content": "c",
         "tags": ["a"],
         "source_app": "import",
@@ -157,7 +157,7 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
         "t_valid": "2026",
         "n": None,
     }
-    assert base_payload({"content": "d"}, kept) == {
+    assert base_payload({"content": "d"}, saved) == {
         "content": "d",
         "tags": ["a"],
         "source_app": "import",
@@ -166,8 +166,8 @@ def test_a_point_made_anew_gets_back_what_only_the_old_one_held_and_what_recall_
 
 
 def test_while_the_migration_is_under_way_every_key_of_the_old_point_comes_back():
-    kept = {"content": "c", "t_valid": "2026", "source_app": "import"}
-    assert base_payload({"content": "d"}, kept, whole=True) == {**kept, "content": "d"}
+    saved = {"content": "c", "t_valid": "2026", "source_app": "import"}
+    assert base_payload({"content": "d"}, saved, whole=True) == {**saved, "content": "d"}
 
 
 NEEDED = {
@@ -245,7 +245,7 @@ FALKOR_POINT = {"latitude": 52.520008, "longitude": 13.4}  # as FalkorDB has it:
     ],
 )
 @pytest.mark.parametrize("key", ["mine", "metadata"])
-def test_where_both_say_the_same_in_two_forms_the_points_stays(live, node, key):
+def test_if_both_hold_the_same_value_in_two_forms_the_points_form_stays(live, node, key):
     merged = merged_payload({key: live}, {key: node})
     assert merged == {key: live}
     assert type(merged[key]) is type(live)
@@ -293,7 +293,7 @@ def test_where_both_say_the_same_in_two_forms_the_points_stays(live, node, key):
         ("2024-05-06T07:08:09+00:00", "2025-05-06T07:08:09Z", "2025-05-06T07:08:09+00:00"),
         ("2024-05-06T07:08:09", "2025-05-06T07:08:09+00:00", "2025-05-06T07:08:09"),
         ("2024-05-06T07:08:09Z", "2025-05-06T07:08:09+02:00", "2025-05-06T07:08:09+02:00"),
-        # A form that cannot be kept gives way.
+        # A form that cannot be preserved is replaced.
         ({"a": 1}, "free words", "free words"),
         ({"a": 1}, "[1]", "[1]"),
         ("free words", 5, 5),

@@ -30,25 +30,25 @@ def body_of(request):
     return orjson.loads(request.content)
 
 
-DEAD = "http://127.0.0.1:9"
+UNREACHABLE = "http://127.0.0.1:9"
 
 
-def test_dimensions_are_sent_only_where_the_model_takes_them():
-    assert body_of(request_of(DEAD))["dimensions"] == 768
-    assert "dimensions" not in body_of(request_of(DEAD, size=3072))
-    assert "dimensions" not in body_of(request_of(DEAD, "text-embedding-ada-002", 1536))
-    assert "dimensions" not in body_of(request_of(DEAD, "nomic-embed-text", 512))
+def test_dimensions_are_sent_only_if_the_model_takes_them():
+    assert body_of(request_of(UNREACHABLE))["dimensions"] == 768
+    assert "dimensions" not in body_of(request_of(UNREACHABLE, size=3072))
+    assert "dimensions" not in body_of(request_of(UNREACHABLE, "text-embedding-ada-002", 1536))
+    assert "dimensions" not in body_of(request_of(UNREACHABLE, "nomic-embed-text", 512))
 
 
 def test_the_texts_are_sent_as_they_are_and_base64_is_asked_for():
-    body = body_of(request_of(DEAD))
+    body = body_of(request_of(UNREACHABLE))
     assert (body["input"], body["encoding_format"]) == (["a text"], "base64")
 
 
 @pytest.mark.parametrize(
     "host", ["me.openai.azure.com", "me.cognitiveservices.azure.com", "me.services.ai.azure.com"]
 )
-def test_azure_gets_the_key_in_its_own_header_and_its_version_in_the_query(host, monkeypatch):
+def test_azure_gets_the_key_in_the_api_key_header_and_its_version_in_the_query(host, monkeypatch):
     spec = EmbeddingSpec(f"https://{host}/openai/deployments/large?api-version=2024-10-21", "m", 8)
     client = Provider(spec, KEY, 5.0).client()
     assert client.default_headers["api-key"] == KEY
@@ -57,14 +57,14 @@ def test_azure_gets_the_key_in_its_own_header_and_its_version_in_the_query(host,
 
 
 def test_nobody_else_gets_that_header():
-    for url in ("", "https://openai.azure.com.example.org/v1", DEAD):
+    for url in ("", "https://openai.azure.com.example.org/v1", UNREACHABLE):
         assert "api-key" not in Provider(EmbeddingSpec(url, "m", 8), KEY, 5.0).client().default_headers
 
 
-def test_voyage_is_asked_for_a_size_by_its_own_name():
+def test_voyage_is_asked_for_a_size_by_its_parameter_name():
     provider = Provider(EmbeddingSpec("https://api.voyageai.com/v1", "voyage-3-large", 512), KEY, 5.0)
     assert provider._extra == {"output_dimension": 512}
-    assert "output_dimension" not in body_of(request_of(DEAD))
+    assert "output_dimension" not in body_of(request_of(UNREACHABLE))
 
 
 def test_the_package_is_imported_only_to_send(tmp_path):

@@ -70,7 +70,7 @@ def test_volatile_values_may_differ(path: list[Any], value: Any) -> None:
         (["result"], None),
     ],
 )
-def test_everything_else_is_told(path: list[Any], value: Any) -> None:
+def test_everything_else_is_reported(path: list[Any], value: Any) -> None:
     assert _changed(path, value) != []
 
 
@@ -86,8 +86,8 @@ def test_status_headers_and_bodies_are_compared() -> None:
 
 def test_paths_ids_and_sums_in_texts_are_masked_but_not_the_words() -> None:
     def text(folder: str, tail: str, total: str) -> Answer:
-        said = f"failed to open file `{folder}/tmp/col-live-recovery-{tail}/config.json`: got {total}"
-        return Answer(500, None, {"status": {"error": said}})
+        reported = f"failed to open file `{folder}/tmp/col-live-recovery-{tail}/config.json`: got {total}"
+        return Answer(500, None, {"status": {"error": reported}})
 
     one = text("/qdrant/storage", "g4cifX", "a1" * 32)
     assert differences(one, text("/tmp/x/data", "Zz", "b2" * 32)) == []

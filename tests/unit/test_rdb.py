@@ -60,12 +60,12 @@ def wrapped(payload: bytes, key: str) -> bytes:
     return b"".join(wrap_dump(payload, key, redis_version="8.2.3", created=1_700_000_000))
 
 
-def test_the_checksum_is_rediss_own():
+def test_the_checksum_is_that_of_redis():
     assert crc64(b"123456789") == 0xE9C6D914C4B8D9CA  # redis, crc64.c
     assert crc64(b"6789", crc64(b"12345")) == crc64(b"123456789")
 
 
-def test_a_file_tells_its_version_and_origin(tmp_path: Path):
+def test_a_file_reports_its_version_and_origin(tmp_path: Path):
     data = small_rdb()
     facts = inspect_rdb(file_of(tmp_path, data))
     assert (facts.version, facts.redis_version, facts.size) == (12, "8.2.3", len(data))
@@ -163,7 +163,7 @@ def test_the_graphs_name_is_found_in_a_payload():
     assert dump_payload.graph_name(b"") is None
 
 
-def test_a_payload_tells_what_it_needs():
+def test_a_payload_reports_what_it_needs():
     assert dump_payload.rdb_version(small_payload(version=15)) == 15
     assert dump_payload.graph_encoding(small_payload()) == 18
     with pytest.raises(BackupDamaged, match="holds no graph"):

@@ -1,4 +1,4 @@
-"""requirements.lock: hashed, complete, and in step with the files that say what is needed."""
+"""requirements.lock: hashed, complete, and in step with the files that list what is needed."""
 
 from __future__ import annotations
 

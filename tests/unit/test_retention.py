@@ -67,15 +67,15 @@ def test_each_kind_is_counted_apart(tmp_path):
 
 
 def test_cleanup_never_takes_the_newest_verified_of_a_kind(tmp_path):
-    unproved = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
+    unverified = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
     make(tmp_path, 1)
     make(tmp_path, 2)
     make(tmp_path, 3, **COLLECTION_HALF)
     broken = make(tmp_path, 4)
     broken.file_of(broken.graph).unlink()
-    make(tmp_path, 5, collection=unproved)
-    make(tmp_path, 6, collection=unproved)
-    make(tmp_path, 7, graph=None, collection=unproved)
+    make(tmp_path, 5, collection=unverified)
+    make(tmp_path, 6, collection=unverified)
+    make(tmp_path, 7, graph=None, collection=unverified)
     assert deleted(tmp_path, 1) == [5, 4, 1]
 
 
@@ -182,7 +182,7 @@ def test_a_set_from_the_future_is_neither_latest_nor_counted(tmp_path):
     assert deleted(tmp_path, 3) == []
 
 
-def test_where_all_sets_are_from_the_future_none_is_deleted(tmp_path):
+def test_if_all_sets_are_from_the_future_none_is_deleted(tmp_path):
     """This machine's own clock is wrong."""
     created = (datetime.now(timezone.utc) + timedelta(days=400)).isoformat()
     for number in range(1, 6):
@@ -227,7 +227,7 @@ def test_without_a_full_set_latest_names_the_others(tmp_path):
 
 
 def test_a_safety_copy_of_an_earlier_version_is_known_by_its_journal(tmp_path):
-    """Its manifest does not say what it was taken for."""
+    """Its manifest does not record what it was taken for."""
     wanted, old = make(tmp_path, 1), make(tmp_path, 2)
     raw = json.loads(old.path.read_text())
     del raw["purpose"]

@@ -58,7 +58,7 @@ def test_every_datatype_is_compared_as_the_engine_stores_it(datatype, distance, 
     assert list(np.flatnonzero(vectors_differ(changed, sent, distance, datatype))) == wrong
 
 
-def test_a_half_float_may_be_rounded_to_its_neighbour_and_no_further():
+def test_a_float16_may_be_rounded_to_its_neighbour_and_no_further():
     sent = rows(4, 768)
     component = stored(sent).astype(np.float16)
     near = np.nextafter(component, np.float16(1)).astype(np.float32)

@@ -363,7 +363,7 @@ def test_only_a_lost_shard_makes_a_collection_failed(text: str, health: str):
         assert collection.health(server.qdrant, "x") == health
 
 
-def test_a_collection_that_is_listed_but_not_found_is_on_its_way():
+def test_a_collection_that_is_listed_but_not_found_is_being_restored():
     with Scripted(fine({"collections": [{"name": "x"}]}), refused(404, "Not found")) as server:
         assert collection.health(server.qdrant, "x") == "restoring"
 

@@ -1,4 +1,4 @@
-"""A TCP way to any server with faults in it: chosen requests are cut off, held, trickled or answered by somebody else."""
+"""A TCP proxy to any server, with faults: chosen requests are cut off, held, trickled or answered by somebody else."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Fault:
             return True
 
 
-class FaultyWay:
-    """Listens on a port of its own, with TLS where `tls` is given; a context manager."""
+class FaultyProxy:
+    """Listen on a free port, with TLS if `tls` is given; a context manager."""
 
     def __init__(self, port: int, *faults: Fault, tls: ssl.SSLContext | None = None) -> None:
         self.faults = list(faults)
@@ -72,7 +72,7 @@ class FaultyWay:
         self._open: set[socket.socket] = set()
         self.port = self._listener.getsockname()[1]
 
-    def __enter__(self) -> FaultyWay:
+    def __enter__(self) -> FaultyProxy:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
