@@ -205,7 +205,7 @@ def test_what_stood_there_before_the_killed_run_is_named_by_the_rerun(ready):
     run_killed(operator, "called graph swapped in", "restore_from_backup", *files)
     safety = operator.manifests()[-1]
     rerun = operator.run("restore_from_backup", *files)
-    assert f"the state before an unfinished run: {safety}" in rerun.out
+    assert f"safety backup of an unfinished run, with the state before it: {safety}" in rerun.out
     operator.run("restore_from_backup", str(safety))
     assert operator.state() == old
 

@@ -85,7 +85,7 @@ ODD = {
     "a truth value": ("true", "content is true or false, not text"),
     "a list": ("['caf']", "content is a list, not text"),
     "a list that is not UTF-8": ("['caf\xe9']", "content is a list, not text"),
-    "a point": ("point({latitude: 1, longitude: 2})", "content is a point, not text"),
+    "a point": ("point({latitude: 1, longitude: 2})", "content is a geo point, not text"),
     "a vector": ("vecf32([0.5])", "content is a list, not text"),
     "no content": ("null", "blank content"),
 }
