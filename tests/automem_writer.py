@@ -29,7 +29,7 @@ class AutoMemAtWork:
         self.stored = 0
 
     def configure(self, model: str, size: int) -> None:
-        """AutoMem is started again with other settings."""
+        """Restart AutoMem with other settings."""
         self._configured = (model, size)
 
     def __enter__(self) -> AutoMemAtWork:

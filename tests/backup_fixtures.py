@@ -1,4 +1,4 @@
-"""Fixtures of the tests of a backup that goes wrong, loaded by `pytest_plugins`."""
+"""Fixtures of the tests of failing backups, loaded by `pytest_plugins`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def loaded(session_servers: Servers, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def backing(loaded: Operator, tmp_path) -> Iterator[Operator]:
-    """The loaded stores, with a backup folder and a folder for temporary files of the test's own.
+    """The loaded stores, with a backup folder and a folder for temporary files of this test alone.
 
     The latter has a short name: a socket in it must not be longer than about 100 characters.
     """

@@ -33,7 +33,7 @@ DELETE_PAIR = "MATCH (p:Pair {key: $key}) DETACH DELETE p"
 
 
 def files(operator: Operator) -> list[str]:
-    """Every file of the backup folder but the journals."""
+    """Every file of the backup folder except the journals."""
     found = (path for path in operator.backups.rglob("*") if path.is_file() and path.suffix != ".jsonl")
     return sorted(str(path.relative_to(operator.backups)) for path in found)
 
@@ -56,7 +56,7 @@ def awaited(operator: Operator) -> list[Journal]:
 
 
 def assert_sets(operator: Operator, count: int = 1) -> None:
-    """So many sets with their two files, nothing else here, nothing on the server."""
+    """Check that exactly `count` sets with their two files exist, and no snapshot on the server."""
     manifests = operator.manifests()
     components = [
         json.loads(path.read_text())[component] for path in manifests for component in ("graph", "collection")
@@ -69,7 +69,7 @@ def assert_sets(operator: Operator, count: int = 1) -> None:
 
 
 def assert_one_set(operator: Operator) -> None:
-    """One set, and no open journal."""
+    """Check that exactly one set exists, and no open journal."""
     assert_sets(operator)
     assert open_journals(operator.backups) == []
 
@@ -108,7 +108,7 @@ def assert_archive(data: bytes) -> None:
 
 
 def assert_no_scratch(operator: Operator) -> None:
-    """No scratch folder is left, and no process that works in one; a killed run's own are given time to go."""
+    """Check that no scratch folder or scratch process is left; those of a killed run get time to end."""
     place = Path(operator.exports["TMPDIR"])
     assert wait_for(lambda: not any(place.iterdir()) and not _processes(str(place)), 120, 0.05), (
         list(place.rglob("*")),
@@ -124,7 +124,7 @@ def _processes(word: str) -> list[str]:
 
 
 def age_journals(operator: Operator, hours: int) -> None:
-    """As if the open runs had been so long ago."""
+    """Move the times of the open journals back by so many hours."""
     from datetime import datetime, timedelta
 
     for journal in open_journals(operator.backups):

@@ -21,7 +21,7 @@ from tests.script_process import do_not_wait
 
 STAND_IN_VERSION = "1.18.3"
 
-# A suite that runs in the background or under nohup ignores these signals, and so would all that it starts.
+# A suite in the background or under nohup ignores these signals, and its child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test of tests/faults is part of a matrix unless it is marked `core`.
 
-    The longest files come first, so that no worker begins one when the others have finished: the guide, the faults.
+    The longest files come first, so that no worker starts one after the others have finished: the guide, the faults.
     """
     items.sort(
         key=lambda item: next(
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the garbage collector need not walk through it at every collection."""
+    """Freeze the imported objects: the garbage collector need not scan them at every collection."""
     gc.collect()
     gc.freeze()
 

@@ -31,7 +31,7 @@ class Fault:
 
     `skip` of them pass first, then `times` are hit (None: all that follow). `cut` lets so many bytes of the answer
     through, then closes the connection; `silent` lets them through and then keeps it open without a word; `piece` and
-    `pause` make the answer trickle; `answer` is given instead of the server's, which never hears of the request, and
+    `pause` make the answer trickle; `answer` is given instead of the server's, which never receives the request, and
     `hang_up` then closes the connection.
     """
 
@@ -130,7 +130,7 @@ class _Down:
         self._server = server
 
     def run(self) -> None:
-        """Until one of the two ends, or the fault does."""
+        """Forward until one of the two sides or the fault ends the connection."""
         while data := self._server.recv(PIECE_BYTES):
             fault = self.fault
             if fault is None:

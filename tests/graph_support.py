@@ -1,4 +1,4 @@
-"""What the tests of lib/clients/falkordb share: graphs worth keeping."""
+"""Shared by the tests of lib/clients/falkordb: sample graphs with every feature."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ class HttpProxy:
         self._server.server_close()
 
     def open(self) -> None:
-        """Let go what is held, and everything pass."""
+        """Release held requests and pass all others."""
         raise NotImplementedError
 
     def answer(self, request: Request, body: bytes) -> None:
-        """What becomes of one request: `forward` and `reply`, or neither, with `close_connection` set."""
+        """Handle one request: `forward` and `reply`, or set `close_connection`."""
         raise NotImplementedError
 
 

@@ -117,7 +117,7 @@ class Held:
         """Whether it has come to this place."""
         return self.marker.with_name(f"{self.marker.name}.{number}").exists()
 
-    def go_on(self, number: int = 0) -> None:
+    def release(self, number: int = 0) -> None:
         """Let it continue from this place, if no exception ended it already."""
         self.marker.with_name(f"{self.marker.name}.go.{number}").touch()
 
@@ -142,7 +142,7 @@ def ctrl_c(operator: Operator, where: str, script: str, *words: str) -> str:
     """Send one SIGINT when the script comes to `where`: it ends with 130. Returns its output."""
     held = start_held(operator, where, script, *words)
     standing(held).send_signal(signal.SIGINT)
-    held.go_on()
+    held.release()
     out, err = held.process.communicate(timeout=300)
     assert held.process.returncode == 130, f"{where}: exit {held.process.returncode}\n{err}\n{out}"
     assert "Traceback" not in err

@@ -99,8 +99,8 @@ def s3_environ(url: str) -> dict[str, str]:
 class Mischief:
     """How the SFTP server misbehaves; the names are those of files or folders."""
 
-    spoil: str = ""  # a byte of what is written to files with this in their name arrives changed
-    cut_after: int | None = None  # the connection breaks when so many bytes were written
+    spoil: str = ""  # one byte of each file with this in its name is written wrong
+    cut_after: int | None = None  # the connection breaks after so many written bytes
     deny: tuple[str, ...] = ()  # of open, mkdir, remove, rename
     hold: tuple[str, str] = ("", "")  # an operation and a part of a name: it waits there until `let_go`
     reached: threading.Event = field(default_factory=threading.Event)

@@ -29,7 +29,7 @@ from tests.script_process import ROOT, Result, ScriptProcess, call_script, is_fo
 __all__ = ["ROOT", "Operator", "Result", "Servers"]
 
 SMALL, LARGE = "text-embedding-3-small", "text-embedding-3-large"
-# The models make any size up to their own: small vectors keep the tests quick.
+# The models make any size up to their maximum: small vectors keep the tests fast.
 OLD_SIZE, NEW_SIZE = 48, 96
 KEY = "sk-sandbox-operator"
 
@@ -59,7 +59,7 @@ class Operator:
 
     @property
     def environ(self) -> dict[str, str]:
-        """Nothing of the test's own environment but what a process needs to start."""
+        """Only the variables of the test's environment that a process needs to start."""
         base = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
         return {
             **base,
@@ -119,7 +119,7 @@ class Operator:
 
     @contextmanager
     def restarted(self) -> Iterator[None]:
-        """AutoMem runs with the operator's settings meanwhile."""
+        """Run AutoMem with the operator's settings inside the block."""
         before = dict(self.exports)
         with AutoMemServer(env=self.environ) as automem:
             self.export(AUTOMEM_API_URL=automem.url)

@@ -1,4 +1,4 @@
-"""A real Qdrant cluster of a test's own: nodes on loopback that know each other (QDRANT_TEST_SERVER)."""
+"""A real Qdrant cluster of one test: nodes on loopback that know each other (QDRANT_TEST_SERVER)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import requests
 from tests.real_qdrant import RealQdrant
 from tests.sandbox.process import ServerProcess, free_port
 
-PATIENCE_SECONDS = 300.0
+TIMEOUT_SECONDS = 300.0
 
 
 class ClusterNode(RealQdrant):
@@ -26,7 +26,7 @@ class ClusterNode(RealQdrant):
             **self._environment(None, None),
             "QDRANT__CLUSTER__ENABLED": "true",
             "QDRANT__CLUSTER__P2P__PORT": str(peer_port),
-            # Half a second is the default; a killed neighbour shall be noticed soon.
+            # Half a second is the default; a killed node is to be noticed soon.
             "QDRANT__CLUSTER__CONSENSUS__TICK_PERIOD_MS": "50",
             # An empty WAL of 32 MB, the default, would be in every snapshot.
             "QDRANT__STORAGE__WAL__WAL_CAPACITY_MB": "1",
@@ -87,7 +87,7 @@ class Pair:
         wait_until(lambda: all(len(node.ask("GET", "/cluster")["peers"]) == 2 for node in self.nodes))
 
     def wait_active(self, name: str) -> None:
-        """Until every replica of the collection is active, as both nodes see it."""
+        """Wait until both nodes report every replica of the collection as active."""
         wait_until(lambda: all(_is_ready(node, name) for node in self.nodes))
 
     def replicate(self, name: str) -> None:
@@ -117,7 +117,7 @@ def _is_ready(node: ClusterNode, name: str) -> bool:
 
 
 def wait_until(reached: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not reached():
         assert time.monotonic() < deadline, "the cluster did not come so far"
         time.sleep(0.05)

@@ -18,11 +18,11 @@ from tests.qdrant_uploads import repacked
 
 KEY = "secretkey"
 POINTS, SIZE = 8000, 256
-SETTLE_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 POLL_SECONDS = 0.1
 HANG_UP_SECONDS = {"own URL, the client": 0.1, "snapshot create, the client": 0.05}
 FRESH_TARGET = ("own URL, wait=false", "own URL, the client hangs up", "two restores at once")
-NEVER_WRONG = {  # what a timed row may answer besides what was recorded, because the moment was another
+NEVER_WRONG = {  # other answers that a timed row may give, because the moment differs
     "wait=false, poll": {404, 500, 200},
     "hung up, poll": {404, 500, 200},
     "create hung up, poll": {200},
@@ -112,7 +112,7 @@ class RecoverReplay:
         )
         last, deadline, polls, seen = (
             recorded(group[-1]["response"]),
-            time.monotonic() + SETTLE_SECONDS,
+            time.monotonic() + TIMEOUT_SECONDS,
             0,
             set(),
         )

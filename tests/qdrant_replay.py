@@ -38,7 +38,7 @@ def rows(version: str, name: str) -> list[dict[str, Any]]:
 class Replay:
     """A run of the transcript against the server at `url`.
 
-    `own_snapshots`: upload what the server itself made instead of the recorded files, which it cannot read.
+    `own_snapshots`: upload the server's snapshots instead of the recorded files, which it cannot read.
     """
 
     url: str
@@ -123,7 +123,7 @@ def _read(answer: requests.Response, *, decoded: bool) -> None:
 
 
 def _oversized(url: str, path: str) -> Answer:
-    """33 MiB of blanks, sent as far as the server reads; it answers from the head of the request."""
+    """33 MiB of blanks, sent until the server stops reading; it answers from the head of the request."""
     host, port = url.removeprefix("http://").split(":")
     head = f"PUT {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 34603021\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=10) as connection:

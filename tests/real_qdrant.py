@@ -1,4 +1,4 @@
-"""A real Qdrant server of a test's own: loopback, free ports, everything below one folder."""
+"""A real Qdrant server of one test: loopback, free ports, everything below one folder."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ ANNOUNCED_AGAIN = STAGED_WINDOWS.keys() | TIDY_WINDOWS.keys()
 
 
 class Rig:
-    """An operator behind a gate, ready to upgrade; knows how everything was."""
+    """An operator behind a gate, ready to upgrade; records the initial state."""
 
     def __init__(self, operator, gate: Gate) -> None:
         self.operator, self.gate = operator, gate
@@ -173,7 +173,7 @@ class Rig:
         return self.gate.stops[-1]
 
     def finish(self) -> Points:
-        """The same command once more; then everything must be as after a run that nobody disturbed."""
+        """The same command once more; then everything must be as after an undisturbed run."""
         self.operator.run("reembed_embeddings", *self.words)
         after = assert_migrated(self.operator, self.before, model=MODELS[self.size], size=self.size)
         assert settings(self.operator) == self.settings

@@ -1,4 +1,4 @@
-"""What the tests of the re-embedding share: the stores as plain values, and a second implementation of the payload rule."""
+"""Shared by the tests of the re-embedding: the stores as plain values, a second implementation of the payload rule."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def expected_payload(old: dict[str, Any] | None, node: dict[str, Any]) -> dict[s
 
 
 def close(left: Any, right: Any) -> bool:
-    """Equal but for the last digits of doubles."""
+    """Equal except for the last digits of doubles."""
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-13)
     if isinstance(left, dict) and isinstance(right, dict):
@@ -83,7 +83,7 @@ def assert_migrated(
     size: int = NEW_SIZE,
     but: set[Any] = frozenset(),
 ) -> Points:
-    """Every embeddable memory (`but` some) has a point by the rule, with the endpoint's vector; nothing else is there."""
+    """Every embeddable memory (`but` some) has a point by the rule with the endpoint's vector; no other point exists."""
     memories = {one: node for one, node in embeddable(operator).items() if one not in but}
     after = points_of(operator)
     assert after.keys() == memories.keys()
@@ -116,7 +116,7 @@ def upgrade(operator: Operator) -> None:
 
 
 def settings(operator: Operator) -> dict[str, Any]:
-    """What a collection is, but for its size, points and health."""
+    """The configuration of a collection without its size, points and health."""
     info = operator.info()
     config = json.loads(json.dumps(info["config"]))
     config["params"]["vectors"].pop("size")

@@ -40,7 +40,7 @@ def settings(operator: Operator) -> dict[str, Any]:
 
 
 def keys_of(operator: Operator) -> dict[bytes, object]:
-    """Every key of the instance but the operator's own graphs and FalkorDB's telemetry: DUMP, by-id digest of a graph.
+    """Every key except the operator's graphs and FalkorDB's telemetry: DUMP, or by-id digest of a graph.
 
     Two DUMPs of one graph at rest differ in their bytes (seen on 4.16.3), so a graph is read.
     """
@@ -88,7 +88,7 @@ def neighbours(operator: Operator) -> Iterator[Callable[[], Any]]:
 def assert_tidy(operator: Operator) -> None:
     """No temporary graph, collection, uploaded or partial file, and no open journal.
 
-    But for those of killed runs of which a snapshot alone may still appear: they stay open for an hour.
+    Exception: journals of killed runs of which only a snapshot may still appear stay open for an hour.
     """
     assert operator.graphs() == [operator.graph]
     assert operator.collections() == [operator.collection]
@@ -157,7 +157,7 @@ def wanted(operator: Operator, *words: object) -> Inputs:
 
 
 def targets(operator: Operator) -> list[str]:
-    """As a run's journal names them."""
+    """Temporary names as a run's journal records them."""
     from lib.config import load_config
 
     return load_config(operator.environ).targets()
@@ -177,7 +177,7 @@ def phases(path: Path | None) -> list[str]:
 
 
 def faults(operator: Operator, *rules: dict[str, Any]) -> None:
-    """Rules for the Qdrant stand-in; none clears them."""
+    """Set fault rules of the Qdrant stand-in; without rules, clear them."""
     url = f"{operator.servers.qdrant_url}/_sandbox/faults"
     requests.delete(url, timeout=TIMEOUT).raise_for_status()
     if rules:

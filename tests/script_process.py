@@ -1,4 +1,4 @@
-"""The scripts as an operator starts them: called in the test's own process, or forked from one that has imported all.
+"""The scripts as an operator starts them: called in the test's process, or forked from one with all modules imported.
 
 Starting a Python with openai and qdrant-client costs more than most tests do. A forked script is a separate process:
 it can be killed, signalled and stopped, and shares nothing with the test. What a start itself costs, and what an
@@ -46,7 +46,7 @@ class Result:
 
 
 def is_for_python(environ: Mapping[str, str]) -> bool:
-    """Whether it holds what an interpreter reads at its own start (PYTHONPATH)."""
+    """Whether the environment holds settings that Python reads at its start (PYTHONPATH)."""
     return any(name.startswith("PYTHON") for name in environ)
 
 
@@ -62,7 +62,7 @@ def do_not_wait() -> None:
         collection.POLL_SECONDS = 0.02
 
 
-# --- in the test's own process -----------------------------------------------------------------------------------
+# --- in the test's process ---------------------------------------------------------------------------------------
 
 
 def call_script(
@@ -100,7 +100,7 @@ def _text(stream: io.TextIOWrapper) -> str:
 def _surroundings(
     folder: Path, environ: Mapping[str, str], argv: list[str], out: io.TextIOWrapper, err: io.TextIOWrapper
 ) -> Iterator[None]:
-    """What a process has for itself; all of it is as before afterwards, and no thread of the script is left."""
+    """Give the script separate process state; restore it afterwards and check that no thread of the script is left."""
     before = (dict(os.environ), Path.cwd(), sys.argv, sys.stdin, sys.stdout, sys.stderr)
     handlers, root = {number: signal.getsignal(number) for number in SIGNALS}, logging.getLogger()
     logged, root.handlers = root.handlers, []  # a log line goes to stderr, as in a script
@@ -242,7 +242,7 @@ def start_script(
 
 @functools.cache
 def _forker() -> socket.socket:
-    """The process that forks, one for each process that runs tests; it ends with it."""
+    """The forking process, one for each test process; it ends with that process."""
     ours, its = socket.socketpair()
     words = [sys.executable, "-m", "tests.script_process", str(its.fileno())]
     process = subprocess.Popen(words, cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
@@ -278,7 +278,7 @@ def serve(line: socket.socket) -> None:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # meant for the tests, which end this one by ending
+        signal.signal(number, signal.SIG_IGN)  # the signal is for the tests; this process ends when they end
     running: dict[int, int] = {}
     while True:
         ready, _, _ = select.select([line, woken], [], [])
@@ -317,7 +317,7 @@ def _reap(running: dict[int, int]) -> None:
 
 
 def _import_all() -> None:
-    """What the scripts import sooner or later; nothing that starts a thread."""
+    """Import all modules that the scripts import at any time, except those that start a thread."""
     for path in sorted((ROOT / "lib").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if "sandbox" not in name and not name.endswith("__init__"):

@@ -94,7 +94,7 @@ def _no_such_element(element: Any, recorded: list[Any], path: str, same: frozens
 
 
 def kind(value: Any) -> str:
-    """The type as JSON knows it."""
+    """Return the JSON type of a value."""
     if isinstance(value, bool) or value is None:
         return str(type(value).__name__)
     return "number" if isinstance(value, (int, float)) else type(value).__name__

@@ -65,7 +65,7 @@ def _take(source: CollectionSource, folder: Path, journal: object, stamp: str) -
 def whole(folder: Path) -> Iterator[Figure]:
     """The script from its start to its end, verification included, against the sum of the two raw transfers.
 
-    A default FalkorDB waits five seconds before it sends an RDB. Both sides include this wait here; the first figure does not.
+    A default FalkorDB waits five seconds before it sends an RDB. Both sides include it; the first figure does not.
     """
     size = SIZES[0]
     with collection_source(folder, POINTS, size) as points:

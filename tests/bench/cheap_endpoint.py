@@ -1,7 +1,7 @@
-"""An embeddings endpoint that costs next to nothing: its answers are rendered once, so that the client is what is measured.
+"""An embeddings endpoint with minimal cost: its answers are rendered once, so that only the client is measured.
 
 `python -m tests.bench.cheap_endpoint --latency 0.3 --size 3072 --tokens-per-minute 0` prints its port. Every batch of n
-texts gets the same n random vectors of length 1; what answers hold is the business of the other tests. One thread a
+texts gets the same n random vectors of length 1; the content of answers is checked by other tests. One thread a
 connection: a whole answer is one system call.
 """
 
@@ -58,7 +58,7 @@ class CheapEndpoint:
 
 @dataclass
 class Served:
-    """What was asked so far, and the limits that judge it."""
+    """The requests so far, and the limits that apply to them."""
 
     size: int
     latency: float

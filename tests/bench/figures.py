@@ -47,7 +47,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 def pairs(
     ours: Callable[[], object], reference: Callable[[], object], *, rest_seconds: float = 0.0
 ) -> tuple[float, float]:
-    """Medians of both in seconds, alternated so that both meet the same weather, each after a rest of the server's."""
+    """Medians of both in seconds, alternated so that both meet the same load, each after a pause of the server."""
     taken: list[tuple[float, float]] = []
     for _ in range(PAIRS):
         time.sleep(rest_seconds)

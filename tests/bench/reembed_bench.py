@@ -39,7 +39,7 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured: texts a run, runs for the median, seconds at the limit, memories for the peaks."""
+    """The amounts: texts per run, runs for the median, seconds at the limit, memories for the peaks."""
 
     texts: int = 100_000
     runs: int = 5
@@ -65,7 +65,7 @@ def looked_at(name: str, ours: float, reference: float, on: str) -> Figure:
 
 
 def rows_of(cache: EmbeddingCache, spec: EmbeddingSpec, count: int, text: str = "") -> Iterator[TextRow]:
-    """Distinct texts, one after the other: no list of them is ever made."""
+    """Distinct texts, generated one after the other, never as a list."""
     for number in range(count):
         one = f"memory {1_000_000 + number}:{text or TEXT[:60]}"
         yield TextRow(cache.text_key(spec, one), one, str(number), 20)
@@ -101,7 +101,7 @@ def rate(url: str, count: int, workers: int) -> float:
 
 
 def sequential_rate(url: str) -> float:
-    """Texts a second of plain sequential use of the openai package: one request of 32 after the other, collected in a list."""
+    """Texts a second of sequential use of the openai package: one request of 32 after the other, in a list."""
     import openai
 
     client, vectors = openai.OpenAI(api_key="sk-bench", base_url=url), []
@@ -175,7 +175,7 @@ def peaks(_folder: Path) -> Iterator[Figure]:
 
 
 def _peak_of(count: int) -> float:
-    """MiB (ru_maxrss) of reembed_embeddings.py for so many memories into a collection that is not there yet."""
+    """MiB (ru_maxrss) of reembed_embeddings.py for so many memories into a collection that does not exist yet."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         falkordb = FalkorServer(folder / "falkordb", sync_delay_seconds=0)

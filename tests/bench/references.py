@@ -15,7 +15,7 @@ from lib.clients.qdrant import snapshots
 
 
 def raw_rdb(address: GraphAddress, path: Path) -> None:
-    """The barest PSYNC: what comes is written until the end mark; nothing is checked or fsynced."""
+    """A bare PSYNC: the stream is written until the end mark; nothing is checked or fsynced."""
     with socket.create_connection((address.host, address.port), timeout=60) as wire, path.open("wb") as out:
         for words in (b"REPLCONF capa eof", b"REPLCONF rdb-only 1"):
             wire.sendall(words + b"\r\n")

@@ -79,7 +79,7 @@ def fill(conn: redis.Redis) -> None:
 
 
 def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
-    """From the verified file to the dropped old graph, without the digests, against one DUMP and RESTORE of the same graph.
+    """From the verified file to the dropped old graph, without digests, against one DUMP and RESTORE of the same graph.
 
     The verification (checksum, load, counts, and the first DUMP while the graph is read) is a separate figure.
     """

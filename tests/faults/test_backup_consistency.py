@@ -66,7 +66,7 @@ def taken(session_servers, tmp_path_factory):
 
 
 def without_point(operator: Operator) -> set[str]:
-    """The sample's memories that nobody could embed: no id, no content."""
+    """The sample memories that cannot be embedded: no id, no content."""
     points = operator.call("POST", "/points/scroll", {"limit": 1000})["points"]
     return {str(one) for (one,) in operator.cypher(IDS)} - {str(one["id"]) for one in points}
 
@@ -109,7 +109,7 @@ def assert_drift(manifest: Manifest, memories: set[str]) -> tuple[int, int]:
 
 
 def test_an_export_by_queries_would_hold_incomplete_pairs(operator):
-    """The same writers, the same check: what reads nodes and relationships one after the other is found out."""
+    """With the same writers, the check detects an export that reads nodes and relationships one after the other."""
     operator.load(60)
     with writers(operator, WRITERS, PAUSE_SECONDS), connect(operator.servers.falkordb.address) as conn:
 

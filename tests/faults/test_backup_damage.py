@@ -59,7 +59,7 @@ class Sets:
         return self.folder / name
 
     def edit(self, *keys: str, value: Any) -> None:
-        """Change the manifest at `keys` and put its checksum right. `value` may be a function of the old one."""
+        """Change the manifest at `keys` and correct its checksum. `value` may be a function of the old one."""
         document = place = self.document
         for key in keys[:-1]:
             place = place[key]
@@ -207,7 +207,7 @@ def two_sets_swap_their_manifests(sets: Sets, _: random.Random) -> Path:
     return path
 
 
-# --- the manifest, its checksum put right again ------------------------------------------------------------------
+# --- the manifest, with its checksum corrected -------------------------------------------------------------------
 
 
 def another_key(table: dict[str, Any]) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def facts_with(members: Members, **changes: Any) -> Members:
 
 
 def snapshot_with(members: Members, data: bytes) -> Members:
-    """Another snapshot inside, with every checksum in the archive made to fit."""
+    """Replace the snapshot, and correct every checksum in the archive."""
     new = [members[0], (members[1][0], data), *members[2:]]
     return facts_with(new, snapshot_size=len(data), snapshot_sha256=sha256(data).hexdigest())
 

@@ -54,7 +54,7 @@ def test_little_room_for_temporary_files_lowers_the_verification_level_and_is_re
 
 
 def test_a_full_folder_for_temporary_files_is_passed_over(backing, tmp_path):
-    """Python takes the system's next one."""
+    """Python uses the system's next temporary folder."""
     with small_disk(tmp_path / "t", "64k") as place:
         fill(place / "full")
         backing.export(TMPDIR=place)
@@ -128,7 +128,7 @@ def test_a_graph_that_cannot_fit_is_reported_before_the_transfer(backing, monkey
 
 @pytest.mark.parametrize("only", ["falkordb", "qdrant"])
 def test_a_disk_that_fills_while_a_file_is_written(backing, tmp_path, only):
-    """The early question lets it pass: the disk is filled when the transfer begins."""
+    """The early check passes: the disk is filled when the transfer begins."""
     with small_disk(tmp_path / "b", "96m") as disk:
         backing.export(AUTOMEM_BACKUP_DIR=disk / "backups")
         runner = tmp_path / "runner.py"
@@ -171,7 +171,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_server_without_room_for_the_snapshot(backing):
-    """In the words of a real server."""
+    """With the message of a real server."""
     words = "Service internal error: No space left on device: WAL buffer size exceeds available disk space"
     refusal = answer(500, json.dumps({"status": {"error": words}}), "Content-Type: application/json\r\n")
     with qdrant_proxy(backing, Fault(CREATE, answer=refusal)):

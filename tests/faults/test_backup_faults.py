@@ -24,7 +24,7 @@ pytest_plugins = ["tests.backup_fixtures"]
 
 
 def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
-    """Two AutoMems backed up by one checkout: neither takes the other's stamp or removes its files."""
+    """One checkout backs up two AutoMems: neither run uses the other's stamp or removes its files."""
     both = [Operator(session_servers, tmp_path) for _ in range(2)]
     try:
         for one in both:
@@ -132,7 +132,7 @@ def test_a_full_disk_is_reported_before_and_while_writing(backing, small):
     held = start_held(backing, "after backup begun", "backup_automem")
     assert wait_for(lambda: held.is_held_at() or held.process.poll() is not None)
     fill(small / "more")
-    held.go_on()
+    held.release()
     _, err = held.process.communicate(timeout=300)
     (small / "more").unlink()
     assert held.process.returncode == 1, err
@@ -189,7 +189,7 @@ def test_a_run_that_makes_two_snapshots_leaves_neither(backing):
 
 
 def test_a_snapshot_made_in_the_same_second_stays(backing):
-    """A server names a snapshot by the second: one made by the operator a moment before would be replaced by ours."""
+    """A server names snapshots by the second: one that the operator made a moment before would be replaced by ours."""
     journal = start_journal(_made(backing), "backup", ["one run"])
     theirs = backing.call("POST", "/snapshots")["name"]
     with own_snapshot(backing.qdrant, backing.collection, journal) as made:

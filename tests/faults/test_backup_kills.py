@@ -55,7 +55,7 @@ WINDOWS = [
     "called drift counted",
     "called manifest written",
 ]
-# These differ from one of the above in the journal alone.
+# These differ from one of the above only in the journal.
 ALMOST = [
     "after started",
     "before backup begun",
@@ -109,7 +109,7 @@ def assert_recovered(
 
 
 def left_by_kill(operator: Operator) -> str:
-    """What a kill left behind, for the report (--junitxml)."""
+    """Record what a kill left behind, for the report (--junitxml)."""
     journal = journal_of(operator, "backup")
     kinds = ["partial" if name.endswith(".partial") else Path(name).suffix[1:] for name in files(operator)]
     at = (phases(journal) or ["no journal"])[-1]
@@ -123,7 +123,7 @@ def test_killed_there_the_next_run_cleans_up_and_works(busy, where, record_prope
     run_killed(busy, where, "backup_automem")
     record_property("left", left_by_kill(busy))
     done = where in DONE
-    assert len(busy.manifests()) == int(done)  # a set is whole, or none is there to be trusted
+    assert len(busy.manifests()) == int(done)  # a set is complete, or no trusted set exists
     known = {"awaiting": where in NEVER_SENT, "unnamed": where in UNNAMED}
     assert_recovered(busy, done=done, **(dict.fromkeys(known) if where in DURING_GRAPH_BACKUP else known))
 
@@ -142,7 +142,7 @@ def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(
     busy, usual_seconds, number, record_property
 ):
     chance = random.Random(number)
-    for _ in range(20):  # a moment after the end is no kill
+    for _ in range(20):  # a kill after the end does not count
         for old in busy.backups.rglob("*") if busy.backups.exists() else ():
             if old.is_file():
                 old.unlink()
@@ -176,7 +176,7 @@ def gated(backing):
 
 
 def test_killed_while_the_server_makes_the_snapshot(backing, gated):
-    """The server had made it, the client never learned its name."""
+    """The server made the snapshot, and the client never received its name."""
     killed_at(backing, gated, CancelToken(*SLOW_ANSWER, carried_out=True))
     gated.open()
     (name,) = server_files(backing)
@@ -228,7 +228,7 @@ def test_a_snapshot_that_never_comes_is_not_awaited_for_ever(backing):
 
 
 def test_an_operators_own_snapshot_stays(backing):
-    """Made right after the kill, like ours: no name shows which is whose, so none is deleted."""
+    """A snapshot made right after the kill, like ours: the names do not show the owner, so none is deleted."""
     run_killed(backing, "before snapshot made", "backup_automem")
     (ours,) = server_files(backing)
     time.sleep(1.1)  # as above
@@ -243,7 +243,7 @@ def test_an_operators_own_snapshot_stays(backing):
 
 
 def test_an_operators_older_snapshot_stays(backing):
-    """It existed before the killed run, or was made long after it: it is not even named."""
+    """A snapshot from before the killed run, or from long after it, is not reported."""
     before = backing.call("POST", "/snapshots")["name"]
     run_killed(backing, "before snapshot made", "backup_automem")
     for journal in open_journals(backing.backups):  # the server made ours two minutes ago

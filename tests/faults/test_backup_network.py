@@ -102,7 +102,7 @@ def forget_backups(operator: Operator) -> None:
 def framing(operator: Operator, diskless: str) -> Iterator[None]:
     """How the server frames the RDB: until a mark (diskless), or of a length (from its disk).
 
-    The module's stream of past queries is taken out: it grows and is trimmed in jumps, and no two answers were alike.
+    The module's stream of past queries is excluded: it grows and is trimmed in jumps, so that no two answers are equal.
     """
     with connect(operator.servers.falkordb.address) as conn:
         before = conn.config_get("repl-diskless-sync")["repl-diskless-sync"]
@@ -141,7 +141,7 @@ def test_the_replication_stream_is_cut_anywhere(backing, diskless):
 
 
 def test_the_last_bytes_of_either_framing(backing, tmp_path):
-    """At exact bytes: the same answer again and again, from a server that only repeats it."""
+    """Cut at exact bytes: a server repeats the same recorded answer."""
     data = bytearray()
     stream_rdb(backing.servers.falkordb.address, data.extend)
     mark = b"0123456789abcdefghij0123456789ABCDEFGHIJ"
@@ -247,7 +247,7 @@ def test_a_falkordb_that_falls_silent_is_noticed(backing, monkeypatch, silent):
         pytest.raises(StoreUnreachable, match=r"has sent nothing for 0\.5 s"),
     ):
         back_up(backing)
-    assert time.monotonic() - begun < 50  # a minute is the wait of every day
+    assert time.monotonic() - begun < 50  # the default timeout is a minute
     assert_nothing_left(backing)
 
 
@@ -320,7 +320,7 @@ def test_a_gateway_in_trouble_is_asked_again(backing, request_, status):
 
 @pytest.mark.parametrize("skip", range(12))
 def test_a_key_that_expires_during_the_backup(backing, skip):
-    """From some request on, every one is refused: also the one that would delete the snapshot again."""
+    """From some request on, every request is refused, including the one that would delete the snapshot."""
     expired = Fault(ANY, skip=skip, times=None, answer=answer(403, "ExpiredSignature"))
     with qdrant_proxy(backing, expired):
         result = backing.run("backup_automem", expect=None)
@@ -412,7 +412,7 @@ def locked_falkordb(folder: Path) -> Iterator[FalkorServer]:
 
 @pytest.mark.core
 def test_tls_and_a_password(loaded, tmp_path, certificate):
-    """The wheels' servers have no TLS: a proxy ends it, as hosted ones do."""
+    """The servers of the wheels have no TLS: a proxy terminates it, as with hosted servers."""
     path, context = certificate
     with locked_falkordb(tmp_path / "locked") as locked:
         backing = Operator(replace(loaded.servers, falkordb=locked), tmp_path, collection=loaded.collection)

@@ -80,14 +80,14 @@ def test_a_signal_leaves_nothing_incomplete(backing, place):
     number = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP][list(PLACES).index(place) % 3]
     held = start_held(backing, PLACES[place], "backup_automem")
     standing(held).send_signal(number)
-    held.go_on()
+    held.release()
     assert_undone(backing, held.process, may_await=place in DURING_GRAPH_BACKUP)
 
 
 def ended_at(operator: Operator, place: str) -> None:
     held = start_held(operator, place, "backup_automem")
     standing(held).send_signal(signal.SIGTERM)
-    held.go_on()
+    held.release()
     held.process.communicate(timeout=300)
     assert held.process.returncode == 130
 
@@ -109,7 +109,7 @@ def test_a_signal_before_the_snapshot_was_asked_for(backing):
 
 @pytest.mark.core
 def test_a_signal_while_the_server_makes_the_snapshot(backing):
-    """Its name never reaches the journal: the next run prints the command that deletes it."""
+    """The snapshot's name never reaches the journal: the next run prints the command that deletes it."""
     with Gate(backing.servers.qdrant_url) as gate:
         backing.export(QDRANT_URL=gate.url)
         stop = CancelToken("POST", r"/snapshots\?", late=True)
@@ -134,9 +134,9 @@ def test_a_signal_while_the_server_makes_the_snapshot(backing):
 def test_a_second_ctrl_c_lets_it_clean_up(backing, clean_up):
     held = start_held(backing, f"called snapshot downloaded; {clean_up}", "backup_automem")
     standing(held).send_signal(signal.SIGINT)
-    held.go_on()
+    held.release()
     standing(held, 1).send_signal(signal.SIGINT)
-    held.go_on(1)
+    held.release(1)
     assert "cleaning up" in assert_undone(backing, held.process)
 
 
@@ -144,13 +144,13 @@ def test_a_second_ctrl_c_lets_it_clean_up(backing, clean_up):
 def test_a_third_ctrl_c_ends_it_and_the_next_run_cleans_up(backing, clean_up):
     held = start_held(backing, f"called snapshot downloaded; {clean_up}", "backup_automem")
     standing(held).send_signal(signal.SIGINT)
-    held.go_on()
+    held.release()
     process = standing(held, 1)
     process.send_signal(signal.SIGINT)
     while "cleaning up" not in process.stderr.readline():  # two signals of one number may arrive as one
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    held.go_on(1)
+    held.release(1)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
@@ -160,7 +160,7 @@ def test_a_third_ctrl_c_ends_it_and_the_next_run_cleans_up(backing, clean_up):
 
 
 def test_a_terminal_that_closes_leaves_nothing_incomplete(backing):
-    """The kernel's own SIGHUP to the terminal's foreground, every further write to it failing."""
+    """The kernel sends SIGHUP to the terminal's foreground, and every further write to the terminal fails."""
     master, slave = pty.openpty()
 
     def take_terminal() -> None:
@@ -184,7 +184,7 @@ def test_a_terminal_that_closes_leaves_nothing_incomplete(backing):
         os.set_blocking(master, False)
 
         def reached() -> bool:
-            with contextlib.suppress(BlockingIOError):  # what nobody reads would stop the process in the end
+            with contextlib.suppress(BlockingIOError):  # a full pipe would block the process
                 os.read(master, 65536)
             return stop.reached.is_set() or process.poll() is not None
 
@@ -205,7 +205,7 @@ def test_a_terminal_that_closes_leaves_nothing_incomplete(backing):
 def test_nohup_continues_without_its_terminal(backing):
     held = start_held(backing, "after backup begun", "backup_automem", nohup=True)
     standing(held).send_signal(signal.SIGHUP)
-    held.go_on()
+    held.release()
     _, err = held.process.communicate(timeout=300)
     assert held.process.returncode == 0, err
     assert_one_set(backing)

@@ -1,4 +1,4 @@
-"""Copies elsewhere when things go wrong: cut, spoiled, refused, full of others' files, killed, unknown, missing."""
+"""Failing copies elsewhere: cut, damaged, refused, among files of others, killed, unknown, missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sftp(tmp_path, operator) -> Iterator[SFTPServer]:
 
 @pytest.fixture
 def backed_up(operator) -> Path:
-    """The manifest of a small set that is here."""
+    """The manifest of a small local set."""
     operator.load(60)
     operator.run("backup_automem")
     return operator.manifests()[0]
@@ -69,7 +69,7 @@ def upload(operator: Operator, url: str, expect: int) -> str:
 
 
 def arrived(operator: Operator, url: str, folder: Path, manifest: Path) -> None:
-    """The same command again brings all of it, and leaves nothing else there."""
+    """The same command again uploads the complete set, and leaves nothing else there."""
     upload(operator, url, 0)
     assert files_in(folder) == set_of(manifest)
 
@@ -109,7 +109,7 @@ def test_a_place_that_will_not_do_is_refused_before_the_backup(operator, s3, url
     ],
 )
 def test_a_missing_package_is_named_with_the_line_that_installs_it(operator, tmp_path, url, package):
-    """As if it were not installed: what Python looks for at its start makes this one unfindable."""
+    """As if the package were not installed: a module that Python loads at its start hides it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as util\nreal = util.find_spec\n"
         f"util.find_spec = lambda name, *rest: None if name == {package!r} else real(name, *rest)\n"
@@ -245,7 +245,7 @@ def test_a_bucket_that_is_gone_midway(operator, backed_up, tmp_path):
 
 @pytest.mark.core
 def test_a_file_of_anothers_is_never_replaced(operator, sftp, backed_up):
-    """The same size or another, under the name of any file of the set."""
+    """Another file, of the same size or not, under the name of any file of the set."""
     folder = sftp.folder / "copies"
     for name, data in set_of(backed_up).items():
         for foreign in (bytes([data[0] ^ 1]) + data[1:], b"mine"):
@@ -274,7 +274,7 @@ KILLS = [
 
 @pytest.mark.parametrize(("what", "part"), KILLS)
 def test_killed_at_any_point_of_an_upload(operator, sftp, backed_up, what, part):
-    """SIGKILL while a file of each kind is made, written, read back and given its name; then the same command again."""
+    """SIGKILL while a file of each kind is created, written, read back and renamed; then the same command again."""
     folder = sftp.folder / "copies"
     name = next(one for one in set_of(backed_up) if one.startswith(part)).rpartition("/")[2]
     sftp.mischief.hold = (what, name)
@@ -339,7 +339,7 @@ def test_ctrl_c_while_uploading(operator, sftp, backed_up):
 
 @pytest.fixture
 def copied(operator, tmp_path, backed_up) -> tuple[str, Path, Path]:
-    """The URL of a copy, its folder, and its manifest there; nothing is left here."""
+    """The URL of a copy, its folder, and its manifest there; no local file is left."""
     folder = tmp_path / "copies"
     operator.run("backup_automem", "--check", "all", "--upload", str(folder))
     shutil.rmtree(operator.backups)

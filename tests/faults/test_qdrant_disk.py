@@ -1,6 +1,6 @@
-"""A real Qdrant whose disk fills at every stage of a migration, or a restore: nothing is lost, the same command resumes.
+"""A real Qdrant whose disk fills at every stage of a migration or a restore: nothing is lost, the same command resumes.
 
-How much must be free at which stage is only known by trying: 4,000 points of 3072d, from too little for anything to almost enough.
+The room that each stage needs is found by trying: 4,000 points of 3072d, from too little for anything to almost enough.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_staged_migration(crowded, disk, free):
         assert operator.collections() == [operator.collection]
         assert "MiB are needed beside the live collection" in first.err
     assert free > 100 or "is unchanged" in first.err
-    go_on(operator, real, disk, (), first, before)
+    resume(operator, real, disk, (), first, before)
 
 
 @pytest.mark.parametrize("free", [70, 140, 210, 280])
@@ -67,7 +67,7 @@ def test_a_migration_in_place(crowded, disk, free):
     leave_free(disk, free)
     first = operator.run("reembed_embeddings", "--in-place", expect=None)
     assert free > 100 or "not complete" in first.err
-    go_on(operator, real, disk, ("--in-place",), first, before)
+    resume(operator, real, disk, ("--in-place",), first, before)
 
 
 @pytest.mark.parametrize("free", [80, 180, 280, 380])
@@ -96,7 +96,7 @@ def test_a_restore(crowded, disk, free):
     assert operator.call("GET", "/snapshots") == []
 
 
-def go_on(operator, real, disk, words, first, before):
+def resume(operator, real, disk, words, first, before):
     """Follow the printed next step."""
     assert "Traceback" not in first.err
     assert first.code == 0 or (first.code == 1 and "disk is full" in first.err), first.err

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.qdrant, pytest.mark.skipif(REAL, reason="needs the sta
 
 
 def killed_after_delete(operator) -> None:
-    """A run is killed when the old collection is gone and the new one is not there yet."""
+    """A run is killed after the old collection is deleted and before the new one exists."""
     recover = f"/collections/{operator.collection}/snapshots/recover"
     faults(operator, {"method": "PUT", "path": recover, "hang": True})
     process = operator.start("reembed_embeddings")
@@ -70,7 +70,7 @@ def test_an_old_unfinished_run_does_not_waive_the_guard(operator):
     operator.run("backup_automem", "--only", "qdrant")
     upgrade(operator)
     killed_after_delete(operator)
-    # Put back by hand and used for weeks; nobody knows of the journal any more.
+    # Restored by hand and used for weeks; the journal is forgotten.
     operator.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Cosine"}})
     memories = embeddable(operator)
     points = [

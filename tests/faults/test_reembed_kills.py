@@ -107,7 +107,7 @@ def test_killed_at_random_moments(rig):
         4.0,
         4.0,
         4.0,
-    ):  # the first one ends while it embeds: that takes 1.3 s at the very least
+    ):  # the first one ends while it embeds, which takes at least 1.3 s
         deadline = time.monotonic() + rng.uniform(0.3, longest)
         kills += rig.kill_when(lambda deadline=deadline: time.monotonic() > deadline) == -signal.SIGKILL
     assert kills
@@ -174,7 +174,7 @@ def test_other_settings_after_the_delete_are_refused_and_name_both_ways_out(rig)
     listed = rig.operator.run("backup_automem", "--list")
     assert "reembed_embeddings.py is unfinished" in listed.err
     with rig.journal().path.open("ab") as stream:
-        stream.write(b'{"phase": "closed", "at"')  # a line cut by a crash is no end
+        stream.write(b'{"phase": "closed", "at"')  # a line cut by a crash does not end the run
     rig.finish()
 
 
@@ -207,7 +207,7 @@ def test_what_automem_recreated_meanwhile_is_no_obstacle_and_no_loss(rig, size, 
         for one in repaired
     ]
     operator.call("PUT", "/points?wait=true", {"points": rows})
-    # No new backup is needed: every id is the graph's.
+    # No new backup is needed: every id is in the graph.
     rig.finish()
 
 

@@ -1,4 +1,4 @@
-"""The provider fails in every way it can while the real command runs: the exit code, the embedding cache, the collection, the bill."""
+"""The provider fails in every way while the real command runs: exit code, embedding cache, collection and bill."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.qdrant
 BATCH, WORKERS = 10, 4
 MEMORIES = 120
 PACE = ("--batch-size", str(BATCH), "--workers", str(WORKERS))
-# The script itself, with a shorter patience: a request of a second is late, eight seconds of failures are ten minutes.
-_IMPATIENT = """
+# The script with shorter timeouts: a request of a second is late, eight seconds of failures count as ten minutes.
+_SHORT_TIMEOUTS = """
 from lib.clients.embeddings import client
-client.EmbeddingClient.__init__.__kwdefaults__.update(timeout_seconds={timeout}, max_wait_seconds={patience})
+client.EmbeddingClient.__init__.__kwdefaults__.update(timeout_seconds={timeout}, max_wait_seconds={max_wait})
 client.FIRST_PAUSE_SECONDS, client.LONGEST_PAUSE_SECONDS = 0.02, 0.2
 """
 
@@ -38,23 +38,23 @@ class Rig:
     before: Points
     url: str = ""
     timeout: float = 20.0
-    patience: float = 8.0
+    max_wait: float = 8.0
 
     @property
     def openai(self):
         return self.operator.servers.openai
 
     def reembed(self, *words: str, expect: int) -> Result:
-        impatient = _IMPATIENT.format(timeout=self.timeout, patience=self.patience)
+        short_timeouts = _SHORT_TIMEOUTS.format(timeout=self.timeout, max_wait=self.max_wait)
         url = {"OPENAI_BASE_URL": self.url} if self.url else {}
-        process = self.operator.start("reembed_embeddings", *PACE, *words, prelude=impatient, **url)
+        process = self.operator.start("reembed_embeddings", *PACE, *words, prelude=short_timeouts, **url)
         out, err = process.communicate(timeout=300)
         assert process.returncode == expect, f"exit {process.returncode}\n{err}\n{out}"
         assert "Traceback" not in err, err
         return Result(process.returncode, out, err)
 
     def cached(self) -> int:
-        """How many vectors the embedding cache holds; each is its text's own, as the endpoint makes it."""
+        """How many vectors the embedding cache holds; checks that each is the endpoint's vector of its text."""
         folder = self.operator.backups / "embeddings"
         plan = next(folder.glob(f"{self.operator.collection}-*.sqlite3"))
         with contextlib.closing(sqlite3.connect(plan)) as db:
@@ -90,7 +90,7 @@ def rig(operator) -> Rig:
     return Rig(operator, points_of(operator))
 
 
-# --- what passes ------------------------------------------------------------------------------------------------
+# --- temporary faults -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ PASSING = {
 @pytest.mark.parametrize("name", matrix(PASSING, "too few vectors"))
 def test_what_passes_costs_time_alone(rig, name):
     case = PASSING[name]
-    rig.timeout, rig.patience = case.timeout, 120.0
+    rig.timeout, rig.max_wait = case.timeout, 120.0
     rig.openai.fault(**case.fault)
     done = rig.reembed("--json", expect=0)
     assert done.json["refused"] == []
@@ -136,7 +136,7 @@ def test_what_passes_costs_time_alone(rig, name):
     assert done.json["bought"]["texts"] == stats["distinct_texts"]
 
 
-# --- what does not ----------------------------------------------------------------------------------------------
+# --- permanent faults -------------------------------------------------------------------------------------------
 
 QUOTA = [
     "insufficient_quota",
@@ -166,7 +166,7 @@ PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}
 @pytest.mark.parametrize("name", matrix(LASTING, "401 mid-way"))
 def test_lasting_errors_end_the_run_and_preserve_paid_vectors(rig, name):
     fault, code, expected = LASTING[name]
-    rig.patience = 4.0
+    rig.max_wait = 4.0
     rig.openai.fault(**fault, after=5)
     done = rig.reembed(expect=code)
     assert expected in done.err
@@ -184,8 +184,8 @@ def test_lasting_errors_end_the_run_and_preserve_paid_vectors(rig, name):
 
 
 def test_a_provider_that_hangs_without_end(rig):
-    """Each request that hangs is charged, so few are sent: the workers', again and again until the patience ends."""
-    rig.timeout, rig.patience = 2.0, 4.0
+    """Each request that hangs is charged, so few are sent: one per worker, repeated until the timeout."""
+    rig.timeout, rig.max_wait = 2.0, 4.0
     rig.openai.fault(hang_seconds=300, after=5)
     done = rig.reembed(expect=6)
     assert "no answer in time" in done.err
@@ -231,7 +231,7 @@ def test_a_long_memory_is_cut_and_named_before_and_after(rig):
     done = rig.reembed("--json", expect=0)
     assert done.json["cut"] == [victim]
     assert f"memory {victim} is longer than the model takes" in done.err
-    # What was announced is what is billed: the cut text, not the whole one.
+    # The announced tokens are the billed ones: those of the cut text, not of the whole one.
     assert plan["tokens"] == rig.openai.stats()["tokens"]
 
 
@@ -288,7 +288,7 @@ class Resetting:
 def _reset(one: socket.socket) -> None:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with contextlib.suppress(OSError):
-        one.shutdown(socket.SHUT_RD)  # whoever reads from it holds it open
+        one.shutdown(socket.SHUT_RD)  # a reader holds it open
     one.close()
 
 
@@ -306,7 +306,7 @@ def test_connections_that_are_reset(rig, after_it_was_paid):
 
 
 def test_every_connection_is_reset(rig):
-    rig.patience = 2.0
+    rig.max_wait = 2.0
     proxy = Resetting(rig.openai.port, resets=1 << 30, after_it_was_paid=False)
     with proxy.open() as rig.url:
         rig.reembed(expect=6)

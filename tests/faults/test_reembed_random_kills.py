@@ -31,7 +31,7 @@ CUTOVERS = pytest.mark.parametrize("words", [(), ("--in-place",)], ids=["staged"
 
 
 class Seesaw:
-    """An operator who changes the size, and changes it back, for as long as he is asked to."""
+    """An operator who changes the size back and forth."""
 
     def __init__(self, operator: Operator, words: tuple[str, ...]) -> None:
         self.operator = operator
@@ -67,7 +67,7 @@ class Seesaw:
         self.operator.run("backup_automem", "--only", "qdrant")
 
     def turn(self) -> None:
-        """A run went through: AutoMem is started with these settings, and the next change goes in the opposite direction."""
+        """After a finished run, start AutoMem with these settings; the next change goes in the opposite direction."""
         self.automem.configure(MODELS[self.size], self.size)
         self.operator.run("backup_automem", "--only", "qdrant")
         self.size = OLD_SIZE if self.size == NEW_SIZE else NEW_SIZE
@@ -75,7 +75,7 @@ class Seesaw:
 
 
 def swing(seesaw: Seesaw, kills: int, strike: Callable[[ScriptProcess], bool], rng: random.Random) -> int:
-    """Start runs, and strike each at a random moment, until so many strikes met one; returns how many."""
+    """Start runs and call `strike` at a random moment of each, until `kills` hit a run; returns their number."""
     seesaw.go_through()
     seesaw.turn()
     struck = 0
@@ -97,7 +97,7 @@ def swing(seesaw: Seesaw, kills: int, strike: Callable[[ScriptProcess], bool], r
 
 
 def finish(seesaw: Seesaw, kills: int) -> None:
-    """Nobody disturbs the last run: every memory has its point, nothing is left over, little was paid for twice."""
+    """The last run is undisturbed: every memory has its point, no orphan is left, and little was paid for twice."""
     operator = seesaw.operator
     seesaw.go_through()
     assert_migrated(operator, seesaw.before, model=MODELS[seesaw.size], size=seesaw.size)

@@ -37,7 +37,7 @@ def ready(operator):
 
 
 def refusal(text: str) -> dict[str, object]:
-    """A 500 of the server's, in its own form."""
+    """A 500 in the server's format."""
     return {"status": 500, "body": {"status": {"error": text}}}
 
 
@@ -57,7 +57,7 @@ def remember(operator, text: str, *, point: bool = True, size: int = OLD_SIZE, *
 
 
 def age(operator, hours: float) -> None:
-    """The open run was begun long ago."""
+    """Move the start of the open run far back."""
     (journal,) = open_journals(operator.backups)
     lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
     for line in lines:
@@ -79,7 +79,7 @@ def test_a_memory_stored_between_the_scan_and_the_read_of_the_points_is_no_orpha
         stop = rig.stop_at(window)
     process = rig.start()
     assert stop.reached.wait(400)
-    # More than the backup may lack, and no backup holds it: as orphans they would be refused.
+    # More points than the backup may lack, and no backup holds them: as orphans they would be refused.
     late = [remember(operator, f"stored meanwhile {number}", only_here=number) for number in range(3)]
     rig.before |= {one: point for one, point in points_of(operator).items() if one in late}
     rig.gate.open()
@@ -128,7 +128,7 @@ def test_a_staged_collection_of_two_days_ago_catches_up(ready):
 
 
 def test_what_is_written_to_the_points_after_the_last_sync_is_not_lost(rig):
-    """The staged collection has the old values by then, and so has what is made of it."""
+    """The staged collection has the old values by then, and so has the new collection."""
     operator = rig.operator
     one, other = [one for one, (payload, _) in rig.before.items() if "source_app" in payload][:2]
     stop = rig.stop_at("before the method is verified")
@@ -159,7 +159,7 @@ def test_an_empty_collection_that_automem_made_after_the_delete_is_replaced(rig)
 
 
 def test_the_operators_own_delete_after_the_staging_loses_nothing(ready):
-    """And AutoMem, restarted meanwhile, has recreated the collection."""
+    """AutoMem, restarted in the meantime, has recreated the collection."""
     was, before = settings(ready), points_of(ready)
     ready.run("reembed_embeddings", "--no-switch")
     ready.call("DELETE", "")
@@ -258,7 +258,7 @@ def test_a_staged_collection_that_no_journal_knows_is_refused(ready):
     assert f"curl -s -X DELETE {url}" in refused.err
     assert ready.servers.openai.stats()["requests"] == 0
     assert ready.collections() == [ready.collection, staged(ready)]
-    # What stages nothing has nothing to do with it.
+    # A run that stages nothing ignores the staged collection.
     ready.run("reembed_embeddings", "--in-place")
     assert ready.collections() == [ready.collection, staged(ready)]
 
@@ -302,7 +302,7 @@ def test_after_the_delete_another_collection_is_refused(rig):
     rig.finish()
 
 
-# --- a server that cannot -----------------------------------------------------------------------------------------
+# --- a server that cannot restore the snapshot --------------------------------------------------------------------
 
 
 @on_the_stand_in

@@ -49,7 +49,7 @@ def backed(loaded, tmp_path):
 
 
 def verify(operator, place, *words: Path) -> None:
-    """What the restore does before it touches anything."""
+    """Verify as the restore does before it changes anything."""
     with ExitStack() as stack:
         verify_files(place, wanted(operator, *words), stack)
 
@@ -57,7 +57,7 @@ def verify(operator, place, *words: Path) -> None:
 def assert_refused(operator, place, *words: Path) -> str:
     with pytest.raises(MigrationError) as caught:
         verify(operator, place, *words)
-    # A head that is damaged enough is no backup at all any more.
+    # A file with a badly damaged head is not recognised as a backup.
     assert isinstance(caught.value, BackupDamaged | BadFile), repr(caught.value)
     return str(caught.value)
 
@@ -71,7 +71,7 @@ def file_of(operator, which: str) -> Path:
 
 
 def bare_snapshot(operator, path: Path, change=lambda body: body) -> Path:
-    """The server's own snapshot out of the archive."""
+    """Extract the server's snapshot from the archive."""
     with tarfile.open(operator.archive(), "r:gz") as tar:
         name = next(one for one in tar.getnames() if one.startswith("snapshot/"))
         path.write_bytes(change(tar.extractfile(name).read()))
@@ -98,7 +98,7 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
     place, before = site(backed), backed.state()
     path = bare_with_checksum(backed, tmp_path) if name == "bare" else file_of(backed, name)
     whole, chance = path.read_bytes(), random.Random(f"restore {which}")
-    if alone:  # without its manifest, the file's own checksums are all there is
+    if alone:  # without its manifest, only the checksums in the file remain
         path = shutil.copy(path, tmp_path / path.name)
     verify(backed, place, path)
     for kind in KINDS:

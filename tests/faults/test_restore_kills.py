@@ -34,7 +34,7 @@ pytestmark = pytest.mark.qdrant
 
 OFTEN = KILLS_EACH > 1
 RANDOM = 6 * KILLS_EACH if OFTEN else 3
-# Each leaves another state behind, in the order in which a run passes them.
+# Each leaves a different state, in the order in which a run reaches them.
 WINDOWS = [
     "called graph accepted",
     "after rehearsing the collection",
@@ -56,7 +56,7 @@ WINDOWS = [
     "after graph switched",
     "before closed",
 ]
-# These differ from one of the above in the journal alone.
+# These differ from one of the above only in the journal.
 ALMOST = [
     "after started",
     "before rehearsing the graph",
@@ -105,7 +105,7 @@ def points_of(operator: Operator, name: str) -> str:
 
 
 def assert_one_is_whole(operator: Operator, wanted, old) -> None:
-    """Each store holds the old state or the backup's; the collection may be absent while its trial restore is complete."""
+    """Each store holds the old state or the backup's; the collection may be absent if its trial restore is complete."""
     with connect(operator.servers.falkordb.address) as conn:
         assert graph_digest(conn, operator.graph, by_id=True).digest in {old.graph, wanted.graph}
 
@@ -152,7 +152,7 @@ def usual_seconds(loaded):
 def test_killed_at_a_random_moment_it_resumes(usual_seconds, ready, number, record_property):
     operator, files, (wanted, asset), old = ready
     chance = random.Random(number)
-    for _ in range(20):  # a moment after the end is no kill
+    for _ in range(20):  # a kill after the end does not count
         process = operator.start("restore_from_backup", *files)
         time.sleep(chance.uniform(0.05, 1.0) * usual_seconds)
         if kill(process):

@@ -75,11 +75,11 @@ def run_under(
     held = start_held(operator, where, "restore_from_backup", *files)
     assert wait_for(held.is_held_at), held.process.communicate()
     if seconds is not None:
-        held.go_on()
+        held.release()
         time.sleep(seconds)
     server.kill()
     if seconds is None:
-        held.go_on()
+        held.release()
     time.sleep(0.5)
     server.start()  # raises if it does not come up again
     _, err = held.process.communicate(timeout=400)

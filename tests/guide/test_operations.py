@@ -1,4 +1,4 @@
-"""The examples for cron, systemd and GitHub Actions, tried as far as a machine without them can."""
+"""The examples for cron, systemd and GitHub Actions, tested as far as possible without these services."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_the_systemd_units(nightly, tmp_path):
 
 @pytest.mark.matrix
 def test_the_workflow(nightly, tmp_path):
-    """Each `run` step as the runner runs it, with what `secrets` would hold; what installs is looked at."""
+    """Each `run` step as the runner runs it, with what `secrets` would hold; steps that install are only inspected."""
     (block,) = examples("yaml")
     workflow = yaml.safe_load(block.text)
     assert workflow[True]["schedule"] == [{"cron": "17 2 * * *"}]  # YAML 1.1 reads `on` as true
@@ -196,7 +196,7 @@ def own() -> Iterator[Path]:
 
 
 def unprivileged() -> list[str]:
-    """What makes a command of root's one of another user, who may read everything and write next to nothing."""
+    """The prefix that runs a command of root as another user, who may read everything and write almost nothing."""
     if os.getuid() != 0:
         return []
     if shutil.which("setpriv") is None:

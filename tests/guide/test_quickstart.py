@@ -23,7 +23,7 @@ from tests.sandbox.stack import GUIDE_PORTS, TOKEN
 
 pytestmark = pytest.mark.qdrant
 MARK = "AUTOMEM_QUICKSTART_UNDER_TEST"
-# Settings that must not reach the sandbox: with any of them obeyed, the walk fails or touches what is not its own.
+# Settings that must not reach the sandbox: if it used any of them, the run would fail or touch foreign stores.
 PRODUCTION = {
     "FALKORDB_HOST": "production.invalid",
     "FALKORDB_PORT": "1",
@@ -79,7 +79,7 @@ class Quickstart:
         )
 
     def processes(self) -> list[int]:
-        """The processes of this run that live, servers included."""
+        """The running processes of this run, including its servers."""
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -91,7 +91,7 @@ class Quickstart:
         return found
 
     def most_processes_seen(self, wanted: int) -> int:
-        """Wait until `wanted` processes live, for at most five minutes."""
+        """Wait at most five minutes until `wanted` processes are running."""
         deadline, most = time.monotonic() + 300, 0
         while most < wanted and time.monotonic() < deadline and self.process.poll() is None:
             most = max(most, len(self.processes()))
@@ -111,7 +111,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def guide_ports() -> Iterator[None]:
-    """The guide's ports are the machine's: one test at a time has them, of whichever run."""
+    """The guide's ports are shared by the machine: a lock allows one test at a time to use them."""
     with Path(tempfile.gettempdir(), "automem-guide-ports.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield

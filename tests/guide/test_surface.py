@@ -24,7 +24,7 @@ FOREIGN = {
     "--now": "systemctl",
     "--require-hashes": "pip install",
 }
-# What no DEFAULTS entry has: read from the environment alone, or by tests alone.
+# Without an entry in DEFAULTS: read only from the environment, or only by tests.
 ENVIRONMENT_ONLY = {"AUTOMEM_ENV_FILE"}
 # AutoMem's own, other programs', and words that only look like a variable.
 NOT_OURS = {

@@ -46,7 +46,7 @@ def stores(session_servers, tmp_path_factory):
 
 @pytest.fixture
 def ready(stores, tmp_path):
-    """The stores, which differ from the backup; a copy of the backup folder and settings of the test's own."""
+    """Stores that differ from the backup, with a copy of the backup folder and separate settings."""
     shutil.copytree(stores.backups, tmp_path / "backups")
     return Operator(stores.servers, tmp_path, stores.graph, stores.collection)
 
@@ -104,7 +104,7 @@ def test_an_answer_of_a_reverse_proxy_is_no_absence(status):
 
 
 class Redirecting(Answering):
-    """Sends whoever asks to another server."""
+    """Redirects every request to another server."""
 
     def __init__(self, to: str) -> None:
         super().__init__(302)
@@ -115,7 +115,7 @@ class Redirecting(Answering):
 
 
 def test_a_login_that_redirects_may_hide_automem(ready):
-    """An identity proxy sends every request to its own page, which nobody asks: no redirect is followed."""
+    """An identity proxy redirects every request to its login page. No redirect is followed."""
     with Answering(200, b"<html>please log in") as login, Redirecting(f"{login.url}/login") as proxy:
         answer = ask_health(AutoMemApi(proxy.url))
         assert answer.presence == "silent"
@@ -152,7 +152,7 @@ def test_a_machine_that_cannot_ask_itself_knows_nothing(monkeypatch, number, pre
 
 
 class Starting(Answering):
-    """Nobody at first; from the question of this number on it answers as AutoMem."""
+    """Does not answer at first; from the request of this number on it answers as AutoMem."""
 
     def __init__(self, number: int) -> None:
         super().__init__(404)
@@ -240,7 +240,7 @@ def test_nobody_on_this_machine_does_not_rule_out_an_automem_elsewhere(ready, mo
 
 
 def test_a_name_that_does_not_resolve_is_reported_and_is_no_absence(ready):
-    """Inside Docker the service may run under that name; a stopped one's name is gone, so that the restore goes ahead."""
+    """Inside Docker the service may run under that name. A stopped service has no name, so the restore proceeds."""
     for host, in_docker in (("flask-api", True), ("automem.invalid", False)):
         ready.export(AUTOMEM_API_URL=f"http://me:secret-word@{host}:8001")
         output = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
@@ -339,7 +339,7 @@ def twin(verified):
 
 @pytest.mark.parametrize("what", ["graph", "collection"])
 def test_after_the_restart_an_automem_on_other_stores_fails(verified, twin, what):
-    """Its recall brings each sample first, by vector: from a copy."""
+    """Its recall returns each sample first, by vector, but from a copy."""
     name = {"graph": "FALKORDB_GRAPH", "collection": "QDRANT_COLLECTION"}[what]
     with AutoMemServer(env={**verified.environ, name: getattr(twin, what)}) as automem:
         operator = Operator(verified.servers, verified.folder, verified.graph, verified.collection)
@@ -351,7 +351,7 @@ def test_after_the_restart_an_automem_on_other_stores_fails(verified, twin, what
 
 
 def test_an_automem_that_refuses_to_start_fails(verified, tmp_path):
-    """It was started with another size than the collection's, and ended."""
+    """AutoMem was started with another size than the collection's, and exited."""
     from tests.sandbox.process import ServerStartError
 
     automem = AutoMemServer(env={**verified.environ, "VECTOR_SIZE": str(NEW_SIZE)}, log=tmp_path / "log")

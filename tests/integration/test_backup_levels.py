@@ -21,7 +21,7 @@ importlib.util.find_spec = lambda name, package=None: None if name in {names!r} 
 
 
 def without(operator: Operator, *names: str) -> None:
-    """The operator's Python does not find these packages from now on."""
+    """Hide these packages from the operator's Python."""
     place = operator.folder / "hidden"
     place.mkdir(exist_ok=True)
     (place / "sitecustomize.py").write_text(HIDES.format(names=names))
@@ -54,8 +54,8 @@ def test_without_any_engine_it_is_checked_and_can_still_be_restored(operator):
     operator.run("restore_from_backup", str(operator.manifests()[0]))
     assert operator.state() == before
     with_all(operator)
-    graph_proof = operator.run("backup_automem", "--check", "all", "--json").json["proofs"][0]
-    assert graph_proof["level"] == "restored"
+    graph_check = operator.run("backup_automem", "--check", "all", "--json").json["proofs"][0]
+    assert graph_check["level"] == "restored"
 
 
 def test_with_its_engine_it_is_restored_and_nothing_is_loud(operator):

@@ -1,4 +1,4 @@
-"""What operators get wrong: one clear message, the right exit code, no traceback, nothing touched, no secret revealed."""
+"""Mistakes of operators: one clear message, the right exit code, no traceback, nothing touched, no secret revealed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def stocked(session_servers, tmp_path_factory):
 
 
 def tree(operator) -> dict[str, str]:
-    """Every file of the backups, by what is in it."""
+    """Every file of the backups, with its content."""
     files = [path for path in operator.backups.rglob("*") if path.is_file()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -72,7 +72,7 @@ def refused(
 ):
     """The command ends with this code, one message on stderr and one document on stdout.
 
-    The newest set is named by its file: `latest` is of the address that is configured, which is wrong here.
+    The newest set is named by its file: `latest` depends on the configured address, which is wrong here.
     """
     if "--backup-dir" not in words:
         words = tuple(str(operator.manifests()[-1]) if word == "latest" else word for word in words)
@@ -267,7 +267,7 @@ def test_a_wrong_qdrant_key(operator, locked_qdrant, command, key):
     refused(operator, 2, *COMMANDS[command], expected=expected, next_step="QDRANT_API_KEY")
 
 
-# --- what is not there ------------------------------------------------------------------------------------------
+# --- missing stores ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["backup", "reembed", "verify"])
@@ -374,7 +374,7 @@ def test_a_model_that_cannot_make_the_size(operator):
 
 @pytest.fixture
 def files(operator, tmp_path):
-    """FILE arguments that are wrong, by what is wrong with them."""
+    """Wrong FILE arguments, by their fault."""
     made = {
         name: tmp_path / name
         for name in ("missing", "empty", "folder", "text.rdb", "theirs.json", "theirs.tar.gz")
@@ -514,7 +514,7 @@ def test_an_empty_value_is_refused_by_every_flag_that_takes_one(operator, script
 
 
 def test_every_flag_that_takes_a_value_is_known():
-    """The list above is read off the parsers: it must not become empty."""
+    """The list above is derived from the parsers: it must not become empty."""
     assert {("backup_automem", one) for one in ("--upload", "--check", "--list", "--keep", "--only")} <= set(
         VALUED
     )
@@ -590,7 +590,7 @@ def test_another_run_holds_the_lock(operator, command):
         refused(operator, 5, *COMMANDS[command], expected=("another run is working on falkordb",))
 
 
-# --- with what re-embed notices after its plan ------------------------------------------------------------------
+# --- refusals of re-embed after its plan ------------------------------------------------------------------------
 
 
 @pytest.fixture

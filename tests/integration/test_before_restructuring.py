@@ -56,7 +56,7 @@ class ByName(HttpProxy):
         self.servers = {urlsplit(name).hostname: urlsplit(url) for name, url in urls.items()}
 
     def open(self) -> None:
-        """Nothing is held."""
+        """Pass every request."""
 
     def answer(self, request: Request, body: bytes) -> None:
         parts = urlsplit(request.path)

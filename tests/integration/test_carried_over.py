@@ -110,7 +110,7 @@ def test_a_server_shows_no_field_that_is_not_decided(operator):
 
 
 def test_every_carried_field_is_in_the_create_call():
-    """But for what the create call does not take: `create_like` sets those by PATCH."""
+    """Except for fields that the create call does not accept: `create_like` sets them by PATCH."""
     decided = {path for path, what in DECISIONS.items() if path.startswith("config.") and what != REFUSED}
     assert set(fields({"config": WHOLE})) == decided
     body = create_body({"config": WHOLE}, 96)
@@ -318,12 +318,8 @@ def points_of_ids(operator) -> list:
 
 
 SET_LATER = {"read_fan_out_factor": 2, "read_fan_out_delay_ms": 5}
-# Of 1.19 alone.
-STAGED_RESTORED = {
-    "vectors": {"memory": "cold"},
-    "payload": {"memory": "cold"},
-    "metadata": {"mine": {"n": 1 << 62}},
-}
+# Only in 1.19.
+PLACED = {"vectors": {"memory": "cold"}, "payload": {"memory": "cold"}, "metadata": {"mine": {"n": 1 << 62}}}
 
 
 def make_placed(operator) -> None:
@@ -331,7 +327,7 @@ def make_placed(operator) -> None:
     points = points_of(operator)
     operator.call("DELETE", "")
     url = f"{operator.servers.qdrant_url}/collections/{operator.collection}"
-    body = {**STAGED_RESTORED, "vectors": {**DENSE, **STAGED_RESTORED["vectors"]}}
+    body = {**PLACED, "vectors": {**DENSE, **PLACED["vectors"]}}
     requests.put(url, json=body, timeout=60).raise_for_status()
     for name in ("tags", "tag_prefixes"):
         operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})
@@ -349,7 +345,7 @@ def test_what_a_restored_snapshot_forgets_is_set_again(operator, method):
     make_placed(operator)
     had, metadata = settings(operator), operator.info()["config"].get("metadata")
     params = had["config"]["params"]
-    assert params["read_fan_out_factor"] == 2  # 1.11.3 knows no delay, and ignores what is of 1.19 alone
+    assert params["read_fan_out_factor"] == 2  # 1.11.3 has no delay, and ignores fields of 1.19
     if "payload" in params:
         assert (params["payload"], params["vectors"]["memory"]) == ({"memory": "cold"}, "cold")
     operator.run("backup_automem", "--only", "qdrant")
@@ -400,7 +396,7 @@ def test_settings_that_change_during_the_run_are_carried_over(operator, monkeypa
 
 
 def stop_after_the_delete(monkeypatch) -> None:
-    """The run is killed between the delete and what comes next."""
+    """The run is killed between the delete and the next step."""
     from lib.reembed import cutover
 
     def killed(*_args):
@@ -412,7 +408,7 @@ def stop_after_the_delete(monkeypatch) -> None:
 @pytest.mark.parametrize("method", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.matrix)])
 def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator, monkeypatch, method, first):
-    """Its own collection has the right size, and its first memory the right vector: that makes it no result."""
+    """AutoMem's collection has the right size and one right vector. It still is not a result of the run."""
     operator.load(20)
     change_settings(operator, 7)
     operator.run("backup_automem", "--only", "qdrant")

@@ -314,7 +314,7 @@ def test_each_nodes_snapshot_goes_back_to_its_own_node(operator, pair):
     assert open_journals(operator.backups) == []
     operator.run(
         "restore_from_backup", str(operator.manifests()[-1])
-    )  # its safety backup is of both nodes, too
+    )  # its safety backup covers both nodes, too
     assert contents(operator) == spoilt
 
 
@@ -412,7 +412,7 @@ def test_a_part_lost_in_transfer_puts_the_old_collection_back(operator, pair):
     with Gate(pair.two.url) as gate:
         operator.export(QDRANT_NODE_URLS=f"{pair.one.url},{gate.url}")
         stop = CancelToken("PUT", rf"/collections/{operator.collection}/snapshots/recover")
-        stop.let_go.set()  # the connection is closed at once, the node never hears of it
+        stop.let_go.set()  # the connection is closed at once, the node never receives it
         gate.stops.append(stop)
         failed = operator.run("restore_from_backup", archive, expect=1)
         assert stop.reached.is_set()

@@ -79,7 +79,7 @@ class Job:
         )
 
     def check_stored(self, without=()):
-        """Every stored vector is the endpoint's own for its text; all but `without` are there."""
+        """Every stored vector is the endpoint's vector of its text; all except `without` are stored."""
         wanted = [text for text in self.texts if text not in without]
         keys = [self.cache.text_key(self.spec, text) for text in self.texts]
         found = self.cache.get_vectors(keys)
@@ -319,8 +319,8 @@ with EmbeddingCache(Path({path!r})) as cache:
 """
 
 
-def start_run(server, spool_path):
-    code = _RUN.format(root=str(ROOT), url=server.base_url, model=MODEL, size=SIZE, path=str(spool_path))
+def start_run(server, cache_path):
+    code = _RUN.format(root=str(ROOT), url=server.base_url, model=MODEL, size=SIZE, path=str(cache_path))
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     while int((child.stdout.readline().strip().replace("ready", "0")) or 0) < 300:
         assert child.poll() is None
@@ -369,10 +369,8 @@ def test_a_limit_is_reached_with_hardly_a_refusal(cache):
             f"share of the limit {accepted / given:.3f}, refused {outcome.rate_limited} of {outcome.requests}"
         )
         assert outcome.embedded == 2930
-        assert seconds > 5  # the limit was really met
-        assert (
-            accepted / given > 0.6
-        )  # how near it comes is the bench's business, a slow machine none of this test's
+        assert seconds > 5  # the limit was reached
+        assert accepted / given > 0.6  # the exact rate is measured by the bench, not here
         assert outcome.rate_limited / outcome.requests < 0.05
         assert limited.stats()["paid_twice"] == 0
 

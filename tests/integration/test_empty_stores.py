@@ -20,7 +20,7 @@ pytestmark = pytest.mark.qdrant
 
 @pytest.fixture
 def empty(operator):
-    """As AutoMem leaves its stores at its first start: an index in the graph, the collection with its two."""
+    """Stores as after AutoMem's first start: an index in the graph, the collection with its two indexes."""
     operator.cypher("CREATE INDEX FOR (m:Memory) ON (m.id)")
     operator.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Cosine"}})
     for field in ("tags", "tag_prefixes"):
@@ -60,7 +60,7 @@ def test_a_run_that_was_killed_after_the_empty_collection_was_deleted_is_finishe
 
 @pytest.mark.matrix
 def test_a_lost_embedding_cache_makes_no_full_collection_an_empty_one(operator):
-    """After the delete the graph empties and the cache is lost: that the collection held points is in the journal."""
+    """After the delete the graph is emptied and the cache lost. The journal records that the collection held points."""
     operator.load(20)
     operator.run("backup_automem")
     upgrade(operator)

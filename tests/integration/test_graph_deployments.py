@@ -117,7 +117,7 @@ def test_a_server_that_cannot_write_its_rdb_for_a_replica_is_dumped(operator):
 
 
 def test_a_full_queue_is_waited_for(session_servers, tmp_path):
-    """Bursts of other clients' queries: what the server refuses before it executes it is sent again."""
+    """Bursts of other clients' queries: a query that the server refuses before it executes it is sent again."""
     with running(tmp_path, limits="MAX_QUEUED_QUERIES 1 THREAD_COUNT 1 RESULTSET_SIZE 10000") as server:
         operator = operator_of(session_servers, server, tmp_path)
         operator.load(40)
@@ -323,7 +323,7 @@ def test_a_graph_among_another_modules_keys_is_dumped_and_verified(neighboured):
 
 
 def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighboured, monkeypatch):
-    """As an earlier version took it, or redis-cli."""
+    """A file as an earlier version or redis-cli took it."""
     monkeypatch.setattr("lib.backup.graph.foreign_modules", lambda *_: [])
     result = neighboured.run("backup_automem", "--only", "falkordb")
     assert "data of the redis module 'othertype'" in result.out
@@ -341,7 +341,7 @@ def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighbour
 
 @pytest.mark.matrix
 def test_a_graph_with_an_expiry_is_backed_up_so_that_it_outlives_it(operator):
-    """An RDB keeps the expiry: after that moment no server would load the graph from it."""
+    """An RDB includes the expiry: after that moment no server would load the graph from it."""
     operator.load(40)
     before = operator.state()
     with connect(operator.servers.falkordb.address) as conn:

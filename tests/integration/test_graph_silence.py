@@ -1,4 +1,4 @@
-"""A FalkorDB that falls silent: questions end after a while, what writes is waited for."""
+"""A FalkorDB that falls silent: reads time out, writes are waited for."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_backup_scratch_and_swap_bring_back_the_graph_and_touch_nothing_else(
     assert digest(target_conn, SAFETY) == old
 
     drop_graph(target_conn, SAFETY)
-    drop_graph(target_conn, SAFETY)  # nothing there: nothing happens
+    drop_graph(target_conn, SAFETY)  # nothing exists: nothing happens
     target.restart()
     with connect(target.address) as after:
         assert list_graphs(after) == ["memories", "second"]

@@ -114,7 +114,7 @@ def test_a_login_is_answered_shortly():
 
 
 def test_a_text_that_looks_like_a_large_list_is_a_text():
-    """A memory may hold anything; it may also come in pieces."""
+    """A memory may hold any bytes, and may arrive in pieces."""
     text = b"*1000000000\r\n$4000000000\r\n" * 3000
 
     def in_pieces(peer: socket.socket) -> None:
@@ -184,5 +184,5 @@ def test_a_reply_of_another_form_is_no_traceback(form):
             lambda conn: expires_at(conn, "g"),
             lambda conn: raw_rows(conn, "g", "RETURN 1"),
         ):
-            with suppress(StoreFailed):  # what other servers could answer, too, is taken
+            with suppress(StoreFailed):  # answers that other servers could give are accepted
                 ask(conn)

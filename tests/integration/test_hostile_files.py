@@ -90,7 +90,7 @@ def test_a_planted_journal_removes_nothing(operator):
 
 
 def test_a_run_that_noted_its_models_stamp_hinders_no_backup(operator):
-    """Its journal is open, and what it calls a stamp is no time."""
+    """Its journal is open, and its stamp is not a time."""
     operator.load(20)
     operator.backups.mkdir(mode=0o700)
     journal = start_journal(operator.backups, "reembed", ["falkordb other:1 g", "qdrant other:1 c"])
@@ -113,7 +113,7 @@ JOURNALS = {
 
 @pytest.mark.parametrize("kind", list(JOURNALS))
 def test_a_journal_of_another_kind_stops_with_its_name(operator, kind):
-    """As a copy or an archive from elsewhere may hold it: no command waits for a pipe, or fails in a traceback."""
+    """A copy or an archive from elsewhere may hold a pipe: no command waits for it, or fails with a traceback."""
     operator.load(20)
     operator.backups.mkdir(mode=0o700)
     path = operator.backups / "journal_20260101_000000_abcd_reembed.jsonl"
@@ -194,7 +194,7 @@ def write_broken(path: Path, raw: dict[str, Any], kind: str) -> None:
     except (
         TypeError,
         ValueError,
-    ):  # too deep or too long for what seals: as the file of somebody who did not care
+    ):  # too deep or too long to seal: a file without a valid checksum
         import sys
 
         sys.set_int_max_str_digits(0)
@@ -204,7 +204,7 @@ def write_broken(path: Path, raw: dict[str, Any], kind: str) -> None:
 
 
 def test_a_manifest_that_cannot_be_read_stops_nothing(operator):
-    """It is named and passed over: by the list, by the check of all, and by the cleanup."""
+    """It is named and skipped by the list, by the check of all, and by the cleanup."""
     operator.load(20)
     operator.run("backup_automem")
     (good,) = operator.manifests()

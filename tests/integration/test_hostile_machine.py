@@ -60,7 +60,7 @@ def test_an_env_file_that_everybody_may_write_is_refused(operator, elsewhere):
 
 
 def test_a_program_to_run_comes_from_the_environment_or_the_checkout(operator, elsewhere):
-    """Also not from a file that is trusted for addresses and keys."""
+    """Neither from a file that is trusted for addresses and keys."""
     err = refused(operator, "backup_automem")
     assert f"{elsewhere}:1: FALKORDB_SCRATCH_SERVER names a program to run" in err
     assert f"{elsewhere}:2: FALKORDB_SCRATCH_MODULE names a program to run" in err
@@ -72,7 +72,7 @@ def test_a_program_to_run_comes_from_the_environment_or_the_checkout(operator, e
 
 
 def test_a_child_that_opens_files_of_others_gets_no_secret(operator, tmp_path, monkeypatch):
-    """The scratch FalkorDB is a script that writes down its environment; the engine is asked by /proc."""
+    """The scratch FalkorDB is a script that writes down its environment; the engine is inspected in /proc."""
     program = operator.folder / "x.sh"
     seen = operator.folder / "SEEN"
     program.write_text(f"#!/bin/sh\nenv > {seen}\nexit 1\n")

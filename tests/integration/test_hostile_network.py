@@ -121,7 +121,7 @@ BOMBING = replying(200, {"Content-Encoding": "gzip", "Content-Type": "applicatio
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_timeouts(monkeypatch):
     """Bounds that a test can reach; every server counts as another machine's."""
     monkeypatch.setattr(transport, "LARGEST_ANSWER", 8 << 20)
     monkeypatch.setattr(transport, "LONGEST_ANSWER_SECONDS", 1.0)
@@ -138,7 +138,7 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "expected"), [(BOMBING, "larger than 8 MiB"), (dripping, "was not complete after 1 s")]
 )
-def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, expected):
+def test_an_answer_without_end_is_not_read_to_its_end(short_timeouts, answer, expected):
     began = time.monotonic()
     with serving(answer) as (url, _):
         with pytest.raises(StoreFailed, match=expected):
@@ -150,8 +150,8 @@ def test_an_answer_without_end_is_not_read_to_its_end(impatient, answer, expecte
 
 
 @pytest.mark.parametrize("answer", [BOMBING, pytest.param(dripping, marks=pytest.mark.matrix)])
-def test_a_provider_without_end_ends_the_run(operator, impatient, answer):
-    """As one that does not answer: tried again, then given up; nothing is written."""
+def test_a_provider_without_end_ends_the_run(operator, short_timeouts, answer):
+    """Handled as an endpoint that does not answer: retried, then given up; nothing is written."""
     operator.load(5)
     operator.run("backup_automem")
     before = operator.state()
@@ -166,8 +166,8 @@ def test_a_provider_without_end_ends_the_run(operator, impatient, answer):
 @pytest.mark.parametrize(
     "kind", ["a header", *(pytest.param(one, marks=pytest.mark.matrix) for one in HEADS if one != "a header")]
 )
-def test_a_head_that_drips_is_given_up(impatient, kind):
-    """Each byte comes in time; the head, or what is no byte of the body, has no end."""
+def test_a_head_that_drips_is_given_up(short_timeouts, kind):
+    """Each byte arrives in time; the head, or the framing of the body, has no end."""
     began = time.monotonic()
     with serving(HEADS[kind]) as (url, _):
         with pytest.raises((StoreUnreachable, StoreFailed), match=r"timed out|was not complete after 1 s"):
@@ -182,7 +182,7 @@ def test_a_head_that_drips_is_given_up(impatient, kind):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(one, marks=pytest.mark.matrix) for one in HEADS])
-def test_a_run_whose_provider_drips_ends_the_run(operator, impatient, kind):
+def test_a_run_whose_provider_drips_ends_the_run(operator, short_timeouts, kind):
     operator.load(5)
     operator.run("backup_automem")
     before = operator.state()
@@ -211,7 +211,7 @@ REFUSALS = {
 @pytest.mark.parametrize(
     "kind", ["twice", *(pytest.param(one, marks=pytest.mark.matrix) for one in REFUSALS if one != "twice")]
 )
-def test_a_refusal_of_the_provider_is_bounded_too(operator, impatient, kind):
+def test_a_refusal_of_the_provider_is_bounded_too(operator, short_timeouts, kind):
     """The openai package reads the body of an error whole, whatever it inflates to; 32 GB come of the second."""
     answer, expected = REFUSALS[kind]
     operator.load(5)
@@ -283,7 +283,7 @@ def test_a_snapshot_without_end_is_given_up(monkeypatch, kind):
     assert len(taken) <= 1000
 
 
-def test_texts_and_keys_go_nowhere_else(operator, impatient):
+def test_texts_and_keys_go_nowhere_else(operator, short_timeouts):
     """A redirect is an error for each client; nothing arrives at its target."""
     operator.load(5)
     operator.run("backup_automem")
@@ -305,7 +305,7 @@ def test_texts_and_keys_go_nowhere_else(operator, impatient):
         assert stolen == []
 
 
-def test_a_netrc_replaces_no_token(impatient, tmp_path, monkeypatch):
+def test_a_netrc_replaces_no_token(short_timeouts, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login thief password word\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -321,7 +321,7 @@ def test_a_netrc_replaces_no_token(impatient, tmp_path, monkeypatch):
 
 
 def test_a_whole_answer_keeps_its_connection():
-    """What is read piece by piece goes back to the pool: no connection is made for each request."""
+    """A connection that is read piece by piece returns to the pool: requests reuse it."""
     with serving(replying(200, {"Content-Type": "application/json"}, b'{"result": 1}')) as (url, asked):
         q = Qdrant(url)
         for _ in range(5):

@@ -58,7 +58,7 @@ def test_an_id_and_an_error_of_others_stay_in_their_line(operator):
 
 
 def test_a_forged_model_is_not_run_when_the_lines_are_pasted(operator, tmp_path):
-    """As for a set whose archive was forged with its manifest."""
+    """For example for a set whose archive was forged with its manifest."""
     model = f"text-embedding-3-small; touch {tmp_path}/PASTED #"
     config = load_config({**operator.environ, "VECTOR_SIZE": "96"}, cwd=tmp_path, root=tmp_path)
     lines = [line.strip() for line in settings_lines(48, model, config) if line.strip().startswith("export ")]
@@ -104,7 +104,7 @@ def test_a_manifest_with_such_a_name_is_damaged(operator):
 
 @pytest.mark.parametrize("flag", [[], ["--backup-dir"]])
 def test_a_files_name_forges_no_line(operator, tmp_path, flag):
-    """As `restore_from_backup.py incoming/*` gives it."""
+    """As with `restore_from_backup.py incoming/*`."""
     path = tmp_path / FORGED.replace("/", "")
     path.write_bytes(b"REDIS0012")
     output = operator.run("restore_from_backup", *flag, str(path), expect=2).err
@@ -151,7 +151,7 @@ FACTS = [
 
 @pytest.mark.parametrize(("name", "value"), FACTS)
 def test_no_word_of_an_archive_forges_a_line(operator, tmp_path, name, value):
-    """An archive that is restored by its name, with no manifest that its words are compared with."""
+    """An archive that is restored by its name, without a manifest to compare its texts with."""
     operator.load(12)
     operator.run("backup_automem", "--only", "qdrant")
     (archive,) = (operator.backups / "qdrant").glob("*.tar.gz")

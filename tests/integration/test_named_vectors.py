@@ -1,4 +1,4 @@
-"""A collection with named vectors, which AutoMem never makes: backed up completely, and restored; it is not re-embedded."""
+"""A collection with named vectors, which AutoMem never creates: it is backed up and restored, and not re-embedded."""
 
 from __future__ import annotations
 

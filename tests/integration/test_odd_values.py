@@ -1,4 +1,4 @@
-"""What is odd in a node or in a point: nothing is lost or changed by it without a word."""
+"""Odd values in a node or in a point: nothing is lost or changed without a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""reembed_embeddings.py --only-missing: a collection brought level with the graph, and never two models in one."""
+"""reembed_embeddings.py --only-missing: a collection synchronized with the graph, and never two models in one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.qdrant
 
 @pytest.fixture
 def level(operator):
-    """Sample memories in both stores, made level once: what `last_accessed` lagged behind is up to date."""
+    """Sample memories in both stores, synchronized once: stale values of `last_accessed` are up to date."""
     operator.load()
     operator.run("reembed_embeddings", "--only-missing")
     operator.servers.openai.reset()
@@ -76,7 +76,7 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_paid_for(level)
 
 def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     one, *_ = some_ids(level, 1)
-    # A vector that no model made would be renewed with the content, and must not be with a payload.
+    # A vector that no model made is renewed when the content changes, and not when only the payload changes.
     odd = np.eye(OLD_SIZE, dtype=np.float32)[5]
     level.call("PUT", "/points/vectors?wait=true", {"points": [{"id": one, "vector": odd.tolist()}]})
     level.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.123", id=one)

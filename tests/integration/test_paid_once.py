@@ -79,7 +79,7 @@ def test_what_is_paid_for_is_stored_though_the_disk_fills_meanwhile(ready, monke
 
 
 def test_a_real_disk_that_is_nearly_full(ready, tmp_path):
-    """So much room that all vectors fit in, but not the room that writing them takes."""
+    """Enough room for all vectors, but not for writing them."""
     ready.export(VECTOR_SIZE=3072)
     with small_disk(tmp_path / "small", "10m") as disk:
         result = ready.run("reembed_embeddings", "--limit", "200", "--backup-dir", str(disk), expect=1)
@@ -182,7 +182,7 @@ def test_another_model_of_the_same_size_is_still_replaced(ready):
 
 @pytest.mark.matrix
 def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
-    """One answer in which a vector is not a number is paid for and thrown away."""
+    """One answer in which a vector is not a number is paid for and discarded."""
     ready.servers.openai.fault(nan=True, times=1)
     ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "1")
     billed = stats(ready)["tokens"]
@@ -201,7 +201,7 @@ def test_what_an_earlier_start_paid_and_discarded_counts_in_max_cost(ready):
     ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "1", expect=6)
     ready.servers.openai.clear_faults()
     ready.servers.openai.reset()
-    just = price_of(tokens, LARGE)  # enough, had nothing been thrown away
+    just = price_of(tokens, LARGE)  # enough if nothing had been discarded
     refused = ready.run("reembed_embeddings", "--max-cost", f"{just:.8f}", expect=2)
     assert "was spent" in refused.err
     assert "nothing was spent" not in refused.err
@@ -211,7 +211,7 @@ def test_what_an_earlier_start_paid_and_discarded_counts_in_max_cost(ready):
 @pytest.mark.matrix
 @pytest.mark.parametrize("mixed", matrix([False, True], True))
 def test_an_endpoint_that_omits_the_index_zero_is_served_by(ready, mixed):
-    """As Gemini's compatible endpoint does; also with the vectors in another order."""
+    """As Gemini's compatible endpoint answers; also with the vectors in another order."""
     before = points_of(ready)
     ready.servers.openai.fault(omit_zero=True, wrong_order=mixed)
     ready.run("reembed_embeddings", "--batch-size", "20")

@@ -71,7 +71,7 @@ def test_the_undo_of_a_migration_pasted_into_a_shell_undoes_it(filed):
 
 @pytest.mark.matrix
 def test_the_undo_of_vectors_of_an_unknown_model_adds_none_of_the_new_model(filed):
-    """The backup was taken when the new settings were in place already."""
+    """The backup was taken with the new settings."""
     filed.run("backup_automem", *FLAGS, "--only", "qdrant")
     before = points_of(filed)
     undo = filed.run("reembed_embeddings", *FLAGS, "--json").json["undo"]

@@ -27,7 +27,7 @@ from tests.sandbox.process import ServerStartError
 from tests.sandbox.qdrant_server.process import QdrantServer
 
 VERSIONS = ("1.11.3", "1.18.3")
-SETTLE_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 COMPARED_AT_LEAST = 300
 AFTER_NO_WAIT = "after good, wait=false"  # these follow a restore that was not waited for
 
@@ -108,7 +108,7 @@ def test_every_recorded_request_is_answered_as_recorded(version: str, tmp_path: 
 
 
 def _replay_until_equal(replay: Replay, row: dict[str, Any]) -> list[str]:
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while (found := replay.run(row)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found

@@ -1,4 +1,4 @@
-"""reembed_embeddings.py as an operator runs it: the default cutover, what stays unchanged, and what is never paid for."""
+"""reembed_embeddings.py as an operator runs it: the default cutover, what stays unchanged, what is never paid for."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_fresh_embeds_everything_again_and_forgets_nothing_if_it_is_refused(oper
     assert cached(operator) == texts
     operator.run("backup_automem", "--only", "qdrant")
     assert operator.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] == texts
-    # One word more: the provider must answer before what was paid for is forgotten.
+    # One more word: the provider must answer before paid vectors are deleted.
     assert operator.servers.openai.stats()["texts"] == texts + 1
     assert_migrated(operator, before)
 

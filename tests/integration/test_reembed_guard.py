@@ -1,4 +1,4 @@
-"""The guard: nothing is deleted without a verified backup of it; and what the provider does to a run."""
+"""The guard: nothing is deleted without a verified backup; and how provider errors end a run."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
     ready.call("PUT", "/points?wait=true", {"points": [lonely]})
     refused(ready, "does not hold 1 point(s) that are in the collection alone")
     ready.call("POST", "/points/delete?wait=true", {"points": [7]})
-    # A memory's own point may be newer than the backup: it can be embedded again.
+    # The point of a memory may be newer than the backup: it can be embedded again.
     ready.cypher("CREATE (:Memory {id: 8, content: 'newer than the backup', tags: []})")
     ready.call(
         "PUT", "/points?wait=true", {"points": [{**lonely, "id": 8, "payload": {"content": "x", "mine": 1}}]}
@@ -124,7 +124,7 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
 
 
 def test_the_guard_is_asked_again_before_the_delete(ready):
-    """What was true when the embedding began need not be true hours later."""
+    """The state may change between the start of the embedding and the delete."""
     before = ready.state()
     ready.servers.openai.fault(hang_seconds=300, times=1)
     ready.servers.openai.reset()
@@ -222,7 +222,7 @@ def test_a_text_that_the_provider_refuses_is_named_and_the_rest_is_done(ready):
 
 
 def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
-    """As through a tunnel that led elsewhere when the backup was taken: same name, same size, other ids."""
+    """The backup was taken through a tunnel to another server: same name, same size, other ids."""
     state = get_state(ready.qdrant, ready.collection)
     with TemporaryIdTable() as live, TemporaryIdTable() as nothing:
         live.put((f"00000000-0000-4000-8000-{number:012x}", None) for number in range(state.points))

@@ -29,7 +29,7 @@ LONG = "5b0c8f6e-11f6-4c5e-9a5e-4d4f3a2b1c00"
 
 
 class Page(HTMLParser):
-    """The page as a reader has it: its texts, its elements, and that each one which begins ends."""
+    """Parse the page: its texts and its elements; checks that every element is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def reports(operator) -> list[Path]:
 
 
 def the_report(operator) -> tuple[dict, Page, str]:
-    """The only report there is, both files of it."""
+    """Both files of the only report."""
     html, document = reports(operator)
     assert (html.suffix, document.suffix) == (".html", ".json")
     return json.loads(document.read_text()), Page(html.read_text()), html.read_text()
@@ -385,7 +385,7 @@ def test_backups_are_listed_and_cleaned_up_next_to_reports(ready):
 
 @pytest.mark.matrix
 def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
-    """However many newer sets there are: the undo and the report of the migration name the set before it."""
+    """Newer sets do not displace the set before the migration: the undo and the report name it."""
     ready.run("reembed_embeddings")
     undo = the_report(ready)[0]["backup"]
     for words in ((), (), ("--only", "qdrant"), ("--only", "falkordb"), ("--only", "falkordb")):

@@ -130,7 +130,7 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
 
 @pytest.mark.parametrize("harm", matrix(["manifest", "file", "future", "one component"], "manifest"))
 def test_the_check_of_latest_verifies_no_older_set_instead(operator, harm):
-    """`--check latest` is what `restore latest` would take, or fails."""
+    """`--check latest` checks the set that `restore latest` would use, or fails."""
     operator.load(20)
     operator.run("backup_automem")
     first = operator.rdb()

@@ -83,7 +83,7 @@ def test_damaged_and_foreign_bare_snapshots_are_refused(operator):
     checksum.write_text(hashlib.sha256(whole).hexdigest())
     operator.run("restore_from_backup", str(path), "--dry-run")
     checksum.unlink()
-    os.mkfifo(checksum)  # of a copy from elsewhere: it is no checksum, and not waited for
+    os.mkfifo(checksum)  # a pipe is no checksum file, and is not waited for
     operator.run("restore_from_backup", str(path), "--dry-run")
     checksum.unlink()
     path.write_bytes(whole[: len(whole) // 2])
@@ -121,7 +121,7 @@ def test_a_bare_snapshot_whose_trial_restore_fails_leaves_the_live_one(operator)
     assert_tidy(operator)
     if result.code:
         assert operator.state() == before
-    else:  # a WAL that the server passes over costs nothing: the segments hold every point
+    else:  # nothing is lost if the server skips the WAL: the segments hold every point
         assert operator.state().points == before.points
 
 

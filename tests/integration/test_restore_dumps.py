@@ -83,7 +83,7 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
     if done.safety:
         assert (
             done.safety.graph.kind == "dump"
-        )  # what no engine here could load is taken so that none is needed
+        )  # the graph is taken in a form that needs no engine, as none here could load it
         assert done.safety.graph.proof == "checked"
         assert (
             done.late_writes is not None

@@ -1,4 +1,4 @@
-"""A graph with all that FalkorDB knows comes back exactly: other engines, a save and restart, a second graph on the same server.
+"""A graph with every FalkorDB feature is restored exactly: other engines, a save and restart, a second graph.
 
 RESTORE_NODES=150000 makes it as large as a large deployment's (with as many relationships).
 """

@@ -38,7 +38,7 @@ def _untouched(session_servers, tmp_path_factory) -> Iterator[Operator]:
 
 @pytest.fixture
 def untouched(_untouched) -> Iterator[Operator]:
-    """The same for all tests whose restores are refused: none changes anything."""
+    """The same stores for all tests whose restores are refused: none changes anything."""
     before = dict(_untouched.exports)
     yield _untouched
     _untouched.exports = before

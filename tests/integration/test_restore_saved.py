@@ -1,4 +1,4 @@
-"""What was verified is what is sent: the archive is read again only if there was no room to save its snapshot."""
+"""The verified snapshot is the one that is sent: the archive is read again only if there was no room to save it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Qdrant that keeps its snapshots in S3: no checksum, no length, no part of a file; backup and migration all the same."""
+"""A Qdrant that keeps its snapshots in S3: no checksum, no length, no range requests; backup and migration work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def real_settings(s3: S3Server) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory):
-    """Its snapshots are in S3; a real server's in one on this machine."""
+    """A Qdrant with its snapshots in S3; a real server uses an S3 on this machine."""
     folder, binary = tmp_path_factory.mktemp("remote"), test_server()
     if binary is None:
         with QdrantServer(folder / "data", snapshot_store="s3") as server:

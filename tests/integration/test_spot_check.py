@@ -35,7 +35,7 @@ def test_a_sample_is_compared_and_leaves_only_cached_vectors(operator):
     recall = done["recall"]
     assert recall["queries"] == 40
     assert recall["neighbours"] == 10
-    # Both models see which texts share words; chance alone would give a quarter.
+    # Both models rate texts by shared words; random results would agree in a quarter.
     assert 0.5 < recall["overlap"] <= 1
     assert 0 < recall["live_score"] <= 1
     assert 0 < recall["side_score"] <= 1

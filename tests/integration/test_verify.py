@@ -30,7 +30,7 @@ def migrated(operator):
 
 
 def verify(operator, *words: str, expect: int = 0) -> dict[str, dict[str, str]]:
-    """Each check by its name."""
+    """The checks by name."""
     document = operator.run("verify_migration", "--json", *words, expect=expect).json
     checks = {one["name"]: one for one in document["checks"]}
     assert document["failed"] == sum(one["status"] == FAILED for one in checks.values())
@@ -174,7 +174,7 @@ def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(m
     since = "MATCH (m:Memory {id: $id}) SET m.updated_at = $now, "
     migrated.cypher(since + "m.content = 'changed since'", id=changed, now=now)
     migrated.cypher(since + "m.tags = ['since']", id=tagged, now=now)
-    # Another reading of the graph makes it no older.
+    # Reading the graph again does not make it older.
     migrated.run("reembed_embeddings", "--dry-run")
     checks = verify(migrated)
     waiting = [name for name, one in checks.items() if one["status"] == PENDING]
@@ -188,7 +188,7 @@ def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(m
 
 @pytest.mark.matrix
 def test_a_memory_of_a_moment_to_come_is_not_newer_than_the_migration(migrated):
-    """Its timestamp would excuse whatever is wrong with its point until the restart."""
+    """Its timestamp would excuse any fault of its point until the restart."""
     operator = migrated
     deleted, changed, tagged = [one for one in embeddable(operator) if isinstance(one, str)][:3]
     for one in (deleted, changed, tagged):
@@ -203,7 +203,7 @@ def test_a_memory_of_a_moment_to_come_is_not_newer_than_the_migration(migrated):
 
 @pytest.mark.matrix
 def test_a_point_that_automem_has_rewritten_is_no_failure(migrated):
-    """PATCH /memory replaces the payload: what only the old point held is AutoMem's own loss."""
+    """PATCH /memory replaces the payload: AutoMem itself drops what only the old point held."""
     special = next(one for one, (payload, _) in points_of(migrated).items() if "source_app" in payload)
     migrated.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.11, m.updated_at = '2027'", id=special)
     drop_key(migrated, special, "source_app")

@@ -1,4 +1,4 @@
-"""One spelling for one place, and no login in what is shown."""
+"""One canonical form for each address, and no login in shown addresses."""
 
 from __future__ import annotations
 

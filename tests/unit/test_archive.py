@@ -1,4 +1,4 @@
-"""The collection's archive: what goes in comes out, memory stays flat, and every kind of damage is refused."""
+"""The collection's archive: content is read back unchanged, memory stays flat, every kind of damage is refused."""
 
 from __future__ import annotations
 

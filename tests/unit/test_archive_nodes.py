@@ -1,4 +1,4 @@
-"""An archive with the snapshots of two nodes, as two-node clusters made them: verified as complete, refused if any part is damaged."""
+"""An archive with the snapshots of two nodes, from two-node clusters: verified if complete, refused if damaged."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_vectors_cached_under_another_name_of_the_model_are_reused(cache):
 
 
 def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
-    """Rights, or a disk that is mounted read-only: what was paid for is whole."""
+    """Missing rights, or a disk mounted read-only: the paid vectors are intact."""
     with EmbeddingCache(path):
         pass
     with EmbeddingCache(path) as cache:
@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
 
 
 def test_vectors_that_an_earlier_version_stored_are_read(path):
-    """They have no checksum."""
+    """The files have no checksum."""
     with EmbeddingCache(path) as cache:
         key = cache.text_key(SPEC, "old")
         cache.db.execute("INSERT INTO vectors (key, vector) VALUES (?, ?)", [key, blob(3)])

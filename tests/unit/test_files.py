@@ -1,4 +1,4 @@
-"""Files that are whole or absent, private folders, and the lock that the kernel drops with its process."""
+"""Files that are complete or absent, private folders, and the lock that the kernel drops with its process."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_a_folder_of_the_system_that_takes_no_files():
 
 @pytest.fixture
 def open_place():
-    """A folder that every user may enter, unlike pytest's own."""
+    """A folder that every user may enter, unlike pytest's folder."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         Path(place).chmod(0o1777)
         yield Path(place)
@@ -295,7 +295,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path)
             lock_targets(["collection c", "graph other"], tmp_path / "locks").__enter__()
         assert caught.value.exit_code == LOCKED == 5
         assert "wait" in caught.value.next_step
-        with lock_targets(["graph other"], tmp_path / "locks"):  # given back by the refused run
+        with lock_targets(["graph other"], tmp_path / "locks"):  # released by the refused run
             pass
     finally:
         kill(process)

@@ -1,4 +1,4 @@
-"""The journal: on disk before the step it announces, readable after any crash."""
+"""The journal: an entry is on disk before its step, and readable after any crash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def journal(tmp_path):
 
 
 def test_an_entry_is_on_the_disk_when_append_returns(journal, monkeypatch):
-    """The file that is synced holds the entry by then: what was announced survives a power cut."""
+    """The synced file holds the entry by then: an announced step survives a power cut."""
     synced = []
     real = os.fsync
 

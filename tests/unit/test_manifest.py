@@ -1,4 +1,4 @@
-"""The manifest and the sets on disk: written last, read strictly, deleted whole."""
+"""The manifest and the sets on disk: written last, read strictly, deleted completely."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_deleting_a_set_removes_only_its_files(tmp_path):
     assert backup_sets(tmp_path) == [other]
     assert is_complete(other)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
-    delete_set(one)  # what is gone is gone
+    delete_set(one)  # deleting again is no error
 
 
 def test_an_edited_manifest_is_damaged(tmp_path):

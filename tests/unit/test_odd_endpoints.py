@@ -76,7 +76,7 @@ def test_a_number_as_long_as_a_book_is_a_bad_answer():
 
 
 def test_tokens_below_zero_pay_for_nothing():
-    """Else a provider could keep a run below its --max-cost for ever."""
+    """Otherwise a provider could keep a run below its --max-cost for ever."""
     assert billed_tokens({"usage": {"total_tokens": -1_000_000}}) == 0
     assert billed_tokens({"usage": {"total_tokens": 7}}) == 7
 

@@ -1,4 +1,4 @@
-"""What belongs in a point: ids as Qdrant takes them, payloads by the rule."""
+"""The content of a point: ids as Qdrant accepts them, payloads by the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between OpenAI-compatible servers in a request, seen before it leaves."""
+"""Differences between OpenAI-compatible servers in a request, checked before it is sent."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_each_requirement_is_locked_once_at_a_version_that_it_allows(locked, pyt
 
 
 def test_what_the_locked_packages_need_is_locked_too(locked):
-    """As they are installed here; pip refuses the rest: with hashes it takes nothing that is not in the file."""
+    """The installed versions; with hashes, pip refuses packages that are not in the file."""
     here = {canonicalize_name(one.name) for one in locked if applies(one.marker, {"extra": ""})}
     missing = set()
     for name in here:

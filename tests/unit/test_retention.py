@@ -36,7 +36,7 @@ def deleted(folder, keep: int, targets=TARGETS) -> list[int]:
 
 
 def age(journal, days: float) -> None:
-    """As if the run had ended so long ago."""
+    """Move the end of the run back by so long."""
     for entry in journal.entries:
         entry["at"] = (datetime.now(timezone.utc) - timedelta(days=days)).isoformat()
     journal.path.write_text("".join(json.dumps(entry) + "\n" for entry in journal.entries))
@@ -84,7 +84,7 @@ def test_a_set_with_a_missing_file_does_not_count(tmp_path):
         made = make(tmp_path, number)
         if number in {3, 5, 6}:
             made.file_of(made.graph).unlink()
-    assert deleted(tmp_path, 2) == [1]  # 4 and 2 are the two newest whole ones; what is newer stays
+    assert deleted(tmp_path, 2) == [1]  # 4 and 2 are the two newest complete ones; newer ones stay
     assert deleted(tmp_path, 1) == [3, 2, 1]
 
 
@@ -155,7 +155,7 @@ def test_latest_is_the_newest_full_set(tmp_path):
 
 
 def test_what_a_damaged_journal_names_is_protected(tmp_path):
-    """Its first line is gone: it reads as no run at all, and may be of an unfinished one."""
+    """Its first line is gone: it cannot be read as a run, and may belong to an unfinished one."""
     for number in range(1, 6):
         make(tmp_path, number)
     journal = start_journal(tmp_path, "reembed", TARGETS)
@@ -171,7 +171,7 @@ def test_what_a_damaged_journal_names_is_protected(tmp_path):
 
 
 def test_a_set_from_the_future_is_neither_latest_nor_counted(tmp_path):
-    """A clock was wrong when it was taken: it may be older than all others."""
+    """The clock was wrong when the set was taken: it may be older than all others."""
     for number in (1, 2, 3):
         make(tmp_path, number)
     ahead = make(tmp_path, 9, created=(datetime.now(timezone.utc) + timedelta(hours=30)).isoformat())
@@ -183,7 +183,7 @@ def test_a_set_from_the_future_is_neither_latest_nor_counted(tmp_path):
 
 
 def test_if_all_sets_are_from_the_future_none_is_deleted(tmp_path):
-    """This machine's own clock is wrong."""
+    """The clock of this machine is wrong."""
     created = (datetime.now(timezone.utc) + timedelta(days=400)).isoformat()
     for number in range(1, 6):
         make(tmp_path, number, created=created)

@@ -1,4 +1,4 @@
-"""The samples are what every other test trusts: equal for equal seeds, with each awkward kind in them."""
+"""The samples that every other test relies on: equal for equal seeds, with each awkward kind in them."""
 
 from __future__ import annotations
 

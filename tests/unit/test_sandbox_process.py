@@ -1,4 +1,4 @@
-"""Servers of the sandbox do not outlive who started them."""
+"""Servers of the sandbox do not outlive the process that started them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the verification read is saved for the restore; what the disk does not take is read again."""
+"""Snapshots read by the verification are saved for the restore; if the disk is too small, they are read again."""
 
 from __future__ import annotations
 

@@ -356,7 +356,7 @@ def test_shards_that_move_or_are_not_whole_are_refused(local: dict, transfers: l
     ],
 )
 def test_only_a_lost_shard_makes_a_collection_failed(text: str, health: str):
-    """A failed collection may be deleted; one on a node that is down, or that did not load, must not be."""
+    """A failed collection may be deleted; a collection on a stopped node, or one that did not load, must not be."""
     with Scripted(
         fine({"collections": [{"name": "x"}]}), refused(500, f"Service internal error: {text}")
     ) as server:
