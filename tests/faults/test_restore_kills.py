@@ -261,7 +261,7 @@ def test_a_refused_recover_puts_the_old_collection_back(ready, stand_in):
     faults(operator, {**REFUSED_RECOVER, "path": f"{operator.collection}/snapshots/recover"})
     failed = operator.run("restore_from_backup", *files, expect=1)
     assert "disk on fire" in failed.err
-    assert "the old one is back" in failed.err
+    assert "the old one was restored from the safety backup" in failed.err
     assert operator.state() == old
     assert settings(operator) == asset
     assert_tidy(operator)
