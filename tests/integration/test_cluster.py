@@ -416,7 +416,7 @@ def test_a_part_lost_in_transfer_puts_the_old_collection_back(operator, pair):
         gate.stops.append(stop)
         failed = operator.run("restore_from_backup", archive, expect=1)
         assert stop.reached.is_set()
-    assert "the old one is back" in failed.err, failed.err
+    assert "the old one was restored from the safety backup" in failed.err, failed.err
     assert_restored(operator, pair, spoilt)
     operator.export(QDRANT_NODE_URLS=pair.urls)
     operator.run("restore_from_backup", archive)
