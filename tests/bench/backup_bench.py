@@ -47,7 +47,10 @@ def vectors_vs_raw(folder: Path) -> Iterator[Figure]:
     for size in SIZES:
         own = private_dir(folder / str(size))
         with collection_source(own, POINTS, size) as source:
-            journal, stamps = start_journal(own, "backup", ["bench"]), iter(range(PAIRS))
+            journal, stamps = (
+                start_journal(own, "backup", [f"qdrant bench {source.collection}"]),
+                iter(range(PAIRS)),
+            )
             take = functools.partial(_take, source, own, journal)
             ours, raw = pairs(
                 lambda take=take, stamps=stamps: take(f"bench_{next(stamps)}"),

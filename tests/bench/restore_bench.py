@@ -132,12 +132,14 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
     with collection_source(folder, POINTS, SIZE) as source:
         wait_green(source.qdrant, source.collection, REST_SECONDS)
         time.sleep(FLUSHED_SECONDS)
-        component = take_collection(source, folder, "restore", start_journal(folder, "backup", ["bench"]))
+        component = take_collection(
+            source, folder, "restore", start_journal(folder, "backup", [f"qdrant bench {source.collection}"])
+        )
         raw = folder / "bare.snapshot"
         read_archive(folder / component.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
         ours, bare, absent, verification = [], [], [], []
         for number in range(PAIRS):
-            journal = start_journal(folder, "restore", ["bench"])
+            journal = start_journal(folder, "restore", [f"qdrant bench {source.collection}"])
             began = time.perf_counter()
             plan = plan_restore(open_archive(folder / component.file.name, component), source)
             verification.append(time.perf_counter() - began)
@@ -145,7 +147,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
             absent.append(_between(journal))
             name = f"{source.collection}_bare"
             put = functools.partial(
-                _put, raw, plan.backup.archive.snapshot_sha256, source, f"{name}_{number}", name
+                _put, raw, plan.backup.archive.snapshot.sha256, source, f"{name}_{number}", name
             )
             bare.append(seconds_of(put))
             delete_collection(source.qdrant, name)
@@ -184,7 +186,12 @@ def peak(folder: Path) -> Iterator[Figure]:
     for points in (FEW_POINTS, POINTS):
         place = private_dir(folder / str(points))
         with collection_source(place, points, SIZE) as source:
-            component = take_collection(source, place, "restore", start_journal(place, "backup", ["bench"]))
+            component = take_collection(
+                source,
+                place,
+                "restore",
+                start_journal(place, "backup", [f"qdrant bench {source.collection}"]),
+            )
             peaks.append(_peak_of(source, place, place / component.file.name))
             on = on_qdrant(source.qdrant, points, SIZE)
     yield at_most("restore.peak_mb", peaks[1], LIMIT_MB, 1.0, on)
