@@ -116,13 +116,18 @@ def manifest_paths(folder: Path) -> list[Path]:
 
 def backup_sets(folder: Path) -> list[Manifest]:
     """The sets, newest first. Manifests that cannot be read are left out; `--check all` reports them."""
-    found, safety = [], safety_copies(folder)
+    return read_sets(folder)[0]
+
+
+def read_sets(folder: Path) -> tuple[list[Manifest], list[Path]]:
+    """Return the sets, newest first, and the manifests that cannot be read."""
+    found, unreadable, safety = [], [], safety_copies(folder)
     for path in manifest_paths(folder):
         try:
             found.append(with_purpose(read_manifest(path), safety))
         except (BackupDamaged, BadFile):
-            continue
-    return found
+            unreadable.append(path)
+    return found, unreadable
 
 
 def safety_copies(folder: Path) -> set[str]:

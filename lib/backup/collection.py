@@ -26,7 +26,7 @@ from lib.backup.archive import (
     peek_facts,
     read_archive,
 )
-from lib.backup.existing_points import as_id, pages
+from lib.backup.existing_points import as_id
 from lib.backup.last_migration import journalled_model
 from lib.backup.manifest import (
     CHECKED,
@@ -41,6 +41,7 @@ from lib.backup.manifest import (
 )
 from lib.backup.server_snapshots import own_snapshot
 from lib.child_process import scratch_folder
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
 from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state, vector_params
@@ -190,7 +191,7 @@ def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> i
         if len(known) < len(opened):
             return None
         lines = stack.enter_context(copies.ids.open(encoding="ascii"))
-        for page in pages((as_id(line.strip()) for line in lines), _PAGE):
+        for page in chunks((as_id(line.strip()) for line in lines), _PAGE):
             missing = set(page)
             for segments in known:
                 missing -= segments.held(list(missing))

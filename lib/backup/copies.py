@@ -13,7 +13,7 @@ from shlex import quote
 from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
-from lib.backup.catalog import OUTGOING, is_complete, manifest_paths, safety_copies, with_purpose
+from lib.backup.catalog import OUTGOING, is_complete, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
 from lib.concurrency import Progress, ProgressBar
@@ -402,14 +402,8 @@ def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
 
 def local_catalog(folder: Path) -> Catalog:
     """The sets in a backup folder."""
-    sets, unreadable, safety = [], [], safety_copies(folder)
-    for path in manifest_paths(folder):
-        try:
-            manifest = with_purpose(read_manifest(path), safety)
-            sets.append((manifest, is_complete(manifest)))
-        except (BackupDamaged, BadFile):
-            unreadable.append(str(path))
-    return Catalog(str(folder), sets, unreadable)
+    sets, unreadable = read_sets(folder)
+    return Catalog(str(folder), [(one, is_complete(one)) for one in sets], list(map(str, unreadable)))
 
 
 def remote_catalog(store: OffsiteStore) -> Catalog:

@@ -6,9 +6,8 @@ import contextlib
 import sqlite3
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
 from shlex import quote
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
@@ -17,16 +16,6 @@ from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.qdrant.points import scroll
 from lib.clients.qdrant.transport import Qdrant
 from lib.errors import MigrationError
-
-Row = TypeVar("Row")
-
-
-def pages(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Yield the rows in lists of `size`, the last one shorter. None is empty; rows are read as they are asked for."""
-    left = iter(rows)
-    while page := list(islice(left, size)):
-        yield page
-
 
 _PAGE = 1000
 
@@ -67,7 +56,7 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
         """Replace what is here by these ids."""
         self._db.execute("DELETE FROM points")
         self.complete = False
-        for page in pages(ids, _PAGE):
+        for page in chunks(ids, _PAGE):
             self.put((one, None) for one in page)
         self.complete = True
 
@@ -85,11 +74,6 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
             for text, payload in self._db.execute(sql, part):
                 found[as_id(text)] = orjson.loads(payload) if payload else {}
         return found
-
-    def discard(self, ids: Iterable[PointId]) -> None:
-        """Remove ids."""
-        with _room_or_error(), self._db:
-            self._db.executemany("DELETE FROM points WHERE id = ?", ((str(one),) for one in ids))
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])

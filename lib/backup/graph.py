@@ -37,7 +37,7 @@ from lib.clients.falkordb.connection import (
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.psync import PsyncRefused, RdbNotMade, stream_rdb
 from lib.clients.falkordb.queries import GraphCounts, GraphSchema, counts, schema
-from lib.clients.falkordb.rdb import RdbFacts, inspect_rdb, wrap_dump
+from lib.clients.falkordb.rdb import RdbFacts, inspect_rdb, require_rdb_checksum, wrap_dump
 from lib.clients.falkordb.scratch import (
     Engine,
     NoEngine,
@@ -101,9 +101,7 @@ def verify_graph(
     `progress` gets the number of nodes and relationships read so far, `on_loaded` the scratch server that has loaded
     the file.
     """
-    with checking_file(path, component.file):
-        facts = inspect_rdb(path)
-    check_file(path, component.file, facts.sha256)
+    facts = inspect_backup(path, component.file)
     compare_rdb(path, component, facts)
     try:
         engine = engine_for(facts, engines, None)
@@ -120,6 +118,17 @@ def verify_graph(
         return GraphVerification(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
     except ScratchFailed as error:
         return GraphVerification(CHECKED, f"not loaded: {error}", facts)
+
+
+def inspect_backup(path: Path, file: BackupFile | None) -> RdbFacts:
+    """Read an RDB once. Raises BackupDamaged if its manifest's sha256, or without one its own checksum, differs."""
+    with checking_file(path, file):
+        facts = inspect_rdb(path)
+    if file:
+        check_file(path, file, facts.sha256)
+    else:
+        require_rdb_checksum(path, facts)
+    return facts
 
 
 def compare_rdb(path: Path, component: GraphComponent, facts: RdbFacts) -> None:

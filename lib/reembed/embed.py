@@ -13,7 +13,7 @@ import msgspec
 from lib.backup.graph import GraphSource
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.pricing import Expected, expected, price_of
+from lib.clients.embeddings.pricing import Expected, expected, price_of, price_text
 from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_missing
 from lib.concurrency import ProgressBar, steps_of
 from lib.dimensions import EmbeddingSpec, native_size, public_url
@@ -227,10 +227,9 @@ class EmbeddingRunner:
         price = price_of(spent_tokens + tokens, self.spec.model)
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
             return
-        shown = "unknown (no list price for this model)" if price is None else f"${price:.4f}"
         spent = f"${price_of(spent_tokens, self.spec.model) or 0:.4f}" if spent_tokens else "nothing"
         raise UsageProblem(
-            f"this would cost {shown}, --max-cost is ${self.max_cost:g}; {spent} was spent",
+            f"this would cost {price_text(price)}, --max-cost is ${self.max_cost:g}; {spent} was spent",
             next_step="raise --max-cost (or leave it out), or use a cheaper EMBEDDING_MODEL",
         )
 

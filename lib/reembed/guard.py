@@ -9,8 +9,9 @@ from shlex import quote
 
 from lib.backup.archive import read_archive
 from lib.backup.catalog import backup_sets
-from lib.backup.existing_points import TemporaryIdTable, as_id, pages
+from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
 from lib.dimensions import UNKNOWN_MODEL
 from lib.errors import BackupDamaged, GuardRefused
@@ -101,7 +102,7 @@ def _count_expected(path: Path, guarded: GuardedCollection) -> tuple[int, int]:
 
     def count(ids: Iterator[str]) -> None:
         nonlocal live, alone
-        for page in pages(map(as_id, ids), _PAGE):
+        for page in chunks(map(as_id, ids), _PAGE):
             live += len(guarded.live.payloads(page))
             alone += len(guarded.only_live.payloads(page))
 

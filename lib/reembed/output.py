@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from lib.clients.embeddings.pricing import PRICES_AS_OF, price_text
 from lib.console import Console, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
@@ -58,14 +59,8 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
     return DONE
 
 
-def dollars(price: float | None) -> str:
-    """Return a price in US dollars, or that none is known."""
-    return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
-
-
 def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
-    from lib.clients.embeddings.pricing import PRICES_AS_OF
     from lib.reembed.resume import resume_notice
 
     if assessment.journal:
@@ -78,7 +73,7 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
         ("to embed", f"{texts}; {plan.cached:,} already cached or duplicates"),
-        ("price", f"{dollars(plan.price)} (list prices of {PRICES_AS_OF})"),
+        ("price", f"{price_text(plan.price)} (list prices of {PRICES_AS_OF})"),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
     ]
@@ -259,7 +254,7 @@ def show_reembedded(
     }
     text = (
         f"'{ctx.collection}' is {spec.size}d now: {done.points:,} points, every vector compared.\n"
-        f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {dollars(price)}."
+        f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {price_text(price)}."
         f" The collection was absent or incomplete for {done.absent_seconds:.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
         f"undo:\n{done.undo}\n\nnext:\n{RESTART}\n"
@@ -315,7 +310,7 @@ def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Conte
     text = (
         f"'{ctx.staged}' is complete: {state.points:,} points, {ctx.spec.size}d, every vector compared;"
         f" '{ctx.collection}' is unchanged. Paid for {paid.texts:,} texts, {paid.tokens:,} tokens,"
-        f" {dollars(price)}.\n\n"
+        f" {price_text(price)}.\n\n"
         f"to continue (also after days; changes meanwhile are caught up):\n  {_COMMAND}\n"
         f"to drop it (its vectors stay in the embedding cache):\n{drop}"
     )

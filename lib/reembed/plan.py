@@ -11,10 +11,11 @@ from typing import Any
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids, pages
+from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids
 from lib.backup.graph import GraphSource
 from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
@@ -88,7 +89,7 @@ def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]
             found |= known
             left.put((one, None) for one in page if one not in known)
         if len(left):
-            for nodes in pages(iter_memories(conn, graph, keys=("id",)), _PAGE):
+            for nodes in chunks(iter_memories(conn, graph, keys=("id",)), _PAGE):
                 spelled = [point_id(node.properties["id"]) for node in nodes]
                 found |= left.payloads([one for one in spelled if one is not None]).keys()
     return found
@@ -129,7 +130,7 @@ def scan_graph(
     scan, others = Scan(), list[_Candidate]()
     cache.begin_scan()
     with bar(title, None, "memories") as progress:
-        for page in pages(iter_memories(graph.conn, graph.graph), _PAGE):
+        for page in chunks(iter_memories(graph.conn, graph.graph), _PAGE):
             usable, odd = list[_Candidate](), list[tuple[MemoryNode, str]]()
             for node in page:
                 identity, reason = point_id(node.properties.get("id")), unusable(node.properties)
@@ -141,7 +142,7 @@ def scan_graph(
             others += _with_other_text(odd, payloads, scan)
             scan.memories += len(page)
             progress(len(page))
-    for some in pages(others, _PAGE):  # last, since a usable memory with the same id has priority
+    for some in chunks(others, _PAGE):  # last, since a usable memory with the same id has priority
         _plan(some, cache, spec, scan)
     cache.end_scan()
     forget_tokenizer()
@@ -250,7 +251,7 @@ def only_live_ids(
     table = TemporaryIdTable()
     with existing_points(qdrant, collection, payload=False) as existing:
         orphans = orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
-        for page in pages(orphans, _ID_PAGE):
+        for page in chunks(orphans, _ID_PAGE):
             newer = embeddable_now(graph.conn, graph.graph, page)
             table.put((one, None) for one in page if one not in newer)
     return table

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.backup.catalog import write_document, write_page
+from lib.clients.embeddings.pricing import price_text
 from lib.console import Console, pasteable
 from lib.errors import MigrationError
-from lib.reembed.output import dollars
 
 if TYPE_CHECKING:
     import jinja2
@@ -199,7 +199,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(count=_count, dollars=dollars, duration=_duration, moment=_moment)
+    templates.filters.update(count=_count, dollars=price_text, duration=_duration, moment=_moment)
     return templates
 
 

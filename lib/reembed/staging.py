@@ -10,9 +10,10 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import existing_points, pages
+from lib.backup.existing_points import existing_points
 from lib.backup.last_migration import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
 from lib.backup.payloads import PointId
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import (
     CollectionState,
     aliases_of,
@@ -287,7 +288,7 @@ def _different_ids(
     """Return the planned ids with a vector that do not exist, and the existing ids that are not planned."""
     missing: list[PointId] = []
     with existing_points(ctx.qdrant, collection, payload=False) as existing:
-        for rows in pages(ctx.cache.memories(), _PAGE):
+        for rows in chunks(ctx.cache.memories(), _PAGE):
             known = ctx.cache.known([row.key for row in rows])
             wanted = [row.point_id for row in rows if row.key in known and row.point_id not in rejected]
             found = existing.payloads(wanted)

@@ -10,10 +10,11 @@ from typing import Any
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids, pages
+from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids
 from lib.backup.last_migration import DELETING, PAYLOADS_SAVED, READ
 from lib.backup.payloads import PointId, base_payload, changed_since_written, identical, merged_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import (
     Point,
@@ -188,7 +189,7 @@ def changes(
     `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A value that still equals its copy is
     replaced by one that was saved later.
     """
-    for rows in pages(cache.memories(), _BATCH):
+    for rows in chunks(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
         live, saved = existing.payloads(ids), _saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}

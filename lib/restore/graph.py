@@ -9,16 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.backup.graph import GraphSource, GraphVerification, loaded_graph, machine_lacks
-from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, check_file, read_manifest
+from lib.backup.graph import GraphSource, GraphVerification, inspect_backup, loaded_graph, machine_lacks
+from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, read_manifest
 from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
 from lib.clients.falkordb.rdb import (
     RdbFacts,
     graph_name,
-    inspect_rdb,
-    require_rdb_checksum,
     unwrap_dump,
     wrap_dump,
 )
@@ -155,10 +153,7 @@ def open_rdb(
 
     A wrapped DUMP needs no engine: without one its checksum and versions are verified alone.
     """
-    if component:
-        check_file(path, component.file)
-    facts = inspect_rdb(path)
-    require_rdb_checksum(path, facts, expected_sha256=component.file.sha256 if component else "")
+    facts = inspect_backup(path, component.file if component else None)
     try:
         engine = engine_for(facts, engines, server_versions(source.conn))
         _require_loadable(path, facts)

@@ -40,7 +40,7 @@ from lib.clients.qdrant.segments import SegmentFiles, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, BadFile, UsageProblem
-from lib.files import FULL_DISK, readable_bytes
+from lib.files import FULL_DISK, PassThrough, readable_bytes
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class SavedSnapshots:
         if self._files is None:
             return stream
         self._files.append(tempfile.TemporaryFile())  # noqa: SIM115 - closed with its owner
-        return cast("IO[bytes]", _CopyingReader(stream, self))
+        return cast("IO[bytes]", PassThrough(stream, self.write))
 
     def write(self, piece: bytes) -> None:
         """Save more bytes of the snapshot that is being read."""
@@ -135,16 +135,6 @@ class SavedSnapshots:
             return None
         self._files[number].seek(0)
         return self._files[number]
-
-
-class _CopyingReader:
-    def __init__(self, stream: IO[bytes], saved: SavedSnapshots) -> None:
-        self._stream, self._saved = stream, saved
-
-    def read(self, size: int, /) -> bytes:
-        piece = self._stream.read(size)
-        self._saved.write(piece)
-        return piece
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 import redis
 
 from lib.backup.collection import CollectionSource
-from lib.backup.existing_points import TemporaryIdTable, as_id, pages
+from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import GraphComponent
 from lib.backup.payloads import PointId
 from lib.clients.automem import AutoMemApi, HealthAnswer, ask_health
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import expires_at, function_libraries, list_graphs
 from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
@@ -310,7 +311,7 @@ def _newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
 def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
     """By id, the sum of the hashes of all contents that have it: an id may be used twice."""
     table = TemporaryIdTable()
-    for page in pages(_contents(conn, graph), _PAGE):
+    for page in chunks(_contents(conn, graph), _PAGE):
         sums = {one: int(row[_HASH]) for one, row in table.payloads([one for one, _ in page]).items()}
         for identity, value in page:
             sums[identity] = (sums.get(identity, 0) + value) % _MODULUS

@@ -11,9 +11,10 @@ from typing import Any
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, pages
+from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.payloads import PointId, base_payload, identical, merged_payload, point_id, unusable
 from lib.clients.embeddings.cache import EmbeddingCache
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress
@@ -89,7 +90,7 @@ def compare_stores(
         TemporaryIdTable() as contents,
     ):
         candidates = _Candidates(contents, samples, len(existing))
-        for page in pages(iter_memories(conn, graph), _PAGE):
+        for page in chunks(iter_memories(conn, graph), _PAGE):
             memories = _usable(page, seen, found)
             payloads = existing.payloads(list(memories))
             _compare_page(memories, payloads, cache, migrated_at, found)

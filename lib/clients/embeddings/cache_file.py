@@ -239,7 +239,7 @@ def room_of(texts: int, size: int) -> int:
 
 
 def chunks(items: Iterable[_Item], size: int = VALUES_AT_ONCE) -> Iterator[list[_Item]]:
-    """The items in lists of `size`; the last one may be shorter, none is empty."""
+    """Yield the items in lists of `size`; the last one may be shorter, none is empty. Items are read as needed."""
     left = iter(items)
     while part := list(islice(left, size)):
         yield part

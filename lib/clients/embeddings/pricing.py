@@ -60,6 +60,11 @@ def price_of(tokens: int, model: str) -> float | None:
     return None if each is None else tokens * each / 1e6
 
 
+def price_text(price: float | None) -> str:
+    """The price in words, or that none is known."""
+    return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
+
+
 def input_limit(model: str) -> int | None:
     """The most tokens of one text, or None for an unknown model."""
     return MAX_INPUT_TOKENS if bare_model(model) in _PRICES else None
