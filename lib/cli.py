@@ -60,9 +60,7 @@ class Parser(argparse.ArgumentParser):
         for before, word in zip(["", *words], words, strict=False):
             flag, equals, value = word.partition("=")
             if not word.strip():
-                self.error(
-                    f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?"
-                )
+                self.error(f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?")
             if any(ord(character) < 32 or ord(character) == 127 for character in word):
                 # As the name of a file it would be repeated in messages, where it could forge a line.
                 self.error(f"an argument has a control character: {one_line(word)!r}")
@@ -75,9 +73,7 @@ class Parser(argparse.ArgumentParser):
         given = [word.partition("=")[0] for word in words if word.startswith("-")]
         for flag in sorted(flags):
             if given.count(flag) > 1:
-                self.error(
-                    f"{flag} is given {given.count(flag)} times, but accepts one value: run once for each"
-                )
+                self.error(f"{flag} is given {given.count(flag)} times, but accepts one value: run once for each")
 
     def error(self, message: str) -> NoReturn:
         """Report bad usage, and exit with code 2."""
@@ -92,9 +88,7 @@ def parser(description: str) -> Parser:
     common = made.add_argument_group("common")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
-    common.add_argument(
-        "-v", "--verbose", action="store_true", help="also each setting, and where it came from"
-    )
+    common.add_argument("-v", "--verbose", action="store_true", help="also each setting, and where it came from")
     common.add_argument(
         "--show-config",
         action="store_true",
@@ -144,9 +138,7 @@ def refuse_together(args: argparse.Namespace, *flags: str) -> None:
     """Raise UsageProblem if more than one of these flags is given."""
     given = list(_values(args, flags))
     if len(given) > 1:
-        raise UsageProblem(
-            f"{' and '.join(given)} do not go together", next_step=f"give one of {', '.join(given)}"
-        )
+        raise UsageProblem(f"{' and '.join(given)} do not go together", next_step=f"give one of {', '.join(given)}")
 
 
 def _handle_signals() -> None:
@@ -189,9 +181,7 @@ def _file_error(error: OSError) -> MigrationError | None:
 
     where = str(error.filename or "the backup folder or the folder for temporary files")
     if error.errno in FULL_DISK:
-        return MigrationError(
-            f"no room left for {where}: {error.strerror}", next_step="df -h   and free some room"
-        )
+        return MigrationError(f"no room left for {where}: {error.strerror}", next_step="df -h   and free some room")
     if error.filename is None or isinstance(error, ConnectionError):
         return None
     return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(where)}")

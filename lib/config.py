@@ -114,9 +114,7 @@ class Reader:
             self.fault(name, f"must be a host alone, such as localhost (set its port with {port})")
         return value
 
-    def url(
-        self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None
-    ) -> str:
+    def url(self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None) -> str:
         """Return an http(s) URL with its port (default: `port`), without a slash at its end.
 
         A query is a fault unless `query` is set. `value` is one URL of several (default: the whole setting).
@@ -219,15 +217,11 @@ class Config:
     qdrant_node_urls: tuple[str, ...] = _setting("QDRANT_NODE_URLS", "", Reader.urls, shown=False)
     qdrant_api_key: str = _setting("QDRANT_API_KEY", "", Reader.header, shown=False)
     collection: str = _setting("QDRANT_COLLECTION", "memories", Reader.name)
-    qdrant_timeout: float = _setting(
-        "QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400)
-    )
+    qdrant_timeout: float = _setting("QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400))
     vector_size: int = _setting("VECTOR_SIZE", "3072", partial(Reader.integer, low=1, high=65536))
     embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
     openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
-    openai_base_url: str = _setting(
-        "OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False
-    )
+    openai_base_url: str = _setting("OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False)
     api_url: str = _setting("AUTOMEM_API_URL", "http://localhost:8001", Reader.url, shown=False)
     api_token: str = _setting("AUTOMEM_API_TOKEN", "", Reader.header, shown=False)
     backup_dir: Path = _setting("AUTOMEM_BACKUP_DIR", str(PROJECT_ROOT / "backups"), Reader.folder)

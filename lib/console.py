@@ -152,11 +152,7 @@ class Console:
     def result(self, document: Mapping[str, object], text: str) -> None:
         """Print the result on stdout. If its reader has left, the command does not fail."""
         show_held()
-        shown = (
-            json.dumps(pasteable(dict(document)), default=_as_json)
-            if self.as_json
-            else escaped(pasteable(text))
-        )
+        shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else escaped(pasteable(text))
         with contextlib.suppress(BrokenPipeError):
             if shown:
                 print(shown, flush=True)
@@ -205,10 +201,7 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
     """Return a table as plain text; each column is as wide as its widest cell."""
     cells = [[str(cell) for cell in row] for row in ([header, *rows] if header else rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     if header:
         lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

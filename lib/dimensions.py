@@ -80,9 +80,7 @@ def check_dimension(collection: str, actual: int, configured: int) -> None:
     if actual == configured:
         return
     raise DimensionMismatch(
-        "VECTOR DIMENSION MISMATCH\n"
-        f"Qdrant collection '{collection}': {actual}d\n"
-        f"Config VECTOR_SIZE: {configured}d",
+        f"VECTOR DIMENSION MISMATCH\nQdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d",
         next_step=(
             f"keep the collection:  export VECTOR_SIZE={actual}\n"
             "migrate it:           python scripts/backup_automem.py && python scripts/reembed_embeddings.py"

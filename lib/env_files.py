@@ -38,9 +38,7 @@ class Setting:
     owner: int | None = field(default=None, repr=False)
 
 
-def env_files(
-    env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]
-) -> list[Path]:
+def env_files(env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]) -> list[Path]:
     """Return the files to read, by precedence. A named file that is missing is a fault."""
     found = [cwd / ".env", root / ".env"]
     home = environ.get("HOME")
@@ -101,9 +99,7 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
                 continue
             near = difflib.get_close_matches(name.upper(), known, 1, _RESEMBLANCE)
             if near:
-                found[name] = (
-                    f"{name} ({setting.origin}) is not a setting and has no effect: did you mean {near[0]}?"
-                )
+                found[name] = f"{name} ({setting.origin}) is not a setting and has no effect: did you mean {near[0]}?"
     return list(found.values())
 
 
@@ -166,9 +162,7 @@ def _read_file(
         f" {owner}): write the value out, or set {name} in the environment"
         for name, used in (_interpolated(good, environ) if owner != os.geteuid() else [])
     ]
-    return {
-        name: Setting(value, f"{path}:{lines[name]}", owner=owner) for name, value in values.items() if value
-    }
+    return {name: Setting(value, f"{path}:{lines[name]}", owner=owner) for name, value in values.items() if value}
 
 
 def _interpolated(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -206,8 +200,7 @@ def read_settings(
     user = os.geteuid()
     sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
     sources += [
-        _read_file(path, defaults, root, environ, faults)
-        for path in env_files(env_file, environ, cwd, root, faults)
+        _read_file(path, defaults, root, environ, faults) for path in env_files(env_file, environ, cwd, root, faults)
     ]
     settings = {}
     for name, default in defaults.items():

@@ -96,9 +96,7 @@ class ProviderRefused(MigrationError):
 
 
 # Control characters but tab and newline, marks that change the direction of text, other line ends, surrogates.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _BREAKS = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 

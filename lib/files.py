@@ -36,14 +36,10 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
         probe.unlink()
     except OSError as error:
         shown = quote(str(path))
-        next_step = (
-            f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
-        )
+        next_step = f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
         if isinstance(error, FileExistsError | NotADirectoryError):
             next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
-        raise UsageProblem(
-            f"cannot write to the folder {path}: {error.strerror}", next_step=next_step
-        ) from error
+        raise UsageProblem(f"cannot write to the folder {path}: {error.strerror}", next_step=next_step) from error
     return path
 
 
@@ -126,9 +122,7 @@ def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             is_folder = stat.S_ISDIR(state.st_mode)
-            raise NotRegular(
-                errno.EINVAL, os.strerror(errno.EISDIR) if is_folder else "is not a regular file"
-            )
+            raise NotRegular(errno.EINVAL, os.strerror(errno.EISDIR) if is_folder else "is not a regular file")
         with os.fdopen(descriptor, "rb", closefd=False) as stream:
             data = stream.read(limit + 1)
     finally:

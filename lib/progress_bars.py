@@ -27,9 +27,7 @@ class _Amount(ProgressColumn):
 
 
 @contextlib.contextmanager
-def bar(
-    title: str, total: int | None, amount: Callable[[float], str], unit: str
-) -> Iterator[Callable[[int], None]]:
+def bar(title: str, total: int | None, amount: Callable[[float], str], unit: str) -> Iterator[Callable[[int], None]]:
     """Show a bar during the block. Yields a callback that takes the amount done since its last call.
 
     `amount` returns an amount as text, `unit` follows it.

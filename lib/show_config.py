@@ -102,9 +102,7 @@ def announce(config: Config, console: Console) -> None:
         hold(text)
     journals, unreadable = unfinished(config.backup_dir)
     for path in unreadable:
-        console.warn(
-            f"{path} is damaged: its run may be unfinished, and what it created or deleted is unknown"
-        )
+        console.warn(f"{path} is damaged: its run may be unfinished, and what it created or deleted is unknown")
     for journal in journals:
         console.say(_unfinished(journal, config.targets()))
 

@@ -23,9 +23,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)"
-    )
+    parser.add_argument("--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
     instead.add_argument("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
@@ -33,9 +31,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep", type=int, metavar="N", help=f"with --cleanup: sets of each kind to keep (default {KEEP})"
     )
-    parser.add_argument(
-        "--upload", metavar="URL", help="also copy the set there; with --check: existing sets"
-    )
+    parser.add_argument("--upload", metavar="URL", help="also copy the set there; with --check: existing sets")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, change nothing")
     return parser
 
@@ -112,9 +108,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
         from lib.backup.copies import upload, upload_command
 
         assert manifest.path is not None
-        console.say(
-            f"backup set: {manifest.path}\nif its upload stops: {upload_command(manifest.path, shown)}"
-        )
+        console.say(f"backup set: {manifest.path}\nif its upload stops: {upload_command(manifest.path, shown)}")
         uploaded = upload(args.upload, manifest, console.progress, config.copies)
     return output.show_backup(manifest, console, uploaded)
 
@@ -126,9 +120,7 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
     from lib.backup.check import verify_and_upload
 
     engines, owner = connect.engines(config), config.deployment()
-    found, uploaded = verify_and_upload(
-        config.backup_dir, owner, word, url, engines, console.progress, config.copies
-    )
+    found, uploaded = verify_and_upload(config.backup_dir, owner, word, url, engines, console.progress, config.copies)
     return output.show_verifications(found, uploaded, console)
 
 

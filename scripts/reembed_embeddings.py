@@ -64,9 +64,7 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
-    cli.refuse_together(
-        args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool"
-    )
+    cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")
     if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
         console.warn(fault)
     with connect.target_lock(config):
@@ -106,9 +104,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
         return execute(ctx, found, config, console, args)
 
 
-def execute(
-    ctx: Context, found: Assessment, config: Config, console: Console, args: argparse.Namespace
-) -> int:
+def execute(ctx: Context, found: Assessment, config: Config, console: Console, args: argparse.Namespace) -> int:
     """Show the plan; then sample, sync or replace."""
     from lib import connect
     from lib.config import require_openai_key

@@ -30,13 +30,9 @@ def arguments() -> argparse.ArgumentParser:
         nargs="*",
         help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, or a URL",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="verify the files and print the plan, touch nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="verify the files and print the plan, touch nothing")
     parser.add_argument("--no-safety-backup", action="store_true", help="do not back up what is replaced")
-    parser.add_argument(
-        "--force-version", action="store_true", help="try a snapshot of another Qdrant version"
-    )
+    parser.add_argument("--force-version", action="store_true", help="try a snapshot of another Qdrant version")
     parser.add_argument(
         "--abort",
         action="store_true",

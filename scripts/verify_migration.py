@@ -26,9 +26,7 @@ Result = TypeVar("Result")
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument(
-        "--sample", type=cli.positive, default=10, metavar="N", help="memories to recall (10)"
-    )
+    parser.add_argument("--sample", type=cli.positive, default=10, metavar="N", help="memories to recall (10)")
     parser.add_argument("--recall", metavar="TEXT", help="also show what recalling TEXT brings")
     parser.add_argument(
         "--after-restart",
@@ -64,9 +62,7 @@ def command(args: argparse.Namespace) -> int:
     require_sources(graph, collection)
     stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets())
     with connect.open_cache(config) as cache:
-        checks = verify(
-            stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress
-        )
+        checks = verify(stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress)
     recalled = None
     if args.recall:
         recalled = attempt("--recall", lambda: recall_lines(stores.api, args.recall), console)

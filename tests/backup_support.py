@@ -117,9 +117,7 @@ def assert_no_scratch(operator: Operator) -> None:
 
 
 def _processes(word: str) -> list[str]:
-    report = subprocess.run(
-        ["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True
-    )
+    report = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
     return [line for line in report.stdout.splitlines() if word in line]
 
 

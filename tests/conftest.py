@@ -44,11 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The longest files come first, so that no worker starts one after the others have finished: the guide, the faults.
     """
-    items.sort(
-        key=lambda item: next(
-            (at for at, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST)
-        )
-    )
+    items.sort(key=lambda item: next((at for at, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST)))
     for item in items:
         if "faults" in item.path.parts and item.get_closest_marker("core") is None:
             item.add_marker(pytest.mark.matrix)

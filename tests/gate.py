@@ -35,12 +35,7 @@ class CancelToken:
 
     def takes(self, method: str, path: str) -> bool:
         with self._lock:
-            if (
-                self.reached.is_set()
-                or method != self.method
-                or not re.search(self.path, path)
-                or not self.when()
-            ):
+            if self.reached.is_set() or method != self.method or not re.search(self.path, path) or not self.when():
                 return False
             self.nth -= 1
             return self.nth == 0

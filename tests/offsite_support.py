@@ -209,9 +209,7 @@ class _Files(paramiko.SFTPServerInterface):
         self.server.mischief.wait_at("rename", newpath)
         if self._path(newpath).exists():  # as OpenSSH answers the plain rename
             return paramiko.SFTP_FAILURE
-        return self._do(
-            "rename", lambda: self._path(oldpath).rename(self._path(newpath)) and paramiko.SFTP_OK
-        )
+        return self._do("rename", lambda: self._path(oldpath).rename(self._path(newpath)) and paramiko.SFTP_OK)
 
     def mkdir(self, path: str, attr: Any) -> Any:
         mode = attr.st_mode if attr.st_mode is not None else 0o777

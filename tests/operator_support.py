@@ -82,9 +82,7 @@ class Operator:
         """What the operator exports before the next commands."""
         self.exports |= {name: str(value) for name, value in settings.items()}
 
-    def start(
-        self, script: str, *words: str, prelude: str = "", **more: str
-    ) -> ScriptProcess | subprocess.Popen[str]:
+    def start(self, script: str, *words: str, prelude: str = "", **more: str) -> ScriptProcess | subprocess.Popen[str]:
         """A script as a process that the test may kill; a Python started for it alone if a setting of Python's is given."""
         environ = {**self.environ, **more}
         if not is_for_python(environ):
@@ -99,9 +97,7 @@ class Operator:
             text=True,
         )
 
-    def run(
-        self, script: str, *words: str, expect: int | None = 0, env: Mapping[str, str] | None = None
-    ) -> Result:
+    def run(self, script: str, *words: str, expect: int | None = 0, env: Mapping[str, str] | None = None) -> Result:
         """A script from start to end; its exit code is checked unless `expect` is None.
 
         It is called in this process, unless that is impossible: in a thread of the test's, or with settings of Python's.

@@ -32,9 +32,7 @@ class ClusterNode(RealQdrant):
             "QDRANT__STORAGE__WAL__WAL_CAPACITY_MB": "1",
         }
         words = ["--uri", self.peer_uri, *(["--bootstrap", bootstrap] if bootstrap else [])]
-        self._process = ServerProcess(
-            [binary.resolve(), *words], folder / "server.log", env=environment, cwd=folder
-        )
+        self._process = ServerProcess([binary.resolve(), *words], folder / "server.log", env=environment, cwd=folder)
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """The `result` of a request to this node."""

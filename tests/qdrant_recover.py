@@ -107,9 +107,7 @@ class RecoverReplay:
 
     def _poll(self, group: list[dict[str, Any]]) -> list[str]:
         """Poll as often as recorded, and on until the last recorded answer is there."""
-        allowed = next(
-            statuses for start, statuses in NEVER_WRONG.items() if group[0]["title"].startswith(start)
-        )
+        allowed = next(statuses for start, statuses in NEVER_WRONG.items() if group[0]["title"].startswith(start))
         last, deadline, polls, seen = (
             recorded(group[-1]["response"]),
             time.monotonic() + TIMEOUT_SECONDS,
@@ -124,9 +122,7 @@ class RecoverReplay:
             if (polls >= len(group) and not left) or time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
-        return left + (
-            [] if seen <= allowed else [f"statuses {sorted(seen)} are not among {sorted(allowed)}"]
-        )
+        return left + ([] if seen <= allowed else [f"statuses {sorted(seen)} are not among {sorted(allowed)}"])
 
     def _two_at_once(self, group: list[dict[str, Any]]) -> list[str]:
         statuses: list[int] = []
@@ -144,9 +140,7 @@ class RecoverReplay:
     def _delete_meanwhile(self, group: list[dict[str, Any]]) -> list[str]:
         """The DELETE comes as soon as the restore keeps the collection from answering."""
         statuses: list[int] = []
-        restore = threading.Thread(
-            target=lambda: statuses.append(self._send(group[1]["request"]).status_code)
-        )
+        restore = threading.Thread(target=lambda: statuses.append(self._send(group[1]["request"]).status_code))
         restore.start()
         while restore.is_alive() and self._reads():
             time.sleep(0.002)
@@ -188,12 +182,8 @@ class RecoverReplay:
     def _damaged(self) -> bytes:
         """The snapshot with its log overwritten."""
         where = f"{self.url}/collections/memories__next/snapshots/{self.values['{snap}']}"
-        whole = requests.get(
-            where, headers={"api-key": KEY, "Accept-Encoding": "identity"}, timeout=60
-        ).content
-        return repacked(
-            whole, lambda name, body: b"x" * len(body) if name.startswith("0/wal/open-") else body
-        )
+        whole = requests.get(where, headers={"api-key": KEY, "Accept-Encoding": "identity"}, timeout=60).content
+        return repacked(whole, lambda name, body: b"x" * len(body) if name.startswith("0/wal/open-") else body)
 
     def _ok(self, method: str, path: str, body: Any) -> Any:
         answer = requests.request(method, self.url + path, json=body, headers={"api-key": KEY}, timeout=60)
@@ -209,11 +199,7 @@ def _same_group(rows: list[dict[str, Any]], at: int) -> list[dict[str, Any]]:
     start = title.partition(", poll")[0].partition(":")[0]
     group = []
     for row in rows[at:]:
-        if (
-            not row.get("timed")
-            or not row["title"].startswith(start)
-            or row["request"] != rows[at]["request"]
-        ):
+        if not row.get("timed") or not row["title"].startswith(start) or row["request"] != rows[at]["request"]:
             break
         group.append(row)
     return group

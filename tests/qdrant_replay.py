@@ -89,9 +89,7 @@ class Replay:
         with requests.Session() as session:
             session.trust_env = False
             answer = session.request(request["method"], self.url + path, timeout=TIMEOUT, stream=True, **sent)
-            _read(
-                answer, decoded="accept-encoding" not in {name.lower() for name in request.get("headers", {})}
-            )
+            _read(answer, decoded="accept-encoding" not in {name.lower() for name in request.get("headers", {})})
             return fresh(answer, expected)
 
     def _upload(self, description: str) -> bytes:
@@ -103,9 +101,7 @@ class Replay:
         found = {}
         for file, (collection, capture) in OWN_SNAPSHOTS.items():
             where = f"{self.url}/collections/{collection}/snapshots/{self.captured[capture]}"
-            found[file] = requests.get(
-                where, headers={"Accept-Encoding": "identity"}, timeout=TIMEOUT
-            ).content
+            found[file] = requests.get(where, headers={"Accept-Encoding": "identity"}, timeout=TIMEOUT).content
         return found
 
     def _own_sum(self, path: str) -> str:

@@ -16,9 +16,7 @@ Change = Callable[[str, bytes], "bytes | None"]
 
 def recorded_snapshots(version: str) -> dict[str, bytes]:
     """The snapshots recorded with a version, by file name."""
-    return {
-        path.stem: gzip.decompress(path.read_bytes()) for path in (RECORDINGS / version).glob("*.snapshot.gz")
-    }
+    return {path.stem: gzip.decompress(path.read_bytes()) for path in (RECORDINGS / version).glob("*.snapshot.gz")}
 
 
 def content(description: str, snapshots: dict[str, bytes], *, recorded: bool) -> bytes:

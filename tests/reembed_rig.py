@@ -108,9 +108,7 @@ class Rig:
         self.size = NEW_SIZE
         operator.load(MEMORIES)
         aliases = [{"create_alias": {"collection_name": operator.collection, "alias_name": self.alias}}]
-        requests.post(
-            f"{operator.servers.qdrant_url}/collections/aliases", json={"actions": aliases}, timeout=60
-        )
+        requests.post(f"{operator.servers.qdrant_url}/collections/aliases", json={"actions": aliases}, timeout=60)
         operator.export(QDRANT_URL=gate.url)
         operator.run("backup_automem", "--only", "qdrant")
         self.before: Points = points_of(operator)

@@ -162,14 +162,9 @@ def make_rich(operator: Operator) -> None:
         },
     }.items():
         operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": schema})
-    rows = [
-        {"id": one, "payload": payload, "vector": vector.tolist()}
-        for one, (payload, vector) in points.items()
-    ]
+    rows = [{"id": one, "payload": payload, "vector": vector.tolist()} for one, (payload, vector) in points.items()]
     operator.call("PUT", "/points?wait=true", {"points": rows})
     aliases = [f"{operator.collection}_{name}" for name in ("reader", "writer")]
-    actions = [
-        {"create_alias": {"collection_name": operator.collection, "alias_name": one}} for one in aliases
-    ]
+    actions = [{"create_alias": {"collection_name": operator.collection, "alias_name": one}} for one in aliases]
     url = f"{operator.servers.qdrant_url}/collections/aliases"
     requests.post(url, json={"actions": actions}, timeout=60).raise_for_status()

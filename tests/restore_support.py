@@ -49,9 +49,7 @@ def keys_of(operator: Operator) -> dict[bytes, object]:
         graphs = list_graphs(conn)
         names = [name for name in conn.scan_iter() if not name.startswith((own, b"telemetry"))]
         return {
-            name: graph_digest(conn, name.decode(), by_id=True)
-            if name.decode() in graphs
-            else conn.dump(name)
+            name: graph_digest(conn, name.decode(), by_id=True) if name.decode() in graphs else conn.dump(name)
             for name in names
         }
 
@@ -66,9 +64,7 @@ def neighbours(operator: Operator) -> Iterator[Callable[[], Any]]:
     requests.put(f"{url}/points?wait=true", json={"points": rows}, timeout=TIMEOUT).raise_for_status()
     graph, key = f"other_{operator.graph}", f"key_{operator.graph}"
     with connect(operator.servers.falkordb.address) as conn:
-        conn.execute_command(
-            "GRAPH.QUERY", graph, "UNWIND range(1, 50) AS i CREATE (:Memory {id: i, other: 'x'})"
-        )
+        conn.execute_command("GRAPH.QUERY", graph, "UNWIND range(1, 50) AS i CREATE (:Memory {id: i, other: 'x'})")
         conn.set(key, "plain \x00 value")
 
     def now() -> Any:
@@ -111,9 +107,7 @@ def spoil(operator: Operator) -> None:
     operator.cypher("MATCH (m:Memory) WHERE id(m) % 5 = 1 SET m.content = 'overwritten', m.new_key = 1")
     points = operator.call("POST", "/points/scroll", {"limit": 40})["points"]
     operator.call("POST", "/points/delete?wait=true", {"points": [one["id"] for one in points[:20]]})
-    operator.call(
-        "PUT", "/points/payload?wait=true", {"payload": {"content": "spoilt"}, "points": [points[30]["id"]]}
-    )
+    operator.call("PUT", "/points/payload?wait=true", {"payload": {"content": "spoilt"}, "points": [points[30]["id"]]})
 
 
 def site(

@@ -65,9 +65,7 @@ def do_not_wait() -> None:
 # --- in the test's process ---------------------------------------------------------------------------------------
 
 
-def call_script(
-    script: str, words: tuple[str, ...], folder: Path, environ: Mapping[str, str]
-) -> Result | None:
+def call_script(script: str, words: tuple[str, ...], folder: Path, environ: Mapping[str, str]) -> Result | None:
     """`main()` of a script, with separate streams, arguments, environment and working directory.
 
     Returns None if that is impossible: in another thread than the main one (signals), or inside another call.
@@ -188,9 +186,7 @@ class ScriptProcess:
         """The rest of its output, once it has ended."""
         said: dict[str, str] = {}
         readers = [
-            threading.Thread(
-                target=lambda name=name, one=one: said.__setitem__(name, one.read()), daemon=True
-            )
+            threading.Thread(target=lambda name=name, one=one: said.__setitem__(name, one.read()), daemon=True)
             for name, one in (("out", self.stdout), ("err", self.stderr))
         ]
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -57,9 +57,7 @@ def main() -> None:
         sizes = [len(path.read_text().splitlines()) for path in modules(folder).values()]
         print(f"{folder:30} {len(sizes):5} {sum(sizes):6,} {max(sizes):7} {depth(folder):5}")
     files = [one for one in (ROOT / "lib").rglob("*.py") if one.name != "__init__.py"]
-    print(
-        f"{'lib as a whole':30} {len(files):5} {sum(len(one.read_text().splitlines()) for one in files):6,}"
-    )
+    print(f"{'lib as a whole':30} {len(files):5} {sum(len(one.read_text().splitlines()) for one in files):6,}")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ def recipients(keys: CopyKeys) -> list[Any]:
                 next_step="age-keygen -y key.txt   prints the public key of a key file",
             ) from error
     if not found:
-        raise UsageProblem(
-            f"{_RECIPIENTS} names no public key", next_step="age-keygen -o key.txt   makes one"
-        )
+        raise UsageProblem(f"{_RECIPIENTS} names no public key", next_step="age-keygen -o key.txt   makes one")
     return found
 
 
@@ -147,9 +145,7 @@ def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
         pyrage.encrypt_io(plain, stream, public_keys)
 
 
-def decrypt(
-    chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str
-) -> None:
+def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str) -> None:
     """Decrypt a file that arrives in pieces. `write` gets each piece after its checksum was verified.
 
     Raises AccessRefused if no key fits, BackupDamaged for a file that was changed or cut off, and what `chunks` or
@@ -254,9 +250,7 @@ def _secret(path: Path, setting: str, *, private: bool = True) -> bytes:
             f"{setting}: {path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
         ) from error
     if private and state.st_mode & 0o077:
-        raise UsageProblem(
-            f"{setting}: other users may read {path}", next_step=f"chmod 600 {quote(str(path))}"
-        )
+        raise UsageProblem(f"{setting}: other users may read {path}", next_step=f"chmod 600 {quote(str(path))}")
     return data
 
 

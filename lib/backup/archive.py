@@ -56,9 +56,7 @@ def combined(snapshots: Sequence[SnapshotMember]) -> SnapshotMember:
     if len(snapshots) == 1:
         return snapshots[0]
     digests = "".join(one.sha256 for one in snapshots)
-    return SnapshotMember(
-        "", sum(one.size for one in snapshots), hashlib.sha256(digests.encode()).hexdigest()
-    )
+    return SnapshotMember("", sum(one.size for one in snapshots), hashlib.sha256(digests.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -312,9 +310,7 @@ def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, expected:
             if not line.strip().isascii() or len(line) == _LINE_LIMIT:
                 raise BackupDamaged(f"{path}: line {count} of its {IDS} is no id")
             if count > expected:
-                raise BackupDamaged(
-                    f"{path}: its {IDS} has more than the {expected} ids that its {FACTS} says"
-                )
+                raise BackupDamaged(f"{path}: its {IDS} has more than the {expected} ids that its {FACTS} says")
             yield line.decode("ascii").strip()
 
     ids = lines()

@@ -184,9 +184,7 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
             f" There are: {', '.join(others[:_NAMED])}{more}",
             next_step=f"name one: python scripts/restore_from_backup.py {quote(f'{where}/{others[0].split()[0]}')}",
         )
-    whose = (
-        f" is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses" if owner else ""
-    )
+    whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses" if owner else ""
     raise MissingData(
         f"no backup in {where}{whose}",
         next_step="python scripts/backup_automem.py   or name the file:  python scripts/backup_automem.py --list",

@@ -88,9 +88,7 @@ def verify_collection(
             copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"])
             archive = read_archive(
                 path,
-                on_snapshot=lambda stream: seen.append(
-                    copies.inspect(passing(stream) if passing else stream)
-                ),
+                on_snapshot=lambda stream: seen.append(copies.inspect(passing(stream) if passing else stream)),
                 on_ids=lambda lines: copies.save_ids(lines, on_ids),
             )
         if file:
@@ -196,9 +194,7 @@ def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> i
             for segments in known:
                 missing -= segments.held(list(missing))
             if missing:
-                raise BackupDamaged(
-                    f"{path}: its segments lack expected points, such as {min(missing, key=str)}"
-                )
+                raise BackupDamaged(f"{path}: its segments lack expected points, such as {min(missing, key=str)}")
         fewest: dict[int, int] = {}
         for shard, points in (one for segments in known for one in segments.counts.items()):
             fewest[shard] = min(points, fewest.get(shard, points))
@@ -226,9 +222,7 @@ def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFac
         raise _incomplete(path) from error
     whole = (facts["snapshot_size"], facts["snapshot_sha256"])
     if expected != archive.snapshots or whole != (archive.snapshot.size, archive.snapshot.sha256):
-        raise BackupDamaged(
-            f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)"
-        )
+        raise BackupDamaged(f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)")
     held = {shard for one in seen for shard, segments in one.shards.items() if segments}
     missing = {shard for one in seen for shard in one.shards} - held
     if missing:
@@ -271,9 +265,7 @@ class CollectionSource:
     nodes: tuple[Qdrant, ...] = ()
 
 
-def known_model(
-    state: CollectionState, spec: EmbeddingSpec, journalled: str | None = None
-) -> tuple[str, str]:
+def known_model(state: CollectionState, spec: EmbeddingSpec, journalled: str | None = None) -> tuple[str, str]:
     """Which model made the vectors, and how that is known: `stamped` (or `journalled`), `configured` or `guessed`."""
     stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
     if stamp.get("model") or journalled:
@@ -369,9 +361,7 @@ def _write_archive(
                 got = snapshots.download(node.qdrant, source.collection, one, archive.write, steps)
                 archive.end()
                 if got.sha256 != one.checksum:
-                    raise BackupDamaged(
-                        f"snapshot {one.name} arrived damaged: its sha256 is not the server's"
-                    )
+                    raise BackupDamaged(f"snapshot {one.name} arrived damaged: its sha256 is not the server's")
             size = ids.tell()
             ids.seek(0)
             archive.add(IDS, ids, size)

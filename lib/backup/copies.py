@@ -107,9 +107,7 @@ def require_elsewhere(url: str, folder: Path) -> None:
         )
 
 
-def _send_all(
-    store: OffsiteStore, folder: Path, files: list[BackupFile], bar: ProgressBar
-) -> list[BackupFile]:
+def _send_all(store: OffsiteStore, folder: Path, files: list[BackupFile], bar: ProgressBar) -> list[BackupFile]:
     """Send the files of `folder` in their order, the manifest last. Returns those that were sent."""
     there = _sizes(store, files)
     if all(there.get(file.name) == file.size for file in files):
@@ -231,9 +229,7 @@ def _require_whole(path: Path, file: BackupFile) -> None:
         )
 
 
-def _send(
-    store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar, there: dict[str, int]
-) -> bool:
+def _send(store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar, there: dict[str, int]) -> bool:
     """Send one file and read it back. Returns False if it is there already. Never replaces another file."""
     if file.name in there:
         with bar(f"read back {file.name}", file.size, "bytes") as progress:
@@ -245,9 +241,7 @@ def _send(
     try:
         with bar(f"read back {file.name}", file.size, "bytes") as progress:
             if not store.holds(file, stored, progress):
-                raise StoreFailed(
-                    f"{store.shown}/{file.name} reads back as something else than what was sent"
-                )
+                raise StoreFailed(f"{store.shown}/{file.name} reads back as something else than what was sent")
     except MigrationError:  # S3's own checksums refuse to read changed bytes
         store.remove(stored)
         raise
@@ -341,9 +335,7 @@ def require_fetchable(name: str) -> None:
 
 def _is_plain(name: str) -> bool:
     """Whether a file's name stays in its folder, and is the same on every system."""
-    return all(
-        part not in {"", ".", ".."} and "\\" not in part and part.isprintable() for part in name.split("/")
-    )
+    return all(part not in {"", ".", ".."} and "\\" not in part and part.isprintable() for part in name.split("/"))
 
 
 def _is_here(path: Path, file: BackupFile) -> bool:

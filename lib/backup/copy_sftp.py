@@ -42,9 +42,7 @@ class KnownHostSFTP(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no type
         self.ftp.open(rpath, "w").close()
         with contextlib.suppress(OSError):  # some servers let nobody change modes
             self.ftp.chmod(rpath, _PRIVATE)
-        self.ftp.put(
-            lpath, rpath, callback=lambda done, _total: callback.absolute_update(done) if callback else None
-        )
+        self.ftp.put(lpath, rpath, callback=lambda done, _total: callback.absolute_update(done) if callback else None)
 
     def mv(self, old: str, new: str, **_: Any) -> None:
         """Rename without replacing a file that exists (fsspec's replaces it)."""

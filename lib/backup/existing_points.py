@@ -82,9 +82,7 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
         """Yield all ids, in pages, ordered as text."""
         last = ""
         while True:
-            page = self._db.execute(
-                "SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, _PAGE)
-            ).fetchall()
+            page = self._db.execute("SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, _PAGE)).fetchall()
             if not page:
                 return
             last = page[-1][0]

@@ -107,9 +107,7 @@ def verify_graph(
         engine = engine_for(facts, engines, None)
         if lacking := machine_lacks(facts):
             return GraphVerification(CHECKED, f"not loaded: {lacking}", facts)
-        with loaded_graph(
-            path, component.graph, engine, facts, component=component, progress=progress
-        ) as loaded:
+        with loaded_graph(path, component.graph, engine, facts, component=component, progress=progress) as loaded:
             found, scratch = loaded
             if on_loaded:
                 on_loaded(scratch.conn)
@@ -305,9 +303,7 @@ def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> 
     return f"its key expires at {expires}, and no engine loads it from an RDB after that" if expires else ""
 
 
-def _write_dump(
-    source: GraphSource, path: Path, progress: Callable[[int], None], why: str
-) -> tuple[int, str, str]:
+def _write_dump(source: GraphSource, path: Path, progress: Callable[[int], None], why: str) -> tuple[int, str, str]:
     payload, digest = dump_graph(source.conn, source.graph), hashlib.sha256()
     with atomic_writer(path) as stream:
         out = PassThrough(stream, digest.update)

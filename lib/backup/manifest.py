@@ -220,15 +220,11 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         )
     try:
         if sealed(raw) != raw:
-            raise BackupDamaged(
-                f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER
-            )
+            raise BackupDamaged(f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER)
         manifest = msgspec.convert({**raw, "path": path}, Manifest)
         _require_consistent(manifest, path)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise BackupDamaged(
-            f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER
-        ) from error
+        raise BackupDamaged(f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER) from error
     return manifest
 
 
@@ -269,9 +265,7 @@ def require_equal(path: Path, expected: Mapping[str, Any], actual: Mapping[str, 
     """Raise BackupDamaged unless each value of `actual`, found in the file `path`, is the `expected` one."""
     for name, value in actual.items():
         if orjson.loads(orjson.dumps(value)) != orjson.loads(orjson.dumps(expected[name])):
-            found, said = (
-                text if len(text) <= 80 else f"{text[:77]}..." for text in map(str, (value, expected[name]))
-            )
+            found, said = (text if len(text) <= 80 else f"{text[:77]}..." for text in map(str, (value, expected[name])))
             raise BackupDamaged(f"{path}: {name} is {found}, its manifest says {said}")
 
 
@@ -282,9 +276,7 @@ def check_file(path: Path, file: BackupFile, sha256: str = "") -> None:
     if path.stat().st_size != file.size:
         raise BackupDamaged(f"{path} has {path.stat().st_size} bytes, its manifest says {file.size}")
     if (sha256 or sha256_file(path)) != file.sha256:
-        raise BackupDamaged(
-            f"{path} does not have the sha256 that its manifest gives: it was damaged or edited"
-        )
+        raise BackupDamaged(f"{path} does not have the sha256 that its manifest gives: it was damaged or edited")
 
 
 @contextmanager

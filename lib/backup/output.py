@@ -137,8 +137,7 @@ def show_sets(catalog: Catalog, console: Console) -> int:
     if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
     sets = [
-        {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": complete}
-        for one, complete in catalog.sets
+        {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": complete} for one, complete in catalog.sets
     ]
     document = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
     console.result(document, "\n".join(lines) if rows else f"no backup in {catalog.where}")
@@ -169,9 +168,7 @@ def _contents(one: Manifest) -> str:
     return ", ".join(parts)
 
 
-def show_verifications(
-    files: list[FileVerification], uploaded: list[Uploaded] | None, console: Console
-) -> int:
+def show_verifications(files: list[FileVerification], uploaded: list[Uploaded] | None, console: Console) -> int:
     """Show the verified files and what was uploaded; exit code 4 if a file has a fault."""
     rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in files]
     document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in files]}

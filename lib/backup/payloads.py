@@ -169,9 +169,7 @@ def _moment(text: str) -> tuple[datetime, str] | None:
     offset = "+00:00" if zone in {"", "Z", "z"} else f"{zone[:3]}:{zone[-2:]}"
     digits = f"{fraction[:_MICRO_DIGITS]:0<{_MICRO_DIGITS}}"
     try:
-        moment = datetime.fromisoformat(
-            f"{day}T{f'{clock}:00'[:8] if clock else '00:00:00'}.{digits}{offset}"
-        )
+        moment = datetime.fromisoformat(f"{day}T{f'{clock}:00'[:8] if clock else '00:00:00'}.{digits}{offset}")
     except ValueError:
         return None
     return moment, fraction[_MICRO_DIGITS:].rstrip("0")
@@ -309,11 +307,7 @@ def base_payload(
     """
     if live is None or saved is None:
         return saved if live is None else live
-    lost = {
-        key: value
-        for key, value in saved.items()
-        if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_RESTORED
-    }
+    lost = {key: value for key, value in saved.items() if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_RESTORED}
     return {**lost, **live}
 
 

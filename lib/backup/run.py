@@ -229,9 +229,7 @@ def _remove_named(collection: CollectionSource, journal: Journal) -> None:
         remove_named(qdrant, journal, node)
 
 
-def report_snapshots(
-    collection: CollectionSource, left: Sequence[Journal], notice: Callable[[str], None]
-) -> None:
+def report_snapshots(collection: CollectionSource, left: Sequence[Journal], notice: Callable[[str], None]) -> None:
     """Name the snapshots that killed runs may have left, each with the command that deletes it.
 
     Closes the journals for which one was found, or that are older than an hour, after which none appears. The others

@@ -106,9 +106,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
         settings = journaled_settings(journal) or (settings_of(backup)["settings"] if backup else None)
         if settings:
             refuse_foreign(settings)
-        return Assessment(
-            whole_plan(scan, missing, ctx.spec, None, None, []), live, journal, in_place, [], ""
-        )
+        return Assessment(whole_plan(scan, missing, ctx.spec, None, None, []), live, journal, in_place, [], "")
     refuse_foreign(state.raw)
     unlike = _unlike(backup, state) if state.points == 0 and journal is None else ""
     if repair:

@@ -288,9 +288,7 @@ def _reporting(
     return progress
 
 
-def embed_uncached(
-    runner: EmbeddingRunner, cache: EmbeddingCache, bar: ProgressBar, into: EmbeddingTotals
-) -> None:
+def embed_uncached(runner: EmbeddingRunner, cache: EmbeddingCache, bar: ProgressBar, into: EmbeddingTotals) -> None:
     """Embed every text of the plan that has no vector, identical texts once."""
     missing = cache.missing_total()
     runner.require_affordable(missing.tokens, into)

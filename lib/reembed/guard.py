@@ -79,9 +79,7 @@ def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
     return f"does not hold {missing} point(s) that are in the collection alone" if missing else None
 
 
-def _fault_in_manifest(
-    manifest: Manifest, component: CollectionComponent, guarded: GuardedCollection
-) -> str | None:
+def _fault_in_manifest(manifest: Manifest, component: CollectionComponent, guarded: GuardedCollection) -> str | None:
     server = component.server["address"]
     if component.collection != guarded.state.name or not same_server(server, guarded.server):
         return f"is of '{component.collection}' on {server}"

@@ -53,9 +53,7 @@ def only_missing(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -
     return Synced(outcome, repaired, remove_orphans(ctx, state))
 
 
-def require_same_model(
-    ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, state: CollectionState
-) -> None:
+def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, state: CollectionState) -> None:
     """Embed the contents of three unchanged points and compare them with the stored vectors.
 
     Raises GuardRefused if a cosine is under 0.99: another model made the vectors.

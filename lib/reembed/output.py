@@ -143,9 +143,7 @@ def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> 
     return reasons
 
 
-def show_tried(
-    tried: Tried, assessment: Assessment, ctx: Context, refused: list[str], console: Console
-) -> int:
+def show_tried(tried: Tried, assessment: Assessment, ctx: Context, refused: list[str], console: Console) -> int:
     """Print the outcome of --dry-run."""
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
     if tried.expected:
@@ -190,9 +188,7 @@ def _reasons(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 def show_current(missing: Missing, ctx: Context, console: Console) -> int:
     """Print that the collection has the model and size already. Returns 3 if memories have no point of their text."""
-    text = (
-        f"'{ctx.collection}' is already {ctx.spec.size}d {ctx.spec.model}: nothing was paid for or changed."
-    )
+    text = f"'{ctx.collection}' is already {ctx.spec.size}d {ctx.spec.model}: nothing was paid for or changed."
     if missing.texts:
         text += f"\n{missing.texts:,} texts of the graph are not in it (new or changed memories)."
     text += (
@@ -215,22 +211,16 @@ def show_current(missing: Missing, ctx: Context, console: Console) -> int:
 
 def announce(ctx: Context, console: Console, undo: str) -> None:
     """Print, also when quiet, that the live collection is deleted now, and the commands that undo it."""
-    console.notice(
-        f"\nreplacing '{ctx.collection}' now. To undo:\n{undo}\nAfter a crash, run this command again.\n"
-    )
+    console.notice(f"\nreplacing '{ctx.collection}' now. To undo:\n{undo}\nAfter a crash, run this command again.\n")
 
 
-def show_reembedded(
-    done: Finished, assessment: Assessment, report: list[Path], ctx: Context, console: Console
-) -> int:
+def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], ctx: Context, console: Console) -> int:
     """Print the result, how to undo it, the next steps and where the report is."""
     left = _warn_of_memories(done.paid, done.outcome, done.scan.odd, assessment.textless, console)
     for alias in done.aliases_taken:
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
-        console.warn(
-            "the index is not complete after an hour: look at the collection's status, search is slower"
-        )
+        console.warn("the index is not complete after an hour: look at the collection's status, search is slower")
     price, spec, rejected = done.paid.price(ctx.spec.model), ctx.spec, done.outcome.rejected
     document = {
         "collection": ctx.collection,
@@ -293,9 +283,7 @@ def _bought(paid: EmbeddingTotals) -> dict[str, object]:
 def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Context, console: Console) -> int:
     """Print the result of --no-switch, how to continue and how to undo it."""
     if state is None:
-        console.result(
-            {"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged"
-        )
+        console.result({"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged")
         return DONE
     drop, price = f"  {_COMMAND} --abort", paid.price(ctx.spec.model)
     document = {

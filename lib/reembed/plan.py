@@ -71,9 +71,7 @@ def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set
     query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
     asked = [spelling for one in ids for spelling in spellings(one)]
     rows = read_rows(conn, graph, query, {"ids": asked}) if asked else []
-    found = [
-        point_id(identity) for identity, content in rows if not unusable({"id": identity, "content": content})
-    ]
+    found = [point_id(identity) for identity, content in rows if not unusable({"id": identity, "content": content})]
     return {one for one in found if one is not None}
 
 
@@ -241,9 +239,7 @@ class Plan:
         return self.scan.usable - self.texts
 
 
-def only_live_ids(
-    qdrant: Qdrant, collection: str, cache: EmbeddingCache, graph: GraphSource
-) -> TemporaryIdTable:
+def only_live_ids(qdrant: Qdrant, collection: str, cache: EmbeddingCache, graph: GraphSource) -> TemporaryIdTable:
     """The ids of points without a memory that can be embedded.
 
     The graph is asked after the points were read, so that a memory stored since the scan counts.
@@ -283,8 +279,7 @@ def whole_plan(
         price=price_of(missing.tokens, spec.model),
         only_live=len(only_live) - len(textless) if only_live else 0,
         only_live_examples=examples,
-        disk_peak=(round(live.points * (live.size * 4 + _other_bytes(scan))) if live else 0)
-        + room_needed(scan, spec),
+        disk_peak=(round(live.points * (live.size * 4 + _other_bytes(scan))) if live else 0) + room_needed(scan, spec),
     )
 
 

@@ -147,9 +147,7 @@ def _hits(qdrant: Qdrant, collection: str, identity: PointId) -> list[Hit]:
         return []
 
 
-def _compare(
-    qdrant: Qdrant, collection: str, cache: EmbeddingCache, before: list[Nearest]
-) -> RecallComparison | None:
+def _compare(qdrant: Qdrant, collection: str, cache: EmbeddingCache, before: list[Nearest]) -> RecallComparison | None:
     old = {one.id: one for one in before}
     rows = cache.memories_of(list(old))
     same_text = [rows[one.id] for one in before if one.id in rows and rows[one.id].key.hex() == one.key]

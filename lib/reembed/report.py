@@ -44,9 +44,7 @@ class Finished:
     undo: str
 
 
-def make_report(
-    ctx: Context, journal: Journal, done: Finished, *, resumed_after_delete: bool
-) -> dict[str, Any]:
+def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after_delete: bool) -> dict[str, Any]:
     """Put together what the journal, the cache and the last start of a re-embedding know of it.
 
     Times are ISO 8601 in UTC, prices in US dollars. `old` is None if no collection was replaced. `bought` includes

@@ -112,9 +112,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
         create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, metadata=stamp(ctx.spec))
 
 
-def settings_and_aliases(
-    ctx: Context, journal: Journal, live: CollectionState
-) -> tuple[dict[str, Any], list[str]]:
+def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) -> tuple[dict[str, Any], list[str]]:
     """Return what the new collection inherits: the live one's settings (raw info) and aliases.
 
     If the live one was recreated: the settings of the old one, and the aliases of both.
@@ -282,9 +280,7 @@ def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, exclus
     return repaired
 
 
-def _different_ids(
-    ctx: Context, collection: str, rejected: set[PointId]
-) -> tuple[list[PointId], list[PointId]]:
+def _different_ids(ctx: Context, collection: str, rejected: set[PointId]) -> tuple[list[PointId], list[PointId]]:
     """Return the planned ids with a vector that do not exist, and the existing ids that are not planned."""
     missing: list[PointId] = []
     with existing_points(ctx.qdrant, collection, payload=False) as existing:

@@ -287,7 +287,5 @@ def _write(qdrant: Qdrant, collection: str, batch: _Batch) -> tuple[SyncOutcome,
     only_payload = [change for change in found if not change.needs_vector]
     for change in only_payload:
         overwrite_payload(qdrant, collection, change.row.point_id, change.payload)
-    outcome = SyncOutcome(
-        added, len(ready) - added, len(only_payload), len(embed) - len(ready), tuple(rejected)
-    )
+    outcome = SyncOutcome(added, len(ready) - added, len(only_payload), len(embed) - len(ready), tuple(rejected))
     return outcome, len(found)

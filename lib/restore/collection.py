@@ -221,9 +221,7 @@ def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None
     """Compare size, distance and every expected id with the backup. Raises BackupDamaged."""
     state = get_state(qdrant, name)
     if (state.size, state.distance) != (backup.snapshot.size, backup.snapshot.distance):
-        raise BackupDamaged(
-            f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d"
-        )
+        raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d")
     if not backup.ids.complete:
         _take_ids(backup, qdrant, name, state.points)
     with existing_points(qdrant, name, payload=False) as existing:
@@ -371,9 +369,7 @@ def _old_stem(temporary: str) -> str:
 
 def is_absent(journal: Journal) -> bool:
     """Whether the run deleted the live collection and restored none: the next run uses its trial."""
-    return journal.has_reached(DELETING) and not (
-        journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK)
-    )
+    return journal.has_reached(DELETING) and not (journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK))
 
 
 def clean_up_collection(

@@ -161,9 +161,7 @@ def open_rdb(
         payload = unwrap_dump(path)
         if payload is None or graph_name(payload) != source.graph:
             raise
-        yield GraphBackup(
-            path, source.graph, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None
-        )
+        yield GraphBackup(path, source.graph, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None)
         return
     temporary = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
     copies = list[bytes]()
@@ -219,9 +217,7 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
     stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
     saved = backup.verification.schema
     if saved is None:
-        raise UsageProblem(
-            f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop
-        )
+        raise UsageProblem(f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop)
     live = schema(target.conn, target.graph)
     for name in ("labels", "relationship_types", "property_keys"):
         if getattr(live, name) != getattr(saved, name):

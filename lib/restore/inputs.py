@@ -83,9 +83,7 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
             bare = True
     for name, files in (("graph", graphs), ("collection", collections)):
         if len(files) > 1:
-            raise BadFile(
-                f"{files[1][0]} and {files[0][0]} are both of the {name}", next_step="name one of them"
-            )
+            raise BadFile(f"{files[1][0]} and {files[0][0]} are both of the {name}", next_step="name one of them")
     rdb, graph_component = graphs[0] if graphs else (None, None)
     archive, collection_component = collections[0] if collections else (None, None)
     return Inputs(rdb, archive, graph_component, collection_component, bare, tuple(warnings))
@@ -223,9 +221,7 @@ def _compare_checksum(path: Path, sha256: str) -> None:
     with suppress(OSError, ValueError, UsageProblem):
         expected = readable_bytes(file).decode("ascii").strip().lower()
     if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != sha256:
-        raise BackupDamaged(
-            f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited"
-        )
+        raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
 
 
 def _count(files: SegmentFiles) -> int | None:

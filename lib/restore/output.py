@@ -102,8 +102,7 @@ def _plan_lines(document: dict[str, Any]) -> list[str]:
         points = "an unknown number of" if one["points"] is None else f"{one['points']:,}"
         sizes = f"{size_text(one['bytes'])} file, {size_text(one['snapshot_bytes'])} snapshot"
         lines.append(
-            f"collection '{one['name']}': {points} points of {one['size']}d ({sizes});"
-            f" now: {_live_text(one['live'])}"
+            f"collection '{one['name']}': {points} points of {one['size']}d ({sizes}); now: {_live_text(one['live'])}"
         )
     return lines
 
@@ -126,18 +125,14 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
     for what, component in (("memories", found.graph), ("points", found.collection)):
         if not component:
             continue
-        changed = (
-            f", {component.changed:,} {what} have another content than in it" if component.changed else ""
-        )
+        changed = f", {component.changed:,} {what} have another content than in it" if component.changed else ""
         more = "" if component.added + component.changed <= len(component.named) else ", ..."
         lines.append(
             f"{component.added:,} {what} are newer than the backup{changed}: {listed(component.named)}{more}"
             f"\n  they remain {where}"
         )
         if what == "points" and found.graph is None:
-            lines.append(
-                "  and in the graph: python scripts/reembed_embeddings.py --only-missing   embeds them again"
-            )
+            lines.append("  and in the graph: python scripts/reembed_embeddings.py --only-missing   embeds them again")
     return lines
 
 
@@ -168,14 +163,10 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         lines += newer_lines(done.newer, f"in {saved}" if saved else "nowhere: there was no safety backup")
         document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
     if done.late_writes:
-        lines.append(
-            f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}"
-        )
+        lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)
     if files.collection:
-        settings = settings_lines(
-            files.collection.snapshot.size, str(files.collection.archive.facts["model"]), config
-        )
+        settings = settings_lines(files.collection.snapshot.size, str(files.collection.archive.facts["model"]), config)
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings
     document["notes"] = done.notes

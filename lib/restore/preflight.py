@@ -140,9 +140,7 @@ def _verified_rdb(
     return backup
 
 
-def _warn_left_out(
-    site: Site, target: GraphSource, backup: GraphBackup, component: GraphComponent | None
-) -> None:
+def _warn_left_out(site: Site, target: GraphSource, backup: GraphBackup, component: GraphComponent | None) -> None:
     """Name what a restore of the graph does not restore: function libraries, and an expiry of its key."""
     held = component.functions if component else []
     if backup.scratch:
@@ -160,9 +158,7 @@ def _warn_left_out(
         ("the live key has", live),
     ):
         if moment:
-            site.notice(
-                f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one"
-            )
+            site.notice(f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one")
 
 
 def _server(source: GraphSource | CollectionSource | None) -> str:
@@ -198,9 +194,7 @@ def require_quiet(site: Site, backup: GraphBackup, target: GraphSource) -> None:
             f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
             " stopped, wherever it runs"
         )
-    elif is_this_machine(site.api.url) and not (
-        target.address.unix_socket or is_loopback(target.address.host)
-    ):
+    elif is_this_machine(site.api.url) and not (target.address.unix_socket or is_loopback(target.address.host)):
         site.notice(
             f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {_server(target)}: if AutoMem"
             " runs elsewhere, make sure that it is stopped, or set AUTOMEM_API_URL"
@@ -241,8 +235,7 @@ def notify_other_clients(site: Site, target: GraphSource) -> None:
     if not others:
         return
     named = ", ".join(
-        one_line(f"{one.address} ({one.command}, {one.idle_seconds} s ago)")
-        for one in others[:_NAMED_CLIENTS]
+        one_line(f"{one.address} ({one.command}, {one.idle_seconds} s ago)") for one in others[:_NAMED_CLIENTS]
     )
     more = f" and {len(others) - _NAMED_CLIENTS} more" if len(others) > _NAMED_CLIENTS else ""
     clients = "1 other client" if len(others) == 1 else f"{len(others)} other clients"

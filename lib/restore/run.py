@@ -137,9 +137,7 @@ def _state_before(site: Site, journal: Journal) -> list[str]:
     name = journal.fact("manifest")
     if not name or not any(map(journal.has_reached, (collections.DELETING, graphs.SWAPPING))):
         return []
-    return _reported(
-        site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"]
-    )
+    return _reported(site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"])
 
 
 def _reported(site: Site, notes: list[str]) -> list[str]:

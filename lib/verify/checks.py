@@ -113,9 +113,7 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     exempt = f"{found.exempt} exempt (no text, unusable or repeated id)"
     equal = "equal to the graph, nothing of the old points lost"
     if found.recalled:
-        equal += (
-            f"; except last_accessed of {found.recalled:,}, which recall updates (--only-missing copies it)"
-        )
+        equal += f"; except last_accessed of {found.recalled:,}, which recall updates (--only-missing copies it)"
     changed = "memories changed since the migration"
     # name, what differs, detail if nothing does, what is wrong, what is pending
     rows = (
@@ -134,9 +132,7 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     return [_check_differences(*row, strict=strict) for row in rows]
 
 
-def _check_differences(
-    name: str, found: Differences, equal: str, wrong: str, newer: str, *, strict: bool
-) -> Check:
+def _check_differences(name: str, found: Differences, equal: str, wrong: str, newer: str, *, strict: bool) -> Check:
     failed = found.wrong + (found.newer if strict else [])
     if failed:
         return Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", _ONLY_MISSING)
@@ -181,9 +177,7 @@ def check_vectors(
 
 def _is_usable(point: Point, size: int) -> bool:
     vector = point.vector
-    return (
-        vector is not None and len(vector) == size and bool(np.isfinite(vector).all()) and bool(vector.any())
-    )
+    return vector is not None and len(vector) == size and bool(np.isfinite(vector).all()) and bool(vector.any())
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:

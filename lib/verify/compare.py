@@ -148,22 +148,16 @@ def _compare_page(
         before = orjson.loads(row.payload) if row else None
         has_changed = is_newer or before is None or _stable(before) != _stable(properties)
         # If the memory changed, AutoMem has rewritten its point: keys that it dropped were not lost by the migration.
-        old = (
-            None if has_changed or identity not in old_points else orjson.loads(old_points[identity].payload)
-        )
+        old = None if has_changed or identity not in old_points else orjson.loads(old_points[identity].payload)
         differing = _differing_keys(payload, old, properties)
         if differing:
             was_wrong = before is None or _differing_keys(payload, old, before)
             found.payloads.add(identity, is_newer=is_newer or not was_wrong, keys=differing)
-        elif any(
-            key in payload and payload[key] != properties.get(key, payload[key]) for key in _RECALL_KEYS
-        ):
+        elif any(key in payload and payload[key] != properties.get(key, payload[key]) for key in _RECALL_KEYS):
             found.recalled += 1
 
 
-def _differing_keys(
-    payload: dict[str, Any], saved: dict[str, Any] | None, properties: Properties
-) -> list[str]:
+def _differing_keys(payload: dict[str, Any], saved: dict[str, Any] | None, properties: Properties) -> list[str]:
     """The keys in which the point is not as the migration would write it."""
     wanted = merged_payload(base_payload(payload, saved), _stable(properties))
     return sorted(key for key in wanted if key not in payload or not identical(wanted[key], payload[key]))

@@ -20,9 +20,7 @@ def show_checks(
     from lib.verify.checks import FAILED, PENDING
 
     failed = [check for check in checks if check.status == FAILED]
-    text = table(
-        [(check.status, check.name, check.detail) for check in checks], ("result", "check", "figures")
-    )
+    text = table([(check.status, check.name, check.detail) for check in checks], ("result", "check", "figures"))
     if recalled:
         text += "\n\nrecalled:\n" + "\n".join(recalled)
     if failed:

@@ -66,9 +66,7 @@ def verify(
     planned = cache if cache.memory_count() else None
     migrated_at = verified_at(stores.folder, stores.targets)
     with bar("compare stores", None, "memories") as progress:
-        found = compare_stores(
-            graph.conn, graph.graph, qdrant, state.name, planned, migrated_at, samples, progress
-        )
+        found = compare_stores(graph.conn, graph.graph, qdrant, state.name, planned, migrated_at, samples, progress)
     checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
     with bar("compare vectors", state.points, "points") as progress:
         checks.append(check_vectors(qdrant, state, planned, spec, progress))
@@ -79,9 +77,7 @@ def verify(
     return checks
 
 
-def _recall_checks(
-    stores: Stores, cache: EmbeddingCache, samples: list[Sample], *, after_restart: bool
-) -> list[Check]:
+def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample], *, after_restart: bool) -> list[Check]:
     source = stores.collection
     answer = ask_health(stores.api)
     if answer.health is None:
@@ -105,9 +101,7 @@ def all_passed(checks: list[Check]) -> bool:
 def record(stores: Stores) -> str:
     """Store the migration record of the guide in AutoMem. Returns the memory's id."""
     spec = stores.collection.spec
-    content = (
-        f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
-    )
+    content = f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
     return automem.remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
 
 

@@ -92,9 +92,7 @@ def different_vectors(
         rows = cache.memories_of([point.id for point in points])
         keyed = [(point, rows[point.id].key) for point in points if point.id in rows]
     else:
-        keyed = [
-            (point, cache.text_key(spec, str((point.payload or {}).get("content", "")))) for point in points
-        ]
+        keyed = [(point, cache.text_key(spec, str((point.payload or {}).get("content", "")))) for point in points]
     vectors = cache.get_vectors([key for _, key in keyed])
     pairs = [(point, np.frombuffer(vectors[key], dtype="<f4")) for point, key in keyed if key in vectors]
     wrong: list[tuple[Point, NDArray[np.float32]]] = []

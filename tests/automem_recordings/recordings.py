@@ -21,9 +21,7 @@ def rows(key: str, path: Path = RECORDING) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if key in row]
 
 
-def load_recording(
-    conn, graph: str, qdrant_url: str, collection: str, embed: Callable, path: Path = RECORDING
-) -> int:
+def load_recording(conn, graph: str, qdrant_url: str, collection: str, embed: Callable, path: Path = RECORDING) -> int:
     """Write the recorded nodes, relationships and points into new stores; returns the number of points.
 
     `embed` maps texts to an (n, size) float32 array; the vectors themselves were not recorded.
@@ -35,9 +33,7 @@ def load_recording(
         store.query(f"CREATE INDEX FOR (m:Memory) ON (m.{field})")
     for row in rows("node", path):
         node = row["node"]
-        store.query(
-            f"CREATE (n:{':'.join(node['labels'])}) SET n = $properties", {"properties": node["properties"]}
-        )
+        store.query(f"CREATE (n:{':'.join(node['labels'])}) SET n = $properties", {"properties": node["properties"]})
     for row in rows("relationship", path):
         link = row["relationship"]
         statement = (
@@ -61,9 +57,7 @@ OPAQUE = {"metadata"}
 RELATED = re.compile(r"relations\[\d+\]\.memory$")
 
 
-def differences(
-    ours: Any, recorded: Any, path: str = "$", same: frozenset[str] = frozenset()
-) -> Iterator[str]:
+def differences(ours: Any, recorded: Any, path: str = "$", same: frozenset[str] = frozenset()) -> Iterator[str]:
     """List the places at which two answers differ in keys or types; under the keys of `same`, in values too.
 
     A number is a number, whole or not. Every element of our list must have the shape of one recorded element.

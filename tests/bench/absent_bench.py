@@ -91,9 +91,7 @@ def seconds_of_upload(url: str) -> float:
     def send(start: int) -> None:
         points = [
             {"id": one.point_id, "vector": vector, "payload": one.payload}
-            for one, vector in zip(
-                memories[start : start + BATCH], vectors[start : start + BATCH], strict=False
-            )
+            for one, vector in zip(memories[start : start + BATCH], vectors[start : start + BATCH], strict=False)
         ]
         body = orjson.dumps({"points": points}, option=orjson.OPT_SERIALIZE_NUMPY)
         headers = {"Content-Type": "application/json"}

@@ -115,15 +115,11 @@ def peak(folder: Path) -> Iterator[Figure]:
             graph = stack.enter_context(graph_source(own, memories))
             points = stack.enter_context(collection_source(own, memories, PEAK_SIZE))
             environ = {**os.environ, **_settings(graph, points), "AUTOMEM_BACKUP_DIR": str(own / "backups")}
-            peaks[memories] = median(
-                peak_mb("backup_automem", "-q", env=environ, folder=own) for _ in range(3)
-            )
+            peaks[memories] = median(peak_mb("backup_automem", "-q", env=environ, folder=own) for _ in range(3))
             on = on_qdrant(points.qdrant, memories, PEAK_SIZE)
             yield at_most(f"backup.peak_mb_{memories // 1000}k", peaks[memories], PEAK_MB, 1.0, on)
     largest, smallest = peaks[PEAK_MEMORIES[-1]], peaks[PEAK_MEMORIES[0]]
-    yield at_most(
-        "backup.peak_mb", largest, smallest, 1.15, f"{max(peaks):,} over {min(peaks):,} memories; {load()}"
-    )
+    yield at_most("backup.peak_mb", largest, smallest, 1.15, f"{max(peaks):,} over {min(peaks):,} memories; {load()}")
 
 
 BENCHES = {

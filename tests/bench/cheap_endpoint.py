@@ -32,9 +32,7 @@ SEND_BUFFER = 4 << 20
 class CheapEndpoint:
     """Run the endpoint in a child process; a context manager."""
 
-    def __init__(
-        self, *, latency_seconds: float = 0.3, size: int = 3072, tokens_per_minute: float = 0.0
-    ) -> None:
+    def __init__(self, *, latency_seconds: float = 0.3, size: int = 3072, tokens_per_minute: float = 0.0) -> None:
         self._argv = [sys.executable, "-m", "tests.bench.cheap_endpoint", "--latency", str(latency_seconds)]
         self._argv += ["--size", str(size), "--tokens-per-minute", str(tokens_per_minute)]
 

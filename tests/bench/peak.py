@@ -23,9 +23,7 @@ finally:
 """
 
 
-def peak_mb(
-    script: str, *words: str, env: Mapping[str, str], folder: Path, codes: Collection[int] = (0,)
-) -> float:
+def peak_mb(script: str, *words: str, env: Mapping[str, str], folder: Path, codes: Collection[int] = (0,)) -> float:
     """MiB (ru_maxrss) of `scripts/<script>.py` with these words; raises RuntimeError with its output if it fails."""
     own = [sys.executable, "-c", _RUNNER, str(ROOT / "scripts" / f"{script}.py"), *words]
     done = subprocess.run(

@@ -31,10 +31,7 @@ from tests.sandbox.sample_memories import generate
 LARGE, SIZE, BATCH, WORKERS, LATENCY_SECONDS = "text-embedding-3-large", 3072, 100, 16, 0.3
 SEQUENTIAL_BATCH, SEQUENTIAL_BATCHES = 32, 20
 TOKENS_A_MINUTE = 3_000_000
-TEXT = (
-    " the release of the project was moved to another day, and nobody has told the others about it so far;"
-    * 2
-)
+TEXT = " the release of the project was moved to another day, and nobody has told the others about it so far;" * 2
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,7 @@ def limits(_folder: Path) -> Iterator[Figure]:
     """At 3M tokens a minute: accepted tokens over rate x seconds and the first full bucket; refused requests of all."""
     tokens = -(-len(f"memory {1_000_000}:{TEXT}") // 4)
     count = int((TOKENS_A_MINUTE / 60 * EXTENT.limit_seconds + TOKENS_A_MINUTE) / tokens)
-    with CheapEndpoint(
-        latency_seconds=LATENCY_SECONDS, size=SIZE, tokens_per_minute=TOKENS_A_MINUTE
-    ) as endpoint:
+    with CheapEndpoint(latency_seconds=LATENCY_SECONDS, size=SIZE, tokens_per_minute=TOKENS_A_MINUTE) as endpoint:
         client = EmbeddingClient(EmbeddingSpec(endpoint.base_url, LARGE, SIZE), "sk-bench")
         with (
             tempfile.TemporaryDirectory(prefix="bench-") as name,
@@ -155,9 +150,7 @@ def limits(_folder: Path) -> Iterator[Figure]:
     on = on_endpoint(f"{TOKENS_A_MINUTE:,} tokens a minute, {seconds:.0f} s")
     share = seen["refused"] / seen["requests"]
     yield at_least("reembed.token_limit_share", seen["tokens"], given, 0.97, on)
-    yield Figure(
-        "reembed.share_429", seen["refused"], seen["requests"], round(share, 4), 0.01, share < 0.01, on
-    )
+    yield Figure("reembed.share_429", seen["refused"], seen["requests"], round(share, 4), 0.01, share < 0.01, on)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

@@ -146,9 +146,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
             ours.append(seconds_of(functools.partial(_replace, plan, journal)))
             absent.append(_between(journal))
             name = f"{source.collection}_bare"
-            put = functools.partial(
-                _put, raw, plan.backup.archive.snapshot.sha256, source, f"{name}_{number}", name
-            )
+            put = functools.partial(_put, raw, plan.backup.archive.snapshot.sha256, source, f"{name}_{number}", name)
             bare.append(seconds_of(put))
             delete_collection(source.qdrant, name)
         on = on_qdrant(source.qdrant, POINTS, SIZE)

@@ -22,9 +22,7 @@ pytestmark = pytest.mark.qdrant
 
 BACKUPS, WRITERS, PAUSE_SECONDS = 20, 4, 0.005
 NODES = "MATCH (p:Pair) RETURN p.key, p.side"
-TWINS = (
-    "MATCH (a:Pair {side: 1})-[t:TWIN]->(b:Pair {side: 2}) WHERE a.key = b.key AND t.key = a.key RETURN t.key"
-)
+TWINS = "MATCH (a:Pair {side: 1})-[t:TWIN]->(b:Pair {side: 2}) WHERE a.key = b.key AND t.key = a.key RETURN t.key"
 IDS = "MATCH (m:Memory) RETURN m.id"
 
 
@@ -92,9 +90,7 @@ def test_no_backup_holds_an_incomplete_pair_and_the_reported_drift_is_correct(ta
             keys.append({key for (key,) in twins})
             drifts.append(assert_drift(manifest, {str(one) for (one,) in ask(IDS)} - never))
     assert all(keys)
-    assert (
-        len({frozenset(one) for one in keys}) == BACKUPS
-    )  # each backup is a different moment: the writers did write
+    assert len({frozenset(one) for one in keys}) == BACKUPS  # each backup is a different moment: the writers did write
     assert any(map(any, drifts))  # and what they wrote between the two snapshots is reported
 
 

@@ -303,9 +303,7 @@ def with_crc(data: bytes) -> bytes:
 
 def with_another_letter(data: bytes, chance: random.Random) -> bytes:
     """Change one letter of a memory's content at which the RDB holds its beginning uncompressed."""
-    starts = [
-        one.content[:12].encode() for one in generate(200) if one.content and one.content[:12].isascii()
-    ]
+    starts = [one.content[:12].encode() for one in generate(200) if one.content and one.content[:12].isascii()]
     at = chance.choice([data.index(one) for one in starts if data.count(one) == 1]) + 3
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
@@ -431,9 +429,7 @@ ARCHIVE: dict[str, Callable[[Members], Members]] = {
         members, members[1][1][: len(members[1][1]) // 2]
     ),
     "a zeroed segment, its own checksum right": lambda members: zeroed_entry(members, r"\.tar$"),
-    "a zeroed config.json, its own checksum right": lambda members: zeroed_entry(
-        members, r"^(\./)?config\.json$"
-    ),
+    "a zeroed config.json, its own checksum right": lambda members: zeroed_entry(members, r"^(\./)?config\.json$"),
     "another distance inside, its own checksum right": other_config,
     "an empty snapshot, its own checksum right": lambda members: snapshot_with(members, b""),
     "a snapshot of zeros, its own checksum right": lambda members: snapshot_with(members, bytes(10240)),
@@ -540,9 +536,7 @@ def uncaught(
         sets = copied(backed, folder)
         manifest = sets.manifest
         spoilt = KINDS[name][0](sets, random.Random(f"{name} {number}"))
-        named = [
-            checked.path for checked in verify_named(sets.folder, str(manifest), engines) if checked.fault
-        ]
+        named = [checked.path for checked in verify_named(sets.folder, str(manifest), engines) if checked.fault]
         if not {spoilt, manifest} & set(named):
             missed.append(f"{name} #{number}")
     return missed
@@ -717,9 +711,7 @@ def test_as_a_process_the_exit_code_is_4(backed, tmp_path, name, word):
     manifest = str(sets.manifest)
     spoilt = KINDS[name][0](sets, random.Random(name))
     words = {"manifest": manifest, "file": str(spoilt), "all": "all"}
-    result = backed.run(
-        "backup_automem", "--check", words[word], "--backup-dir", str(sets.folder), "--json", expect=4
-    )
+    result = backed.run("backup_automem", "--check", words[word], "--backup-dir", str(sets.folder), "--json", expect=4)
     faults = {Path(checked["path"]).name for checked in result.json["proofs"] if checked["fault"]}
     assert spoilt.name in faults
     assert len(result.json["proofs"]) == {"all": 4}.get(word, 2) or name.startswith("manifest")

@@ -62,9 +62,7 @@ def test_a_full_folder_for_temporary_files_is_passed_over(backing, tmp_path):
     assert_one_set(backing)
 
 
-def test_room_lost_while_the_segments_are_opened_lowers_the_verification_level(
-    backing, tmp_path, monkeypatch
-):
+def test_room_lost_while_the_segments_are_opened_lowers_the_verification_level(backing, tmp_path, monkeypatch):
     pytest.importorskip("qdrant_edge")
     backing.run("backup_automem")
     monkeypatch.setattr(verify_collection, "free_bytes", lambda _path: 1 << 60)

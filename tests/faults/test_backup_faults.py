@@ -36,9 +36,7 @@ def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
                 assert run.returncode == 0, err
         manifests = [json.loads(path.read_text()) for path in both[0].manifests()]
         assert len(manifests) == 4
-        assert sorted(one["graph"]["graph"] for one in manifests) == sorted(
-            [both[0].graph, both[1].graph] * 2
-        )
+        assert sorted(one["graph"]["graph"] for one in manifests) == sorted([both[0].graph, both[1].graph] * 2)
         both[0].run("backup_automem", "--check", "all")
     finally:
         for one in both:
@@ -47,9 +45,7 @@ def test_two_targets_write_into_one_folder_at_once(session_servers, tmp_path):
 
 @pytest.mark.core
 def test_a_cut_download_is_resumed(backing, stand_in):
-    faults(
-        backing, {"method": "GET", "path": r"/snapshots/.+\.snapshot", "cut_after_bytes": 300_000, "times": 3}
-    )
+    faults(backing, {"method": "GET", "path": r"/snapshots/.+\.snapshot", "cut_after_bytes": 300_000, "times": 3})
     manifest = backing.run("backup_automem", "--json").json
     assert manifest["collection"]["proof"] in {"checked", "restored"}
     assert_one_set(backing)

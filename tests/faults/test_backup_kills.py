@@ -95,9 +95,7 @@ def assert_recovered(
     deletes the killed one's snapshot. None: that depends on the moment.
     """
     assert_final_files_verify(operator)
-    assert [one.stem[7:] for one in operator.manifests()] == [
-        one.stamp for one in backup_sets(operator.backups)
-    ]
+    assert [one.stem[7:] for one in operator.manifests()] == [one.stamp for one in backup_sets(operator.backups)]
     printed = delete_printed_snapshots(operator.run("backup_automem").err)
     assert unnamed is None or len(printed) == unnamed
     assert_final_files_verify(operator)
@@ -116,9 +114,7 @@ def left_by_kill(operator: Operator) -> str:
     return f"{at}; files: {' '.join(sorted(kinds)) or 'none'}; on the server: {len(server_files(operator))}"
 
 
-@pytest.mark.parametrize(
-    "where", matrix((WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS, "after snapshot made")
-)
+@pytest.mark.parametrize("where", matrix((WINDOWS + ALMOST) * KILLS_EACH if OFTEN else WINDOWS, "after snapshot made"))
 def test_killed_there_the_next_run_cleans_up_and_works(busy, where, record_property):
     run_killed(busy, where, "backup_automem")
     record_property("left", left_by_kill(busy))
@@ -138,9 +134,7 @@ def usual_seconds(loaded, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(RANDOM))
-def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(
-    busy, usual_seconds, number, record_property
-):
+def test_killed_at_a_random_moment_the_next_run_cleans_up_and_works(busy, usual_seconds, number, record_property):
     chance = random.Random(number)
     for _ in range(20):  # a kill after the end does not count
         for old in busy.backups.rglob("*") if busy.backups.exists() else ():

@@ -124,9 +124,7 @@ def test_the_replication_stream_is_cut_anywhere(backing, diskless):
         with falkordb_proxy(backing, whole):
             back_up(backing, only="falkordb")
         forget_backups(backing)
-        rdb = (
-            whole.passed - 300
-        )  # the server's newlines while it prepares make an answer a little longer or shorter
+        rdb = whole.passed - 300  # the server's newlines while it prepares make an answer a little longer or shorter
         borders = [(cut, "") for cut in (0, 1, 2, 13, 40, 56, 57, 58, 70, 100, rdb)]
         anywhere = [(chance.randrange(rdb), "" if number < 4 else "falkordb") for number in range(30)]
         for cut, only in [*borders, *anywhere]:  # a few cuts show what the collection's component becomes
@@ -375,9 +373,7 @@ def test_without_the_stream_the_graph_is_dumped_and_the_manifest_records_why(bac
 
 def test_a_user_who_may_neither_stream_nor_dump_gets_the_missing_grants_reported(backing):
     with connect(backing.servers.falkordb.address) as conn:
-        conn.execute_command(
-            "ACL", "SETUSER", "poor", "on", ">pw", "~*", "+@all", "-psync", "-replconf", "-dump"
-        )
+        conn.execute_command("ACL", "SETUSER", "poor", "on", ">pw", "~*", "+@all", "-psync", "-replconf", "-dump")
         backing.export(FALKORDB_USERNAME="poor", FALKORDB_PASSWORD="pw")
         failed = backing.run("backup_automem", expect=2)
         assert "dump" in failed.err
@@ -418,9 +414,7 @@ def test_tls_and_a_password(loaded, tmp_path, certificate):
         backing = Operator(replace(loaded.servers, falkordb=locked), tmp_path, collection=loaded.collection)
         backing.export(FALKORDB_TLS="true", FALKORDB_HOST="localhost", SSL_CERT_FILE=path)
         backing.export(FALKORDB_PASSWORD="a secret, 'quoted'")
-        backing.cypher(
-            "UNWIND range(1, 3000) AS i CREATE (:Memory {id: toString(i), content: 'memory ' + i})"
-        )
+        backing.cypher("UNWIND range(1, 3000) AS i CREATE (:Memory {id: toString(i), content: 'memory ' + i})")
         with falkordb_proxy(backing, tls=context):
             backing.run("backup_automem")
             assert_one_set(backing)

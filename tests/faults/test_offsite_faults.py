@@ -267,9 +267,7 @@ def test_a_file_here_that_is_no_longer_what_it_was_is_not_uploaded(operator, sft
     assert files_in(sftp.folder) == {}
 
 
-KILLS = [
-    (what, part) for part in ("falkordb", "qdrant", "backup_") for what in ("open", "write", "read", "rename")
-]
+KILLS = [(what, part) for part in ("falkordb", "qdrant", "backup_") for what in ("open", "write", "read", "rename")]
 
 
 @pytest.mark.parametrize(("what", "part"), KILLS)
@@ -438,7 +436,5 @@ def test_what_a_url_may_name(operator, copied):
         result = operator.run("restore_from_backup", word, expect=code)
         assert message in result.err
     operator.run("backup_automem", "--list", f"{url}/nowhere", expect=1)
-    elsewhere = operator.run(
-        "restore_from_backup", f"{url}/latest", expect=1, env={"FALKORDB_GRAPH": "other"}
-    )
+    elsewhere = operator.run("restore_from_backup", f"{url}/latest", expect=1, env={"FALKORDB_GRAPH": "other"})
     assert "graph 'other'" in elsewhere.err

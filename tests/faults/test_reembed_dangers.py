@@ -25,9 +25,7 @@ def killed_after_delete(operator) -> None:
     faults(operator, {"method": "PUT", "path": recover, "hang": True})
     process = operator.start("reembed_embeddings")
     deleted = "live collection deleted"
-    assert wait_for(
-        lambda: process.poll() is not None or deleted in phases(journal_of(operator, "reembed")), 60
-    )
+    assert wait_for(lambda: process.poll() is not None or deleted in phases(journal_of(operator, "reembed")), 60)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -100,9 +98,7 @@ def test_another_spelling_of_the_address_does_not_lose_what_the_points_held(oper
     upgrade(operator)
     killed_after_delete(operator)
     url = operator.servers.qdrant_url
-    refused = operator.run(
-        "reembed_embeddings", env={"QDRANT_URL": url.replace("127.0.0.1", "127.1")}, expect=2
-    )
+    refused = operator.run("reembed_embeddings", env={"QDRANT_URL": url.replace("127.0.0.1", "127.1")}, expect=2)
     assert "an unfinished run deleted" in refused.err
     operator.run("reembed_embeddings")
     after = points_of(operator)
@@ -120,9 +116,7 @@ def test_an_alias_that_was_taken_meanwhile_is_left_there(operator):
     upgrade(operator)
     killed_after_delete(operator)
     taken = {"vectors": {"size": 4, "distance": "Dot"}}
-    requests.put(
-        f"{operator.servers.qdrant_url}/collections/{alias}", json=taken, timeout=30
-    ).raise_for_status()
+    requests.put(f"{operator.servers.qdrant_url}/collections/{alias}", json=taken, timeout=30).raise_for_status()
     assert f"alias '{alias}' was taken" in operator.run("reembed_embeddings", expect=3).err
 
 

@@ -103,9 +103,7 @@ class Passing:
 
 
 PASSING = {
-    "a storm of 429s": Passing(
-        {"status": 429, "code": "rate_limit_exceeded", "retry_after": 0.05, "times": 40}
-    ),
+    "a storm of 429s": Passing({"status": 429, "code": "rate_limit_exceeded", "retry_after": 0.05, "times": 40}),
     "429s that do not say how long": Passing({"status": 429, "after": 2, "times": 2}),
     "500s": Passing({"status": 500, "after": 2, "times": 12}),
     "503s from the first request": Passing({"status": 503, "times": 6}),

@@ -199,9 +199,7 @@ def test_an_archived_flag_set_while_the_collection_is_away_arrives(rig):
     rig.kill_at("deleted and noted")
     some = [one for one in rig.before if isinstance(one, str)][40:43]
     for one in some:
-        rig.operator.cypher(
-            "MATCH (m:Memory {id: $id}) SET m.archived = true, m.relevance_score = 0.01", id=one
-        )
+        rig.operator.cypher("MATCH (m:Memory {id: $id}) SET m.archived = true, m.relevance_score = 0.01", id=one)
     after = rig.finish()
     assert all(after[one][0]["archived"] is True for one in some)
 
@@ -250,9 +248,7 @@ def test_a_staged_collection_that_no_journal_knows_is_refused(ready):
     url = f"{ready.servers.qdrant_url}/collections/{staged(ready)}"
     import requests
 
-    requests.put(
-        url, json={"vectors": {"size": NEW_SIZE, "distance": "Cosine"}}, timeout=30
-    ).raise_for_status()
+    requests.put(url, json={"vectors": {"size": NEW_SIZE, "distance": "Cosine"}}, timeout=30).raise_for_status()
     refused = ready.run("reembed_embeddings", expect=2)
     assert f"'{staged(ready)}' exists, and no unfinished run here made it" in refused.err
     assert f"curl -s -X DELETE {url}" in refused.err
@@ -359,9 +355,7 @@ def test_a_disk_that_is_full_without_a_word_of_it_is_given_room_once_it_is_repor
     before = points_of(ready)
     unpack = refusal("Service runtime error: IO Error: failed to unpack")
     recover = {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **unpack}
-    faults(
-        ready, recover, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL), "times": 1}
-    )
+    faults(ready, recover, {"method": "PUT", "path": f"/{ready.collection}/points", **refusal(FULL), "times": 1})
     result = ready.run("reembed_embeddings", "--json").json
     assert result["way"] == "filled from the embedding cache"
     assert_migrated(ready, before)

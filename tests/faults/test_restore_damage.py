@@ -115,9 +115,7 @@ def test_every_random_damage_is_refused(backed, tmp_path, which):
     assert backed.collections() == [backed.collection]
 
 
-@pytest.mark.parametrize(
-    ("which", "kind", "code"), [("rdb", "bit", 4), ("archive", "cut", 4), ("manifest", "gap", 4)]
-)
+@pytest.mark.parametrize(("which", "kind", "code"), [("rdb", "bit", 4), ("archive", "cut", 4), ("manifest", "gap", 4)])
 @pytest.mark.core
 def test_as_a_process_the_exit_code_is_4(backed, which, kind, code):
     before, path = backed.state(), file_of(backed, which)
@@ -260,9 +258,7 @@ def test_malicious_members_write_nothing(backed, tmp_path, entry, monkeypatch):
         add(tar, name, evil_snapshot(body, **entry))
         return True
 
-    evil = [
-        rebuilt(source, tmp_path / f"evil{number}.tar.gz", one) for number, one in enumerate((outer, inner))
-    ]
+    evil = [rebuilt(source, tmp_path / f"evil{number}.tar.gz", one) for number, one in enumerate((outer, inner))]
     evil.append(bare_snapshot(backed, tmp_path / "evil.snapshot", lambda body: evil_snapshot(body, **entry)))
     for path in evil:
         before = whole_tree(tmp_path), whole_tree(backed.backups)

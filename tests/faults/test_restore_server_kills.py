@@ -68,9 +68,7 @@ def ready(session_servers, own_qdrant, falkordb, tmp_path):
     return operator, files, wanted, operator.state()
 
 
-def run_under(
-    operator: Operator, where: str, seconds: float | None, files: list[str], server
-) -> tuple[int, str]:
+def run_under(operator: Operator, where: str, seconds: float | None, files: list[str], server) -> tuple[int, str]:
     """A restore whose server is killed and started again; its exit code and its output."""
     held = start_held(operator, where, "restore_from_backup", *files)
     assert wait_for(held.is_held_at), held.process.communicate()

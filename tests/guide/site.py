@@ -100,9 +100,7 @@ class Site:
         if ran.code == 0:
             pairs = after.read_bytes().rstrip(b"\0").split(b"\0")
             seen = dict(pair.decode().split("=", 1) for pair in pairs)
-            self.environ = {
-                name: value for name, value in seen.items() if name not in {"_", "SHLVL", "PWD", "OLDPWD"}
-            }
+            self.environ = {name: value for name, value in seen.items() if name not in {"_", "SHLVL", "PWD", "OLDPWD"}}
         return ran
 
     def run(self, words: list[str], **more: str) -> Ran:

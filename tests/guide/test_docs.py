@@ -197,9 +197,7 @@ def test_a_block_that_is_not_run_names_what_it_would_need():
         assert any(word in block.not_run for word in ("needs ", "runs", "the tests bring")), block.name
     for block in shell_blocks():
         foreign = [
-            word
-            for word in ("docker", "systemctl", "railway", "make ", "node1", "age-keygen")
-            if word in block.text
+            word for word in ("docker", "systemctl", "railway", "make ", "node1", "age-keygen") if word in block.text
         ]
         assert bool(foreign) == bool(block.not_run), f"{block.name}: {foreign}"
 
@@ -207,9 +205,7 @@ def test_a_block_that_is_not_run_names_what_it_would_need():
 @pytest.mark.matrix
 def test_the_error_texts_of_the_guide_are_those_that_are_printed(site):
     """A mismatch and a refusal, provoked; the rate limit's text is in the client that raises it."""
-    larger = dict(
-        zip(("VECTOR_SIZE", "EMBEDDING_MODEL"), LARGE, strict=True), AUTOMEM_ENV_FILE=str(site.automem_env)
-    )
+    larger = dict(zip(("VECTOR_SIZE", "EMBEDDING_MODEL"), LARGE, strict=True), AUTOMEM_ENV_FILE=str(site.automem_env))
     mismatch = site.script("verify_migration", **larger)
     refusal = site.script("reembed_embeddings", **larger)
     assert (mismatch.code, refusal.code) == (2, 2)

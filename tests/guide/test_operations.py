@@ -150,8 +150,7 @@ def test_the_workflow(nightly, tmp_path):
     with S3Server() as s3:
         secrets = {**nightly.stack.settings(int(SMALL[0]), SMALL[1]), **s3.environ}
         environ = {
-            name: secrets[re.fullmatch(r"\$\{\{ secrets\.(\w+) \}\}", value)[1]]
-            for name, value in job["env"].items()
+            name: secrets[re.fullmatch(r"\$\{\{ secrets\.(\w+) \}\}", value)[1]] for name, value in job["env"].items()
         }
         environ |= {name: s3.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_DISABLED")}
         path = f"{nightly.folder / 'bin'}:/usr/bin:/bin"

@@ -188,10 +188,7 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_po
         lines = dict(re.findall(r'echo "(\w+)=(\S+)" >> .env', output))
         assert lines == {"VECTOR_SIZE": "768", "EMBEDDING_MODEL": "text-embedding-3-small"}
         assert exports["AUTOMEM_API_TOKEN"] == TOKEN
-        assert (
-            requests.get("http://127.0.0.1:8001/health", timeout=10).json()["vector_dimensions"]["collection"]
-            == 768
-        )
+        assert requests.get("http://127.0.0.1:8001/health", timeout=10).json()["vector_dimensions"]["collection"] == 768
         listed = subprocess.run(
             [sys.executable, str(ROOT / "scripts" / "verify_migration.py"), "--after-restart", "--quiet"],
             env={**os.environ, **exports, **lines, "AUTOMEM_BACKUP_DIR": str(folder / "backups")},

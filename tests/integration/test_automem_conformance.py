@@ -46,9 +46,7 @@ FRAME = frozenset(
     }
     | {"tag_match", "tag_mode", "vector_search"}
 )
-MEMORY = frozenset(
-    {"type", "confidence", "importance", "tags", "metadata", "match_type", "embedding_status", "qdrant"}
-)
+MEMORY = frozenset({"type", "confidence", "importance", "tags", "metadata", "match_type", "embedding_status", "qdrant"})
 HEALTH = frozenset(
     {"falkordb", "graph", "memory_count", "vector_count", "sync_status", "vector_dimensions", "enrichment"}
 )
@@ -76,9 +74,7 @@ def send(server: AutoMemServer, title: str, sent: dict[str, Any]) -> requests.Re
     if title == NOT_JSON:
         extra = {"data": "not json"}
     url = server.url + sent["path"]
-    return requests.request(
-        sent["method"], url, headers=headers, params=sent.get("params"), timeout=30, **extra
-    )
+    return requests.request(sent["method"], url, headers=headers, params=sent.get("params"), timeout=30, **extra)
 
 
 def wait_idle(server: AutoMemServer, memories: int) -> None:
@@ -155,10 +151,7 @@ def check_what_was_written(stores: Stores) -> None:
     from falkordb.graph import Graph
 
     graph = Graph(connect_decoded(stores), "memories")
-    nodes = {
-        row[0].properties["content"]: row[0].properties
-        for row in graph.query("MATCH (m) RETURN m").result_set
-    }
+    nodes = {row[0].properties["content"]: row[0].properties for row in graph.query("MATCH (m) RETURN m").result_set}
     assert nodes.keys() >= recorded_nodes.keys()
     patched = "Alice prefers short stand-ups on Monday mornings."
     for content, recorded in recorded_nodes.items():
@@ -175,9 +168,7 @@ def check_what_was_written(stores: Stores) -> None:
 
 def check_points(stores: Stores, patched: str, nodes: dict[str, Any]) -> None:
     body = {"limit": 100, "with_payload": True}
-    found = requests.post(f"{stores.collection_url()}/points/scroll", json=body, timeout=30).json()["result"][
-        "points"
-    ]
+    found = requests.post(f"{stores.collection_url()}/points/scroll", json=body, timeout=30).json()["result"]["points"]
     payloads = {point["payload"]["content"]: point for point in found}
     assert payloads.keys() == nodes.keys()
     for row in rows("point"):
@@ -186,10 +177,7 @@ def check_points(stores: Stores, patched: str, nodes: dict[str, Any]) -> None:
             continue  # a PATCH, left out above, changed its keys
         point = payloads[recorded["content"]]
         assert point["payload"].keys() == recorded.keys()
-        assert (
-            list(differences(point["payload"], recorded, same=frozenset({"relevance_score", "importance"})))
-            == []
-        )
+        assert list(differences(point["payload"], recorded, same=frozenset({"relevance_score", "importance"}))) == []
         assert point["id"] == nodes[recorded["content"]]["id"]
         added = {"entities", "enrichment"}
         assert {k: v for k, v in point["payload"]["metadata"].items() if k not in added} == {
@@ -268,9 +256,7 @@ def test_recall_shows_the_recorded_payloads_and_relations(automem: AutoMemServer
 
 def ask(server: AutoMemServer, query: str, **more: Any) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    answer = requests.get(
-        f"{server.url}/recall", params={"query": query, **more}, headers=headers, timeout=30
-    )
+    answer = requests.get(f"{server.url}/recall", params={"query": query, **more}, headers=headers, timeout=30)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -286,8 +272,7 @@ def test_a_memory_is_recalled_by_its_own_content_and_only_by_vectors_of_the_conf
         assert first["match_score"] > 0.99
     automem.restart({"EMBEDDING_MODEL": "text-embedding-3-large"})
     scores = [
-        ask(automem, row["point"]["payload"]["content"], limit=1)["results"][0]["match_score"]
-        for row in rows("point")
+        ask(automem, row["point"]["payload"]["content"], limit=1)["results"][0]["match_score"] for row in rows("point")
     ]
     assert max(scores) < 0.5
 
@@ -314,16 +299,12 @@ def test_archived_and_expired_memories_are_not_recalled(automem: AutoMemServer, 
     automem.start()
     contents = [row["point"]["payload"]["content"] for row in rows("point")][:2]
     for point_id, content in zip(ids, contents, strict=True):
-        vector_hits = [
-            r["id"] for r in ask(automem, content, limit=9)["results"] if r["match_type"] == "vector"
-        ]
+        vector_hits = [r["id"] for r in ask(automem, content, limit=9)["results"] if r["match_type"] == "vector"]
         assert vector_hits
         assert point_id not in vector_hits
 
 
-def test_it_refuses_to_start_on_another_size_and_adopts_it_if_configured(
-    automem: AutoMemServer, stores: Stores
-):
+def test_it_refuses_to_start_on_another_size_and_adopts_it_if_configured(automem: AutoMemServer, stores: Stores):
     load(stores)
     automem.start()
     with pytest.raises(ServerStartError) as refused:

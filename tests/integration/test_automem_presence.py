@@ -244,10 +244,7 @@ def test_a_name_that_does_not_resolve_is_reported_and_is_no_absence(ready):
     for host, in_docker in (("flask-api", True), ("automem.invalid", False)):
         ready.export(AUTOMEM_API_URL=f"http://me:secret-word@{host}:8001")
         output = ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
-        assert (
-            f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}"
-            in output
-        )
+        assert f"warning: whether AutoMem is running cannot be checked: AUTOMEM_API_URL is http://{host}" in output
         assert "the name of its host does not resolve here (" in output
         assert "Make sure that AutoMem is stopped" in output
         assert ("resolves only inside Docker: from here, export AUTOMEM_API_URL=" in output) == in_docker
@@ -368,9 +365,7 @@ def test_after_the_restart_a_name_that_does_not_resolve_fails(verified):
 
 
 def test_a_recall_reports_why_nobody_answers():
-    with pytest.raises(
-        StoreUnreachable, match=r"at http://automem\.invalid: the name of its host does not resolve"
-    ):
+    with pytest.raises(StoreUnreachable, match=r"at http://automem\.invalid: the name of its host does not resolve"):
         recall(AutoMemApi("http://me:secret-word@automem.invalid"), "x", 5)
     with pytest.raises(StoreUnreachable, match=r"at http://127\.0\.0\.1:1: nothing listens there"):
         recall(AutoMemApi("http://127.0.0.1:1"), "x", 5)

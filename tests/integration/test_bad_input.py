@@ -67,9 +67,7 @@ def operator(stocked):
     assert (names(stocked), tree(stocked)) == before
 
 
-def refused(
-    operator, code: int, *words: str, expected: tuple[str, ...], next_step: str | None = None, **env: str
-):
+def refused(operator, code: int, *words: str, expected: tuple[str, ...], next_step: str | None = None, **env: str):
     """The command ends with this code, one message on stderr and one document on stdout.
 
     The newest set is named by its file: `latest` depends on the configured address, which is wrong here.
@@ -376,8 +374,7 @@ def test_a_model_that_cannot_make_the_size(operator):
 def files(operator, tmp_path):
     """Wrong FILE arguments, by their fault."""
     made = {
-        name: tmp_path / name
-        for name in ("missing", "empty", "folder", "text.rdb", "theirs.json", "theirs.tar.gz")
+        name: tmp_path / name for name in ("missing", "empty", "folder", "text.rdb", "theirs.json", "theirs.tar.gz")
     }
     made["empty"].touch()
     made["folder"].mkdir()
@@ -416,9 +413,7 @@ def test_a_file_that_cannot_be_checked(operator, files, name):
         result = operator.run("backup_automem", "--check", str(files[name]), "--json", expect=4)
         assert WRONG[name] in result.json["proofs"][0]["fault"]
         return
-    refused(
-        operator, 2, "backup_automem", "--check", str(files[name]), expected=(str(files[name]), WRONG[name])
-    )
+    refused(operator, 2, "backup_automem", "--check", str(files[name]), expected=(str(files[name]), WRONG[name]))
 
 
 def test_a_file_of_no_set_cannot_be_checked(operator, tmp_path):
@@ -515,9 +510,7 @@ def test_an_empty_value_is_refused_by_every_flag_that_takes_one(operator, script
 
 def test_every_flag_that_takes_a_value_is_known():
     """The list above is derived from the parsers: it must not become empty."""
-    assert {("backup_automem", one) for one in ("--upload", "--check", "--list", "--keep", "--only")} <= set(
-        VALUED
-    )
+    assert {("backup_automem", one) for one in ("--upload", "--check", "--list", "--keep", "--only")} <= set(VALUED)
     assert ("verify_migration", "--recall") in VALUED
     assert sum(flag == "--backup-dir" for _, flag in VALUED) == 4
 
@@ -581,9 +574,7 @@ def test_a_flag_that_is_not_there_or_cannot_be(operator, words, expected):
 def test_another_run_holds_the_lock(operator, command):
     targets = load_config(operator.environ).targets()
     with lock_targets([targets[1]]):
-        refused(
-            operator, 5, *COMMANDS[command], expected=("another run is working on qdrant",), next_step="wait"
-        )
+        refused(operator, 5, *COMMANDS[command], expected=("another run is working on qdrant",), next_step="wait")
         words = ("backup_automem", "--cleanup", "--keep", "1")
         refused(operator, 5, *words, expected=("another run is working on qdrant",), next_step="wait")
     with lock_targets([targets[0]]):
@@ -607,9 +598,7 @@ def planner(session_servers, stocked):
 def test_it_would_cost_too_much(planner):
     planner.export(VECTOR_SIZE=96, EMBEDDING_MODEL=LARGE)
     paid = planner.servers.openai.stats()
-    refused(
-        planner, 2, "reembed_embeddings", "--max-cost", "0", expected=("this would cost $0.", "was spent")
-    )
+    refused(planner, 2, "reembed_embeddings", "--max-cost", "0", expected=("this would cost $0.", "was spent"))
     planner.export(EMBEDDING_MODEL="a-model-nobody-knows")
     expected = ("no list price", "--max-cost is $5")
     refused(planner, 2, "reembed_embeddings", "--max-cost", "5", expected=expected)
@@ -632,9 +621,7 @@ def test_reembed_is_content_without_a_collection(planner):
 @pytest.mark.parametrize("words", [("verify_migration",), ("reembed_embeddings", "--only-missing")])
 def test_a_dimension_mismatch_comes_first_and_in_the_known_words(planner, words):
     planner.export(VECTOR_SIZE=96)
-    result = refused(
-        planner, 2, *words, expected=("VECTOR DIMENSION MISMATCH",), next_step="export VECTOR_SIZE=48"
-    )
+    result = refused(planner, 2, *words, expected=("VECTOR DIMENSION MISMATCH",), next_step="export VECTOR_SIZE=48")
     assert result.err.splitlines()[:3] == [
         "ValueError: VECTOR DIMENSION MISMATCH",
         f"Qdrant collection '{planner.collection}': 48d",
@@ -652,9 +639,6 @@ def test_a_query_that_would_not_be_sent_is_refused_before_anything_is_asked(oper
     for words in (COMMANDS[command], (*COMMANDS[command], "--json"), (COMMANDS[command][0], "--show-config")):
         result = operator.run(*words, expect=2)
         output = result.err + result.out
-        assert (
-            f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported"
-            in output
-        )
+        assert f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported" in output
         assert SECRET not in output
     assert sorted(operator.folder.rglob("*")) == before

@@ -466,9 +466,7 @@ def test_a_restore_that_deleted_the_collection_is_not_aborted(operator):
 
 def test_a_killed_backup_is_cleaned_up_by_the_next(operator):
     load(operator, "backup_killed")
-    (unfinished,) = (
-        operator.backups / "falkordb" / path.name for path in DATA.glob("backup_killed/falkordb/*")
-    )
+    (unfinished,) = (operator.backups / "falkordb" / path.name for path in DATA.glob("backup_killed/falkordb/*"))
     operator.run("backup_automem")
     assert not unfinished.exists()
     assert_state(operator, "backup")

@@ -243,10 +243,7 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
         pytest.skip(f"this server does not know it: {answer.text}")
     for field in ("tags", "tag_prefixes"):
         operator.call("PUT", "/index?wait=true", {"field_name": field, "field_schema": "keyword"})
-    rows = [
-        {"id": one, "payload": payload, "vector": vector.tolist()}
-        for one, (payload, vector) in points.items()
-    ]
+    rows = [{"id": one, "payload": payload, "vector": vector.tolist()} for one, (payload, vector) in points.items()]
     operator.call("PUT", "/points?wait=true", {"points": rows})
     operator.run("backup_automem")
     had = settings(operator)
@@ -260,9 +257,7 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
     assert points_of(operator).keys() == points.keys()
     # The same command again finds its own result; a vector of another model is found, too.
     assert operator.run("reembed_embeddings", "--only-missing", "--json").json["mended"] == 0
-    checks = {
-        one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]
-    }
+    checks = {one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]}
     assert checks["vectors"]["status"] == "passed"
     assert f"{len(points)} equal to the embedding cache's" in checks["vectors"]["detail"]
     one = next(iter(points))
@@ -332,10 +327,7 @@ def make_placed(operator) -> None:
     for name in ("tags", "tag_prefixes"):
         operator.call("PUT", "/index?wait=true", {"field_name": name, "field_schema": "keyword"})
     operator.call("PATCH", "", {"params": SET_LATER})
-    rows = [
-        {"id": one, "payload": payload, "vector": vector.tolist()}
-        for one, (payload, vector) in points.items()
-    ]
+    rows = [{"id": one, "payload": payload, "vector": vector.tolist()} for one, (payload, vector) in points.items()]
     operator.call("PUT", "/points?wait=true", {"points": rows})
 
 

@@ -312,9 +312,7 @@ def test_each_nodes_snapshot_goes_back_to_its_own_node(operator, pair):
     assert_restored(operator, pair, before)
     assert [node.shards(operator.collection) for node in pair.nodes] == places
     assert open_journals(operator.backups) == []
-    operator.run(
-        "restore_from_backup", str(operator.manifests()[-1])
-    )  # its safety backup covers both nodes, too
+    operator.run("restore_from_backup", str(operator.manifests()[-1]))  # its safety backup covers both nodes, too
     assert contents(operator) == spoilt
 
 
@@ -358,18 +356,14 @@ def test_a_cluster_that_the_backup_does_not_know_takes_it_in_the_listed_order(op
     recreated = pairs[2]
     operator.export(QDRANT_URL=recreated.two.url, QDRANT_NODE_URLS=recreated.urls)
     operator.run("restore_from_backup", operator.archive())
-    moved = dataclasses.replace(
-        operator, servers=dataclasses.replace(operator.servers, qdrant_url=recreated.one.url)
-    )
+    moved = dataclasses.replace(operator, servers=dataclasses.replace(operator.servers, qdrant_url=recreated.one.url))
     try:
         assert contents(moved) == before
     finally:
         recreated.clean_up(operator.collection)
 
 
-def test_a_target_that_cannot_take_the_parts_is_reported_before_anything_is_touched(
-    operator, pair, session_servers
-):
+def test_a_target_that_cannot_take_the_parts_is_reported_before_anything_is_touched(operator, pair, session_servers):
     operator.run("backup_automem", "--only", "qdrant")
     archive, before = operator.archive(), contents(operator)
     operator.export(QDRANT_NODE_URLS="")

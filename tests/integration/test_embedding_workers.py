@@ -84,9 +84,7 @@ class Job:
         keys = [self.cache.text_key(self.spec, text) for text in self.texts]
         found = self.cache.get_vectors(keys)
         assert set(found) == {self.cache.text_key(self.spec, text) for text in wanted}
-        stored = np.array(
-            [np.frombuffer(found[self.cache.text_key(self.spec, text)], "<f4") for text in wanted]
-        )
+        stored = np.array([np.frombuffer(found[self.cache.text_key(self.spec, text)], "<f4") for text in wanted])
         assert np.array_equal(stored, vectors_for(self.spec.model, wanted, self.spec.size))
 
 
@@ -365,9 +363,7 @@ def test_a_limit_is_reached_with_hardly_a_refusal(cache):
         seconds = time.monotonic() - started
         accepted = sum(-(-len(text) // 4) for text in texts)
         given = 300_000 + 300_000 / 60 * seconds
-        print(
-            f"share of the limit {accepted / given:.3f}, refused {outcome.rate_limited} of {outcome.requests}"
-        )
+        print(f"share of the limit {accepted / given:.3f}, refused {outcome.rate_limited} of {outcome.requests}")
         assert outcome.embedded == 2930
         assert seconds > 5  # the limit was reached
         assert accepted / given > 0.6  # the exact rate is measured by the bench, not here

@@ -45,9 +45,7 @@ def test_an_empty_collection_is_recreated_with_the_new_dimension(empty, words):
     assert again["added"] == 0
 
 
-@pytest.mark.parametrize(
-    ("where", "words"), matrix([(f"after {DELETING}", ()), (f"after {DELETED}", ("--in-place",))])
-)
+@pytest.mark.parametrize(("where", "words"), matrix([(f"after {DELETING}", ()), (f"after {DELETED}", ("--in-place",))]))
 def test_a_run_that_was_killed_after_the_empty_collection_was_deleted_is_finished(empty, where, words):
     empty.run("backup_automem")
     upgrade(empty)

@@ -98,9 +98,7 @@ def test_the_age_tool_decrypts_a_copy(operator, tmp_path, key, how):
     words = private(tmp_path / "words", WORDS)
     operator.load(40)
     if how == "recipients":
-        operator.export(
-            AUTOMEM_BACKUP_RECIPIENTS=str(private(tmp_path / "public", f"# mine\n{public(key)}\n"))
-        )
+        operator.export(AUTOMEM_BACKUP_RECIPIENTS=str(private(tmp_path / "public", f"# mine\n{public(key)}\n")))
     else:
         operator.export(AUTOMEM_BACKUP_PASSPHRASE_FILE=str(words))
     operator.run("backup_automem", "--upload", str(tmp_path / "copies"))
@@ -154,9 +152,7 @@ def test_a_set_that_is_deleted_takes_what_was_encrypted_of_it_along(operator, tm
     assert list((operator.backups / "outgoing").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "what", matrix(["bit", "cut", "endless header", "another key"], "bit", "another key")
-)
+@pytest.mark.parametrize("what", matrix(["bit", "cut", "endless header", "another key"], "bit", "another key"))
 def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
     copies = tmp_path / "copies"
     operator.export(AUTOMEM_BACKUP_RECIPIENTS=public(key), AUTOMEM_BACKUP_IDENTITY=str(key))
@@ -176,9 +172,7 @@ def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
         private(tmp_path / "other", str(other))
         operator.export(AUTOMEM_BACKUP_IDENTITY=str(tmp_path / "other"))
     shutil.rmtree(operator.backups)
-    checked = operator.run(
-        "backup_automem", "--check", f"file://{copies}", expect=2 if what == "another key" else 4
-    )
+    checked = operator.run("backup_automem", "--check", f"file://{copies}", expect=2 if what == "another key" else 4)
     expected = {
         "endless header": "its header has no end",
         "another key": "is encrypted for another key",
@@ -226,9 +220,7 @@ def test_keys_that_cannot_be_used_are_refused_before_the_backup(operator, tmp_pa
 
 def test_without_the_package_it_is_named_before_the_backup(operator, tmp_path, key, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "pyrage" else find_spec(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyrage" else find_spec(name))
     words = ("backup_automem", "--upload", str(tmp_path / "copies"))
     refused = operator.run(*words, env={"AUTOMEM_BACKUP_RECIPIENTS": public(key)}, expect=2)
     assert "pip install pyrage" in refused.err

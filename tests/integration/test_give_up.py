@@ -81,9 +81,7 @@ def test_a_migration_ended_by_ctrl_c_before_the_delete_is_given_up(operator, pla
     assert operator.servers.openai.stats()["texts"] == paid
 
 
-@pytest.mark.parametrize(
-    "place", matrix(["called graph accepted", "called copy uploaded"], "called copy uploaded")
-)
+@pytest.mark.parametrize("place", matrix(["called graph accepted", "called copy uploaded"], "called copy uploaded"))
 def test_a_restore_ended_by_ctrl_c_during_its_trial_is_given_up(operator, place):
     operator.load(60)
     operator.run("backup_automem")
@@ -268,12 +266,8 @@ def test_verify_reports_what_only_missing_will_renew(operator):
     operator.run("reembed_embeddings", "--only-missing")
     ids = [one for one in points_of(operator) if isinstance(one, str)][:7]
     for one in ids:
-        operator.cypher(
-            "MATCH (m:Memory {id: $id}) SET m.last_accessed = '2031-01-01T00:00:00+00:00'", id=one
-        )
-    checks = {
-        one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]
-    }
+        operator.cypher("MATCH (m:Memory {id: $id}) SET m.last_accessed = '2031-01-01T00:00:00+00:00'", id=one)
+    checks = {one["name"]: one for one in operator.run("verify_migration", "--json", expect=None).json["checks"]}
     assert checks["payloads"]["status"] == "passed"
     moving = int(re.search(r"last_accessed of (\d+)", checks["payloads"]["detail"])[1])
     renewed = operator.run("reembed_embeddings", "--only-missing", "--json").json["payloads"]

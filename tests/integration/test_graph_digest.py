@@ -123,9 +123,7 @@ def test_a_missing_graph_has_no_digest(conn: redis.Redis):
 
 
 @pytest.mark.matrix
-def test_throughput_of_rdb_and_digest(
-    server: FalkorServer, conn: redis.Redis, engine: Engine, tmp_path: Path, capsys
-):
+def test_throughput_of_rdb_and_digest(server: FalkorServer, conn: redis.Redis, engine: Engine, tmp_path: Path, capsys):
     fill(conn, "g", 50_000, 50_000, characters=300)
     write(conn, "g", "CREATE INDEX FOR (m:Memory) ON (m.id)")
     start = time.monotonic()

@@ -34,9 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts_of(version: int, encoding: int | None) -> RdbFacts:
-    return RdbFacts(
-        version, "x", 1, "", crc_present=True, crc_ok=True, dumped_graph=None, graph_encoding=encoding
-    )
+    return RdbFacts(version, "x", 1, "", crc_present=True, crc_ok=True, dumped_graph=None, graph_encoding=encoding)
 
 
 def made_up(name: str, rdb_version: int, encoding: int) -> Engine:
@@ -51,11 +49,7 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return (
-        Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        if Path("/proc").exists()
-        else True
-    )
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z" if Path("/proc").exists() else True
 
 
 def test_installed_engines_are_listed_oldest_first():
@@ -67,9 +61,9 @@ def test_installed_engines_are_listed_oldest_first():
 
 def test_an_engine_may_be_named(engine: Engine):
     env = {SERVER_VARIABLE: str(engine.server), MODULE_VARIABLE: str(engine.module)}
-    assert [
-        named.falkordb_version for named in installed_engines(env) if named.origin == SERVER_VARIABLE
-    ] == [engine.falkordb_version]
+    assert [named.falkordb_version for named in installed_engines(env) if named.origin == SERVER_VARIABLE] == [
+        engine.falkordb_version
+    ]
 
 
 def test_a_wrongly_named_engine_is_reported(engine: Engine, tmp_path: Path):
@@ -79,9 +73,7 @@ def test_a_wrongly_named_engine_is_reported(engine: Engine, tmp_path: Path):
         installed_engines({SERVER_VARIABLE: "/nowhere/redis-server", MODULE_VARIABLE: str(engine.module)})
     (tmp_path / "not a module.so").write_bytes(b"x")
     with pytest.raises(UsageProblem, match=f"named by {SERVER_VARIABLE}"):
-        installed_engines(
-            {SERVER_VARIABLE: str(engine.server), MODULE_VARIABLE: str(tmp_path / "not a module.so")}
-        )
+        installed_engines({SERVER_VARIABLE: str(engine.server), MODULE_VARIABLE: str(tmp_path / "not a module.so")})
     with pytest.raises(UsageProblem, match=f"named by {SERVER_VARIABLE}"):
         installed_engines({SERVER_VARIABLE: str(engine.module), MODULE_VARIABLE: str(engine.module)})
 
@@ -137,9 +129,7 @@ def test_a_scratch_server_ends_with_a_killed_process(engine: Engine):
         "    print(scratch.pid, scratch.address.unix_socket, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         pid, where = child.stdout.readline().split()
         assert alive(int(pid))
@@ -162,9 +152,7 @@ def test_a_dump_in_the_shape_of_an_rdb_loads(engine: Engine, conn: redis.Redis, 
     assert unwrap_dump(path) == payload
     with scratch_server(engine, path) as scratch:
         assert list_graphs(scratch.conn) == ["memories"]
-        assert graph_digest(scratch.conn, "memories", by_id=True) == graph_digest(
-            conn, "memories", by_id=True
-        )
+        assert graph_digest(scratch.conn, "memories", by_id=True) == graph_digest(conn, "memories", by_id=True)
 
 
 def test_corrupted_files_never_pass(engine: Engine, server: FalkorServer, conn: redis.Redis, tmp_path: Path):

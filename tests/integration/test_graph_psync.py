@@ -116,9 +116,7 @@ def test_a_graph_that_is_written_to_is_taken_at_one_moment(
         with connect(server.address) as other:
             number = 0
             while not stop.is_set():
-                write(
-                    other, "g", f"CREATE (:Pair {{n: {number}, side: 1}}), (:Pair {{n: {number}, side: 2}})"
-                )
+                write(other, "g", f"CREATE (:Pair {{n: {number}, side: 1}}), (:Pair {{n: {number}, side: 2}})")
                 number += 1
                 begun.set()
 
@@ -217,9 +215,7 @@ def test_no_listener_is_reported():
 def test_a_silent_peer_is_noticed():
     start = time.monotonic()
     with (
-        peer(
-            b"+OK\r\n", b"+OK\r\n", b"+FULLRESYNC x 0\r\n$EOF:" + MARK + b"\r\nREDIS0012", hold=60
-        ) as address,
+        peer(b"+OK\r\n", b"+OK\r\n", b"+FULLRESYNC x 0\r\n$EOF:" + MARK + b"\r\nREDIS0012", hold=60) as address,
         pytest.raises(StoreUnreachable, match=r"has sent nothing for 0\.5 s"),
     ):
         collect(address, idle_seconds=0.5)
@@ -271,9 +267,7 @@ def test_damage_in_transfer_is_noticed(server: FalkorServer, conn: redis.Redis):
 
 
 def test_a_server_without_checksums_is_seen_as_such(engine: Engine, tmp_path: Path):
-    falkor = FalkorServer(
-        tmp_path / "s", engine=engine, sync_delay_seconds=0, settings=("rdbchecksum no",)
-    ).start()
+    falkor = FalkorServer(tmp_path / "s", engine=engine, sync_delay_seconds=0, settings=("rdbchecksum no",)).start()
     try:
         assert stream_rdb(falkor.address, lambda _piece: None).crc_ok is False
     finally:

@@ -77,9 +77,7 @@ def conn(server):
 def test_a_query_times_out_and_names_the_server(server, conn, ask):
     server.silent.set()
     began = time.monotonic()
-    with pytest.raises(
-        StoreUnreachable, match=f"FalkorDB at 127.0.0.1:{server.server_address[1]} does not answer"
-    ):
+    with pytest.raises(StoreUnreachable, match=f"FalkorDB at 127.0.0.1:{server.server_address[1]} does not answer"):
         ask(conn)
     assert READ_SECONDS * 0.9 < time.monotonic() - began < 60
 

@@ -179,9 +179,7 @@ def test_garbage_is_not_even_sent(target_conn: redis.Redis):
     assert list_graphs(target_conn) == ["memories"]
 
 
-def test_a_payload_never_goes_under_another_name(
-    conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
-):
+def test_a_payload_never_goes_under_another_name(conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis):
     fill(conn, "memories", 50)
     fill(target_conn, "memories", 10)
     payload = dump_graph(conn, "memories")
@@ -288,9 +286,7 @@ def test_a_killed_server_has_both_graphs(conn: redis.Redis, target: FalkorServer
 
 
 @pytest.mark.matrix
-def test_a_graph_that_is_saved_in_many_parts_survives_the_transfer(
-    conn: redis.Redis, engine: Engine, tmp_path: Path
-):
+def test_a_graph_that_is_saved_in_many_parts_survives_the_transfer(conn: redis.Redis, engine: Engine, tmp_path: Path):
     """FalkorDB spreads a graph over several keys in an RDB (100,000 entities each); here over many."""
     fill(conn, "memories", 5000, 4000)
     payload, expected = dump_graph(conn, "memories"), digest(conn, "memories")
@@ -375,9 +371,7 @@ def cut_after(words: bytes, port: int) -> Iterator[int]:
         listener.close()
 
 
-def test_readers_never_find_the_graph_missing(
-    conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis
-):
+def test_readers_never_find_the_graph_missing(conn: redis.Redis, target: FalkorServer, target_conn: redis.Redis):
     fill(conn, "memories", 2000)
     fill(target_conn, "memories", 1000)
     payload = dump_graph(conn, "memories")

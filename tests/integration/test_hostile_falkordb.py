@@ -131,9 +131,7 @@ def test_a_text_that_looks_like_a_large_list_is_a_text():
 def test_a_long_list_is_a_list():
     reply = b"*2\r\n*0\r\n*1\r\n*2\r\n*200000\r\n" + b":1\r\n" * 200_000 + b"$3\r\nend\r\n"
     with serving(sending(reply)) as port:
-        assert raw_rows(connect(GraphAddress("127.0.0.1", port)), "g", "RETURN 1") == [
-            [[1] * 200_000, b"end"]
-        ]
+        assert raw_rows(connect(GraphAddress("127.0.0.1", port)), "g", "RETURN 1") == [[[1] * 200_000, b"end"]]
 
 
 @pytest.mark.parametrize("unit", [b"a", b"\r\n+"], ids=["line", "replies"])

@@ -339,9 +339,7 @@ def test_a_copy_is_closed_to_others_while_it_is_written(operator, tmp_path, monk
     operator.load(20)
     operator.run("backup_automem", "--upload", str(tmp_path / "copies"))
     assert modes == [0o600] * 3
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copies").rglob("*") if path.is_file()} == {
-        0o600
-    }
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copies").rglob("*") if path.is_file()} == {0o600}
 
 
 @pytest.mark.parametrize(

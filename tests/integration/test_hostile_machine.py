@@ -143,9 +143,7 @@ def test_an_env_file_that_is_none_is_refused(operator, content):
     assert f"{operator.folder}/.env cannot be read: it is not a .env" in output
 
 
-@pytest.mark.parametrize(
-    "mode", [0o777, pytest.param(0o755, marks=as_root)], ids=["open to all", "another's"]
-)
+@pytest.mark.parametrize("mode", [0o777, pytest.param(0o755, marks=as_root)], ids=["open to all", "another's"])
 def test_no_scratch_server_starts_if_others_may_replace_its_folder(operator, tmp_path, mode):
     operator.load(20)
     folder = tmp_path / "of others"

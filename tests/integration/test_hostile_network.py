@@ -244,9 +244,7 @@ def test_a_codec_that_is_none_of_texts_is_no_traceback(codec):
 
 def test_an_interim_answer_is_no_absence():
     """A gateway may send 103 (early hints) before AutoMem's own answer, which http.client takes for the answer."""
-    early = without_end(
-        b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"", 60.0
-    )
+    early = without_end(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"", 60.0)
     with serving(early) as (url, _):
         assert ask_health(AutoMemApi(url)).presence == "silent"
 
@@ -298,9 +296,7 @@ def test_texts_and_keys_go_nowhere_else(operator, short_timeouts):
             expect=6,
         )
         operator.run("backup_automem", env={"QDRANT_URL": url, "QDRANT_API_KEY": "key"}, expect=1)
-        operator.run(
-            "verify_migration", env={"AUTOMEM_API_URL": url, "AUTOMEM_API_TOKEN": "token"}, expect=None
-        )
+        operator.run("verify_migration", env={"AUTOMEM_API_URL": url, "AUTOMEM_API_TOKEN": "token"}, expect=None)
         assert {path for path, _, _ in asked} >= {"/v1/embeddings", "/", "/health"}
         assert stolen == []
 
@@ -335,9 +331,10 @@ def test_a_server_sends_the_key_to_its_configured_address_alone():
     from lib.clients.qdrant.restoring import can_fetch_itself
     from lib.clients.qdrant.snapshots import Snapshot
 
-    with serving(
-        replying(400, {"Content-Type": "application/json"}, b'{"status": {"error": "cannot fetch"}}')
-    ) as (url, asked):
+    with serving(replying(400, {"Content-Type": "application/json"}, b'{"status": {"error": "cannot fetch"}}')) as (
+        url,
+        asked,
+    ):
         snapshot = Snapshot("s.snapshot", 1, "0" * 64, "")
         assert can_fetch_itself(Qdrant(url, "key"), "c", snapshot, "c__probe") is None
     sent = [json.loads(body) for _, _, body in asked]

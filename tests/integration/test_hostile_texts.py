@@ -176,9 +176,7 @@ def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
         assert "ss@" not in result.err
     for value in ("http://user:pa#ss@proxy:3128", "http://user:pa?ss@proxy:3128", "http://proxy:pa55"):
         for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY"):
-            result = operator.run(
-                "backup_automem", env={name: value, "QDRANT_URL": "http://192.0.2.1:6333"}, expect=2
-            )
+            result = operator.run("backup_automem", env={name: value, "QDRANT_URL": "http://192.0.2.1:6333"}, expect=2)
             assert f"{name} (environment): is not the URL of a proxy" in result.err
             assert not any(part in result.err for part in ("pa#", "ss@", "pa?", "pa55"))
 
@@ -186,9 +184,7 @@ def test_a_password_in_an_unknown_flag_or_a_proxy_is_not_shown(operator):
 def test_the_traceback_of_a_bug_moves_nothing_and_shows_no_login():
     code = "from lib import cli\ndef fail(): raise KeyError(Text())\nclass Text:\n    def __repr__(self): return %r\n"
     code = code % f"{NASTY} http://user:word@host/" + "cli.run(fail)"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
     assert "http://***@host/" in ended.stderr

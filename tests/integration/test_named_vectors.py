@@ -47,9 +47,7 @@ def test_both_vectors_are_in_the_backup_and_come_back(named):
     assert component["points"] == component["promised_ids"] == 20
     assert component["proof"] in {"checked", "restored"}
     recorded = peek_facts(named.backups / component["file"]["name"])["config"]["params"]["vectors"]
-    assert {
-        name: {"size": one["size"], "distance": one["distance"]} for name, one in recorded.items()
-    } == VECTORS
+    assert {name: {"size": one["size"], "distance": one["distance"]} for name, one in recorded.items()} == VECTORS
     assert "DAMAGED" not in named.run("backup_automem", "--check", "all").out
     named.call("POST", "/points/delete?wait=true", {"points": [1, 2, 3]})
     named.run("restore_from_backup", str(named.manifests()[-1]))

@@ -59,9 +59,7 @@ class Place:
 
 
 def files_in(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def set_files(manifest: Path) -> dict[str, int]:
@@ -92,9 +90,7 @@ def test_a_graph_of_any_name_comes_back_from_a_copy(operator, place):
 def test_a_name_that_no_copy_gives_back_is_refused_before_the_backup(operator, tmp_path, odd):
     operator.export(FALKORDB_GRAPH=f"g{odd}")
     result = operator.run("backup_automem", "--upload", str(tmp_path / "copies"), expect=2)
-    assert (
-        "cannot be fetched back" if odd.isprintable() else "or characters that cannot be printed"
-    ) in result.err
+    assert ("cannot be fetched back" if odd.isprintable() else "or characters that cannot be printed") in result.err
     assert not operator.backups.exists()
     assert not (tmp_path / "copies").exists()
 
@@ -249,9 +245,7 @@ def test_a_password_in_the_url_reaches_the_server_and_nothing_else(operator, sft
     sftp.mischief.deny = ("open",)
     results.append(operator.run("backup_automem", "--check", "all", "--upload", url, expect=2))
     sftp.mischief.deny = ("rename",)
-    results.append(
-        operator.run("backup_automem", "--check", "all", "--json", "--upload", f"{url}/2", expect=1)
-    )
+    results.append(operator.run("backup_automem", "--check", "all", "--json", "--upload", f"{url}/2", expect=1))
     secrets = (PASSWORD, quote(PASSWORD, safe=""), "p4ss", "wrong-p")
     for result in results:
         assert not [secret for secret in secrets if secret in result.out + result.err], result

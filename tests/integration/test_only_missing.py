@@ -37,9 +37,7 @@ def some_ids(operator, count: int) -> list[str]:
     """Plain memories with unique content."""
     memories = embeddable(operator)
     contents = [one["content"] for one in memories.values()]
-    plain = [
-        one for one, node in memories.items() if isinstance(one, str) and contents.count(node["content"]) == 1
-    ]
+    plain = [one for one, node in memories.items() if isinstance(one, str) and contents.count(node["content"]) == 1]
     return plain[20 : 20 + count]
 
 
@@ -102,9 +100,7 @@ def test_an_orphan_point_is_saved_before_it_is_removed(level):
 
 
 def test_many_orphan_points_need_a_backup(level):
-    rows = [
-        {"id": n, "vector": vector_for(SMALL, str(n), OLD_SIZE).tolist(), "payload": {}} for n in range(1, 9)
-    ]
+    rows = [{"id": n, "vector": vector_for(SMALL, str(n), OLD_SIZE).tolist(), "payload": {}} for n in range(1, 9)]
     level.call("PUT", "/points?wait=true", {"points": rows})
     before = points_of(level).keys()
     refused = level.run("reembed_embeddings", "--only-missing", expect=2)

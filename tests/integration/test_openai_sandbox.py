@@ -142,9 +142,7 @@ def test_the_limits_refill_and_are_announced():
         assert headers["x-ratelimit-limit-tokens"] == "6000"
         assert math.isclose(int(headers["x-ratelimit-remaining-tokens"]), 5900, abs_tol=20)
         assert headers["x-ratelimit-remaining-requests"] == "599"
-        assert headers["x-ratelimit-reset-tokens"] == "1s" or headers["x-ratelimit-reset-tokens"].endswith(
-            "ms"
-        )
+        assert headers["x-ratelimit-reset-tokens"] == "1s" or headers["x-ratelimit-reset-tokens"].endswith("ms")
         create(model=LARGE, input=[text[: 4 * 5800]])
         with pytest.raises(openai.RateLimitError) as caught:  # 100 are left, and 100 come in a second
             create(model=LARGE, input=["z" * 4 * 3000])

@@ -194,9 +194,9 @@ def test_discarded_answers_count_in_the_report_and_in_max_cost(ready):
 
 @pytest.mark.matrix
 def test_what_an_earlier_start_paid_and_discarded_counts_in_max_cost(ready):
-    tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)[
-        "plan"
-    ]["tokens"]
+    tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)["plan"][
+        "tokens"
+    ]
     ready.servers.openai.fault(nan=True)
     ready.run("reembed_embeddings", "--batch-size", "50", "--workers", "1", expect=6)
     ready.servers.openai.clear_faults()
@@ -263,9 +263,7 @@ def test_a_damaged_row_of_the_cache_reaches_no_collection_and_alone_is_embedded_
     operator.run("reembed_embeddings", "--limit", "30")
     with sqlite3.connect(operator.backups / "embeddings" / "vectors.sqlite3") as db:
         (stored,) = db.execute("SELECT vector FROM vectors WHERE id = 7").fetchone()
-        db.execute(
-            "UPDATE vectors SET vector = ? WHERE id = 7", [stored[:9] + bytes([stored[9] ^ 64]) + stored[10:]]
-        )
+        db.execute("UPDATE vectors SET vector = ? WHERE id = 7", [stored[:9] + bytes([stored[9] ^ 64]) + stored[10:]])
     refused = operator.run("reembed_embeddings", expect=1)
     assert "1 embedding(s) in" in refused.err
     assert "were damaged on the disk" in refused.err

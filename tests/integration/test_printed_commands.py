@@ -28,9 +28,7 @@ def filed(operator):
     settings = {name: value for name, value in operator.environ.items() if name not in OWN}
     settings |= {"VECTOR_SIZE": str(NEW_SIZE), "EMBEDDING_MODEL": LARGE}
     settings.pop("AUTOMEM_BACKUP_DIR")
-    (operator.folder / SETTINGS).write_text(
-        "".join(f"{name}='{value}'\n" for name, value in settings.items())
-    )
+    (operator.folder / SETTINGS).write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
     operator.export(**dict.fromkeys([*settings, "AUTOMEM_BACKUP_DIR"], ""))
     return operator
 
@@ -152,9 +150,7 @@ def test_a_setting_that_hides_another_is_named_and_shown(operator):
     assert shown.json["settings"]["VECTOR_SIZE"]["hides"] == f"3072 in {file}:1"
     assert "hides" not in shown.json["settings"]["FALKORDB_TLS"]
     assert "second-secret" not in shown.out + shown.err + result.err
-    assert re.search(
-        r"setting +value +from +hides", operator.run("backup_automem", "--show-config", env=env).out
-    )
+    assert re.search(r"setting +value +from +hides", operator.run("backup_automem", "--show-config", env=env).out)
 
 
 @pytest.mark.parametrize(

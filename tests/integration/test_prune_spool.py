@@ -26,18 +26,13 @@ def vector(text, size):
 
 
 def opened(folder, name):
-    return EmbeddingCache(
-        folder / "embeddings" / f"{name}.sqlite3", vectors=folder / "embeddings" / "vectors.sqlite3"
-    )
+    return EmbeddingCache(folder / "embeddings" / f"{name}.sqlite3", vectors=folder / "embeddings" / "vectors.sqlite3")
 
 
 def plan(cache, spec, texts):
     cache.begin_scan()
     cache.put_memories(
-        [
-            MemoryRow(number, number, cache.text_key(spec, text), text, b"{}", 3)
-            for number, text in enumerate(texts)
-        ]
+        [MemoryRow(number, number, cache.text_key(spec, text), text, b"{}", 3) for number, text in enumerate(texts)]
     )
     cache.end_scan()
 
@@ -99,9 +94,7 @@ def test_no_plan_at_all_needs_nothing(tmp_path):
 def test_a_plan_that_cannot_be_read_stops_it(tmp_path):
     with opened(tmp_path, "own") as cache:
         embed(cache, BIG, texts(0, 10))
-        (tmp_path / "embeddings" / "broken.sqlite3").write_bytes(
-            b"no database at all, but long enough to look" * 99
-        )
+        (tmp_path / "embeddings" / "broken.sqlite3").write_bytes(b"no database at all, but long enough to look" * 99)
         with pytest.raises(CacheDamaged):
             prune_cache(cache, tmp_path, dry_run=False)
         assert stored_count(cache, BIG) == 10
@@ -147,9 +140,7 @@ def test_the_command_keeps_what_the_migration_needs(operator):
     upgrade(operator)
     operator.run("backup_automem")
     operator.export(VECTOR_SIZE=NEW_SIZE // 2, EMBEDDING_MODEL=LARGE)
-    operator.run(
-        "reembed_embeddings", "--limit", "20"
-    )  # another size, which nothing needs after the next plan
+    operator.run("reembed_embeddings", "--limit", "20")  # another size, which nothing needs after the next plan
     upgrade(operator)
     operator.run("reembed_embeddings")
     dry = operator.run("reembed_embeddings", "--prune-spool", "--dry-run", "--json").json

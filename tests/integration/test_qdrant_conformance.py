@@ -50,23 +50,17 @@ def _real_version() -> str | None:
     binary = test_server()
     if binary is None:
         return None
-    return subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()[
-        -1
-    ]
+    return subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 REAL = _real_version()
 
 
 @contextlib.contextmanager
-def _server(
-    folder: Path, version: str, api_key: str | None = None, read_only_key: str | None = None
-) -> Iterator[Any]:
+def _server(folder: Path, version: str, api_key: str | None = None, read_only_key: str | None = None) -> Iterator[Any]:
     binary = test_server()
     keys = {"api_key": api_key, "read_only_key": read_only_key}
-    server: Any = (
-        RealQdrant(binary, folder, **keys) if binary else QdrantServer(folder / "data", version, **keys)
-    )
+    server: Any = RealQdrant(binary, folder, **keys) if binary else QdrantServer(folder / "data", version, **keys)
     with server as running:
         yield running
 
@@ -94,11 +88,7 @@ def test_every_recorded_request_is_answered_as_recorded(version: str, tmp_path: 
             if reason:
                 left_out.append(f"{number} {row['title']}: {reason}")
                 continue
-            found = (
-                _replay_until_equal(replay, row)
-                if row["title"].startswith(AFTER_NO_WAIT)
-                else replay.run(row)
-            )
+            found = _replay_until_equal(replay, row) if row["title"].startswith(AFTER_NO_WAIT) else replay.run(row)
             wrong += [f"{number} {row['title']}: {line}" for line in found]
             compared += 1
     _print_summary("transcript", version, compared, len(recording), left_out)
@@ -116,9 +106,7 @@ def _replay_until_equal(replay: Replay, row: dict[str, Any]) -> list[str]:
 
 def _print_summary(recording: str, version: str, compared: int, total: int, left_out: list[str]) -> None:
     server = "real server" if REAL else "stand-in"
-    print(
-        f"\nconformance: {recording} {version} {server}: {compared} of {total} compared, {len(left_out)} left out"
-    )
+    print(f"\nconformance: {recording} {version} {server}: {compared} of {total} compared, {len(left_out)} left out")
     for line in left_out:
         print(f"  left out: {line}")
 
@@ -182,9 +170,7 @@ def _small_collection(url: str) -> dict[str, Any]:
     points = [{"id": one, "vector": [1, 2, 3, one]} for one in range(5)]
     for path, body in (("", made), ("/points?wait=true", {"points": points})):
         requests.put(f"{url}/collections/c{path}", json=body, headers=headers, timeout=20).raise_for_status()
-    name = requests.post(f"{url}/collections/c/snapshots", headers=headers, timeout=20).json()["result"][
-        "name"
-    ]
+    name = requests.post(f"{url}/collections/c/snapshots", headers=headers, timeout=20).json()["result"]["name"]
     content = requests.get(f"{url}/collections/c/snapshots/{name}", headers=headers, timeout=20).content
     return {"name": name, "content": content}
 
@@ -198,9 +184,7 @@ AUTH_BODIES = {
 }
 
 
-def _auth_request(
-    url: str, method: str, path: str, headers: dict[str, str], snapshot: bytes
-) -> requests.Response:
+def _auth_request(url: str, method: str, path: str, headers: dict[str, str], snapshot: bytes) -> requests.Response:
     if method == "UPLOAD":
         files = {"snapshot": ("up.snapshot", snapshot)}
         return requests.post(url + path, files=files, headers=headers, timeout=20)
@@ -216,9 +200,7 @@ def test_the_unmodified_client_works(version: str, tmp_path: Path) -> None:
         client = QdrantClient(url=server.url, api_key=KEY, check_compatibility=False, timeout=30)
         vectors = models.VectorParams(size=4, distance=models.Distance.COSINE)
         assert client.create_collection("c", vectors_config=vectors)
-        points = [
-            models.PointStruct(id=one, vector=[1, 2, 3, one], payload={"n": one}) for one in range(1, 21)
-        ]
+        points = [models.PointStruct(id=one, vector=[1, 2, 3, one], payload={"n": one}) for one in range(1, 21)]
         assert client.upsert("c", points, wait=True).status == models.UpdateStatus.COMPLETED
         assert client.count("c", exact=True).count == 20
         found = client.query_points("c", query=[1.0, 2.0, 3.0, 4.0], limit=3, with_payload=True).points
@@ -245,37 +227,24 @@ def test_acknowledged_points_outlive_a_kill(version: str, tmp_path: Path) -> Non
         url = f"{server.url}/collections/c"
         _small(url)
         for first in range(0, 1000, 100):
-            points = [
-                {"id": one, "vector": [1, 2, 3, one], "payload": {"n": one}}
-                for one in range(first, first + 100)
-            ]
+            points = [{"id": one, "vector": [1, 2, 3, one], "payload": {"n": one}} for one in range(first, first + 100)]
             requests.put(f"{url}/points?wait=true", json={"points": points}, timeout=20).raise_for_status()
         requests.post(f"{url}/points/delete?wait=true", json={"points": [0]}, timeout=20).raise_for_status()
         server.kill()
         server.start()
-        answer = requests.post(f"{url}/points/scroll", json={"limit": 2000}, timeout=20).json()["result"][
-            "points"
-        ]
+        answer = requests.post(f"{url}/points/scroll", json={"limit": 2000}, timeout=20).json()["result"]["points"]
         assert {one["id"]: one["payload"] for one in answer} == {one: {"n": one} for one in range(1, 1000)}
 
 
 @pytest.mark.matrix
-def test_a_failed_collection_prevents_1_11_from_starting_and_delete_cures(
-    version: str, tmp_path: Path
-) -> None:
+def test_a_failed_collection_prevents_1_11_from_starting_and_delete_cures(version: str, tmp_path: Path) -> None:
     with _server(tmp_path, version) as server:
         good = f"{server.url}/collections/good"
         _small(good)
-        requests.put(
-            f"{good}/points?wait=true", json={"points": [{"id": 1, "vector": [1, 2, 3, 4]}]}, timeout=20
-        )
+        requests.put(f"{good}/points?wait=true", json={"points": [{"id": 1, "vector": [1, 2, 3, 4]}]}, timeout=20)
         name = requests.post(f"{good}/snapshots", timeout=20).json()["result"]["name"]
-        whole = requests.get(
-            f"{good}/snapshots/{name}", headers={"Accept-Encoding": "identity"}, timeout=20
-        ).content
-        bad = repacked(
-            whole, lambda entry, body: b"x" * len(body) if entry.startswith("0/wal/open-") else body
-        )
+        whole = requests.get(f"{good}/snapshots/{name}", headers={"Accept-Encoding": "identity"}, timeout=20).content
+        bad = repacked(whole, lambda entry, body: b"x" * len(body) if entry.startswith("0/wal/open-") else body)
         _upload_failing(server.url, bad)
         assert requests.delete(f"{server.url}/collections/dead", timeout=20).json()["result"] is True
         server.kill()
@@ -288,10 +257,7 @@ def test_a_failed_collection_prevents_1_11_from_starting_and_delete_cures(
                 server.start()
         else:
             server.start()
-            assert (
-                requests.post(f"{server.url}/collections/dead/points/count", json={}, timeout=20).status_code
-                == 500
-            )
+            assert requests.post(f"{server.url}/collections/dead/points/count", json={}, timeout=20).status_code == 500
             assert requests.post(f"{good}/points/count", json={}, timeout=20).json()["result"]["count"] == 1
 
 

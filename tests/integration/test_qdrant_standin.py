@@ -107,9 +107,7 @@ def test_a_cut_download_ends_early_and_resumes_with_range(server: QdrantServer) 
 def test_a_compressed_download_is_the_same_file(server: QdrantServer) -> None:
     url = _filled(server)
     made = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]
-    answer = requests.get(
-        f"{url}/snapshots/{made['name']}", headers={"Accept-Encoding": "gzip"}, timeout=TIMEOUT
-    )
+    answer = requests.get(f"{url}/snapshots/{made['name']}", headers={"Accept-Encoding": "gzip"}, timeout=TIMEOUT)
     assert answer.headers["content-encoding"] == "gzip"
     assert hashlib.sha256(answer.content).hexdigest() == made["checksum"]
 
@@ -126,28 +124,20 @@ def test_a_snapshot_brings_points_payloads_vectors_and_indexes_back(played: str,
         requests.put(f"{other}/snapshots/recover", json=body, timeout=TIMEOUT).raise_for_status()
         whole = {"limit": 100, "with_vector": True}
         pages = [
-            requests.post(f"{one}/points/scroll", json=whole, timeout=TIMEOUT).json()["result"]
-            for one in (url, other)
+            requests.post(f"{one}/points/scroll", json=whole, timeout=TIMEOUT).json()["result"] for one in (url, other)
         ]
         assert pages[0] == pages[1]
         assert len(pages[0]["points"]) == 50
-        schemas = [
-            requests.get(one, timeout=TIMEOUT).json()["result"]["payload_schema"] for one in (url, other)
-        ]
+        schemas = [requests.get(one, timeout=TIMEOUT).json()["result"]["payload_schema"] for one in (url, other)]
         assert (
-            schemas[0]
-            == schemas[1]
-            == {"n": {"data_type": "integer", "params": index["field_schema"], "points": 50}}
+            schemas[0] == schemas[1] == {"n": {"data_type": "integer", "params": index["field_schema"], "points": 50}}
         )
 
 
 def test_a_1_11_snapshot_kills_the_collection_on_1_18(server: QdrantServer) -> None:
     answer = _upload(server, "old", recorded_snapshots("1.11.3")["memories_4d.snapshot"])
     assert answer.status_code == 500
-    assert (
-        requests.get(f"{server.url}/collections/old/exists", timeout=TIMEOUT).json()["result"]["exists"]
-        is True
-    )
+    assert requests.get(f"{server.url}/collections/old/exists", timeout=TIMEOUT).json()["result"]["exists"] is True
     assert requests.get(f"{server.url}/collections/old", timeout=TIMEOUT).status_code == 500
     assert requests.delete(f"{server.url}/collections/old", timeout=TIMEOUT).json()["result"] is True
 
@@ -223,9 +213,7 @@ def test_points_are_ordered_and_selected(server: QdrantServer) -> None:
     assert [one["id"] for one in scroll(filter={"must_not": {"key": "n", "range": {"lt": 18}}})] == [18, 19]
     assert [one["id"] for one in scroll(filter={"must": [{"has_id": [3, 5]}]})] == [3, 5]
     assert scroll(limit=1, with_payload={"exclude": ["n"]}, with_vector=False) == [{"id": 0, "payload": {}}]
-    assert scroll(limit=1, with_payload=False, with_vector=True) == [
-        {"id": 0, "vector": [1.0, 2.0, 3.0, 0.0]}
-    ]
+    assert scroll(limit=1, with_payload=False, with_vector=True) == [{"id": 0, "vector": [1.0, 2.0, 3.0, 0.0]}]
 
 
 def test_a_start_takes_under_two_seconds(tmp_path: Path) -> None:
@@ -250,13 +238,9 @@ def test_a_kill_during_a_restore_leaves_the_other_collections_whole(tmp_path: Pa
         name = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]["name"]
         for number in range(5):
             where = f"{server.url}/collections/temporary/snapshots/recover?wait=false"
-            requests.put(
-                where, json={"location": f"{url}/snapshots/{name}"}, timeout=TIMEOUT
-            ).raise_for_status()
+            requests.put(where, json={"location": f"{url}/snapshots/{name}"}, timeout=TIMEOUT).raise_for_status()
             time.sleep(0.05 * number)
             server.kill()
             server.start()
-            assert (
-                requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).json()["result"]["count"] == 50
-            )
+            assert requests.post(f"{url}/points/count", json={}, timeout=TIMEOUT).json()["result"]["count"] == 50
             requests.delete(f"{server.url}/collections/temporary", timeout=TIMEOUT).raise_for_status()

@@ -332,9 +332,7 @@ def test_memories_written_during_the_run_are_embedded_or_caught_afterwards(opera
     def write() -> None:
         while not stop.wait(0.05):
             one = str(uuid.uuid4())
-            operator.cypher(
-                "CREATE (:Memory {id: $id, content: $text, tags: ['late']})", id=one, text=f"late {one}"
-            )
+            operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: ['late']})", id=one, text=f"late {one}")
             written.append(one)
 
     writer = threading.Thread(target=write)

@@ -115,9 +115,7 @@ def test_a_point_that_only_the_collection_holds_must_be_in_the_backup(ready):
     ready.call("POST", "/points/delete?wait=true", {"points": [7]})
     # The point of a memory may be newer than the backup: it can be embedded again.
     ready.cypher("CREATE (:Memory {id: 8, content: 'newer than the backup', tags: []})")
-    ready.call(
-        "PUT", "/points?wait=true", {"points": [{**lonely, "id": 8, "payload": {"content": "x", "mine": 1}}]}
-    )
+    ready.call("PUT", "/points?wait=true", {"points": [{**lonely, "id": 8, "payload": {"content": "x", "mine": 1}}]})
     ready.run("reembed_embeddings")
     after = assert_migrated(ready, {**before, 8: ({"content": "x", "mine": 1}, None)})
     assert after[8][0] == {"content": "newer than the backup", "mine": 1, "tags": []}
@@ -166,9 +164,7 @@ def test_a_provider_that_refuses_stops_the_run_and_the_vectors_stay(ready, fault
     openai.clear_faults()
     left = ready.run("reembed_embeddings", "--json").json["bought"]["texts"]
     assert openai.stats()["paid_twice"] == 0
-    assert (
-        openai.stats()["texts"] == paid + left == len({one["content"] for one in embeddable(ready).values()})
-    )
+    assert openai.stats()["texts"] == paid + left == len({one["content"] for one in embeddable(ready).values()})
 
 
 @pytest.mark.matrix

@@ -97,9 +97,7 @@ def migrated(session_servers, tmp_path_factory) -> Iterator[Migrated]:
     someone.call("PUT", "/points?wait=true", {"points": rows})
     someone.cypher("CREATE (:Memory {id: $id, content: $text})", id=LONG, text="word " * 9000)
     someone.export(QDRANT_URL=someone.servers.qdrant_url.replace("//", "//me:l0gin-of-a-proxy@"))
-    someone.run(
-        "backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
-    )
+    someone.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL})
     before = points_of(someone)
     printed = someone.run("reembed_embeddings", "--json", "--batch-size", "30").json
     yield Migrated(someone, before, session_servers.openai.stats(), printed)
@@ -341,9 +339,7 @@ def test_searches_that_fail_fail_no_migration(ready):
         stop = CancelToken("POST", f"/{ready.collection}/points/query")
         stop.let_go.set()  # its connection is closed at once
         gate.stops.append(stop)
-        ready.run(
-            "backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE), "QDRANT_URL": gate.url}
-        )
+        ready.run("backup_automem", "--only", "qdrant", env={"VECTOR_SIZE": str(OLD_SIZE), "QDRANT_URL": gate.url})
         ready.run("reembed_embeddings", env={"QDRANT_URL": gate.url})
         assert stop.reached.is_set()
     assert_migrated(ready, before)
@@ -405,9 +401,7 @@ def test_a_cleanup_never_takes_the_undo_of_a_migration(ready):
 def test_slots_are_bounded_however_long_a_run_is():
     made = PaidSums()
     for number in range(10_000):
-        made.add(
-            Interval(float(number), 1.0, 7, 1 if number == 5000 else 0, after_pause=number == 3000), 70, 1
-        )
+        made.add(Interval(float(number), 1.0, 7, 1 if number == 5000 else 0, after_pause=number == 3000), 70, 1)
         assert len(made.slots) <= MOST_INTERVALS
     assert (made.texts, made.tokens, made.requests, made.rate_limited) == (70_000, 700_000, 10_000, 1)
     assert sum(slot.texts for slot in made.slots) == 70_000

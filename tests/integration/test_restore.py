@@ -32,9 +32,7 @@ def upgrade(operator) -> None:
 def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operator):
     operator.load(orphans=2)
     operator.call("PUT", "/index?wait=true", {"field_name": "importance", "field_schema": "float"})
-    actions = [
-        {"create_alias": {"collection_name": operator.collection, "alias_name": f"a_{operator.collection}"}}
-    ]
+    actions = [{"create_alias": {"collection_name": operator.collection, "alias_name": f"a_{operator.collection}"}}]
     requests.post(
         f"{operator.servers.qdrant_url}/collections/aliases", json={"actions": actions}, timeout=TIMEOUT
     ).raise_for_status()
@@ -207,9 +205,7 @@ def kill_collection(operator) -> None:
     made = requests.post(f"{url}/snapshots", timeout=TIMEOUT).json()["result"]["name"]
     whole = requests.get(f"{url}/snapshots/{made}", timeout=TIMEOUT).content
     requests.delete(f"{url}/snapshots/{made}", timeout=TIMEOUT).raise_for_status()
-    bad = repacked(
-        whole, lambda name, body: b"x" * len(body) if re.match(r"0/wal/(open|closed)-", name) else body
-    )
+    bad = repacked(whole, lambda name, body: b"x" * len(body) if re.match(r"0/wal/(open|closed)-", name) else body)
     requests.delete(url, timeout=TIMEOUT)
     answer = requests.post(
         f"{url}/snapshots/upload?wait=true", files={"snapshot": ("bad.snapshot", bad)}, timeout=TIMEOUT
@@ -238,17 +234,11 @@ def test_an_alias_that_moved_to_another_collection_stays_there(operator):
     name, other = f"a_{operator.collection}", f"{operator.collection}_other"
     server = operator.servers.qdrant_url
     alias = {"create_alias": {"collection_name": operator.collection, "alias_name": name}}
-    requests.post(
-        f"{server}/collections/aliases", json={"actions": [alias]}, timeout=TIMEOUT
-    ).raise_for_status()
+    requests.post(f"{server}/collections/aliases", json={"actions": [alias]}, timeout=TIMEOUT).raise_for_status()
     operator.run("backup_automem", "--only", "qdrant")
-    requests.put(
-        f"{server}/collections/{other}", json={"vectors": {"size": 4, "distance": "Dot"}}, timeout=TIMEOUT
-    )
+    requests.put(f"{server}/collections/{other}", json={"vectors": {"size": 4, "distance": "Dot"}}, timeout=TIMEOUT)
     moved = {"create_alias": {"collection_name": other, "alias_name": name}}
-    requests.post(
-        f"{server}/collections/aliases", json={"actions": [moved]}, timeout=TIMEOUT
-    ).raise_for_status()
+    requests.post(f"{server}/collections/aliases", json={"actions": [moved]}, timeout=TIMEOUT).raise_for_status()
     operator.run("restore_from_backup", operator.archive())
     aliases = requests.get(f"{server}/aliases", timeout=TIMEOUT).json()["result"]["aliases"]
     assert {"alias_name": name, "collection_name": other} in aliases

@@ -85,9 +85,7 @@ def test_a_wrapped_dump_needs_no_engine(without_psync, standing):
             done.safety.graph.kind == "dump"
         )  # the graph is taken in a form that needs no engine, as none here could load it
         assert done.safety.graph.proof == "checked"
-        assert (
-            done.late_writes is not None
-        )  # what was never loaded has no digest: the old graph is saved in a file
+        assert done.late_writes is not None  # what was never loaded has no digest: the old graph is saved in a file
 
 
 @pytest.mark.matrix
@@ -178,9 +176,7 @@ def test_writes_between_the_safety_backup_and_the_cutover_are_saved_and_restorab
     assert done.late_writes is not None
     assert operator.graphs() == [operator.graph]
     operator.run("restore_from_backup", str(done.late_writes))
-    assert operator.cypher("MATCH (m:Memory {id: 'late'}) RETURN m.content") == [
-        ["written at the last moment"]
-    ]
+    assert operator.cypher("MATCH (m:Memory {id: 'late'}) RETURN m.content") == [["written at the last moment"]]
     assert operator.graphs() == [operator.graph]
 
 

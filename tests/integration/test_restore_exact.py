@@ -92,9 +92,7 @@ def picture(operator: Operator) -> object:
         operator.cypher(
             "CALL db.idx.vector.queryNodes('Odd', 'v', 1, vecf32([0.1, 0.2, 0.3])) YIELD node RETURN id(node)"
         ),
-        operator.cypher(
-            "MATCH ()-[r:RELATES_TO]->() WHERE r.strength > 40 AND r.strength < 41 RETURN count(r)"
-        ),
+        operator.cypher("MATCH ()-[r:RELATES_TO]->() WHERE r.strength > 40 AND r.strength < 41 RETURN count(r)"),
     ]
     return found, defined, asked
 

@@ -18,9 +18,7 @@ def test_what_is_newer_than_the_files_is_counted_named_and_preserved(operator):
     operator.run("backup_automem")
     fresh = [str(uuid.UUID(int=number)) for number in range(3)]
     operator.cypher("UNWIND $ids AS id CREATE (:Memory {id: id, content: 'since the backup'})", ids=fresh)
-    operator.cypher(
-        "MATCH (m:Memory) WHERE m.id IS NOT NULL WITH m LIMIT 2 SET m.content = 'rewritten since'"
-    )
+    operator.cypher("MATCH (m:Memory) WHERE m.id IS NOT NULL WITH m LIMIT 2 SET m.content = 'rewritten since'")
     point = {"id": fresh[0], "vector": [0.5] * OLD_SIZE, "payload": {"content": "since the backup"}}
     operator.call("PUT", "/points?wait=true", {"points": [point]})
     plan = operator.run("restore_from_backup", "latest", "--dry-run", "--json").json

@@ -157,9 +157,7 @@ def test_an_alias_is_no_place_for_a_collection(ready):
     ).raise_for_status()
     archive = ready.archive()
     before = ready.state()
-    text = ready.run(
-        "restore_from_backup", archive, "--dry-run", expect=2, env={"QDRANT_COLLECTION": name}
-    ).err
+    text = ready.run("restore_from_backup", archive, "--dry-run", expect=2, env={"QDRANT_COLLECTION": name}).err
     assert f"export QDRANT_COLLECTION={real}" in text
     assert ready.state() == before
 

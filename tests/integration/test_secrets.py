@@ -32,9 +32,7 @@ def guarded(session_servers, tmp_path):
         falkordb.start()
         try:
             (tmp_path / "operator").mkdir()
-            someone = Operator(
-                Servers(falkordb, qdrant.base_url, session_servers.openai), tmp_path / "operator"
-            )
+            someone = Operator(Servers(falkordb, qdrant.base_url, session_servers.openai), tmp_path / "operator")
             load(someone)
             proxied = qdrant.base_url.replace("//", f"//me:{LOGIN}@")
             someone.export(FALKORDB_PASSWORD=PASSWORD, QDRANT_API_KEY=QDRANT_KEY, QDRANT_URL=proxied)

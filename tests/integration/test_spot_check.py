@@ -71,9 +71,7 @@ def test_the_sample_is_spread_over_all_memories(operator):
 
     with sqlite3.connect(cache) as db:
         db.execute("ATTACH DATABASE ? AS b", [str(cache.with_name("vectors.sqlite3"))])
-        rows = (
-            "SELECT m.id - (SELECT min(id) FROM memories) FROM memories m JOIN b.vectors v ON v.key = m.key"
-        )
+        rows = "SELECT m.id - (SELECT min(id) FROM memories) FROM memories m JOIN b.vectors v ON v.key = m.key"
         places = sorted(place for (place,) in db.execute(rows))
     assert max(after - place for place, after in pairwise(places)) <= 40
 

@@ -66,9 +66,7 @@ class IdleOptimizer(HttpProxy):
         if request.command == "GET" and not self.woken:
             answer = orjson.loads(content)
             answer["result"]["status"] = self.status
-            answer["result"]["optimizer_status"] = {
-                "error": "optimizations pending, awaiting update operation"
-            }
+            answer["result"]["optimizer_status"] = {"error": "optimizations pending, awaiting update operation"}
             content = orjson.dumps(answer)
         request.reply(status, headers, content)
 
@@ -150,9 +148,7 @@ def test_aliases_are_put_back_and_never_deleted_through(q: Qdrant, filled: str, 
     assert collection.health(q, filled) == "missing"
 
 
-def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(
-    q: Qdrant, filled: str, names: list[str]
-):
+def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(q: Qdrant, filled: str, names: list[str]):
     """On 1.11.3 a server that stops with a failed collection does not start again."""
     whole = io.BytesIO()
     snapshots.download(q, filled, snapshots.create(q, filled), whole.write)

@@ -45,9 +45,7 @@ def failing(operator, *words: str) -> list[str]:
 
 
 def put_points(operator, rows) -> None:
-    body = [
-        {"id": one, "payload": payload, "vector": vector.tolist()} for one, (payload, vector) in rows.items()
-    ]
+    body = [{"id": one, "payload": payload, "vector": vector.tolist()} for one, (payload, vector) in rows.items()]
     operator.call("PUT", "/points?wait=true", {"points": body})
 
 
@@ -168,9 +166,7 @@ def test_without_an_embedding_cache_a_difference_cannot_wait_for_the_restart(ope
 def test_what_is_newer_than_the_migration_waits_for_the_restart_but_not_longer(migrated):
     changed, tagged = [one for one in points_of(migrated) if isinstance(one, str)][5:7]
     now = datetime.now(timezone.utc).isoformat()
-    migrated.cypher(
-        "CREATE (:Memory {id: $id, content: 'new here', timestamp: $now})", id=str(uuid.uuid4()), now=now
-    )
+    migrated.cypher("CREATE (:Memory {id: $id, content: 'new here', timestamp: $now})", id=str(uuid.uuid4()), now=now)
     since = "MATCH (m:Memory {id: $id}) SET m.updated_at = $now, "
     migrated.cypher(since + "m.content = 'changed since'", id=changed, now=now)
     migrated.cypher(since + "m.tags = ['since']", id=tagged, now=now)
@@ -253,9 +249,7 @@ def test_recall_through_automem_before_and_after_its_restart(operator, tmp_path)
         automem.restart({"VECTOR_SIZE": str(NEW_SIZE), "EMBEDDING_MODEL": LARGE})
         before = len(embeddable(operator))
         content = next(iter(embeddable(operator).values()))["content"]
-        result = operator.run(
-            "verify_migration", "--after-restart", "--record", "--recall", content, "--json"
-        )
+        result = operator.run("verify_migration", "--after-restart", "--record", "--recall", content, "--json")
         checks = {one["name"]: one for one in result.json["checks"]}
         assert checks["recall"]["status"] == checks["recall latency"]["status"] == PASSED
         assert "GET /recall" in checks["recall latency"]["detail"]

@@ -41,9 +41,7 @@ log = logging.getLogger("automem")
 Hit = dict[str, Any]
 
 
-def recall(
-    graph: MemoryGraph, vectors: VectorStore, text: str, limit: int, tags: list[str]
-) -> dict[str, Any]:
+def recall(graph: MemoryGraph, vectors: VectorStore, text: str, limit: int, tags: list[str]) -> dict[str, Any]:
     """Answer /recall. Raises redis.exceptions.RedisError if the graph does not answer."""
     started = time.perf_counter()
     words = keywords(text)
@@ -97,9 +95,7 @@ def _vector_hits(vectors: VectorStore, text: str, limit: int, tags: list[str]) -
     except VectorsUnavailable as error:
         log.error("Qdrant search failed: %s", error)
         return []
-    return [
-        _hit(str(point["id"]), "vector", "qdrant", float(point["score"]), point["payload"]) for point in found
-    ]
+    return [_hit(str(point["id"]), "vector", "qdrant", float(point["score"]), point["payload"]) for point in found]
 
 
 def _graph_hits(graph: MemoryGraph, text: str, words: list[str], limit: int, tags: list[str]) -> list[Hit]:
@@ -109,9 +105,7 @@ def _graph_hits(graph: MemoryGraph, text: str, words: list[str], limit: int, tag
     else:
         found, kind = graph.keyword_search(words or [phrase], phrase, limit, tags), "keyword"
     return [
-        _hit(
-            str(node["id"]), kind, "graph", score, {**node, "metadata": decode_metadata(node.get("metadata"))}
-        )
+        _hit(str(node["id"]), kind, "graph", score, {**node, "metadata": decode_metadata(node.get("metadata"))})
         for node, score in found
         if node.get("id") is not None
     ]

@@ -316,9 +316,7 @@ class AutoMemServer(ServerProcess):
         env: AutoMem's variables (FALKORDB_HOST, QDRANT_URL, VECTOR_SIZE, EMBEDDING_MODEL, ...).
     """
 
-    def __init__(
-        self, port: int | None = None, env: Mapping[str, str] | None = None, log: Path | None = None
-    ) -> None:
+    def __init__(self, port: int | None = None, env: Mapping[str, str] | None = None, log: Path | None = None) -> None:
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         # Empty counts as unset: the parent's variables do not reach the service.

@@ -208,9 +208,7 @@ _KEYWORD_SEARCH = (
     "CASE WHEN any(tag IN tags WHERE tag CONTAINS $phrase) THEN 1 ELSE 0 END AS score "
     "WHERE score > 0 RETURN m, score ORDER BY score DESC, m.importance DESC, m.timestamp DESC LIMIT $limit"
 )
-_TRENDING = (
-    f"MATCH (m:Memory) WHERE {_RECALLABLE} RETURN m ORDER BY m.importance DESC, m.timestamp DESC LIMIT $limit"
-)
+_TRENDING = f"MATCH (m:Memory) WHERE {_RECALLABLE} RETURN m ORDER BY m.importance DESC, m.timestamp DESC LIMIT $limit"
 _RELATIONS = (
     "MATCH (m:Memory {id: $id})-[r]->(related:Memory) RETURN type(r), "
     "coalesce(r.strength, r.score, r.confidence, r.similarity, toFloat(r.count), 0.0), related "
@@ -289,9 +287,7 @@ class MemoryGraph:
         nodes = [dict(row[0].properties) for row in rows]
         return [(node, float(node.get("importance") or 0.0)) for node in nodes]
 
-    def keyword_search(
-        self, words: list[str], phrase: str, limit: int, tags: list[str]
-    ) -> list[tuple[Row, float]]:
+    def keyword_search(self, words: list[str], phrase: str, limit: int, tags: list[str]) -> list[tuple[Row, float]]:
         """Find memories that contain the words or the phrase, each with a score from 0 to 1."""
         rows = self._query(_KEYWORD_SEARCH, keywords=words, phrase=phrase, limit=limit, tags=tags)
         highest = 3 * len(words) + 3

@@ -156,9 +156,7 @@ def rate_limit_error(refusal: LimitReached, model: str) -> ApiError:
     name = "tokens per min (TPM)" if refusal.kind == "tokens" else "requests per min (RPM)"
     numbers = f"Limit {refusal.limit}, Used {refusal.used}, Requested {refusal.requested}"
     if refusal.requested > refusal.limit:
-        message = (
-            f"Request too large for {model} on {name}: Limit {refusal.limit}, Requested {refusal.requested}."
-        )
+        message = f"Request too large for {model} on {name}: Limit {refusal.limit}, Requested {refusal.requested}."
     else:
         seconds = f"{refusal.retry_seconds:.3f}s"
         message = f"Rate limit reached for {model} on {name}: {numbers}. Please try again in {seconds}."
@@ -204,8 +202,7 @@ def _checked_texts(given: object) -> list[str]:
     valid = isinstance(texts, list) and texts and all(isinstance(one, str) and one.strip() for one in texts)
     if not isinstance(texts, list) or not valid:
         message = (
-            "'$.input' is invalid. Please check the API reference: "
-            "https://platform.openai.com/docs/api-reference."
+            "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs/api-reference."
         )
         raise ApiError(400, message, "invalid_request_error")
     if len(texts) > MAX_INPUTS:

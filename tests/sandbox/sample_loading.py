@@ -85,9 +85,7 @@ def _create_nodes(store: Any, batch: Sequence[SampleMemory], node_ids: dict[int,
         group = list(run)
         statement = f"UNWIND $rows AS row CREATE (n:{':'.join(labels)}) SET n = row RETURN id(n)"
         answer = store.query(statement, {"rows": [memory.properties for memory in group]})
-        node_ids.update(
-            (memory.sequence, row[0]) for memory, row in zip(group, answer.result_set, strict=True)
-        )
+        node_ids.update((memory.sequence, row[0]) for memory, row in zip(group, answer.result_set, strict=True))
 
 
 def _create_relationships(store: Any, batch: Sequence[SampleMemory], node_ids: dict[int, int]) -> int:
@@ -124,9 +122,7 @@ def load_points(
     Raises requests.HTTPError if Qdrant refuses, and RuntimeError if its count differs from what was sent.
     """
     with requests.Session() as session:
-        session.headers.update(
-            {"content-type": "application/json", **({"api-key": api_key} if api_key else {})}
-        )
+        session.headers.update({"content-type": "application/json", **({"api-key": api_key} if api_key else {})})
         base = f"{qdrant_url.rstrip('/')}/collections/{collection}"
         create_collection(session, base, size)
         written = 0
@@ -137,9 +133,7 @@ def load_points(
             written += len(batch)
         answer = _send(session, "POST", f"{base}/points/count", {"exact": True})
     if answer["result"]["count"] != written:
-        raise RuntimeError(
-            f"collection '{collection}' contains {answer['result']['count']} of {written} points"
-        )
+        raise RuntimeError(f"collection '{collection}' contains {answer['result']['count']} of {written} points")
     return written
 
 
@@ -191,9 +185,7 @@ def _orphans(count: int) -> Iterator[tuple[str, dict[str, object]]]:
         )
 
 
-def _upsert(
-    session: requests.Session, base: str, batch: Sequence[tuple[Any, Any]], vectors: Sequence[Any]
-) -> None:
+def _upsert(session: requests.Session, base: str, batch: Sequence[tuple[Any, Any]], vectors: Sequence[Any]) -> None:
     points = [
         {"id": point_id, "vector": vector, "payload": payload}
         for (point_id, payload), vector in zip(batch, vectors, strict=True)

@@ -289,12 +289,8 @@ def _relationships(run: _Run) -> list[Relationship]:
         strength = round(rng.uniform(0.1, 1.0), 3)
         found.append(Relationship("RELATES_TO", rng.choice(run.tail), {"strength": strength}))
     if rng.random() < 0.1:
-        type_ = rng.choice(
-            ("LEADS_TO", "DERIVED_FROM", "PREFERS_OVER", "EXEMPLIFIES", "CONTRADICTS", "REINFORCES")
-        )
-        found.append(
-            Relationship(type_, rng.choice(run.tail), {"strength": 0.5, "reason": "said in a review"})
-        )
+        type_ = rng.choice(("LEADS_TO", "DERIVED_FROM", "PREFERS_OVER", "EXEMPLIFIES", "CONTRADICTS", "REINFORCES"))
+        found.append(Relationship(type_, rng.choice(run.tail), {"strength": 0.5, "reason": "said in a review"}))
     return found
 
 

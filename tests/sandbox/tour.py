@@ -37,9 +37,7 @@ class Tour:
     def check(self, what: str, figure: object, *, ok: bool = True) -> None:
         """Record a check. Raises VerificationFailed if it is not `ok`."""
         if not ok:
-            raise VerificationFailed(
-                f"{what}: {figure}", next_step=f"look at the logs in {self.stack.folder}"
-            )
+            raise VerificationFailed(f"{what}: {figure}", next_step=f"look at the logs in {self.stack.folder}")
         self.checked.append((what, str(figure)))
 
     def export(self, model: str, size: int) -> None:
@@ -53,9 +51,7 @@ class Tour:
         environ = {**os.environ, **self.stack.settings(self.size, self.model)}
         environ |= {"AUTOMEM_BACKUP_DIR": str(self.backups)}
         environ.pop("AUTOMEM_ENV_FILE", None)
-        done = subprocess.run(
-            words, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(words, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, check=False)
         self.show((done.stderr + done.stdout).rstrip())
         if done.returncode != expect:
             self.check(f"exit code of {words[-1]}", f"{done.returncode}, expected {expect}", ok=False)
@@ -136,18 +132,12 @@ def _upgrade(tour: Tour, before: State) -> None:
     info = tour.curl(f"{tour.stack.qdrant.url}/collections/{COLLECTION}")["result"]
     vectors = info["config"]["params"]["vectors"]
     tour.show(f".result.config.params.vectors: {json.dumps(vectors)}")
-    tour.check(
-        "size and distance", json.dumps(vectors), ok=vectors == {"size": tour.size, "distance": "Cosine"}
-    )
+    tour.check("size and distance", json.dumps(vectors), ok=vectors == {"size": tour.size, "distance": "Cosine"})
     tour.script("verify_migration")
     after = tour.state()
     lost = before.keys - after.keys
-    tour.check(
-        "upgrade to 3072d", f"{after.points} points, {tour.stack.openai.stats()['texts'] - paid} texts paid"
-    )
-    tour.check(
-        "payload keys of the old points", f"{len(before.keys)} preserved, {len(lost)} lost", ok=not lost
-    )
+    tour.check("upgrade to 3072d", f"{after.points} points, {tour.stack.openai.stats()['texts'] - paid} texts paid")
+    tour.check("payload keys of the old points", f"{len(before.keys)} preserved, {len(lost)} lost", ok=not lost)
     tour.check("graph untouched by the upgrade", after.graph[:16], ok=after.graph == before.graph)
 
 

@@ -111,7 +111,5 @@ def _windows(model: str) -> FloatArray:
     """Create (NOISE_OFFSETS, native size) float32: overlapping views of the model's noise, no copies."""
     size = NATIVE_SIZES[model]
     seed = int.from_bytes(hashlib.blake2b(model.encode(), digest_size=16).digest(), "little")
-    noise = np.random.Generator(np.random.SFC64(seed)).standard_normal(
-        NOISE_OFFSETS + size - 1, dtype=np.float32
-    )
+    noise = np.random.Generator(np.random.SFC64(seed)).standard_normal(NOISE_OFFSETS + size - 1, dtype=np.float32)
     return np.lib.stride_tricks.sliding_window_view(noise, size)

@@ -23,9 +23,7 @@ def test_whether_two_addresses_are_of_one_server(left, right, same):
     assert same_server(left, right) == same == same_server(right, left)
 
 
-@pytest.mark.parametrize(
-    ("url", "here"), [("http://localhost:1", True), ("http://[::1]", True), ("http://h", False)]
-)
+@pytest.mark.parametrize(("url", "here"), [("http://localhost:1", True), ("http://[::1]", True), ("http://h", False)])
 def test_whether_it_is_this_machine(url, here):
     assert is_this_machine(url) == here
 

@@ -115,11 +115,7 @@ def test_packages_are_empty():
 
 
 def test_every_file_says_what_it_is():
-    silent = [
-        short(path)
-        for path in [*LIB, *SCRIPTS]
-        if path.stat().st_size and not ast.get_docstring(parsed(path))
-    ]
+    silent = [short(path) for path in [*LIB, *SCRIPTS] if path.stat().st_size and not ast.get_docstring(parsed(path))]
     assert silent == []
 
 
@@ -143,9 +139,7 @@ def test_only_the_console_and_the_edge_print():
 def reads_environment(path: Path) -> bool:
     """Whether it looks into the environment; to set a knob of a library (`setdefault`) is not reading."""
     tree = nodes(path)
-    set_only = {
-        id(node.value) for node in tree if isinstance(node, ast.Attribute) and node.attr == "setdefault"
-    }
+    set_only = {id(node.value) for node in tree if isinstance(node, ast.Attribute) and node.attr == "setdefault"}
     return any(
         (
             isinstance(node, ast.Attribute)
@@ -203,11 +197,7 @@ def test_the_contracts_name_every_room():
     config = (ROOT / "pyproject.toml").read_text()
     layers = config[config.index("layers = [") : config.index("]", config.index("layers = ["))]
     named = set(re.findall(r"lib\.(\w+)", layers))
-    rooms = {
-        path.stem
-        for path in (ROOT / "lib").iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
+    rooms = {path.stem for path in (ROOT / "lib").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert rooms - {"__init__"} == named
 
 
@@ -246,9 +236,7 @@ def test_help_is_quick(path):
     """Under 0.15 s of CPU, best of three: nothing heavy is imported before the arguments are parsed."""
     seconds = []
     for _ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, path, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        child = subprocess.Popen([sys.executable, path, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         out, _ = child.stdout.read(), child.stderr.read()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -282,9 +270,7 @@ def test_every_script_has_a_main_that_returns_its_exit_code(path, monkeypatch, c
     assert capsys.readouterr().err.startswith("error: unrecognized arguments: --no-such-flag")
 
 
-@pytest.mark.parametrize(
-    "path", [one for one in SCRIPTS if one.stem != "quickstart"], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", [one for one in SCRIPTS if one.stem != "quickstart"], ids=lambda path: path.stem)
 def test_every_script_has_the_common_flags(path):
     module = import_module(f"scripts.{path.stem}")
     args = module.arguments().parse_args(
@@ -322,6 +308,6 @@ def test_what_the_architecture_page_names_exists():
     assert len(named) > 20
     for name, function in named:
         path = next(one for one in (ROOT / "lib" / name, ROOT / name) if one.exists())
-        assert not function or re.search(
-            rf"(def|class) {function}\b|^{function}\b", path.read_text(), re.MULTILINE
-        ), name
+        assert not function or re.search(rf"(def|class) {function}\b|^{function}\b", path.read_text(), re.MULTILINE), (
+            name
+        )

@@ -206,9 +206,7 @@ def test_members_that_are_swapped_missing_or_double(tmp_path, order):
     assert caught.value.exit_code in {2, VERIFICATION_FAILED}
 
 
-@pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
-)
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_members_of_another_type(tmp_path, kind, at):
     members = [(name, data, tarfile.REGTYPE) for name, data in MEMBERS]

@@ -37,9 +37,7 @@ def facts_of(version: str, snapshots: dict[str, bytes]) -> dict[str, Any]:
         }
         for number, (name, data) in enumerate(snapshots.items(), 1)
     ]
-    node_facts = [
-        SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"]) for one in nodes
-    ]
+    node_facts = [SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"]) for one in nodes]
     whole = combined(node_facts)
     return {
         "collection": "memories",
@@ -95,9 +93,7 @@ def test_a_reader_may_want_one_of_them(version, tmp_path):
 def test_one_nodes_part_alone_is_no_backup(version, tmp_path):
     for name, data in snapshots_of(version).items():
         facts = facts_of(version, {name: data})
-        with pytest.raises(
-            BackupDamaged, match=r"holds no points of shard [01]: they are on another Qdrant node"
-        ):
+        with pytest.raises(BackupDamaged, match=r"holds no points of shard [01]: they are on another Qdrant node"):
             verify_collection(write(tmp_path / "a.tar.gz", facts, [(name, data)]))
 
 

@@ -113,9 +113,7 @@ def test_trouble_with_files_is_reported_without_a_traceback(raised, message):
     assert "\nnext:\n" in err
 
 
-@pytest.mark.parametrize(
-    "raised", ["OSError(9, 'Bad file descriptor')", "ConnectionResetError(104, 'reset')"]
-)
+@pytest.mark.parametrize("raised", ["OSError(9, 'Bad file descriptor')", "ConnectionResetError(104, 'reset')"])
 def test_other_trouble_of_the_system_is_a_bug(raised):
     code, _, err = run(f"raise {raised}")
     assert code == 1

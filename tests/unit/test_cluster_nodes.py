@@ -27,16 +27,10 @@ def looks_of(version: str) -> list[Topology]:
     for node in (1, 2):
         answers = [one for one in recorded(version) if one.get("node") == node]
         shards = next(one for one in answers if one["title"] == "shards")["response"]["json"]["result"]
-        peers = next(one for one in answers if one["title"] == "cluster")["response"]["json"]["result"][
-            "peers"
-        ]
+        peers = next(one for one in answers if one["title"] == "cluster")["response"]["json"]["result"]["peers"]
         peer = shards["peer_id"]
-        local = [
-            Shard(one["shard_id"], peer, one["state"], one["points_count"]) for one in shards["local_shards"]
-        ]
-        remote = [
-            Shard(one["shard_id"], one["peer_id"], one["state"], None) for one in shards["remote_shards"]
-        ]
+        local = [Shard(one["shard_id"], peer, one["state"], one["points_count"]) for one in shards["local_shards"]]
+        remote = [Shard(one["shard_id"], one["peer_id"], one["state"], None) for one in shards["remote_shards"]]
         known = {int(one): entry["uri"] for one, entry in peers.items()}
         found.append(Topology(len(peers), peer, (*local, *remote), len(shards["shard_transfers"]), known))
     return found
@@ -64,9 +58,7 @@ def test_both_nodes_are_the_whole_collection_whichever_is_listed_first(looks):
 def test_a_shard_of_a_node_that_is_not_listed_is_refused_and_its_node_named(looks, listed):
     other = looks[1 - listed]
     for whole in looks:
-        with pytest.raises(
-            MigrationError, match=f"peer {other.this_peer} .*http://127.0.0.1:74.2/.*QDRANT_NODE_URLS"
-        ):
+        with pytest.raises(MigrationError, match=f"peer {other.this_peer} .*http://127.0.0.1:74.2/.*QDRANT_NODE_URLS"):
             require(whole, [(ONE, looks[listed])])
 
 
@@ -106,9 +98,7 @@ def test_a_node_may_be_left_out_if_the_other_holds_every_shard(looks):
         require(one, [(ONE, one), (TWO, two)])
 
 
-@pytest.mark.parametrize(
-    "state", ["Dead", "Partial", "Initializing", "Listener", "Recovery", "ManualRecovery"]
-)
+@pytest.mark.parametrize("state", ["Dead", "Partial", "Initializing", "Listener", "Recovery", "ManualRecovery"])
 def test_a_replica_that_is_not_active_covers_nothing(looks, state):
     one, two = replicated(looks, state)
     with pytest.raises(StoreFailed, match=f"in state {state}"):

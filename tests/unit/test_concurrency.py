@@ -59,6 +59,4 @@ def test_the_first_error_is_raised_when_those_at_work_have_ended():
     with pytest.raises(ValueError, match="no room"):
         list(bounded_map(work, iter(range(100)), 4))
     assert set(ended) <= {1, 2, 3}
-    assert threading.active_count() == 1 or not any(
-        "bounded_map" in one.name for one in threading.enumerate()
-    )
+    assert threading.active_count() == 1 or not any("bounded_map" in one.name for one in threading.enumerate())

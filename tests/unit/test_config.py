@@ -476,9 +476,7 @@ def test_the_mismatch_is_reported_in_the_words_that_operators_know():
     error = caught.value
     assert isinstance(error, DimensionMismatch)
     assert error.exit_code == USAGE
-    assert str(error) == (
-        "VECTOR DIMENSION MISMATCH\nQdrant collection 'memories': 768d\nConfig VECTOR_SIZE: 3072d"
-    )
+    assert str(error) == ("VECTOR DIMENSION MISMATCH\nQdrant collection 'memories': 768d\nConfig VECTOR_SIZE: 3072d")
     keep, migrate = error.next_step.splitlines()
     assert keep.endswith("export VECTOR_SIZE=768")
     assert migrate.endswith("python scripts/reembed_embeddings.py")
@@ -498,10 +496,7 @@ def test_a_key_that_goes_to_the_address_in_another_users_file_is_reported(places
         assert "(environment, of uid 0)" in text
         assert f"({path}:" in text
         assert "of uid 65534" in text
-    assert (
-        load(QDRANT_URL="http://127.0.0.1:6333", OPENAI_BASE_URL="http://x", QDRANT_API_KEY="key").warnings
-        == ()
-    )
+    assert load(QDRANT_URL="http://127.0.0.1:6333", OPENAI_BASE_URL="http://x", QDRANT_API_KEY="key").warnings == ()
 
 
 @pytest.mark.parametrize(

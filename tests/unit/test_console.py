@@ -64,9 +64,7 @@ def test_details_are_for_verbose_alone(capsys):
 
 
 def test_json_is_one_document_in_any_encoding(capsys):
-    Console(as_json=True).result(
-        {"path": Path("/a"), "text": "\u2603 \U0001f600 \udc80", "none": None}, "not shown"
-    )
+    Console(as_json=True).result({"path": Path("/a"), "text": "\u2603 \U0001f600 \udc80", "none": None}, "not shown")
     out = capsys.readouterr().out
     assert out.isascii()
     assert json.loads(out) == {"path": "/a", "text": "\u2603 \U0001f600 \udc80", "none": None}
@@ -99,9 +97,7 @@ def on_a_terminal(**env: str) -> str:
     code = "from lib.console import Console\nwith Console().progress('embed', 100, 'texts') as advance:\n    advance(100)\n"
     mine, theirs = pty.openpty()
     environ = {**os.environ, "TERM": "xterm-256color", **env}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=theirs, stdout=subprocess.PIPE, env=environ
-    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, stdout=subprocess.PIPE, env=environ)
     os.close(theirs)
     shown = b""
     try:

@@ -254,9 +254,7 @@ def test_saved_points_keep_their_vector_when_read_again_without_it(cache):
     assert list(cache.saved_points([1, 2, 3])) == [1, 2]
     assert cache.saved_count() == 2
     cache.clear_saved()
-    assert list(cache.saved_points([1, 2])) == [
-        1
-    ]  # saved with its vector: it was removed from the collection
+    assert list(cache.saved_points([1, 2])) == [1]  # saved with its vector: it was removed from the collection
     assert cache.saved_count() == 1
 
 
@@ -298,9 +296,7 @@ def test_the_memory_stays_flat_while_much_is_read(path):
     spec = replace(SPEC, size=3072)
     with EmbeddingCache(path) as cache:
         for start in range(0, 2000, 500):
-            scan_rows = [
-                memory(cache, n, f"text {n} " + "word " * 400, spec) for n in range(start, start + 500)
-            ]
+            scan_rows = [memory(cache, n, f"text {n} " + "word " * 400, spec) for n in range(start, start + 500)]
             cache.put_memories(scan_rows)
             cache.put_vectors([(row.key, blob(1, 3072)) for row in scan_rows])
         tracemalloc.start()

@@ -188,9 +188,7 @@ def test_a_private_folder_is_made_with_its_parents_and_left_clean(tmp_path):
     assert private_dir(made) == made
 
 
-@pytest.mark.parametrize(
-    ("mode", "own_group"), [(0o777, True), (0o1777, True), (0o702, True), (0o770, False)]
-)
+@pytest.mark.parametrize(("mode", "own_group"), [(0o777, True), (0o1777, True), (0o702, True), (0o770, False)])
 def test_a_folder_into_which_others_may_write_is_refused(tmp_path, mode, own_group):
     (tmp_path / "backup_20260101_000000.json").touch()
     if not own_group:

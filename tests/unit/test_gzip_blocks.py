@@ -45,9 +45,7 @@ def pieces_of(data: bytes, size: int) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-@pytest.mark.parametrize(
-    "size", [700, 65_536, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 8 * BLOCK_BYTES]
-)
+@pytest.mark.parametrize("size", [700, 65_536, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 8 * BLOCK_BYTES])
 def test_any_gunzip_reads_it(size, tmp_path):
     data = FLOATS + ZEROS + os.urandom(1000)
     path = tmp_path / "a.gz"

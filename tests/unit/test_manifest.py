@@ -73,9 +73,7 @@ def stamp_of(number: int) -> str:
     return f"20260101_0000{number:02d}"
 
 
-def make(
-    folder: Path, number: int, *, graph=GRAPH, collection=COLLECTION, created="2026-01-01T00:00:00+00:00"
-):
+def make(folder: Path, number: int, *, graph=GRAPH, collection=COLLECTION, created="2026-01-01T00:00:00+00:00"):
     """A set with its files."""
     stamp = stamp_of(number)
     components = {"graph": graph, "collection": collection}
@@ -85,9 +83,7 @@ def make(
             file = f"falkordb/g_{stamp}.rdb" if name == "graph" else f"qdrant/qdrant_snapshot_{stamp}.tar.gz"
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(content)
-            components[name] = dataclasses.replace(
-                component, file=dataclasses.replace(component.file, name=file)
-            )
+            components[name] = dataclasses.replace(component, file=dataclasses.replace(component.file, name=file))
     return write_manifest(
         folder,
         Manifest(stamp, created, components["graph"], components["collection"], Drift(1, 2, ["x"], [])),
@@ -132,9 +128,7 @@ def test_a_newer_format_is_reported_as_such(tmp_path):
     assert "newer" in caught.value.next_step
 
 
-@pytest.mark.parametrize(
-    "content", [[], {}, "text", 1, None, {"format": "1"}, {"format": 1}, {"name": "package"}]
-)
+@pytest.mark.parametrize("content", [[], {}, "text", 1, None, {"format": "1"}, {"format": 1}, {"name": "package"}])
 def test_another_programs_json_is_no_manifest(tmp_path, content):
     path = tmp_path / "backup_x.json"
     path.write_text(json.dumps(content))

@@ -45,9 +45,7 @@ def test_the_texts_are_sent_as_they_are_and_base64_is_asked_for():
     assert (body["input"], body["encoding_format"]) == (["a text"], "base64")
 
 
-@pytest.mark.parametrize(
-    "host", ["me.openai.azure.com", "me.cognitiveservices.azure.com", "me.services.ai.azure.com"]
-)
+@pytest.mark.parametrize("host", ["me.openai.azure.com", "me.cognitiveservices.azure.com", "me.services.ai.azure.com"])
 def test_azure_gets_the_key_in_the_api_key_header_and_its_version_in_the_query(host, monkeypatch):
     spec = EmbeddingSpec(f"https://{host}/openai/deployments/large?api-version=2024-10-21", "m", 8)
     client = Provider(spec, KEY, 5.0).client()

@@ -28,26 +28,15 @@ def sealed(body: bytes) -> bytes:
 
 
 def small_rdb(version: bytes = b"0012", end: bytes = b"\xff") -> bytes:
-    aux = (
-        b"\xfa" + encoded_string(b"redis-ver") + encoded_string(b"8.2.3") + b"\xfa\x05ctime\xc2\xb1\x19\x03k"
-    )
+    aux = b"\xfa" + encoded_string(b"redis-ver") + encoded_string(b"8.2.3") + b"\xfa\x05ctime\xc2\xb1\x19\x03k"
     return sealed(
-        b"REDIS"
-        + version
-        + aux
-        + b"\xf7"
-        + GRAPH_ID
-        + b"\x02\x01\x02\x00\x00"
-        + b"\xfe\x00\x00\x01k\x01v"
-        + end
+        b"REDIS" + version + aux + b"\xf7" + GRAPH_ID + b"\x02\x01\x02\x00\x00" + b"\xfe\x00\x00\x01k\x01v" + end
     )
 
 
 def small_payload(name: bytes = b"memories", prefix: bytes = b"", version: int = 12) -> bytes:
     header = prefix + (len(name) + 1).to_bytes(8, "little") + name + b"\0" + bytes(range(256)) * 9
-    return sealed(
-        b"\x07" + GRAPH_ID + b"\x05" + encoded_string(header) + b"\x00" + version.to_bytes(2, "little")
-    )
+    return sealed(b"\x07" + GRAPH_ID + b"\x05" + encoded_string(header) + b"\x00" + version.to_bytes(2, "little"))
 
 
 def file_of(tmp_path: Path, data: bytes) -> Path:

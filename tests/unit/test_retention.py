@@ -140,9 +140,7 @@ def test_the_last_reembeddings_set_stays_until_a_newer_verified_one_exists(tmp_p
     assert deleted(tmp_path, 1) == [3, 2, 0]
     make(tmp_path, 5, **COLLECTION_HALF)
     make(tmp_path, 6, collection=dataclasses.replace(COLLECTION, proof=UNVERIFIED))
-    assert name(1) not in {
-        one.name for one in plan_cleanup(tmp_path, 1, HERE, TARGETS).delete
-    }  # still verified
+    assert name(1) not in {one.name for one in plan_cleanup(tmp_path, 1, HERE, TARGETS).delete}  # still verified
 
 
 def test_latest_is_the_newest_full_set(tmp_path):
@@ -159,9 +157,7 @@ def test_what_a_damaged_journal_names_is_protected(tmp_path):
     for number in range(1, 6):
         make(tmp_path, number)
     journal = start_journal(tmp_path, "reembed", TARGETS)
-    journal.append(
-        "live collection deleted", manifest=name(2), undo=f"restore qdrant_snapshot_{stamp_of(1)}.tar.gz"
-    )
+    journal.append("live collection deleted", manifest=name(2), undo=f"restore qdrant_snapshot_{stamp_of(1)}.tar.gz")
     lines = journal.path.read_bytes().split(b"\n")
     journal.path.write_bytes(b"\n".join([bytes(len(lines[0])), *lines[1:]]))
     plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
@@ -220,9 +216,7 @@ def test_without_a_full_set_latest_names_the_others(tmp_path):
     safety(tmp_path, 5)
     with pytest.raises(MissingData, match="no full backup in") as caught:
         latest(tmp_path, HERE)
-    assert f"{name(5)} (safety copy), {name(4)} (graph only), {name(3)} (graph only) and 2 more" in str(
-        caught.value
-    )
+    assert f"{name(5)} (safety copy), {name(4)} (graph only), {name(3)} (graph only) and 2 more" in str(caught.value)
     assert str(tmp_path / name(5)) in caught.value.next_step
 
 

@@ -39,9 +39,7 @@ def test_every_awkward_kind_is_there_from_200_memories_on():
 def test_ids_are_unique_and_plain_ones_are_uuids(samples):
     ids = [sample.properties["id"] for sample in samples if "id" in sample.properties]
     assert len(set(ids)) == len(ids)
-    assert all(
-        str(uuid.UUID(str(s.properties["id"]))) == s.properties["id"] for s in of_kind(samples, "plain")
-    )
+    assert all(str(uuid.UUID(str(s.properties["id"]))) == s.properties["id"] for s in of_kind(samples, "plain"))
 
 
 def test_contents_are_distinct_except_for_the_duplicates(samples):
@@ -71,9 +69,7 @@ def test_awkward_ids(samples):
 def test_awkward_contents(samples):
     assert all(not s.properties["content"].strip() for s in of_kind(samples, "blank"))
     assert all("content" not in s.properties for s in of_kind(samples, "missing_content"))
-    assert all(
-        '"' in s.content and "'" in s.content and "\\" in s.content for s in of_kind(samples, "quotes")
-    )
+    assert all('"' in s.content and "'" in s.content and "\\" in s.content for s in of_kind(samples, "quotes"))
     assert all("\n" in s.content and "\t" in s.content for s in of_kind(samples, "newlines"))
     assert all(max(map(ord, s.content)) > 0xFFFF for s in of_kind(samples, "emoji"))
     assert all(re.search("[\u4e00-\u9fff]{3}", s.content) for s in of_kind(samples, "chinese"))
@@ -99,9 +95,7 @@ def test_awkward_payloads(samples):
         assert "relevance_score" not in sample.payload
     for sample in of_kind(samples, "invalidated"):
         assert sample.payload["t_invalid"] == sample.properties["t_invalid"]
-    assert all(
-        s.payload["metadata"] == decode_metadata(s.properties["metadata"]) for s in samples if s.payload
-    )
+    assert all(s.payload["metadata"] == decode_metadata(s.properties["metadata"]) for s in samples if s.payload)
 
 
 def test_points_lag_behind_the_graph_in_last_accessed_alone(samples):
@@ -119,9 +113,7 @@ def test_relationships_point_to_themselves_or_back_and_not_far(samples):
     for sample in samples:
         for link in sample.relationships:
             assert sample.sequence - 2 * REACH < link.target <= sample.sequence
-    assert all(
-        any(r.target == s.sequence for r in s.relationships) for s in of_kind(samples, "self_relationship")
-    )
+    assert all(any(r.target == s.sequence for r in s.relationships) for s in of_kind(samples, "self_relationship"))
     for sample in of_kind(samples, "parallel_relationships"):
         targets = Counter((r.type, r.target) for r in sample.relationships)
         assert max(targets.values()) > 1

@@ -59,9 +59,7 @@ def overwritten(data: bytes, at: int, new: bytes) -> bytes:
 def renamed(data: bytes, old: str, new: str) -> bytes:
     """The header of `old` with another name and a right checksum."""
     offset = next(offset for offset, member in headers(data) if member.name == old)
-    return rewritten(
-        data, offset, lambda header: header.__setitem__(slice(0, 100), new.encode().ljust(100, b"\0"))
-    )
+    return rewritten(data, offset, lambda header: header.__setitem__(slice(0, 100), new.encode().ljust(100, b"\0")))
 
 
 def rewritten(data: bytes, offset: int, change: Callable[[bytearray], None]) -> bytes:
@@ -160,9 +158,7 @@ def test_data_behind_the_end_is_refused(snapshots: dict[str, bytes]):
     assert inspect(snapshots["memories_4d.snapshot"] + bytes(9000)).segments == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["../config.json", "/etc/config.json", "0/../../x", "..", "a/..", "..\\x"], ids=repr
-)
+@pytest.mark.parametrize("name", ["../config.json", "/etc/config.json", "0/../../x", "..", "a/..", "..\\x"], ids=repr)
 def test_names_that_lead_outside_are_refused_as_malicious(snapshots: dict[str, bytes], name: str):
     with pytest.raises(BackupDamaged, match="refused as malicious"):
         inspect(renamed(snapshots["memories_4d.snapshot"], "config.json", name))
@@ -257,8 +253,7 @@ def test_a_sparse_map_of_several_blocks(tmp_path):
 
     if (
         shutil.which("tar") is None
-        or "GNU tar"
-        not in subprocess.run(["tar", "--version"], capture_output=True, text=True, check=True).stdout
+        or "GNU tar" not in subprocess.run(["tar", "--version"], capture_output=True, text=True, check=True).stdout
     ):
         pytest.skip("no GNU tar on this machine")
     with (tmp_path / "holes").open("wb") as file:
@@ -310,9 +305,7 @@ def test_the_engine_counts_what_it_can_open(tmp_path):
 def test_the_engine_finds_the_ids_that_exist(tmp_path):
     pytest.importorskip("qdrant_edge")
     with opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path) as segments:
-        every = segments.held(
-            [*range(100), *(f"00000000-0000-4000-8000-{number:012x}" for number in range(100))]
-        )
+        every = segments.held([*range(100), *(f"00000000-0000-4000-8000-{number:012x}" for number in range(100))])
         assert len(every) == 50
         some = sorted(every, key=str)[:7]
         assert segments.held([*some, 2**60, "ffffffff-0000-4000-8000-000000000000"]) == set(some)

@@ -132,9 +132,7 @@ def test_a_key_that_no_header_carries_is_refused_without_showing_it(key: str):
     assert key.strip() not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("status", "text"), [(401, "Invalid API key or JWT"), (403, "Forbidden: Global access")]
-)
+@pytest.mark.parametrize(("status", "text"), [(401, "Invalid API key or JWT"), (403, "Forbidden: Global access")])
 def test_refused_access_names_server_and_reason_but_no_key(status: int, text: str):
     with Scripted((status, {}, f"{text} {KEY}")) as server:
         with pytest.raises(AccessRefused, match=text) as caught:
@@ -262,9 +260,7 @@ def test_a_proxys_limit_of_bytes_splits_too():
 
 
 def test_a_full_disk_is_nobodys_row():
-    with Scripted(
-        refused(500, "No space left on device: WAL buffer size exceeds available disk space")
-    ) as server:
+    with Scripted(refused(500, "No space left on device: WAL buffer size exceeds available disk space")) as server:
         with pytest.raises(QdrantError, match="No space left"):
             upsert.upsert(server.qdrant, "x", [1, 2], np.ones((2, 4), np.float32), [{}] * 2)
         assert len(server.seen) == 1
@@ -357,9 +353,7 @@ def test_shards_that_move_or_are_not_whole_are_refused(local: dict, transfers: l
 )
 def test_only_a_lost_shard_makes_a_collection_failed(text: str, health: str):
     """A failed collection may be deleted; a collection on a stopped node, or one that did not load, must not be."""
-    with Scripted(
-        fine({"collections": [{"name": "x"}]}), refused(500, f"Service internal error: {text}")
-    ) as server:
+    with Scripted(fine({"collections": [{"name": "x"}]}), refused(500, f"Service internal error: {text}")) as server:
         assert collection.health(server.qdrant, "x") == health
 
 
@@ -375,9 +369,7 @@ def info(optimizer: object) -> tuple:
     return fine({"status": status, "optimizer_status": optimizer, "config": {"params": params}})
 
 
-NO_ROOM = {
-    "error": "Service runtime error: Not enough space available for optimization, needed: 2, available: 1"
-}
+NO_ROOM = {"error": "Service runtime error: Not enough space available for optimization, needed: 2, available: 1"}
 ONE = fine({"count": 1})
 
 

@@ -220,10 +220,7 @@ class EmbeddingCache(CacheFile):
                    ON CONFLICT (point_id) DO UPDATE SET node_id = excluded.node_id, key = excluded.key,
                      content = excluded.content, payload = excluded.payload, tokens = excluded.tokens,
                      scan = excluded.scan""",
-                (
-                    (str(row.point_id), row.node_id, row.key, row.content, row.payload, row.tokens, scan)
-                    for row in rows
-                ),
+                ((str(row.point_id), row.node_id, row.key, row.content, row.payload, row.tokens, scan) for row in rows),
             )
 
     def end_scan(self) -> int:

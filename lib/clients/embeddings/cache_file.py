@@ -91,9 +91,7 @@ class CacheFile:
         count_tables = f"SELECT count(*) FROM {schema}.sqlite_master"  # noqa: S608 - a name of ours
         empty = self.number(count_tables) == 0
         # No cache has a view or a trigger. A foreign one would run its own SQL, which may never end.
-        foreign = self.number(
-            f"{count_tables} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
-        )
+        foreign = self.number(f"{count_tables} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'")
         if foreign or (not empty and not self.is_of_this_version(schema)):
             raise CacheDamaged(
                 f"{path} is not an embedding cache of this version of the tool",
@@ -141,8 +139,7 @@ class CacheFile:
         if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
             return f"ls -l {quote(str(folder))}   and make it writable again, then run the same command again"
         return (
-            "move it away and run again (its vectors are paid for again):  "
-            f"mv {quote(file)} {quote(file + '.damaged')}"
+            f"move it away and run again (its vectors are paid for again):  mv {quote(file)} {quote(file + '.damaged')}"
         )
 
     @contextlib.contextmanager
@@ -163,9 +160,7 @@ class CacheFile:
         with self.guarded():
             return self.db.execute(sql, values).fetchall()
 
-    def rows_in(
-        self, sql: str, items: Iterable[object], before: Sequence[object] = ()
-    ) -> Iterator[tuple[Any, ...]]:
+    def rows_in(self, sql: str, items: Iterable[object], before: Sequence[object] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows of a query that ends with `IN`, for any number of `items`; `before`: the values left of it."""
         for part in chunks(items, VALUES_AT_ONCE):
             yield from self.rows(f"{sql} ({marks(part)})", [*before, *part])

@@ -67,9 +67,7 @@ def read_answer(body: dict[str, object], count: int, spec: EmbeddingSpec) -> Ans
     """Check and decode the vectors for `count` texts. Raises BadAnswer, BadIndices, WrongWidth."""
     data = body.get("data")
     if not isinstance(data, list) or len(data) != count:
-        raise BadAnswer(
-            f"{len(data) if isinstance(data, list) else 'no'} vectors came back for {count} texts"
-        )
+        raise BadAnswer(f"{len(data) if isinstance(data, list) else 'no'} vectors came back for {count} texts")
     indices = _indices(data)
     vectors = np.empty((count, spec.size), dtype=np.float32)
     while data:
@@ -227,9 +225,7 @@ class Provider:
         if self._openai is not None:
             self._openai.close()
 
-    def _error(
-        self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object
-    ) -> Exception:
+    def _error(self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object) -> Exception:
         sent = estimated_tokens(texts)
         return refusal_error(status, headers, body, secret=self._key, sent_tokens=sent, provider=self.name)
 

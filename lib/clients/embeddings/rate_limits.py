@@ -149,9 +149,7 @@ class Pacer:
     instead of waiting for longer than `longest_wait_seconds`.
     """
 
-    def __init__(
-        self, longest_wait_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, longest_wait_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._longest_wait = longest_wait_seconds
         self._clock = clock
         self._changed = threading.Condition()

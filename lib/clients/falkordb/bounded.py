@@ -104,9 +104,7 @@ class BoundedSocket:
     @staticmethod
     def _require(found: int, most: int, what: str) -> None:
         if found > most:
-            raise redis.exceptions.InvalidResponse(
-                f"a reply of {found:,} {what}, more than is accepted ({most:,})"
-            )
+            raise redis.exceptions.InvalidResponse(f"a reply of {found:,} {what}, more than is accepted ({most:,})")
 
 
 def _peak_memory() -> int:

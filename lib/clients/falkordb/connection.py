@@ -93,9 +93,7 @@ class _Client(redis.Redis):
         super().close()
 
 
-def connect(
-    address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS
-) -> redis.Redis:
+def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
 
     Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable. DUMP, RESTORE and all that writes
@@ -183,9 +181,7 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
         return access_refused(where, text)
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
-        unknown = re.search(
-            r"Name or service not known|name resolution|nodename nor servname|No address", text
-        )
+        unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)
         hint = container_hint(where.rpartition(":")[0], "FALKORDB_HOST=localhost") if unknown else ""
         return StoreUnreachable(f"FalkorDB at {where} does not answer: {text}", next_step=hint + START_HINT)
     return _store_failed(error, where, text)
@@ -272,9 +268,7 @@ def function_libraries(conn: redis.Redis) -> list[str]:
     try:
         with translated(conn):
             listed = conn.execute_command("GRAPH.UDF", "LIST")
-            return sorted(
-                dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed
-            )
+            return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
     except (AccessRefused, StoreFailed):
         return []
 

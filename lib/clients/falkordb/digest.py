@@ -64,17 +64,13 @@ def graph_digest(
         "by_id": by_id,
     }
     text = json.dumps(covered, sort_keys=True, ensure_ascii=False).encode()
-    return GraphDigest(
-        blake2b(text, digest_size=HASH_BYTES).hexdigest(), reader.nodes, reader.relationships, by_id
-    )
+    return GraphDigest(blake2b(text, digest_size=HASH_BYTES).hexdigest(), reader.nodes, reader.relationships, by_id)
 
 
 class _Reader:
     """Reads all nodes first, and saves the hash of each under its id, then relationships."""
 
-    def __init__(
-        self, conn: redis.Redis, graph: str, *, by_id: bool, progress: Callable[[int], None]
-    ) -> None:
+    def __init__(self, conn: redis.Redis, graph: str, *, by_id: bool, progress: Callable[[int], None]) -> None:
         self.nodes = 0
         self.relationships = 0
         self._conn = conn

@@ -70,9 +70,7 @@ def stream_rdb(
         header = connection.request_rdb()
         receiver = _Receiver(write, progress)
         is_diskless = header.startswith(b"$EOF:")
-        pieces = (
-            _read_until_mark(connection, header[5:]) if is_diskless else _read_length(connection, header[1:])
-        )
+        pieces = _read_until_mark(connection, header[5:]) if is_diskless else _read_length(connection, header[1:])
         for piece in pieces:
             receiver.add(piece)
     return receiver.finish(address.display)
@@ -141,9 +139,7 @@ class _ReplicaConnection:
 
     def __init__(self, address: GraphAddress, idle_seconds: float) -> None:
         self.address = address.display
-        self._login = (
-            [word for word in (address.username, address.password) if word] if address.password else []
-        )
+        self._login = [word for word in (address.username, address.password) if word] if address.password else []
         self._idle = idle_seconds
         with self._socket_errors():
             self._socket = _open_socket(address, min(CONNECT_SECONDS, idle_seconds))
@@ -185,9 +181,7 @@ class _ReplicaConnection:
         with self._socket_errors():
             data = self._reader.read1(size)
         if not data:
-            raise StoreUnreachable(
-                f"FalkorDB at {self.address} closed the connection in the middle of the RDB"
-            )
+            raise StoreUnreachable(f"FalkorDB at {self.address} closed the connection in the middle of the RDB")
         return data
 
     def _ask(self, *words: str) -> bytes:
@@ -260,11 +254,7 @@ def _refusal(text: str, where: str) -> MigrationError:
             f"FalkorDB at {where} does not permit this user to receive an RDB: {text}", next_step=_GRANT
         )
     if "unknown command" in text.lower():
-        return PsyncRefused(
-            f"FalkorDB at {where} has its replication commands switched off: {text}", next_step=_GRANT
-        )
+        return PsyncRefused(f"FalkorDB at {where} has its replication commands switched off: {text}", next_step=_GRANT)
     if kind in _LATER:
-        return StoreFailed(
-            f"FalkorDB at {where} {_LATER[kind]}: {text}", next_step="run this again when it is ready"
-        )
+        return StoreFailed(f"FalkorDB at {where} {_LATER[kind]}: {text}", next_step="run this again when it is ready")
     return StoreFailed(f"FalkorDB at {where} refused to send an RDB: {text}")

@@ -153,9 +153,7 @@ def relationships() -> list[Window]:
             "MATCH (m) WHERE id(m) >= $low",
             "target",
         ),
-        Window(
-            f"{pattern} {pair} AND id(r) >= $low AND id(r) < $high", f"{pattern} {pair} AND id(r) >= $low"
-        ),
+        Window(f"{pattern} {pair} AND id(r) >= $low AND id(r) < $high", f"{pattern} {pair} AND id(r) >= $low"),
     ]
 
 
@@ -235,9 +233,7 @@ class _PageReader:
     uncut: int
     span_limit: int = sys.maxsize
 
-    def pages(
-        self, windows: Sequence[Window], first: int, size: int, fixed: dict[str, int]
-    ) -> Iterator[list[Row]]:
+    def pages(self, windows: Sequence[Window], first: int, size: int, fixed: dict[str, int]) -> Iterator[list[Row]]:
         window, low, span = windows[0], first, size
         while True:
             rows = self._rows(window, low, low + span, fixed)
@@ -328,9 +324,7 @@ def iter_memories(
     `keys` are the properties to read (default: all); a missing one is None. Doubles have the 15 digits that FalkorDB
     prints.
     """
-    columns = ", ".join(
-        ["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"]
-    )
+    columns = ", ".join(["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"])
     for rows in pages(conn, graph, nodes(MEMORY_LABEL), columns, first=after + 1, size=page):
         for node_id, *cells in sorted(rows, key=lambda row: int(row[0][1])):
             if keys:
@@ -376,9 +370,7 @@ def schema(conn: redis.Redis, graph: str) -> GraphSchema:
     """
     return GraphSchema(
         indexes=_definitions(conn, graph, "db.indexes", _INDEX_COLUMNS),
-        constraints=_definitions(
-            conn, graph, "db.constraints", _CONSTRAINT_COLUMNS, "WHERE status <> 'FAILED'"
-        ),
+        constraints=_definitions(conn, graph, "db.constraints", _CONSTRAINT_COLUMNS, "WHERE status <> 'FAILED'"),
         labels=names(conn, graph, "db.labels", "label"),
         relationship_types=names(conn, graph, "db.relationshipTypes", "relationshipType"),
         property_keys=names(conn, graph, "db.propertyKeys", "propertyKey"),

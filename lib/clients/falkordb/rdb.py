@@ -196,9 +196,7 @@ def inspect_rdb(path: Path) -> RdbFacts:
     if mark and stored != computed:
         raise BackupDamaged(f"{path.name} is cut off: it does not end like an RDB file")
     if stored not in {0, computed}:
-        raise BackupDamaged(
-            f"{path.name} is damaged: its CRC64 is {stored:016x}, its content makes {computed:016x}"
-        )
+        raise BackupDamaged(f"{path.name} is damaged: its CRC64 is {stored:016x}, its content makes {computed:016x}")
     return RdbFacts(
         version=head.version,
         redis_version=head.aux.get("redis-ver", ""),
@@ -264,8 +262,7 @@ def wrap_dump(payload: bytes, key: str, *, redis_version: str = "", created: int
     aux = {"redis-ver": redis_version, "ctime": str(created), _DUMP_MARK: key}
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
     head += b"".join(
-        bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode())
-        for field, text in aux.items()
+        bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode()) for field, text in aux.items()
     )
     head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(name)
     crc = crc64(head)

@@ -120,9 +120,7 @@ def _error_line(log: str) -> str:
     """Return the last line of a server's log that reports an error, else its last line; without process id and time."""
     lines = [_STAMP.sub("", line).strip() for line in log.splitlines() if line.strip()]
     errors = [
-        line
-        for line in lines
-        if any(word in line.lower() for word in _ERROR_WORDS) and "check server logs" not in line
+        line for line in lines if any(word in line.lower() for word in _ERROR_WORDS) and "check server logs" not in line
     ]
     return (errors or lines or ["its log is empty"])[-1]
 
@@ -167,9 +165,7 @@ def installed_engines(env: Mapping[str, str]) -> list[Engine]:
             found.append(_probe(*wheel))
     if named := _named(env):
         found.append(named)
-    return sorted(
-        found, key=lambda engine: (engine.rdb_version, engine.graph_encoding, engine.falkordb_version)
-    )
+    return sorted(found, key=lambda engine: (engine.rdb_version, engine.graph_encoding, engine.falkordb_version))
 
 
 def _wheels() -> Iterator[tuple[Path, Path, str]]:
@@ -279,9 +275,7 @@ def newest_encoding(falkordb_version: str) -> int | None:
 
 
 @contextlib.contextmanager
-def scratch_server(
-    engine: Engine, rdb: Path | None = None, *, seconds: float | None = None
-) -> Iterator[Scratch]:
+def scratch_server(engine: Engine, rdb: Path | None = None, *, seconds: float | None = None) -> Iterator[Scratch]:
     """Run a private server of `engine` that has loaded `rdb`; on leaving it is killed and its directory removed.
 
     `seconds` bounds start and load (default: by the file's size). Raises BackupDamaged if the file does not load,

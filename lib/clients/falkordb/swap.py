@@ -28,8 +28,7 @@ from lib.errors import (
 )
 
 GRANT = (
-    "grant what a restore needs: ACL SETUSER <user> +restore +rename +multi +exec +dump +graph.delete"
-    " +graph.ro_query"
+    "grant what a restore needs: ACL SETUSER <user> +restore +rename +multi +exec +dump +graph.delete +graph.ro_query"
 )
 _NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
 _EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
@@ -128,9 +127,7 @@ def require_memory(conn: redis.Redis, need: int) -> None:
     policy = str(memory.get("maxmemory_policy", "noeviction"))
     if not limit or used + need <= limit:
         return
-    evicts = (
-        f"; its policy '{policy}' would delete other keys to make room" if policy in _EVICTS_ANY_KEY else ""
-    )
+    evicts = f"; its policy '{policy}' would delete other keys to make room" if policy in _EVICTS_ANY_KEY else ""
     raise StoreFailed(
         f"FalkorDB at {address_of(conn)} uses {used >> 20} of {limit >> 20} MiB (maxmemory), and the graph needs"
         f" another {need >> 20} MiB while the old and the new one both exist{evicts}",
@@ -368,7 +365,5 @@ def _next_step(text: str, payload: bytes) -> str:
     if "Bad data format" in text:
         return f"the backup needs a FalkorDB that reads graph encoding {graph_encoding(payload)}: upgrade the target"
     if "maxmemory" in text:
-        return (
-            "the old and the new graph both exist for a while: raise maxmemory, or free memory on the target"
-        )
+        return "the old and the new graph both exist for a while: raise maxmemory, or free memory on the target"
     return GRANT if "unknown command" in text.lower() else ""

@@ -89,9 +89,7 @@ def peers_of(q: Qdrant) -> tuple[int, int]:
     return int(cluster.get("peer_id") or 0), len(cluster.get("peers") or ())
 
 
-def wait_active(
-    nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterable[int], seconds: float
-) -> None:
+def wait_active(nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterable[int], seconds: float) -> None:
     """Poll until `node` holds these shards and all `nodes` report every replica as active.
 
     A restore into a cluster answers seconds earlier. Until then counts lack points, and the restore of another part

@@ -242,9 +242,7 @@ def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
         q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
 
 
-def create_body(
-    raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def create_body(raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The body of the create call for `create_like`. Raises UsageProblem."""
     refuse_foreign(raw_info)
     config = raw_info["config"]
@@ -270,10 +268,7 @@ def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size:
 
 def _index_definitions(raw_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     schema = raw_info.get("payload_schema") or {}
-    return {
-        name: {key: value for key, value in entry.items() if key != "points"}
-        for name, entry in schema.items()
-    }
+    return {name: {key: value for key, value in entry.items() if key != "points"} for name, entry in schema.items()}
 
 
 def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:

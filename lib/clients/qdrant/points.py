@@ -213,9 +213,7 @@ def _serialized(
 
     rows: list[_Row] = []
     rejected: list[Rejected] = []
-    for point_id, vector, payload in zip(
-        ids, np.ascontiguousarray(vectors, dtype=np.float32), payloads, strict=True
-    ):
+    for point_id, vector, payload in zip(ids, np.ascontiguousarray(vectors, dtype=np.float32), payloads, strict=True):
         if not np.isfinite(vector).all():
             rejected.append(Rejected(point_id, "its vector holds a number that is not finite"))
             continue
@@ -288,9 +286,7 @@ def _query(q: Qdrant, name: str, query: PointId | list[float], limit: int, *, pa
 
 
 @contextmanager
-def exact_search(
-    q: Qdrant, ids: Sequence[PointId]
-) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
+def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
     """Yield a function (collection, vector, limit) that searches among these ids only, exactly, best first.
 
     It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
@@ -317,9 +313,7 @@ def exact_search(
             raise QdrantError(q.display, error.status_code or 0, text) from None
         except ResponseHandlingException:
             raise NoAnswer(f"Qdrant at {q.display} gave no answer to a search") from None
-        return [
-            Hit(one.id if isinstance(one.id, int) else str(one.id), one.score, None) for one in answer.points
-        ]
+        return [Hit(one.id if isinstance(one.id, int) else str(one.id), one.score, None) for one in answer.points]
 
     with closing(client):
         yield nearest

@@ -178,9 +178,7 @@ class Qdrant:
         """
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
-        response = self.call(
-            method, path, content, params=params, headers=headers, timeout=timeout, retry=retry
-        )
+        response = self.call(method, path, content, params=params, headers=headers, timeout=timeout, retry=retry)
         decoded = self._decode(response)
         return decoded.get("result") if isinstance(decoded, dict) else decoded
 
@@ -249,9 +247,7 @@ class Qdrant:
         # No redirect is followed: the key would be sent to its target.
         fixed = {"timeout": timeout, "allow_redirects": False, "stream": True}
         try:
-            response = self._session().request(
-                method, self.base_url + path, data=content, **{**options, **fixed}
-            )
+            response = self._session().request(method, self.base_url + path, data=content, **{**options, **fixed})
             _require_framed(response)
             if not options["stream"] or response.status_code >= 300:
                 read_whole(response, LARGEST_ANSWER, max(seconds, LONGEST_ANSWER_SECONDS))
@@ -314,9 +310,7 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
     """StoreUnreachable if no connection was made, else NoAnswer."""
     text = str(error)
     if isinstance(error, requests.exceptions.SSLError):
-        return StoreUnreachable(
-            f"Qdrant at {display}: TLS failed", next_step="check QDRANT_URL (http or https)"
-        )
+        return StoreUnreachable(f"Qdrant at {display}: TLS failed", next_step="check QDRANT_URL (http or https)")
     reason = next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None)
     if reason:
         host = urlsplit(display).hostname or ""
@@ -331,9 +325,7 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
     )
 
 
-def _status_error(
-    display: str, response: requests.Response, secrets: Iterable[str]
-) -> AccessRefused | QdrantError:
+def _status_error(display: str, response: requests.Response, secrets: Iterable[str]) -> AccessRefused | QdrantError:
     """The error for an answer of status 300 and above; `secrets` are masked in its text."""
     status, text = response.status_code, _error_text(response)
     for secret in filter(None, secrets):

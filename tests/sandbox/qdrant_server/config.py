@@ -76,9 +76,7 @@ def incompatible(live: Json, snapshot: Json) -> str | None:
     if _sizes(ours["vectors"]) != _sizes(theirs["vectors"]):
         return f"Collection vectors: {_debug(ours['vectors'])} Snapshot Vectors: {_debug(theirs['vectors'])}"
     if ours["shard_number"] != theirs["shard_number"]:
-        return (
-            f"Collection shard number: {ours['shard_number']} Snapshot shard number: {theirs['shard_number']}"
-        )
+        return f"Collection shard number: {ours['shard_number']} Snapshot shard number: {theirs['shard_number']}"
     return None
 
 

@@ -48,9 +48,7 @@ def add_to(routes: Routes) -> None:
     routes.add("PATCH", one, _patch, "json")
     routes.add("DELETE", one, lambda call: call.storage.delete(call.names["name"]))
     routes.add("GET", f"{one}/exists", _exists)
-    routes.add(
-        "GET", f"{one}/aliases", lambda call: {"aliases": call.storage.alias_rows(call.collection.name)}
-    )
+    routes.add("GET", f"{one}/aliases", lambda call: {"aliases": call.storage.alias_rows(call.collection.name)})
     routes.add("GET", f"{one}/cluster", _cluster)
     many = f"{one}/snapshots"
     routes.add("GET", many, lambda call: snapshots.listed(call.storage, call.names["name"]))

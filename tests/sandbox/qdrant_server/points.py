@@ -40,9 +40,7 @@ def build_filter(filter_json: Json | None) -> edge.Filter | None:
         must=_conditions(filter_json.get("must")),
         should=_conditions(filter_json.get("should")),
         must_not=_conditions(filter_json.get("must_not")),
-        min_should=edge.MinShould(_conditions(least["conditions"]) or [], least["min_count"])
-        if least
-        else None,
+        min_should=edge.MinShould(_conditions(least["conditions"]) or [], least["min_count"]) if least else None,
     )
 
 
@@ -110,12 +108,9 @@ INDEX_PARAMS = {
     "datetime": edge.DatetimeIndexParams,
     "uuid": edge.UuidIndexParams,
 }
-DATATYPES = {
-    name.lower(): getattr(edge.VectorStorageDatatype, name) for name in ("Float32", "Float16", "Uint8")
-}
+DATATYPES = {name.lower(): getattr(edge.VectorStorageDatatype, name) for name in ("Float32", "Float16", "Uint8")}
 TOKENIZERS = {
-    name.lower(): getattr(edge.TokenizerType, name)
-    for name in ("Prefix", "Whitespace", "Word", "Multilingual")
+    name.lower(): getattr(edge.TokenizerType, name) for name in ("Prefix", "Whitespace", "Word", "Multilingual")
 }
 
 
@@ -128,9 +123,7 @@ def engine_config(config: Json) -> edge.EdgeConfig:
         dense: Any = _vector_params(vectors)
     else:
         dense = {name: _vector_params(one) for name, one in vectors.items()}
-    return edge.EdgeConfig(
-        vectors=dense, sparse_vectors=sparse or None, on_disk_payload=params["on_disk_payload"]
-    )
+    return edge.EdgeConfig(vectors=dense, sparse_vectors=sparse or None, on_disk_payload=params["on_disk_payload"])
 
 
 def _vector_params(params: Json) -> edge.EdgeVectorParams:

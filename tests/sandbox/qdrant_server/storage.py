@@ -196,9 +196,7 @@ class Collection:
             raise Refusal(429, f"{text}, {advice}")
         with self.lock:
             now = time.monotonic()
-            initial = (
-                per_minute - 1 if kind == "Write" else per_minute
-            )  # the creation has spent one (recorded)
+            initial = per_minute - 1 if kind == "Write" else per_minute  # the creation has spent one (recorded)
             tokens, then = self._rate_tokens.get(kind, (float(initial), now))
             tokens = min(per_minute, tokens + (now - then) * per_minute / MINUTE)
             if tokens < cost:
@@ -341,9 +339,7 @@ class Storage:
         """Create an empty collection. Raises Refusal if a collection (409) or an alias (400) has the name."""
         with self._lock:
             if name in self.aliases:
-                raise wrong_input(
-                    f"Can't create collection with name {name}. Alias with the same name already exists"
-                )
+                raise wrong_input(f"Can't create collection with name {name}. Alias with the same name already exists")
             if name in self.collections:
                 raise collection_exists(name)
             folder = self.folder / "collections" / name

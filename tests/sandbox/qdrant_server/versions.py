@@ -65,9 +65,7 @@ def invalid_body(text: str) -> Refusal:
 
 def no_variant(enum: str, body: bytes) -> Refusal:
     """A value that matches no variant of `enum` (400). The position is the end of the body."""
-    return format_error(
-        f"data did not match any variant of untagged enum {enum} at line 1 column {len(body)}"
-    )
+    return format_error(f"data did not match any variant of untagged enum {enum} at line 1 column {len(body)}")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
