@@ -16,15 +16,22 @@ _NATIVE_SIZES = {
 }
 _SHORTENED = ("text-embedding-3-",)
 UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the vectors
+# The providers that AutoMem can use (its EMBEDDING_PROVIDER), but for placeholder vectors.
+OPENAI, VOYAGE, OLLAMA, LOCAL = "openai", "voyage", "ollama", "local"
+LOCAL_URL = "local:fastembed"  # the endpoint of models that run in this process
 
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The endpoint, model and size that decide a text's vector. The endpoint's URL may hold a login or a key."""
+    """The endpoint, model and size that decide a text's vector. The endpoint's URL may hold a login or a key.
+
+    Each provider has its own endpoint, so that `provider` decides nothing more: it names the protocol and its limits.
+    """
 
     base_url: str = field(repr=False)
     model: str
     size: int
+    provider: str = field(default=OPENAI, compare=False)
 
 
 def bare_model(model: str) -> str:
