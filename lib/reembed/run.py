@@ -68,14 +68,22 @@ def reembed(
         if not resumed_after_delete:
             held.enter_context(ctx.store_lock())
         cutover = cut_over(ctx, journal, assessment, manifest, announce)
-        first = fill(ctx, journal)
+        done = _fill_and_verify(ctx, journal, runner, paid, cutover, undo)
+    report = make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete)
+    return done, _close(journal, paid, write_report(report))
 
-        scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
-        last = fill(ctx, journal)
-        removed = _remove_orphans(ctx, cutover)
-        repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False)
-        _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
-    done = Finished(
+
+def _fill_and_verify(
+    ctx: Context, journal: Journal, runner: EmbeddingRunner, paid: EmbeddingTotals, cutover: Cutover, undo: str
+) -> Finished:
+    """Fill the new collection, catch up with what was written meanwhile, verify every point, and clean up."""
+    first = fill(ctx, journal)
+    scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+    last = fill(ctx, journal)
+    removed = _remove_orphans(ctx, cutover)
+    repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False)
+    _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
+    return Finished(
         scan=scan,
         outcome=last.outcome,
         points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
@@ -88,8 +96,6 @@ def reembed(
         removed=removed,
         undo=journal.undo or undo,
     )
-    report = make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete)
-    return done, _close(journal, paid, write_report(report))
 
 
 def only_stage(
