@@ -16,7 +16,9 @@ from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engin
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config
+from lib.dimensions import OLLAMA
 from lib.files import lock_targets, private_dir
+from lib.providers import reason_shown
 
 if TYPE_CHECKING:
     from lib.clients.embeddings.cache import EmbeddingCache
@@ -110,7 +112,8 @@ def open_reembed(
 
     folder, targets = config.backup_dir, config.targets()
     clean_up_untouched(graph, source, folder, targets)
-    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, bar)
+    reason = reason_shown(config.settings, config.spec)
+    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, bar, reason=reason)
 
 
 def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
@@ -159,7 +162,8 @@ def open_runner(
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
-    client = EmbeddingClient(spec, config.openai_api_key)
+    timeout = {"timeout_seconds": config.ollama_timeout} if spec.provider == OLLAMA else {}
+    client = EmbeddingClient(spec, config.embedding_key, **timeout)
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 

@@ -57,7 +57,7 @@ def reembed(
     manifest = require_protection(ctx, assessment.journal, assessment.live)
     _embed(ctx, runner, paid)
     journal = _begin(ctx, assessment.journal, manifest)
-    undo = journal.undo or undo_of(_undo_set(ctx, manifest))
+    undo = journal.undo or undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
     resumed_after_delete = journal.has_reached(DELETING)
 
     _stage(ctx, journal, assessment, runner, paid)
