@@ -151,19 +151,21 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
     own = {name: one for name in names for one in reversed([settings[name], *settings[name].hidden]) if one.automem}
     if not own.keys() - {MODEL_SETTINGS[OPENAI]}:
         return None  # AutoMem has them from elsewhere
-    # AutoMem's keys may be in its environment, as here; if its files have some of them, they have all.
-    keys = {} if own.keys() & _DECIDING.keys() else {name: settings[name] for name in _DECIDING}
-    theirs = choose({**keys, **own}, size)
+    theirs = choose(own, size)
+    if not theirs.setting:  # its keys are in its environment, as they are here
+        theirs = choose({**{name: settings[name] for name in _DECIDING}, **own}, size)
     same_model = theirs.model == ours.model or theirs.provider == OPENAI
     if theirs.provider == ours.provider and same_model:
         return None
     decisive = own.get(theirs.setting) or next(iter(own.values()))
     file = decisive.origin.rpartition(":")[0]
-    lines, exports = (_lines(one) for one in (ours, theirs))
+    steps = [f"in {file}:", *(f"  {line}" for line in _lines(ours))]
+    if theirs.provider in _NAMES:
+        steps.append(f"or here:  export {' '.join(_lines(theirs))}")
     return UsageProblem(
         f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
         f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing",
-        next_step="\n".join([f"in {file}:", *(f"  {line}" for line in lines), f"or here:  export {' '.join(exports)}"]),
+        next_step="\n".join(steps),
     )
 
 
