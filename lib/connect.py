@@ -22,7 +22,9 @@ from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engin
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config
+from lib.dimensions import OLLAMA
 from lib.files import lock_targets, private_dir
+from lib.providers import reason_shown
 
 if TYPE_CHECKING:
     from lib.clients.embeddings.cache import EmbeddingCache
@@ -115,8 +117,9 @@ def open_reembed(
 
     folder, targets = config.backup_dir, config.targets()
     clean_up_untouched(graph, source, folder, targets)
-    lock = partial(store_lock, config, console.notice)
-    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, console.progress, lock)
+    lock, reason = partial(store_lock, config, console.notice), reason_shown(config.settings, config.spec)
+    stores = (graph, source.qdrant, config.collection, config.spec, cache, folder, targets, console.progress)
+    return Context(*stores, store_lock=lock, reason=reason)
 
 
 def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
@@ -165,7 +168,8 @@ def open_runner(
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
-    client = EmbeddingClient(spec, config.openai_api_key)
+    timeout = {"timeout_seconds": config.ollama_timeout} if spec.provider == OLLAMA else {}
+    client = EmbeddingClient(spec, config.embedding_key, **timeout)
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from lib.errors import DimensionMismatch, UsageProblem
@@ -43,6 +45,21 @@ def bare_model(model: str) -> str:
 def same_model(one: object, other: object) -> bool:
     """Whether two names mean one model, with or without a gateway's prefix."""
     return bare_model(str(one)) == bare_model(str(other))
+
+
+def provider_of(record: Mapping[str, Any]) -> str:
+    """Return the provider that a stamp, a manifest's component or a journal names. One without is OpenAI's."""
+    return str(record.get("provider") or OPENAI)
+
+
+def provider_fact(provider: str) -> dict[str, str]:
+    """Return what such a record holds of the provider: nothing if it is OpenAI, as in records of earlier versions."""
+    return {} if provider == OPENAI else {"provider": provider}
+
+
+def is_model_of(record: Mapping[str, Any], spec: EmbeddingSpec) -> bool:
+    """Whether a stamp names the model and the provider of `spec`."""
+    return same_model(record.get("model"), spec.model) and provider_of(record) == spec.provider
 
 
 def native_size(model: str) -> int | None:

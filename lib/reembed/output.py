@@ -9,7 +9,8 @@ from lib.clients.embeddings.pricing import PRICES_AS_OF, price_text
 from lib.console import Console, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
-from lib.show_config import RESTART
+from lib.providers import native_size_fault
+from lib.show_config import chosen, restart_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,6 +71,7 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     action = f"{_action(assessment, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
     texts = f"{plan.texts:,} texts, {plan.tokens:,} tokens"
     rows = [
+        ("model", chosen(ctx.spec, ctx.reason)),
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
         ("to embed", f"{texts}; {plan.cached:,} already cached or duplicates"),
@@ -78,6 +80,8 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
     ]
     console.say(table(rows))
+    if fault := native_size_fault(ctx.spec):
+        console.warn(f"{fault}, unless that endpoint shortens them (a proxy of this machine that asks OpenAI may)")
     _show_left_out(assessment, ctx, console)
 
 
@@ -169,8 +173,11 @@ def _plan_document(assessment: Assessment, ctx: Context) -> dict[str, object]:
         "odd": _reasons(scan.odd),
         "textless": assessment.textless,
         "settings_unlike": assessment.unlike or None,
+        "provider": plan.spec.provider,
         "model": plan.spec.model,
         "size": plan.spec.size,
+        "endpoint": public_url(plan.spec.base_url),
+        "why": ctx.reason,
         "texts": plan.texts,
         "tokens": plan.tokens,
         "price": plan.price,
@@ -247,7 +254,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {price_text(price)}."
         f" The collection was absent or incomplete for {done.absent_seconds:.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
-        f"undo:\n{done.undo}\n\nnext:\n{RESTART}\n"
+        f"undo:\n{done.undo}\n\nnext:\n{restart_lines(spec.provider, named=bool(ctx.reason))}\n"
         f"  {_COMMAND} --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"
     )

@@ -19,8 +19,9 @@ from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState
 from lib.clients.qdrant.points import Point, scroll, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress
-from lib.dimensions import EmbeddingSpec, check_dimension, same_model
+from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, provider_of
 from lib.errors import listed
+from lib.providers import model_settings
 from lib.verify.compare import Differences, Findings, Sample
 from lib.verify.vectors import different_vectors
 
@@ -98,10 +99,14 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     if not stamp:
         detail = "this server keeps no metadata, or the collection was not stamped"
         return Check("model stamp", SKIPPED, detail)
-    model = stamp.get("model")
-    status = PASSED if same_model(model, spec.model) else FAILED
-    remedy = f"export EMBEDDING_MODEL={quote(str(model))}   or   {_REEMBED}"
-    return Check("model stamp", status, f"{model}, EMBEDDING_MODEL is {spec.model}", remedy)
+    model, provider = str(stamp.get("model")), provider_of(stamp)
+    status = PASSED if is_model_of(stamp, spec) else FAILED
+    settings = model_settings(provider, model, named=spec.provider != OPENAI)
+    exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
+    detail = f"{model}, EMBEDDING_MODEL is {spec.model}"
+    if {provider, spec.provider} != {OPENAI}:
+        detail = f"{model} of {provider}, the settings choose {spec.model} of {spec.provider}"
+    return Check("model stamp", status, detail, f"export {exports}   or   {_REEMBED}")
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:

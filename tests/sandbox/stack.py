@@ -97,6 +97,8 @@ class Stack:
             "OPENAI_API_KEY": KEY,
             "AUTOMEM_API_URL": self.automem.url if self.automem else f"http://{_HOST}:1",
             "AUTOMEM_API_TOKEN": TOKEN,
+            "EMBEDDING_PROVIDER": "openai",
+            "OLLAMA_TIMEOUT": "30",
             "VECTOR_SIZE": str(size),
             "EMBEDDING_MODEL": model,
         }

@@ -11,7 +11,7 @@ from lib.dimensions import check_dimension, check_model, model_fault, native_siz
 from lib.errors import USAGE, ConfigError, DimensionMismatch, UsageProblem
 
 SECRET = "s3cr3t-that-nobody-sees"
-SECRETS = ("FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN")
+SECRETS = ("FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN")
 
 
 @pytest.fixture
@@ -240,6 +240,10 @@ def test_all_faults_in_one_go(places, load):
         ("QDRANT_COLLECTION", "a/b"),
         ("FALKORDB_GRAPH", "../g"),
         ("AUTOMEM_BACKUP_DIR", "~nobody-has-this-name/x"),
+        ("AUTOMEM_MODELS_DIR", "~nobody-has-this-name/x"),
+        ("OLLAMA_TIMEOUT", "0"),
+        ("OLLAMA_TIMEOUT", "soon"),
+        ("VOYAGE_MODEL", "voyage\x01"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_fault_of_that_name(load, name, value):
@@ -339,7 +343,14 @@ def test_no_fault_shows_credentials(load, name, value):
     assert "****@" in fault
 
 
-URLS = ("QDRANT_URL", "QDRANT_NODE_URLS", "AUTOMEM_API_URL", "OPENAI_BASE_URL")
+URLS = (
+    "QDRANT_URL",
+    "QDRANT_NODE_URLS",
+    "AUTOMEM_API_URL",
+    "OPENAI_BASE_URL",
+    "VOYAGE_BASE_URL",
+    "OLLAMA_BASE_URL",
+)
 
 
 @pytest.mark.parametrize("name", URLS)
@@ -377,7 +388,7 @@ def test_an_empty_query_is_none(load):
     assert load(QDRANT_URL="http://host:1/?").qdrant_url == "http://host:1"
 
 
-@pytest.mark.parametrize("name", ["QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"])
+@pytest.mark.parametrize("name", ["QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"])
 @pytest.mark.parametrize("value", [f"{SECRET}\n", f" {SECRET}", f"{SECRET}\u2603", f"{SECRET}\x01x"])
 def test_a_secret_that_no_header_can_carry(load, name, value):
     (fault,) = faults_of(load, **{name: value})
@@ -507,6 +518,10 @@ def test_a_key_that_goes_to_the_address_in_another_users_file_is_reported(places
         (
             {"OPENAI_BASE_URL": "http://me:word@gateway.example.com/v1", "OPENAI_API_KEY": "key"},
             "OPENAI_API_KEY",
+        ),
+        (
+            {"VOYAGE_BASE_URL": "http://me:word@proxy.example.com/v1", "VOYAGE_API_KEY": "key"},
+            "VOYAGE_API_KEY",
         ),
         (
             {"AUTOMEM_API_URL": "http://automem.example.com", "AUTOMEM_API_TOKEN": "token"},
