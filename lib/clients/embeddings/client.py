@@ -152,6 +152,7 @@ def billed_tokens(body: dict[str, object]) -> int:
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 # Voyage takes `output_dimension` (https://docs.voyageai.com/reference/embeddings-api).
 _VOYAGE_HOST = "api.voyageai.com"
+OLLAMA_INPUTS = 16  # texts of one request: Ollama computes one after the other, and answers when all are done
 # The most bytes of an answer per number and around the numbers, and the most time-outs that one answer may take.
 _BYTES_A_NUMBER, _HEAD_BYTES, _TIMES = 64, 1 << 20, 3
 
@@ -169,6 +170,8 @@ class Provider:
         self.name = f"{spec.model} at {public_url(spec.base_url)}"
         self._key = api_key
         self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
+        # AutoMem's OLLAMA_TIMEOUT is for one text.
+        self._read_timeout = timeout_seconds * (OLLAMA_INPUTS if spec.provider == OLLAMA else 1)
         self._openai: openai.OpenAI | None = None
         self._opening = threading.Lock()
         # base64 is decoded here: a JSON list of numbers costs 30 to 60 times the CPU.
@@ -192,12 +195,12 @@ class Provider:
                     base_url=urlunsplit(parts._replace(query="", fragment="")),
                     default_query=dict(parse_qsl(parts.query)),
                     default_headers={"api-key": self._key} if azure else None,
-                    timeout=self._timeout,
+                    timeout=openai.Timeout(self._timeout, read=self._read_timeout),
                     # No proxy leads to this machine. A redirect would carry the texts and Azure's key elsewhere.
                     http_client=openai.DefaultHttpxClient(
                         trust_env=not is_this_machine(self._base_url),
                         follow_redirects=False,
-                        event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._timeout),
+                        event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._read_timeout),
                     ),
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )
@@ -212,13 +215,10 @@ class Provider:
         try:
             # In extra_body the texts replace `input` unchecked; otherwise the package walks through all of them.
             with self.client().embeddings.with_streaming_response.create(
-                input="",
-                extra_body={"input": list(texts), **self._extra},
-                timeout=self._timeout_of(texts),
-                **self._options,
+                input="", extra_body={"input": list(texts), **self._extra}, **self._options
             ) as raw:
                 limit = _HEAD_BYTES + len(texts) * self._spec.size * _BYTES_A_NUMBER
-                return raw.headers, joined(raw.iter_bytes(), limit, _TIMES * self._timeout)
+                return raw.headers, joined(raw.iter_bytes(), limit, _TIMES * self._read_timeout)
         except Unbounded as error:
             raise Transient(str(error)) from error
         except (http.TimeoutException, openai.APITimeoutError) as error:
@@ -242,13 +242,6 @@ class Provider:
         """Close the connections."""
         if self._openai is not None:
             self._openai.close()
-
-    def _timeout_of(self, texts: Sequence[str]) -> openai.Timeout:
-        """The time limits of a request. Ollama's is for one text, as in AutoMem, and it answers when all are done."""
-        import openai
-
-        texts_waited_for = len(texts) if self._spec.provider == OLLAMA else 1
-        return openai.Timeout(self._timeout, read=self._timeout * texts_waited_for)
 
     def _error(self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object) -> Exception:
         sent = estimated_tokens(texts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from lib.child_process import release_free_memory, unmap_large_blocks
 from lib.clients.embeddings.cache import TextRow
-from lib.clients.embeddings.client import CONTROL_TEXT, EmbeddingClient
+from lib.clients.embeddings.client import CONTROL_TEXT, OLLAMA_INPUTS, EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens, cut_to_tokens, input_limit
 from lib.clients.embeddings.rate_limits import estimated_tokens
 from lib.clients.embeddings.refusals import BadAnswer, BadInput, context_limit
@@ -23,7 +23,7 @@ from lib.errors import MigrationError, ProviderRefused
 # Texts of one request (https://platform.openai.com/docs/api-reference/embeddings,
 # https://docs.voyageai.com/reference/embeddings-api). Ollama and a local model compute one text after the other.
 MAX_INPUTS = 2048
-_MAX_INPUTS = {VOYAGE: 1000, OLLAMA: 16, LOCAL: 16}
+_MAX_INPUTS = {VOYAGE: 1000, OLLAMA: OLLAMA_INPUTS, LOCAL: 16}
 SEQUENTIAL = frozenset([OLLAMA, LOCAL])
 # Tokens of one request: five sixths of the published 300,000, and of Voyage's 120,000 (for two models 320,000 and for
 # two 1,000,000). The provider's count and ours may differ.
