@@ -265,7 +265,7 @@ class EmbeddingClient:
         api_key: shown in no message and no repr. Raises UsageProblem if it cannot be a key.
         timeout_seconds: for one request.
         max_wait_seconds: for rate limits, or for failures, before the run gives up.
-        models_dir: the folder of the models that run on this machine; only for the provider `local`.
+        models_dir: the folder of the models that run on this machine, for the provider `local`.
     """
 
     def __init__(
@@ -275,15 +275,17 @@ class EmbeddingClient:
         *,
         timeout_seconds: float = 60.0,
         max_wait_seconds: float = 600.0,
-        models_dir: Path = Path(),
+        models_dir: Path | None = None,
     ) -> None:
         self.spec = spec
         self.pacer = Pacer(max_wait_seconds)
         self._provider: Provider | LocalModel
-        if spec.provider == LOCAL:
+        if spec.provider != LOCAL:
+            self._provider = Provider(spec, api_key, timeout_seconds)
+        elif models_dir is not None:
             self._provider = LocalModel(spec, models_dir)
         else:
-            self._provider = Provider(spec, api_key, timeout_seconds)
+            raise ValueError("a local model needs models_dir")
         self.provider = self._provider.name
         self._max_wait = max_wait_seconds
         self.request_seconds: float | None = None  # duration of the first good request
@@ -297,7 +299,7 @@ class EmbeddingClient:
         return self._last_answer is not None and self._last_answer >= moment
 
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
-        """Vectors of `texts` (at most 2,048, none blank), in their order.
+        """Vectors of `texts` (no more than the provider takes, none blank), in their order.
 
         Raises:
             ProviderRefused: key, permission, quota, or no good answer for `max_wait_seconds`.

@@ -64,9 +64,9 @@ class LocalModel:
         self._model = None
 
     def _load(self) -> TextEmbedding:
-        from fastembed import TextEmbedding
-
         try:
+            from fastembed import TextEmbedding
+
             self._models_dir.mkdir(parents=True, exist_ok=True)
             return TextEmbedding(model_name=self._spec.model, cache_dir=str(self._models_dir))
         except Exception as error:  # onnxruntime and tokenizers raise classes that share no other base

@@ -129,7 +129,12 @@ def expected(
     """The time for `texts` with `tokens` in total, if one full request takes `request_seconds`."""
     requests = math.ceil(texts / batch_size)
     rounds = math.ceil(requests / workers)
-    found = [Expected(rounds * request_seconds, f"{workers} workers, {request_seconds:.2f} s a request")]
+    found = [
+        Expected(
+            rounds * request_seconds,
+            f"{workers} worker{'' if workers == 1 else 's'}, {request_seconds:.2f} s a request",
+        )
+    ]
     for name, wanted, bucket in zip(("requests", "tokens"), (requests, tokens), pacer.buckets(), strict=True):
         if bucket is not None:
             rate, level = bucket
