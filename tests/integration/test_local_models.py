@@ -53,6 +53,15 @@ def test_each_model_makes_its_size_and_automem_the_same_vectors(models_dir, size
 
 
 @needs_fastembed
+def test_a_model_that_automem_downloaded_with_an_older_fastembed_is_found(tmp_path):
+    """fastembed 0.4.2, which AutoMem 0.16 pins, writes the folder's name in lower case."""
+    write_local_model(tmp_path, LOCAL_MODELS[384], TEXTS)
+    (folder,) = tmp_path.iterdir()
+    folder.rename(tmp_path / folder.name.lower())
+    assert client_for(tmp_path).embed(TEXTS[:2]).vectors.shape == (2, 384)
+
+
+@needs_fastembed
 def test_the_workers_store_every_vector_once_and_for_nothing(models_dir, tmp_path):
     client = client_for(models_dir)
     with EmbeddingCache(tmp_path / "cache" / "memories.sqlite3") as cache:
@@ -119,7 +128,8 @@ def test_a_missing_package_is_named_before_anything_is_embedded(tmp_path, monkey
 def test_nothing_of_it_is_loaded_before_the_first_text(tmp_path):
     code = (
         "import sys; from lib.dimensions import EmbeddingSpec; from lib.clients.embeddings.client import EmbeddingClient;"
-        f"EmbeddingClient(EmbeddingSpec({LOCAL_URL!r}, {LOCAL_MODELS[384]!r}, 384, 'local'), '').close();"
+        f"spec = EmbeddingSpec({LOCAL_URL!r}, {LOCAL_MODELS[384]!r}, 384, 'local');"
+        "from pathlib import Path; EmbeddingClient(spec, '', models_dir=Path()).close();"
         "print({'fastembed', 'onnxruntime', 'openai'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
