@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lib.clients.embeddings.pricing import PRICES_AS_OF, price_text
+from lib.clients.embeddings.pricing import price_basis, price_text
 from lib.console import Console, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
@@ -75,7 +75,7 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
         ("to embed", f"{texts}; {plan.cached:,} already cached or duplicates"),
-        ("price", f"{price_text(plan.price)} (list prices of {PRICES_AS_OF})"),
+        ("price", price_text(plan.price, plan.spec.provider) + price_basis(plan.spec.provider)),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
     ]
@@ -228,7 +228,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
         console.warn("the index is not complete after an hour: look at the collection's status, search is slower")
-    price, spec, rejected = done.paid.price(ctx.spec.model), ctx.spec, done.outcome.rejected
+    price, spec, rejected = done.paid.price(ctx.spec), ctx.spec, done.outcome.rejected
     document = {
         "collection": ctx.collection,
         "size": spec.size,
@@ -251,7 +251,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
     }
     text = (
         f"'{ctx.collection}' is {spec.size}d now: {done.points:,} points, every vector compared.\n"
-        f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {price_text(price)}."
+        f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {price_text(price, ctx.spec.provider)}."
         f" The collection was absent or incomplete for {done.absent_seconds:.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
         f"undo:\n{done.undo}\n\nnext:\n{restart_lines(spec.provider, named=bool(ctx.reason))}\n"
@@ -292,7 +292,7 @@ def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Conte
     if state is None:
         console.result({"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged")
         return DONE
-    drop, price = f"  {_COMMAND} --abort", paid.price(ctx.spec.model)
+    drop, price = f"  {_COMMAND} --abort", paid.price(ctx.spec)
     document = {
         "staged": ctx.staged,
         "size": ctx.spec.size,
@@ -305,7 +305,7 @@ def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Conte
     text = (
         f"'{ctx.staged}' is complete: {state.points:,} points, {ctx.spec.size}d, every vector compared;"
         f" '{ctx.collection}' is unchanged. Paid for {paid.texts:,} texts, {paid.tokens:,} tokens,"
-        f" {price_text(price)}.\n\n"
+        f" {price_text(price, ctx.spec.provider)}.\n\n"
         f"to continue (also after days; changes meanwhile are caught up):\n  {_COMMAND}\n"
         f"to drop it (its vectors stay in the embedding cache):\n{drop}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.backup.last_migration import DELETING, STAGED_RESTORED
 from lib.clients.embeddings.pricing import PRICES_AS_OF, price_of
-from lib.dimensions import OPENAI, provider_fact, public_url
+from lib.dimensions import OPENAI, EmbeddingSpec, provider_fact, public_url
 from lib.journal import Journal
 from lib.reembed.context import Context
 from lib.reembed.embed import EmbeddingTotals, PaidSums
@@ -71,7 +71,7 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
         "absent_known": "measured" if absent is None else "at most, by the journal's times",
         "memories": scan.memories,
         "texts": ctx.cache.text_total().texts,
-        "bought": _paid(sums, model),
+        "bought": _paid(sums, ctx.spec),
         "rates": [dataclasses.asdict(one) for one in sums.slots],
         "recall": recall and dataclasses.asdict(recall),
         "recall_note": recall_note,
@@ -90,14 +90,14 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     }
 
 
-def _paid(sums: PaidSums, model: str) -> dict[str, Any]:
+def _paid(sums: PaidSums, spec: EmbeddingSpec) -> dict[str, Any]:
     return {
         "texts": sums.texts,
         "tokens": sums.tokens,
         "requests": sums.requests,
         "rate_limited": sums.rate_limited,
         "seconds": round(sums.seconds, 3),
-        "price": price_of(sums.tokens, model),
+        "price": price_of(sums.tokens, spec.model, spec.provider),
         "prices_as_of": PRICES_AS_OF,
         "discarded": sums.discarded,
     }

@@ -111,10 +111,11 @@ class Stack:
         embed = endpoint_embedder(self.openai.base_url, KEY, model, size)
         return graph.nodes, load_points(self.qdrant.url, "", COLLECTION, size, embed, memories)
 
-    def start_automem(self, size: int, model: str) -> AutoMemServer:
-        """Start or restart the service with these settings. Raises ServerStartError if it refuses."""
+    def start_automem(self, size: int, model: str, **more: str) -> AutoMemServer:
+        """Start or restart the service with these and `more` settings. Raises ServerStartError if it refuses."""
         self.stop_automem()
-        service = AutoMemServer(self._automem_port, self.settings(size, model), self.folder / "automem.log")
+        settings = {**self.settings(size, model), **more}
+        service = AutoMemServer(self._automem_port, settings, self.folder / "automem.log")
         self._automem_port = service.port
         service.start()
         self.automem = service

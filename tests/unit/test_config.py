@@ -7,7 +7,18 @@ import os
 import pytest
 
 from lib.config import DEFAULTS, load_config, require_openai_key
-from lib.dimensions import check_dimension, check_model, model_fault, native_size, takes_dimensions
+from lib.dimensions import (
+    LOCAL,
+    LOCAL_MODELS,
+    OLLAMA,
+    VOYAGE,
+    can_be_cut,
+    check_dimension,
+    check_model,
+    model_fault,
+    native_size,
+    takes_dimensions,
+)
 from lib.errors import USAGE, ConfigError, DimensionMismatch, UsageProblem
 
 SECRET = "s3cr3t-that-nobody-sees"
@@ -449,6 +460,8 @@ def test_a_missing_openai_key_is_reported_with_the_command_that_sets_it(load):
         ("text-embedding-ada-002", 768, False),
         ("text-embedding-ada-002", 3072, False),
         ("a-model-nobody-knows", 12, True),
+        ("nomic-embed-text", 768, True),
+        ("nomic-embed-text", 512, False),
     ],
 )
 def test_model_against_dimension(model, size, possible):
@@ -473,6 +486,42 @@ def test_the_remedy_for_a_wrong_model_works():
     with pytest.raises(UsageProblem) as caught:
         check_model("text-embedding-3-large", 4096)
     assert "EMBEDDING_MODEL=text" not in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "voyage-4-large",
+        "voyage-4",
+        "voyage-4-lite",
+        "voyage-3-large",
+        "voyage-3.5",
+        "voyage-3.5-lite",
+        "voyage-code-3",
+        "voyage/voyage-4",
+    ],
+)
+def test_voyage_makes_four_sizes_and_names_the_nearest(model):
+    assert [size for size in range(1, 4097) if model_fault(model, size, VOYAGE) is None] == [256, 512, 1024, 2048]
+    assert can_be_cut(model)
+    assert not takes_dimensions(model)
+    for size, nearest in ((768, 512), (3072, 2048), (100, 256), (1536, 1024)):
+        with pytest.raises(UsageProblem, match=f"VOYAGE_MODEL {model} makes 256d, 512d, 1024d, 2048d") as caught:
+            check_model(model, size, VOYAGE)
+        assert caught.value.next_step == f"export VECTOR_SIZE={nearest}"
+
+
+def test_models_of_one_size_name_it():
+    with pytest.raises(UsageProblem, match="OLLAMA_MODEL nomic-embed-text makes 768d vectors only") as caught:
+        check_model("nomic-embed-text", 1024, OLLAMA)
+    assert caught.value.next_step == "export VECTOR_SIZE=768"
+    with pytest.raises(UsageProblem, match=r"local model BAAI/bge-base-en-v1\.5 makes 768d vectors only") as caught:
+        check_model(LOCAL_MODELS[768], 1000, LOCAL)
+    assert caught.value.next_step == "export VECTOR_SIZE=1024"
+    for size, model in LOCAL_MODELS.items():
+        check_model(model, size, LOCAL)
+        assert native_size(model) == size
+        assert not can_be_cut(model)
 
 
 def test_only_the_third_family_takes_dimensions():
