@@ -164,12 +164,12 @@ def open_runner(
     sample: bool,
 ) -> EmbeddingRunner:
     """Return the provider's client. A `sample` is embedded at the model's own size if VECTOR_SIZE is larger."""
-    from lib.clients.embeddings.client import EmbeddingClient
+    from lib.clients.embeddings.client import REQUEST_SECONDS, EmbeddingClient
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
-    timeout = {"timeout_seconds": config.ollama_timeout} if spec.provider == OLLAMA else {}
-    client = EmbeddingClient(spec, config.embedding_key, **timeout)
+    seconds = config.ollama_timeout if spec.provider == OLLAMA else REQUEST_SECONDS
+    client = EmbeddingClient(spec, config.embedding_key, timeout_seconds=seconds, models_dir=config.models_dir)
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
