@@ -46,7 +46,7 @@ from lib.reembed.sync import (
     unplanned_ids,
     was_recreated,
 )
-from lib.verify.vectors import repair_vectors
+from lib.verify.compare import repair_vectors
 
 INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256

@@ -7,7 +7,7 @@ from lib.clients.qdrant import points
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import MissingData
-from lib.verify.vectors import vectors_differ
+from lib.verify.compare import vectors_differ
 from tests.vectors_support import (
     create_small,
     ids_of,

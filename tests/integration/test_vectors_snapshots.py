@@ -11,7 +11,7 @@ from lib.clients.qdrant import collection, points, restoring, snapshots
 from lib.clients.qdrant.snapshot_format import inspect_snapshot
 from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
-from lib.verify.vectors import vectors_differ
+from lib.verify.compare import vectors_differ
 from tests.vectors_support import (
     BreakingProxy,
     ids_of,
