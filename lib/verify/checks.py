@@ -325,10 +325,10 @@ def record(stores: Stores, checks: list[Check]) -> str:
     return automem.remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
 
 
-def recall_lines(api: AutoMemApi, query: str, limit: int = 5) -> list[str]:
+def recall_lines(api: AutoMemApi, query: str) -> list[str]:
     """One line per memory that recalling `query` returns: score, match type, the beginning of the content."""
     lines = []
-    for one in automem.recall(api, query, limit).results:
+    for one in automem.recall(api, query, _RECALL_LIMIT).results:
         content = " ".join(str((one.get("memory") or {}).get("content", "")).split())[:80]
         lines.append(f"{float(one.get('final_score') or 0):.3f}  {one.get('match_type')}  {content}")
     return lines
