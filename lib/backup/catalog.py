@@ -14,15 +14,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lib.backup.manifest import (
-    COLLECTION_DIR,
-    FULL,
-    GRAPH_DIR,
-    SAFETY,
-    UNVERIFIED,
-    Manifest,
-    read_manifest,
-)
+from lib.backup.manifest import COLLECTION_DIR, FULL, GRAPH_DIR, SAFETY, UNVERIFIED, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
 from lib.files import PARTIAL, lock_targets, private_dir, readable_bytes, sync_dir, write_atomic
 from lib.journal import STAMP, STAMP_FORMAT, Journal, open_journals, read_journal

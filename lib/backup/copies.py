@@ -17,24 +17,8 @@ from lib.backup.catalog import OUTGOING, is_complete, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
 from lib.concurrency import Progress, ProgressBar
-from lib.errors import (
-    AccessRefused,
-    BackupDamaged,
-    BadFile,
-    MigrationError,
-    MissingData,
-    StoreFailed,
-    UsageProblem,
-)
-from lib.files import (
-    atomic_writer,
-    free_bytes,
-    lock_targets,
-    private_dir,
-    sha256_file,
-    sync_dir,
-    write_atomic,
-)
+from lib.errors import AccessRefused, BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
+from lib.files import atomic_writer, free_bytes, lock_targets, private_dir, sha256_file, sync_dir, write_atomic
 from lib.journal import STAMP
 
 MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")

@@ -16,15 +16,7 @@ from lib.backup.payloads import PointId, base_payload, changed_since_written, id
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
-from lib.clients.qdrant.points import (
-    Point,
-    Rejected,
-    delete_points,
-    overwrite_payload,
-    retrieve,
-    scroll,
-    upsert,
-)
+from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress, bounded_map
 from lib.errors import GuardRefused, MissingData

@@ -17,15 +17,7 @@ from lib.backup.payloads import PointId, base_payload, identical, merged_payload
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
-from lib.clients.qdrant.collection import (
-    DATATYPES,
-    FLOAT16,
-    FLOAT32,
-    TURBO4,
-    UINT8,
-    CollectionState,
-    get_state,
-)
+from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, ProgressBar

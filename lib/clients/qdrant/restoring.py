@@ -12,14 +12,7 @@ from typing import BinaryIO, cast
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import Health, delete_collection, health, list_collections
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
-from lib.clients.qdrant.transport import (
-    GATEWAY_ERRORS,
-    NoAnswer,
-    Qdrant,
-    QdrantError,
-    collection_path,
-    is_disk_full,
-)
+from lib.clients.qdrant.transport import GATEWAY_ERRORS, NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 ANSWER_SECONDS = 300.0  # the server answers when the restore has ended; after that the collection is polled
