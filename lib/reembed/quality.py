@@ -21,7 +21,7 @@ from lib.backup.last_migration import DELETING, spec_as_json
 from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
-from lib.clients.qdrant.points import Hit, exact_search, nearest_to, retrieve
+from lib.clients.qdrant.points import Hit, exact_search, retrieve, search
 from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, curl_line
 from lib.errors import MigrationError, escaped
 from lib.journal import Journal, open_journals, start_journal
@@ -146,7 +146,7 @@ def _nearest_of(qdrant: Qdrant, collection: str, rows: Sequence[MemoryRow]) -> l
 def _hits(qdrant: Qdrant, collection: str, identity: PointId) -> list[Hit]:
     """The nearest points; none if the point does not exist any more, or has no vector."""
     try:
-        return nearest_to(qdrant, collection, identity, NEIGHBOURS)
+        return search(qdrant, collection, identity, NEIGHBOURS)
     except NotFound:
         return []
     except QdrantError as error:
@@ -318,11 +318,11 @@ def compare_sample(
         return None
     near = min(NEIGHBOURS, len(shared) - 1)
     pairs, scores = [], []
-    with exact_search(qdrant, shared) as search:
+    with exact_search(qdrant, shared) as nearest:
         for one in shared[:: max(1, len(shared) // MOST_QUERIES)]:
             wanted = np.frombuffer(cache.get_vectors([keys[one]])[keys[one]], "<f4")
-            before = search(live, vectors[one], near + 1)
-            after = search(side, wanted, near + 1)
+            before = nearest(live, vectors[one], near + 1)
+            after = nearest(side, wanted, near + 1)
             old, new = ([hit for hit in hits if hit.id != one][:near] for hits in (before, after))
             pairs.append(([hit.id for hit in old], [hit.id for hit in new]))
             scores.append((old[0].score, new[0].score))

@@ -300,7 +300,7 @@ def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(ope
         raise KeyError("a bug")
 
     make_ready(operator)
-    monkeypatch.setattr("lib.reembed.quality.nearest_to", bug)
+    monkeypatch.setattr("lib.reembed.quality.search", bug)
     with pytest.raises(KeyError, match="a bug"):
         operator.run("reembed_embeddings")
     assert (LookupError, TypeError) not in neighbours._FAILURES
