@@ -247,23 +247,15 @@ def sync_collection(
         elif copied_from:
             copies = tables.enter_context(existing_points(qdrant, copied_from))
         found = changes(cache, existing, whole=whole, copies=copies)
-        write = functools.partial(_write, qdrant, collection)
-        for written, rows in bounded_map(write, _with_vectors(cache, found), _CONNECTIONS):
+        batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
+        for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome += written
             if progress:
                 progress(rows)
     return outcome
 
 
-_Batch = tuple[list[Change], dict[bytes, bytes]]
-
-
-def _with_vectors(cache: EmbeddingCache, found: Iterator[list[Change]]) -> Iterator[_Batch]:
-    for batch in found:
-        yield batch, cache.get_vectors([change.row.key for change in batch if change.needs_vector])
-
-
-def _write(qdrant: Qdrant, collection: str, batch: _Batch) -> tuple[SyncOutcome, int]:
+def _write(qdrant: Qdrant, collection: str, batch: tuple[list[Change], dict[bytes, bytes]]) -> tuple[SyncOutcome, int]:
     """Write one batch. Returns its outcome and how many rows it had."""
     import numpy as np
 
