@@ -426,14 +426,13 @@ _PRIVATE = 0o600
 def _known_host_sftp() -> type[Any]:
     """Return fsspec's SFTP for known hosts only, which notices a silent server and reads ahead.
 
-    fsspec's own accepts any host key, so that a machine in between would get the password and the backup.
+    fsspec's own accepts any host key, so that a machine in between would get the password and the backup. The login is
+    the URL's, else the keys of the agent or in `~/.ssh/id_*`.
     """
     import paramiko
     from fsspec.implementations.sftp import SFTPFileSystem
 
     class KnownHostSFTP(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no types
-        """fsspec's file system over paramiko. Login: the URL's, else the keys of the agent or in `~/.ssh/id_*`."""
-
         cachable = False
 
         def _connect(self) -> None:
@@ -443,26 +442,21 @@ def _known_host_sftp() -> type[Any]:
             limits = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), _CONNECT_SECONDS)
             self.client.connect(self.host, **{**limits, **self.ssh_kwargs})
             self.ftp = self.client.open_sftp()
-            channel = self.ftp.get_channel()
-            if channel is not None:
+            if channel := self.ftp.get_channel():
                 channel.settimeout(_SILENT_SECONDS)
 
         def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o700) -> None:  # noqa: FBT001, FBT002 - fsspec's
-            """Create folders that only their owner can read."""
             super().makedirs(path, exist_ok=exist_ok, mode=mode)
 
         def put_file(self, lpath: str, rpath: str, callback: Any = None, **_: Any) -> None:
-            """Send a file that only its owner can read. paramiko compares the server's size at the end."""
             self.ftp.open(rpath, "w").close()
             with contextlib.suppress(OSError):  # some servers let nobody change modes
                 self.ftp.chmod(rpath, _PRIVATE)
-            self.ftp.put(
-                lpath, rpath, callback=lambda done, _total: callback.absolute_update(done) if callback else None
-            )
+            report = callback.absolute_update if callback else lambda _done: None
+            self.ftp.put(lpath, rpath, callback=lambda done, _total: report(done))  # it compares sizes at the end
 
         def mv(self, old: str, new: str, **_: Any) -> None:
-            """Rename without replacing a file that exists (fsspec's replaces it)."""
-            self.ftp.rename(old, new)
+            self.ftp.rename(old, new)  # fails if `new` exists; fsspec's replaces it
 
         def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> Any:
             stream = self.ftp.open(path, mode, bufsize=block_size or -1)
