@@ -22,7 +22,7 @@ HOOKS = {
     "scratch server loading": "lib.clients.falkordb.scratch._loaded",
     "scratch graph counted": "lib.backup.graph.counts",
     "RDB streamed": "lib.backup.graph.stream_rdb",
-    "RDB file written": "lib.backup.graph._taken",
+    "RDB file written": "lib.backup.graph._write_rdb",
     "graph taken": "lib.backup.run.take_graph",
     "snapshot downloaded": "lib.clients.qdrant.snapshots.download",
     "snapshot deleted": "lib.clients.qdrant.snapshots.delete",
