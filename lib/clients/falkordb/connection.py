@@ -132,10 +132,6 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: 
     return client
 
 
-def _bound(client: redis.Redis, limit: int, seconds: float) -> None:
-    client.connection_pool.connection_kwargs["parser_class"] = bounded_parser(limit, seconds)
-
-
 def save_failure(conn: redis.Redis) -> str:
     """Return why the server cannot save its data to its disk, for a warning; "" if it can, or if INFO is refused."""
     try:
@@ -416,8 +412,8 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def bounded_parser(limit: int, seconds: float) -> type[Any]:
-    """Make a `parser_class` for connections whose replies are at most `limit` bytes, and complete within `seconds`."""
+def _bound(client: redis.Redis, limit: int, seconds: float) -> None:
+    """Accept replies of at most `limit` bytes that are complete within `seconds`, on each new connection."""
 
     class BoundedParser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has no types here
         def on_connect(self, connection: Any, **options: Any) -> None:
@@ -425,4 +421,4 @@ def bounded_parser(limit: int, seconds: float) -> type[Any]:
             connection._sock = BoundedSocket(connection._sock, limit, seconds)  # noqa: SLF001
             super().on_connect(connection, **options)
 
-    return BoundedParser
+    client.connection_pool.connection_kwargs["parser_class"] = BoundedParser
