@@ -48,7 +48,7 @@ def file_of(tmp_path: Path, data: bytes) -> Path:
 
 
 def wrapped(payload: bytes, key: str) -> bytes:
-    return b"".join(wrap_dump(payload, key, redis_version="8.2.3", created=1_700_000_000))
+    return b"".join(wrap_dump(payload, key))
 
 
 def test_the_checksum_is_that_of_redis():

@@ -251,18 +251,18 @@ def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
         )
 
 
-def wrap_dump(payload: bytes, key: str, *, redis_version: str = "", created: int = 0) -> Iterator[bytes]:
+def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
     """Yield the pieces of an RDB file that holds one key, `key`, with the value of the DUMP `payload`.
 
-    `created` is in seconds since 1970. A server loads the file like any other, and `unwrap_dump` returns the payload.
+    A server loads the file like any other, and `unwrap_dump` returns the payload. A DUMP records neither the server's
+    version nor a time.
     """
-    name = key.encode()
-    aux = {"redis-ver": redis_version, "ctime": str(created), _DUMP_MARK: key}
+    aux = {"redis-ver": "", "ctime": "0", _DUMP_MARK: key}
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
     head += b"".join(
         bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode()) for field, text in aux.items()
     )
-    head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(name)
+    head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(key.encode())
     crc = crc64(head)
     yield head
     value = memoryview(payload)[1:-DUMP_FOOTER_BYTES]
