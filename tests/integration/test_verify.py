@@ -223,7 +223,7 @@ def test_recall_straight_from_qdrant_if_no_api_answers(migrated):
     checks = verify(migrated, "--sample", "7")
     assert checks["recall"]["detail"].startswith("7 samples come first, straight from Qdrant")
     turn_vectors(migrated)
-    assert failing(migrated) == ["vectors", SERVICE_MODEL, "recall"]
+    assert failing(migrated) == ["vectors", "recall"]
 
 
 def turn_vectors(operator) -> None:
