@@ -98,6 +98,7 @@ class Stack:
             "AUTOMEM_API_URL": self.automem.url if self.automem else f"http://{_HOST}:1",
             "AUTOMEM_API_TOKEN": TOKEN,
             "EMBEDDING_PROVIDER": "openai",
+            "VOYAGE_BASE_URL": self.openai.voyage_url,
             "OLLAMA_TIMEOUT": "30",
             "VECTOR_SIZE": str(size),
             "EMBEDDING_MODEL": model,
