@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lib.clients.embeddings.pricing import price_basis, price_text
+from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.console import Console, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lib.clients.embeddings.cache import Missing
     from lib.clients.embeddings.prune import Pruned
     from lib.clients.qdrant.collection import CollectionState
+    from lib.dimensions import EmbeddingSpec
     from lib.reembed.assess import Assessment
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
@@ -228,13 +229,13 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
         console.warn("the index is not complete after an hour: look at the collection's status, search is slower")
-    price, spec, rejected = done.paid.price(ctx.spec), ctx.spec, done.outcome.rejected
+    spec, rejected = ctx.spec, done.outcome.rejected
     document = {
         "collection": ctx.collection,
         "size": spec.size,
         "model": spec.model,
         "points": done.points,
-        "bought": {**_bought(done.paid), "price": price},
+        "bought": {**_bought(done.paid), "price": done.paid.price(spec)},
         "mended": done.repaired,
         "removed": done.removed,
         "absent_seconds": round(done.absent_seconds, 3),
@@ -251,8 +252,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
     }
     text = (
         f"'{ctx.collection}' is {spec.size}d now: {done.points:,} points, every vector compared.\n"
-        f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {price_text(price, ctx.spec.provider)}."
-        f" The collection was absent or incomplete for {done.absent_seconds:.1f} s"
+        f"{_paid_text(done.paid, spec)} The collection was absent or incomplete for {done.absent_seconds:.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
         f"undo:\n{done.undo}\n\nnext:\n{restart_lines(spec.provider, named=bool(ctx.reason))}\n"
         f"  {_COMMAND} --only-missing   # what was written meanwhile\n"
@@ -287,25 +287,29 @@ def _bought(paid: EmbeddingTotals) -> dict[str, object]:
     return {"texts": paid.texts, "tokens": paid.tokens}
 
 
+def _paid_text(paid: EmbeddingTotals, spec: EmbeddingSpec) -> str:
+    verb, price = "Embedded" if spec.provider in FREE else "Paid for", price_text(paid.price(spec), spec.provider)
+    return f"{verb} {paid.texts:,} texts, {paid.tokens:,} tokens, {price}."
+
+
 def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Context, console: Console) -> int:
     """Print the result of --no-switch, how to continue and how to undo it."""
     if state is None:
         console.result({"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged")
         return DONE
-    drop, price = f"  {_COMMAND} --abort", paid.price(ctx.spec)
+    drop = f"  {_COMMAND} --abort"
     document = {
         "staged": ctx.staged,
         "size": ctx.spec.size,
         "model": ctx.spec.model,
         "points": state.points,
-        "bought": {**_bought(paid), "price": price},
+        "bought": {**_bought(paid), "price": paid.price(ctx.spec)},
         "refused": [dataclasses.asdict(one) for one in paid.refused],
         "undo": drop,
     }
     text = (
         f"'{ctx.staged}' is complete: {state.points:,} points, {ctx.spec.size}d, every vector compared;"
-        f" '{ctx.collection}' is unchanged. Paid for {paid.texts:,} texts, {paid.tokens:,} tokens,"
-        f" {price_text(price, ctx.spec.provider)}.\n\n"
+        f" '{ctx.collection}' is unchanged. {_paid_text(paid, ctx.spec)}\n\n"
         f"to continue (also after days; changes meanwhile are caught up):\n  {_COMMAND}\n"
         f"to drop it (its vectors stay in the embedding cache):\n{drop}"
     )

@@ -225,16 +225,16 @@ def test_real_limits_of_voyage_come_without_headers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("provider", "model", "size", "said", "step"),
+    ("provider", "model", "size", "refusal", "step"),
     [
         (VOYAGE, "voyage-4", 768, "argument 'output_dimension' is not valid", "check VOYAGE_MODEL, VECTOR_SIZE"),
         (VOYAGE, "voyage-9", 1024, "Model voyage-9 is not supported", "check VOYAGE_MODEL, VECTOR_SIZE"),
         (OLLAMA, "bge-m3", 1024, "model 'bge-m3' not found", "ollama pull bge-m3 "),
     ],
 )
-def test_a_model_or_size_that_the_provider_has_not_ends_the_run(server, tmp_path, provider, model, size, said, step):
+def test_a_model_or_size_that_the_provider_lacks_ends_the_run(server, tmp_path, provider, model, size, refusal, step):
     client = client_for(server, provider, model, size)
-    with pytest.raises(ProviderRefused, match=said) as caught:
+    with pytest.raises(ProviderRefused, match=refusal) as caught:
         embed_all(client, [f"text {n}" for n in range(60)], tmp_path)
     assert step in caught.value.next_step
     assert server.stats()["texts"] == 0

@@ -98,6 +98,39 @@ def test_a_run_that_ends_stops_before_the_next_batch(models_dir):
         client_for(models_dir).embed(TEXTS, stop=stop)
 
 
+_ENDS_WHILE_IT_EMBEDS = """
+import importlib.util, sys, threading, time
+from pathlib import Path
+from lib.clients.embeddings.local import LocalModel
+from lib.dimensions import EmbeddingSpec
+
+class Model:
+    def embed(self, texts):
+        started.set()
+        time.sleep(0.5)
+        print("embedded", flush=True)
+        return [[1.0]]
+
+def embed():
+    while True:
+        model.send(["a"])
+
+started = threading.Event()
+importlib.util.find_spec = lambda name: name
+LocalModel._load = lambda self: Model()
+model = LocalModel(EmbeddingSpec("", "m", 1, "local"), Path())
+threading.Thread(target=embed, daemon=True).start()
+started.wait()
+sys.exit(130)
+"""
+
+
+def test_a_process_that_ends_waits_for_the_batch_that_is_computed():
+    """Otherwise onnxruntime aborts it: exit code 134."""
+    done = subprocess.run([sys.executable, "-c", _ENDS_WHILE_IT_EMBEDS], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (130, [b"embedded"])
+
+
 @needs_fastembed
 @pytest.mark.parametrize("damage", ["absent", "damaged"])
 def test_a_model_that_cannot_be_loaded_names_its_folder(tmp_path, monkeypatch, damage):

@@ -40,7 +40,7 @@ class Dialect:
     """One provider's endpoint.
 
     `fitted` returns the request with its texts as they are embedded, and the tokens to charge. `error_body` words an
-    ApiError. `paced`: the limits of the key hold; `announced`: headers tell them. `native`: AutoMem's /api/embeddings.
+    ApiError. `paced`: the limits of the key hold; `announced`: headers report them. `native`: AutoMem's /api/embeddings.
     """
 
     check_key: Callable[[str], None]

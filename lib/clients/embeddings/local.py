@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ class LocalModel:
         with self._running:
             if self._model is None:
                 self._model = self._load()
+                # A process that ends while onnxruntime computes is aborted: wait for that batch, and begin no other.
+                atexit.register(self._running.acquire)
             return self._model
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:

