@@ -67,13 +67,14 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")
     if args.dry_run and (fault := model_fault(config.spec.model, config.vector_size)):
         console.warn(fault)
-    with connect.target_lock(config):
-        if args.prune_spool:
-            with connect.open_cache(config) as cache:
-                pruned = prune_cache(cache, config.backup_dir, dry_run=args.dry_run)
-            return output.show_pruned(pruned, console, dry_run=args.dry_run)
-        if args.abort:
+    if args.prune_spool:
+        with connect.target_lock(config), connect.open_cache(config) as cache:
+            pruned = prune_cache(cache, config.backup_dir, dry_run=args.dry_run)
+        return output.show_pruned(pruned, console, dry_run=args.dry_run)
+    if args.abort:
+        with connect.target_lock(config):
             return abort(config, console, "reembed")
+    with connect.run_lock(config):
         require_provider(config, console)
         if not args.dry_run:
             require_embedding(config)
@@ -91,7 +92,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
     graph, source = connect.open_stores(config, console, repair=args.only_missing)
     with connect.open_cache(config) as cache:
         ctx = dataclasses.replace(
-            connect.open_reembed(config, graph, source, cache, console.progress),
+            connect.open_reembed(config, graph, source, cache, console),
             again=command_line("reembed_embeddings", sys.argv[1:]),
             fresh=args.fresh,
             in_place=args.in_place,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,8 @@ class Context:
     """The graph, the collection, the embedding cache, the backup folder, and what the operator asked for.
 
     `spec` describes the new vectors; `reason` is why its provider is used, "" if it is OpenAI and no other one has a
-    setting. `targets` name both stores in journals. `again` is the command line, without secrets.
+    setting. `targets` name both stores in journals. `store_lock` is held while the live collection changes: a backup
+    excludes it. `again` is the command line, without secrets.
     """
 
     graph: GraphSource
@@ -32,6 +35,7 @@ class Context:
     folder: Path
     targets: list[str]
     bar: ProgressBar
+    store_lock: Callable[[], AbstractContextManager[None]] = nullcontext
     again: str = "python scripts/reembed_embeddings.py"
     fresh: bool = False
     in_place: bool = False

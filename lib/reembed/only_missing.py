@@ -45,13 +45,14 @@ def only_missing(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -
         missing = missing_of(ctx.cache, existing)
         runner.require_affordable(missing.tokens, paid)
         embed_texts(runner, ctx.cache, texts_to_embed(ctx.cache, existing), missing, ctx.bar, paid)
-    with ctx.bar("sync", None, "points") as progress:
-        outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
-    repaired = 0
-    if compare_all:
-        embed_uncached(runner, ctx.cache, ctx.bar, paid)
-        repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
-    return Synced(outcome, repaired, remove_orphans(ctx, state))
+    with ctx.store_lock():
+        with ctx.bar("sync", None, "points") as progress:
+            outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
+        repaired = 0
+        if compare_all:
+            embed_uncached(runner, ctx.cache, ctx.bar, paid)
+            repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+        return Synced(outcome, repaired, remove_orphans(ctx, state))
 
 
 def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, state: CollectionState) -> None:
