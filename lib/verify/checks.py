@@ -34,7 +34,7 @@ _FEW_VECTORS, _SHARE = 10, 0.05
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _REEMBED = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-_RESTART = "restart AutoMem with the VECTOR_SIZE and EMBEDDING_MODEL that are set here"
+_RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
     "set FALKORDB_GRAPH, QDRANT_URL and QDRANT_COLLECTION of AutoMem and of these scripts to the same stores, then"
     " restart AutoMem"

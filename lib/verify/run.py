@@ -15,6 +15,7 @@ from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import get_state
 from lib.clients.qdrant.points import count
 from lib.concurrency import ProgressBar
+from lib.dimensions import OPENAI
 from lib.errors import MigrationError
 from lib.network import without_login
 from lib.verify.checks import (
@@ -101,7 +102,8 @@ def all_passed(checks: list[Check]) -> bool:
 def record(stores: Stores) -> str:
     """Store the migration record of the guide in AutoMem. Returns the memory's id."""
     spec = stores.collection.spec
-    content = f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
+    model = spec.model if spec.provider == OPENAI else f"{spec.model} of {spec.provider}"
+    content = f"The embeddings were migrated to {spec.size}d ({model}); every check of the migration passed"
     return automem.remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
 
 
