@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import quote
 from typing import IO
 
-from lib.errors import LockHeld, UsageProblem, one_line
+from lib.errors import LockHeld, MigrationError, UsageProblem, one_line
 
 PARTIAL = ".partial"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -161,6 +161,16 @@ def free_bytes(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def require_room(folder: Path, need: int, what: str, or_else: str = "") -> None:
+    """Raise MigrationError if fewer than `need` bytes are free for `what`, such as "the set needs"."""
+    free = free_bytes(folder)
+    if free < need:
+        raise MigrationError(
+            f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB",
+            next_step=f"df -h {quote(str(folder))}   then free some room{or_else}",
+        )
 
 
 def sync_dir(path: Path) -> None:

@@ -85,7 +85,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open both stores, assess them, and do what was asked for."""
     from lib import connect
     from lib.backup.collection import require_whole
-    from lib.reembed import spot_check
+    from lib.reembed import quality
     from lib.reembed.assess import assess
     from lib.reembed.resume import open_run
 
@@ -99,7 +99,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
             no_switch=args.no_switch,
         )
         journal = open_run(ctx)
-        spot_check.clear_up(ctx)
+        quality.clear_up(ctx)
         found = assess(ctx, journal, repair=args.only_missing)
         if found.live.state is not None:
             require_whole(source)
@@ -110,7 +110,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     """Show the plan; then sample, sync or replace."""
     from lib import connect
     from lib.config import require_openai_key
-    from lib.reembed import output, report_page, spot_check
+    from lib.reembed import output, quality, report_page
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
     from lib.reembed.embed import start_totals, try_one_batch
@@ -129,7 +129,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     if args.dry_run:
         return output.show_tried(try_one_batch(runner, ctx.cache, paid), found, ctx, refused, console)
     if args.limit:
-        done = spot_check.spot_check(ctx, runner, paid, found.live.state, args.limit)
+        done = quality.spot_check(ctx, runner, paid, found.live.state, args.limit)
         return output.show_spot_check(done, found, paid, ctx, console)
     runner.require_affordable(found.plan.tokens, paid)
     if args.only_missing:

@@ -14,7 +14,7 @@ from lib.providers import MODEL_SETTINGS, PROVIDER
 from lib.reembed.context import Context
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts, embed_uncached
 from lib.reembed.sync import SyncOutcome, missing_of, remove_orphans, sync_collection, texts_to_embed
-from lib.verify.vectors import repair_vectors
+from lib.verify.compare import repair_vectors
 
 _SAME_MODEL_COSINE = 0.99
 _SAMPLES = 3

@@ -181,7 +181,6 @@ def _remove_orphans(ctx: Context, cutover: Cutover) -> int:
 
 def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[Path]:
     """Close the run. If it is killed before this, the resumed run writes its report again."""
-    if paid.log:
-        paid.log.mark_reported(journal.run_id)
+    paid.log.mark_reported(journal.run_id)
     journal.close("done")
     return report
