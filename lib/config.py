@@ -229,7 +229,7 @@ class Config:
     qdrant_timeout: float = _setting("QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400))
     vector_size: int = _setting("VECTOR_SIZE", "3072", Reader.size)
     older_vector_size: str = _setting("QDRANT_VECTOR_SIZE", "", Reader.text)  # used by `size` alone
-    provider: str = _setting(PROVIDER, AUTO, Reader.text)  # used by `choice` alone
+    embedding_provider: str = _setting(PROVIDER, AUTO, Reader.text)  # used by `choice` alone
     embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
     openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
     openai_base_url: str = _setting("OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False)

@@ -81,7 +81,7 @@ def _model(provider: str, values: Mapping[str, str], size: int) -> str:
 def _fault(provider: str, values: Mapping[str, str], size: int) -> str:
     """Return why this provider cannot embed with these settings, or ""."""
     if provider == PLACEHOLDER:
-        return f"{PROVIDER}={PLACEHOLDER} makes vectors without meaning: recall could find nothing by them"
+        return f"{PROVIDER}={PLACEHOLDER} makes vectors without meaning: recall finds nothing with them"
     if provider not in _NAMES:
         return f"{PROVIDER} must be one of {', '.join([AUTO, *_NAMES])}"
     key = _KEYS.get(provider)
@@ -127,28 +127,31 @@ def provider_problem(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> Us
     OPENAI_API_KEY is not asked for. Sends nothing.
     """
     choice = choose(settings, spec.size)
-    if choice.fault and choice.setting and choice.provider != OPENAI:
-        key = _KEYS.get(choice.provider)
-        missing_key = key is not None and settings[key].origin == DEFAULT
-        steps = [f"export {key}=..."] if missing_key else []
-        steps += [f"export VECTOR_SIZE={one}" for one in _SIZES.get(choice.provider, ())[-1:] if not missing_key]
-        steps.append(f"export {PROVIDER}={OPENAI}")
-        return UsageProblem(f"{choice.fault} ({choice.reason})", next_step="   or   ".join(steps))
-    problem = _other_choice(settings, choice, spec.size)
-    if problem is None and spec.provider == OPENAI:
-        problem = _unset_model(settings, spec)
-        if not is_this_machine(spec.base_url) and (fault := native_size_fault(spec)):
-            step = (
-                f"export VECTOR_SIZE={native_size(spec.model)}   or   export OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
-            )
-            problem = problem or UsageProblem(fault, next_step=step)
-    return problem
+    return (
+        _unusable(settings, choice, spec.size)
+        or _other_choice(settings, choice, spec.size)
+        or _unset_model(settings, spec)
+        or _gateway_size(spec)
+    )
+
+
+def _unusable(settings: Mapping[str, Setting], choice: EmbeddingChoice, size: int) -> UsageProblem | None:
+    """Return the problem that the provider that is set cannot embed. A missing OPENAI_API_KEY is left to the caller."""
+    if not choice.fault or not choice.setting or choice.provider == OPENAI:
+        return None
+    steps = [f"export {PROVIDER}={OPENAI}"]
+    key, sizes = _KEYS.get(choice.provider), _SIZES.get(choice.provider)
+    if key and settings[key].origin == DEFAULT:
+        steps.insert(0, f"export {key}=...")
+    elif sizes:
+        steps.insert(0, f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), -one))}")
+    return UsageProblem(f"{choice.fault} ({choice.reason})", next_step="   or   ".join(steps))
 
 
 def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: int) -> UsageProblem | None:
     """Return the problem that AutoMem's own files choose another provider or model than all settings together."""
     names = (PROVIDER, *_DECIDING, *MODEL_SETTINGS.values())
-    own = {name: one for name in names for one in reversed([settings[name], *settings[name].hidden]) if one.automem}
+    own = {name: one for name in names if (one := _in_automems_files(settings[name]))}
     if not own.keys() - {MODEL_SETTINGS[OPENAI]}:
         return None  # AutoMem has them from elsewhere
     theirs = choose(own, size)
@@ -169,6 +172,10 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
     )
 
 
+def _in_automems_files(setting: Setting) -> Setting | None:
+    return next((one for one in (setting, *setting.hidden) if one.automem), None)
+
+
 def _lines(choice: EmbeddingChoice) -> list[str]:
     settings = model_settings(choice.provider, choice.model, named=True)
     return [f"{name}={quote(value)}" for name, value in settings.items()]
@@ -181,12 +188,21 @@ def _named(choice: EmbeddingChoice) -> str:
 def _unset_model(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageProblem | None:
     """Return the problem that EMBEDDING_MODEL is set nowhere at a size at which AutoMem's default is another model."""
     name = MODEL_SETTINGS[OPENAI]
-    if settings[name].origin != DEFAULT or spec.size > _SMALL_SIZE:
+    if spec.provider != OPENAI or settings[name].origin != DEFAULT or spec.size > _SMALL_SIZE:
         return None
     return UsageProblem(
         f"{name} is not set: at {spec.size}d AutoMem then uses {_SMALL}, these scripts {spec.model}",
         next_step=f"export {name}={_SMALL}   (or {spec.model}), and the same line, without export, in AutoMem's .env",
     )
+
+
+def _gateway_size(spec: EmbeddingSpec) -> UsageProblem | None:
+    """Return `native_size_fault` as a problem. An endpoint of this machine may be a proxy that shortens the vectors."""
+    fault = native_size_fault(spec)
+    if not fault or is_this_machine(spec.base_url):
+        return None
+    step = f"export VECTOR_SIZE={native_size(spec.model)}   or   export OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
+    return UsageProblem(fault, next_step=step)
 
 
 def native_size_fault(spec: EmbeddingSpec) -> str:
@@ -197,6 +213,6 @@ def native_size_fault(spec: EmbeddingSpec) -> str:
         return ""
     host = urlsplit(spec.base_url).hostname
     return (
-        f"AutoMem asks {host} (OPENAI_BASE_URL) for no size: it gets {native}d vectors of {spec.model} there, not"
-        f" {spec.size}d, and stores placeholder vectors instead"
+        f"AutoMem sends no `dimensions` to {host} (OPENAI_BASE_URL): it gets {native}d vectors of {spec.model}, not"
+        f" {spec.size}d, and stores placeholder vectors"
     )

@@ -9,6 +9,7 @@ from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.console import Console, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
+from lib.network import is_this_machine
 from lib.providers import native_size_fault
 from lib.show_config import chosen, restart_lines
 
@@ -81,8 +82,9 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
     ]
     console.say(table(rows))
-    if fault := native_size_fault(ctx.spec):
-        console.warn(f"{fault}, unless that endpoint shortens them (a proxy of this machine that asks OpenAI may)")
+    fault = native_size_fault(ctx.spec)
+    if fault and is_this_machine(ctx.spec.base_url):
+        console.warn(f"{fault}, unless this endpoint on this machine is a proxy that shortens them")
     _show_left_out(assessment, ctx, console)
 
 

@@ -45,7 +45,7 @@ _COMPARED = "text and vector compared with AutoMem's"
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _REEMBED = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-_RESTART = "restart AutoMem with the VECTOR_SIZE and EMBEDDING_MODEL that are set here"
+_RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
     "set FALKORDB_GRAPH, QDRANT_URL and QDRANT_COLLECTION of AutoMem and of these scripts to the same stores, then"
     " restart AutoMem"
@@ -389,7 +389,8 @@ def record(stores: Stores, checks: list[Check]) -> str:
     if any(check.status in {FAILED, PENDING} for check in checks):
         raise MigrationError("not stored before every check has passed")
     spec = stores.collection.spec
-    content = f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
+    model = spec.model if spec.provider == OPENAI else f"{spec.model} of {spec.provider}"
+    content = f"The embeddings were migrated to {spec.size}d ({model}); every check of the migration passed"
     return automem.remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
 
 

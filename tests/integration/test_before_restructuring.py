@@ -296,7 +296,7 @@ def test_settings_that_are_refused_now_do_not_stop_a_run_that_has_deleted_the_co
     upgrade(operator)
     deleted = case in DELETED
     result = operator.run("reembed_embeddings", *words_of(case), expect=0 if deleted else 2)
-    assert "AutoMem asks embeddings.invalid (OPENAI_BASE_URL) for no size" in result.err
+    assert "AutoMem sends no `dimensions` to embeddings.invalid (OPENAI_BASE_URL)" in result.err
     if deleted:
         assert_reembedded(operator)
 

@@ -86,12 +86,12 @@ def test_a_linked_env_file_is_automems(operator, tmp_path):
             "EMBEDDING_PROVIDER must be one of auto, ",
             "export EMBEDDING_PROVIDER=openai",
         ),
-        ({"EMBEDDING_PROVIDER": "local"}, "makes vectors of 384, 768, 1024 dimensions", "export VECTOR_SIZE=1024"),
+        ({"EMBEDDING_PROVIDER": "local"}, "makes vectors of 384, 768, 1024 dimensions", "export VECTOR_SIZE=384"),
         ({"EMBEDDING_PROVIDER": "voyage"}, "VOYAGE_API_KEY is not set", "export VOYAGE_API_KEY=..."),
         ({"EMBEDDING_MODEL": ""}, f"EMBEDDING_MODEL is not set: at {OLD_SIZE}d", f"export EMBEDDING_MODEL={SMALL}"),
         (
             {"OPENAI_BASE_URL": "https://me:hidden@gateway.invalid/v1"},
-            "AutoMem asks gateway.invalid (OPENAI_BASE_URL) for no size: it gets 3072d vectors",
+            "AutoMem sends no `dimensions` to gateway.invalid (OPENAI_BASE_URL): it gets 3072d vectors",
             "export VECTOR_SIZE=3072",
         ),
     ],
@@ -129,5 +129,5 @@ def test_an_endpoint_of_this_machine_is_only_a_warning(operator):
     """A proxy on this machine may ask OpenAI itself."""
     operator.export(AUTOMEM_ENV_FILE="")
     result = operator.run("reembed_embeddings", "--max-cost", "0", expect=2)
-    assert "warning: AutoMem asks 127.0.0.1 (OPENAI_BASE_URL) for no size: it gets 3072d vectors" in result.err
+    assert "warning: AutoMem sends no `dimensions` to 127.0.0.1 (OPENAI_BASE_URL): it gets 3072d vectors" in result.err
     assert "this would cost" in result.err

@@ -231,7 +231,7 @@ def test_a_choice_that_automem_makes_differently_is_refused(load, automem, envir
         (f"VOYAGE_API_KEY={VOYAGE_KEY}\n", {"VECTOR_SIZE": "3072"}),
         (
             "EMBEDDING_PROVIDER=ollama\nOLLAMA_BASE_URL=http://ollama:11434\n",
-            {"OLLAMA_BASE_URL": "http://localhost:11434"},
+            {"OLLAMA_BASE_URL": "http://localhost:11434", "VECTOR_SIZE": "768"},
         ),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_gateway_at_a_shortened_size_is_refused_with_the_size_that_works(load,
     gateway = "https://me:hidden@openrouter.ai/api/v1"
     config = load(**settings, OPENAI_BASE_URL=gateway)
     assert_problem(
-        config, f"AutoMem asks openrouter.ai (OPENAI_BASE_URL) for no size: it gets {native}d", step=str(native)
+        config, f"AutoMem sends no `dimensions` to openrouter.ai (OPENAI_BASE_URL): it gets {native}d", step=str(native)
     )
     assert "hidden" not in str(provider_problem(config.settings, config.spec))
     for url in ("http://127.0.0.1:9/v1", "http://localhost:9/v1", "https://api.openai.com/v1", ""):
@@ -277,7 +277,11 @@ def test_a_gateway_at_a_shortened_size_is_refused_with_the_size_that_works(load,
 @pytest.mark.parametrize(
     ("environ", "expected", "step"),
     [
-        ({"EMBEDDING_PROVIDER": "local", "VECTOR_SIZE": "512"}, "384, 768, 1024", "export VECTOR_SIZE=1024"),
+        (
+            {"EMBEDDING_PROVIDER": "local", "VECTOR_SIZE": "512"},
+            "384, 768, 1024",
+            "export VECTOR_SIZE=384   or   export EMBEDDING_PROVIDER=openai",
+        ),
         (
             {"EMBEDDING_PROVIDER": "voyage", "VOYAGE_API_KEY": VOYAGE_KEY, "VECTOR_SIZE": "768"},
             "Voyage makes vectors of 256, 512, 1024, 2048 dimensions, VECTOR_SIZE is 768",
