@@ -370,7 +370,7 @@ def config_of(env_file: str | None, backup_dir: str | None) -> Config:
 def require_embedding(config: Config) -> None:
     """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE. Sends nothing."""
     require_openai_key(config)
-    check_model(config.spec.model, config.vector_size)
+    check_model(config.spec.model, config.vector_size, config.spec.provider)
 
 
 def require_openai_key(config: Config) -> None:

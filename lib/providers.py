@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from shlex import quote
 from urllib.parse import urlsplit
 
-from lib.dimensions import LOCAL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec, native_size, takes_dimensions
+from lib.dimensions import (
+    LOCAL,
+    LOCAL_MODELS,
+    OLLAMA,
+    OPENAI,
+    SETTING_NAMES,
+    VOYAGE,
+    EmbeddingSpec,
+    native_size,
+    takes_dimensions,
+)
 from lib.env_files import DEFAULT, Setting
 from lib.errors import UsageProblem
 from lib.network import is_this_machine
@@ -21,16 +31,14 @@ PROVIDER = "EMBEDDING_PROVIDER"
 _OPENAI_KEY, _VOYAGE_KEY = "OPENAI_API_KEY", "VOYAGE_API_KEY"
 # With EMBEDDING_PROVIDER=auto the first of these that is set decides.
 _DECIDING = {_VOYAGE_KEY: VOYAGE, _OPENAI_KEY: OPENAI, "OLLAMA_BASE_URL": OLLAMA, "OLLAMA_MODEL": OLLAMA}
-_KEYS = {VOYAGE: _VOYAGE_KEY, OPENAI: _OPENAI_KEY}
-ENDPOINT_SETTINGS = {VOYAGE: "VOYAGE_BASE_URL", OPENAI: "OPENAI_BASE_URL", OLLAMA: "OLLAMA_BASE_URL"}
-MODEL_SETTINGS = {VOYAGE: "VOYAGE_MODEL", OPENAI: "EMBEDDING_MODEL", OLLAMA: "OLLAMA_MODEL"}
-# AutoMem's defaults; the guide's EMBEDDING_MODEL is text-embedding-3-large.
+# AutoMem's defaults; the guide's EMBEDDING_MODEL is text-embedding-3-large. VECTOR_SIZE decides the local model.
 DEFAULT_MODELS = {VOYAGE: "voyage-4", OPENAI: "text-embedding-3-small", OLLAMA: "nomic-embed-text"}
+_KEYS = {one: SETTING_NAMES[one].key for one in (VOYAGE, OPENAI)}
+MODEL_SETTINGS = {one: SETTING_NAMES[one].model for one in DEFAULT_MODELS}
+ENDPOINT_SETTINGS = {one: SETTING_NAMES[one].endpoint for one in DEFAULT_MODELS}
 # AutoMem replaces the small model by the large one if VECTOR_SIZE is more than the small one makes.
 _SMALL, _LARGE, _SMALL_SIZE = "text-embedding-3-small", "text-embedding-3-large", 1536
-# The models that AutoMem loads through fastembed, by size. At any other size it loads the one of 768d.
-_LOCAL_MODELS = {384: "BAAI/bge-small-en-v1.5", 768: "BAAI/bge-base-en-v1.5", 1024: "BAAI/bge-large-en-v1.5"}
-_SIZES = {VOYAGE: (256, 512, 1024, 2048), LOCAL: tuple(_LOCAL_MODELS)}
+_SIZES = {VOYAGE: (256, 512, 1024, 2048), LOCAL: tuple(LOCAL_MODELS)}
 _NAMES = {VOYAGE: "Voyage", OPENAI: "OpenAI", OLLAMA: "Ollama", LOCAL: "the local model"}
 # AutoMem sends `dimensions` only if OPENAI_BASE_URL contains this.
 _OPENAI_HOST = "api.openai.com"
@@ -71,7 +79,7 @@ def choose(settings: Mapping[str, Setting], size: int) -> EmbeddingChoice:
 
 def _model(provider: str, values: Mapping[str, str], size: int) -> str:
     if provider not in DEFAULT_MODELS:
-        return _LOCAL_MODELS.get(size, _LOCAL_MODELS[768]) if provider == LOCAL else ""
+        return LOCAL_MODELS.get(size, LOCAL_MODELS[768]) if provider == LOCAL else ""
     model = values.get(MODEL_SETTINGS[provider], DEFAULT_MODELS[provider]).strip()
     if provider == OPENAI and size > _SMALL_SIZE and model.endswith(_SMALL):
         return model.removesuffix(_SMALL) + _LARGE

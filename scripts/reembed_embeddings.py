@@ -65,7 +65,8 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")
-    if args.dry_run and (fault := model_fault(config.spec.model, config.vector_size)):
+    spec = config.spec
+    if args.dry_run and (fault := model_fault(spec.model, spec.size, spec.provider)):
         console.warn(fault)
     if args.prune_spool:
         with connect.target_lock(config), connect.open_cache(config) as cache:

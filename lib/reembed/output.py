@@ -140,7 +140,7 @@ def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> 
     """Return what the run without --dry-run will be refused for; print all but the model's fault, which was printed."""
     from lib.reembed.assess import require_protection
 
-    fault = model_fault(ctx.spec.model, ctx.spec.size)
+    fault = model_fault(ctx.spec.model, ctx.spec.size, ctx.spec.provider)
     reasons = [fault] if fault else []
     try:
         require_protection(ctx, assessment.journal, assessment.live)

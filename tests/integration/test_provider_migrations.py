@@ -54,7 +54,9 @@ def verified(operator) -> dict[str, str]:
 
 @pytest.mark.parametrize("provider", [voyage, ollama, LOCAL])
 def test_from_openai_to_another_provider_and_back(operator, tmp_path, provider):
-    operator.load(40)
+    old_size = 768 if provider is ollama else OLD_SIZE  # with Ollama no check of dimensions shows the change
+    operator.load(40, size=old_size)
+    operator.export(VECTOR_SIZE=old_size)
     operator.run("backup_automem")
     settings = provider(operator, tmp_path)
     operator.export(**settings)
@@ -70,11 +72,24 @@ def test_from_openai_to_another_provider_and_back(operator, tmp_path, provider):
     component = operator.run("backup_automem", "--list", "--json").json["sets"][0]["collection"]
     assert component["provider"] == provider.__name__
     operator.exports.clear()
-    operator.export(EMBEDDING_PROVIDER="openai", VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=SMALL)
+    operator.export(EMBEDDING_PROVIDER="openai", VECTOR_SIZE=old_size, EMBEDDING_MODEL=SMALL)
     operator.run("reembed_embeddings")
     status, detail = verified(operator)[PROVIDER_CHECK]
     assert status == "passed", detail
     assert f"{SMALL} of openai" in detail
+
+
+@pytest.mark.matrix
+def test_a_smaller_size_of_voyage_costs_nothing(operator):
+    operator.load(40)
+    operator.run("backup_automem")
+    operator.export(**voyage(operator, None))
+    operator.export(VECTOR_SIZE=2048)
+    operator.run("reembed_embeddings")
+    operator.run("backup_automem")
+    operator.export(VECTOR_SIZE=512)
+    assert "0 texts, 0 tokens" in operator.run("reembed_embeddings").err
+    operator.run("verify_migration")
 
 
 def test_a_service_on_another_provider_is_reported(operator):
