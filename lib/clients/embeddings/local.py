@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.concurrency import Cancelled
 from lib.dimensions import EmbeddingSpec
 from lib.errors import UsageProblem, one_line
 
@@ -36,22 +37,24 @@ class LocalModel:
         self._model: TextEmbedding | None = None
         # One batch at a time: the model itself uses every core.
         self._running = threading.Lock()
+        self._ended = False
 
     def client(self) -> TextEmbedding:
         """The loaded model: the first call loads it. Raises UsageProblem if it cannot be loaded or downloaded."""
         with self._running:
             if self._model is None:
                 self._model = self._load()
-                # A process that ends while onnxruntime computes is aborted: wait for that batch, and begin no other.
-                atexit.register(self._running.acquire)
+                atexit.register(self._end)
             return self._model
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
-        """No headers, and the vectors of the texts: float32, one after the other."""
+        """No headers, and the vectors of the texts: float32, one after the other. Raises Cancelled if the process ends."""
         import numpy as np
 
         model = self.client()
         with self._running:
+            if self._ended:
+                raise Cancelled
             rows = list(model.embed(list(texts)))
         return {}, np.asarray(rows, dtype=np.float32).tobytes()
 
@@ -65,6 +68,11 @@ class LocalModel:
     def close(self) -> None:
         """Free the model's memory."""
         self._model = None
+
+    def _end(self) -> None:
+        """Wait for the batch that is computed, and begin no other: onnxruntime aborts a process that ends meanwhile."""
+        self._ended = True
+        self._running.acquire()
 
     def _load(self) -> TextEmbedding:
         try:
