@@ -48,7 +48,7 @@ class LocalModel:
             return self._model
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
-        """No headers, and the vectors of the texts: float32, one after the other. Raises Cancelled if the process ends."""
+        """No headers, and the vectors of the texts: float32, one after the other. Raises Cancelled at the end."""
         import numpy as np
 
         model = self.client()
