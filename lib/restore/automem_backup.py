@@ -10,18 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
-from lib.backup.automem_backup import (
-    AutoMemFile,
-    GraphFacts,
-    PointTable,
-    read_graph,
-    read_points,
-)
+from lib.backup.automem_backup import GraphFacts, PointTable, read_graph, read_points
+from lib.backup.automem_file import AutoMemFile
 from lib.backup.collection import CollectionSource, known_model
 from lib.backup.payloads import PointId, same
 from lib.child_process import scratch_folder
@@ -78,7 +74,7 @@ def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iter
             if facts.name != graph:
                 raise UsageProblem(
                     f"{source.display} is of graph '{facts.name}', and not put over '{graph}' (FALKORDB_GRAPH)",
-                    next_step=f"export FALKORDB_GRAPH={facts.name}   if that is the graph to restore",
+                    next_step=f"export FALKORDB_GRAPH={quote(facts.name)}   if that is the graph to restore",
                 )
             create_indexes(conn, graph, MEMORY_LABEL)
             held, wanted = counts(conn, graph), facts.restorable

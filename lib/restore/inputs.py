@@ -18,7 +18,7 @@ from lib.backup.archive import (
     read_archive,
     read_snapshot,
 )
-from lib.backup.automem_backup import COLLECTION, GRAPH, AutoMemFile, automem_files
+from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
 from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
 from lib.backup.collection import (

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import redis
 
-from lib.backup.automem_backup import NOT_HELD, AutoMemFile, require_uncut
+from lib.backup.automem_backup import NOT_HELD, require_uncut
+from lib.backup.automem_file import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.graph import GraphSource
