@@ -30,7 +30,7 @@ from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, create_default
-from lib.clients.qdrant.points import BATCH_POINTS, scroll, upsert
+from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import Progress, bounded_map
@@ -170,19 +170,23 @@ class PointsPlan(RestorePlan):
     def verify_trial(self, name: str) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial(name)
-        wrong: list[PointId] = []
-        for page in scroll(self.target.qdrant, name, payload=True, vector=True):
-            ids = [point.id for point in page]
-            payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
-            stored = np.vstack([point.vector for point in page if point.vector is not None])
-            differ = vectors_differ(stored, wanted)
-            wrong += [
-                point.id
-                for point, bad in zip(page, differ, strict=True)
-                if bad or not same(point.payload or {}, payloads[point.id])
-            ]
+        pages = scroll(self.target.qdrant, name, payload=True, vector=True)
+        # The next page arrives while one is compared.
+        wrong = [one for found in bounded_map(self._different, pages, 1) for one in found]
         if wrong:
             raise BackupDamaged(
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
+
+    def _different(self, page: list[Point]) -> list[PointId]:
+        """The points of a page whose payload or vector is not the file's."""
+        ids = [point.id for point in page]
+        payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
+        stored = np.vstack([point.vector for point in page if point.vector is not None])
+        differ = vectors_differ(stored, wanted)
+        return [
+            point.id
+            for point, bad in zip(page, differ, strict=True)
+            if bad or not same(point.payload or {}, payloads[point.id])
+        ]
