@@ -193,7 +193,7 @@ class Text:
 
 
 def _relaid(source: AutoMemFile) -> tuple[str, str]:
-    """Why a file that was formatted anew is refused, and the command that formats it again."""
+    """Why a file that another program has formatted is refused, and the command that formats it again."""
     command = f"gunzip -cf {quote(str(source.path))} | python -m json.tool --indent 2 - {source.kind}.json"
     return "its lines are not those that AutoMem writes", f"if another program has formatted it:  {command}"
 
