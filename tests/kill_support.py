@@ -22,7 +22,7 @@ HOOKS = {
     "scratch server loading": "lib.clients.falkordb.scratch._loaded",
     "scratch graph counted": "lib.backup.graph.counts",
     "RDB streamed": "lib.backup.graph.stream_rdb",
-    "RDB file written": "lib.backup.graph._taken",
+    "RDB file written": "lib.backup.graph._write_rdb",
     "graph taken": "lib.backup.run.take_graph",
     "snapshot downloaded": "lib.clients.qdrant.snapshots.download",
     "snapshot deleted": "lib.clients.qdrant.snapshots.delete",
@@ -42,10 +42,10 @@ HOOKS = {
     "graph swapped in": "lib.restore.graph.swap_in",
     "graph renamed and restored": "lib.clients.falkordb.swap._rename_and_restore",
     "old graph dropped": "lib.restore.graph.drop_graph",
-    "spot check's collection made": "lib.reembed.spot_check._make",
-    "spot check's points written": "lib.reembed.spot_check.sync_collection",
-    "spot check compared": "lib.reembed.spot_check.compare",
-    "spot check's collection deleted": "lib.reembed.spot_check.delete_collection",
+    "spot check's collection made": "lib.reembed.quality._make",
+    "spot check's points written": "lib.reembed.quality.sync_collection",
+    "spot check compared": "lib.reembed.quality.compare_sample",
+    "spot check's collection deleted": "lib.reembed.quality.delete_collection",
 }
 # Places: "before PHASE", "after PHASE" (of the journal), "entering HOOK", "called HOOK", joined by "; ".
 _PRELUDE = """
