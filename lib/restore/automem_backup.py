@@ -38,7 +38,7 @@ from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
 from lib.files import sha256_file
 from lib.restore.collection import Copy, RestorePlan
 from lib.restore.inputs import CollectionBackup
-from lib.verify.vectors import vectors_differ
+from lib.verify.compare import vectors_differ
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
