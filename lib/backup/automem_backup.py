@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, Text, fields
 from lib.backup.existing_points import TemporaryIdTable, as_id, room_or_error
 from lib.backup.payloads import PointId, point_id
 from lib.clients.embeddings.cache_file import chunks, marks
+from lib.clients.falkordb.bulk import points_in
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.errors import BackupDamaged
 
@@ -54,7 +55,8 @@ class _GraphStats(msgspec.Struct):
 class GraphFacts:
     """What a graph's file holds.
 
-    `without_ends`: relationships to a node that the file lacks. `repeated`: nodes that it has twice, of the same id.
+    `without_ends`: relationships to a node that the file lacks, such as `absent`. `repeated`: nodes that it has twice,
+    such as `doubled`. `points`: names of properties that are maps of latitude and longitude.
     """
 
     name: str = ""
@@ -63,6 +65,9 @@ class GraphFacts:
     memories: int = 0
     without_ends: int = 0
     repeated: int = 0
+    absent: int = -1
+    doubled: int = -1
+    points: set[str] = field(default_factory=set)
 
     @property
     def restorable(self) -> tuple[int, int]:
@@ -76,9 +81,11 @@ class GraphFacts:
         """
         signs = []
         if self.without_ends:
-            signs.append(f"{self.without_ends:,} relationships lead to nodes that the file lacks")
+            signs.append(
+                f"{self.without_ends:,} relationships lead to nodes that the file lacks, such as node {self.absent}"
+            )
         if self.repeated:
-            signs.append(f"{self.repeated:,} nodes are in it twice, and others may be missing")
+            signs.append(f"{self.repeated:,} nodes are in it twice, such as node {self.doubled}; others may be missing")
         for count, what in ((self.nodes, "nodes"), (self.relationships, "relationships")):
             if 0 < count < _PAGE_OF_AUTOMEM and count % _ROUND == 0:
                 signs.append(
@@ -89,14 +96,15 @@ class GraphFacts:
         return signs
 
 
-OnNodes = Callable[[list[Node]], object]
-OnRelationships = Callable[[list[tuple[int, int, Relationship]]], object]
+# Each gets the number of nodes or relationships in the pages before, and a page.
+OnNodes = Callable[[int, list[Node]], object]
+OnRelationships = Callable[[int, list[tuple[int, int, Relationship]]], object]
 
 
 def read_graph(
     source: AutoMemFile,
-    on_nodes: OnNodes = lambda _nodes: None,
-    on_relationships: OnRelationships = lambda _rows: None,
+    on_nodes: OnNodes = lambda _before, _nodes: None,
+    on_relationships: OnRelationships = lambda _before, _rows: None,
 ) -> GraphFacts:
     """Read and verify a graph's file. The callbacks get pages: nodes, and relationships with the numbers of their ends.
 
@@ -110,9 +118,11 @@ def read_graph(
                 if name == "graph_name":
                     facts.name = text.decoded(page[0], str)
                 elif name == "nodes":
-                    on_nodes(_new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
+                    before = facts.restorable[0]
+                    on_nodes(before, _new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
                 elif name == "relationships":
-                    on_relationships(_whole([text.decoded(one, Relationship) for one in page], numbers, facts))
+                    before = facts.restorable[1]
+                    on_relationships(before, _whole([text.decoded(one, Relationship) for one in page], numbers, facts))
                 elif name == "stats":
                     stats = text.decoded(page[0], _GraphStats)
         if stats is None or not facts.name:
@@ -133,10 +143,12 @@ def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -
         if node.id not in known:
             known.add(node.id)
             new.append(node)
-    first = facts.nodes - facts.repeated
-    numbers.put((node.id, {"number": first + place}) for place, node in enumerate(new))
+        else:
+            facts.doubled = node.id
+    numbers.put((node.id, {"number": number}) for number, node in enumerate(new, facts.restorable[0]))
     facts.nodes += len(page)
     facts.repeated += len(page) - len(new)
+    facts.points.update(*(points_in(node.properties) for node in new))
     facts.memories += sum(MEMORY_LABEL in node.labels for node in new)
     return new
 
@@ -152,7 +164,10 @@ def _whole(
         if one.source_id in ends and one.target_id in ends
     ]
     facts.relationships += len(page)
-    facts.without_ends += len(page) - len(rows)
+    facts.points.update(*(points_in(one.properties or {}) for _, _, one in rows))
+    if len(rows) < len(page):
+        facts.without_ends += len(page) - len(rows)
+        facts.absent = next(end for one in page for end in (one.source_id, one.target_id) if end not in ends)
     return rows
 
 
@@ -248,8 +263,9 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     if repeated:
         text.refuse(f"point {min(repeated, key=str)} is in it twice")
     vectors = np.array([one.vector for one in page], dtype=np.float32)
-    if not np.isfinite(vectors).all():
-        text.refuse("a vector holds a number that is not finite")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")
     ids.put((one.id, one.payload or {}) for one in page)
     if isinstance(ids, PointTable):
         ids.size = facts.size

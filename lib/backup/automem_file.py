@@ -102,7 +102,10 @@ def _in_tar(path: Path) -> Iterator[AutoMemFile]:
             if member.isdir():
                 continue
             if not named or not member.isreg() or named[1] in seen:
-                raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
+                raise BackupDamaged(
+                    f"{path} holds a member that no backup has: {member.name!r}",
+                    next_step="use another backup of AutoMem's",
+                )
             seen.add(named[1])
             yield AutoMemFile(path, _KINDS[named[1]], member.name)
 

@@ -66,9 +66,9 @@ def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iter
             create_graph(conn, graph)
             facts = read_graph(
                 source,
-                lambda nodes: add_nodes(conn, graph, ((one.labels, one.properties) for one in nodes)),
-                lambda rows: add_relationships(
-                    conn, graph, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
+                lambda before, nodes: add_nodes(conn, graph, before, ((one.labels, one.properties) for one in nodes)),
+                lambda before, rows: add_relationships(
+                    conn, graph, before, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
                 ),
             )
             if facts.name != graph:
