@@ -109,7 +109,8 @@ def read_graph(
     """Read and verify a graph's file. The callbacks get pages: nodes, and relationships with the numbers of their ends.
 
     A node's number is its place among the nodes that `on_nodes` got, from 0 on. Repeated nodes, and relationships
-    without both ends, are counted and not passed on. Raises BackupDamaged.
+    without both ends, are counted and not passed on. The callbacks raise ValueError for a value that no property has.
+    Raises BackupDamaged.
     """
     facts, stats = GraphFacts(), None
     with opened_text(source) as text, TemporaryIdTable() as numbers:
@@ -117,14 +118,17 @@ def read_graph(
             for page in chunks((element for _, element in elements), _PAGE):
                 if name == "graph_name":
                     facts.name = text.decoded(page[0], str)
-                elif name == "nodes":
-                    before = facts.restorable[0]
-                    on_nodes(before, _new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
-                elif name == "relationships":
-                    before = facts.restorable[1]
-                    on_relationships(before, _whole([text.decoded(one, Relationship) for one in page], numbers, facts))
                 elif name == "stats":
                     stats = text.decoded(page[0], _GraphStats)
+                nodes, relationships = facts.restorable
+                try:
+                    if name == "nodes":
+                        on_nodes(nodes, _new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
+                    elif name == "relationships":
+                        rows = _whole([text.decoded(one, Relationship) for one in page], numbers, facts)
+                        on_relationships(relationships, rows)
+                except ValueError as error:
+                    text.refuse(str(error))
         if stats is None or not facts.name:
             text.refuse("'graph_name' or 'stats' is missing")
         if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):

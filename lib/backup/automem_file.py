@@ -34,6 +34,7 @@ _MEMBER = re.compile(rf"(?:\./)?({GRAPH_DIR}|{COLLECTION_DIR})/[^/]+\.json\.gz")
 _IN_TAR = re.compile(rb"(?:\./)?(?:falkordb|qdrant)/(?:[^\0]*\.json\.gz)?\0")
 _STAMP = re.compile(r"\d{8}_\d{6}")
 _KINDS = {GRAPH_DIR: GRAPH, COLLECTION_DIR: COLLECTION}
+_ANOTHER = "use another backup of AutoMem's"
 T = TypeVar("T")
 
 
@@ -75,10 +76,12 @@ def automem_files(path: Path) -> list[AutoMemFile]:
     else:
         return [AutoMemFile(path, kind) for kind, sign in _SIGNS.items() if sign.match(head)]
     if len({one.stamp for one in found}) > 1:
+        named = " ".join(quote(str(one.path)) for one in found)
         raise BadFile(
             f"{path} holds no pair: {' and '.join(one.display for one in found)} were not taken together",
-            next_step="name the files to restore:  python scripts/restore_from_backup.py "
-            + " ".join(quote(str(one.path)) for one in found),
+            next_step=f"name the files to restore:  python scripts/restore_from_backup.py {named}"
+            if path.is_dir()
+            else _ANOTHER,
         )
     return found
 
@@ -104,7 +107,7 @@ def _in_tar(path: Path) -> Iterator[AutoMemFile]:
             if not named or not member.isreg() or named[1] in seen:
                 raise BackupDamaged(
                     f"{path} holds a member that no backup has: {member.name!r}",
-                    next_step="use another backup of AutoMem's",
+                    next_step=_ANOTHER,
                 )
             seen.add(named[1])
             yield AutoMemFile(path, _KINDS[named[1]], member.name)
@@ -125,7 +128,7 @@ def _head(path: Path) -> bytes:
 # --- The text, as a stream ---------------------------------------------------------------------------------------
 
 _PIECE = 1 << 20
-_LARGEST_ELEMENT = 256 << 20
+_LARGEST_ELEMENT = 64 << 20
 _BEGINNING = b'{\n  "'
 _FIELD = re.compile(rb'  "([a-z_]+)": (.*?)(,?)\n')
 
@@ -182,7 +185,7 @@ class Text:
         except (msgspec.ValidationError, ValueError, RecursionError) as error:
             self.refuse(f"{error}")
 
-    def refuse(self, why: str, next_step: str = "use another backup of AutoMem's") -> NoReturn:
+    def refuse(self, why: str, next_step: str = _ANOTHER) -> NoReturn:
         """Raise BackupDamaged with the position."""
         raise BackupDamaged(
             f"{self._source.display} is damaged at byte {self.position:,} of its text: {why}", next_step=next_step

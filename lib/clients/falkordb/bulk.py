@@ -16,7 +16,7 @@ import redis
 
 from lib.clients.falkordb.connection import command
 from lib.clients.falkordb.queries import quoted, read_rows
-from lib.errors import BackupDamaged, StoreFailed
+from lib.errors import StoreFailed
 
 _NULL, _BOOLEAN, _DOUBLE, _STRING, _INTEGER, _ARRAY = range(6)
 _POINT = {"latitude", "longitude"}  # the only property that JSON has as a map
@@ -45,7 +45,7 @@ def create_graph(conn: redis.Redis, graph: str) -> None:
 def add_nodes(conn: redis.Redis, graph: str, first: int, nodes: Iterable[tuple[Sequence[str], Properties]]) -> None:
     """Add nodes, given as labels and properties. The graph has `first` nodes and never lost one: its ids continue.
 
-    Raises BackupDamaged for a value that no property has.
+    Raises ValueError for a value that no property has.
     """
     for (labels, has_values), group in groupby(nodes, key=lambda node: (list(node[0]), bool(_plain(node[1])))):
         page = [properties for _, properties in group]
@@ -128,7 +128,7 @@ def _bulk(
 def _text(text: str) -> bytes:
     data = text.encode("utf-8", "surrogatepass")
     if b"\0" in data:
-        raise BackupDamaged(f"a text with a NUL byte is in no graph: {text[:80]!r}")
+        raise ValueError(f"a text with a NUL byte is in no graph: {text[:80]!r}")
     return data + b"\0"
 
 
@@ -146,4 +146,4 @@ def _value(value: object) -> bytes:
         return struct.pack("<Bd", _DOUBLE, value)
     if isinstance(value, list):
         return struct.pack("<Bq", _ARRAY, len(value)) + b"".join(map(_value, value))
-    raise BackupDamaged(f"a value that no property has: {str(value)[:80]}")
+    raise ValueError(f"a value that no property has: {str(value)[:80]}")
