@@ -18,7 +18,7 @@ import numpy as np
 from lib.backup.archive import ArchiveFacts, SnapshotMember
 from lib.backup.automem_backup import GraphFacts, PointTable, read_graph, read_points
 from lib.backup.automem_file import AutoMemFile
-from lib.backup.collection import CollectionSource, known_model
+from lib.backup.collection import CollectionSource
 from lib.backup.payloads import PointId, same
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
@@ -29,7 +29,7 @@ from lib.clients.falkordb.scratch import Engine, NoEngine, scratch_server
 from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, create_default
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default
 from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
@@ -37,7 +37,7 @@ from lib.concurrency import Progress, bounded_map
 from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
 from lib.files import sha256_file
 from lib.restore.collection import Copy, RestorePlan
-from lib.restore.inputs import CollectionBackup
+from lib.restore.inputs import CollectionBackup, bare_facts
 from lib.verify.compare import vectors_differ
 
 if TYPE_CHECKING:
@@ -90,29 +90,12 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
     """Verify a collection's file; its points are in a temporary table afterwards. Raises BackupDamaged."""
     table = PointTable()
     found = read_points(source, table)
-    vectors = {"size": found.size, "distance": "Cosine"}
-    config = {"params": {"vectors": vectors}}
-    state = CollectionState(
-        found.name,
-        found.size,
-        "Cosine",
-        found.points,
-        "",
-        optimizer_ok=True,
-        vectors_named=False,
-        raw={"config": config},
-    )
-    facts = {
-        "collection": found.name,
-        "server": {"address": "", "version": ""},
-        "config": config,
-        "aliases": [],
-        "model": known_model(state, target.spec)[0],
-    }
+    config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
     schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
     snapshot = SnapshotFacts(found.size, "Cosine", False, 1, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
     # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
     member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
+    facts = bare_facts(source.path, found.name, target.spec, snapshot, member)
     return CollectionBackup(source.path, ArchiveFacts(facts, (member,), found.points), snapshot, bare=True, ids=table)
 
 
