@@ -82,10 +82,15 @@ def points_in(properties: Properties) -> dict[str, str]:
     """The properties that JSON has as a map, or as a list of maps: points. Returns them as Cypher."""
     found = {}
     for key, value in properties.items():
-        if isinstance(value, dict) and value.keys() == _POINT:
-            found[key] = _point(value)
-        elif isinstance(value, list) and value and all(isinstance(one, dict) and one.keys() == _POINT for one in value):
-            found[key] = f"[{', '.join(map(_point, value))}]"
+        points = value if isinstance(value, list) else [value]
+        # Most values are texts, or lists of texts: the first one shows it.
+        if (
+            points
+            and isinstance(points[0], dict)
+            and all(isinstance(one, dict) and one.keys() == _POINT for one in points)
+        ):
+            texts = list(map(_point, points))
+            found[key] = f"[{', '.join(texts)}]" if isinstance(value, list) else texts[0]
     return found
 
 
