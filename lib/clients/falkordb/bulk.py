@@ -94,6 +94,10 @@ def points_in(properties: Properties) -> dict[str, str]:
     return found
 
 
+def _is_point(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == _POINT
+
+
 def _point(value: Mapping[str, float]) -> str:
     return f"point({{latitude: {float(value['latitude'])!r}, longitude: {float(value['longitude'])!r}}})"
 
