@@ -33,6 +33,8 @@ HOOKS = {
     "unfinished files removed": "lib.backup.run.remove_unfinished",
     "graph accepted": "lib.restore.graph.verify_acceptance",
     "copy uploaded": "lib.restore.collection.upload_and_restore",
+    "points written": "lib.restore.automem_backup.upsert",
+    "snapshot of the points made": "lib.restore.automem_backup.can_fetch_itself",
     "own address found": "lib.restore.collection.can_fetch_itself",
     "live collection deleted": "lib.restore.collection.delete_collection",
     "copy recovered": "lib.restore.collection.recover",
