@@ -71,9 +71,7 @@ def _create_nodes(graph: Graph, nodes: list[dict[str, Any]]) -> dict[int, tuple[
     return known
 
 
-def _create_relationships(
-    graph: Graph, relationships: list[dict[str, Any]], known: dict[int, tuple[str, Any]]
-) -> None:
+def _create_relationships(graph: Graph, relationships: list[dict[str, Any]], known: dict[int, tuple[str, Any]]) -> None:
     groups: defaultdict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for one in relationships:
         (source_label, source), (target_label, target) = known[one["source_id"]], known[one["target_id"]]
