@@ -84,13 +84,14 @@ def points_of_rows(rows: Iterable[Row]) -> Points:
     return {one["id"]: (text_of(one["payload"]), np.asarray(one["vector"], dtype=np.float32).tobytes()) for one in rows}
 
 
-def points_in_store(operator: Operator) -> Points:
-    """The points of the operator's collection."""
+def points_in_store(operator: Operator, collection: str | None = None) -> Points:
+    """The points of the operator's collection, or of another one."""
+    path = f"/collections/{collection or operator.collection}/points/scroll"
     rows: list[Row] = []
     offset: Any = None
     while True:
         body = {"limit": 1000, "with_vector": True, "with_payload": True, "offset": offset}
-        page = operator.call("POST", "/points/scroll", body)
+        page = operator.qdrant.json("POST", path, body)
         rows += page["points"]
         offset = page["next_page_offset"]
         if offset is None:
