@@ -42,6 +42,7 @@ from tests.bench.peak import peak_mb
 from tests.matrix import matrix
 from tests.operator_support import OLD_SIZE, Operator
 from tests.restore_support import assert_tidy
+from tests.sandbox.sample_memories import generate
 
 pytestmark = pytest.mark.qdrant
 
@@ -70,9 +71,14 @@ def test_the_files_hold_what_the_stores_held(source):
 def test_the_writer_of_large_files_writes_what_automem_writes(tmp_path):
     graph, collection = json_of(GRAPH_FILE), json_of(COLLECTION_FILE)
     paths = tmp_path / "graph.json.gz", tmp_path / "collection.json.gz"
-    automem_json.write_graph(paths[0], "memories", graph["nodes"], graph["relationships"], graph["timestamp"])
-    points = ((one, np.asarray(one["vector"], dtype=np.float32)) for one in collection["points"])
-    automem_json.write_collection(paths[1], "memories", OLD_SIZE, points, collection["timestamp"])
+    with automem_json.graph_file(paths[0], "memories", graph["timestamp"]) as file:
+        for key in ("nodes", "relationships"):
+            file.array(key)
+            for row in graph[key]:
+                file.add(row)
+    with automem_json.collection_file(paths[1], "memories", OLD_SIZE, collection["timestamp"]) as file:
+        for row in collection["points"]:
+            file.add_point(row, np.asarray(row["vector"], dtype=np.float32))
     for written, kept in zip(paths, (GRAPH_FILE, COLLECTION_FILE), strict=True):
         assert gzip.decompress(written.read_bytes()) == gzip.decompress(kept.read_bytes())
 
@@ -297,10 +303,11 @@ def test_more_nodes_than_a_result_of_the_server_has_rows(live, tmp_path):
     count = 10_000
     automem_json.write_samples(tmp_path / "large", "memories", "memories", count, OLD_SIZE)
     live.run("restore_from_backup", tmp_path / "large")
-    graph = graph_of(automem_json.sample_nodes(count), automem_json.sample_relationships(count))
-    rows = ({**row, "vector": vector} for row, vector in automem_json.sample_points(count, OLD_SIZE))
+    memories = list(generate(count))
+    links = [row for one in memories for row in automem_json.relationship_rows(one)]
+    graph = graph_of(map(automem_json.node_row, memories), links)
     assert sum(graph[0].values()) > 10_000
-    assert_restored(live, graph=graph, points=points_of_rows(rows))
+    assert_restored(live, graph=graph, points=points_of_rows(automem_json.sample_points(count, OLD_SIZE)))
     assert_tidy(live)
 
 
