@@ -333,10 +333,10 @@ def test_a_file_that_was_cut_at_a_page_is_refused(untouched, cut):
 
 
 @pytest.fixture
-def live(session_servers, tmp_path) -> Iterator[Operator]:
-    with automem_operator(session_servers, tmp_path / "operator") as someone:
-        make_live(someone)
-        yield someone
+def live(_untouched) -> Iterator[Operator]:
+    """The same stores for a test that changes them."""
+    yield _untouched
+    make_live(_untouched)
 
 
 @pytest.mark.core
