@@ -114,7 +114,7 @@ def open_reembed(
 
 
 def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
-    """Open the stores that the files are for. `choices` are `safety`, `force_version` and `while_running` of a Site.
+    """Open the stores that the files are for. `choices` are the flags of a Site.
 
     Raises StoreUnreachable with the command that starts just the stores.
     """

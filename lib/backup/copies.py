@@ -13,6 +13,7 @@ from shlex import quote
 from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
+from lib.backup.automem_backup import listed_files
 from lib.backup.catalog import OUTGOING, is_complete, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
@@ -380,11 +381,15 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
 
 @dataclass(frozen=True)
 class Catalog:
-    """The sets in a folder or at a URL, each with whether its files exist with their sizes; unreadable manifests."""
+    """The sets in a folder or at a URL, each with whether its files exist with their sizes; unreadable manifests.
+
+    `automem`: the backups by AutoMem's own scripts, which are not sets.
+    """
 
     where: str
     sets: list[tuple[Manifest, bool]]
     unreadable: list[str]
+    automem: tuple[Path, ...] = ()
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
@@ -395,7 +400,8 @@ def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
 def local_catalog(folder: Path) -> Catalog:
     """The sets in a backup folder."""
     sets, unreadable = read_sets(folder)
-    return Catalog(str(folder), [(one, is_complete(one)) for one in sets], list(map(str, unreadable)))
+    automem = tuple(one.path for one in listed_files(folder))
+    return Catalog(str(folder), [(one, is_complete(one)) for one in sets], list(map(str, unreadable)), automem)
 
 
 def remote_catalog(store: OffsiteStore) -> Catalog:

@@ -18,8 +18,9 @@ from lib.backup.archive import (
     read_archive,
     read_snapshot,
 )
+from lib.backup.automem_backup import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
-from lib.backup.check import ARCHIVE, MANIFEST, RDB, kind_of
+from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
     CollectionSource,
     SegmentCopies,
@@ -47,7 +48,8 @@ from lib.files import FULL_DISK, PassThrough, readable_bytes
 class Inputs:
     """The files to restore, each with its component of a manifest if one names it.
 
-    `bare`: the archive is a plain snapshot as Qdrant's own API returns it. `warnings` are for the operator.
+    `bare`: the archive is a plain snapshot as Qdrant's own API returns it. `automem_graph`, `automem_collection`: `rdb`
+    or `archive` is a backup by AutoMem's own scripts. `warnings` are for the operator.
     """
 
     rdb: Path | None = None
@@ -55,6 +57,8 @@ class Inputs:
     graph_component: GraphComponent | None = None
     collection_component: CollectionComponent | None = None
     bare: bool = False
+    automem_graph: AutoMemFile | None = None
+    automem_collection: AutoMemFile | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -63,10 +67,13 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
     graphs: list[tuple[Path, GraphComponent | None]] = []
     collections: list[tuple[Path, CollectionComponent | None]] = []
     bare, warnings = False, list[str]()
+    automems: list[AutoMemFile] = []
     for word in words:
         path = Path(word)
         kind = MANIFEST if word == "latest" else kind_of(path)
-        if kind == MANIFEST:
+        if kind == AUTOMEM:
+            automems += automem_files(path)
+        elif kind == MANIFEST:
             manifest = latest(folder, owner) if word == "latest" else read_manifest(path)
             if manifest.graph:
                 graphs.append((manifest.file_of(manifest.graph), manifest.graph))
@@ -81,12 +88,31 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
         else:
             collections.append((path, None))
             bare = True
-    for name, files in (("graph", graphs), ("collection", collections)):
-        if len(files) > 1:
-            raise BadFile(f"{files[1][0]} and {files[0][0]} are both of the {name}", next_step="name one of them")
+    of_automem = {one.kind: one for one in automems}
+    graphs += [(one.path, None) for one in automems if one.kind == GRAPH]
+    collections += [(one.path, None) for one in automems if one.kind == COLLECTION]
+    _require_single("graph", [path for path, _ in graphs])
+    _require_single("collection", [path for path, _ in collections])
+    if len({one.stamp for one in automems}) > 1:
+        warnings.append(f"{' and '.join(one.display for one in automems)} were not taken together")
     rdb, graph_component = graphs[0] if graphs else (None, None)
     archive, collection_component = collections[0] if collections else (None, None)
-    return Inputs(rdb, archive, graph_component, collection_component, bare, tuple(warnings))
+    return Inputs(
+        rdb,
+        archive,
+        graph_component,
+        collection_component,
+        bare,
+        of_automem.get(GRAPH),
+        of_automem.get(COLLECTION),
+        tuple(warnings),
+    )
+
+
+def _require_single(what: str, paths: list[Path]) -> None:
+    """Raise BadFile for two files of one store."""
+    if len(paths) > 1:
+        raise BadFile(f"{paths[1]} and {paths[0]} are both of the {what}", next_step="name one of them")
 
 
 def _set_of(folder: Path, path: Path, warnings: list[str]) -> Manifest | None:
