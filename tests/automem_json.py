@@ -143,6 +143,5 @@ def sample_points(count: int, size: int) -> Iterable[Row]:
 
 def _vector(noise: np.random.Generator, size: int) -> Vector:
     """Noise of length 1, as a collection of Cosine returns it."""
-    vector = noise.standard_normal(size, dtype=np.float32)
-    found: Vector = vector / np.linalg.norm(vector)
-    return found
+    vector = noise.standard_normal(size)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)

@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import requests
 
 from tests.operator_support import OLD_SIZE, Operator, Servers
+from tests.reembed_support import close
 from tests.restore_support import assert_tidy
 
 DATA = Path(__file__).parent / "data" / "automem_backup"
@@ -27,7 +29,28 @@ STORES: dict[str, Any] = json.loads((DATA / "stores.json").read_text(encoding="u
 
 Row = dict[str, Any]
 Graph = tuple[Counter[str], Counter[tuple[str, str, str, str]]]
-Points = dict[Any, tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point's payload as text, and its vector (float32). Equal up to the last digits of the payload's doubles.
+
+    Qdrant itself changes these: 0.9121620400688931 is read back as 0.9121620400688932 (1.11.3 to 1.19.0).
+    """
+
+    payload: str
+    vector: bytes
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Point) or self.vector != other.vector:
+            return False
+        return self.payload == other.payload or close(json.loads(self.payload), json.loads(other.payload))
+
+    def __hash__(self) -> int:
+        return hash(self.vector)
+
+
+Points = dict[Any, Point]
 
 
 def text_of(value: object) -> str:
@@ -80,8 +103,10 @@ def _rows(operator: Operator, match: str, key: str, wanted: str) -> Iterable[lis
 
 
 def points_of_rows(rows: Iterable[Row]) -> Points:
-    """Payload and vector (float32) of each point, by its id."""
-    return {one["id"]: (text_of(one["payload"]), np.asarray(one["vector"], dtype=np.float32).tobytes()) for one in rows}
+    """The points by their ids."""
+    return {
+        one["id"]: Point(text_of(one["payload"]), np.asarray(one["vector"], dtype=np.float32).tobytes()) for one in rows
+    }
 
 
 def points_in_store(operator: Operator, collection: str | None = None) -> Points:

@@ -10,6 +10,7 @@ import pytest
 
 from lib.clients.qdrant.collection import exists
 from lib.errors import MigrationError
+from tests.automem_json import sample_points, write_samples
 from tests.automem_json_support import (
     DATA,
     KEPT_GRAPH,
@@ -19,25 +20,33 @@ from tests.automem_json_support import (
     graph_in_store,
     make_live,
     points_in_store,
+    points_of_rows,
 )
 from tests.kill_support import KILLS_EACH, kill, run_killed
 from tests.matrix import matrix
-from tests.operator_support import Operator
+from tests.operator_support import OLD_SIZE, Operator
 from tests.restore_support import assert_tidy, delete_printed_snapshots, wait_for
 
 pytestmark = pytest.mark.qdrant
 
 # In the order in which a run reaches them.
 WINDOWS = [
+    "called AutoMem's points read",
+    "called AutoMem's graph read",
+    "called AutoMem's graph loaded",
     "after started",
     "after rehearsing the graph",
     "called graph accepted",
     "after rehearsing the collection",
+    "called trial's collection created",
+    "called batch of points written",
     "before collection rehearsed",
     "after collection rehearsed",
     "after backup begun",
     "after snapshot made",
     "after safety backup",
+    "entering snapshot of the trial found",
+    "called snapshot of the trial found",
     "before deleting the live collection",
     "after deleting the live collection",
     "called live collection deleted",
@@ -117,6 +126,19 @@ def test_killed_at_a_random_moment_it_resumes(usual_seconds, live, number):
         pytest.fail("every run ended before its kill")
     assert_one_is_whole(live, old)
     resume(live)
+
+
+def test_a_trial_with_a_part_of_the_points_is_not_taken_for_complete(live, tmp_path):
+    """Killed after the first of several batches."""
+    count = 600
+    words = list(map(str, write_samples(tmp_path / "files", live.graph, live.collection, count, OLD_SIZE)))
+    run_killed(live, "called batch of points written", "restore_from_backup", *words)
+    left = next(one for one in live.collections() if "__try_" in one)
+    wanted = points_of_rows(sample_points(count, OLD_SIZE))
+    assert 0 < len(points_in_store(live, left)) < len(wanted)
+    live.run("restore_from_backup", *words)
+    assert points_in_store(live) == wanted
+    assert_tidy(live)
 
 
 def test_another_file_after_a_kill_cleans_up_first(live):
