@@ -162,11 +162,11 @@ OF_COLLECTION: dict[str, Damage] = {
     "points an object": put("points", value={}),
     "empty": edited(lambda content: content.update(points=[], stats={"points_count": 0, "vector_size": 48})),
 }
-CORE = ["gzip truncated", "byte flipped", "JSON cut", "JSON followed by rubbish"]
 CASES = [
     *((GRAPH_FILE.parent.name, name) for name in (*OF_BYTES, *OF_GRAPH)),
     *((COLLECTION_FILE.parent.name, name) for name in (*OF_BYTES, *OF_COLLECTION)),
 ]
+WHOLE = ["empty"]  # complete, but replacing a store by nothing is refused
 # What the message must name, in addition to the file.
 NAMED = {
     "node count edited": ("62", "63"),
@@ -198,13 +198,9 @@ def damaged_copy(service: str, name: str, folder: Path) -> tuple[Path, Path]:
     matrix(
         CASES,
         ("falkordb", "gzip truncated"),
-        ("falkordb", "relationship to a missing node"),
-        ("falkordb", "node id twice"),
-        ("falkordb", "JSON followed by rubbish"),
+        ("falkordb", "node count edited"),
         ("qdrant", "byte flipped"),
-        ("qdrant", "points count edited"),
         ("qdrant", "vectors of two sizes"),
-        ("qdrant", "vector with NaN"),
     ),
 )
 def test_a_damaged_file_is_refused(untouched, tmp_path, service, name):
@@ -215,6 +211,8 @@ def test_a_damaged_file_is_refused(untouched, tmp_path, service, name):
         assert path.name in err
         for word in NAMED.get(name, ()):
             assert word in err, err
+    if name in WHOLE:
+        return
     checked = untouched.run("backup_automem", "--check", path, expect=None)
     assert checked.code in {2, 4}, checked.out + checked.err
     assert path.name in checked.out + checked.err
@@ -287,7 +285,7 @@ TARS: dict[str, Callable[[Path], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", matrix(TARS, "truncated", "a path above the folder", "a symbolic link"))
+@pytest.mark.parametrize("name", matrix(TARS, "a path above the folder"))
 def test_a_damaged_or_hostile_tar_is_refused(untouched, tmp_path, name):
     outside = tmp_path / "outside"
     outside.write_text("not to be changed")
@@ -350,7 +348,12 @@ def test_with_force_incomplete_it_restores_what_is_there_and_lists_the_rest(live
 
 
 def test_force_incomplete_admits_no_damage(untouched, tmp_path):
-    for service, name in (("falkordb", "byte flipped"), ("falkordb", "node id twice"), ("qdrant", "vector with NaN")):
+    for service, name in (
+        ("falkordb", "byte flipped"),
+        ("falkordb", "node count edited"),
+        ("qdrant", "vector with NaN"),
+        ("qdrant", "point id twice"),
+    ):
         path, _other = damaged_copy(service, name, tmp_path)
         assert path.name in refused(untouched, path, "--force-incomplete")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ def words_of(kind: str, folder: Path) -> list[Path]:
     return words[kind]
 
 
-@pytest.mark.parametrize("kind", matrix(KINDS, "both files", "a folder", "a tar.gz"))
+@pytest.mark.parametrize("kind", matrix(KINDS, "both files", "a tar.gz"))
 def test_it_restores_both_stores(live, tmp_path, kind):
     """`last_accessed` and relationships between nodes without an id included, which AutoMem's own restore changes."""
     words = words_of(kind, tmp_path / "copies")
@@ -112,7 +113,7 @@ def test_it_restores_both_stores(live, tmp_path, kind):
     assert_tidy(live)
 
 
-@pytest.mark.parametrize("only", ["graph", "collection"])
+@pytest.mark.parametrize("only", matrix(["graph", "collection"], "graph"))
 def test_one_file_restores_one_store(live, only):
     before, graph, points = live.state(), graph_in_store(live), points_in_store(live)
     live.run("restore_from_backup", GRAPH_FILE if only == "graph" else COLLECTION_FILE)
@@ -141,6 +142,7 @@ def test_a_tar_with_one_member_restores_one_store(live, tmp_path, member):
     assert_tidy(live)
 
 
+@pytest.mark.matrix
 def test_what_was_there_before_is_in_the_safety_backup(live):
     before = live.state()
     result = live.run("restore_from_backup", "--json", DATA)
@@ -152,6 +154,7 @@ def test_what_was_there_before_is_in_the_safety_backup(live):
     live.run("backup_automem", "--check", "latest")
 
 
+@pytest.mark.matrix
 def test_it_restores_into_empty_stores(live):
     live.clean_up()
     live.run("restore_from_backup", DATA)
@@ -172,17 +175,26 @@ def test_what_the_files_cannot_hold_is_listed_before_and_after(live):
             assert word in text, text
 
 
-@pytest.mark.parametrize("key", ["place", "places"])
-def test_values_that_json_flattened_are_listed_before_and_after(live, tmp_path, key):
-    """A point became a map, which no property can be: it is named, and everything else is restored."""
+PROPERTIES_LOST = {"places"}  # a list of points became a list of maps, which no property can be
+
+
+@pytest.mark.matrix
+def test_values_that_json_flattened_come_back_as_json_has_them(live, tmp_path):
+    """A vectorf32 as a list, dates as texts; a point, infinity and NaN as they were; what is lost is named."""
     odd = changed(ODD_TYPES, tmp_path, lambda data: data.update(graph_name="memories"))
     before = live.run("restore_from_backup", odd, "--dry-run")
     after = live.run("restore_from_backup", odd)
     for text in (before.out + before.err, after.out + after.err):
-        assert f"{key}" in text, text
-    nodes = dict(live.cypher("MATCH (n:Memory) RETURN n.id, properties(n)"))
-    assert nodes["plain"] == {"id": "plain", "content": "nothing odd here", "when": "2024-01-02"}
-    assert nodes["odd"]["vector"] == [0.10000000149011612, 2.5, -3.0] or nodes["odd"]["vector"] == [0.1, 2.5, -3.0]
+        for word in ("vectors", "dates", *PROPERTIES_LOST):
+            assert word in text, text
+    wanted = {one["properties"]["id"]: one["properties"] for one in json_of(ODD_TYPES)["nodes"]}
+    found = dict(live.cypher("MATCH (n:Memory) RETURN n.id, properties(n)"))
+    assert found["plain"] == wanted["plain"]
+    assert found["odd"].keys() == wanted["odd"].keys() - PROPERTIES_LOST
+    assert math.isnan(found["odd"].pop("nan"))
+    for key, value in found["odd"].items():
+        assert value == pytest.approx(wanted["odd"][key]), key
+    assert live.cypher("MATCH ()-[r]->() RETURN properties(r)") == [[{"strength": 0.5, "at": "2020-01-01"}]]
 
 
 # --- files of two moments -----------------------------------------------------------------------------------------
@@ -197,6 +209,7 @@ def test_a_folder_with_files_of_two_moments_is_refused(live, tmp_path):
     assert "20261127_185327" in err
 
 
+@pytest.mark.matrix
 def test_a_folder_gives_the_newest_pair(live, tmp_path):
     folder = tmp_path / "copies"
     shutil.copytree(DATA / "falkordb", folder / "falkordb")
@@ -232,6 +245,7 @@ def test_a_dry_run_says_what_it_would_do_and_touches_nothing(live, tmp_path, kin
     assert_tidy(live)
 
 
+@pytest.mark.matrix
 def test_the_result_is_one_json_document(live):
     document = live.run("restore_from_backup", DATA, "--json").json
     assert document["collection"]["points"] == 27
@@ -239,9 +253,7 @@ def test_the_result_is_one_json_document(live):
     assert_restored(live)
 
 
-@pytest.mark.parametrize(
-    "path", matrix([GRAPH_FILE, COLLECTION_FILE, TAR, ODD_TYPES], GRAPH_FILE, TAR), ids=lambda one: one.name
-)
+@pytest.mark.parametrize("path", matrix([GRAPH_FILE, COLLECTION_FILE, TAR, ODD_TYPES], TAR), ids=lambda one: one.name)
 def test_check_verifies_a_file_without_the_stores(live, path):
     live.export(FALKORDB_PORT=1, QDRANT_URL="http://127.0.0.1:1")
     shown = live.run("backup_automem", "--check", path)
@@ -281,6 +293,7 @@ def test_a_running_automem_is_refused(live):
 SECRETS = {"OPENAI_API_KEY": "sk-k3y-of-openai", "AUTOMEM_API_TOKEN": "t0ken-of-automem"}
 
 
+@pytest.mark.matrix
 def test_no_secret_is_shown_or_written(live):
     address = live.servers.qdrant_url.replace("//", "//me:l0gin-of-a-proxy@")
     live.export(QDRANT_URL=address, QDRANT_API_KEY="k3y-of-qdrant", **SECRETS)
