@@ -209,6 +209,13 @@ def test_a_folder_with_files_of_two_moments_is_refused(live, tmp_path):
 
 
 @pytest.mark.matrix
+def test_files_of_two_moments_are_restored_if_both_are_named(live, tmp_path):
+    other = saved(tmp_path / "falkordb_20261126_185327.json.gz", GRAPH_FILE.read_bytes())
+    live.run("restore_from_backup", other, COLLECTION_FILE)
+    assert_restored(live)
+
+
+@pytest.mark.matrix
 def test_a_folder_gives_the_newest_pair(live, tmp_path):
     folder = tmp_path / "copies"
     shutil.copytree(DATA / "falkordb", folder / "falkordb")
