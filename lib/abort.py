@@ -40,11 +40,11 @@ class Aborted:
 
 def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused before anything is removed."""
-    from lib.reembed import spot_check  # imports numpy, which a backup does not load
+    from lib.reembed import quality  # imports numpy, which a backup does not load
     from lib.reembed.cutover import snapshot_file
 
     name, done = collection_of(targets), Aborted()
-    journals = [one for one in _open(folder, targets) if one.command in {COMMAND, spot_check.COMMAND}]
+    journals = [one for one in _open(folder, targets) if one.command in {COMMAND, quality.SPOT_CHECK}]
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
@@ -52,8 +52,8 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
         if staged and exists(qdrant, staged):
             delete_with_snapshots(qdrant, staged)
             done.removed.append(f"collection {staged}")
-        if journal.command == spot_check.COMMAND:
-            spot_check.remove_plan(cache, journal)
+        if journal.command == quality.SPOT_CHECK:
+            quality.remove_plan(cache, journal)
         elif staged:
             snapshot_file(folder, staged).unlink(missing_ok=True)
         _close(journal, done)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timezone
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.backup.catalog import CACHE_DIR
@@ -20,7 +26,6 @@ from lib.files import lock_targets, private_dir
 
 if TYPE_CHECKING:
     from lib.clients.embeddings.cache import EmbeddingCache
-    from lib.concurrency import ProgressBar
     from lib.console import Console
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingRunner
@@ -102,7 +107,7 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
 
 
 def open_reembed(
-    config: Config, graph: GraphSource, source: CollectionSource, cache: EmbeddingCache, bar: ProgressBar
+    config: Config, graph: GraphSource, source: CollectionSource, cache: EmbeddingCache, console: Console
 ) -> Context:
     """Return the context of a re-embedding; removes what stopped restores of these stores left."""
     from lib.abort import clean_up_untouched
@@ -110,7 +115,8 @@ def open_reembed(
 
     folder, targets = config.backup_dir, config.targets()
     clean_up_untouched(graph, source, folder, targets)
-    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, bar)
+    lock = partial(store_lock, config, console.notice)
+    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, console.progress, lock)
 
 
 def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
@@ -163,6 +169,23 @@ def open_runner(
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 
-def target_lock(config: Config) -> AbstractContextManager[None]:
-    """Return the machine-wide lock on this graph and this collection."""
-    return lock_targets(config.targets())
+@contextmanager
+def target_lock(config: Config) -> Iterator[None]:
+    """Hold both machine-wide locks on this graph and this collection: no other run works on them."""
+    with run_lock(config), store_lock(config):
+        yield
+
+
+def run_lock(config: Config) -> AbstractContextManager[None]:
+    """Return the lock of the runs that change a store. A backup can be taken while it is held."""
+    return lock_targets(config.targets(), kind="run on ", holder=_holder())
+
+
+def store_lock(config: Config, wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+    """Return the lock that is held while a live store is changed or backed up. `wait`: see lock_targets."""
+    return lock_targets(config.targets(), holder=_holder(), wait=wait)
+
+
+def _holder() -> str:
+    started = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}, since {started}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from lib.concurrency import Progress
 from lib.errors import escaped, one_line
 from lib.network import without_login
 
@@ -68,7 +69,6 @@ def _interpreter() -> str:
     return sys.executable if os.sep in sys.executable else "python"
 
 
-Progress = Callable[[int], None]
 _PLAIN_SECONDS = 5.0
 _WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
 

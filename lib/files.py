@@ -8,17 +8,20 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import IO
 
-from lib.errors import LockHeld, UsageProblem
+from lib.errors import LockHeld, MigrationError, UsageProblem, one_line
 
 PARTIAL = ".partial"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
 _LARGEST = 64 << 20  # a journal, a report or a manifest
+_HOLDER_LENGTH = 200
+_LOCK_POLL_SECONDS = 0.2
 
 
 def private_dir(path: Path, *, shared: bool = False) -> Path:
@@ -160,6 +163,16 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def require_room(folder: Path, need: int, what: str, or_else: str = "") -> None:
+    """Raise MigrationError if fewer than `need` bytes are free for `what`, such as "the set needs"."""
+    free = free_bytes(folder)
+    if free < need:
+        raise MigrationError(
+            f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB",
+            next_step=f"df -h {quote(str(folder))}   then free some room{or_else}",
+        )
+
+
 def sync_dir(path: Path) -> None:
     """Make a rename in the folder `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -265,13 +278,20 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         os.fchmod(descriptor, 0o666)
     except FileExistsError:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = _open_existing(path)
         except OSError as error:
             raise _bad_lock_file(path, str(error.strerror)) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise _bad_lock_file(path, "it is not a regular file") from None
     return os.fdopen(descriptor, "rb")
+
+
+def _open_existing(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (PermissionError, IsADirectoryError):  # a read-only file can be locked all the same
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _bad_lock_file(path: Path, why: str) -> UsageProblem:
@@ -301,8 +321,31 @@ def _lock_file(path: Path) -> IO[bytes]:
         stream.close()
 
 
+def _write_holder(stream: IO[bytes], holder: str) -> None:
+    """Write who holds a lock into its file, for the runs that find it locked."""
+    with contextlib.suppress(OSError):  # the file of another user may be read-only
+        os.ftruncate(stream.fileno(), 0)
+        os.pwrite(stream.fileno(), holder.encode(), 0)
+
+
+def _holder_of(path: Path) -> str:
+    """Return who holds a lock as its file says, in brackets; "" if it does not. Any user may write into the file."""
+    try:
+        text = path.read_bytes()[:_HOLDER_LENGTH].decode(errors="replace")
+    except OSError:
+        return ""
+    return f" ({one_line(text)})" if text.strip() else ""
+
+
 @contextlib.contextmanager
-def lock_targets(names: Sequence[str], folder: Path = Path("/tmp")) -> Iterator[None]:  # noqa: S108 - shared on purpose
+def lock_targets(
+    names: Sequence[str],
+    folder: Path = Path("/tmp"),  # noqa: S108 - shared on purpose
+    *,
+    kind: str = "",
+    holder: str = "",
+    wait: Callable[[str], None] | None = None,
+) -> Iterator[None]:
     """Hold a lock on each of these targets during the block. The kernel drops it with the process.
 
     Raises LockHeld if another run on this machine holds one, whatever its user and checkout.
@@ -310,6 +353,9 @@ def lock_targets(names: Sequence[str], folder: Path = Path("/tmp")) -> Iterator[
     Args:
         names: what the run works on (addresses with graph or collection names, no secret).
         folder: where the lock files are, the same for every user of the machine.
+        kind: locks of different kinds on one target do not exclude each other.
+        holder: the command, process and start of this run, which another run reports if it finds the lock held.
+        wait: waits for the other run instead of raising LockHeld; it is called once, with a message.
     """
     import portalocker
 
@@ -317,14 +363,21 @@ def lock_targets(names: Sequence[str], folder: Path = Path("/tmp")) -> Iterator[
     _require_lock_folder(folder)
     with contextlib.ExitStack() as held:
         for name in sorted(set(names)):
-            file = f"automem-migration-{hashlib.sha256(name.encode()).hexdigest()[:24]}.lock"
-            try:
-                held.enter_context(_lock_file(folder / file))
-            except portalocker.AlreadyLocked as error:
-                raise LockHeld(
-                    f"another run is working on {name}",
-                    next_step="wait until it has ended, then run the same command again",
-                ) from error
+            path = folder / f"automem-migration-{hashlib.sha256((kind + name).encode()).hexdigest()[:24]}.lock"
+            waiting = False
+            while True:
+                try:
+                    _write_holder(held.enter_context(_lock_file(path)), holder)
+                    break
+                except portalocker.AlreadyLocked as error:
+                    message = f"another run is working on {name}{_holder_of(path)}"
+                    if wait is None:
+                        next_step = "wait until it has ended, then run the same command again"
+                        raise LockHeld(message, next_step=next_step) from error
+                if not waiting:
+                    wait(f"{message}: waiting until it has ended")
+                waiting = True
+                time.sleep(_LOCK_POLL_SECONDS)
         yield
 
 

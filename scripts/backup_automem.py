@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.backup.check import require_upload_url
     from lib.backup.collection import require_whole
     from lib.backup.run import require_sources, run_backup
+    from lib.errors import LockHeld
     from lib.files import private_dir
 
     folder, shown = config.backup_dir, ""
@@ -91,8 +93,9 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     if args.dry_run:
         return output.show_sources(graph, collection, folder, console, shown)
     private_dir(folder)
-    with connect.target_lock(config):
-        clean_up_untouched(graph, collection, folder, config.targets())
+    with connect.store_lock(config):
+        with suppress(LockHeld), connect.run_lock(config):  # a run that has not touched a live store yet is left alone
+            clean_up_untouched(graph, collection, folder, config.targets())
         manifest = run_backup(
             graph,
             collection,
@@ -130,7 +133,7 @@ def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> in
     from lib.backup import output
     from lib.backup.catalog import delete_set, plan_cleanup
 
-    with connect.target_lock(config):
+    with connect.store_lock(config):
         plan = plan_cleanup(config.backup_dir, keep, config.deployment(), config.targets())
         for manifest in [] if dry_run else plan.delete:
             delete_set(manifest)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -20,10 +19,13 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser(__doc__ or "")
     parser.add_argument(
-        "serve",
+        "action",
         nargs="?",
-        choices=["serve"],
-        help="run the sandbox on the guide's ports 6379, 6333, 8001 until Ctrl-C",
+        choices=["serve", "automem", "provider"],
+        help="serve: run the sandbox on the guide's ports 6379, 6333, 8001 until Ctrl-C; the others control it",
+    )
+    parser.add_argument(
+        "word", nargs="?", help="automem: stop, start, restart; provider: ok, slow, 429, quota, key, 500"
     )
     parser.add_argument("--memories", type=cli.positive, default=1000, metavar="N", help="how many (1000)")
     parser.add_argument("--keep", action="store_true", help="keep the folder with data, logs and backups")
@@ -41,11 +43,13 @@ def command(args: argparse.Namespace) -> int:
     from tests.sandbox.stack import GUIDE_PORTS, require_free
 
     require_sandbox()
-    if args.serve:
+    if args.word is not None or args.action in {"automem", "provider"}:
+        return control(args.action, args.word)
+    if args.action:
         require_free(GUIDE_PORTS)
     folder, keep = Path(tempfile.mkdtemp(prefix="automem-sandbox-")), True
     try:
-        code = serve(folder, args.memories) if args.serve else tour(folder, args.memories)
+        code = serve(folder, args.memories) if args.action else tour(folder, args.memories)
         keep = args.keep
     except KeyboardInterrupt:
         keep = args.keep
@@ -98,36 +102,30 @@ def require_sandbox() -> None:
 
 
 def serve(folder: Path, memories: int) -> int:
-    """Run the sandbox on the guide's own ports until Ctrl-C."""
-    from tests.sandbox.stack import GUIDE_PORTS, KEY, TOKEN, Stack
-    from tests.sandbox.tour import SMALL
+    """Run the sandbox on the guide's own ports until Ctrl-C or SIGTERM."""
+    from tests.sandbox import serving
 
-    with Stack(folder, GUIDE_PORTS) as stack:
-        stack.load(memories, SMALL[1], SMALL[0])
-        stack.start_automem(SMALL[1], SMALL[0])
-        print(
-            f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal:\n\n"
-            f"export OPENAI_BASE_URL={stack.openai.base_url}\n"
-            f"export OPENAI_API_KEY={KEY}\n"
-            f"export AUTOMEM_API_TOKEN={TOKEN}\n"
-            'echo "VECTOR_SIZE=768" >> .env\n'
-            'echo "EMBEDDING_MODEL=text-embedding-3-small" >> .env\n\n'
-            "The last two are in .env because the guide changes them there: an export would hide that change.\n"
-            "Remove the lines that you added to .env when you are done.\n\n"
-            "then follow MIGRATION.md. Ctrl-C here stops the sandbox.",
-            flush=True,
-        )
-        wait_for_end()
+    try:
+        serving.serve(folder, memories, lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        print("stopping the sandbox", flush=True)
     return 0
 
 
-def wait_for_end() -> None:
-    """Sleep until Ctrl-C or SIGTERM."""
-    try:
-        while os.getpid():
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        print("stopping the sandbox", flush=True)
+def control(server: str, word: str | None) -> int:
+    """Stop, start or restart the AutoMem of a sandbox that is served, or change what its embeddings endpoint does."""
+    from lib.config import config_of
+    from lib.errors import UsageProblem
+    from tests.sandbox.serving import WORDS, ask
+
+    if server not in WORDS or word is None:
+        raise UsageProblem(
+            f"{server} takes {'one of: ' + ', '.join(WORDS[server]) if server in WORDS else 'no further word'}",
+            next_step="python scripts/quickstart.py --help",
+        )
+    config = config_of(None, None)
+    print(ask(server, word, config.vector_size, config.embedding_model))
+    return 0
 
 
 if __name__ == "__main__":

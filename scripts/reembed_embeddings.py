@@ -67,13 +67,14 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")
     if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
         console.warn(fault)
-    with connect.target_lock(config):
-        if args.prune_spool:
-            with connect.open_cache(config) as cache:
-                pruned = prune_cache(cache, config.backup_dir, dry_run=args.dry_run)
-            return output.show_pruned(pruned, console, dry_run=args.dry_run)
-        if args.abort:
+    if args.prune_spool:
+        with connect.target_lock(config), connect.open_cache(config) as cache:
+            pruned = prune_cache(cache, config.backup_dir, dry_run=args.dry_run)
+        return output.show_pruned(pruned, console, dry_run=args.dry_run)
+    if args.abort:
+        with connect.target_lock(config):
             return abort(config, console, "reembed")
+    with connect.run_lock(config):
         if not args.dry_run:
             require_embedding(config)
         return prepare(config, console, args)
@@ -83,21 +84,21 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Open both stores, assess them, and do what was asked for."""
     from lib import connect
     from lib.backup.collection import require_whole
-    from lib.reembed import spot_check
+    from lib.reembed import quality
     from lib.reembed.assess import assess
     from lib.reembed.resume import open_run
 
     graph, source = connect.open_stores(config, console, repair=args.only_missing)
     with connect.open_cache(config) as cache:
         ctx = dataclasses.replace(
-            connect.open_reembed(config, graph, source, cache, console.progress),
+            connect.open_reembed(config, graph, source, cache, console),
             again=command_line("reembed_embeddings", sys.argv[1:]),
             fresh=args.fresh,
             in_place=args.in_place,
             no_switch=args.no_switch,
         )
         journal = open_run(ctx)
-        spot_check.clear_up(ctx)
+        quality.clear_up(ctx)
         found = assess(ctx, journal, repair=args.only_missing)
         if found.live.state is not None:
             require_whole(source)
@@ -108,7 +109,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     """Show the plan; then sample, sync or replace."""
     from lib import connect
     from lib.config import require_openai_key
-    from lib.reembed import output, report_page, spot_check
+    from lib.reembed import output, quality, report_page
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
     from lib.reembed.embed import start_totals, try_one_batch
@@ -127,7 +128,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     if args.dry_run:
         return output.show_tried(try_one_batch(runner, ctx.cache, paid), found, ctx, refused, console)
     if args.limit:
-        done = spot_check.spot_check(ctx, runner, paid, found.live.state, args.limit)
+        done = quality.spot_check(ctx, runner, paid, found.live.state, args.limit)
         return output.show_spot_check(done, found, paid, ctx, console)
     runner.require_affordable(found.plan.tokens, paid)
     if args.only_missing:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lib.console import Console
-    from lib.verify.checks import Check
-    from lib.verify.run import Stores
 
 Result = TypeVar("Result")
 
@@ -51,7 +49,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.show_config import announce, show_config
     from lib.verify import output
-    from lib.verify.run import Stores, recall_lines, verify
+    from lib.verify.checks import Stores, recall_lines, record, verify
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -78,15 +76,6 @@ def attempt(flag: str, action: Callable[[], Result], console: Console) -> Result
     except MigrationError as error:
         console.warn(f"{flag}: {error}")
         return None
-
-
-def record(stores: Stores, checks: list[Check]) -> str:
-    """Store the migration record. Raises MigrationError unless every check passed."""
-    from lib.verify import run
-
-    if not run.all_passed(checks):
-        raise MigrationError("not stored before every check has passed")
-    return run.record(stores)
 
 
 if __name__ == "__main__":

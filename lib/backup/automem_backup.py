@@ -1,263 +1,28 @@
-"""AutoMem's own backups: recognised by their content, read as a stream, and verified.
-
-One JSON object for each store, as AutoMem's `automem/backup.py` writes it (0.16, with `indent=2`):
-https://github.com/verygoodplugins/automem
-"""
+"""What AutoMem's own backups hold: nodes and relationships, or points; verified while it is read."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
-from shlex import quote
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lib.backup.archive import damage_reported, opened_tar
+from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, Text, fields, opened_text
 from lib.backup.existing_points import TemporaryIdTable, as_id, room_or_error
-from lib.backup.manifest import COLLECTION_DIR, GRAPH_DIR
 from lib.backup.payloads import PointId, point_id
 from lib.clients.embeddings.cache_file import chunks, marks
+from lib.clients.falkordb.bulk import points_in
 from lib.clients.falkordb.queries import MEMORY_LABEL
-from lib.errors import BackupDamaged, BadFile
+from lib.errors import BackupDamaged
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GRAPH, COLLECTION = "graph", "collection"
 FORCE = "--force-incomplete"
-_GZIP = b"\x1f\x8b"
-_HEAD_BYTES = 4096
-_SIGNS = {
-    GRAPH: re.compile(rb'\s*\{[^\[]*"graph_name"\s*:'),
-    COLLECTION: re.compile(rb'\s*\{[^\[]*"collection_name"\s*:'),
-}
-_MEMBER = re.compile(rf"(?:\./)?({GRAPH_DIR}|{COLLECTION_DIR})/[^/]+\.json\.gz")
-_IN_TAR = re.compile(rb"(?:\./)?(?:falkordb|qdrant)/(?:[^\0]*\.json\.gz)?\0")
-_STAMP = re.compile(r"\d{8}_\d{6}")
-_KINDS = {GRAPH_DIR: GRAPH, COLLECTION_DIR: COLLECTION}
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class AutoMemFile:
-    """A backup of one store. `member`: its name in the tar.gz of AutoMem's GET /backup; empty for a file of its own."""
-
-    path: Path
-    kind: str
-    member: str = ""
-
-    @property
-    def display(self) -> str:
-        """The file for messages."""
-        return f"{self.path} ({self.member})" if self.member else str(self.path)
-
-    @property
-    def stamp(self) -> str:
-        """The time in the file's name, or an empty text."""
-        found = _STAMP.search(self.member or self.path.name)
-        return found[0] if found else ""
-
-
-def is_automems(path: Path) -> bool:
-    """Whether the file is one of AutoMem's own backups, or the tar.gz of its GET /backup."""
-    head = _head(path)
-    return any(sign.match(head) for sign in (*_SIGNS.values(), _IN_TAR))
-
-
-def automem_files(path: Path) -> list[AutoMemFile]:
-    """The backups in a file, a tar.gz or a folder of AutoMem's, at most one of each store; none if it is not AutoMem's.
-
-    Of a folder these are the newest. Raises BadFile if they were not taken together, BackupDamaged.
-    """
-    if path.is_dir():
-        found = [max(files, key=lambda one: (one.stamp, one.path)) for files in _in_folder(path) if files]
-    elif _IN_TAR.match(head := _head(path)):
-        found = list(_in_tar(path))
-    else:
-        return [AutoMemFile(path, kind) for kind, sign in _SIGNS.items() if sign.match(head)]
-    if len({one.stamp for one in found}) > 1:
-        raise BadFile(
-            f"{path} holds no pair: {' and '.join(one.display for one in found)} were not taken together",
-            next_step="name the files to restore:  python scripts/restore_from_backup.py "
-            + " ".join(quote(str(one.path)) for one in found),
-        )
-    return found
-
-
-def listed_files(folder: Path) -> list[AutoMemFile]:
-    """All backups of AutoMem's own scripts in a backup folder, newest first."""
-    return sorted((one for files in _in_folder(folder) for one in files), key=lambda one: one.stamp, reverse=True)
-
-
-def _in_folder(folder: Path) -> Iterator[list[AutoMemFile]]:
-    for name, kind in _KINDS.items():
-        paths = [*folder.glob(f"{name}/{name}_*.json*"), *folder.glob(f"{name}_*.json*")]
-        yield [AutoMemFile(path, kind) for path in paths if path.suffix in {".gz", ".json"} and path.is_file()]
-
-
-def _in_tar(path: Path) -> Iterator[AutoMemFile]:
-    seen = set()
-    with opened_tar(path, to_end=True) as (tar, _):
-        for member in tar:
-            named = _MEMBER.fullmatch(member.name)
-            if member.isdir():
-                continue
-            if not named or not member.isreg() or named[1] in seen:
-                raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}")
-            seen.add(named[1])
-            yield AutoMemFile(path, _KINDS[named[1]], member.name)
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
-    if head.startswith(_GZIP):
-        try:
-            with gzip.open(path) as plain:
-                head = plain.read(_HEAD_BYTES)
-        except (OSError, EOFError, zlib.error):
-            return b""
-    return head
-
-
-# --- The text, as a stream ---------------------------------------------------------------------------------------
-
-_PIECE = 1 << 20
-_LARGEST_ELEMENT = 256 << 20
-_BEGINNING = b'{\n  "'
-_FIELD = re.compile(rb'  "([a-z_]+)": (.*?)(,?)\n')
-
-
-class _Text:
-    """The text of a file, read forward. `position` counts its bytes, uncompressed."""
-
-    def __init__(self, source: AutoMemFile, stream: IO[bytes]) -> None:
-        self._source, self._stream = source, stream
-        self._at = self._before = 0
-        self._held = self._read()
-        if not self._held.startswith(_BEGINNING):
-            self.refuse(*_relaid(source))
-
-    @property
-    def position(self) -> int:
-        return self._before + self._at
-
-    def until(self, mark: bytes) -> bytes:
-        """Return the text up to and with the next `mark`. Raises BackupDamaged if there is none."""
-        searched = self._at
-        while (found := self._held.find(mark, searched)) < 0:
-            rest = self._held[self._at :]
-            searched = max(0, len(rest) - len(mark) + 1)
-            self._before += self._at
-            piece = self._read()
-            self._held, self._at = rest + piece, 0
-            if not piece:
-                self.refuse("it is cut")
-            if len(rest) > _LARGEST_ELEMENT:
-                self.refuse(*_relaid(self._source))
-        start, self._at = self._at, found + len(mark)
-        return self._held[start : self._at]
-
-    def require_end(self) -> None:
-        """Raise BackupDamaged unless only the closing brace and blanks follow."""
-        rest = self._held[self._at :]
-        while len(rest) < _PIECE and (piece := self._read()):
-            rest += piece
-        if rest.strip() != b"}":
-            self.refuse("it is cut" if not rest.strip() else "something follows the end of its object")
-
-    def decoded(self, text: bytes, kind: type[T]) -> T:
-        """Return the JSON as `kind`. Raises BackupDamaged."""
-        try:
-            try:
-                return msgspec.json.decode(text, type=kind)
-            except msgspec.ValidationError:
-                raise
-            except msgspec.DecodeError:
-                # Python's encoder writes NaN and Infinity, which are not JSON.
-                return msgspec.convert(json.loads(text), kind)
-        except (msgspec.ValidationError, ValueError, RecursionError) as error:
-            self.refuse(f"{error}")
-
-    def refuse(self, why: str, next_step: str = "use another backup of AutoMem's") -> NoReturn:
-        """Raise BackupDamaged with the position."""
-        raise BackupDamaged(
-            f"{self._source.display} is damaged at byte {self.position:,} of its text: {why}", next_step=next_step
-        )
-
-    def _read(self) -> bytes:
-        try:
-            return self._stream.read(_PIECE)
-        except (EOFError, OSError, zlib.error) as error:
-            self.refuse(str(error))
-
-
-def _relaid(source: AutoMemFile) -> tuple[str, str]:
-    """Why a file that was formatted anew is refused, and the command that formats it again."""
-    command = f"gunzip -cf {quote(str(source.path))} | python -m json.tool --indent 2 - {source.kind}.json"
-    return "its lines are not those that AutoMem writes", f"if another program has formatted it:  {command}"
-
-
-@contextmanager
-def _opened(source: AutoMemFile) -> Iterator[_Text]:
-    from isal import igzip, igzip_threaded
-
-    with ExitStack() as stack:
-        stack.enter_context(damage_reported(source.path))
-        if source.member:
-            tar, _ = stack.enter_context(opened_tar(source.path, to_end=True))
-            member = next(one for one in tar if one.name == source.member)
-            stream = igzip.open(cast("IO[bytes]", tar.extractfile(member)), "rb")
-        else:
-            stream = stack.enter_context(source.path.open("rb"))
-            if stream.read(2) == _GZIP:
-                stream = stack.enter_context(igzip_threaded.open(source.path, "rb"))
-            else:
-                stream.seek(0)
-        yield _Text(source, stream)
-
-
-def _fields(text: _Text) -> Iterator[tuple[str, bytes]]:
-    """Yield each field of the object with its JSON; of a list, each element alone under the list's name.
-
-    No line within a JSON string can end, so the lines of `indent=2` show where an element ends. This takes a third of
-    the time of ijson (10,000 points of 768d: 239 MB of text, ijson 3.0 s), and orjson or msgspec parse an element.
-    """
-    text.until(b"\n")
-    more = True
-    while more:
-        field = _FIELD.fullmatch(text.until(b"\n"))
-        if not field:
-            text.refuse("a field of the object is expected here")
-        name, value, comma = field[1].decode(), field[2], field[3]
-        if value == b"[":
-            while True:
-                yield name, text.until(b"\n    }")
-                if (after := text.until(b"\n")) != b",\n":
-                    break
-            comma = after + text.until(b"\n")
-            if comma not in {b"\n  ]\n", b"\n  ],\n"}:
-                text.refuse(f"the end of '{name}' is expected here")
-        elif value == b"{":
-            yield name, b"{" + text.until(b"\n  }")
-            comma = text.until(b"\n")
-        elif value != b"[]":
-            yield name, value
-        more = b"," in comma
-    text.require_end()
-
-
-# --- A graph -----------------------------------------------------------------------------------------------------
-
 _PAGE, _PAGE_OF_VECTORS = 1000, 256
 _PAGE_OF_AUTOMEM = 10_000  # rows that AutoMem asks for at once; a shorter page ends its backup
 _ROUND = 1000
@@ -290,7 +55,8 @@ class _GraphStats(msgspec.Struct):
 class GraphFacts:
     """What a graph's file holds.
 
-    `without_ends`: relationships to a node that the file lacks. `repeated`: nodes that it has twice, of the same id.
+    `without_ends`: relationships to a node that the file lacks, such as `absent`. `repeated`: nodes that it has twice,
+    such as `doubled`. `points`: names of properties that are maps of latitude and longitude.
     """
 
     name: str = ""
@@ -299,6 +65,9 @@ class GraphFacts:
     memories: int = 0
     without_ends: int = 0
     repeated: int = 0
+    absent: int = -1
+    doubled: int = -1
+    points: set[str] = field(default_factory=set)
 
     @property
     def restorable(self) -> tuple[int, int]:
@@ -312,9 +81,11 @@ class GraphFacts:
         """
         signs = []
         if self.without_ends:
-            signs.append(f"{self.without_ends:,} relationships lead to nodes that the file lacks")
+            signs.append(
+                f"{self.without_ends:,} relationships lead to nodes that the file lacks, such as node {self.absent}"
+            )
         if self.repeated:
-            signs.append(f"{self.repeated:,} nodes are in it twice, and others may be missing")
+            signs.append(f"{self.repeated:,} nodes are in it twice, such as node {self.doubled}; others may be missing")
         for count, what in ((self.nodes, "nodes"), (self.relationships, "relationships")):
             if 0 < count < _PAGE_OF_AUTOMEM and count % _ROUND == 0:
                 signs.append(
@@ -325,32 +96,39 @@ class GraphFacts:
         return signs
 
 
-OnNodes = Callable[[list[Node]], object]
-OnRelationships = Callable[[list[tuple[int, int, Relationship]]], object]
+# Each gets the number of nodes or relationships in the pages before, and a page.
+OnNodes = Callable[[int, list[Node]], object]
+OnRelationships = Callable[[int, list[tuple[int, int, Relationship]]], object]
 
 
 def read_graph(
     source: AutoMemFile,
-    on_nodes: OnNodes = lambda _nodes: None,
-    on_relationships: OnRelationships = lambda _rows: None,
+    on_nodes: OnNodes = lambda _before, _nodes: None,
+    on_relationships: OnRelationships = lambda _before, _rows: None,
 ) -> GraphFacts:
     """Read and verify a graph's file. The callbacks get pages: nodes, and relationships with the numbers of their ends.
 
     A node's number is its place among the nodes that `on_nodes` got, from 0 on. Repeated nodes, and relationships
-    without both ends, are counted and not passed on. Raises BackupDamaged.
+    without both ends, are counted and not passed on. The callbacks raise ValueError for a value that no property has.
+    Raises BackupDamaged.
     """
     facts, stats = GraphFacts(), None
-    with _opened(source) as text, TemporaryIdTable() as numbers:
-        for name, elements in groupby(_fields(text), key=lambda field: field[0]):
+    with opened_text(source) as text, TemporaryIdTable() as numbers:
+        for name, elements in groupby(fields(text), key=lambda field: field[0]):
             for page in chunks((element for _, element in elements), _PAGE):
                 if name == "graph_name":
                     facts.name = text.decoded(page[0], str)
-                elif name == "nodes":
-                    on_nodes(_new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
-                elif name == "relationships":
-                    on_relationships(_whole([text.decoded(one, Relationship) for one in page], numbers, facts))
                 elif name == "stats":
                     stats = text.decoded(page[0], _GraphStats)
+                nodes, relationships = facts.restorable
+                try:
+                    if name == "nodes":
+                        on_nodes(nodes, _new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
+                    elif name == "relationships":
+                        rows = _whole([text.decoded(one, Relationship) for one in page], numbers, facts)
+                        on_relationships(relationships, rows)
+                except ValueError as error:
+                    text.refuse(str(error))
         if stats is None or not facts.name:
             text.refuse("'graph_name' or 'stats' is missing")
         if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):
@@ -362,17 +140,20 @@ def read_graph(
 
 
 def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -> list[Node]:
-    """The nodes of a page that are not repeated; adds their numbers."""
+    """The nodes of a page that are not repeated, by their labels, so that few requests add them; adds their numbers."""
     known = set(numbers.payloads([node.id for node in page]))
     new: list[Node] = []
     for node in page:
         if node.id not in known:
             known.add(node.id)
             new.append(node)
-    first = facts.nodes - facts.repeated
-    numbers.put((node.id, {"number": first + place}) for place, node in enumerate(new))
+        else:
+            facts.doubled = node.id
+    new.sort(key=lambda node: node.labels)
+    numbers.put((node.id, {"number": number}) for number, node in enumerate(new, facts.restorable[0]))
     facts.nodes += len(page)
     facts.repeated += len(page) - len(new)
+    facts.points.update(*(points_in(node.properties) for node in new))
     facts.memories += sum(MEMORY_LABEL in node.labels for node in new)
     return new
 
@@ -380,15 +161,18 @@ def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -
 def _whole(
     page: list[Relationship], numbers: TemporaryIdTable, facts: GraphFacts
 ) -> list[tuple[int, int, Relationship]]:
-    """The relationships of a page whose ends are in the file, with the numbers of these."""
+    """The relationships of a page whose ends are in the file, with the numbers of these; by their types."""
     ends = numbers.payloads(list({end for one in page for end in (one.source_id, one.target_id)}))
     rows = [
         (ends[one.source_id]["number"], ends[one.target_id]["number"], one)
-        for one in page
+        for one in sorted(page, key=lambda one: one.type)
         if one.source_id in ends and one.target_id in ends
     ]
     facts.relationships += len(page)
-    facts.without_ends += len(page) - len(rows)
+    facts.points.update(*(points_in(one.properties or {}) for _, _, one in rows))
+    if len(rows) < len(page):
+        facts.without_ends += len(page) - len(rows)
+        facts.absent = next(end for one in page for end in (one.source_id, one.target_id) if end not in ends)
     return rows
 
 
@@ -399,9 +183,6 @@ def require_uncut(source: AutoMemFile, signs: list[str]) -> None:
             f"{source.display} is incomplete: {'; '.join(signs)}",
             next_step="use another backup of AutoMem's, or restore what there is:  add " + FORCE,
         )
-
-
-# --- A collection ------------------------------------------------------------------------------------------------
 
 
 class _Point(msgspec.Struct):
@@ -451,8 +232,8 @@ class PointFacts:
 def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFacts:
     """Read and verify a collection's file; its points go into `table`. Raises BackupDamaged."""
     facts, stats = PointFacts(), None
-    with _opened(source) as text, TemporaryIdTable() if table is None else nullcontext(table) as ids:
-        for name, elements in groupby(_fields(text), key=lambda field: field[0]):
+    with opened_text(source) as text, TemporaryIdTable() if table is None else nullcontext(table) as ids:
+        for name, elements in groupby(fields(text), key=lambda field: field[0]):
             for page in chunks((element for _, element in elements), _PAGE_OF_VECTORS):
                 if name == "collection_name":
                     facts.name = text.decoded(page[0], str)
@@ -471,7 +252,7 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
     return facts
 
 
-def _add_points(text: _Text, page: list[_Point], ids: TemporaryIdTable, facts: PointFacts) -> None:
+def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: PointFacts) -> None:
     """Add a page to the table. Raises BackupDamaged for another size, an id that is no id or is there already."""
     import numpy as np
 
@@ -487,8 +268,9 @@ def _add_points(text: _Text, page: list[_Point], ids: TemporaryIdTable, facts: P
     if repeated:
         text.refuse(f"point {min(repeated, key=str)} is in it twice")
     vectors = np.array([one.vector for one in page], dtype=np.float32)
-    if not np.isfinite(vectors).all():
-        text.refuse("a vector holds a number that is not finite")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")
     ids.put((one.id, one.payload or {}) for one in page)
     if isinstance(ids, PointTable):
         ids.size = facts.size
@@ -496,12 +278,10 @@ def _add_points(text: _Text, page: list[_Point], ids: TemporaryIdTable, facts: P
     facts.points += len(page)
 
 
-# --- Both --------------------------------------------------------------------------------------------------------
-
 NOT_HELD = {
-    GRAPH: "AutoMem's backup of a graph does not hold: indexes (AutoMem's, on Memory.id and Memory.timestamp, are created),"
-    " constraints, FalkorDB's internal ids; vectors come back as lists of numbers, dates and times as text,"
-    " numbers with 15 digits",
+    GRAPH: "AutoMem's backup of a graph does not hold: indexes (AutoMem's own, on Memory.id and Memory.timestamp,"
+    " are created), constraints, FalkorDB's internal ids; vectors come back as lists of numbers, dates and times as"
+    " text, numbers with 15 digits",
     COLLECTION: "AutoMem's backup of a collection does not hold: settings and metadata (AutoMem's own are used: Cosine,"
     " keyword indexes on tags and tag_prefixes), other payload indexes, aliases",
 }

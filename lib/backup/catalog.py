@@ -1,30 +1,20 @@
-"""The backup sets of a folder: claim a time for a new one, find, clean up; and the reports of re-embeddings."""
+"""The backup sets of a folder: claim a time for a new one, find, clean up."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
-from lib.backup.manifest import (
-    COLLECTION_DIR,
-    FULL,
-    GRAPH_DIR,
-    SAFETY,
-    UNVERIFIED,
-    Manifest,
-    read_manifest,
-)
+from lib.backup.manifest import COLLECTION_DIR, FULL, GRAPH_DIR, SAFETY, UNVERIFIED, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
-from lib.files import PARTIAL, lock_targets, private_dir, readable_bytes, sync_dir, write_atomic
+from lib.files import PARTIAL, lock_targets, readable_bytes, sync_dir
 from lib.journal import STAMP, STAMP_FORMAT, Journal, open_journals, read_journal
 from lib.network import same_server
 
@@ -67,25 +57,7 @@ def remove_unfinished(folder: Path, journal: Journal) -> None:
         path.unlink(missing_ok=True)
 
 
-REPORT_DIR = "reports"
-
-
-def write_document(folder: Path, run_id: str, document: Mapping[str, Any]) -> Path:
-    """Write the report of a run as JSON (0600), in place of an earlier one of this run; returns its path."""
-    path = private_dir(folder / REPORT_DIR) / f"reembed_{run_id}.json"
-    # Escaped to ASCII: a text may hold a lone surrogate, which UTF-8 cannot encode.
-    write_atomic(path, json.dumps(document, indent=2).encode() + b"\n")
-    return path
-
-
-def write_page(document: Path, page: str) -> Path:
-    """Write the page of a report into the folder of its document (0600); returns its path."""
-    path = document.with_suffix(".html")
-    write_atomic(path, page.encode("utf-8", "replace"))
-    return path
-
-
-CACHE_DIR = "embeddings"
+CACHE_DIR, REPORT_DIR = "embeddings", "reports"
 OUTGOING = "outgoing"  # encrypted files of sets that are not completely uploaded yet
 _NAMED = 3  # sets that an error lists
 

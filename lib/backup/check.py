@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from shlex import quote
 
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
-from lib.backup.automem_backup import AutoMemFile, automem_files, describe, is_automems, require_uncut
+from lib.backup.automem_backup import describe, require_uncut
+from lib.backup.automem_file import AutoMemFile, automem_files, is_automems
 from lib.backup.catalog import (
     Deployment,
     find_set,
@@ -110,8 +112,9 @@ def verify_named(
 
     A backup by AutoMem's own scripts is verified without a server.
     """
-    if word not in {"all", LATEST} and Path(word).exists() and kind_of(Path(word)) == AUTOMEM:
-        return [_verify_automems(one) for one in automem_files(Path(word))]
+    path = Path(word)
+    if (path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path)):
+        return [_verify_automems(one) for one in automems]
     return [one for path in _named_manifests(folder, word, owner) for one in _verify_set(path, engines)]
 
 

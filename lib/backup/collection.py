@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import groupby
@@ -49,7 +49,7 @@ from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
 from lib.clients.qdrant.transport import NotFound, Qdrant
-from lib.concurrency import Progress, steps_of
+from lib.concurrency import Progress
 from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec
 from lib.errors import BackupDamaged
 from lib.files import FULL_DISK, free_bytes, private_dir
@@ -349,7 +349,11 @@ def _write_archive(
     ):
         before.writelines(f"{one}\n" for one in _ids(source))
         before.seek(0)
-        made = [(node, on_server.enter_context(_snapshot_on(node, source, journal))) for node in nodes]
+        made = []
+        for node in nodes:
+            address = node.qdrant.display if source.nodes else None
+            snapshot = own_snapshot(node.qdrant, source.collection, journal, address)
+            made.append((node, on_server.enter_context(snapshot)))
         facts["promised_ids"] = _write_expected_ids(source, before, ids)
         facts |= _snapshot_facts(made)
         with archive_writer(path) as archive:
@@ -357,22 +361,12 @@ def _write_archive(
             archive.add(FACTS, io.BytesIO(document), len(document))
             for node, one in made:
                 archive.begin(SNAPSHOT + one.name, one.size)
-                steps = steps_of(progress) if progress else None
-                got = snapshots.download(node.qdrant, source.collection, one, archive.write, steps)
+                snapshots.download(node.qdrant, source.collection, one, archive.write, progress)
                 archive.end()
-                if got.sha256 != one.checksum:
-                    raise BackupDamaged(f"snapshot {one.name} arrived damaged: its sha256 is not the server's")
             size = ids.tell()
             ids.seek(0)
             archive.add(IDS, ids, size)
             return archive.finish()
-
-
-@contextmanager
-def _snapshot_on(node: Node, source: CollectionSource, journal: Journal) -> Iterator[snapshots.Snapshot]:
-    address = node.qdrant.display if source.nodes else None
-    with own_snapshot(node.qdrant, source.collection, journal, address) as made:
-        yield snapshots.with_checksum(node.qdrant, source.collection, made)
 
 
 def _ids(source: CollectionSource) -> Iterator[PointId]:

@@ -13,29 +13,13 @@ from shlex import quote
 from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
-from lib.backup.automem_backup import listed_files
+from lib.backup.automem_file import listed_files
 from lib.backup.catalog import OUTGOING, is_complete, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
 from lib.concurrency import Progress, ProgressBar
-from lib.errors import (
-    AccessRefused,
-    BackupDamaged,
-    BadFile,
-    MigrationError,
-    MissingData,
-    StoreFailed,
-    UsageProblem,
-)
-from lib.files import (
-    atomic_writer,
-    free_bytes,
-    lock_targets,
-    private_dir,
-    sha256_file,
-    sync_dir,
-    write_atomic,
-)
+from lib.errors import AccessRefused, BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
+from lib.files import atomic_writer, lock_targets, private_dir, require_room, sha256_file, sync_dir, write_atomic
 from lib.journal import STAMP
 
 MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
@@ -176,7 +160,7 @@ def _encrypted(
     """Encrypt the set's files into `folder`, the manifest last. What an earlier upload encrypted is used again."""
     assert manifest.path is not None
     need = sum(file.size for file in files if not (folder / f"{file.name}{SUFFIX}").exists())
-    _require_room(folder, need, "the encrypted set")
+    require_room(folder, need + _SPARE, "the encrypted set needs")
     names = [file.name for file in files]
     public_keys = recipients(keys) if keys.recipients else []
     if not public_keys:
@@ -189,15 +173,6 @@ def _encrypted(
                 encrypt(manifest.path.parent / file.name, target, public_keys)
                 progress(file.size)
     return [_file_here(folder / f"{name}{SUFFIX}", f"{name}{SUFFIX}") for name in names]
-
-
-def _require_room(folder: Path, size: int, what: str, or_else: str = "") -> None:
-    need = size + _SPARE
-    if free_bytes(folder) < need:
-        raise MigrationError(
-            f"{folder} has {free_bytes(folder) >> 20} MiB free, {what} needs {need >> 20} MiB",
-            next_step=f"df -h {quote(str(folder))}   then free some room{or_else}",
-        )
 
 
 def _set_key(path: Path, keys: CopyKeys) -> Any:
@@ -281,12 +256,8 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Pat
     _require_same(path, data)
     missing = [file for file in manifest.files if not _is_here(folder / file.name, file)]
     if missing:
-        _require_room(
-            folder,
-            sum(file.size for file in missing),
-            "the set",
-            ", or name another folder with --backup-dir",
-        )
+        need = sum(file.size for file in missing) + _SPARE
+        require_room(folder, need, "the set needs", ", or name another folder with --backup-dir")
     for file in missing:
         private_dir((folder / file.name).parent)
         with bar(f"fetch {file.name}", file.size, "bytes") as progress:
@@ -394,17 +365,14 @@ class Catalog:
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
     """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`."""
-    return remote_catalog(open_offsite(url, keys)) if url else local_catalog(folder)
-
-
-def local_catalog(folder: Path) -> Catalog:
-    """The sets in a backup folder."""
+    if url:
+        return _remote_catalog(open_offsite(url, keys))
     sets, unreadable = read_sets(folder)
     automem = tuple(one.path for one in listed_files(folder))
     return Catalog(str(folder), [(one, is_complete(one)) for one in sets], list(map(str, unreadable)), automem)
 
 
-def remote_catalog(store: OffsiteStore) -> Catalog:
+def _remote_catalog(store: OffsiteStore) -> Catalog:
     """The sets elsewhere. Raises MissingData if there is none."""
     found, unreadable = [], []
     for name in manifests(store):

@@ -401,10 +401,8 @@ def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
 
 def _open(address: OffsiteAddress) -> tuple[Any, str]:
     if address.scheme == SFTP:
-        from lib.backup.copy_sftp import KnownHostSFTP
-
         login = {"port": address.port, "username": address.username, "password": address.password}
-        return KnownHostSFTP(address.host, **{name: one for name, one in login.items() if one}), address.path
+        return _known_host_sftp()(address.host, **{name: one for name, one in login.items() if one}), address.path
     if address.scheme == FILE:
         from fsspec.implementations.local import LocalFileSystem
 
@@ -416,3 +414,54 @@ def _open(address: OffsiteAddress) -> tuple[Any, str]:
         options["max_concurrency"] = 4  # parts of 8 MiB in memory at once
     fs, root = url_to_fs(address.url, **options)
     return fs, str(root)
+
+
+# Of SFTP.
+_CONNECT_SECONDS = 30.0
+_SILENT_SECONDS = 120.0
+_IN_FLIGHT = 64  # requests of 32 KiB: 2 MiB on their way
+_PRIVATE = 0o600
+
+
+def _known_host_sftp() -> type[Any]:
+    """Return fsspec's SFTP for known hosts only, which notices a silent server and reads ahead.
+
+    fsspec's own accepts any host key, so that a machine in between would get the password and the backup. The login is
+    the URL's, else the keys of the agent or in `~/.ssh/id_*`.
+    """
+    import paramiko
+    from fsspec.implementations.sftp import SFTPFileSystem
+
+    class KnownHostSFTP(SFTPFileSystem):  # type: ignore[misc]  # fsspec has no types
+        cachable = False
+
+        def _connect(self) -> None:
+            self.client = paramiko.SSHClient()
+            self.client.load_system_host_keys()
+            self.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+            limits = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), _CONNECT_SECONDS)
+            self.client.connect(self.host, **{**limits, **self.ssh_kwargs})
+            self.ftp = self.client.open_sftp()
+            if channel := self.ftp.get_channel():
+                channel.settimeout(_SILENT_SECONDS)
+
+        def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o700) -> None:  # noqa: FBT001, FBT002 - fsspec's
+            super().makedirs(path, exist_ok=exist_ok, mode=mode)
+
+        def put_file(self, lpath: str, rpath: str, callback: Any = None, **_: Any) -> None:
+            self.ftp.open(rpath, "w").close()
+            with contextlib.suppress(OSError):  # some servers let nobody change modes
+                self.ftp.chmod(rpath, _PRIVATE)
+            report = callback.absolute_update if callback else lambda _done: None
+            self.ftp.put(lpath, rpath, callback=lambda done, _total: report(done))  # it compares sizes at the end
+
+        def mv(self, old: str, new: str, **_: Any) -> None:
+            self.ftp.rename(old, new)  # fails if `new` exists; fsspec's replaces it
+
+        def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> Any:
+            stream = self.ftp.open(path, mode, bufsize=block_size or -1)
+            if mode == "rb":
+                stream.prefetch(max_concurrent_requests=_IN_FLIGHT)
+            return stream
+
+    return KnownHostSFTP

@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from shlex import quote
 
 import redis
 
@@ -27,7 +26,7 @@ from lib.clients.qdrant.collection import get_state
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import BackgroundTask, ProgressBar
 from lib.errors import AccessRefused, MigrationError, UsageProblem
-from lib.files import free_bytes, private_dir
+from lib.files import private_dir, require_room
 from lib.journal import Journal, open_journals, start_journal
 
 _EXAMPLES = 20
@@ -90,12 +89,7 @@ def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionS
     if collection:
         state = get_state(collection.qdrant, collection.collection)
         need += state.points * state.size * 4
-    free = free_bytes(folder)
-    if free < need:
-        raise MigrationError(
-            f"{folder} has {free >> 20} MiB free, the backup may need {need >> 20} MiB",
-            next_step=f"df -h {quote(str(folder))}   then free some room, or name another folder with --backup-dir",
-        )
+    require_room(folder, need, "the backup may need", ", or name another folder with --backup-dir")
 
 
 def _save(

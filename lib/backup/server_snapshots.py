@@ -30,7 +30,7 @@ _ON_THE_WAY = timedelta(seconds=60)  # from the announcement until the server be
 def own_snapshot(
     qdrant: Qdrant, collection: str, journal: Journal, node: str | None = None
 ) -> Iterator[snapshots.Snapshot]:
-    """A snapshot for the block, announced in the journal before it is asked for, deleted afterwards.
+    """A snapshot with its checksum for the block, announced in the journal before it is requested, deleted afterwards.
 
     `node` is the address of one of several nodes that make a snapshot each.
     """
@@ -46,7 +46,7 @@ def own_snapshot(
         else:
             ours = made.name
             _append(journal, MADE, node, snapshot=ours)
-        yield made
+        yield snapshots.with_checksum(qdrant, collection, made)
     finally:
         remove_named(qdrant, journal, node, ours)
 

@@ -40,7 +40,7 @@ from lib.reembed.guard import MAX_AGE_HOURS, GuardedCollection, require_backup
 from lib.reembed.plan import Plan, only_live_ids, room_needed, scan_graph, textless_points, whole_plan
 from lib.reembed.resume import accepted_backup, refuse_foreign_staged, refuse_other_stores
 from lib.reembed.sync import missing_of, payloads_now
-from lib.verify.vectors import vectors_agree
+from lib.verify.compare import vectors_agree
 
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,8 @@ _FRESH = "fresh since"
 class Context:
     """The graph, the collection, the embedding cache, the backup folder, and what the operator asked for.
 
-    `spec` describes the new vectors. `targets` name both stores in journals. `again` is the command line, without
-    secrets.
+    `spec` describes the new vectors. `targets` name both stores in journals. `store_lock` is held while the live
+    collection changes: a backup excludes it. `again` is the command line, without secrets.
     """
 
     graph: GraphSource
@@ -32,6 +34,7 @@ class Context:
     folder: Path
     targets: list[str]
     bar: ProgressBar
+    store_lock: Callable[[], AbstractContextManager[None]] = nullcontext
     again: str = "python scripts/reembed_embeddings.py"
     fresh: bool = False
     in_place: bool = False

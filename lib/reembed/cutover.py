@@ -185,7 +185,7 @@ def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
         return None
     with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
         path.chmod(0o600)
-        snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, steps_of(progress))
+        snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, progress)
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -81,16 +81,17 @@ def _joined(parts: list[Interval]) -> Interval:
 class PaidLog:
     """The sums of one endpoint, model and size for one graph and collection, stored in the embedding cache.
 
-    Sums that the report of another run than `run_id` (None: no run is open) has are forgotten.
+    Sums that the report of another run than `run_id` (None: no run is open) has are forgotten. Unless `stored`, the
+    sums begin at zero and end with this process: there will be no report.
     """
 
-    def __init__(self, cache: EmbeddingCache, spec: EmbeddingSpec, run_id: str | None) -> None:
+    def __init__(self, cache: EmbeddingCache, spec: EmbeddingSpec, run_id: str | None, *, stored: bool) -> None:
         self._cache = cache
-        self._name = f"bought of {public_url(spec.base_url)} {spec.model} {spec.size}"
-        try:
-            self.sums = msgspec.json.decode(cache.get_meta(self._name) or "{}", type=PaidSums)
-        except msgspec.DecodeError:  # written by another version of these scripts
-            self.sums = PaidSums()
+        self._name = f"bought of {public_url(spec.base_url)} {spec.model} {spec.size}" if stored else ""
+        self.sums = PaidSums()
+        if stored:
+            with suppress(msgspec.DecodeError):  # written by another version of these scripts
+                self.sums = msgspec.json.decode(cache.get_meta(self._name) or "{}", type=PaidSums)
         if self.sums.settled_by and self.sums.settled_by != run_id:
             self.sums = PaidSums()
 
@@ -101,10 +102,11 @@ class PaidLog:
 
     def save(self) -> None:
         """Store the sums; on the disk when it returns."""
-        self._cache.set_meta(self._name, msgspec.json.encode(self.sums).decode())
+        if self._name:
+            self._cache.set_meta(self._name, msgspec.json.encode(self.sums).decode())
 
     @contextmanager
-    def recording(self, *, stored: bool) -> Iterator[Callable[[EmbedProgress], None]]:
+    def recording(self, *, stored: bool = True) -> Iterator[Callable[[EmbedProgress], None]]:
         """Yield a progress callback that adds one call of `embed_missing` to the sums, however the block ends.
 
         `stored`: False if the vectors are thrown away, so that all tokens count as discarded.
@@ -152,34 +154,29 @@ FEW_CONTENTS = 100
 class EmbeddingTotals:
     """What this start of the command embedded and paid for; `refused` are texts that the provider does not take.
 
-    `tokens` are all billed ones, `discarded` those that gave no usable vector. `log` adds it to the sums of all
-    starts, for the report; None: there will be no report.
+    `tokens` are all billed ones, `discarded` those that gave no usable vector. `log` adds them to the sums of all
+    starts, for the report.
     """
 
+    log: PaidLog
     texts: int = 0
     tokens: int = 0
     discarded: int = 0
     refused: list[Refused] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
-    log: PaidLog | None = None
 
     @property
     def spent_tokens(self) -> int:
         """Tokens of this start, and those that earlier starts of this migration paid for without a usable vector."""
-        return self.tokens + (max(0, self.log.sums.discarded - self.discarded) if self.log else 0)
+        return self.tokens + max(0, self.log.sums.discarded - self.discarded)
 
     def pay(self, tokens: int) -> None:
         """Count tokens of a request that only tested the endpoint."""
         self.tokens += tokens
         self.discarded += tokens
-        if self.log:
-            self.log.sums.tokens += tokens
-            self.log.sums.discarded += tokens
-            self.log.save()
-
-    def recording(self, *, stored: bool = True) -> AbstractContextManager[Callable[[EmbedProgress], None]]:
-        """As PaidLog.recording, if there is a log."""
-        return self.log.recording(stored=stored) if self.log else nullcontext(lambda _progress: None)
+        self.log.sums.tokens += tokens
+        self.log.sums.discarded += tokens
+        self.log.save()
 
     def price(self, model: str) -> float | None:
         """In US dollars; None for a model without a known price."""
@@ -189,9 +186,8 @@ class EmbeddingTotals:
 def start_totals(
     cache: EmbeddingCache, spec: EmbeddingSpec, journal: Journal | None, *, logged: bool
 ) -> EmbeddingTotals:
-    """Return empty totals; if `logged`, with the cache's log, which continues for the run of `journal`."""
-    run_id = journal.run_id if journal else None
-    return EmbeddingTotals(log=PaidLog(cache, spec, run_id) if logged else None)
+    """Return empty totals; if `logged`, their log is the cache's, which continues for the run of `journal`."""
+    return EmbeddingTotals(PaidLog(cache, spec, journal.run_id if journal else None, stored=logged))
 
 
 @dataclass(frozen=True)
@@ -247,7 +243,7 @@ def embed_texts(
         return
     size = runner.spec.size
     cache.require_room(total.texts, size)
-    with bar("embed", total.texts, "texts") as progress, into.recording() as record:
+    with bar("embed", total.texts, "texts") as progress, into.log.recording() as record:
         done = embed_missing(
             runner.client,
             rows,
@@ -351,7 +347,7 @@ def try_one_batch(runner: EmbeddingRunner, cache: EmbeddingCache, totals: Embedd
     if stored:
         cache.require_room(len(first), size)
     note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
-    with totals.recording(stored=stored) as record:
+    with totals.log.recording(stored=stored) as record:
         done = embed_missing(
             runner.client,
             first,

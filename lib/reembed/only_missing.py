@@ -13,7 +13,7 @@ from lib.errors import GuardRefused
 from lib.reembed.context import Context
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts, embed_uncached
 from lib.reembed.sync import SyncOutcome, missing_of, remove_orphans, sync_collection, texts_to_embed
-from lib.verify.vectors import repair_vectors
+from lib.verify.compare import repair_vectors
 
 _SAME_MODEL_COSINE = 0.99
 _SAMPLES = 3
@@ -44,13 +44,14 @@ def only_missing(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -
         missing = missing_of(ctx.cache, existing)
         runner.require_affordable(missing.tokens, paid)
         embed_texts(runner, ctx.cache, texts_to_embed(ctx.cache, existing), missing, ctx.bar, paid)
-    with ctx.bar("sync", None, "points") as progress:
-        outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
-    repaired = 0
-    if compare_all:
-        embed_uncached(runner, ctx.cache, ctx.bar, paid)
-        repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
-    return Synced(outcome, repaired, remove_orphans(ctx, state))
+    with ctx.store_lock():
+        with ctx.bar("sync", None, "points") as progress:
+            outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
+        repaired = 0
+        if compare_all:
+            embed_uncached(runner, ctx.cache, ctx.bar, paid)
+            repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+        return Synced(outcome, repaired, remove_orphans(ctx, state))
 
 
 def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, state: CollectionState) -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
     from lib.reembed.only_missing import Synced
+    from lib.reembed.quality import SpotCheck
     from lib.reembed.report import Finished
-    from lib.reembed.spot_check import SpotCheck
     from lib.reembed.sync import SyncOutcome
 
 _EXAMPLES = 10

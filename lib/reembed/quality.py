@@ -1,25 +1,33 @@
 """Recall before and after a re-embedding: the nearest neighbours of the same memories in the old and new collection.
 
-The points are searched by their stored vectors, so that nothing is paid for. What was found before is stored in the
-cache with the run's id, so that a run that resumes after the delete has it. A failed measurement fails no migration.
+A migration searches the points by their stored vectors, so that nothing is paid for. What was found before is stored in
+the cache with the run's id, so that a run that resumes after the delete has it. A failed measurement fails no
+migration. A spot check (`--limit N`) compares a sample that it embeds into a temporary collection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, median
 
 import msgspec
+import numpy as np
 
-from lib.backup.last_migration import DELETING
+from lib.backup.last_migration import DELETING, spec_as_json
 from lib.backup.payloads import PointId
-from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
-from lib.clients.qdrant.points import Hit, nearest_to, retrieve
-from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
+from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
+from lib.clients.qdrant.points import Hit, exact_search, retrieve, search
+from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, curl_line
 from lib.errors import MigrationError, escaped
-from lib.journal import Journal
+from lib.journal import Journal, open_journals, start_journal
+from lib.reembed.context import Context
+from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts
+from lib.reembed.sync import SyncOutcome, sync_collection
 
 SAMPLES, NEIGHBOURS = 50, 10
 _SPARE = 14  # some memories have no point, or one with another content
@@ -138,7 +146,7 @@ def _nearest_of(qdrant: Qdrant, collection: str, rows: Sequence[MemoryRow]) -> l
 def _hits(qdrant: Qdrant, collection: str, identity: PointId) -> list[Hit]:
     """The nearest points; none if the point does not exist any more, or has no vector."""
     try:
-        return nearest_to(qdrant, collection, identity, NEIGHBOURS)
+        return search(qdrant, collection, identity, NEIGHBOURS)
     except NotFound:
         return []
     except QdrantError as error:
@@ -184,3 +192,144 @@ def _memory_recall(cache: EmbeddingCache, row: MemoryRow, was: Nearest, now: Nea
 def _excerpt(content: str) -> str:
     words = " ".join(content[: 4 * _EXCERPT].split())
     return words if len(words) <= _EXCERPT else f"{words[:_EXCERPT].rstrip()}..."
+
+
+SPOT_CHECK, ANNOUNCED = "spot_check", "side collection announced"
+MOST_QUERIES = 50
+
+
+@dataclass(frozen=True)
+class SampleRecall:
+    """The neighbours of the same memories, among the same memories, in the live and in the temporary collection.
+
+    `overlap`: see `mean_overlap`, of the `neighbours` nearest. The scores are medians of the nearest neighbour's in the
+    live and in the temporary ("side") collection.
+    """
+
+    queries: int
+    neighbours: int
+    overlap: float
+    live_score: float
+    side_score: float
+
+
+@dataclass(frozen=True)
+class SpotCheck:
+    """What a spot check did; `compared` is None if the live collection has no points of these memories."""
+
+    memories: int
+    outcome: SyncOutcome
+    compared: SampleRecall | None
+
+
+def spot_check(
+    ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, live: CollectionState | None, count: int
+) -> SpotCheck:
+    """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it.
+
+    The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
+    start deletes it.
+    """
+    qdrant, rows = ctx.qdrant, spread(ctx.cache, count)
+    _embed_sample(ctx, runner, paid, rows)
+    journal = start_journal(ctx.folder, SPOT_CHECK, ctx.targets, spec=spec_as_json(ctx.spec))
+    side = f"{ctx.collection}__check_{journal.run_id}"
+    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(qdrant, 'DELETE', side)}")
+    try:
+        _make(qdrant, side, live, ctx.spec.size)
+        with plan_of(ctx.cache, rows, journal) as plan, ctx.bar("upsert", len(rows), "points") as progress:
+            outcome = sync_collection(qdrant, side, plan, progress=progress)
+        compared = compare_sample(qdrant, ctx.cache, live.name, side, rows) if live else None
+    finally:
+        _remove(qdrant, ctx.cache, journal)
+    return SpotCheck(len(rows), outcome, compared)
+
+
+def clear_up(ctx: Context) -> None:
+    """Remove what killed checks of the same stores left."""
+    for journal in open_journals(ctx.folder):
+        if journal.command == SPOT_CHECK and journal.targets == ctx.targets:
+            _remove(ctx.qdrant, ctx.cache, journal)
+
+
+def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
+    side = str(journal.fact("side") or "")
+    if side:
+        delete_collection(qdrant, side)
+    remove_plan(cache, journal)
+    journal.close("removed")
+
+
+def remove_plan(cache: EmbeddingCache, journal: Journal) -> None:
+    """Delete the file with the plan of a check."""
+    path = _plan_path(cache, journal)
+    for ending in ("", "-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+
+
+def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
+    return cache.path.with_name(f"{cache.path.stem}-check-{journal.run_id}.sqlite3")
+
+
+def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
+    """`count` memories at equal distances over the plan, or all of them."""
+    total = cache.memory_count()
+    step = max(1.0, total / count)
+    wanted = {int(number * step) for number in range(min(count, total))}
+    return [row for number, row in enumerate(cache.memories()) if number in wanted]
+
+
+def _embed_sample(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, rows: Sequence[MemoryRow]) -> None:
+    known = ctx.cache.known(row.key for row in rows)
+    missing = {row.key: row for row in reversed(rows) if row.key not in known}
+    total = Missing(len(missing), sum(row.tokens for row in missing.values()))
+    runner.require_affordable(total.tokens, paid)
+    texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
+    embed_texts(runner, ctx.cache, texts, total, ctx.bar, paid)
+
+
+def _make(qdrant: Qdrant, side: str, live: CollectionState | None, size: int) -> None:
+    if live is None:
+        create_default(qdrant, side, size)
+    else:
+        create_like(qdrant, side, live.raw, size)
+
+
+@contextlib.contextmanager
+def plan_of(cache: EmbeddingCache, rows: Sequence[MemoryRow], journal: Journal) -> Iterator[EmbeddingCache]:
+    """A plan of these memories alone, over the same vectors."""
+    with EmbeddingCache(_plan_path(cache, journal), vectors=cache.vectors_path) as plan:
+        plan.begin_scan()
+        plan.put_memories(rows)
+        plan.end_scan()
+        yield plan
+
+
+def compare_sample(
+    qdrant: Qdrant, cache: EmbeddingCache, live: str, side: str, rows: Sequence[MemoryRow]
+) -> SampleRecall | None:
+    """Compare the neighbours in both collections. None if fewer than two embedded memories have a live point."""
+    keys = {row.point_id: row.key for row in rows}
+    embedded = cache.known(keys.values())
+    points = retrieve(qdrant, live, [one for one, key in keys.items() if key in embedded], vector=True)
+    vectors = {point.id: point.vector for point in points if point.vector is not None and point.vector.any()}
+    shared = [one for one in keys if one in vectors]
+    if len(shared) < 2:
+        return None
+    near = min(NEIGHBOURS, len(shared) - 1)
+    pairs, scores = [], []
+    with exact_search(qdrant, shared) as nearest:
+        for one in shared[:: max(1, len(shared) // MOST_QUERIES)]:
+            wanted = np.frombuffer(cache.get_vectors([keys[one]])[keys[one]], "<f4")
+            before = nearest(live, vectors[one], near + 1)
+            after = nearest(side, wanted, near + 1)
+            old, new = ([hit for hit in hits if hit.id != one][:near] for hits in (before, after))
+            pairs.append(([hit.id for hit in old], [hit.id for hit in new]))
+            scores.append((old[0].score, new[0].score))
+    return SampleRecall(
+        queries=len(pairs),
+        neighbours=near,
+        overlap=mean_overlap(pairs),
+        live_score=median(old for old, _ in scores),
+        side_score=median(new for _, new in scores),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib.backup.catalog import write_document, write_page
+from lib.backup.catalog import REPORT_DIR
 from lib.clients.embeddings.pricing import price_text
 from lib.console import Console, pasteable
 from lib.errors import MigrationError
+from lib.files import private_dir, write_atomic
 
 if TYPE_CHECKING:
     import jinja2
@@ -163,12 +165,19 @@ def overlaps(memories: Sequence[Mapping[str, Any]], most: int) -> Plot | None:
 
 
 def write(report: Mapping[str, Any], folder: Path, console: Console) -> list[Path]:
-    """Write both files below `folder` and return their paths. A failure is only a warning: the work is done."""
+    """Write both files (0600) below `folder`, in place of earlier ones of this run, and return their paths.
+
+    A failure is only a warning: the work is done.
+    """
     document = {**report, "undo": pasteable(report["undo"])}
     written: list[Path] = []
     try:
-        written.append(write_document(folder, document["run"], document))
-        written.append(write_page(written[0], page(document)))
+        path = private_dir(folder / REPORT_DIR) / f"reembed_{document['run']}.json"
+        # JSON is escaped to ASCII: a text may hold a lone surrogate, which UTF-8 cannot encode.
+        write_atomic(path, json.dumps(document, indent=2).encode() + b"\n")
+        written.append(path)
+        write_atomic(path.with_suffix(".html"), page(document).encode("utf-8", "replace"))
+        written.append(path.with_suffix(".html"))
     except (MigrationError, OSError, ImportError) as error:
         console.warn(f"the report could not be written completely: {error}")
     return written

@@ -6,6 +6,7 @@ assess and plan (`assess.assess`, before this) > embed > stage > guard and cutov
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lib.reembed.assess import (
     require_protection,
     require_whole_graph,
 )
-from lib.reembed.context import Context, mark_fresh, must_forget
+from lib.reembed.context import Context, mark_fresh, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over, snapshot_file
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached
 from lib.reembed.guard import undo_of
@@ -51,26 +52,38 @@ def reembed(
 ) -> tuple[Finished, list[Path]]:
     """Replace the collection by one with vectors of `ctx.spec`. Returns what was done, and the report's files.
 
-    `announce` gets the commands that undo a delete, right before it. Raises GuardRefused if no verified backup
-    protects the collection: before anything is paid for, and again before the delete.
+    Backups may be taken until the cutover begins. `announce` gets the commands that undo a delete, right before it.
+    Raises GuardRefused if no verified backup protects the collection: before anything is paid for, and again before
+    the delete.
     """
     manifest = require_protection(ctx, assessment.journal, assessment.live)
-    _embed(ctx, runner, paid)
-    journal = _begin(ctx, assessment.journal, manifest)
-    undo = journal.undo or undo_of(_undo_set(ctx, manifest))
-    resumed_after_delete = journal.has_reached(DELETING)
+    with ExitStack() as held:
+        resumed_after_delete = reached(assessment.journal, DELETING)
+        if resumed_after_delete:  # a backup would take an incomplete collection
+            held.enter_context(ctx.store_lock())
+        _embed(ctx, runner, paid)
+        journal = _begin(ctx, assessment.journal, manifest)
+        undo = journal.undo or undo_of(_undo_set(ctx, manifest))
+        _stage(ctx, journal, assessment, runner, paid)
+        if not resumed_after_delete:
+            held.enter_context(ctx.store_lock())
+        cutover = cut_over(ctx, journal, assessment, manifest, announce)
+        done = _fill_and_verify(ctx, journal, runner, paid, cutover, undo)
+    report = make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete)
+    return done, _close(journal, paid, write_report(report))
 
-    _stage(ctx, journal, assessment, runner, paid)
-    cutover = cut_over(ctx, journal, assessment, manifest, announce)
+
+def _fill_and_verify(
+    ctx: Context, journal: Journal, runner: EmbeddingRunner, paid: EmbeddingTotals, cutover: Cutover, undo: str
+) -> Finished:
+    """Fill the new collection, catch up with what was written meanwhile, verify every point, and clean up."""
     first = fill(ctx, journal)
-
     scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
     last = fill(ctx, journal)
     removed = _remove_orphans(ctx, cutover)
     repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False)
     _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
-
-    done = Finished(
+    return Finished(
         scan=scan,
         outcome=last.outcome,
         points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
@@ -83,8 +96,6 @@ def reembed(
         removed=removed,
         undo=journal.undo or undo,
     )
-    report = make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete)
-    return done, _close(journal, paid, write_report(report))
 
 
 def only_stage(
@@ -170,7 +181,6 @@ def _remove_orphans(ctx: Context, cutover: Cutover) -> int:
 
 def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[Path]:
     """Close the run. If it is killed before this, the resumed run writes its report again."""
-    if paid.log:
-        paid.log.mark_reported(journal.run_id)
+    paid.log.mark_reported(journal.run_id)
     journal.close("done")
     return report

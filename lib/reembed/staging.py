@@ -38,15 +38,8 @@ from lib.reembed.context import Context
 from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, EmbeddingTotals, catch_up
 from lib.reembed.plan import memories_now
 from lib.reembed.resume import refuse_foreign_staged
-from lib.reembed.sync import (
-    SyncOutcome,
-    payloads_now,
-    save_payloads,
-    sync_collection,
-    unplanned_ids,
-    was_recreated,
-)
-from lib.verify.vectors import repair_vectors
+from lib.reembed.sync import SyncOutcome, payloads_now, save_payloads, sync_collection, unplanned_ids, was_recreated
+from lib.verify.compare import repair_vectors
 
 INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256

@@ -16,15 +16,7 @@ from lib.backup.payloads import PointId, base_payload, changed_since_written, id
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
-from lib.clients.qdrant.points import (
-    Point,
-    Rejected,
-    delete_points,
-    overwrite_payload,
-    retrieve,
-    scroll,
-    upsert,
-)
+from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress, bounded_map
 from lib.errors import GuardRefused, MissingData
@@ -255,23 +247,15 @@ def sync_collection(
         elif copied_from:
             copies = tables.enter_context(existing_points(qdrant, copied_from))
         found = changes(cache, existing, whole=whole, copies=copies)
-        write = functools.partial(_write, qdrant, collection)
-        for written, rows in bounded_map(write, _with_vectors(cache, found), _CONNECTIONS):
+        batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
+        for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome += written
             if progress:
                 progress(rows)
     return outcome
 
 
-_Batch = tuple[list[Change], dict[bytes, bytes]]
-
-
-def _with_vectors(cache: EmbeddingCache, found: Iterator[list[Change]]) -> Iterator[_Batch]:
-    for batch in found:
-        yield batch, cache.get_vectors([change.row.key for change in batch if change.needs_vector])
-
-
-def _write(qdrant: Qdrant, collection: str, batch: _Batch) -> tuple[SyncOutcome, int]:
+def _write(qdrant: Qdrant, collection: str, batch: tuple[list[Change], dict[bytes, bytes]]) -> tuple[SyncOutcome, int]:
     """Write one batch. Returns its outcome and how many rows it had."""
     import numpy as np
 

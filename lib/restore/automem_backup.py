@@ -10,19 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
-from lib.backup.automem_backup import (
-    AutoMemFile,
-    GraphFacts,
-    PointTable,
-    read_graph,
-    read_points,
-)
-from lib.backup.collection import CollectionSource, known_model
+from lib.backup.automem_backup import GraphFacts, PointTable, read_graph, read_points
+from lib.backup.automem_file import AutoMemFile
+from lib.backup.collection import CollectionSource
 from lib.backup.payloads import PointId, same
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
@@ -33,16 +29,16 @@ from lib.clients.falkordb.scratch import Engine, NoEngine, scratch_server
 from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, create_default
-from lib.clients.qdrant.points import BATCH_POINTS, scroll, upsert
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default
+from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import Progress, bounded_map
 from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
 from lib.files import sha256_file
 from lib.restore.collection import Copy, RestorePlan
-from lib.restore.inputs import CollectionBackup
-from lib.verify.vectors import vectors_differ
+from lib.restore.inputs import CollectionBackup, bare_facts
+from lib.verify.compare import vectors_differ
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,15 +66,15 @@ def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iter
             create_graph(conn, graph)
             facts = read_graph(
                 source,
-                lambda nodes: add_nodes(conn, graph, ((one.labels, one.properties) for one in nodes)),
-                lambda rows: add_relationships(
-                    conn, graph, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
+                lambda before, nodes: add_nodes(conn, graph, before, ((one.labels, one.properties) for one in nodes)),
+                lambda before, rows: add_relationships(
+                    conn, graph, before, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
                 ),
             )
             if facts.name != graph:
                 raise UsageProblem(
                     f"{source.display} is of graph '{facts.name}', and not put over '{graph}' (FALKORDB_GRAPH)",
-                    next_step=f"export FALKORDB_GRAPH={facts.name}   if that is the graph to restore",
+                    next_step=f"export FALKORDB_GRAPH={quote(facts.name)}   if that is the graph to restore",
                 )
             create_indexes(conn, graph, MEMORY_LABEL)
             held, wanted = counts(conn, graph), facts.restorable
@@ -94,29 +90,12 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
     """Verify a collection's file; its points are in a temporary table afterwards. Raises BackupDamaged."""
     table = PointTable()
     found = read_points(source, table)
-    vectors = {"size": found.size, "distance": "Cosine"}
-    config = {"params": {"vectors": vectors}}
-    state = CollectionState(
-        found.name,
-        found.size,
-        "Cosine",
-        found.points,
-        "",
-        optimizer_ok=True,
-        vectors_named=False,
-        raw={"config": config},
-    )
-    facts = {
-        "collection": found.name,
-        "server": {"address": "", "version": ""},
-        "config": config,
-        "aliases": [],
-        "model": known_model(state, target.spec)[0],
-    }
+    config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
     schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
     snapshot = SnapshotFacts(found.size, "Cosine", False, 1, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
     # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
     member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
+    facts = bare_facts(source.path, found.name, target.spec, snapshot, member)
     return CollectionBackup(source.path, ArchiveFacts(facts, (member,), found.points), snapshot, bare=True, ids=table)
 
 
@@ -174,19 +153,23 @@ class PointsPlan(RestorePlan):
     def verify_trial(self, name: str) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial(name)
-        wrong: list[PointId] = []
-        for page in scroll(self.target.qdrant, name, payload=True, vector=True):
-            ids = [point.id for point in page]
-            payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
-            stored = np.vstack([point.vector for point in page if point.vector is not None])
-            differ = vectors_differ(stored, wanted)
-            wrong += [
-                point.id
-                for point, bad in zip(page, differ, strict=True)
-                if bad or not same(point.payload or {}, payloads[point.id])
-            ]
+        pages = scroll(self.target.qdrant, name, payload=True, vector=True)
+        # The next page arrives while one is compared.
+        wrong = [one for found in bounded_map(self._different, pages, 1) for one in found]
         if wrong:
             raise BackupDamaged(
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
+
+    def _different(self, page: list[Point]) -> list[PointId]:
+        """The points of a page whose payload or vector is not the file's."""
+        ids = [point.id for point in page]
+        payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
+        stored = np.vstack([point.vector for point in page if point.vector is not None])
+        differ = vectors_differ(stored, wanted)
+        return [
+            point.id
+            for point, bad in zip(page, differ, strict=True)
+            if bad or not same(point.payload or {}, payloads[point.id])
+        ]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from lib.backup.archive import (
     ArchiveFacts,
@@ -18,7 +18,7 @@ from lib.backup.archive import (
     read_archive,
     read_snapshot,
 )
-from lib.backup.automem_backup import COLLECTION, GRAPH, AutoMemFile, automem_files
+from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
 from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
@@ -42,6 +42,8 @@ from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, BadFile, UsageProblem
 from lib.files import FULL_DISK, PassThrough, readable_bytes
+
+C = TypeVar("C", GraphComponent, CollectionComponent)
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,10 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
     of_automem = {one.kind: one for one in automems}
     graphs += [(one.path, None) for one in automems if one.kind == GRAPH]
     collections += [(one.path, None) for one in automems if one.kind == COLLECTION]
-    _require_single("graph", [path for path, _ in graphs])
-    _require_single("collection", [path for path, _ in collections])
+    rdb, graph_component = _single("graph", graphs)
+    archive, collection_component = _single("collection", collections)
     if len({one.stamp for one in automems}) > 1:
         warnings.append(f"{' and '.join(one.display for one in automems)} were not taken together")
-    rdb, graph_component = graphs[0] if graphs else (None, None)
-    archive, collection_component = collections[0] if collections else (None, None)
     return Inputs(
         rdb,
         archive,
@@ -109,10 +109,11 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
     )
 
 
-def _require_single(what: str, paths: list[Path]) -> None:
-    """Raise BadFile for two files of one store."""
-    if len(paths) > 1:
-        raise BadFile(f"{paths[1]} and {paths[0]} are both of the {what}", next_step="name one of them")
+def _single(what: str, files: list[tuple[Path, C | None]]) -> tuple[Path | None, C | None]:
+    """The only file of a store with its component, if there is one. Raises BadFile for several files."""
+    if len(files) > 1:
+        raise BadFile(f"{files[1][0]} and {files[0][0]} are both of the {what}", next_step="name one of them")
+    return files[0] if files else (None, None)
 
 
 def _set_of(folder: Path, path: Path, warnings: list[str]) -> Manifest | None:
@@ -219,7 +220,7 @@ def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
         copies = SegmentCopies(scratch.path, path.stat().st_size)
         member, snapshot = _inspected(path, copies)
         counted, _ = copies.counted(lambda: _count(copies.segments[0]))
-    facts = _facts(path, target.collection, target.spec, snapshot, member)
+    facts = bare_facts(path, target.collection, target.spec, snapshot, member)
     archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
     return CollectionBackup(path, archive, snapshot, bare=True)
 
@@ -255,7 +256,7 @@ def _count(files: SegmentFiles) -> int | None:
         return segments.count if segments else None
 
 
-def _facts(
+def bare_facts(
     path: Path, collection: str, spec: EmbeddingSpec, snapshot: SnapshotFacts, member: SnapshotMember
 ) -> dict[str, Any]:
     """What an archive's `collection.json` would hold, as far as the file shows it."""

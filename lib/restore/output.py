@@ -82,7 +82,7 @@ def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict
         "file": str(backup.path),
         "bytes": backup.path.stat().st_size,
         # A backup of AutoMem's has no snapshot.
-        "snapshot_bytes": backup.archive.snapshot.size if "snapshot_size" in backup.archive.facts else None,
+        "snapshot_bytes": backup.archive.snapshot.size if backup.snapshot.segments else None,
         "points": backup.points,
         "size": backup.snapshot.size,
         "live": live,

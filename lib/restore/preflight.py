@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import redis
 
-from lib.backup.automem_backup import NOT_HELD, AutoMemFile, require_uncut
+from lib.backup.automem_backup import NOT_HELD, require_uncut
+from lib.backup.automem_file import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.graph import GraphSource
@@ -83,7 +84,7 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     for text in inputs.warnings:
         site.notice(f"warning: {text}")
     plan = graph = None
-    left_out = tuple(NOT_HELD[one.kind] for one in (inputs.automem_graph, inputs.automem_collection) if one)
+    left_out = [NOT_HELD[one.kind] for one in (inputs.automem_graph, inputs.automem_collection) if one]
     for text in left_out:
         site.notice(text)
     if inputs.archive:
@@ -94,7 +95,8 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
         rdb = inputs.rdb
         if inputs.automem_graph:
             points = plan.backup.archive.ids if plan and inputs.automem_collection else 0
-            rdb = _rdb_of(site, site.graph, inputs.automem_graph, points, stack)
+            rdb, more = _rdb_of(site, site.graph, inputs.automem_graph, points, stack)
+            left_out += more
         graph = _verified_rdb(site, site.graph, rdb, inputs.graph_component, stack)
         if graph.scratch:
             graph = replace(graph, path=inputs.rdb)
@@ -106,7 +108,7 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
             site.notice(
                 f"warning: {component.file.name} was taken from {component.server['address']}, it goes to {server}"
             )
-    return VerifiedFiles(graph, plan, left_out)
+    return VerifiedFiles(graph, plan, tuple(left_out))
 
 
 def _verified_archive(site: Site, target: CollectionSource, path: Path, inputs: Inputs) -> RestorePlan:
@@ -150,10 +152,12 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
         )
 
 
-def _rdb_of(site: Site, target: GraphSource, source: AutoMemFile, points: int, stack: ExitStack) -> Path:
-    """An RDB of the graph in a backup of AutoMem's, which exists until the stack ends. Raises BackupDamaged, NoEngine.
+def _rdb_of(
+    site: Site, target: GraphSource, source: AutoMemFile, points: int, stack: ExitStack
+) -> tuple[Path, list[str]]:
+    """An RDB of the graph in a backup of AutoMem's, which exists until the stack ends; and what it does not hold.
 
-    `points`: how many the collection's file has that is restored with it.
+    `points`: how many the collection's file has that is restored with it. Raises BackupDamaged, NoEngine.
     """
     from lib.restore.automem_backup import graph_as_rdb
 
@@ -162,9 +166,12 @@ def _rdb_of(site: Site, target: GraphSource, source: AutoMemFile, points: int, s
     signs = facts.signs_of_a_cut(points)
     if not site.force_incomplete:
         require_uncut(source, signs)
-    for sign in signs:
-        site.notice(f"warning: {source.display} is incomplete: {sign}")
-    return path
+    left_out = [f"{source.display} is incomplete: {sign}" for sign in signs]
+    if facts.points:
+        left_out.append(f"maps of latitude and longitude come back as points: {listed(sorted(facts.points))}")
+    for text in left_out:
+        site.notice(f"warning: {text}")
+    return path, left_out
 
 
 def _verified_rdb(

@@ -1,28 +1,32 @@
-"""The checks of a migration. Each takes values and returns a Check: collection, ids, payloads, vectors, recall."""
+"""The checks of a migration; all of them in the guide's order (its steps 4 and 5); and the migration record."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from shlex import quote
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from lib.backup.collection import STAMP_KEY
+from lib.backup.collection import STAMP_KEY, CollectionSource
+from lib.backup.graph import GraphSource
+from lib.backup.last_migration import settings_before, verified_at
 from lib.backup.payloads import PointId
 from lib.clients import automem
-from lib.clients.automem import AutoMemApi
+from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState
-from lib.clients.qdrant.points import Point, scroll, search
+from lib.clients.falkordb.connection import require_graph
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
+from lib.clients.qdrant.points import Point, count, scroll, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
-from lib.concurrency import Progress
+from lib.concurrency import Progress, ProgressBar
 from lib.dimensions import EmbeddingSpec, check_dimension, same_model
-from lib.errors import listed
-from lib.verify.compare import Differences, Findings, Sample
-from lib.verify.vectors import different_vectors
+from lib.errors import MigrationError, listed
+from lib.network import without_login
+from lib.verify.compare import Differences, Findings, Sample, compare_stores, different_vectors
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
@@ -161,8 +165,8 @@ def check_vectors(
         usable = [point for point in page if _is_usable(point, spec.size)]
         unusable += [point.id for point in page if not _is_usable(point, spec.size)]
         if cache:
-            count, wrong = different_vectors(usable, cache, spec, state)
-            known += count
+            found, wrong = different_vectors(usable, cache, spec, state)
+            known += found
             different += [point.id for point, _ in wrong]
         total += len(page)
         progress(len(page))
@@ -192,12 +196,12 @@ def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, point
         text = ", ".join(f"{name} {size}" for name, size in shown.items()) or "no sizes"
         detail = f"AutoMem does not run at {spec.size}d yet (/health: {text})"
         return Check("recall", PENDING, detail, _RESTART)
-    named, count = health.get("graph"), health.get("vector_count")
+    named, counted = health.get("graph"), health.get("vector_count")
     if isinstance(named, str) and named != graph:
         detail = f"AutoMem works on the graph '{named}', FALKORDB_GRAPH is '{graph}'"
         return Check("recall", PENDING, detail, _SAME_STORES)
-    if isinstance(count, int) and abs(count - points) > max(_FEW_VECTORS, _SHARE * points):
-        detail = f"AutoMem counts {count:,} vectors, the collection holds {points:,}: it works on another one"
+    if isinstance(counted, int) and abs(counted - points) > max(_FEW_VECTORS, _SHARE * points):
+        detail = f"AutoMem counts {counted:,} vectors, the collection holds {points:,}: it works on another one"
         return Check("recall", PENDING, detail, _SAME_STORES)
     return None
 
@@ -249,3 +253,82 @@ def check_recall_direct(
         detail = f"{len(wrong)} of {len(usable)} samples are not found first: {_some(wrong)}"
         return Check("recall", FAILED, detail, _REEMBED)
     return Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What is verified, and the folder with the journals of its migrations."""
+
+    graph: GraphSource
+    collection: CollectionSource
+    api: AutoMemApi
+    folder: Path
+    targets: list[str]
+
+
+def verify(
+    stores: Stores, cache: EmbeddingCache, *, samples: int, after_restart: bool, bar: ProgressBar
+) -> list[Check]:
+    """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending.
+
+    Raises DimensionMismatch, MissingData, StoreUnreachable.
+    """
+    graph, source = stores.graph, stores.collection
+    qdrant, spec = source.qdrant, source.spec
+    require_graph(graph.conn, graph.graph, graph.address)
+    state = get_state(qdrant, source.collection)
+    checks = [
+        check_size(state, spec),
+        check_status(state),
+        check_model(state, spec),
+        check_indexes(qdrant, state, settings_before(stores.folder, stores.targets)),
+    ]
+    planned = cache if cache.memory_count() else None
+    migrated_at = verified_at(stores.folder, stores.targets)
+    with bar("compare stores", None, "memories") as progress:
+        found = compare_stores(graph.conn, graph.graph, qdrant, state.name, planned, migrated_at, samples, progress)
+    checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
+    with bar("compare vectors", state.points, "points") as progress:
+        checks.append(check_vectors(qdrant, state, planned, spec, progress))
+    try:
+        checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
+    except MigrationError as error:  # the results of all other checks are shown
+        checks.append(Check("recall", FAILED, str(error).replace("\n", " "), error.next_step))
+    return checks
+
+
+def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample], *, after_restart: bool) -> list[Check]:
+    source = stores.collection
+    answer = ask_health(stores.api)
+    if answer.health is None:
+        why = f"AutoMem does not answer at {without_login(stores.api.url)}: {answer.summary}"
+        if after_restart:
+            return [Check("recall", FAILED, why, START_AUTOMEM)]
+        return [check_recall_direct(source.qdrant, source.collection, cache, source.spec, samples, why)]
+    points = count(source.qdrant, source.collection)
+    mismatch = check_service(answer.health, source.spec, stores.graph.graph, points)
+    checks = [mismatch] if mismatch else check_recall(stores.api, samples)
+    if after_restart:
+        checks = [replace(one, status=FAILED) if one.status == PENDING else one for one in checks]
+    return checks
+
+
+def record(stores: Stores, checks: list[Check]) -> str:
+    """Store the migration record of the guide in AutoMem. Returns the memory's id.
+
+    Raises MigrationError if a check failed or is pending, or if AutoMem does not store it.
+    """
+    if any(check.status in {FAILED, PENDING} for check in checks):
+        raise MigrationError("not stored before every check has passed")
+    spec = stores.collection.spec
+    content = f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
+    return automem.remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
+
+
+def recall_lines(api: AutoMemApi, query: str) -> list[str]:
+    """One line per memory that recalling `query` returns: score, match type, the beginning of the content."""
+    lines = []
+    for one in automem.recall(api, query, _RECALL_LIMIT).results:
+        content = " ".join(str((one.get("memory") or {}).get("content", "")).split())[:80]
+        lines.append(f"{float(one.get('final_score') or 0):.3f}  {one.get('match_type')}  {content}")
+    return lines

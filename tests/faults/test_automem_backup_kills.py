@@ -39,14 +39,14 @@ WINDOWS = [
     "called graph accepted",
     "after rehearsing the collection",
     "called trial's collection created",
-    "called batch of points written",
+    "called points written",
     "before collection rehearsed",
     "after collection rehearsed",
     "after backup begun",
     "after snapshot made",
     "after safety backup",
-    "entering snapshot of the trial found",
-    "called snapshot of the trial found",
+    "entering snapshot of the points made",
+    "called snapshot of the points made",
     "before deleting the live collection",
     "after deleting the live collection",
     "called live collection deleted",
@@ -132,7 +132,7 @@ def test_a_trial_with_a_part_of_the_points_is_not_taken_for_complete(live, tmp_p
     """Killed after the first of several batches."""
     count = 600
     words = list(map(str, write_samples(tmp_path / "files", live.graph, live.collection, count, OLD_SIZE)))
-    run_killed(live, "called batch of points written", "restore_from_backup", *words)
+    run_killed(live, "called points written", "restore_from_backup", *words)
     left = next(one for one in live.collections() if "__try_" in one)
     wanted = points_of_rows(sample_points(count, OLD_SIZE))
     assert 0 < len(points_in_store(live, left)) < len(wanted)

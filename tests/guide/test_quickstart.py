@@ -172,6 +172,37 @@ def test_serve_refuses_a_taken_port_and_names_it(folder, guide_ports):
     run.assert_gone()
 
 
+def script(name: str, *words: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
+
+
+def check_control(environ: dict[str, str]) -> None:
+    """Stop, restart and change what `serve` runs, as the guide's steps need it."""
+    large = {**environ, "VECTOR_SIZE": "3072", "EMBEDDING_MODEL": "text-embedding-3-large"}
+    assert "AutoMem is stopped" in script("quickstart", "automem", "stop", environ=environ).stdout
+    with pytest.raises(requests.ConnectionError):
+        requests.get("http://127.0.0.1:8001/health", timeout=10)
+    refused = script("quickstart", "automem", "start", environ=large)
+    assert refused.returncode == 1
+    assert "VECTOR DIMENSION MISMATCH" in refused.stderr
+    assert script("quickstart", "automem", "restart", environ=environ).returncode == 0
+    assert requests.get("http://127.0.0.1:8001/health", timeout=10).json()["vector_dimensions"]["configured"] == 768
+    assert script("quickstart", "provider", "quota", environ=environ).returncode == 0
+    assert script("reembed_embeddings", "--dry-run", environ=large).returncode == 6
+    assert script("quickstart", "provider", "ok", environ=environ).returncode == 0
+    assert script("reembed_embeddings", "--dry-run", environ=large).returncode == 0
+
+
+@pytest.mark.parametrize("words", [("automem", "halt"), ("provider",), ("serve", "now"), ("automem", "stop")])
+def test_a_control_word_that_does_not_exist_or_has_no_sandbox_is_refused(words, tmp_path):
+    done = script("quickstart", *words, environ={**os.environ, "TMPDIR": str(tmp_path)})
+    assert done.returncode == (1 if words == ("automem", "stop") else 2)
+    assert done.stderr.startswith("error: ")
+    assert "python scripts/quickstart.py" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("end", matrix([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_ports, end):
     taken = [port for port in PORTS if not free(port)]
@@ -189,15 +220,11 @@ def test_serve_comes_up_on_the_guides_ports_and_goes_when_asked(folder, guide_po
         assert lines == {"VECTOR_SIZE": "768", "EMBEDDING_MODEL": "text-embedding-3-small"}
         assert exports["AUTOMEM_API_TOKEN"] == TOKEN
         assert requests.get("http://127.0.0.1:8001/health", timeout=10).json()["vector_dimensions"]["collection"] == 768
-        listed = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / "verify_migration.py"), "--after-restart", "--quiet"],
-            env={**os.environ, **exports, **lines, "AUTOMEM_BACKUP_DIR": str(folder / "backups")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        environ = {**os.environ, **exports, **lines, "AUTOMEM_BACKUP_DIR": str(folder / "backups")}
+        environ["TMPDIR"] = str(folder)
+        listed = script("verify_migration", "--after-restart", "--quiet", environ=environ)
         assert listed.returncode == 0, listed.stderr + listed.stdout
+        check_control(environ)
     finally:
         run.process.send_signal(end)
         run.process.communicate(timeout=300)

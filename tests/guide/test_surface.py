@@ -32,6 +32,7 @@ NOT_OURS = {
     "NO_COLOR",
     "KILLS_EACH",
     "CMD_INFO",
+    "RESULTSET_SIZE",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_PROFILE",

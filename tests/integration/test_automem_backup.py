@@ -210,6 +210,18 @@ def test_a_backup_that_lost_rows_needs_force_incomplete(operator):
     assert operator.cypher("MATCH (n) RETURN count(n)") == [[40]]
 
 
+def test_a_server_that_cannot_fetch_from_itself_is_filled_again(operator, monkeypatch):
+    operator.load(60)
+    _, collection = write_pair(operator, operator.folder)
+    before = content(operator)
+    spoil(operator)
+    monkeypatch.setattr("lib.restore.automem_backup.can_fetch_itself", lambda *_words: None)
+    operator.run("restore_from_backup", str(collection))
+    assert content(operator)[2] == before[2]
+    assert set(operator.info()["payload_schema"]) == {"tags", "tag_prefixes"}
+    assert_tidy(operator)
+
+
 def test_a_folder_with_an_unequal_pair_is_refused_as_mixed(operator):
     operator.load(60)
     folder = operator.folder / "automem"

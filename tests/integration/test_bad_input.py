@@ -570,15 +570,23 @@ def test_a_flag_that_is_not_there_or_cannot_be(operator, words, expected):
 # --- the lock ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["backup", "reembed", "restore"])
-def test_another_run_holds_the_lock(operator, command):
+@pytest.mark.parametrize(
+    ("command", "kind"), [("backup", ""), ("reembed", "run on "), ("restore", ""), ("restore", "run on ")]
+)
+def test_another_run_holds_the_lock(operator, command, kind):
+    targets = load_config(operator.environ).targets()
+    with lock_targets([targets[1]], kind=kind):
+        refused(operator, 5, *COMMANDS[command], expected=("another run is working on qdrant",), next_step="wait")
+    with lock_targets([targets[0]], kind=kind, holder="x.py, process 7"):
+        expected = ("another run is working on falkordb", "(x.py, process 7)")
+        refused(operator, 5, *COMMANDS[command], expected=expected)
+
+
+def test_another_run_holds_the_lock_of_a_cleanup(operator):
     targets = load_config(operator.environ).targets()
     with lock_targets([targets[1]]):
-        refused(operator, 5, *COMMANDS[command], expected=("another run is working on qdrant",), next_step="wait")
         words = ("backup_automem", "--cleanup", "--keep", "1")
         refused(operator, 5, *words, expected=("another run is working on qdrant",), next_step="wait")
-    with lock_targets([targets[0]]):
-        refused(operator, 5, *COMMANDS[command], expected=("another run is working on falkordb",))
 
 
 # --- refusals of re-embed after its plan ------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def test_an_error_of_automem_leaves_the_other_checks(operator, monkeypatch):
         raise StoreFailed("AutoMem answered 500 to /health", next_step="look at its log")
 
     operator.load(60)
-    monkeypatch.setattr("lib.verify.run.ask_health", fail)
+    monkeypatch.setattr("lib.verify.checks.ask_health", fail)
     checks = operator.run("verify_migration", "--json", expect=4).json["checks"]
     assert [one["name"] for one in checks][:3] == ["size and distance", "status", "model stamp"]
     assert checks[-1] == {
@@ -300,7 +300,7 @@ def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(ope
         raise KeyError("a bug")
 
     make_ready(operator)
-    monkeypatch.setattr("lib.reembed.quality.nearest_to", bug)
+    monkeypatch.setattr("lib.reembed.quality.search", bug)
     with pytest.raises(KeyError, match="a bug"):
         operator.run("reembed_embeddings")
     assert (LookupError, TypeError) not in neighbours._FAILURES

@@ -146,7 +146,7 @@ def test_a_dump_in_the_shape_of_an_rdb_loads(engine: Engine, conn: redis.Redis, 
     fill_rich(conn, "memories")
     payload = dump_graph(conn, "memories")
     path = tmp_path / "memories.rdb"
-    path.write_bytes(b"".join(wrap_dump(payload, "memories", redis_version=engine.redis_version, created=1)))
+    path.write_bytes(b"".join(wrap_dump(payload, "memories")))
     facts = inspect_rdb(path)
     assert (facts.crc_ok, facts.dumped_graph, facts.version) == (True, "memories", engine.rdb_version)
     assert unwrap_dump(path) == payload

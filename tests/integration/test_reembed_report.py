@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from lib.backup.last_migration import DELETED, DELETING
+from lib.console import Console
 from lib.reembed import report_page as plots
 from lib.reembed.embed import MOST_INTERVALS, Interval, PaidSums
-from lib.reembed.report_page import page
 from tests.kill_support import run_killed
 from tests.matrix import matrix
 from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
@@ -452,10 +452,8 @@ def test_a_plot_of_overlaps_counts_every_memory():
 
 
 def test_half_a_character_is_no_trouble(migrated, tmp_path):
-    from lib.backup.catalog import write_document, write_page
-
     document = the_report(migrated.operator)[0]
     document["recall"]["memories"][0]["content"] = "half \ud83d of it"
-    written = write_document(tmp_path, "x", document)
-    assert json.loads(written.read_text()) == document
-    assert "half ? of it" in write_page(written, page(document)).read_text()
+    written = plots.write(document, tmp_path, Console())
+    assert json.loads(written[0].read_text()) == document
+    assert "half ? of it" in written[1].read_text()

@@ -7,7 +7,7 @@ from lib.clients.qdrant import points
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import MissingData
-from lib.verify.vectors import vectors_differ
+from lib.verify.compare import vectors_differ
 from tests.vectors_support import (
     create_small,
     ids_of,
@@ -130,7 +130,7 @@ def test_the_nearest_point_to_a_points_vector_is_itself(q: Qdrant, filled: str):
     hits = points.search(q, filled, vectors_of(50, 8)[17], 3)
     assert hits[0].id == ids_of(50)[17]
     assert hits[0].score == pytest.approx(1, abs=1e-5)
-    assert hits[0].payload == payload_of(17)
+    assert points.retrieve(q, filled, [hits[0].id], payload=True)[0].payload == payload_of(17)
     assert hits[0].score > hits[1].score > hits[2].score
     with pytest.raises(QdrantError, match="expected dim: 8, got 2"):
         points.search(q, filled, [1.0, 2.0], 3)

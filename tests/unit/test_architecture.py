@@ -31,7 +31,7 @@ MODULES = {
     "sqlite3": ("lib/clients/embeddings", "lib/backup/existing_points.py"),
     "isal": "lib/backup",
     "fsspec": "lib/backup",
-    "paramiko": "lib/backup/copy_sftp.py",
+    "paramiko": "lib/backup/copy_store.py",
     "dotenv": "lib/env_files.py",
     "rich": "lib/progress_bars.py",
     "portalocker": "lib/files.py",

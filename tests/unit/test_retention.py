@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from lib.backup.catalog import backup_sets, dated_later, latest, plan_cleanup
-from lib.backup.copies import local_catalog
+from lib.backup.copies import catalog_at
 from lib.backup.manifest import SAFETY, UNVERIFIED, read_manifest, sealed, write_manifest
 from lib.errors import MissingData, UsageProblem
 from lib.journal import start_journal
@@ -232,5 +232,5 @@ def test_a_safety_copy_of_an_earlier_version_is_known_by_its_journal(tmp_path):
     restoring.close("done")
     assert latest(tmp_path, HERE) == wanted
     assert [one.kind for one in backup_sets(tmp_path)] == ["safety copy", "full"]
-    assert [one.kind for one, _ in local_catalog(tmp_path).sets] == ["safety copy", "full"]
+    assert [one.kind for one, _ in catalog_at("", tmp_path).sets] == ["safety copy", "full"]
     assert deleted(tmp_path, 1) == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.clients.qdrant.snapshots import restorable
-from lib.verify.vectors import vectors_differ
+from lib.verify.compare import vectors_differ
 
 
 def rows(n: int, size: int) -> np.ndarray:

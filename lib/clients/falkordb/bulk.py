@@ -16,7 +16,7 @@ import redis
 
 from lib.clients.falkordb.connection import command
 from lib.clients.falkordb.queries import quoted, read_rows
-from lib.errors import BackupDamaged, StoreFailed
+from lib.errors import StoreFailed
 
 _NULL, _BOOLEAN, _DOUBLE, _STRING, _INTEGER, _ARRAY = range(6)
 _POINT = {"latitude", "longitude"}  # the only property that JSON has as a map
@@ -42,76 +42,102 @@ def create_graph(conn: redis.Redis, graph: str) -> None:
     command(conn, "GRAPH.QUERY", graph, "RETURN 1")
 
 
-def add_nodes(conn: redis.Redis, graph: str, nodes: Iterable[tuple[Sequence[str], Properties]]) -> None:
-    """Add nodes, given as labels and properties. In a graph that lost none, their ids continue those that it has.
+def add_nodes(conn: redis.Redis, graph: str, first: int, nodes: Iterable[tuple[Sequence[str], Properties]]) -> None:
+    """Add nodes, given as labels and properties. The graph has `first` nodes and never lost one: its ids continue.
 
-    Raises BackupDamaged for a value that no property has.
+    Raises ValueError for a value that no property has.
     """
-    for (labels, has_points), group in groupby(nodes, key=lambda node: (list(node[0]), bool(_points(node[1])))):
+    for (labels, has_values), group in groupby(nodes, key=lambda node: (list(node[0]), bool(_plain(node[1])))):
         page = [properties for _, properties in group]
-        if labels and _keys(page) and not has_points and not any(":" in label for label in labels):
+        if labels and has_values and not any(":" in label for label in labels):
             _bulk(conn, graph, ":".join(labels), [b""] * len(page), page, are_nodes=True)
-            continue
-        pattern = "".join(f":{quoted(label)}" for label in labels)
-        for properties in page:
-            _query(conn, graph, f"CREATE (x{pattern})", properties)
+        else:
+            pattern = "".join(f":{quoted(label)}" for label in labels)
+            for properties in page:
+                _create(conn, graph, f"CREATE (x{pattern})", properties)
+        for node_id, properties in enumerate(page, first):
+            _set_points(conn, graph, f"MATCH (x) WHERE id(x) = {node_id}", properties)
+        first += len(page)
 
 
-def add_relationships(conn: redis.Redis, graph: str, rows: Iterable[tuple[int, int, str, Properties]]) -> None:
-    """Add relationships, given as the ids of both ends, type and properties. Raises BackupDamaged like `add_nodes`."""
-    for (name, has_points), group in groupby(rows, key=lambda row: (row[2], bool(_points(row[3])))):
+def add_relationships(
+    conn: redis.Redis, graph: str, first: int, rows: Iterable[tuple[int, int, str, Properties]]
+) -> None:
+    """Add relationships, given as the ids of both ends, type and properties. `first` and errors: see `add_nodes`."""
+    for name, group in groupby(rows, key=lambda row: row[2]):
         page = list(group)
-        if ":" not in name and not has_points:
+        if ":" not in name:
             heads = [struct.pack("<qq", source, target) for source, target, _, _ in page]
             _bulk(conn, graph, name, heads, [row[3] for row in page], are_nodes=False)
-            continue
-        for source, target, _, properties in page:
-            pattern = (
-                f"MATCH (a) WHERE id(a) = {source} MATCH (b) WHERE id(b) = {target} CREATE (a)-[x:{quoted(name)}]->(b)"
-            )
-            _query(conn, graph, pattern, properties)
+        for own_id, (source, target, _, properties) in enumerate(page, first):
+            if ":" in name:
+                ends = f"MATCH (a) WHERE id(a) = {source} MATCH (b) WHERE id(b) = {target}"
+                _create(conn, graph, f"{ends} CREATE (a)-[x:{quoted(name)}]->(b)", properties)
+            match = f"MATCH (a)-[x]->(b) WHERE id(a) = {source} AND id(b) = {target} AND id(x) = {own_id}"
+            _set_points(conn, graph, match, properties)
+        first += len(page)
 
 
-def _query(conn: redis.Redis, graph: str, create: str, properties: Properties) -> None:
-    """Create one `x` that GRAPH.BULK cannot: a node without a label or property, a point, a name with a colon."""
+def points_in(properties: Properties) -> dict[str, str]:
+    """The properties that JSON has as a map, or as a list of maps: points. Returns them as Cypher."""
+    found = {}
+    for key, value in properties.items():
+        points = value if isinstance(value, list) else [value]
+        # Most values are texts, or lists of texts: the first one shows it.
+        if (
+            points
+            and isinstance(points[0], dict)
+            and all(isinstance(one, dict) and one.keys() == _POINT for one in points)
+        ):
+            texts = list(map(_point, points))
+            found[key] = f"[{', '.join(texts)}]" if isinstance(value, list) else texts[0]
+    return found
+
+
+def _is_point(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == _POINT
+
+
+def _point(value: Mapping[str, float]) -> str:
+    return f"point({{latitude: {float(value['latitude'])!r}, longitude: {float(value['longitude'])!r}}})"
+
+
+def _set_points(conn: redis.Redis, graph: str, match: str, properties: Properties) -> None:
+    """Set the points of the `x` that `match` finds; GRAPH.BULK has no type for them."""
+    if points := points_in(properties):
+        sets = ", ".join(f"x.{quoted(key)} = {value}" for key, value in points.items())
+        command(conn, "GRAPH.QUERY", graph, f"{match} SET {sets}")
+
+
+def _create(conn: redis.Redis, graph: str, create: str, properties: Properties) -> None:
+    """Create one `x` that GRAPH.BULK cannot: a node without a label or property, a name with a colon."""
     from falkordb.helpers import stringify_param_value
 
-    points = _points(properties)
-    plain = stringify_param_value({key: value for key, value in properties.items() if key not in points})
-    sets = "".join(f", x.{quoted(key)} = {value}" for key, value in points.items())
-    command(conn, "GRAPH.QUERY", graph, f"CYPHER p={plain} {create} SET x += $p{sets}")
+    command(conn, "GRAPH.QUERY", graph, f"CYPHER p={stringify_param_value(_plain(properties))} {create} SET x += $p")
 
 
-def _points(properties: Properties) -> dict[str, str]:
-    """The properties that are points, as Cypher."""
-    return {
-        key: "point({{latitude: {latitude}, longitude: {longitude}}})".format(**value)
-        for key, value in properties.items()
-        if isinstance(value, dict) and value.keys() == _POINT
-    }
-
-
-def _keys(page: Iterable[Properties]) -> list[str]:
-    """The names of all properties; a null is none."""
-    return list(dict.fromkeys(key for one in page for key, value in one.items() if value is not None))
+def _plain(properties: Properties) -> dict[str, Any]:
+    """All properties but points; a null is none."""
+    points = points_in(properties)
+    return {key: value for key, value in properties.items() if value is not None and key not in points}
 
 
 def _bulk(
-    conn: redis.Redis, graph: str, name: str, heads: list[bytes], properties: list[Properties], *, are_nodes: bool
+    conn: redis.Redis, graph: str, name: str, heads: list[bytes], page: list[Properties], *, are_nodes: bool
 ) -> None:
     """Send rows under one label (several with a colon between them) or type; a row is its head, then its values."""
-    keys = _keys(properties)
+    values = [_plain(properties) for properties in page]
+    keys = list(dict.fromkeys(key for one in values for key in one))
     header = _text(name) + struct.pack("<I", len(keys)) + b"".join(map(_text, keys))
-    rows = (head + b"".join(_value(one.get(key)) for key in keys) for head, one in zip(heads, properties, strict=True))
-    blob = header + b"".join(rows)
+    rows = (head + b"".join(_value(one.get(key)) for key in keys) for head, one in zip(heads, values, strict=True))
     counts = (len(heads), 0, 1, 0) if are_nodes else (0, len(heads), 0, 1)
-    command(conn, "GRAPH.BULK", graph, *counts, blob)
+    command(conn, "GRAPH.BULK", graph, *counts, header + b"".join(rows))
 
 
 def _text(text: str) -> bytes:
     data = text.encode("utf-8", "surrogatepass")
     if b"\0" in data:
-        raise BackupDamaged(f"a text with a NUL byte is in no graph: {text[:80]!r}")
+        raise ValueError(f"a text with a NUL byte is in no graph: {text[:80]!r}")
     return data + b"\0"
 
 
@@ -129,4 +155,4 @@ def _value(value: object) -> bytes:
         return struct.pack("<Bd", _DOUBLE, value)
     if isinstance(value, list):
         return struct.pack("<Bq", _ARRAY, len(value)) + b"".join(map(_value, value))
-    raise BackupDamaged(f"a value that no property has: {str(value)[:80]}")
+    raise ValueError(f"a value that no property has: {str(value)[:80]}")

@@ -239,32 +239,30 @@ def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
     return crc, int.from_bytes(trailer, "little"), digest.hexdigest()
 
 
-def require_rdb_checksum(path: Path, facts: RdbFacts, *, expected_sha256: str = "") -> None:
-    """Raise BackupDamaged unless the given sha256, or else the file's own CRC64, confirms the content.
+def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
+    """Raise BackupDamaged unless the file's own CRC64 confirms the content.
 
     A damaged RDB without a checksum can load silently wrong: seen with 2 to 24 of 200 random damages.
     """
-    if expected_sha256 and facts.sha256 != expected_sha256:
-        raise BackupDamaged(f"{path.name} is not the file its manifest describes: its sha256 differs")
-    if not expected_sha256 and not facts.crc_ok:
+    if not facts.crc_ok:
         raise BackupDamaged(
             f"{path.name} has no checksum (its server ran with `rdbchecksum no`), so damage cannot be detected",
             next_step="name the backup's manifest (backup_*.json), which holds its sha256",
         )
 
 
-def wrap_dump(payload: bytes, key: str, *, redis_version: str = "", created: int = 0) -> Iterator[bytes]:
+def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
     """Yield the pieces of an RDB file that holds one key, `key`, with the value of the DUMP `payload`.
 
-    `created` is in seconds since 1970. A server loads the file like any other, and `unwrap_dump` returns the payload.
+    A server loads the file like any other, and `unwrap_dump` returns the payload. A DUMP records neither the server's
+    version nor a time.
     """
-    name = key.encode()
-    aux = {"redis-ver": redis_version, "ctime": str(created), _DUMP_MARK: key}
+    aux = {"redis-ver": "", "ctime": "0", _DUMP_MARK: key}
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
     head += b"".join(
         bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode()) for field, text in aux.items()
     )
-    head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(name)
+    head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(key.encode())
     crc = crc64(head)
     yield head
     value = memoryview(payload)[1:-DUMP_FOOTER_BYTES]

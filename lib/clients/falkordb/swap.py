@@ -8,24 +8,10 @@ from dataclasses import dataclass
 
 import redis
 
-from lib.clients.falkordb.connection import (
-    GraphAddress,
-    address_of,
-    command,
-    connect,
-    list_graphs,
-    translated,
-)
+from lib.clients.falkordb.connection import GraphAddress, address_of, command, connect, list_graphs, translated
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.rdb import graph_encoding, graph_name, rdb_version
-from lib.errors import (
-    AccessRefused,
-    MigrationError,
-    MissingData,
-    StoreFailed,
-    StoreUnreachable,
-    VerificationFailed,
-)
+from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, VerificationFailed
 
 GRANT = (
     "grant what a restore needs: ACL SETUSER <user> +restore +rename +multi +exec +dump +graph.delete +graph.ro_query"

@@ -10,14 +10,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from lib.clients.qdrant.points import count
-from lib.clients.qdrant.transport import (
-    NoAnswer,
-    NotFound,
-    Qdrant,
-    QdrantError,
-    collection_path,
-    reports_full_disk,
-)
+from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, reports_full_disk
 from lib.errors import AccessRefused, MissingData, UsageProblem
 
 Health = Literal["missing", "live", "restoring", "failed", "unavailable"]

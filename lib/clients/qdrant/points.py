@@ -59,7 +59,6 @@ class Hit:
 
     id: PointId
     score: float
-    payload: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,6 @@ def upsert(
     ids: Sequence[PointId],
     vectors: NDArray[np.float32],
     payloads: Sequence[dict[str, Any]],
-    *,
-    batch_points: int = BATCH_POINTS,
 ) -> list[Rejected]:
     """Write points and wait until they are stored. Returns the rows that the server, or JSON, does not accept.
 
@@ -182,7 +179,7 @@ def upsert(
     """
     rows, rejected = _serialized(ids, vectors, payloads)
     path = collection_path(name, "points")
-    remaining = list(_batches(rows, batch_points))[::-1]
+    remaining = list(_batches(rows, BATCH_POINTS))[::-1]
     while remaining:
         batch = remaining.pop()
         parts = [part for row in batch for part in (b",", row.json)]
@@ -261,28 +258,16 @@ def _of_the_collection(error: QdrantError) -> bool:
     return "Vector dimension error" in error.text or "Help:" in error.text
 
 
-def search(q: Qdrant, name: str, vector: Sequence[float] | NDArray[np.float32], limit: int) -> list[Hit]:
-    """The `limit` nearest points to `vector` (dims,), best first. Raises NotFound, QdrantError, NoAnswer."""
-    return _query(q, name, [float(number) for number in vector], limit, payload=True)
+def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: int) -> list[Hit]:
+    """The `limit` nearest points, best first, to a vector (dims,), or to a stored point, which is left out.
 
-
-def nearest_to(q: Qdrant, name: str, point_id: PointId, limit: int) -> list[Hit]:
-    """The `limit` nearest points to a stored one, without it, best first, without payloads.
-
-    Raises NotFound, QdrantError, NoAnswer.
+    One request (https://api.qdrant.tech/api-reference/search/query-points; 1.10 and later). The official client would
+    take a second to import, and 45 MB. Raises NotFound, QdrantError, NoAnswer.
     """
-    return _query(q, name, point_id, limit, payload=False)
-
-
-def _query(q: Qdrant, name: str, query: PointId | list[float], limit: int, *, payload: bool) -> list[Hit]:
-    """One request (https://api.qdrant.tech/api-reference/search/query-points; 1.10 and later).
-
-    The official client would take a second to import, and 45 MB.
-    """
-    body = {"query": query, "limit": limit, "with_payload": payload}
+    body = {"query": query, "limit": limit, "with_payload": False}
     path = collection_path(name, "points", "query")
     answer = q.json("POST", path, body, timeout=_SEARCH_SECONDS, retry=False)
-    return [Hit(point["id"], float(point["score"]), point.get("payload")) for point in answer["points"]]
+    return [Hit(point["id"], float(point["score"])) for point in answer["points"]]
 
 
 @contextmanager
@@ -313,7 +298,7 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
             raise QdrantError(q.display, error.status_code or 0, text) from None
         except ResponseHandlingException:
             raise NoAnswer(f"Qdrant at {q.display} gave no answer to a search") from None
-        return [Hit(one.id if isinstance(one.id, int) else str(one.id), one.score, None) for one in answer.points]
+        return [Hit(one.id if isinstance(one.id, int) else str(one.id), one.score) for one in answer.points]
 
     with closing(client):
         yield nearest

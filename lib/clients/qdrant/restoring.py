@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.collection import Health, delete_collection, health, list_collections
+from lib.clients.qdrant.collection import Health, delete_collection, exists, health
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
-from lib.clients.qdrant.transport import (
-    GATEWAY_ERRORS,
-    NoAnswer,
-    Qdrant,
-    QdrantError,
-    collection_path,
-    is_disk_full,
-)
+from lib.clients.qdrant.transport import GATEWAY_ERRORS, NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 ANSWER_SECONDS = 300.0  # the server answers when the restore has ended; after that the collection is polled
@@ -259,7 +252,7 @@ def delete_with_snapshots(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) ->
 
     The files cannot be reached without the collection. `nodes` are those of a cluster, each of which may hold a file.
     """
-    if name not in list_collections(q):
+    if not exists(q, name):
         return
     for node in (q, *nodes):
         # The collection matters more: a failed one keeps a 1.11.3 server from starting.

@@ -24,6 +24,7 @@ from lib.clients.qdrant.transport import (
     QdrantError,
     collection_path,
 )
+from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
 from lib.http_deadline import end_by
 
@@ -200,14 +201,14 @@ def download(
     collection: str,
     snapshot: Snapshot,
     write: Callable[[bytes], object],
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Download:
     """Pass every byte of the snapshot to `write`, in order and once. Resumes after a broken connection.
 
     A server that keeps its snapshots in S3 sends neither a length nor parts of a file: then the length in its list
     counts, and after a break the bytes that were already received are skipped.
 
-    `progress` gets (bytes so far, bytes in all). Raises BackupDamaged if the server's checksum differs, StoreFailed
+    Raises BackupDamaged if the server's checksum differs, StoreFailed
     if the file changes meanwhile, NoAnswer after several connections without a byte.
     """
     fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size)
@@ -216,7 +217,7 @@ def download(
         digest.update(piece)
         write(piece)
         if progress is not None:
-            progress(fetch.received, fetch.total)
+            progress(len(piece))
     sha256 = digest.hexdigest()
     if snapshot.checksum not in {None, sha256}:
         raise BackupDamaged(
