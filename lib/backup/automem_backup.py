@@ -14,7 +14,7 @@ from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, Text, fields
 from lib.backup.existing_points import TemporaryIdTable, as_id, room_or_error
 from lib.backup.payloads import PointId, point_id
 from lib.clients.embeddings.cache_file import chunks, marks
-from lib.clients.falkordb.bulk import points_in
+from lib.clients.falkordb.bulk import points_in, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.errors import BackupDamaged
 
@@ -103,8 +103,8 @@ OnRelationships = Callable[[int, list[tuple[int, int, Relationship]]], object]
 
 def read_graph(
     source: AutoMemFile,
-    on_nodes: OnNodes = lambda _before, _nodes: None,
-    on_relationships: OnRelationships = lambda _before, _rows: None,
+    on_nodes: OnNodes,
+    on_relationships: OnRelationships,
 ) -> GraphFacts:
     """Read and verify a graph's file. The callbacks get pages: nodes, and relationships with the numbers of their ends.
 
@@ -131,6 +131,8 @@ def read_graph(
                     text.refuse(str(error))
         if stats is None or not facts.name:
             text.refuse("'graph_name' or 'stats' is missing")
+        if not facts.nodes:
+            text.refuse("it holds no nodes")
         if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):
             text.refuse(
                 f"it holds {facts.nodes:,} nodes and {facts.relationships:,} relationships, its stats say"
@@ -144,6 +146,8 @@ def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -
     known = set(numbers.payloads([node.id for node in page]))
     new: list[Node] = []
     for node in page:
+        if "" in node.labels:
+            raise ValueError(f"node {node.id} has a label without a name")
         if node.id not in known:
             known.add(node.id)
             new.append(node)
@@ -162,6 +166,8 @@ def _whole(
     page: list[Relationship], numbers: TemporaryIdTable, facts: GraphFacts
 ) -> list[tuple[int, int, Relationship]]:
     """The relationships of a page whose ends are in the file, with the numbers of these; by their types."""
+    if not all(one.type for one in page):
+        raise ValueError("a relationship has no type")
     ends = numbers.payloads(list({end for one in page for end in (one.source_id, one.target_id)}))
     rows = [
         (ends[one.source_id]["number"], ends[one.target_id]["number"], one)
@@ -243,10 +249,11 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
                     stats = text.decoded(page[0], _PointStats)
         if stats is None or not facts.name:
             text.refuse("'collection_name' or 'stats' is missing")
+        if not facts.points:
+            text.refuse("it holds no points")
         if stats.points_count != facts.points:
             text.refuse(f"it holds {facts.points:,} points, its stats say {stats.points_count:,}")
-        facts.size = facts.size or stats.vector_size or 0
-        if stats.vector_size not in {None, facts.size} or not facts.size:
+        if stats.vector_size not in {None, facts.size}:
             text.refuse(f"its vectors are of {facts.size}d, its stats say {stats.vector_size}d")
     ids.complete = True
     return facts
@@ -292,5 +299,9 @@ def describe(source: AutoMemFile) -> tuple[str, list[str]]:
     if source.kind == COLLECTION:
         points = read_points(source)
         return f"{points.points:,} points of {points.size}d", []
-    graph = read_graph(source)
+    graph = read_graph(
+        source,
+        lambda _before, nodes: [require_values(one.properties) for one in nodes],
+        lambda _before, rows: [require_values(one.properties or {}) for _, _, one in rows],
+    )
     return f"{graph.nodes:,} nodes, {graph.relationships:,} relationships", graph.signs_of_a_cut()

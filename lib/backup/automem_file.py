@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -111,6 +112,9 @@ def _in_tar(path: Path) -> Iterator[AutoMemFile]:
                 )
             seen.add(named[1])
             yield AutoMemFile(path, _KINDS[named[1]], member.name)
+        # A complete tar ends with a block of zeros, which was read; tarfile accepts one that ends before it.
+        if tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+            raise BackupDamaged(f"{path} is cut after a member", next_step=_ANOTHER)
 
 
 def _head(path: Path) -> bytes:

@@ -94,6 +94,12 @@ def points_in(properties: Properties) -> dict[str, str]:
     return found
 
 
+def require_values(properties: Properties) -> None:
+    """Raise ValueError for a value that no property has."""
+    for value in _plain(properties).values():
+        _value(value)
+
+
 def _is_point(value: object) -> bool:
     return isinstance(value, dict) and value.keys() == _POINT
 
