@@ -202,7 +202,9 @@ def automem_json(folder: Path) -> Iterator[Figure]:
 
         def run(command: list[str]) -> None:
             words = [*command, *map(str, files)]
-            subprocess.run(words, env=environ, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{words}: exit code {done.returncode}\n{done.stderr}")
 
         seconds: dict[str, list[float]] = {"ours": [], "no safety": [], "peer": []}
         commands = {"ours": ours, "no safety": [*ours, "--no-safety-backup"], "peer": peer}
