@@ -303,7 +303,7 @@ def _are_plain(facts: dict[str, Any]) -> bool:
     """Whether sizes are numbers, and the names that messages and commands show are printable."""
     server = facts.get("server") or {}
     versions = server.values() if isinstance(server, dict) else [1]
-    words = [facts["collection"], facts.get("model") or "", *versions]
+    words = [facts["collection"], facts.get("model") or "", facts.get("provider") or "", *versions]
     return type(facts["promised_ids"]) is type(facts["snapshot_size"]) is int and all(
         isinstance(one, str) and one.isprintable() for one in words
     )

@@ -129,16 +129,21 @@ def read_graph(
                         on_relationships(relationships, rows)
                 except ValueError as error:
                     text.refuse(str(error))
-        if stats is None or not facts.name:
-            text.refuse("'graph_name' or 'stats' is missing")
-        if not facts.nodes:
-            text.refuse("it holds no nodes")
-        if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):
-            text.refuse(
-                f"it holds {facts.nodes:,} nodes and {facts.relationships:,} relationships, its stats say"
-                f" {stats.node_count:,} and {stats.relationship_count:,}"
-            )
+        _compare_stats(text, facts, stats)
     return facts
+
+
+def _compare_stats(text: Text, facts: GraphFacts, stats: _GraphStats | None) -> None:
+    """Raise BackupDamaged unless the file holds as many nodes and relationships as its stats say, and a node."""
+    if stats is None or not facts.name:
+        text.refuse("'graph_name' or 'stats' is missing")
+    if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):
+        text.refuse(
+            f"it holds {facts.nodes:,} nodes and {facts.relationships:,} relationships, its stats say"
+            f" {stats.node_count:,} and {stats.relationship_count:,}"
+        )
+    if not facts.nodes:
+        text.refuse("it holds no nodes")
 
 
 def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -> list[Node]:
@@ -301,7 +306,7 @@ def describe(source: AutoMemFile) -> tuple[str, list[str]]:
         return f"{points.points:,} points of {points.size}d", []
     graph = read_graph(
         source,
-        lambda _before, nodes: [require_values(one.properties) for one in nodes],
-        lambda _before, rows: [require_values(one.properties or {}) for _, _, one in rows],
+        lambda _before, nodes: require_values(one.properties for one in nodes),
+        lambda _before, rows: require_values(one.properties or {} for _, _, one in rows),
     )
     return f"{graph.nodes:,} nodes, {graph.relationships:,} relationships", graph.signs_of_a_cut()

@@ -277,7 +277,7 @@ def bare_facts(
         "config": snapshot.config,
         "payload_schema": snapshot.payload_schema,
         "aliases": [],
-        "model": known_model(state, spec)[0],
+        **known_model(state, spec),
         "snapshot_name": member.name,
         "snapshot_size": member.size,
         "snapshot_sha256": member.sha256,

@@ -6,8 +6,10 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lib.console import Console, size_text
+from lib.dimensions import provider_of
 from lib.errors import DONE, listed
-from lib.show_config import RESTART, settings_lines
+from lib.providers import is_plain
+from lib.show_config import restart_lines, settings_lines
 
 if TYPE_CHECKING:
     from lib.backup.collection import CollectionSource
@@ -171,12 +173,15 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
     if done.late_writes:
         lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)
+    restart = _RESTART_GRAPH
     if files.collection:
-        settings = settings_lines(files.collection.snapshot.size, str(files.collection.archive.facts["model"]), config)
+        facts = files.collection.archive.facts
+        provider = provider_of(facts)
+        settings = settings_lines(files.collection.snapshot.size, str(facts["model"]), config, provider)
+        restart = restart_lines(provider, named=not is_plain(config.settings, config.spec.provider))
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings
     document["notes"] = done.notes
-    restart = RESTART if files.collection else _RESTART_GRAPH
     lines += ["", "next:", restart, "  python scripts/verify_migration.py"]
     console.result(document, "\n".join(lines))
     return DONE

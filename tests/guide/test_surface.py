@@ -28,7 +28,6 @@ FOREIGN = {
 ENVIRONMENT_ONLY = {"AUTOMEM_ENV_FILE"}
 # AutoMem's own, other programs', and words that only look like a variable.
 NOT_OURS = {
-    "EMBEDDING_PROVIDER",
     "NO_COLOR",
     "KILLS_EACH",
     "CMD_INFO",

@@ -94,10 +94,11 @@ def points_in(properties: Properties) -> dict[str, str]:
     return found
 
 
-def require_values(properties: Properties) -> None:
+def require_values(page: Iterable[Properties]) -> None:
     """Raise ValueError for a value that no property has."""
-    for value in _plain(properties).values():
-        _value(value)
+    for properties in page:
+        for value in _plain(properties).values():
+            _value(value)
 
 
 def _is_point(value: object) -> bool:
