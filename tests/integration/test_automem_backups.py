@@ -331,13 +331,25 @@ def test_more_nodes_than_a_result_of_the_server_has_rows(live, tmp_path):
 
 
 @pytest.mark.matrix
-def test_memory_is_flat_over_ten_times_the_memories(live, tmp_path):
+def test_memory_is_flat_over_ten_times_the_points(live, tmp_path):
     peaks = []
     for count in (10_000, 100_000):
         folder = tmp_path / str(count)
-        automem_json.write_samples(folder, "memories", "memories", count, OLD_SIZE)
-        live.run("restore_from_backup", DATA)  # the safety backup is of the same size both times
-        peaks.append(peak_mb("restore_from_backup", "-q", str(folder), env=live.environ, folder=live.folder))
-        assert live.cypher("MATCH (m:Memory) RETURN count(m)") == [[count]]
+        _, points = automem_json.write_samples(folder, "memories", "memories", count, OLD_SIZE)
+        live.run("restore_from_backup", COLLECTION_FILE)  # the safety backup is of the same size both times
+        peaks.append(peak_mb("restore_from_backup", "-q", str(points), env=live.environ, folder=live.folder))
+        assert live.call("POST", "/points/count", {"exact": True})["count"] > count * 0.9
         shutil.rmtree(folder)
     assert peaks[1] / peaks[0] <= 1.15, peaks
+
+
+@pytest.mark.matrix
+def test_a_graph_takes_no_more_memory_than_from_an_rdb(live, tmp_path):
+    """RESTORE takes a graph in one piece, so that each restore of a graph has the payload in memory."""
+    count = 20_000
+    graph, _ = automem_json.write_samples(tmp_path / "large", "memories", "memories", count, OLD_SIZE)
+    peaks = [peak_mb("restore_from_backup", "-q", str(graph), env=live.environ, folder=live.folder)]
+    assert live.cypher("MATCH (m:Memory) RETURN count(m)") == [[count]]
+    live.run("backup_automem", "--only", "falkordb")
+    peaks.append(peak_mb("restore_from_backup", "-q", live.rdb(), env=live.environ, folder=live.folder))
+    assert peaks[0] / peaks[1] <= 1.15, peaks
