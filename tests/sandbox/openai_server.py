@@ -328,7 +328,7 @@ def _json(body: object, status: int = 200, headers: dict[str, str] | None = None
 
 
 class OpenAIServer(ServerProcess):
-    """The endpoints as a child process: `base_url` of OpenAI, `voyage_url`, and `ollama_url` without its /v1.
+    """The endpoints as a child process: `base_url` of a gateway, `openai_url` of OpenAI, `voyage_url`, and `ollama_url` without its /v1.
 
     Args:
         port: a free one if None.
@@ -347,6 +347,8 @@ class OpenAIServer(ServerProcess):
         self.port = port or free_port()
         root = f"http://{HOST}:{self.port}"
         self.base_url = f"{root}/v1"  # for OPENAI_BASE_URL
+        # AutoMem sends `dimensions` only if OPENAI_BASE_URL contains this.
+        self.openai_url = f"{root}/api.openai.com/v1"
         self.voyage_url, self.ollama_url = f"{root}/voyage/v1", f"{root}/ollama"
         argv = [sys.executable, "-m", "tests.sandbox.openai_server", "--port", str(self.port)]
         argv += ["--latency", str(latency_seconds)]

@@ -150,6 +150,7 @@ OLLAMA_NATIVE = replace(OLLAMA, error_body=_native_error, native=True)
 # By path below the server's root.
 DIALECTS = {
     "/v1/embeddings": OPENAI,
+    "/api.openai.com/v1/embeddings": OPENAI,
     "/voyage/v1/embeddings": VOYAGE,
     "/ollama/v1/embeddings": OLLAMA,
     "/ollama/api/embeddings": OLLAMA_NATIVE,

@@ -47,7 +47,7 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
         stack.start_automem(SMALL[1], SMALL[0])
         say(
             f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal:\n\n"
-            f"export OPENAI_BASE_URL={stack.openai.base_url}\n"
+            f"export OPENAI_BASE_URL={stack.openai.openai_url}\n"
             f"export OPENAI_API_KEY={KEY}\n"
             f"export AUTOMEM_API_TOKEN={TOKEN}\n"
             'echo "VECTOR_SIZE=768" >> .env\n'

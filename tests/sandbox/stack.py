@@ -93,7 +93,7 @@ class Stack:
             "QDRANT_API_KEY": KEY,
             "QDRANT_COLLECTION": COLLECTION,
             "QDRANT_TIMEOUT_SECONDS": "60",
-            "OPENAI_BASE_URL": self.openai.base_url,
+            "OPENAI_BASE_URL": self.openai.openai_url,
             "OPENAI_API_KEY": KEY,
             "AUTOMEM_API_URL": self.automem.url if self.automem else f"http://{_HOST}:1",
             "AUTOMEM_API_TOKEN": TOKEN,
