@@ -50,6 +50,14 @@ def native_size(model: str) -> int | None:
     return _NATIVE_SIZES.get(bare_model(model))
 
 
+def similar_model(model: str) -> str:
+    """Return ` (did you mean ...?)` if an unknown model's name resembles a known one's, else an empty text."""
+    import difflib
+
+    near = difflib.get_close_matches(model.rpartition("/")[2], _NATIVE_SIZES, 1, 0.85)
+    return f" (did you mean {near[0]}?)" if near and native_size(model) is None else ""
+
+
 def takes_dimensions(model: str) -> bool:
     """Whether the API accepts `dimensions` for this model."""
     return bare_model(model).startswith(_SHORTENED)

@@ -30,7 +30,7 @@ from lib.clients.embeddings.refusals import (
     refusal_error,
 )
 from lib.concurrency import Cancelled
-from lib.dimensions import OPENAI_BASE_URL, EmbeddingSpec, native_size, public_url, takes_dimensions
+from lib.dimensions import OPENAI_BASE_URL, EmbeddingSpec, native_size, public_url, similar_model, takes_dimensions
 from lib.errors import ProviderRefused, UsageProblem
 from lib.network import Unbounded, httpx_hooks, is_this_machine, joined
 
@@ -151,7 +151,7 @@ class Provider:
                 next_step="set it again",
             )
         self._size = spec.size
-        self.name = f"{spec.model} at {public_url(spec.base_url)}"
+        self.name = f"{spec.model}{similar_model(spec.model)} at {public_url(spec.base_url)}"
         self._key = api_key
         self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
         self._openai: openai.OpenAI | None = None
