@@ -201,9 +201,9 @@ def broken_manifests(folder: Path, path: Path) -> list[Path]:
     return found
 
 
-def pinned_sets(names: Iterable[str]) -> set[str]:
+def pinned_sets(names: Iterable[str]) -> frozenset[str]:
     """The names of the manifests whose pin is among these names of files."""
-    return {f"{name.removesuffix(PIN)}.json" for name in names if name.endswith(PIN)}
+    return frozenset(f"{name.removesuffix(PIN)}.json" for name in names if name.endswith(PIN))
 
 
 def is_complete(manifest: Manifest) -> bool:

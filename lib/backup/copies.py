@@ -391,7 +391,7 @@ class Catalog:
     where: str
     sets: list[tuple[Manifest, bool]]
     unreadable: list[str]
-    pinned: set[str]
+    pinned: frozenset[str] = frozenset()
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
