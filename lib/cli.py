@@ -101,9 +101,11 @@ class Parser(argparse.ArgumentParser):
 
 def _version() -> str:
     """Return the version of this checkout. It is not an installed package, and Python 3.10 cannot read TOML."""
-    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    return found[1] if found else "unknown"
+    with contextlib.suppress(OSError):  # a copy of scripts/ and lib/ alone works too
+        text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        if found := re.search(r'^version = "(.+)"$', text, re.MULTILINE):
+            return found[1]
+    return "unknown"
 
 
 def parser(description: str, *examples: str) -> Parser:

@@ -659,3 +659,16 @@ def test_a_query_that_would_not_be_sent_is_refused_before_anything_is_asked(oper
         assert f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported" in output
         assert SECRET not in output
     assert sorted(operator.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("text-embeding-3-large", " (did you mean text-embedding-3-large?)"),
+        ("openai/text-embedding-3-smal", " (did you mean text-embedding-3-small?)"),
+        ("nomic-embed-text-v2-moe", ""),
+    ],
+)
+def test_a_misspelt_model_is_named_with_the_one_that_it_resembles(planner, model, hint):
+    """Only in the error of the provider: it may be the name that another endpoint has given to a model."""
+    refused(planner, 6, "reembed_embeddings", "--dry-run", expected=(f"{model}{hint} at ",), EMBEDDING_MODEL=model)

@@ -226,6 +226,7 @@ def test_a_dry_run_writes_nothing_there(operator, place):
     assert place.files() == {}
 
 
+@pytest.mark.parametrize("place", matrix(["file", "folder", "s3", "sftp"], "folder"), indirect=True)
 def test_a_cleanup_of_copies_follows_the_rules_and_leaves_what_is_uploaded(operator, place):
     operator.load(20)
     for _ in range(4):
@@ -280,6 +281,7 @@ def test_a_cleanup_of_copies_leaves_other_stores_unfinished_uploads_and_foreign_
     operator.run("backup_automem", "--cleanup", "--upload", str(tmp_path / "misspelt"), expect=1)
 
 
+@pytest.mark.matrix
 def test_what_an_undo_names_is_kept_at_the_place_of_copies_too(operator, tmp_path):
     operator.load(40)
     operator.run("backup_automem", "--upload", str(tmp_path / "copies"))
