@@ -14,15 +14,17 @@ from urllib.parse import urlsplit, urlunsplit
 
 from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
-from lib.dimensions import EmbeddingSpec, check_model
+from lib.dimensions import LOCAL, LOCAL_URL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec, check_model
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
 from lib.network import canonical_host, is_private, without_login
+from lib.providers import AUTO, DEFAULT_MODELS, PROVIDER, EmbeddingChoice, choose
 
-SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"}
+SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_URL, VOYAGE_URL = "https://api.openai.com/v1", "https://api.voyageai.com/v1"
+OLLAMA_URL = "http://localhost:11434"
 _QDRANT_PORT = 6333
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
@@ -154,6 +156,13 @@ class Reader:
         self.settings[name] = Setting(url, set_by or DEFAULT)
         return url
 
+    def size(self, name: str) -> int:
+        """Return VECTOR_SIZE, else QDRANT_VECTOR_SIZE, its older name, as AutoMem does."""
+        older = self.settings["QDRANT_VECTOR_SIZE"]
+        if self.settings[name].origin == DEFAULT and older.origin != DEFAULT:
+            self.settings[name] = older
+        return self.integer(name, 1, 65536)
+
     def username(self, name: str) -> str:
         """Return FalkorDB's user, which is `default` if only a password is set."""
         return self.text(name) or ("default" if self.text("FALKORDB_PASSWORD") else "")
@@ -218,10 +227,20 @@ class Config:
     qdrant_api_key: str = _setting("QDRANT_API_KEY", "", Reader.header, shown=False)
     collection: str = _setting("QDRANT_COLLECTION", "memories", Reader.name)
     qdrant_timeout: float = _setting("QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400))
-    vector_size: int = _setting("VECTOR_SIZE", "3072", partial(Reader.integer, low=1, high=65536))
+    vector_size: int = _setting("VECTOR_SIZE", "3072", Reader.size)
+    older_vector_size: str = _setting("QDRANT_VECTOR_SIZE", "", Reader.text)  # used by `size` alone
+    embedding_provider: str = _setting(PROVIDER, AUTO, Reader.text)  # used by `choice` alone
     embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
     openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
     openai_base_url: str = _setting("OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False)
+    voyage_api_key: str = _setting("VOYAGE_API_KEY", "", Reader.header, shown=False)
+    voyage_model: str = _setting("VOYAGE_MODEL", DEFAULT_MODELS[VOYAGE], Reader.model)
+    # AutoMem always asks Voyage's own endpoint: this one is for tests and proxies.
+    voyage_base_url: str = _setting("VOYAGE_BASE_URL", VOYAGE_URL, Reader.url, shown=False)
+    ollama_base_url: str = _setting("OLLAMA_BASE_URL", OLLAMA_URL, Reader.url, shown=False)
+    ollama_model: str = _setting("OLLAMA_MODEL", DEFAULT_MODELS[OLLAMA], Reader.model)
+    ollama_timeout: float = _setting("OLLAMA_TIMEOUT", "30", partial(Reader.number, low=0.1, high=86400))
+    models_dir: Path = _setting("AUTOMEM_MODELS_DIR", "~/.config/automem/models", Reader.folder)
     api_url: str = _setting("AUTOMEM_API_URL", "http://localhost:8001", Reader.url, shown=False)
     api_token: str = _setting("AUTOMEM_API_TOKEN", "", Reader.header, shown=False)
     backup_dir: Path = _setting("AUTOMEM_BACKUP_DIR", str(PROJECT_ROOT / "backups"), Reader.folder)
@@ -237,9 +256,31 @@ class Config:
         return CopyKeys(self.recipients, self.passphrase_file, self.identity)
 
     @property
+    def choice(self) -> EmbeddingChoice:
+        """The provider and model that AutoMem chooses with these settings."""
+        return choose(self.settings, self.vector_size)
+
+    @property
     def spec(self) -> EmbeddingSpec:
-        """The endpoint, model and size that decide a vector."""
+        """The endpoint, model and size that decide a vector, and the provider.
+
+        If nothing decides the provider, it is the guide's: OpenAI. A missing key is reported when it is needed.
+        """
+        choice = self.choice
+        urls_and_models = {
+            VOYAGE: (self.voyage_base_url, self.voyage_model),
+            OLLAMA: (f"{self.ollama_base_url}/v1", self.ollama_model),
+            LOCAL: (LOCAL_URL, choice.model),
+        }
+        if choice.setting and choice.provider in urls_and_models:
+            url, model = urls_and_models[choice.provider]
+            return EmbeddingSpec(url, model, self.vector_size, choice.provider)
         return EmbeddingSpec(self.openai_base_url, self.embedding_model, self.vector_size)
+
+    @property
+    def embedding_key(self) -> str:
+        """The provider's key; Ollama and local models need none."""
+        return {OPENAI: self.openai_api_key, VOYAGE: self.voyage_api_key}.get(self.spec.provider, "")
 
     def targets(self) -> list[str]:
         """Return the graph and the collection by address and name, without a secret. One target has one spelling."""
@@ -292,6 +333,7 @@ def _in_clear_text(config: Config) -> Iterator[str]:
     urls = {
         "QDRANT_API_KEY": (config.qdrant_api_key, (config.qdrant_url, *config.qdrant_node_urls)),
         "OPENAI_API_KEY": (config.openai_api_key, (config.openai_base_url,)),
+        "VOYAGE_API_KEY": (config.voyage_api_key, (config.voyage_base_url,)),
         "AUTOMEM_API_TOKEN": (config.api_token, (config.api_url,)),
     }
     for name, (key, addresses) in urls.items():
@@ -328,13 +370,14 @@ def config_of(env_file: str | None, backup_dir: str | None) -> Config:
 def require_embedding(config: Config) -> None:
     """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE. Sends nothing."""
     require_openai_key(config)
-    check_model(config.embedding_model, config.vector_size)
+    check_model(config.spec.model, config.vector_size, config.spec.provider)
 
 
 def require_openai_key(config: Config) -> None:
-    """Raise UsageProblem if no key is set."""
-    if not config.openai_api_key:
-        raise UsageProblem(
-            "OPENAI_API_KEY is not set: embeddings cannot be made",
-            next_step="export OPENAI_API_KEY=...   (a local server that needs no key accepts any word)",
-        )
+    """Raise UsageProblem if the provider is OpenAI and no key is set."""
+    if config.spec.provider != OPENAI or config.openai_api_key:
+        return
+    step = "export OPENAI_API_KEY=...   (a local server that needs no key accepts any word)"
+    if not config.choice.setting:
+        step += f"\nwithout a key AutoMem itself uses its local model:  export {PROVIDER}={LOCAL}"
+    raise UsageProblem("OPENAI_API_KEY is not set: embeddings cannot be made", next_step=step)

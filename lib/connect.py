@@ -21,16 +21,24 @@ from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, 
 from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
-from lib.config import Config
+from lib.config import Config, require_embedding
+from lib.dimensions import OLLAMA, EmbeddingSpec
 from lib.files import lock_targets, private_dir
+from lib.providers import reason_shown
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from lib.clients.embeddings.cache import EmbeddingCache
+    from lib.clients.embeddings.client import EmbeddingClient
     from lib.console import Console
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingRunner
     from lib.restore.inputs import Inputs
     from lib.restore.preflight import Site
+
+_ONE_TEXT_SECONDS = 20.0  # so long a provider may refuse or stay silent if only one text is embedded
 
 
 def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None) -> GraphSource:
@@ -115,12 +123,13 @@ def open_reembed(
 
     folder, targets = config.backup_dir, config.targets()
     clean_up_untouched(graph, source, folder, targets)
-    lock = partial(store_lock, config, console.notice)
-    return Context(graph, source.qdrant, config.collection, config.spec, cache, folder, targets, console.progress, lock)
+    lock, reason = partial(store_lock, config, console.notice), reason_shown(config.settings, config.spec)
+    stores = (graph, source.qdrant, config.collection, config.spec, cache, folder, targets, console.progress)
+    return Context(*stores, store_lock=lock, reason=reason)
 
 
 def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
-    """Open the stores that the files are for. `choices` are `safety`, `force_version` and `while_running` of a Site.
+    """Open the stores that the files are for. `choices` are the flags of a Site.
 
     Raises StoreUnreachable with the command that starts just the stores.
     """
@@ -151,6 +160,30 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
     )
 
 
+def embed_one(config: Config, text: str) -> NDArray[np.float32]:
+    """Return the provider's vector of one text. Raises ProviderRefused, UsageProblem, WrongWidth."""
+    require_embedding(config)
+    client = _embedding_client(config, config.spec, _ONE_TEXT_SECONDS)
+    try:
+        vector: NDArray[np.float32] = client.embed([text]).vectors[0]
+        return vector
+    finally:
+        client.close()
+
+
+def _embedding_client(config: Config, spec: EmbeddingSpec, max_wait_seconds: float = 600.0) -> EmbeddingClient:
+    from lib.clients.embeddings.client import REQUEST_SECONDS, EmbeddingClient
+
+    seconds = config.ollama_timeout if spec.provider == OLLAMA else REQUEST_SECONDS
+    return EmbeddingClient(
+        spec,
+        config.embedding_key,
+        timeout_seconds=seconds,
+        max_wait_seconds=max_wait_seconds,
+        models_dir=config.models_dir,
+    )
+
+
 def open_runner(
     config: Config,
     workers: int,
@@ -161,11 +194,10 @@ def open_runner(
     sample: bool,
 ) -> EmbeddingRunner:
     """Return the provider's client. A `sample` is embedded at the model's own size if VECTOR_SIZE is larger."""
-    from lib.clients.embeddings.client import EmbeddingClient
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
-    client = EmbeddingClient(spec, config.openai_api_key)
+    client = _embedding_client(config, spec)
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 

@@ -21,6 +21,7 @@ _SENT_TO = {  # a key, and the settings with the addresses that it is sent to
     "QDRANT_API_KEY": ("QDRANT_URL", "QDRANT_HOST", "QDRANT_NODE_URLS"),
     "FALKORDB_PASSWORD": ("FALKORDB_HOST",),
     "OPENAI_API_KEY": ("OPENAI_BASE_URL",),
+    "VOYAGE_API_KEY": ("VOYAGE_BASE_URL",),
     "AUTOMEM_API_TOKEN": ("AUTOMEM_API_URL",),
 }
 
@@ -30,17 +31,25 @@ class Setting:
     """One value (not in reprs: it may be a secret), its origin, and the values that it takes precedence over, in order.
 
     `owner`: the user id of the file that it is in, or of the process whose environment it is in; None for a default.
+    `automem`: AutoMem reads the file, too.
     """
 
     value: str = field(repr=False)
     origin: str
     hidden: tuple[Setting, ...] = field(default=(), repr=False)
     owner: int | None = field(default=None, repr=False)
+    automem: bool = field(default=False, repr=False)
 
 
-def env_files(env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]) -> list[Path]:
-    """Return the files to read, by precedence. A named file that is missing is a fault."""
+def env_files(
+    env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]
+) -> dict[Path, bool]:
+    """Return the files to read, by precedence, and whether AutoMem reads each. A named file that is missing is a fault.
+
+    AutoMem reads the named file, `~/.config/automem/.env`, and a `.env` that is a link: the guide links its file.
+    """
     found = [cwd / ".env", root / ".env"]
+    own = {path.absolute() for path in found if not path.is_symlink()}
     home = environ.get("HOME")
     if home:
         found.append(Path(home) / ".config" / "automem" / ".env")
@@ -48,6 +57,7 @@ def env_files(env_file: str | None, environ: Mapping[str, str], cwd: Path, root:
     if named:
         path = Path(home, named[2:]) if home and named.startswith("~/") else cwd / named
         found.insert(0, path)
+        own.discard(path.absolute())
         if not path.is_file():
             flag = "--env-file" if env_file else "AUTOMEM_ENV_FILE"
             faults.append(f"{flag} names {path}, which is not a file")
@@ -56,7 +66,8 @@ def env_files(env_file: str | None, environ: Mapping[str, str], cwd: Path, root:
         for path in dict.fromkeys(path.absolute() for path in found)
         if path.is_symlink() and not path.exists()
     ]
-    return list(dict.fromkeys(path.absolute() for path in found if path.is_file()))
+    files = dict.fromkeys(path.absolute() for path in found if path.is_file())
+    return {path: path not in own for path in files}
 
 
 def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, str]:
@@ -84,6 +95,7 @@ _OTHERS = {
     "QDRANT_TEST_SERVER",
     "FALKORDB_TEST_URL",
     "OPENAI_API_KEYS",
+    "OLLAMA_MODELS",
 }
 _RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDRANT_PORT: 0.81
 
@@ -132,7 +144,7 @@ def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
 
 
 def _read_file(
-    path: Path, known: Mapping[str, str], root: Path, environ: Mapping[str, str], faults: list[str]
+    path: Path, known: Mapping[str, str], root: Path, environ: Mapping[str, str], faults: list[str], *, automem: bool
 ) -> dict[str, Setting]:
     """Return what a file sets. The last of duplicate lines counts; an empty value counts as not set."""
     from dotenv import dotenv_values
@@ -162,7 +174,11 @@ def _read_file(
         f" {owner}): write the value out, or set {name} in the environment"
         for name, used in (_interpolated(good, environ) if owner != os.geteuid() else [])
     ]
-    return {name: Setting(value, f"{path}:{lines[name]}", owner=owner) for name, value in values.items() if value}
+    return {
+        name: Setting(value, f"{path}:{lines[name]}", owner=owner, automem=automem)
+        for name, value in values.items()
+        if value
+    }
 
 
 def _interpolated(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -199,9 +215,8 @@ def read_settings(
     faults: list[str] = []
     user = os.geteuid()
     sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
-    sources += [
-        _read_file(path, defaults, root, environ, faults) for path in env_files(env_file, environ, cwd, root, faults)
-    ]
+    files = env_files(env_file, environ, cwd, root, faults)
+    sources += [_read_file(path, defaults, root, environ, faults, automem=shared) for path, shared in files.items()]
     settings = {}
     for name, default in defaults.items():
         found = [source[name] for source in sources if name in source]

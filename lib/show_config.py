@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lib.config import SECRETS, masked, same_value
 from lib.console import Console, hold, table
-from lib.dimensions import UNKNOWN_MODEL
+from lib.dimensions import OPENAI, UNKNOWN_MODEL, public_url
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError, listed
+from lib.providers import is_plain, model_settings, provider_problem, reason_shown
 
 if TYPE_CHECKING:
     from lib.config import Config
+    from lib.dimensions import EmbeddingSpec
     from lib.env_files import Setting
     from lib.journal import Journal
-
-# An `export` reaches no container, and `restart` keeps the old environment.
-RESTART = """\
-  restart AutoMem so that it sees VECTOR_SIZE and EMBEDDING_MODEL:
-    Docker:   set both in AutoMem's .env, then  docker compose up -d --force-recreate flask-api
-    systemd:  sudo systemctl restart automem
-    Railway:  set both as variables, then  railway up"""
 
 _WHICH_MODEL = (
     "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not record: with another one"
@@ -35,21 +31,72 @@ _SCRIPTS = {
 }
 
 
+def restart_lines(provider: str, *, named: bool) -> str:
+    """Return how to restart AutoMem so that it sees the settings of a migration (see `model_settings`).
+
+    An `export` reaches no container, and `restart` keeps the old environment.
+    """
+    *most, last = ["VECTOR_SIZE", *model_settings(provider, "", named=named)]
+    them = "them" if len(most) > 1 else "both"
+    return (
+        f"  restart AutoMem so that it sees {', '.join(most)} and {last}:\n"
+        f"    Docker:   set {them} in AutoMem's .env, then  docker compose up -d --force-recreate flask-api\n"
+        "    systemd:  sudo systemctl restart automem\n"
+        f"    Railway:  set {them} as variables, then  railway up"
+    )
+
+
+def chosen(spec: EmbeddingSpec, reason: str) -> str:
+    """Return the model, its size, its endpoint and why AutoMem uses it, as one line."""
+    endpoint = public_url(spec.base_url)
+    where = urlsplit(endpoint).netloc or endpoint
+    return f"{spec.model} at {spec.size}d from {where}{', ' if reason else ''}{reason}"
+
+
+def require_provider(config: Config, console: Console) -> None:
+    """Raise UsageProblem if AutoMem would ask with another model than these settings choose (see `provider_problem`).
+
+    It is a warning if an unfinished run has deleted the collection: that run must be completed.
+    """
+    from lib.backup.last_migration import COMMAND, DELETING
+    from lib.journal import open_journals
+
+    problem = provider_problem(config.settings, config.spec)
+    if problem is None:
+        return
+    targets = config.targets()
+    runs = [one for one in open_journals(config.backup_dir) if one.command == COMMAND and one.targets == targets]
+    if not any(one.has_reached(DELETING) for one in runs):
+        raise problem
+    console.warn(f"{problem}\n{problem.next_step}")
+
+
 def show_config(config: Config, console: Console) -> int:
     """Print every setting with its origin, secrets masked, and the live state of each store that answers."""
     live = _live(config)
     rows = [(*row, _hides(row[0], config.settings[row[0]])) for row in config.rows()]
     for text in config.warnings:
         console.warn(text)
-    document = {
+    document: dict[str, Any] = {
         "settings": {
             name: {"value": value, "from": origin, **({"hides": other} if other else {})}
             for name, value, origin, other in rows
         },
         "live": live,
     }
+    spec, reason = config.spec, reason_shown(config.settings, config.spec)
+    problem = provider_problem(config.settings, spec)
+    document["embedding"] = {
+        "provider": spec.provider,
+        "model": spec.model,
+        "size": spec.size,
+        "endpoint": public_url(spec.base_url),
+        "why": reason,
+        "problem": str(problem or ""),
+    }
     settings = table(rows, ("setting", "value", "from", "hides"))
-    console.result(document, f"{settings}\n\n{table(list(live.items()), ('live', 'state'))}")
+    embedding = f"embedding: {chosen(spec, reason)}" + (f"\na re-embed is refused: {problem}" if problem else "")
+    console.result(document, f"{settings}\n\n{embedding}\n\n{table(list(live.items()), ('live', 'state'))}")
     return DONE
 
 
@@ -77,14 +124,15 @@ def _live_graph(config: Config) -> str:
 def _live_collection(config: Config) -> str:
     from lib import connect
     from lib.backup.collection import known_model
-    from lib.backup.last_migration import journalled_model
+    from lib.backup.last_migration import journalled_stamp
     from lib.clients.qdrant.collection import get_state
 
     source = connect.open_collection(config)
     state = get_state(source.qdrant, source.collection)
-    journalled = journalled_model(config.backup_dir, config.targets()[-1], state.size)
-    model, known = known_model(state, source.spec, journalled)
-    return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model} ({known})"
+    journalled = journalled_stamp(config.backup_dir, config.targets()[-1], state.size)
+    made_by = known_model(state, source.spec, journalled)
+    model = f"{made_by['model']} ({made_by['model_known']})"
+    return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model}"
 
 
 def announce(config: Config, console: Console) -> None:
@@ -139,19 +187,21 @@ def _awaited(journal: Journal) -> str:
     return f"{asked}: if it still appears there, the next backup prints the command that deletes it"
 
 
-def settings_lines(size: int, model: str, config: Config) -> list[str]:
+def settings_lines(size: int, model: str, config: Config, provider: str = OPENAI) -> list[str]:
     """Return the lines that put the settings back if the collection's size or model differs from them; else [].
 
     A `.env` with another value is named even if the environment takes precedence: AutoMem may read it. A model that
     the backup does not record cannot be put back.
     """
-    wanted = {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": model}
+    spec = config.spec
+    named = not is_plain(config.settings, spec.provider)
+    wanted = {"VECTOR_SIZE": str(size), **model_settings(provider, model, named=named)}
     if model == UNKNOWN_MODEL:
-        del wanted["EMBEDDING_MODEL"]
+        wanted = {"VECTOR_SIZE": str(size)}
     files = _files_that_disagree(wanted, config)
     lines = []
-    if (size, model) != (config.vector_size, config.embedding_model):
-        configured = f"{config.vector_size}d ({config.embedding_model})"
+    if (size, model, provider) != (spec.size, spec.model, spec.provider):
+        configured = f"{spec.size}d ({spec.model})"
         lines = [
             "",
             f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",

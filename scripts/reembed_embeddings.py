@@ -56,7 +56,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.dimensions import model_fault
     from lib.reembed import output
-    from lib.show_config import announce, show_config
+    from lib.show_config import announce, require_provider, show_config
 
     config = config_of(args.env_file, args.backup_dir)
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
@@ -66,7 +66,8 @@ def command(args: argparse.Namespace) -> int:
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")
-    if args.dry_run and (fault := model_fault(config.embedding_model, config.vector_size)):
+    spec = config.spec
+    if args.dry_run and (fault := model_fault(spec.model, spec.size, spec.provider)):
         console.warn(fault)
     if args.prune_spool:
         with connect.target_lock(config), connect.open_cache(config) as cache:
@@ -76,6 +77,7 @@ def command(args: argparse.Namespace) -> int:
         with connect.target_lock(config):
             return abort(config, console, "reembed")
     with connect.run_lock(config):
+        require_provider(config, console)
         if not args.dry_run:
             require_embedding(config)
         return prepare(config, console, args)

@@ -28,12 +28,16 @@ def arguments() -> argparse.ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
-        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, or a URL",
+        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, a URL, or"
+        " AutoMem's own backup: falkordb_*.json.gz, qdrant_*.json.gz, their folder, the tar.gz of its GET /backup",
     )
     safe, destructive = map(parser.add_argument_group, (cli.SAFE, cli.DESTRUCTIVE))
     safe.add_argument("--dry-run", action="store_true", help="verify the files and print the plan, touch nothing")
     destructive.add_argument("--no-safety-backup", action="store_true", help="do not back up what is replaced")
     destructive.add_argument("--force-version", action="store_true", help="try a snapshot of another Qdrant version")
+    destructive.add_argument(
+        "--force-incomplete", action="store_true", help="restore what a cut backup of AutoMem's own still holds"
+    )
     destructive.add_argument(
         "--abort",
         action="store_true",
@@ -106,6 +110,7 @@ def restore(config: Config, console: Console, inputs: Inputs, args: argparse.Nam
         command_line("restore_from_backup", sys.argv[1:]),
         safety=not args.no_safety_backup,
         force_version=args.force_version,
+        force_incomplete=args.force_incomplete,
         while_running=args.while_running,
     )
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,6 +46,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.backup.run import require_sources
     from lib.config import config_of
     from lib.console import Console
+    from lib.providers import reason_shown
     from lib.show_config import announce, show_config
     from lib.verify import output
     from lib.verify.checks import Stores, recall_lines, record, verify
@@ -56,7 +58,8 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     graph, collection = connect.open_graph(config, console.warn), connect.open_collection(config)
     require_sources(graph, collection)
-    stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets())
+    embed, reason = partial(connect.embed_one, config), reason_shown(config.settings, config.spec)
+    stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets(), embed, reason)
     with connect.open_cache(config) as cache:
         checks = verify(stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress)
     recalled = None

@@ -189,24 +189,12 @@ class _BoundedHeader(tarfile.TarInfo):
 
 
 @contextmanager
-def _opened(path: Path, *, to_end: bool) -> Iterator[tuple[tarfile.TarFile, Callable[[], str]]]:
-    """Open the tar, and a function that returns the sha256 of the file after it was read `to_end`.
+def damage_reported(path: Path) -> Iterator[None]:
+    """Raise BackupDamaged if the gzip or the tar that the block reads is damaged."""
+    from isal import igzip, isal_zlib
 
-    Raises BackupDamaged if the gzip or the tar is damaged.
-    """
-    from isal import igzip, igzip_threaded, isal_zlib
-
-    digest = hashlib.sha256()
     try:
-        with (
-            path.open("rb") as file,
-            # Inflates the next piece, and hashes the file, while this one is used.
-            igzip_threaded.open(PassThrough(file, digest.update), "rb") as plain,
-            tarfile.open(fileobj=plain, mode="r|", bufsize=_CHUNK, tarinfo=_BoundedHeader) as tar,
-        ):
-            yield tar, digest.hexdigest
-            while to_end and plain.read(_CHUNK):  # the gzip trailer holds its own checksum
-                pass
+        yield
     except (
         EOFError,
         tarfile.TarError,
@@ -214,6 +202,27 @@ def _opened(path: Path, *, to_end: bool) -> Iterator[tuple[tarfile.TarFile, Call
         cast("type[Exception]", isal_zlib.IsalError),
     ) as error:
         raise BackupDamaged(f"{path} is damaged: {error}", next_step=_ANOTHER) from error
+
+
+@contextmanager
+def opened_tar(path: Path, *, to_end: bool) -> Iterator[tuple[tarfile.TarFile, Callable[[], str]]]:
+    """Open the tar, and a function that returns the sha256 of the file after it was read `to_end`.
+
+    Raises BackupDamaged if the gzip or the tar is damaged.
+    """
+    from isal import igzip_threaded
+
+    digest = hashlib.sha256()
+    with (
+        damage_reported(path),
+        path.open("rb") as file,
+        # Inflates the next piece, and hashes the file, while this one is used.
+        igzip_threaded.open(PassThrough(file, digest.update), "rb") as plain,
+        tarfile.open(fileobj=plain, mode="r|", bufsize=_CHUNK, tarinfo=_BoundedHeader) as tar,
+    ):
+        yield tar, digest.hexdigest
+        while to_end and plain.read(_CHUNK):  # the gzip trailer holds its own checksum
+            pass
 
 
 def read_snapshot(name: str, stream: IO[bytes], on_snapshot: SnapshotReader | None) -> SnapshotMember:
@@ -243,7 +252,7 @@ def read_archive(
     expected = 0  # snapshots; none may come before `collection.json`
     found: list[SnapshotMember] = []
     ids = -1
-    with _opened(path, to_end=True) as (tar, sha256):
+    with opened_tar(path, to_end=True) as (tar, sha256):
         for member in tar:
             # A sparse member could claim any size without holding it; ours never are.
             stream = tar.extractfile(member) if member.isreg() and not member.issparse() else None
@@ -267,7 +276,7 @@ def peek_facts(path: Path) -> dict[str, Any]:
 
     Raises BackupDamaged if the file cannot be read so far, BadFile if it is another program's tar.gz.
     """
-    with _opened(path, to_end=False) as (tar, _):
+    with opened_tar(path, to_end=False) as (tar, _):
         member = tar.next()
         if member and member.name == FACTS and member.isreg() and member.size < _FACTS_LIMIT:
             return _read_facts(path, cast("IO[bytes]", tar.extractfile(member)))
@@ -294,7 +303,7 @@ def _are_plain(facts: dict[str, Any]) -> bool:
     """Whether sizes are numbers, and the names that messages and commands show are printable."""
     server = facts.get("server") or {}
     versions = server.values() if isinstance(server, dict) else [1]
-    words = [facts["collection"], facts.get("model") or "", *versions]
+    words = [facts["collection"], facts.get("model") or "", facts.get("provider") or "", *versions]
     return type(facts["promised_ids"]) is type(facts["snapshot_size"]) is int and all(
         isinstance(one, str) and one.isprintable() for one in words
     )

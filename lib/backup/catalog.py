@@ -50,7 +50,8 @@ def remove_unfinished(folder: Path, journal: Journal) -> None:
         return
     found = set(folder.rglob(f"*_{stamp}.*{PARTIAL}"))
     if not (folder / f"backup_{stamp}.json").exists():
-        found |= {path for name in (GRAPH_DIR, COLLECTION_DIR) for path in folder.glob(f"{name}/*_{stamp}.*")}
+        for pattern in (f"{GRAPH_DIR}/*_{stamp}.rdb", f"{COLLECTION_DIR}/*_{stamp}.tar.gz"):  # none of AutoMem's own
+            found |= set(folder.glob(pattern))
     for path in found:
         path.unlink(missing_ok=True)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
+import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from shlex import quote
 
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
+from lib.backup.automem_backup import describe, require_uncut
+from lib.backup.automem_file import AutoMemFile, automem_files, is_automems
 from lib.backup.catalog import (
     Deployment,
     find_set,
@@ -40,7 +41,7 @@ from lib.backup.copies import (
 )
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
 from lib.backup.graph import GraphVerification, verify_graph
-from lib.backup.manifest import GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
+from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
@@ -49,14 +50,7 @@ from lib.files import lock_targets, private_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
-# https://github.com/verygoodplugins/automem, scripts/backup_automem.py; the archive is that of its GET /backup.
-_AUTOMEM_HEAD = 4096
-_AUTOMEMS_OWN = {
-    "a graph": re.compile(rb'\s*\{[^\[]*"graph_name"\s*:'),
-    "a collection": re.compile(rb'\s*\{[^\[]*"collection_name"\s*:'),
-    "an archive": re.compile(rb"(?:\./)?(?:falkordb|qdrant)/(?:[^\0]*\.json\.gz)?\0"),
-}
-RDB, ARCHIVE, SNAPSHOT, MANIFEST = "rdb", "archive", "snapshot", "manifest"
+RDB, ARCHIVE, SNAPSHOT, MANIFEST, AUTOMEM = "rdb", "archive", "snapshot", "manifest", "AutoMem's"
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,19 @@ class FileVerification:
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a FILE, by its content. Raises BadFile if it cannot be restored."""
+    """The kind of a FILE, by its content. Raises BadFile if it cannot be restored.
+
+    A folder is of a kind only if it holds backups by AutoMem's own scripts.
+    """
+    if path.is_dir() and automem_files(path):
+        return AUTOMEM
     _require_file(path)
     with path.open("rb") as stream:
         head = stream.read(512)
     if is_rdb(path):
         return RDB
-    _refuse_automems_own(path, head)
+    if is_automems(path):
+        return AUTOMEM
     if head.startswith(_GZIP):
         peek_facts(path)
         return ARCHIVE
@@ -88,23 +88,6 @@ def kind_of(path: Path) -> str:
         f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json",
         next_step="python scripts/backup_automem.py --list",
     )
-
-
-def _refuse_automems_own(path: Path, head: bytes) -> None:
-    """Raise BadFile for a backup by AutoMem's own scripts or by its GET /backup."""
-    if head.startswith(_GZIP):
-        try:
-            with gzip.open(path) as stream:
-                head = stream.read(_AUTOMEM_HEAD)
-        except (OSError, EOFError, zlib.error):
-            return
-    kind = next((kind for kind, sign in _AUTOMEMS_OWN.items() if sign.match(head)), None)
-    if kind:
-        raise BadFile(
-            f"{path} is {kind} as AutoMem's own backup writes it, not a backup of these scripts",
-            next_step="restore it with AutoMem's own scripts/restore_from_backup.py, in AutoMem's checkout; or take one"
-            " of these:  python scripts/backup_automem.py --list",
-        )
 
 
 def _require_file(path: Path) -> None:
@@ -125,7 +108,13 @@ def _require_file(path: Path) -> None:
 def verify_named(
     folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
 ) -> list[FileVerification]:
-    """Verify the sets that `--check` names, see `_named_manifests`. Damage is reported as the fault of its file."""
+    """Verify the sets that `--check` names, see `_named_manifests`. Damage is reported as the fault of its file.
+
+    A backup by AutoMem's own scripts is verified without a server.
+    """
+    path = Path(word)
+    if (path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path)):
+        return [_verify_automems(one) for one in automems]
     return [one for path in _named_manifests(folder, word, owner) for one in _verify_set(path, engines)]
 
 
@@ -192,6 +181,15 @@ def _verify_file(
     except MigrationError as error:
         return FileVerification(path, "unknown", "", str(error))
     return FileVerification(path, found.level, found.note)
+
+
+def _verify_automems(source: AutoMemFile) -> FileVerification:
+    try:
+        held, signs = describe(source)
+        require_uncut(source, signs)
+    except BackupDamaged as error:
+        return FileVerification(source.display, "damaged", "", str(error))
+    return FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}")
 
 
 LATEST = "latest"
@@ -361,9 +359,9 @@ def verify_and_upload(
         return _verify_copies(word, folder, engines, bar, keys), None
     if url:
         require_upload_url(url, folder, keys)
+    if not url:
+        return verify_named(folder, word, engines, owner), None
     checked = {path: _verify_set(path, engines) for path in _named_manifests(folder, word, owner)}
     files = [one for found in checked.values() for one in found]
-    if not url:
-        return files, None
     sound = sorted(path for path, found in checked.items() if not any(one.fault for one in found))
     return files, [upload(url, read_manifest(path), bar, keys) for path in sound]

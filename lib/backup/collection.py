@@ -27,7 +27,7 @@ from lib.backup.archive import (
     read_archive,
 )
 from lib.backup.existing_points import as_id
-from lib.backup.last_migration import journalled_model
+from lib.backup.last_migration import journalled_stamp
 from lib.backup.manifest import (
     CHECKED,
     COLLECTION_DIR,
@@ -50,7 +50,7 @@ from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, 
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
 from lib.clients.qdrant.transport import NotFound, Qdrant
 from lib.concurrency import Progress
-from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec
+from lib.dimensions import OPENAI, UNKNOWN_MODEL, EmbeddingSpec, provider_fact, provider_of
 from lib.errors import BackupDamaged
 from lib.files import FULL_DISK, free_bytes, private_dir
 from lib.journal import Journal
@@ -265,14 +265,22 @@ class CollectionSource:
     nodes: tuple[Qdrant, ...] = ()
 
 
-def known_model(state: CollectionState, spec: EmbeddingSpec, journalled: str | None = None) -> tuple[str, str]:
-    """Which model made the vectors, and how that is known: `stamped` (or `journalled`), `configured` or `guessed`."""
+def known_model(
+    state: CollectionState, spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
+
+    `model_known` is `stamped` (also if only the journal has the stamp: `journalled`), `configured` or `guessed`.
+    """
     stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
-    if stamp.get("model") or journalled:
-        return str(stamp.get("model") or journalled), "stamped"
-    if state.size == spec.size:
-        return spec.model, "configured"
-    return _GUESSES.get(state.size, UNKNOWN_MODEL), "guessed"
+    stamp = stamp if stamp.get("model") else journalled or {}
+    if stamp.get("model"):
+        model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
+    elif state.size == spec.size:
+        model, known, provider = spec.model, "configured", spec.provider
+    else:
+        model, known, provider = _GUESSES.get(state.size, UNKNOWN_MODEL), "guessed", OPENAI
+    return {"model": model, "model_known": known, **provider_fact(provider)}
 
 
 def require_whole(source: CollectionSource) -> list[Node]:
@@ -303,8 +311,7 @@ def take_collection(
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
     path = private_dir(folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
-    journalled = journalled_model(folder, journal.targets[-1], state.size)
-    model, known = known_model(state, source.spec, journalled)
+    journalled = journalled_stamp(folder, journal.targets[-1], state.size)
     facts: dict[str, Any] = {
         "collection": source.collection,
         "server": {"address": source.qdrant.display, "version": source.qdrant.version()},
@@ -312,8 +319,7 @@ def take_collection(
         "payload_schema": state.raw.get("payload_schema") or {},
         "aliases": aliases_of(source.qdrant, source.collection),
         "points": state.points,
-        "model": model,
-        "model_known": known,
+        **known_model(state, source.spec, journalled),
     }
     size, sha256 = _write_archive(source, nodes, path, facts, journal, progress)
     component = CollectionComponent(

@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
+from lib.backup.automem_file import listed_files
 from lib.backup.catalog import OUTGOING, PIN, is_complete, pinned_sets, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
@@ -386,12 +387,14 @@ class Catalog:
     """The sets in a folder or at a URL, each with whether its files exist with their sizes; unreadable manifests.
 
     `pinned`: the names of the manifests of pinned sets.
+    `automem`: the backups by AutoMem's own scripts, which are not sets.
     """
 
     where: str
     sets: list[tuple[Manifest, bool]]
     unreadable: list[str]
     pinned: frozenset[str] = frozenset()
+    automem: tuple[Path, ...] = ()
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
@@ -399,8 +402,10 @@ def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
     if url:
         return _remote_catalog(open_offsite(url, keys))
     sets, unreadable = read_sets(folder)
+    automem = tuple(one.path for one in listed_files(folder))
     pinned = pinned_sets(path.name for path in folder.glob(f"*{PIN}"))
-    return Catalog(str(folder), [(one, is_complete(one)) for one in sets], list(map(str, unreadable)), pinned)
+    rows = [(one, is_complete(one)) for one in sets]
+    return Catalog(str(folder), rows, list(map(str, unreadable)), pinned, automem)
 
 
 def _remote_catalog(store: OffsiteStore) -> Catalog:

@@ -26,7 +26,7 @@ def as_id(text: str) -> PointId:
 
 
 @contextlib.contextmanager
-def _room_or_error() -> Iterator[None]:
+def room_or_error() -> Iterator[None]:
     """Report a temporary table that outgrew its disk as a MigrationError."""
     try:
         yield
@@ -46,7 +46,7 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
     def __init__(self) -> None:
         self.complete = False  # whether `fill` has read all its ids
         self._db = sqlite3.connect("", check_same_thread=False)
-        with _room_or_error():
+        with room_or_error():
             self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +63,7 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
     def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
         """Add ids; a known one gets the new payload."""
         texts = ((str(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
-        with _room_or_error(), self._db:
+        with room_or_error(), self._db:
             self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
 
     def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:

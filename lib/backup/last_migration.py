@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.dimensions import EmbeddingSpec, public_url
+from lib.dimensions import EmbeddingSpec, provider_fact, public_url
 from lib.journal import Journal, read_journal
 
 # In the staged collection; the live one serves all the time.
@@ -26,7 +26,8 @@ COMMAND = "reembed"
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
     """What a journal records of the vectors that its run makes; no secret."""
-    return {"model": spec.model, "size": spec.size, "endpoint": public_url(spec.base_url)}
+    facts = {"model": spec.model, "size": spec.size, "endpoint": public_url(spec.base_url)}
+    return facts | provider_fact(spec.provider)
 
 
 def collection_of(targets: list[str]) -> str:
@@ -77,11 +78,11 @@ def kept_the_size(folder: Path, targets: list[str], spec: EmbeddingSpec) -> bool
     return bool(journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size)
 
 
-def journalled_model(folder: Path, collection: str, size: int) -> str | None:
-    """The model that the journal of the newest run that recreated this collection (address and name) records.
+def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:
+    """The model stamp in the journal of the newest run that recreated this collection (address and name).
 
-    For servers that store no metadata (before 1.16). None if that run was no migration, did not finish, or made vectors
-    of another size.
+    For servers that store no metadata (before 1.16). Empty if that run was no migration, did not finish, or made
+    vectors of another size.
     """
     for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
         journal = read_journal(path)
@@ -91,5 +92,5 @@ def journalled_model(folder: Path, collection: str, size: int) -> str | None:
             finished = journal.command == COMMAND and journal.has_reached(VERIFIED)
             stamp = journal.fact("stamp") if finished else None
             made = next(iter(stamp.values())) if isinstance(stamp, dict) else {}
-            return str(made["model"]) if made.get("size") == size else None
-    return None
+            return made if made.get("size") == size else {}
+    return {}

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from lib.dimensions import OPENAI
 from lib.errors import BackupDamaged, BadFile
 from lib.files import read_regular, sha256_file, write_atomic
 from lib.journal import STAMP
@@ -70,6 +71,8 @@ class GraphComponent:
 class CollectionComponent:
     """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`.
 
+    The file omits `provider` if it is OpenAI, as files of earlier versions do.
+
     `nodes` has an entry for each snapshot if there are several: peer, address, shards, snapshot_name, snapshot_size,
     snapshot_sha256. `snapshot_*` are then of all of them, see `archive.combined`.
     """
@@ -91,6 +94,7 @@ class CollectionComponent:
     proof: str
     proof_note: str = ""
     nodes: list[dict[str, Any]] = field(default_factory=list)
+    provider: str = OPENAI
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,8 @@ class Manifest:
         """The document that the manifest's file holds."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
         del document["path"]
+        if self.collection and self.collection.provider == OPENAI:
+            del document["collection"]["provider"]
         return sealed(document)
 
 

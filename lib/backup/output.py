@@ -148,8 +148,14 @@ def show_sets(catalog: Catalog, console: Console) -> int:
         }
         for one, complete in catalog.sets
     ]
-    document = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
-    console.result(document, "\n".join(lines) if rows else f"no backup in {catalog.where}")
+    document: dict[str, object] = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
+    if not rows:
+        lines = [f"no backup in {catalog.where}"]
+    if catalog.automem:
+        document["automem"] = list(map(str, catalog.automem))
+        lines += ["", "by AutoMem's own scripts, no sets; restore them by name:"]
+        lines += [f"  {one}   {size_text(one.stat().st_size)}" for one in catalog.automem]
+    console.result(document, "\n".join(lines))
     return DONE
 
 

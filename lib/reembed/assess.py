@@ -32,7 +32,7 @@ from lib.clients.qdrant.collection import (
     same_settings,
 )
 from lib.clients.qdrant.restoring import wait_restored
-from lib.dimensions import same_model
+from lib.dimensions import is_model_of
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
 from lib.journal import Journal
 from lib.reembed.context import Context, must_forget, reached
@@ -189,7 +189,7 @@ def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
     stamp = live.metadata.get(STAMP_KEY) if live else None
     if live is None or not isinstance(stamp, dict) or assessment.journal is not None or not live.points:
         return None
-    if live.size != ctx.spec.size or not same_model(stamp.get("model"), ctx.spec.model):
+    if live.size != ctx.spec.size or not is_model_of(stamp, ctx.spec):
         return None
     with existing_points(ctx.qdrant, live.name) as existing:
         missing = missing_of(ctx.cache, existing)

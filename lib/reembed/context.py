@@ -22,8 +22,9 @@ _FRESH = "fresh since"
 class Context:
     """The graph, the collection, the embedding cache, the backup folder, and what the operator asked for.
 
-    `spec` describes the new vectors. `targets` name both stores in journals. `store_lock` is held while the live
-    collection changes: a backup excludes it. `again` is the command line, without secrets.
+    `spec` describes the new vectors; `reason` is why its provider is used, "" if it is OpenAI and no other one has a
+    setting. `targets` name both stores in journals. `store_lock` is held while the live collection changes: a backup
+    excludes it. `again` is the command line, without secrets.
     """
 
     graph: GraphSource
@@ -39,6 +40,7 @@ class Context:
     fresh: bool = False
     in_place: bool = False
     no_switch: bool = False
+    reason: str = ""
 
     @property
     def staged(self) -> str:

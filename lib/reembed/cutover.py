@@ -197,7 +197,7 @@ def _delete_live(ctx: Context, journal: Journal, live: Live, announce: Callable[
     manifest = require_protection(ctx, journal, live)
     if manifest and manifest.name != journal.fact("manifest"):
         journal.append("backup accepted by the guard", manifest=manifest.name)
-    undo = undo_of(manifest) if manifest or not journal.undo else journal.undo
+    undo = undo_of(manifest, named=bool(ctx.reason)) if manifest or not journal.undo else journal.undo
     announce(undo)
     if live.kind == FAILED:  # nothing in it can be read
         journal.append(DELETING, undo=undo)

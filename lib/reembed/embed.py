@@ -14,9 +14,9 @@ from lib.backup.graph import GraphSource
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, expected, price_of, price_text
-from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_missing
+from lib.clients.embeddings.worker_pool import SEQUENTIAL, EmbedProgress, Refused, embed_missing, texts_a_request
 from lib.concurrency import ProgressBar, steps_of
-from lib.dimensions import EmbeddingSpec, native_size, public_url
+from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
 from lib.errors import UsageProblem
 from lib.journal import Journal
 from lib.reembed.plan import Payloads, Scan, scan_graph
@@ -178,9 +178,9 @@ class EmbeddingTotals:
         self.log.sums.discarded += tokens
         self.log.save()
 
-    def price(self, model: str) -> float | None:
+    def price(self, spec: EmbeddingSpec) -> float | None:
         """In US dollars; None for a model without a known price."""
-        return price_of(self.tokens, model)
+        return price_of(self.tokens, spec.model, spec.provider)
 
 
 def start_totals(
@@ -211,7 +211,8 @@ class EmbeddingRunner:
         seconds = self.client.request_seconds
         if seconds is None or not left.texts:
             return None
-        limits = {"workers": self.workers, "batch_size": self.batch_size}
+        workers = 1 if self.spec.provider in SEQUENTIAL else self.workers
+        limits = {"workers": workers, "batch_size": texts_a_request(self.spec, self.batch_size)}
         return expected(self.client.pacer, seconds, left.texts, left.tokens, **limits)
 
     def require_affordable(self, tokens: int, totals: EmbeddingTotals) -> None:
@@ -220,13 +221,13 @@ class EmbeddingRunner:
         A model without a list price may cost anything.
         """
         spent_tokens = totals.spent_tokens
-        price = price_of(spent_tokens + tokens, self.spec.model)
+        price = price_of(spent_tokens + tokens, self.spec.model, self.spec.provider)
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
             return
         spent = f"${price_of(spent_tokens, self.spec.model) or 0:.4f}" if spent_tokens else "nothing"
         raise UsageProblem(
             f"this would cost {price_text(price)}, --max-cost is ${self.max_cost:g}; {spent} was spent",
-            next_step="raise --max-cost (or leave it out), or use a cheaper EMBEDDING_MODEL",
+            next_step=f"raise --max-cost (or leave it out), or use a cheaper {SETTING_NAMES[self.spec.provider].model}",
         )
 
 
@@ -328,7 +329,7 @@ class Tried:
 def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
     """The spec, or the model's own size if the model cannot make this one."""
     native = native_size(spec.model)
-    return replace(spec, size=native) if native is not None and spec.size > native else spec
+    return replace(spec, size=native) if native and model_fault(spec.model, spec.size) else spec
 
 
 def try_one_batch(runner: EmbeddingRunner, cache: EmbeddingCache, totals: EmbeddingTotals) -> Tried:

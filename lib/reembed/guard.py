@@ -16,6 +16,7 @@ from lib.clients.qdrant.collection import CollectionState
 from lib.dimensions import UNKNOWN_MODEL
 from lib.errors import BackupDamaged, GuardRefused
 from lib.network import same_server
+from lib.providers import model_settings
 
 MAX_AGE_HOURS = 24.0
 _PAGE = 500
@@ -108,8 +109,11 @@ def _count_expected(path: Path, guarded: GuardedCollection) -> tuple[int, int]:
     return live, alone
 
 
-def undo_of(manifest: Manifest | None) -> str:
-    """Return the commands that restore the collection of this backup; the graph was not changed."""
+def undo_of(manifest: Manifest | None, *, named: bool) -> str:
+    """Return the commands that restore the collection of this backup; the graph was not changed.
+
+    `named`: they set EMBEDDING_PROVIDER even if it is OpenAI.
+    """
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
     component = manifest.collection
@@ -125,5 +129,6 @@ def undo_of(manifest: Manifest | None) -> str:
             f"  # {_ONLY_MISSING}",
         ]
     else:
-        lines += [f"  export EMBEDDING_MODEL={quote(component.model)}", f"  {_ONLY_MISSING}"]
+        settings = model_settings(component.provider, component.model, named=named)
+        lines += [*(f"  export {name}={quote(value)}" for name, value in settings.items()), f"  {_ONLY_MISSING}"]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll
 from lib.errors import GuardRefused
+from lib.providers import MODEL_SETTINGS, PROVIDER
 from lib.reembed.context import Context
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts, embed_uncached
 from lib.reembed.sync import SyncOutcome, missing_of, remove_orphans, sync_collection, texts_to_embed
@@ -69,6 +70,7 @@ def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTot
         )
     if not points:
         return
+    setting = MODEL_SETTINGS.get(ctx.spec.provider, PROVIDER)
     texts = [str((point.payload or {})["content"]) for point in points]
     runner.require_affordable(sum(count_tokens(texts)), paid)
     answer = runner.client.embed(texts)
@@ -81,7 +83,7 @@ def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTot
             raise GuardRefused(
                 f"the vectors in '{state.name}' were not made by {runner.spec.model} at {runner.spec.size}d"
                 f" (point {point.id}: cosine {cosine:.2f}): --only-missing would mix two models",
-                next_step=f"set EMBEDDING_MODEL to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
+                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
             )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lib.clients.embeddings.pricing import PRICES_AS_OF, price_text
+from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.console import Console, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
-from lib.show_config import RESTART
+from lib.network import is_this_machine
+from lib.providers import native_size_fault
+from lib.show_config import chosen, restart_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from lib.clients.embeddings.cache import Missing
     from lib.clients.embeddings.prune import Pruned
     from lib.clients.qdrant.collection import CollectionState
+    from lib.dimensions import EmbeddingSpec
     from lib.reembed.assess import Assessment
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
@@ -70,14 +73,18 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     action = f"{_action(assessment, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
     texts = f"{plan.texts:,} texts, {plan.tokens:,} tokens"
     rows = [
+        ("model", chosen(ctx.spec, ctx.reason)),
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
         ("to embed", f"{texts}; {plan.cached:,} already cached or duplicates"),
-        ("price", f"{price_text(plan.price)} (list prices of {PRICES_AS_OF})"),
+        ("price", price_text(plan.price, plan.spec.provider) + price_basis(plan.spec.provider)),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
         ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
     ]
     console.say(table(rows))
+    fault = native_size_fault(ctx.spec)
+    if fault and is_this_machine(ctx.spec.base_url):
+        console.warn(f"{fault}, unless this endpoint on this machine is a proxy that shortens them")
     _show_left_out(assessment, ctx, console)
 
 
@@ -133,7 +140,7 @@ def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> 
     """Return what the run without --dry-run will be refused for; print all but the model's fault, which was printed."""
     from lib.reembed.assess import require_protection
 
-    fault = model_fault(ctx.spec.model, ctx.spec.size)
+    fault = model_fault(ctx.spec.model, ctx.spec.size, ctx.spec.provider)
     reasons = [fault] if fault else []
     try:
         require_protection(ctx, assessment.journal, assessment.live)
@@ -169,8 +176,11 @@ def _plan_document(assessment: Assessment, ctx: Context) -> dict[str, object]:
         "odd": _reasons(scan.odd),
         "textless": assessment.textless,
         "settings_unlike": assessment.unlike or None,
+        "provider": plan.spec.provider,
         "model": plan.spec.model,
         "size": plan.spec.size,
+        "endpoint": public_url(plan.spec.base_url),
+        "why": ctx.reason,
         "texts": plan.texts,
         "tokens": plan.tokens,
         "price": plan.price,
@@ -221,13 +231,13 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
         console.warn("the index is not complete after an hour: look at the collection's status, search is slower")
-    price, spec, rejected = done.paid.price(ctx.spec.model), ctx.spec, done.outcome.rejected
+    spec, rejected = ctx.spec, done.outcome.rejected
     document = {
         "collection": ctx.collection,
         "size": spec.size,
         "model": spec.model,
         "points": done.points,
-        "bought": {**_bought(done.paid), "price": price},
+        "bought": {**_bought(done.paid), "price": done.paid.price(spec)},
         "mended": done.repaired,
         "removed": done.removed,
         "absent_seconds": round(done.absent_seconds, 3),
@@ -244,10 +254,9 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
     }
     text = (
         f"'{ctx.collection}' is {spec.size}d now: {done.points:,} points, every vector compared.\n"
-        f"Paid for {done.paid.texts:,} texts, {done.paid.tokens:,} tokens, {price_text(price)}."
-        f" The collection was absent or incomplete for {done.absent_seconds:.1f} s"
+        f"{_paid_text(done.paid, spec)} The collection was absent or incomplete for {done.absent_seconds:.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
-        f"undo:\n{done.undo}\n\nnext:\n{RESTART}\n"
+        f"undo:\n{done.undo}\n\nnext:\n{restart_lines(spec.provider, named=bool(ctx.reason))}\n"
         f"  {_COMMAND} --only-missing   # what was written meanwhile\n"
         "  python scripts/verify_migration.py --after-restart"
     )
@@ -280,25 +289,29 @@ def _bought(paid: EmbeddingTotals) -> dict[str, object]:
     return {"texts": paid.texts, "tokens": paid.tokens}
 
 
+def _paid_text(paid: EmbeddingTotals, spec: EmbeddingSpec) -> str:
+    verb, price = "Embedded" if spec.provider in FREE else "Paid for", price_text(paid.price(spec), spec.provider)
+    return f"{verb} {paid.texts:,} texts, {paid.tokens:,} tokens, {price}."
+
+
 def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Context, console: Console) -> int:
     """Print the result of --no-switch, how to continue and how to undo it."""
     if state is None:
         console.result({"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged")
         return DONE
-    drop, price = f"  {_COMMAND} --abort", paid.price(ctx.spec.model)
+    drop = f"  {_COMMAND} --abort"
     document = {
         "staged": ctx.staged,
         "size": ctx.spec.size,
         "model": ctx.spec.model,
         "points": state.points,
-        "bought": {**_bought(paid), "price": price},
+        "bought": {**_bought(paid), "price": paid.price(ctx.spec)},
         "refused": [dataclasses.asdict(one) for one in paid.refused],
         "undo": drop,
     }
     text = (
         f"'{ctx.staged}' is complete: {state.points:,} points, {ctx.spec.size}d, every vector compared;"
-        f" '{ctx.collection}' is unchanged. Paid for {paid.texts:,} texts, {paid.tokens:,} tokens,"
-        f" {price_text(price)}.\n\n"
+        f" '{ctx.collection}' is unchanged. {_paid_text(paid, ctx.spec)}\n\n"
         f"to continue (also after days; changes meanwhile are caught up):\n  {_COMMAND}\n"
         f"to drop it (its vectors stay in the embedding cache):\n{drop}"
     )

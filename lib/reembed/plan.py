@@ -170,7 +170,7 @@ def _plan(candidates: list[_Candidate], cache: EmbeddingCache, spec: EmbeddingSp
     rows: dict[PointId, MemoryRow] = {}
     keys = [cache.text_key(spec, one.text) for one in candidates]
     tokens = _tokens(cache, {key: one.text for key, one in zip(keys, candidates, strict=True)})
-    limit, known = input_limit(spec.model), cache.scanned([one.identity for one in candidates])
+    limit, known = input_limit(spec.model, spec.provider), cache.scanned([one.identity for one in candidates])
     for one, key in zip(candidates, keys, strict=True):
         if one.identity in known or one.identity in rows:
             scan.skip(one.node, DUPLICATE)
@@ -276,7 +276,7 @@ def whole_plan(
         live_points=live.points if live else 0,
         texts=missing.texts,
         tokens=missing.tokens,
-        price=price_of(missing.tokens, spec.model),
+        price=price_of(missing.tokens, spec.model, spec.provider),
         only_live=len(only_live) - len(textless) if only_live else 0,
         only_live_examples=examples,
         disk_peak=(round(live.points * (live.size * 4 + _other_bytes(scan))) if live else 0) + room_needed(scan, spec),

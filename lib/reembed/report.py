@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.backup.last_migration import DELETING, STAGED_RESTORED
 from lib.clients.embeddings.pricing import PRICES_AS_OF, price_of
-from lib.dimensions import public_url
+from lib.dimensions import OPENAI, EmbeddingSpec, provider_fact, public_url
 from lib.journal import Journal
 from lib.reembed.context import Context
 from lib.reembed.embed import EmbeddingTotals, PaidSums
@@ -54,6 +54,8 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     recall, recall_note = compare_after(ctx.qdrant, ctx.collection, ctx.cache, journal)
     absent = _absent_by(journal) if resumed_after_delete else None
     size, model, scan = ctx.spec.size, ctx.spec.model, done.scan
+    new = {"size": size, "points": done.points, "model": model, "model_known": "stamped"}
+    new |= provider_fact(ctx.spec.provider)
     return {
         "format": FORMAT,
         "run": journal.run_id,
@@ -63,13 +65,13 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
         "started": _started(journal, sums),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "old": _old_vectors(ctx, journal),
-        "new": {"size": size, "points": done.points, "model": model, "model_known": "stamped"},
+        "new": new,
         "way": done.method or str(journal.fact("way") or ""),
         "absent_seconds": round(done.absent_seconds if absent is None else absent, 3),
         "absent_known": "measured" if absent is None else "at most, by the journal's times",
         "memories": scan.memories,
         "texts": ctx.cache.text_total().texts,
-        "bought": _paid(sums, model),
+        "bought": _paid(sums, ctx.spec),
         "rates": [dataclasses.asdict(one) for one in sums.slots],
         "recall": recall and dataclasses.asdict(recall),
         "recall_note": recall_note,
@@ -88,14 +90,14 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     }
 
 
-def _paid(sums: PaidSums, model: str) -> dict[str, Any]:
+def _paid(sums: PaidSums, spec: EmbeddingSpec) -> dict[str, Any]:
     return {
         "texts": sums.texts,
         "tokens": sums.tokens,
         "requests": sums.requests,
         "rate_limited": sums.rate_limited,
         "seconds": round(sums.seconds, 3),
-        "price": price_of(sums.tokens, model),
+        "price": price_of(sums.tokens, spec.model, spec.provider),
         "prices_as_of": PRICES_AS_OF,
         "discarded": sums.discarded,
     }
@@ -126,6 +128,7 @@ def _old_vectors(ctx: Context, journal: Journal) -> dict[str, Any] | None:
         "points": settings.get("points_count", component.points if component else None),
         "model": component.model if component else "",
         "model_known": component.model_known if component else "",
+        **provider_fact(component.provider if component else OPENAI),
     }
 
 

@@ -21,11 +21,12 @@ from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import curl_line
+from lib.dimensions import OLLAMA, provider_of
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
+from lib.providers import ENDPOINT_SETTINGS, MODEL_SETTINGS, PROVIDER, model_settings
 from lib.reembed.context import Context
 
-_SETTINGS = {"size": "dimension (VECTOR_SIZE)", "model": "EMBEDDING_MODEL", "endpoint": "OPENAI_BASE_URL"}
 # The last phase first.
 _PROGRESS = (
     (VERIFIED, "the new collection is in place and verified; the clean-up is left"),
@@ -136,11 +137,20 @@ def _open_here(ctx: Context) -> list[Journal]:
 
 def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
     was, now = journal.fact("spec"), spec_as_json(ctx.spec)
-    changed = ", ".join(name for key, name in _SETTINGS.items() if was[key] != now[key])
+    provider = provider_of(was)
+    names = {"size": "dimension (VECTOR_SIZE)"}
+    if provider == ctx.spec.provider:
+        names |= {"model": MODEL_SETTINGS.get(provider, "model"), "endpoint": ENDPOINT_SETTINGS.get(provider, "")}
+    else:
+        names |= {"provider": PROVIDER}
+    changed = ", ".join(name for key, name in names.items() if was.get(key) != now.get(key))
+    settings = model_settings(provider, was["model"], named=bool(ctx.reason))
+    if provider in ENDPOINT_SETTINGS:
+        settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
+    exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
     return GuardRefused(
         f"an unfinished run was making '{ctx.collection}' {was['size']}d with {was['model']} of {was['endpoint']};"
         f" cannot resume: another {changed} ({now['size']}d, {now['model']} of {now['endpoint']})",
-        next_step=f"finish it:  export VECTOR_SIZE={was['size']} EMBEDDING_MODEL={quote(was['model'])}"
-        f" OPENAI_BASE_URL={quote(was['endpoint'])} && python scripts/reembed_embeddings.py\n"
+        next_step=f"finish it:  export VECTOR_SIZE={was['size']} {exports} && python scripts/reembed_embeddings.py\n"
         f"or go back:\n{journal.undo}",
     )

@@ -63,7 +63,7 @@ def reembed(
             held.enter_context(ctx.store_lock())
         _embed(ctx, runner, paid)
         journal = _begin(ctx, assessment.journal, manifest)
-        undo = journal.undo or undo_of(_undo_set(ctx, manifest))
+        undo = journal.undo or undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
         _stage(ctx, journal, assessment, runner, paid)
         if not resumed_after_delete:
             held.enter_context(ctx.store_lock())

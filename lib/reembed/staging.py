@@ -30,7 +30,7 @@ from lib.clients.qdrant.collection import (
 )
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
-from lib.dimensions import EmbeddingSpec
+from lib.dimensions import EmbeddingSpec, provider_fact
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.journal import Journal
 from lib.reembed.assess import Assessment, journaled_settings, require_whole_graph
@@ -50,7 +50,7 @@ T = TypeVar("T")
 def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
     """Return the metadata that records a collection's model; servers before 1.16 ignore it."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now}}
+    return {STAMP_KEY: {"model": spec.model, "size": spec.size, "at": now, **provider_fact(spec.provider)}}
 
 
 def stage(

@@ -79,6 +79,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A snapshot that a node can fetch from itself, and its sha256 in hex."""
+
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class RestorePlan:
     """A backup, the collection that it replaces, and the node that each snapshot goes to.
 
@@ -96,21 +104,25 @@ class RestorePlan:
             self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
             self._wait_active(part, name)
 
-    def own_urls(self, name: str, stem: str) -> list[str] | None:
-        """The URLs from which the nodes can fetch their own copies of `name`, tested; None if one cannot."""
-        urls = []
+    def copies(self, name: str, stem: str) -> list[Copy] | None:
+        """The snapshots of `name` that the nodes can fetch from themselves, tested; None if one cannot."""
+        found = []
         for part in self.parts:
             file = snapshots.Snapshot(part.filename(stem), part.snapshot.size, part.snapshot.sha256, "")
             if url := can_fetch_itself(part.node, name, file, f"{name}_probe"):
-                urls.append(url)
-        return urls if len(urls) == len(self.parts) else None
+                found.append(Copy(url, part.snapshot.sha256))
+        return found if len(found) == len(self.parts) else None
 
-    def fetch(self, name: str, urls: Sequence[str]) -> None:
-        """Have each node restore its snapshot as `name` from its own URL."""
-        for part, url in zip(self.parts, urls, strict=True):
-            further, sha256 = part is not self.parts[0], part.snapshot.sha256
-            recover(part.node, name, url, sha256, seconds=part.timeout, allow_existing=further)
+    def fetch(self, name: str, copies: Sequence[Copy]) -> None:
+        """Have each node restore its copy as `name` from its own URL."""
+        for part, copy in zip(self.parts, copies, strict=True):
+            further = part is not self.parts[0]
+            recover(part.node, name, copy.url, copy.sha256, seconds=part.timeout, allow_existing=further)
             self._wait_active(part, name)
+
+    def verify_trial(self, name: str) -> None:
+        """Verify the trial restore `name`, see `verify_restored`."""
+        verify_restored(self.backup, self.target.qdrant, name)
 
     def delete_files(self, name: str, stem: str) -> None:
         """Delete the files that were uploaded to `name` under `stem`, if there are any."""
@@ -296,7 +308,7 @@ def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None
             if error.status < 500:
                 raise
             raise _trial_failed(plan, error) from error
-    verify_restored(plan.backup, qdrant, name)
+    plan.verify_trial(name)
     journal.append(TRIAL_VERIFIED)
     return name
 
@@ -327,7 +339,7 @@ def cut_over(
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
     sample = _sample(plan.backup, qdrant, temporary)
-    urls = plan.own_urls(temporary, temporary)
+    copies = plan.copies(temporary, temporary)
     existed = exists(qdrant, name)
     wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
@@ -335,8 +347,8 @@ def cut_over(
         delete_collection(qdrant, name)
     second_upload = f"{temporary}-again"
     try:
-        if urls:
-            plan.fetch(name, urls)
+        if copies:
+            plan.fetch(name, copies)
         else:
             plan.upload(name, second_upload, progress)
         for stem in (second_upload, _old_stem(temporary)):  # also what a killed run uploaded

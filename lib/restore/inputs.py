@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from lib.backup.archive import (
     ArchiveFacts,
@@ -18,8 +18,9 @@ from lib.backup.archive import (
     read_archive,
     read_snapshot,
 )
+from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
-from lib.backup.check import ARCHIVE, MANIFEST, RDB, kind_of
+from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
     CollectionSource,
     SegmentCopies,
@@ -42,12 +43,15 @@ from lib.dimensions import EmbeddingSpec
 from lib.errors import BackupDamaged, BadFile, UsageProblem
 from lib.files import FULL_DISK, PassThrough, readable_bytes
 
+C = TypeVar("C", GraphComponent, CollectionComponent)
+
 
 @dataclass(frozen=True)
 class Inputs:
     """The files to restore, each with its component of a manifest if one names it.
 
-    `bare`: the archive is a plain snapshot as Qdrant's own API returns it. `warnings` are for the operator.
+    `bare`: the archive is a plain snapshot as Qdrant's own API returns it. `automem_graph`, `automem_collection`: `rdb`
+    or `archive` is a backup by AutoMem's own scripts. `warnings` are for the operator.
     """
 
     rdb: Path | None = None
@@ -55,6 +59,8 @@ class Inputs:
     graph_component: GraphComponent | None = None
     collection_component: CollectionComponent | None = None
     bare: bool = False
+    automem_graph: AutoMemFile | None = None
+    automem_collection: AutoMemFile | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -63,10 +69,13 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
     graphs: list[tuple[Path, GraphComponent | None]] = []
     collections: list[tuple[Path, CollectionComponent | None]] = []
     bare, warnings = False, list[str]()
+    automems: list[AutoMemFile] = []
     for word in words:
         path = Path(word)
         kind = MANIFEST if word == "latest" else kind_of(path)
-        if kind == MANIFEST:
+        if kind == AUTOMEM:
+            automems += automem_files(path)
+        elif kind == MANIFEST:
             manifest = latest(folder, owner) if word == "latest" else read_manifest(path)
             if manifest.graph:
                 graphs.append((manifest.file_of(manifest.graph), manifest.graph))
@@ -81,12 +90,30 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
         else:
             collections.append((path, None))
             bare = True
-    for name, files in (("graph", graphs), ("collection", collections)):
-        if len(files) > 1:
-            raise BadFile(f"{files[1][0]} and {files[0][0]} are both of the {name}", next_step="name one of them")
-    rdb, graph_component = graphs[0] if graphs else (None, None)
-    archive, collection_component = collections[0] if collections else (None, None)
-    return Inputs(rdb, archive, graph_component, collection_component, bare, tuple(warnings))
+    of_automem = {one.kind: one for one in automems}
+    graphs += [(one.path, None) for one in automems if one.kind == GRAPH]
+    collections += [(one.path, None) for one in automems if one.kind == COLLECTION]
+    rdb, graph_component = _single("graph", graphs)
+    archive, collection_component = _single("collection", collections)
+    if len({one.stamp for one in automems}) > 1:
+        warnings.append(f"{' and '.join(one.display for one in automems)} were not taken together")
+    return Inputs(
+        rdb,
+        archive,
+        graph_component,
+        collection_component,
+        bare,
+        of_automem.get(GRAPH),
+        of_automem.get(COLLECTION),
+        tuple(warnings),
+    )
+
+
+def _single(what: str, files: list[tuple[Path, C | None]]) -> tuple[Path | None, C | None]:
+    """The only file of a store with its component, if there is one. Raises BadFile for several files."""
+    if len(files) > 1:
+        raise BadFile(f"{files[1][0]} and {files[0][0]} are both of the {what}", next_step="name one of them")
+    return files[0] if files else (None, None)
 
 
 def _set_of(folder: Path, path: Path, warnings: list[str]) -> Manifest | None:
@@ -193,7 +220,7 @@ def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
         copies = SegmentCopies(scratch.path, path.stat().st_size)
         member, snapshot = _inspected(path, copies)
         counted, _ = copies.counted(lambda: _count(copies.segments[0]))
-    facts = _facts(path, target.collection, target.spec, snapshot, member)
+    facts = bare_facts(path, target.collection, target.spec, snapshot, member)
     archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
     return CollectionBackup(path, archive, snapshot, bare=True)
 
@@ -229,7 +256,7 @@ def _count(files: SegmentFiles) -> int | None:
         return segments.count if segments else None
 
 
-def _facts(
+def bare_facts(
     path: Path, collection: str, spec: EmbeddingSpec, snapshot: SnapshotFacts, member: SnapshotMember
 ) -> dict[str, Any]:
     """What an archive's `collection.json` would hold, as far as the file shows it."""
@@ -250,7 +277,7 @@ def _facts(
         "config": snapshot.config,
         "payload_schema": snapshot.payload_schema,
         "aliases": [],
-        "model": known_model(state, spec)[0],
+        **known_model(state, spec),
         "snapshot_name": member.name,
         "snapshot_size": member.size,
         "snapshot_sha256": member.sha256,

@@ -6,8 +6,10 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lib.console import Console, size_text
+from lib.dimensions import provider_of
 from lib.errors import DONE, listed
-from lib.show_config import RESTART, settings_lines
+from lib.providers import is_plain
+from lib.show_config import restart_lines, settings_lines
 
 if TYPE_CHECKING:
     from lib.backup.collection import CollectionSource
@@ -42,7 +44,7 @@ def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int
     how, where = "without a safety backup", "nowhere: --no-safety-backup"
     if site.safety:
         how, where = "after a safety backup", "in the safety backup that a restore takes"
-    text = [f"would restore, {how}:", *_plan_lines(document), *newer_lines(found, where)]
+    text = [f"would restore, {how}:", *_plan_lines(document), *files.left_out, *newer_lines(found, where)]
     console.result(document, "\n".join(text))
     return DONE
 
@@ -81,7 +83,8 @@ def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict
         "name": name,
         "file": str(backup.path),
         "bytes": backup.path.stat().st_size,
-        "snapshot_bytes": backup.archive.snapshot.size,
+        # A backup of AutoMem's has no snapshot.
+        "snapshot_bytes": backup.archive.snapshot.size if backup.snapshot.segments else None,
         "points": backup.points,
         "size": backup.snapshot.size,
         "live": live,
@@ -100,7 +103,9 @@ def _plan_lines(document: dict[str, Any]) -> list[str]:
         lines.append(f"graph '{graph['name']}': {held} ({size_text(graph['bytes'])} file); now: {now}")
     if one := document.get("collection"):
         points = "an unknown number of" if one["points"] is None else f"{one['points']:,}"
-        sizes = f"{size_text(one['bytes'])} file, {size_text(one['snapshot_bytes'])} snapshot"
+        sizes = f"{size_text(one['bytes'])} file"
+        if one["snapshot_bytes"] is not None:
+            sizes += f", {size_text(one['snapshot_bytes'])} snapshot"
         lines.append(
             f"collection '{one['name']}': {points} points of {one['size']}d ({sizes}); now: {_live_text(one['live'])}"
         )
@@ -156,6 +161,9 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
             f" {one.snapshot.size}d"
         )
         document["collection"] = {"file": str(one.path), "points": len(one.ids), "size": one.snapshot.size}
+    lines += files.left_out
+    if files.left_out:
+        document["left_out"] = list(files.left_out)
     if done.safety:
         lines.append(f"the state before: {done.safety.path}")
     if done.newer:
@@ -165,12 +173,15 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
     if done.late_writes:
         lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)
+    restart = _RESTART_GRAPH
     if files.collection:
-        settings = settings_lines(files.collection.snapshot.size, str(files.collection.archive.facts["model"]), config)
+        facts = files.collection.archive.facts
+        provider = provider_of(facts)
+        settings = settings_lines(files.collection.snapshot.size, str(facts["model"]), config, provider)
+        restart = restart_lines(provider, named=not is_plain(config.settings, config.spec.provider))
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings
     document["notes"] = done.notes
-    restart = RESTART if files.collection else _RESTART_GRAPH
     lines += ["", "next:", restart, "  python scripts/verify_migration.py"]
     console.result(document, "\n".join(lines))
     return DONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from shlex import quote
@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import redis
 
+from lib.backup.automem_backup import NOT_HELD, require_uncut
+from lib.backup.automem_file import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.graph import GraphSource
@@ -32,7 +34,7 @@ from lib.concurrency import ProgressBar
 from lib.errors import MigrationError, StoreFailed, UsageProblem, listed, one_line
 from lib.network import container_hint, is_loopback, is_this_machine, same_server, without_login
 from lib.restore import graph as graphs
-from lib.restore.collection import RestorePlan, plan_restore
+from lib.restore.collection import Part, RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, Inputs, open_archive, open_bare
 
@@ -57,14 +59,19 @@ class Site:
     safety: bool = True  # take a safety backup
     force_version: bool = False
     while_running: bool = False
+    force_incomplete: bool = False  # restore what a cut backup of AutoMem's holds
 
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """The verified backups. A scratch server has the graph's loaded while the restore runs."""
+    """The verified backups. A scratch server has the graph's loaded while the restore runs.
+
+    `left_out`: what the files do not hold, for the operator.
+    """
 
     graph: GraphBackup | None = None
     plan: RestorePlan | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def collection(self) -> CollectionBackup | None:
@@ -77,12 +84,22 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     for text in inputs.warnings:
         site.notice(f"warning: {text}")
     plan = graph = None
+    left_out = [NOT_HELD[one.kind] for one in (inputs.automem_graph, inputs.automem_collection) if one]
+    for text in left_out:
+        site.notice(text)
     if inputs.archive:
         assert site.collection is not None
         plan = _verified_archive(site, site.collection, inputs.archive, inputs)
     if inputs.rdb:
         assert site.graph is not None
-        graph = _verified_rdb(site, site.graph, inputs.rdb, inputs.graph_component, stack)
+        rdb = inputs.rdb
+        if inputs.automem_graph:
+            points = plan.backup.archive.ids if plan and inputs.automem_collection else 0
+            rdb, more = _rdb_of(site, site.graph, inputs.automem_graph, points, stack)
+            left_out += more
+        graph = _verified_rdb(site, site.graph, rdb, inputs.graph_component, stack)
+        if graph.scratch:
+            graph = replace(graph, path=inputs.rdb)
     for component, server in (
         (inputs.graph_component, _server(site.graph)),
         (inputs.collection_component, _server(site.collection)),
@@ -91,17 +108,24 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
             site.notice(
                 f"warning: {component.file.name} was taken from {component.server['address']}, it goes to {server}"
             )
-    return VerifiedFiles(graph, plan)
+    return VerifiedFiles(graph, plan, tuple(left_out))
 
 
 def _verified_archive(site: Site, target: CollectionSource, path: Path, inputs: Inputs) -> RestorePlan:
     """Verify the archive, and that this server can take it and this key may restore it."""
     site.say(f"verifying {path}")
-    backup = open_bare(path, target) if inputs.bare else open_archive(path, inputs.collection_component)
+    if inputs.automem_collection:
+        from lib.restore.automem_backup import PointsPlan, open_points  # imports numpy
+
+        backup = open_points(inputs.automem_collection, target)
+    else:
+        backup = open_bare(path, target) if inputs.bare else open_archive(path, inputs.collection_component)
     _require_same_name(backup, target)
     _require_version(site, backup, target)
     refuse_alias(target.qdrant, target.collection)
     preflight_upload(target.qdrant, f"{target.collection}__try_{secrets.token_hex(4)}")
+    if inputs.automem_collection:
+        return PointsPlan(backup, target, (Part(target.qdrant, backup.archive.snapshot),))
     return plan_restore(backup, target)
 
 
@@ -126,6 +150,28 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
             f"{backup.path.name} cannot be restored here: {reason}",
             next_step="run a Qdrant of the backup's version (or its next minor), or add --force-version",
         )
+
+
+def _rdb_of(
+    site: Site, target: GraphSource, source: AutoMemFile, points: int, stack: ExitStack
+) -> tuple[Path, list[str]]:
+    """An RDB of the graph in a backup of AutoMem's, which exists until the stack ends; and what it does not hold.
+
+    `points`: how many the collection's file has that is restored with it. Raises BackupDamaged, NoEngine.
+    """
+    from lib.restore.automem_backup import graph_as_rdb
+
+    site.say(f"verifying {source.display}: building its graph in a scratch FalkorDB")
+    path, facts = stack.enter_context(graph_as_rdb(source, target.graph, site.engines))
+    signs = facts.signs_of_a_cut(points)
+    if not site.force_incomplete:
+        require_uncut(source, signs)
+    left_out = [f"{source.display} is incomplete: {sign}" for sign in signs]
+    if facts.points:
+        left_out.append(f"maps of latitude and longitude come back as points: {listed(sorted(facts.points))}")
+    for text in left_out:
+        site.notice(f"warning: {text}")
+    return path, left_out
 
 
 def _verified_rdb(

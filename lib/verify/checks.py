@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.backup.collection import STAMP_KEY, CollectionSource
+from lib.backup.existing_points import as_id
 from lib.backup.graph import GraphSource
 from lib.backup.last_migration import settings_before, verified_at
 from lib.backup.payloads import PointId
@@ -20,13 +22,17 @@ from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
-from lib.clients.qdrant.points import Point, count, scroll, search
+from lib.clients.qdrant.points import Point, count, retrieve, scroll, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
-from lib.dimensions import EmbeddingSpec, check_dimension, same_model
-from lib.errors import MigrationError, listed
+from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, provider_of
+from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
+from lib.providers import model_settings
 from lib.verify.compare import Differences, Findings, Sample, compare_stores, different_vectors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
@@ -34,10 +40,12 @@ _RECALL_LIMIT = 5
 _SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 # By how much the two counts of vectors may differ: memories of the last minutes may lack theirs.
 _FEW_VECTORS, _SHARE = 10, 0.05
+_SAME_MODEL_COSINE = 0.99
+_COMPARED = "text and vector compared with AutoMem's"
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _REEMBED = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-_RESTART = "restart AutoMem with the VECTOR_SIZE and EMBEDDING_MODEL that are set here"
+_RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
     "set FALKORDB_GRAPH, QDRANT_URL and QDRANT_COLLECTION of AutoMem and of these scripts to the same stores, then"
     " restart AutoMem"
@@ -102,10 +110,14 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     if not stamp:
         detail = "this server keeps no metadata, or the collection was not stamped"
         return Check("model stamp", SKIPPED, detail)
-    model = stamp.get("model")
-    status = PASSED if same_model(model, spec.model) else FAILED
-    remedy = f"export EMBEDDING_MODEL={quote(str(model))}   or   {_REEMBED}"
-    return Check("model stamp", status, f"{model}, EMBEDDING_MODEL is {spec.model}", remedy)
+    model, provider = str(stamp.get("model")), provider_of(stamp)
+    status = PASSED if is_model_of(stamp, spec) else FAILED
+    settings = model_settings(provider, model, named=spec.provider != OPENAI)
+    exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
+    detail = f"{model}, EMBEDDING_MODEL is {spec.model}"
+    if {provider, spec.provider} != {OPENAI}:
+        detail = f"{model} of {provider}, the settings choose {spec.model} of {spec.provider}"
+    return Check("model stamp", status, detail, f"export {exports}   or   {_REEMBED}")
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
@@ -255,15 +267,69 @@ def check_recall_direct(
     return Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")
 
 
+def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache, newest: list[Sample]) -> Check:
+    """Compare the vector that AutoMem made of one of its `newest` memories with the provider's for the same text.
+
+    `newest` were written since the migration. The evidence shows which model AutoMem embeds with.
+    """
+    spec, name = stores.collection.spec, "AutoMem's model"
+    model = f"{spec.model} of {spec.provider}"
+    believed = f"{model}, {stores.reason}" if stores.reason else model
+    made = _embedded_by_automem(stores, state, cache, newest)
+    if made is None:
+        return Check(name, SKIPPED, f"{believed}; not yet known: it embedded no memory since the migration")
+    try:
+        ours = _compared_vector(stores, cache, made[0])
+    except MigrationError as error:
+        return Check(name, SKIPPED, f"{believed}; not yet known: {one_line(str(error))}")
+    cosine = float(made[1] @ ours / (np.linalg.norm(made[1]) * np.linalg.norm(ours)))
+    evidence = f"its vector of memory {made[0].id} has the cosine {cosine:.3f} with ours"
+    if cosine >= _SAME_MODEL_COSINE:
+        return Check(name, PASSED, f"{believed}: {evidence}")
+    return Check(name, PENDING, f"not {model}: {evidence}", _RESTART)
+
+
+def _embedded_by_automem(
+    stores: Stores, state: CollectionState, cache: EmbeddingCache, newest: list[Sample]
+) -> tuple[Sample, NDArray[np.float32]] | None:
+    """The first of `newest` whose vector these scripts did not make, with that vector."""
+    ids = [as_id(one.id) for one in newest]
+    vectors = {str(one.id): one.vector for one in retrieve(stores.collection.qdrant, state.name, ids, vector=True)}
+    for sample in newest:
+        vector = vectors.get(sample.id)
+        if vector is not None and not cache.known([cache.text_key(stores.collection.spec, sample.content)]):
+            return sample, vector
+    return None
+
+
+def _compared_vector(stores: Stores, cache: EmbeddingCache, sample: Sample) -> NDArray[np.float32]:
+    """The provider's vector of the text. It is paid for once.
+
+    The cache's vectors are those of points: there it would be compared with AutoMem's bit by bit.
+    """
+    key = cache.text_key(stores.collection.spec, sample.content).hex()
+    known, _, stored = (cache.get_meta(_COMPARED) or "").partition(" ")
+    if known == key:
+        return np.frombuffer(bytes.fromhex(stored), "<f4")
+    vector = stores.embed(sample.content).astype("<f4")
+    cache.set_meta(_COMPARED, f"{key} {vector.tobytes().hex()}")
+    return vector
+
+
 @dataclass(frozen=True)
 class Stores:
-    """What is verified, and the folder with the journals of its migrations."""
+    """What is verified, and the folder with the journals of its migrations.
+
+    `embed` returns the provider's vector of a text, and raises MigrationError. `reason` is why that provider is used.
+    """
 
     graph: GraphSource
     collection: CollectionSource
     api: AutoMemApi
     folder: Path
     targets: list[str]
+    embed: Callable[[str], NDArray[np.float32]]
+    reason: str
 
 
 def verify(
@@ -290,6 +356,8 @@ def verify(
     checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
     with bar("compare vectors", state.points, "points") as progress:
         checks.append(check_vectors(qdrant, state, planned, spec, progress))
+    service = check_provider(stores, state, cache, [one for _, one in found.newest])
+    checks.append(replace(service, status=FAILED) if after_restart and service.status == PENDING else service)
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
     except MigrationError as error:  # the results of all other checks are shown
@@ -321,7 +389,8 @@ def record(stores: Stores, checks: list[Check]) -> str:
     if any(check.status in {FAILED, PENDING} for check in checks):
         raise MigrationError("not stored before every check has passed")
     spec = stores.collection.spec
-    content = f"The embeddings were migrated to {spec.size}d ({spec.model}); every check of the migration passed"
+    model = spec.model if spec.provider == OPENAI else f"{spec.model} of {spec.provider}"
+    content = f"The embeddings were migrated to {spec.size}d ({model}); every check of the migration passed"
     return automem.remember(stores.api, content, ["migration", "config", "embeddings"], 0.8)
 
 

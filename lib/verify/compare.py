@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAGE = 500
+_NEWEST = 3
 _CANDIDATES_PER_SAMPLE = 3  # some turn out not to be unique
 _LONGEST_QUERY = 1500  # characters: an API that takes GET only gets it in the URL
 _RECALL_KEYS = ("last_accessed",)  # recall updates them all the time, first in the graph
@@ -62,7 +63,8 @@ class Findings:
     """What one pass over graph and collection found.
 
     `expected`: memories that must have a point; `exempt`: those that need none. `recalled`: points that are equal
-    except for keys that recall updates. `samples`: memories to try recall with.
+    except for keys that recall updates. `samples`: memories to try recall with. `newest`: of the memories that were
+    written after the migration and have their point, up to three, the newest first, each with its time.
     """
 
     expected: int = 0
@@ -73,6 +75,7 @@ class Findings:
     orphans: list[str] = field(default_factory=list)
     recalled: int = 0
     samples: list[Sample] = field(default_factory=list)
+    newest: list[tuple[datetime, Sample]] = field(default_factory=list)
 
 
 def compare_stores(
@@ -144,7 +147,8 @@ def _compare_page(
     latest = datetime.now(timezone.utc) + _CLOCK_SKEW
     for identity, properties in memories.items():
         payload, row = payloads.get(identity), planned.get(identity)
-        is_newer = migrated_at is not None and migrated_at < _written_at(properties) <= latest
+        written_at = _written_at(properties)
+        is_newer = migrated_at is not None and migrated_at < written_at <= latest
         if payload is None:
             found.missing.add(identity, is_newer=is_newer or row is None)
             continue
@@ -153,6 +157,9 @@ def _compare_page(
             found.contents.add(identity, is_newer=is_newer or has_changed)
             continue
         before = orjson.loads(row.payload) if row else None
+        if is_newer:
+            written = [*found.newest, (written_at, Sample(str(identity), str(properties["content"])))]
+            found.newest = sorted(written, key=lambda one: one[0], reverse=True)[:_NEWEST]
         has_changed = is_newer or before is None or _stable(before) != _stable(properties)
         # If the memory changed, AutoMem has rewritten its point: keys that it dropped were not lost by the migration.
         old = None if has_changed or identity not in old_points else orjson.loads(old_points[identity].payload)

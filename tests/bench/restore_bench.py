@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -28,16 +30,18 @@ from lib.restore import collection as restore_collection
 from lib.restore import graph as restore_graph
 from lib.restore.collection import RestorePlan, plan_restore
 from lib.restore.inputs import open_archive
+from tests.automem_json import write_samples
 from tests.bench.figures import PAIRS, Figure, at_most, seconds_of
-from tests.bench.peak import peak_mb
+from tests.bench.peak import ROOT, peak_mb
 from tests.bench.references import Stopwatch
-from tests.bench.stores import GRAPH, MODEL, collection_source, on_graph, on_qdrant
+from tests.bench.stores import GRAPH, MODEL, collection_source, graph_source, on_graph, on_qdrant
 from tests.sandbox.falkordb_server import FalkorServer
 
 NODES, BATCH = 150_000, 5_000  # and as many relationships
 POINTS, FEW_POINTS, SIZE = 10_000, 1_000, 3072
 NO_LIMITS = "MAX_QUEUED_QUERIES 25 RESULTSET_SIZE 10000"  # the graph is filled in large pieces
 LIMIT_MB = 150
+AUTOMEM_MEMORIES, AUTOMEM_SIZE = 10_000, 768
 REST_SECONDS, FLUSHED_SECONDS = 600.0, 7.0  # the index is built; the log is flushed each 5 s, by default
 
 
@@ -175,6 +179,44 @@ def _between(journal: Journal) -> float:
     return (at[restore_collection.RESTORED] - at[restore_collection.DELETING]).total_seconds()
 
 
+# --- AutoMem's own files ------------------------------------------------------------------------------------------
+
+
+def automem_json(folder: Path) -> Iterator[Figure]:
+    """Both files that AutoMem's own backup writes: our script against the steps of AutoMem's restore, as processes.
+
+    Both replace the same stores. Ours takes a safety backup first; the second figure is without it.
+    """
+    memories, size = AUTOMEM_MEMORIES, AUTOMEM_SIZE
+    with graph_source(folder, memories) as graph, collection_source(folder, memories, size) as points:
+        files = write_samples(folder / "files", graph.graph, points.collection, memories, size)
+        environ = {
+            **os.environ,
+            **_settings(points, size, folder),
+            "FALKORDB_HOST": graph.address.host,
+            "FALKORDB_PORT": str(graph.address.port),
+            "FALKORDB_GRAPH": graph.graph,
+        }
+        ours = [sys.executable, str(ROOT / "scripts" / "restore_from_backup.py"), "-q"]
+        peer = [sys.executable, "-m", "tests.bench.automem_peer"]
+
+        def run(command: list[str]) -> None:
+            words = [*command, *map(str, files)]
+            done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{words}: exit code {done.returncode}\n{done.stderr}")
+
+        seconds: dict[str, list[float]] = {"ours": [], "no safety": [], "peer": []}
+        commands = {"ours": ours, "no safety": [*ours, "--no-safety-backup"], "peer": peer}
+        for _ in range(PAIRS):
+            for name, command in commands.items():
+                wait_green(points.qdrant, points.collection, REST_SECONDS)
+                seconds[name].append(seconds_of(functools.partial(run, command)))
+        on, reference = on_qdrant(points.qdrant, memories, size), median(seconds["peer"])
+        yield at_most("restore.automem_json_vs_peer", median(seconds["ours"]), reference, 1.0, on)
+        yield at_most("restore.automem_json_vs_peer_no_safety", median(seconds["no safety"]), reference, None, on)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -198,21 +240,25 @@ def peak(folder: Path) -> Iterator[Figure]:
 
 def _peak_of(source: CollectionSource, folder: Path, archive: Path) -> float:
     """MiB of the restore of this archive, its safety backup included."""
-    settings = {
-        "PATH": os.environ["PATH"],
+    settings = {"PATH": os.environ["PATH"], **_settings(source, SIZE, folder)}
+    return peak_mb("restore_from_backup", "-q", str(archive), env=settings, folder=folder)
+
+
+def _settings(source: CollectionSource, size: int, folder: Path) -> dict[str, str]:
+    return {
         "HOME": str(folder),
         "QDRANT_URL": source.qdrant.base_url,
         "QDRANT_COLLECTION": source.collection,
-        "VECTOR_SIZE": str(SIZE),
+        "VECTOR_SIZE": str(size),
         "EMBEDDING_MODEL": MODEL,
         "AUTOMEM_API_URL": "http://127.0.0.1:1",
         "AUTOMEM_BACKUP_DIR": str(folder),
     }
-    return peak_mb("restore_from_backup", "-q", str(archive), env=settings, folder=folder)
 
 
 BENCHES = {
     "restore.graph_vs_bare": graph_restore,
     "restore.collection_vs_bare": collection_restore,
+    "restore.automem_json_vs_peer": automem_json,
     "restore.peak_mb": peak,
 }

@@ -20,6 +20,7 @@ from tests.sandbox.state import State, state_of
 
 MEMORIES = 100
 SMALL, LARGE = ("768", "text-embedding-3-small"), ("3072", "text-embedding-3-large")
+PROVIDER = ("EMBEDDING_PROVIDER", "VOYAGE_API_KEY")
 STAMP = "YYYYMMDD_HHMMSS"
 
 # Enough of jq for the documents: -r and a path of keys and indexes.
@@ -134,7 +135,10 @@ class Site:
             self.stack.stop_automem()
         if "the service is restarted" in reason:
             settings = dotenv_values(self.automem_env)
-            self.stack.start_automem(int(str(settings["VECTOR_SIZE"])), str(settings["EMBEDDING_MODEL"]))
+            size, model = int(str(settings["VECTOR_SIZE"])), str(settings["EMBEDDING_MODEL"])
+            self.stack.start_automem(
+                size, model, **{name: str(settings[name]) for name in PROVIDER if name in settings}
+            )
 
     def size(self) -> int:
         answer = requests.get(f"{self.stack.qdrant.url}/collections/{COLLECTION}", timeout=30).json()

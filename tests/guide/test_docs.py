@@ -98,6 +98,12 @@ def downgraded(site: Site, ran: Ran, before: State) -> None:
     assert site.state().points == before.points
 
 
+def at_voyage(site: Site, ran: Ran, before: State) -> None:
+    assert site.size() == 1024
+    assert "voyage-4 at 1024d" in ran.err
+    assert "because EMBEDDING_PROVIDER is voyage" in ran.err
+
+
 def by_hand(site: Site, ran: Ran, before: State) -> None:
     (snapshot,) = (site.backups / "qdrant").glob("memories-*.snapshot")
     assert snapshot.stat().st_size > 1000
@@ -122,6 +128,8 @@ GUIDE: dict[tuple[str, str], Check] = {
     ("6. Restart AutoMem", "--after-restart"): by_vector,
     ("Rollback", "restore_from_backup"): rolled_back,
     ("Steps", "reembed_embeddings"): downgraded,
+    ("To voyage-4", "reembed_embeddings.py\n"): at_voyage,
+    ("Back to OpenAI", "--after-restart"): downgraded,
     ('Error: "Qdrant collection already exists"', "DELETE"): downgraded,
     ("A backup failed", "snapshots"): by_hand,
     ("After a migration", "POST"): recorded,

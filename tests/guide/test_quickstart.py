@@ -40,6 +40,15 @@ PRODUCTION = {
     "QDRANT_TIMEOUT_SECONDS": "soon",
     "VECTOR_SIZE": "abc",
     "EMBEDDING_MODEL": "text-embedding-ada-002",
+    "QDRANT_VECTOR_SIZE": "1024",
+    "EMBEDDING_PROVIDER": "placeholder",
+    "VOYAGE_API_KEY": "not-for-the-sandbox",
+    "VOYAGE_MODEL": "voyage-4-large",
+    "VOYAGE_BASE_URL": "https://production.invalid/v1",
+    "OLLAMA_BASE_URL": "https://production.invalid",
+    "OLLAMA_MODEL": "mxbai-embed-large",
+    "OLLAMA_TIMEOUT": "soon",
+    "AUTOMEM_MODELS_DIR": "/nowhere/models",
     "OPENAI_API_KEY": "not for the sandbox",
     "OPENAI_BASE_URL": "https://production.invalid/v1",
     "AUTOMEM_API_URL": "https://production.invalid",
@@ -119,9 +128,11 @@ def guide_ports() -> Iterator[None]:
 
 @pytest.mark.matrix
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what is left running")
-def test_it_walks_through_the_guide_and_leaves_nothing(folder):
-    """Also if the environment is that of an operator with production stores."""
-    run = Quickstart(folder, "--memories", "220", **PRODUCTION)
+def test_it_walks_through_the_guide_and_leaves_nothing(folder, tmp_path):
+    """Also if the environment is that of an operator with production stores, whose AutoMem uses another provider."""
+    (tmp_path / ".config" / "automem").mkdir(parents=True)
+    (tmp_path / ".config" / "automem" / ".env").write_text("EMBEDDING_PROVIDER=voyage\n")
+    run = Quickstart(folder, "--memories", "220", **PRODUCTION, HOME=str(tmp_path))
     seen = run.most_processes_seen(4)
     out, err = run.process.communicate(timeout=400)
     assert run.process.returncode == 0, f"{err}\n{out[-4000:]}"

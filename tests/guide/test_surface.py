@@ -30,10 +30,10 @@ FOREIGN = {
 ENVIRONMENT_ONLY = {"AUTOMEM_ENV_FILE"}
 # AutoMem's own, other programs', and words that only look like a variable.
 NOT_OURS = {
-    "EMBEDDING_PROVIDER",
     "NO_COLOR",
     "KILLS_EACH",
     "CMD_INFO",
+    "RESULTSET_SIZE",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_PROFILE",
@@ -97,7 +97,7 @@ def test_every_flag_of_a_command_is_in_a_group_by_what_it_may_change(script):
     assert {titles[flag] for flag in own} <= {cli.SAFE, cli.DESTRUCTIVE}
     assert titles["--dry-run" if script != "verify_migration" else "--sample"] == cli.SAFE
     destructive = {"--cleanup", "--unpin", "--in-place", "--only-missing", "--fresh", "--prune-spool", "--abort"}
-    destructive |= {"--no-safety-backup", "--force-version", "--while-running", "--record"}
+    destructive |= {"--no-safety-backup", "--force-version", "--while-running", "--record", "--force-incomplete"}
     assert {titles[flag] for flag in own & destructive} == {cli.DESTRUCTIVE}
 
 

@@ -16,6 +16,8 @@ from tests.automem_recordings.recordings import differences, load_recording, row
 from tests.automem_support import MODEL, TOKEN, Stores
 from tests.sandbox.automem_server import AutoMemServer
 from tests.sandbox.process import ServerStartError
+from tests.sandbox.sample_loading import endpoint_embedder, load_graph, load_points
+from tests.sandbox.sample_memories import generate
 from tests.sandbox.vectors import vectors_for
 
 pytestmark = [pytest.mark.qdrant, pytest.mark.matrix]
@@ -332,3 +334,32 @@ def test_a_later_version_takes_post_recall(automem: AutoMemServer, stores: Store
     answer = replay(automem, "POST recall, as the guide writes it")
     assert answer.status_code == 200
     assert [r["match_type"] for r in answer.json()["results"]] == ["vector"] * 5
+
+
+VOYAGE_KEY = "pa-sandbox"
+
+
+@pytest.mark.parametrize(("provider", "found"), [("auto", False), ("openai", True)])
+def test_a_key_of_voyage_makes_recall_of_openais_vectors_noise(stores: Stores, tmp_path, provider, found):
+    """Of one size, so that every check of dimensions passes."""
+    large, size, memories = "text-embedding-3-large", 1024, list(generate(150))
+    with connect(stores.falkordb.address) as conn:
+        load_graph(conn, "memories", memories)
+    embed = endpoint_embedder(stores.openai.base_url, "sk-test", large, size)
+    load_points(stores.qdrant_url, "", stores.collection, size, embed, memories)
+    settings = {"VECTOR_SIZE": str(size), "EMBEDDING_MODEL": large, "EMBEDDING_PROVIDER": provider}
+    voyage = {"VOYAGE_API_KEY": VOYAGE_KEY, "VOYAGE_BASE_URL": stores.openai.voyage_url}
+    asked = [one for one in memories if one.labels == ("Memory",) and len(str(one.properties.get("content"))) > 60][:5]
+    with AutoMemServer(env=stores.env(**settings, **voyage), log=tmp_path / "automem.log") as automem:
+        assert not automem.health()["vector_dimensions"]["mismatch"]
+        stores.openai.reset()
+        first = [first_by_vector(automem, str(one.properties["content"])) == one.properties["id"] for one in asked]
+    assert first == [found] * 5
+    assert list(stores.openai.stats()["models"]) == [large if found else "voyage-4"]
+
+
+def first_by_vector(automem: AutoMemServer, text: str) -> str:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    answer = requests.get(f"{automem.url}/recall", params={"query": text, "limit": 50}, headers=headers, timeout=30)
+    by_vector = [one for one in answer.json()["results"] if one["match_type"] == "vector"]
+    return max(by_vector, key=lambda one: one["match_score"])["id"]

@@ -114,7 +114,7 @@ GRAPH = {
 COLLECTION = {
     "timestamp": "2026-01-01T00:00:00+00:00",
     "collection_name": "memories",
-    "points": [{"id": "a", "vector": [0.5] * 3000, "payload": {"content": "x"}}],
+    "points": [{"id": "9d1f6a4e-0c1b-4b0e-8a55-0a7b3f6c2d11", "vector": [0.5] * 3000, "payload": {"content": "x"}}],
     "stats": {"points_count": 1, "vector_size": 3000},
 }
 
@@ -143,17 +143,14 @@ def automems() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", automems())
-def test_a_backup_of_automems_own_is_named_as_such(operator, name):
+def test_a_backup_of_automems_own_is_recognised_by_its_content(operator, name):
     path = operator.folder / name
     path.write_bytes(automems()[name])
-    for words in (
-        ("restore_from_backup", str(path)),
-        ("restore_from_backup", str(path), "--dry-run"),
-        ("backup_automem", "--check", str(path)),
-    ):
-        text = operator.run(*words, expect=2).err
-        assert f"{path} is " in text
-        assert "as AutoMem's own backup writes it" in text
-        assert "damaged" not in text
-        assert "AutoMem's own scripts/restore_from_backup.py" in text
+    held = "1 points of 3000d" if name.startswith("qdrant") else "1 nodes, 0 relationships"
+    if name in {"compact.json.gz", "falkordb_20260101_000000.json"}:  # not laid out in lines as AutoMem writes it
+        said = operator.run("backup_automem", "--check", str(path), expect=4).out
+        assert "its lines are not those that AutoMem writes" in said
+    else:
+        said = operator.run("backup_automem", "--check", str(path)).out
+        assert f"AutoMem's own backup, not loaded: {held}" in said
     assert not list(operator.backups.glob("*.jsonl"))

@@ -45,7 +45,8 @@ def test_with_the_key_all_goes_as_without_one(guarded: Qdrant):
     assert location is not None
     restoring.recover(guarded, "copy", location, made.checksum)
     assert points.count(guarded, "copy") == 50
-    assert points.search(guarded, "copy", vectors_of(50, 8)[4], 1)[0].payload == payload_of(4)
+    (hit,) = points.search(guarded, "copy", vectors_of(50, 8)[4], 1)
+    assert points.retrieve(guarded, "copy", [hit.id], payload=True)[0].payload == payload_of(4)
     assert collection.delete_collection(guarded, "copy")
 
 

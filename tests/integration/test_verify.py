@@ -17,6 +17,7 @@ from tests.sandbox.automem_server import AutoMemServer
 pytestmark = pytest.mark.qdrant
 
 PASSED, FAILED, PENDING = "passed", "FAILED", "restart pending"
+SERVICE_MODEL = "AutoMem's model"
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def test_each_check_fails_when_what_it_checks_is_broken(migrated):
     operator = migrated
     checks = verify(operator)
     stamped = "metadata" in operator.info()["config"]
-    others = {name: one["status"] for name, one in checks.items() if name != "model stamp"}
+    others = {name: one["status"] for name, one in checks.items() if name not in {"model stamp", SERVICE_MODEL}}
+    assert checks[SERVICE_MODEL]["status"] == "not checked"  # it has embedded nothing since
     assert set(others.values()) == {PASSED}, checks
     assert checks["model stamp"]["status"] == (PASSED if stamped else "not checked")
     assert str(len(points_of(operator))) in checks["vectors"]["detail"]
@@ -261,4 +263,4 @@ def test_recall_through_automem_before_and_after_its_restart(operator, tmp_path)
 
         turn_vectors(operator)
         assert verify(operator, expect=4)["recall"]["status"] == PENDING
-        assert failing(operator, "--after-restart") == ["vectors", "recall"]
+        assert failing(operator, "--after-restart") == ["vectors", SERVICE_MODEL, "recall"]

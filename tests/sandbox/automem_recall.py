@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from tests.sandbox.automem_embedding import VectorsUnavailable
 from tests.sandbox.automem_stores import (
     MemoryGraph,
     VectorStore,
-    VectorsUnavailable,
     decode_metadata,
     parse_moment,
 )

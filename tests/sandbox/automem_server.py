@@ -28,13 +28,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from tests.sandbox.automem_embedding import Settings, VectorsUnavailable
 from tests.sandbox.automem_recall import recall
 from tests.sandbox.automem_stores import (
     DEFAULTS,
     MemoryGraph,
-    Settings,
     VectorStore,
-    VectorsUnavailable,
     decode_metadata,
     is_on,
     iso,

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import Any
 
-import requests
+from tests.sandbox.automem_embedding import EMBEDDING_DEFAULTS, Embedder, Settings, send
 
 # AutoMem's variables and their defaults. The last two select the behaviour of other versions: adopt the collection's
 # size instead of refusing to start, and accept `POST /recall`, as the guide writes it.
@@ -22,14 +22,11 @@ DEFAULTS = {
     "QDRANT_API_KEY": "",
     "QDRANT_COLLECTION": "memories",
     "VECTOR_SIZE": "3072",
-    "EMBEDDING_MODEL": "text-embedding-3-large",
-    "OPENAI_BASE_URL": "https://api.openai.com/v1",
-    "OPENAI_API_KEY": "",
+    **EMBEDDING_DEFAULTS,
     "AUTOMEM_API_TOKEN": "",
     "VECTOR_SIZE_AUTODETECT": "false",
     "AUTOMEM_POST_RECALL": "false",
 }
-Settings = Mapping[str, str]
 
 # The properties of a node that AutoMem copies to the point's payload, in its order.
 PAYLOAD_KEYS = (
@@ -46,7 +43,6 @@ PAYLOAD_KEYS = (
     "relevance_score",
 )
 KEYWORD_INDEXES = ("tags", "tag_prefixes")
-TIMEOUT_SECONDS = 20.0
 
 
 def settings_from(env: Mapping[str, str]) -> Settings:
@@ -99,10 +95,6 @@ def parse_moment(text: object) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-class VectorsUnavailable(Exception):
-    """Qdrant or the embeddings endpoint failed. AutoMem logs it and continues without vectors."""
-
-
 class VectorStore:
     """AutoMem's collection, and the model that embeds its memories.
 
@@ -114,12 +106,13 @@ class VectorStore:
         self._base = f"{settings['QDRANT_URL'].rstrip('/')}/collections"
         self._collection = f"{self._base}/{settings['QDRANT_COLLECTION']}"
         self.effective_size = self.configured_size = int(settings["VECTOR_SIZE"])
+        self._embedder: Embedder
 
     def prepare(self) -> None:
         """Create the collection and its keyword indexes if its name is missing; once per start.
 
-        Raises ValueError ("VECTOR DIMENSION MISMATCH ...") if it has another size that AutoMem may not adopt, and
-        VectorsUnavailable if Qdrant does not answer.
+        Raises ValueError ("VECTOR DIMENSION MISMATCH ...") if it has another size that AutoMem may not adopt or that
+        the provider cannot make, and VectorsUnavailable if Qdrant does not answer.
         """
         names = [row["name"] for row in self._qdrant("GET", self._base)["collections"]]
         if self._settings["QDRANT_COLLECTION"] in names:
@@ -127,6 +120,7 @@ class VectorStore:
         else:
             vectors = {"size": self.configured_size, "distance": "Cosine"}
             self._qdrant("PUT", self._collection, {"vectors": vectors})
+        self._embedder = Embedder(self._settings, self.effective_size)
         for name in KEYWORD_INDEXES:
             body = {"field_name": name, "field_schema": "keyword"}
             self._qdrant("PUT", f"{self._collection}/index?wait=true", body)
@@ -152,7 +146,7 @@ class VectorStore:
     def search(self, text: str, limit: int, tags: list[str]) -> list[dict[str, Any]]:
         """Find the points nearest to a text: `id`, `score` and `payload` of each."""
         body = {
-            "vector": self.embed(text),
+            "vector": self._embedder.embed(text),
             "limit": limit,
             "with_payload": True,
             "filter": {"must": [{"key": "tag_prefixes", "match": {"any": tags}}]} if tags else None,
@@ -161,35 +155,12 @@ class VectorStore:
 
     def upsert(self, point_id: str, text: str, payload: dict[str, Any]) -> None:
         """Embed a text, write its point, and wait until it is stored."""
-        body = {"points": [{"id": point_id, "vector": self.embed(text), "payload": payload}]}
+        body = {"points": [{"id": point_id, "vector": self._embedder.embed(text), "payload": payload}]}
         self._qdrant("PUT", f"{self._collection}/points?wait=true", body)
-
-    def embed(self, text: str) -> list[float]:
-        """Embed a text with the configured model at `effective_size`. Raises VectorsUnavailable."""
-        model, size = self._settings["EMBEDDING_MODEL"], self.effective_size
-        body: dict[str, Any] = {"model": model, "input": text, "encoding_format": "float"}
-        if model.startswith("text-embedding-3-"):
-            body["dimensions"] = size
-        headers = {"Authorization": f"Bearer {self._settings['OPENAI_API_KEY']}"}
-        url = f"{self._settings['OPENAI_BASE_URL'].rstrip('/')}/embeddings"
-        vector: list[float] = _send("POST", url, body, headers)["data"][0]["embedding"]
-        if len(vector) != size:
-            raise VectorsUnavailable(f"{model} returned {len(vector)}d, not {size}d")
-        return vector
 
     def _qdrant(self, method: str, url: str, body: object = None) -> Any:
         key = self._settings["QDRANT_API_KEY"]
-        return _send(method, url, body, {"api-key": key} if key else {})["result"]
-
-
-def _send(method: str, url: str, body: object, headers: dict[str, str]) -> Any:
-    try:
-        answer = requests.request(method, url, json=body, headers=headers, timeout=TIMEOUT_SECONDS)
-    except requests.RequestException as error:
-        raise VectorsUnavailable(f"{method} {url}: {type(error).__name__}") from error
-    if not answer.ok:
-        raise VectorsUnavailable(f"{method} {url}: {answer.status_code} {answer.text[:300]}")
-    return answer.json()
+        return send(method, url, body, {"api-key": key} if key else {})["result"]
 
 
 RELATIONS_SHOWN = 5

@@ -102,6 +102,8 @@ MAX_INPUTS = 2048
 MAX_TOKENS_PER_INPUT = 8192
 MAX_TOKENS_PER_REQUEST = 300_000
 FIXED_SIZE_MODELS = ("text-embedding-ada-002",)
+# OpenAI's models, and examples of those of compatible servers.
+MODELS = frozenset(model for model in NATIVE_SIZES if not model.startswith("voyage-"))
 WRONG_KEY = "sk-wrong"
 
 
@@ -140,6 +142,11 @@ def token_counts(texts: Sequence[str]) -> list[int]:
     return [len(_encoding().encode_ordinary(text)) for text in texts]
 
 
+def cut_text(text: str, limit: int) -> str:
+    """Cut a text to at most `limit` tokens."""
+    return _encoding().decode(_encoding().encode_ordinary(text)[:limit], errors="ignore")
+
+
 def check_key(authorization: str) -> None:
     """Raise ApiError (401) for a missing or wrong key. Only keys that begin with `sk-wrong` are wrong."""
     scheme, _, key = authorization.partition(" ")
@@ -173,7 +180,7 @@ def checked_request(body: object) -> EmbeddingRequest:
     if not isinstance(body, dict):
         raise ApiError(400, "We could not parse the JSON body of your request.", "invalid_request_error")
     model = body.get("model")
-    if not isinstance(model, str) or model not in NATIVE_SIZES:
+    if not isinstance(model, str) or model not in MODELS:
         message = f"The model `{model}` does not exist or you do not have access to it."
         raise ApiError(404, message, "invalid_request_error", code="model_not_found")
     texts = _checked_texts(body.get("input"))

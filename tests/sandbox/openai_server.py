@@ -1,4 +1,4 @@
-"""An OpenAI-compatible embeddings endpoint: its faults for tests, its application, and its process."""
+"""The embeddings endpoints of OpenAI, Voyage and Ollama: their faults for tests, the application, and its process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tests.sandbox import openai_requests as checks
-from tests.sandbox.openai_requests import ApiError, EmbeddingRequest, Limits, estimated_tokens
+from tests.sandbox.openai_requests import ApiError, EmbeddingRequest, LimitReached, Limits, estimated_tokens
 from tests.sandbox.process import PROJECT_ROOT, ServerProcess, free_port
+from tests.sandbox.provider_requests import DIALECTS, OLLAMA_LENGTH, Dialect
 from tests.sandbox.vectors import FloatArray, vectors_for
 
 if TYPE_CHECKING:
@@ -151,18 +153,23 @@ class Counts:
         self.tokens = 0
         self.statuses: Counter[int] = Counter()
         self.in_flight = self.peak_in_flight = self.largest_batch = 0
+        self.models: Counter[str] = Counter()
         self._paid: Counter[bytes] = Counter()
 
     def charge(self, wanted: EmbeddingRequest, tokens: int) -> None:
         """Count a request as paid, whether or not its answer arrives."""
         self.tokens += tokens
+        self.models[wanted.model] += len(wanted.texts)
         self.largest_batch = max(self.largest_batch, len(wanted.texts))
         for text in wanted.texts:
             paid = f"{wanted.model}\0{wanted.size}\0{text}".encode("utf-8", "surrogatepass")
             self._paid[hashlib.blake2b(paid, digest_size=8).digest()] += 1
 
     def report(self) -> dict[str, object]:
-        """Report the counts. `paid_twice` of the charged `texts` were charged before for the same model and size."""
+        """Report the counts. `paid_twice` of the charged `texts` were charged before for the same model and size.
+
+        `models` are the charged texts by model.
+        """
         texts = sum(self._paid.values())
         return {
             "requests": self.requests,
@@ -170,6 +177,7 @@ class Counts:
             "distinct_texts": len(self._paid),
             "paid_twice": texts - len(self._paid),
             "tokens": self.tokens,
+            "models": dict(self.models),
             "statuses": {str(status): times for status, times in self.statuses.items()},
             "peak_in_flight": self.peak_in_flight,
             "largest_batch": self.largest_batch,
@@ -190,7 +198,7 @@ class EmbeddingsApp:
         """Build the application."""
         return Starlette(
             routes=[
-                Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+                *(Route(path, partial(self.embeddings, one), methods=["POST"]) for path, one in DIALECTS.items()),
                 Route("/_sandbox/stats", self.stats),
                 Route("/_sandbox/reset", self.reset, methods=["POST"]),
                 Route("/_sandbox/faults", self.add_faults, methods=["POST"]),
@@ -198,47 +206,47 @@ class EmbeddingsApp:
             ]
         )
 
-    async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings."""
+    async def embeddings(self, dialect: Dialect, request: Request) -> Response:
+        """POST to the endpoint of one provider."""
         counts = self._counts
         counts.requests += 1
         counts.in_flight += 1
         counts.peak_in_flight = max(counts.peak_in_flight, counts.in_flight)
         try:
-            answer = await self._answer(request)
+            answer = await self._answer(dialect, request)
         except ApiError as error:
-            answer = _json(error.body, error.status, error.headers)
+            answer = _json(dialect.error_body(error), error.status, error.headers)
         finally:
             counts.in_flight -= 1
         counts.statuses[answer.status_code] += 1
         answer.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
         return answer
 
-    async def _answer(self, request: Request) -> Response:
-        checks.check_key(request.headers.get("authorization", ""))
+    async def _answer(self, dialect: Dialect, request: Request) -> Response:
+        dialect.check_key(request.headers.get("authorization", ""))
         body = _parsed(await request.body())
-        given = body.get("input", "") if isinstance(body, dict) else ""
+        given = body.get("input", body.get("prompt", "")) if isinstance(body, dict) else ""
         texts = [text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str)]
         faults, cleared = [fault for fault in self._faults if fault.applies(texts)], self._cleared
         refusal = self._limits.take(estimated_tokens(texts))
-        headers = {} if any(fault.no_headers for fault in faults) else self._limits.headers()
+        silent = not dialect.announced or any(fault.no_headers for fault in faults)
+        headers = {} if silent else self._limits.headers()
         try:
             for fault in faults:
                 if error := fault.error():
                     raise error
-            wanted = checks.checked_request(body)
-            if refusal is not None:
-                raise checks.rate_limit_error(refusal, wanted.model)
-            tokens = checks.token_counts(texts)
-            checks.check_tokens(tokens)
+            wanted = dialect.checked(body)
+            if refusal is not None and dialect.paced:
+                raise _rate_limit_error(refusal, wanted.model, announced=dialect.announced)
+            wanted, tokens = dialect.fitted(wanted, checks.token_counts(texts))
         except ApiError as error:
             await _hang(faults, cleared)
             error.headers = {**headers, **error.headers}
             raise
-        self._counts.charge(wanted, sum(tokens))
+        self._counts.charge(wanted, tokens)
         await asyncio.sleep(self._latency)
         await _hang(faults, cleared)
-        return _success(wanted, sum(tokens), faults, headers)
+        return _success(wanted, tokens, faults, headers, native=dialect.native)
 
     async def stats(self, _: Request) -> Response:
         """GET /_sandbox/stats: see Counts.report."""
@@ -274,10 +282,21 @@ async def _hang(faults: list[Fault], cleared: asyncio.Event) -> None:
             await asyncio.wait_for(cleared.wait(), seconds)
 
 
-def _success(wanted: EmbeddingRequest, tokens: int, faults: list[Fault], headers: dict[str, str]) -> Response:
+def _rate_limit_error(refusal: LimitReached, model: str, *, announced: bool) -> ApiError:
+    error = checks.rate_limit_error(refusal, model)
+    if not announced:
+        error.headers = {}
+    return error
+
+
+def _success(
+    wanted: EmbeddingRequest, tokens: int, faults: list[Fault], headers: dict[str, str], *, native: bool
+) -> Response:
     vectors = vectors_for(wanted.model, wanted.texts, wanted.size)
     for fault in faults:
         vectors = fault.change_vectors(vectors, wanted.texts)
+    if native:
+        return _json({"embedding": (vectors[0] * OLLAMA_LENGTH).tolist()})
     in_base64 = wanted.base64 and not any(fault.no_base64 for fault in faults)
     rows: list[dict[str, object]] = [
         {"object": "embedding", "index": at, "embedding": _encoded(vector, in_base64=in_base64)}
@@ -309,7 +328,7 @@ def _json(body: object, status: int = 200, headers: dict[str, str] | None = None
 
 
 class OpenAIServer(ServerProcess):
-    """The endpoint as a child process.
+    """The endpoints as a child process: `base_url` of OpenAI, `voyage_url`, and `ollama_url` without its /v1.
 
     Args:
         port: a free one if None.
@@ -326,7 +345,9 @@ class OpenAIServer(ServerProcess):
         log: Path | None = None,
     ) -> None:
         self.port = port or free_port()
-        self.base_url = f"http://{HOST}:{self.port}/v1"  # for OPENAI_BASE_URL
+        root = f"http://{HOST}:{self.port}"
+        self.base_url = f"{root}/v1"  # for OPENAI_BASE_URL
+        self.voyage_url, self.ollama_url = f"{root}/voyage/v1", f"{root}/ollama"
         argv = [sys.executable, "-m", "tests.sandbox.openai_server", "--port", str(self.port)]
         argv += ["--latency", str(latency_seconds)]
         argv += ["--tokens-per-minute", str(tokens_per_minute or 0)]

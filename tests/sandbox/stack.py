@@ -97,6 +97,9 @@ class Stack:
             "OPENAI_API_KEY": KEY,
             "AUTOMEM_API_URL": self.automem.url if self.automem else f"http://{_HOST}:1",
             "AUTOMEM_API_TOKEN": TOKEN,
+            "EMBEDDING_PROVIDER": "openai",
+            "VOYAGE_BASE_URL": self.openai.voyage_url,
+            "OLLAMA_TIMEOUT": "30",
             "VECTOR_SIZE": str(size),
             "EMBEDDING_MODEL": model,
         }
@@ -109,10 +112,11 @@ class Stack:
         embed = endpoint_embedder(self.openai.base_url, KEY, model, size)
         return graph.nodes, load_points(self.qdrant.url, "", COLLECTION, size, embed, memories)
 
-    def start_automem(self, size: int, model: str) -> AutoMemServer:
-        """Start or restart the service with these settings. Raises ServerStartError if it refuses."""
+    def start_automem(self, size: int, model: str, **more: str) -> AutoMemServer:
+        """Start or restart the service with these and `more` settings. Raises ServerStartError if it refuses."""
         self.stop_automem()
-        service = AutoMemServer(self._automem_port, self.settings(size, model), self.folder / "automem.log")
+        settings = {**self.settings(size, model), **more}
+        service = AutoMemServer(self._automem_port, settings, self.folder / "automem.log")
         self._automem_port = service.port
         service.start()
         self.automem = service

@@ -49,8 +49,10 @@ class Tour:
         """Print a command, run it as the operator would, and return its output."""
         self.show(f"\n$ {' '.join('python' if word == sys.executable else word for word in words)}")
         environ = {**os.environ, **self.stack.settings(self.size, self.model)}
-        environ |= {"AUTOMEM_BACKUP_DIR": str(self.backups)}
-        environ.pop("AUTOMEM_ENV_FILE", None)
+        # The sandbox's AutoMem has its own file: the operator's AutoMem may use another provider.
+        automem_env = self.stack.folder / "automem.env"
+        automem_env.write_text("EMBEDDING_PROVIDER=openai\n", encoding="utf-8")
+        environ |= {"AUTOMEM_BACKUP_DIR": str(self.backups), "AUTOMEM_ENV_FILE": str(automem_env)}
         done = subprocess.run(words, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, check=False)
         self.show((done.stderr + done.stdout).rstrip())
         if done.returncode != expect:

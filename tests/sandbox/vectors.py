@@ -20,11 +20,15 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
-# The full size of each model. The last three are examples of models of OpenAI-compatible servers.
+# The full size of each model. The last three are models of Ollama and of other OpenAI-compatible servers.
 NATIVE_SIZES = {
     "text-embedding-3-small": 1536,
     "text-embedding-3-large": 3072,
     "text-embedding-ada-002": 1536,
+    "voyage-4-large": 2048,
+    "voyage-4": 2048,
+    "voyage-4-lite": 2048,
+    "voyage-3.5": 2048,
     "nomic-embed-text": 768,
     "mxbai-embed-large": 1024,
     "all-minilm": 384,
@@ -52,7 +56,8 @@ def vectors_for(model: str, texts: Sequence[str], size: int | None = None) -> Fl
     """Embed texts: (n, size) float32, rows of length 1. Raises KeyError for an unknown model.
 
     For a `size` below the model's own, the full vector is cut and scaled to length 1 again, as by the
-    text-embedding-3 models (https://platform.openai.com/docs/guides/embeddings).
+    text-embedding-3 models (https://platform.openai.com/docs/guides/embeddings) and Voyage's. Unlike the real ones,
+    the voyage-4 models do not share one space.
     """
     full = np.stack([_direction_of(model, text) for text in texts])
     cut = full[:, : size or NATIVE_SIZES[model]]

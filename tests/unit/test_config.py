@@ -7,11 +7,22 @@ import os
 import pytest
 
 from lib.config import DEFAULTS, load_config, require_openai_key
-from lib.dimensions import check_dimension, check_model, model_fault, native_size, takes_dimensions
+from lib.dimensions import (
+    LOCAL,
+    LOCAL_MODELS,
+    OLLAMA,
+    VOYAGE,
+    can_be_cut,
+    check_dimension,
+    check_model,
+    model_fault,
+    native_size,
+    takes_dimensions,
+)
 from lib.errors import USAGE, ConfigError, DimensionMismatch, UsageProblem
 
 SECRET = "s3cr3t-that-nobody-sees"
-SECRETS = ("FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN")
+SECRETS = ("FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN")
 
 
 @pytest.fixture
@@ -240,6 +251,10 @@ def test_all_faults_in_one_go(places, load):
         ("QDRANT_COLLECTION", "a/b"),
         ("FALKORDB_GRAPH", "../g"),
         ("AUTOMEM_BACKUP_DIR", "~nobody-has-this-name/x"),
+        ("AUTOMEM_MODELS_DIR", "~nobody-has-this-name/x"),
+        ("OLLAMA_TIMEOUT", "0"),
+        ("OLLAMA_TIMEOUT", "soon"),
+        ("VOYAGE_MODEL", "voyage\x01"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_fault_of_that_name(load, name, value):
@@ -339,7 +354,14 @@ def test_no_fault_shows_credentials(load, name, value):
     assert "****@" in fault
 
 
-URLS = ("QDRANT_URL", "QDRANT_NODE_URLS", "AUTOMEM_API_URL", "OPENAI_BASE_URL")
+URLS = (
+    "QDRANT_URL",
+    "QDRANT_NODE_URLS",
+    "AUTOMEM_API_URL",
+    "OPENAI_BASE_URL",
+    "VOYAGE_BASE_URL",
+    "OLLAMA_BASE_URL",
+)
 
 
 @pytest.mark.parametrize("name", URLS)
@@ -377,7 +399,7 @@ def test_an_empty_query_is_none(load):
     assert load(QDRANT_URL="http://host:1/?").qdrant_url == "http://host:1"
 
 
-@pytest.mark.parametrize("name", ["QDRANT_API_KEY", "OPENAI_API_KEY", "AUTOMEM_API_TOKEN"])
+@pytest.mark.parametrize("name", ["QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"])
 @pytest.mark.parametrize("value", [f"{SECRET}\n", f" {SECRET}", f"{SECRET}\u2603", f"{SECRET}\x01x"])
 def test_a_secret_that_no_header_can_carry(load, name, value):
     (fault,) = faults_of(load, **{name: value})
@@ -438,6 +460,8 @@ def test_a_missing_openai_key_is_reported_with_the_command_that_sets_it(load):
         ("text-embedding-ada-002", 768, False),
         ("text-embedding-ada-002", 3072, False),
         ("a-model-nobody-knows", 12, True),
+        ("nomic-embed-text", 768, True),
+        ("nomic-embed-text", 512, False),
     ],
 )
 def test_model_against_dimension(model, size, possible):
@@ -462,6 +486,42 @@ def test_the_remedy_for_a_wrong_model_works():
     with pytest.raises(UsageProblem) as caught:
         check_model("text-embedding-3-large", 4096)
     assert "EMBEDDING_MODEL=text" not in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "voyage-4-large",
+        "voyage-4",
+        "voyage-4-lite",
+        "voyage-3-large",
+        "voyage-3.5",
+        "voyage-3.5-lite",
+        "voyage-code-3",
+        "voyage/voyage-4",
+    ],
+)
+def test_voyage_makes_four_sizes_and_names_the_nearest(model):
+    assert [size for size in range(1, 4097) if model_fault(model, size, VOYAGE) is None] == [256, 512, 1024, 2048]
+    assert can_be_cut(model)
+    assert not takes_dimensions(model)
+    for size, nearest in ((768, 512), (3072, 2048), (100, 256), (1536, 1024)):
+        with pytest.raises(UsageProblem, match=f"VOYAGE_MODEL {model} makes 256d, 512d, 1024d, 2048d") as caught:
+            check_model(model, size, VOYAGE)
+        assert caught.value.next_step == f"export VECTOR_SIZE={nearest}"
+
+
+def test_models_of_one_size_name_it():
+    with pytest.raises(UsageProblem, match="OLLAMA_MODEL nomic-embed-text makes 768d vectors only") as caught:
+        check_model("nomic-embed-text", 1024, OLLAMA)
+    assert caught.value.next_step == "export VECTOR_SIZE=768"
+    with pytest.raises(UsageProblem, match=r"local model BAAI/bge-base-en-v1\.5 makes 768d vectors only") as caught:
+        check_model(LOCAL_MODELS[768], 1000, LOCAL)
+    assert caught.value.next_step == "export VECTOR_SIZE=1024"
+    for size, model in LOCAL_MODELS.items():
+        check_model(model, size, LOCAL)
+        assert native_size(model) == size
+        assert not can_be_cut(model)
 
 
 def test_only_the_third_family_takes_dimensions():
@@ -507,6 +567,10 @@ def test_a_key_that_goes_to_the_address_in_another_users_file_is_reported(places
         (
             {"OPENAI_BASE_URL": "http://me:word@gateway.example.com/v1", "OPENAI_API_KEY": "key"},
             "OPENAI_API_KEY",
+        ),
+        (
+            {"VOYAGE_BASE_URL": "http://me:word@proxy.example.com/v1", "VOYAGE_API_KEY": "key"},
+            "VOYAGE_API_KEY",
         ),
         (
             {"AUTOMEM_API_URL": "http://automem.example.com", "AUTOMEM_API_TOKEN": "token"},

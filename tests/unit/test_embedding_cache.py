@@ -14,7 +14,7 @@ import pytest
 
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, SavedPoint
 from lib.clients.embeddings.cache_file import CacheDamaged
-from lib.dimensions import EmbeddingSpec
+from lib.dimensions import VOYAGE, EmbeddingSpec
 from tests.cache_support import stored_count
 
 SPEC = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
@@ -190,6 +190,14 @@ def test_nothing_is_derived_upwards_across_models_endpoints_or_for_models_that_c
     assert cache.derive(replace(local, size=4), ["a"]) == []
 
 
+def test_a_size_of_voyage_is_cut_from_a_larger_one(cache):
+    large = EmbeddingSpec("https://api.voyageai.com/v1", "voyage-4", 8, VOYAGE)
+    cache.put_vectors([(cache.text_key(large, "a"), blob(1))])
+    smaller = replace(large, size=4)
+    assert [key for key, _ in cache.derive(smaller, ["a"])] == [cache.text_key(smaller, "a")]
+    assert cache.derive(replace(smaller, model="voyage-4-lite"), ["a"]) == []
+
+
 def test_derive_missing_fills_the_plan(cache):
     smaller = replace(SPEC, size=4)
     texts = {n: f"text {n}" for n in range(1100)}
@@ -310,7 +318,7 @@ def test_the_memory_stays_flat_while_much_is_read(path):
 _WRITER = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
-from lib.dimensions import EmbeddingSpec
+from lib.dimensions import VOYAGE, EmbeddingSpec
 from lib.clients.embeddings.cache import EmbeddingCache
 spec = EmbeddingSpec("http://127.0.0.1:9/v1", "text-embedding-3-large", 8)
 cache = EmbeddingCache(Path({path!r}))

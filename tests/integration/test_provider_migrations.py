@@ -1,0 +1,117 @@
+"""Whole migrations between providers, up and down, with the AutoMem stand-in on the same settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import pytest
+import requests
+
+from lib.dimensions import LOCAL_MODELS
+from tests.operator_support import OLD_SIZE, SMALL
+from tests.reembed_support import embeddable, points_of
+from tests.sandbox.local_model import write_local_model
+
+pytestmark = pytest.mark.qdrant
+PROVIDER_CHECK = "AutoMem's model"
+
+
+def voyage(operator, _folder) -> dict[str, object]:
+    return {"VOYAGE_API_KEY": "pa-sandbox", "VOYAGE_BASE_URL": operator.servers.openai.voyage_url, "VECTOR_SIZE": 256}
+
+
+def ollama(operator, _folder) -> dict[str, object]:
+    url = operator.servers.openai.ollama_url
+    return {"EMBEDDING_PROVIDER": "ollama", "OLLAMA_BASE_URL": url, "VECTOR_SIZE": 768}
+
+
+def local(operator, folder) -> dict[str, object]:
+    texts = [properties["content"] for properties in embeddable(operator).values()]
+    write_local_model(folder / "models", LOCAL_MODELS[384], texts)
+    return {"EMBEDDING_PROVIDER": "local", "AUTOMEM_MODELS_DIR": folder / "models", "VECTOR_SIZE": 384}
+
+
+LOCAL = pytest.param(
+    local,
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("fastembed") is None, reason="pip install -r requirements-local.txt"
+    ),
+)
+
+
+def verified(operator) -> dict[str, str]:
+    """Restart AutoMem with the operator's settings, store a memory, verify. Returns the statuses by name."""
+    with operator.restarted():
+        body = {"content": f"embedded by AutoMem itself, with {operator.exports}"}
+        requests.post(f"{operator.environ['AUTOMEM_API_URL']}/memory", json=body, timeout=20).raise_for_status()
+        deadline = time.monotonic() + 20
+        while len(points_of(operator)) < len(embeddable(operator)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        checks = operator.run("verify_migration", "--after-restart", "--json").json["checks"]
+    return {one["name"]: (one["status"], one["detail"]) for one in checks}
+
+
+@pytest.mark.parametrize("provider", [voyage, ollama, LOCAL])
+def test_from_openai_to_another_provider_and_back(operator, tmp_path, provider):
+    old_size = 768 if provider is ollama else OLD_SIZE  # with Ollama no check of dimensions shows the change
+    operator.load(40, size=old_size)
+    operator.export(VECTOR_SIZE=old_size)
+    operator.run("backup_automem")
+    settings = provider(operator, tmp_path)
+    operator.export(**settings)
+    planned = operator.run("reembed_embeddings", "--dry-run").err
+    operator.run("reembed_embeddings")
+    status, detail = verified(operator)[PROVIDER_CHECK]
+    assert status == "passed", detail
+    assert provider.__name__ in detail
+    assert f"{settings['VECTOR_SIZE']}d" in planned
+    assert "; EMBEDDING_PROVIDER=openai chooses OpenAI" in planned
+
+    operator.run("backup_automem")
+    component = operator.run("backup_automem", "--list", "--json").json["sets"][0]["collection"]
+    assert component["provider"] == provider.__name__
+    operator.exports.clear()
+    operator.export(EMBEDDING_PROVIDER="openai", VECTOR_SIZE=old_size, EMBEDDING_MODEL=SMALL)
+    operator.run("reembed_embeddings")
+    status, detail = verified(operator)[PROVIDER_CHECK]
+    assert status == "passed", detail
+    assert f"{SMALL} of openai" in detail
+
+
+@pytest.mark.matrix
+def test_a_smaller_size_of_voyage_costs_nothing(operator):
+    operator.load(40)
+    operator.run("backup_automem")
+    operator.export(**voyage(operator, None))
+    operator.export(VECTOR_SIZE=2048)
+    operator.run("reembed_embeddings")
+    operator.run("backup_automem")
+    operator.export(VECTOR_SIZE=512)
+    assert "0 texts, 0 tokens" in operator.run("reembed_embeddings").err
+    operator.run("verify_migration")
+
+
+def test_a_service_on_another_provider_is_reported(operator):
+    operator.load(40)
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.export(**voyage(operator, None), EMBEDDING_PROVIDER="openai", EMBEDDING_MODEL=SMALL)
+    operator.run("reembed_embeddings")
+    with operator.restarted():
+        operator.export(EMBEDDING_PROVIDER="openai")
+        before = operator.run("verify_migration", "--json").json["checks"]
+    assert next(one for one in before if one["name"] == PROVIDER_CHECK)["status"] == "not checked"
+    operator.export(EMBEDDING_PROVIDER="voyage")
+    with operator.restarted():
+        body = {"content": "embedded by Voyage, searched by OpenAI"}
+        requests.post(f"{operator.environ['AUTOMEM_API_URL']}/memory", json=body, timeout=20).raise_for_status()
+        time.sleep(2)
+        operator.export(EMBEDDING_PROVIDER="openai")
+        paid = operator.servers.openai.stats()["texts"]
+        checks = operator.run("verify_migration", "--after-restart", "--json", expect=4).json["checks"]
+        again = operator.run("verify_migration", "--after-restart", "--json", expect=4).json["checks"]
+    found = next(one for one in checks if one["name"] == PROVIDER_CHECK)
+    assert found["status"] == "FAILED"
+    assert f"not {SMALL} of openai" in found["detail"]
+    assert found == next(one for one in again if one["name"] == PROVIDER_CHECK)
+    assert operator.servers.openai.stats()["texts"] <= paid + 1 + 20  # one of ours, and the queries of AutoMem's recall
