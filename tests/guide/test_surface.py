@@ -15,6 +15,7 @@ import pytest
 from lib import cli, errors
 from lib.backup import manifest
 from lib.config import DEFAULTS, PROJECT_ROOT
+from lib.console import remember_flags
 from tests.guide.documents import DOCUMENTS, EXAMPLE, FLAG, README, REFERENCE, ROOT, sections
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
@@ -74,6 +75,7 @@ def test_the_reference_has_every_flag_of_a_script_and_no_other(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_two_examples_that_the_parser_accepts(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py"])
+    remember_flags(None, None)  # those of a command that another test ran in this process
     parser = importlib.import_module(f"scripts.{script}").arguments()
     shown = parser.format_help()
     examples = re.search(r"\nexamples:\n((?:  .+\n)+)\nexit codes:\n", shown)

@@ -11,7 +11,9 @@ from urllib.parse import quote
 import paramiko
 import pytest
 
+from lib.backup.copy_store import OffsiteStore
 from lib.backup.manifest import read_manifest
+from lib.errors import StoreFailed
 from lib.files import lock_targets
 from tests.matrix import matrix
 from tests.offsite_support import BUCKET, PASSWORD, SECRET_KEY, USER, S3Server, SFTPServer
@@ -279,6 +281,29 @@ def test_a_cleanup_of_copies_leaves_other_stores_unfinished_uploads_and_foreign_
     refused = operator.run("backup_automem", "--cleanup", "--upload", str(tmp_path / "new machine" / "x"), expect=2)
     assert "that is no copy elsewhere" in refused.err
     operator.run("backup_automem", "--cleanup", "--upload", str(tmp_path / "misspelt"), expect=1)
+
+
+def test_a_cleanup_of_copies_that_stops_leaves_no_set_with_a_missing_file(operator, tmp_path, monkeypatch):
+    copies, deleted, delete = tmp_path / "copies", [], OffsiteStore.delete
+    operator.load(20)
+    for _ in range(2):
+        operator.run("backup_automem", "--only", "falkordb", "--upload", str(copies))
+    older, newer = operator.manifests()
+
+    def failing(self, name):
+        if deleted:
+            raise StoreFailed("the connection was lost")
+        deleted.append(name)
+        delete(self, name)
+
+    monkeypatch.setattr(OffsiteStore, "delete", failing)
+    words = ("backup_automem", "--cleanup", "--upload", str(copies), "--keep", "1")
+    assert "the connection was lost" in operator.run(*words, expect=1).err
+    assert deleted == [older.name]
+    listed = operator.run("backup_automem", "--list", f"file://{copies}", "--json").json["sets"]
+    assert [(one["stamp"], one["complete"]) for one in listed] == [(newer.stem[7:], True)]
+    operator.run("backup_automem", "--check", "all", "--upload", str(copies))  # it can be uploaded again
+    assert files_in(copies) == {**set_files(older), **set_files(newer)}
 
 
 @pytest.mark.matrix
