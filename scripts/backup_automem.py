@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group(cli.SAFE).add_argument
     add("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
     add("--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)")
-    add("--upload", metavar="URL", help="also copy the set there; with --check: existing ones; else: for copies")
+    add("--upload", metavar="URL", help="also copy the set (--check: existing sets) there; --cleanup, --pin: act there")
     add("--metrics", metavar="PATH", help="write metrics of the backup for Prometheus, also if it fails")
     add("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
     add("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
