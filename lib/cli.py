@@ -8,10 +8,12 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -25,6 +27,8 @@ exit codes:
   3 done, but something listed remains   4 verification failed   5 another run holds the lock
   6 the provider refused, progress kept   130 interrupted, run the same command again"""
 
+# Titles of groups of flags.
+SAFE, DESTRUCTIVE = "flags that change no data", "flags that change or delete data"
 _INSTALL = "make venv && source .venv/bin/activate   or   pip install -r requirements.txt"
 
 
@@ -35,13 +39,15 @@ _CLEANING_UP = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, a
 class Parser(argparse.ArgumentParser):
     """Reports bad usage like other errors. Abbreviated flags are refused, because a later flag could break them."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, *examples: str) -> None:
         super().__init__(
             description=description,
-            epilog=EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        commands = [pasteable(f"  python scripts/{self.prog} {words}\n") for words in examples]
+        self.epilog = "".join(["examples:\n", *commands, "\n", EXIT_CODES])
+        self.add_argument("--version", action="version", version=f"automem-migration {_version()}")
         self._as_json = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -78,13 +84,33 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report bad usage, and exit with code 2."""
         message = without_logins(message)  # it repeats the arguments, which may hold a URL with a login
-        _report(UsageProblem(message, next_step=f"python scripts/{self.prog} --help"), as_json=self._as_json)
+        step = f"{self._similar_flags(message)}python scripts/{self.prog} --help"
+        _report(UsageProblem(message, next_step=step), as_json=self._as_json)
         raise SystemExit(USAGE)
 
+    def _similar_flags(self, message: str) -> str:
+        """Return a line for each unknown flag in the message that resembles a flag."""
+        import difflib
 
-def parser(description: str) -> Parser:
-    """Make a parser with the flags that every command has."""
-    made = Parser(description)
+        lines = ""
+        for word in re.findall(r"(?<!\S)--[\w-]+", message) if message.startswith("unrecognized") else []:
+            for flag in difflib.get_close_matches(word, self._option_string_actions, 1):
+                lines += f"did you mean {flag}?\n"
+        return lines
+
+
+def _version() -> str:
+    """Return the version of this checkout. It is not an installed package, and Python 3.10 cannot read TOML."""
+    with contextlib.suppress(OSError):  # a copy of scripts/ and lib/ alone works too
+        text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        if found := re.search(r'^version = "(.+)"$', text, re.MULTILINE):
+            return found[1]
+    return "unknown"
+
+
+def parser(description: str, *examples: str) -> Parser:
+    """Make a parser with the flags that every command has. --help shows the `examples` of its arguments."""
+    made = Parser(description, *examples)
     common = made.add_argument_group("common")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
@@ -121,24 +147,24 @@ def dollars(text: str) -> float:
     return value
 
 
-def _values(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, object]:
+def given(args: argparse.Namespace, flags: Iterable[str]) -> dict[str, Any]:
     """Return those of these flags that are given, with their values."""
     values = {flag: getattr(args, flag.lstrip("-").replace("-", "_")) for flag in flags}
-    return {flag: value for flag, value in values.items() if value not in (None, False)}
+    return {flag: value for flag, value in values.items() if value is not None and value is not False}
 
 
 def require_with(args: argparse.Namespace, flag: str, other: str) -> None:
     """Raise UsageProblem if `flag` is given without `other`."""
-    given = _values(args, [flag, other])
-    if list(given) == [flag]:
-        raise UsageProblem(f"{flag} requires {other}", next_step=f"{other} {flag} {given[flag]}")
+    found = given(args, [flag, other])
+    if list(found) == [flag]:
+        raise UsageProblem(f"{flag} requires {other}", next_step=f"{other} {flag} {found[flag]}")
 
 
 def refuse_together(args: argparse.Namespace, *flags: str) -> None:
     """Raise UsageProblem if more than one of these flags is given."""
-    given = list(_values(args, flags))
-    if len(given) > 1:
-        raise UsageProblem(f"{' and '.join(given)} do not go together", next_step=f"give one of {', '.join(given)}")
+    found = list(given(args, flags))
+    if len(found) > 1:
+        raise UsageProblem(f"{' and '.join(found)} do not go together", next_step=f"give one of {', '.join(found)}")
 
 
 def _handle_signals() -> None:

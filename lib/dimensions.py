@@ -112,6 +112,14 @@ def native_size(model: str) -> int | None:
     return known.native if known else None
 
 
+def similar_model(model: str) -> str:
+    """Return ` (did you mean ...?)` if an unknown model's name resembles a known one's, else an empty text."""
+    import difflib
+
+    near = difflib.get_close_matches(model.rpartition("/")[2], _MODELS, 1, 0.9)
+    return f" (did you mean {near[0]}?)" if near and native_size(model) is None else ""
+
+
 def takes_dimensions(model: str) -> bool:
     """Whether OpenAI's API accepts `dimensions` for this model."""
     return bare_model(model).startswith("text-embedding-3-")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,23 +18,30 @@ if TYPE_CHECKING:
     from lib.config import Config
     from lib.console import Console
 
-KEEP = 5
+ACTIONS = ("--check", "--list", "--cleanup", "--pin", "--unpin")
+RULES = ("--keep", "--keep-daily", "--keep-weekly", "--keep-monthly")
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__ or "")
-    parser.add_argument("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
-    parser.add_argument("--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
-    instead.add_argument("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
-    instead.add_argument("--cleanup", action="store_true", help="delete old sets, see --keep")
-    parser.add_argument(
-        "--keep", type=int, metavar="N", help=f"with --cleanup: sets of each kind to keep (default {KEEP})"
+    parser = cli.parser(
+        __doc__ or "", "--upload s3://bucket/folder", "--cleanup --keep-daily 7 --keep-weekly 4 --dry-run"
     )
-    parser.add_argument("--upload", metavar="URL", help="also copy the set there; with --check: existing sets")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, change nothing")
+    add = parser.add_argument_group(cli.SAFE).add_argument
+    add("--only", choices=["falkordb", "qdrant"], help="back up one store alone")
+    add("--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)")
+    add("--upload", metavar="URL", help="also copy the set (--check: existing sets) there; --cleanup, --pin: act there")
+    add("--metrics", metavar="PATH", help="write metrics of the backup for Prometheus, also if it fails")
+    add("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
+    add("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
+    add("--pin", metavar="STAMP", help="no cleanup deletes this set")
+    add("--dry-run", action="store_true", help="show what would be done, change nothing")
+    add = parser.add_argument_group(cli.DESTRUCTIVE).add_argument
+    add("--cleanup", action="store_true", help="delete the sets that no --keep rule keeps (default: --keep 5)")
+    add("--keep", type=int, metavar="N", help="with --cleanup: keep the newest N sets of each kind")
+    for flag, period in (("--keep-daily", "days"), ("--keep-weekly", "weeks"), ("--keep-monthly", "months")):
+        add(flag, type=int, metavar="N", help=f"... and the newest set of each of the last N {period} that have one")
+    add("--unpin", metavar="STAMP", help="a cleanup may delete this set again")
     return parser
 
 
@@ -47,6 +55,7 @@ def command(args: argparse.Namespace) -> int:
     """Open what is needed and run the one action."""
     from lib.backup import output
     from lib.backup.copies import catalog_at
+    from lib.backup.metrics import recorded
     from lib.config import config_of
     from lib.console import Console
     from lib.show_config import announce, show_config
@@ -55,19 +64,24 @@ def command(args: argparse.Namespace) -> int:
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    cli.require_with(args, "--keep", "--cleanup")
-    for flag in ("--only", "--no-verify"):
-        cli.refuse_together(args, flag, "--check", "--list", "--cleanup")
-    cli.refuse_together(args, "--upload", "--list", "--cleanup")
-    cli.refuse_together(args, "--check", "--dry-run")
+    for flag in RULES:
+        cli.require_with(args, flag, "--cleanup")
+    for flag in ("--only", "--no-verify", "--metrics"):
+        cli.refuse_together(args, flag, *ACTIONS)
+    cli.refuse_together(args, "--upload", "--list")
+    for flag in ("--check", "--pin", "--unpin", "--metrics"):
+        cli.refuse_together(args, flag, "--dry-run")
     announce(config, console)
     if args.list is not None:
         return output.show_sets(catalog_at(args.list, config.backup_dir, config.copies), console)
     if args.check:
         return check(config, console, args.check, args.upload)
-    if args.cleanup:
-        return cleanup(config, console, KEEP if args.keep is None else args.keep, dry_run=args.dry_run)
-    return backup(config, console, args)
+    if args.cleanup or args.pin or args.unpin:
+        return retain(config, console, args)
+    run = partial(backup, config, console, args)
+    if args.metrics:
+        return recorded(run, Path(args.metrics), config.backup_dir, config.deployment(), args.only, console.warn)
+    return run()
 
 
 def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
@@ -77,11 +91,12 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.backup import output
     from lib.backup.check import require_upload_url
     from lib.backup.collection import require_whole
+    from lib.backup.copies import upload_new
     from lib.backup.run import require_sources, run_backup
     from lib.errors import LockHeld
     from lib.files import private_dir
 
-    folder, shown = config.backup_dir, ""
+    folder, targets, shown = config.backup_dir, config.targets(), ""
     if args.upload:
         name = config.graph if args.only != "qdrant" else ""
         shown = require_upload_url(args.upload, folder, config.copies, graph=name, write=not args.dry_run)
@@ -95,24 +110,10 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     private_dir(folder)
     with connect.store_lock(config):
         with suppress(LockHeld), connect.run_lock(config):  # a run that has not touched a live store yet is left alone
-            clean_up_untouched(graph, collection, folder, config.targets())
-        manifest = run_backup(
-            graph,
-            collection,
-            folder,
-            config.targets(),
-            connect.engines(config) if graph else [],
-            console.progress,
-            verify=not args.no_verify,
-            notice=console.notice,
-        )
-    uploaded = None
-    if args.upload:
-        from lib.backup.copies import upload, upload_command
-
-        assert manifest.path is not None
-        console.say(f"backup set: {manifest.path}\nif its upload stops: {upload_command(manifest.path, shown)}")
-        uploaded = upload(args.upload, manifest, console.progress, config.copies)
+            clean_up_untouched(graph, collection, folder, targets)
+        engines, bar, verify = connect.engines(config) if graph else [], console.progress, not args.no_verify
+        manifest = run_backup(graph, collection, folder, targets, engines, bar, verify=verify, notice=console.notice)
+    uploaded = upload_new(args.upload, manifest, console.progress, config.copies, console.say)
     return output.show_backup(manifest, console, uploaded)
 
 
@@ -127,17 +128,19 @@ def check(config: Config, console: Console, word: str, url: str | None) -> int:
     return output.show_verifications(found, uploaded, console)
 
 
-def cleanup(config: Config, console: Console, keep: int, *, dry_run: bool) -> int:
-    """Delete the sets beyond the newest `keep` of each kind."""
+def retain(config: Config, console: Console, args: argparse.Namespace) -> int:
+    """Pin or unpin a set, or delete the sets that no rule keeps; here or at the place of copies."""
     from lib import connect
     from lib.backup import output
-    from lib.backup.catalog import delete_set, plan_cleanup
+    from lib.backup.retention import DEFAULT_RULES, change_pin, clean_up
 
+    folder, url, rules = config.backup_dir, args.upload or "", cli.given(args, RULES) or DEFAULT_RULES
     with connect.store_lock(config):
-        plan = plan_cleanup(config.backup_dir, keep, config.deployment(), config.targets())
-        for manifest in [] if dry_run else plan.delete:
-            delete_set(manifest)
-    return output.show_deleted(plan, console, dry_run=dry_run)
+        if not args.cleanup:
+            return output.show_pin(change_pin(url or str(folder), args.pin, args.unpin), console)
+        owner, targets = config.deployment(), config.targets()
+        plan = clean_up(folder, url, config.copies, rules, owner, targets, dry_run=args.dry_run)
+    return output.show_deleted(plan, console, dry_run=args.dry_run)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__ or "")
-    add = parser.add_argument
-    add("--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)")
-    add("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
+    parser = cli.parser(__doc__ or "", "--dry-run", "--max-cost 5 --no-switch")
+    add = parser.add_argument_group(cli.SAFE).add_argument
     add("--dry-run", action="store_true", help="plan, price, one real batch; nothing is changed")
-    add("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
     add("--limit", type=cli.positive, metavar="N", help="spot check: N memories in a temporary collection")
     add("--no-switch", action="store_true", help="stop when the staged collection is verified")
+    add("--max-cost", type=cli.dollars, metavar="USD", help="refuse to spend more than this")
+    add("--batch-size", type=cli.positive, default=100, metavar="N", help="texts a request (100)")
+    add("--workers", type=cli.positive, default=16, metavar="N", help="requests at once (16)")
+    add = parser.add_argument_group(cli.DESTRUCTIVE).add_argument
     add("--in-place", action="store_true", help="stage nothing: delete, create, fill")
     add("--only-missing", action="store_true", help="repair drift: add, update and remove points")
     add("--fresh", action="store_true", help="drop the vectors in the cache and pay for them again")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__ or "")
+    parser = cli.parser(__doc__ or "", "latest --dry-run", "backups/backup_20261126_220840.json")
     parser.add_argument(
         "files",
         metavar="FILE",
@@ -31,18 +31,19 @@ def arguments() -> argparse.ArgumentParser:
         help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, a URL, or"
         " AutoMem's own backup: falkordb_*.json.gz, qdrant_*.json.gz, their folder, the tar.gz of its GET /backup",
     )
-    parser.add_argument("--dry-run", action="store_true", help="verify the files and print the plan, touch nothing")
-    parser.add_argument("--no-safety-backup", action="store_true", help="do not back up what is replaced")
-    parser.add_argument("--force-version", action="store_true", help="try a snapshot of another Qdrant version")
-    parser.add_argument(
+    safe, destructive = map(parser.add_argument_group, (cli.SAFE, cli.DESTRUCTIVE))
+    safe.add_argument("--dry-run", action="store_true", help="verify the files and print the plan, touch nothing")
+    destructive.add_argument("--no-safety-backup", action="store_true", help="do not back up what is replaced")
+    destructive.add_argument("--force-version", action="store_true", help="try a snapshot of another Qdrant version")
+    destructive.add_argument(
         "--force-incomplete", action="store_true", help="restore what a cut backup of AutoMem's own still holds"
     )
-    parser.add_argument(
+    destructive.add_argument(
         "--abort",
         action="store_true",
         help="give up an unfinished restore: remove what it made, close its journal",
     )
-    parser.add_argument(
+    destructive.add_argument(
         "--while-running",
         action="store_true",
         help="replace the graph while AutoMem runs, if that is safe",
@@ -72,7 +73,7 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--abort", "--dry-run")
     if args.abort and args.files:
-        raise UsageProblem("--abort takes no FILE", next_step="python scripts/restore_from_backup.py --abort")
+        raise UsageProblem("--abort takes no FILE", next_step="--abort")
     if args.abort:
         with connect.target_lock(config):
             return abort(config, console, "restore")

@@ -24,15 +24,13 @@ Result = TypeVar("Result")
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__ or "")
-    parser.add_argument("--sample", type=cli.positive, default=10, metavar="N", help="memories to recall (10)")
-    parser.add_argument("--recall", metavar="TEXT", help="also show what recalling TEXT brings")
-    parser.add_argument(
-        "--after-restart",
-        action="store_true",
-        help="AutoMem was restarted: nothing may be pending any more",
-    )
-    parser.add_argument("--record", action="store_true", help="store a migration record through POST /memory")
+    parser = cli.parser(__doc__ or "", "--recall 'database decision'", "--after-restart --record")
+    add = parser.add_argument_group(cli.SAFE).add_argument
+    add("--sample", type=cli.positive, default=10, metavar="N", help="memories to recall (10)")
+    add("--recall", metavar="TEXT", help="also show what recalling TEXT brings")
+    add("--after-restart", action="store_true", help="AutoMem was restarted: nothing may be pending any more")
+    add = parser.add_argument_group(cli.DESTRUCTIVE).add_argument
+    add("--record", action="store_true", help="store a migration record through POST /memory")
     return parser
 
 

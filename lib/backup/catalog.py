@@ -1,9 +1,8 @@
-"""The backup sets of a folder: claim a time for a new one, find, clean up."""
+"""The backup sets of a folder: claim a time for a new one, find, delete."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import time
 from collections.abc import Collection, Iterable
@@ -12,10 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
-from lib.backup.manifest import COLLECTION_DIR, FULL, GRAPH_DIR, SAFETY, UNVERIFIED, Manifest, read_manifest
+from lib.backup.manifest import COLLECTION_DIR, FULL, GRAPH_DIR, SAFETY, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
 from lib.files import PARTIAL, lock_targets, readable_bytes, sync_dir
-from lib.journal import STAMP, STAMP_FORMAT, Journal, open_journals, read_journal
+from lib.journal import STAMP_FORMAT, Journal, open_journals, read_journal
 from lib.network import same_server
 
 _WAIT_SECONDS = 0.2
@@ -58,6 +57,7 @@ def remove_unfinished(folder: Path, journal: Journal) -> None:
 
 
 CACHE_DIR, REPORT_DIR = "embeddings", "reports"
+PIN = ".pinned"  # `backup_<stamp>.pinned`, an empty file next to the manifest: no cleanup deletes the set
 OUTGOING = "outgoing"  # encrypted files of sets that are not completely uploaded yet
 _NAMED = 3  # sets that an error lists
 
@@ -202,6 +202,11 @@ def broken_manifests(folder: Path, path: Path) -> list[Path]:
     return found
 
 
+def pinned_sets(names: Iterable[str]) -> frozenset[str]:
+    """The names of the manifests whose pin is among these names of files."""
+    return frozenset(f"{name.removesuffix(PIN)}.json" for name in names if name.endswith(PIN))
+
+
 def is_complete(manifest: Manifest) -> bool:
     """Whether every file of the set exists with its size."""
     files = [(manifest.file_of(component), component.file.size) for component in manifest.components]
@@ -217,92 +222,3 @@ def delete_set(manifest: Manifest) -> None:
         manifest.file_of(component).unlink(missing_ok=True)
     for folder in (manifest.path.parent / OUTGOING).glob(f"{manifest.stamp}_*"):
         shutil.rmtree(folder)
-
-
-PROTECTED_DAYS = 30
-_SET_FILE = re.compile(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b")
-
-
-@dataclass(frozen=True)
-class Cleanup:
-    """The sets to delete, newest first. `protected`: the names of others beyond `keep`, with the reason."""
-
-    delete: list[Manifest]
-    protected: dict[str, str]
-
-
-def plan_cleanup(folder: Path, keep: int, owner: Deployment, targets: list[str]) -> Cleanup:
-    """Choose the sets of this deployment that a cleanup deletes. Raises UsageProblem if `keep` is below 1."""
-    if keep < 1:
-        raise UsageProblem("--keep must be at least 1", next_step="--cleanup --keep 3")
-    own = [one for one in backup_sets(folder) if owner.owns(one)]
-    protected = _protected_sets(folder, own, targets)
-    beyond = _beyond_newest(own, keep)
-    return Cleanup(
-        [one for one in beyond if one.name not in protected],
-        {one.name: protected[one.name] for one in beyond if one.name in protected},
-    )
-
-
-def _beyond_newest(sets: list[Manifest], keep: int) -> list[Manifest]:
-    """The sets (newest first) beyond the newest `keep` of their kind, without the newest verified one of each kind.
-
-    A set with a missing file does not count towards `keep`. A set dated in the future does not count and stays.
-    """
-    stay: set[str] = set()
-    for kind in {one.kind for one in sets}:
-        same = [one for one in sets if one.kind == kind]
-        counted = [one.name for one in same if is_complete(one) and not one.is_from_future][:keep]
-        oldest = counted[-1] if len(counted) == keep else ""
-        stay |= {one.name for one in same if one.name >= oldest}
-        stay |= {one.name for one in [one for one in same if _is_verified(one)][:1]}
-    return [one for one in sets if one.name not in stay]
-
-
-def _is_verified(manifest: Manifest) -> bool:
-    return manifest.proof != UNVERIFIED and is_complete(manifest) and not manifest.is_from_future
-
-
-def _protected_sets(folder: Path, own: list[Manifest], targets: list[str]) -> dict[str, str]:
-    """The names of the sets that a run or an operator may still need, with the reason; `own` are newest first.
-
-    They are named by an open journal, by an undo or a report of the last 30 days, or by the newest finished
-    re-embedding of these targets if no newer verified set of the collection exists.
-    """
-    finished: set[str] = set()  # what the newest re-embedding names
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("journal_*.jsonl")):
-        journal = read_journal(path)
-        if journal is None:  # it may be of an unfinished run
-            found |= dict.fromkeys(_sets_in(path), f"{path.name}, which is damaged, names it")
-            continue
-        if journal.command == "reembed" and journal.targets == targets:
-            finished = _named(journal)
-        if journal.is_open:
-            found |= dict.fromkeys(_named(journal), f"the unfinished run {journal.run_id} needs it")
-        elif journal.age_hours <= PROTECTED_DAYS * 24:
-            why = f"the undo of {journal.command} run {journal.run_id} names it"
-            found = dict.fromkeys(_named(journal), why) | found
-    for path in (folder / REPORT_DIR).glob("*.json"):
-        if path.stat().st_mtime >= time.time() - PROTECTED_DAYS * 86400:
-            found = dict.fromkeys(_sets_in(path), f"{REPORT_DIR}/{path.name} names it") | found
-    newest = next((one.name for one in own if one.collection and _is_verified(one)), "")
-    if finished and newest <= max(finished):
-        why = "it undoes the newest re-embedding, and no newer verified set of the collection exists"
-        found = dict.fromkeys(finished, why) | found
-    return found
-
-
-def _named(journal: Journal) -> set[str]:
-    """The sets that a journal names: as its backup, in its undo, or as the files to restore."""
-    texts = (str(entry.get(name, "")) for entry in journal.entries for name in ("undo", "files"))
-    return manifests_named(journal).union(*map(_manifests_in, texts))
-
-
-def _sets_in(path: Path) -> set[str]:
-    return _manifests_in(readable_bytes(path).decode(errors="replace"))
-
-
-def _manifests_in(text: str) -> set[str]:
-    """The manifests of all files that a text names."""
-    return {f"backup_{stamp}.json" for stamp in _SET_FILE.findall(text)}

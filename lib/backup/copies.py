@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -14,7 +15,7 @@ from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
 from lib.backup.automem_file import listed_files
-from lib.backup.catalog import OUTGOING, is_complete, read_sets
+from lib.backup.catalog import OUTGOING, PIN, is_complete, pinned_sets, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
 from lib.concurrency import Progress, ProgressBar
@@ -61,11 +62,12 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
         require_fetchable(file.name)
         _require_whole(manifest.path.parent / file.name, file)
     try:
-        store = open_offsite(url, keys)
-        if keys.encrypt:
-            sent = _send_encrypted(store, manifest, files, bar)
-        else:
-            sent = _send_all(store, manifest.path.parent, files, bar)
+        with _copy_lock(manifest, address.shown):
+            store = open_offsite(url, keys)
+            if keys.encrypt:
+                sent = _send_encrypted(store, manifest, files, bar)
+            else:
+                sent = _send_all(store, manifest.path.parent, files, bar)
     except MigrationError as error:
         raise NotArrived(
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
@@ -80,6 +82,36 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
         address.scheme == FILE and Path(address.path).stat().st_dev == manifest.path.stat().st_dev,
         keys.encrypt,
     )
+
+
+def upload_new(
+    url: str | None, manifest: Manifest, bar: ProgressBar, keys: CopyKeys, say: Callable[[str], None]
+) -> Uploaded | None:
+    """Upload a new set if a URL is given, after `say` was given the command that resumes the upload."""
+    if url is None:
+        return None
+    assert manifest.path is not None
+    resume = upload_command(manifest.path, offsite_address(url).shown)
+    say(f"backup set: {manifest.path}\nif its upload stops: {resume}")
+    return upload(url, manifest, bar, keys)
+
+
+def _copy_lock(manifest: Manifest, shown: str) -> AbstractContextManager[None]:
+    """Return the lock of one copy: what is being uploaded is not deleted."""
+    return lock_targets([f"{manifest.name} at {shown}"])
+
+
+def delete_copy(store: OffsiteStore, manifest: Manifest) -> None:
+    """Delete a set at the place of copies, plain or encrypted, its manifest first. A set without one is none.
+
+    Raises LockHeld while this machine uploads the set, and AccessRefused.
+    """
+    with _copy_lock(manifest, store.shown):
+        existing = _sizes(store, manifest.files)
+        for name in (manifest.name, *(file.name for file in manifest.files), KEY_FILE.format(stamp=manifest.stamp)):
+            for one in (name, name + SUFFIX):
+                if one in existing:
+                    store.delete(one)
 
 
 def require_elsewhere(url: str, folder: Path) -> None:
@@ -354,12 +386,14 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
 class Catalog:
     """The sets in a folder or at a URL, each with whether its files exist with their sizes; unreadable manifests.
 
+    `pinned`: the names of the manifests of pinned sets.
     `automem`: the backups by AutoMem's own scripts, which are not sets.
     """
 
     where: str
     sets: list[tuple[Manifest, bool]]
     unreadable: list[str]
+    pinned: frozenset[str] = frozenset()
     automem: tuple[Path, ...] = ()
 
 
@@ -369,7 +403,9 @@ def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
         return _remote_catalog(open_offsite(url, keys))
     sets, unreadable = read_sets(folder)
     automem = tuple(one.path for one in listed_files(folder))
-    return Catalog(str(folder), [(one, is_complete(one)) for one in sets], list(map(str, unreadable)), automem)
+    pinned = pinned_sets(path.name for path in folder.glob(f"*{PIN}"))
+    rows = [(one, is_complete(one)) for one in sets]
+    return Catalog(str(folder), rows, list(map(str, unreadable)), pinned, automem)
 
 
 def _remote_catalog(store: OffsiteStore) -> Catalog:
@@ -382,7 +418,7 @@ def _remote_catalog(store: OffsiteStore) -> Catalog:
             unreadable.append(f"{store.shown}/{name}")
     there = _sizes(store, [file for manifest in found for file in manifest.files])
     sets = [(one, all(_is_there(file, there) for file in one.files)) for one in found]
-    return Catalog(store.shown, sets, unreadable)
+    return Catalog(store.shown, sets, unreadable, pinned_sets(there))
 
 
 def _is_there(file: BackupFile, there: dict[str, int]) -> bool:

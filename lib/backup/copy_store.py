@@ -343,8 +343,15 @@ class OffsiteStore:
 
     def remove(self, name: str) -> None:
         """Remove a file that this run wrote, if that is allowed."""
-        with contextlib.suppress(MigrationError), self._translated("delete in"):
+        with contextlib.suppress(MigrationError):
+            self.delete(name)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, so that a power cut does not bring it back. Raises AccessRefused, MissingData."""
+        with self._translated("delete in"):
             self._fs.rm_file(self._path(name))
+            if self.address.scheme == FILE:
+                sync_dir(Path(self._path(name)).parent)
 
     def verify_writable(self) -> None:
         """Write a small file, read it back and delete it. Keys that may not delete are accepted."""

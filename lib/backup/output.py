@@ -1,4 +1,4 @@
-"""What backup_automem.py prints: the new set, the existing sets, verifications, deletions."""
+"""What backup_automem.py prints: the new set, the existing sets, verifications, deletions, pins."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, listed, one_line
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lib.backup.catalog import Cleanup
     from lib.backup.check import FileVerification
     from lib.backup.collection import CollectionSource
     from lib.backup.copies import Catalog, Uploaded
     from lib.backup.graph import GraphSource
     from lib.backup.manifest import Manifest
+    from lib.backup.retention import Cleanup, Pin
 
 # Of the kinds of sets that are never `latest`.
 _REMARKS = {
@@ -134,10 +134,19 @@ def show_sets(catalog: Catalog, console: Console) -> int:
         lines += [line, f"  {_contents(one)}"]
         if one.kind in _REMARKS:
             lines.append(_REMARKS[one.kind])
+        if one.name in catalog.pinned:
+            lines.append("  pinned: no cleanup deletes it")
     if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
     sets = [
-        {**one.as_json(), "kind": one.kind, "proof": one.proof, "complete": complete} for one, complete in catalog.sets
+        {
+            **one.as_json(),
+            "kind": one.kind,
+            "proof": one.proof,
+            "complete": complete,
+            "pinned": one.name in catalog.pinned,
+        }
+        for one, complete in catalog.sets
     ]
     document: dict[str, object] = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
     if not rows:
@@ -196,10 +205,26 @@ def _upload_line(one: Uploaded) -> str:
 
 
 def show_deleted(plan: Cleanup, console: Console, *, dry_run: bool) -> int:
-    """Show what --cleanup deleted, or would delete, and which sets are protected."""
-    word = "would delete" if dry_run else "deleted"
-    lines = [f"{word} {one.name} and its files" for one in plan.delete] or ["nothing to delete"]
-    lines += [f"kept {name}: {why}" for name, why in plan.protected.items()]
-    document = {"dry_run": dry_run, "sets": [one.name for one in plan.delete], "protected": plan.protected}
+    """Show what --cleanup deleted and which sets are protected; with --dry-run each set with what keeps it."""
+    if dry_run:
+        rows = [(one.stamp, one.kind, verdict) for one, verdict in plan.verdicts]
+        lines = [table(rows, ("set (UTC)", "kind", "kept by")) if rows else "no set of these stores"]
+        lines += ["", f"would delete {len(plan.delete)} of {len(rows)}"]
+    else:
+        lines = [f"deleted {one.name} and its files" for one in plan.delete] or ["nothing to delete"]
+        lines += [f"kept {name}: {why}" for name, why in plan.protected.items()]
+    document = {
+        "dry_run": dry_run,
+        "sets": [one.name for one in plan.delete],
+        "kept": {one.name: verdict for one, verdict in plan.verdicts if one not in plan.delete},
+        "protected": plan.protected,
+    }
     console.result(document, "\n".join(lines))
+    return DONE
+
+
+def show_pin(pin: Pin, console: Console) -> int:
+    """Show that a set is pinned now, or not any more."""
+    state = "pinned: no cleanup deletes it" if pin.pinned else "not pinned: a cleanup may delete it"
+    console.result(dataclasses.asdict(pin), f"{pin.stamp} in {pin.where} is {state}")
     return DONE

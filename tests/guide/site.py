@@ -126,6 +126,7 @@ class Site:
         automem = self.stack.automem.url if self.stack.automem else "http://127.0.0.1:1"
         text = text.replace("http://localhost:6333", self.stack.qdrant.url)
         text = text.replace("/mnt/copies", str(self.folder / "copies"))
+        text = text.replace("/var/lib/node_exporter", str(self.folder))
         return text.replace("http://localhost:8001", automem).replace(STAMP, self.stamp or STAMP)
 
     def do(self, reason: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.guide.documents import OPERATIONS, ROOT, Block, blocks
+from tests.guide.documents import OPERATIONS, ROOT, Block, blocks, sections
 from tests.guide.site import SMALL, Ran, Site
 from tests.offsite_support import BUCKET, S3Server
 from tests.sandbox.stack import Stack
@@ -142,8 +142,7 @@ def test_the_systemd_units(nightly, tmp_path):
 @pytest.mark.matrix
 def test_the_workflow(nightly, tmp_path):
     """Each `run` step as the runner runs it, with what `secrets` would hold; steps that install are only inspected."""
-    (block,) = examples("yaml")
-    workflow = yaml.safe_load(block.text)
+    (workflow,) = (one for one in map(yaml.safe_load, (block.text for block in examples("yaml"))) if "jobs" in one)
     assert workflow[True]["schedule"] == [{"cron": "17 2 * * *"}]  # YAML 1.1 reads `on` as true
     (job,) = workflow["jobs"].values()
     (nightly.checkout / ".env").unlink()
@@ -164,6 +163,25 @@ def test_the_workflow(nightly, tmp_path):
         assert len(s3.objects("nightly")) == 3
     with_versions = [one["uses"] for one in job["steps"] if "uses" in one]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", one) for one in with_versions)
+
+
+def test_the_alerts_use_metrics_that_a_backup_writes(nightly, tmp_path):
+    """Each expression names metrics with all of a full backup's labels; the table above it names every metric."""
+    (alerts,) = (one for one in map(yaml.safe_load, (block.text for block in examples("yaml"))) if "groups" in one)
+    path = tmp_path / "automem.prom"
+    words = [str(nightly.checkout / ".venv/bin/python"), "scripts/backup_automem.py", "-q", "--metrics", str(path)]
+    assert bare(nightly, words, nightly.checkout).code == 0
+    written = set(re.findall(r"^(\w+)\{", path.read_text(), re.MULTILINE))
+    (rules,) = (group["rules"] for group in alerts["groups"])
+    used = {name for rule in rules for name in re.findall(r"automem_\w+", rule["expr"])}
+    assert used
+    assert used <= written
+    for rule in rules:
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))) <= {"graph", "collection"}
+    rows = [line for line in sections(OPERATIONS)["Metrics"].splitlines() if line.startswith("| `")]
+    named = {f"automem_backup_{name}" for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == written
 
 
 def assert_installs(step: str) -> None:

@@ -7,12 +7,15 @@ import dataclasses
 import importlib
 import os
 import re
+import shlex
+import sys
 
 import pytest
 
 from lib import cli, errors
 from lib.backup import manifest
 from lib.config import DEFAULTS, PROJECT_ROOT
+from lib.console import remember_flags
 from tests.guide.documents import DOCUMENTS, EXAMPLE, FLAG, README, REFERENCE, ROOT, sections
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
@@ -67,6 +70,50 @@ def table_flags(text: str) -> set[str]:
 def test_the_reference_has_every_flag_of_a_script_and_no_other(script):
     own = flags_of(script) - (set() if script == "quickstart" else COMMON)
     assert table_flags(sections(REFERENCE)[f"{script}.py"]) == own
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_two_examples_that_the_parser_accepts(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py"])
+    remember_flags(None, None)  # those of a command that another test ran in this process
+    parser = importlib.import_module(f"scripts.{script}").arguments()
+    shown = parser.format_help()
+    examples = re.search(r"\nexamples:\n((?:  .+\n)+)\nexit codes:\n", shown)
+    assert examples, shown
+    commands = [shlex.split(line) for line in examples[1].splitlines()]
+    assert len(commands) == 2
+    for _python, path, *words in commands:
+        assert (ROOT / path).samefile(ROOT / "scripts" / f"{script}.py")
+        assert words
+        parser.parse_args(words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_a_command_is_in_a_group_by_what_it_may_change(script):
+    parser = importlib.import_module(f"scripts.{script}").arguments()
+    titles = {option: group.title for group in parser._action_groups for option in actions_of(group)}
+    own = flags_of(script) - (actions(cli.Parser("")) if script == "quickstart" else COMMON)
+    if script == "quickstart":
+        assert {titles[flag] for flag in own} == {"options"}  # it works in a sandbox
+        return
+    assert {titles[flag] for flag in own} <= {cli.SAFE, cli.DESTRUCTIVE}
+    assert titles["--dry-run" if script != "verify_migration" else "--sample"] == cli.SAFE
+    destructive = {"--cleanup", "--unpin", "--in-place", "--only-missing", "--fresh", "--prune-spool", "--abort"}
+    destructive |= {"--no-safety-backup", "--force-version", "--while-running", "--record", "--force-incomplete"}
+    assert {titles[flag] for flag in own & destructive} == {cli.DESTRUCTIVE}
+
+
+def actions_of(group) -> set[str]:
+    return {option for action in group._group_actions for option in action.option_strings}
+
+
+def test_the_version_is_that_of_the_project(capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("scripts.backup_automem").arguments().parse_args(["--version"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f'version = "{shown.split()[1]}"' in (ROOT / "pyproject.toml").read_text().splitlines()
+    assert shown.startswith("automem-migration ")
 
 
 def test_the_readme_has_every_common_flag():

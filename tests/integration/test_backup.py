@@ -136,3 +136,56 @@ def test_the_list_of_a_large_deployment_fits_a_terminal_of_80_columns(capsys):
     out = capsys.readouterr().out
     assert "199,998" in out
     assert max(map(len, out.splitlines())) <= 80, out
+
+
+def test_a_pinned_set_outlives_every_cleanup_until_it_is_unpinned(operator):
+    operator.load(40)
+    for _ in range(3):
+        operator.run("backup_automem", "--only", "falkordb")
+    oldest, middle, newest = (path.stem.removeprefix("backup_") for path in operator.manifests())
+    files = sorted(operator.backups.rglob("*"))
+    sealed = operator.manifests()[0].read_bytes()
+
+    done = operator.run("backup_automem", "--pin", oldest)
+    assert done.out == f"{oldest} in {operator.backups} is pinned: no cleanup deletes it\n"
+    operator.run("backup_automem", "--pin", oldest)
+    assert sorted(operator.backups.rglob("*")) == sorted([*files, operator.backups / f"backup_{oldest}.pinned"])
+    assert operator.manifests()[0].read_bytes() == sealed
+    listed = operator.run("backup_automem", "--list", "--json").json["sets"]
+    assert [(one["stamp"], one["pinned"]) for one in listed] == [(newest, False), (middle, False), (oldest, True)]
+    assert operator.run("backup_automem", "--list").out.count("pinned") == 1
+
+    words = ("backup_automem", "--cleanup", "--keep", "1")
+    shown = operator.run(*words, "--dry-run").out
+    assert [line.split(None, 1) for line in shown.splitlines()[2:5]] == [
+        [newest, "graph only  --keep 1"],
+        [middle, "graph only  delete"],
+        [oldest, "graph only  pinned"],
+    ]
+    assert "would delete 1 of 3" in shown
+    document = operator.run(*words, "--dry-run", "--json").json
+    assert document["sets"] == [f"backup_{middle}.json"]
+    assert document["kept"] == {f"backup_{newest}.json": "--keep 1", f"backup_{oldest}.json": "pinned"}
+    assert (
+        operator.run(*words).out == f"deleted backup_{middle}.json and its files\nkept backup_{oldest}.json: pinned\n"
+    )
+    assert operator.run(*words, "--json").json["protected"] == {f"backup_{oldest}.json": "pinned"}
+
+    assert "not pinned" in operator.run("backup_automem", "--unpin", oldest).out
+    operator.run(*words)
+    assert [path.stem for path in operator.manifests()] == [f"backup_{newest}"]
+    refused = operator.run("backup_automem", "--pin", oldest, expect=2)
+    assert f"no set {oldest} in {operator.backups}" in refused.err
+
+
+def test_a_cleanup_by_days_keeps_the_newest_of_each(operator):
+    """The default of --keep does not apply if another rule is given."""
+    operator.load(40)
+    for _ in range(3):
+        operator.run("backup_automem", "--only", "falkordb")
+    first, *newer = operator.manifests()
+    today = {path.name[7:15] for path in newer}
+    planned = operator.run("backup_automem", "--cleanup", "--keep-daily", "2", "--keep-monthly", "1", "--json").json
+    assert first.name in planned["sets"]
+    assert len(operator.manifests()) == len(today)
+    assert planned["kept"][newer[-1].name] == "--keep-daily 2, --keep-monthly 1"

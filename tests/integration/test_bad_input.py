@@ -532,8 +532,17 @@ def test_an_empty_file_argument_is_refused(operator):
         (("backup_automem", "--cleanup", "--keep", "many"), "--keep"),
         (("backup_automem", "--clean"), "--clean"),
         (("backup_automem", "surplus"), "surplus"),
-        (("backup_automem", "--list", "--check", "all"), "not allowed with argument"),
-        (("backup_automem", "--cleanup", "--list"), "not allowed with argument"),
+        (("backup_automem", "--list", "--check", "all"), "--check and --list do not go together"),
+        (("backup_automem", "--cleanup", "--list"), "--list and --cleanup do not go together"),
+        (("backup_automem", "--cleanup", "--pin", "20261126_220840"), "--cleanup and --pin do not go together"),
+        (("backup_automem", "--metrics", "a.prom", "--check", "all"), "--metrics and --check do not go together"),
+        (("backup_automem", "--metrics", "a.prom", "--dry-run"), "--metrics and --dry-run do not go together"),
+        (("backup_automem", "--metrics", "no/such/folder/a.prom"), "--metrics no/such/folder/a.prom cannot be written"),
+        (("backup_automem", "--pin", "20261126_220840", "--dry-run"), "--pin and --dry-run do not go together"),
+        (("backup_automem", "--pin", "20261126_220840"), "no set 20261126_220840 in "),
+        (("backup_automem", "--unpin", "../backup_20261126_220840"), "no set ../backup_20261126_220840 in "),
+        (("backup_automem", "--keep-daily", "7"), "--keep-daily requires --cleanup"),
+        (("backup_automem", "--cleanup", "--keep-weekly", "0"), "--keep-weekly must be at least 1"),
         (("backup_automem", "--keep", "3"), "--keep requires --cleanup"),
         (("backup_automem", "--cleanup", "--only", "qdrant"), "--only and --cleanup do not go together"),
         (("backup_automem", "--check", "all", "--only", "qdrant"), "--only and --check do not go together"),
@@ -650,3 +659,16 @@ def test_a_query_that_would_not_be_sent_is_refused_before_anything_is_asked(oper
         assert f"{name}=http://127.0.0.1:1/sub?**** (environment): a query (from ? on) is not supported" in output
         assert SECRET not in output
     assert sorted(operator.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("text-embeding-3-large", " (did you mean text-embedding-3-large?)"),
+        ("openai/text-embedding-3-smal", " (did you mean text-embedding-3-small?)"),
+        ("nomic-embed-text-v2-moe", ""),
+    ],
+)
+def test_a_misspelt_model_is_named_with_the_one_that_it_resembles(planner, model, hint):
+    """Only in the error of the provider: it may be the name that another endpoint has given to a model."""
+    refused(planner, 6, "reembed_embeddings", "--dry-run", expected=(f"{model}{hint} at ",), EMBEDDING_MODEL=model)

@@ -152,6 +152,26 @@ def test_a_set_that_is_deleted_takes_what_was_encrypted_of_it_along(operator, tm
     assert list((operator.backups / "outgoing").iterdir()) == []
 
 
+@pytest.mark.parametrize("how", matrix(["recipients", "passphrase"], "recipients"))
+def test_a_cleanup_of_encrypted_copies_needs_the_key_and_deletes_whole_sets(operator, tmp_path, key, how):
+    copies = tmp_path / "copies"
+    words = private(tmp_path / "words", WORDS)
+    writes, reads = {"AUTOMEM_BACKUP_RECIPIENTS": public(key)}, {"AUTOMEM_BACKUP_IDENTITY": str(key)}
+    if how == "passphrase":
+        writes = reads = {"AUTOMEM_BACKUP_PASSPHRASE_FILE": str(words)}
+    operator.load(20)
+    for _ in range(2):
+        operator.run("backup_automem", "--only", "falkordb", "--upload", str(copies), env=writes)
+    older, newer = operator.manifests()
+    before = files_in(copies)
+    cleanup = ("backup_automem", "--cleanup", "--upload", str(copies), "--keep", "1", "--json")
+    assert "no key is set" in operator.run(*cleanup, expect=2).err
+    assert files_in(copies) == before
+    assert operator.run(*cleanup, env=reads).json["sets"] == [older.name]
+    key_file = {f"{newer.stem}.key.age"} if how == "passphrase" else set()
+    assert files_in(copies) == encrypted_names(newer) | key_file
+
+
 @pytest.mark.parametrize("what", matrix(["bit", "cut", "endless header", "another key"], "bit", "another key"))
 def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
     copies = tmp_path / "copies"

@@ -11,7 +11,10 @@ from urllib.parse import quote
 import paramiko
 import pytest
 
+from lib.backup.copy_store import OffsiteStore
 from lib.backup.manifest import read_manifest
+from lib.errors import StoreFailed
+from lib.files import lock_targets
 from tests.matrix import matrix
 from tests.offsite_support import BUCKET, PASSWORD, SECRET_KEY, USER, S3Server, SFTPServer
 from tests.restore_support import assert_tidy, spoil
@@ -223,6 +226,96 @@ def test_a_dry_run_writes_nothing_there(operator, place):
     results = operator.run("backup_automem", "--upload", place.url, "--dry-run").out
     assert "copy" in results
     assert place.files() == {}
+
+
+@pytest.mark.parametrize("place", matrix(["file", "folder", "s3", "sftp"], "folder"), indirect=True)
+def test_a_cleanup_of_copies_follows_the_rules_and_leaves_what_is_uploaded(operator, place):
+    operator.load(20)
+    for _ in range(4):
+        operator.run("backup_automem", "--only", "falkordb", "--upload", place.url)
+    oldest, *_ = sets = operator.manifests()
+    whole = place.files()
+    words = ("backup_automem", "--cleanup", "--upload", place.url, "--keep", "1")
+    pinned = operator.run("backup_automem", "--pin", oldest.stem[7:], "--upload", place.url, "--json").json
+    assert (pinned["stamp"], pinned["pinned"]) == (oldest.stem[7:], True)
+    assert place.files() == {**whole, f"{oldest.stem}.pinned": 0}
+    planned = operator.run(*words, "--dry-run", "--json").json
+    assert planned["sets"] == [sets[2].name, sets[1].name]
+    assert planned["kept"] == {sets[3].name: "--keep 1", oldest.name: "pinned"}
+    listed = operator.run("backup_automem", "--list", place.url, "--json").json["sets"]
+    assert [one["pinned"] for one in listed] == [False, False, False, True]
+    with lock_targets([f"{sets[2].name} at {pinned['where']}"]):  # as its upload holds it
+        refused = operator.run(*words, expect=5)
+    assert f"another run is working on {sets[2].name}" in refused.err
+    assert place.files() == {**whole, f"{oldest.stem}.pinned": 0}
+    operator.run(*words)
+    assert place.files() == {**set_files(sets[3]), **set_files(oldest), f"{oldest.stem}.pinned": 0}
+    assert operator.manifests() == sets
+    operator.run("backup_automem", "--check", place.url if "://" in place.url else f"file://{place.url}")
+    operator.run("backup_automem", "--unpin", oldest.stem[7:], "--upload", place.url)
+    operator.run("backup_automem", "--pin", oldest.stem[7:])  # here: it protects the copy too
+    assert operator.run(*words, "--json").json["protected"] == {oldest.name: "pinned"}
+    operator.run("backup_automem", "--unpin", oldest.stem[7:])
+    operator.run(*words)
+    assert place.files() == set_files(sets[3])
+
+
+def test_a_cleanup_of_copies_leaves_other_stores_unfinished_uploads_and_foreign_files(operator, tmp_path):
+    copies = tmp_path / "copies"
+    operator.load(20)
+    for _ in range(2):
+        operator.run("backup_automem", "--only", "falkordb", "--upload", str(copies))
+    older, newer = operator.manifests()
+    (copies / "falkordb" / "mine.rdb").write_text("not ours")
+    (copies / newer.name).unlink()  # an upload that was interrupted: the manifest is sent last
+    words = ("backup_automem", "--cleanup", "--upload", str(copies), "--keep", "1", "--json")
+    before = files_in(copies)
+    assert operator.run(*words).json["sets"] == []
+    assert files_in(copies) == before
+    shutil.copy(newer, copies)
+    other = operator.run(*words, env={"FALKORDB_GRAPH": "another"}).json
+    assert (other["sets"], other["kept"]) == ([], {})
+    operator.export(AUTOMEM_BACKUP_DIR=tmp_path / "new machine")
+    assert operator.run(*words).json["sets"] == [older.name]
+    assert files_in(copies) == {**set_files(newer), "falkordb/mine.rdb": 8}
+    refused = operator.run("backup_automem", "--cleanup", "--upload", str(tmp_path / "new machine" / "x"), expect=2)
+    assert "that is no copy elsewhere" in refused.err
+    operator.run("backup_automem", "--cleanup", "--upload", str(tmp_path / "misspelt"), expect=1)
+
+
+def test_a_cleanup_of_copies_that_stops_leaves_no_set_with_a_missing_file(operator, tmp_path, monkeypatch):
+    copies, deleted, delete = tmp_path / "copies", [], OffsiteStore.delete
+    operator.load(20)
+    for _ in range(2):
+        operator.run("backup_automem", "--only", "falkordb", "--upload", str(copies))
+    older, newer = operator.manifests()
+
+    def failing(self, name):
+        if deleted:
+            raise StoreFailed("the connection was lost")
+        deleted.append(name)
+        delete(self, name)
+
+    monkeypatch.setattr(OffsiteStore, "delete", failing)
+    words = ("backup_automem", "--cleanup", "--upload", str(copies), "--keep", "1")
+    assert "the connection was lost" in operator.run(*words, expect=1).err
+    assert deleted == [older.name]
+    listed = operator.run("backup_automem", "--list", f"file://{copies}", "--json").json["sets"]
+    assert [(one["stamp"], one["complete"]) for one in listed] == [(newer.stem[7:], True)]
+    operator.run("backup_automem", "--check", "all", "--upload", str(copies))  # it can be uploaded again
+    assert files_in(copies) == {**set_files(older), **set_files(newer)}
+
+
+@pytest.mark.matrix
+def test_what_an_undo_names_is_kept_at_the_place_of_copies_too(operator, tmp_path):
+    operator.load(40)
+    operator.run("backup_automem", "--upload", str(tmp_path / "copies"))
+    operator.run("reembed_embeddings", env={"VECTOR_SIZE": "96"})
+    (undo, *_) = operator.manifests()
+    operator.run("backup_automem", "--upload", str(tmp_path / "copies"), env={"VECTOR_SIZE": "96"})
+    cleaned = operator.run("backup_automem", "--cleanup", "--upload", str(tmp_path / "copies"), "--keep", "1", "--json")
+    assert "the undo of reembed run" in cleaned.json["protected"][undo.name]
+    assert (tmp_path / "copies" / undo.name).exists()
 
 
 @pytest.mark.matrix

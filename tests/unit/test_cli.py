@@ -188,3 +188,17 @@ def test_good_usage():
         "args = p.parse_args(['--usd', '0.5', '-q'])\nprint(args.usd, args.quiet, args.json)"
     )
     assert process.communicate(timeout=300)[0] == "0.5 True False\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("--js", "--json"), ("--showconfig", "--show-config"), ("--env_file=.env", "--env-file"), ("--zzz", None)],
+)
+def test_a_misspelt_flag_brings_the_one_that_resembles_it(word, near):
+    process = start(f"p = cli.parser('what it does')\np.parse_args([{word!r}])")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    hint = f"  did you mean {near}?\n" if near else ""
+    assert err.startswith(f"error: unrecognized arguments: {word}\n\nnext:\n{hint}  ")
+    assert err.endswith(" --help\n")
+    assert err.count("did you mean") == (near is not None)

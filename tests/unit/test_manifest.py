@@ -17,8 +17,8 @@ from lib.backup.catalog import (
     is_complete,
     latest,
     newest_with,
-    plan_cleanup,
 )
+from lib.backup.copies import catalog_at
 from lib.backup.manifest import (
     CHECKED,
     RESTORED,
@@ -32,6 +32,7 @@ from lib.backup.manifest import (
     sealed,
     write_manifest,
 )
+from lib.backup.retention import plan_cleanup
 from lib.errors import USAGE, VERIFICATION_FAILED, BackupDamaged, BadFile, MissingData
 
 GRAPH = GraphComponent(
@@ -73,9 +74,11 @@ def stamp_of(number: int) -> str:
     return f"20260101_0000{number:02d}"
 
 
-def make(folder: Path, number: int, *, graph=GRAPH, collection=COLLECTION, created="2026-01-01T00:00:00+00:00"):
+def make(
+    folder: Path, number: int, *, graph=GRAPH, collection=COLLECTION, created="2026-01-01T00:00:00+00:00", stamp=""
+):
     """A set with its files."""
-    stamp = stamp_of(number)
+    stamp = stamp or stamp_of(number)
     components = {"graph": graph, "collection": collection}
     for name, content in (("graph", b"rdb"), ("collection", b"arch")):
         component = components[name]
@@ -250,5 +253,6 @@ def test_another_deployments_sets_are_neither_latest_nor_cleaned_up(tmp_path):
     away = dataclasses.replace(GRAPH, server={**GRAPH.server, "address": "10.0.0.1:6379"})
     make(tmp_path, 5, graph=away)
     assert latest(tmp_path, HERE) == own[1]
-    assert plan_cleanup(tmp_path, 1, HERE, []).delete == [own[0]]
-    assert plan_cleanup(tmp_path, 1, dataclasses.replace(HERE, collection="theirs"), []).delete == [theirs[0]]
+    sets, theirs_alone = catalog_at("", tmp_path), dataclasses.replace(HERE, collection="theirs")
+    assert plan_cleanup(sets, {"--keep": 1}, HERE, tmp_path, []).delete == [own[0]]
+    assert plan_cleanup(sets, {"--keep": 1}, theirs_alone, tmp_path, []).delete == [theirs[0]]

@@ -10,9 +10,10 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.catalog import backup_sets, dated_later, latest, plan_cleanup
+from lib.backup.catalog import backup_sets, dated_later, latest
 from lib.backup.copies import catalog_at
 from lib.backup.manifest import SAFETY, UNVERIFIED, read_manifest, sealed, write_manifest
+from lib.backup.retention import plan_cleanup
 from lib.errors import MissingData, UsageProblem
 from lib.journal import start_journal
 from tests.unit.test_manifest import COLLECTION, GRAPH, HERE, make, stamp_of
@@ -30,9 +31,13 @@ def safety(folder, number: int, **components):
     return write_manifest(folder, dataclasses.replace(made, purpose=SAFETY))
 
 
+def plan(folder, keep: int, targets=TARGETS):
+    return plan_cleanup(catalog_at("", folder), {"--keep": keep}, HERE, folder, targets)
+
+
 def deleted(folder, keep: int, targets=TARGETS) -> list[int]:
     """The numbers of the sets that a cleanup deletes."""
-    return [int(one.stamp[-2:]) for one in plan_cleanup(folder, keep, HERE, targets).delete]
+    return [int(one.stamp[-2:]) for one in plan(folder, keep, targets).delete]
 
 
 def age(journal, days: float) -> None:
@@ -49,7 +54,7 @@ def test_cleanup_keeps_the_newest_ones(tmp_path):
     assert deleted(tmp_path, 9) == []
     for keep in (0, -1):
         with pytest.raises(UsageProblem, match="--keep must be at least 1"):
-            plan_cleanup(tmp_path, keep, HERE, TARGETS)
+            plan(tmp_path, keep)
 
 
 def test_each_kind_is_counted_apart(tmp_path):
@@ -96,9 +101,9 @@ def test_what_an_open_journal_names_is_protected_however_old(tmp_path):
     running.append("switching", undo=f"  restore_from_backup.py '/a b/backup_{stamp_of(2)}.json'")
     assert deleted(tmp_path, 1) == [4]
     age(running, 400)
-    plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
-    assert set(plan.protected) == {name(1), name(2), name(3)}
-    assert set(plan.protected.values()) == {f"the unfinished run {running.run_id} needs it"}
+    planned = plan(tmp_path, 1)
+    assert set(planned.protected) == {name(1), name(2), name(3)}
+    assert set(planned.protected.values()) == {f"the unfinished run {running.run_id} needs it"}
 
 
 @pytest.mark.parametrize("command", ["reembed", "restore"])
@@ -112,7 +117,7 @@ def test_what_an_undo_of_the_last_30_days_names_is_protected(tmp_path, command):
     done.close("done")
     age(done, 29.9)
     assert deleted(tmp_path, 1) == [3]
-    assert f"run {done.run_id}" in plan_cleanup(tmp_path, 1, HERE, TARGETS).protected[name(1)]
+    assert f"run {done.run_id}" in plan(tmp_path, 1).protected[name(1)]
     age(done, 30.1)
     assert deleted(tmp_path, 1) == [3, 2, 1]
 
@@ -140,7 +145,7 @@ def test_the_last_reembeddings_set_stays_until_a_newer_verified_one_exists(tmp_p
     assert deleted(tmp_path, 1) == [3, 2, 0]
     make(tmp_path, 5, **COLLECTION_HALF)
     make(tmp_path, 6, collection=dataclasses.replace(COLLECTION, proof=UNVERIFIED))
-    assert name(1) not in {one.name for one in plan_cleanup(tmp_path, 1, HERE, TARGETS).delete}  # still verified
+    assert name(1) not in {one.name for one in plan(tmp_path, 1).delete}  # still verified
 
 
 def test_latest_is_the_newest_full_set(tmp_path):
@@ -160,10 +165,10 @@ def test_what_a_damaged_journal_names_is_protected(tmp_path):
     journal.append("live collection deleted", manifest=name(2), undo=f"restore qdrant_snapshot_{stamp_of(1)}.tar.gz")
     lines = journal.path.read_bytes().split(b"\n")
     journal.path.write_bytes(b"\n".join([bytes(len(lines[0])), *lines[1:]]))
-    plan = plan_cleanup(tmp_path, 1, HERE, TARGETS)
-    assert [one.name for one in plan.delete] == [name(4), name(3)]
-    assert set(plan.protected) == {name(2), name(1)}
-    assert journal.path.name in plan.protected[name(2)]
+    planned = plan(tmp_path, 1)
+    assert [one.name for one in planned.delete] == [name(4), name(3)]
+    assert set(planned.protected) == {name(2), name(1)}
+    assert journal.path.name in planned.protected[name(2)]
 
 
 def test_a_set_from_the_future_is_neither_latest_nor_counted(tmp_path):
@@ -234,3 +239,108 @@ def test_a_safety_copy_of_an_earlier_version_is_known_by_its_journal(tmp_path):
     assert [one.kind for one in backup_sets(tmp_path)] == ["safety copy", "full"]
     assert [one.kind for one, _ in catalog_at("", tmp_path).sets] == ["safety copy", "full"]
     assert deleted(tmp_path, 1) == []
+
+
+# --- rules by day, week and month; pins ---------------------------------------------------------------------------
+
+
+def dated(folder, *times: str, **components) -> None:
+    """A set of each of these times (UTC), such as `2026-01-05 12:00`."""
+    for text in times:
+        moment = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
+        make(folder, 0, created=moment.isoformat(), stamp=f"{moment:%Y%m%d_%H%M%S}", **components)
+
+
+def kept(folder, **rules: int) -> dict[str, str]:
+    """The sets that a cleanup keeps, newest first, as `2026-01-05 12:00` or with their kind, and why."""
+    flags = {f"--{name.replace('_', '-')}": count for name, count in rules.items()}
+    planned = plan_cleanup(catalog_at("", folder), flags, HERE, folder, TARGETS)
+    assert [one for one, verdict in planned.verdicts if verdict == "delete"] == planned.delete
+    return {
+        f"{one.created[:16].replace('T', ' ')}{'' if one.kind == 'full' else f' {one.kind}'}": verdict
+        for one, verdict in planned.verdicts
+        if verdict != "delete"
+    }
+
+
+def test_the_newest_of_each_of_the_last_days_that_have_a_set_is_kept(tmp_path):
+    dated(tmp_path, "2026-01-01 02:00", "2026-01-01 23:59", "2026-01-04 00:00", "2026-01-04 05:00", "2026-01-09 12:00")
+    assert kept(tmp_path, keep_daily=3) == dict.fromkeys(
+        ["2026-01-09 12:00", "2026-01-04 05:00", "2026-01-01 23:59"], "--keep-daily 3"
+    )
+    assert list(kept(tmp_path, keep_daily=1)) == ["2026-01-09 12:00"]
+    assert len(kept(tmp_path, keep_daily=99)) == 3
+
+
+def test_weeks_are_those_of_iso_and_months_those_of_the_calendar(tmp_path):
+    """29 December 2025 is in the first week of 2026; 28 December is in the last one of 2025."""
+    times = ["2025-11-30 01:00", "2025-12-28 23:00", "2025-12-29 00:00", "2026-01-01 00:00", "2026-01-04 23:59"]
+    dated(tmp_path, *times, "2026-01-05 00:00")
+    weekly = ["2026-01-05 00:00", "2026-01-04 23:59", "2025-12-28 23:00"]
+    assert list(kept(tmp_path, keep_weekly=3)) == weekly
+    assert list(kept(tmp_path, keep_weekly=2)) == weekly[:2]
+    assert list(kept(tmp_path, keep_monthly=2)) == ["2026-01-05 00:00", "2025-12-29 00:00"]
+    assert kept(tmp_path, keep=2, keep_daily=1, keep_monthly=3) == {
+        "2026-01-05 00:00": "--keep 2, --keep-daily 1, --keep-monthly 3",
+        "2026-01-04 23:59": "--keep 2",
+        "2025-12-29 00:00": "--keep-monthly 3",
+        "2025-11-30 01:00": "--keep-monthly 3",
+    }
+
+
+def test_days_are_those_of_utc(tmp_path):
+    make(tmp_path, 0, stamp="20260104_233000", created="2026-01-05T01:30:00+02:00")
+    make(tmp_path, 0, stamp="20260105_003000", created="2026-01-05T00:30:00+00:00")
+    assert len(kept(tmp_path, keep_daily=9)) == 2
+
+
+def test_rules_count_each_kind_apart(tmp_path):
+    dated(tmp_path, "2026-01-01 01:00", "2026-01-01 02:00")
+    dated(tmp_path, "2026-01-01 03:00", "2026-01-01 04:00", **GRAPH_HALF)
+    assert list(kept(tmp_path, keep_daily=5)) == ["2026-01-01 04:00 graph only", "2026-01-01 02:00"]
+
+
+def test_a_set_with_a_missing_file_counts_for_no_rule(tmp_path):
+    dated(tmp_path, "2026-01-01 01:00", "2026-01-02 01:00", "2026-01-02 02:00", "2026-01-03 01:00", "2026-01-03 02:00")
+    sets = {one.created[:16]: one for one in backup_sets(tmp_path)}
+    for time_ in ("2026-01-02T02:00", "2026-01-03T02:00"):
+        sets[time_].file_of(sets[time_].collection).unlink()
+    assert kept(tmp_path, keep_daily=2) == {
+        "2026-01-03 02:00": "incomplete, but among the newest sets",
+        "2026-01-03 01:00": "--keep-daily 2",
+        "2026-01-02 01:00": "--keep-daily 2",
+    }
+
+
+def test_rules_by_period_never_take_the_newest_verified_set_nor_one_from_the_future(tmp_path):
+    unverified = dataclasses.replace(COLLECTION, proof=UNVERIFIED)
+    dated(tmp_path, "2026-01-01 01:00", "2026-01-02 01:00")
+    dated(tmp_path, "2026-01-03 01:00", "2026-01-03 02:00", collection=unverified)
+    ahead = (datetime.now(timezone.utc) + timedelta(days=9)).isoformat()[:16].replace("T", " ")
+    dated(tmp_path, ahead)
+    assert kept(tmp_path, keep_monthly=1) == {
+        ahead: "dated in the future, so its age is not known",
+        "2026-01-03 02:00": "--keep-monthly 1",
+        "2026-01-02 01:00": "the newest verified set of its kind",
+    }
+
+
+def test_a_pinned_set_stays_until_its_pin_is_removed(tmp_path):
+    for number in range(1, 5):
+        make(tmp_path, number)
+    pin = tmp_path / f"backup_{stamp_of(2)}.pinned"
+    pin.touch()
+    assert deleted(tmp_path, 1) == [3, 1]
+    assert plan(tmp_path, 1).protected == {name(2): "pinned"}
+    assert plan(tmp_path, 3).protected == {}  # a rule keeps it
+    assert read_manifest(tmp_path / name(2)).stamp == stamp_of(2)
+    assert catalog_at("", tmp_path).pinned == {name(2)}
+    pin.unlink()
+    assert deleted(tmp_path, 1) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("flag", ["--keep", "--keep-daily", "--keep-weekly", "--keep-monthly"])
+def test_a_rule_that_keeps_nothing_is_refused(tmp_path, flag):
+    make(tmp_path, 1)
+    with pytest.raises(UsageProblem, match=f"{flag} must be at least 1"):
+        plan_cleanup(catalog_at("", tmp_path), {flag: 0}, HERE, tmp_path, TARGETS)

@@ -43,6 +43,7 @@ from lib.dimensions import (
     has_unit_vectors,
     native_size,
     public_url,
+    similar_model,
     takes_dimensions,
 )
 from lib.errors import ProviderRefused, UsageProblem
@@ -167,7 +168,7 @@ class Provider:
                 next_step="set it again",
             )
         self._spec = spec
-        self.name = f"{spec.model} at {public_url(spec.base_url)}"
+        self.name = f"{spec.model}{similar_model(spec.model)} at {public_url(spec.base_url)}"
         self._key = api_key
         self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
         # AutoMem's OLLAMA_TIMEOUT is for one text.

@@ -1,0 +1,217 @@
+"""Retention: which sets of a folder, or of the place of copies, a cleanup deletes; pins."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from shlex import quote
+
+from lib.backup.age import SUFFIX, CopyKeys
+from lib.backup.catalog import (
+    PIN,
+    REPORT_DIR,
+    Deployment,
+    delete_set,
+    manifests_named,
+    pinned_sets,
+    safety_copies,
+    with_purpose,
+)
+from lib.backup.copies import Catalog, catalog_at, delete_copy, require_elsewhere
+from lib.backup.copy_store import open_offsite
+from lib.backup.manifest import UNVERIFIED, Manifest
+from lib.errors import UsageProblem
+from lib.files import readable_bytes
+from lib.journal import STAMP, Journal, read_journal
+
+KEEP = "--keep"
+# The rules besides --keep, and the format of the period of which each keeps the newest set. Days are UTC, weeks ISO's.
+PERIODS = {"--keep-daily": "%Y-%m-%d", "--keep-weekly": "%G-%V", "--keep-monthly": "%Y-%m"}
+DEFAULT_RULES = {KEEP: 5}
+DELETE = "delete"
+PROTECTED_DAYS = 30
+_SET_FILE = re.compile(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b")
+
+
+@dataclass(frozen=True)
+class Cleanup:
+    """The sets of one deployment, newest first, each with what keeps it, or DELETE.
+
+    `protected`: the names of the sets that are kept although no rule keeps them, with the reason.
+    """
+
+    verdicts: list[tuple[Manifest, str]]
+    protected: dict[str, str]
+
+    @property
+    def delete(self) -> list[Manifest]:
+        """The sets to delete, newest first."""
+        return [one for one, verdict in self.verdicts if verdict == DELETE]
+
+
+def clean_up(
+    folder: Path,
+    url: str,
+    keys: CopyKeys,
+    rules: Mapping[str, int],
+    owner: Deployment,
+    targets: list[str],
+    *,
+    dry_run: bool,
+) -> Cleanup:
+    """Delete the sets in `folder`, or if `url` is given the copies there, that no rule keeps and nothing protects.
+
+    Raises like `require_elsewhere`, `catalog_at`, `plan_cleanup` and `delete_copy`.
+    """
+    if url:
+        require_elsewhere(url, folder)
+    plan = plan_cleanup(catalog_at(url, folder, keys), rules, owner, folder, targets)
+    store = open_offsite(url, keys) if url else None
+    for manifest in [] if dry_run else plan.delete:
+        if store:
+            delete_copy(store, manifest)
+        else:
+            delete_set(manifest)
+    return plan
+
+
+def plan_cleanup(
+    catalog: Catalog, rules: Mapping[str, int], owner: Deployment, folder: Path, targets: list[str]
+) -> Cleanup:
+    """Choose the sets of this deployment that a cleanup deletes.
+
+    `rules` maps KEEP or a flag of PERIODS to its number; a set is kept if one of them keeps it. They apply to each kind
+    of sets separately. The journals and reports of `folder` name what is protected. Raises UsageProblem if a number is
+    below 1.
+    """
+    for flag, count in rules.items():
+        if count < 1:
+            raise UsageProblem(f"{flag} must be at least 1", next_step=f"--cleanup {flag} 3")
+    safety = safety_copies(folder)
+    own = [(with_purpose(one, safety), complete) for one, complete in catalog.sets if owner.owns(one)]
+    kept: dict[str, str] = {}
+    for kind in {one.kind for one, _ in own}:
+        kept |= _kept_of_kind([(one, complete) for one, complete in own if one.kind == kind], rules)
+    pinned = catalog.pinned | pinned_sets(path.name for path in folder.glob(f"*{PIN}"))
+    protected = {**_protected_sets(folder, _countable(own), targets), **dict.fromkeys(pinned, "pinned")}
+    protected = {one.name: protected[one.name] for one, _ in own if one.name in protected and one.name not in kept}
+    verdicts = [(one, kept.get(one.name) or protected.get(one.name) or DELETE) for one, _ in own]
+    return Cleanup(verdicts, protected)
+
+
+def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
+    """The sets that count for a rule: complete, and not dated in the future."""
+    return [one for one, complete in sets if complete and not one.is_from_future]
+
+
+def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
+    """The names of the sets that a rule keeps, or that their state keeps, with the reason.
+
+    `sets` are of one kind, newest first, each with whether it is complete.
+    """
+    counted = _countable(sets)
+    found: dict[str, str] = {}
+    for flag, count in rules.items():
+        for name in _newest_of_periods(counted, flag, count):
+            found[name] = f"{found[name]}, {flag} {count}" if name in found else f"{flag} {count}"
+    for one in [one for one in counted if one.proof != UNVERIFIED][:1]:
+        found.setdefault(one.name, "the newest verified set of its kind")
+    at_least = rules.get(KEEP, 1)
+    oldest = counted[at_least - 1].name if len(counted) >= at_least else ""
+    for one, _ in sets:
+        if one.is_from_future:
+            found.setdefault(one.name, "dated in the future, so its age is not known")
+        elif one.name >= oldest:
+            found.setdefault(one.name, "incomplete, but among the newest sets")
+    return found
+
+
+def _newest_of_periods(counted: list[Manifest], flag: str, count: int) -> Iterator[str]:
+    """Yield the name of the newest set of each of the last `count` periods that have one. For KEEP each set is one."""
+    periods: set[str] = set()
+    for one in counted:
+        day = datetime.fromisoformat(one.created).astimezone(timezone.utc)
+        period = one.name if flag == KEEP else day.strftime(PERIODS[flag])
+        if period not in periods and len(periods) < count:
+            periods.add(period)
+            yield one.name
+
+
+def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -> dict[str, str]:
+    """The names of the sets that a run or an operator may still need, with the reason.
+
+    They are named by an open journal, by an undo or a report of the last 30 days, or by the newest finished
+    re-embedding of these targets if no newer verified set of the collection is among `counted` (newest first).
+    """
+    finished: set[str] = set()  # what the newest re-embedding names
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("journal_*.jsonl")):
+        journal = read_journal(path)
+        if journal is None:  # it may be of an unfinished run
+            found |= dict.fromkeys(_sets_in(path), f"{path.name}, which is damaged, names it")
+            continue
+        if journal.command == "reembed" and journal.targets == targets:
+            finished = _named(journal)
+        if journal.is_open:
+            found |= dict.fromkeys(_named(journal), f"the unfinished run {journal.run_id} needs it")
+        elif journal.age_hours <= PROTECTED_DAYS * 24:
+            why = f"the undo of {journal.command} run {journal.run_id} names it"
+            found = dict.fromkeys(_named(journal), why) | found
+    for path in (folder / REPORT_DIR).glob("*.json"):
+        if path.stat().st_mtime >= time.time() - PROTECTED_DAYS * 86400:
+            found = dict.fromkeys(_sets_in(path), f"{REPORT_DIR}/{path.name} names it") | found
+    newest = next((one.name for one in counted if one.collection and one.proof != UNVERIFIED), "")
+    if finished and newest <= max(finished):
+        why = "it undoes the newest re-embedding, and no newer verified set of the collection exists"
+        found = dict.fromkeys(finished, why) | found
+    return found
+
+
+def _named(journal: Journal) -> set[str]:
+    """The sets that a journal names: as its backup, in its undo, or as the files to restore."""
+    texts = (str(entry.get(name, "")) for entry in journal.entries for name in ("undo", "files"))
+    return manifests_named(journal).union(*map(_manifests_in, texts))
+
+
+def _sets_in(path: Path) -> set[str]:
+    return _manifests_in(readable_bytes(path).decode(errors="replace"))
+
+
+def _manifests_in(text: str) -> set[str]:
+    """The manifests of all files that a text names."""
+    return {f"backup_{stamp}.json" for stamp in _SET_FILE.findall(text)}
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Whether the set with this stamp is pinned. `where`: the folder, or the URL without secrets."""
+
+    stamp: str
+    where: str
+    pinned: bool
+
+
+def change_pin(place: str, pin: str | None, unpin: str | None) -> Pin:
+    """Pin the set with the stamp `pin` in the backup folder or at a URL, or unpin the one with the stamp `unpin`.
+
+    Raises UsageProblem if the set does not exist, and like `open_offsite`.
+    """
+    store, stamp = open_offsite(place), pin or unpin or ""
+    name, file = f"backup_{stamp}.json", f"backup_{stamp}{PIN}"
+    existing = store.sizes()
+    if not re.fullmatch(STAMP, stamp) or not {name, name + SUFFIX, file} & existing.keys():
+        raise UsageProblem(
+            f"no set {stamp} in {store.shown}: STAMP is the time in the names of its files, such as 20261126_220840",
+            next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
+        )
+    if pin and file not in existing:
+        with tempfile.NamedTemporaryFile() as empty:
+            store.publish(store.send(Path(empty.name), file, lambda _step: None), file)
+    elif unpin and file in existing:
+        store.delete(file)
+    return Pin(stamp, store.shown, bool(pin))
