@@ -33,6 +33,13 @@ def remember_flags(env_file: str | None, backup_dir: str | None) -> None:
     _flags[:] = [word for flag, value in given if value for word in (flag, value)]
 
 
+def age_text(hours: float) -> str:
+    """Return an age in the largest unit that it fills: minutes, hours or days."""
+    if hours < 1:
+        return f"{max(0, round(hours * 60))} minutes"
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+
+
 def command_line(script: str, words: Sequence[str]) -> str:
     """Return the command line of `script` with these words, without the saved flags and the logins of URLs."""
     shown, skip = [], False

@@ -32,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--no-verify", action="store_true", help="do not verify (re-embed will not rely on it)")
     add("--upload", metavar="URL", help="also copy the set (--check: existing sets) there; --cleanup, --pin: act there")
     add("--metrics", metavar="PATH", help="write metrics of the backup for Prometheus, also if it fails")
-    add("--check", metavar="FILE|MANIFEST|all|URL", help="verify existing backups again")
+    add("--check", metavar="FILE|TIME|all|URL", help="verify existing backups again")
     add("--list", nargs="?", const="", metavar="URL", help="list the sets, here or at URL")
     add("--pin", metavar="STAMP", help="no cleanup deletes this set")
     add("--dry-run", action="store_true", help="show what would be done, change nothing")

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.parser(__doc__ or "", "latest --dry-run", "backups/backup_20261126_220840.json")
+    parser = cli.parser(__doc__ or "", "latest --dry-run", "20261126_220840")
     parser.add_argument(
         "files",
         metavar="FILE",
         nargs="*",
-        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json for the pair, `latest`, a URL, or"
-        " AutoMem's own backup: falkordb_*.json.gz, qdrant_*.json.gz, their folder, the tar.gz of its GET /backup",
+        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json or its time for the pair, `latest`,"
+        " a URL, or AutoMem's own backup: falkordb_*.json.gz, qdrant_*.json.gz, their folder, the tar.gz of its GET /backup",
     )
     safe, destructive = map(parser.add_argument_group, (cli.SAFE, cli.DESTRUCTIVE))
     safe.add_argument("--dry-run", action="store_true", help="verify the files and print the plan, touch nothing")

@@ -118,6 +118,19 @@ def verify_named(
     return [one for path in _named_manifests(folder, word, owner) for one in _verify_set(path, engines)]
 
 
+def _of_stamp(folder: Path, word: str) -> str:
+    """Return the path of the set that a stamp names (`20261126_220840`); any other word as it is."""
+    if not re.fullmatch(STAMP, word) or Path(word).exists():
+        return word
+    path = folder / f"backup_{word}.json"
+    if not path.exists():
+        raise MissingData(
+            f"no backup set {word} in {folder}",
+            next_step="python scripts/backup_automem.py --list   shows what there is",
+        )
+    return str(path)
+
+
 def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
     """The manifests that `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set.
 
@@ -250,13 +263,13 @@ def fetched(
     bar: ProgressBar,
     keys: CopyKeys,
 ) -> str:
-    """Fetch the set that a FILE argument names by URL; returns the path of the FILE here. Any other word is returned.
+    """Return the path here of what a FILE argument names by URL (it is fetched) or by a stamp; any other word as it is.
 
     The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
     it is moved into `folder`. Raises like `copies.fetch`, and BadFile for another URL.
     """
     if not is_url(word):
-        return word
+        return _of_stamp(folder, word)
     named = _named(word)
     store = open_offsite(named.folder, keys)
     if not named.manifest:
@@ -357,6 +370,7 @@ def verify_and_upload(
                 next_step="python scripts/backup_automem.py --check all --upload URL",
             )
         return _verify_copies(word, folder, engines, bar, keys), None
+    word = _of_stamp(folder, word)
     if url:
         require_upload_url(url, folder, keys)
     if not url:

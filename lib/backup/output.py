@@ -55,10 +55,17 @@ def show_sources(
     if graph:
         require_graph(graph.conn, graph.graph, graph.address)
         seen = counts(graph.conn, graph.graph)
-        rows.append((f"graph '{graph.graph}'", f"{seen.nodes:,} nodes, {seen.relationships:,} relationships"))
+        rows.append(
+            (
+                f"graph '{graph.graph}' at {graph.address.display}",
+                f"{seen.nodes:,} nodes, {seen.relationships:,} relationships",
+            )
+        )
     if collection:
         state = get_state(collection.qdrant, collection.collection)
-        rows.append((f"collection '{state.name}'", f"{state.points:,} points of {state.size}d"))
+        rows.append(
+            (f"collection '{state.name}' at {collection.qdrant.display}", f"{state.points:,} points of {state.size}d")
+        )
     rows.append(("folder", f"{folder}, {size_text(free_bytes(folder))} free"))
     if elsewhere:
         rows.append(("copy", elsewhere))

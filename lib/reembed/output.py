@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from lib.clients.embeddings.pricing import FREE, price_basis, price_text
-from lib.console import Console, size_text, table
+from lib.console import Console, age_text, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
@@ -72,7 +72,10 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else assessment.live.kind
     action = f"{_action(assessment, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
     texts = f"{plan.texts:,} texts, {plan.tokens:,} tokens"
+    stores = f"{ctx.graph.address.display}/{ctx.graph.graph} -> Qdrant {ctx.qdrant.display}/{ctx.collection}"
     rows = [
+        ("stores", f"FalkorDB {stores}"),
+        ("backup", _newest_backup(ctx)),
         ("model", chosen(ctx.spec, ctx.reason)),
         ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
@@ -86,6 +89,13 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     if fault and is_this_machine(ctx.spec.base_url):
         console.warn(f"{fault}, unless this endpoint on this machine is a proxy that shortens them")
     _show_left_out(assessment, ctx, console)
+
+
+def _newest_backup(ctx: Context) -> str:
+    from lib.backup.catalog import newest_with
+
+    found = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
+    return f"{found.name}, {age_text(found.age_hours)} old" if found else f"none of this collection in {ctx.folder}"
 
 
 def _action(assessment: Assessment, ctx: Context, limit: int | None) -> str:

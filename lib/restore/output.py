@@ -44,9 +44,23 @@ def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int
     how, where = "without a safety backup", "nowhere: --no-safety-backup"
     if site.safety:
         how, where = "after a safety backup", "in the safety backup that a restore takes"
-    text = [f"would restore, {how}:", *_plan_lines(document), *files.left_out, *newer_lines(found, where)]
+    text = [
+        f"would restore, {how}, onto {_stores(site)}:",
+        *_plan_lines(document),
+        *files.left_out,
+        *newer_lines(found, where),
+    ]
     console.result(document, "\n".join(text))
     return DONE
+
+
+def _stores(site: Site) -> str:
+    names = []
+    if site.graph:
+        names.append(f"FalkorDB {site.graph.address.display}/{site.graph.graph}")
+    if site.collection:
+        names.append(f"Qdrant {site.collection.qdrant.display}/{site.collection.collection}")
+    return " and ".join(names)
 
 
 def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:

@@ -63,8 +63,24 @@ def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operato
         assert others() == untouched
 
 
+def test_a_set_is_named_by_its_time(operator):
+    operator.load(60)
+    operator.run("backup_automem")
+    time = operator.manifests()[0].stem.removeprefix("backup_")
+    assert "points" in operator.run("backup_automem", "--check", time).out
+    for words in (("restore_from_backup", "20010101_000000"), ("backup_automem", "--check", "20010101_000000")):
+        refused = operator.run(*words, expect=1)
+        assert "no backup set 20010101_000000 in" in refused.err
+        assert "--list" in refused.err
+    assert f"backup_{time}.json" in operator.run("reembed_embeddings", "--dry-run").err
+    before = operator.state()
+    spoil(operator)
+    operator.run("restore_from_backup", time)
+    assert operator.state() == before
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("words", matrix(["manifest", "latest", "rdb archive", "archive rdb"], "manifest"))
+@pytest.mark.parametrize("words", matrix(["manifest", "latest", "time", "rdb archive", "archive rdb"], "time"))
 def test_the_pair_comes_back(operator, words):
     operator.load()
     before, asset = operator.state(), settings(operator)
@@ -72,6 +88,7 @@ def test_the_pair_comes_back(operator, words):
     names = {
         "manifest": str(operator.manifests()[0]),
         "latest": "latest",
+        "time": operator.manifests()[0].stem.removeprefix("backup_"),
         "rdb": operator.rdb(),
         "archive": operator.archive(),
     }
@@ -180,6 +197,8 @@ def test_no_safety_backup_and_dry_run(operator):
     operator.run("backup_automem")
     spoil(operator)
     spoilt, files = operator.state(), sorted(operator.backups.rglob("*"))
+    result = operator.run("restore_from_backup", "latest", "--dry-run")
+    assert f"/{operator.graph} and Qdrant {operator.servers.qdrant_url}/{operator.collection}:" in result.out
     plan = operator.run("restore_from_backup", "latest", "--dry-run", "--json").json
     assert plan["collection"]["points"] == before.points
     assert (operator.state(), sorted(operator.backups.rglob("*"))) == (spoilt, files)
