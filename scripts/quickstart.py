@@ -121,7 +121,7 @@ def control(server: str, word: str | None) -> int:
     if server not in WORDS or word is None:
         raise UsageProblem(
             f"{server} takes {'one of: ' + ', '.join(WORDS[server]) if server in WORDS else 'no further word'}",
-            next_step="--help",
+            next_step="python scripts/quickstart.py --help",
         )
     config = config_of(None, None)
     print(ask(server, word, config.vector_size, config.embedding_model))

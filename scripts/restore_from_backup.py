@@ -28,8 +28,8 @@ def arguments() -> argparse.ArgumentParser:
         "files",
         metavar="FILE",
         nargs="*",
-        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json or its time for the pair, `latest`,"
-        " a URL, or AutoMem's own backup: falkordb_*.json.gz, qdrant_*.json.gz, their folder, the tar.gz of its GET /backup",
+        help="an .rdb, qdrant_snapshot_*.tar.gz or a bare .snapshot, backup_*.json or its time, `latest`,"
+        " a URL, or AutoMem's own backup: falkordb_*.json.gz, qdrant_*.json.gz, their folder, or its GET /backup",
     )
     safe, destructive = map(parser.add_argument_group, (cli.SAFE, cli.DESTRUCTIVE))
     safe.add_argument("--dry-run", action="store_true", help="verify the files and print the plan, touch nothing")
@@ -73,7 +73,7 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     cli.refuse_together(args, "--abort", "--dry-run")
     if args.abort and args.files:
-        raise UsageProblem("--abort takes no FILE", next_step="--abort")
+        raise UsageProblem("--abort takes no FILE", next_step="python scripts/restore_from_backup.py --abort")
     if args.abort:
         with connect.target_lock(config):
             return abort(config, console, "restore")
