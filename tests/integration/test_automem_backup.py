@@ -100,9 +100,8 @@ def ways(operator: Operator, folder: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize(
-    "kind", ["folder", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in ("files", "plain", "tar"))]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["folder", "files", "plain", "tar"])
 def test_each_kind_of_automems_backup_restores_both_stores(operator, tmp_path, kind):
     operator.load()
     operator.cypher("MATCH (m:Memory) WHERE id(m) = 0 SET m.place = point({latitude: 1.5, longitude: -2.25})")

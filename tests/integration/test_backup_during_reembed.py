@@ -56,6 +56,7 @@ def test_a_backup_and_a_cleanup_while_texts_are_embedded(rig):
     rig.finish()
 
 
+@pytest.mark.matrix
 def test_other_runs_that_change_a_store_are_refused_and_told_by_whom(rig):
     process = start_embedding(rig)
     for words in (("restore_from_backup", rig.operator.archive()), ("reembed_embeddings",)):

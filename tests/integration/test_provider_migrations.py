@@ -34,9 +34,12 @@ def local(operator, folder) -> dict[str, object]:
 
 LOCAL = pytest.param(
     local,
-    marks=pytest.mark.skipif(
-        importlib.util.find_spec("fastembed") is None, reason="pip install -r requirements-local.txt"
-    ),
+    marks=[
+        pytest.mark.matrix,
+        pytest.mark.skipif(
+            importlib.util.find_spec("fastembed") is None, reason="pip install -r requirements-local.txt"
+        ),
+    ],
 )
 
 
@@ -52,7 +55,7 @@ def verified(operator) -> dict[str, str]:
     return {one["name"]: (one["status"], one["detail"]) for one in checks}
 
 
-@pytest.mark.parametrize("provider", [voyage, ollama, LOCAL])
+@pytest.mark.parametrize("provider", [voyage, pytest.param(ollama, marks=pytest.mark.matrix), LOCAL])
 def test_from_openai_to_another_provider_and_back(operator, tmp_path, provider):
     old_size = 768 if provider is ollama else OLD_SIZE  # with Ollama no check of dimensions shows the change
     operator.load(40, size=old_size)
@@ -92,6 +95,7 @@ def test_a_smaller_size_of_voyage_costs_nothing(operator):
     operator.run("verify_migration")
 
 
+@pytest.mark.matrix
 def test_a_service_on_another_provider_is_reported(operator):
     operator.load(40)
     operator.run("backup_automem", "--only", "qdrant")
