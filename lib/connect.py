@@ -163,7 +163,7 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
 def embed_one(config: Config, text: str) -> NDArray[np.float32]:
     """Return the provider's vector of one text. Raises ProviderRefused, UsageProblem, WrongWidth."""
     require_embedding(config)
-    client = _embedding_client(config, config.spec, _ONE_TEXT_SECONDS)
+    client = _embedding_client(config, config.spec)(max_wait_seconds=_ONE_TEXT_SECONDS)
     try:
         vector: NDArray[np.float32] = client.embed([text]).vectors[0]
         return vector
@@ -171,17 +171,12 @@ def embed_one(config: Config, text: str) -> NDArray[np.float32]:
         client.close()
 
 
-def _embedding_client(config: Config, spec: EmbeddingSpec, max_wait_seconds: float = 600.0) -> EmbeddingClient:
-    from lib.clients.embeddings.client import REQUEST_SECONDS, EmbeddingClient
+def _embedding_client(config: Config, spec: EmbeddingSpec) -> Callable[..., EmbeddingClient]:
+    """Return what makes the provider's client; it takes the client's time limits."""
+    from lib.clients.embeddings.client import EmbeddingClient
 
-    seconds = config.ollama_timeout if spec.provider == OLLAMA else REQUEST_SECONDS
-    return EmbeddingClient(
-        spec,
-        config.embedding_key,
-        timeout_seconds=seconds,
-        max_wait_seconds=max_wait_seconds,
-        models_dir=config.models_dir,
-    )
+    client = partial(EmbeddingClient, spec, config.embedding_key, models_dir=config.models_dir)
+    return partial(client, timeout_seconds=config.ollama_timeout) if spec.provider == OLLAMA else client
 
 
 def open_runner(
@@ -197,7 +192,7 @@ def open_runner(
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
-    client = _embedding_client(config, spec)
+    client = _embedding_client(config, spec)()
     return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
 
 

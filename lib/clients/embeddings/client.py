@@ -251,7 +251,6 @@ class Provider:
         )
 
 
-REQUEST_SECONDS = 60.0  # the time limit of one request
 FIRST_CONTACT_SECONDS = 60.0  # the time limit for an endpoint that has never answered
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
@@ -275,7 +274,7 @@ class EmbeddingClient:
         spec: EmbeddingSpec,
         api_key: str,
         *,
-        timeout_seconds: float = REQUEST_SECONDS,
+        timeout_seconds: float = 60.0,
         max_wait_seconds: float = 600.0,
         models_dir: Path | None = None,
     ) -> None:
