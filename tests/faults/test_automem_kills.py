@@ -6,25 +6,13 @@ import pytest
 
 from tests.integration.test_automem_backup import content, write_pair
 from tests.kill_support import run_killed
-from tests.matrix import matrix
 from tests.restore_support import assert_tidy, delete_printed_snapshots, spoil
 
 pytestmark = pytest.mark.qdrant
 
-WINDOWS = [
-    "called points written",
-    "after collection rehearsed",
-    "called graph accepted",
-    "before safety backup",
-    "called snapshot of the points made",
-    "called live collection deleted",
-    "called copy recovered",
-    "called graph swapped in",
-    "before closed",
-]
 
-
-@pytest.mark.parametrize("where", matrix(WINDOWS, "called live collection deleted"))
+@pytest.mark.core
+@pytest.mark.parametrize("where", ["called live collection deleted"])  # every window: test_automem_backup_kills
 def test_killed_there_it_resumes(operator, where):
     operator.load(60)
     folder = operator.folder / "automem"
