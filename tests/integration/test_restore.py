@@ -67,7 +67,7 @@ def test_a_set_is_named_by_its_time(operator):
     operator.load(60)
     operator.run("backup_automem")
     time = operator.manifests()[0].stem.removeprefix("backup_")
-    assert "points" in operator.run("backup_automem", "--check", time).out
+    assert operator.archive() in operator.run("backup_automem", "--check", time).out
     for words in (("restore_from_backup", "20010101_000000"), ("backup_automem", "--check", "20010101_000000")):
         refused = operator.run(*words, expect=1)
         assert "no backup set 20010101_000000 in" in refused.err
