@@ -34,12 +34,9 @@ def local(operator, folder) -> dict[str, object]:
 
 LOCAL = pytest.param(
     local,
-    marks=[
-        pytest.mark.matrix,
-        pytest.mark.skipif(
-            importlib.util.find_spec("fastembed") is None, reason="pip install -r requirements-local.txt"
-        ),
-    ],
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("fastembed") is None, reason="pip install -r requirements-local.txt"
+    ),
 )
 
 
@@ -55,7 +52,8 @@ def verified(operator) -> dict[str, str]:
     return {one["name"]: (one["status"], one["detail"]) for one in checks}
 
 
-@pytest.mark.parametrize("provider", [voyage, pytest.param(ollama, marks=pytest.mark.matrix), LOCAL])
+@pytest.mark.matrix  # the guide's migration to voyage-4 and back is run by make test
+@pytest.mark.parametrize("provider", [voyage, ollama, LOCAL])
 def test_from_openai_to_another_provider_and_back(operator, tmp_path, provider):
     old_size = 768 if provider is ollama else OLD_SIZE  # with Ollama no check of dimensions shows the change
     operator.load(40, size=old_size)
