@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
-from lib.dimensions import LOCAL, LOCAL_URL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec, check_model
+from lib.dimensions import LOCAL, LOCAL_URL, OLLAMA, OPENAI, OPENAI_BASE_URL, VOYAGE, EmbeddingSpec, check_model
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
 from lib.network import canonical_host, is_private, without_login
@@ -23,7 +23,7 @@ from lib.providers import AUTO, DEFAULT_MODELS, PROVIDER, EmbeddingChoice, choos
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-OPENAI_URL, VOYAGE_URL = "https://api.openai.com/v1", "https://api.voyageai.com/v1"
+VOYAGE_URL = "https://api.voyageai.com/v1"
 OLLAMA_URL = "http://localhost:11434"
 _QDRANT_PORT = 6333
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
@@ -232,7 +232,7 @@ class Config:
     embedding_provider: str = _setting(PROVIDER, AUTO, Reader.text)  # used by `choice` alone
     embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
     openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
-    openai_base_url: str = _setting("OPENAI_BASE_URL", OPENAI_URL, partial(Reader.url, query=True), shown=False)
+    openai_base_url: str = _setting("OPENAI_BASE_URL", OPENAI_BASE_URL, partial(Reader.url, query=True), shown=False)
     voyage_api_key: str = _setting("VOYAGE_API_KEY", "", Reader.header, shown=False)
     voyage_model: str = _setting("VOYAGE_MODEL", DEFAULT_MODELS[VOYAGE], Reader.model)
     # AutoMem always asks Voyage's own endpoint: this one is for tests and proxies.

@@ -115,14 +115,9 @@ def serve(folder: Path, memories: int) -> int:
 def control(server: str, word: str | None) -> int:
     """Stop, start or restart the AutoMem of a sandbox that is served, or change what its embeddings endpoint does."""
     from lib.config import config_of
-    from lib.errors import UsageProblem
-    from tests.sandbox.serving import WORDS, ask
+    from tests.sandbox.serving import ask, require_word
 
-    if server not in WORDS or word is None:
-        raise UsageProblem(
-            f"{server} takes {'one of: ' + ', '.join(WORDS[server]) if server in WORDS else 'no further word'}",
-            next_step="python scripts/quickstart.py --help",
-        )
+    require_word(server, word)
     config = config_of(None, None)
     print(ask(server, word, config.vector_size, config.embedding_model))
     return 0

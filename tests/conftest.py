@@ -106,3 +106,11 @@ def operator(session_servers, tmp_path) -> Iterator[Operator]:
     yield someone
     someone.clean_up()
     session_servers.openai.clear_faults()
+
+
+@pytest.fixture
+def clean_endpoint(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's embeddings endpoint without faults and counts; the client's first pause is short."""
+    monkeypatch.setattr("lib.clients.embeddings.client.FIRST_PAUSE_SECONDS", 0.02)
+    server.clear_faults()
+    server.reset()

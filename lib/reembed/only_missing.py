@@ -9,14 +9,13 @@ from lib.backup.last_migration import kept_the_size
 from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll
+from lib.dimensions import SETTING_NAMES
 from lib.errors import GuardRefused
-from lib.providers import MODEL_SETTINGS, PROVIDER
 from lib.reembed.context import Context
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts, embed_uncached
 from lib.reembed.sync import SyncOutcome, missing_of, remove_orphans, sync_collection, texts_to_embed
-from lib.verify.compare import repair_vectors
+from lib.verify.compare import SAME_MODEL_COSINE, cosine, repair_vectors
 
-_SAME_MODEL_COSINE = 0.99
 _SAMPLES = 3
 _PAGE = 256
 _REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
@@ -60,8 +59,6 @@ def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTot
 
     Raises GuardRefused if a cosine is under 0.99: another model made the vectors.
     """
-    import numpy as np
-
     points = _unchanged(ctx, state)
     if not points and state.points:
         raise GuardRefused(
@@ -70,19 +67,18 @@ def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTot
         )
     if not points:
         return
-    setting = MODEL_SETTINGS.get(ctx.spec.provider, PROVIDER)
+    setting = SETTING_NAMES[ctx.spec.provider].model
     texts = [str((point.payload or {})["content"]) for point in points]
     runner.require_affordable(sum(count_tokens(texts)), paid)
     answer = runner.client.embed(texts)
     paid.pay(answer.tokens)
     for point, vector in zip(points, answer.vectors, strict=True):
         assert point.vector is not None
-        lengths = float(np.linalg.norm(point.vector) * np.linalg.norm(vector))
-        cosine = float(np.dot(point.vector, vector)) / lengths if lengths else 0.0
-        if cosine < _SAME_MODEL_COSINE:
+        likeness = cosine(point.vector, vector)
+        if likeness < SAME_MODEL_COSINE:
             raise GuardRefused(
                 f"the vectors in '{state.name}' were not made by {runner.spec.model} at {runner.spec.size}d"
-                f" (point {point.id}: cosine {cosine:.2f}): --only-missing would mix two models",
+                f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
                 next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
             )
 

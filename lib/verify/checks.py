@@ -29,7 +29,15 @@ from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, 
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
 from lib.providers import model_settings
-from lib.verify.compare import Differences, Findings, Sample, compare_stores, different_vectors
+from lib.verify.compare import (
+    SAME_MODEL_COSINE,
+    Differences,
+    Findings,
+    Sample,
+    compare_stores,
+    cosine,
+    different_vectors,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +48,6 @@ _RECALL_LIMIT = 5
 _SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 # By how much the two counts of vectors may differ: memories of the last minutes may lack theirs.
 _FEW_VECTORS, _SHARE = 10, 0.05
-_SAME_MODEL_COSINE = 0.99
 _COMPARED = "text and vector compared with AutoMem's"
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
@@ -282,9 +289,9 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
         ours = _compared_vector(stores, cache, made[0])
     except MigrationError as error:
         return Check(name, SKIPPED, f"{believed}; not yet known: {one_line(str(error))}")
-    cosine = float(made[1] @ ours / (np.linalg.norm(made[1]) * np.linalg.norm(ours)))
-    evidence = f"its vector of memory {made[0].id} has the cosine {cosine:.3f} with ours"
-    if cosine >= _SAME_MODEL_COSINE:
+    likeness = cosine(made[1], ours)
+    evidence = f"its vector of memory {made[0].id} has the cosine {likeness:.3f} with ours"
+    if likeness >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
     return Check(name, PENDING, f"not {model}: {evidence}", _RESTART)
 
@@ -356,12 +363,13 @@ def verify(
     checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
     with bar("compare vectors", state.points, "points") as progress:
         checks.append(check_vectors(qdrant, state, planned, spec, progress))
-    service = check_provider(stores, state, cache, [one for _, one in found.newest])
-    checks.append(replace(service, status=FAILED) if after_restart and service.status == PENDING else service)
+    checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
     except MigrationError as error:  # the results of all other checks are shown
         checks.append(Check("recall", FAILED, str(error).replace("\n", " "), error.next_step))
+    if after_restart:
+        checks = [replace(one, status=FAILED) if one.status == PENDING else one for one in checks]
     return checks
 
 
@@ -375,10 +383,7 @@ def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample],
         return [check_recall_direct(source.qdrant, source.collection, cache, source.spec, samples, why)]
     points = count(source.qdrant, source.collection)
     mismatch = check_service(answer.health, source.spec, stores.graph.graph, points)
-    checks = [mismatch] if mismatch else check_recall(stores.api, samples)
-    if after_restart:
-        checks = [replace(one, status=FAILED) if one.status == PENDING else one for one in checks]
-    return checks
+    return [mismatch] if mismatch else check_recall(stores.api, samples)
 
 
 def record(stores: Stores, checks: list[Check]) -> str:

@@ -284,6 +284,16 @@ def _normalized(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(wide / np.where(lengths == 0, 1.0, lengths))
 
 
+# Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
+SAME_MODEL_COSINE = 0.99
+
+
+def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Return the cosine of two vectors (dims,); 0 if one of them is all zeros."""
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(np.dot(one, other)) / lengths if lengths else 0.0
+
+
 def different_vectors(
     points: list[Point],
     cache: EmbeddingCache,

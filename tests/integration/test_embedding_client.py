@@ -29,18 +29,13 @@ TEXTS = [
     'quotes "and"\nlines',
 ]
 
+pytestmark = pytest.mark.usefixtures("clean_endpoint")
+
 
 @pytest.fixture(scope="module")
 def server():
     with OpenAIServer() as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def _clean(server, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE_SECONDS", 0.02)
-    server.clear_faults()
-    server.reset()
 
 
 def client_for(server, size=768, model=LARGE, key=KEY, **options):

@@ -26,18 +26,13 @@ NOMIC = "nomic-embed-text"
 KEYS = {VOYAGE: "pa-sandbox-0123456789abcdef", OLLAMA: "", OPENAI: "sk-sandbox"}
 TEXTS = ["the graph is the source of truth", "vectors live in Qdrant", "一个记忆", 'quotes "and"\nlines 🙂']
 
+pytestmark = pytest.mark.usefixtures("clean_endpoint")
+
 
 @pytest.fixture(scope="module")
 def server():
     with OpenAIServer() as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def _clean(server, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE_SECONDS", 0.02)
-    server.clear_faults()
-    server.reset()
 
 
 def spec_of(server, provider, model, size):

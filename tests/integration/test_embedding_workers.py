@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.clients.embeddings import client as client_module
 from lib.clients.embeddings import worker_pool as workers_module
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
@@ -31,18 +30,13 @@ MODEL, SIZE = "text-embedding-3-large", 256
 KEY = "sk-sandbox-0123456789abcdef"
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.usefixtures("clean_endpoint")
+
 
 @pytest.fixture(scope="module")
 def server():
     with OpenAIServer(latency_seconds=0.02) as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def _clean(server, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE_SECONDS", 0.02)
-    server.clear_faults()
-    server.reset()
 
 
 @pytest.fixture

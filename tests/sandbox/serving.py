@@ -105,13 +105,18 @@ def _obey(stack: Stack, server: str, word: str, size: int, model: str) -> str:
     return f"AutoMem runs with VECTOR_SIZE={size} and EMBEDDING_MODEL={model}"
 
 
-def ask(server: str, word: str, size: int, model: str) -> str:
-    """Ask the process that serves; returns what it did. Raises MigrationError if it could not, or if none serves."""
-    if word not in WORDS[server]:
+def require_word(server: str, word: str | None) -> None:
+    """Raise UsageProblem unless `word` is one that `server` takes; `serve` takes none."""
+    words = WORDS.get(server, ())
+    if word not in words:
         raise UsageProblem(
-            f"{server} {word}: no such word",
-            next_step="\n".join(f"python scripts/quickstart.py {server} {one}" for one in WORDS[server]),
+            f"{server} takes {'one of: ' + ', '.join(words) if words else 'no further word'}",
+            next_step="python scripts/quickstart.py --help",
         )
+
+
+def ask(server: str, word: str | None, size: int, model: str) -> str:
+    """Ask the process that serves; returns what it did. Raises MigrationError if it could not, or if none serves."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(_ANSWER_SECONDS)
         try:

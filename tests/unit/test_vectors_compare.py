@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.clients.qdrant.snapshots import restorable
-from lib.verify.compare import vectors_differ
+from lib.verify.compare import cosine, vectors_differ
 
 
 def rows(n: int, size: int) -> np.ndarray:
@@ -104,3 +104,9 @@ def test_other_versions_do_not(backup: str, server: str):
 def test_an_unknown_version_does_not():
     assert "not known" in str(restorable("", "1.11.3"))
     assert "not known" in str(restorable("1.11.3", "dev"))
+
+
+def test_the_cosine_of_a_vector_of_zeros_is_no_likeness():
+    one = np.array([3, 4], dtype=np.float32)
+    assert cosine(one, 2 * one) == pytest.approx(1)
+    assert cosine(one, np.zeros(2, dtype=np.float32)) == 0

@@ -47,15 +47,17 @@ def add_nodes(conn: redis.Redis, graph: str, first: int, nodes: Iterable[tuple[S
 
     Raises ValueError for a value that no property has.
     """
-    for (labels, has_values), group in groupby(nodes, key=lambda node: (list(node[0]), bool(_plain(node[1])))):
-        page = [properties for _, properties in group]
+    rows = ((list(labels), _plain(properties), properties) for labels, properties in nodes)
+    for (labels, has_values), group in groupby(rows, key=lambda row: (row[0], bool(row[1]))):
+        page = list(group)
+        values = [plain for _, plain, _ in page]
         if labels and has_values and not any(":" in label for label in labels):
-            _bulk(conn, graph, ":".join(labels), [b""] * len(page), page, are_nodes=True)
+            _bulk(conn, graph, ":".join(labels), [b""] * len(page), values, are_nodes=True)
         else:
             pattern = "".join(f":{quoted(label)}" for label in labels)
-            for properties in page:
-                _create(conn, graph, f"CREATE (x{pattern})", properties)
-        for node_id, properties in enumerate(page, first):
+            for one in values:
+                _create(conn, graph, f"CREATE (x{pattern})", one)
+        for node_id, (_, _, properties) in enumerate(page, first):
             _set_points(conn, graph, f"MATCH (x) WHERE id(x) = {node_id}", properties)
         first += len(page)
 
@@ -68,11 +70,11 @@ def add_relationships(
         page = list(group)
         if ":" not in name:
             heads = [struct.pack("<qq", source, target) for source, target, _, _ in page]
-            _bulk(conn, graph, name, heads, [row[3] for row in page], are_nodes=False)
+            _bulk(conn, graph, name, heads, [_plain(row[3]) for row in page], are_nodes=False)
         for own_id, (source, target, _, properties) in enumerate(page, first):
             if ":" in name:
                 ends = f"MATCH (a) WHERE id(a) = {source} MATCH (b) WHERE id(b) = {target}"
-                _create(conn, graph, f"{ends} CREATE (a)-[x:{quoted(name)}]->(b)", properties)
+                _create(conn, graph, f"{ends} CREATE (a)-[x:{quoted(name)}]->(b)", _plain(properties))
             match = f"MATCH (a)-[x]->(b) WHERE id(a) = {source} AND id(b) = {target} AND id(x) = {own_id}"
             _set_points(conn, graph, match, properties)
         first += len(page)
@@ -83,12 +85,7 @@ def points_in(properties: Properties) -> dict[str, str]:
     found = {}
     for key, value in properties.items():
         points = value if isinstance(value, list) else [value]
-        # Most values are texts, or lists of texts: the first one shows it.
-        if (
-            points
-            and isinstance(points[0], dict)
-            and all(isinstance(one, dict) and one.keys() == _POINT for one in points)
-        ):
+        if points and all(map(_is_point, points)):
             texts = list(map(_point, points))
             found[key] = f"[{', '.join(texts)}]" if isinstance(value, list) else texts[0]
     return found
@@ -116,11 +113,11 @@ def _set_points(conn: redis.Redis, graph: str, match: str, properties: Propertie
         command(conn, "GRAPH.QUERY", graph, f"{match} SET {sets}")
 
 
-def _create(conn: redis.Redis, graph: str, create: str, properties: Properties) -> None:
+def _create(conn: redis.Redis, graph: str, create: str, plain: Properties) -> None:
     """Create one `x` that GRAPH.BULK cannot: a node without a label or property, a name with a colon."""
     from falkordb.helpers import stringify_param_value
 
-    command(conn, "GRAPH.QUERY", graph, f"CYPHER p={stringify_param_value(_plain(properties))} {create} SET x += $p")
+    command(conn, "GRAPH.QUERY", graph, f"CYPHER p={stringify_param_value(dict(plain))} {create} SET x += $p")
 
 
 def _plain(properties: Properties) -> dict[str, Any]:
@@ -130,10 +127,9 @@ def _plain(properties: Properties) -> dict[str, Any]:
 
 
 def _bulk(
-    conn: redis.Redis, graph: str, name: str, heads: list[bytes], page: list[Properties], *, are_nodes: bool
+    conn: redis.Redis, graph: str, name: str, heads: list[bytes], values: Sequence[Properties], *, are_nodes: bool
 ) -> None:
     """Send rows under one label (several with a colon between them) or type; a row is its head, then its values."""
-    values = [_plain(properties) for properties in page]
     keys = list(dict.fromkeys(key for one in values for key in one))
     header = _text(name) + struct.pack("<I", len(keys)) + b"".join(map(_text, keys))
     rows = (head + b"".join(_value(one.get(key)) for key in keys) for head, one in zip(heads, values, strict=True))
