@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,13 +102,13 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
         shown = require_upload_url(args.upload, folder, config.copies, graph=name, write=not args.dry_run)
     graph = connect.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = connect.open_collection(config) if args.only != "falkordb" else None
-    if collection:
-        require_whole(collection)
-    require_sources(graph, collection)
-    if args.dry_run:
-        return output.show_sources(graph, collection, folder, console, shown)
-    private_dir(folder)
-    with connect.store_lock(config):
+    with nullcontext() if args.dry_run else connect.store_lock(config):  # during a cutover a store is incomplete
+        if collection:
+            require_whole(collection)
+        require_sources(graph, collection)
+        if args.dry_run:
+            return output.show_sources(graph, collection, folder, console, shown)
+        private_dir(folder)
         with suppress(LockHeld), connect.run_lock(config):  # a run that has not touched a live store yet is left alone
             clean_up_untouched(graph, collection, folder, targets)
         engines, bar, verify = connect.engines(config) if graph else [], console.progress, not args.no_verify
