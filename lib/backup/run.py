@@ -119,8 +119,7 @@ def _save(
         name = graph.graph
         with bar("graph", None, "bytes") as progress:
             return take(
-                progress=task.moving(progress),
-                on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)),
+                progress=task.moving(progress), on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name))
             )
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
