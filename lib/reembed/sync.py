@@ -175,17 +175,19 @@ def changes(
     *,
     whole: bool = False,
     copies: TemporaryIdTable | None = None,
+    touched: TemporaryIdTable | None = None,
 ) -> Iterator[list[Change]]:
     """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of memories.
 
     `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A value that still equals its copy is
-    replaced by one that was saved later.
+    replaced by one that was saved later. `touched` gets the ids of what is yielded, and of points whose payload is not
+    that of their copy.
     """
     for rows in chunks(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
         live, saved = existing.payloads(ids), _saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
-        found = []
+        found, changed = [], list[PointId]()
         for row in rows:
             old = live.get(row.point_id)
             own = changed_since_written(old, written.get(row.point_id))
@@ -193,8 +195,13 @@ def changes(
             # The text that is embedded: the node's, or the point's if the node has none.
             payload = {**merged_payload(base, orjson.loads(row.payload)), "content": row.content}
             change = Change(row, payload, old)
-            if old is None or not identical(old, payload) or change.needs_vector:
+            differs = old is None or not identical(old, payload) or change.needs_vector
+            if differs:
                 found.append(change)
+            if differs or old != written.get(row.point_id):
+                changed.append(row.point_id)
+        if touched is not None:
+            touched.put((one, None) for one in changed)
         yield found
 
 
@@ -229,13 +236,14 @@ def sync_collection(
     whole: bool = False,
     copied_from: str | None = None,
     progress: Progress | None = None,
+    touched: TemporaryIdTable | None = None,
 ) -> SyncOutcome:
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
 
     A payload starts from the live point's, else from the saved one (`whole`: see `base_payload`), overlaid by the
     graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
-    to it: then points without a memory are removed, too.
+    to it: then points without a memory are removed, too. `touched`: see `changes`.
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
@@ -246,7 +254,7 @@ def sync_collection(
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
         elif copied_from:
             copies = tables.enter_context(existing_points(qdrant, copied_from))
-        found = changes(cache, existing, whole=whole, copies=copies)
+        found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome += written
