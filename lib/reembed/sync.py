@@ -18,7 +18,7 @@ from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
-from lib.concurrency import Progress, bounded_map
+from lib.concurrency import Progress, bounded_map, read_ahead
 from lib.errors import GuardRefused, MissingData
 from lib.journal import Journal
 from lib.reembed.context import Context, reached
@@ -50,7 +50,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
         ctx.cache.clear_saved()
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
-        for page in scroll(ctx.qdrant, ctx.collection, payload=True):
+        for page in read_ahead(scroll(ctx.qdrant, ctx.collection, payload=True)):
             ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [_row(point) for point in page])
             count += len(page)
             progress(len(page))
@@ -95,7 +95,10 @@ def remove_orphans(ctx: Context, state: CollectionState) -> int:
     The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
     empty graph, GuardRefused if more than 1% would be removed without a verified backup.
     """
-    with only_live_ids(ctx.qdrant, state.name, ctx.cache, ctx.graph) as orphans:
+    with (
+        existing_points(ctx.qdrant, state.name, payload=False) as live,
+        only_live_ids(live, ctx.cache, ctx.graph) as orphans,
+    ):
         if not len(orphans):
             return 0
         if ctx.cache.memory_count() == 0:
@@ -104,17 +107,16 @@ def remove_orphans(ctx: Context, state: CollectionState) -> int:
                 next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
             )
         if len(orphans) > _ORPHAN_SHARE * state.points:
-            _require_backup_of(ctx, state, orphans)
+            _require_backup_of(ctx, GuardedCollection(ctx.qdrant.display, state, live, orphans))
         existing = memories_now(ctx.graph.conn, ctx.graph.graph, orphans.ids())
         return sum(_remove_page(ctx, state.name, page, existing) for page in orphans.ids())
 
 
-def _require_backup_of(ctx: Context, state: CollectionState, orphans: TemporaryIdTable) -> None:
-    with existing_points(ctx.qdrant, state.name, payload=False) as live:
-        found = find_backup(ctx.folder, GuardedCollection(ctx.qdrant.display, state, live, orphans))
+def _require_backup_of(ctx: Context, guarded: GuardedCollection) -> None:
+    found, state = find_backup(ctx.folder, guarded), guarded.state
     if isinstance(found, str):
         raise GuardRefused(
-            f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+            f"{len(guarded.only_live)} of the {state.points} points of '{state.name}' have no memory in the graph;"
             f" so many are not removed without a verified backup: {found}",
             next_step=f"python scripts/backup_automem.py\n{ctx.again}",
         )
