@@ -19,7 +19,7 @@ from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
-from lib.concurrency import ProgressBar
+from lib.concurrency import ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
 from lib.errors import MigrationError
 
@@ -128,7 +128,7 @@ def scan_graph(
     cache.begin_scan()
     with bar(title, None, "memories") as progress:
         odd = list[tuple[MemoryNode, str]]()
-        for page in chunks(iter_memories(graph.conn, graph.graph), _PAGE):
+        for page in read_ahead(chunks(iter_memories(graph.conn, graph.graph), _PAGE)):
             usable = list[_Candidate]()
             for node in page:
                 identity, reason = point_id(node.properties.get("id")), unusable(node.properties)
