@@ -61,6 +61,11 @@ class FarProxy:
             _hang_up(one)
         self._listener.close()
 
+    def set_line(self, delay: float, rate: float | None) -> None:
+        """Change the delay and the rate of what is sent from now on."""
+        self._delay = delay
+        self.up.rate = self.down.rate = rate
+
     @property
     def moved(self) -> int:
         """Bytes in both directions."""
