@@ -121,7 +121,8 @@ def test_a_backup_reports_that_the_graph_seems_to_be_lost(operator):
 
 def test_a_backup_reports_that_the_collection_seems_to_be_lost(operator):
     operator.load(20)
-    operator.call("POST", "/points/delete?wait=true", {"filter": {}})
+    ids = [point["id"] for point in operator.call("POST", "/points/scroll", {"limit": 100})["points"]]
+    operator.call("POST", "/points/delete?wait=true", {"points": ids})
     result = operator.run("backup_automem", expect=3)
     assert f"collection '{operator.collection}' has no point, and graph" in result.err
     assert "docs/worst-day.md" in result.err
