@@ -326,7 +326,8 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     existing = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
     raise MissingData(
         f"graph '{name}' does not exist on FalkorDB at {address.display}; {existing}",
-        next_step="set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",
+        next_step="set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT\n"
+        "if the graph is lost: docs/worst-day.md",
     )
 
 

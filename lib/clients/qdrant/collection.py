@@ -126,7 +126,7 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
         known = ", ".join(list_collections(q)) or "none"
         raise MissingData(
             f"Qdrant at {q.display} has no collection '{name}' (it has: {known})",
-            next_step="check QDRANT_COLLECTION and QDRANT_URL",
+            next_step="check QDRANT_COLLECTION and QDRANT_URL\nif the collection is lost: docs/worst-day.md",
         ) from None
     size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
     optimizer = raw.get("optimizer_status")
