@@ -170,7 +170,7 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     if journal.phase == AWAITED and journal.targets == targets:
         return _awaited(journal)
     script = _SCRIPTS.get(journal.command, f"{journal.command}.py")
-    again = str(journal.fact("again") or f"python scripts/{script}   with the same settings and arguments")
+    again = journal.fact("again") or f"(with the same settings and arguments)  python scripts/{script}"
     text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
     if journal.targets != targets:
         return f"{text}; it works on other stores: {listed(journal.targets)}"

@@ -111,7 +111,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
 def execute(ctx: Context, found: Assessment, config: Config, console: Console, args: argparse.Namespace) -> int:
     """Show the plan; then sample, sync or replace."""
     from lib import connect
-    from lib.config import require_openai_key
+    from lib.config import require_embedding_key
     from lib.reembed import output, quality, report_page
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
@@ -124,7 +124,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
         return output.show_current(missing, ctx, console)
     output.show_plan(found, ctx, console, limit=args.limit)
     refused = output.warn_of_refusals(found, ctx, console) if args.dry_run else []
-    require_openai_key(config)
+    require_embedding_key(config)
     pace = (args.workers, args.batch_size, args.max_cost, console)
     runner = connect.open_runner(config, *pace, sample=args.dry_run)
     paid = start_totals(ctx.cache, ctx.spec, found.journal, logged=not args.only_missing)

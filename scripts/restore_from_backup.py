@@ -79,7 +79,8 @@ def command(args: argparse.Namespace) -> int:
             return abort(config, console, "restore")
     if not args.files:
         raise UsageProblem(
-            "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"
+            "no FILE is named",
+            next_step="name one; this lists the backup sets:\npython scripts/backup_automem.py --list",
         )
     from lib.backup.check import fetched
     from lib.files import private_dir

@@ -192,7 +192,7 @@ def require_uncut(source: AutoMemFile, signs: list[str]) -> None:
     if signs:
         raise BackupDamaged(
             f"{source.display} is incomplete: {'; '.join(signs)}",
-            next_step="use another backup of AutoMem's, or restore what there is:  add " + FORCE,
+            next_step=f"use another backup of AutoMem's, or add {FORCE} to restore what there is",
         )
 
 

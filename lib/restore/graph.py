@@ -214,7 +214,7 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
 
     Its client caches labels, relationship types and property keys by their number and never refreshes them.
     """
-    stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
+    stop = "stop AutoMem, in its folder, then run this without --while-running:\ndocker compose stop flask-api"
     saved = backup.verification.schema
     if saved is None:
         raise UsageProblem(f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop)
@@ -277,7 +277,7 @@ def cut_over(
     except MigrationError as error:
         raise StoreFailed(
             f"graph '{backup.graph}' is replaced and could not be compared: {error}",
-            next_step=f"run the same command again; or undo:\n{undo}",
+            next_step=f"run the same command again, or undo it:\n{undo}",
         ) from error
     if quiet and wanted and found != wanted:
         saved = save_graph(target, backup.graph, folder, journal)
@@ -295,5 +295,5 @@ def cut_over(
 def _found(backup: GraphBackup, target: GraphSource) -> str:
     """The digest of the restored graph. Without an engine's digest to compare it with, it must at least have nodes."""
     if backup.digest is None and not counts(target.conn, target.graph).nodes:
-        raise StoreFailed(f"graph '{target.graph}' is empty after the cutover")
+        raise StoreFailed(f"graph '{target.graph}' is empty after the cutover", next_step="run the same command again")
     return graph_digest(target.conn, target.graph, by_id=True).digest

@@ -151,7 +151,9 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
             f"\n  they remain {where}"
         )
         if what == "points" and found.graph is None:
-            lines.append("  and in the graph: python scripts/reembed_embeddings.py --only-missing   embeds them again")
+            lines.append(
+                "  and in the graph; this embeds them again: python scripts/reembed_embeddings.py --only-missing"
+            )
     return lines
 
 

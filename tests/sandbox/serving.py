@@ -56,8 +56,10 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
             "Remove the lines that you added to .env when you are done.\n\n"
             "then follow MIGRATION.md. Where it stops or restarts AutoMem, in that terminal:\n\n"
             "python scripts/quickstart.py automem stop\n"
-            "python scripts/quickstart.py automem restart   (with VECTOR_SIZE and EMBEDDING_MODEL as they are set there)\n"
-            f"python scripts/quickstart.py provider WORD     ({', '.join(FAULTS)})\n\n"
+            "python scripts/quickstart.py automem restart\n\n"
+            "It gets VECTOR_SIZE and EMBEDDING_MODEL as they are set there. To make the embeddings endpoint fail:\n\n"
+            f"python scripts/quickstart.py provider 429\n\n"
+            f"or another of {', '.join(FAULTS)}.\n\n"
             "Ctrl-C here stops the sandbox."
         )
         while True:

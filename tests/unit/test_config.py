@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lib.config import DEFAULTS, load_config, require_openai_key
+from lib.config import DEFAULTS, load_config, require_embedding_key
 from lib.dimensions import (
     LOCAL,
     LOCAL_MODELS,
@@ -440,9 +440,9 @@ def test_other_targets_are_spelled_differently(load, other):
 
 def test_a_missing_openai_key_is_reported_with_the_command_that_sets_it(load):
     with pytest.raises(UsageProblem, match="OPENAI_API_KEY is not set") as caught:
-        require_openai_key(load())
+        require_embedding_key(load())
     assert "export OPENAI_API_KEY" in caught.value.next_step
-    require_openai_key(load(OPENAI_API_KEY="sk-x"))
+    require_embedding_key(load(OPENAI_API_KEY="sk-x"))
 
 
 @pytest.mark.parametrize(
