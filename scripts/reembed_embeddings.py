@@ -62,7 +62,7 @@ def command(args: argparse.Namespace) -> int:
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    announce(config, console)
+    announce(config, console, runs=not (args.abort or args.prune_spool))
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import wraps
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from lib.clients.falkordb.connection import connect
 from lib.config import load_config
 from lib.files import lock_targets
 from lib.journal import open_journals
+from tests.automem_json import graph_file
 from tests.http_proxy import HttpProxy
-from tests.operator_support import KEY, LARGE, NEW_SIZE, Operator, Servers
+from tests.operator_support import LARGE, NEW_SIZE, Operator, Servers
 from tests.restore_support import wait_for
 from tests.sandbox.automem_server import AutoMemServer
 from tests.sandbox.falkordb_server import FalkorServer
@@ -36,6 +37,7 @@ from tests.small_disk import fill, small_disk
 from tests.vectors_support import REAL_SERVER, own_server
 
 PASSWORD = "s3cr3t-that-nobody-sees"
+NEWER = "00000000-0000-4000-8000-000000000001"
 MIGRATE = {"VECTOR_SIZE": str(NEW_SIZE), "EMBEDDING_MODEL": LARGE}
 
 
@@ -172,9 +174,23 @@ def falkordb_down(night: Night) -> None:
 @setup
 def qdrant_down(night: Night) -> None:
     """Nothing listens at Qdrant's address."""
+    _no_retries(night)
     url = f"http://127.0.0.1:{free_port()}"
     night.operator.export(QDRANT_URL=url.replace("//", f"//me:{PASSWORD}@"))
     night.name(qdrant=url)
+
+
+@setup
+def https(night: Night) -> None:
+    """QDRANT_URL begins with https, and Qdrant has no certificate."""
+    _no_retries(night)
+    url = night.operator.servers.qdrant_url.replace("http:", "https:")
+    night.operator.export(QDRANT_URL=url)
+    night.name(https=url)
+
+
+def _no_retries(night: Night) -> None:
+    night.patch.setattr("lib.clients.qdrant.transport.PAUSES_SECONDS", ())
 
 
 @setup
@@ -234,6 +250,7 @@ def web_server(night: Night, variable: str, status: int = 200) -> Iterator[None]
         port = server.url.rpartition(":")[2]
         night.operator.export(**{variable: port if variable.endswith("PORT") else server.url})
         night.name(web=server.url, web_host=server.url.partition("//")[2])
+        night.name(server=f"{BaseHTTPRequestHandler.server_version} {BaseHTTPRequestHandler.sys_version}")
         yield
 
 
@@ -248,17 +265,6 @@ def half_granted(night: Night) -> Iterator[None]:
             yield
         finally:
             conn.execute_command("ACL", "DELUSER", user)
-
-
-@setup
-def no_memory(night: Night) -> Iterator[None]:
-    """A FalkorDB whose maxmemory is nearly reached."""
-    with connect(night.operator.servers.falkordb.address) as conn:
-        conn.config_set("maxmemory", conn.info("memory")["used_memory"] + 1_000_000)
-        try:
-            yield
-        finally:
-            conn.config_set("maxmemory", 0)
 
 
 # --- the stores ---------------------------------------------------------------------------------------------------
@@ -279,15 +285,16 @@ def empty_graph(night: Night) -> Iterator[None]:
 
 @setup
 def key_in_the_way(night: Night) -> Iterator[None]:
-    """A key that is no graph under the graph's name."""
-    name = f"{night.operator.graph}_key"
+    """Somebody deleted the graph and has a key under its name."""
+    name = night.operator.graph
     with connect(night.operator.servers.falkordb.address) as conn:
+        conn.rename(name, f"{name}_moved")
         conn.set(name, "somebody's own")
-        night.operator.export(FALKORDB_GRAPH=name)
         try:
             yield
         finally:
             conn.delete(name)
+            conn.rename(f"{name}_moved", name)
 
 
 @setup
@@ -327,16 +334,6 @@ def lacks_index(night: Night) -> Iterator[None]:
         yield
     finally:
         night.operator.call("PUT", "/index?wait=true", {"field_name": "tags", "field_schema": "keyword"})
-
-
-@setup
-def blank_memory(night: Night) -> Iterator[None]:
-    """A memory that cannot be embedded."""
-    night.operator.cypher("CREATE (:Memory {id: 'no-uuid', content: 'x'})")
-    try:
-        yield
-    finally:
-        night.operator.cypher("MATCH (m:Memory {id: 'no-uuid'}) DELETE m")
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -429,15 +426,12 @@ def one_store(night: Night) -> None:
 @setup
 def cut_automem_backup(night: Night) -> None:
     """A backup by AutoMem's own script that lost rows: a relationship leads to a node that is not in it."""
-    graph = {
-        "timestamp": "2026-11-27T00:00:00+00:00",
-        "graph_name": night.operator.graph,
-        "nodes": [{"id": 1, "labels": ["Memory"], "properties": {"id": "a", "content": "x"}}],
-        "relationships": [{"source_id": 1, "type": "RELATES_TO", "target_id": 2, "properties": {}}],
-        "stats": {"node_count": 1, "relationship_count": 1},
-    }
     path = night.folder / "falkordb_20261127_000000.json.gz"
-    path.write_bytes(gzip.compress(json.dumps(graph).encode()))
+    with graph_file(path, night.operator.graph, "2026-11-27T00:00:00+00:00") as written:
+        written.array("nodes")
+        written.add({"id": 1, "labels": ["Memory"], "properties": {"id": "a", "content": "x"}})
+        written.array("relationships")
+        written.add({"source_id": 1, "type": "RELATES_TO", "target_id": 2, "properties": {}})
     night.name(file=path)
 
 
@@ -499,27 +493,54 @@ def interrupted(night: Night) -> Iterator[None]:
 
 
 @setup
-def unfinished(night: Night, *, deleted: bool = False) -> Iterator[None]:
+def unfinished(night: Night, *, deleted: bool = False) -> None:
     """A re-embed stopped before its cutover, or, `deleted`, after it deleted the collection."""
 
     def make() -> Operator:
         someone = night.shared.operator(20)
         someone.run("backup_automem")
         someone.run("reembed_embeddings", "--no-switch", env=MIGRATE)
+        if deleted:
+            (journal,) = open_journals(someone.backups)
+            journal.append(DELETING, undo="  the commands of the undo", settings=someone.info())
+            someone.call("DELETE", "")
         return someone
 
-    someone = night.shared.once("unfinished", make)
-    operator = night.operator
+    someone, operator = night.shared.once(f"unfinished {deleted}", make), night.operator
     operator.graph, operator.collection = someone.graph, someone.collection
     shutil.rmtree(operator.backups)
     shutil.copytree(someone.backups, operator.backups)
     (journal,) = open_journals(operator.backups)
     night.name(graph=operator.graph, collection=operator.collection, run=journal.run_id, journal=journal.path.name)
-    if deleted:
-        journal.append(DELETING, undo="  the commands of the undo", settings=operator.info())
-        operator.export(QDRANT_COLLECTION=operator.collection)
-        operator.call("DELETE", "")
-    yield
+
+
+@setup
+def another_writer(night: Night) -> Iterator[None]:
+    """Another program writes a point into the collection that is being staged."""
+    from lib.reembed import staging
+
+    verify, staged = staging.verify_points, f"{night.operator.collection}__next"
+    qdrant, point = night.operator.qdrant, {"id": 7, "vector": [1.0] + [0.0] * (NEW_SIZE - 1)}
+
+    def write_first(*words: Any, **more: Any) -> int:
+        qdrant.json("PUT", f"/collections/{staged}/points", {"points": [point]}, params={"wait": "true"})
+        return verify(*words, **more)
+
+    night.patch.setattr(staging, "verify_points", write_first)
+    try:
+        yield
+    finally:
+        qdrant.json("DELETE", f"/collections/{staged}")
+
+
+@setup
+def changed_memory(night: Night) -> Iterator[None]:
+    """A memory is newer than the backup."""
+    night.operator.cypher("CREATE (:Memory {id: $id, content: 'newer'})", id=NEWER)
+    try:
+        yield
+    finally:
+        night.operator.cypher("MATCH (m:Memory {id: $id}) DELETE m", id=NEWER)
 
 
 # --- the provider -------------------------------------------------------------------------------------------------
@@ -551,6 +572,12 @@ def endpoint_down(night: Night, variable: str) -> None:
 
 
 @setup
+def has_package(_night: Night, name: str) -> None:
+    """A Python package is installed."""
+    pytest.importorskip(name)
+
+
+@setup
 def lacks_package(night: Night, name: str) -> None:
     """A Python package is not installed."""
     for module in [one for one in sys.modules if one.partition(".")[0] == name]:
@@ -564,7 +591,8 @@ def lacks_package(night: Night, name: str) -> None:
 @setup
 def automem_runs(night: Night) -> Iterator[None]:
     """AutoMem answers."""
-    url = night.shared.once("automem", lambda: night.shared.enter(AutoMemServer(env=night.shared.stocked.environ)).url)
+    environ = {**night.shared.stocked.environ, "AUTOMEM_API_TOKEN": PASSWORD}
+    url = night.shared.once("automem", lambda: night.shared.enter(AutoMemServer(env=environ)).url)
     night.operator.export(AUTOMEM_API_URL=url)
     night.name(automem=url)
     yield
@@ -586,7 +614,8 @@ def occupied(night: Night) -> None:
 def sftp_down(night: Night) -> None:
     """Nothing listens at the place of the copies."""
     (night.folder / ".ssh").mkdir()
-    night.name(place=f"sftp://me@127.0.0.1:{free_port()}/copies")
+    port = free_port()
+    night.name(place=f"sftp://me@127.0.0.1:{port}/copies", port=port)
 
 
 @setup
@@ -597,6 +626,3 @@ def passphrase(night: Night, mode: int) -> None:
     path.chmod(mode)
     night.operator.export(AUTOMEM_BACKUP_PASSPHRASE_FILE=path)
     night.name(file=path)
-
-
-assert KEY

@@ -156,7 +156,7 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
             f"no full backup set in {where}, which `latest` needs; there are: {', '.join(others[:_NAMED])}{more}",
             next_step=f"name one:\npython scripts/restore_from_backup.py {quote(f'{where}/{others[0].split()[0]}')}",
         )
-    whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses" if owner else ""
+    whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' on these servers" if owner else ""
     raise MissingData(
         f"no backup in {where}{whose}",
         next_step="name a file, or another folder with --backup-dir; this lists the sets:\n"

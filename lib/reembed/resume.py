@@ -140,19 +140,20 @@ def _open_here(ctx: Context) -> list[Journal]:
 def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
     was, now = journal.fact("spec"), spec_as_json(ctx.spec)
     provider = provider_of(was)
-    names = {"size": "dimension (VECTOR_SIZE)"}
+    names = {"size": "VECTOR_SIZE"}
     if provider == ctx.spec.provider:
         names |= {"model": MODEL_SETTINGS.get(provider, "model"), "endpoint": ENDPOINT_SETTINGS.get(provider, "")}
     else:
         names |= {"provider": PROVIDER}
-    changed = ", ".join(name for key, name in names.items() if was.get(key) != now.get(key))
+    changed = [name for key, name in names.items() if was.get(key) != now.get(key)]
     settings = model_settings(provider, was["model"], named=bool(ctx.reason))
     if provider in ENDPOINT_SETTINGS:
         settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
     exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
     return GuardRefused(
-        f"an unfinished run was making '{ctx.collection}' {was['size']}d with {was['model']} of {was['endpoint']};"
-        f" cannot resume: another {changed} ({now['size']}d, {now['model']} of {now['endpoint']})",
+        f"cannot resume the unfinished run of '{ctx.collection}': {' and '.join(changed)}"
+        f" {'have' if len(changed) > 1 else 'has'} changed. It was making {was['size']}d with {was['model']} of"
+        f" {was['endpoint']}; now it is {now['size']}d with {now['model']} of {now['endpoint']}",
         next_step=f"finish it:\nexport VECTOR_SIZE={was['size']} {exports}\npython scripts/reembed_embeddings.py\n"
         f"or undo it:\n{journal.undo}",
     )

@@ -112,7 +112,8 @@ def require_word(server: str, word: str | None) -> None:
     words = WORDS.get(server, ())
     if word not in words:
         raise UsageProblem(
-            f"{server} takes {'one of: ' + ', '.join(words) if words else 'no further word'}",
+            f"{server} takes {'one of ' + ', '.join(words) if words else 'no further word'}"
+            + (f", not '{word}'" if word else ""),
             next_step="python scripts/quickstart.py --help",
         )
 
@@ -130,5 +131,7 @@ def ask(server: str, word: str | None, size: int, model: str) -> str:
             stream.flush()
             answer: dict[str, Any] = json.loads(stream.readline() or '{"error": "the sandbox has ended", "text": ""}')
     if answer["error"]:
-        raise MigrationError(f"{server} {word}: {answer['error']}", next_step="look at what it logged, above")
+        raise MigrationError(
+            f"{server} {word}: {answer['error']}", next_step="look at what the sandbox printed in its terminal"
+        )
     return str(answer["text"])

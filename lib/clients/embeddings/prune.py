@@ -61,11 +61,13 @@ def prune_cache(cache: EmbeddingCache, folder: Path, *, dry_run: bool) -> Pruned
 
 def _require_no_open_run(folder: Path) -> None:
     for journal in open_journals(folder):
-        again = str(journal.fact("again") or "python scripts/reembed_embeddings.py")
+        step = "finish it, or give it up with --abort"
+        if again := journal.fact("again"):
+            step += f":\n{again}"
+        if journal.undo:
+            step += f"\nor undo it:\n{journal.undo}"
         raise GuardRefused(
-            f"a run is unfinished ({journal.path.name}): it may need what would be deleted",
-            next_step=f"finish it, or give it up with --abort:\n{again}"
-            + (f"\nor undo it:\n{journal.undo}" if journal.undo else ""),
+            f"a run is unfinished ({journal.path.name}): it may need what would be deleted", next_step=step
         )
 
 

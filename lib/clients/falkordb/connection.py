@@ -185,6 +185,7 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
         unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)
         hint = container_hint(where.rpartition(":")[0], "FALKORDB_HOST=localhost") if unknown else ""
         reason = re.sub(r"^Error -?\d+ connecting to \S+\. (.)", lambda found: found[1].lower(), text).rstrip(".")
+        reason = "its name is not known" if unknown else reason
         return StoreUnreachable(f"FalkorDB at {where} does not answer: {reason}", next_step=hint + START_HINT)
     return _store_failed(error, where, text)
 
@@ -203,7 +204,9 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
             "GRAPH.CONFIG SET MAX_QUEUED_QUERIES 100",
         )
     if isinstance(error, redis.exceptions.InvalidResponse) or "unknown command 'GRAPH." in text:
-        return StoreFailed(f"what answers at {where} is not FalkorDB: {text}", next_step=_CORRECT)
+        why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
+        why = "it is a redis without the module" if "unknown command" in text else why
+        return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}")
 
 
@@ -220,11 +223,15 @@ def access_refused(where: str, text: str) -> AccessRefused:
     )
 
 
-def redis_cli(conn: redis.Redis, *words: str) -> str:
-    """Return the shell command that sends `words` to the server of `conn`; redis-cli asks for the password."""
+def redis_cli(conn: redis.Redis, *words: str, user: str = "") -> str:
+    """Return the shell command that sends `words` to the server of `conn`; redis-cli asks for the password.
+
+    `user` is the user who may do that, if it is not that of `conn`.
+    """
     settings = conn.connection_pool.connection_kwargs
     place = ["-s", settings["path"]] if "path" in settings else ["-h", settings["host"], "-p", str(settings["port"])]
-    login = ["--user", settings.get("username") or "default", "--askpass"] if settings.get("password") else []
+    user = user or settings.get("username") or "default"
+    login = ["--user", user, "--askpass"] if settings.get("password") else []
     tls = ["--tls"] if issubclass(conn.connection_pool.connection_class, redis.SSLConnection) else []
     return shlex.join(["redis-cli", *place, *tls, *login, *words])
 

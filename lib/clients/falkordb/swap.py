@@ -358,8 +358,8 @@ def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
 def _grant(conn: redis.Redis, *keys: str) -> str:
     """Return the command that permits the user of `conn` what a restore sends, on keys by these patterns."""
     user = str(conn.connection_pool.connection_kwargs.get("username") or "default")
-    command_line = redis_cli(conn, "ACL", "SETUSER", user, *(f"+{one}" for one in _COMMANDS), *keys)
-    return f"grant it, as a user who may administer the server:\n{command_line}"
+    rules = [*(f"+{one}" for one in _COMMANDS), *keys]
+    return "grant it, as an administrator:\n" + redis_cli(conn, "ACL", "SETUSER", user, *rules, user="default")
 
 
 def _next_step(conn: redis.Redis, text: str, payload: bytes) -> str:
