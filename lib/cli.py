@@ -157,10 +157,9 @@ def require_with(args: argparse.Namespace, flag: str, other: str) -> None:
     """Raise UsageProblem if `flag` is given without `other`."""
     found = given(args, [flag, other])
     if list(found) == [flag]:
-        script = Path(sys.argv[0]).name
-        raise UsageProblem(
-            f"{flag} requires {other}", next_step=f"python scripts/{script} {other} {flag} {found[flag]}"
-        )
+        # --cleanup deletes: the command that is pasted only shows what it would delete.
+        again = f"python scripts/{Path(sys.argv[0]).name} {other} {flag} {found[flag]} --dry-run"
+        raise UsageProblem(f"{flag} requires {other}", next_step=again)
 
 
 def refuse_together(args: argparse.Namespace, *flags: str) -> None:

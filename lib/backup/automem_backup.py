@@ -82,7 +82,7 @@ class GraphFacts:
         signs = []
         if self.without_ends:
             signs.append(
-                f"relationships that lead to nodes that the file lacks: {self.without_ends:,}, such as to node {self.absent}"
+                f"relationships that lead to nodes that the file lacks: {self.without_ends:,}, such as to {self.absent}"
             )
         if self.repeated:
             signs.append(f"{self.repeated:,} nodes are in it twice, such as node {self.doubled}; others may be missing")

@@ -78,7 +78,8 @@ class OffsiteAddress:
             if importlib.util.find_spec(package) is None:
                 raise UsageProblem(
                     f"{self.scheme}:// needs the Python package '{package}', which is not installed here",
-                    next_step="python -m pip install -r requirements-offsite.txt",
+                    next_step=f"python -m pip install {package}\nor, for every kind of place:\n"
+                    "python -m pip install -r requirements-offsite.txt",
                 )
 
 

@@ -810,7 +810,7 @@ TABLE = [
         "restore_from_backup.py {file}",
         4,
         BackupDamaged,
-        "{file} is incomplete: relationships that lead to nodes that the file lacks: 1, such as to node 2",
+        "{file} is incomplete: relationships that lead to nodes that the file lacks: 1, such as to 2",
         ("use another backup of AutoMem's, or add --force-incomplete to restore what there is",),
         cut_automem_backup,
     ),
@@ -1327,7 +1327,11 @@ TABLE = [
         2,
         UsageProblem,
         "s3:// needs the Python package 's3fs', which is not installed here",
-        ("python -m pip install -r requirements-offsite.txt",),
+        (
+            "python -m pip install s3fs",
+            "or, for every kind of place:",
+            "python -m pip install -r requirements-offsite.txt",
+        ),
         lacks_package("s3fs"),
     ),
     Row(
@@ -1506,7 +1510,7 @@ def night(shared, tmp_path, monkeypatch) -> Iterator[Night]:
 def read_by_operator(text: str) -> str:
     """The text as it is in the folder of the checkout, without what differs from run to run."""
     text = re.sub(rf"\S*python\S* {ROOT}/scripts/", "python scripts/", text)
-    text = re.sub(rf"\S*python\S* -m pip install -r {ROOT}/", "python -m pip install -r ", text)
+    text = re.sub(rf"\S*python\S* (-m pip install )(-r )?({ROOT}/)?", r"python \1\2", text)
     text = re.sub(r"-[0-9a-f]{8}\.sqlite3", "-{hash}.sqlite3", text)
     return re.sub(r"\bfor \d+ s\b", "for {seconds} s", text)
 

@@ -186,7 +186,7 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
     path = places / "cwd" / ".env"
     path.write_text("this is: not ours\n\nVECTOR_SIZE: 768\n")
     (fault,) = faults_of(load)
-    assert fault == f"{path}:3: is not an assignment, which is NAME=value"
+    assert fault == f"{path}:3: this line is not an assignment (NAME=value)"
     path.write_text("this is: not ours\nVECTOR_SIZE=768\n")
     assert load().vector_size == 768
     assert caplog.text == ""
