@@ -29,7 +29,11 @@ exit codes:
 
 # Titles of groups of flags.
 SAFE, DESTRUCTIVE = "flags that change no data", "flags that change or delete data"
-_INSTALL = "python -m pip install -r requirements.txt"
+_ROOT = shlex.quote(str(Path(__file__).resolve().parent.parent))
+_INSTALL = f"""\
+make -C {_ROOT} venv && source {_ROOT}/.venv/bin/activate
+or, into this Python:
+python -m pip install -r requirements.txt"""
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -141,8 +141,8 @@ def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> No
     if plan.only_live and assessment.live.kind == REPLACE:
         some = listed(plan.only_live_examples[:_EXAMPLES])
         console.warn(
-            f"points without a memory in the graph: {plan.only_live} ({some}). They leave the collection and stay in the"
-            " backup"
+            f"points without a memory in the graph: {plan.only_live} ({some}). They leave the collection and stay"
+            " in the backup"
         )
 
 

@@ -18,6 +18,8 @@ from importlib import import_module
 import pytest
 
 from lib import cli, errors
+from lib.clients.falkordb.connection import connect, list_graphs
+from lib.clients.qdrant.collection import list_collections
 from lib.config import DEFAULTS
 from lib.errors import (
     AccessRefused,
@@ -349,6 +351,19 @@ TABLE = [
         ("export VECTOR_SIZE=1536", "or:", "export OPENAI_BASE_URL=https://api.openai.com/v1"),
         env={"OPENAI_BASE_URL": "https://openrouter.ai/api/v1", "VECTOR_SIZE": "768"},
     ),
+    Row(
+        "a Python package that is not installed",
+        "backup_automem.py",
+        2,
+        UsageProblem,
+        "the Python package 'portalocker' is not installed here",
+        (
+            "make -C {root} venv && source {root}/.venv/bin/activate",
+            "or, into this Python:",
+            "python -m pip install -r requirements.txt",
+        ),
+        lacks_package("portalocker"),
+    ),
     # --- the size of the collection: the error of AutoMem's guide
     Row(
         "another size than the collection's",
@@ -530,7 +545,7 @@ TABLE = [
         "backup_automem.py",
         1,
         MissingData,
-        "graph '{graph}x' does not exist on FalkorDB at {falkordb} (did you mean {graph}?); its graphs: {graph}",
+        "graph '{graph}x' does not exist on FalkorDB at {falkordb} (did you mean {graph}?); its graphs: {graphs}",
         ("set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",),
         env={"FALKORDB_GRAPH": "{graph}x"},
     ),
@@ -539,9 +554,9 @@ TABLE = [
         "verify_migration.py",
         1,
         MissingData,
-        "Qdrant at {qdrant} has no collection 'memoires'; it has: {collection}",
+        "Qdrant at {qdrant} has no collection '{collection}x' (did you mean {collection}?); it has: {collections}",
         ("set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL",),
-        env={"QDRANT_COLLECTION": "memoires"},
+        env={"QDRANT_COLLECTION": "{collection}x"},
     ),
     Row(
         "an alias instead of the collection",
@@ -1501,10 +1516,19 @@ def night(shared, tmp_path, monkeypatch) -> Iterator[Night]:
         rdb=operator.rdb(),
         archive=operator.archive(),
         newer=NEWER,
+        root=ROOT,
+        graphs=", ".join(graphs_of(operator)),
+        collections=", ".join(list_collections(operator.qdrant)),
     )
     yield one
     stocked = shared.stocked
     assert (stocked.graphs(), stocked.collections()) == names
+
+
+def graphs_of(operator: Operator) -> list[str]:
+    """Every graph of the server, those of other tests included."""
+    with connect(operator.servers.falkordb.address) as conn:
+        return list_graphs(conn)
 
 
 def read_by_operator(text: str) -> str:
@@ -1561,7 +1585,7 @@ def test_every_class_of_error_every_exit_code_and_every_script_is_in_the_table()
     assert {row.command.split()[0] for row in TABLE} == scripts
 
 
-COMMANDS = ["age-keygen", "chmod", "curl", "date", "df", "docker", "export", "ls", "mv", "python", "redis-cli", "ssh", "sudo", "unset"]
+COMMANDS = ["age-keygen", "chmod", "curl", "date", "df", "docker", "export", "ls", "make", "mv", "python", "redis-cli", "ssh", "sudo", "unset"]
 IN_A_SENTENCE = re.compile(r"python scripts/|-m pip |\bexport [A-Z]|docker compose|   ")
 
 

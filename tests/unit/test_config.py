@@ -537,9 +537,9 @@ def test_the_mismatch_is_reported_in_the_words_that_operators_know():
     assert isinstance(error, DimensionMismatch)
     assert error.exit_code == USAGE
     assert str(error) == ("VECTOR DIMENSION MISMATCH\nQdrant collection 'memories': 768d\nConfig VECTOR_SIZE: 3072d")
-    keep, migrate = error.next_step.splitlines()
-    assert keep.endswith("export VECTOR_SIZE=768")
-    assert migrate.endswith("python scripts/reembed_embeddings.py")
+    _, keep, _, migrate = error.next_step.splitlines()
+    assert keep == "export VECTOR_SIZE=768"
+    assert migrate == "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
     check_dimension("memories", 768, 768)
 
 

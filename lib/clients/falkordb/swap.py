@@ -102,7 +102,7 @@ def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
         raise StoreFailed(
             f"{where} accepts no writes now: {text}",
-            next_step="look at the server's log and its free disk space; nothing was touched",
+            next_step="nothing was touched. On the server, look at its log and its free disk space:\ndf -h",
         )
 
 
