@@ -29,6 +29,7 @@ from lib.clients.falkordb.connection import (
     ServerVersions,
     expires_at,
     function_libraries,
+    list_graphs,
     require_graph,
     save_failure,
     server_versions,
@@ -49,7 +50,7 @@ from lib.clients.falkordb.scratch import (
 )
 from lib.clients.falkordb.swap import dump_graph, rename_graph
 from lib.concurrency import CancelToken, Progress, steps_of
-from lib.errors import AccessRefused, BackupDamaged, MissingData
+from lib.errors import AccessRefused, BackupDamaged, UsageProblem, listed, one_line
 from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
 
 _SERVER_BYTES = 32 << 20  # memory of a FalkorDB without data
@@ -112,7 +113,7 @@ def verify_graph(
                 on_loaded(scratch.conn)
             return found
     except NoEngine as error:
-        return GraphVerification(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
+        return GraphVerification(CHECKED, f"not loaded: {error}; {one_line(error.next_step)}", facts)
     except ScratchFailed as error:
         return GraphVerification(CHECKED, f"not loaded: {error}", facts)
 
@@ -159,6 +160,18 @@ def machine_lacks(facts: RdbFacts) -> str:
     return f"no room in {folder}" if free_bytes(folder) < _LOG_BYTES else ""
 
 
+def _require_held(path: Path, graph: str, held: list[str], component: GraphComponent | None) -> None:
+    """Raise unless the RDB holds the graph: BackupDamaged if the manifest names it, else UsageProblem."""
+    if graph in held:
+        return
+    if component and component.graph == graph:
+        raise BackupDamaged(f"{path} does not hold the graph '{graph}', which its manifest names")
+    raise UsageProblem(
+        f"{path} does not hold the graph '{graph}' (FALKORDB_GRAPH); it holds: {listed(held) or 'none'}",
+        next_step="set FALKORDB_GRAPH to the graph that is to be restored, or name another file",
+    )
+
+
 @contextmanager
 def loaded_graph(
     path: Path,
@@ -173,15 +186,12 @@ def loaded_graph(
     """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
 
     `digest` is the graph's if it is known: it is not computed then. `stop` ends the work from another thread. Raises
-    BackupDamaged, ScratchFailed.
+    BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
     """
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
-        try:
-            require_graph(scratch.conn, graph, scratch.address)
-        except MissingData as error:
-            raise BackupDamaged(f"{path} does not hold the graph '{graph}': {error}") from error
+        _require_held(path, graph, list_graphs(scratch.conn), component)
         found = read_loaded(scratch, graph, engine, facts, digest=digest)
         if component:
             compare_graph(path, component, found)

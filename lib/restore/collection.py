@@ -56,7 +56,7 @@ DELETING, RESTORED, PUT_BACK = (
 _ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
-_LIST_NODES = "export QDRANT_NODE_URLS=http://node1:6333,http://node2:6333   (every node's own address)"
+_LIST_NODES = "list every node's own address:\nexport QDRANT_NODE_URLS=http://node1:6333,http://node2:6333"
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,7 @@ def _take_ids(backup: CollectionBackup, qdrant: Qdrant, trial: str, found: int) 
 
 
 def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
-    return BackupDamaged(
-        f"{backup.path.name} restores without an error, but {how}",
-        next_step="use another backup: python scripts/backup_automem.py --list",
-    )
+    return BackupDamaged(f"{backup.path.name} restores without an error, but {how}")
 
 
 Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them

@@ -222,7 +222,7 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
 
     Its client caches labels, relationship types and property keys by their number and never refreshes them.
     """
-    stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
+    stop = "stop AutoMem, in its folder, then run this without --while-running:\ndocker compose stop flask-api"
     saved = backup.verification.schema
     if saved is None:
         raise UsageProblem(f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop)
@@ -290,7 +290,7 @@ def cut_over(
     except MigrationError as error:
         raise StoreFailed(
             f"graph '{backup.graph}' is replaced and could not be compared: {error}",
-            next_step=f"run the same command again; or undo:\n{undo}",
+            next_step=f"run the same command again, or undo it:\n{undo}",
         ) from error
     if quiet and differs:
         saved = save_graph(target, backup.graph, folder, journal)

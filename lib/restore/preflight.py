@@ -134,8 +134,8 @@ def _require_same_name(backup: CollectionBackup, target: CollectionSource) -> No
     name = backup.archive.facts["collection"]
     if name != target.collection:
         raise UsageProblem(
-            f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
-            next_step=f"export QDRANT_COLLECTION={quote(name)}   if that is the collection to restore",
+            f"{backup.path} is a backup of collection '{name}', not of '{target.collection}' (QDRANT_COLLECTION)",
+            next_step=f"if that is the collection to restore:\nexport QDRANT_COLLECTION={quote(name)}",
         )
 
 
@@ -214,10 +214,11 @@ def _server(source: GraphSource | CollectionSource | None) -> str:
 
 
 _STOP_AUTOMEM = (
-    "stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
-    " and start it afterwards:  docker compose up -d --force-recreate flask-api\n"
-    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is; if only a proxy answers"
-    " for a stopped AutoMem: to AutoMem's own address, such as http://localhost:8001)"
+    "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
+    "then run the same command again, and start AutoMem afterwards:\n"
+    "docker compose up -d --force-recreate flask-api\n"
+    "if it is not AutoMem that listens there, or only a proxy answers for it, name AutoMem's own address:\n"
+    "export AUTOMEM_API_URL=http://localhost:8001"
 )
 
 

@@ -272,12 +272,12 @@ def _raise_not_restored(
     if trouble is None:
         raise StoreFailed(
             f"the collection could not be restored: {error}; the old one was restored from the safety backup",
-            next_step=error.next_step or f"look at the Qdrant server's log, then:\n{site.again}",
+            next_step=f"{error.next_step}\nthat command is:\n{site.again}",
         ) from error
     raise StoreFailed(
         f"the collection is not restored: {error}; its trial restore {journal.fact('temporary_collection')} is complete"
         f" on the server. {trouble}",
-        next_step=f"resume from the trial restore:\n{site.again}\nor undo:\n{undo}",
+        next_step=f"resume from the trial restore:\n{site.again}\nor undo it:\n{undo}",
     ) from error
 
 

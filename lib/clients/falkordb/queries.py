@@ -160,7 +160,10 @@ def relationships() -> list[Window]:
 def quoted(name: str) -> str:
     """Return a label or type as a query takes it. FalkorDB's parser has no escape for a backtick."""
     if "`" in name:
-        raise StoreFailed(f"a name with a backtick cannot be used in a query: {name!r}")
+        raise StoreFailed(
+            f"a name with a backtick cannot be used in a query: {name!r}",
+            next_step="give that label or relationship type another name",
+        )
     return f"`{name}`"
 
 
@@ -182,7 +185,9 @@ def several_rows(conn: redis.Redis, graph: str, queries: Sequence[str]) -> list[
         answers = read_commands(conn, [("GRAPH.RO_QUERY", graph, one, "--compact") for one in queries])
     except StoreFailed as error:
         if "empty key" in str(error):
-            raise MissingData(f"graph '{graph}' does not exist") from error
+            raise MissingData(
+                f"graph '{graph}' does not exist", next_step="find out what deleted it, then run the same command again"
+            ) from error
         raise
     with translated(conn):
         return [[list(row) for row in answer[1]] if len(answer) > 1 else [] for answer in answers]
@@ -252,7 +257,8 @@ class _PageReader:
                 if len(windows) == 1:
                     raise StoreFailed(
                         f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
-                        next_step="raise them: GRAPH.CONFIG SET RESULTSET_SIZE 10000, GRAPH.CONFIG SET TIMEOUT 1000",
+                        next_step="raise both limits, in redis-cli:\n"
+                        "GRAPH.CONFIG SET RESULTSET_SIZE 10000\nGRAPH.CONFIG SET TIMEOUT 1000",
                     )
                 yield from self.pages(windows[1:], 0, size, {**fixed, window.id_name: low})
             elif rows:

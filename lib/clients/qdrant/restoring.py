@@ -98,7 +98,8 @@ def _wrong_file(q: Qdrant, collection: str) -> BackupDamaged:
     return BackupDamaged(
         f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was changed"
         " since it was verified, or damaged on the way",
-        next_step="check the file:  python scripts/backup_automem.py --check FILE",
+        next_step="run the same command again; if it fails again, verify every backup:\n"
+        "python scripts/backup_automem.py --check all",
     )
 
 
@@ -192,7 +193,7 @@ class _Body:
     def read(self, size: int = -1) -> bytes:
         piece = self._stream.read(self.len if size < 0 else min(size, self.len))
         if not piece and self.len:
-            raise BackupDamaged(f"the snapshot ends {self.len} bytes early", next_step="use another backup")
+            raise BackupDamaged(f"the snapshot ends {self.len} bytes early")
         self.len -= len(piece)
         if self._progress:
             self._progress(self._size - self.len, self._size)
