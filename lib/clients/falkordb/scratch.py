@@ -70,9 +70,8 @@ def _running(
                 contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn,
             ):
                 yield Scratch(address, conn, child.pid)
-        except MigrationError as error:
-            stop.check()
-            if isinstance(error, StoreUnreachable):
+        except StoreUnreachable:
+            if not stop.is_set():
                 _require_alive(child)
             raise
         finally:
@@ -305,9 +304,8 @@ def scratch_server(
 ) -> Iterator[Scratch]:
     """Run a private server of `engine` that has loaded `rdb`; on leaving it is killed and its directory removed.
 
-    `seconds` bounds start and load (default: by the file's size). `stop` ends the server from another thread
-    (Cancelled). Raises BackupDamaged if the file does not load, StoreFailed if the server does not start without a
-    file, ScratchFailed.
+    `seconds` bounds start and load (default: by the file's size). `stop` kills the server from another thread. Raises
+    BackupDamaged if the file does not load, StoreFailed if the server does not start without a file, ScratchFailed.
     """
     if seconds is None:
         seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
