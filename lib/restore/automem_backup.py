@@ -79,10 +79,7 @@ def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iter
             create_indexes(conn, graph, MEMORY_LABEL)
             held, wanted = counts(conn, graph), facts.restorable
             if (held.nodes, held.relationships) != wanted:
-                raise StoreFailed(
-                    f"the scratch FalkorDB holds {held.nodes} nodes of {source.display}, not {wanted[0]}",
-                    next_step="run the same command again; if it fails again, use another backup",
-                )
+                raise StoreFailed(f"the scratch FalkorDB holds {held.nodes} nodes of {source.display}, not {wanted[0]}")
             with path.open("wb") as stream:
                 for chunk in wrap_dump(dump_graph(conn, graph), graph):
                     stream.write(chunk)

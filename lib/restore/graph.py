@@ -295,5 +295,5 @@ def cut_over(
 def _found(backup: GraphBackup, target: GraphSource) -> str:
     """The digest of the restored graph. Without an engine's digest to compare it with, it must at least have nodes."""
     if backup.digest is None and not counts(target.conn, target.graph).nodes:
-        raise StoreFailed(f"graph '{target.graph}' is empty after the cutover", next_step="run the same command again")
+        raise StoreFailed(f"graph '{target.graph}' is empty after the cutover")
     return graph_digest(target.conn, target.graph, by_id=True).digest

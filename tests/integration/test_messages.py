@@ -574,10 +574,7 @@ TABLE = [
         1,
         MissingData,
         "graph '{graph}_empty' holds no memory that can be embedded (0 Memory nodes): '{collection}' is not changed",
-        (
-            "check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT:",
-            "python scripts/reembed_embeddings.py --show-config",
-        ),
+        ("check the names and the addresses:", "python scripts/backup_automem.py --show-config"),
         empty_graph,
     ),
     Row(

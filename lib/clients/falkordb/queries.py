@@ -181,9 +181,7 @@ def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> li
         answer = command(conn, "GRAPH.RO_QUERY", graph, text, "--compact")
     except StoreFailed as error:
         if "empty key" in str(error):
-            raise MissingData(
-                f"graph '{graph}' does not exist", next_step="find out what deleted it, then run the same command again"
-            ) from error
+            raise MissingData(f"graph '{graph}' does not exist") from error
         raise
     with translated(conn):
         return [list(row) for row in answer[1]] if len(answer) > 1 else []
