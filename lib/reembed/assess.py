@@ -95,9 +95,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     if scan.own_text == 0 and (state.points if state else not _was_empty(ctx, journal)):
         raise MissingData(
             f"graph '{ctx.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
-            f" '{ctx.collection}' is not changed",
-            next_step="check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT:\n"
-            "python scripts/reembed_embeddings.py --show-config",
+            f" '{ctx.collection}' is not changed"
         )
     missing = ctx.cache.text_total() if must_forget(ctx) else ctx.cache.missing_total()
     backup = None

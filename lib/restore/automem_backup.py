@@ -87,10 +87,7 @@ def open_graph(
         found = read_loaded(scratch, graph, engines[0], inspect_rdb(rdb))
         held, wanted = found.counts, facts.restorable
         if held is None or (held.nodes, held.relationships) != wanted:
-            raise StoreFailed(
-                f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}",
-                next_step="run the same command again; if it fails again, use another backup",
-            )
+            raise StoreFailed(f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}")
         yield GraphBackup(source.path, graph, found, scratch), facts
 
 

@@ -152,7 +152,7 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
         )
         if what == "points" and found.graph is None:
             lines.append(
-                "  and in the graph; this embeds them again: python scripts/reembed_embeddings.py --only-missing"
+                "  and in the graph; this embeds them again:\n  python scripts/reembed_embeddings.py --only-missing"
             )
     return lines
 

@@ -546,7 +546,10 @@ TABLE = [
         1,
         MissingData,
         "graph '{graph}x' does not exist on FalkorDB at {falkordb} (did you mean {graph}?); its graphs: {graphs}",
-        ("set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",),
+        (
+            "set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",
+            "if the graph is lost: docs/worst-day.md",
+        ),
         env={"FALKORDB_GRAPH": "{graph}x"},
     ),
     Row(
@@ -555,7 +558,10 @@ TABLE = [
         1,
         MissingData,
         "Qdrant at {qdrant} has no collection '{collection}x' (did you mean {collection}?); it has: {collections}",
-        ("set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL",),
+        (
+            "set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL",
+            "if the collection is lost: docs/worst-day.md",
+        ),
         env={"QDRANT_COLLECTION": "{collection}x"},
     ),
     Row(
@@ -574,10 +580,7 @@ TABLE = [
         1,
         MissingData,
         "graph '{graph}_empty' holds no memory that can be embedded (0 Memory nodes): '{collection}' is not changed",
-        (
-            "check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT:",
-            "python scripts/reembed_embeddings.py --show-config",
-        ),
+        ("check the names and the addresses:", "python scripts/backup_automem.py --show-config"),
         empty_graph,
     ),
     Row(

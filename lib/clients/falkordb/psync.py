@@ -24,7 +24,7 @@ MARK_BYTES = 40
 CRC_BYTES = 8
 PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
 _LENGTH_DIGITS, _LINE_BYTES = 15, 1 << 16
-_LOG, _AGAIN = "look at the server's log", "run the same command again"
+_AGAIN = "run the same command again"
 _GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
 _LATER = {
     "LOADING": "is still loading its data",
@@ -182,9 +182,7 @@ class _ReplicaConnection:
         with self._socket_errors():
             data = self._reader.read1(size)
         if not data:
-            raise StoreUnreachable(
-                f"FalkorDB at {self.address} closed the connection in the middle of the RDB", next_step=_LOG
-            )
+            raise StoreUnreachable(f"FalkorDB at {self.address} closed the connection in the middle of the RDB")
         return data
 
     def _ask(self, *words: str) -> bytes:
@@ -204,12 +202,11 @@ class _ReplicaConnection:
             if not byte or len(line) > _LINE_BYTES:
                 raise StoreUnreachable(
                     f"FalkorDB at {self.address} closed the connection instead of sending an RDB",
-                    next_step=f"{_LOG}: it may lack the memory to fork",
+                    next_step="look at the server's log: it may lack the memory to fork",
                 )
             if time.monotonic() > deadline:
                 raise StoreUnreachable(
-                    f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s",
-                    next_step=f"{_LOG}, then run the same command again",
+                    f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
                 )
             line = (line + byte).lstrip()
         if line.startswith(b"-"):

@@ -185,9 +185,7 @@ def several_rows(conn: redis.Redis, graph: str, queries: Sequence[str]) -> list[
         answers = read_commands(conn, [("GRAPH.RO_QUERY", graph, one, "--compact") for one in queries])
     except StoreFailed as error:
         if "empty key" in str(error):
-            raise MissingData(
-                f"graph '{graph}' does not exist", next_step="find out what deleted it, then run the same command again"
-            ) from error
+            raise MissingData(f"graph '{graph}' does not exist") from error
         raise
     with translated(conn):
         return [[list(row) for row in answer[1]] if len(answer) > 1 else [] for answer in answers]

@@ -101,8 +101,7 @@ def wait_active(nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterab
         stable = stable + 1 if states == {ACTIVE} and wanted <= held else 0
         if time.monotonic() >= deadline:
             raise StoreFailed(
-                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})",
-                next_step="look at the Qdrant servers' logs, then run the same command again",
+                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})"
             )
         node.sleep(_POLL_SECONDS)
 

@@ -176,10 +176,7 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
         failed_since = (failed_since or now) if state == "failed" else None
         has_failed = failed_since is not None and now - failed_since >= FAILED_SECONDS
         if has_failed or now >= deadline or (new_process and state == "missing"):
-            raise StoreFailed(
-                f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}",
-                next_step="look at the Qdrant server's log, then run the same command again",
-            )
+            raise StoreFailed(f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}")
         q.sleep(POLL_SECONDS)
 
 

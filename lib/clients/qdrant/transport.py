@@ -336,10 +336,7 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
             next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
         )
     reason = "timed out" if "timed out" in text else "the connection broke"
-    return NoAnswer(
-        f"Qdrant at {display} gave no answer: {reason}",
-        next_step="look at the server's log, then run the same command again",
-    )
+    return NoAnswer(f"Qdrant at {display} gave no answer: {reason}")
 
 
 def _tls_error(display: str, text: str) -> StoreUnreachable:
