@@ -162,7 +162,7 @@ class RecoverReplay:
     def _answer(self, row: dict[str, Any]) -> Any:
         return fresh(self._send(row["request"]), recorded(row["response"]))
 
-    def _send(self, request: dict[str, Any], timeout: float = 60) -> requests.Response:
+    def _send(self, request: dict[str, Any], timeout: float = TIMEOUT_SECONDS) -> requests.Response:
         sent: dict[str, Any] = {}
         if "multipart" in request:
             part = request["multipart"]
@@ -182,11 +182,11 @@ class RecoverReplay:
     def _damaged(self) -> bytes:
         """The snapshot with its log overwritten."""
         where = f"{self.url}/collections/memories__next/snapshots/{self.values['{snap}']}"
-        whole = requests.get(where, headers={"api-key": KEY, "Accept-Encoding": "identity"}, timeout=60).content
+        whole = requests.get(where, headers={"api-key": KEY, "Accept-Encoding": "identity"}, timeout=TIMEOUT_SECONDS).content
         return repacked(whole, lambda name, body: b"x" * len(body) if name.startswith("0/wal/open-") else body)
 
     def _ok(self, method: str, path: str, body: Any) -> Any:
-        answer = requests.request(method, self.url + path, json=body, headers={"api-key": KEY}, timeout=60)
+        answer = requests.request(method, self.url + path, json=body, headers={"api-key": KEY}, timeout=TIMEOUT_SECONDS)
         assert answer.status_code == 200, (method, path, answer.text)
         return answer.json()["result"]
 

@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+import requests
 
 from lib.backup.last_migration import DELETING
 from lib.config import load_config
@@ -83,6 +84,16 @@ def test_the_cutover_waits_for_a_backup_that_is_being_taken(rig):
     errors = finished(process)
     assert errors.count("waiting until it has ended") == 1
     assert "(backup_automem.py, process 1 on host)" in errors
+
+
+def test_a_backup_during_a_cutover_names_the_run_and_not_the_missing_collection(rig):
+    targets = load_config(rig.operator.environ).targets()
+    live = f"{rig.operator.servers.qdrant_url}/collections/{rig.operator.collection}"
+    with lock_targets(targets[1:], holder="reembed_embeddings.py, process 1 on host"):
+        assert requests.delete(live, timeout=30).ok
+        refused = rig.operator.run("backup_automem", expect=5)
+        assert "(reembed_embeddings.py, process 1 on host)" in refused.err
+        assert "has no collection" in rig.operator.run("backup_automem", "--dry-run", expect=1).err
 
 
 @pytest.mark.matrix
