@@ -94,7 +94,13 @@ def show_config(config: Config, console: Console) -> int:
         "why": reason,
         "problem": str(problem or ""),
     }
-    settings = table(rows, ("setting", "value", "from", "hides"))
+    # The value is after its origin: the longest ones, not all origins, wrap in a narrow terminal.
+    columns = [(name, origin, value, other) for name, value, origin, other in rows]
+    hidden = any(row[-1] for row in columns)
+    settings = table(
+        [row if hidden else row[:-1] for row in columns],
+        ("setting", "from", "value", "hides") if hidden else ("setting", "from", "value"),
+    )
     embedding = f"embedding: {chosen(spec, reason)}" + (f"\na re-embed is refused: {problem}" if problem else "")
     console.result(document, f"{settings}\n\n{embedding}\n\n{table(list(live.items()), ('live', 'state'))}")
     return DONE

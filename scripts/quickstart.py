@@ -84,6 +84,8 @@ def tour(folder: Path, memories: int) -> int:
         walk(guide)
     print("\n" + table(guide.checked, ("checked", "figures")))
     print(f"\nthe whole guide, {memories:,} memories, in {time.monotonic() - began:.0f} s")
+    print("next: type it yourself in a sandbox that stays:  python scripts/quickstart.py serve")
+    print("      or follow MIGRATION.md with your own data")
     return 0
 
 

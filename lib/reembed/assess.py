@@ -113,7 +113,10 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
         if not kept_the_size(ctx.folder, ctx.targets, ctx.spec):
             with existing_points(ctx.qdrant, state.name) as existing:
                 missing = missing_of(ctx.cache, existing)
-    with only_live_ids(ctx.qdrant, state.name, ctx.cache, ctx.graph) as only_live:
+    with (
+        existing_points(ctx.qdrant, state.name, payload=False) as existing,
+        only_live_ids(existing, ctx.cache, ctx.graph) as only_live,
+    ):
         textless = [] if repair else textless_points(only_live, ctx.graph)
         plan = whole_plan(scan, missing, ctx.spec, state, only_live, textless)
     return Assessment(plan, live, journal, in_place, textless, unlike)
@@ -218,7 +221,7 @@ def _ask_guard(ctx: Context, journal: Journal | None, state: CollectionState) ->
         return None
     with (
         existing_points(ctx.qdrant, state.name, payload=False) as live,
-        only_live_ids(ctx.qdrant, state.name, ctx.cache, ctx.graph) as only_live,
+        only_live_ids(live, ctx.cache, ctx.graph) as only_live,
     ):
         if reached(journal, DELETED) and not len(only_live) and _is_recent(ctx, journal):
             return None  # recreated meanwhile, every id of it in the graph: its payloads are saved

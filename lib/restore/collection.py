@@ -289,13 +289,19 @@ def trial_name(collection: str, backup: CollectionBackup) -> str:
     return f"{collection}__try_{backup.archive.snapshot.sha256[:16]}"
 
 
-def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None) -> str:
-    """Restore under a temporary name and compare. Returns that name; the caller deletes a failed one at once.
+def begin_trial(plan: RestorePlan, journal: Journal) -> str:
+    """Announce the trial restore in the journal. Returns its name."""
+    name = trial_name(plan.target.collection, plan.backup)
+    journal.append(TRIAL_BEGUN, temporary_collection=name)
+    return name
+
+
+def trial_restore(plan: RestorePlan, name: str, progress: Progress | None) -> None:
+    """Restore under a temporary name and compare. The caller deletes a failed one at once.
 
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
-    qdrant, name = plan.target.qdrant, trial_name(plan.target.collection, plan.backup)
-    journal.append(TRIAL_BEGUN, temporary_collection=name)
+    qdrant = plan.target.qdrant
     if name not in list_collections(qdrant):
         try:
             plan.upload(name, name, progress)
@@ -306,8 +312,6 @@ def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None
                 raise
             raise _trial_failed(plan, error) from error
     plan.verify_trial(name)
-    journal.append(TRIAL_VERIFIED)
-    return name
 
 
 def _trial_failed(plan: RestorePlan, error: QdrantError) -> StoreFailed:
@@ -374,6 +378,11 @@ def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None
 def _old_stem(temporary: str) -> str:
     """Under which the old collection's snapshots are uploaded when it is put back."""
     return f"{temporary}-old"
+
+
+def is_unverified(journal: Journal) -> bool:
+    """Whether the run began a trial restore that was not verified yet: the server may still be restoring it."""
+    return journal.has_reached(TRIAL_BEGUN) and not journal.has_reached(TRIAL_VERIFIED)
 
 
 def is_absent(journal: Journal) -> bool:

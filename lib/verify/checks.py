@@ -51,6 +51,7 @@ _FEW_VECTORS, _SHARE = 10, 0.05
 _COMPARED = "text and vector compared with AutoMem's"
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
+_LOST_GRAPH = "the graph holds no memory: if it is lost, docs/worst-day.md has the next steps"
 _REEMBED = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 _RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
@@ -152,13 +153,16 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
     strict = after_restart or not have_plan
-    return [_check_differences(*row, strict=strict) for row in rows]
+    remedy = _ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
+    return [_check_differences(*row, remedy, strict=strict) for row in rows]
 
 
-def _check_differences(name: str, found: Differences, equal: str, wrong: str, newer: str, *, strict: bool) -> Check:
+def _check_differences(
+    name: str, found: Differences, equal: str, wrong: str, newer: str, remedy: str, *, strict: bool
+) -> Check:
     failed = found.wrong + (found.newer if strict else [])
     if failed:
-        return Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", _ONLY_MISSING)
+        return Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", remedy)
     if found.newer:
         return Check(name, PENDING, f"{len(found.newer)} {newer}: {_some(found.newer)}")
     return Check(name, PASSED, equal)

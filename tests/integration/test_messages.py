@@ -546,7 +546,10 @@ TABLE = [
         1,
         MissingData,
         "graph '{graph}x' does not exist on FalkorDB at {falkordb} (did you mean {graph}?); its graphs: {graphs}",
-        ("set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",),
+        (
+            "set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",
+            "if the graph is lost: docs/worst-day.md",
+        ),
         env={"FALKORDB_GRAPH": "{graph}x"},
     ),
     Row(
@@ -555,7 +558,10 @@ TABLE = [
         1,
         MissingData,
         "Qdrant at {qdrant} has no collection '{collection}x' (did you mean {collection}?); it has: {collections}",
-        ("set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL",),
+        (
+            "set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL",
+            "if the collection is lost: docs/worst-day.md",
+        ),
         env={"QDRANT_COLLECTION": "{collection}x"},
     ),
     Row(
@@ -1582,7 +1588,23 @@ def test_every_class_of_error_every_exit_code_and_every_script_is_in_the_table()
     assert {row.command.split()[0] for row in TABLE} == scripts
 
 
-COMMANDS = ["age-keygen", "chmod", "curl", "date", "df", "docker", "export", "ls", "make", "mv", "python", "redis-cli", "ssh", "sudo", "unset"]
+COMMANDS = [
+    "age-keygen",
+    "chmod",
+    "curl",
+    "date",
+    "df",
+    "docker",
+    "export",
+    "ls",
+    "make",
+    "mv",
+    "python",
+    "redis-cli",
+    "ssh",
+    "sudo",
+    "unset",
+]
 IN_A_SENTENCE = re.compile(r"python scripts/|-m pip |\bexport [A-Z]|docker compose|   ")
 
 

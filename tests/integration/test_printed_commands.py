@@ -150,7 +150,7 @@ def test_a_setting_that_hides_another_is_named_and_shown(operator):
     assert shown.json["settings"]["VECTOR_SIZE"]["hides"] == f"3072 in {file}:1"
     assert "hides" not in shown.json["settings"]["FALKORDB_TLS"]
     assert "second-secret" not in shown.out + shown.err + result.err
-    assert re.search(r"setting +value +from +hides", operator.run("backup_automem", "--show-config", env=env).out)
+    assert re.search(r"setting +from +value +hides", operator.run("backup_automem", "--show-config", env=env).out)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_each_value_with_its_origin_and_the_live_state(operator):
 def test_every_script_shows_the_same_and_touches_nothing(operator, script):
     result = operator.run(script, "--show-config")
     rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line}
-    assert rows["VECTOR_SIZE"] == ["48", "environment"]
+    assert rows["VECTOR_SIZE"] == ["environment", "48"]
     assert rows["FALKORDB_USERNAME"] == ["default"]
     assert f"graph '{operator.graph}' does not exist" in result.out
     assert f"'{operator.collection}'" in result.out

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +48,8 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
         stack.load(memories, SMALL[1], SMALL[0])
         stack.start_automem(SMALL[1], SMALL[0])
         say(
-            f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal:\n\n"
+            f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal, in this folder:\n\n"
+            f"{_activate()}"
             f"export OPENAI_BASE_URL={stack.openai.openai_url}\n"
             f"export OPENAI_API_KEY={KEY}\n"
             f"export AUTOMEM_API_TOKEN={TOKEN}\n"
@@ -65,6 +68,12 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
         while True:
             with contextlib.suppress(OSError, ValueError):  # of a client that left or wrote no JSON
                 _answer(stack, listener.accept()[0], say)
+
+
+def _activate() -> str:
+    """The line that makes `python` the interpreter of this process, if it is that of a virtual environment."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return f"source {shlex.quote(str(script))}\n" if script.exists() else ""
 
 
 @contextlib.contextmanager

@@ -242,6 +242,11 @@ class EmbeddingCache(CacheFile):
         rows = self.rows(f"SELECT {_COLUMNS} {_DISTINCT} ORDER BY m.key, m.id LIMIT ?", [count])
         return [_memory_row(values) for values in rows]
 
+    def random_ids(self, count: int) -> list[str | int]:
+        """The point ids of `count` memories of the plan, other ones each time."""
+        rows = self.rows("SELECT point_id FROM memories ORDER BY random() LIMIT ?", [count])
+        return [point_id_of(one) for (one,) in rows]
+
     def memories_of(self, point_ids: Sequence[str | int]) -> dict[str | int, MemoryRow]:
         """The memories of those `point_ids` that the plan has."""
         sql = f"SELECT {_COLUMNS} FROM memories m WHERE point_id IN"  # noqa: S608 - constants

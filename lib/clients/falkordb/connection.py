@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -81,21 +81,23 @@ class _Client(redis.Redis):
         """Send a command, and send it again while the server's queue of queries is full."""
         is_read = str(words[0]).split()[0].upper() in _READS
         send: Callable[..., Any] = self.reads.execute_command if is_read else super().execute_command
-        retried = backoff.on_exception(
-            backoff.expo,
-            redis.exceptions.ResponseError,
-            giveup=lambda error: _QUEUE_FULL not in str(error),
-            max_time=_QUEUE_SECONDS,
-            logger=None,
-            factor=0.02,
-            max_value=0.5,
-        )(send)
-        return retried(*words, **options)
+        return _when_queue_is_free(send)(*words, **options)
 
     def close(self) -> None:
         """Close both connections."""
         self.reads.close()
         super().close()
+
+
+_when_queue_is_free = backoff.on_exception(
+    backoff.expo,
+    redis.exceptions.ResponseError,
+    giveup=lambda error: _QUEUE_FULL not in str(error),
+    max_time=_QUEUE_SECONDS,
+    logger=None,
+    factor=0.02,
+    max_value=0.5,
+)
 
 
 def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
@@ -248,6 +250,23 @@ def command(conn: redis.Redis, *words: Any) -> Any:
         return conn.execute_command(*words)
 
 
+def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[Any]:
+    """Send several commands that only read at once; return their raw replies. Raises like `command`."""
+
+    def send() -> list[Any]:
+        pipeline = getattr(conn, "reads", conn).pipeline(transaction=False)
+        for words in requests:
+            pipeline.execute_command(*words)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+        for one in replies:
+            if isinstance(one, Exception):
+                raise one
+        return replies
+
+    with translated(conn):
+        return _when_queue_is_free(send)()
+
+
 def server_versions(conn: redis.Redis) -> ServerVersions:
     """Return the versions of redis and of the graph module (41603 in MODULE LIST is "4.16.3")."""
     with translated(conn):
@@ -327,7 +346,7 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     existing = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
     raise MissingData(
         f"graph '{name}' does not exist on FalkorDB at {address.display}{did_you_mean(name, graphs)}; {existing}",
-        next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}",
+        next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md",
     )
 
 
@@ -341,6 +360,8 @@ _SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 class BoundedSocket:
     """A socket that takes at most `limit` bytes after each request, all of them within `seconds`."""
+
+    _received_by_all = 0  # the process's memory also holds what other threads receive
 
     def __init__(self, sock: socket.socket, limit: int, seconds: float) -> None:
         self._sock, self._limit, self._seconds = sock, limit, seconds
@@ -382,7 +403,7 @@ class BoundedSocket:
         self._in_string = 0  # bytes of a string that are still expected
         self._unparsed = bytearray()
         self._deadline = time.monotonic() + self._seconds
-        self._memory = _peak_memory()
+        self._memory, self._received_before = _peak_memory(), BoundedSocket._received_by_all
 
     def _limit_wait(self) -> None:
         left = self._deadline - time.monotonic()
@@ -394,6 +415,7 @@ class BoundedSocket:
     def _count(self, data: memoryview) -> None:
         """Raise InvalidResponse if a reply has, announces or takes in memory more than a reply may."""
         self._received += len(data)
+        BoundedSocket._received_by_all += len(data)
         self._require(self._received, self._limit, "bytes")
         within = min(self._in_string, len(data))
         self._in_string -= within
@@ -403,7 +425,7 @@ class BoundedSocket:
             self._parse_headers()
         if self._received - self._checked >= _CHECK_BYTES:
             self._checked = self._received
-            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * self._received
+            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (BoundedSocket._received_by_all - self._received_before)
             self._require(_peak_memory() - self._memory, most, "bytes of memory")
 
     def _parse_headers(self) -> None:

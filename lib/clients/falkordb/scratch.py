@@ -18,6 +18,7 @@ import redis
 from lib.child_process import ScratchFolder, scratch_folder
 from lib.clients.falkordb.connection import GraphAddress, ServerVersions, command, connect, server_versions
 from lib.clients.falkordb.rdb import RdbFacts, graph_encoding, rdb_version
+from lib.concurrency import CancelToken
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable, UsageProblem
 
 SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
@@ -53,18 +54,25 @@ class Scratch:
 
 
 @contextlib.contextmanager
-def _running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Iterator[Scratch]:
+def _running(
+    server: Path, module: Path, rdb: Path | None, seconds: float, stop: CancelToken | None = None
+) -> Iterator[Scratch]:
     """Start `server` with `module`, and let it load `rdb` within `seconds`; see `scratch_server`."""
+    stop = stop or CancelToken()
     with scratch_folder("falkordb-scratch-") as scratch:
         if rdb is not None:
             (scratch.path / "dump.rdb").symlink_to(rdb.resolve())
         child = _start(server, module, scratch)
         try:
             address = GraphAddress(unix_socket=str(scratch.path / "s"))
-            with contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn:
+            with (
+                stop.ends(child.kill),
+                contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn,
+            ):
                 yield Scratch(address, conn, child.pid)
         except StoreUnreachable:
-            _require_alive(child)
+            if not stop.is_set():
+                _require_alive(child)
             raise
         finally:
             child.kill()
@@ -264,6 +272,12 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
             next_step=_INSTALL_HINT,
         )
     engine = min(able, key=lambda engine: (engine.rdb_version, engine.graph_encoding))
+    require_readable_by(engine, target)
+    return engine
+
+
+def require_readable_by(engine: Engine, target: ServerVersions | None) -> None:
+    """Raise NoEngine if the `target`, if one is given, is known not to read what the engine writes."""
     limit = newest_encoding(target.falkordb) if target else None
     if limit is not None and engine.graph_encoding > limit:
         raise NoEngine(
@@ -271,7 +285,6 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
             f"{engine.display}",
             next_step=f"restore onto FalkorDB {engine.falkordb_version} or later, or {_INSTALL_HINT}",
         )
-    return engine
 
 
 def newest_encoding(falkordb_version: str) -> int | None:
@@ -286,13 +299,15 @@ def newest_encoding(falkordb_version: str) -> int | None:
 
 
 @contextlib.contextmanager
-def scratch_server(engine: Engine, rdb: Path | None = None, *, seconds: float | None = None) -> Iterator[Scratch]:
+def scratch_server(
+    engine: Engine, rdb: Path | None = None, *, seconds: float | None = None, stop: CancelToken | None = None
+) -> Iterator[Scratch]:
     """Run a private server of `engine` that has loaded `rdb`; on leaving it is killed and its directory removed.
 
-    `seconds` bounds start and load (default: by the file's size). Raises BackupDamaged if the file does not load,
-    StoreFailed if the server does not start without a file, ScratchFailed.
+    `seconds` bounds start and load (default: by the file's size). `stop` kills the server from another thread. Raises
+    BackupDamaged if the file does not load, StoreFailed if the server does not start without a file, ScratchFailed.
     """
     if seconds is None:
         seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
-    with _running(engine.server, engine.module, rdb, seconds) as scratch:
+    with _running(engine.server, engine.module, rdb, seconds, stop) as scratch:
         yield scratch

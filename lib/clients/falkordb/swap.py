@@ -24,6 +24,24 @@ from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, 
 _COMMANDS = ("restore", "rename", "multi", "exec", "dump", "graph.delete", "graph.ro_query")
 _NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
 _EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
+_SWAP_COMMANDS = {"restore", "rename", "multi", "exec", "graph.delete"}
+_READ_COMMANDS = {
+    "auth",
+    "client",
+    "config",
+    "command",
+    "dbsize",
+    "dump",
+    "exists",
+    "get",
+    "hello",
+    "info",
+    "keys",
+    "memory",
+}
+_READ_COMMANDS |= {"module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog", "ttl", "type"}
+_READ_COMMANDS |= {"graph.config", "graph.list", "graph.ro_query", "graph.udf"}
+_UNCOUNTED = _SWAP_COMMANDS | _READ_COMMANDS
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
@@ -146,6 +164,20 @@ def other_clients(conn: redis.Redis) -> list[OtherClient]:
             for one in conn.client_list()
             if int(one["id"]) not in own and not set(str(one["flags"])) & set("MSP")
         ]
+
+
+def write_calls(conn: redis.Redis) -> dict[str, int] | None:
+    """Count the calls, by command, that may have changed a graph since the server's start; None if INFO is refused.
+
+    Left out are commands that change nothing, and those of a swap. AutoMem sends GRAPH.QUERY for its reads, too.
+    """
+    try:
+        with translated(conn):
+            stats = conn.info("commandstats")
+    except MigrationError:
+        return None
+    names = {name: name.removeprefix("cmdstat_").partition("|")[0].lower() for name in stats}
+    return {name: int(stats[name]["calls"]) for name, kind in names.items() if kind not in _UNCOUNTED}
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:

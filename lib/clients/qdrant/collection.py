@@ -127,7 +127,8 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
         raise MissingData(
             f"Qdrant at {q.display} has no collection '{name}'{did_you_mean(name, known)}; it has:"
             f" {', '.join(known) or 'none'}",
-            next_step="set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL",
+            next_step="set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
+            "if the collection is lost: docs/worst-day.md",
         ) from None
     size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
     optimizer = raw.get("optimizer_status")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
+from urllib.parse import quote
 
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import Health, delete_collection, exists, health
@@ -21,6 +22,8 @@ POLL_SECONDS = 0.5
 FAILED_SECONDS = 10.0  # during a restore, a collection can look failed for a moment
 WRONG_CHECKSUM = "0" * 64
 
+# The snapshots of Qdrant's image: read from there, a snapshot does not go through the network.
+_OWN_FOLDER = "file:///qdrant/snapshots"
 # A container's own port, if QDRANT_URL is a mapped one.
 _OWN_URL = "http://localhost:6333"
 _CONFLICT = 409
@@ -130,14 +133,15 @@ def recover(
 
 
 def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
-    """The URL at which the server fetches this snapshot from itself, or None if it cannot.
+    """The URL of the file or address from which the server reads this snapshot of its own, or None if it cannot.
 
     Verified by a recover as `probe` (an unused name) with a wrong checksum: the server's mismatch error names the
     right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError if the
     server has no room for what it fetches.
     """
-    for base in dict.fromkeys((q.base_url, _OWN_URL)):
-        location = base + collection_path(collection, "snapshots", snapshot.name)
+    addresses = [base + collection_path(collection, "snapshots", snapshot.name) for base in (q.base_url, _OWN_URL)]
+    own_file = f"{_OWN_FOLDER}/{quote(collection, safe='')}/{quote(snapshot.name, safe='')}"
+    for location in dict.fromkeys((own_file, *addresses)):
         try:
             _put_recover(q, probe, location, WRONG_CHECKSUM, q.timeout_seconds)
         except NoAnswer:

@@ -25,6 +25,7 @@ LARGEST_ANSWER = 512 << 20  # a page of points with their vectors is some tens o
 LONGEST_ANSWER_SECONDS = 600.0  # from the end of its headers to its end
 GATEWAY_ERRORS = (502, 503, 504)
 _SEND_BYTES = 256 << 10  # of a body, sent at once
+_GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
 _TEXT_LIMIT = 600  # characters of a server's error text that are shown
 # The port of a URL that names none, for qdrant-client and so for AutoMem
 # (https://github.com/qdrant/qdrant-client, qdrant_remote.py).
@@ -125,11 +126,20 @@ class Parts:
             yield b"".join(piece)
 
 
+def _gzipped(content: bytes | Parts) -> Parts:
+    from isal import isal_zlib
+
+    compressor = isal_zlib.compressobj(1, wbits=_GZIP_WBITS)
+    pieces = [content] if isinstance(content, bytes) else content
+    return Parts([*map(compressor.compress, pieces), compressor.flush()])
+
+
 class Qdrant:
     """A server's address and key. Threads may share it; each uses its own connections.
 
     If `url` has no port, 6333 is used, as AutoMem does. A user and password in it are sent as basic authentication.
     `display` is the address without secrets. Tests replace `sleep`. Raises UsageProblem for an invalid URL or key.
+    `reads_gzip`: whether large bodies are sent compressed (None: not known yet); to this machine they are not.
     """
 
     def __init__(
@@ -146,6 +156,7 @@ class Qdrant:
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
+        self.reads_gzip = False if is_this_machine(self.base_url) else None
         self._local = threading.local()
 
     def __repr__(self) -> str:
@@ -170,16 +181,19 @@ class Qdrant:
         params: Mapping[str, str] | None = None,
         timeout: float | None = None,
         retry: bool | None = None,
+        compress: bool = False,
     ) -> Any:
         """Send JSON and return the `result` of the answer, or None if it has none.
 
-        orjson serialises `body` (numpy arrays too); Parts are sent as they are. With `retry` (default: for GET only)
-        the request is repeated after a lost connection or a gateway's 502 to 504. A 429 with Retry-After was not
-        carried out, so it is always waited for and repeated.
+        orjson serialises `body` (numpy arrays too); Parts are sent as they are. With `compress` the body is sent as
+        gzip. With `retry` (default: for GET only) the request is repeated after a lost connection or a gateway's 502 to
+        504. A 429 with Retry-After was not carried out, so it is always waited for and repeated.
         Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
         """
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
+        if content is not None and compress:
+            content, headers["Content-Encoding"] = _gzipped(content), "gzip"
         response = self.call(method, path, content, params=params, headers=headers, timeout=timeout, retry=retry)
         decoded = self._decode(response)
         return decoded.get("result") if isinstance(decoded, dict) else decoded
