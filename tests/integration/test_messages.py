@@ -599,6 +599,15 @@ TABLE = [
         ),
         collection({"title": {"size": 48, "distance": "Cosine"}}),
     ),
+    Row(
+        "a collection with named vectors, to verify",
+        "verify_migration.py",
+        4,
+        None,
+        "3 of 11 checks FAILED. What helps:",
+        ("set QDRANT_COLLECTION to AutoMem's collection",),
+        collection({"title": {"size": 48, "distance": "Cosine"}}),
+    ),
     # --- files
     Row(
         "a file that does not exist",
