@@ -80,6 +80,9 @@ class Check:
 
 def check_size(state: CollectionState, spec: EmbeddingSpec) -> Check:
     """The guide's step 4. Raises DimensionMismatch if the size is not the configured one."""
+    if state.vectors_named:
+        detail = "named vectors: AutoMem keeps one unnamed vector per point"
+        return Check("size and distance", FAILED, detail, "set QDRANT_COLLECTION to AutoMem's collection")
     check_dimension(state.name, state.size, spec.size)
     status = PASSED if state.distance == "Cosine" else FAILED
     return Check("size and distance", status, f"{state.size}d {state.distance}", _REEMBED)

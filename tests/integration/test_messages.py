@@ -599,6 +599,15 @@ TABLE = [
         ),
         collection({"title": {"size": 48, "distance": "Cosine"}}),
     ),
+    Row(
+        "a collection with named vectors, to verify",
+        "verify_migration.py",
+        4,
+        None,
+        "3 of 11 checks FAILED. What helps:",
+        ("set QDRANT_COLLECTION to AutoMem's collection",),
+        collection({"title": {"size": 48, "distance": "Cosine"}}),
+    ),
     # --- files
     Row(
         "a file that does not exist",
@@ -1629,3 +1638,35 @@ def test_the_rows_of_the_guide_begin_with_its_words():
     assert "VECTOR DIMENSION MISMATCH" in begins
     assert "Collection '{collection}' already exists with different dimension" in begins
     assert any(one.startswith("Rate limit exceeded during re-embedding") for one in begins)
+
+
+# Rows whose first command settles it in this sandbox, and what the command of the row prints then.
+LEADS_ON = {
+    "a size that the model cannot make": "dry run: ",
+    "a provider that does not exist": "dry run: ",
+    "AutoMem's default model differs": "dry run: ",
+    "another size than the collection's": "passed       size and distance  48d Cosine",
+    "https for a Qdrant without a certificate": "passed       size and distance  48d Cosine",
+    "an alias instead of the collection": "dry run: ",
+    "an archive of another collection": "would restore, after a safety backup",
+    "vectors of another size": "dry run: ",
+    "a backup folder in which everybody can write": "would back up:",
+    "a passphrase that others can read": "would back up:",
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", [pytest.param(one, id=one.situation) for one in TABLE if one.situation in LEADS_ON])
+def test_the_next_step_leads_on(row, night):
+    """As pasted; the command of the row then plans what it refused before."""
+    with row.setup(night):
+        night.operator.export(**{name: night.fill(value) for name, value in row.env.items()})
+        line = night.fill(next(one for one in row.next_step if one.split()[0] in COMMANDS))
+        if line.startswith("export "):
+            night.operator.export(**dict(word.split("=", 1) for word in shlex.split(line)[1:]))
+        else:
+            subprocess.run(["bash", "-ec", line], check=True)
+        script, *words = shlex.split(night.fill(row.command))
+        plan = [] if script.startswith("verify") else ["--dry-run"]
+        result = night.operator.run(script.removesuffix(".py"), *words, *plan)
+    assert LEADS_ON[row.situation] in result.out

@@ -132,7 +132,7 @@ def test_a_replica_names_its_master(untouched):
         finally:
             conn.execute_command("REPLICAOF", "NO", "ONE")
     assert "read-only replica" in text
-    assert "127.0.0.1:1" in text
+    assert "export FALKORDB_HOST=127.0.0.1 FALKORDB_PORT=1\n" in text
 
 
 @pytest.mark.matrix
