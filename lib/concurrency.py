@@ -1,4 +1,4 @@
-"""Background work: a cancel token, a background task, a bounded map, a background writer; progress types."""
+"""Background work: a cancel token, a background task, a bounded map, reading ahead, a background writer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -49,6 +50,10 @@ class CancelToken:
             enders = list(self._enders)
         for end in enders:
             end()
+
+    def is_set(self) -> bool:
+        """Whether the work was cancelled."""
+        return self._set
 
     def check(self) -> None:
         """Raise Cancelled if the token is set."""
@@ -156,6 +161,21 @@ def bounded_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Ite
         finally:
             for waiting in running:
                 waiting.cancel()
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items. While the caller works on one, another thread reads the next."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def read() -> list[T]:
+        return list(islice(items, 1))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
+        one = read()
+        while one:
+            following = pool.submit(read)
+            yield one[0]
+            one = following.result()
 
 
 _MOST_WAITING = 8  # pieces; each is at most a megabyte

@@ -21,7 +21,7 @@ from lib.errors import escaped, one_line
 from lib.network import without_login
 
 _ROOT = Path(__file__).resolve().parent.parent
-_COMMAND = re.compile(r"(?<![\w/])python scripts/(\w+\.py)")
+_COMMAND = re.compile(r"(?<![\w/])python ((?:-m pip install )?(?:-r )?)((?:scripts/\w+\.py|requirements\S*\.txt)?)")
 _CARRIED = ("--env-file", "--backup-dir")
 _flags: list[str] = []
 _T = TypeVar("_T")
@@ -66,9 +66,14 @@ def pasteable(value: _T) -> _T:
 
 
 def _here(found: re.Match[str]) -> str:
-    script = _ROOT / "scripts" / found[1]
-    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    return shlex.join([_interpreter(), str(shown), *_flags])
+    options, name = found.groups()
+    if not options and not name:
+        return found[0]
+    words = [_interpreter(), *options.split()]
+    if name:
+        file = _ROOT / name
+        words.append(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
+    return shlex.join([*words, *(_flags if name.startswith("scripts/") else [])]) + (" " if not name else "")
 
 
 def _interpreter() -> str:

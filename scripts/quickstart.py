@@ -99,7 +99,7 @@ def require_sandbox() -> None:
     if missing:
         raise MigrationError(
             f"the sandbox needs packages that are not installed: {', '.join(missing)}",
-            next_step="make quickstart   or   pip install -r requirements-dev.txt",
+            next_step="python -m pip install -r requirements-dev.txt",
         )
 
 

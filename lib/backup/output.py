@@ -81,7 +81,7 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     if drift and (drift.only_graph or drift.only_collection):
         lines.append(
             f"drift: {drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
-            + ("" if lost else "   (python scripts/reembed_embeddings.py --only-missing repairs it)")
+            + ("" if lost else "; this repairs it:\n  python scripts/reembed_embeddings.py --only-missing")
         )
     document = manifest.as_json()
     if uploaded:
@@ -211,14 +211,18 @@ def _contents(one: Manifest) -> str:
 
 def show_verifications(files: list[FileVerification], uploaded: list[Uploaded] | None, console: Console) -> int:
     """Show the verified files and what was uploaded; exit code 4 if a file has a fault."""
-    rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in files]
+    rows = [(one.level.upper(), str(one.path), one.fault.removeprefix(f"{one.path} ") or one.note) for one in files]
     document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in files]}
     lines = [table(rows)]
     if uploaded is not None:
         document["uploaded"] = [dataclasses.asdict(one) for one in uploaded]
         lines += ["", *(map(_upload_line, uploaded) if uploaded else ["nothing was uploaded"])]
+    damaged = sum(bool(one.fault) for one in files)
+    if damaged:
+        lines += ["", f"{damaged} of {len(files)} files cannot be restored. Take a new backup:"]
+        lines.append("  python scripts/backup_automem.py")
     console.result(document, "\n".join(lines))
-    return VERIFICATION_FAILED if any(one.fault for one in files) else DONE
+    return VERIFICATION_FAILED if damaged else DONE
 
 
 def _upload_line(one: Uploaded) -> str:

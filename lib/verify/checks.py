@@ -59,9 +59,9 @@ _SAME_STORES = (
     " restart AutoMem"
 )
 START_AUTOMEM = (
-    "docker compose logs flask-api   (in AutoMem's folder: a service that refuses to start logs why)\n"
-    "docker compose up -d --force-recreate flask-api\n"
-    "export AUTOMEM_API_URL=...   (if AutoMem listens at another address)"
+    "start AutoMem, in its folder:\ndocker compose up -d --force-recreate flask-api\n"
+    "if it does not start, its log says why:\ndocker compose logs flask-api\n"
+    "if it listens at another address:\nexport AUTOMEM_API_URL=..."
 )
 
 
@@ -125,7 +125,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     detail = f"{model}, EMBEDDING_MODEL is {spec.model}"
     if {provider, spec.provider} != {OPENAI}:
         detail = f"{model} of {provider}, the settings choose {spec.model} of {spec.provider}"
-    return Check("model stamp", status, detail, f"export {exports}   or   {_REEMBED}")
+    return Check("model stamp", status, detail, f"export {exports}\nor replace all vectors:\n{_REEMBED}")
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
@@ -396,7 +396,7 @@ def record(stores: Stores, checks: list[Check]) -> str:
     Raises MigrationError if a check failed or is pending, or if AutoMem does not store it.
     """
     if any(check.status in {FAILED, PENDING} for check in checks):
-        raise MigrationError("not stored before every check has passed")
+        raise MigrationError("not stored before every check has passed", next_step="do first what is printed below")
     spec = stores.collection.spec
     model = spec.model if spec.provider == OPENAI else f"{spec.model} of {spec.provider}"
     content = f"The embeddings were migrated to {spec.size}d ({model}); every check of the migration passed"

@@ -20,7 +20,7 @@ from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
-from lib.concurrency import Progress, ProgressBar
+from lib.concurrency import Progress, ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ def repair_vectors(
     """
     state, repaired = get_state(qdrant, collection), 0
     with bar("compare vectors", state.points, "points") as progress:
-        for page in scroll(qdrant, collection, payload=True, vector=True):
+        for page in read_ahead(scroll(qdrant, collection, payload=True, vector=True)):
             _, wrong = different_vectors(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]

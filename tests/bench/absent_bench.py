@@ -9,8 +9,6 @@ import contextlib
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +21,7 @@ import requests
 from lib.files import private_dir
 from tests.bench.cheap_endpoint import CheapEndpoint
 from tests.bench.figures import PAIRS, Figure, at_most, seconds_of
-from tests.bench.peak import ROOT
-from tests.bench.stores import collection_source, graph_source, on_qdrant
+from tests.bench.stores import collection_source, graph_source, on_qdrant, run_script
 from tests.sandbox.sample_loading import create_collection
 from tests.sandbox.sample_memories import generate
 
@@ -68,17 +65,9 @@ def absent(folder: Path) -> Iterator[Figure]:
 
 
 def _absent_seconds(words: tuple[str, ...], environ: dict[str, str], folder: Path) -> float:
-    _script("backup_automem", "-q", environ=environ, folder=folder)
-    output = _script("reembed_embeddings", "-q", "--json", *words, environ=environ, folder=folder)
+    run_script("backup_automem", "-q", environ=environ, folder=folder)
+    output = run_script("reembed_embeddings", "-q", "--json", *words, environ=environ, folder=folder)
     return float(json.loads(output)["absent_seconds"])
-
-
-def _script(name: str, *words: str, environ: dict[str, str], folder: Path) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
-    done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode not in {0, 3}:  # 3: the samples lack some points, which is reported
-        raise RuntimeError(f"{name}.py: exit code {done.returncode}\n{done.stderr}")
-    return done.stdout
 
 
 def seconds_of_upload(url: str) -> float:

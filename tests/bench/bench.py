@@ -18,11 +18,17 @@ from pathlib import Path
 
 from lib.console import table
 from lib.files import private_dir
-from tests.bench import absent_bench, backup_bench, reembed_bench, restore_bench
+from tests.bench import absent_bench, backup_bench, far_bench, reembed_bench, restore_bench
 from tests.bench.figures import Figure
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench.json"
-BENCHES = {**backup_bench.BENCHES, **restore_bench.BENCHES, **reembed_bench.BENCHES, **absent_bench.BENCHES}
+BENCHES = {
+    **backup_bench.BENCHES,
+    **restore_bench.BENCHES,
+    **reembed_bench.BENCHES,
+    **absent_bench.BENCHES,
+    **far_bench.BENCHES,
+}
 
 
 def measured(words: list[str]) -> list[Figure]:

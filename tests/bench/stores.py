@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lib.clients.falkordb.connection import connect, server_versions
 from lib.clients.qdrant.transport import Qdrant
 from lib.dimensions import EmbeddingSpec
 from tests.bench.figures import load
+from tests.bench.peak import ROOT
 from tests.real_qdrant import RealQdrant, test_server
 from tests.sandbox.falkordb_server import FalkorServer
 from tests.sandbox.qdrant_server.process import QdrantServer
@@ -70,6 +73,15 @@ def running_qdrant(folder: Path) -> Iterator[str]:
     else:
         with QdrantServer(folder / "qdrant") as stand_in:
             yield stand_in.url
+
+
+def run_script(name: str, *words: str, environ: Mapping[str, str], folder: Path) -> str:
+    """What `scripts/<name>.py` with these words prints. Raises RuntimeError with its errors if it fails."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
+    done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode not in {0, 3}:  # 3: the samples lack some points, which is reported
+        raise RuntimeError(f"{name}.py: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def on_graph(source: GraphSource, memories: int) -> str:

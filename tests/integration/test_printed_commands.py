@@ -127,7 +127,7 @@ def test_an_alias_is_refused_by_name_before_anything_is_embedded_or_written(oper
     ):
         refused = operator.run(*words, env=env, expect=2)
         assert f"is an alias at {operator.qdrant.display}, of the collection '{real}'" in refused.err
-        assert f"export QDRANT_COLLECTION={real} " in refused.err
+        assert f"export QDRANT_COLLECTION={real}\n" in refused.err
     assert operator.servers.openai.stats()["tokens"] == 0
     assert not list(operator.backups.glob("qdrant/*"))
     assert not list(operator.backups.glob("journal_*"))

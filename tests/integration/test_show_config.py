@@ -81,7 +81,8 @@ def test_every_command_reports_a_run_that_never_ended(operator):
     ):
         err = operator.run(*words, expect=None).err
         assert err.count("is unfinished, or still running") == 2
-        assert re.search(rf"at: deleting\)\n  resume:  \S+ {ROOT}/scripts/reembed_embeddings.py ", err)
+        resume = rf"resume:  \(with the same settings and arguments\)  \S+ {ROOT}/scripts/reembed_embeddings.py\n"
+        assert re.search(rf"at: deleting\)\n  {resume}", err)
         assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in err
         assert "undo:\n  the way back" in err
         assert "it works on other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err

@@ -59,8 +59,10 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
             "Remove the lines that you added to .env when you are done.\n\n"
             "then follow MIGRATION.md. When it stops or restarts AutoMem, type in that terminal:\n\n"
             "python scripts/quickstart.py automem stop\n"
-            "python scripts/quickstart.py automem restart   (with VECTOR_SIZE and EMBEDDING_MODEL as they are set there)\n"
-            f"python scripts/quickstart.py provider WORD     ({', '.join(FAULTS)})\n\n"
+            "python scripts/quickstart.py automem restart\n\n"
+            "It gets VECTOR_SIZE and EMBEDDING_MODEL as they are set there. To make the embeddings endpoint fail:\n\n"
+            f"python scripts/quickstart.py provider 429\n\n"
+            f"or another of {', '.join(FAULTS)}.\n\n"
             "Ctrl-C here stops the sandbox."
         )
         while True:
@@ -119,7 +121,8 @@ def require_word(server: str, word: str | None) -> None:
     words = WORDS.get(server, ())
     if word not in words:
         raise UsageProblem(
-            f"{server} takes {'one of: ' + ', '.join(words) if words else 'no further word'}",
+            f"{server} takes {'one of ' + ', '.join(words) if words else 'no further word'}"
+            + (f", not '{word}'" if word else ""),
             next_step="python scripts/quickstart.py --help",
         )
 
@@ -137,5 +140,7 @@ def ask(server: str, word: str | None, size: int, model: str) -> str:
             stream.flush()
             answer: dict[str, Any] = json.loads(stream.readline() or '{"error": "the sandbox has ended", "text": ""}')
     if answer["error"]:
-        raise MigrationError(f"{server} {word}: {answer['error']}", next_step="look at what it logged, above")
+        raise MigrationError(
+            f"{server} {word}: {answer['error']}", next_step="look at what the sandbox printed in its terminal"
+        )
     return str(answer["text"])
