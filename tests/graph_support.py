@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import redis
 
-from lib.clients.falkordb.connection import GraphAddress
+from lib.clients.falkordb.connection import GraphAddress, connect
 from lib.clients.falkordb.psync import stream_rdb
 from lib.clients.falkordb.queries import counts
+from tests.restore_support import wait_for
+from tests.sandbox.falkordb_server import FalkorServer
 
 
 def write(conn: redis.Redis, graph: str, *queries: str) -> None:
@@ -96,3 +100,27 @@ def rich_counts(conn: redis.Redis, graph: str) -> None:
     assert found.nodes == 3 + 2 + 27
     assert found.types["RELATES_TO"] == 3
     assert found.types["odd type!"] == 1
+
+
+@contextmanager
+def unable_to_save(server: FalkorServer, **config: object) -> Iterator[redis.Redis]:
+    """A file cannot replace a folder: its BGSAVE fails, and redis then refuses what writes, and PING."""
+    path = server.data / "dump.rdb"
+    with connect(server.address) as conn:
+        before = {name: conn.config_get(name)[name] for name in config}
+        for name, value in config.items():
+            conn.config_set(name, value)
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        conn.bgsave()
+        assert wait_for(lambda: conn.info("persistence")["rdb_last_bgsave_status"] == "err", 30, 0.05)
+        with pytest.raises(redis.exceptions.ResponseError, match="MISCONF"):
+            conn.ping()
+        try:
+            yield conn
+        finally:
+            path.rmdir()
+            conn.bgsave()
+            assert wait_for(lambda: conn.info("persistence")["rdb_last_bgsave_status"] == "ok", 30, 0.05)
+            for name, value in before.items():
+                conn.config_set(name, value)

@@ -46,6 +46,9 @@ _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 _FLAGS += " --disable-component-update --disable-sync --hide-scrollbars"
 _CONTROL = re.compile(rb"\x1b\[(\d*)([A-HJKlh])|\x1b\[\?\d+[lh]|([\r\n])")
+_CUT = re.compile(
+    rb"(.*?)((?:\x1b(?:\[[\d;?]*)?)?)\Z", re.DOTALL
+)  # a control sequence of which the end is not read yet
 _TEXT = re.compile(r'<text class="(t-r\d+)" x="([^"]+)" y="([^"]+)" textLength="([^"]+)"[^>]*>(.*?)</text>')
 _SVG = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">
@@ -109,6 +112,7 @@ def run_in_terminal(command: str, environ: dict[str, str]) -> list[tuple[float, 
     fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     path = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     environ = {**environ, "PATH": path, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    environ |= {"COLUMNS": str(COLUMNS), "LINES": str(ROWS)}  # others may be set here, and win over the terminal's
     began, screen = time.monotonic(), Screen()
     words = shlex.split(command)
     with subprocess.Popen(words, cwd=PROJECT_ROOT, env=environ, stdout=child_end, stderr=child_end) as process:
@@ -133,11 +137,12 @@ class Screen:
 
     def __init__(self) -> None:
         self._rows: list[tuple[float, bytes]] = [(0.0, b"")]
-        self._row, self._erase = 0, False
+        self._row, self._erase, self._cut = 0, False, b""
 
     def write(self, output: bytes, at: float) -> None:
         """Write what a command printed at this time."""
-        end = 0
+        end, output = 0, self._cut + output
+        output, self._cut = _CUT.match(output).groups()  # type: ignore[union-attr]
         for found in _CONTROL.finditer(output):
             self._append(output[end : found.start()], at)
             end = found.end()

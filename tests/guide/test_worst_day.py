@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from falkordb.graph import Graph as FalkorGraph
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.swap import drop_graph
 from tests.automem_json import write_samples
+from tests.graph_support import unable_to_save
 from tests.guide.documents import SHELL, WORST_DAY, Block, blocks
 from tests.guide.site import LARGE, MEMORIES, SMALL, Ran, Site
 from tests.kill_support import prelude
@@ -197,6 +199,17 @@ def test_the_disk_of_the_qdrant_server_is_full(site):
     requests.post(faults, json=[full], timeout=30).raise_for_status()
     room = {"backup_automem.py\npython scripts/reembed": lambda _site: requests.delete(faults, timeout=30) and None}
     type_section(site, "The disk of the Qdrant server is full", room)
+    assert (memories(site), site.state().points) == (before, points)
+
+
+@pytest.mark.matrix
+def test_the_disk_of_the_falkordb_server_is_full(site):
+    before, points = memories(site), site.state().points
+    with ExitStack() as stack:
+        stack.enter_context(unable_to_save(site.stack.falkordb))
+        room = {"BGSAVE\n": lambda _site: stack.close()}
+        type_section(site, "The disk of the FalkorDB server is full", room)
+    assert "cannot save" not in site.script("backup_automem").err
     assert (memories(site), site.state().points) == (before, points)
 
 

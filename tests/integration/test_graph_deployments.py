@@ -15,6 +15,7 @@ import redis
 from lib.clients.falkordb.connection import connect, temporary_name
 from lib.errors import StoreFailed
 from lib.journal import open_journals
+from tests.graph_support import unable_to_save
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, Operator, Servers
 from tests.restore_support import wait_for
@@ -60,35 +61,10 @@ def component(operator) -> dict:
 # --- a server that cannot save -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def unable_to_save(operator, **config: object) -> Iterator[redis.Redis]:
-    """A file cannot replace a folder: its BGSAVE fails, and redis then refuses what writes, and PING."""
-    server = operator.servers.falkordb
-    path = server.data / "dump.rdb"
-    with connect(server.address) as conn:
-        before = {name: conn.config_get(name)[name] for name in config}
-        for name, value in config.items():
-            conn.config_set(name, value)
-        path.unlink(missing_ok=True)
-        path.mkdir()
-        conn.bgsave()
-        assert wait_for(lambda: conn.info("persistence")["rdb_last_bgsave_status"] == "err", 30, 0.05)
-        with pytest.raises(redis.exceptions.ResponseError, match="MISCONF"):
-            conn.ping()
-        try:
-            yield conn
-        finally:
-            path.rmdir()
-            conn.bgsave()
-            assert wait_for(lambda: conn.info("persistence")["rdb_last_bgsave_status"] == "ok", 30, 0.05)
-            for name, value in before.items():
-                conn.config_set(name, value)
-
-
 def test_a_server_that_cannot_save_is_backed_up_with_a_warning(operator):
     operator.load(40)
     before = operator.state()
-    with unable_to_save(operator):
+    with unable_to_save(operator.servers.falkordb):
         result = operator.run("backup_automem", "-q")
         assert "cannot save its data: its last snapshot (BGSAVE) failed" in result.err
         for script in ("verify_migration", "reembed_embeddings"):
@@ -107,7 +83,7 @@ def test_a_server_that_cannot_write_its_rdb_for_a_replica_is_dumped(operator):
     """Without diskless sync the RDB for PSYNC goes over the disk that is full."""
     operator.load(40)
     before = operator.state()
-    with unable_to_save(operator, **{"repl-diskless-sync": "no"}):
+    with unable_to_save(operator.servers.falkordb, **{"repl-diskless-sync": "no"}):
         operator.run("backup_automem", "--only", "falkordb")
     assert component(operator)["digest"] == before.graph
     assert component(operator)["proof"] == "restored"

@@ -57,7 +57,7 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
             'echo "EMBEDDING_MODEL=text-embedding-3-small" >> .env\n\n'
             "The last two are in .env because the guide changes them there: an export would hide that change.\n"
             "Remove the lines that you added to .env when you are done.\n\n"
-            "then follow MIGRATION.md. Where it stops or restarts AutoMem, in that terminal:\n\n"
+            "then follow MIGRATION.md. When it stops or restarts AutoMem, type in that terminal:\n\n"
             "python scripts/quickstart.py automem stop\n"
             "python scripts/quickstart.py automem restart\n\n"
             "It gets VECTOR_SIZE and EMBEDDING_MODEL as they are set there. To make the embeddings endpoint fail:\n\n"
