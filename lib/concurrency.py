@@ -158,6 +158,18 @@ def bounded_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Ite
                 waiting.cancel()
 
 
+def read_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, each read by another thread while the caller works on the one before it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
+        following = pool.submit(next, source, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, source, end)
+            yield item  # type: ignore[misc]  # it is not `end`
+
+
 _MOST_WAITING = 8  # pieces; each is at most a megabyte
 
 

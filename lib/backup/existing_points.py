@@ -15,6 +15,7 @@ from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.qdrant.points import scroll
 from lib.clients.qdrant.transport import Qdrant
+from lib.concurrency import read_ahead
 from lib.errors import MigrationError
 
 _PAGE = 1000
@@ -92,7 +93,7 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
 def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) -> TemporaryIdTable:
     """Read every point of a collection by one ordered scroll."""
     table = TemporaryIdTable()
-    for page in scroll(qdrant, collection, payload=payload):
+    for page in read_ahead(scroll(qdrant, collection, payload=payload)):
         table.put((point.id, point.payload) for point in page)
     return table
 
