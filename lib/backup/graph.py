@@ -243,7 +243,6 @@ def take_graph(
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
-    contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
     steps = steps_of(progress)
     why_dump = _why_dump(versions, engines, expires)
@@ -257,12 +256,16 @@ def take_graph(
         proof_note="--no-verify",
         expires=expires,
         functions=function_libraries(source.conn),
-        **contents,
+        **_contents(GraphCounts(0, 0, {}, {}), GraphSchema([], [], [], [], []), ""),
     )
+    contents: dict[str, Any] = {}
     if verify:
         watch = (lambda _done: stop.check()) if stop else None
         found = verify_graph(path, component, engines, progress=watch, on_loaded=on_loaded)
-        component = replace(component, proof=found.level, proof_note=found.note, **found.contents)
+        component, contents = replace(component, proof=found.level, proof_note=found.note), found.contents
+    # The source is counted only if no engine loaded the file: it takes a round trip for each label and type.
+    contents = contents or _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
+    component = replace(component, **contents)
     if why_dump:
         component = replace(component, proof_note=f"{component.proof_note}; taken with DUMP: {why_dump}")
     return component

@@ -107,8 +107,9 @@ def _save(
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
-    The main thread saves the collection: it writes the journal, and after a signal deletes the snapshot on the server.
-    The tables are filled if the files are verified.
+    Then the points of the graph's memories exist when the ids of the collection are read. The main thread saves the
+    collection: it writes the journal, and after a signal deletes the snapshot on the server. The tables are filled if
+    the files are verified.
     """
 
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
@@ -125,6 +126,8 @@ def _save(
         if collection is None:
             return None
         take = partial(take_collection, collection, folder, stamp, journal, verify=verify)
+        if task:
+            take = partial(take, before_ids=task.wait_begun)
         with bar("collection", None, "bytes") as progress:
             return take(
                 progress=task.watching(progress) if task else progress,
@@ -134,7 +137,6 @@ def _save(
     if graph is None:
         return None, save_collection(None)
     with BackgroundTask(save_graph) as task:
-        task.wait_begun()  # the graph's state is fixed now, and its points exist when the collection's ids are read
         saved = save_collection(task)
         return task.result(), saved
 
