@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -159,15 +161,34 @@ def bounded_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Ite
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, each read by another thread while the caller works on the one before it."""
-    from concurrent.futures import ThreadPoolExecutor
+    """Yield the items, each read by another thread while the caller works on the one before it.
 
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
-        following = pool.submit(next, source, end)
-        while (item := following.result()) is not end:
-            following = pool.submit(next, source, end)
-            yield item  # type: ignore[misc]  # it is not `end`
+    The thread is a daemon, and is not waited for: a caller that is interrupted ends at once. An error is raised after
+    the items before it.
+    """
+    source, wanted = iter(items), SimpleQueue[int]()
+    read: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        while count := wanted.get():
+            try:
+                read.put((list(islice(source, count)), None))
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread, whatever it is
+                read.put(([], error))
+
+    threading.Thread(target=work, name="read_ahead", daemon=True).start()
+    wanted.put(1)
+    try:
+        while True:
+            found, error = read.get()
+            if error:
+                raise error
+            if not found:
+                return
+            wanted.put(1)
+            yield found[0]
+    finally:
+        wanted.put(0)
 
 
 _MOST_WAITING = 8  # pieces; each is at most a megabyte

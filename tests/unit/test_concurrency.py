@@ -92,5 +92,7 @@ def test_read_ahead_raises_an_error_after_the_items_before_it():
 def test_read_ahead_ends_its_thread_when_its_user_stops():
     source = read_ahead(iter(range(100)))
     assert next(source) == 0
+    (reader,) = (one for one in threading.enumerate() if one.name == "read_ahead")
     source.close()
-    assert not [one for one in threading.enumerate() if one.name.startswith("read_ahead")]
+    reader.join(60)
+    assert not reader.is_alive()
