@@ -1,4 +1,4 @@
-"""Background work: a cancel token, a background task, a bounded map, a background writer; progress types."""
+"""Background work: a cancel token, a background task, a bounded map, reading ahead, a background writer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -51,6 +50,10 @@ class CancelToken:
             enders = list(self._enders)
         for end in enders:
             end()
+
+    def is_set(self) -> bool:
+        """Whether the work was cancelled."""
+        return self._set
 
     def check(self) -> None:
         """Raise Cancelled if the token is set."""
@@ -160,35 +163,19 @@ def bounded_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Ite
                 waiting.cancel()
 
 
-def read_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, each read by another thread while the caller works on the one before it.
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items. While the caller works on one, another thread reads the next."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    The thread is a daemon, and is not waited for: a caller that is interrupted ends at once. An error is raised after
-    the items before it.
-    """
-    source, wanted = iter(items), SimpleQueue[int]()
-    read: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    def read() -> list[T]:
+        return list(islice(items, 1))
 
-    def work() -> None:
-        while count := wanted.get():
-            try:
-                read.put((list(islice(source, count)), None))
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread, whatever it is
-                read.put(([], error))
-
-    threading.Thread(target=work, name="read_ahead", daemon=True).start()
-    wanted.put(1)
-    try:
-        while True:
-            found, error = read.get()
-            if error:
-                raise error
-            if not found:
-                return
-            wanted.put(1)
-            yield found[0]
-    finally:
-        wanted.put(0)
+    with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
+        one = read()
+        while one:
+            following = pool.submit(read)
+            yield one[0]
+            one = following.result()
 
 
 _MOST_WAITING = 8  # pieces; each is at most a megabyte

@@ -58,7 +58,7 @@ STAGED_WINDOWS = {
     "before the method is verified": ("PUT", PROBE, (SNAPSHOT_MADE,), 1, False),
     "method verified": ("PUT", PROBE, (SNAPSHOT_MADE,), 1, True),
     "before the guard's last look": ("POST", READING, (SNAPSHOT_MADE,), 1, False),
-    "payloads read again, not yet noted": ("POST", READING, (SNAPSHOT_MADE,), 3, True),
+    "payloads read again, not yet noted": ("POST", READING, (SNAPSHOT_MADE,), 2, True),
     "delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
     "deleted and noted": ("PUT", RECOVER, (RESTORING_STAGED,), 1, False),
@@ -81,7 +81,7 @@ TIDY_WINDOWS = {
 GONE = (DELETING, DELETED)
 IN_PLACE_WINDOWS = {
     "in place: before the guard's last look": ("POST", READING, ("started",), 1, False),
-    "in place: payloads read, not yet noted": ("POST", READING, ("started",), 3, True),
+    "in place: payloads read, not yet noted": ("POST", READING, ("started",), 2, True),
     "in place: delete announced, not sent": ("DELETE", LIVE, (DELETING,), 1, False),
     "in place: deleted, not yet noted": ("DELETE", LIVE, (DELETING,), 1, True),
     "in place: deleted and noted": ("PUT", LIVE, GONE, 1, False),

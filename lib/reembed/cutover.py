@@ -75,10 +75,13 @@ _RESTORES = 2  # restores of the staged collection, before the new one is filled
 
 @dataclass(frozen=True)
 class CutoverMethod:
-    """How the new collection gets the live name. `restore` restores the staged snapshot; None: fill an empty one."""
+    """How the new collection gets the live name.
+
+    `restore` restores the staged snapshot, and returns whether the server answered; None: fill an empty one.
+    """
 
     kind: str
-    restore: Callable[[], object] | None = None
+    restore: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,14 @@ class Cutover:
     """The method that was used, "" if none was needed in this process; both times are monotonic, or None.
 
     `absent_since`: when the live collection became unavailable. `complete_at`: when the staged one was in its place.
+    `sample_suffices`: it is a copy of the staged one, whose vectors were compared, and no service of the old size can
+    write a vector into it.
     """
 
     method: str
     absent_since: float | None
     complete_at: float | None = None
+    sample_suffices: bool = False
 
     def absent_seconds(self, filled_at: float) -> float:
         """Return how long the collection was absent or incomplete; without `complete_at` until `filled_at`."""
@@ -112,6 +118,7 @@ def cut_over(
     absent_since: float | None = None
     method: CutoverMethod | None = None
     failures = 0
+    deleted_sizes: set[int] = set()
     while True:
         live = find_live(ctx, journal)
         if live.kind == ADOPT:
@@ -124,12 +131,16 @@ def cut_over(
         if live.kind != ABSENT:
             deleted_at = _delete_live(ctx, journal, live, announce)
             absent_since = deleted_at if absent_since is None else absent_since
+            deleted_sizes.add(live.state.size if live.state else ctx.spec.size)
         _journal_old_settings(journal, manifest)
         if method.restore is None or failures == _RESTORES or verified_staged(ctx, journal) is None:
             with_room(ctx, journal, partial(_create_empty, ctx, journal))
             return Cutover(FILL, absent_since)
-        if _restore_staged(ctx, journal, method.kind, method.restore):
-            return Cutover(method.kind, absent_since, time.monotonic())
+        answered = _restore_staged(ctx, journal, method.kind, method.restore)
+        if answered is not None:
+            # If an earlier start deleted the old collection, a service with the new size may run already.
+            other_size = bool(deleted_sizes) and ctx.spec.size not in deleted_sizes
+            return Cutover(method.kind, absent_since, time.monotonic(), sample_suffices=answered and other_size)
         failures += 1
 
 
@@ -235,15 +246,15 @@ def _create_empty(ctx: Context, journal: Journal) -> None:
     journal.append(CREATED)
 
 
-def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable[[], object]) -> bool:
-    """Restore the staged collection's snapshot under the live name, which is free. Returns whether that succeeded.
+def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable[[], bool]) -> bool | None:
+    """Restore the staged collection's snapshot under the live name, which is free. Returns None if that failed.
 
-    If no answer comes, the server's restore is waited for. A failed collection that a restore leaves is deleted. If
-    the disk is full, the staged collection is dropped.
+    Otherwise returns whether the server answered; if no answer comes, its restore is waited for. A failed collection
+    that a restore leaves is deleted. If the disk is full, the staged collection is dropped.
     """
     journal.append(RESTORING_STAGED, way=kind)
     try:
-        restore()
+        answered = restore()
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
@@ -251,16 +262,19 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
             delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
             drop_staged(ctx, journal)
-        return False
+        return None
     journal.append(STAGED_RESTORED)
-    return True
+    return answered
 
 
-def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> None:
-    """Upload the snapshot and have it restored under the live name; delete the copy that the server keeps of it."""
+def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
+    """Upload the snapshot and have it restored under the live name; delete the copy that the server keeps of it.
+
+    Returns whether the server answered.
+    """
     filename, size = unique_filename(ctx.staged), file.stat().st_size
     with ctx.bar("send", size, "bytes") as progress:
-        upload_and_restore(
+        answered = upload_and_restore(
             ctx.qdrant,
             ctx.collection,
             file,
@@ -272,3 +286,4 @@ def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> None:
             answer_seconds=seconds,
         )
     snapshots.delete(ctx.qdrant, ctx.collection, filename)
+    return answered

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids
+from lib.backup.existing_points import TemporaryIdTable, orphan_ids
 from lib.backup.graph import GraphSource
 from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
@@ -19,8 +19,7 @@ from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
-from lib.clients.qdrant.transport import Qdrant
-from lib.concurrency import ProgressBar
+from lib.concurrency import ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
 from lib.errors import MigrationError
 
@@ -128,8 +127,9 @@ def scan_graph(
     scan, others = Scan(), list[_Candidate]()
     cache.begin_scan()
     with bar(title, None, "memories") as progress:
-        for page in chunks(iter_memories(graph.conn, graph.graph), _PAGE):
-            usable, odd = list[_Candidate](), list[tuple[MemoryNode, str]]()
+        odd = list[tuple[MemoryNode, str]]()
+        for page in read_ahead(chunks(iter_memories(graph.conn, graph.graph), _PAGE)):
+            usable = list[_Candidate]()
             for node in page:
                 identity, reason = point_id(node.properties.get("id")), unusable(node.properties)
                 if reason or identity is None:
@@ -137,9 +137,12 @@ def scan_graph(
                 else:
                     usable.append(_Candidate(node, identity, str(node.properties["content"])))
             _plan(usable, cache, spec, scan)
-            others += _with_other_text(odd, payloads, scan)
+            if len(odd) >= _PAGE:  # not for each page: every look-up is a request
+                others += _with_other_text(odd, payloads, scan)
+                odd.clear()
             scan.memories += len(page)
             progress(len(page))
+        others += _with_other_text(odd, payloads, scan)
     for some in chunks(others, _PAGE):  # last, since a usable memory with the same id has priority
         _plan(some, cache, spec, scan)
     cache.end_scan()
@@ -195,7 +198,9 @@ def _payload(one: _Candidate) -> bytes:
         return orjson.dumps(properties)
     except TypeError as error:
         problem = f"memory {one.identity} has a property that a payload cannot hold: {error}"
-        raise MigrationError(problem) from error
+        raise MigrationError(
+            problem, next_step="change that property in the graph, then run the same command again"
+        ) from error
 
 
 def _tokens(cache: EmbeddingCache, texts: dict[bytes, str]) -> dict[bytes, int]:
@@ -239,17 +244,16 @@ class Plan:
         return self.scan.usable - self.texts
 
 
-def only_live_ids(qdrant: Qdrant, collection: str, cache: EmbeddingCache, graph: GraphSource) -> TemporaryIdTable:
-    """The ids of points without a memory that can be embedded.
+def only_live_ids(existing: TemporaryIdTable, cache: EmbeddingCache, graph: GraphSource) -> TemporaryIdTable:
+    """The ids of `existing` points without a memory that can be embedded.
 
     The graph is asked after the points were read, so that a memory stored since the scan counts.
     """
     table = TemporaryIdTable()
-    with existing_points(qdrant, collection, payload=False) as existing:
-        orphans = orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
-        for page in chunks(orphans, _ID_PAGE):
-            newer = embeddable_now(graph.conn, graph.graph, page)
-            table.put((one, None) for one in page if one not in newer)
+    orphans = orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
+    for page in chunks(orphans, _ID_PAGE):
+        newer = embeddable_now(graph.conn, graph.graph, page)
+        table.put((one, None) for one in page if one not in newer)
     return table
 
 

@@ -23,6 +23,7 @@ from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, Tex
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
 from lib.clients.qdrant.points import Hit, exact_search, retrieve, search
 from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, curl_line
+from lib.concurrency import bounded_map
 from lib.errors import MigrationError, escaped
 from lib.journal import Journal, open_journals, start_journal
 from lib.reembed.context import Context
@@ -32,6 +33,7 @@ from lib.reembed.sync import SyncOutcome, sync_collection
 SAMPLES, NEIGHBOURS = 50, 10
 _SPARE = 14  # some memories have no point, or one with another content
 _LONGEST_SECONDS = 15.0
+_SEARCHES = 4  # at once: over a long way the answers take longer than the searches
 _EXAMPLES, _EXCERPT = 3, 120
 _META = "neighbours before"
 # Failures of the servers and of this disk. A bug in this program keeps its traceback.
@@ -133,13 +135,14 @@ def _nearest_of(qdrant: Qdrant, collection: str, rows: Sequence[MemoryRow]) -> l
     points = retrieve(qdrant, collection, [row.point_id for row in rows], payload=["content"])
     contents = {point.id: (point.payload or {}).get("content") for point in points}
     until = time.monotonic() + _LONGEST_SECONDS
+    asked = (row for row in rows if contents.get(row.point_id) == row.content and time.monotonic() <= until)
     found: list[Nearest] = []
-    for row in rows:
-        if len(found) == SAMPLES or time.monotonic() > until:
-            break
-        if contents.get(row.point_id) == row.content and (hits := _hits(qdrant, collection, row.point_id)):
+    for row, hits in bounded_map(lambda row: (row, _hits(qdrant, collection, row.point_id)), asked, _SEARCHES):
+        if hits:
             scores = [round(hit.score, 6) for hit in hits]
             found.append(Nearest(row.point_id, row.key.hex(), [hit.id for hit in hits], scores))
+        if len(found) == SAMPLES:
+            break
     return found
 
 

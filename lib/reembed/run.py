@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.last_migration import (
     COMMAND,
     DELETING,
@@ -38,7 +39,16 @@ from lib.reembed.guard import undo_of
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
 from lib.reembed.resume import close_others
-from lib.reembed.staging import drop_staged, fill, has_staged, stage, stamp, verified_staged, verify_points
+from lib.reembed.staging import (
+    drop_staged,
+    fill,
+    has_staged,
+    restore_aliases,
+    stage,
+    stamp,
+    verified_staged,
+    verify_points,
+)
 from lib.reembed.sync import payloads_now, remove_orphans
 
 
@@ -77,19 +87,26 @@ def _fill_and_verify(
     ctx: Context, journal: Journal, runner: EmbeddingRunner, paid: EmbeddingTotals, cutover: Cutover, undo: str
 ) -> Finished:
     """Fill the new collection, catch up with what was written meanwhile, verify every point, and clean up."""
-    first = fill(ctx, journal)
+    added, complete_at = 0, cutover.complete_at
+    if complete_at is None:
+        first = fill(ctx, journal)
+        added, complete_at = first.outcome.added, first.complete_at
+    else:
+        restore_aliases(ctx, journal)
     scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
-    last = fill(ctx, journal)
-    removed = _remove_orphans(ctx, cutover)
-    repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False)
-    _clean_up(ctx, journal, first.outcome.added + last.outcome.added)
+    with TemporaryIdTable() as touched:
+        last = fill(ctx, journal, touched)
+        removed = _remove_orphans(ctx, cutover)
+        compare_only = touched if cutover.sample_suffices else None
+        repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
+    _clean_up(ctx, journal, added + last.outcome.added)
     return Finished(
         scan=scan,
         outcome=last.outcome,
         points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
         paid=paid,
         method=cutover.method,
-        absent_seconds=cutover.absent_seconds(first.complete_at),
+        absent_seconds=cutover.absent_seconds(complete_at),
         aliases_taken=last.aliases_taken,
         indexed=last.indexed,
         repaired=repaired,

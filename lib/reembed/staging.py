@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from typing import Any, TypeVar
 
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import existing_points
+from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.last_migration import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
 from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache_file import chunks
@@ -28,6 +29,7 @@ from lib.clients.qdrant.collection import (
     same_settings,
     wait_green,
 )
+from lib.clients.qdrant.points import retrieve
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.dimensions import EmbeddingSpec, provider_fact
@@ -39,11 +41,12 @@ from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, Embedd
 from lib.reembed.plan import memories_now
 from lib.reembed.resume import refuse_foreign_staged
 from lib.reembed.sync import SyncOutcome, payloads_now, save_payloads, sync_collection, unplanned_ids, was_recreated
-from lib.verify.compare import repair_vectors
+from lib.verify.compare import different_vectors, repair_vectors
 
 INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256
-_RESUME = "python scripts/reembed_embeddings.py   (resumes from the embedding cache)"
+_SAMPLE = 200  # random points of a copy whose original was compared
+_RESUME = "run the same command again: it resumes from the embedding cache"
 T = TypeVar("T")
 
 
@@ -183,8 +186,8 @@ def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterato
             f"the Qdrant server's disk is full: {error.text}\n'{ctx.collection}' is unchanged,"
             f" '{ctx.staged}' was removed again; about {room / 2**20:,.0f} MiB are needed in addition to the live"
             " collection",
-            next_step="make room on the server, then run the same command again (nothing is paid for twice), or\n"
-            "python scripts/reembed_embeddings.py --in-place   (needs less: the old collection is deleted first)",
+            next_step="make room on the server, then run the same command again: nothing is paid for twice;\n"
+            "or, with less room, delete the old collection first:\npython scripts/reembed_embeddings.py --in-place",
         ) from error
 
 
@@ -222,12 +225,15 @@ class Filled:
     complete_at: float
 
 
-def fill(ctx: Context, journal: Journal) -> Filled:
-    """Write every missing or changed point of the plan, restore the aliases, wait for the index."""
-    return with_room(ctx, journal, lambda: _fill(ctx, journal))
+def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None) -> Filled:
+    """Write every missing or changed point of the plan, restore the aliases, wait for the index.
+
+    `touched`: see `sync_collection`.
+    """
+    return with_room(ctx, journal, lambda: _fill(ctx, journal, touched))
 
 
-def _fill(ctx: Context, journal: Journal) -> Filled:
+def _fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None) -> Filled:
     qdrant, name = ctx.qdrant, ctx.collection
     with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
         outcome = sync_collection(
@@ -237,23 +243,38 @@ def _fill(ctx: Context, journal: Journal) -> Filled:
             whole=journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED),
             copied_from=verified_staged(ctx, journal),
             progress=progress,
+            touched=touched,
         )
     complete_at = time.monotonic()
-    aliases = journal.fact("aliases") or []
-    free = free_aliases(qdrant, name, aliases)
-    put_aliases(qdrant, name, free)
+    aliases_taken = restore_aliases(ctx, journal)
     indexed = _wait_for_index(ctx, name, outcome)
     if settings := journal.fact("settings"):
         put_fan_out(qdrant, name, settings["config"])
-    return Filled(outcome, sorted(set(aliases) - set(free)), indexed, complete_at)
+    return Filled(outcome, aliases_taken, indexed, complete_at)
 
 
-def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, exclusive: bool) -> int:
+def restore_aliases(ctx: Context, journal: Journal) -> list[str]:
+    """Give the collection the aliases that the old one had. Returns those that another collection has taken."""
+    aliases = journal.fact("aliases") or []
+    free = free_aliases(ctx.qdrant, ctx.collection, aliases)
+    put_aliases(ctx.qdrant, ctx.collection, free)
+    return sorted(set(aliases) - set(free))
+
+
+def verify_points(
+    ctx: Context,
+    collection: str,
+    outcome: SyncOutcome,
+    *,
+    exclusive: bool,
+    touched: TemporaryIdTable | None = None,
+) -> int:
     """Verify that every planned id exists and every vector equals the cache's. Returns how many vectors it repaired.
 
     Ids that the `outcome` of filling rejected are left out. `exclusive`: nobody else writes to the collection, so no
     other id may exist, and each vector must be the plan's. In a live one, vectors that AutoMem wrote with the old
-    model are repaired and compared again. Raises VerificationFailed.
+    model are repaired and compared again. `touched`: the other points are copies of compared ones, so that a random
+    sample of them is compared, and all points only if a vector differs. Raises VerificationFailed.
     """
     missing, orphans = _different_ids(ctx, collection, {one.id for one in outcome.rejected})
     if not exclusive:  # AutoMem removes a point with its memory
@@ -261,9 +282,11 @@ def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, exclus
     if missing or (exclusive and orphans):
         wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
         raise VerificationFailed(
-            f"{len(wrong)} point(s) of '{collection}' are {what}, such as {listed(wrong[:_EXAMPLES])}",
+            f"points of '{collection}' are {what}: {len(wrong)}, such as {listed(wrong[:_EXAMPLES])}",
             next_step=_RESUME,
         )
+    if touched is not None and _sample_agrees(ctx, collection, touched):
+        return 0
     repaired = repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive)
     if repaired and repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive):
         raise VerificationFailed(
@@ -271,6 +294,24 @@ def verify_points(ctx: Context, collection: str, outcome: SyncOutcome, *, exclus
             next_step=f"stop AutoMem, then {_RESUME}",
         )
     return repaired
+
+
+def _sample_agrees(ctx: Context, collection: str, touched: TemporaryIdTable) -> bool:
+    """Compare the vectors of all `touched` points and of 200 random ones. Returns whether all equal the cache's."""
+    state = get_state(ctx.qdrant, collection)
+    if 2 * len(touched) > state.points:  # reading all in order is faster
+        return False
+    sample = ctx.cache.random_ids(_SAMPLE)
+    compared = 0
+    with ctx.bar("compare a sample", len(touched) + len(sample), "points") as progress:
+        for ids in chain([sample], touched.ids()):
+            points = retrieve(ctx.qdrant, collection, ids, payload=["content"], vector=True)
+            known, wrong = different_vectors(points, ctx.cache, ctx.spec, state)
+            if wrong:
+                return False
+            compared += known
+            progress(len(ids))
+    return compared > 0
 
 
 def _different_ids(ctx: Context, collection: str, rejected: set[PointId]) -> tuple[list[PointId], list[PointId]]:

@@ -18,7 +18,7 @@ from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
-from lib.concurrency import Progress, bounded_map
+from lib.concurrency import Progress, bounded_map, read_ahead
 from lib.errors import GuardRefused, MissingData
 from lib.journal import Journal
 from lib.reembed.context import Context, reached
@@ -50,7 +50,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
         ctx.cache.clear_saved()
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
-        for page in scroll(ctx.qdrant, ctx.collection, payload=True):
+        for page in read_ahead(scroll(ctx.qdrant, ctx.collection, payload=True)):
             ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [_row(point) for point in page])
             count += len(page)
             progress(len(page))
@@ -95,26 +95,27 @@ def remove_orphans(ctx: Context, state: CollectionState) -> int:
     The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
     empty graph, GuardRefused if more than 1% would be removed without a verified backup.
     """
-    with only_live_ids(ctx.qdrant, state.name, ctx.cache, ctx.graph) as orphans:
+    with (
+        existing_points(ctx.qdrant, state.name, payload=False) as live,
+        only_live_ids(live, ctx.cache, ctx.graph) as orphans,
+    ):
         if not len(orphans):
             return 0
         if ctx.cache.memory_count() == 0:
             raise MissingData(
-                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
-                next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
+                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
             )
         if len(orphans) > _ORPHAN_SHARE * state.points:
-            _require_backup_of(ctx, state, orphans)
+            _require_backup_of(ctx, GuardedCollection(ctx.qdrant.display, state, live, orphans))
         existing = memories_now(ctx.graph.conn, ctx.graph.graph, orphans.ids())
         return sum(_remove_page(ctx, state.name, page, existing) for page in orphans.ids())
 
 
-def _require_backup_of(ctx: Context, state: CollectionState, orphans: TemporaryIdTable) -> None:
-    with existing_points(ctx.qdrant, state.name, payload=False) as live:
-        found = find_backup(ctx.folder, GuardedCollection(ctx.qdrant.display, state, live, orphans))
+def _require_backup_of(ctx: Context, guarded: GuardedCollection) -> None:
+    found, state = find_backup(ctx.folder, guarded), guarded.state
     if isinstance(found, str):
         raise GuardRefused(
-            f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+            f"{len(guarded.only_live)} of the {state.points} points of '{state.name}' have no memory in the graph;"
             f" so many are not removed without a verified backup: {found}",
             next_step=f"python scripts/backup_automem.py\n{ctx.again}",
         )
@@ -175,17 +176,19 @@ def changes(
     *,
     whole: bool = False,
     copies: TemporaryIdTable | None = None,
+    touched: TemporaryIdTable | None = None,
 ) -> Iterator[list[Change]]:
     """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of memories.
 
     `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A value that still equals its copy is
-    replaced by one that was saved later.
+    replaced by one that was saved later. `touched` gets the ids of what is yielded, and of points whose payload is not
+    that of their copy.
     """
     for rows in chunks(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
         live, saved = existing.payloads(ids), _saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
-        found = []
+        found, changed = [], list[PointId]()
         for row in rows:
             old = live.get(row.point_id)
             own = changed_since_written(old, written.get(row.point_id))
@@ -193,8 +196,13 @@ def changes(
             # The text that is embedded: the node's, or the point's if the node has none.
             payload = {**merged_payload(base, orjson.loads(row.payload)), "content": row.content}
             change = Change(row, payload, old)
-            if old is None or not identical(old, payload) or change.needs_vector:
+            differs = old is None or not identical(old, payload) or change.needs_vector
+            if differs:
                 found.append(change)
+            if differs or old != written.get(row.point_id):
+                changed.append(row.point_id)
+        if touched is not None:
+            touched.put((one, None) for one in changed)
         yield found
 
 
@@ -229,13 +237,14 @@ def sync_collection(
     whole: bool = False,
     copied_from: str | None = None,
     progress: Progress | None = None,
+    touched: TemporaryIdTable | None = None,
 ) -> SyncOutcome:
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
 
     A payload starts from the live point's, else from the saved one (`whole`: see `base_payload`), overlaid by the
     graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
-    to it: then points without a memory are removed, too.
+    to it: then points without a memory are removed, too. `touched`: see `changes`.
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
@@ -246,7 +255,7 @@ def sync_collection(
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
         elif copied_from:
             copies = tables.enter_context(existing_points(qdrant, copied_from))
-        found = changes(cache, existing, whole=whole, copies=copies)
+        found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome += written

@@ -347,7 +347,7 @@ def repair_vectors(
     """
     state, repaired = get_state(qdrant, collection), 0
     with bar("compare vectors", state.points, "points") as progress:
-        for page in scroll(qdrant, collection, payload=True, vector=True):
+        for page in read_ahead(scroll(qdrant, collection, payload=True, vector=True)):
             _, wrong = different_vectors(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -14,7 +15,7 @@ from lib.backup.last_migration import DROPPING_STAGED, RESTORING_STAGED, STAGED_
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
-from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
+from tests.reembed_rig import COMMAND, LIVE, READING, RECOVER, Rig
 from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of, settings
 from tests.restore_support import faults, wait_for
 from tests.sandbox.vectors import vectors_for
@@ -230,6 +231,67 @@ def test_what_the_old_service_writes_at_the_same_size_is_renewed(rig):
     assert set(new) <= after.keys()
 
 
+def finished_after(rig: Rig, change: Callable[[], object]) -> int:
+    """Migrate, and make a change when the new collection is in its place. Returns how many vectors were repaired."""
+    stop = rig.stop_at("before the aliases")
+    process = rig.start()
+    assert stop.reached.wait(400)
+    change()
+    rig.gate.open()
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert_migrated(rig.operator, rig.before, size=rig.size)
+    (report,) = (rig.operator.backups / "reports").glob("reembed_*.json")
+    return int(json.loads(report.read_text())["mended"])
+
+
+def overwrite(rig: Rig, some: slice, **more: object) -> None:
+    """Give points of the new collection the old model's vectors, at its size."""
+    found = list(points_of(rig.operator).items())[some]
+    vectors = vectors_for(SMALL, [payload["content"] for _, (payload, _) in found], rig.size)
+    rows = [
+        {"id": one, "vector": vector.tolist(), "payload": {**payload, **more}}
+        for (one, (payload, _)), vector in zip(found, vectors, strict=True)
+    ]
+    rig.operator.call("PUT", "/points?wait=true", {"points": rows})
+    for row in rows:
+        if row["id"] in rig.before:
+            rig.before[row["id"]][0].update(more)
+
+
+@pytest.mark.core
+def test_a_wrong_collection_at_another_size_is_found_by_a_sample_and_repaired(rig):
+    count = len(embeddable(rig.operator))
+    assert finished_after(rig, lambda: overwrite(rig, slice(None))) == count
+
+
+def test_at_another_size_each_point_that_was_written_since_the_staging_is_compared(rig):
+    """The sample has 200 of the points: it may lack this one."""
+    assert finished_after(rig, lambda: overwrite(rig, slice(77, 78), relevance_score=0.25)) == 1
+
+
+def test_at_the_same_size_every_vector_is_compared(rig):
+    rig.size = OLD_SIZE
+    rig.operator.export(VECTOR_SIZE=OLD_SIZE, EMBEDDING_MODEL=LARGE)
+    assert finished_after(rig, lambda: overwrite(rig, slice(77, 78))) == 1
+
+
+@pytest.mark.parametrize(("size", "pages_of_vectors"), [(NEW_SIZE, 0), (OLD_SIZE, 3)])
+def test_the_vectors_of_another_size_are_read_once(rig, size, pages_of_vectors):
+    rig.operator.export(VECTOR_SIZE=size, EMBEDDING_MODEL=LARGE)
+    reading = CancelToken(
+        "POST",
+        READING.format(live=rig.operator.collection),
+        nth=1000,
+        when=lambda: rig.phase() == STAGED_RESTORED,
+    )
+    rig.gate.stops.append(reading)
+    rig.operator.run("reembed_embeddings", *COMMAND)
+    payloads_then_ids = 3
+    assert 1000 - reading.nth == payloads_then_ids + pages_of_vectors
+    assert_migrated(rig.operator, rig.before, size=size)
+
+
 def test_a_graph_that_is_empty_after_the_staging_removes_nothing(ready):
     before = points_of(ready)
     ready.run("reembed_embeddings", "--no-switch")
@@ -279,9 +341,9 @@ def test_no_switch_reports_when_there_is_nothing_to_stage(ready):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"EMBEDDING_MODEL": SMALL}, "another EMBEDDING_MODEL"),
-        ({"VECTOR_SIZE": "64"}, "another dimension (VECTOR_SIZE)"),
-        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}, "another OPENAI_BASE_URL"),
+        ({"EMBEDDING_MODEL": SMALL}, "EMBEDDING_MODEL has changed"),
+        ({"VECTOR_SIZE": "64"}, "VECTOR_SIZE has changed"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}, "OPENAI_BASE_URL has changed"),
     ],
 )
 def test_after_the_delete_each_other_setting_is_refused_by_its_name(rig, setting, message):

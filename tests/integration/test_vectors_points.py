@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 import numpy as np
 import pytest
 
-from lib.clients.qdrant import points
+from lib.clients.qdrant import collection, points
 from lib.clients.qdrant import points as upsert
-from lib.clients.qdrant.transport import Qdrant, QdrantError
+from lib.clients.qdrant.transport import Qdrant, QdrantError, encode
 from lib.errors import MissingData
 from lib.verify.compare import vectors_differ
+from tests.far_proxy import FarProxy
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.vectors_support import (
     create_small,
     ids_of,
@@ -77,6 +81,26 @@ def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled
     (after,) = points.retrieve(q, filled, [before.id], payload=True, vector=True)
     assert after.payload == {"content": "new", "relevance_score": 0.12345678901234567}
     assert np.array_equal(after.vector, before.vector)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_points_for_a_far_server_are_sent_compressed_unless_something_in_front_refuses_that(
+    q: Qdrant, names: list[str], is_read: bool
+):
+    refused = Fault(b"(?i)content-encoding: gzip", answer=answer(415, "no gzip here"), times=None)
+    port = urlsplit(q.base_url).port
+    collection.create_default(q, names[1], 768)
+    with FaultyProxy(port, *([] if is_read else [refused])) as front, FarProxy(front.port) as counting:
+        far = Qdrant(f"http://127.1:{counting.port}")  # an address that is not taken for this machine
+        vectors = vectors_of(200, 768)
+        for half in (slice(100), slice(100, 200)):
+            payloads = [payload_of(index) for index in range(200)]
+            assert points.upsert(far, names[1], ids_of(200)[half], vectors[half], payloads[half]) == []
+        plain = sum(len(encode(vector)) for vector in vectors)
+        assert (counting.up.bytes < 0.6 * plain) == is_read
+    assert refused.hits == (0 if is_read else 1)
+    stored = {point.id: point.vector for point in everything(q, names[1], vector=True)}
+    assert not vectors_differ(np.stack([stored[one] for one in ids_of(200)]), vectors).any()
 
 
 def test_integers_are_ids_too_and_come_first(q: Qdrant, filled: str):

@@ -90,7 +90,7 @@ class EmbeddingCache(CacheFile):
                 shown = quote(str(self.vectors_path))
                 raise CacheDamaged(
                     f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
-                    next_step=f"move it away and run again:  mv {shown} {shown}.damaged",
+                    next_step=f"move it away, then run the same command again:\nmv {shown} {shown}.damaged",
                 )
             self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)
 
@@ -141,7 +141,7 @@ class EmbeddingCache(CacheFile):
             with self.transaction():
                 self.db.executemany("DELETE FROM vectors WHERE key = ?", damaged)
             raise CacheDamaged(
-                f"{len(damaged)} embedding(s) in {self.vectors_path} were damaged on the disk (wrong checksum) and"
+                f"embeddings in {self.vectors_path} were damaged on the disk (wrong checksum): {len(damaged)}, which"
                 " were removed",
                 next_step="check that disk, then run the same command again: only these texts are paid for again",
             )
@@ -241,6 +241,11 @@ class EmbeddingCache(CacheFile):
         """`count` memories of distinct texts, the same ones each time. Keys are hashes, so their order is random."""
         rows = self.rows(f"SELECT {_COLUMNS} {_DISTINCT} ORDER BY m.key, m.id LIMIT ?", [count])
         return [_memory_row(values) for values in rows]
+
+    def random_ids(self, count: int) -> list[str | int]:
+        """The point ids of `count` memories of the plan, other ones each time."""
+        rows = self.rows("SELECT point_id FROM memories ORDER BY random() LIMIT ?", [count])
+        return [point_id_of(one) for (one,) in rows]
 
     def memories_of(self, point_ids: Sequence[str | int]) -> dict[str | int, MemoryRow]:
         """The memories of those `point_ids` that the plan has."""

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, unquote
 
 import orjson
-from isal import isal_zlib
+from isal import igzip, isal_zlib
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -108,6 +108,11 @@ async def _result(handler: Handler, body: str, call: Call) -> Any:
         problem = f"JSON payload ({declared} bytes) is larger than allowed (limit: {BODY_LIMIT} bytes)."
         raise Refusal(400, problem if call.version.modern else f"Payload error: {problem}")
     call.body = await call.request.body()
+    if call.request.headers.get("content-encoding") == "gzip":
+        call.body = igzip.decompress(call.body)
+        if len(call.body) > BODY_LIMIT:
+            problem = f"JSON payload has exceeded limit ({BODY_LIMIT} bytes)."
+            raise Refusal(400, problem if call.version.modern else f"Payload error: {problem}")
     return await run_in_threadpool(_run, handler, body, call)
 
 
