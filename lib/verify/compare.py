@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points
+from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.payloads import PointId, base_payload, identical, merged_payload, point_id, unusable
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
@@ -81,26 +81,23 @@ class Findings:
 def compare_stores(
     conn: redis.Redis,
     graph: str,
-    qdrant: Qdrant,
-    collection: str,
+    existing: TemporaryIdTable,
     cache: EmbeddingCache | None,
     migrated_at: datetime | None,
     samples: int,
     progress: Progress,
 ) -> Findings:
-    """Compare every memory with its point, and choose up to `samples` memories. Only what differs stays in memory.
+    """Compare every memory with its existing point, and choose up to `samples` memories.
+
+    Only what differs stays in memory.
 
     A memory is newer than the migration if it was written after `migrated_at`, whatever the plan in `cache` has; a
     time in the future does not count. A node without a usable id or text is exempt, and so is its point.
     """
     found = Findings()
-    with (
-        existing_points(qdrant, collection) as existing,
-        TemporaryIdTable() as seen,
-        TemporaryIdTable() as contents,
-    ):
+    with TemporaryIdTable() as seen, TemporaryIdTable() as contents:
         candidates = _Candidates(contents, samples, len(existing))
-        for page in chunks(iter_memories(conn, graph), _PAGE):
+        for page in read_ahead(chunks(iter_memories(conn, graph), _PAGE)):
             memories = _usable(page, seen, found)
             payloads = existing.payloads(list(memories))
             _compare_page(memories, payloads, cache, migrated_at, found)
@@ -274,7 +271,7 @@ def vectors_differ(
 def _any_gap(
     stored: NDArray[np.floating], wanted: NDArray[np.floating], allowed: NDArray[np.float64] | float
 ) -> NDArray[np.bool_]:
-    gap = np.abs(stored.astype(np.float64) - wanted.astype(np.float64))
+    gap = np.abs(stored.astype(np.float64, copy=False) - wanted.astype(np.float64, copy=False))
     return np.asarray(~(gap <= allowed).all(axis=1), dtype=np.bool_)
 
 

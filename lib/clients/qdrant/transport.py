@@ -195,6 +195,10 @@ class Qdrant:
         if content is not None and compress:
             content, headers["Content-Encoding"] = _gzipped(content), "gzip"
         response = self.call(method, path, content, params=params, headers=headers, timeout=timeout, retry=retry)
+        return self.result(response)
+
+    def result(self, response: requests.Response) -> Any:
+        """Return the `result` of an answer of JSON, or None if it has none. Raises StoreFailed."""
         decoded = self._decode(response)
         return decoded.get("result") if isinstance(decoded, dict) else decoded
 
