@@ -1,4 +1,7 @@
-"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest."""
+"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest.
+
+Reading ahead: one item, never two.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import threading
 
 import pytest
 
-from lib.concurrency import bounded_map
+from lib.concurrency import bounded_map, read_ahead
 
 
 def test_results_come_in_the_items_order_though_the_first_ends_last():
@@ -60,3 +63,25 @@ def test_the_first_error_is_raised_when_those_at_work_have_ended():
         list(bounded_map(work, iter(range(100)), 4))
     assert set(ended) <= {1, 2, 3}
     assert threading.active_count() == 1 or not any("bounded_map" in one.name for one in threading.enumerate())
+
+
+def test_one_item_is_read_ahead_and_an_error_is_raised_at_its_place():
+    read, ahead = [], threading.Semaphore(0)
+
+    def items():
+        for item in range(4):
+            read.append(item)
+            ahead.release()
+            yield item
+        raise OSError("the fifth")
+
+    used = []
+    with pytest.raises(OSError, match="the fifth"):
+        for item in read_ahead(items()):
+            assert ahead.acquire(timeout=60)
+            if item < 3:
+                assert ahead.acquire(timeout=60)  # the next one is read while this one is in use
+                ahead.release()
+                assert read == list(range(item + 2))
+            used.append(item)
+    assert used == [0, 1, 2, 3]
