@@ -76,7 +76,8 @@ def test_one_item_is_read_ahead_and_an_error_is_raised_at_its_place():
         raise OSError("the fifth")
 
     used = []
-    with pytest.raises(OSError, match="the fifth"):
+
+    def use_all() -> None:
         for item in read_ahead(items()):
             assert ahead.acquire(timeout=60)
             if item < 3:
@@ -84,4 +85,7 @@ def test_one_item_is_read_ahead_and_an_error_is_raised_at_its_place():
                 ahead.release()
                 assert read == list(range(item + 2))
             used.append(item)
+
+    with pytest.raises(OSError, match="the fifth"):
+        use_all()
     assert used == [0, 1, 2, 3]
