@@ -88,10 +88,8 @@ def open_cache(config: Config) -> EmbeddingCache:
     `vectors.sqlite3` holds every vector that was paid for. The plan and the live points' payloads are in a separate
     file for this graph and this collection, so that two deployments never mix.
     """
-    from lib.child_process import unmap_large_blocks
     from lib.clients.embeddings.cache import EmbeddingCache
 
-    unmap_large_blocks()  # a command that opens an embedding cache moves vectors
     folder = private_dir(private_dir(config.backup_dir) / CACHE_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
     return EmbeddingCache(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
@@ -119,8 +117,10 @@ def open_reembed(
 ) -> Context:
     """Return the context of a re-embedding; removes what stopped restores of these stores left."""
     from lib.abort import clean_up_untouched
+    from lib.child_process import unmap_large_blocks
     from lib.reembed.context import Context
 
+    unmap_large_blocks()  # a verification leaves it out: it would spend a fifth of its CPU time on new pages
     folder, targets = config.backup_dir, config.targets()
     clean_up_untouched(graph, source, folder, targets)
     lock, reason = partial(store_lock, config, console.notice), reason_shown(config.settings, config.spec)

@@ -25,6 +25,8 @@ def same(left: object, right: object) -> bool:
     FalkorDB's client gets doubles with 15 digits (0.30000000000000004 is 0.3), Qdrant may change the last digit. Whole
     numbers of a node arrive with all their digits.
     """
+    if isinstance(left, str) or isinstance(right, str):  # most values
+        return left == right
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, (int, float)) and isinstance(right, (int, float)):
@@ -38,7 +40,7 @@ def same(left: object, right: object) -> bool:
 
 def identical(left: object, right: object) -> bool:
     """Whether both are equal in JSON, types included: `true` and 1 are equal in Python, but not for a filter."""
-    return left == right and _canonical(left) == _canonical(right)
+    return left is right or (left == right and _canonical(left) == _canonical(right))
 
 
 def _canonical(value: object) -> bytes:

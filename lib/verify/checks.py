@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -13,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.backup.collection import STAMP_KEY, CollectionSource
-from lib.backup.existing_points import as_id
+from lib.backup.existing_points import TemporaryIdTable, as_id, existing_points
 from lib.backup.graph import GraphSource
 from lib.backup.last_migration import settings_before, verified_at
 from lib.backup.payloads import PointId
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
-from lib.clients.qdrant.points import Point, count, retrieve, scroll, search
+from lib.clients.qdrant.points import Point, count, retrieve, retrieve_pages, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
 from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, provider_of
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
 _RECALL_LIMIT = 5
+_NUMBERS_AT_ONCE = 200_000  # of a page of vectors
+_OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
 _SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 # By how much the two counts of vectors may differ: memories of the last minutes may lack theirs.
 _FEW_VECTORS, _SHARE = 10, 0.05
@@ -172,17 +177,20 @@ def _some(ids: list[Any]) -> str:
 def check_vectors(
     qdrant: Qdrant,
     state: CollectionState,
+    existing: TemporaryIdTable,
     cache: EmbeddingCache | None,
     spec: EmbeddingSpec,
     progress: Progress,
 ) -> Check:
-    """Every stored vector: its width, finite, not zero, and equal to the embedding cache's if the cache has it."""
+    """Every existing vector: its width, finite, not zero, and equal to the embedding cache's if the cache has it."""
     unusable: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
-    for page in scroll(qdrant, state.name, payload=["content"], vector=True):
-        usable = [point for point in page if _is_usable(point, spec.size)]
-        unusable += [point.id for point in page if not _is_usable(point, spec.size)]
+    pages = chunks((one for page in existing.ids() for one in page), max(1, _NUMBERS_AT_ONCE // spec.size))
+    for page in retrieve_pages(qdrant, state.name, pages, payload=["content"], vector=True):
+        usable = _usable_points(page, spec.size)
+        if len(usable) < len(page):
+            unusable += [point.id for point in page if point not in usable]
         if cache:
             found, wrong = different_vectors(usable, cache, spec, state)
             known += found
@@ -198,9 +206,13 @@ def check_vectors(
     return Check("vectors", PASSED, f"{total} of {spec.size}d, {known} equal to the embedding cache's")
 
 
-def _is_usable(point: Point, size: int) -> bool:
-    vector = point.vector
-    return vector is not None and len(vector) == size and bool(np.isfinite(vector).all()) and bool(vector.any())
+def _usable_points(page: list[Point], size: int) -> list[Point]:
+    sized = [point for point in page if point.vector is not None and len(point.vector) == size]
+    if not sized:
+        return []
+    vectors = np.vstack([point.vector for point in sized if point.vector is not None])
+    usable = np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
+    return [point for point, good in zip(sized, usable, strict=True) if good]
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
@@ -346,6 +358,7 @@ def verify(
 
     Raises DimensionMismatch, MissingData, StoreUnreachable.
     """
+    gc.set_threshold(_OBJECTS)
     graph, source = stores.graph, stores.collection
     qdrant, spec = source.qdrant, source.spec
     require_graph(graph.conn, graph.graph, graph.address)
@@ -358,11 +371,13 @@ def verify(
     ]
     planned = cache if cache.memory_count() else None
     migrated_at = verified_at(stores.folder, stores.targets)
-    with bar("compare stores", None, "memories") as progress:
-        found = compare_stores(graph.conn, graph.graph, qdrant, state.name, planned, migrated_at, samples, progress)
-    checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
-    with bar("compare vectors", state.points, "points") as progress:
-        checks.append(check_vectors(qdrant, state, planned, spec, progress))
+    with ExitStack() as tables:
+        with bar("compare stores", None, "memories") as progress:
+            existing = tables.enter_context(existing_points(qdrant, state.name))
+            found = compare_stores(graph.conn, graph.graph, existing, planned, migrated_at, samples, progress)
+        checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
+        with bar("compare vectors", state.points, "points") as progress:
+            checks.append(check_vectors(qdrant, state, existing, planned, spec, progress))
     checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)

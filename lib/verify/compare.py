@@ -18,7 +18,7 @@ from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
-from lib.clients.qdrant.points import Point, scroll, upsert
+from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, retrieve_pages, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
@@ -81,26 +81,23 @@ class Findings:
 def compare_stores(
     conn: redis.Redis,
     graph: str,
-    qdrant: Qdrant,
-    collection: str,
+    existing: TemporaryIdTable,
     cache: EmbeddingCache | None,
     migrated_at: datetime | None,
     samples: int,
     progress: Progress,
 ) -> Findings:
-    """Compare every memory with its point, and choose up to `samples` memories. Only what differs stays in memory.
+    """Compare every memory with its existing point, and choose up to `samples` memories.
+
+    Only what differs stays in memory.
 
     A memory is newer than the migration if it was written after `migrated_at`, whatever the plan in `cache` has; a
     time in the future does not count. A node without a usable id or text is exempt, and so is its point.
     """
     found = Findings()
-    with (
-        existing_points(qdrant, collection) as existing,
-        TemporaryIdTable() as seen,
-        TemporaryIdTable() as contents,
-    ):
+    with TemporaryIdTable() as seen, TemporaryIdTable() as contents:
         candidates = _Candidates(contents, samples, len(existing))
-        for page in chunks(iter_memories(conn, graph), _PAGE):
+        for page in read_ahead(chunks(iter_memories(conn, graph), _PAGE)):
             memories = _usable(page, seen, found)
             payloads = existing.payloads(list(memories))
             _compare_page(memories, payloads, cache, migrated_at, found)
@@ -274,7 +271,7 @@ def vectors_differ(
 def _any_gap(
     stored: NDArray[np.floating], wanted: NDArray[np.floating], allowed: NDArray[np.float64] | float
 ) -> NDArray[np.bool_]:
-    gap = np.abs(stored.astype(np.float64) - wanted.astype(np.float64))
+    gap = np.abs(stored.astype(np.float64, copy=False) - wanted.astype(np.float64, copy=False))
     return np.asarray(~(gap <= allowed).all(axis=1), dtype=np.bool_)
 
 
@@ -349,8 +346,12 @@ def repair_vectors(
     `different_vectors`.
     """
     state, repaired = get_state(qdrant, collection), 0
-    with bar("compare vectors", state.points, "points") as progress:
-        for page in read_ahead(scroll(qdrant, collection, payload=True, vector=True)):
+    with (
+        existing_points(qdrant, collection, payload=False) as existing,
+        bar("compare vectors", state.points, "points") as progress,
+    ):
+        pages = chunks((one for ids in existing.ids() for one in ids), PAGE_WITH_VECTORS)
+        for page in retrieve_pages(qdrant, collection, pages, payload=True, vector=True):
             _, wrong = different_vectors(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]

@@ -147,13 +147,14 @@ class Far:
 
 
 @contextlib.contextmanager
-def far_stores(folder: Path, memories: int = MEMORIES) -> Iterator[Far]:
-    """Both stores with as many memories at 768d, behind proxies that only count until they are slowed."""
-    with graph_source(folder, memories) as graph, collection_source(folder, memories, SIZE) as points:
-        qdrant_port = urlsplit(points.qdrant.base_url).port or 0
+def far_stores(folder: Path, memories: int = MEMORIES, points: int = MEMORIES) -> Iterator[Far]:
+    """Both stores, the points at 768d, behind proxies that only count until they are slowed."""
+    with graph_source(folder, memories) as graph, collection_source(folder, points, SIZE) as collection:
+        qdrant_port = urlsplit(collection.qdrant.base_url).port or 0
         with FarProxy(graph.address.port) as falkordb, FarProxy(qdrant_port) as qdrant:
-            far = Far(graph, points, falkordb, qdrant, private_dir(folder / "scripts"))
-            far.rest()
+            far = Far(graph, collection, falkordb, qdrant, private_dir(folder / "scripts"))
+            if points:
+                far.rest()
             yield far
 
 
@@ -288,11 +289,11 @@ def verify(folder: Path) -> Iterator[Figure]:
     The bare read is a scroll of all points with payloads and vectors, then the properties of all memories.
     """
     for memories in VERIFIED:
-        with far_stores(private_dir(folder / str(memories)), memories) as far:
-            _reembed_same_size(far, **far.here)
+        with far_stores(private_dir(folder / str(memories)), memories, points=0) as far:
+            settings = _reembed_same_size(far, **far.here)
             ours, bare = [], []
             for _ in range(RUNS):
-                ours.append(seconds_of(partial(far.run, "verify_migration", **far.here)))
+                ours.append(seconds_of(partial(far.run, "verify_migration", **settings)))
                 bare.append(seconds_of(partial(_bare_read, far.graph.conn, far.points)))
             name = "" if memories == VERIFIED[0] else f"_{memories // 1000}k"
             yield at_most(f"verify.vs_scroll{name}", median(ours), median(bare), 1.5, far.on(memories))
@@ -300,20 +301,22 @@ def verify(folder: Path) -> Iterator[Figure]:
 
 def verify_from_afar(folder: Path) -> Iterator[Figure]:
     """As `verify`, from afar: what the command needs is what the bare read moves."""
-    with far_stores(folder) as far, far.bare() as stores:
-        _reembed_same_size(far)
-        ours, bare = partial(far.run, "verify_migration"), partial(_bare_read, *stores)
+    with far_stores(folder, points=0) as far, far.bare() as stores:
+        settings = _reembed_same_size(far)
+        ours, bare = partial(far.run, "verify_migration", **settings), partial(_bare_read, *stores)
         moved, needed = far.moved_by(ours), far.moved_by(bare)
         yield at_most("verify.bytes_vs_needed", moved / MB, needed / MB, 1.25, far.on())
         yield from far.from_afar("verify", ours, bare)
 
 
-def _reembed_same_size(far: Far, **settings: str) -> None:
-    """Fill the collection, which is deleted before, by a re-embed: its vectors are then in the embedding cache."""
+def _reembed_same_size(far: Far, **settings: str) -> dict[str, str]:
+    """Fill the empty collection by a re-embed, so that its vectors are in the embedding cache. Returns all settings."""
     delete_collection(far.points.qdrant, far.points.collection)
     with OpenAIServer() as endpoint:
-        far.run("reembed_embeddings", OPENAI_BASE_URL=endpoint.base_url, OPENAI_API_KEY="sk-bench", **settings)
+        settings = {**settings, "OPENAI_BASE_URL": endpoint.base_url, "OPENAI_API_KEY": "sk-bench"}
+        far.run("reembed_embeddings", **settings)
     far.rest()
+    return settings
 
 
 def _bare_read(conn: redis.Redis, points: CollectionSource) -> None:

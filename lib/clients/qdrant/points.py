@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+import struct
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lib.clients.qdrant.transport import NoAnswer, Parts, Qdrant, QdrantError, collection_path, encode
+from lib.concurrency import bounded_map
 from lib.errors import UsageProblem
 
 if TYPE_CHECKING:
     import numpy as np
+    import requests
     from numpy.typing import NDArray
     from qdrant_client import QdrantClient
 
@@ -23,6 +26,7 @@ PointId = str | int  # a lower-case hyphenated UUID, or an unsigned integer
 PAGE = 1000
 PAGE_OF_IDS = 5000  # ids alone cost hardly more than the request
 PAGE_WITH_VECTORS = 256  # larger pages of vectors are read more slowly
+PAGES_AT_ONCE = 3  # the server reads pages, and they are on their way, while one is decoded
 DELETE_BATCH = 1000
 BATCH_POINTS = 256
 # The server takes 32 MiB, and answers 400 above (seen on 1.11.3 and 1.18.3).
@@ -111,6 +115,25 @@ def retrieve(
     return [point for page in pages for point in _points(page)]
 
 
+def retrieve_pages(
+    q: Qdrant,
+    name: str,
+    pages: Iterable[Sequence[PointId]],
+    *,
+    payload: bool | list[str] = False,
+    vector: bool = False,
+) -> Iterator[list[Point]]:
+    """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
+    path = collection_path(name, "points")
+
+    def post(ids: Sequence[PointId]) -> requests.Response:
+        return q.answer("POST", path, {"ids": ids, "with_payload": payload, "with_vector": vector}, retry=True)
+
+    # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
+    for response in bounded_map(post, pages, PAGES_AT_ONCE):
+        yield _points(q.result(response))
+
+
 def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
     """Payload and vectors of these points as in the server's JSON, with named and sparse vectors."""
     pages = _retrieve_pages(q, name, ids, payload=True, vector=True)
@@ -159,10 +182,17 @@ def _point(raw: dict[str, Any]) -> Point:
             raise UsageProblem("the collection has named vectors; AutoMem keeps one unnamed vector per point")
         vector = vector.get("")  # an unnamed vector together with sparse vectors
     if vector is not None:
-        import numpy as np  # 0.1 s, not needed when only ids and payloads are read
-
-        vector = np.array(vector, dtype=np.float32)
+        vector = _float32s(vector)
     return Point(raw["id"], raw.get("payload"), vector)
+
+
+def _float32s(numbers: list[float]) -> NDArray[np.float32]:
+    import numpy as np  # 0.1 s, not needed when only ids and payloads are read
+
+    try:
+        return np.frombuffer(struct.pack(f"{len(numbers)}f", *numbers), dtype=np.float32)  # three times as fast
+    except (struct.error, OverflowError):  # null, or a number that float32 lacks
+        return np.array(numbers, dtype=np.float32)
 
 
 def upsert(
