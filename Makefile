@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.lock requirements-falkordb-4.22.txt
 CODE := lib scripts tests
 
-.PHONY: help quickstart test faults test-all lint bench venv lock size clean
+.PHONY: help quickstart test faults test-all lint bench pictures venv lock size clean
 
 help:
 	@echo 'make quickstart  the whole guide on sample data, in a sandbox on this machine'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-all    both'
 	@echo 'make lint        ruff, mypy, import-linter'
 	@echo 'make bench       figures as ratios, in bench.json and as a table'
+	@echo 'make pictures    docs/pictures from a run in the sandbox; needs Chromium for the last one'
 	@echo 'make venv        only install into .venv (PYTHON=python3.12 chooses the Python)'
 	@echo 'make lock        requirements.lock after a change of requirements*.txt (UPGRADE=--upgrade takes the newest versions)'
 	@echo 'make size        files, lines and depth of imports of each package'
@@ -49,11 +50,15 @@ lint: venv
 bench: venv
 	$(BIN)/python -m tests.bench.bench
 
+pictures: venv
+	$(BIN)/python -m tests.pictures
+
 venv: $(STAMP)
 
 # Recreated whenever a requirement changes. If the newer FalkorDB must be compiled, that may take at most ten minutes.
 # Without it the tools report what this machine cannot verify.
 $(STAMP): $(REQUIREMENTS)
+	@echo 'installing into $(VENV): about two minutes'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -c "$$TRY_FALKORDB_4_22"

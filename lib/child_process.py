@@ -92,7 +92,7 @@ def _system_folder() -> Path:
         raise UsageProblem(
             f"other users could replace files in the folder for temporary files {folder} (uid {state.st_uid},"
             f" mode {state.st_mode & 0o7777:o})",
-            next_step="export TMPDIR=/tmp   or another folder that is yours, or sticky (mode 1777)",
+            next_step="export TMPDIR=/tmp\nor to another folder that is yours, or sticky (mode 1777)",
         )
     return folder
 

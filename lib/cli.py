@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from lib.console import pasteable, remember_flags, show_held
+from lib.console import command_line, pasteable, remember_flags, show_held
 from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem, escaped, one_line
 from lib.network import without_logins
 
@@ -29,7 +29,11 @@ exit codes:
 
 # Titles of groups of flags.
 SAFE, DESTRUCTIVE = "flags that change no data", "flags that change or delete data"
-_INSTALL = "make venv && source .venv/bin/activate   or   pip install -r requirements.txt"
+_ROOT = shlex.quote(str(Path(__file__).resolve().parent.parent))
+_INSTALL = f"""\
+make -C {_ROOT} venv && source {_ROOT}/.venv/bin/activate
+or, into this Python:
+python -m pip install -r requirements.txt"""
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -157,7 +161,9 @@ def require_with(args: argparse.Namespace, flag: str, other: str) -> None:
     """Raise UsageProblem if `flag` is given without `other`."""
     found = given(args, [flag, other])
     if list(found) == [flag]:
-        raise UsageProblem(f"{flag} requires {other}", next_step=f"{other} {flag} {found[flag]}")
+        # --cleanup deletes: the command that is pasted only shows what it would delete.
+        again = f"python scripts/{Path(sys.argv[0]).name} {other} {flag} {found[flag]} --dry-run"
+        raise UsageProblem(f"{flag} requires {other}", next_step=again)
 
 
 def refuse_together(args: argparse.Namespace, *flags: str) -> None:
@@ -207,7 +213,7 @@ def _file_error(error: OSError) -> MigrationError | None:
 
     where = str(error.filename or "the backup folder or the folder for temporary files")
     if error.errno in FULL_DISK:
-        return MigrationError(f"no room left for {where}: {error.strerror}", next_step="df -h   and free some room")
+        return MigrationError(f"no room left for {where}: {error.strerror}", next_step="free some room:\ndf -h")
     if error.filename is None or isinstance(error, ConnectionError):
         return None
     return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(where)}")
@@ -221,7 +227,8 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     except KeyboardInterrupt:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # everything is cleaned up; only the message is missing
-        known = _Interrupted("interrupted", next_step="run the same command again: it resumes")
+        again = command_line(Path(sys.argv[0]).stem, sys.argv[1:])
+        known = _Interrupted("interrupted", next_step=f"run the same command again: it resumes\n{again}")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in {"", "lib"}:

@@ -51,6 +51,10 @@ class CancelToken:
         for end in enders:
             end()
 
+    def is_set(self) -> bool:
+        """Whether the work was cancelled."""
+        return self._set
+
     def check(self) -> None:
         """Raise Cancelled if the token is set."""
         if self._set:

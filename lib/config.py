@@ -14,7 +14,17 @@ from urllib.parse import urlsplit, urlunsplit
 
 from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
-from lib.dimensions import LOCAL, LOCAL_URL, OLLAMA, OPENAI, OPENAI_BASE_URL, VOYAGE, EmbeddingSpec, check_model
+from lib.dimensions import (
+    LOCAL,
+    LOCAL_URL,
+    OLLAMA,
+    OPENAI,
+    OPENAI_BASE_URL,
+    SETTING_NAMES,
+    VOYAGE,
+    EmbeddingSpec,
+    check_model,
+)
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
 from lib.network import canonical_host, is_private, without_login
@@ -26,6 +36,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 VOYAGE_URL = "https://api.voyageai.com/v1"
 OLLAMA_URL = "http://localhost:11434"
 _QDRANT_PORT = 6333
+# What examples have in the place of a key: sk-proj-your-key-here, <key>, ...
+_PLACEHOLDER = re.compile(r"your[\w -]*key|^<.*>$|\.\.\.$|^x+$|^change.?me", re.IGNORECASE)
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -369,15 +381,19 @@ def config_of(env_file: str | None, backup_dir: str | None) -> Config:
 
 def require_embedding(config: Config) -> None:
     """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE. Sends nothing."""
-    require_openai_key(config)
+    require_embedding_key(config)
     check_model(config.spec.model, config.vector_size, config.spec.provider)
 
 
-def require_openai_key(config: Config) -> None:
-    """Raise UsageProblem if the provider is OpenAI and no key is set."""
+def require_embedding_key(config: Config) -> None:
+    """Raise UsageProblem if the provider's key is an example's, or if the provider is OpenAI and no key is set."""
+    name = SETTING_NAMES[config.spec.provider].key
+    if _PLACEHOLDER.search(config.embedding_key):
+        fault = f"{name} ({config.settings[name].origin}) is a placeholder, not a key"
+        raise UsageProblem(fault, next_step=f"export {name}=...\nwith the key of your account")
     if config.spec.provider != OPENAI or config.openai_api_key:
         return
-    step = "export OPENAI_API_KEY=...   (a local server that needs no key accepts any word)"
+    step = "export OPENAI_API_KEY=...\n(a local server that needs no key accepts any word)"
     if not config.choice.setting:
-        step += f"\nwithout a key AutoMem itself uses its local model:  export {PROVIDER}={LOCAL}"
+        step += f"\nwithout a key AutoMem itself uses its local model; to use it here, too:\nexport {PROVIDER}={LOCAL}"
     raise UsageProblem("OPENAI_API_KEY is not set: embeddings cannot be made", next_step=step)

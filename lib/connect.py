@@ -141,8 +141,8 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
         collection = open_collection(config) if inputs.archive else None
     except StoreUnreachable as error:
         step = (
-            "start just the stores, in AutoMem's folder, or correct the address:"
-            f"  docker compose up -d falkordb qdrant\nthen:  {again}"
+            "correct the address, or start just the stores, in AutoMem's folder:\n"
+            f"docker compose up -d falkordb qdrant\nthen:\n{again}"
         )
         raise StoreUnreachable(str(error), next_step=step) from error
     return Site(

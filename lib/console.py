@@ -21,7 +21,7 @@ from lib.errors import escaped, one_line
 from lib.network import without_login
 
 _ROOT = Path(__file__).resolve().parent.parent
-_COMMAND = re.compile(r"(?<![\w/])python scripts/(\w+\.py)")
+_COMMAND = re.compile(r"(?<![\w/])python ((?:-m pip install )?(?:-r )?)((?:scripts/\w+\.py|requirements\S*\.txt)?)")
 _CARRIED = ("--env-file", "--backup-dir")
 _flags: list[str] = []
 _T = TypeVar("_T")
@@ -35,9 +35,12 @@ def remember_flags(env_file: str | None, backup_dir: str | None) -> None:
 
 def age_text(hours: float) -> str:
     """Return an age in the largest unit that it fills: minutes, hours or days."""
-    if hours < 1:
-        return f"{max(0, round(hours * 60))} minutes"
-    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+    minutes = max(0, round(hours * 60))
+    if minutes < 60:
+        count, unit = minutes, "minute"
+    else:
+        count, unit = (round(hours), "hour") if hours < 48 else (round(hours / 24), "day")
+    return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
@@ -63,9 +66,14 @@ def pasteable(value: _T) -> _T:
 
 
 def _here(found: re.Match[str]) -> str:
-    script = _ROOT / "scripts" / found[1]
-    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    return shlex.join([_interpreter(), str(shown), *_flags])
+    options, name = found.groups()
+    if not options and not name:
+        return found[0]
+    words = [_interpreter(), *options.split()]
+    if name:
+        file = _ROOT / name
+        words.append(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
+    return shlex.join([*words, *(_flags if name.startswith("scripts/") else [])]) + (" " if not name else "")
 
 
 def _interpreter() -> str:
@@ -205,10 +213,13 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Return a table as plain text; each column is as wide as its widest cell."""
+    """Return a table as plain text; each column is as wide as its widest cell.
+
+    The line below the last header is no longer than the header: a longer one would wrap in a narrow terminal.
+    """
     cells = [[str(cell) for cell in row] for row in ([header, *rows] if header else rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     if header:
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(header[-1])]))
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from lib.errors import DimensionMismatch, UsageProblem
+from lib.errors import DimensionMismatch, UsageProblem, did_you_mean
 
 UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the vectors
 # The providers that AutoMem can use (its EMBEDDING_PROVIDER), but for placeholder vectors.
@@ -114,10 +114,7 @@ def native_size(model: str) -> int | None:
 
 def similar_model(model: str) -> str:
     """Return ` (did you mean ...?)` if an unknown model's name resembles a known one's, else an empty text."""
-    import difflib
-
-    near = difflib.get_close_matches(model.rpartition("/")[2], _MODELS, 1, 0.9)
-    return f" (did you mean {near[0]}?)" if near and native_size(model) is None else ""
+    return did_you_mean(model.rpartition("/")[2], _MODELS) if native_size(model) is None else ""
 
 
 def takes_dimensions(model: str) -> bool:
@@ -159,8 +156,8 @@ def check_model(model: str, size: int, provider: str = OPENAI) -> None:
     sizes = LOCAL_MODELS if provider == LOCAL else [known.native, *known.sizes]
     step = f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), one))}"
     if provider == OPENAI:
-        larger = "text-embedding-3-large" if size <= 3072 else "a larger model"
-        step = f"export EMBEDDING_MODEL={larger}   or   export VECTOR_SIZE={known.native}"
+        larger = "text-embedding-3-large" if size <= 3072 else "..."
+        step = f"export EMBEDDING_MODEL={larger}\nor:\nexport VECTOR_SIZE={known.native}"
     raise UsageProblem(fault, next_step=step)
 
 
@@ -174,8 +171,8 @@ def check_dimension(collection: str, actual: int, configured: int) -> None:
     raise DimensionMismatch(
         f"VECTOR DIMENSION MISMATCH\nQdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d",
         next_step=(
-            f"keep the collection:  export VECTOR_SIZE={actual}\n"
-            "migrate it:           python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+            f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
+            "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py"
         ),
     )
 

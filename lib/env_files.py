@@ -121,7 +121,7 @@ def _untrusted(path: Path, opened: os.stat_result) -> str | None:
         if state.st_uid not in trusted_owners():
             return (
                 f"{path} belongs to another user (uid {state.st_uid}), who could have your keys sent elsewhere:"
-                f" sudo chown $(id -un) {quote(str(path))}   or remove it"
+                f" remove it, or sudo chown $(id -un) {quote(str(path))}"
             )
     if opened.st_mode & stat.S_IWOTH:
         return f"{path} may be written by every user of this machine: chmod o-w {quote(str(path))}"
@@ -161,7 +161,7 @@ def _read_file(
             good += source
             lines[one.key] = line
         elif line not in glued and any(name in source for name in known):
-            faults.append(f"{path}:{line}: is not an assignment, which is NAME=value")
+            faults.append(f"{path}:{line}: this line is not an assignment (NAME=value)")
     values = dotenv_values(stream=io.StringIO(good))
     own = (root / ".env").absolute()
     faults += [

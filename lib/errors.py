@@ -16,13 +16,17 @@ INTERRUPTED = 130
 
 
 class MigrationError(Exception):
-    """A known failure: the message names the thing and the cause, `next_step` what to do now."""
+    """A known failure: the message names the thing and the cause, `next_step` what to do now (default: `usual_step`).
+
+    Each line of a next step is a command to paste or a sentence; no line is both.
+    """
 
     exit_code = FAILED
+    usual_step = ""
 
     def __init__(self, message: str, *, next_step: str = "") -> None:
         super().__init__(message)
-        self.next_step = next_step
+        self.next_step = next_step or self.usual_step
 
 
 class UsageProblem(MigrationError):
@@ -36,10 +40,11 @@ class ConfigError(UsageProblem):
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = list(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
         super().__init__(
-            f"the configuration has {len(self.faults)} fault(s):\n{lines}",
-            next_step="correct them and look again with --show-config",
+            f"the configuration has {count}:\n{lines}",
+            next_step="correct this, then look at all settings:\npython scripts/backup_automem.py --show-config",
         )
 
 
@@ -54,6 +59,8 @@ class GuardRefused(UsageProblem):
 class BadFile(UsageProblem):
     """A FILE argument that is missing, empty, a directory or of an unknown kind."""
 
+    usual_step = "name another file:\npython scripts/backup_automem.py --list"
+
 
 class AccessRefused(UsageProblem):
     """A wrong password, key or permission."""
@@ -62,19 +69,26 @@ class AccessRefused(UsageProblem):
 class StoreUnreachable(MigrationError):
     """A server does not answer at its address."""
 
+    usual_step = "look at the server's log, then run the same command again"
+
 
 class StoreFailed(MigrationError):
     """A server answered with an error."""
 
+    usual_step = "look at the server's log, then run the same command again"
+
 
 class MissingData(MigrationError):
     """The graph or the collection that is to be read does not exist."""
+
+    usual_step = "check the names and the addresses:\npython scripts/backup_automem.py --show-config"
 
 
 class BackupDamaged(MigrationError):
     """A backup file is damaged: its checksum, structure or counts are wrong."""
 
     exit_code = VERIFICATION_FAILED
+    usual_step = "use another backup:\npython scripts/backup_automem.py --list"
 
 
 class VerificationFailed(MigrationError):
@@ -87,6 +101,7 @@ class LockHeld(MigrationError):
     """Another run works on the same target."""
 
     exit_code = LOCKED
+    usual_step = "wait until it has ended, then run the same command again"
 
 
 class ProviderRefused(MigrationError):
@@ -108,6 +123,14 @@ def escaped(text: str) -> str:
 def one_line(text: str) -> str:
     """Return the text as `escaped`, on one line: for foreign names, ids and errors within a message."""
     return escaped(text).translate(_BREAKS)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean ...?)` with the one of `known` that resembles `word`, else an empty text."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1, 0.9)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def listed(texts: Iterable[object]) -> str:

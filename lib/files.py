@@ -39,7 +39,7 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
         probe.unlink()
     except OSError as error:
         shown = quote(str(path))
-        next_step = f"ls -ld {shown}   then   sudo chown $(id -un) {shown}   or name another with --backup-dir"
+        next_step = f"name another folder with --backup-dir, or make this one yours:\nsudo chown $(id -un) {shown}"
         if isinstance(error, FileExistsError | NotADirectoryError):
             next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(f"cannot write to the folder {path}: {error.strerror}", next_step=next_step) from error
@@ -59,14 +59,16 @@ def _require_own(path: Path) -> None:
     if state.st_uid not in trusted_owners():
         raise UsageProblem(
             f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it",
-            next_step=f"sudo chown -R $(id -un) {quote(str(path))}   or name another with --backup-dir",
+            next_step="name another folder with --backup-dir, or make this one yours:\n"
+            f"sudo chown -R $(id -un) {quote(str(path))}",
         )
     # A group with the user's own number holds that user alone on most Linux systems (umask 002).
     group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
     if state.st_mode & (stat.S_IWOTH | group):
         raise UsageProblem(
             f"others may write into the folder {path}: they could forge or replace what is in it",
-            next_step=f"chmod go-w {quote(str(path))}   or name another with --backup-dir",
+            next_step="name another folder with --backup-dir, or close this one to others:\n"
+            f"chmod go-w {quote(str(path))}",
         )
 
 
@@ -110,7 +112,7 @@ def private_file(path: Path, *, create: bool = True) -> None:
 def _foreign_file(path: Path) -> UsageProblem:
     return UsageProblem(
         f"{path} is a link, a device, a folder or another user's file: nothing is written through it",
-        next_step=f"ls -l {quote(str(path))}   then remove it, or name another folder with --backup-dir",
+        next_step=f"look at it, then remove it, or name another folder with --backup-dir:\nls -l {quote(str(path))}",
     )
 
 
@@ -145,14 +147,15 @@ def readable_bytes(path: Path) -> bytes:
     except NotRegular:
         raise UsageProblem(
             f"{path} was not written by these scripts: it is not a regular file, or too large for one",
-            next_step="find out where it comes from, then move it out of the backup folder: "
-            f" mv {quote(str(path))} /tmp/",
+            next_step="find out where it comes from, then move it out of the backup folder:\n"
+            f"mv {quote(str(path))} /tmp/",
         ) from None
     except PermissionError as error:
         folder = quote(str(path.parent))
         raise UsageProblem(
             f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
-            next_step=f"ls -l {folder}   then   sudo chown -R $(id -un) {folder}   or name another with --backup-dir",
+            next_step="name another folder with --backup-dir, or make this one yours:\n"
+            f"sudo chown -R $(id -un) {folder}",
         ) from error
 
 
@@ -169,7 +172,7 @@ def require_room(folder: Path, need: int, what: str, or_else: str = "") -> None:
     if free < need:
         raise MigrationError(
             f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB",
-            next_step=f"df -h {quote(str(folder))}   then free some room{or_else}",
+            next_step=f"free some room there{or_else}:\ndf -h {quote(str(folder))}",
         )
 
 
@@ -298,7 +301,7 @@ def _bad_lock_file(path: Path, why: str) -> UsageProblem:
     shown = quote(str(path))
     return UsageProblem(
         f"{path} cannot be locked ({why}): these scripts did not make it",
-        next_step=f"ls -l {shown}   then   sudo rm -r {shown}",
+        next_step=f"look at it, then remove it:\nls -l {shown}\nsudo rm -r {shown}",
     )
 
 
@@ -372,8 +375,7 @@ def lock_targets(
                 except portalocker.AlreadyLocked as error:
                     message = f"another run is working on {name}{_holder_of(path)}"
                     if wait is None:
-                        next_step = "wait until it has ended, then run the same command again"
-                        raise LockHeld(message, next_step=next_step) from error
+                        raise LockHeld(message) from error
                 if not waiting:
                     wait(f"{message}: waiting until it has ended")
                 waiting = True
@@ -415,10 +417,7 @@ class UsedFile:
         try:
             portalocker.lock(self._stream, kind | portalocker.LOCK_NB)
         except portalocker.AlreadyLocked as error:
-            raise LockHeld(
-                f"another run uses {self._path.with_suffix('')} right now",
-                next_step="wait until it has ended, then run the same command again",
-            ) from error
+            raise LockHeld(f"another run uses {self._path.with_suffix('')} right now") from error
 
     def close(self) -> None:
         """Release the file."""

@@ -182,7 +182,7 @@ def read_journal(path: Path) -> Journal | None:
     for fault in _faults(journal):
         raise BadFile(
             f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it",
-            next_step=f"find out where it is from, then move it out of the backup folder:  mv {quote(str(path))} /tmp/",
+            next_step=f"find out where it is from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/",
         )
     return journal
 

@@ -27,8 +27,8 @@ def container_hint(host: str, variable: str) -> str:
     if "." in host or ":" in host or canonical_host(host) == "127.0.0.1":
         return ""
     return (
-        f"if '{host}' is the name of a container, it resolves only inside Docker: from here,"
-        f" export {variable}, if the port is published\n"
+        f"if '{host}' is a container, its name resolves only inside Docker; if its port is published:\n"
+        f"export {variable}\n"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 _LOCK = threading.Lock()
@@ -21,6 +22,8 @@ class _Amount(ProgressColumn):
         """Render one bar's column."""
         amount, done = task.fields["amount"], task.fields.get("done", task.completed)
         of = f"/{amount(task.fields['of'])}" if task.fields["of"] else ""
+        if task.finished and not (done or of or task.fields["unit"]):  # a step that counts nothing
+            return Text()
         speed = task.finished_speed or task.speed
         rate = f"  {amount(speed)}/s" if speed and done else ""
         return Text(f"{amount(done)}{of} {task.fields['unit']}".rstrip() + rate)
@@ -52,7 +55,7 @@ def _display() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        _Amount(),
+        _Amount(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     display = Progress(*columns, console=RichConsole(stderr=True))

@@ -153,7 +153,7 @@ def _unusable(settings: Mapping[str, Setting], choice: EmbeddingChoice, size: in
         steps.insert(0, f"export {key}=...")
     elif sizes:
         steps.insert(0, f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), -one))}")
-    return UsageProblem(f"{choice.fault} ({choice.reason})", next_step="   or   ".join(steps))
+    return UsageProblem(f"{choice.fault} ({choice.reason})", next_step="\nor:\n".join(steps))
 
 
 def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: int) -> UsageProblem | None:
@@ -172,7 +172,7 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
     file = decisive.origin.rpartition(":")[0]
     steps = [f"in {file}:", *(f"  {line}" for line in _lines(ours))]
     if theirs.provider in _NAMES:
-        steps.append(f"or here:  export {' '.join(_lines(theirs))}")
+        steps += ["or here:", f"export {' '.join(_lines(theirs))}"]
     return UsageProblem(
         f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
         f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing",
@@ -200,7 +200,7 @@ def _unset_model(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageP
         return None
     return UsageProblem(
         f"{name} is not set: at {spec.size}d AutoMem then uses {_SMALL}, these scripts {spec.model}",
-        next_step=f"export {name}={_SMALL}   (or {spec.model}), and the same line, without export, in AutoMem's .env",
+        next_step=f"export {name}={_SMALL}\n(or {spec.model}), and write that line into AutoMem's .env, without export",
     )
 
 
@@ -209,7 +209,7 @@ def _gateway_size(spec: EmbeddingSpec) -> UsageProblem | None:
     fault = native_size_fault(spec)
     if not fault or is_this_machine(spec.base_url):
         return None
-    step = f"export VECTOR_SIZE={native_size(spec.model)}   or   export OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
+    step = f"export VECTOR_SIZE={native_size(spec.model)}\nor:\nexport OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
     return UsageProblem(fault, next_step=step)
 
 

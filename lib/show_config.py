@@ -94,7 +94,13 @@ def show_config(config: Config, console: Console) -> int:
         "why": reason,
         "problem": str(problem or ""),
     }
-    settings = table(rows, ("setting", "value", "from", "hides"))
+    # The value is after its origin: the longest ones, not all origins, wrap in a narrow terminal.
+    columns = [(name, origin, value, other) for name, value, origin, other in rows]
+    hidden = any(row[-1] for row in columns)
+    settings = table(
+        [row if hidden else row[:-1] for row in columns],
+        ("setting", "from", "value", "hides") if hidden else ("setting", "from", "value"),
+    )
     embedding = f"embedding: {chosen(spec, reason)}" + (f"\na re-embed is refused: {problem}" if problem else "")
     console.result(document, f"{settings}\n\n{embedding}\n\n{table(list(live.items()), ('live', 'state'))}")
     return DONE
@@ -135,8 +141,8 @@ def _live_collection(config: Config) -> str:
     return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model}"
 
 
-def announce(config: Config, console: Console) -> None:
-    """Print unfinished runs before a command begins, and the settings with -v; hold the warnings for later."""
+def announce(config: Config, console: Console, *, runs: bool = True) -> None:
+    """Print unfinished runs (with `runs`) before a command begins, and the settings with -v; hold the warnings."""
     from lib.journal import unfinished
 
     for name, value, origin in config.rows():
@@ -151,7 +157,7 @@ def announce(config: Config, console: Console) -> None:
     journals, unreadable = unfinished(config.backup_dir)
     for path in unreadable:
         console.warn(f"{path} is damaged: its run may be unfinished, and what it created or deleted is unknown")
-    for journal in journals:
+    for journal in journals if runs else ():
         console.say(_unfinished(journal, config.targets()))
 
 
@@ -170,8 +176,9 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     if journal.phase == AWAITED and journal.targets == targets:
         return _awaited(journal)
     script = _SCRIPTS.get(journal.command, f"{journal.command}.py")
-    again = str(journal.fact("again") or f"python scripts/{script}   with the same settings and arguments")
-    text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {journal.phase})"
+    phase = journal.phase.replace("proved", "verified")  # a journal keeps the words of the first version
+    again = journal.fact("again") or f"(with the same settings and arguments)  python scripts/{script}"
+    text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {phase})"
     if journal.targets != targets:
         return f"{text}; it works on other stores: {listed(journal.targets)}"
     text += f"\n  resume:  {again}"

@@ -84,6 +84,8 @@ def tour(folder: Path, memories: int) -> int:
         walk(guide)
     print("\n" + table(guide.checked, ("checked", "figures")))
     print(f"\nthe whole guide, {memories:,} memories, in {time.monotonic() - began:.0f} s")
+    print("next: type it yourself in a sandbox that stays:  python scripts/quickstart.py serve")
+    print("      or follow MIGRATION.md with your own data")
     return 0
 
 
@@ -97,7 +99,7 @@ def require_sandbox() -> None:
     if missing:
         raise MigrationError(
             f"the sandbox needs packages that are not installed: {', '.join(missing)}",
-            next_step="make quickstart   or   pip install -r requirements-dev.txt",
+            next_step="python -m pip install -r requirements-dev.txt",
         )
 
 

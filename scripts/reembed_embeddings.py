@@ -62,7 +62,7 @@ def command(args: argparse.Namespace) -> int:
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    announce(config, console)
+    announce(config, console, runs=not (args.abort or args.prune_spool))
     cli.refuse_together(args, "--only-missing", "--limit", "--prune-spool", "--fresh", "--abort")
     cli.refuse_together(args, "--dry-run", "--limit", "--fresh", "--abort")
     cli.refuse_together(args, "--no-switch", "--in-place", "--only-missing", "--limit", "--abort", "--prune-spool")
@@ -111,7 +111,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
 def execute(ctx: Context, found: Assessment, config: Config, console: Console, args: argparse.Namespace) -> int:
     """Show the plan; then sample, sync or replace."""
     from lib import connect
-    from lib.config import require_openai_key
+    from lib.config import require_embedding_key
     from lib.reembed import output, quality, report_page
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
@@ -124,7 +124,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
         return output.show_current(missing, ctx, console)
     output.show_plan(found, ctx, console, limit=args.limit)
     refused = output.warn_of_refusals(found, ctx, console) if args.dry_run else []
-    require_openai_key(config)
+    require_embedding_key(config)
     pace = (args.workers, args.batch_size, args.max_cost, console)
     runner = connect.open_runner(config, *pace, sample=args.dry_run)
     paid = start_totals(ctx.cache, ctx.spec, found.journal, logged=not args.only_missing)

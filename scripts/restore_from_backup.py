@@ -70,7 +70,7 @@ def command(args: argparse.Namespace) -> int:
     console = Console(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     if args.show_config:
         return show_config(config, console)
-    announce(config, console)
+    announce(config, console, runs=not args.abort)
     cli.refuse_together(args, "--abort", "--dry-run")
     if args.abort and args.files:
         raise UsageProblem("--abort takes no FILE", next_step="python scripts/restore_from_backup.py --abort")
@@ -79,7 +79,8 @@ def command(args: argparse.Namespace) -> int:
             return abort(config, console, "restore")
     if not args.files:
         raise UsageProblem(
-            "no FILE is named", next_step="python scripts/backup_automem.py --list   shows what there is"
+            "no FILE is named",
+            next_step="name one; this lists the backup sets:\npython scripts/backup_automem.py --list",
         )
     from lib.backup.check import fetched
     from lib.files import private_dir

@@ -75,7 +75,7 @@ def attempt(flag: str, action: Callable[[], Result], console: Console) -> Result
     try:
         return action()
     except MigrationError as error:
-        console.warn(f"{flag}: {error}")
+        console.warn(f"{flag}: {error}\n{error.next_step}")
         return None
 
 

@@ -18,6 +18,7 @@ import orjson
 from isal import igzip
 
 from tests.sandbox.sample_memories import SampleMemory, generate
+from tests.sandbox.vectors import vector_for
 
 STAMP = "20261127_120000"
 Row = dict[str, Any]
@@ -94,8 +95,10 @@ def collection_file(path: Path, name: str, size: int, stamp: str = STAMP) -> Ite
         file.stats("points_count", vector_size=size)
 
 
-def write_samples(folder: Path, graph: str, collection: str, count: int, size: int) -> tuple[Path, Path]:
-    """Write both files of `generate(count)` into `folder`, as AutoMem names them."""
+def write_samples(
+    folder: Path, graph: str, collection: str, count: int, size: int, model: str = ""
+) -> tuple[Path, Path]:
+    """Write both files of `generate(count)` into `folder`, as AutoMem names them. Without a `model` vectors are random."""
     paths = folder / f"falkordb/falkordb_{STAMP}.json.gz", folder / f"qdrant/qdrant_{STAMP}.json.gz"
     for path in paths:
         path.parent.mkdir(parents=True)
@@ -107,7 +110,8 @@ def write_samples(folder: Path, graph: str, collection: str, count: int, size: i
             nodes.add(node_row(one))
             relationships += relationship_rows(one)
             if one.point_id is not None:
-                points.add_point(point_row(one), _vector(noise, size))
+                vector = vector_for(model, one.content, size) if model else _vector(noise, size)
+                points.add_point(point_row(one), vector)
         nodes.array("relationships")
         for row in relationships:
             nodes.add(row)

@@ -99,14 +99,14 @@ if NOHUP:
 """
 
 
-def _prelude(where: str, held: Path | None = None, *, nohup: bool = False) -> str:
+def prelude(where: str, held: Path | None = None, *, nohup: bool = False) -> str:
     named = {"PLACES": where, "HOOKS": HOOKS, "HELD": str(held or ""), "NOHUP": nohup}
     return "".join(f"{name} = {value!r}\n" for name, value in named.items()) + _PRELUDE
 
 
 def run_killed(operator: Operator, where: str, script: str, *words: str) -> str:
     """Run the script until it kills itself at `where`; returns its output. Fails if it never came there."""
-    process = operator.start(script, *words, prelude=_prelude(where))
+    process = operator.start(script, *words, prelude=prelude(where))
     out, err = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, f"{where}: exit {process.returncode}\n{err}\n{out}"
     return err
@@ -133,7 +133,7 @@ def start_held(operator: Operator, where: str, script: str, *words: str, nohup: 
     marker = operator.folder / "held"
     for old in operator.folder.glob("held.*"):
         old.unlink()
-    process = operator.start(script, *words, prelude=_prelude(where, marker, nohup=nohup))
+    process = operator.start(script, *words, prelude=prelude(where, marker, nohup=nohup))
     return Held(process, marker)
 
 

@@ -55,7 +55,7 @@ def require_encryption(keys: CopyKeys) -> None:
     if keys.recipients and keys.passphrase_file:
         raise UsageProblem(
             f"{_RECIPIENTS} and {_PASSPHRASE} are both set: it is not clear who may read the copies",
-            next_step=f"unset one of them; {_IDENTITY} alone decrypts copies for a recipient",
+            next_step=f"unset one of them ({_IDENTITY} alone decrypts copies for a recipient):\nunset {_PASSPHRASE}",
         )
     if keys.recipients:
         recipients(keys)
@@ -77,10 +77,12 @@ def recipients(keys: CopyKeys) -> list[Any]:
         except pyrage.RecipientError as error:
             raise UsageProblem(
                 f"{_RECIPIENTS}: {word[:20]!r}... is no public key of age or SSH: {error}",
-                next_step="age-keygen -y key.txt   prints the public key of a key file",
+                next_step="this prints the public key of a key file:\nage-keygen -y key.txt",
             ) from error
     if not found:
-        raise UsageProblem(f"{_RECIPIENTS} names no public key", next_step="age-keygen -o key.txt   makes one")
+        raise UsageProblem(
+            f"{_RECIPIENTS} names no public key", next_step="make a pair of keys:\nage-keygen -o key.txt"
+        )
     return found
 
 
@@ -134,7 +136,7 @@ def key_in(key_file: bytes, words: str) -> list[Any]:
     except (pyrage.DecryptError, pyrage.IdentityError, UnicodeDecodeError) as error:
         raise AccessRefused(
             f"the copy was encrypted with another passphrase, or its key file is damaged: {error}",
-            next_step=f"check {_PASSPHRASE}",
+            next_step=f"name the file with the passphrase of that time:\nexport {_PASSPHRASE}=...",
         ) from error
 
 
@@ -161,7 +163,7 @@ def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_k
         if "No matching keys" in str(error):
             raise AccessRefused(
                 f"{name} is encrypted for another key than {_IDENTITY} or {_PASSPHRASE} gives",
-                next_step=f"export {_IDENTITY}=...   the file of the private key",
+                next_step=f"name the file of the private key:\nexport {_IDENTITY}=...",
             ) from error
         raise BackupDamaged(f"{name} cannot be decrypted: it was changed or cut off ({error})") from error
 
@@ -179,7 +181,8 @@ def require_key(keys: CopyKeys, name: str) -> None:
     if not keys.decrypt:
         raise UsageProblem(
             f"{name} is encrypted, and no key is set",
-            next_step=f"export {_IDENTITY}=...   the file of the private key, or {_PASSPHRASE}=...",
+            next_step=f"name the file of the private key:\nexport {_IDENTITY}=...\nor that of the passphrase:\n"
+            f"export {_PASSPHRASE}=...",
         )
 
 

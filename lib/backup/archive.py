@@ -23,6 +23,7 @@ from lib.errors import BackupDamaged, BadFile
 from lib.files import PassThrough, atomic_writer
 
 _CHUNK = 1 << 20
+_AGAIN = "run the backup again"
 FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
 _BLOCK = 512
 _FACTS_LIMIT = 64 << 20
@@ -36,7 +37,6 @@ _EXTENDED = {
     tarfile.SOLARIS_XHDTYPE,
 }
 _REQUIRED = {"collection", "config", "snapshot_size", "snapshot_sha256", "promised_ids"}
-_ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
 SnapshotReader = Callable[[IO[bytes]], object]
 IdsReader = Callable[[Iterator[str]], object]
@@ -141,13 +141,13 @@ class ArchiveWriter:
         """Add bytes to the member. Raises BackupDamaged if there are more than announced."""
         self._left -= len(data)
         if self._left < 0:
-            raise BackupDamaged("the server sent more bytes of the snapshot than it announced")
+            raise BackupDamaged("the server sent more bytes of the snapshot than it announced", next_step=_AGAIN)
         self._background.write(data)
 
     def end(self) -> None:
         """End the member. Raises BackupDamaged if bytes are missing."""
         if self._left:
-            raise BackupDamaged(f"the server sent {self._left} bytes of the snapshot too few")
+            raise BackupDamaged(f"the server sent {self._left} bytes of the snapshot too few", next_step=_AGAIN)
         self._background.write(b"\0" * (-self._size % _BLOCK))
 
     def add(self, name: str, stream: IO[bytes], size: int) -> None:
@@ -201,7 +201,7 @@ def damage_reported(path: Path) -> Iterator[None]:
         igzip.BadGzipFile,
         cast("type[Exception]", isal_zlib.IsalError),
     ) as error:
-        raise BackupDamaged(f"{path} is damaged: {error}", next_step=_ANOTHER) from error
+        raise BackupDamaged(f"{path} is damaged: {error}") from error
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def peek_facts(path: Path) -> dict[str, Any]:
 
 
 def _foreign(path: Path) -> BadFile:
-    return BadFile(f"{path} is a tar.gz, but not one that backup_automem.py wrote", next_step=_ANOTHER)
+    return BadFile(f"{path} is a tar.gz, but not one that backup_automem.py wrote")
 
 
 def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:

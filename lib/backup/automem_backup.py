@@ -82,7 +82,7 @@ class GraphFacts:
         signs = []
         if self.without_ends:
             signs.append(
-                f"{self.without_ends:,} relationships lead to nodes that the file lacks, such as node {self.absent}"
+                f"relationships that lead to nodes that the file lacks: {self.without_ends:,}, such as to {self.absent}"
             )
         if self.repeated:
             signs.append(f"{self.repeated:,} nodes are in it twice, such as node {self.doubled}; others may be missing")
@@ -192,7 +192,7 @@ def require_uncut(source: AutoMemFile, signs: list[str]) -> None:
     if signs:
         raise BackupDamaged(
             f"{source.display} is incomplete: {'; '.join(signs)}",
-            next_step="use another backup of AutoMem's, or restore what there is:  add " + FORCE,
+            next_step=f"use another backup of AutoMem's, or add {FORCE} to restore what there is",
         )
 
 

@@ -80,7 +80,7 @@ def automem_files(path: Path) -> list[AutoMemFile]:
         named = " ".join(quote(str(one.path)) for one in found)
         raise BadFile(
             f"{path} holds no pair: {' and '.join(one.display for one in found)} were not taken together",
-            next_step=f"name the files to restore:  python scripts/restore_from_backup.py {named}"
+            next_step=f"name the files to restore:\npython scripts/restore_from_backup.py {named}"
             if path.is_dir()
             else _ANOTHER,
         )

@@ -145,22 +145,22 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
             raise UsageProblem(
                 f"{manifest.name} is dated {-manifest.age_hours:.0f} hours in the future: a clock was or is wrong, and"
                 " which set is the newest is not known",
-                next_step="date -u   (is this clock right?)   then name the set:  python scripts/restore_from_backup.py"
-                f" {quote(f'{where}/{manifest.name}')}",
+                next_step="compare this clock with the right time:\ndate -u\nthen name the set:\n"
+                f"python scripts/restore_from_backup.py {quote(f'{where}/{manifest.name}')}",
             )
         else:
             return manifest
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise MissingData(
-            f"no full backup in {where}: `latest` is neither a set of one store alone nor a safety copy of a restore."
-            f" There are: {', '.join(others[:_NAMED])}{more}",
-            next_step=f"name one: python scripts/restore_from_backup.py {quote(f'{where}/{others[0].split()[0]}')}",
+            f"no full backup set in {where}, which `latest` needs; there are: {', '.join(others[:_NAMED])}{more}",
+            next_step=f"name one:\npython scripts/restore_from_backup.py {quote(f'{where}/{others[0].split()[0]}')}",
         )
-    whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' at these addresses" if owner else ""
+    whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' on these servers" if owner else ""
     raise MissingData(
         f"no backup in {where}{whose}",
-        next_step="python scripts/backup_automem.py   or name the file:  python scripts/backup_automem.py --list",
+        next_step="name a file, or another folder with --backup-dir; this lists the sets:\n"
+        "python scripts/backup_automem.py --list",
     )
 
 

@@ -45,7 +45,7 @@ from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphCo
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
-from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem
+from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
 from lib.files import lock_targets, private_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
@@ -84,25 +84,20 @@ def kind_of(path: Path) -> str:
         return MANIFEST
     if head[257:262] == b"ustar" or path.suffix == ".snapshot":
         return SNAPSHOT
-    raise BadFile(
-        f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json",
-        next_step="python scripts/backup_automem.py --list",
-    )
+    raise BadFile(f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json")
 
 
 def _require_file(path: Path) -> None:
-    hint = "python scripts/backup_automem.py --list"
-    look = f"ls -l {quote(str(path))}"
     try:
         if path.is_dir():
-            raise BadFile(f"{path} is a folder, a file is needed", next_step=f"{look}   or   {hint}")
+            raise BadFile(f"{path} is a folder, a file is needed")
         if not path.exists():
-            raise BadFile(f"{path} does not exist", next_step=hint)
+            raise BadFile(f"{path} does not exist")
         if path.stat().st_size == 0:
-            raise BadFile(f"{path} is empty", next_step=hint)
+            raise BadFile(f"{path} is empty")
         path.open("rb").close()
     except PermissionError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=look) from error
+        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}") from error
 
 
 def verify_named(
@@ -120,13 +115,14 @@ def verify_named(
 
 def _of_stamp(folder: Path, word: str) -> str:
     """Return the path of the set that a stamp names (`20261126_220840`); any other word as it is."""
-    if not re.fullmatch(STAMP, word) or Path(word).exists():
+    if not re.fullmatch("[0-9_]+", word) or Path(word).exists():
         return word
     path = folder / f"backup_{word}.json"
     if not path.exists():
+        known = [one.stem.removeprefix("backup_") for one in manifest_paths(folder)]
         raise MissingData(
-            f"no backup set {word} in {folder}",
-            next_step="python scripts/backup_automem.py --list   shows what there is",
+            f"no backup set {word} in {folder}{did_you_mean(word, known)}",
+            next_step="python scripts/backup_automem.py --list",
         )
     return str(path)
 
@@ -157,7 +153,7 @@ def _manifest_of(folder: Path, path: Path) -> Path:
     if found is None or found.path is None:
         raise BadFile(
             f"{path} belongs to no backup set in {folder}: there is no manifest to verify it against",
-            next_step="name the folder with --backup-dir",
+            next_step="name the backup folder of its set with --backup-dir",
         )
     return found.path
 
@@ -281,23 +277,26 @@ def fetched(
     with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
         if not is_whole_here(store, name, folder):
-            path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines())
+            path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines(), store.shown)
     if named.file and named.file not in {file.name for file in read_manifest(path).files}:
-        raise BadFile(f"{store.shown}/{named.file} is no file of the set {name}")
+        raise BadFile(
+            f"{store.shown}/{named.file} is no file of the set {name}",
+            next_step=f"python scripts/restore_from_backup.py {quote(f'{store.shown}/{name}')}",
+        )
     return str(folder / named.file if named.file else path)
 
 
-def _verified(path: Path, folder: Path, engines: list[Engine]) -> Path:
+def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Path:
     """Verify a fetched set and move it into `folder`; returns the path of its manifest there.
 
-    A set that does not verify is removed. Raises BackupDamaged.
+    `shown` is the place of the copies. A set that does not verify is removed. Raises BackupDamaged.
     """
     for one in verify_named(path.parent, str(path), engines):
         if one.fault:
             shutil.rmtree(path.parent)
             raise BackupDamaged(
                 f"the set that was fetched does not verify, and was removed: {one.fault}",
-                next_step="use another set of the copies:  python scripts/backup_automem.py --list URL",
+                next_step=f"use another set of the copies:\npython scripts/backup_automem.py --list {quote(shown)}",
             )
     accepted = accept(path, folder)
     shutil.rmtree(path.parent)

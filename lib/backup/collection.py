@@ -228,7 +228,7 @@ def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFac
     if missing:
         raise BackupDamaged(
             f"{path} holds no points of shard {min(missing)}: they are on another Qdrant node",
-            next_step="use another backup; a new one needs QDRANT_NODE_URLS to list every node",
+            next_step="use another backup. A new one needs QDRANT_NODE_URLS to list every node",
         )
 
 
@@ -245,7 +245,7 @@ def _vector_params(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
 
 
 def _incomplete(path: Path) -> BackupDamaged:
-    return BackupDamaged(f"{path}: its collection.json is incomplete", next_step="use another backup")
+    return BackupDamaged(f"{path}: its collection.json is incomplete")
 
 
 STAMP_KEY = "automem_migration"

@@ -173,8 +173,8 @@ def _require_same_manifest(store: OffsiteStore, manifest: Manifest) -> None:
 
 def _occupied(store: OffsiteStore, name: str) -> BadFile:
     return BadFile(
-        f"{store.shown}/{name} is another file",
-        next_step="name another folder, or see what that file is and remove it there",
+        f"{store.shown}/{name} is not the file that is to be sent",
+        next_step="remove that file there, or name another folder",
     )
 
 
@@ -233,7 +233,7 @@ def _require_whole(path: Path, file: BackupFile) -> None:
     if not path.is_file() or _file_here(path, file.name) != file:
         raise BackupDamaged(
             f"{path} is not what its manifest says: nothing was uploaded",
-            next_step="python scripts/backup_automem.py   takes a new backup",
+            next_step="take a new backup:\npython scripts/backup_automem.py",
         )
 
 
@@ -249,7 +249,10 @@ def _send(store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar,
     try:
         with bar(f"read back {file.name}", file.size, "bytes") as progress:
             if not store.holds(file, stored, progress):
-                raise StoreFailed(f"{store.shown}/{file.name} reads back as something else than what was sent")
+                raise StoreFailed(
+                    f"{store.shown}/{file.name} reads back as something else than what was sent",
+                    next_step="check that disk or server, then run the same command again",
+                )
     except MigrationError:  # S3's own checksums refuse to read changed bytes
         store.remove(stored)
         raise
@@ -262,9 +265,7 @@ def manifests(store: OffsiteStore) -> list[str]:
     names = {name.removesuffix(SUFFIX) for name in store.sizes()}
     found = sorted(filter(MANIFEST_NAME.fullmatch, names), reverse=True)
     if not found:
-        raise MissingData(
-            f"no backup at {store.shown}", next_step="see whether the bucket and the folder are spelled right"
-        )
+        raise MissingData(f"no backup at {store.shown}", next_step="check the spelling of the bucket and the folder")
     return found
 
 
@@ -283,7 +284,10 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Pat
     manifest, data = read_there(store, name)
     for file in manifest.files:
         if not _is_plain(file.name):  # never write outside of the folder
-            raise BadFile(f"the manifest at {store.shown} names a file that no backup has: {file.name!r}")
+            raise BadFile(
+                f"the manifest at {store.shown} names a file that no backup has: {file.name!r}",
+                next_step=f"use another set:\npython scripts/backup_automem.py --list {quote(store.shown)}",
+            )
     path = private_dir(folder) / manifest.name
     _require_same(path, data)
     missing = [file for file in manifest.files if not _is_here(folder / file.name, file)]
@@ -363,7 +367,7 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
     def wrong() -> BackupDamaged:
         return BackupDamaged(
             f"{store.shown}/{file.name} is not what its manifest says ({size} of {file.size} bytes)",
-            next_step=f"use another set: python scripts/backup_automem.py --list {quote(store.shown)}",
+            next_step=f"use another set:\npython scripts/backup_automem.py --list {quote(store.shown)}",
         )
 
     with atomic_writer(path) as stream:

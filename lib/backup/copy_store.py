@@ -41,7 +41,10 @@ _PACKAGES = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
-_FORMS = "s3://bucket/folder, gs://bucket/folder, az://container/folder, sftp://user@host/folder, or a local folder"
+_FORMS = (
+    "s3://bucket/folder, gs://bucket/folder, az://container/folder, sftp://user@host/folder, or a local folder"
+    " (./a:b if it has a ':')"
+)
 _MASK = "***"
 
 
@@ -75,7 +78,8 @@ class OffsiteAddress:
             if importlib.util.find_spec(package) is None:
                 raise UsageProblem(
                     f"{self.scheme}:// needs the Python package '{package}', which is not installed here",
-                    next_step=f"pip install {package}   (all of them: pip install -r requirements-offsite.txt)",
+                    next_step=f"python -m pip install {package}\nor, for every kind of place:\n"
+                    "python -m pip install -r requirements-offsite.txt",
                 )
 
 
@@ -89,13 +93,13 @@ def offsite_address(text: str) -> OffsiteAddress:
     if not is_url(text):
         if ":" in text.partition("/")[0]:  # as scp, rsync, restic and rclone write it; or a slash is missing
             raise _unusable(
-                "a word with ':' before its first slash is neither a URL nor plainly a local folder (./a:b is)"
+                "the place of the copies has a ':' before its first slash, so it is neither a URL nor a local folder"
             )
         return _local(Path(text))
     scheme = text.partition("://")[0].lower()
     if scheme not in _PACKAGES:
         name = f"{scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "this URL"
-        raise _unusable(f"backups cannot be uploaded to {name}")
+        raise _unusable(f"copies of backups cannot be at {name}")
     if "?" in text or "#" in text:
         raise _unusable(f"a {scheme}:// URL ends with its folder: no '?' and no '#', and no key behind them")
     try:
@@ -174,7 +178,7 @@ _UNREACHABLE = {
 def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationError:
     """Turn a library's error into one of ours, without a password."""
     classes = {one.__name__ for one in type(error).__mro__}
-    text = address.clean(" ".join(str(error).split())) or type(error).__name__
+    text = address.clean(" ".join(str(error).split())).removeprefix("[Errno None] ") or type(error).__name__
     message = f"{what}: {text}"
     unknown = "not found in known_hosts" in text
     if unknown or "BadHostKeyException" in classes:
@@ -183,18 +187,20 @@ def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationEr
             f"{what}: the host's key is not known here"
             if unknown
             else f"{what}: the host's key is not the one in ~/.ssh/known_hosts: another machine may stand in between",
-            next_step=f"ssh {port}{address.host}   shows its key, to be compared with the host's own",
+            next_step=f"compare the key that this shows with the host's own:\nssh {port}{address.host}",
         )
     if isinstance(error, FileNotFoundError):
-        return MissingData(message, next_step="see whether the bucket, container or folder is spelled right")
+        return MissingData(message, next_step="check the spelling of the bucket, container or folder")
     if classes & _REFUSED:
         return AccessRefused(
             message,
             next_step="give the login in the environment, with rights to list, read and write: see the README",
         )
     if classes & _UNREACHABLE:
-        return StoreUnreachable(message, next_step="check host, port and network")
-    return StoreFailed(message)
+        return StoreUnreachable(
+            message, next_step="check the host, the port and the network, then run the same command again"
+        )
+    return StoreFailed(message, next_step="check that place, then run the same command again")
 
 
 NO_KEYS = CopyKeys()
@@ -360,7 +366,7 @@ class OffsiteStore:
                 private_dir(Path(self._root), shared=True)
             except UsageProblem as error:
                 raise UsageProblem(
-                    str(error), next_step=f"ls -ld {quote(self._root)}   or upload into another folder"
+                    str(error), next_step=f"upload into another folder, or check this one:\nls -ld {quote(self._root)}"
                 ) from error
             return
         path = self._path(_PROBE)

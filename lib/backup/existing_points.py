@@ -34,7 +34,8 @@ def room_or_error() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         raise MigrationError(
             f"the temporary folder has no room for the ids of the collection: {error}",
-            next_step=f"df -h {quote(tempfile.gettempdir())}   or   export SQLITE_TMPDIR=... to a larger disk",
+            next_step=f"free some room there:\ndf -h {quote(tempfile.gettempdir())}\n"
+            "or name a folder on a larger disk:\nexport SQLITE_TMPDIR=...",
         ) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from lib.clients.falkordb.connection import (
     ServerVersions,
     expires_at,
     function_libraries,
+    list_graphs,
     require_graph,
     save_failure,
     server_versions,
@@ -48,13 +48,14 @@ from lib.clients.falkordb.scratch import (
     reads_from,
     scratch_server,
 )
-from lib.clients.falkordb.swap import dump_graph, dump_separately, rename_graph
+from lib.clients.falkordb.swap import dump_graph, rename_graph
 from lib.concurrency import CancelToken, Progress, steps_of
-from lib.errors import AccessRefused, BackupDamaged, MissingData
+from lib.errors import AccessRefused, BackupDamaged, UsageProblem, listed, one_line
 from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
 
 _SERVER_BYTES = 32 << 20  # memory of a FalkorDB without data
 _LOG_BYTES = 1 << 20  # what its folder takes
+_AT_ONCE = "no wait for an RDB before a restore"
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,12 @@ def verify_graph(
     component: GraphComponent,
     engines: list[Engine],
     *,
-    progress: Callable[[int], None] | None = None,
+    stop: CancelToken | None = None,
     on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphVerification:
     """Verify the component's RDB as far as this machine can. Raises BackupDamaged.
 
-    `progress` gets the number of nodes and relationships read so far, `on_loaded` the scratch server that has loaded
-    the file.
+    `on_loaded` gets the scratch server that has loaded the file. `stop` ends the work from another thread.
     """
     facts = inspect_backup(path, component.file)
     compare_rdb(path, component, facts)
@@ -107,13 +107,13 @@ def verify_graph(
         engine = engine_for(facts, engines, None)
         if lacking := machine_lacks(facts):
             return GraphVerification(CHECKED, f"not loaded: {lacking}", facts)
-        with loaded_graph(path, component.graph, engine, facts, component=component, progress=progress) as loaded:
+        with loaded_graph(path, component.graph, engine, facts, component=component, stop=stop) as loaded:
             found, scratch = loaded
             if on_loaded:
                 on_loaded(scratch.conn)
             return found
     except NoEngine as error:
-        return GraphVerification(CHECKED, f"not loaded: {error}; {error.next_step}", facts)
+        return GraphVerification(CHECKED, f"not loaded: {error}; {one_line(error.next_step)}", facts)
     except ScratchFailed as error:
         return GraphVerification(CHECKED, f"not loaded: {error}", facts)
 
@@ -160,6 +160,18 @@ def machine_lacks(facts: RdbFacts) -> str:
     return f"no room in {folder}" if free_bytes(folder) < _LOG_BYTES else ""
 
 
+def _require_held(path: Path, graph: str, held: list[str], component: GraphComponent | None) -> None:
+    """Raise unless the RDB holds the graph: BackupDamaged if the manifest names it, else UsageProblem."""
+    if graph in held:
+        return
+    if component and component.graph == graph:
+        raise BackupDamaged(f"{path} does not hold the graph '{graph}', which its manifest names")
+    raise UsageProblem(
+        f"{path} does not hold the graph '{graph}' (FALKORDB_GRAPH); it holds: {listed(held) or 'none'}",
+        next_step="set FALKORDB_GRAPH to the graph that is to be restored, or name another file",
+    )
+
+
 @contextmanager
 def loaded_graph(
     path: Path,
@@ -168,51 +180,32 @@ def loaded_graph(
     facts: RdbFacts,
     *,
     component: GraphComponent | None = None,
-    dump: tuple[str, list[bytes]] | None = None,
-    progress: Callable[[int], None] | None = None,
+    digest: str = "",
+    stop: CancelToken | None = None,
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
     """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
 
-    `dump` is a name and a list: the list gets the payload of a DUMP under that name, taken while the graph is read.
-    Raises BackupDamaged, ScratchFailed.
+    `digest` is the graph's if it is known: it is not computed then. `stop` ends the work from another thread. Raises
+    BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
     """
-    with scratch_server(engine, path) as scratch:
+    with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
-        try:
-            require_graph(scratch.conn, graph, scratch.address)
-        except MissingData as error:
-            raise BackupDamaged(f"{path} does not hold the graph '{graph}': {error}") from error
-        if dump:
-            name, payloads = dump
-            rename_graph(scratch.conn, graph, name)
-            with ThreadPoolExecutor(1) as background:
-                payload = background.submit(dump_separately, scratch.address, name)
-                found = _read_graph(scratch, name, engine, facts, progress)
-                payloads.append(payload.result())
-            rename_graph(scratch.conn, name, graph)
-        else:
-            found = _read_graph(scratch, graph, engine, facts, progress)
+        _require_held(path, graph, list_graphs(scratch.conn), component)
+        found = read_loaded(scratch, graph, engine, facts, digest=digest)
         if component:
             compare_graph(path, component, found)
         yield found, scratch
 
 
-def _read_graph(
-    scratch: Scratch,
-    name: str,
-    engine: Engine,
-    facts: RdbFacts,
-    progress: Callable[[int], None] | None,
-) -> GraphVerification:
-    return GraphVerification(
-        RESTORED,
-        f"loaded by FalkorDB {engine.falkordb_version}",
-        facts,
-        counts(scratch.conn, name),
-        schema(scratch.conn, name),
-        graph_digest(scratch.conn, name, by_id=True, progress=progress),
-    )
+def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *, digest: str = "") -> GraphVerification:
+    """Count the graph that a scratch server holds, read its definitions, and compute its digest unless it is known."""
+    seen, definitions = counts(scratch.conn, name), schema(scratch.conn, name)
+    if digest:
+        whole = GraphDigest(digest, seen.nodes, seen.relationships, by_id=True)
+    else:
+        whole = graph_digest(scratch.conn, name, by_id=True)
+    return GraphVerification(RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole)
 
 
 @dataclass(frozen=True)
@@ -231,6 +224,7 @@ def take_graph(
     engines: list[Engine],
     *,
     verify: bool = True,
+    at_once: bool = False,
     progress: Progress = lambda _size: None,
     stop: CancelToken | None = None,
     on_loaded: Callable[[redis.Redis], None] | None = None,
@@ -238,15 +232,17 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The file appears under its name only when it is complete. The graph is saved as it was at the first call of
-    `progress`. `stop` ends the work from another thread (Cancelled, or what a closed connection raises). `on_loaded`
-    gets the scratch server that has loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
+    `progress`. `at_once`: with DUMP, which blocks the server for a moment, because a server waits 5 s by default before
+    it sends an RDB. `stop` ends the work from another thread (Cancelled, or what a closed connection raises).
+    `on_loaded` gets the scratch server that has loaded the file. Raises MissingData if the graph is absent,
+    BackupDamaged.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
     steps = steps_of(progress)
-    why_dump = _why_dump(versions, engines, expires)
+    why_dump = _AT_ONCE if at_once else _why_dump(versions, engines, expires)
     size, sha256, why_dump = _write_rdb(source, path, lambda done: steps(done, 0), stop, why_dump)
     component = GraphComponent(
         file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
@@ -260,8 +256,7 @@ def take_graph(
         **contents,
     )
     if verify:
-        watch = (lambda _done: stop.check()) if stop else None
-        found = verify_graph(path, component, engines, progress=watch, on_loaded=on_loaded)
+        found = verify_graph(path, component, engines, stop=stop, on_loaded=on_loaded)
         component = replace(component, proof=found.level, proof_note=found.note, **found.contents)
     if why_dump:
         component = replace(component, proof_note=f"{component.proof_note}; taken with DUMP: {why_dump}")

@@ -30,7 +30,6 @@ UNVERIFIED, CHECKED, RESTORED = VERIFICATION_LEVELS = ("unproved", "checked", "r
 CLOCK_HOURS = 0.1  # by which two clocks may differ
 BACKUP, SAFETY = "backup", "safety"  # why a set was taken
 FULL, GRAPH_ONLY, COLLECTION_ONLY, SAFETY_COPY = "full", "graph only", "collection only", "safety copy"
-_ANOTHER = "use another backup:  python scripts/backup_automem.py --list"
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         data, _ = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=_ANOTHER) from error
+        raise BadFile(f"{path} cannot be read: {error.strerror}") from error
     return parse_manifest(data, path)
 
 
@@ -211,26 +210,26 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     Raises BadFile if it is another program's JSON or of a newer format, BackupDamaged if it is ours and damaged.
     """
     if len(data) > MAX_BYTES:
-        raise BadFile(f"{path} is too large for a manifest", next_step=_ANOTHER)
+        raise BadFile(f"{path} is too large for a manifest")
     try:
         raw = orjson.loads(data)
     except ValueError as error:
-        raise BackupDamaged(f"{path} cannot be read: {error}", next_step=_ANOTHER) from error
+        raise BackupDamaged(f"{path} cannot be read: {error}") from error
     number = raw.get("format") if isinstance(raw, dict) else None
     if type(number) is not int or number < 1 or "stamp" not in raw:
-        raise BadFile(f"{path} is JSON, but no manifest of a backup", next_step=_ANOTHER)
+        raise BadFile(f"{path} is JSON, but no manifest of a backup")
     if number > FORMAT:
         raise BadFile(
             f"{path} is of format {number}, this version reads up to {FORMAT}",
-            next_step="use a newer checkout of these scripts",
+            next_step="use the version of these scripts that made it, or a newer one",
         )
     try:
         if sealed(raw) != raw:
-            raise BackupDamaged(f"{path} was damaged or edited: its checksum is not right", next_step=_ANOTHER)
+            raise BackupDamaged(f"{path} was damaged or edited: its checksum is not right")
         manifest = msgspec.convert({**raw, "path": path}, Manifest)
         _require_consistent(manifest, path)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise BackupDamaged(f"{path} is broken ({type(error).__name__}: {error})", next_step=_ANOTHER) from error
+        raise BackupDamaged(f"{path} is broken ({type(error).__name__}: {error})") from error
     return manifest
 
 
@@ -278,7 +277,7 @@ def require_equal(path: Path, expected: Mapping[str, Any], actual: Mapping[str, 
 def check_file(path: Path, file: BackupFile, sha256: str = "") -> None:
     """Raise BackupDamaged unless the file exists with its size and sha256. `sha256`: computed by the caller."""
     if not path.is_file():
-        raise BackupDamaged(f"{path} is missing", next_step="use another backup: ls -l backups/")
+        raise BackupDamaged(f"{path} is missing")
     if path.stat().st_size != file.size:
         raise BackupDamaged(f"{path} has {path.stat().st_size} bytes, its manifest says {file.size}")
     if (sha256 or sha256_file(path)) != file.sha256:

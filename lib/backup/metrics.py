@@ -44,7 +44,8 @@ def recorded(
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageProblem(
             f"--metrics {path} cannot be written: it must be a file in an existing folder that you may write",
-            next_step=f"ls -ld {quote(str(path.parent))}   (node exporter's --collector.textfile.directory)",
+            next_step="name a file in the folder of node exporter's --collector.textfile.directory; this shows yours:\n"
+            f"ls -ld {quote(str(path.parent))}",
         )
     started, code = time.monotonic(), FAILED
     try:

@@ -74,13 +74,14 @@ def show_sources(
 
 
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
-    """Show the new set; exit code 3 if it was not verified."""
+    """Show the new set; exit code 3 if it was not verified, or if one of the stores seems to be lost."""
     lines = [table([_component_row(one) for one in manifest.components]), "", f"backup set: {manifest.path}"]
     drift = manifest.drift
+    lost = _lost_store(manifest)
     if drift and (drift.only_graph or drift.only_collection):
         lines.append(
             f"drift: {drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
-            "   (python scripts/reembed_embeddings.py --only-missing repairs it)"
+            + ("" if lost else "; this repairs it:\n  python scripts/reembed_embeddings.py --only-missing")
         )
     document = manifest.as_json()
     if uploaded:
@@ -101,7 +102,25 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     if manifest.proof == UNVERIFIED:
         console.warn("the backup was not verified (--no-verify): re-embed will not rely on it")
         return REMAINING
+    if lost:
+        console.warn(f"{lost}. If its data are lost, delete no older set and go to docs/worst-day.md")
+        return REMAINING
     return DONE
+
+
+def _lost_store(manifest: Manifest) -> str:
+    """Name the store that is empty although the other one has memories; empty if none is.
+
+    AutoMem recreates a lost store empty as long as it runs, so that the backups of the next nights look complete.
+    """
+    graph, collection, drift = manifest.graph, manifest.collection, manifest.drift
+    if not (graph and collection and drift):
+        return ""
+    if drift.only_collection and not graph.labels.get("Memory"):
+        return f"graph '{graph.graph}' holds no memory, and collection '{collection.collection}' has points"
+    if drift.only_graph and not collection.points:
+        return f"collection '{collection.collection}' has no point, and graph '{graph.graph}' holds memories"
+    return ""
 
 
 def _component_row(component: GraphComponent | CollectionComponent) -> tuple[str, ...]:
@@ -192,14 +211,18 @@ def _contents(one: Manifest) -> str:
 
 def show_verifications(files: list[FileVerification], uploaded: list[Uploaded] | None, console: Console) -> int:
     """Show the verified files and what was uploaded; exit code 4 if a file has a fault."""
-    rows = [(one.level.upper(), str(one.path), one.fault or one.note) for one in files]
+    rows = [(one.level.upper(), str(one.path), one.fault.removeprefix(f"{one.path} ") or one.note) for one in files]
     document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in files]}
     lines = [table(rows)]
     if uploaded is not None:
         document["uploaded"] = [dataclasses.asdict(one) for one in uploaded]
         lines += ["", *(map(_upload_line, uploaded) if uploaded else ["nothing was uploaded"])]
+    damaged = sum(bool(one.fault) for one in files)
+    if damaged:
+        lines += ["", f"{damaged} of {len(files)} files cannot be restored. Take a new backup:"]
+        lines.append("  python scripts/backup_automem.py")
     console.result(document, "\n".join(lines))
-    return VERIFICATION_FAILED if any(one.fault for one in files) else DONE
+    return VERIFICATION_FAILED if damaged else DONE
 
 
 def _upload_line(one: Uploaded) -> str:

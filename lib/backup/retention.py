@@ -25,7 +25,7 @@ from lib.backup.catalog import (
 from lib.backup.copies import Catalog, catalog_at, delete_copy, require_elsewhere
 from lib.backup.copy_store import open_offsite
 from lib.backup.manifest import UNVERIFIED, Manifest
-from lib.errors import UsageProblem
+from lib.errors import UsageProblem, did_you_mean
 from lib.files import readable_bytes
 from lib.journal import STAMP, Journal, read_journal
 
@@ -91,7 +91,8 @@ def plan_cleanup(
     """
     for flag, count in rules.items():
         if count < 1:
-            raise UsageProblem(f"{flag} must be at least 1", next_step=f"--cleanup {flag} 3")
+            again = f"python scripts/backup_automem.py --cleanup {flag} 3 --dry-run"
+            raise UsageProblem(f"{flag} must be at least 1", next_step=again)
     safety = safety_copies(folder)
     own = [(with_purpose(one, safety), complete) for one, complete in catalog.sets if owner.owns(one)]
     kept: dict[str, str] = {}
@@ -205,8 +206,9 @@ def change_pin(place: str, pin: str | None, unpin: str | None) -> Pin:
     name, file = f"backup_{stamp}.json", f"backup_{stamp}{PIN}"
     existing = store.sizes()
     if not re.fullmatch(STAMP, stamp) or not {name, name + SUFFIX, file} & existing.keys():
+        near = did_you_mean(stamp, (found[0] for one in existing if (found := re.search(STAMP, one))))
         raise UsageProblem(
-            f"no set {stamp} in {store.shown}: STAMP is the time in the names of its files, such as 20261126_220840",
+            f"no set {stamp} in {store.shown}{near}: STAMP is the time in the names of its files, as 20261126_220840",
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
     if pin and file not in existing:

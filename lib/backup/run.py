@@ -15,7 +15,7 @@ from lib.backup.catalog import claim_stamp, remove_unfinished
 from lib.backup.collection import CollectionSource, take_collection
 from lib.backup.existing_points import TemporaryIdTable, as_id, orphan_ids
 from lib.backup.graph import GraphSource, take_graph
-from lib.backup.manifest import BACKUP, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
+from lib.backup.manifest import BACKUP, SAFETY, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
 from lib.backup.payloads import PointId, point_id, unusable
 from lib.backup.server_snapshots import AWAITED, candidates, is_over, nodes_left, remove_named, removed
 from lib.clients.falkordb.connection import require_graph
@@ -73,7 +73,8 @@ def take_backup(
     try:
         with TemporaryIdTable() as graph_ids, TemporaryIdTable() as point_ids:
             ids = (graph_ids, point_ids)
-            saved = _save(graph, collection, folder, stamp, engines, journal, bar, *ids, verify=verify)
+            save = partial(_save, graph, collection, folder, stamp, engines, journal, bar, *ids)
+            saved = save(verify=verify, at_once=purpose == SAFETY)
             drift = _drift(*ids, graph, folder, saved[1])
         return write_manifest(folder, Manifest(stamp, created, *saved, drift, purpose=purpose))
     except BaseException:
@@ -104,6 +105,7 @@ def _save(
     point_ids: TemporaryIdTable,
     *,
     verify: bool,
+    at_once: bool,
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
@@ -113,12 +115,11 @@ def _save(
 
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
         assert graph
-        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, stop=task.stop)
+        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, at_once=at_once, stop=task.stop)
         name = graph.graph
         with bar("graph", None, "bytes") as progress:
             return take(
-                progress=task.moving(progress),
-                on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)),
+                progress=task.moving(progress), on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name))
             )
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:

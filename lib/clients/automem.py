@@ -82,7 +82,7 @@ def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
     except requests.RequestException as error:
         raise StoreUnreachable(
             f"AutoMem's API does not answer at {without_login(api.url)}: {_failed_request(error, api.url).summary}",
-            next_step="start AutoMem, or set AUTOMEM_API_URL",
+            next_step="start AutoMem, or set AUTOMEM_API_URL to its address",
         ) from None
 
 
@@ -90,14 +90,20 @@ def _checked(response: Any) -> dict[str, Any]:
     if response.status_code in {401, 403}:
         raise AccessRefused(
             f"AutoMem's API refused the token (HTTP {response.status_code})",
-            next_step="export AUTOMEM_API_TOKEN=... (the one that the service was started with)",
+            next_step="export AUTOMEM_API_TOKEN=...\nthe one that the service was started with",
         )
     if response.status_code >= 400:
-        raise StoreFailed(f"AutoMem's API answered {response.status_code}: {one_line(response.text[:200])}")
+        raise StoreFailed(
+            f"AutoMem's API answered {response.status_code}: {one_line(response.text[:200])}",
+            next_step="look at AutoMem's log, in its folder:\ndocker compose logs flask-api",
+        )
     try:
         return dict(response.json())
     except (ValueError, TypeError, RecursionError) as error:
-        raise StoreFailed("what answers at AUTOMEM_API_URL is not AutoMem: it sent no JSON") from error
+        raise StoreFailed(
+            "what answers at AUTOMEM_API_URL is not AutoMem: it sent no JSON",
+            next_step="set AUTOMEM_API_URL to AutoMem's address",
+        ) from error
 
 
 def ask_health(api: AutoMemApi) -> HealthAnswer:

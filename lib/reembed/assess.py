@@ -95,8 +95,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     if scan.own_text == 0 and (state.points if state else not _was_empty(ctx, journal)):
         raise MissingData(
             f"graph '{ctx.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
-            f" '{ctx.collection}' is not changed",
-            next_step="check FALKORDB_GRAPH, FALKORDB_HOST and FALKORDB_PORT with --show-config",
+            f" '{ctx.collection}' is not changed"
         )
     missing = ctx.cache.text_total() if must_forget(ctx) else ctx.cache.missing_total()
     backup = None
@@ -208,7 +207,7 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
     if live.kind == FAILED and not reached(journal, DELETING):
         raise GuardRefused(
             f"Collection '{ctx.collection}' has failed: it answers with errors only and cannot be read",
-            next_step="put a backup back first: python scripts/restore_from_backup.py latest",
+            next_step="restore a backup first:\npython scripts/restore_from_backup.py latest",
         )
     accepted = _ask_guard(ctx, journal, live.state) if live.kind == REPLACE and live.state else None
     if accepted or reached(journal, DELETING):

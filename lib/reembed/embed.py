@@ -225,9 +225,15 @@ class EmbeddingRunner:
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
             return
         spent = f"${price_of(spent_tokens, self.spec.model) or 0:.4f}" if spent_tokens else "nothing"
+        setting = SETTING_NAMES[self.spec.provider].model
+        if price is None:
+            raise UsageProblem(
+                f"there is no list price for {self.spec.model}, --max-cost is ${self.max_cost:g}; {spent} was spent",
+                next_step=f"leave --max-cost out, or set {setting} to a model with a list price",
+            )
         raise UsageProblem(
             f"this would cost {price_text(price)}, --max-cost is ${self.max_cost:g}; {spent} was spent",
-            next_step=f"raise --max-cost (or leave it out), or use a cheaper {SETTING_NAMES[self.spec.provider].model}",
+            next_step=f"raise --max-cost (or leave it out), or set {setting} to a cheaper model",
         )
 
 

@@ -77,7 +77,7 @@ def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
     if live < _SAME_SHARE * len(guarded.live):
         return f"is of other data: it holds {live} of the collection's {len(guarded.live)} points"
     missing = len(guarded.only_live) - alone
-    return f"does not hold {missing} point(s) that are in the collection alone" if missing else None
+    return f"does not hold points that are in the collection alone: {missing}" if missing else None
 
 
 def _fault_in_manifest(manifest: Manifest, component: CollectionComponent, guarded: GuardedCollection) -> str | None:

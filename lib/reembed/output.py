@@ -135,14 +135,14 @@ def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> No
         )
     if assessment.textless and assessment.live.kind == REPLACE:
         console.warn(
-            f"{len(assessment.textless)} point(s) leave the collection though their memory exists: neither has a text"
-            f" to embed ({listed(assessment.textless[:_EXAMPLES])}); they stay in the backup"
+            f"points that leave the collection although their memory exists: {len(assessment.textless)}"
+            f" ({listed(assessment.textless[:_EXAMPLES])}). Neither has a text to embed. They stay in the backup"
         )
     if plan.only_live and assessment.live.kind == REPLACE:
         some = listed(plan.only_live_examples[:_EXAMPLES])
         console.warn(
-            f"{plan.only_live} point(s) have no memory in the graph: they stay in the backup and leave the"
-            f" collection ({some})"
+            f"points without a memory in the graph: {plan.only_live} ({some}). They leave the collection and stay"
+            " in the backup"
         )
 
 
@@ -267,7 +267,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         f"{_paid_text(done.paid, spec)} The collection was absent or incomplete for {done.absent_seconds:.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
         f"undo:\n{done.undo}\n\nnext:\n{restart_lines(spec.provider, named=bool(ctx.reason))}\n"
-        f"  {_COMMAND} --only-missing   # what was written meanwhile\n"
+        f"  then add what was written meanwhile, and verify:\n  {_COMMAND} --only-missing\n"
         "  python scripts/verify_migration.py --after-restart"
     )
     console.result(document, "\n\nreport:\n  ".join([text, *map(str, report[-1:])]))
@@ -364,8 +364,8 @@ def show_synced(done: Synced, paid: EmbeddingTotals, ctx: Context, console: Cons
     left = _warn_of_memories(paid, done.outcome, [], [], console)
     one = done.outcome
     text = (
-        f"'{ctx.collection}': {one.added} point(s) added, {one.changed} updated, {one.payloads} payload(s) updated,"
-        f" {done.repaired} vector(s) repaired, {done.removed} orphan point(s) removed"
+        f"'{ctx.collection}': points added: {one.added}, updated: {one.changed}; payloads updated: {one.payloads};"
+        f" vectors repaired: {done.repaired}; orphan points removed: {done.removed}"
     )
     document = {
         "added": one.added,

@@ -198,7 +198,9 @@ def _payload(one: _Candidate) -> bytes:
         return orjson.dumps(properties)
     except TypeError as error:
         problem = f"memory {one.identity} has a property that a payload cannot hold: {error}"
-        raise MigrationError(problem) from error
+        raise MigrationError(
+            problem, next_step="change that property in the graph, then run the same command again"
+        ) from error
 
 
 def _tokens(cache: EmbeddingCache, texts: dict[bytes, str]) -> dict[bytes, int]:

@@ -90,14 +90,15 @@ def refuse_other_stores(ctx: Context) -> None:
                 f"an unfinished run deleted '{other}' at another address: {journal.targets[1]}, graph {graph};"
                 f" here it is {ctx.targets[1]}, graph {ctx.targets[0]}",
                 next_step="if that is the same server, spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run"
-                f" did and run this again;\nif it is another one, finish or undo that run first:\n{journal.undo}",
+                " did, then run the same command again;\nif it is another one, finish that run or undo it:\n"
+                f"{journal.undo}",
             )
         if graph == ctx.targets[0]:
             raise GuardRefused(
                 f"an unfinished run of this graph was making the collection '{other}';"
                 f" QDRANT_COLLECTION is '{ctx.collection}' now, which is absent or empty",
-                next_step=f"finish it:  export QDRANT_COLLECTION={quote(other)} &&"
-                f" python scripts/reembed_embeddings.py\nor go back:\n{journal.undo}",
+                next_step=f"finish it:\nexport QDRANT_COLLECTION={quote(other)}\n"
+                f"python scripts/reembed_embeddings.py\nor undo it:\n{journal.undo}",
             )
 
 
@@ -111,12 +112,13 @@ def refuse_foreign_staged(ctx: Context) -> None:
             raise GuardRefused(
                 f"'{ctx.staged}' was made by an unfinished run on other stores, or another spelling of these:"
                 f" {' and '.join(other.targets)}; here it is {' and '.join(ctx.targets)}",
-                next_step="spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did and run this again",
+                next_step="spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did, then run the same"
+                " command again",
             )
     drop = curl_line(ctx.qdrant, "DELETE", ctx.staged)
     raise GuardRefused(
         f"'{ctx.staged}' exists, and no unfinished run here made it: it is not overwritten",
-        next_step=f"find out who made it, then delete it and run this again:\n  {drop}",
+        next_step=f"find out who made it, then delete it and run the same command again:\n{drop}",
     )
 
 
@@ -138,19 +140,20 @@ def _open_here(ctx: Context) -> list[Journal]:
 def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
     was, now = journal.fact("spec"), spec_as_json(ctx.spec)
     provider = provider_of(was)
-    names = {"size": "dimension (VECTOR_SIZE)"}
+    names = {"size": "VECTOR_SIZE"}
     if provider == ctx.spec.provider:
         names |= {"model": MODEL_SETTINGS.get(provider, "model"), "endpoint": ENDPOINT_SETTINGS.get(provider, "")}
     else:
         names |= {"provider": PROVIDER}
-    changed = ", ".join(name for key, name in names.items() if was.get(key) != now.get(key))
+    changed = [name for key, name in names.items() if was.get(key) != now.get(key)]
     settings = model_settings(provider, was["model"], named=bool(ctx.reason))
     if provider in ENDPOINT_SETTINGS:
         settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
     exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
     return GuardRefused(
-        f"an unfinished run was making '{ctx.collection}' {was['size']}d with {was['model']} of {was['endpoint']};"
-        f" cannot resume: another {changed} ({now['size']}d, {now['model']} of {now['endpoint']})",
-        next_step=f"finish it:  export VECTOR_SIZE={was['size']} {exports} && python scripts/reembed_embeddings.py\n"
-        f"or go back:\n{journal.undo}",
+        f"cannot resume the unfinished run of '{ctx.collection}': {' and '.join(changed)}"
+        f" {'have' if len(changed) > 1 else 'has'} changed. It was making {was['size']}d with {was['model']} of"
+        f" {was['endpoint']}; now it is {now['size']}d with {now['model']} of {now['endpoint']}",
+        next_step=f"finish it:\nexport VECTOR_SIZE={was['size']} {exports}\npython scripts/reembed_embeddings.py\n"
+        f"or undo it:\n{journal.undo}",
     )

@@ -46,7 +46,7 @@ from lib.verify.compare import different_vectors, repair_vectors
 INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256
 _SAMPLE = 200  # random points of a copy whose original was compared
-_RESUME = "python scripts/reembed_embeddings.py   (resumes from the embedding cache)"
+_RESUME = "run the same command again: it resumes from the embedding cache"
 T = TypeVar("T")
 
 
@@ -186,8 +186,8 @@ def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterato
             f"the Qdrant server's disk is full: {error.text}\n'{ctx.collection}' is unchanged,"
             f" '{ctx.staged}' was removed again; about {room / 2**20:,.0f} MiB are needed in addition to the live"
             " collection",
-            next_step="make room on the server, then run the same command again (nothing is paid for twice), or\n"
-            "python scripts/reembed_embeddings.py --in-place   (needs less: the old collection is deleted first)",
+            next_step="make room on the server, then run the same command again: nothing is paid for twice;\n"
+            "or, with less room, delete the old collection first:\npython scripts/reembed_embeddings.py --in-place",
         ) from error
 
 
@@ -282,7 +282,7 @@ def verify_points(
     if missing or (exclusive and orphans):
         wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
         raise VerificationFailed(
-            f"{len(wrong)} point(s) of '{collection}' are {what}, such as {listed(wrong[:_EXAMPLES])}",
+            f"points of '{collection}' are {what}: {len(wrong)}, such as {listed(wrong[:_EXAMPLES])}",
             next_step=_RESUME,
         )
     if touched is not None and _sample_agrees(ctx, collection, touched):

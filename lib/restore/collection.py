@@ -56,7 +56,7 @@ DELETING, RESTORED, PUT_BACK = (
 _ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
-_LIST_NODES = "export QDRANT_NODE_URLS=http://node1:6333,http://node2:6333   (every node's own address)"
+_LIST_NODES = "list every node's own address:\nexport QDRANT_NODE_URLS=http://node1:6333,http://node2:6333"
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,7 @@ def _take_ids(backup: CollectionBackup, qdrant: Qdrant, trial: str, found: int) 
 
 
 def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
-    return BackupDamaged(
-        f"{backup.path.name} restores without an error, but {how}",
-        next_step="use another backup: python scripts/backup_automem.py --list",
-    )
+    return BackupDamaged(f"{backup.path.name} restores without an error, but {how}")
 
 
 Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
@@ -292,13 +289,19 @@ def trial_name(collection: str, backup: CollectionBackup) -> str:
     return f"{collection}__try_{backup.archive.snapshot.sha256[:16]}"
 
 
-def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None) -> str:
-    """Restore under a temporary name and compare. Returns that name; the caller deletes a failed one at once.
+def begin_trial(plan: RestorePlan, journal: Journal) -> str:
+    """Announce the trial restore in the journal. Returns its name."""
+    name = trial_name(plan.target.collection, plan.backup)
+    journal.append(TRIAL_BEGUN, temporary_collection=name)
+    return name
+
+
+def trial_restore(plan: RestorePlan, name: str, progress: Progress | None) -> None:
+    """Restore under a temporary name and compare. The caller deletes a failed one at once.
 
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
-    qdrant, name = plan.target.qdrant, trial_name(plan.target.collection, plan.backup)
-    journal.append(TRIAL_BEGUN, temporary_collection=name)
+    qdrant = plan.target.qdrant
     if name not in list_collections(qdrant):
         try:
             plan.upload(name, name, progress)
@@ -309,8 +312,6 @@ def trial_restore(plan: RestorePlan, journal: Journal, progress: Progress | None
                 raise
             raise _trial_failed(plan, error) from error
     plan.verify_trial(name)
-    journal.append(TRIAL_VERIFIED)
-    return name
 
 
 def _trial_failed(plan: RestorePlan, error: QdrantError) -> StoreFailed:
@@ -377,6 +378,11 @@ def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None
 def _old_stem(temporary: str) -> str:
     """Under which the old collection's snapshots are uploaded when it is put back."""
     return f"{temporary}-old"
+
+
+def is_unverified(journal: Journal) -> bool:
+    """Whether the run began a trial restore that was not verified yet: the server may still be restoring it."""
+    return journal.has_reached(TRIAL_BEGUN) and not journal.has_reached(TRIAL_VERIFIED)
 
 
 def is_absent(journal: Journal) -> bool:

@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup.graph import GraphSource, GraphVerification, inspect_backup, loaded_graph, machine_lacks
-from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, read_manifest
+from lib.backup.manifest import CHECKED, GRAPH_DIR, RESTORED, GraphComponent, read_manifest
 from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
@@ -34,6 +34,7 @@ from lib.clients.falkordb.swap import (
     swap_in,
     verify_acceptance,
 )
+from lib.concurrency import CancelToken
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.files import atomic_writer, private_dir
 from lib.journal import Journal
@@ -48,14 +49,21 @@ TRIAL_BEGUN, SAFE, SWAPPING, SWAPPED = (
 
 
 def drop_old(
-    target: GraphSource, safety_name: str, saved_digest: str | None, folder: Path, journal: Journal
+    target: GraphSource,
+    safety_name: str,
+    saved_digest: str | None,
+    folder: Path,
+    journal: Journal,
+    *,
+    unwritten: bool = False,
 ) -> Path | None:
     """Drop the old graph. If its digest differs from the safety backup's, it is first saved to a file: late writes.
 
-    `saved_digest` is None if the operator wanted no safety backup. Returns that file, or None.
+    `saved_digest` is None if the operator wanted no safety backup. `unwritten`: nobody can have written to it since.
+    Returns that file, or None.
     """
     saved = None
-    if saved_digest is not None and _digest(target, safety_name) != saved_digest:
+    if saved_digest is not None and not unwritten and _digest(target, safety_name) != saved_digest:
         saved = save_graph(target, safety_name, folder, journal)
     drop_graph(target.conn, safety_name)
     return saved
@@ -127,17 +135,12 @@ class TooSmall(MigrationError):
 
 @dataclass(frozen=True)
 class GraphBackup:
-    """A verified RDB. `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it.
-
-    `temporary` is the name of the trial restore; `copies` holds the payload under that name until it is used.
-    """
+    """A verified RDB. `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it."""
 
     path: Path
     graph: str
     verification: GraphVerification
     scratch: Scratch | None
-    temporary: str = ""
-    copies: list[bytes] = field(default_factory=list, repr=False)
 
     @property
     def digest(self) -> GraphDigest | None:
@@ -147,11 +150,17 @@ class GraphBackup:
 
 @contextmanager
 def open_rdb(
-    path: Path, source: GraphSource, engines: list[Engine], component: GraphComponent | None
+    path: Path,
+    source: GraphSource,
+    engines: list[Engine],
+    component: GraphComponent | None,
+    stop: CancelToken | None = None,
 ) -> Iterator[GraphBackup]:
     """Verify the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall.
 
-    A wrapped DUMP needs no engine: without one its checksum and versions are verified alone.
+    If its bytes are those of a manifest with the graph's digest, that one is taken: the trial restore is compared with
+    it. A wrapped DUMP needs no engine: without one its checksum and versions are verified alone. `stop` ends the work
+    from another thread.
     """
     facts = inspect_backup(path, component.file if component else None)
     try:
@@ -163,12 +172,11 @@ def open_rdb(
             raise
         yield GraphBackup(path, source.graph, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None)
         return
-    temporary = temporary_name(source.conn, source.graph, "try", secrets.token_hex(6))
-    copies = list[bytes]()
-    loaded = loaded_graph(path, source.graph, engine, facts, component=component, dump=(temporary, copies))
+    digest = component.digest if component and component.proof == RESTORED else ""
+    loaded = loaded_graph(path, source.graph, engine, facts, component=component, digest=digest, stop=stop)
     with loaded as (found, scratch):
         _require_nodes(path, found, component)
-        yield GraphBackup(path, source.graph, found, scratch, temporary, copies)
+        yield GraphBackup(path, source.graph, found, scratch)
 
 
 def _require_loadable(path: Path, facts: RdbFacts) -> None:
@@ -214,7 +222,7 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
 
     Its client caches labels, relationship types and property keys by their number and never refreshes them.
     """
-    stop = "stop AutoMem (docker compose stop flask-api) and run this without --while-running"
+    stop = "stop AutoMem, in its folder, then run this without --while-running:\ndocker compose stop flask-api"
     saved = backup.verification.schema
     if saved is None:
         raise UsageProblem(f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop)
@@ -228,21 +236,26 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
             )
 
 
-def trial_restore(backup: GraphBackup, target: GraphSource, journal: Journal) -> bytes:
+def begin_trial(backup: GraphBackup, target: GraphSource, journal: Journal) -> str:
+    """Announce the trial restore in the journal. Returns its name on the target."""
+    temporary = temporary_name(target.conn, backup.graph, "try", journal.run_id)
+    journal.append(TRIAL_BEGUN, throwaway_graph=temporary)
+    return temporary
+
+
+def trial_restore(backup: GraphBackup, target: GraphSource, temporary: str) -> bytes:
     """Restore the graph under a temporary name on the target and compare digests. Returns the payload to swap in.
 
     A payload contains its graph's name, and restoring it under another one can crash a server. So the scratch graph is
     renamed before each DUMP. Without an engine only the versions are compared.
     """
-    temporary = backup.temporary or temporary_name(target.conn, backup.graph, "try", journal.run_id)
-    journal.append(TRIAL_BEGUN, throwaway_graph=temporary)
     scratch = backup.scratch
     if scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
         assert payload is not None
         require_readable(target.conn, payload, temporary)
         return payload
-    copy = backup.copies.pop() if backup.copies else dump_as(scratch.conn, backup.graph, backup.temporary)
+    copy = dump_as(scratch.conn, backup.graph, temporary)
     with ThreadPoolExecutor(1) as background:
         dumped: list[Future[bytes]] = []
 
@@ -263,37 +276,42 @@ def cut_over(
     undo: str,
     quiet: bool = True,
 ) -> str | None:
-    """Swap the graph in atomically and compare its digest; if it differs, swap the old graph back.
+    """Swap the graph in atomically and compare its counts and definitions; if they differ, swap the old graph back.
 
-    `quiet`: AutoMem is stopped. While it runs it may write at once, so that only the trial restore is compared.
-    Returns the name that the old graph has now, or None if there was none.
+    Its trial restore has the backup's digest. `quiet`: AutoMem is stopped; while it runs it may write at once, so that
+    only the trial restore is compared. Returns the name that the old graph has now, or None if there was none.
     """
     safety = temporary_name(target.conn, backup.graph, "pre", journal.run_id)
     wanted = backup.digest.digest if backup.digest else ""
     journal.append(SWAPPING, safety_graph=safety, restored_digest=wanted, undo=undo)
     had_old = swap_in(target.conn, backup.graph, payload, safety)
     try:
-        found = _found(backup, target)
+        differs = _differs(backup, target)
     except MigrationError as error:
         raise StoreFailed(
             f"graph '{backup.graph}' is replaced and could not be compared: {error}",
-            next_step=f"run the same command again; or undo:\n{undo}",
+            next_step=f"run the same command again, or undo it:\n{undo}",
         ) from error
-    if quiet and wanted and found != wanted:
+    if quiet and differs:
         saved = save_graph(target, backup.graph, folder, journal)
         if had_old:
             swap_back(target.conn, backup.graph, safety)
         raise StoreFailed(
-            f"graph '{backup.graph}' does not have the backup's digest after the cutover; "
+            f"graph '{backup.graph}' has not the backup's {differs} after the cutover; "
             + (f"the old graph is back, what was found is in {saved}" if had_old else f"see {saved}"),
             next_step="stop whatever writes to the graph, then run the same command again",
         )
-    journal.append(SWAPPED, digest=found)
+    journal.append(SWAPPED)
     return safety if had_old else None
 
 
-def _found(backup: GraphBackup, target: GraphSource) -> str:
-    """The digest of the restored graph. Without an engine's digest to compare it with, it must at least have nodes."""
-    if backup.digest is None and not counts(target.conn, target.graph).nodes:
-        raise StoreFailed(f"graph '{target.graph}' is empty after the cutover")
-    return graph_digest(target.conn, target.graph, by_id=True).digest
+def _differs(backup: GraphBackup, target: GraphSource) -> str:
+    """Return what of the restored graph is not the backup's, or "". Of a graph that no engine counted: no nodes."""
+    seen, definitions = counts(target.conn, target.graph), schema(target.conn, target.graph)
+    wanted, expected = backup.verification.counts, backup.verification.schema
+    if wanted is None or expected is None:
+        return "" if seen.nodes else "nodes"
+    if seen != wanted:
+        return "counts"
+    same = (definitions.indexes, definitions.constraints) == (expected.indexes, expected.constraints)
+    return "" if same else "indexes and constraints"

@@ -121,7 +121,7 @@ def _set_of(folder: Path, path: Path, warnings: list[str]) -> Manifest | None:
     manifest = find_set(folder, path)
     warnings += [
         f"{broken.name}, which may be the manifest of {path.name}, is damaged: the file is verified by its own"
-        f" checksum alone.  What is wrong:  python scripts/backup_automem.py --check {quote(str(broken))}"
+        f" checksum alone. This shows what is wrong:\n  python scripts/backup_automem.py --check {quote(str(broken))}"
         for broken in ([] if manifest else broken_manifests(folder, path))
     ]
     return manifest
@@ -235,8 +235,7 @@ def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, Snaps
     _compare_checksum(path, member.sha256)
     if seen[0].absent_shards:
         raise BackupDamaged(
-            f"{path} holds no points of shard {seen[0].absent_shards[0]}: they were on another Qdrant node",
-            next_step="use a backup that has every node: python scripts/backup_automem.py --list",
+            f"{path} holds no points of shard {seen[0].absent_shards[0]}: they were on another Qdrant node"
         )
     return member, seen[0]
 

@@ -144,14 +144,16 @@ def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
     for what, component in (("memories", found.graph), ("points", found.collection)):
         if not component:
             continue
-        changed = f", {component.changed:,} {what} have another content than in it" if component.changed else ""
+        changed = f", with another content than in it: {component.changed:,}" if component.changed else ""
         more = "" if component.added + component.changed <= len(component.named) else ", ..."
         lines.append(
-            f"{component.added:,} {what} are newer than the backup{changed}: {listed(component.named)}{more}"
+            f"{what} newer than the backup: {component.added:,}{changed} ({listed(component.named)}{more})"
             f"\n  they remain {where}"
         )
         if what == "points" and found.graph is None:
-            lines.append("  and in the graph: python scripts/reembed_embeddings.py --only-missing   embeds them again")
+            lines.append(
+                "  and in the graph; this embeds them again:\n  python scripts/reembed_embeddings.py --only-missing"
+            )
     return lines
 
 

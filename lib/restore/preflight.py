@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from shlex import quote
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from lib.backup.automem_backup import NOT_HELD, require_uncut
+from lib.backup.automem_backup import NOT_HELD, GraphFacts, require_uncut
 from lib.backup.automem_file import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.existing_points import TemporaryIdTable, as_id
@@ -30,7 +30,7 @@ from lib.clients.qdrant.collection import health, refuse_alias
 from lib.clients.qdrant.points import scroll
 from lib.clients.qdrant.restoring import preflight_upload
 from lib.clients.qdrant.snapshots import restorable
-from lib.concurrency import ProgressBar
+from lib.concurrency import BackgroundTask, CancelToken, ProgressBar
 from lib.errors import MigrationError, StoreFailed, UsageProblem, listed, one_line
 from lib.network import container_hint, is_loopback, is_this_machine, same_server, without_login
 from lib.restore import graph as graphs
@@ -87,19 +87,21 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     left_out = [NOT_HELD[one.kind] for one in (inputs.automem_graph, inputs.automem_collection) if one]
     for text in left_out:
         site.notice(text)
-    if inputs.archive:
-        assert site.collection is not None
-        plan = _verified_archive(site, site.collection, inputs.archive, inputs)
-    if inputs.rdb:
+    for file in filter(None, (inputs.archive, inputs.rdb)):
+        site.say(f"verifying {file}")
+    with BackgroundTask(lambda task: _loaded(site, inputs, stack, task.stop)) as loading:
+        if inputs.archive:
+            assert site.collection is not None
+            plan = _verified_archive(site, site.collection, inputs.archive, inputs)
+        graph, held = loading.result()
+    if graph:
         assert site.graph is not None
-        rdb = inputs.rdb
-        if inputs.automem_graph:
+        if held and inputs.automem_graph:
             points = plan.backup.archive.ids if plan and inputs.automem_collection else 0
-            rdb, more = _rdb_of(site, site.graph, inputs.automem_graph, points, stack)
-            left_out += more
-        graph = _verified_rdb(site, site.graph, rdb, inputs.graph_component, stack)
-        if graph.scratch:
-            graph = replace(graph, path=inputs.rdb)
+            left_out += _left_out_of(site, inputs.automem_graph, held, points)
+        graphs.require_version(graph, site.graph)
+        graphs.require_swap(graph, site.graph)
+        _warn_left_out(site, site.graph, graph, inputs.graph_component)
     for component, server in (
         (inputs.graph_component, _server(site.graph)),
         (inputs.collection_component, _server(site.collection)),
@@ -113,7 +115,6 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
 
 def _verified_archive(site: Site, target: CollectionSource, path: Path, inputs: Inputs) -> RestorePlan:
     """Verify the archive, and that this server can take it and this key may restore it."""
-    site.say(f"verifying {path}")
     if inputs.automem_collection:
         from lib.restore.automem_backup import PointsPlan, open_points  # imports numpy
 
@@ -133,8 +134,8 @@ def _require_same_name(backup: CollectionBackup, target: CollectionSource) -> No
     name = backup.archive.facts["collection"]
     if name != target.collection:
         raise UsageProblem(
-            f"{backup.path} is of collection '{name}', and not put over '{target.collection}' (QDRANT_COLLECTION)",
-            next_step=f"export QDRANT_COLLECTION={quote(name)}   if that is the collection to restore",
+            f"{backup.path} is a backup of collection '{name}', not of '{target.collection}' (QDRANT_COLLECTION)",
+            next_step=f"if that is the collection to restore:\nexport QDRANT_COLLECTION={quote(name)}",
         )
 
 
@@ -152,17 +153,28 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
         )
 
 
-def _rdb_of(
-    site: Site, target: GraphSource, source: AutoMemFile, points: int, stack: ExitStack
-) -> tuple[Path, list[str]]:
-    """An RDB of the graph in a backup of AutoMem's, which exists until the stack ends; and what it does not hold.
+def _loaded(
+    site: Site, inputs: Inputs, stack: ExitStack, stop: CancelToken
+) -> tuple[GraphBackup | None, GraphFacts | None]:
+    """The graph's file, verified and loaded into a scratch FalkorDB until the stack ends; of AutoMem's: what it holds.
 
-    `points`: how many the collection's file has that is restored with it. Raises BackupDamaged, NoEngine.
+    `stop` ends the work from another thread. Raises BackupDamaged, NoEngine, TooSmall.
     """
-    from lib.restore.automem_backup import graph_as_rdb
+    if not inputs.rdb or not site.graph:
+        return None, None
+    if inputs.automem_graph:
+        from lib.restore.automem_backup import open_graph
 
-    site.say(f"verifying {source.display}: building its graph in a scratch FalkorDB")
-    path, facts = stack.enter_context(graph_as_rdb(source, target.graph, site.engines))
+        return stack.enter_context(open_graph(inputs.automem_graph, site.graph, site.engines, stop))
+    opened = graphs.open_rdb(inputs.rdb, site.graph, site.engines, inputs.graph_component, stop)
+    return stack.enter_context(opened), None
+
+
+def _left_out_of(site: Site, source: AutoMemFile, facts: GraphFacts, points: int) -> list[str]:
+    """Report what a backup of AutoMem's does not hold of its graph. Raises BackupDamaged if it shows signs of a cut.
+
+    `points`: how many the collection's file has that is restored with it.
+    """
     signs = facts.signs_of_a_cut(points)
     if not site.force_incomplete:
         require_uncut(source, signs)
@@ -171,19 +183,7 @@ def _rdb_of(
         left_out.append(f"maps of latitude and longitude come back as points: {listed(sorted(facts.points))}")
     for text in left_out:
         site.notice(f"warning: {text}")
-    return path, left_out
-
-
-def _verified_rdb(
-    site: Site, target: GraphSource, path: Path, component: GraphComponent | None, stack: ExitStack
-) -> GraphBackup:
-    """Verify the RDB, and that the target can take it; it stays loaded until the stack ends."""
-    site.say(f"verifying {path}: loading it into a scratch FalkorDB")
-    backup = stack.enter_context(graphs.open_rdb(path, target, site.engines, component))
-    graphs.require_version(backup, target)
-    graphs.require_swap(backup, target)
-    _warn_left_out(site, target, backup, component)
-    return backup
+    return left_out
 
 
 def _warn_left_out(site: Site, target: GraphSource, backup: GraphBackup, component: GraphComponent | None) -> None:
@@ -214,10 +214,11 @@ def _server(source: GraphSource | CollectionSource | None) -> str:
 
 
 _STOP_AUTOMEM = (
-    "stop it, not the stores:  docker compose stop flask-api\nthen run the same command again,"
-    " and start it afterwards:  docker compose up -d --force-recreate flask-api\n"
-    "(if it is not AutoMem that listens there: export AUTOMEM_API_URL=... to where AutoMem is; if only a proxy answers"
-    " for a stopped AutoMem: to AutoMem's own address, such as http://localhost:8001)"
+    "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
+    "then run the same command again, and start AutoMem afterwards:\n"
+    "docker compose up -d --force-recreate flask-api\n"
+    "if it is not AutoMem that listens there, or only a proxy answers for it, name AutoMem's own address:\n"
+    "export AUTOMEM_API_URL=http://localhost:8001"
 )
 
 
@@ -325,12 +326,13 @@ class NewerThanBackup:
 def newer_than(site: Site, files: VerifiedFiles) -> NewerThanBackup:
     """Compare the memories' ids and contents, and the points' ids, with the backup's; only reads."""
     return NewerThanBackup(
-        _newer_memories(files.graph, site.graph) if files.graph and site.graph else None,
-        _newer_points(files.collection, site.collection) if files.collection and site.collection else None,
+        newer_memories(files.graph, site.graph) if files.graph and site.graph else None,
+        newer_points(files.collection, site.collection) if files.collection and site.collection else None,
     )
 
 
-def _newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
+def newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
+    """Compare the memories' ids and contents with the backup's; None if no engine loaded it or no graph is there."""
     if backup.scratch is None or live.graph not in list_graphs(live.conn):
         return None
     found = Newer()
@@ -367,7 +369,8 @@ def _contents(conn: redis.Redis, graph: str) -> Iterator[tuple[PointId, int]]:
             yield as_id(str(identity)), int.from_bytes(value, "big") % _MODULUS
 
 
-def _newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | None:
+def newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | None:
+    """Compare the points' ids with the backup's; None if its ids are not known or the collection is not live."""
     if not backup.ids.complete or health(live.qdrant, live.collection) != "live":
         return None
     found = Newer()

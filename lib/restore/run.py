@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -12,16 +12,25 @@ from lib.backup.manifest import SAFETY, Manifest
 from lib.backup.run import clean_up_backup, report_snapshots, take_backup
 from lib.backup.server_snapshots import AWAITED, removed
 from lib.clients.falkordb.connection import list_graphs
-from lib.clients.falkordb.swap import drop_graph
+from lib.clients.falkordb.swap import drop_graph, write_calls
 from lib.clients.qdrant.collection import exists, is_failed
 from lib.clients.qdrant.restoring import delete_with_snapshots
+from lib.concurrency import BackgroundTask, Progress, ProgressBar
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
 from lib.restore import graph as graphs
 from lib.restore.collection import RestorePlan, is_absent, plan_restore
 from lib.restore.inputs import open_archive
-from lib.restore.preflight import NewerThanBackup, Site, VerifiedFiles, newer_than, require_still_quiet
+from lib.restore.preflight import (
+    Newer,
+    NewerThanBackup,
+    Site,
+    VerifiedFiles,
+    newer_memories,
+    newer_points,
+    require_still_quiet,
+)
 
 COMMAND = "restore"
 # Phases of the journal.
@@ -55,10 +64,43 @@ class _Leftovers:
 
 @dataclass(frozen=True)
 class _Trials:
-    """The payload of the graph, and the name of the collection's trial restore; None: not restored."""
+    """The payload of the graph, and the name of the collection's trial restore; None: not restored.
+
+    `newer` is what the live stores hold and the files do not.
+    """
 
     payload: bytes | None
     temporary: str | None
+    newer: NewerThanBackup
+
+
+@dataclass(frozen=True)
+class _RunningTrials:
+    """Both trial restores in the background: of the graph, and of the collection under the name `temporary`."""
+
+    graph: BackgroundTask[tuple[bytes | None, Newer | None]]
+    collection: BackgroundTask[Newer | None]
+    temporary: str | None
+
+    def wait(self) -> None:
+        """Wait for their ends. Raises the error of one that failed."""
+        self.result()
+
+    def result(self) -> _Trials:
+        """Wait for their ends and return what they made. Raises the error of one that failed."""
+        newer_points = self.collection.result()
+        payload, newer_memories = self.graph.result()
+        return _Trials(payload, self.temporary, NewerThanBackup(newer_memories, newer_points))
+
+    def watching(self, bar: ProgressBar) -> ProgressBar:
+        """Wrap `bar` for the main thread: a trial's error is raised as soon as there is one."""
+
+        @contextmanager
+        def watched(title: str, total: int | None, unit: str) -> Iterator[Progress]:
+            with bar(title, total, unit) as progress:
+                yield self.graph.watching(self.collection.watching(progress))
+
+        return watched
 
 
 def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
@@ -67,10 +109,15 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
     journal = start_journal(site.folder, COMMAND, site.targets, again=site.again, files=paths)
     try:
         left = _clean_up_killed_runs(site, files, journal)
-        trials = _trial_restores(site, files, journal)
-        notes = [*left.notes, *_clean_up_graphs(site, left)]
-        newer = newer_than(site, files)
-        safety = _safety_backup(site, files, journal) if site.safety else None
+        calls = write_calls(site.graph.conn) if site.graph else None
+        with _trial_restores(site, files, journal) as running:
+            if left.journals:
+                running.wait()
+            notes = [*left.notes, *_clean_up_graphs(site, left)]
+            safety = _safety_backup(site, files, journal, running) if site.safety else None
+            trials = running.result()
+        if trials.temporary:
+            journal.append(collections.TRIAL_VERIFIED)
         if files.graph and site.graph:
             require_still_quiet(site, files.graph, site.graph)
         commands = undo(safety)
@@ -83,13 +130,13 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         raise
     if trials.temporary and site.collection:
         delete_with_snapshots(site.collection.qdrant, trials.temporary, site.collection.nodes)
-    late_writes = _cut_over_graph(site, files, trials, journal, safety, commands)
+    late_writes = _cut_over_graph(site, files, trials, journal, safety, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
         snapshots_left = [one for one in left.journals if one.is_open and _is_clean(one)]
         report_snapshots(site.collection, [*left.awaited, *snapshots_left], site.notice)
-    return Restored(safety, late_writes, notes, newer)
+    return Restored(safety, late_writes, notes, trials.newer)
 
 
 def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
@@ -155,19 +202,31 @@ def _is_clean(journal: Journal) -> bool:
     return graph_is_clean and (not in_collection or journal.has_reached(_COLLECTION_CLEAN))
 
 
-def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> _Trials:
-    payload = temporary = None
-    if files.graph and site.graph:
+@contextmanager
+def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Iterator[_RunningTrials]:
+    """Run the trial restores while the block takes the safety backup. Only the block writes to the journal."""
+    graph, plan = files.graph, files.plan
+    graph_name = graphs.begin_trial(graph, site.graph, journal) if graph and site.graph else None
+    name = collections.begin_trial(plan, journal) if plan else None
+
+    def restore_graph(_task: BackgroundTask[tuple[bytes | None, Newer | None]]) -> tuple[bytes | None, Newer | None]:
+        if not graph or not site.graph or not graph_name:
+            return None, None
         site.say("trial restore of the graph, under a temporary name")
-        payload = graphs.trial_restore(files.graph, site.graph, journal)
-    if files.plan:
-        size = files.plan.backup.archive.snapshot.size
-        with site.bar("trial restore of the collection", size, "bytes") as progress:
-            temporary = collections.trial_restore(files.plan, journal, progress)
-    return _Trials(payload, temporary)
+        return graphs.trial_restore(graph, site.graph, graph_name), newer_memories(graph, site.graph)
+
+    def restore_collection(task: BackgroundTask[Newer | None]) -> Newer | None:
+        if not plan or not name:
+            return None
+        with site.bar("trial restore of the collection", plan.backup.archive.snapshot.size, "bytes") as progress:
+            collections.trial_restore(plan, name, task.moving(progress))
+        return newer_points(plan.backup, plan.target)
+
+    with BackgroundTask(restore_graph) as first, BackgroundTask(restore_collection) as second:
+        yield _RunningTrials(first, second, name)
 
 
-def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal) -> Manifest | None:
+def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _RunningTrials) -> Manifest | None:
     """Back up what is about to be replaced, if it exists. A failed collection cannot be read."""
     graph = site.graph if files.graph else None
     collection = site.collection if files.collection else None
@@ -181,7 +240,8 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal) -> Manife
     safety = None
     if graph or collection:
         site.say("safety backup of the current state")
-        safety = take_backup(graph, collection, site.folder, site.engines, journal, site.bar, purpose=SAFETY)
+        bar = trials.watching(site.bar)
+        safety = take_backup(graph, collection, site.folder, site.engines, journal, bar, purpose=SAFETY)
     journal.append(graphs.SAFE, manifest=safety.name if safety else None)
     return safety
 
@@ -212,12 +272,12 @@ def _raise_not_restored(
     if trouble is None:
         raise StoreFailed(
             f"the collection could not be restored: {error}; the old one was restored from the safety backup",
-            next_step=error.next_step or f"look at the Qdrant server's log, then:\n{site.again}",
+            next_step=f"{error.next_step}\nthat command is:\n{site.again}",
         ) from error
     raise StoreFailed(
         f"the collection is not restored: {error}; its trial restore {journal.fact('temporary_collection')} is complete"
         f" on the server. {trouble}",
-        next_step=f"resume from the trial restore:\n{site.again}\nor undo:\n{undo}",
+        next_step=f"resume from the trial restore:\n{site.again}\nor undo it:\n{undo}",
     ) from error
 
 
@@ -244,8 +304,12 @@ def _cut_over_graph(
     journal: Journal,
     safety: Manifest | None,
     undo: str,
+    calls: dict[str, int] | None,
 ) -> Path | None:
-    """Replace the graph and drop the old one. Returns the file of its late writes, if there are any."""
+    """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
+
+    `calls`: the `write_calls` before the trial restores.
+    """
     if not files.graph or not site.graph or trials.payload is None:
         return None
     require_still_quiet(site, files.graph, site.graph)  # the cutover of the collection may have taken long
@@ -262,7 +326,8 @@ def _cut_over_graph(
         return None
     component = safety.graph if safety else None
     saved_digest = (component.digest if component else "") if site.safety else None
-    return graphs.drop_old(site.graph, old, saved_digest, site.folder, journal)
+    unwritten = calls is not None and write_calls(site.graph.conn) == calls
+    return graphs.drop_old(site.graph, old, saved_digest, site.folder, journal, unwritten=unwritten)
 
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
@@ -276,7 +341,7 @@ def _may_be_busy(journal: Journal, error: BaseException) -> bool:
     """Whether the server may still be restoring: then the journal stays open for the next run of any command."""
     if isinstance(error, MigrationError):
         return isinstance(error, StoreUnreachable)
-    return journal.phase == collections.TRIAL_BEGUN or journal.has_reached(collections.DELETING)
+    return collections.is_unverified(journal) or journal.has_reached(collections.DELETING)
 
 
 def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:

@@ -56,6 +56,7 @@ _FEW_VECTORS, _SHARE = 10, 0.05
 _COMPARED = "text and vector compared with AutoMem's"
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
+_LOST_GRAPH = "the graph holds no memory: if it is lost, docs/worst-day.md has the next steps"
 _REEMBED = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 _RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
@@ -63,9 +64,9 @@ _SAME_STORES = (
     " restart AutoMem"
 )
 START_AUTOMEM = (
-    "docker compose logs flask-api   (in AutoMem's folder: a service that refuses to start logs why)\n"
-    "docker compose up -d --force-recreate flask-api\n"
-    "export AUTOMEM_API_URL=...   (if AutoMem listens at another address)"
+    "start AutoMem, in its folder:\ndocker compose up -d --force-recreate flask-api\n"
+    "if it does not start, its log says why:\ndocker compose logs flask-api\n"
+    "if it listens at another address:\nexport AUTOMEM_API_URL=..."
 )
 
 
@@ -129,7 +130,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     detail = f"{model}, EMBEDDING_MODEL is {spec.model}"
     if {provider, spec.provider} != {OPENAI}:
         detail = f"{model} of {provider}, the settings choose {spec.model} of {spec.provider}"
-    return Check("model stamp", status, detail, f"export {exports}   or   {_REEMBED}")
+    return Check("model stamp", status, detail, f"export {exports}\nor replace all vectors:\n{_REEMBED}")
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
@@ -157,13 +158,16 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
     strict = after_restart or not have_plan
-    return [_check_differences(*row, strict=strict) for row in rows]
+    remedy = _ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
+    return [_check_differences(*row, remedy, strict=strict) for row in rows]
 
 
-def _check_differences(name: str, found: Differences, equal: str, wrong: str, newer: str, *, strict: bool) -> Check:
+def _check_differences(
+    name: str, found: Differences, equal: str, wrong: str, newer: str, remedy: str, *, strict: bool
+) -> Check:
     failed = found.wrong + (found.newer if strict else [])
     if failed:
-        return Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", _ONLY_MISSING)
+        return Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", remedy)
     if found.newer:
         return Check(name, PENDING, f"{len(found.newer)} {newer}: {_some(found.newer)}")
     return Check(name, PASSED, equal)
@@ -407,7 +411,7 @@ def record(stores: Stores, checks: list[Check]) -> str:
     Raises MigrationError if a check failed or is pending, or if AutoMem does not store it.
     """
     if any(check.status in {FAILED, PENDING} for check in checks):
-        raise MigrationError("not stored before every check has passed")
+        raise MigrationError("not stored before every check has passed", next_step="do first what is printed below")
     spec = stores.collection.spec
     model = spec.model if spec.provider == OPENAI else f"{spec.model} of {spec.provider}"
     content = f"The embeddings were migrated to {spec.size}d ({model}); every check of the migration passed"

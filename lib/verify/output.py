@@ -27,7 +27,7 @@ def show_checks(
         remedies = dict.fromkeys(line for check in failed for line in check.remedy.splitlines())
         text += f"\n\n{len(failed)} of {len(checks)} checks FAILED. What helps:\n  " + "\n  ".join(remedies)
     elif any(check.status == PENDING for check in checks):
-        text += "\n\nrestart AutoMem with the new settings, then:  python scripts/verify_migration.py --after-restart"
+        text += "\n\nrestart AutoMem with the new settings, then:\n  python scripts/verify_migration.py --after-restart"
     if recorded:
         text += f"\n\nrecorded as memory {recorded}"
     document = {

@@ -112,7 +112,7 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
 
 
 def _restore(backup: restore_graph.GraphBackup, source: GraphSource, journal: Journal, folder: Path) -> None:
-    payload = restore_graph.trial_restore(backup, source, journal)
+    payload = restore_graph.trial_restore(backup, source, restore_graph.begin_trial(backup, source, journal))
     old = restore_graph.cut_over(backup, source, payload, journal, folder=folder, undo="")
     assert old
     drop_graph(source.conn, old)
@@ -161,7 +161,8 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
 
 
 def _replace(plan: RestorePlan, journal: Journal) -> None:
-    temporary = restore_collection.trial_restore(plan, journal, None)
+    temporary = restore_collection.begin_trial(plan, journal)
+    restore_collection.trial_restore(plan, temporary, None)
     restore_collection.cut_over(plan, temporary, journal, None, undo="")
     delete_with_snapshots(plan.target.qdrant, temporary)
 

@@ -153,9 +153,9 @@ LASTING = {
     "429s without end": ({"status": 429, "retry_after": 0.3}, 6, "Rate limit exceeded during re-embedding"),
     "a rate limit of an hour": ({"status": 429, "retry_after": 3600}, 6, "Rate limit exceeded"),
     "500s without end": ({"status": 500}, 6, "no good answer"),
-    "only NaN from now on": ({"nan": True}, 6, "does not even embed a plain word"),
-    "always too few": ({"wrong_count": True}, 6, "does not even embed a plain word"),
-    "400 to everything": ({"status": 400}, 6, "does not even embed a plain word"),
+    "only NaN from now on": ({"nan": True}, 6, "cannot embed even a plain word"),
+    "always too few": ({"wrong_count": True}, 6, "cannot embed even a plain word"),
+    "400 to everything": ({"status": 400}, 6, "cannot embed even a plain word"),
     "another width": ({"wrong_width": NEW_SIZE // 2}, 2, f"VECTOR_SIZE is {NEW_SIZE}"),
 }
 PAID_FOR_NOTHING = {"only NaN from now on", "always too few", "another width"}

@@ -337,9 +337,9 @@ def test_no_switch_reports_when_there_is_nothing_to_stage(ready):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"EMBEDDING_MODEL": SMALL}, "another EMBEDDING_MODEL"),
-        ({"VECTOR_SIZE": "64"}, "another dimension (VECTOR_SIZE)"),
-        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}, "another OPENAI_BASE_URL"),
+        ({"EMBEDDING_MODEL": SMALL}, "EMBEDDING_MODEL has changed"),
+        ({"VECTOR_SIZE": "64"}, "VECTOR_SIZE has changed"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}, "OPENAI_BASE_URL has changed"),
     ],
 )
 def test_after_the_delete_each_other_setting_is_refused_by_its_name(rig, setting, message):

@@ -151,7 +151,6 @@ def test_swapped_files_and_other_graphs_are_refused(operator):
     "edit",
     [
         lambda one: one["graph"].update(nodes=one["graph"]["nodes"] + 1),
-        lambda one: one["graph"].update(digest="0" * 32),
         lambda one: one["graph"]["file"].update(sha256="0" * 64),
         lambda one: one["collection"]["file"].update(size=1),
         lambda one: one["collection"]["file"].update(name="qdrant/another.tar.gz"),
@@ -165,6 +164,18 @@ def test_an_edited_manifest_is_refused_even_with_a_right_seal(backed, edit):
     assert "damaged or edited" in assert_refused(backed, site(backed), manifest)
     manifest.write_text(json.dumps(sealed(document)))
     assert_refused(backed, site(backed), manifest)
+
+
+def test_a_digest_that_is_not_the_graphs_is_refused_by_the_trial_restore(backed):
+    """The file has the manifest's sha256: its digest is computed once, on the target, before anything is replaced."""
+    manifest, before = backed.manifests()[0], backed.state()
+    document = json.loads(manifest.read_text())
+    document["graph"]["digest"] = "0" * 32
+    manifest.write_text(json.dumps(sealed(document)))
+    refused = backed.run("restore_from_backup", manifest, expect=1)
+    assert "differs from the backup" in refused.err
+    assert f"instead of {'0' * 32}" in refused.err
+    assert backed.state() == before
 
 
 def test_an_rdb_without_a_checksum_needs_its_manifest(backed, tmp_path):

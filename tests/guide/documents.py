@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 README, MIGRATION, EXAMPLE = ROOT / "README.md", ROOT / "MIGRATION.md", ROOT / ".env.example"
 REFERENCE, OPERATIONS = ROOT / "docs" / "reference.md", ROOT / "docs" / "operations.md"
-DOCUMENTS = [README, MIGRATION, REFERENCE, OPERATIONS]
+WORST_DAY = ROOT / "docs" / "worst-day.md"
+DOCUMENTS = [README, MIGRATION, REFERENCE, OPERATIONS, WORST_DAY]
 PROSE = [*DOCUMENTS, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "architecture.md"]
 SHELL = "bash"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")

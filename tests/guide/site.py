@@ -124,8 +124,8 @@ class Site:
         """The text with this site's addresses and folder, and the first backup's time for the placeholder."""
         assert self.stack.automem is None or self.stack.automem.url
         automem = self.stack.automem.url if self.stack.automem else "http://127.0.0.1:1"
-        text = text.replace("http://localhost:6333", self.stack.qdrant.url)
-        text = text.replace("/mnt/copies", str(self.folder / "copies"))
+        text = text.replace("http://localhost:6333", self.stack.qdrant.url).replace("=pa-...", f"={KEY}")
+        text = text.replace("/mnt/copies", str(self.folder / "copies")).replace("/mnt/larger", str(self.folder))
         text = text.replace("/var/lib/node_exporter", str(self.folder))
         return text.replace("http://localhost:8001", automem).replace(STAMP, self.stamp or STAMP)
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from lib import cli, errors
-from lib.backup import manifest
+from lib.backup import last_migration, manifest
 from lib.config import DEFAULTS, PROJECT_ROOT
 from lib.console import remember_flags
 from tests.guide.documents import DOCUMENTS, EXAMPLE, FLAG, README, REFERENCE, ROOT, sections
@@ -44,6 +44,7 @@ NOT_OURS = {
     "AZURE_STORAGE_ACCOUNT_NAME",
     "AZURE_STORAGE_ACCOUNT_KEY",
     "FSSPEC_SFTP_PASSWORD",
+    "FALKOR_PASSWORD",
 }
 # File names that look like one.
 FILES = {"ENVIRONMENT_VARIABLES", "MONITORING_AND_BACKUPS", "RAILWAY_DEPLOYMENT", "YYYYMMDD_HHMMSS"}
@@ -218,3 +219,10 @@ def test_the_reference_has_every_field_of_the_manifest():
         assert not missing, kind.__name__
     for level in manifest.VERIFICATION_LEVELS:
         assert f"| `{level}` |" in sections(REFERENCE)["Levels of verification"]
+
+
+def test_the_reference_has_every_phase_of_a_re_embed():
+    phases = {value for name, value in vars(last_migration).items() if name.isupper() and isinstance(value, str)}
+    section = sections(REFERENCE)["The journal"]
+    assert {one for one in phases - {last_migration.COMMAND} if f"`{one}`" not in section} == set()
+    assert len(phases) > 8

@@ -316,7 +316,7 @@ def test_every_fault_of_the_configuration_in_one_message(operator, command):
         OPENAI_API_KEY=f"{SECRET}\n",
     )
     names = (
-        "4 fault(s)",
+        "4 faults",
         "VECTOR_SIZE=abc (environment)",
         "QDRANT_URL=****@",
         "FALKORDB_PORT=none",

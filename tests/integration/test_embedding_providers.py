@@ -224,7 +224,7 @@ def test_real_limits_of_voyage_come_without_headers(monkeypatch):
     [
         (VOYAGE, "voyage-4", 768, "argument 'output_dimension' is not valid", "check VOYAGE_MODEL, VECTOR_SIZE"),
         (VOYAGE, "voyage-9", 1024, "Model voyage-9 is not supported", "check VOYAGE_MODEL, VECTOR_SIZE"),
-        (OLLAMA, "bge-m3", 1024, "model 'bge-m3' not found", "ollama pull bge-m3 "),
+        (OLLAMA, "bge-m3", 1024, "model 'bge-m3' not found", "ollama pull bge-m3\n"),
     ],
 )
 def test_a_model_or_size_that_the_provider_lacks_ends_the_run(server, tmp_path, provider, model, size, refusal, step):

@@ -257,7 +257,7 @@ def test_a_refusal_midway_preserves_paid_vectors(server, cache, fault, named):
 
 def test_an_endpoint_that_refuses_every_text_is_distinguished_from_bad_rows(server, cache):
     server.fault(status=400)
-    with pytest.raises(ProviderRefused, match="does not even embed a plain word"):
+    with pytest.raises(ProviderRefused, match="cannot embed even a plain word"):
         Job(server, cache, texts_of(40)).run()
     assert server.stats()["requests"] < 30  # not twice for every one of the 40 texts
 

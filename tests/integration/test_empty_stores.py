@@ -104,3 +104,26 @@ def test_a_graph_without_memories_still_empties_no_collection(operator, words):
     refused = operator.run("reembed_embeddings", *words, expect=1)
     assert "holds no memory that can be embedded" in refused.err
     assert operator.state() == before
+
+
+def test_a_backup_reports_that_the_graph_seems_to_be_lost(operator):
+    """`--only-missing` would remove the points, which alone hold the texts then."""
+    operator.load(20)
+    operator.cypher("MATCH (n) DETACH DELETE n")
+    result = operator.run("backup_automem", expect=3)
+    assert f"graph '{operator.graph}' holds no memory, and collection" in result.err
+    assert "docs/worst-day.md" in result.err
+    assert "--only-missing" not in result.out
+    verified = operator.run("verify_migration", expect=4)
+    assert "docs/worst-day.md" in verified.out
+    assert "--only-missing" not in verified.out
+
+
+def test_a_backup_reports_that_the_collection_seems_to_be_lost(operator):
+    operator.load(20)
+    ids = [point["id"] for point in operator.call("POST", "/points/scroll", {"limit": 100})["points"]]
+    operator.call("POST", "/points/delete?wait=true", {"points": ids})
+    result = operator.run("backup_automem", expect=3)
+    assert f"collection '{operator.collection}' has no point, and graph" in result.err
+    assert "docs/worst-day.md" in result.err
+    operator.run("backup_automem", "--only", "qdrant")

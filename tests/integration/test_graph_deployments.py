@@ -333,7 +333,7 @@ def test_an_rdb_with_another_modules_keys_is_checked_and_never_damaged(neighbour
     assert "'othertype'" in checked.out
     refused = neighboured.run("restore_from_backup", neighboured.rdb(), expect=1)
     assert "'othertype'" in refused.err
-    assert "uses DUMP on such a server" in refused.err
+    assert "take a backup with DUMP, which these scripts use on such a server" in refused.err
 
 
 # --- what a graph restore does not bring back --------------------------------------------------------------------

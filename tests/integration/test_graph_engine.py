@@ -72,9 +72,13 @@ def test_a_wrongly_named_engine_is_reported(engine: Engine, tmp_path: Path):
     with pytest.raises(UsageProblem, match="no such file"):
         installed_engines({SERVER_VARIABLE: "/nowhere/redis-server", MODULE_VARIABLE: str(engine.module)})
     (tmp_path / "not a module.so").write_bytes(b"x")
-    with pytest.raises(UsageProblem, match=f"named by {SERVER_VARIABLE}"):
+    with pytest.raises(
+        UsageProblem, match=f"the engine that {SERVER_VARIABLE} and {MODULE_VARIABLE} name cannot be used"
+    ):
         installed_engines({SERVER_VARIABLE: str(engine.server), MODULE_VARIABLE: str(tmp_path / "not a module.so")})
-    with pytest.raises(UsageProblem, match=f"named by {SERVER_VARIABLE}"):
+    with pytest.raises(
+        UsageProblem, match=f"the engine that {SERVER_VARIABLE} and {MODULE_VARIABLE} name cannot be used"
+    ):
         installed_engines({SERVER_VARIABLE: str(engine.module), MODULE_VARIABLE: str(engine.module)})
 
 

@@ -130,6 +130,8 @@ def short_timeouts(monkeypatch):
     monkeypatch.setattr(provider, "_HEAD_BYTES", 1 << 20)
     monkeypatch.setattr(provider, "_TIMES", 0.02)
     monkeypatch.setattr(client, "FIRST_CONTACT_SECONDS", 2.0)
+    import lib.providers  # noqa: F401 - it keeps the real function, whichever test imports it first
+
     for module in (http_policy, transport, automem_api, provider):
         monkeypatch.setattr(module, "is_this_machine", lambda _url: False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -327,7 +329,7 @@ def test_a_whole_answer_keeps_its_connection():
 
 
 def test_a_server_sends_the_key_to_its_configured_address_alone():
-    """The server is asked to fetch its own snapshot: from the configured address, and from its localhost."""
+    """The server is asked to read its own snapshot: its file, from the configured address, and from its localhost."""
     from lib.clients.qdrant.restoring import can_fetch_itself
     from lib.clients.qdrant.snapshots import Snapshot
 
@@ -338,5 +340,9 @@ def test_a_server_sends_the_key_to_its_configured_address_alone():
         snapshot = Snapshot("s.snapshot", 1, "0" * 64, "")
         assert can_fetch_itself(Qdrant(url, "key"), "c", snapshot, "c__probe") is None
     sent = [json.loads(body) for _, _, body in asked]
-    assert [one["location"].partition("/collections")[0] for one in sent] == [url, "http://localhost:6333"]
-    assert [one.get("api_key") for one in sent] == ["key", None]
+    assert [one["location"].removesuffix("/s.snapshot") for one in sent] == [
+        "file:///qdrant/snapshots/c",
+        f"{url}/collections/c/snapshots",
+        "http://localhost:6333/collections/c/snapshots",
+    ]
+    assert [one.get("api_key") for one in sent] == [None, "key", None]

@@ -153,7 +153,7 @@ def test_a_missing_package_is_named_before_anything_is_embedded(tmp_path, monkey
     with pytest.raises(UsageProblem, match="'fastembed', which is not installed here") as caught:
         client_for(tmp_path)
     assert caught.value.exit_code == 2
-    assert caught.value.next_step == "pip install -r requirements-local.txt"
+    assert caught.value.next_step == "python -m pip install -r requirements-local.txt"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,7 +127,7 @@ def test_an_alias_is_refused_by_name_before_anything_is_embedded_or_written(oper
     ):
         refused = operator.run(*words, env=env, expect=2)
         assert f"is an alias at {operator.qdrant.display}, of the collection '{real}'" in refused.err
-        assert f"export QDRANT_COLLECTION={real} " in refused.err
+        assert f"export QDRANT_COLLECTION={real}\n" in refused.err
     assert operator.servers.openai.stats()["tokens"] == 0
     assert not list(operator.backups.glob("qdrant/*"))
     assert not list(operator.backups.glob("journal_*"))
@@ -150,7 +150,7 @@ def test_a_setting_that_hides_another_is_named_and_shown(operator):
     assert shown.json["settings"]["VECTOR_SIZE"]["hides"] == f"3072 in {file}:1"
     assert "hides" not in shown.json["settings"]["FALKORDB_TLS"]
     assert "second-secret" not in shown.out + shown.err + result.err
-    assert re.search(r"setting +value +from +hides", operator.run("backup_automem", "--show-config", env=env).out)
+    assert re.search(r"setting +from +value +hides", operator.run("backup_automem", "--show-config", env=env).out)
 
 
 @pytest.mark.parametrize(

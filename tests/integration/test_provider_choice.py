@@ -51,7 +51,7 @@ def test_openai_by_export_alone_is_refused_in_every_mode(operator, tmp_path, mod
     file = tmp_path / "automem.env"
     assert f"AutoMem will use voyage-4 of Voyage, because VOYAGE_API_KEY is set in {file}:2" in result.json["error"]
     assert f"in {file}:\n  EMBEDDING_PROVIDER=openai\n" in result.json["next"]
-    assert "or here:  export EMBEDDING_PROVIDER=voyage VOYAGE_MODEL=voyage-4" in result.json["next"]
+    assert "or here:\nexport EMBEDDING_PROVIDER=voyage VOYAGE_MODEL=voyage-4" in result.json["next"]
     assert VOYAGE_KEY not in result.err + result.out
 
 

@@ -134,7 +134,7 @@ def test_points_without_a_memory_leave_the_collection_and_stay_in_the_backup(ope
     before = backed_up(operator, orphans=3)
     upgrade(operator)
     result = operator.run("reembed_embeddings")
-    assert "3 point(s) have no memory in the graph" in result.err
+    assert "points without a memory in the graph: 3 (" in result.err
     after = assert_migrated(operator, before)
     assert len(before) - len(after) == 3
 

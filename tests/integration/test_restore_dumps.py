@@ -212,7 +212,7 @@ def test_days_of_work_after_a_killed_cutover_survive_a_restore_that_fails(operat
     operator.load()
     operator.run("backup_automem", "--only", "falkordb")
     place, file = site(operator, both=False), operator.rdb()
-    monkeypatch.setattr("lib.restore.graph._found", _interrupt)
+    monkeypatch.setattr("lib.restore.graph._differs", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_restore(operator, place, file)
     monkeypatch.undo()

@@ -30,7 +30,7 @@ def test_what_is_newer_than_the_files_is_counted_named_and_preserved(operator):
     assert collection["live"]["points"] == collection["points"] + 1
     assert graph["bytes"] > 0 < collection["snapshot_bytes"]
     text = operator.run("restore_from_backup", "latest", "--dry-run").out
-    assert "3 memories are newer than the backup, 2 memories have another content" in text
+    assert "memories newer than the backup: 3, with another content than in it: 2 (" in text
     assert "remain in the safety backup that a restore takes" in text
     done = operator.run("restore_from_backup", "latest")
     assert all(identity in done.out for identity in fresh)
@@ -48,7 +48,7 @@ def test_points_newer_than_the_file_remain_in_the_graph_too(operator):
     point = {"id": 10**12, "vector": [0.5] * OLD_SIZE, "payload": {"content": "since the backup"}}
     operator.call("PUT", "/points?wait=true", {"points": [point]})
     text = operator.run("restore_from_backup", operator.archive()).out
-    assert "1 points are newer than the backup: 1000000000000" in text
+    assert "points newer than the backup: 1 (1000000000000)" in text
     assert "reembed_embeddings.py --only-missing" in text
 
 

@@ -199,6 +199,7 @@ def test_an_automem_that_takes_connections_and_stays_silent_may_run(ready):
 def test_other_clients_are_named(ready):
     gc.collect()  # closes the connections of earlier runs in this process
     assert "other client" not in ready.run("restore_from_backup", ready.rdb(), "--dry-run").err
+    gc.collect()
     with connect(ready.servers.falkordb.address) as conn:
         conn.execute_command("GRAPH.RO_QUERY", ready.graph, "RETURN 1")
         text = ready.run("restore_from_backup", ready.rdb(), "-q").err

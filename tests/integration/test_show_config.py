@@ -42,7 +42,7 @@ def test_each_value_with_its_origin_and_the_live_state(operator):
 def test_every_script_shows_the_same_and_touches_nothing(operator, script):
     result = operator.run(script, "--show-config")
     rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line}
-    assert rows["VECTOR_SIZE"] == ["48", "environment"]
+    assert rows["VECTOR_SIZE"] == ["environment", "48"]
     assert rows["FALKORDB_USERNAME"] == ["default"]
     assert f"graph '{operator.graph}' does not exist" in result.out
     assert f"'{operator.collection}'" in result.out
@@ -81,7 +81,8 @@ def test_every_command_reports_a_run_that_never_ended(operator):
     ):
         err = operator.run(*words, expect=None).err
         assert err.count("is unfinished, or still running") == 2
-        assert re.search(rf"at: deleting\)\n  resume:  \S+ {ROOT}/scripts/reembed_embeddings.py ", err)
+        resume = rf"resume:  \(with the same settings and arguments\)  \S+ {ROOT}/scripts/reembed_embeddings.py\n"
+        assert re.search(rf"at: deleting\)\n  {resume}", err)
         assert f"{ROOT}/scripts/reembed_embeddings.py --abort\n" in err
         assert "undo:\n  the way back" in err
         assert "it works on other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err

@@ -12,8 +12,11 @@ from lib.clients.qdrant.snapshot_format import inspect_snapshot
 from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
 from lib.verify.compare import vectors_differ
+from tests.real_qdrant import RealQdrant
 from tests.vectors_support import (
     BreakingProxy,
+    create_small,
+    fill,
     ids_of,
     payload_of,
     vectors_of,
@@ -198,6 +201,23 @@ def test_the_server_restores_from_itself_once_that_is_verified(q: Qdrant, filled
     assert restoring.recover(q, names[1], location, made.checksum)
     assert_whole(q, names[1])
     assert snapshots.list_snapshots(q, names[1]) == []
+
+
+@pytest.mark.parametrize("source", ["its own file", "its own address"])
+def test_a_server_reads_its_own_file_before_it_fetches_from_its_address(own_qdrant, monkeypatch, source):
+    q, name = Qdrant(own_qdrant.url), "own"
+    folder = f"file://{own_qdrant.folder}/snapshots" if isinstance(own_qdrant, RealQdrant) else restoring._OWN_FOLDER
+    monkeypatch.setattr(restoring, "_OWN_FOLDER", folder if source == "its own file" else "file:///nowhere")
+    create_small(q, name, 8)
+    fill(q, name, 50, 8)
+    made = snapshots.create(q, name)
+    location = restoring.can_fetch_itself(q, name, made, probe="probe")
+    assert location is not None
+    assert location.startswith(folder if source == "its own file" else q.base_url)
+    assert restoring.recover(q, "copy", location, made.checksum)
+    assert_whole(q, "copy")
+    assert snapshots.list_snapshots(q, name) == [made]
+    assert collection.list_collections(q) == ["copy", name]
 
 
 def test_no_url_if_the_server_cannot_fetch_itself(q: Qdrant, filled: str, names: list[str]):

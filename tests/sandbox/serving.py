@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +48,8 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
         stack.load(memories, SMALL[1], SMALL[0])
         stack.start_automem(SMALL[1], SMALL[0])
         say(
-            f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal:\n\n"
+            f"FalkorDB 6379, Qdrant 6333, AutoMem 8001, {memories:,} memories at 768d. In another terminal, in this folder:\n\n"
+            f"{_activate()}"
             f"export OPENAI_BASE_URL={stack.openai.openai_url}\n"
             f"export OPENAI_API_KEY={KEY}\n"
             f"export AUTOMEM_API_TOKEN={TOKEN}\n"
@@ -56,13 +59,21 @@ def serve(folder: Path, memories: int, say: Callable[[str], None]) -> None:
             "Remove the lines that you added to .env when you are done.\n\n"
             "then follow MIGRATION.md. Where it stops or restarts AutoMem, in that terminal:\n\n"
             "python scripts/quickstart.py automem stop\n"
-            "python scripts/quickstart.py automem restart   (with VECTOR_SIZE and EMBEDDING_MODEL as they are set there)\n"
-            f"python scripts/quickstart.py provider WORD     ({', '.join(FAULTS)})\n\n"
+            "python scripts/quickstart.py automem restart\n\n"
+            "It gets VECTOR_SIZE and EMBEDDING_MODEL as they are set there. To make the embeddings endpoint fail:\n\n"
+            f"python scripts/quickstart.py provider 429\n\n"
+            f"or another of {', '.join(FAULTS)}.\n\n"
             "Ctrl-C here stops the sandbox."
         )
         while True:
             with contextlib.suppress(OSError, ValueError):  # of a client that left or wrote no JSON
                 _answer(stack, listener.accept()[0], say)
+
+
+def _activate() -> str:
+    """The line that makes `python` the interpreter of this process, if it is that of a virtual environment."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return f"source {shlex.quote(str(script))}\n" if script.exists() else ""
 
 
 @contextlib.contextmanager
@@ -110,7 +121,8 @@ def require_word(server: str, word: str | None) -> None:
     words = WORDS.get(server, ())
     if word not in words:
         raise UsageProblem(
-            f"{server} takes {'one of: ' + ', '.join(words) if words else 'no further word'}",
+            f"{server} takes {'one of ' + ', '.join(words) if words else 'no further word'}"
+            + (f", not '{word}'" if word else ""),
             next_step="python scripts/quickstart.py --help",
         )
 
@@ -128,5 +140,7 @@ def ask(server: str, word: str | None, size: int, model: str) -> str:
             stream.flush()
             answer: dict[str, Any] = json.loads(stream.readline() or '{"error": "the sandbox has ended", "text": ""}')
     if answer["error"]:
-        raise MigrationError(f"{server} {word}: {answer['error']}", next_step="look at what it logged, above")
+        raise MigrationError(
+            f"{server} {word}: {answer['error']}", next_step="look at what the sandbox printed in its terminal"
+        )
     return str(answer["text"])

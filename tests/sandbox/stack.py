@@ -48,8 +48,8 @@ def require_free(ports: Ports) -> None:
     if taken:
         raise MigrationError(
             f"port {', '.join(taken)} is taken: another process listens there",
-            next_step="find the process (ss -ltnp) and stop it, or run the tour, which uses free ports:"
-            " python scripts/quickstart.py",
+            next_step="find the process and stop it:\nss -ltnp\nor run the tour, which uses free ports:\n"
+            "python scripts/quickstart.py",
         )
 
 

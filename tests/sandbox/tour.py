@@ -45,15 +45,18 @@ class Tour:
         self.model, self.size = model, size
         self.show(f"\n$ export VECTOR_SIZE={size}\n$ export EMBEDDING_MODEL={model}")
 
-    def run(self, *words: str, expect: int = 0) -> str:
-        """Print a command, run it as the operator would, and return its output."""
-        self.show(f"\n$ {' '.join('python' if word == sys.executable else word for word in words)}")
-        environ = {**os.environ, **self.stack.settings(self.size, self.model)}
+    def environ(self) -> dict[str, str]:
+        """Build the environment of a command: this process's, with the sandbox's settings."""
         # The sandbox's AutoMem has its own file: the operator's AutoMem may use another provider.
         automem_env = self.stack.folder / "automem.env"
         automem_env.write_text("EMBEDDING_PROVIDER=openai\n", encoding="utf-8")
-        environ |= {"AUTOMEM_BACKUP_DIR": str(self.backups), "AUTOMEM_ENV_FILE": str(automem_env)}
-        done = subprocess.run(words, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, check=False)
+        files = {"AUTOMEM_BACKUP_DIR": str(self.backups), "AUTOMEM_ENV_FILE": str(automem_env)}
+        return {**os.environ, **self.stack.settings(self.size, self.model), **files}
+
+    def run(self, *words: str, expect: int = 0) -> str:
+        """Print a command, run it as the operator would, and return its output."""
+        self.show(f"\n$ {shlex.join('python' if word == sys.executable else word for word in words)}")
+        done = subprocess.run(words, cwd=PROJECT_ROOT, env=self.environ(), capture_output=True, text=True, check=False)
         self.show((done.stderr + done.stdout).rstrip())
         if done.returncode != expect:
             self.check(f"exit code of {words[-1]}", f"{done.returncode}, expected {expect}", ok=False)

@@ -29,7 +29,7 @@ MODULES = {
     "openai": "lib/clients/embeddings",
     "tiktoken": "lib/clients/embeddings",
     "sqlite3": ("lib/clients/embeddings", "lib/backup/existing_points.py"),
-    "isal": "lib/backup",
+    "isal": ("lib/backup", "lib/clients/qdrant/transport.py"),
     "fsspec": "lib/backup",
     "paramiko": "lib/backup/copy_store.py",
     "dotenv": "lib/env_files.py",

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lib.config import DEFAULTS, load_config, require_openai_key
+from lib.config import DEFAULTS, load_config, require_embedding_key
 from lib.dimensions import (
     LOCAL,
     LOCAL_MODELS,
@@ -186,7 +186,7 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
     path = places / "cwd" / ".env"
     path.write_text("this is: not ours\n\nVECTOR_SIZE: 768\n")
     (fault,) = faults_of(load)
-    assert fault == f"{path}:3: is not an assignment, which is NAME=value"
+    assert fault == f"{path}:3: this line is not an assignment (NAME=value)"
     path.write_text("this is: not ours\nVECTOR_SIZE=768\n")
     assert load().vector_size == 768
     assert caplog.text == ""
@@ -440,9 +440,9 @@ def test_other_targets_are_spelled_differently(load, other):
 
 def test_a_missing_openai_key_is_reported_with_the_command_that_sets_it(load):
     with pytest.raises(UsageProblem, match="OPENAI_API_KEY is not set") as caught:
-        require_openai_key(load())
+        require_embedding_key(load())
     assert "export OPENAI_API_KEY" in caught.value.next_step
-    require_openai_key(load(OPENAI_API_KEY="sk-x"))
+    require_embedding_key(load(OPENAI_API_KEY="sk-x"))
 
 
 @pytest.mark.parametrize(
@@ -537,9 +537,9 @@ def test_the_mismatch_is_reported_in_the_words_that_operators_know():
     assert isinstance(error, DimensionMismatch)
     assert error.exit_code == USAGE
     assert str(error) == ("VECTOR DIMENSION MISMATCH\nQdrant collection 'memories': 768d\nConfig VECTOR_SIZE: 3072d")
-    keep, migrate = error.next_step.splitlines()
-    assert keep.endswith("export VECTOR_SIZE=768")
-    assert migrate.endswith("python scripts/reembed_embeddings.py")
+    _, keep, _, migrate = error.next_step.splitlines()
+    assert keep == "export VECTOR_SIZE=768"
+    assert migrate == "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
     check_dimension("memories", 768, 768)
 
 

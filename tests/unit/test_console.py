@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib import console as module
-from lib.console import Console, size_text, table
+from lib.console import Console, age_text, size_text, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,9 +32,17 @@ def test_bytes_as_people_read_them(count, text):
     assert size_text(count) == text
 
 
+@pytest.mark.parametrize(
+    ("hours", "text"), [(0, "0 minutes"), (1 / 60, "1 minute"), (1.2, "1 hour"), (47, "47 hours"), (72, "3 days")]
+)
+def test_an_age_in_the_unit_that_it_fills(hours, text):
+    assert age_text(hours) == text
+
+
 def test_a_table_lines_up_and_leaves_no_blanks_at_the_ends():
     text = table([("a", 1), ("long one", "x")], ("name", "value"))
     assert text.splitlines() == ["name      value", "--------  -----", "a         1", "long one  x"]
+    assert table([("a", "wide cell")], ("b", "c")).splitlines()[1] == "-  -"
     assert table([]) == ""
     assert table([("a", "")]) == "a"
 

@@ -114,7 +114,7 @@ def test_a_damaged_vector_is_never_given_and_only_it_is_embedded_again(path, dam
         good, bad = (stored for (stored,) in cache.rows("SELECT vector FROM vectors ORDER BY id"))
         cache.db.execute("UPDATE vectors SET vector = ? WHERE id = 2", [DAMAGES[damage](bad, good)])
     with EmbeddingCache(path) as cache:
-        with pytest.raises(CacheDamaged, match=r"1 embedding\(s\) in .* were damaged") as caught:
+        with pytest.raises(CacheDamaged, match=r"embeddings in .* were damaged .*: 1, which were removed") as caught:
             cache.get_vectors(keys)
         assert "run the same command again" in caught.value.next_step
         assert cache.known(keys) == {keys[0]}

@@ -171,22 +171,22 @@ def test_the_stamp_is_compared_with_model_and_provider(made, spec, detail, remed
         (
             VOYAGE,
             OPENAI,
-            "another EMBEDDING_PROVIDER (",
+            "EMBEDDING_PROVIDER has changed",
             "EMBEDDING_PROVIDER=voyage VOYAGE_MODEL=voyage-4 VOYAGE_BASE_URL=",
         ),
         (
             VOYAGE,
             dataclasses.replace(VOYAGE, model="voyage-4-lite"),
-            "another VOYAGE_MODEL (",
-            "VOYAGE_BASE_URL=https://api.voyageai.com/v1 &&",
+            "VOYAGE_MODEL has changed",
+            "VOYAGE_BASE_URL=https://api.voyageai.com/v1\n",
         ),
         (
             OLLAMA,
             LOCAL,
-            "another EMBEDDING_PROVIDER (",
-            "OLLAMA_MODEL=bge-m3 OLLAMA_BASE_URL=http://localhost:11434 &&",
+            "EMBEDDING_PROVIDER has changed",
+            "OLLAMA_MODEL=bge-m3 OLLAMA_BASE_URL=http://localhost:11434\n",
         ),
-        (LOCAL, VOYAGE, "another EMBEDDING_PROVIDER (", "export VECTOR_SIZE=1024 EMBEDDING_PROVIDER=local &&"),
+        (LOCAL, VOYAGE, "EMBEDDING_PROVIDER has changed", "export VECTOR_SIZE=1024 EMBEDDING_PROVIDER=local\n"),
     ],
 )
 def test_a_run_that_deleted_the_collection_is_resumed_with_its_provider_alone(tmp_path, was, now, expected, finish):

@@ -192,7 +192,7 @@ def test_another_provider_than_that_of_automems_file_is_named_with_the_lines_tha
         f"These settings choose {LARGE} of OpenAI, because EMBEDDING_PROVIDER is openai in the environment",
         step=(
             f"in {file}:\n  EMBEDDING_PROVIDER=openai\n  EMBEDDING_MODEL={LARGE}\n"
-            "or here:  export EMBEDDING_PROVIDER=voyage VOYAGE_MODEL=voyage-4"
+            "or here:\nexport EMBEDDING_PROVIDER=voyage VOYAGE_MODEL=voyage-4"
         ),
     )
 
@@ -280,7 +280,7 @@ def test_a_gateway_at_a_shortened_size_is_refused_with_the_size_that_works(load,
         (
             {"EMBEDDING_PROVIDER": "local", "VECTOR_SIZE": "512"},
             "384, 768, 1024",
-            "export VECTOR_SIZE=384   or   export EMBEDDING_PROVIDER=openai",
+            "export VECTOR_SIZE=384\nor:\nexport EMBEDDING_PROVIDER=openai",
         ),
         (
             {"EMBEDDING_PROVIDER": "voyage", "VOYAGE_API_KEY": VOYAGE_KEY, "VECTOR_SIZE": "768"},
@@ -303,7 +303,10 @@ def test_what_a_provider_cannot_do_is_refused(load, environ, expected, step):
 def test_without_any_key_the_message_says_what_automem_itself_would_do(load):
     with pytest.raises(UsageProblem, match="OPENAI_API_KEY is not set") as caught:
         require_embedding(load(EMBEDDING_MODEL=LARGE))
-    assert "AutoMem itself uses its local model:  export EMBEDDING_PROVIDER=local" in caught.value.next_step
+    assert (
+        "AutoMem itself uses its local model; to use it here, too:\nexport EMBEDDING_PROVIDER=local"
+        in caught.value.next_step
+    )
     with pytest.raises(UsageProblem, match="OPENAI_API_KEY is not set") as caught:
         require_embedding(load(EMBEDDING_PROVIDER="openai"))
     assert "local model" not in caught.value.next_step

@@ -219,7 +219,7 @@ def test_without_a_full_set_latest_names_the_others(tmp_path):
     for number in range(1, 5):
         make(tmp_path, number, **GRAPH_HALF)
     safety(tmp_path, 5)
-    with pytest.raises(MissingData, match="no full backup in") as caught:
+    with pytest.raises(MissingData, match="no full backup set in") as caught:
         latest(tmp_path, HERE)
     assert f"{name(5)} (safety copy), {name(4)} (graph only), {name(3)} (graph only) and 2 more" in str(caught.value)
     assert str(tmp_path / name(5)) in caught.value.next_step

@@ -90,7 +90,7 @@ class EmbeddingCache(CacheFile):
                 shown = quote(str(self.vectors_path))
                 raise CacheDamaged(
                     f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
-                    next_step=f"move it away and run again:  mv {shown} {shown}.damaged",
+                    next_step=f"move it away, then run the same command again:\nmv {shown} {shown}.damaged",
                 )
             self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)
 
@@ -141,7 +141,7 @@ class EmbeddingCache(CacheFile):
             with self.transaction():
                 self.db.executemany("DELETE FROM vectors WHERE key = ?", damaged)
             raise CacheDamaged(
-                f"{len(damaged)} embedding(s) in {self.vectors_path} were damaged on the disk (wrong checksum) and"
+                f"embeddings in {self.vectors_path} were damaged on the disk (wrong checksum): {len(damaged)}, which"
                 " were removed",
                 next_step="check that disk, then run the same command again: only these texts are paid for again",
             )

@@ -95,7 +95,8 @@ class CacheFile:
         if foreign or (not empty and not self.is_of_this_version(schema)):
             raise CacheDamaged(
                 f"{path} is not an embedding cache of this version of the tool",
-                next_step=f"move it away and run again:  mv {quote(str(path))} {quote(str(path) + '.old')}",
+                next_step="move it away, then run the same command again:\n"
+                f"mv {quote(str(path))} {quote(str(path) + '.old')}",
             )
         self.db.execute(f"PRAGMA {schema}.journal_mode = WAL")
         # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
@@ -133,13 +134,14 @@ class CacheFile:
         """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
         file, folder = str(self.path), self.path.parent
         if "full" in str(error):
-            return f"make room on the disk of {folder}, then run the same command again"
+            return f"free some room:\ndf -h {quote(str(folder))}\nthen run the same command again"
         if "locked" in str(error):
             return "another process holds it: wait until it has ended, then run the same command again"
         if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
-            return f"ls -l {quote(str(folder))}   and make it writable again, then run the same command again"
+            return f"make it writable again, then run the same command again:\nls -l {quote(str(folder))}"
         return (
-            f"move it away and run again (its vectors are paid for again):  mv {quote(file)} {quote(file + '.damaged')}"
+            "move it away, then run the same command again; its vectors are paid for again:\n"
+            f"mv {quote(file)} {quote(file + '.damaged')}"
         )
 
     @contextlib.contextmanager
@@ -191,8 +193,8 @@ class CacheFile:
             raise MigrationError(
                 f"no room for {texts:,} embeddings of {size}d: they need {needed / 2**20:,.0f} MiB below"
                 f" {self.vectors_path.parent}, {free / 2**20:,.0f} MiB are free; what does not fit is not embedded",
-                next_step=f"df -h {quote(str(self.vectors_path.parent))}   and free some room, or name a larger"
-                " disk with --backup-dir, then run the same command again",
+                next_step="free some room, or name a folder on a larger disk with --backup-dir:\n"
+                f"df -h {quote(str(self.vectors_path.parent))}\nthen run the same command again",
             )
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:

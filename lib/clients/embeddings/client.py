@@ -123,8 +123,8 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
     if len(row) != spec.size:
         raise WrongWidth(
             f"{spec.model} answered with {len(row)}d vectors, VECTOR_SIZE is {spec.size}",
-            next_step=f"export VECTOR_SIZE={len(row)}   or name a model that makes {spec.size}d with"
-            f" {SETTING_NAMES[spec.provider].model}",
+            next_step=f"export VECTOR_SIZE={len(row)}\n"
+            f"or set {SETTING_NAMES[spec.provider].model} to a model that makes {spec.size}d",
         )
     return row
 
@@ -378,7 +378,7 @@ class EmbeddingClient:
                 return None
             return ProviderRefused(
                 f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error})",
-                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size; {AGAIN}",
+                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size,\n{AGAIN}",
             )
         first_contact = self._last_answer is None
         timeout = min(FIRST_CONTACT_SECONDS, self._max_wait) if first_contact else self._max_wait
@@ -390,10 +390,12 @@ class EmbeddingClient:
             return BadInput(str(error))
         if seconds < timeout:
             return None
+        endpoint = SETTING_NAMES[self.spec.provider].endpoint
+        step = f"check {endpoint}, the network and the provider's status page"
+        if self.spec.provider == OLLAMA:
+            step = f"check {endpoint}, and that Ollama runs there (ollama serve)"
         return ProviderRefused(
-            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
-            next_step=f"check {SETTING_NAMES[self.spec.provider].endpoint}, the network and the provider's status page,"
-            f" {AGAIN}",
+            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}", next_step=f"{step},\n{AGAIN}"
         )
 
     def _takes_a_word(self) -> bool:

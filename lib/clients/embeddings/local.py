@@ -30,7 +30,7 @@ class LocalModel:
         if importlib.util.find_spec("fastembed") is None:
             raise UsageProblem(
                 f"{spec.model} runs on this machine with the Python package 'fastembed', which is not installed here",
-                next_step="pip install -r requirements-local.txt",
+                next_step="python -m pip install -r requirements-local.txt",
             )
         self.name = f"{spec.model} on this machine"
         self._spec, self._models_dir = spec, models_dir
@@ -77,6 +77,9 @@ class LocalModel:
     def _load(self) -> TextEmbedding:
         try:
             from fastembed import TextEmbedding
+            from loguru import logger
+
+            logger.disable("fastembed")  # it logs what is reported as an error here
 
             self._models_dir.mkdir(parents=True, exist_ok=True)
             return TextEmbedding(model_name=self._spec.model, cache_dir=str(self._models_dir))
@@ -84,6 +87,6 @@ class LocalModel:
             raise UsageProblem(
                 f"{self._spec.model} could not be loaded from {self._models_dir}, nor downloaded into it:"
                 f" {one_line(str(error))}",
-                next_step="connect to the network and run the same command again, or set AUTOMEM_MODELS_DIR to the"
-                " folder into which AutoMem downloaded the model",
+                next_step="connect to the network, or name the folder into which AutoMem downloaded the model:\n"
+                "export AUTOMEM_MODELS_DIR=...\nthen run the same command again",
             ) from error

@@ -61,9 +61,13 @@ def prune_cache(cache: EmbeddingCache, folder: Path, *, dry_run: bool) -> Pruned
 
 def _require_no_open_run(folder: Path) -> None:
     for journal in open_journals(folder):
+        step = "finish it, or give it up with --abort"
+        if again := journal.fact("again"):
+            step += f":\n{again}"
+        if journal.undo:
+            step += f"\nor undo it:\n{journal.undo}"
         raise GuardRefused(
-            f"a run is unfinished ({journal.path.name}, at: {journal.phase}): it may need what would be deleted",
-            next_step=f"finish it first; with --dry-run nothing is deleted\nits undo:\n{journal.undo or '  (none)'}",
+            f"a run is unfinished ({journal.path.name}): it may need what would be deleted", next_step=step
         )
 
 
@@ -95,7 +99,8 @@ def _note_needed(cache: EmbeddingCache, plans: Sequence[Path]) -> None:
                 if not cache.is_of_this_version("other"):
                     raise CacheDamaged(
                         f"{plan} is no plan of this version of the tool: what it needs is unknown, nothing is removed",
-                        next_step=f"move it away and run again:  mv {quote(str(plan))} {quote(str(plan) + '.old')}",
+                        next_step="move it away, then run the same command again:\n"
+                        f"mv {quote(str(plan))} {quote(str(plan) + '.old')}",
                     )
                 cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
             finally:

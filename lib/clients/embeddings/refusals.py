@@ -51,7 +51,7 @@ class BadIndices(ProviderRefused):
     """An answer whose vectors cannot be assigned to the texts: splitting the batch does not help."""
 
     def __init__(self, message: str) -> None:
-        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text per request); {AGAIN}"
+        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text per request),\n{AGAIN}"
         super().__init__(message, next_step=step)
 
 
@@ -79,7 +79,7 @@ def refusal_error(
     text = f"{name}: {message}" if message else name
     billing = spec.provider == VOYAGE and status == 429 and _BILLING.search(message)
     if status == 402 or billing or code in QUOTA_CODES or kind in QUOTA_CODES:
-        step = f"add credit or raise the spending limit at the provider, {AGAIN}"
+        step = f"add credit or raise the spending limit at the provider,\n{AGAIN}"
         return ProviderRefused(f"{provider} refused: {text}", next_step=step)
     if status == 429:
         limits = rate_limits(headers)
@@ -91,14 +91,14 @@ def refusal_error(
     if status in SPLIT_STATUSES and param not in SETTING_PARAMS and "model" not in code:
         return BadInput(text)
     shown = name if status == 401 else text  # the text of a 401 may quote the key
-    return ProviderRefused(f"{provider} refused: {shown}", next_step=f"{_step(status, spec)}, {AGAIN}")
+    return ProviderRefused(f"{provider} refused: {shown}", next_step=f"{_step(status, spec)},\n{AGAIN}")
 
 
 def _step(status: int, spec: EmbeddingSpec) -> str:
     """What the operator can do about a refusal with this status."""
     names = SETTING_NAMES[spec.provider]
     if status == 404 and spec.provider == OLLAMA:
-        return f"on the Ollama server:  ollama pull {spec.model}   or check {names.model} and {names.endpoint}"
+        return f"on the Ollama server:\nollama pull {spec.model}\nor check {names.model} and {names.endpoint}"
     if status == 401:
         return f"check {' and '.join(filter(None, (names.key, names.endpoint)))}"
     if status == 403:

@@ -329,7 +329,7 @@ class _Run:
         except BadInput as problem:
             names = SETTING_NAMES[self._client.spec.provider]
             raise ProviderRefused(
-                f"{self._client.provider} does not even embed a plain word: {problem}",
+                f"{self._client.provider} cannot embed even a plain word: {problem}",
                 next_step=f"check {names.model}, VECTOR_SIZE and {names.endpoint}, then run the same command again",
             ) from problem
 

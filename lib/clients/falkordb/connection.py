@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import resource
+import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -20,13 +21,14 @@ from redis.connection import DefaultParser
 from redis.retry import Retry
 
 from lib.child_process import physical_memory
-from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable
+from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, did_you_mean
 from lib.network import container_hint
 
 # A peer that no longer answers is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _KEEPALIVE = {getattr(socket, name): value for name, value in _TIMES.items() if hasattr(socket, name)}
-START_HINT = "start it (`docker compose up -d falkordb`) or correct FALKORDB_HOST and FALKORDB_PORT"
+_CORRECT = "correct FALKORDB_HOST and FALKORDB_PORT"
+START_HINT = f"start it, in AutoMem's folder:\ndocker compose up -d falkordb\nor {_CORRECT}"
 # A server of the Docker image cuts a query at one second, but a large DUMP or RESTORE of another client can delay it.
 READ_SECONDS = 120.0
 # Bounds of a whole reply: bytes, and seconds from the request on. A DUMP is at most as large as a server can be set to
@@ -79,21 +81,23 @@ class _Client(redis.Redis):
         """Send a command, and send it again while the server's queue of queries is full."""
         is_read = str(words[0]).split()[0].upper() in _READS
         send: Callable[..., Any] = self.reads.execute_command if is_read else super().execute_command
-        retried = backoff.on_exception(
-            backoff.expo,
-            redis.exceptions.ResponseError,
-            giveup=lambda error: _QUEUE_FULL not in str(error),
-            max_time=_QUEUE_SECONDS,
-            logger=None,
-            factor=0.02,
-            max_value=0.5,
-        )(send)
-        return retried(*words, **options)
+        return _when_queue_is_free(send)(*words, **options)
 
     def close(self) -> None:
         """Close both connections."""
         self.reads.close()
         super().close()
+
+
+_when_queue_is_free = backoff.on_exception(
+    backoff.expo,
+    redis.exceptions.ResponseError,
+    giveup=lambda error: _QUEUE_FULL not in str(error),
+    max_time=_QUEUE_SECONDS,
+    logger=None,
+    factor=0.02,
+    max_value=0.5,
+)
 
 
 def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
@@ -165,7 +169,7 @@ def translated(conn: redis.Redis) -> Iterator[None]:
     except _MISREAD as error:
         raise StoreFailed(
             f"what answers at {address_of(conn)} is not FalkorDB: a reply has another form ({type(error).__name__})",
-            next_step=START_HINT,
+            next_step=_CORRECT,
         ) from error
 
 
@@ -174,7 +178,7 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, redis.exceptions.BusyLoadingError):
         return StoreUnreachable(
             f"FalkorDB at {where} is still loading its data",
-            next_step="wait until it is up, then run this again",
+            next_step="wait until it is up, then run the same command again",
         )
     refusals = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
@@ -182,7 +186,9 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)
         hint = container_hint(where.rpartition(":")[0], "FALKORDB_HOST=localhost") if unknown else ""
-        return StoreUnreachable(f"FalkorDB at {where} does not answer: {text}", next_step=hint + START_HINT)
+        reason = re.sub(r"^Error -?\d+ connecting to \S+\. (.)", lambda found: found[1].lower(), text).rstrip(".")
+        reason = "its name is not known" if unknown else reason
+        return StoreUnreachable(f"FalkorDB at {where} does not answer: {reason}", next_step=hint + START_HINT)
     return _store_failed(error, where, text)
 
 
@@ -196,10 +202,13 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
     if _QUEUE_FULL in text:
         return StoreFailed(
             f"FalkorDB at {where} has refused a query for a minute: {text}",
-            next_step="raise its limit (GRAPH.CONFIG SET MAX_QUEUED_QUERIES 100), or run this at a quieter hour",
+            next_step="run this at a quieter hour, or raise the server's limit, in redis-cli:\n"
+            "GRAPH.CONFIG SET MAX_QUEUED_QUERIES 100",
         )
     if isinstance(error, redis.exceptions.InvalidResponse) or "unknown command 'GRAPH." in text:
-        return StoreFailed(f"what answers at {where} is not FalkorDB: {text}", next_step=START_HINT)
+        why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
+        why = "it is a redis without the module" if "unknown command" in text else why
+        return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}")
 
 
@@ -208,12 +217,25 @@ def access_refused(where: str, text: str) -> AccessRefused:
     if "no permissions" in text.lower() or text.startswith("NOPERM"):
         return AccessRefused(
             f"FalkorDB at {where} does not permit this user to do that: {text}",
-            next_step="grant what is named (ACL SETUSER <user> +<command>), or use a user who has it",
+            next_step="grant what is named (in redis-cli: ACL SETUSER <user> +<command>), or use a user who has it",
         )
     return AccessRefused(
-        f"FalkorDB at {where} refused the login: {text}",
-        next_step="set FALKORDB_PASSWORD (and FALKORDB_USERNAME, if it is not `default`) to the server's own",
+        f"FalkorDB at {where} refused the login: {text.rstrip('.')}",
+        next_step="export FALKORDB_PASSWORD=...\nand FALKORDB_USERNAME, if the user is not `default`",
     )
+
+
+def redis_cli(conn: redis.Redis, *words: str, user: str = "") -> str:
+    """Return the shell command that sends `words` to the server of `conn`; redis-cli asks for the password.
+
+    `user` is the user who may do that, if it is not that of `conn`.
+    """
+    settings = conn.connection_pool.connection_kwargs
+    place = ["-s", settings["path"]] if "path" in settings else ["-h", settings["host"], "-p", str(settings["port"])]
+    user = user or settings.get("username") or "default"
+    login = ["--user", user, "--askpass"] if settings.get("password") else []
+    tls = ["--tls"] if issubclass(conn.connection_pool.connection_class, redis.SSLConnection) else []
+    return shlex.join(["redis-cli", *place, *tls, *login, *words])
 
 
 def address_of(conn: redis.Redis) -> str:
@@ -226,6 +248,23 @@ def command(conn: redis.Redis, *words: Any) -> Any:
     """Return one command's raw reply. Raises StoreUnreachable, AccessRefused, StoreFailed."""
     with translated(conn):
         return conn.execute_command(*words)
+
+
+def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[Any]:
+    """Send several commands that only read at once; return their raw replies. Raises like `command`."""
+
+    def send() -> list[Any]:
+        pipeline = getattr(conn, "reads", conn).pipeline(transaction=False)
+        for words in requests:
+            pipeline.execute_command(*words)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+        for one in replies:
+            if isinstance(one, Exception):
+                raise one
+        return replies
+
+    with translated(conn):
+        return _when_queue_is_free(send)()
 
 
 def server_versions(conn: redis.Redis) -> ServerVersions:
@@ -306,8 +345,8 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     command(conn, "EXISTS", name)  # the error of a cluster's node names the node that holds it
     existing = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
     raise MissingData(
-        f"graph '{name}' does not exist on FalkorDB at {address.display}; {existing}",
-        next_step="set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",
+        f"graph '{name}' does not exist on FalkorDB at {address.display}{did_you_mean(name, graphs)}; {existing}",
+        next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md",
     )
 
 
@@ -321,6 +360,8 @@ _SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 class BoundedSocket:
     """A socket that takes at most `limit` bytes after each request, all of them within `seconds`."""
+
+    _received_by_all = 0  # the process's memory also holds what other threads receive
 
     def __init__(self, sock: socket.socket, limit: int, seconds: float) -> None:
         self._sock, self._limit, self._seconds = sock, limit, seconds
@@ -362,7 +403,7 @@ class BoundedSocket:
         self._in_string = 0  # bytes of a string that are still expected
         self._unparsed = bytearray()
         self._deadline = time.monotonic() + self._seconds
-        self._memory = _peak_memory()
+        self._memory, self._received_before = _peak_memory(), BoundedSocket._received_by_all
 
     def _limit_wait(self) -> None:
         left = self._deadline - time.monotonic()
@@ -374,6 +415,7 @@ class BoundedSocket:
     def _count(self, data: memoryview) -> None:
         """Raise InvalidResponse if a reply has, announces or takes in memory more than a reply may."""
         self._received += len(data)
+        BoundedSocket._received_by_all += len(data)
         self._require(self._received, self._limit, "bytes")
         within = min(self._in_string, len(data))
         self._in_string -= within
@@ -383,7 +425,7 @@ class BoundedSocket:
             self._parse_headers()
         if self._received - self._checked >= _CHECK_BYTES:
             self._checked = self._received
-            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * self._received
+            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (BoundedSocket._received_by_all - self._received_before)
             self._require(_peak_memory() - self._memory, most, "bytes of memory")
 
     def _parse_headers(self) -> None:

@@ -24,7 +24,8 @@ MARK_BYTES = 40
 CRC_BYTES = 8
 PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
 _LENGTH_DIGITS, _LINE_BYTES = 15, 1 << 16
-_GRANT = "grant it: ACL SETUSER <user> +psync +replconf; without it the graph is backed up with DUMP"
+_AGAIN = "run the same command again"
+_GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
 _LATER = {
     "LOADING": "is still loading its data",
     "BUSY": "is busy with a script",
@@ -127,10 +128,10 @@ class _Receiver:
 
     def finish(self, address: str) -> RdbTransfer:
         if not self._start.startswith(MAGIC):
-            raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB")
+            raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB", next_step=_AGAIN)
         stored = int.from_bytes(self._tail, "little")
         if stored not in {0, self._crc}:
-            raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match")
+            raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match", next_step=_AGAIN)
         return RdbTransfer(self._size, self._sha256.hexdigest(), stored == self._crc)
 
 
@@ -201,12 +202,11 @@ class _ReplicaConnection:
             if not byte or len(line) > _LINE_BYTES:
                 raise StoreUnreachable(
                     f"FalkorDB at {self.address} closed the connection instead of sending an RDB",
-                    next_step="check the server's log: it may lack the memory to fork",
+                    next_step="look at the server's log: it may lack the memory to fork",
                 )
             if time.monotonic() > deadline:
                 raise StoreUnreachable(
-                    f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s",
-                    next_step="check the server's log, then run this again",
+                    f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
                 )
             line = (line + byte).lstrip()
         if line.startswith(b"-"):
@@ -256,5 +256,7 @@ def _refusal(text: str, where: str) -> MigrationError:
     if "unknown command" in text.lower():
         return PsyncRefused(f"FalkorDB at {where} has its replication commands switched off: {text}", next_step=_GRANT)
     if kind in _LATER:
-        return StoreFailed(f"FalkorDB at {where} {_LATER[kind]}: {text}", next_step="run this again when it is ready")
+        return StoreFailed(
+            f"FalkorDB at {where} {_LATER[kind]}: {text}", next_step="run the same command again when it is ready"
+        )
     return StoreFailed(f"FalkorDB at {where} refused to send an RDB: {text}")

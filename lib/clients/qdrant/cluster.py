@@ -12,7 +12,7 @@ from lib.errors import AccessRefused, MigrationError, StoreFailed, StoreUnreacha
 ACTIVE = "Active"
 _POLL_SECONDS, _STABLE_POLLS = 0.2, 3
 _VARIABLE = "QDRANT_NODE_URLS"
-_EXAMPLE = f"export {_VARIABLE}=http://node1:6333,http://node2:6333   (every node's own address)"
+_EXAMPLE = f"list every node's own address:\nexport {_VARIABLE}=http://node1:6333,http://node2:6333"
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def wait_active(nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterab
         stable = stable + 1 if states == {ACTIVE} and wanted <= held else 0
         if time.monotonic() >= deadline:
             raise StoreFailed(
-                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})",
-                next_step="look at the Qdrant servers' logs, then run the same command again",
+                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})"
             )
         node.sleep(_POLL_SECONDS)
 
@@ -159,7 +158,7 @@ def _listed_topology(node: Qdrant, name: str) -> Topology:
     except StoreUnreachable as error:
         raise StoreUnreachable(
             f"a node that {_VARIABLE} lists does not answer: {error}",
-            next_step=f"start it; or take it out of {_VARIABLE}, if the other nodes hold every shard, too",
+            next_step=f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too",
         ) from error
     except NotFound as error:
         raise UsageProblem(
@@ -212,5 +211,5 @@ def _require_active(shards: Iterable[Shard], transfers: int) -> None:
         what = f"in state {', '.join(inactive)}" if inactive else "being moved"
         raise StoreFailed(
             f"a shard of the collection is {what}",
-            next_step="wait until all shards of the cluster are active",
+            next_step="wait until all shards of the cluster are active, then run the same command again",
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lib.clients.qdrant.points import count
 from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, reports_full_disk
-from lib.errors import AccessRefused, MissingData, UsageProblem
+from lib.errors import AccessRefused, MissingData, UsageProblem, did_you_mean
 
 Health = Literal["missing", "live", "restoring", "failed", "unavailable"]
 
@@ -123,10 +123,12 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
         raw = q.json("GET", collection_path(name))
         points = count(q, name)
     except NotFound:
-        known = ", ".join(list_collections(q)) or "none"
+        known = list_collections(q)
         raise MissingData(
-            f"Qdrant at {q.display} has no collection '{name}' (it has: {known})",
-            next_step="check QDRANT_COLLECTION and QDRANT_URL",
+            f"Qdrant at {q.display} has no collection '{name}'{did_you_mean(name, known)}; it has:"
+            f" {', '.join(known) or 'none'}",
+            next_step="set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
+            "if the collection is lost: docs/worst-day.md",
         ) from None
     size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
     optimizer = raw.get("optimizer_status")
@@ -311,7 +313,7 @@ def refuse_alias(q: Qdrant, name: str) -> None:
         raise UsageProblem(
             f"'{name}' (QDRANT_COLLECTION) is an alias at {q.display}, of the collection '{target}';"
             " the name of a collection is needed here",
-            next_step=f"export QDRANT_COLLECTION={quote(target)}   if that is the collection you mean",
+            next_step=f"if that is the collection you mean:\nexport QDRANT_COLLECTION={quote(target)}",
         )
 
 
@@ -336,10 +338,9 @@ def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
     found = list(_foreign_settings(raw_info["config"]))
     if found:
         raise UsageProblem(
-            "the collection holds what a re-embedding would not carry over:\n"
-            + "\n".join(f"  - {one}" for one in found),
-            next_step="check QDRANT_COLLECTION. If it is AutoMem's collection: a backup (backup_automem.py) holds all"
-            " of this; then move what is listed into another collection, or remove it",
+            "the collection holds what a re-embed would not carry over:\n" + "\n".join(f"  - {one}" for one in found),
+            next_step="if it is not AutoMem's collection, correct QDRANT_COLLECTION; else back it up, then move what is"
+            " listed into another collection, or remove it:\npython scripts/backup_automem.py",
         )
 
 

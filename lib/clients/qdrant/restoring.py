@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
+from urllib.parse import quote
 
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import Health, delete_collection, exists, health
@@ -21,6 +22,8 @@ POLL_SECONDS = 0.5
 FAILED_SECONDS = 10.0  # during a restore, a collection can look failed for a moment
 WRONG_CHECKSUM = "0" * 64
 
+# The snapshots of Qdrant's image: read from there, a snapshot does not go through the network.
+_OWN_FOLDER = "file:///qdrant/snapshots"
 # A container's own port, if QDRANT_URL is a mapped one.
 _OWN_URL = "http://localhost:6333"
 _CONFLICT = 409
@@ -95,7 +98,8 @@ def _wrong_file(q: Qdrant, collection: str) -> BackupDamaged:
     return BackupDamaged(
         f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was changed"
         " since it was verified, or damaged on the way",
-        next_step="check the file:  python scripts/backup_automem.py --check FILE",
+        next_step="run the same command again; if it fails again, verify every backup:\n"
+        "python scripts/backup_automem.py --check all",
     )
 
 
@@ -129,14 +133,15 @@ def recover(
 
 
 def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
-    """The URL at which the server fetches this snapshot from itself, or None if it cannot.
+    """The URL of the file or address from which the server reads this snapshot of its own, or None if it cannot.
 
     Verified by a recover as `probe` (an unused name) with a wrong checksum: the server's mismatch error names the
     right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError if the
     server has no room for what it fetches.
     """
-    for base in dict.fromkeys((q.base_url, _OWN_URL)):
-        location = base + collection_path(collection, "snapshots", snapshot.name)
+    addresses = [base + collection_path(collection, "snapshots", snapshot.name) for base in (q.base_url, _OWN_URL)]
+    own_file = f"{_OWN_FOLDER}/{quote(collection, safe='')}/{quote(snapshot.name, safe='')}"
+    for location in dict.fromkeys((own_file, *addresses)):
         try:
             _put_recover(q, probe, location, WRONG_CHECKSUM, q.timeout_seconds)
         except NoAnswer:
@@ -171,10 +176,7 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
         failed_since = (failed_since or now) if state == "failed" else None
         has_failed = failed_since is not None and now - failed_since >= FAILED_SECONDS
         if has_failed or now >= deadline or (new_process and state == "missing"):
-            raise StoreFailed(
-                f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}",
-                next_step="look at the Qdrant server's log, then run the same command again",
-            )
+            raise StoreFailed(f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}")
         q.sleep(POLL_SECONDS)
 
 
@@ -188,7 +190,7 @@ class _Body:
     def read(self, size: int = -1) -> bytes:
         piece = self._stream.read(self.len if size < 0 else min(size, self.len))
         if not piece and self.len:
-            raise BackupDamaged(f"the snapshot ends {self.len} bytes early", next_step="use another backup")
+            raise BackupDamaged(f"the snapshot ends {self.len} bytes early")
         self.len -= len(piece)
         if self._progress:
             self._progress(self._size - self.len, self._size)

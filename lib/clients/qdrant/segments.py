@@ -27,7 +27,6 @@ from lib.files import FULL_DISK, PassThrough
 _UNKNOWN_FORMAT = ("unknown variant", "rocksdb", "RocksDB", "Failed to deserialize")
 _DISK_FULL = "No space left"
 _ENGINE = Path(__file__).with_name("segment_engine.py")
-_STEP = "use another backup"
 # Far above what the engine needs for intact segments: preallocated files, payloads and indexes in memory.
 _MAPPED, _PREALLOCATED, _CPU_SECONDS, _BYTES_PER_SECOND = 8, 512 << 20, 600, 1 << 20
 
@@ -36,6 +35,8 @@ Ask = Callable[[dict[str, Any]], Any]
 
 class EngineKilled(MigrationError):
     """The system killed the engine's process. That says nothing about the segments."""
+
+    usual_step = "free some memory, then run the same command again"
 
 
 class _EngineError(Exception):
@@ -59,7 +60,7 @@ class Segments:
         try:
             return set(self._ask({"held": list(ids)}))
         except _EngineError as error:
-            raise BackupDamaged(f"an id that the engine refuses: {error}", next_step=_STEP) from None
+            raise BackupDamaged(f"an id that the engine refuses: {error}") from None
 
 
 class SegmentFiles:
@@ -130,9 +131,7 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
             if _DISK_FULL in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device", str(files.folder)) from None
             if not any(sign in str(error) for sign in _UNKNOWN_FORMAT):
-                raise BackupDamaged(
-                    f"the engine cannot open the snapshot's segments: {error}", next_step=_STEP
-                ) from None
+                raise BackupDamaged(f"the engine cannot open the snapshot's segments: {error}") from None
             counts = None
         yield None if counts is None else Segments(ask, {int(shard): n for shard, n in counts.items()})
 
@@ -180,5 +179,5 @@ def _ended(code: int) -> MigrationError:
     if code == -signal.SIGKILL:
         return EngineKilled("Qdrant's engine was killed while it opened the segments: memory may be short")
     if code == -signal.SIGXCPU:
-        return BackupDamaged("the segments exceed the CPU time limit of Qdrant's engine", next_step=_STEP)
-    return BackupDamaged(f"the segments crash Qdrant's engine (exit {code})", next_step=_STEP)
+        return BackupDamaged("the segments exceed the CPU time limit of Qdrant's engine")
+    return BackupDamaged(f"the segments crash Qdrant's engine (exit {code})")

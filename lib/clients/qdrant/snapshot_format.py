@@ -164,7 +164,7 @@ def entries(section: Section, *, needs_end: bool) -> Iterator[Entry]:
 
 
 def _damaged(where: str, what: str) -> BackupDamaged:
-    return BackupDamaged(f"{where} {what}", next_step="use another backup")
+    return BackupDamaged(f"{where} {what}")
 
 
 def _take(stream: ByteStream, size: int) -> bytes:

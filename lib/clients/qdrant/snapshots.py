@@ -138,7 +138,7 @@ def create(
             return made
     raise NoAnswer(
         f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'",
-        next_step="look at the server's log and its memory, then run again",
+        next_step="look at the server's log and its memory, then run the same command again",
     )
 
 
@@ -172,7 +172,7 @@ def _wait_new(
         q.sleep(POLL_SECONDS)
     raise NoAnswer(
         f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s",
-        next_step="look at the server's log and free disk space, then run again",
+        next_step="look at the server's log and its free disk space, then run the same command again",
     )
 
 
@@ -262,7 +262,8 @@ class _Fetch:
             barren = barren + 1 if self.received - before < enough else 0
             if barren > len(PAUSES_SECONDS):
                 raise NoAnswer(
-                    f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}"
+                    f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}",
+                    next_step="check the network, then run the same command again",
                 )
             self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
 

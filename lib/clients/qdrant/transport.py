@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import threading
 import time
@@ -29,7 +30,7 @@ _TEXT_LIMIT = 600  # characters of a server's error text that are shown
 # The port of a URL that names none, for qdrant-client and so for AutoMem
 # (https://github.com/qdrant/qdrant-client, qdrant_remote.py).
 _DEFAULT_PORT = 6333
-_EXAMPLE = "export QDRANT_URL=http://localhost:6333"
+_EXAMPLE = "correct QDRANT_URL, as in:\nexport QDRANT_URL=http://localhost:6333"
 
 _UNKNOWN_HOST = "its name is not known"
 _NOT_CONNECTED = {
@@ -42,6 +43,7 @@ _NOT_CONNECTED = {
     "Failed to establish a new connection": "no connection can be made",
     "Tunnel connection failed": "the proxy refuses",
 }
+_PLAIN_HTTP = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # how OpenSSL names an answer without TLS
 _DISK_FULL = (
     "No space left",
     "Not enough space available",
@@ -291,7 +293,7 @@ class Qdrant:
             self.close()
             raise StoreFailed(
                 f"Qdrant at {self.display}: {error}",
-                next_step="check QDRANT_URL: is it a Qdrant that answers there?",
+                next_step=_EXAMPLE,
             ) from error
         if response.status_code < 300:
             return response
@@ -308,7 +310,7 @@ class Qdrant:
             raise self._not_qdrant() from None
 
     def _not_qdrant(self) -> StoreFailed:
-        return StoreFailed(f"what answers at {self.display} is not Qdrant", next_step="check QDRANT_URL")
+        return StoreFailed(f"what answers at {self.display} is not Qdrant's REST API", next_step=_EXAMPLE)
 
 
 def _split_login(url: str) -> tuple[str, tuple[str, str] | None]:
@@ -329,7 +331,7 @@ def _check_key(api_key: str) -> None:
     """Raise UsageProblem for a key that cannot be sent as a header (the error of requests would show the key)."""
     if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
         raise UsageProblem(
-            "QDRANT_API_KEY has characters that a header cannot have", next_step="set QDRANT_API_KEY again"
+            "QDRANT_API_KEY has characters that a header cannot have", next_step="export QDRANT_API_KEY=..."
         )
 
 
@@ -343,18 +345,27 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
     """StoreUnreachable if no connection was made, else NoAnswer."""
     text = str(error)
     if isinstance(error, requests.exceptions.SSLError):
-        return StoreUnreachable(f"Qdrant at {display}: TLS failed", next_step="check QDRANT_URL (http or https)")
+        return _tls_error(display, text)
     reason = next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None)
     if reason:
         host = urlsplit(display).hostname or ""
         hint = container_hint(host, "QDRANT_URL=http://localhost:6333") if reason == _UNKNOWN_HOST else ""
         return StoreUnreachable(
             f"Qdrant at {display} is unreachable: {reason}",
-            next_step=f"{hint}start it (docker compose up -d qdrant) or check QDRANT_URL",
+            next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
         )
     reason = "timed out" if "timed out" in text else "the connection broke"
-    return NoAnswer(
-        f"Qdrant at {display} gave no answer: {reason}", next_step="look at the server's log, then run again"
+    return NoAnswer(f"Qdrant at {display} gave no answer: {reason}")
+
+
+def _tls_error(display: str, text: str) -> StoreUnreachable:
+    if any(sign in text for sign in _PLAIN_HTTP):
+        step = f"export QDRANT_URL={display.replace('https:', 'http:')}"
+        return StoreUnreachable(f"Qdrant at {display}: TLS failed: the server speaks plain HTTP", next_step=step)
+    found = re.search(r"\] (.+?) \(_ssl", text)
+    return StoreUnreachable(
+        f"Qdrant at {display}: TLS failed: {found[1] if found else one_line(text[:_TEXT_LIMIT])}",
+        next_step="if its certificate is of an authority of your own:\nexport REQUESTS_CA_BUNDLE=...",
     )
 
 
@@ -366,11 +377,11 @@ def _status_error(display: str, response: requests.Response, secrets: Iterable[s
     if status in {401, 403}:
         return AccessRefused(
             f"Qdrant at {display} refuses access: {status} {text}",
-            next_step="export QDRANT_API_KEY=... (a key that may manage the whole server)",
+            next_step="export QDRANT_API_KEY=...\na key that may manage the whole server",
         )
     if status == 404:
         return NotFound(display, status, text)
-    step = "free disk space on the Qdrant server" if reports_full_disk(text) else ""
+    step = "free disk space on the Qdrant server, then run the same command again" if reports_full_disk(text) else ""
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
 
 

@@ -34,6 +34,7 @@ FETCH_SECONDS = 600.0
 MEGABYTE = 1024 * 1024
 STORAGE_FORMAT = b"0.4.2"  # the same in 1.11.3 and 1.18.3
 SUFFIX = ".snapshot"
+IMAGE_SNAPSHOTS = "/qdrant/snapshots"  # where the server of the Docker image has them
 
 
 @contextmanager
@@ -45,6 +46,8 @@ def local_copy(storage: Storage, location: str, api_key: str | None) -> Iterator
     parts = urlsplit(location)
     if parts.scheme == "file":
         path = Path(unquote(parts.path))
+        if path.is_relative_to(IMAGE_SNAPSHOTS):
+            path = storage.snapshot_folder("") / path.relative_to(IMAGE_SNAPSHOTS)
         if not path.is_file():
             raise bad_request(f'Snapshot file "{path}" does not exist')
         yield path
