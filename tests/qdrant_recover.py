@@ -182,7 +182,9 @@ class RecoverReplay:
     def _damaged(self) -> bytes:
         """The snapshot with its log overwritten."""
         where = f"{self.url}/collections/memories__next/snapshots/{self.values['{snap}']}"
-        whole = requests.get(where, headers={"api-key": KEY, "Accept-Encoding": "identity"}, timeout=TIMEOUT_SECONDS).content
+        whole = requests.get(
+            where, headers={"api-key": KEY, "Accept-Encoding": "identity"}, timeout=TIMEOUT_SECONDS
+        ).content
         return repacked(whole, lambda name, body: b"x" * len(body) if name.startswith("0/wal/open-") else body)
 
     def _ok(self, method: str, path: str, body: Any) -> Any:

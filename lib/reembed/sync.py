@@ -248,13 +248,11 @@ def sync_collection(
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
-        existing = tables.enter_context(existing_points(qdrant, collection))
-        copies = None
+        names = [collection] if copied_from in (None, collection) else [collection, copied_from]
+        read = [tables.enter_context(one) for one in bounded_map(functools.partial(existing_points, qdrant), names, 2)]
+        existing, copies = read[0], read[-1] if copied_from else None
         if copied_from == collection:
-            copies = existing
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
-        elif copied_from:
-            copies = tables.enter_context(existing_points(qdrant, copied_from))
         found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):

@@ -12,13 +12,13 @@ import numpy as np
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable
+from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.payloads import PointId, base_payload, identical, merged_payload, point_id, unusable
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
-from lib.clients.qdrant.points import Point, scroll, upsert
+from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, retrieve_pages, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
@@ -346,8 +346,12 @@ def repair_vectors(
     `different_vectors`.
     """
     state, repaired = get_state(qdrant, collection), 0
-    with bar("compare vectors", state.points, "points") as progress:
-        for page in read_ahead(scroll(qdrant, collection, payload=True, vector=True)):
+    with (
+        existing_points(qdrant, collection, payload=False) as existing,
+        bar("compare vectors", state.points, "points") as progress,
+    ):
+        pages = chunks((one for ids in existing.ids() for one in ids), PAGE_WITH_VECTORS)
+        for page in retrieve_pages(qdrant, collection, pages, payload=True, vector=True):
             _, wrong = different_vectors(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]

@@ -1,4 +1,4 @@
-"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest. And read_ahead."""
+"""The bounded map: results in order, never more at once than asked; an error waits for the rest. And reading ahead."""
 
 from __future__ import annotations
 
