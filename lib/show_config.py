@@ -171,6 +171,7 @@ def _hides(name: str, setting: Setting) -> str:
 
 def _unfinished(journal: Journal, targets: list[str]) -> str:
     """Return how to resume, give up and undo an unfinished run."""
+    from lib.backup.last_migration import DELETING, STAGED
     from lib.backup.server_snapshots import AWAITED
 
     if journal.phase == AWAITED and journal.targets == targets:
@@ -181,8 +182,10 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     text = f"a run of {script} is unfinished, or still running ({journal.run_id}, at: {phase})"
     if journal.targets != targets:
         return f"{text}; it works on other stores: {listed(journal.targets)}"
+    if journal.phase == STAGED:
+        again = again.replace(" --no-switch", "")  # all that it asks for is done
     text += f"\n  resume:  {again}"
-    if journal.command in {"reembed", "restore"}:
+    if journal.command in {"reembed", "restore"} and not journal.has_reached(DELETING):  # else --abort is refused
         text += f"\n  give it up:  python scripts/{script} --abort"
     return f"{text}\n  undo:\n{journal.undo}" if journal.undo else text
 

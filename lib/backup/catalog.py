@@ -132,7 +132,8 @@ def latest(folder: Path, owner: Deployment | None) -> Manifest:
 def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: str) -> Manifest:
     """The first of `manifests` that is a full set of `owner` (None: of any deployment) and no safety copy.
 
-    Raises MissingData if there is none, and UsageProblem if it is dated in the future: it need not be the newest.
+    Raises MissingData if there is none, and UsageProblem if it is dated in the future (it need not be the newest) or
+    was taken after a store was lost.
     `where` is the folder or URL of the sets.
     """
     others = []
@@ -147,6 +148,11 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
                 " which set is the newest is not known",
                 next_step="compare this clock with the right time:\ndate -u\nthen name the set:\n"
                 f"python scripts/restore_from_backup.py {quote(f'{where}/{manifest.name}')}",
+            )
+        elif manifest.lost_store:
+            raise UsageProblem(
+                f"{manifest.name}, the newest set, may have been taken after a loss: {manifest.lost_store}",
+                next_step=f"name the set to restore:\npython scripts/backup_automem.py --list {quote(where)}",
             )
         else:
             return manifest

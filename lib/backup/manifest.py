@@ -157,6 +157,21 @@ class Manifest:
         return min(levels, key=VERIFICATION_LEVELS.index, default=UNVERIFIED)
 
     @property
+    def lost_store(self) -> str:
+        """Name the store that is empty although the other one has memories; empty if none is.
+
+        AutoMem recreates a lost store empty as long as it runs, so that the backups of the next nights look complete.
+        """
+        graph, collection, drift = self.graph, self.collection, self.drift
+        if not (graph and collection and drift):
+            return ""
+        if drift.only_collection and not graph.labels.get("Memory"):
+            return f"graph '{graph.graph}' holds no memory, and collection '{collection.collection}' has points"
+        if drift.only_graph and not collection.points:
+            return f"collection '{collection.collection}' has no point, and graph '{graph.graph}' holds memories"
+        return ""
+
+    @property
     def files(self) -> list[BackupFile]:
         """The files of the components."""
         return [component.file for component in self.components]

@@ -77,7 +77,7 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     """Show the new set; exit code 3 if it was not verified, or if one of the stores seems to be lost."""
     lines = [table([_component_row(one) for one in manifest.components]), "", f"backup set: {manifest.path}"]
     drift = manifest.drift
-    lost = _lost_store(manifest)
+    lost = manifest.lost_store
     if drift and (drift.only_graph or drift.only_collection):
         lines.append(
             f"drift: {drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
@@ -106,21 +106,6 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
         console.warn(f"{lost}. If its data are lost, delete no older set and go to docs/worst-day.md")
         return REMAINING
     return DONE
-
-
-def _lost_store(manifest: Manifest) -> str:
-    """Name the store that is empty although the other one has memories; empty if none is.
-
-    AutoMem recreates a lost store empty as long as it runs, so that the backups of the next nights look complete.
-    """
-    graph, collection, drift = manifest.graph, manifest.collection, manifest.drift
-    if not (graph and collection and drift):
-        return ""
-    if drift.only_collection and not graph.labels.get("Memory"):
-        return f"graph '{graph.graph}' holds no memory, and collection '{collection.collection}' has points"
-    if drift.only_graph and not collection.points:
-        return f"collection '{collection.collection}' has no point, and graph '{graph.graph}' holds memories"
-    return ""
 
 
 def _component_row(component: GraphComponent | CollectionComponent) -> tuple[str, ...]:

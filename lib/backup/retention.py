@@ -106,8 +106,8 @@ def plan_cleanup(
 
 
 def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
-    """The sets that count for a rule: complete, and not dated in the future."""
-    return [one for one, complete in sets if complete and not one.is_from_future]
+    """The sets that count for a rule: complete, not dated in the future, and not taken after a store was lost."""
+    return [one for one, complete in sets if complete and not one.is_from_future and not one.lost_store]
 
 
 def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
@@ -124,11 +124,12 @@ def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -
         found.setdefault(one.name, "the newest verified set of its kind")
     at_least = rules.get(KEEP, 1)
     oldest = counted[at_least - 1].name if len(counted) >= at_least else ""
-    for one, _ in sets:
+    for one, complete in sets:
         if one.is_from_future:
             found.setdefault(one.name, "dated in the future, so its age is not known")
         elif one.name >= oldest:
-            found.setdefault(one.name, "incomplete, but among the newest sets")
+            state = "one of its stores is empty" if complete else "incomplete"
+            found.setdefault(one.name, f"{state}, but among the newest sets")
     return found
 
 

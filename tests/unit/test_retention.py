@@ -12,7 +12,7 @@ import pytest
 
 from lib.backup.catalog import backup_sets, dated_later, latest
 from lib.backup.copies import catalog_at
-from lib.backup.manifest import SAFETY, UNVERIFIED, read_manifest, sealed, write_manifest
+from lib.backup.manifest import SAFETY, UNVERIFIED, Drift, read_manifest, sealed, write_manifest
 from lib.backup.retention import plan_cleanup
 from lib.errors import MissingData, UsageProblem
 from lib.journal import start_journal
@@ -55,6 +55,21 @@ def test_cleanup_keeps_the_newest_ones(tmp_path):
     for keep in (0, -1):
         with pytest.raises(UsageProblem, match="--keep must be at least 1"):
             plan(tmp_path, keep)
+
+
+def test_sets_from_after_a_loss_push_none_out_and_are_not_the_latest(tmp_path):
+    lost = dataclasses.replace(GRAPH, nodes=0, labels={})
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    for number in (3, 4, 5):
+        made = make(tmp_path, number, graph=lost)
+        write_manifest(tmp_path, dataclasses.replace(made, drift=Drift(0, 7)))
+    assert deleted(tmp_path, 1) == [1]
+    assert deleted(tmp_path, 2) == []
+    verdicts = {one.stamp[-2:]: reason for one, reason in plan(tmp_path, 1).verdicts}
+    assert verdicts["05"] == "one of its stores is empty, but among the newest sets"
+    with pytest.raises(UsageProblem, match="may have been taken after a loss: graph '.*' holds no memory"):
+        latest(tmp_path, HERE)
 
 
 def test_each_kind_is_counted_apart(tmp_path):
