@@ -1,7 +1,4 @@
-"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest.
-
-Reading ahead: one item, never two.
-"""
+"""The bounded map: results in order, never more at once than asked, nothing read ahead, an error waits for the rest. And read_ahead."""
 
 from __future__ import annotations
 
@@ -65,27 +62,34 @@ def test_the_first_error_is_raised_when_those_at_work_have_ended():
     assert threading.active_count() == 1 or not any("bounded_map" in one.name for one in threading.enumerate())
 
 
-def test_one_item_is_read_ahead_and_an_error_is_raised_at_its_place():
-    read, ahead = [], threading.Semaphore(0)
+def test_read_ahead_reads_one_item_more_than_is_used():
+    read, is_read = [], threading.Semaphore(0)
 
     def items():
         for item in range(4):
             read.append(item)
-            ahead.release()
+            is_read.release()
             yield item
-        raise OSError("the fifth")
+
+    for used in read_ahead(items()):
+        for _ in range(2 if used == 0 else 1 if used < 3 else 0):
+            assert is_read.acquire(timeout=60)
+        assert read == list(range(min(used + 2, 4)))
+
+
+def test_read_ahead_raises_an_error_after_the_items_before_it():
+    def items():
+        yield 1
+        raise ValueError("no room")
 
     used = []
+    with pytest.raises(ValueError, match="no room"):
+        used.extend(read_ahead(items()))
+    assert used == [1]
 
-    def use_all() -> None:
-        for item in read_ahead(items()):
-            assert ahead.acquire(timeout=60)
-            if item < 3:
-                assert ahead.acquire(timeout=60)  # the next one is read while this one is in use
-                ahead.release()
-                assert read == list(range(item + 2))
-            used.append(item)
 
-    with pytest.raises(OSError, match="the fifth"):
-        use_all()
-    assert used == [0, 1, 2, 3]
+def test_read_ahead_ends_its_thread_when_its_user_stops():
+    source = read_ahead(iter(range(100)))
+    assert next(source) == 0
+    source.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("read_ahead")]
