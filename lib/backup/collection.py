@@ -301,12 +301,14 @@ def take_collection(
     verify: bool = True,
     progress: Progress | None = None,
     on_ids: IdsReader | None = None,
+    before_ids: Callable[[], object] = lambda: None,
 ) -> CollectionComponent:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and verify it.
 
     The snapshots on the server, one on each node that holds a part, are deleted again in any case (see
-    `own_snapshot`). `on_ids` gets the expected ids if the archive is verified. Raises MissingData if the collection is
-    absent, BackupDamaged, and like `whole_nodes` if the snapshots would not hold all of it.
+    `own_snapshot`). `on_ids` gets the expected ids if the archive is verified. `before_ids` is called before the first
+    id is read. Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots
+    would not hold all of it.
     """
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
@@ -321,6 +323,7 @@ def take_collection(
         "points": state.points,
         **known_model(state, source.spec, journalled),
     }
+    before_ids()
     size, sha256 = _write_archive(source, nodes, path, facts, journal, progress)
     component = CollectionComponent(
         file=BackupFile(f"{COLLECTION_DIR}/{path.name}", size, sha256),

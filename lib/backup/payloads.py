@@ -336,6 +336,8 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
     merged = dict(live)
     for key, value in properties.items():
         had = live.get(key)
+        if isinstance(value, str) and value == had:  # most values
+            continue
         if value is None or (key not in live and key not in NEEDED_KEYS):
             continue
         if had is not None and isinstance(value, list) and None in value:

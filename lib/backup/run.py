@@ -109,8 +109,8 @@ def _save(
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
-    The main thread saves the collection: it writes the journal, and after a signal deletes the snapshot on the server.
-    The tables are filled if the files are verified.
+    So the points of its memories exist when the collection's ids are read. The main thread saves the collection: it
+    writes the journal, and after a signal deletes the server's snapshot. Verified files fill the tables.
     """
 
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
@@ -130,12 +130,12 @@ def _save(
             return take(
                 progress=task.watching(progress) if task else progress,
                 on_ids=lambda ids: point_ids.fill(map(as_id, ids)),
+                before_ids=task.wait_begun if task else lambda: None,
             )
 
     if graph is None:
         return None, save_collection(None)
     with BackgroundTask(save_graph) as task:
-        task.wait_begun()  # the graph's state is fixed now, and its points exist when the collection's ids are read
         saved = save_collection(task)
         return task.result(), saved
 

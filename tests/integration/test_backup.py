@@ -7,6 +7,8 @@ import stat
 
 import pytest
 
+from tests.far_proxy import FarProxy
+
 pytestmark = pytest.mark.qdrant
 
 
@@ -26,6 +28,16 @@ def test_makes_a_verified_pair_with_the_manifest_last(operator):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert operator.state() == before
     assert operator.call("GET", "/snapshots") == []
+
+
+def test_a_far_server_is_not_asked_for_each_label_and_type(operator):
+    operator.load()
+    with FarProxy(operator.servers.falkordb.port) as proxy:
+        operator.export(FALKORDB_PORT=proxy.port)
+        graph = operator.run("backup_automem", "--json").json["graph"]
+    assert graph["proof"] == "restored"
+    assert len(graph["labels"]) + len(graph["types"]) > 10
+    assert 0 < proxy.round_trips <= 24
 
 
 @pytest.mark.parametrize(("only", "component"), [("falkordb", "graph"), ("qdrant", "collection")])

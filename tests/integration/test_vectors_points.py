@@ -58,6 +58,23 @@ def test_count_retrieve_and_delete(q: Qdrant, filled: str):
     assert all(point.vector.shape == (8,) for point in found)
 
 
+def test_retrieved_pages_hold_the_points_of_their_ids_in_the_order_of_the_pages(q: Qdrant, filled: str):
+    ids = ids_of(50)
+    asked = [[*ids[start : start + 7], start] for start in range(0, 50, 7)]  # no point has the number `start`
+    pages = list(points.retrieve_pages(q, filled, asked, payload=["content"], vector=True))
+    assert [sorted(point.id for point in page) for page in pages] == [one[:-1] for one in asked]
+    found = {point.id: point for page in pages for point in page}
+    assert [found[one].payload for one in ids] == [{"content": payload_of(index)["content"]} for index in range(50)]
+    assert not vectors_differ(np.stack([found[one].vector for one in ids]), vectors_of(50, 8)).any()
+
+
+@pytest.mark.parametrize("numbers", [[0.1, -2, 3.5e-40], [0.1, None, 2.0], [1e39, 0.0, -1e39]])
+def test_a_vector_is_read_as_numpy_reads_its_numbers(numbers):
+    with np.errstate(over="ignore"):
+        wanted = np.array(numbers, dtype=np.float32)
+    assert np.array_equal(points._float32s(numbers), wanted, equal_nan=True)
+
+
 def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled: str):
     (before,) = points.retrieve(q, filled, ids_of(50)[7:8], vector=True)
     points.overwrite_payload(q, filled, before.id, {"content": "new", "relevance_score": 0.12345678901234567})

@@ -127,7 +127,8 @@ def retrieve_pages(
     path = collection_path(name, "points")
 
     def post(ids: Sequence[PointId]) -> requests.Response:
-        return q.answer("POST", path, {"ids": ids, "with_payload": payload, "with_vector": vector}, retry=True)
+        body = encode({"ids": ids, "with_payload": payload, "with_vector": vector})
+        return q.call("POST", path, body, headers={"Content-Type": "application/json"}, retry=True)
 
     # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
     for response in bounded_map(post, pages, PAGES_AT_ONCE):

@@ -190,27 +190,12 @@ class Qdrant:
         504. A 429 with Retry-After was not carried out, so it is always waited for and repeated.
         Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
         """
-        return self.result(
-            self.answer(method, path, body, params=params, timeout=timeout, retry=retry, compress=compress)
-        )
-
-    def answer(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        *,
-        params: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-        retry: bool | None = None,
-        compress: bool = False,
-    ) -> requests.Response:
-        """Send like `json`, and return the whole answer, not decoded yet."""
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         if content is not None and compress:
             content, headers["Content-Encoding"] = _gzipped(content), "gzip"
-        return self.call(method, path, content, params=params, headers=headers, timeout=timeout, retry=retry)
+        response = self.call(method, path, content, params=params, headers=headers, timeout=timeout, retry=retry)
+        return self.result(response)
 
     def result(self, response: requests.Response) -> Any:
         """Return the `result` of an answer of JSON, or None if it has none. Raises StoreFailed."""
