@@ -19,9 +19,11 @@ from statistics import median
 from urllib.parse import urlsplit
 
 import redis
+from isal import igzip
 
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
+from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import GraphAddress, connect
 from lib.clients.falkordb.queries import iter_memories, nodes, pages
 from lib.clients.falkordb.swap import drop_graph, dump_as
@@ -212,11 +214,12 @@ def _bare_restore(conn: redis.Redis, points: CollectionSource, raw: Path, size: 
 
 
 def reembed(folder: Path) -> Iterator[Figure]:
-    """From 768d to 3072d. Needed: the memories and the old points' payloads once, the new points up once, ids once.
+    """From 768d to 3072d. Needed: the memories, the old points' payloads and the ids once, the new points up and down.
 
+    They are read back once, because every staged vector is compared; the stand-in does not compress its answers.
     The memories are read with all their properties, because the new payloads are the old ones with the graph's values.
-    A new point counts as the JSON in which REST takes it, 3.2 times its float32 numbers: all servers accept no other
-    form. The second figure is over the numbers alone. The provider's traffic goes past the proxies.
+    A new point counts as gzip of its JSON, 1.4 times its float32 numbers: REST takes no smaller form on all servers. The
+    second figure is over the numbers alone. The provider's traffic goes past the proxies.
     """
     with CheapEndpoint(size=LARGE_SIZE) as endpoint:
         settings = {
@@ -229,7 +232,7 @@ def reembed(folder: Path) -> Iterator[Figure]:
             far.run("backup_automem")
             read, new = _bytes_read(far), _bytes_of_new_points(far)
             moved = far.moved_by(partial(far.run, "reembed_embeddings", **settings))
-            yield at_most("reembed.bytes_vs_needed", moved / MB, (read + new) / MB, 1.25, far.on())
+            yield at_most("reembed.bytes_vs_needed", moved / MB, (read + 2 * new) / MB, 1.25, far.on())
             numbers = MEMORIES * LARGE_SIZE * 4
             yield at_most("reembed.bytes_vs_float32", moved / MB, (read + numbers) / MB, None, far.on())
         for name, rate in LINES.items():
@@ -249,7 +252,7 @@ def _bytes_read(far: Far) -> int:
 
 
 def _bytes_of_new_points(far: Far) -> int:
-    """Bytes of the points as JSON: the vectors of one batch of the endpoint are those of every batch."""
+    """Bytes of the points as compressed JSON: the vectors of one batch of the endpoint are those of every batch."""
     import numpy as np
 
     rows = np.random.default_rng(1).standard_normal((100, LARGE_SIZE), dtype=np.float32)
@@ -259,7 +262,7 @@ def _bytes_of_new_points(far: Far) -> int:
         for at, one in enumerate(generate(MEMORIES))
         if one.point_id is not None
     )
-    return sum(len(encode(point)) for point in points)
+    return sum(len(igzip.compress(encode(batch), 1)) for batch in chunks(points, 100))
 
 
 # --- on this machine, against the bare transfers ------------------------------------------------------------------

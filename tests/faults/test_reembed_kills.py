@@ -166,8 +166,8 @@ def test_another_run_meanwhile_has_to_wait(rig):
 def test_other_settings_after_the_delete_are_refused_and_name_both_ways_out(rig):
     rig.kill_at("deleted and noted")
     refused = rig.operator.run("reembed_embeddings", expect=2, env={"VECTOR_SIZE": "64"})
-    assert "VECTOR_SIZE has changed" in refused.err
-    assert f"an unfinished run was making '{rig.operator.collection}' {NEW_SIZE}d with {LARGE}" in refused.err
+    assert f"cannot resume the unfinished run of '{rig.operator.collection}': VECTOR_SIZE has changed" in refused.err
+    assert f"It was making {NEW_SIZE}d with {LARGE}" in refused.err
     assert f"export VECTOR_SIZE={NEW_SIZE} EMBEDDING_MODEL={LARGE}" in refused.err
     assert rig.operator.archive() in refused.err
     assert rig.operator.collections() == [f"{rig.operator.collection}__next"]
