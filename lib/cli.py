@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import math
@@ -203,6 +204,9 @@ def _report(error: MigrationError, *, as_json: bool) -> None:
             print("\nnext:\n  " + escaped(step).replace("\n", "\n  "), file=sys.stderr)
 
 
+_OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
+
+
 class _Interrupted(MigrationError):
     exit_code = INTERRUPTED
 
@@ -264,6 +268,7 @@ def _flush(stream: io.TextIOBase) -> None:
 def run(command: Callable[[], int], *, as_json: bool = False) -> int:
     """Run a command. Known errors become one message and an exit code; bugs keep their traceback."""
     _handle_signals()
+    gc.set_threshold(_OBJECTS)
     sys.excepthook = _show_bug
     streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, io.TextIOWrapper)]
     for stream in streams:

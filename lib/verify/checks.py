@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -49,7 +48,6 @@ PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not c
 _EXAMPLES = 3
 _RECALL_LIMIT = 5
 _NUMBERS_AT_ONCE = 200_000  # of a page of vectors
-_OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
 _SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 # By how much the two counts of vectors may differ: memories of the last minutes may lack theirs.
 _FEW_VECTORS, _SHARE = 10, 0.05
@@ -365,7 +363,6 @@ def verify(
 
     Raises DimensionMismatch, MissingData, StoreUnreachable.
     """
-    gc.set_threshold(_OBJECTS)
     graph, source = stores.graph, stores.collection
     qdrant, spec = source.qdrant, source.spec
     require_graph(graph.conn, graph.graph, graph.address)

@@ -351,7 +351,8 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
 
 
 # Bounds for replies: a hostile server may announce gigabytes, or send a byte a minute without end.
-_LONG_LIST = re.compile(rb"[*~>%|]\d{5,}\r")  # a text may match, too
+# The header of a long list, at the start of a reply and after a line; a text may match, too.
+_LONG_LIST, _LATER_LIST = re.compile(rb"[*~>%|]\d{5,}\r"), re.compile(rb"\n[*~>%|]\d{5,}\r")
 _HEADER_BYTES = 32
 _MOST_ELEMENTS = 10_000_000  # in a reply: a page of rows has some 100,000
 # Memory for a reply: nested lists can cost thousands of times their bytes on the wire.
@@ -421,7 +422,11 @@ class BoundedSocket:
         self._in_string -= within
         self._unparsed += data[within:]
         start = max(0, len(self._unparsed) - len(data) - _HEADER_BYTES)
-        if self._unparsed.startswith(b"$") or _LONG_LIST.search(self._unparsed, start):
+        if (
+            self._unparsed.startswith(b"$")
+            or _LONG_LIST.match(self._unparsed)
+            or _LATER_LIST.search(self._unparsed, start)
+        ):
             self._parse_headers()
         if self._received - self._checked >= _CHECK_BYTES:
             self._checked = self._received
