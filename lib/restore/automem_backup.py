@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, 
 from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, set_indexing_threshold
 from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
@@ -111,6 +111,8 @@ class PointsPlan(RestorePlan):
     If the server cannot fetch that snapshot, and in a cluster, the live collection is filled as the temporary one was.
     """
 
+    thresholds: dict[str, int] = field(default_factory=dict, compare=False)  # of collections without an index yet
+
     @property
     def table(self) -> PointTable:
         """The points of the file."""
@@ -118,11 +120,16 @@ class PointsPlan(RestorePlan):
         return self.backup.ids
 
     def upload(self, name: str, stem: str, progress: Progress | None) -> None:
-        """Create `name` with AutoMem's settings and fill it. No file is stored under `stem`."""
+        """Create `name` with AutoMem's settings and fill it. No file is stored under `stem`.
+
+        A trial gets its vector index when it is verified: to build it meanwhile would take the server's time from both.
+        """
         del stem
         self.begun.add(name)  # if it fails, a part of it must not stay
         qdrant = self.target.qdrant
         create_default(qdrant, name, self.table.size)
+        if name != self.target.collection:
+            self.thresholds[name] = set_indexing_threshold(qdrant, name, 0)
         for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
             if progress:
                 progress(size)
@@ -166,6 +173,8 @@ class PointsPlan(RestorePlan):
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
+        if threshold := self.thresholds.pop(name, 0):
+            set_indexing_threshold(self.target.qdrant, name, threshold)
 
     def _different(self, page: list[Point]) -> list[PointId]:
         """The points of a page whose payload or vector is not the file's."""

@@ -253,7 +253,7 @@ def test_a_file_of_anothers_is_never_replaced(operator, sftp, backed_up):
             (folder / name).parent.mkdir(parents=True)
             (folder / name).write_bytes(foreign)
             err = upload(operator, sftp.url("/copies"), 1)
-            assert f"{name} is another file" in err
+            assert f"{name} is not the file that is to be sent" in err
             assert (folder / name).read_bytes() == foreign
             assert name == backed_up.name or backed_up.name not in files_in(folder)
 

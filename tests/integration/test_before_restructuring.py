@@ -285,7 +285,7 @@ def test_an_unfinished_reembedding_resumes_and_pays_nothing(operator, by_name, c
     assert_reembedded(operator)
     assert operator.servers.openai.stats()["requests"] == 0
     if case in {"reembed_deleted", "reembed_placing"}:  # the cutover to the staged collection
-        assert any(path.startswith(f"/collections/{NAME}/snapshots/upload") for path in by_name.asked)
+        assert any(path.startswith(f"/collections/{NAME}/snapshots/recover") for path in by_name.asked)
 
 
 @pytest.mark.parametrize("case", ["reembed_deleted", "reembed_staging"])

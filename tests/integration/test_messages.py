@@ -1011,7 +1011,7 @@ TABLE = [
         None,
         "a run of reembed_embeddings.py is unfinished, or still running ({run}, at: staged and verified)",
         (
-            "resume:  python scripts/reembed_embeddings.py --no-switch",
+            "resume:  python scripts/reembed_embeddings.py",
             "give it up:  python scripts/reembed_embeddings.py --abort",
         ),
         unfinished,

@@ -275,6 +275,13 @@ def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] 
     put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
 
+def set_indexing_threshold(q: Qdrant, name: str, threshold: int) -> int:
+    """Set from which segment size (kB) on the server builds a vector index; 0: never. Returns the earlier value."""
+    earlier = int(get_state(q, name).raw["config"]["optimizer_config"]["indexing_threshold"] or 0)
+    q.json("PATCH", collection_path(name), {"optimizers_config": {"indexing_threshold": threshold}}, retry=True)
+    return earlier
+
+
 def create_small(q: Qdrant, name: str) -> None:
     """Create `name` only so that it exists, with a WAL so small that it fits on a full disk."""
     body = {"vectors": {"size": 1, "distance": "Dot"}, "wal_config": {"wal_capacity_mb": 1}}
