@@ -80,7 +80,7 @@ def arrived(operator: Operator, url: str, folder: Path, manifest: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "code", "message"),
     [
-        ("ftp://host/x", 2, "backups cannot be uploaded to"),
+        ("ftp://host/x", 2, "copies of backups cannot be at ftp://"),
         ("s3://", 2, "names no bucket"),
         ("s3://no-such-bucket/x", 1, "does not exist"),
         ("sftp://127.0.0.1:1/x", 1, "cannot open sftp://127.0.0.1:1/x"),
