@@ -139,7 +139,7 @@ def test_latest_is_never_the_safety_copy_of_a_rollback(operator):
     operator.manifests()[0].unlink()
     assert "\n  collection only\n" in operator.run("backup_automem", "--list").out
     refused = operator.run("restore_from_backup", "latest", expect=1)
-    assert "no full backup in" in refused.err
+    assert "no full backup set in" in refused.err
     assert "(collection only)" in refused.err
 
 
