@@ -9,6 +9,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from tests.faulty_proxy import hang_up
+
 PIECE_BYTES = 65536
 MOST_IN_FLIGHT = 1024  # pieces of one direction of a connection: 64 MiB, more than a loopback moves within a delay
 
@@ -58,7 +60,7 @@ class FarProxy:
 
     def __exit__(self, *_: object) -> None:
         for one in (self._listener, *self._open):
-            _hang_up(one)
+            hang_up(one)
         self._listener.close()
 
     def set_line(self, delay: float, rate: float | None) -> None:
@@ -141,7 +143,7 @@ def _deliver(on_the_way: queue.Queue[tuple[float, bytes]], source: socket.socket
                 target.shutdown(socket.SHUT_WR)
                 return
             target.sendall(data)
-    _hang_up(source)  # the target is gone: the source must notice
+    hang_up(source)  # the target is gone: the source must notice
     while on_the_way.get()[1]:
         pass
 
@@ -151,8 +153,3 @@ def sleep_until(moment: float) -> None:
     left = moment - time.monotonic()
     if left > 0:
         time.sleep(left)
-
-
-def _hang_up(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)

@@ -79,7 +79,7 @@ class FaultyProxy:
     def __exit__(self, *_: object) -> None:
         self._listener.close()
         for one in list(self._open):
-            _hang_up(one)
+            hang_up(one)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -99,8 +99,8 @@ class FaultyProxy:
                 up.start()
                 with contextlib.suppress(OSError):
                     down.run()
-                _hang_up(server)
-                _hang_up(near)
+                hang_up(server)
+                hang_up(near)
                 up.join(5)
                 self._open -= {near, server}
 
@@ -117,7 +117,7 @@ class FaultyProxy:
                     down.fault = fault
                 server.sendall(data)
         down.client_gone.set()
-        _hang_up(server)
+        hang_up(server)
 
 
 class _Down:
@@ -151,6 +151,7 @@ class _Down:
         return not ends
 
 
-def _hang_up(end: socket.socket) -> None:
+def hang_up(end: socket.socket) -> None:
+    """Shut a connection down in both directions."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(end, socket.SHUT_RDWR)

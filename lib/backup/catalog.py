@@ -132,9 +132,8 @@ def latest(folder: Path, owner: Deployment | None) -> Manifest:
 def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: str) -> Manifest:
     """The first of `manifests` that is a full set of `owner` (None: of any deployment) and no safety copy.
 
-    Raises MissingData if there is none, and UsageProblem if it is dated in the future (it need not be the newest) or
-    was taken after a store was lost.
-    `where` is the folder or URL of the sets.
+    `where` is the folder or URL of the sets. Raises MissingData if there is none, and UsageProblem if it is dated in
+    the future (it need not be the newest) or was taken after a store was lost.
     """
     others = []
     for manifest in manifests:

@@ -82,15 +82,11 @@ class _RunningTrials:
     collection: BackgroundTask[Newer | None]
     temporary: str | None
 
-    def wait(self) -> None:
-        """Wait for their ends. Raises the error of one that failed."""
-        self.result()
-
     def result(self) -> _Trials:
         """Wait for their ends and return what they made. Raises the error of one that failed."""
-        newer_points = self.collection.result()
-        payload, newer_memories = self.graph.result()
-        return _Trials(payload, self.temporary, NewerThanBackup(newer_memories, newer_points))
+        points = self.collection.result()
+        payload, memories = self.graph.result()
+        return _Trials(payload, self.temporary, NewerThanBackup(memories, points))
 
     def watching(self, bar: ProgressBar) -> ProgressBar:
         """Wrap `bar` for the main thread: a trial's error is raised as soon as there is one."""
@@ -112,7 +108,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         calls = write_calls(site.graph.conn) if site.graph else None
         with _trial_restores(site, files, journal) as running:
             if left.journals:
-                running.wait()
+                running.result()  # until then one of the graphs that killed runs left may be needed
             notes = [*left.notes, *_clean_up_graphs(site, left)]
             safety = _safety_backup(site, files, journal, running) if site.safety else None
             trials = running.result()

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lib.clients.qdrant.transport import NoAnswer, Parts, Qdrant, QdrantError, collection_path, encode
@@ -124,12 +125,7 @@ def retrieve_pages(
     vector: bool = False,
 ) -> Iterator[list[Point]]:
     """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
-    path = collection_path(name, "points")
-
-    def post(ids: Sequence[PointId]) -> requests.Response:
-        body = encode({"ids": ids, "with_payload": payload, "with_vector": vector})
-        return q.call("POST", path, body, headers={"Content-Type": "application/json"}, retry=True)
-
+    post = partial(_post_ids, q, name, payload=payload, vector=vector)
     # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
     for response in bounded_map(post, pages, PAGES_AT_ONCE):
         yield _points(q.result(response))
@@ -146,8 +142,15 @@ def _retrieve_pages(
 ) -> Iterator[list[dict[str, Any]]]:
     size = PAGE_WITH_VECTORS if vector else PAGE
     for start in range(0, len(ids), size):
-        body = {"ids": list(ids[start : start + size]), "with_payload": payload, "with_vector": vector}
-        yield q.json("POST", collection_path(name, "points"), body, retry=True)
+        yield q.result(_post_ids(q, name, ids[start : start + size], payload=payload, vector=vector))
+
+
+def _post_ids(
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
+) -> requests.Response:
+    body = encode({"ids": list(ids), "with_payload": payload, "with_vector": vector})
+    headers = {"Content-Type": "application/json"}
+    return q.call("POST", collection_path(name, "points"), body, headers=headers, retry=True)
 
 
 def count(q: Qdrant, name: str) -> int:

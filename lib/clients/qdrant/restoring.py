@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
-from urllib.parse import quote
 
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import Health, delete_collection, exists, health
@@ -140,7 +139,7 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
     server has no room for what it fetches.
     """
     addresses = [base + collection_path(collection, "snapshots", snapshot.name) for base in (q.base_url, _OWN_URL)]
-    own_file = f"{_OWN_FOLDER}/{quote(collection, safe='')}/{quote(snapshot.name, safe='')}"
+    own_file = _OWN_FOLDER + collection_path(collection, snapshot.name).removeprefix("/collections")
     for location in dict.fromkeys((own_file, *addresses)):
         try:
             _put_recover(q, probe, location, WRONG_CHECKSUM, q.timeout_seconds)
