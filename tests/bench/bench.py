@@ -11,6 +11,7 @@ the stand-in, or a real one: QDRANT_TEST_URL (an address) or QDRANT_TEST_SERVER 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -51,6 +52,7 @@ def earlier() -> list[Figure]:
 def main() -> int:
     """Measure, print, write bench.json."""
     words = sys.argv[1:]
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each script that is timed compiles the library anew
     figures = measured(words)
     if not figures:
         print(f"no figure begins with {' or '.join(words)}: {', '.join(BENCHES)}", file=sys.stderr)
