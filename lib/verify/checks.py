@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -179,29 +178,35 @@ def _some(ids: list[Any]) -> str:
     return listed(ids[:_EXAMPLES]) + more
 
 
-def check_vectors(
+def read_points(
     qdrant: Qdrant,
     state: CollectionState,
-    existing: TemporaryIdTable,
     cache: EmbeddingCache | None,
     spec: EmbeddingSpec,
+    existing: TemporaryIdTable,
     progress: Progress,
 ) -> Check:
-    """Every existing vector: its width, finite, not zero, and equal to the embedding cache's if the cache has it."""
+    """Read every point once: add its payload to `existing`, and check its vector.
+
+    The vector has the width of `spec`, is finite, not zero, and equal to the embedding cache's if the cache has it.
+    """
     unusable: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
-    pages = chunks((one for page in existing.ids() for one in page), max(1, _NUMBERS_AT_ONCE // spec.size))
-    for page in retrieve_pages(qdrant, state.name, pages, payload=["content"], vector=True):
-        usable = _usable_points(page, spec.size)
-        if len(usable) < len(page):
-            unusable += [point.id for point in page if point not in usable]
-        if cache:
-            found, wrong = different_vectors(usable, cache, spec, state)
-            known += found
-            different += [point.id for point, _ in wrong]
-        total += len(page)
-        progress(len(page))
+    with existing_points(qdrant, state.name, payload=False) as listed_ids:
+        ids = (one for page in listed_ids.ids() for one in page)
+        pages = chunks(ids, max(1, _NUMBERS_AT_ONCE // spec.size))
+        for page in retrieve_pages(qdrant, state.name, pages, payload=True, vector=True):
+            existing.put((point.id, point.payload) for point in page)
+            usable = _usable_points(page, spec.size)
+            if len(usable) < len(page):
+                unusable += [point.id for point in page if point not in usable]
+            if cache:
+                found, wrong = different_vectors(usable, cache, spec, state)
+                known += found
+                different += [point.id for point, _ in wrong]
+            total += len(page)
+            progress(len(page))
     if unusable:
         detail = f"{len(unusable)} are unusable (width, zero or not finite): {_some(unusable)}"
         return Check("vectors", FAILED, detail, _REEMBED)
@@ -375,13 +380,12 @@ def verify(
     ]
     planned = cache if cache.memory_count() else None
     migrated_at = verified_at(stores.folder, stores.targets)
-    with ExitStack() as tables:
-        with bar("compare stores", None, "memories") as progress:
-            existing = tables.enter_context(existing_points(qdrant, state.name))
-            found = compare_stores(graph.conn, graph.graph, existing, planned, migrated_at, samples, progress)
-        checks += check_findings(found, have_plan=planned is not None, after_restart=after_restart)
+    with TemporaryIdTable() as existing:
         with bar("compare vectors", state.points, "points") as progress:
-            checks.append(check_vectors(qdrant, state, existing, planned, spec, progress))
+            vectors = read_points(qdrant, state, planned, spec, existing, progress)
+        with bar("compare stores", None, "memories") as progress:
+            found = compare_stores(graph.conn, graph.graph, existing, planned, migrated_at, samples, progress)
+    checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
