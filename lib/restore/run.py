@@ -300,7 +300,7 @@ def _cut_over_graph(
     journal: Journal,
     safety: Manifest | None,
     undo: str,
-    calls: dict[str, int] | None,
+    calls: dict[str, object] | None,
 ) -> Path | None:
     """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
 
