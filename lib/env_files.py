@@ -107,7 +107,7 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
     found = {}
     for source in sources:
         for name, setting in source.items():
-            if name in known or name in _OTHERS:
+            if name in known or name in _OTHERS or not setting.value:
                 continue
             near = difflib.get_close_matches(name.upper(), known, 1, _RESEMBLANCE)
             if near:
@@ -146,7 +146,7 @@ def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
 def _read_file(
     path: Path, known: Mapping[str, str], root: Path, environ: Mapping[str, str], faults: list[str], *, automem: bool
 ) -> dict[str, Setting]:
-    """Return what a file sets. The last of duplicate lines counts; an empty value counts as not set."""
+    """Return what a file sets: of duplicate lines the last one, and of AutoMem's files empty values, too."""
     from dotenv import dotenv_values
     from dotenv.parser import parse_stream
 
@@ -177,7 +177,7 @@ def _read_file(
     return {
         name: Setting(value, f"{path}:{lines[name]}", owner=owner, automem=automem)
         for name, value in values.items()
-        if value
+        if value or (automem and value is not None)
     }
 
 
@@ -208,6 +208,21 @@ def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
     return lines
 
 
+def _effective(name: str, found: list[Setting], warnings: list[str]) -> list[Setting]:
+    """Leave out empty values. In AutoMem's files one hides the value of a later file, as it does for AutoMem.
+
+    Adds a warning for the value that is hidden.
+    """
+    empty = next((one for one in found if one.automem and not one.value), None)
+    hidden = [one for one in found[found.index(empty) + 1 :] if one.automem and one.value] if empty else []
+    if empty and hidden:
+        warnings.append(
+            f"{name} ({hidden[0].origin}) has no effect, as in AutoMem: it is empty in {empty.origin}, which is read"
+            " first"
+        )
+    return [one for one in found if one.value and one not in hidden]
+
+
 def read_settings(
     environ: Mapping[str, str], defaults: Mapping[str, str], env_file: str | None, cwd: Path, root: Path
 ) -> tuple[dict[str, Setting], list[str], list[str]]:
@@ -217,8 +232,8 @@ def read_settings(
     sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
     files = env_files(env_file, environ, cwd, root, faults)
     sources += [_read_file(path, defaults, root, environ, faults, automem=shared) for path, shared in files.items()]
-    settings = {}
+    settings, warnings = {}, list[str]()
     for name, default in defaults.items():
-        found = [source[name] for source in sources if name in source]
+        found = _effective(name, [source[name] for source in sources if name in source], warnings)
         settings[name] = replace(found[0], hidden=tuple(found[1:])) if found else Setting(default, DEFAULT)
-    return settings, faults, [*_misspelt(sources, defaults), *_of_two_owners(settings)]
+    return settings, faults, [*_misspelt(sources, defaults), *_of_two_owners(settings), *warnings]

@@ -9,12 +9,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import orjson
 
 from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, Text, fields, opened_text
 from lib.backup.existing_points import TemporaryIdTable, as_id, room_or_error
 from lib.backup.payloads import PointId, point_id
 from lib.clients.embeddings.cache_file import chunks, marks
-from lib.clients.falkordb.bulk import points_in, require_values
+from lib.clients.falkordb.bulk import points_in, require_name, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.errors import BackupDamaged
 
@@ -127,7 +128,7 @@ def read_graph(
                     elif name == "relationships":
                         rows = _whole([text.decoded(one, Relationship) for one in page], numbers, facts)
                         on_relationships(relationships, rows)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     text.refuse(str(error))
         _compare_stats(text, facts, stats)
     return facts
@@ -153,6 +154,8 @@ def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -
     for node in page:
         if "" in node.labels:
             raise ValueError(f"node {node.id} has a label without a name")
+        for label in node.labels:
+            require_name(label)
         if node.id not in known:
             known.add(node.id)
             new.append(node)
@@ -173,6 +176,8 @@ def _whole(
     """The relationships of a page whose ends are in the file, with the numbers of these; by their types."""
     if not all(one.type for one in page):
         raise ValueError("a relationship has no type")
+    for name in {one.type for one in page}:
+        require_name(name)
     ends = numbers.payloads(list({end for one in page for end in (one.source_id, one.target_id)}))
     rows = [
         (ends[one.source_id]["number"], ends[one.target_id]["number"], one)
@@ -283,11 +288,22 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")
+    for one in page:
+        if not _is_json(one.payload):
+            text.refuse(f"the payload of point {one.id} holds a value that JSON does not have")
     ids.put((one.id, one.payload or {}) for one in page)
     if isinstance(ids, PointTable):
         ids.size = facts.size
         ids.put_vectors(zip(names, vectors, strict=True))
     facts.points += len(page)
+
+
+def _is_json(payload: dict[str, Any] | None) -> bool:
+    """Whether Qdrant can have sent this payload: no NaN, no number of 65 bits, no lone surrogate."""
+    try:
+        return bool(orjson.loads(orjson.dumps(payload)) == payload)
+    except orjson.JSONEncodeError:
+        return False
 
 
 NOT_HELD = {

@@ -19,11 +19,13 @@ from lib.concurrency import read_ahead
 from lib.errors import MigrationError
 
 _PAGE = 1000
+_DIGITS = 20  # of the largest number that can be a point's id
 
 
 def as_id(text: str) -> PointId:
-    """The id that `str` made this text of: digits are a number, anything else is a UUID."""
-    return int(text) if text.isdigit() else text
+    """The id that `str` made this text of: a number, or any text, such as a UUID."""
+    is_number = text.isdecimal() and len(text) <= _DIGITS and str(int(text)) == text
+    return int(text) if is_number else text
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ def recorded(
     `only` is the store that is backed up if it is one alone. If `path` cannot be written after the run, `warn` gets the
     reason. Raises what `run` raises, and UsageProblem before it if the folder of `path` does not exist.
     """
-    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
+    target = Path(os.path.realpath(path))  # a link stays
+    other = target.exists() and not target.is_file()  # a folder, or a device or pipe, which root could replace
+    if other or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise UsageProblem(
             f"--metrics {path} cannot be written: it must be a file in an existing folder that you may write",
             next_step="name a file in the folder of node exporter's --collector.textfile.directory; this shows yours:\n"
@@ -60,7 +62,7 @@ def recorded(
         seconds = time.monotonic() - started
         try:
             text = _text(_samples(_newest_verified(folder, owner, only), seconds, code), _labels(owner, only))
-            with atomic_writer(path) as stream:
+            with atomic_writer(target) as stream:
                 os.fchmod(stream.fileno(), _MODE)
                 stream.write(text.encode())
         except (OSError, MigrationError) as error:

@@ -126,7 +126,8 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         raise
     if trials.temporary and site.collection:
         delete_with_snapshots(site.collection.qdrant, trials.temporary, site.collection.nodes)
-    late_writes = _cut_over_graph(site, files, trials, journal, safety, commands, calls)
+    with _collection_named(files, commands):
+        late_writes = _cut_over_graph(site, files, trials, journal, safety, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
@@ -293,6 +294,18 @@ def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journa
     return None
 
 
+@contextmanager
+def _collection_named(files: VerifiedFiles, undo: str) -> Iterator[None]:
+    """Add to an error of the graph's cutover that the collection is restored already, and the commands that undo it."""
+    try:
+        yield
+    except MigrationError as error:
+        if files.plan:
+            error.args = (f"the collection is restored already; {error}",)
+            error.next_step += "" if undo in error.next_step else f"\nor undo it:\n{undo}"
+        raise
+
+
 def _cut_over_graph(
     site: Site,
     files: VerifiedFiles,
@@ -300,7 +313,7 @@ def _cut_over_graph(
     journal: Journal,
     safety: Manifest | None,
     undo: str,
-    calls: dict[str, int] | None,
+    calls: dict[str, object] | None,
 ) -> Path | None:
     """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
 

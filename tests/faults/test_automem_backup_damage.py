@@ -108,6 +108,14 @@ def twice(key: str, count: str) -> Damage:
     return edited(change)
 
 
+def nested(levels: int) -> list[Any]:
+    """A list in a list in a list ..."""
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
 # Damages of both files: the text is cut, changed or followed by something.
 OF_BYTES: dict[str, Damage] = {
     "gzip truncated": lambda data: data[: len(data) // 2],
@@ -139,6 +147,18 @@ OF_GRAPH: dict[str, Damage] = {
     "properties a list": put("nodes", 4, "properties", value=[1, 2]),
     "relationship without a type": put("relationships", 4, "type", value=""),
     "nodes an object": put("nodes", value={}),
+    "text that UTF-8 cannot hold": put("nodes", 4, "properties", "odd", value="a\ud800"),
+    "name of a property that UTF-8 cannot hold": put("nodes", 4, "properties", "\ud800", value=1),
+    "text of a node without labels that UTF-8 cannot hold": edited(
+        lambda content: content["nodes"][4].update(labels=[], properties={"odd": "a\ud800"})
+    ),
+    "label that UTF-8 cannot hold": put("nodes", 4, "labels", value=["\ud800"]),
+    "label that no query can name": put("nodes", 4, "labels", value=["a`b"]),
+    "type that no query can name": put("relationships", 4, "type", value="a`b"),
+    "place without a latitude": put("nodes", 4, "properties", "place", value={"latitude": None, "longitude": 2}),
+    "place beyond every float": put("nodes", 4, "properties", "place", value={"latitude": 10**400, "longitude": 2}),
+    "place beyond the pole": put("nodes", 4, "properties", "place", value={"latitude": 91, "longitude": 2}),
+    "list of 900 levels": put("nodes", 4, "properties", "odd", value=nested(900)),
     "empty": edited(
         lambda content: content.update(nodes=[], relationships=[], stats={"node_count": 0, "relationship_count": 0})
     ),
@@ -160,6 +180,11 @@ OF_COLLECTION: dict[str, Damage] = {
     "point id negative": put("points", 4, "id", value=-4),
     "payload a list": put("points", 4, "payload", value=[1]),
     "points an object": put("points", value={}),
+    "payload with a text that UTF-8 cannot hold": put("points", 4, "payload", "odd", value="a\ud800"),
+    "payload with 65 bits": put("points", 4, "payload", "odd", value=1 << 64),
+    "payload with NaN": put("points", 4, "payload", "odd", value=math.nan),
+    "payload with infinity": put("points", 4, "payload", "odd", value=[math.inf]),
+    "payload of 300 levels": put("points", 4, "payload", "odd", value=nested(300)),
     "empty": edited(lambda content: content.update(points=[], stats={"points_count": 0, "vector_size": 48})),
 }
 CASES = [
@@ -179,6 +204,8 @@ NAMED = {
     "vectors of two sizes": ("47", "48"),
     "vector with NaN": (str(json_of(COLLECTION_FILE)["points"][4]["id"]),),
     "point id a word": ("four",),
+    "payload with 65 bits": (str(json_of(COLLECTION_FILE)["points"][4]["id"]),),
+    "payload with NaN": (str(json_of(COLLECTION_FILE)["points"][4]["id"]),),
 }
 
 

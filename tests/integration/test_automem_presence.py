@@ -184,7 +184,9 @@ def test_an_automem_that_is_started_while_the_collection_is_restored_keeps_its_g
     changed = ready.state()
     with Starting(3) as automem:
         ready.export(AUTOMEM_API_URL=automem.url)
-        assert "AutoMem was started meanwhile" in ready.run("restore_from_backup", "latest", expect=2).err
+        refused = ready.run("restore_from_backup", "latest", expect=2)
+        assert "the collection is restored already; AutoMem was started meanwhile" in refused.err
+        assert f"restore_from_backup.py {ready.manifests()[-1]}" in refused.err.split("or undo it:")[1]
         assert ready.state() == changed
         automem.number = 1000
         ready.run("restore_from_backup", "latest")

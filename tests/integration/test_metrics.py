@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from datetime import datetime
@@ -103,7 +104,10 @@ def test_names_are_escaped_in_labels(operator, tmp_path, name):
 
 def test_a_file_that_cannot_be_written_is_reported_before_the_backup_or_as_a_warning(operator, tmp_path):
     operator.load(20)
-    for path in (tmp_path / "absent" / "a.prom", tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)  # as /dev/stdout, which root could replace by a file
+    for path in (tmp_path / "absent" / "a.prom", tmp_path, pipe, link):
         refused = operator.run("backup_automem", "--metrics", str(path), expect=2)
         assert f"--metrics {path} cannot be written" in refused.err
     assert not operator.backups.exists()
@@ -113,3 +117,13 @@ def test_a_file_that_cannot_be_written_is_reported_before_the_backup_or_as_a_war
     assert f"warning: the metrics were not written to {tmp_path / 'a.prom'}" in done.err
     assert len(operator.manifests()) == 1
     assert not (tmp_path / "a.prom").exists()
+
+
+def test_a_link_stays_and_its_file_is_written(operator, tmp_path):
+    operator.load(20)
+    (tmp_path / "there").mkdir()
+    link, file = tmp_path / "a.prom", tmp_path / "there" / "b.prom"
+    link.symlink_to(file)
+    operator.run("backup_automem", "--metrics", str(link), "--only", "falkordb")
+    assert link.is_symlink()
+    assert parsed(file)["last_run_exit_code"] == {"": 0}

@@ -180,6 +180,25 @@ def test_writes_between_the_safety_backup_and_the_cutover_are_saved_and_restorab
     assert operator.graphs() == [operator.graph]
 
 
+def test_a_late_write_is_saved_although_the_servers_statistics_were_reset(operator):
+    """As many queries follow the reset as the server had counted before it."""
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    file = operator.rdb()
+    with connect(operator.servers.falkordb.address) as conn:
+
+        def write_late(_safety: object) -> str:
+            counted = conn.info("commandstats")["cmdstat_graph.QUERY"]["calls"]
+            conn.config_resetstat()
+            for _ in range(counted - 1):
+                conn.execute_command("GRAPH.QUERY", operator.graph, "RETURN 1")
+            operator.cypher("CREATE (:Memory {id: 'late', content: 'written at the last moment'})")
+            return "the undo"
+
+        done = run_restore(operator, site(operator, both=False), file, undo=write_late)
+    assert done.late_writes is not None
+
+
 def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(operator):
     operator.load()
     place = site(operator, both=False)

@@ -41,6 +41,15 @@ def test_what_is_newer_than_the_files_is_counted_named_and_preserved(operator):
     assert operator.cypher("MATCH (m:Memory) WHERE m.id IN $ids RETURN count(m)", ids=fresh) == [[3]]
 
 
+def test_ids_that_only_resemble_numbers_are_counted_as_they_are(operator):
+    operator.load(20)
+    operator.cypher("UNWIND ['7', '007', '\u00b2', '9'] AS id CREATE (:Memory {id: id, content: id})")
+    operator.run("backup_automem", "--only", "falkordb")
+    operator.cypher("MATCH (m:Memory {id: '007'}) SET m.content = 'rewritten since'")
+    newer = operator.run("restore_from_backup", operator.rdb(), "--dry-run", "--json").json["graph"]["newer"]
+    assert (newer["added"], newer["changed"], newer["ids"]) == (0, 1, ["007"])
+
+
 @pytest.mark.matrix
 def test_points_newer_than_the_file_remain_in_the_graph_too(operator):
     operator.load(60)

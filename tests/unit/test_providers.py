@@ -140,6 +140,24 @@ def test_the_older_name_of_the_size_counts_if_the_newer_one_is_set_nowhere(load,
         load(QDRANT_VECTOR_SIZE="many")
 
 
+def test_an_empty_line_of_automem_hides_its_later_file_as_it_does_for_automem(load, tmp_path):
+    """AutoMem's `.env` is read first, and its example has `OPENAI_API_KEY=`. A file of these scripts alone counts."""
+    later = tmp_path / "home" / ".config" / "automem" / ".env"
+    later.parent.mkdir(parents=True)
+    later.write_text(f"VOYAGE_API_KEY={VOYAGE_KEY}\nOPENAI_API_KEY={OPENAI_KEY}\n")
+    assert load("A=1\n", VECTOR_SIZE="1024").spec.provider == "voyage"
+    config = load("A=1\nVOYAGE_API_KEY=\n", VECTOR_SIZE="1024")
+    assert (config.spec.provider, config.embedding_key) == ("openai", OPENAI_KEY)
+    first = tmp_path / "automem.env"
+    assert config.warnings == (
+        f"VOYAGE_API_KEY ({later}:1) has no effect, as in AutoMem: it is empty in {first}:2, which is read first",
+    )
+    config = load("OPENAI_API_KEY=\nVOYAGE_API_KEY\n", VECTOR_SIZE="1024")
+    assert (config.spec.provider, config.settings["OPENAI_API_KEY"].value) == ("voyage", "")
+    (tmp_path / "cwd" / ".env").write_text("OPENAI_API_KEY=sk-of-these-scripts\n")
+    assert load("OPENAI_API_KEY=\n", VECTOR_SIZE="768").embedding_key == "sk-of-these-scripts"
+
+
 # --- why ---------------------------------------------------------------------------------------------------------
 
 

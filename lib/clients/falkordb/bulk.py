@@ -19,7 +19,7 @@ from lib.clients.falkordb.queries import quoted, read_rows
 from lib.errors import StoreFailed
 
 _NULL, _BOOLEAN, _DOUBLE, _STRING, _INTEGER, _ARRAY = range(6)
-_POINT = {"latitude", "longitude"}  # the only property that JSON has as a map
+_POINT = {"latitude": 90, "longitude": 180}  # the only property that JSON has as a map; its largest numbers
 _INDEXED = ("id", "timestamp")  # of a memory, as AutoMem creates them
 _POLL_SECONDS, _INDEX_SECONDS = 0.02, 600.0
 
@@ -92,14 +92,24 @@ def points_in(properties: Properties) -> dict[str, str]:
 
 
 def require_values(page: Iterable[Properties]) -> None:
-    """Raise ValueError for a value that no property has."""
+    """Raise ValueError for a value that no property has, or a name of one that UTF-8 cannot hold."""
     for properties in page:
-        for value in _plain(properties).values():
+        for key, value in _plain(properties).items():
+            _text(key)
             _value(value)
 
 
+def require_name(name: str) -> None:
+    """Raise ValueError if a label or a relationship type cannot have this name. No query can name a backtick."""
+    _text(name)
+    if "`" in name:
+        raise ValueError(f"a label or a relationship type with a backtick: {name!r}")
+
+
 def _is_point(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() == _POINT
+    if not isinstance(value, dict) or value.keys() != _POINT.keys():
+        return False
+    return all(type(value[key]) in {int, float} and abs(value[key]) <= most for key, most in _POINT.items())
 
 
 def _point(value: Mapping[str, float]) -> str:
@@ -117,6 +127,7 @@ def _create(conn: redis.Redis, graph: str, create: str, plain: Properties) -> No
     """Create one `x` that GRAPH.BULK cannot: a node without a label or property, a name with a colon."""
     from falkordb.helpers import stringify_param_value
 
+    require_values([plain])
     command(conn, "GRAPH.QUERY", graph, f"CYPHER p={stringify_param_value(dict(plain))} {create} SET x += $p")
 
 
@@ -138,7 +149,7 @@ def _bulk(
 
 
 def _text(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogatepass")
+    data = text.encode()  # a lone surrogate is a ValueError: no client could read it back
     if b"\0" in data:
         raise ValueError(f"a text with a NUL byte is in no graph: {text[:80]!r}")
     return data + b"\0"

@@ -166,18 +166,20 @@ def other_clients(conn: redis.Redis) -> list[OtherClient]:
         ]
 
 
-def write_calls(conn: redis.Redis) -> dict[str, int] | None:
+def write_calls(conn: redis.Redis) -> dict[str, object] | None:
     """Count the calls, by command, that may have changed a graph since the server's start; None if INFO is refused.
 
-    Left out are commands that change nothing, and those of a swap. AutoMem sends GRAPH.QUERY for its reads, too.
+    Left out are commands that change nothing, and those of a swap. AutoMem sends GRAPH.QUERY for its reads, too. After
+    a restart, or CONFIG RESETSTAT, the server counts from 0 again: what identifies both is returned as well.
     """
     try:
         with translated(conn):
-            stats = conn.info("commandstats")
+            stats = conn.info("commandstats", "server")
     except MigrationError:
         return None
-    names = {name: name.removeprefix("cmdstat_").partition("|")[0].lower() for name in stats}
-    return {name: int(stats[name]["calls"]) for name, kind in names.items() if kind not in _UNCOUNTED}
+    names = {name: name.removeprefix("cmdstat_").partition("|")[0].lower() for name in stats if "cmdstat_" in name}
+    counted = {name: stats[name]["calls"] for name, kind in names.items() if kind not in _UNCOUNTED}
+    return {**counted, "run_id": stats.get("run_id"), "reset": stats.get("cmdstat_config|resetstat")}
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
