@@ -46,9 +46,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, *examples: str) -> None:
         super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         commands = [pasteable(f"  python scripts/{self.prog} {words}\n") for words in examples]
         self.epilog = "".join(["examples:\n", *commands, "\n", EXIT_CODES])
@@ -121,9 +119,7 @@ def parser(description: str, *examples: str) -> Parser:
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
     common.add_argument("-v", "--verbose", action="store_true", help="also each setting, and where it came from")
     common.add_argument(
-        "--show-config",
-        action="store_true",
-        help="print each setting, where it came from, and the live state",
+        "--show-config", action="store_true", help="print each setting, where it came from, and the live state"
     )
     common.add_argument("--env-file", metavar="PATH", help="a .env to read first, such as AutoMem's own")
     common.add_argument("--backup-dir", metavar="PATH", help="where backups live (default: backups/ here)")

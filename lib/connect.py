@@ -180,13 +180,7 @@ def _embedding_client(config: Config, spec: EmbeddingSpec) -> Callable[..., Embe
 
 
 def open_runner(
-    config: Config,
-    workers: int,
-    batch_size: int,
-    max_cost: float | None,
-    console: Console,
-    *,
-    sample: bool,
+    config: Config, workers: int, batch_size: int, max_cost: float | None, console: Console, *, sample: bool
 ) -> EmbeddingRunner:
     """Return the provider's client. A `sample` is embedded at the model's own size if VECTOR_SIZE is larger."""
     from lib.reembed.embed import EmbeddingRunner, sample_spec

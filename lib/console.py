@@ -195,11 +195,7 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
         if now - shown >= _PLAIN_SECONDS:
             shown = now
             of = f" of {amount(total)}" if total else ""
-            print(
-                f"{title}: {amount(done)}{of} ({amount(done / (now - started))}/s)",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{title}: {amount(done)}{of} ({amount(done / (now - started))}/s)", file=sys.stderr, flush=True)
 
     yield advance
     seconds = max(time.monotonic() - started, 1e-6)

@@ -10,14 +10,7 @@ from lib.backup.archive import peek_facts
 from lib.backup.catalog import newest_with
 from lib.backup.collection import STAMP_KEY
 from lib.backup.existing_points import existing_points
-from lib.backup.last_migration import (
-    CREATED,
-    DELETED,
-    DELETING,
-    RESTORING_STAGED,
-    STAGED_RESTORED,
-    kept_the_size,
-)
+from lib.backup.last_migration import CREATED, DELETED, DELETING, RESTORING_STAGED, STAGED_RESTORED, kept_the_size
 from lib.backup.manifest import Manifest, check_file
 from lib.clients.embeddings.cache import Missing
 from lib.clients.falkordb.connection import require_graph

@@ -104,11 +104,7 @@ class Cutover:
 
 
 def cut_over(
-    ctx: Context,
-    journal: Journal,
-    assessment: Assessment,
-    manifest: Manifest | None,
-    announce: Callable[[str], None],
+    ctx: Context, journal: Journal, assessment: Assessment, manifest: Manifest | None, announce: Callable[[str], None]
 ) -> Cutover:
     """Put the new collection under the live name: the complete staged one, or an empty one to be filled.
 

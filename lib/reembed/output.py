@@ -275,11 +275,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
 
 
 def _warn_of_memories(
-    paid: EmbeddingTotals,
-    outcome: SyncOutcome,
-    odd: list[tuple[str, str]],
-    textless: list[str],
-    console: Console,
+    paid: EmbeddingTotals, outcome: SyncOutcome, odd: list[tuple[str, str]], textless: list[str], console: Console
 ) -> bool:
     """Print the memories that got no point, or one of another text. Returns whether there are any."""
     for text in paid.refused:

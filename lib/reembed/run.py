@@ -11,27 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.backup.existing_points import TemporaryIdTable
-from lib.backup.last_migration import (
-    COMMAND,
-    DELETING,
-    VERIFIED,
-    last_migration,
-    restored_since,
-    spec_as_json,
-)
+from lib.backup.last_migration import COMMAND, DELETING, VERIFIED, last_migration, restored_since, spec_as_json
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.errors import UsageProblem
 from lib.journal import Journal, start_journal
-from lib.reembed.assess import (
-    ABSENT,
-    ADOPT,
-    REPLACE,
-    Assessment,
-    find_live,
-    require_protection,
-    require_whole_graph,
-)
+from lib.reembed.assess import ABSENT, ADOPT, REPLACE, Assessment, find_live, require_protection, require_whole_graph
 from lib.reembed.context import Context, mark_fresh, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over, snapshot_file
 from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached

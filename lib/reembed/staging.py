@@ -95,12 +95,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     if condition != "missing" and not (condition == "live" and same):
         delete_with_snapshots(ctx.qdrant, ctx.staged)
     journal.append(
-        STAGING,
-        staged_collection=ctx.staged,
-        staged_like=like,
-        aliases=aliases,
-        snapshot=None,
-        proved=False,
+        STAGING, staged_collection=ctx.staged, staged_like=like, aliases=aliases, snapshot=None, proved=False
     )
     if exists(ctx.qdrant, ctx.staged):
         put_indexes(ctx.qdrant, ctx.staged, like.get("payload_schema") or {})
@@ -262,12 +257,7 @@ def restore_aliases(ctx: Context, journal: Journal) -> list[str]:
 
 
 def verify_points(
-    ctx: Context,
-    collection: str,
-    outcome: SyncOutcome,
-    *,
-    exclusive: bool,
-    touched: TemporaryIdTable | None = None,
+    ctx: Context, collection: str, outcome: SyncOutcome, *, exclusive: bool, touched: TemporaryIdTable | None = None
 ) -> int:
     """Verify that every planned id exists and every vector equals the cache's. Returns how many vectors it repaired.
 
@@ -282,8 +272,7 @@ def verify_points(
     if missing or (exclusive and orphans):
         wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
         raise VerificationFailed(
-            f"points of '{collection}' are {what}: {len(wrong)}, such as {listed(wrong[:_EXAMPLES])}",
-            next_step=_RESUME,
+            f"points of '{collection}' are {what}: {len(wrong)}, such as {listed(wrong[:_EXAMPLES])}", next_step=_RESUME
         )
     if touched is not None and _sample_agrees(ctx, collection, touched):
         return 0
