@@ -15,20 +15,24 @@ from urllib.parse import urlsplit, urlunsplit
 from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
 from lib.dimensions import (
+    AUTO,
+    DEFAULT_MODELS,
     LOCAL,
     LOCAL_URL,
     OLLAMA,
     OPENAI,
     OPENAI_BASE_URL,
+    PROVIDER,
     SETTING_NAMES,
     VOYAGE,
+    EmbeddingChoice,
     EmbeddingSpec,
     check_model,
+    choose,
 )
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
 from lib.network import canonical_host, is_private, without_login
-from lib.providers import AUTO, DEFAULT_MODELS, PROVIDER, EmbeddingChoice, choose
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"

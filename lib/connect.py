@@ -22,9 +22,8 @@ from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engin
 from lib.clients.qdrant.collection import refuse_alias
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config, require_embedding
-from lib.dimensions import OLLAMA, EmbeddingSpec
+from lib.dimensions import OLLAMA, EmbeddingSpec, reason_shown
 from lib.files import lock_targets, private_dir
-from lib.providers import reason_shown
 
 if TYPE_CHECKING:
     import numpy as np

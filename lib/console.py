@@ -10,15 +10,19 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lib.concurrency import Progress
 from lib.errors import escaped, one_line
 from lib.network import without_login
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND = re.compile(r"(?<![\w/])python ((?:-m pip install )?(?:-r )?)((?:scripts/\w+\.py|requirements\S*\.txt)?)")
@@ -156,8 +160,6 @@ class Console:
         if self.quiet:
             yield lambda _step: None
         elif sys.stderr.isatty():
-            from lib.progress_bars import bar
-
             with bar(title, total, _amounts(unit), "" if unit == "bytes" else unit) as advance:
                 yield advance
         else:
@@ -206,6 +208,57 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
         else f": {seconds:.1f} s"
     )
     print(title + what, file=sys.stderr, flush=True)
+
+
+_LOCK = threading.Lock()
+_OPEN: list[RichProgress] = []  # the display, once for each open bar of any thread: rich allows only one
+
+
+@contextlib.contextmanager
+def bar(title: str, total: int | None, amount: Callable[[float], str], unit: str) -> Iterator[Progress]:
+    """Show a bar on the terminal. Yields a callback as `Console.progress`; `amount` returns an amount as text."""
+    with _LOCK:
+        display = _OPEN[0] if _OPEN else _display()
+        _OPEN.append(display)
+        number = display.add_task(title, total=total, text="")
+    task = display.tasks[number]
+
+    def shown(done: float) -> str:
+        of, speed = f"/{amount(total)}" if total else "", task.finished_speed or task.speed
+        rate = f"  {amount(speed)}/s" if speed and done else ""
+        return f"{amount(done)}{of} {unit}".rstrip() + rate
+
+    def advance(step: int) -> None:
+        display.advance(number, step)
+        display.update(number, text=shown(task.completed))
+
+    try:
+        advance(0)
+        yield advance
+        done = task.completed
+        # The bar ends full, also if the total was unknown or nothing was done; the amount is the real one.
+        display.update(number, total=done or 1, completed=done or 1)
+        display.update(number, text=shown(done) if done or total or unit else "")
+    finally:
+        with _LOCK:
+            _OPEN.remove(display)
+            if not _OPEN:
+                display.stop()
+
+
+def _display() -> RichProgress:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    display = Progress(*columns, console=RichConsole(stderr=True))
+    display.start()
+    return display
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:

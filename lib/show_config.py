@@ -8,10 +8,9 @@ from urllib.parse import urlsplit
 
 from lib.config import SECRETS, masked, same_value
 from lib.console import Console, hold, table
-from lib.dimensions import OPENAI, UNKNOWN_MODEL, public_url
+from lib.dimensions import OPENAI, UNKNOWN_MODEL, is_plain, model_settings, provider_problem, public_url, reason_shown
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError, listed
-from lib.providers import is_plain, model_settings, provider_problem, reason_shown
 
 if TYPE_CHECKING:
     from lib.config import Config

@@ -89,7 +89,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.backup.collection import require_whole
     from lib.reembed import quality
     from lib.reembed.assess import assess
-    from lib.reembed.resume import open_run
+    from lib.reembed.context import open_run
 
     graph, source = connect.open_stores(config, console, repair=args.only_missing)
     with connect.open_cache(config) as cache:
@@ -112,12 +112,11 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     """Show the plan; then sample, sync or replace."""
     from lib import connect
     from lib.config import require_embedding_key
-    from lib.reembed import output, quality, report_page
+    from lib.reembed import output, quality, report
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
     from lib.reembed.embed import start_totals, try_one_batch
-    from lib.reembed.only_missing import only_missing
-    from lib.reembed.run import only_stage, reembed
+    from lib.reembed.run import only_missing, only_stage, reembed
 
     explicit = args.fresh or args.only_missing or args.limit or is_fresh(ctx)
     if not explicit and (missing := missing_if_current(ctx, found)):
@@ -139,7 +138,7 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     if args.no_switch:
         return output.show_staged(only_stage(ctx, found, runner, paid), paid, ctx, console)
     announce = partial(output.announce, ctx, console)
-    write = partial(report_page.write, folder=ctx.folder, console=console)
+    write = partial(report.write, folder=ctx.folder, console=console)
     finished, files = reembed(ctx, found, runner, paid, announce, write)
     return output.show_reembedded(finished, found, files, ctx, console)
 

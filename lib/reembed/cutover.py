@@ -53,9 +53,9 @@ from lib.reembed.assess import (
     find_live,
     require_protection,
     settings_of,
+    undo_of,
 )
 from lib.reembed.context import Context
-from lib.reembed.guard import undo_of
 from lib.reembed.staging import (
     drop_staged,
     require_same_settings,

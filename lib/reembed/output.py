@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.console import Console, age_text, size_text, table
-from lib.dimensions import model_fault, public_url
+from lib.dimensions import model_fault, native_size_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
-from lib.providers import native_size_fault
 from lib.show_config import chosen, restart_lines
 
 if TYPE_CHECKING:
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     from lib.reembed.assess import Assessment
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
-    from lib.reembed.only_missing import Synced
     from lib.reembed.quality import SpotCheck
     from lib.reembed.report import Finished
+    from lib.reembed.run import Synced
     from lib.reembed.sync import SyncOutcome
 
 _EXAMPLES = 10
@@ -64,7 +63,7 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
 
 def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
-    from lib.reembed.resume import resume_notice
+    from lib.reembed.context import resume_notice
 
     if assessment.journal:
         console.notice(resume_notice(assessment.journal))

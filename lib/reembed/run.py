@@ -7,23 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.backup.existing_points import TemporaryIdTable
-from lib.backup.last_migration import COMMAND, DELETING, VERIFIED, last_migration, restored_since, spec_as_json
+from lib.backup.existing_points import TemporaryIdTable, existing_points
+from lib.backup.last_migration import (
+    COMMAND,
+    DELETING,
+    VERIFIED,
+    kept_the_size,
+    last_migration,
+    restored_since,
+    spec_as_json,
+)
 from lib.backup.manifest import Manifest
+from lib.backup.payloads import PointId
+from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
-from lib.errors import UsageProblem
+from lib.clients.qdrant.points import Point, delete_points, retrieve, scroll
+from lib.dimensions import SETTING_NAMES
+from lib.errors import GuardRefused, MissingData, UsageProblem
 from lib.journal import Journal, start_journal
-from lib.reembed.assess import ABSENT, ADOPT, REPLACE, Assessment, find_live, require_protection, require_whole_graph
-from lib.reembed.context import Context, mark_fresh, must_forget, reached
+from lib.reembed.assess import (
+    ABSENT,
+    ADOPT,
+    REPLACE,
+    Assessment,
+    GuardedCollection,
+    find_backup,
+    find_live,
+    require_protection,
+    require_whole_graph,
+    undo_of,
+)
+from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over, snapshot_file
-from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached
-from lib.reembed.guard import undo_of
+from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_texts, embed_uncached
+from lib.reembed.plan import memories_now, only_live_ids, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
-from lib.reembed.resume import close_others
 from lib.reembed.staging import (
     drop_staged,
     fill,
@@ -34,7 +57,15 @@ from lib.reembed.staging import (
     verified_staged,
     verify_points,
 )
-from lib.reembed.sync import payloads_now, remove_orphans
+from lib.reembed.sync import (
+    SyncOutcome,
+    missing_of,
+    payloads_now,
+    saved_row,
+    sync_collection,
+    texts_to_embed,
+)
+from lib.verify.compare import SAME_MODEL_COSINE, cosine, repair_vectors
 
 
 def reembed(
@@ -186,3 +217,129 @@ def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[
     paid.log.mark_reported(journal.run_id)
     journal.close("done")
     return report
+
+
+_SAMPLES = 3
+_PAGE = 256
+_REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What `--only-missing` did: points written, vectors repaired, orphan points removed."""
+
+    outcome: SyncOutcome
+    repaired: int
+    removed: int
+
+
+def only_missing(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -> Synced:
+    """Add missing points, update those whose content or payload differs from the graph's, remove orphans with care.
+
+    After a migration that kept the size, AutoMem may have written vectors of the old model. Then every vector is
+    compared, and texts without a vector in the cache are embedded again.
+    """
+    state = get_state(ctx.qdrant, ctx.collection)
+    compare_all = kept_the_size(ctx.folder, ctx.targets, ctx.spec)
+    if not compare_all:
+        require_same_model(ctx, runner, paid, state)
+    with existing_points(ctx.qdrant, state.name) as existing:
+        missing = missing_of(ctx.cache, existing)
+        runner.require_affordable(missing.tokens, paid)
+        embed_texts(runner, ctx.cache, texts_to_embed(ctx.cache, existing), missing, ctx.bar, paid)
+    with ctx.store_lock():
+        with ctx.bar("sync", None, "points") as progress:
+            outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
+        repaired = 0
+        if compare_all:
+            embed_uncached(runner, ctx.cache, ctx.bar, paid)
+            repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+        return Synced(outcome, repaired, remove_orphans(ctx, state))
+
+
+def require_same_model(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, state: CollectionState) -> None:
+    """Embed the contents of three unchanged points and compare them with the stored vectors.
+
+    Raises GuardRefused if a cosine is under 0.99: another model made the vectors.
+    """
+    points = _unchanged(ctx, state)
+    if not points and state.points:
+        raise GuardRefused(
+            f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
+            next_step=f"replace all vectors:\n{_REPLACE_ALL}",
+        )
+    if not points:
+        return
+    setting = SETTING_NAMES[ctx.spec.provider].model
+    texts = [str((point.payload or {})["content"]) for point in points]
+    runner.require_affordable(sum(count_tokens(texts)), paid)
+    answer = runner.client.embed(texts)
+    paid.pay(answer.tokens)
+    for point, vector in zip(points, answer.vectors, strict=True):
+        assert point.vector is not None
+        likeness = cosine(point.vector, vector)
+        if likeness < SAME_MODEL_COSINE:
+            raise GuardRefused(
+                f"the vectors in '{state.name}' were not made by {runner.spec.model} at {runner.spec.size}d"
+                f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
+                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
+            )
+
+
+def _unchanged(ctx: Context, state: CollectionState) -> list[Point]:
+    """Return up to three points with a vector and the content of their memory."""
+    found: list[Point] = []
+    for page in scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
+        rows = ctx.cache.memories_of([point.id for point in page])
+        for point in page:
+            content = (point.payload or {}).get("content")
+            if point.vector is not None and point.id in rows and content == rows[point.id].content:
+                found.append(point)
+        if len(found) >= _SAMPLES:
+            break
+    return found[:_SAMPLES]
+
+
+_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
+
+
+def remove_orphans(ctx: Context, state: CollectionState) -> int:
+    """Remove the points that have no memory in the graph. Returns how many.
+
+    The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
+    empty graph, GuardRefused if more than 1% would be removed without a verified backup.
+    """
+    with (
+        existing_points(ctx.qdrant, state.name, payload=False) as live,
+        only_live_ids(live, ctx.cache, ctx.graph) as orphans,
+    ):
+        if not len(orphans):
+            return 0
+        if ctx.cache.memory_count() == 0:
+            raise MissingData(
+                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
+            )
+        if len(orphans) > _ORPHAN_SHARE * state.points:
+            _require_backup_of(ctx, GuardedCollection(ctx.qdrant.display, state, live, orphans))
+        existing = memories_now(ctx.graph.conn, ctx.graph.graph, orphans.ids())
+        return sum(_remove_page(ctx, state.name, page, existing) for page in orphans.ids())
+
+
+def _require_backup_of(ctx: Context, guarded: GuardedCollection) -> None:
+    found, state = find_backup(ctx.folder, guarded), guarded.state
+    if isinstance(found, str):
+        raise GuardRefused(
+            f"{len(guarded.only_live)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+            f" so many are not removed without a verified backup: {found}",
+            next_step=f"python scripts/backup_automem.py\n{ctx.again}",
+        )
+
+
+def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: set[PointId]) -> int:
+    """Remove the points of `ids` except those of `memories` and of memories that were stored since."""
+    points = retrieve(ctx.qdrant, collection, ids, payload=True, vector=True)
+    memories = memories | usually_spelled(ctx.graph.conn, ctx.graph.graph, ids)
+    orphans = [point for point in points if point.id not in memories]
+    ctx.cache.save_points([saved_row(point) for point in orphans])
+    delete_points(ctx.qdrant, collection, [point.id for point in orphans])
+    return len(orphans)

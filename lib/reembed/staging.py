@@ -36,10 +36,9 @@ from lib.dimensions import EmbeddingSpec, provider_fact
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.journal import Journal
 from lib.reembed.assess import Assessment, journaled_settings, require_whole_graph
-from lib.reembed.context import Context
+from lib.reembed.context import Context, refuse_foreign_staged
 from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, EmbeddingTotals, catch_up
 from lib.reembed.plan import memories_now
-from lib.reembed.resume import refuse_foreign_staged
 from lib.reembed.sync import SyncOutcome, payloads_now, save_payloads, sync_collection, unplanned_ids, was_recreated
 from lib.verify.compare import different_vectors, repair_vectors
 

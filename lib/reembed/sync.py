@@ -15,19 +15,15 @@ from lib.backup.last_migration import DELETING, PAYLOADS_SAVED, READ
 from lib.backup.payloads import PointId, base_payload, changed_since_written, identical, merged_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress, bounded_map, read_ahead
-from lib.errors import GuardRefused, MissingData
 from lib.journal import Journal
 from lib.reembed.context import Context, reached
-from lib.reembed.guard import GuardedCollection, find_backup
-from lib.reembed.plan import Payloads, memories_now, only_live_ids, usually_spelled
+from lib.reembed.plan import Payloads
 
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
-_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 
 
 def was_recreated(ctx: Context, journal: Journal, points: int) -> bool:
@@ -51,13 +47,14 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
         for page in read_ahead(scroll(ctx.qdrant, ctx.collection, payload=True)):
-            ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [_row(point) for point in page])
+            ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [saved_row(point) for point in page])
             count += len(page)
             progress(len(page))
     return count
 
 
-def _row(point: Point) -> SavedPoint:
+def saved_row(point: Point) -> SavedPoint:
+    """Return a point as the cache saves it."""
     vector = None if point.vector is None else point.vector.astype("<f4").tobytes()
     return SavedPoint(point.id, orjson.dumps(point.payload or {}), vector)
 
@@ -68,7 +65,7 @@ def _merged(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
     rows = []
     for point in points:
         payload = base_payload(point.payload or {}, saved.get(point.id), whole=True)
-        rows.append(_row(replace(point, payload=dict(payload or {}))))
+        rows.append(saved_row(replace(point, payload=dict(payload or {}))))
     return rows
 
 
@@ -87,48 +84,6 @@ def payloads_now(ctx: Context, journal: Journal | None) -> Payloads:
         return found
 
     return look_up
-
-
-def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Remove the points that have no memory in the graph. Returns how many.
-
-    The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
-    empty graph, GuardRefused if more than 1% would be removed without a verified backup.
-    """
-    with (
-        existing_points(ctx.qdrant, state.name, payload=False) as live,
-        only_live_ids(live, ctx.cache, ctx.graph) as orphans,
-    ):
-        if not len(orphans):
-            return 0
-        if ctx.cache.memory_count() == 0:
-            raise MissingData(
-                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
-            )
-        if len(orphans) > _ORPHAN_SHARE * state.points:
-            _require_backup_of(ctx, GuardedCollection(ctx.qdrant.display, state, live, orphans))
-        existing = memories_now(ctx.graph.conn, ctx.graph.graph, orphans.ids())
-        return sum(_remove_page(ctx, state.name, page, existing) for page in orphans.ids())
-
-
-def _require_backup_of(ctx: Context, guarded: GuardedCollection) -> None:
-    found, state = find_backup(ctx.folder, guarded), guarded.state
-    if isinstance(found, str):
-        raise GuardRefused(
-            f"{len(guarded.only_live)} of the {state.points} points of '{state.name}' have no memory in the graph;"
-            f" so many are not removed without a verified backup: {found}",
-            next_step=f"python scripts/backup_automem.py\n{ctx.again}",
-        )
-
-
-def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: set[PointId]) -> int:
-    """Remove the points of `ids` except those of `memories` and of memories that were stored since."""
-    points = retrieve(ctx.qdrant, collection, ids, payload=True, vector=True)
-    memories = memories | usually_spelled(ctx.graph.conn, ctx.graph.graph, ids)
-    orphans = [point for point in points if point.id not in memories]
-    ctx.cache.save_points([_row(point) for point in orphans])
-    delete_points(ctx.qdrant, collection, [point.id for point in orphans])
-    return len(orphans)
 
 
 @dataclass(frozen=True)
