@@ -44,7 +44,7 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     from lib.reembed.cutover import snapshot_file
 
     name, done = collection_of(targets), Aborted()
-    journals = [one for one in _open(folder, targets) if one.command in {COMMAND, quality.SPOT_CHECK}]
+    journals = open_journals(folder, targets, COMMAND, quality.SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
@@ -67,7 +67,7 @@ def abort_restore(
 ) -> Aborted:
     """Give up the restores of these stores. Raises GuardRefused before anything is removed."""
     done = Aborted()
-    journals = [one for one in _open(folder, targets) if one.command == RESTORE]
+    journals = open_journals(folder, targets, RESTORE)
     for journal in journals:
         if collection:
             _require_restored(collection.qdrant, collection.collection, journal)
@@ -100,8 +100,8 @@ def clean_up_untouched(
 
     A journal stays open if it names something in a store that is not given.
     """
-    for journal in _open(folder, targets):
-        if journal.command != RESTORE or touched(journal):
+    for journal in open_journals(folder, targets, RESTORE):
+        if touched(journal):
             continue
         temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
         if (temporary and not collection) or (temporary_graph and not graph):
@@ -120,10 +120,6 @@ def clean_up_untouched(
 def touched(journal: Journal) -> bool:
     """Whether a restore ever began to replace a live store."""
     return journal.has_reached(collections.DELETING) or journal.has_reached(SWAPPING)
-
-
-def _open(folder: Path, targets: list[str]) -> list[Journal]:
-    return [one for one in open_journals(folder) if one.targets == targets]
 
 
 def _close(journal: Journal, done: Aborted) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lib.clients.embeddings.client import EmbeddingClient
     from lib.console import Console
     from lib.reembed.context import Context
-    from lib.reembed.embed import EmbeddingRunner
+    from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals
     from lib.restore.inputs import Inputs
     from lib.restore.preflight import Site
 
@@ -179,14 +179,21 @@ def _embedding_client(config: Config, spec: EmbeddingSpec) -> Callable[..., Embe
 
 
 def open_runner(
-    config: Config, workers: int, batch_size: int, max_cost: float | None, console: Console, *, sample: bool
+    config: Config,
+    paid: EmbeddingTotals,
+    workers: int,
+    batch_size: int,
+    max_cost: float | None,
+    console: Console,
+    *,
+    sample: bool,
 ) -> EmbeddingRunner:
     """Return the provider's client. A `sample` is embedded at the model's own size if VECTOR_SIZE is larger."""
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
     spec = sample_spec(config.spec) if sample else config.spec
     client = _embedding_client(config, spec)()
-    return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
+    return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting, paid)
 
 
 @contextmanager

@@ -207,9 +207,10 @@ def _faults(journal: Journal) -> Iterator[str]:
                 yield f"it names {entry[name]!r} as its {name.replace('_', ' ')}"
 
 
-def open_journals(folder: Path) -> list[Journal]:
-    """Return the journals of unfinished runs, oldest first."""
-    return unfinished(folder)[0]
+def open_journals(folder: Path, targets: list[str] | None = None, *commands: str) -> list[Journal]:
+    """Return the journals of unfinished runs, oldest first; only those of `targets` and `commands` if given."""
+    found = unfinished(folder)[0]
+    return [one for one in found if targets in (None, one.targets) and (not commands or one.command in commands)]
 
 
 def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:

@@ -63,9 +63,7 @@ def require_provider(config: Config, console: Console) -> None:
     problem = provider_problem(config.settings, config.spec)
     if problem is None:
         return
-    targets = config.targets()
-    runs = [one for one in open_journals(config.backup_dir) if one.command == COMMAND and one.targets == targets]
-    if not any(one.has_reached(DELETING) for one in runs):
+    if not any(one.has_reached(DELETING) for one in open_journals(config.backup_dir, config.targets(), COMMAND)):
         raise problem
     console.warn(f"{problem}\n{problem.next_step}")
 

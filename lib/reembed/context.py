@@ -1,4 +1,4 @@
-"""What one re-embedding works on: opened stores and settings, which do not change during the run."""
+"""What one re-embedding works on: opened stores and settings, and the unfinished run that it resumes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+from lib.backup import last_migration as migrations
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import (
-    COMMAND,
-    CREATED,
-    DELETED,
-    DELETING,
-    RESTORING_STAGED,
-    STAGED,
-    STAGED_RESTORED,
-    STAGING,
-    VERIFIED,
-    collection_of,
-    spec_as_json,
-)
 from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists
@@ -36,6 +24,7 @@ from lib.dimensions import (
     EmbeddingSpec,
     model_settings,
     provider_of,
+    public_url,
 )
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
@@ -94,20 +83,19 @@ def mark_fresh(ctx: Context, *, done: bool = False) -> None:
 
 
 def _fresh_mark(spec: EmbeddingSpec) -> str:
-    values = spec_as_json(spec)
-    return f"{values['endpoint']} {values['model']} {values['size']}"
+    return f"{public_url(spec.base_url)} {spec.model} {spec.size}"
 
 
 # The last phase first.
 _PROGRESS = (
-    (VERIFIED, "the new collection is in place and verified; the clean-up is left"),
-    (STAGED_RESTORED, "the staged collection is in place; catching up and the verification are left"),
-    (CREATED, "the new collection is created; filling it and the verification are left"),
-    (RESTORING_STAGED, "the old collection is deleted; the staged one was being put in its place"),
-    (DELETED, "the old collection is deleted"),
-    (DELETING, "the old collection was about to be deleted"),
-    (STAGED, "the staged collection is verified, the live one is unchanged"),
-    (STAGING, "the staged collection is incomplete, the live one is unchanged"),
+    (migrations.VERIFIED, "the new collection is in place and verified; the clean-up is left"),
+    (migrations.STAGED_RESTORED, "the staged collection is in place; catching up and the verification are left"),
+    (migrations.CREATED, "the new collection is created; filling it and the verification are left"),
+    (migrations.RESTORING_STAGED, "the old collection is deleted; the staged one was being put in its place"),
+    (migrations.DELETED, "the old collection is deleted"),
+    (migrations.DELETING, "the old collection was about to be deleted"),
+    (migrations.STAGED, "the staged collection is verified, the live one is unchanged"),
+    (migrations.STAGING, "the staged collection is incomplete, the live one is unchanged"),
 )
 
 
@@ -117,9 +105,9 @@ def open_run(ctx: Context) -> Journal | None:
     Raises GuardRefused if a run with another model, size or endpoint has deleted the collection: it would be lost.
     """
     for journal in _open_here(ctx):
-        if journal.fact("spec") == spec_as_json(ctx.spec):
+        if journal.fact("spec") == migrations.spec_as_json(ctx.spec):
             return journal
-        if journal.has_reached(DELETING):
+        if journal.has_reached(migrations.DELETING):
             raise _other_settings(journal, ctx)
     return None
 
@@ -130,7 +118,7 @@ def close_others(ctx: Context) -> None:
     Called right before this run's first write to a server.
     """
     for journal in _open_here(ctx):
-        if journal.fact("spec") != spec_as_json(ctx.spec) and not journal.has_reached(DELETING):
+        if journal.fact("spec") != migrations.spec_as_json(ctx.spec) and not journal.has_reached(migrations.DELETING):
             if staged := journal.fact("staged_collection"):
                 delete_with_snapshots(ctx.qdrant, staged)
             journal.close("given up before anything was deleted: other settings now")
@@ -140,7 +128,7 @@ def resume_notice(journal: Journal) -> str:
     """Return one line that says how far an unfinished run came."""
     done = "nothing was changed on a server"
     for phase, text in _PROGRESS:
-        if journal.has_reached(phase) and (phase != STAGED or journal.fact("proved")):
+        if journal.has_reached(phase) and (phase != migrations.STAGED or journal.fact("proved")):
             done = text
             break
     return f"resuming the run of {str(journal.entries[0]['at'])[:16]} UTC: {done}"
@@ -152,10 +140,10 @@ def refuse_other_stores(ctx: Context) -> None:
     For a collection that is absent or empty: its payloads may be only in that run's cache. The other address may be
     another spelling of the same one.
     """
-    for journal in open_journals(ctx.folder):
-        if journal.command != COMMAND or journal.targets == ctx.targets or not journal.has_reached(DELETING):
+    for journal in open_journals(ctx.folder, None, migrations.COMMAND):
+        if journal.targets == ctx.targets or not journal.has_reached(migrations.DELETING):
             continue
-        other, graph = collection_of(journal.targets), journal.targets[0]
+        other, graph = migrations.collection_of(journal.targets), journal.targets[0]
         if other == ctx.collection:
             raise GuardRefused(
                 f"an unfinished run deleted '{other}' at another address: {journal.targets[1]}, graph {graph};"
@@ -204,12 +192,11 @@ def accepted_backup(ctx: Context, journal: Journal | None) -> Manifest | None:
 
 def _open_here(ctx: Context) -> list[Journal]:
     """Return the open journals of these stores, newest first."""
-    found = open_journals(ctx.folder)
-    return [one for one in reversed(found) if one.command == COMMAND and one.targets == ctx.targets]
+    return open_journals(ctx.folder, ctx.targets, migrations.COMMAND)[::-1]
 
 
 def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
-    was, now = journal.fact("spec"), spec_as_json(ctx.spec)
+    was, now = journal.fact("spec"), migrations.spec_as_json(ctx.spec)
     provider = provider_of(was)
     names = {"size": "VECTOR_SIZE"}
     if provider == ctx.spec.provider:

@@ -27,7 +27,7 @@ from lib.concurrency import bounded_map
 from lib.errors import MigrationError, escaped
 from lib.journal import Journal, open_journals, start_journal
 from lib.reembed.context import Context
-from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts
+from lib.reembed.embed import EmbeddingRunner, embed_texts
 from lib.reembed.sync import SyncOutcome, sync_collection
 
 SAMPLES, NEIGHBOURS = 50, 10
@@ -225,16 +225,14 @@ class SpotCheck:
     compared: SampleRecall | None
 
 
-def spot_check(
-    ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, live: CollectionState | None, count: int
-) -> SpotCheck:
+def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | None, count: int) -> SpotCheck:
     """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it.
 
     The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
     start deletes it.
     """
     qdrant, rows = ctx.qdrant, spread(ctx.cache, count)
-    _embed_sample(ctx, runner, paid, rows)
+    _embed_sample(ctx, runner, rows)
     journal = start_journal(ctx.folder, SPOT_CHECK, ctx.targets, spec=spec_as_json(ctx.spec))
     side = f"{ctx.collection}__check_{journal.run_id}"
     journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(qdrant, 'DELETE', side)}")
@@ -250,9 +248,8 @@ def spot_check(
 
 def clear_up(ctx: Context) -> None:
     """Remove what killed checks of the same stores left."""
-    for journal in open_journals(ctx.folder):
-        if journal.command == SPOT_CHECK and journal.targets == ctx.targets:
-            _remove(ctx.qdrant, ctx.cache, journal)
+    for journal in open_journals(ctx.folder, ctx.targets, SPOT_CHECK):
+        _remove(ctx.qdrant, ctx.cache, journal)
 
 
 def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
@@ -282,13 +279,13 @@ def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
     return [row for number, row in enumerate(cache.memories()) if number in wanted]
 
 
-def _embed_sample(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, rows: Sequence[MemoryRow]) -> None:
+def _embed_sample(ctx: Context, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
     known = ctx.cache.known(row.key for row in rows)
     missing = {row.key: row for row in reversed(rows) if row.key not in known}
     total = Missing(len(missing), sum(row.tokens for row in missing.values()))
-    runner.require_affordable(total.tokens, paid)
+    runner.require_affordable(total.tokens)
     texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
-    embed_texts(runner, ctx.cache, texts, total, ctx.bar, paid)
+    embed_texts(ctx, runner, texts, total)
 
 
 def _make(qdrant: Qdrant, side: str, live: CollectionState | None, size: int) -> None:

@@ -61,7 +61,7 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     Times are ISO 8601 in UTC, prices in US dollars. `old` is None if no collection was replaced. `bought` includes
     the batches of dry runs and spot checks. `recall` is None if it could not be measured; `recall_note` says why.
     """
-    sums = done.paid.log.sums
+    sums = done.paid.sums
     recall, recall_note = compare_after(ctx.qdrant, ctx.collection, ctx.cache, journal)
     absent = _absent_by(journal) if resumed_after_delete else None
     size, model, scan = ctx.spec.size, ctx.spec.model, done.scan

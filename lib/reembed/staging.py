@@ -37,9 +37,9 @@ from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.journal import Journal
 from lib.reembed.assess import Assessment, journaled_settings, require_whole_graph
 from lib.reembed.context import Context, refuse_foreign_staged
-from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, EmbeddingTotals, catch_up
-from lib.reembed.plan import memories_now
-from lib.reembed.sync import SyncOutcome, payloads_now, save_payloads, sync_collection, unplanned_ids, was_recreated
+from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
+from lib.reembed.plan import memories_now, unplanned_ids
+from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
 from lib.verify.compare import different_vectors, repair_vectors
 
 INDEX_SECONDS = 3600.0
@@ -56,12 +56,7 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
 
 
 def stage(
-    ctx: Context,
-    journal: Journal,
-    assessment: Assessment,
-    live: CollectionState,
-    runner: EmbeddingRunner,
-    paid: EmbeddingTotals,
+    ctx: Context, journal: Journal, assessment: Assessment, live: CollectionState, runner: EmbeddingRunner
 ) -> CollectionState:
     """Create or resume the staged collection, fill and verify it. The `live` one is only read.
 
@@ -71,13 +66,13 @@ def stage(
     with staged_dropped_if_full(ctx, journal, assessment.room):
         _create_staged(ctx, journal, live)
         for _ in range(MOST_ROUNDS):
-            before = paid.texts
-            scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+            before = runner.paid.texts
+            scan = catch_up(ctx, runner, journal)
             require_whole_graph(ctx, assessment, scan.own_text)
             count = save_payloads(ctx, journal, live.points)
             journal.append(READ, kept=count)
             outcome = _fill_staged(ctx)
-            if paid.texts - before < FEW_CONTENTS:
+            if runner.paid.texts - before < FEW_TEXTS:
                 break
         verify_points(ctx, ctx.staged, outcome, exclusive=True)
         state = get_state(ctx.qdrant, ctx.staged)
@@ -126,7 +121,7 @@ def _fill_staged(ctx: Context) -> SyncOutcome:
 def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome) -> bool:
     """Wait up to an hour until the index is built. Returns whether it is."""
     state = get_state(ctx.qdrant, collection)
-    if outcome.wrote or not state.optimized:
+    if outcome.added or outcome.changed or outcome.payloads or not state.optimized:
         with ctx.bar("wait for the index", None, ""):
             state = wait_green(ctx.qdrant, collection, INDEX_SECONDS)
     return state.optimized
@@ -267,7 +262,7 @@ def verify_points(
     """
     missing, orphans = _different_ids(ctx, collection, {one.id for one in outcome.rejected})
     if not exclusive:  # AutoMem removes a point with its memory
-        missing = sorted(memories_now(ctx.graph.conn, ctx.graph.graph, [missing]), key=str)
+        missing = sorted(memories_now(ctx.graph, [missing]), key=str)
     if missing or (exclusive and orphans):
         wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
         raise VerificationFailed(

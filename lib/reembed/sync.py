@@ -1,26 +1,27 @@
-"""Bring the points of a collection to the plan: add, update, save payloads, remove orphans. Nothing is paid for."""
+"""Bring the points of a collection to the plan: add, update, save payloads. Nothing is paid for."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids
+from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.last_migration import DELETING, PAYLOADS_SAVED, READ
 from lib.backup.payloads import PointId, base_payload, changed_since_written, identical, merged_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
-from lib.clients.qdrant.transport import Qdrant, QdrantError
+from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, scroll, upsert
+from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map, read_ahead
 from lib.journal import Journal
-from lib.reembed.context import Context, reached
-from lib.reembed.plan import Payloads
+from lib.reembed.context import Context
+from lib.reembed.plan import saved_payloads, unplanned_ids
 
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
@@ -47,43 +48,18 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
         for page in read_ahead(scroll(ctx.qdrant, ctx.collection, payload=True)):
-            ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [saved_row(point) for point in page])
+            saved = saved_payloads(ctx.cache, [point.id for point in page]) if recreated else {}
+            ctx.cache.save_points([saved_row(point, saved.get(point.id)) for point in page])
             count += len(page)
             progress(len(page))
     return count
 
 
-def saved_row(point: Point) -> SavedPoint:
-    """Return a point as the cache saves it."""
+def saved_row(point: Point, saved: dict[str, Any] | None = None) -> SavedPoint:
+    """Return a point as the cache saves it; its payload gets the keys of `saved` that it lacks."""
     vector = None if point.vector is None else point.vector.astype("<f4").tobytes()
-    return SavedPoint(point.id, orjson.dumps(point.payload or {}), vector)
-
-
-def _merged(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
-    """Add to each point's payload the saved keys that it lacks."""
-    saved = _saved_payloads(cache, [point.id for point in points])
-    rows = []
-    for point in points:
-        payload = base_payload(point.payload or {}, saved.get(point.id), whole=True)
-        rows.append(saved_row(replace(point, payload=dict(payload or {}))))
-    return rows
-
-
-def _saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
-
-
-def payloads_now(ctx: Context, journal: Journal | None) -> Payloads:
-    """Return a function from ids to payloads: the live points', after the delete also the saved ones."""
-
-    def look_up(ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-        found = _saved_payloads(ctx.cache, ids) if reached(journal, DELETING) else {}
-        with contextlib.suppress(QdrantError):  # missing, or being restored
-            live = retrieve(ctx.qdrant, ctx.collection, ids, payload=True)
-            found |= {point.id: point.payload for point in live if point.payload}
-        return found
-
-    return look_up
+    payload = base_payload(point.payload or {}, saved, whole=True)
+    return SavedPoint(point.id, orjson.dumps(payload or {}), vector)
 
 
 @dataclass(frozen=True)
@@ -100,8 +76,7 @@ class Change:
         return self.old is None or self.old.get("content") != self.row.content
 
 
-@dataclass(frozen=True)
-class SyncOutcome:
+class SyncOutcome(NamedTuple):
     """Points added, updated with their vector, updated in the payload only; rows without a vector; rejected rows."""
 
     added: int = 0
@@ -109,20 +84,6 @@ class SyncOutcome:
     payloads: int = 0
     unembedded: int = 0
     rejected: tuple[Rejected, ...] = ()
-
-    @property
-    def wrote(self) -> bool:
-        """Whether any point was written."""
-        return bool(self.added or self.changed or self.payloads)
-
-    def __add__(self, other: SyncOutcome) -> SyncOutcome:
-        return SyncOutcome(
-            self.added + other.added,
-            self.changed + other.changed,
-            self.payloads + other.payloads,
-            self.unembedded + other.unembedded,
-            self.rejected + other.rejected,
-        )
 
 
 def changes(
@@ -141,7 +102,7 @@ def changes(
     """
     for rows in chunks(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
-        live, saved = existing.payloads(ids), _saved_payloads(cache, ids)
+        live, saved = existing.payloads(ids), saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
         found, changed = [], list[PointId]()
         for row in rows:
@@ -179,11 +140,6 @@ def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
     return Missing(len(tokens), sum(tokens))
 
 
-def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
-    """Yield the existing ids that the plan does not have."""
-    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
-
-
 def sync_collection(
     qdrant: Qdrant,
     collection: str,
@@ -211,7 +167,7 @@ def sync_collection(
         found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
-            outcome += written
+            outcome = SyncOutcome(*map(operator.add, outcome, written))
             if progress:
                 progress(rows)
     return outcome
