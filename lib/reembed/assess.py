@@ -20,16 +20,9 @@ from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import price_of
 from lib.clients.falkordb.connection import require_graph
+from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
-from lib.clients.qdrant.collection import (
-    CollectionState,
-    exists,
-    get_state,
-    health,
-    is_failed,
-    refuse_foreign,
-    same_settings,
-)
+from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.restoring import wait_restored
 from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_settings
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
@@ -132,9 +125,9 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     if state is None:
         settings = journaled_settings(journal) or (settings_of(backup)["settings"] if backup else None)
         if settings:
-            refuse_foreign(settings)
+            collections.refuse_foreign(settings)
         return Assessment(scan, missing, ctx.spec, live, journal, in_place)
-    refuse_foreign(state.raw)
+    collections.refuse_foreign(state.raw)
     if repair:
         live = Live(ADOPT, state)
         if not migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec):
@@ -173,7 +166,7 @@ def _unlike(backup: Manifest, empty: CollectionState) -> str:
     """Return the name of the backup if it has points and other settings than the collection, which is empty now."""
     if backup.collection is not None and backup.collection.points:
         with suppress(BackupDamaged, BadFile):
-            if not same_settings(settings_of(backup)["settings"], empty.raw, but_size=True):
+            if not collections.same_settings(settings_of(backup)["settings"], empty.raw, but_size=True):
                 return backup.name
     return ""
 
@@ -181,15 +174,15 @@ def _unlike(backup: Manifest, empty: CollectionState) -> str:
 def find_live(ctx: Context, journal: Journal | None) -> Live:
     """Find what exists under the collection's name now."""
     qdrant, name = ctx.qdrant, ctx.collection
-    if reached(journal, migrations.RESTORING_STAGED) and health(qdrant, name) in _RESTORE_RUNS:
+    if reached(journal, migrations.RESTORING_STAGED) and collections.health(qdrant, name) in _RESTORE_RUNS:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
-    if not exists(qdrant, name):
+    if not collections.exists(qdrant, name):
         refuse_other_stores(ctx)
         return Live(ABSENT, None)
-    if is_failed(qdrant, name):
+    if collections.is_failed(qdrant, name):
         return Live(FAILED, None)
-    state = get_state(qdrant, name)
+    state = collections.get_state(qdrant, name)
     if state.points == 0:
         refuse_other_stores(ctx)
     return Live(ADOPT if _is_result(ctx, journal, state) else REPLACE, state)
@@ -201,7 +194,7 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
         return False
     # One that AutoMem recreated has AutoMem's settings, and may hold a new memory.
     settings = journaled_settings(journal)
-    alike = settings is None or same_settings(settings, state.raw, but_size=True)
+    alike = settings is None or collections.same_settings(settings, state.raw, but_size=True)
     if reached(journal, migrations.CREATED) or reached(journal, migrations.STAGED_RESTORED):
         return True
     if state.points == 0 and not reached(journal, migrations.DELETING) and alike:

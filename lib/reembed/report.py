@@ -1,4 +1,4 @@
-"""The report of a finished re-embedding over all of its starts, as a JSON document."""
+"""The report of a finished re-embedding over all of its starts: JSON, and an HTML page that loads nothing else."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ from lib.reembed.sync import SyncOutcome
 if TYPE_CHECKING:
     import jinja2
 
-
 FORMAT = 1
-_MOST_STEPS = 200
+_MOST_STEPS, _BINS = 200, 30
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """What the last start of a re-embedding did. `scan` is its last reading of the graph.
 
     `points` of the plan are in the collection. `absent_seconds`: how long it was absent or incomplete. `undo`: the
@@ -62,7 +61,7 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     the batches of dry runs and spot checks. `recall` is None if it could not be measured; `recall_note` says why.
     """
     sums = done.paid.sums
-    recall, recall_note = compare_after(ctx.qdrant, ctx.collection, ctx.cache, journal)
+    recall, recall_note = compare_after(ctx, journal)
     absent = _absent_by(journal) if resumed_after_delete else None
     size, model, scan = ctx.spec.size, ctx.spec.model, done.scan
     new = {"size": size, "points": done.points, "model": model, "model_known": "stamped"}
@@ -91,32 +90,17 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
         "cut_examples": scan.too_long_examples,
         "refused": [dataclasses.asdict(one) for one in done.paid.refused],
         "rejected": [dataclasses.asdict(one) for one in done.outcome.rejected],
-        "aliases_taken": done.aliases_taken,
-        "indexed": done.indexed,
+        **{name: getattr(done, name) for name in ("aliases_taken", "indexed", "removed", "undo")},
         "mended": done.repaired,
-        "removed": done.removed,
         "backup": journal.fact("manifest"),
-        "undo": done.undo,
-        "steps": _steps(journal),
+        "steps": [{"at": str(one["at"]), "phase": str(one["phase"])} for one in journal.entries[-_MOST_STEPS:]],
     }
 
 
 def _paid(sums: PaidSums, spec: EmbeddingSpec) -> dict[str, Any]:
-    return {
-        "texts": sums.texts,
-        "tokens": sums.tokens,
-        "requests": sums.requests,
-        "rate_limited": sums.rate_limited,
-        "seconds": round(sums.seconds, 3),
-        "price": price_of(sums.tokens, spec.model, spec.provider),
-        "prices_as_of": PRICES_AS_OF,
-        "discarded": sums.discarded,
-    }
-
-
-def _steps(journal: Journal) -> list[dict[str, str]]:
-    """The last phases of the run, and when each was announced."""
-    return [{"at": str(one["at"]), "phase": str(one["phase"])} for one in journal.entries[-_MOST_STEPS:]]
+    counts = {name: getattr(sums, name) for name in ("texts", "tokens", "requests", "rate_limited", "discarded")}
+    price = price_of(sums.tokens, spec.model, spec.provider)
+    return {**counts, "seconds": round(sums.seconds, 3), "price": price, "prices_as_of": PRICES_AS_OF}
 
 
 def _started(journal: Journal, sums: PaidSums) -> str:
@@ -156,12 +140,8 @@ def _moment(entry: Mapping[str, Any]) -> datetime:
     return datetime.fromisoformat(str(entry["at"]))
 
 
-_BINS = 30
-_TEMPLATES = Path(__file__).resolve().parent / "templates"
-
-
 class Tick(NamedTuple):
-    """A position on an axis, and its label."""
+    """A position on an axis."""
 
     at: float
     label: str
@@ -222,12 +202,9 @@ class _Axis:
         return [Tick(self.at(value), f"{value:,.{digits}f}") for value in values]
 
 
-def _x_axis(low: float, high: float) -> _Axis:
-    return _Axis(low, high, Plot.left, Plot.right)
-
-
-def _y_axis(high: float) -> _Axis:
-    return _Axis(0.0, high, Plot.bottom, Plot.top)
+def _axes(low: float, high: float, top: float) -> tuple[_Axis, _Axis]:
+    """Return the x axis from `low` to `high`, and the y axis from 0 to `top`."""
+    return _Axis(low, high, Plot.left, Plot.right), _Axis(0.0, top, Plot.bottom, Plot.top)
 
 
 def _step_curve(edges: Sequence[float], heights: Sequence[float]) -> str:
@@ -245,7 +222,7 @@ def rates(slots: Sequence[Mapping[str, Any]]) -> Plot | None:
     for one in slots:
         seconds.append(seconds[-1] + one["seconds"])
     unit, word = (1.0, "seconds") if seconds[-1] < 180 else (60.0, "minutes")
-    x, y = _x_axis(0.0, seconds[-1] / unit), _y_axis(1.1 * max([*speeds, 0.9]))
+    x, y = _axes(0.0, seconds[-1] / unit, 1.1 * max([*speeds, 0.9]))
     edges = [x.at(one / unit) for one in seconds]
     area = Area("texts per second", "new", _step_curve(edges, [y.at(one) for one in speeds]))
     marks = [edge for edge, one in zip(edges, slots, strict=False) if one["after_pause"]]
@@ -259,12 +236,10 @@ def scores(before: Sequence[float], after: Sequence[float]) -> Plot | None:
     low, high = min(*before, *after), max(*before, *after)
     low, high = (low, high) if high > low else (low - 0.05, high + 0.05)
     shares = {"old": _shares(before, low, high), "new": _shares(after, low, high)}
-    x, y = _x_axis(low, high), _y_axis(110 * max(map(max, shares.values())))
+    x, y = _axes(low, high, 110 * max(map(max, shares.values())))
     edges = [x.at(low + (high - low) * number / _BINS) for number in range(_BINS + 1)]
-    areas = [
-        Area(name, kind, _step_curve(edges, [y.at(100 * share) for share in shares[kind]]))
-        for name, kind in (("before", "old"), ("after", "new"))
-    ]
+    curves = {kind: _step_curve(edges, [y.at(100 * share) for share in found]) for kind, found in shares.items()}
+    areas = [Area("before", "old", curves["old"]), Area("after", "new", curves["new"])]
     return Plot("score of a neighbour", "% of the neighbours", x.ticks(8), y.ticks(5), areas)
 
 
@@ -282,19 +257,13 @@ def overlaps(memories: Sequence[Mapping[str, Any]], most: int) -> Plot | None:
     counts = [0] * (most + 1)
     for one in memories:
         counts[round(most * one["same"] / one["near"])] += 1
-    x, y = _x_axis(-0.5, most + 0.5), _y_axis(1.1 * max(counts))
+    x, y = _axes(-0.5, most + 0.5, 1.1 * max(counts))
     width = round(x.at(0.4) - x.at(-0.4), 2)
-    bars = [
-        Bar(
-            x.at(number - 0.4),
-            y.at(count),
-            width,
-            round(Plot.bottom - y.at(count), 2),
-            f"{number} of {most} the same: {count} memories",
-        )
-        for number, count in enumerate(counts)
-        if count
-    ]
+    bars = []
+    for number, count in enumerate(counts):
+        if count:
+            height, label = round(Plot.bottom - y.at(count), 2), f"{number} of {most} the same: {count} memories"
+            bars.append(Bar(x.at(number - 0.4), y.at(count), width, height, label))
     ticks = [Tick(x.at(number), str(number)) for number in range(most + 1)]
     whole = [tick for tick in y.ticks(5) if "." not in tick.label]
     return Plot(f"neighbours in common, of {most}", "memories", ticks, whole, bars=bars)
@@ -323,8 +292,7 @@ def page(document: Mapping[str, Any]) -> str:
     """The document as HTML: no script, no external resource, all text escaped."""
     recall = document["recall"] or {"memories": [], "neighbours": 0}
     memories = recall["memories"]
-    before = [score for one in memories for score in one["before"]]
-    after = [score for one in memories for score in one["after"]]
+    before, after = ([score for one in memories for score in one[when]] for when in ("before", "after"))
     plots = {
         "rates": rates(document["rates"]),
         "scores": scores(before, after),
@@ -337,12 +305,9 @@ def page(document: Mapping[str, Any]) -> str:
 def _templates() -> jinja2.Environment:
     import jinja2
 
+    loader, undefined = jinja2.FileSystemLoader(_TEMPLATES), jinja2.StrictUndefined
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters.update(count=_count, dollars=price_text, duration=_duration, moment=_shown_moment)
     return templates

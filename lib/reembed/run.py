@@ -90,7 +90,7 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
         points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
         paid=runner.paid,
         method=cutover.method,
-        absent_seconds=cutover.absent_seconds(complete_at),
+        absent_seconds=0.0 if cutover.absent_since is None else complete_at - cutover.absent_since,
         aliases_taken=last.aliases_taken,
         indexed=last.indexed,
         repaired=repaired,
@@ -157,7 +157,7 @@ def _stage(ctx: Context, journal: Journal, assessment: assess.Assessment, runner
         if live.kind == assess.REPLACE:
             assess.require_whole_graph(ctx, assessment, scan.own_text)
     if live.kind == assess.REPLACE:
-        save_before(ctx.qdrant, ctx.collection, ctx.cache, journal)
+        save_before(ctx, journal)
 
 
 def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
