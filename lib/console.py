@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND = re.compile(r"(?<![\w/])python ((?:-m pip install )?(?:-r )?)((?:scripts/\w+\.py|requirements\S*\.txt)?)")
 _CARRIED = ("--env-file", "--backup-dir")
+_PLAIN_SECONDS = 5.0
+_WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
 _flags: list[str] = []
+_HELD: list[str] = []
+_LOCK = threading.Lock()
+_OPEN: list[RichProgress] = []  # the display, once for each open bar of any thread: rich allows only one
 _T = TypeVar("_T")
 
 
@@ -39,10 +44,8 @@ def remember_flags(env_file: str | None, backup_dir: str | None) -> None:
 
 def age_text(hours: float) -> str:
     """Return an age in the largest unit that it fills: minutes, hours or days."""
-    minutes = max(0, round(hours * 60))
-    if minutes < 60:
-        count, unit = minutes, "minute"
-    else:
+    count, unit = max(0, round(hours * 60)), "minute"
+    if count >= 60:
         count, unit = (round(hours), "hour") if hours < 48 else (round(hours / 24), "day")
     return f"{count} {unit}{'' if count == 1 else 's'}"
 
@@ -88,19 +91,12 @@ def _interpreter() -> str:
     return sys.executable if os.sep in sys.executable else "python"
 
 
-_PLAIN_SECONDS = 5.0
-_WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
-
-
 def size_text(count: float) -> str:
     """Return a number of bytes as text, such as 1.5 MB."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-_HELD: list[str] = []
 
 
 def hold(warning: str) -> None:
@@ -159,11 +155,10 @@ class Console:
         title = one_line(title)
         if self.quiet:
             yield lambda _step: None
-        elif sys.stderr.isatty():
-            with bar(title, total, _amounts(unit), "" if unit == "bytes" else unit) as advance:
-                yield advance
         else:
-            with _plain(title, total, unit) as advance:
+            amount = size_text if unit == "bytes" else "{:,.0f}".format
+            show = bar if sys.stderr.isatty() else _plain
+            with show(title, total, amount, "" if unit == "bytes" else unit) as advance:
                 yield advance
 
     def result(self, document: Mapping[str, object], text: str) -> None:
@@ -175,10 +170,6 @@ class Console:
                 print(shown, flush=True)
 
 
-def _amounts(unit: str) -> Callable[[float], str]:
-    return size_text if unit == "bytes" else lambda count: f"{count:,.0f}"
-
-
 def _as_json(value: object) -> str:
     if isinstance(value, Path):
         return str(value)
@@ -186,9 +177,10 @@ def _as_json(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
+def _plain(title: str, total: int | None, amount: Callable[[float], str], unit: str) -> Iterator[Progress]:
+    """Print a line every five seconds, and one at the end."""
     started = shown = time.monotonic()
-    done, amount = 0, _amounts(unit)
+    done = 0
 
     def advance(step: int) -> None:
         nonlocal done, shown
@@ -201,17 +193,10 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
 
     yield advance
     seconds = max(time.monotonic() - started, 1e-6)
-    word = "" if unit == "bytes" else f" {unit}"
-    what = (
-        f": {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)"
-        if unit and done  # no "0 B (0 B/s)" for a step that moved nothing
-        else f": {seconds:.1f} s"
-    )
+    what = f": {seconds:.1f} s"
+    if done:  # no "0 B (0 B/s)" for a step that moved nothing
+        what = f": {f'{amount(done)} {unit}'.rstrip()} in {seconds:.1f} s ({amount(done / seconds)}/s)"
     print(title + what, file=sys.stderr, flush=True)
-
-
-_LOCK = threading.Lock()
-_OPEN: list[RichProgress] = []  # the display, once for each open bar of any thread: rich allows only one
 
 
 @contextlib.contextmanager
@@ -262,10 +247,7 @@ def _display() -> RichProgress:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Return a table as plain text; each column is as wide as its widest cell.
-
-    The line below the last header is no longer than the header: a longer one would wrap in a narrow terminal.
-    """
+    """Return a plain table. The line below the last header is only as long: it would wrap in a narrow terminal."""
     cells = [[str(cell) for cell in row] for row in ([header, *rows] if header else rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from lib.env_files import DEFAULT, Setting
@@ -15,13 +15,13 @@ from lib.network import is_this_machine
 UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the vectors
 # The providers that AutoMem can use (its EMBEDDING_PROVIDER), but for placeholder vectors.
 OPENAI, VOYAGE, OLLAMA, LOCAL = "openai", "voyage", "ollama", "local"
+OPENAI_BASE_URL = "https://api.openai.com/v1"
 LOCAL_URL = "local:fastembed"  # the endpoint of models that run in this process
 # The models that AutoMem chooses by size for the provider `local`.
 LOCAL_MODELS = {384: "BAAI/bge-small-en-v1.5", 768: "BAAI/bge-base-en-v1.5", 1024: "BAAI/bge-large-en-v1.5"}
 
 
-@dataclass(frozen=True)
-class SettingNames:
+class SettingNames(NamedTuple):
     """The settings that an operator changes to use another key, model or endpoint of one provider."""
 
     key: str
@@ -37,16 +37,14 @@ SETTING_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The sizes of one model's vectors.
+class _Model(NamedTuple):
+    """`native`: the size of an answer to a request that names none. `unit`: documented to be vectors of length 1.
 
-    `native` is the size of an answer to a request that names none. `sizes` are the others that the model is trained
-    for: a larger vector of it, cut to one of them and scaled to length 1, is its vector of that size. `unit`: the
-    provider documents that all vectors have length 1.
+    `sizes` are the others that the model is trained for: a larger vector of it, cut to one of them and scaled to
+    length 1, is its vector of that size.
     """
 
-    native: int
+    native: int | None
     sizes: Collection[int] = ()
     unit: bool = True
 
@@ -58,13 +56,8 @@ _MODELS = {
     "text-embedding-3-small": _Model(1536, range(1, 1536)),
     "text-embedding-3-large": _Model(3072, range(1, 3072)),
     "text-embedding-ada-002": _Model(1536),
-    "voyage-4-large": _VOYAGE,
-    "voyage-4": _VOYAGE,
-    "voyage-4-lite": _VOYAGE,
-    "voyage-3-large": _VOYAGE,
-    "voyage-3.5": _VOYAGE,
-    "voyage-3.5-lite": _VOYAGE,
-    "voyage-code-3": _VOYAGE,
+    **dict.fromkeys(("voyage-4-large", "voyage-4", "voyage-4-lite", "voyage-3-large"), _VOYAGE),
+    **dict.fromkeys(("voyage-3.5", "voyage-3.5-lite", "voyage-code-3"), _VOYAGE),
     "nomic-embed-text": _Model(768, unit=False),
     **{model: _Model(size, unit=False) for size, model in LOCAL_MODELS.items()},
 }
@@ -109,10 +102,13 @@ def is_model_of(record: Mapping[str, Any], spec: EmbeddingSpec) -> bool:
     return same_model(record.get("model"), spec.model) and provider_of(record) == spec.provider
 
 
+def _known(model: str) -> _Model:
+    return _MODELS.get(bare_model(model), _Model(None, unit=False))
+
+
 def native_size(model: str) -> int | None:
     """Return the size of the model's vectors if a request names none, or None for an unknown model."""
-    known = _MODELS.get(bare_model(model))
-    return known.native if known else None
+    return _known(model).native
 
 
 def similar_model(model: str) -> str:
@@ -127,25 +123,21 @@ def takes_dimensions(model: str) -> bool:
 
 def can_be_cut(model: str) -> bool:
     """Whether vectors of this model's smaller sizes are larger ones cut and scaled to length 1."""
-    known = _MODELS.get(bare_model(model))
-    return known is not None and bool(known.sizes)
+    return bool(_known(model).sizes)
 
 
 def has_unit_vectors(model: str) -> bool:
     """Whether the model's provider documents vectors of length 1."""
-    known = _MODELS.get(bare_model(model))
-    return known is not None and known.unit
+    return _known(model).unit
 
 
 def model_fault(model: str, size: int, provider: str = OPENAI) -> str | None:
     """Return why `model` cannot make vectors of `size`, or None. An unknown model is checked by its first answer."""
-    known = _MODELS.get(bare_model(model))
-    if known is None or size == known.native or size in known.sizes:
+    native, others, _ = _known(model)
+    if native is None or size == native or size in others:
         return None
-    if isinstance(known.sizes, range):
-        made = f"at most {known.native}d vectors"
-    else:
-        made = f"{'d, '.join(map(str, sorted([*known.sizes, known.native])))}d vectors only"
+    every = "d, ".join(map(str, sorted([*others, native])))
+    made = f"at most {native}d vectors" if isinstance(others, range) else f"{every}d vectors only"
     name = "local model" if provider == LOCAL else SETTING_NAMES[provider].model
     return f"{name} {model} makes {made}, VECTOR_SIZE is {size}"
 
@@ -155,32 +147,24 @@ def check_model(model: str, size: int, provider: str = OPENAI) -> None:
     fault = model_fault(model, size, provider)
     if fault is None:
         return
-    known = _MODELS[bare_model(model)]
-    sizes = LOCAL_MODELS if provider == LOCAL else [known.native, *known.sizes]
+    native, others, _ = _known(model)
+    sizes = LOCAL_MODELS if provider == LOCAL else [native or size, *others]
     step = f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), one))}"
     if provider == OPENAI:
         larger = "text-embedding-3-large" if size <= 3072 else "..."
-        step = f"export EMBEDDING_MODEL={larger}\nor:\nexport VECTOR_SIZE={known.native}"
+        step = f"export EMBEDDING_MODEL={larger}\nor:\nexport VECTOR_SIZE={native}"
     raise UsageProblem(fault, next_step=step)
 
 
 def check_dimension(collection: str, actual: int, configured: int) -> None:
-    """Raise DimensionMismatch (a ValueError) if the live size is not the configured one.
-
-    The command's stderr then starts with `ValueError: VECTOR DIMENSION MISMATCH`, as AutoMem's guide documents.
-    """
+    """Raise DimensionMismatch if the sizes differ; stderr then starts with its ValueError, as AutoMem's guide says."""
     if actual == configured:
         return
     raise DimensionMismatch(
         f"VECTOR DIMENSION MISMATCH\nQdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d",
-        next_step=(
-            f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
-            "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-        ),
+        next_step=f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
+        "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py",
     )
-
-
-OPENAI_BASE_URL = "https://api.openai.com/v1"
 
 
 def public_url(base_url: str) -> str:
@@ -208,13 +192,8 @@ _NAMES = {VOYAGE: "Voyage", OPENAI: "OpenAI", OLLAMA: "Ollama", LOCAL: "the loca
 _OPENAI_HOST = "api.openai.com"
 
 
-@dataclass(frozen=True)
-class EmbeddingChoice:
-    """The provider and model that AutoMem uses.
-
-    `setting` decided it; "" if none that could is set. `reason` names it with its origin. `fault` is why AutoMem cannot
-    embed with this provider, or "".
-    """
+class EmbeddingChoice(NamedTuple):
+    """What AutoMem uses, the setting that decided it ("" if none), why, and why it cannot embed so ("" if it can)."""
 
     provider: str
     model: str
@@ -235,9 +214,9 @@ def choose(settings: Mapping[str, Setting], size: int) -> EmbeddingChoice:
         provider = _DECIDING.get(setting, LOCAL)
     if setting:
         what = f"is {provider}" if setting == PROVIDER else "is set"
-        reason = f"{setting} {what} in {_place(settings[setting])}"
+        reason = f"{setting} {what} in {settings[setting].place}"
     if setting != PROVIDER and unfit:
-        reason += f", and Voyage (VOYAGE_API_KEY in {_place(settings[_VOYAGE_KEY])}) makes no {size}d vectors"
+        reason += f", and Voyage (VOYAGE_API_KEY in {settings[_VOYAGE_KEY].place}) makes no {size}d vectors"
     return EmbeddingChoice(provider, _model(provider, values, size), setting, reason, _fault(provider, values, size))
 
 
@@ -265,10 +244,6 @@ def _fault(provider: str, values: Mapping[str, str], size: int) -> str:
     return ""
 
 
-def _place(setting: Setting) -> str:
-    return "the environment" if setting.origin == "environment" else setting.origin
-
-
 def is_plain(settings: Mapping[str, Setting], provider: str) -> bool:
     """Whether the provider is OpenAI and no other one has a setting that could choose it: the guide's case."""
     others = [name for name, one in _DECIDING.items() if one != OPENAI]
@@ -284,20 +259,14 @@ def reason_shown(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> str:
 
 
 def model_settings(provider: str, model: str, *, named: bool) -> dict[str, str]:
-    """Return the settings that make AutoMem and these scripts use a model. VECTOR_SIZE decides the local one.
-
-    `named`: EMBEDDING_PROVIDER is among them even if the provider is OpenAI.
-    """
+    """Return the settings that select a model; VECTOR_SIZE selects a local one. `named`: the provider even if OpenAI."""
     settings = {PROVIDER: provider} if named or provider != OPENAI else {}
     setting = MODEL_SETTINGS.get(provider)
     return {**settings, setting: model} if setting else settings
 
 
 def provider_problem(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageProblem | None:
-    """Return why no vectors can be made, or why AutoMem would ask with those of another model; None if neither holds.
-
-    OPENAI_API_KEY is not asked for. Sends nothing.
-    """
+    """Return why no vectors can be made (but for OPENAI_API_KEY), or why AutoMem would ask with another model's."""
     choice = choose(settings, spec.size)
     return (
         _unusable(settings, choice, spec.size)
@@ -323,7 +292,8 @@ def _unusable(settings: Mapping[str, Setting], choice: EmbeddingChoice, size: in
 def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: int) -> UsageProblem | None:
     """Return the problem that AutoMem's own files choose another provider or model than all settings together."""
     names = (PROVIDER, *_DECIDING, *MODEL_SETTINGS.values())
-    own = {name: one for name in names if (one := _in_automems_files(settings[name]))}
+    automems = {name: [one for one in (settings[name], *settings[name].hidden) if one.automem] for name in names}
+    own = {name: found[0] for name, found in automems.items() if found}
     if not own.keys() - {MODEL_SETTINGS[OPENAI]}:
         return None  # AutoMem has them from elsewhere
     theirs = choose(own, size)
@@ -342,10 +312,6 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
         f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing",
         next_step="\n".join(steps),
     )
-
-
-def _in_automems_files(setting: Setting) -> Setting | None:
-    return next((one for one in (setting, *setting.hidden) if one.automem), None)
 
 
 def _lines(choice: EmbeddingChoice) -> list[str]:

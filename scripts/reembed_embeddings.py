@@ -125,8 +125,8 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     refused = output.warn_of_refusals(found, ctx, console) if args.dry_run else []
     require_embedding_key(config)
     paid = EmbeddingTotals(ctx.cache, ctx.spec, found.journal, logged=not args.only_missing)
-    pace = (args.workers, args.batch_size, args.max_cost, console)
-    runner = connect.open_runner(config, paid, *pace, sample=args.dry_run)
+    pace = (args.workers, args.batch_size, args.max_cost)
+    runner = connect.open_runner(config, paid, pace, console, sample=args.dry_run)
     if args.dry_run:
         return output.show_tried(try_one_batch(ctx, runner), found, ctx, refused, console)
     if args.limit:

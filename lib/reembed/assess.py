@@ -103,10 +103,7 @@ class Assessment:
 
 
 def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> Assessment:
-    """Read the graph into the plan and find the state of the collection. Nothing is changed on a server.
-
-    `repair`: the collection is to be synced with the graph (`--only-missing`), not replaced.
-    """
+    """Read the graph into the plan, find the collection's state; change nothing. `repair`: synced, not replaced."""
     require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
     scan = scan_graph(ctx, journal)
     live = find_live(ctx, journal)
@@ -357,10 +354,7 @@ def _count_expected(path: Path, guarded: GuardedCollection) -> tuple[int, int]:
 
 
 def undo_of(manifest: Manifest | None, *, named: bool) -> str:
-    """Return the commands that restore the collection of this backup; the graph was not changed.
-
-    `named`: they set EMBEDDING_PROVIDER even if it is OpenAI.
-    """
+    """Return the commands that restore this backup's collection. `named`: they set EMBEDDING_PROVIDER in any case."""
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
     component = manifest.collection

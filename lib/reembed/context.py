@@ -113,10 +113,7 @@ def open_run(ctx: Context) -> Journal | None:
 
 
 def close_others(ctx: Context) -> None:
-    """Close the runs with other settings that deleted nothing, and drop what they staged. The cache keeps all vectors.
-
-    Called right before this run's first write to a server.
-    """
+    """Before the first write: close runs with other settings that deleted nothing, drop what they staged."""
     for journal in _open_here(ctx):
         if journal.fact("spec") != migrations.spec_as_json(ctx.spec) and not journal.has_reached(migrations.DELETING):
             if staged := journal.fact("staged_collection"):

@@ -145,10 +145,7 @@ def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
 
 
 def _delete_live(ctx: Context, journal: Journal, live: assess.Live, announce: Callable[[str], None]) -> float:
-    """Ask the guard, save settings and payloads, delete the collection. Returns the monotonic time of the delete.
-
-    Payloads are read by the last request before the delete.
-    """
+    """Ask the guard, save settings, then payloads, delete. Returns the monotonic time of the delete."""
     manifest = assess.require_protection(ctx, journal, live)
     if manifest and manifest.name != journal.fact("manifest"):
         journal.append("backup accepted by the guard", manifest=manifest.name)
@@ -213,10 +210,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
 
 
 def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
-    """Upload the snapshot and have it restored under the live name; delete the copy that the server keeps of it.
-
-    Returns whether the server answered.
-    """
+    """Upload the snapshot, have it restored, delete the server's copy. Returns whether the server answered."""
     filename, size = restoring.unique_filename(ctx.staged), file.stat().st_size
     upload = partial(restoring.upload_and_restore, ctx.qdrant, ctx.collection, file, size=size, filename=filename)
     with ctx.bar("send", size, "bytes") as progress:

@@ -205,10 +205,7 @@ class EmbeddingRunner:
         return expected(self.client.pacer, seconds, left.texts, left.tokens, **limits)
 
     def require_affordable(self, tokens: int) -> None:
-        """Raise UsageProblem if these tokens and those spent so far cost more than `max_cost`.
-
-        A model without a list price may cost anything.
-        """
+        """Raise UsageProblem if these tokens and those spent cost more than `max_cost`, as an unknown price may."""
         spent_tokens = self.paid.spent_tokens
         price = price_of(spent_tokens + tokens, self.spec.model, self.spec.provider)
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):

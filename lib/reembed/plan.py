@@ -108,10 +108,7 @@ def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator
 
 
 def only_live_ids(ctx: Context, existing: TemporaryIdTable) -> TemporaryIdTable:
-    """Return the ids of `existing` points without a memory that can be embedded.
-
-    The graph is asked after the points were read, so that a memory stored since the scan counts.
-    """
+    """Return the `existing` ids without an embeddable memory. The graph is asked now: newer memories count."""
     table = TemporaryIdTable()
     query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
     for page in chunks(unplanned_ids(ctx.cache, existing), _ID_PAGE):

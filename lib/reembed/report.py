@@ -270,10 +270,7 @@ def overlaps(memories: Sequence[Mapping[str, Any]], most: int) -> Plot | None:
 
 
 def write(report: Mapping[str, Any], folder: Path, console: Console) -> list[Path]:
-    """Write both files (0600) below `folder`, in place of earlier ones of this run, and return their paths.
-
-    A failure is only a warning: the work is done.
-    """
+    """Write both files (0600) in place of this run's earlier ones; return their paths. A failure is a warning only."""
     document = {**report, "undo": pasteable(report["undo"])}
     written: list[Path] = []
     try:

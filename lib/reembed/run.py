@@ -204,10 +204,7 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
 
 
 def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: CollectionState) -> None:
-    """Embed the contents of three unchanged points and compare them with the stored vectors.
-
-    Raises GuardRefused if a cosine is under 0.99: another model made the vectors.
-    """
+    """Embed three unchanged points' contents again. Raises GuardRefused if a cosine is under 0.99: another model."""
     points = _unchanged(ctx, state)
     if not points and state.points:
         raise GuardRefused(

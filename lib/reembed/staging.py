@@ -87,10 +87,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
 
 
 def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) -> tuple[dict[str, Any], list[str]]:
-    """Return what the new collection inherits: the live one's settings (raw info) and aliases.
-
-    If the live one was recreated: the settings of the old one, and the aliases of both.
-    """
+    """Return the live collection's raw info and aliases; if it was recreated, the old settings and both's aliases."""
     aliases = collections.aliases_of(ctx.qdrant, ctx.collection)
     if not was_recreated(ctx, journal, live.points):
         return live.raw, sorted(aliases)
@@ -119,10 +116,7 @@ def verified_staged(ctx: Context, journal: Journal) -> str | None:
 
 
 def require_same_settings(ctx: Context, journal: Journal) -> None:
-    """Raise StoreFailed if the live collection's settings changed since the staged one was created.
-
-    If the live one was recreated, the settings of the old one count.
-    """
+    """Raise StoreFailed if the settings of the live (if recreated: the old) collection changed since the staging."""
     live = get_state(ctx.qdrant, ctx.collection)
     if was_recreated(ctx, journal, live.points) or collections.same_settings(journal.fact("staged_like"), live.raw):
         return
@@ -140,10 +134,7 @@ def drop_staged(ctx: Context, journal: Journal) -> None:
 
 @contextmanager
 def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterator[None]:
-    """If the server's disk fills before the delete, drop the staged collection; the live one is unchanged.
-
-    `room`: bytes that are needed. Raises StoreFailed then.
-    """
+    """If the disk fills before the delete, drop the staged collection and raise StoreFailed. `room`: bytes needed."""
     try:
         yield
     except QdrantError as error:
@@ -181,10 +172,7 @@ def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
 
 
 class Filled(NamedTuple):
-    """What filling the collection did; aliases that another collection has taken; whether the index is built.
-
-    `complete_at`: monotonic time at which the last point was written.
-    """
+    """What filling did; aliases that others took; whether the index is built; monotonic time of the last write."""
 
     outcome: SyncOutcome
     aliases_taken: list[str]
@@ -193,10 +181,7 @@ class Filled(NamedTuple):
 
 
 def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None) -> Filled:
-    """Write every missing or changed point of the plan, restore the aliases, wait for the index.
-
-    `touched`: see `sync_collection`.
-    """
+    """Write what the plan adds and changes, restore aliases, wait for the index. `touched`: see `sync_collection`."""
 
     def work() -> Filled:
         whole = journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED)

@@ -28,10 +28,7 @@ _CONNECTIONS = 4  # a third more points a second than with one; more connections
 
 
 def was_recreated(ctx: Context, journal: Journal, points: int) -> bool:
-    """Return whether the collection, which has `points`, is no longer the one that this run found.
-
-    This run has deleted that one, or most of its points have disappeared since their payloads were read.
-    """
+    """Whether this run deleted the collection, or most of its points have gone since their payloads were read."""
     shrunk = journal.has_reached(READ) and 2 * points < ctx.cache.saved_count()
     return journal.has_reached(DELETING) or shrunk
 
