@@ -259,7 +259,7 @@ def reason_shown(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> str:
 
 
 def model_settings(provider: str, model: str, *, named: bool) -> dict[str, str]:
-    """Return the settings that select a model; VECTOR_SIZE selects a local one. `named`: the provider even if OpenAI."""
+    """Return the settings that select a model; VECTOR_SIZE selects a local one. `named`: even the provider OpenAI."""
     settings = {PROVIDER: provider} if named or provider != OPENAI else {}
     setting = MODEL_SETTINGS.get(provider)
     return {**settings, setting: model} if setting else settings

@@ -335,16 +335,11 @@ def lock_targets(
     holder: str = "",
     wait: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Hold a lock on each of these targets during the block. The kernel drops it with the process.
+    """Hold a lock on each of these targets (addresses with names) during the block; it ends with the process.
 
-    Raises LockHeld if another run on this machine holds one, whatever its user and checkout.
-
-    Args:
-        names: what the run works on (addresses with graph or collection names, no secret).
-        folder: where the lock files are, the same for every user of the machine.
-        kind: locks of different kinds on one target do not exclude each other.
-        holder: the command, process and start of this run, which another run reports if it finds the lock held.
-        wait: waits for the other run instead of raising LockHeld; it is called once, with a message.
+    Raises LockHeld if another run on this machine holds one, whatever its user and checkout. Locks of different `kind`
+    do not exclude each other. `holder` (command, process, start) is reported to a run that finds the lock held.
+    `wait` makes this one wait instead of raising LockHeld; it is called once, with a message.
     """
     import portalocker
 

@@ -248,11 +248,10 @@ def _is_recent(ctx: Context, journal: Journal | None) -> bool:
     backup = accepted_backup(ctx, journal)
     if journal is None or journal.age_hours > MAX_AGE_HOURS or backup is None or backup.collection is None:
         return False
-    try:
+    with suppress(BackupDamaged):
         check_file(backup.file_of(backup.collection), backup.collection.file)
-    except BackupDamaged:
-        return False
-    return True
+        return True
+    return False
 
 
 def require_whole_graph(ctx: Context, assessment: Assessment, usable: int) -> None:
@@ -358,10 +357,8 @@ def undo_of(manifest: Manifest | None, *, named: bool) -> str:
     if manifest is None or manifest.collection is None:
         return "  (none: no collection was replaced)"
     component = manifest.collection
-    lines = [
-        f"  python scripts/restore_from_backup.py {quote(str(manifest.file_of(component)))}",
-        f"  export VECTOR_SIZE={component.size}",
-    ]
+    file = quote(str(manifest.file_of(component)))
+    lines = [f"  python scripts/restore_from_backup.py {file}", f"  export VECTOR_SIZE={component.size}"]
     if component.model == UNKNOWN_MODEL:
         # With the new vectors' model --only-missing would mix two models.
         lines += [

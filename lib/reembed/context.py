@@ -123,11 +123,9 @@ def close_others(ctx: Context) -> None:
 
 def resume_notice(journal: Journal) -> str:
     """Return one line that says how far an unfinished run came."""
-    done = "nothing was changed on a server"
-    for phase, text in _PROGRESS:
-        if journal.has_reached(phase) and (phase != migrations.STAGED or journal.fact("proved")):
-            done = text
-            break
+    verified = bool(journal.fact("proved"))
+    reached = [text for one, text in _PROGRESS if journal.has_reached(one) and (verified or one != migrations.STAGED)]
+    done = reached[0] if reached else "nothing was changed on a server"
     return f"resuming the run of {str(journal.entries[0]['at'])[:16]} UTC: {done}"
 
 
@@ -163,13 +161,13 @@ def refuse_foreign_staged(ctx: Context) -> None:
     made = [one.fact("staged_collection") for one in _open_here(ctx)]
     if ctx.staged in made or not exists(ctx.qdrant, ctx.staged):
         return
+    spell = "spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did, then run the same command again"
     for other in open_journals(ctx.folder):
         if other.fact("staged_collection") == ctx.staged:
             raise GuardRefused(
                 f"'{ctx.staged}' was made by an unfinished run on other stores, or another spelling of these:"
                 f" {' and '.join(other.targets)}; here it is {' and '.join(ctx.targets)}",
-                next_step="spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did, then run the same"
-                " command again",
+                next_step=spell,
             )
     drop = curl_line(ctx.qdrant, "DELETE", ctx.staged)
     raise GuardRefused(

@@ -149,13 +149,8 @@ class EmbeddingTotals:
         def add() -> None:
             nonlocal added, after_pause
             seconds = latest.seconds - added.seconds
-            interval = Interval(
-                at=round(time.time() - seconds, 3),
-                seconds=round(seconds, 3),
-                texts=latest.embedded - added.embedded,
-                rate_limited=latest.rate_limited - added.rate_limited,
-                after_pause=after_pause,
-            )
+            at, limited = round(time.time() - seconds, 3), latest.rate_limited - added.rate_limited
+            interval = Interval(at, round(seconds, 3), latest.embedded - added.embedded, limited, after_pause)
             self.sums.add(interval, latest.tokens - added.tokens, latest.requests - added.requests)
             added, after_pause = latest, False
 
@@ -214,14 +209,10 @@ class EmbeddingRunner:
         limit = f"--max-cost is ${self.max_cost:g}; {spent} was spent"
         setting = SETTING_NAMES[self.spec.provider].model
         if price is None:
-            raise UsageProblem(
-                f"there is no list price for {self.spec.model}, {limit}",
-                next_step=f"leave --max-cost out, or set {setting} to a model with a list price",
-            )
-        raise UsageProblem(
-            f"this would cost {price_text(price)}, {limit}",
-            next_step=f"raise --max-cost (or leave it out), or set {setting} to a cheaper model",
-        )
+            step = f"leave --max-cost out, or set {setting} to a model with a list price"
+            raise UsageProblem(f"there is no list price for {self.spec.model}, {limit}", next_step=step)
+        step = f"raise --max-cost (or leave it out), or set {setting} to a cheaper model"
+        raise UsageProblem(f"this would cost {price_text(price)}, {limit}", next_step=step)
 
 
 def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], total: Missing) -> None:
@@ -244,17 +235,10 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
 
     require_room = partial(ctx.cache.require_room, size=ctx.spec.size)
     require_room(total.texts)
+    embed = partial(embed_missing, workers=runner.workers, batch_size=runner.batch_size, require_room=require_room)
     with ctx.bar("embed", total.texts, "texts") as progress, runner.paid.recording() as record:
         advance = steps_of(progress)
-        done = embed_missing(
-            runner.client,
-            rows,
-            ctx.cache.put_vectors,
-            workers=runner.workers,
-            batch_size=runner.batch_size,
-            progress=report,
-            require_room=require_room,
-        )
+        done = embed(runner.client, rows, ctx.cache.put_vectors, progress=report)
     runner.paid.add(done)
 
 

@@ -35,10 +35,10 @@ _COMMAND = "python scripts/reembed_embeddings.py"
 
 def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
     """Print the result of --prune-spool."""
-    rows = []
-    for one in done.stored:
-        counts = (f"{one.vectors:,}", f"{one.unneeded:,}")
-        rows.append((one.spec.model, f"{one.spec.size}d", public_url(one.spec.base_url), *counts))
+    rows = [
+        (one.spec.model, f"{one.spec.size}d", public_url(one.spec.base_url), f"{one.vectors:,}", f"{one.unneeded:,}")
+        for one in done.stored
+    ]
     unneeded = sum(one.unneeded for one in done.stored)
     text = f"{table(rows, ('model', 'size', 'endpoint', 'vectors', 'unneeded'))}\n\n" if rows else ""
     if dry_run:
@@ -51,10 +51,8 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
             text += "\nthe disk has no room to shrink the file now: new vectors will use the free space in it"
     document = {
         "dry_run": dry_run,
-        "removed": done.removed,
         "unneeded": unneeded,
-        "bytes_before": done.bytes_before,
-        "bytes_after": done.bytes_after,
+        **_of(done, "removed", "bytes_before", "bytes_after"),
         "stored": [dataclasses.asdict(one) for one in done.stored],
     }
     console.result(document, text)
@@ -159,13 +157,8 @@ def show_tried(tried: Tried, assessment: Assessment, ctx: Context, refused: list
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
     if tried.expected:
         text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
-    document = {
-        "plan": _plan_document(assessment, ctx),
-        "dry_run": dataclasses.asdict(tried),
-        "left": dataclasses.asdict(tried.left),
-        "will_be_refused": refused,
-    }
-    console.result(document, text)
+    both = {"dry_run": dataclasses.asdict(tried), "left": dataclasses.asdict(tried.left)}
+    console.result({"plan": _plan_document(assessment, ctx), **both, "will_be_refused": refused}, text)
     return DONE
 
 

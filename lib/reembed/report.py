@@ -63,9 +63,8 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     sums = done.paid.sums
     recall, recall_note = compare_after(ctx, journal)
     absent = _absent_by(journal) if resumed_after_delete else None
-    size, model, scan = ctx.spec.size, ctx.spec.model, done.scan
-    new = {"size": size, "points": done.points, "model": model, "model_known": "stamped"}
-    new |= provider_fact(ctx.spec.provider)
+    scan, new = done.scan, {"size": ctx.spec.size, "points": done.points, "model": ctx.spec.model}
+    new |= {"model_known": "stamped", **provider_fact(ctx.spec.provider)}
     return {
         "format": FORMAT,
         "run": journal.run_id,
