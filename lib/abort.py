@@ -44,7 +44,7 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     from lib.reembed.cutover import snapshot_file
 
     name, done = collection_of(targets), Aborted()
-    journals = [one for one in _open(folder, targets) if one.command in {COMMAND, quality.SPOT_CHECK}]
+    journals = open_journals(folder, targets, COMMAND, quality.SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
@@ -67,7 +67,7 @@ def abort_restore(
 ) -> Aborted:
     """Give up the restores of these stores. Raises GuardRefused before anything is removed."""
     done = Aborted()
-    journals = [one for one in _open(folder, targets) if one.command == RESTORE]
+    journals = open_journals(folder, targets, RESTORE)
     for journal in journals:
         if collection:
             _require_restored(collection.qdrant, collection.collection, journal)
@@ -96,12 +96,9 @@ def abort_restore(
 def clean_up_untouched(
     graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
 ) -> None:
-    """Clean up after stopped restores that never touched a live store, and close their journals.
-
-    A journal stays open if it names something in a store that is not given.
-    """
-    for journal in _open(folder, targets):
-        if journal.command != RESTORE or touched(journal):
+    """Clean up after stopped restores that touched no live store; close journals that name nothing in other stores."""
+    for journal in open_journals(folder, targets, RESTORE):
+        if journal.has_reached(collections.DELETING) or journal.has_reached(SWAPPING):
             continue
         temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
         if (temporary and not collection) or (temporary_graph and not graph):
@@ -115,15 +112,6 @@ def clean_up_untouched(
             journal.append(AWAITED)  # for the next backup, which names the snapshot
         elif journal.is_open:
             journal.close("cleaned up by the next run: nothing live was touched")
-
-
-def touched(journal: Journal) -> bool:
-    """Whether a restore ever began to replace a live store."""
-    return journal.has_reached(collections.DELETING) or journal.has_reached(SWAPPING)
-
-
-def _open(folder: Path, targets: list[str]) -> list[Journal]:
-    return [one for one in open_journals(folder) if one.targets == targets]
 
 
 def _close(journal: Journal, done: Aborted) -> None:
@@ -149,7 +137,7 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")
         if state.points and state.size == size and state.points >= (before.get("points_count") or 0):
             return
-    _refuse(name, journal, str(journal.fact("again") or "python scripts/reembed_embeddings.py"))
+    raise _refused(name, journal, "python scripts/reembed_embeddings.py")
 
 
 def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
@@ -157,14 +145,14 @@ def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
     if not collections.is_absent(journal):
         return
     if health(qdrant, name) != "live" or not get_state(qdrant, name).points:
-        _refuse(name, journal, str(journal.fact("again") or "the same restore again"))
+        raise _refused(name, journal, "the same restore again")
 
 
-def _refuse(name: str, journal: Journal, again: str) -> None:
-    raise GuardRefused(
+def _refused(name: str, journal: Journal, again: str) -> GuardRefused:
+    return GuardRefused(
         f"run {journal.run_id} deleted the collection '{name}', and no complete one has replaced it:"
         " nothing was removed",
-        next_step=f"finish the run:\n{again}\nor undo it:\n{journal.undo}",
+        next_step=f"finish the run:\n{journal.fact('again') or again}\nor undo it:\n{journal.undo}",
     )
 
 
@@ -179,9 +167,7 @@ def abort(config: Config, console: Console, command: str) -> int:
     else:
         with connect.open_cache(config) as cache:
             done = abort_reembed(collection.qdrant, cache, folder, targets)
-    nothing = ["no unfinished run of these stores: nothing to abort"]
-    lines = [f"aborted: run {one}" for one in done.runs] or nothing
-    lines += [f"removed: {one}" for one in done.removed]
-    lines += [f"left: {one}" for one in done.left]
+    lines = [f"aborted: run {one}" for one in done.runs] or ["no unfinished run of these stores: nothing to abort"]
+    lines += [f"removed: {one}" for one in done.removed] + [f"left: {one}" for one in done.left]
     console.result(dataclasses.asdict(done), "\n".join(lines))
     return DONE

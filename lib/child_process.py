@@ -18,10 +18,7 @@ from lib.errors import UsageProblem
 from lib.files import replaceable_by_others
 
 # What a child needs to start. It may open hostile files, so it gets no key, password or token.
-_ENVIRONMENT = {
-    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
-    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH"),
-}
+_ENVIRONMENT = {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH"}
 _SPARE_MEMORY = 4 << 30
 
 # A cleanup watchdog: a shell that outlives this process. Its input ends when this process, and a child that has not yet
@@ -131,22 +128,12 @@ def free_memory() -> int | None:
     None if neither is known (macOS). The files: https://docs.kernel.org/filesystems/proc.html and
     https://docs.kernel.org/admin-guide/cgroup-v2.html.
     """
-    known = [number for number in (_available(_MEMINFO), _left_by_group(_CGROUPS)) if number is not None]
+    known = [int(line.split()[1]) << 10 for line in _lines(_MEMINFO) if line.startswith("MemAvailable:")]
+    limit, used = _lines(_CGROUPS / "memory.max"), _lines(_CGROUPS / "memory.current")
+    if limit and used and limit[0].isdigit():  # the group's cached file pages count as free
+        statistics = dict(line.split(" ", 1) for line in _lines(_CGROUPS / "memory.stat"))
+        known.append(max(0, int(limit[0]) - int(used[0]) + int(statistics.get("inactive_file", 0))))
     return min(known, default=None)
-
-
-def _available(meminfo: Path) -> int | None:
-    found = [line.split()[1] for line in _lines(meminfo) if line.startswith("MemAvailable:")]
-    return int(found[0]) << 10 if found else None
-
-
-def _left_by_group(folder: Path) -> int | None:
-    """Return what the limit of the control group leaves. The group's cached file pages count as free."""
-    limit, used = _lines(folder / "memory.max"), _lines(folder / "memory.current")
-    if not limit or not used or not limit[0].isdigit():
-        return None
-    statistics = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
-    return max(0, int(limit[0]) - int(used[0]) + int(statistics.get("inactive_file", 0)))
 
 
 def _lines(path: Path) -> list[str]:
@@ -156,8 +143,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-_M_MMAP_THRESHOLD = -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
-_LARGE_BYTES = 512 * 1024
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 512 * 1024  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def unmap_large_blocks() -> None:

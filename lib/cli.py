@@ -31,13 +31,12 @@ exit codes:
 # Titles of groups of flags.
 SAFE, DESTRUCTIVE = "flags that change no data", "flags that change or delete data"
 _ROOT = shlex.quote(str(Path(__file__).resolve().parent.parent))
-_INSTALL = f"""\
-make -C {_ROOT} venv && source {_ROOT}/.venv/bin/activate
-or, into this Python:
-python -m pip install -r requirements.txt"""
-
-
+_INSTALL = (
+    f"make -C {_ROOT} venv && source {_ROOT}/.venv/bin/activate\n"
+    "or, into this Python:\npython -m pip install -r requirements.txt"
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
 _CLEANING_UP = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
 
 
@@ -45,11 +44,8 @@ class Parser(argparse.ArgumentParser):
     """Reports bad usage like other errors. Abbreviated flags are refused, because a later flag could break them."""
 
     def __init__(self, description: str, *examples: str) -> None:
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
         commands = [pasteable(f"  python scripts/{self.prog} {words}\n") for words in examples]
         self.epilog = "".join(["examples:\n", *commands, "\n", EXIT_CODES])
         self.add_argument("--version", action="version", version=f"automem-migration {_version()}")
@@ -116,40 +112,30 @@ def _version() -> str:
 def parser(description: str, *examples: str) -> Parser:
     """Make a parser with the flags that every command has. --help shows the `examples` of its arguments."""
     made = Parser(description, *examples)
-    common = made.add_argument_group("common")
-    common.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
-    common.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
-    common.add_argument("-v", "--verbose", action="store_true", help="also each setting, and where it came from")
-    common.add_argument(
-        "--show-config",
-        action="store_true",
-        help="print each setting, where it came from, and the live state",
-    )
-    common.add_argument("--env-file", metavar="PATH", help="a .env to read first, such as AutoMem's own")
-    common.add_argument("--backup-dir", metavar="PATH", help="where backups live (default: backups/ here)")
+    add = made.add_argument_group("common").add_argument
+    add("--json", action="store_true", help="one JSON document on stdout, nothing else")
+    add("-q", "--quiet", action="store_true", help="no progress, only the result and errors")
+    add("-v", "--verbose", action="store_true", help="also each setting, and where it came from")
+    add("--show-config", action="store_true", help="print each setting, where it came from, and the live state")
+    add("--env-file", metavar="PATH", help="a .env to read first, such as AutoMem's own")
+    add("--backup-dir", metavar="PATH", help="where backups live (default: backups/ here)")
     return made
 
 
 def positive(text: str) -> int:
     """An argument type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
 
 
 def dollars(text: str) -> float:
     """An argument type: an amount of money."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not an amount in US dollars")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not an amount in US dollars")
 
 
 def given(args: argparse.Namespace, flags: Iterable[str]) -> dict[str, Any]:
@@ -204,15 +190,8 @@ def _report(error: MigrationError, *, as_json: bool) -> None:
             print("\nnext:\n  " + escaped(step).replace("\n", "\n  "), file=sys.stderr)
 
 
-_OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
-
-
-class _Interrupted(MigrationError):
-    exit_code = INTERRUPTED
-
-
 def _file_error(error: OSError) -> MigrationError | None:
-    """Return the error for a full disk, or for a file that the system names; None for a bug."""
+    """Return the error for a full disk, or for a file that the system names; None for a bug or a lost reader."""
     from lib.files import FULL_DISK
 
     where = str(error.filename or "the backup folder or the folder for temporary files")
@@ -232,14 +211,15 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # everything is cleaned up; only the message is missing
         again = command_line(Path(sys.argv[0]).stem, sys.argv[1:])
-        known = _Interrupted("interrupted", next_step=f"run the same command again: it resumes\n{again}")
+        known = MigrationError("interrupted", next_step=f"run the same command again: it resumes\n{again}")
+        known.exit_code = INTERRUPTED
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in {"", "lib"}:
             raise
         known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=_INSTALL)
     except OSError as error:
-        found = None if isinstance(error, BrokenPipeError) else _file_error(error)
+        found = _file_error(error)
         if found is None:
             raise
         known = found

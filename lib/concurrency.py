@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -93,9 +92,7 @@ class BackgroundTask(Generic[T]):
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.stop.set()
         self._thread.join()
@@ -167,13 +164,10 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
     """Yield the items. While the caller works on one, another thread reads the next."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def read() -> list[T]:
-        return list(islice(items, 1))
-
     with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
-        one = read()
+        one = list(islice(items, 1))
         while one:
-            following = pool.submit(read)
+            following = pool.submit(lambda: list(islice(items, 1)))
             yield one[0]
             one = following.result()
 

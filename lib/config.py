@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from lib import dimensions
 from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
-from lib.dimensions import (
-    LOCAL,
-    LOCAL_URL,
-    OLLAMA,
-    OPENAI,
-    OPENAI_BASE_URL,
-    SETTING_NAMES,
-    VOYAGE,
-    EmbeddingSpec,
-    check_model,
-)
+from lib.dimensions import AUTO, LOCAL, OLLAMA, OPENAI, PROVIDER, SETTING_NAMES, VOYAGE, EmbeddingChoice, EmbeddingSpec
 from lib.env_files import DEFAULT, Setting, read_settings
 from lib.errors import ConfigError, UsageProblem
 from lib.network import canonical_host, is_private, without_login
-from lib.providers import AUTO, DEFAULT_MODELS, PROVIDER, EmbeddingChoice, choose
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"}
 PRIVATE_KEY = "AGE-SECRET-KEY-"
@@ -109,10 +99,6 @@ class Reader:
         """Return a whole number from `low` to `high`."""
         return int(self.number(name, low, high, int))
 
-    def port(self, name: str) -> int:
-        """Return a TCP port."""
-        return self.integer(name, 1, 65535)
-
     def flag(self, name: str) -> bool:
         """Return true or false."""
         word = self.text(name).lower()
@@ -129,10 +115,7 @@ class Reader:
         return value
 
     def url(self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None) -> str:
-        """Return an http(s) URL with its port (default: `port`), without a slash at its end.
-
-        A query is a fault unless `query` is set. `value` is one URL of several (default: the whole setting).
-        """
+        """Return an http(s) URL with its port (default: `port`), no closing slash. `value`: one of several."""
         example = DEFAULTS[name] or f"http://localhost:{_QDRANT_PORT}"
         value = self.text(name) if value is None else value
         try:
@@ -161,10 +144,10 @@ class Reader:
         """Return QDRANT_URL, else the URL of QDRANT_HOST and QDRANT_PORT, from any source, as AutoMem does."""
         if self.text(name):
             return self.url(name, port=_QDRANT_PORT)
-        host, port = self.host("QDRANT_HOST"), self.port("QDRANT_PORT")
+        host, port = self.host("QDRANT_HOST"), self.integer("QDRANT_PORT", 1, 65535)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        origins = [(one, self.settings[one].origin) for one in ("QDRANT_HOST", "QDRANT_PORT")]
-        set_by = ", ".join(f"{one} ({origin})" for one, origin in origins if origin != DEFAULT)
+        origins = {one: self.settings[one].origin for one in ("QDRANT_HOST", "QDRANT_PORT")}
+        set_by = ", ".join(f"{one} ({origin})" for one, origin in origins.items() if origin != DEFAULT)
         self.settings[name] = Setting(url, set_by or DEFAULT)
         return url
 
@@ -224,7 +207,7 @@ class Config:
     """Everything that the scripts need, validated. Its repr shows no secret."""
 
     falkordb_host: str = _setting("FALKORDB_HOST", "localhost", Reader.host)
-    falkordb_port: int = _setting("FALKORDB_PORT", "6379", Reader.port)
+    falkordb_port: int = _setting("FALKORDB_PORT", "6379", partial(Reader.integer, low=1, high=65535))
     falkordb_username: str = _setting("FALKORDB_USERNAME", "", Reader.username)
     falkordb_password: str = _setting("FALKORDB_PASSWORD", "", Reader.text, shown=False)
     falkordb_tls: bool = _setting("FALKORDB_TLS", "false", Reader.flag)
@@ -244,13 +227,15 @@ class Config:
     embedding_provider: str = _setting(PROVIDER, AUTO, Reader.text)  # used by `choice` alone
     embedding_model: str = _setting("EMBEDDING_MODEL", "text-embedding-3-large", Reader.model)
     openai_api_key: str = _setting("OPENAI_API_KEY", "", Reader.header, shown=False)
-    openai_base_url: str = _setting("OPENAI_BASE_URL", OPENAI_BASE_URL, partial(Reader.url, query=True), shown=False)
+    openai_base_url: str = _setting(
+        "OPENAI_BASE_URL", dimensions.OPENAI_BASE_URL, partial(Reader.url, query=True), shown=False
+    )
     voyage_api_key: str = _setting("VOYAGE_API_KEY", "", Reader.header, shown=False)
-    voyage_model: str = _setting("VOYAGE_MODEL", DEFAULT_MODELS[VOYAGE], Reader.model)
+    voyage_model: str = _setting("VOYAGE_MODEL", dimensions.DEFAULT_MODELS[VOYAGE], Reader.model)
     # AutoMem always asks Voyage's own endpoint: this one is for tests and proxies.
     voyage_base_url: str = _setting("VOYAGE_BASE_URL", VOYAGE_URL, Reader.url, shown=False)
     ollama_base_url: str = _setting("OLLAMA_BASE_URL", OLLAMA_URL, Reader.url, shown=False)
-    ollama_model: str = _setting("OLLAMA_MODEL", DEFAULT_MODELS[OLLAMA], Reader.model)
+    ollama_model: str = _setting("OLLAMA_MODEL", dimensions.DEFAULT_MODELS[OLLAMA], Reader.model)
     ollama_timeout: float = _setting("OLLAMA_TIMEOUT", "30", partial(Reader.number, low=0.1, high=86400))
     models_dir: Path = _setting("AUTOMEM_MODELS_DIR", "~/.config/automem/models", Reader.folder)
     api_url: str = _setting("AUTOMEM_API_URL", "http://localhost:8001", Reader.url, shown=False)
@@ -270,19 +255,16 @@ class Config:
     @property
     def choice(self) -> EmbeddingChoice:
         """The provider and model that AutoMem chooses with these settings."""
-        return choose(self.settings, self.vector_size)
+        return dimensions.choose(self.settings, self.vector_size)
 
     @property
     def spec(self) -> EmbeddingSpec:
-        """The endpoint, model and size that decide a vector, and the provider.
-
-        If nothing decides the provider, it is the guide's: OpenAI. A missing key is reported when it is needed.
-        """
+        """What decides a vector, and the provider: OpenAI if nothing decides it. A missing key is reported later."""
         choice = self.choice
         urls_and_models = {
             VOYAGE: (self.voyage_base_url, self.voyage_model),
             OLLAMA: (f"{self.ollama_base_url}/v1", self.ollama_model),
-            LOCAL: (LOCAL_URL, choice.model),
+            LOCAL: (dimensions.LOCAL_URL, choice.model),
         }
         if choice.setting and choice.provider in urls_and_models:
             url, model = urls_and_models[choice.provider]
@@ -368,10 +350,8 @@ def _proxies(environ: Mapping[str, str]) -> Iterator[str]:
         except ValueError:
             sound = False
         if not sound:
-            yield (
-                f"{name} (environment): is not the URL of a proxy such as http://host:3128"
-                " (in a password, # is %23, / is %2F, @ is %40)"
-            )
+            what = "is not the URL of a proxy such as http://host:3128 (in a password, # is %23, / is %2F, @ is %40)"
+            yield f"{name} (environment): {what}"
 
 
 def config_of(env_file: str | None, backup_dir: str | None) -> Config:
@@ -382,7 +362,7 @@ def config_of(env_file: str | None, backup_dir: str | None) -> Config:
 def require_embedding(config: Config) -> None:
     """Raise UsageProblem if no key is set, or if the model cannot make VECTOR_SIZE. Sends nothing."""
     require_embedding_key(config)
-    check_model(config.spec.model, config.vector_size, config.spec.provider)
+    dimensions.check_model(config.spec.model, config.vector_size, config.spec.provider)
 
 
 def require_embedding_key(config: Config) -> None:

@@ -19,12 +19,12 @@ from lib.backup.graph import GraphSource
 from lib.clients.automem import AutoMemApi
 from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_failure
 from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
-from lib.clients.qdrant.collection import refuse_alias
+from lib.clients.qdrant.collection import get_state, refuse_alias
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config, require_embedding
-from lib.dimensions import OLLAMA, EmbeddingSpec
+from lib.dimensions import OLLAMA, EmbeddingSpec, check_dimension, reason_shown
+from lib.errors import StoreUnreachable
 from lib.files import lock_targets, private_dir
-from lib.providers import reason_shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lib.clients.embeddings.client import EmbeddingClient
     from lib.console import Console
     from lib.reembed.context import Context
-    from lib.reembed.embed import EmbeddingRunner
+    from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals
     from lib.restore.inputs import Inputs
     from lib.restore.preflight import Site
 
@@ -46,13 +46,8 @@ def open_graph(config: Config, warn: Callable[[str], None] = lambda _text: None)
 
     Raises StoreUnreachable, StoreFailed, AccessRefused.
     """
-    address = GraphAddress(
-        host=config.falkordb_host,
-        port=config.falkordb_port,
-        username=config.falkordb_username,
-        password=config.falkordb_password,
-        tls=config.falkordb_tls,
-    )
+    login = {"username": config.falkordb_username, "password": config.falkordb_password}
+    address = GraphAddress(config.falkordb_host, config.falkordb_port, **login, tls=config.falkordb_tls)
     source = GraphSource(address, connect(address), config.graph)
     list_graphs(source.conn)
     if failure := save_failure(source.conn):
@@ -101,8 +96,6 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
     Raises StoreUnreachable, StoreFailed, AccessRefused, MissingData, DimensionMismatch.
     """
     from lib.backup.run import require_sources
-    from lib.clients.qdrant.collection import get_state
-    from lib.dimensions import check_dimension
 
     graph, source = open_graph(config, console.warn), open_collection(config)
     require_sources(graph, source if repair else None)
@@ -129,11 +122,7 @@ def open_reembed(
 
 
 def open_site(config: Config, console: Console, inputs: Inputs, again: str, **choices: bool) -> Site:
-    """Open the stores that the files are for. `choices` are the flags of a Site.
-
-    Raises StoreUnreachable with the command that starts just the stores.
-    """
-    from lib.errors import StoreUnreachable
+    """Open the stores of the files. `choices`: the flags of a Site. StoreUnreachable says how to start the stores."""
     from lib.restore.preflight import Site
 
     try:
@@ -141,10 +130,9 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
         collection = open_collection(config) if inputs.archive else None
     except StoreUnreachable as error:
         step = (
-            "correct the address, or start just the stores, in AutoMem's folder:\n"
-            f"docker compose up -d falkordb qdrant\nthen:\n{again}"
+            "correct the address, or start just the stores, in AutoMem's folder:\ndocker compose up -d falkordb qdrant"
         )
-        raise StoreUnreachable(str(error), next_step=step) from error
+        raise StoreUnreachable(str(error), next_step=f"{step}\nthen:\n{again}") from error
     return Site(
         graph=graph,
         collection=collection,
@@ -163,7 +151,7 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
 def embed_one(config: Config, text: str) -> NDArray[np.float32]:
     """Return the provider's vector of one text. Raises ProviderRefused, UsageProblem, WrongWidth."""
     require_embedding(config)
-    client = _embedding_client(config, config.spec)(max_wait_seconds=_ONE_TEXT_SECONDS)
+    client = _embedding_client(config, config.spec, max_wait_seconds=_ONE_TEXT_SECONDS)
     try:
         vector: NDArray[np.float32] = client.embed([text]).vectors[0]
         return vector
@@ -171,29 +159,22 @@ def embed_one(config: Config, text: str) -> NDArray[np.float32]:
         client.close()
 
 
-def _embedding_client(config: Config, spec: EmbeddingSpec) -> Callable[..., EmbeddingClient]:
-    """Return what makes the provider's client; it takes the client's time limits."""
+def _embedding_client(config: Config, spec: EmbeddingSpec, **limits: float) -> EmbeddingClient:
     from lib.clients.embeddings.client import EmbeddingClient
 
-    client = partial(EmbeddingClient, spec, config.embedding_key, models_dir=config.models_dir)
-    return partial(client, timeout_seconds=config.ollama_timeout) if spec.provider == OLLAMA else client
+    if spec.provider == OLLAMA:
+        limits["timeout_seconds"] = config.ollama_timeout
+    return EmbeddingClient(spec, config.embedding_key, models_dir=config.models_dir, **limits)
 
 
 def open_runner(
-    config: Config,
-    workers: int,
-    batch_size: int,
-    max_cost: float | None,
-    console: Console,
-    *,
-    sample: bool,
+    config: Config, paid: EmbeddingTotals, pace: tuple[int, int, float | None], console: Console, *, sample: bool
 ) -> EmbeddingRunner:
-    """Return the provider's client. A `sample` is embedded at the model's own size if VECTOR_SIZE is larger."""
+    """`pace`: workers, texts a request, most USD. A `sample` has the model's own size if VECTOR_SIZE is larger."""
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
-    spec = sample_spec(config.spec) if sample else config.spec
-    client = _embedding_client(config, spec)()
-    return EmbeddingRunner(client, config.spec, workers, batch_size, max_cost, console.say, console.waiting)
+    client = _embedding_client(config, sample_spec(config.spec) if sample else config.spec)
+    return EmbeddingRunner(client, config.spec, *pace, console.say, console.waiting, paid)
 
 
 @contextmanager

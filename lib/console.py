@@ -10,20 +10,29 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lib.concurrency import Progress
 from lib.errors import escaped, one_line
 from lib.network import without_login
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND = re.compile(r"(?<![\w/])python ((?:-m pip install )?(?:-r )?)((?:scripts/\w+\.py|requirements\S*\.txt)?)")
 _CARRIED = ("--env-file", "--backup-dir")
+_PLAIN_SECONDS = 5.0
+_WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
 _flags: list[str] = []
+_HELD: list[str] = []
+_LOCK = threading.Lock()
+_OPEN: list[RichProgress] = []  # the display, once for each open bar of any thread: rich allows only one
 _T = TypeVar("_T")
 
 
@@ -35,10 +44,8 @@ def remember_flags(env_file: str | None, backup_dir: str | None) -> None:
 
 def age_text(hours: float) -> str:
     """Return an age in the largest unit that it fills: minutes, hours or days."""
-    minutes = max(0, round(hours * 60))
-    if minutes < 60:
-        count, unit = minutes, "minute"
-    else:
+    count, unit = max(0, round(hours * 60)), "minute"
+    if count >= 60:
         count, unit = (round(hours), "hour") if hours < 48 else (round(hours / 24), "day")
     return f"{count} {unit}{'' if count == 1 else 's'}"
 
@@ -84,19 +91,12 @@ def _interpreter() -> str:
     return sys.executable if os.sep in sys.executable else "python"
 
 
-_PLAIN_SECONDS = 5.0
-_WAITING_SECONDS, _QUIET_SECONDS = 10.0, 300.0
-
-
 def size_text(count: float) -> str:
     """Return a number of bytes as text, such as 1.5 MB."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-_HELD: list[str] = []
 
 
 def hold(warning: str) -> None:
@@ -155,13 +155,10 @@ class Console:
         title = one_line(title)
         if self.quiet:
             yield lambda _step: None
-        elif sys.stderr.isatty():
-            from lib.progress_bars import bar
-
-            with bar(title, total, _amounts(unit), "" if unit == "bytes" else unit) as advance:
-                yield advance
         else:
-            with _plain(title, total, unit) as advance:
+            amount = size_text if unit == "bytes" else "{:,.0f}".format
+            show = bar if sys.stderr.isatty() else _plain
+            with show(title, total, amount, "" if unit == "bytes" else unit) as advance:
                 yield advance
 
     def result(self, document: Mapping[str, object], text: str) -> None:
@@ -173,10 +170,6 @@ class Console:
                 print(shown, flush=True)
 
 
-def _amounts(unit: str) -> Callable[[float], str]:
-    return size_text if unit == "bytes" else lambda count: f"{count:,.0f}"
-
-
 def _as_json(value: object) -> str:
     if isinstance(value, Path):
         return str(value)
@@ -184,9 +177,10 @@ def _as_json(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
+def _plain(title: str, total: int | None, amount: Callable[[float], str], unit: str) -> Iterator[Progress]:
+    """Print a line every five seconds, and one at the end."""
     started = shown = time.monotonic()
-    done, amount = 0, _amounts(unit)
+    done = 0
 
     def advance(step: int) -> None:
         nonlocal done, shown
@@ -195,28 +189,65 @@ def _plain(title: str, total: int | None, unit: str) -> Iterator[Progress]:
         if now - shown >= _PLAIN_SECONDS:
             shown = now
             of = f" of {amount(total)}" if total else ""
-            print(
-                f"{title}: {amount(done)}{of} ({amount(done / (now - started))}/s)",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{title}: {amount(done)}{of} ({amount(done / (now - started))}/s)", file=sys.stderr, flush=True)
 
     yield advance
     seconds = max(time.monotonic() - started, 1e-6)
-    word = "" if unit == "bytes" else f" {unit}"
-    what = (
-        f": {amount(done)}{word} in {seconds:.1f} s ({amount(done / seconds)}/s)"
-        if unit and done  # no "0 B (0 B/s)" for a step that moved nothing
-        else f": {seconds:.1f} s"
-    )
+    what = f": {seconds:.1f} s"
+    if done:  # no "0 B (0 B/s)" for a step that moved nothing
+        what = f": {f'{amount(done)} {unit}'.rstrip()} in {seconds:.1f} s ({amount(done / seconds)}/s)"
     print(title + what, file=sys.stderr, flush=True)
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Return a table as plain text; each column is as wide as its widest cell.
+@contextlib.contextmanager
+def bar(title: str, total: int | None, amount: Callable[[float], str], unit: str) -> Iterator[Progress]:
+    """Show a bar on the terminal. Yields a callback as `Console.progress`; `amount` returns an amount as text."""
+    with _LOCK:
+        display = _OPEN[0] if _OPEN else _display()
+        _OPEN.append(display)
+        number = display.add_task(title, total=total, text="")
+    task = display.tasks[number]
 
-    The line below the last header is no longer than the header: a longer one would wrap in a narrow terminal.
-    """
+    def shown(done: float) -> str:
+        of, speed = f"/{amount(total)}" if total else "", task.finished_speed or task.speed
+        rate = f"  {amount(speed)}/s" if speed and done else ""
+        return f"{amount(done)}{of} {unit}".rstrip() + rate
+
+    def advance(step: int) -> None:
+        display.advance(number, step)
+        display.update(number, text=shown(task.completed))
+
+    try:
+        advance(0)
+        yield advance
+        done = task.completed
+        # The bar ends full, also if the total was unknown or nothing was done; the amount is the real one.
+        display.update(number, total=done or 1, completed=done or 1)
+        display.update(number, text=shown(done) if done or total or unit else "")
+    finally:
+        with _LOCK:
+            _OPEN.remove(display)
+            if not _OPEN:
+                display.stop()
+
+
+def _display() -> RichProgress:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    display = Progress(*columns, console=RichConsole(stderr=True))
+    display.start()
+    return display
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
+    """Return a plain table. The line below the last header is only as long: it would wrap in a narrow terminal."""
     cells = [[str(cell) for cell in row] for row in ([header, *rows] if header else rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

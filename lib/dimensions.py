@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from shlex import quote
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
+from lib.env_files import DEFAULT, Setting
 from lib.errors import DimensionMismatch, UsageProblem, did_you_mean
+from lib.network import is_this_machine
 
 UNKNOWN_MODEL = "unknown"  # in a manifest, if nothing says which model made the vectors
 # The providers that AutoMem can use (its EMBEDDING_PROVIDER), but for placeholder vectors.
 OPENAI, VOYAGE, OLLAMA, LOCAL = "openai", "voyage", "ollama", "local"
+OPENAI_BASE_URL = "https://api.openai.com/v1"
 LOCAL_URL = "local:fastembed"  # the endpoint of models that run in this process
 # The models that AutoMem chooses by size for the provider `local`.
 LOCAL_MODELS = {384: "BAAI/bge-small-en-v1.5", 768: "BAAI/bge-base-en-v1.5", 1024: "BAAI/bge-large-en-v1.5"}
 
 
-@dataclass(frozen=True)
-class SettingNames:
+class SettingNames(NamedTuple):
     """The settings that an operator changes to use another key, model or endpoint of one provider."""
 
     key: str
@@ -34,16 +37,14 @@ SETTING_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The sizes of one model's vectors.
+class _Model(NamedTuple):
+    """`native`: the size of an answer to a request that names none. `unit`: documented to be vectors of length 1.
 
-    `native` is the size of an answer to a request that names none. `sizes` are the others that the model is trained
-    for: a larger vector of it, cut to one of them and scaled to length 1, is its vector of that size. `unit`: the
-    provider documents that all vectors have length 1.
+    `sizes` are the others that the model is trained for: a larger vector of it, cut to one of them and scaled to
+    length 1, is its vector of that size.
     """
 
-    native: int
+    native: int | None
     sizes: Collection[int] = ()
     unit: bool = True
 
@@ -55,13 +56,8 @@ _MODELS = {
     "text-embedding-3-small": _Model(1536, range(1, 1536)),
     "text-embedding-3-large": _Model(3072, range(1, 3072)),
     "text-embedding-ada-002": _Model(1536),
-    "voyage-4-large": _VOYAGE,
-    "voyage-4": _VOYAGE,
-    "voyage-4-lite": _VOYAGE,
-    "voyage-3-large": _VOYAGE,
-    "voyage-3.5": _VOYAGE,
-    "voyage-3.5-lite": _VOYAGE,
-    "voyage-code-3": _VOYAGE,
+    **dict.fromkeys(("voyage-4-large", "voyage-4", "voyage-4-lite", "voyage-3-large"), _VOYAGE),
+    **dict.fromkeys(("voyage-3.5", "voyage-3.5-lite", "voyage-code-3"), _VOYAGE),
     "nomic-embed-text": _Model(768, unit=False),
     **{model: _Model(size, unit=False) for size, model in LOCAL_MODELS.items()},
 }
@@ -106,10 +102,13 @@ def is_model_of(record: Mapping[str, Any], spec: EmbeddingSpec) -> bool:
     return same_model(record.get("model"), spec.model) and provider_of(record) == spec.provider
 
 
+def _known(model: str) -> _Model:
+    return _MODELS.get(bare_model(model), _Model(None, unit=False))
+
+
 def native_size(model: str) -> int | None:
     """Return the size of the model's vectors if a request names none, or None for an unknown model."""
-    known = _MODELS.get(bare_model(model))
-    return known.native if known else None
+    return _known(model).native
 
 
 def similar_model(model: str) -> str:
@@ -124,25 +123,21 @@ def takes_dimensions(model: str) -> bool:
 
 def can_be_cut(model: str) -> bool:
     """Whether vectors of this model's smaller sizes are larger ones cut and scaled to length 1."""
-    known = _MODELS.get(bare_model(model))
-    return known is not None and bool(known.sizes)
+    return bool(_known(model).sizes)
 
 
 def has_unit_vectors(model: str) -> bool:
     """Whether the model's provider documents vectors of length 1."""
-    known = _MODELS.get(bare_model(model))
-    return known is not None and known.unit
+    return _known(model).unit
 
 
 def model_fault(model: str, size: int, provider: str = OPENAI) -> str | None:
     """Return why `model` cannot make vectors of `size`, or None. An unknown model is checked by its first answer."""
-    known = _MODELS.get(bare_model(model))
-    if known is None or size == known.native or size in known.sizes:
+    native, others, _ = _known(model)
+    if native is None or size == native or size in others:
         return None
-    if isinstance(known.sizes, range):
-        made = f"at most {known.native}d vectors"
-    else:
-        made = f"{'d, '.join(map(str, sorted([*known.sizes, known.native])))}d vectors only"
+    every = "d, ".join(map(str, sorted([*others, native])))
+    made = f"at most {native}d vectors" if isinstance(others, range) else f"{every}d vectors only"
     name = "local model" if provider == LOCAL else SETTING_NAMES[provider].model
     return f"{name} {model} makes {made}, VECTOR_SIZE is {size}"
 
@@ -152,32 +147,24 @@ def check_model(model: str, size: int, provider: str = OPENAI) -> None:
     fault = model_fault(model, size, provider)
     if fault is None:
         return
-    known = _MODELS[bare_model(model)]
-    sizes = LOCAL_MODELS if provider == LOCAL else [known.native, *known.sizes]
+    native, others, _ = _known(model)
+    sizes = LOCAL_MODELS if provider == LOCAL else [native or size, *others]
     step = f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), one))}"
     if provider == OPENAI:
         larger = "text-embedding-3-large" if size <= 3072 else "..."
-        step = f"export EMBEDDING_MODEL={larger}\nor:\nexport VECTOR_SIZE={known.native}"
+        step = f"export EMBEDDING_MODEL={larger}\nor:\nexport VECTOR_SIZE={native}"
     raise UsageProblem(fault, next_step=step)
 
 
 def check_dimension(collection: str, actual: int, configured: int) -> None:
-    """Raise DimensionMismatch (a ValueError) if the live size is not the configured one.
-
-    The command's stderr then starts with `ValueError: VECTOR DIMENSION MISMATCH`, as AutoMem's guide documents.
-    """
+    """Raise DimensionMismatch if the sizes differ; stderr then starts with its ValueError, as AutoMem's guide says."""
     if actual == configured:
         return
     raise DimensionMismatch(
         f"VECTOR DIMENSION MISMATCH\nQdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d",
-        next_step=(
-            f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
-            "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-        ),
+        next_step=f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
+        "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py",
     )
-
-
-OPENAI_BASE_URL = "https://api.openai.com/v1"
 
 
 def public_url(base_url: str) -> str:
@@ -185,3 +172,185 @@ def public_url(base_url: str) -> str:
     parts = urlsplit(base_url.strip() or OPENAI_BASE_URL)
     host = parts.netloc.rpartition("@")[2].lower()
     return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), "", ""))
+
+
+AUTO, PLACEHOLDER = "auto", "placeholder"
+PROVIDER = "EMBEDDING_PROVIDER"
+_OPENAI_KEY, _VOYAGE_KEY = "OPENAI_API_KEY", "VOYAGE_API_KEY"
+# With EMBEDDING_PROVIDER=auto the first of these that is set decides.
+_DECIDING = {_VOYAGE_KEY: VOYAGE, _OPENAI_KEY: OPENAI, "OLLAMA_BASE_URL": OLLAMA, "OLLAMA_MODEL": OLLAMA}
+# AutoMem's defaults; the guide's EMBEDDING_MODEL is text-embedding-3-large. VECTOR_SIZE decides the local model.
+DEFAULT_MODELS = {VOYAGE: "voyage-4", OPENAI: "text-embedding-3-small", OLLAMA: "nomic-embed-text"}
+_KEYS = {one: SETTING_NAMES[one].key for one in (VOYAGE, OPENAI)}
+MODEL_SETTINGS = {one: SETTING_NAMES[one].model for one in DEFAULT_MODELS}
+ENDPOINT_SETTINGS = {one: SETTING_NAMES[one].endpoint for one in DEFAULT_MODELS}
+# AutoMem replaces the small model by the large one if VECTOR_SIZE is more than the small one makes.
+_SMALL, _LARGE, _SMALL_SIZE = "text-embedding-3-small", "text-embedding-3-large", 1536
+_SIZES = {VOYAGE: (256, 512, 1024, 2048), LOCAL: tuple(LOCAL_MODELS)}
+_NAMES = {VOYAGE: "Voyage", OPENAI: "OpenAI", OLLAMA: "Ollama", LOCAL: "the local model"}
+# AutoMem sends `dimensions` only if OPENAI_BASE_URL contains this.
+_OPENAI_HOST = "api.openai.com"
+
+
+class EmbeddingChoice(NamedTuple):
+    """What AutoMem uses, the setting that decided it ("" if none), why, and why it cannot embed so ("" if it can)."""
+
+    provider: str
+    model: str
+    setting: str
+    reason: str
+    fault: str = ""
+
+
+def choose(settings: Mapping[str, Setting], size: int) -> EmbeddingChoice:
+    """Return what AutoMem chooses if `size` is its VECTOR_SIZE. A default of these scripts counts as not set."""
+    values = {name: one.value for name, one in settings.items() if one.origin != DEFAULT}
+    provider = values.get(PROVIDER, AUTO).strip().lower()
+    setting, reason = PROVIDER, "no provider is set"
+    unfit = _VOYAGE_KEY in values and size not in _SIZES[VOYAGE]
+    if provider == AUTO:
+        usable = [name for name in _DECIDING if name in values and not (name == _VOYAGE_KEY and unfit)]
+        setting = usable[0] if usable else ""
+        provider = _DECIDING.get(setting, LOCAL)
+    if setting:
+        what = f"is {provider}" if setting == PROVIDER else "is set"
+        reason = f"{setting} {what} in {settings[setting].place}"
+    if setting != PROVIDER and unfit:
+        reason += f", and Voyage (VOYAGE_API_KEY in {settings[_VOYAGE_KEY].place}) makes no {size}d vectors"
+    return EmbeddingChoice(provider, _model(provider, values, size), setting, reason, _fault(provider, values, size))
+
+
+def _model(provider: str, values: Mapping[str, str], size: int) -> str:
+    if provider not in DEFAULT_MODELS:
+        return LOCAL_MODELS.get(size, LOCAL_MODELS[768]) if provider == LOCAL else ""
+    model = values.get(MODEL_SETTINGS[provider], DEFAULT_MODELS[provider]).strip()
+    if provider == OPENAI and size > _SMALL_SIZE and model.endswith(_SMALL):
+        return model.removesuffix(_SMALL) + _LARGE
+    return model
+
+
+def _fault(provider: str, values: Mapping[str, str], size: int) -> str:
+    """Return why this provider cannot embed with these settings, or ""."""
+    if provider == PLACEHOLDER:
+        return f"{PROVIDER}={PLACEHOLDER} makes vectors without meaning: recall finds nothing with them"
+    if provider not in _NAMES:
+        return f"{PROVIDER} must be one of {', '.join([AUTO, *_NAMES])}"
+    key = _KEYS.get(provider)
+    if key and key not in values:
+        return f"{key} is not set: embeddings cannot be made"
+    if size not in _SIZES.get(provider, (size,)):
+        possible = ", ".join(map(str, _SIZES[provider]))
+        return f"{_NAMES[provider]} makes vectors of {possible} dimensions, VECTOR_SIZE is {size}"
+    return ""
+
+
+def is_plain(settings: Mapping[str, Setting], provider: str) -> bool:
+    """Whether the provider is OpenAI and no other one has a setting that could choose it: the guide's case."""
+    others = [name for name, one in _DECIDING.items() if one != OPENAI]
+    return provider == OPENAI and all(settings[name].origin == DEFAULT for name in others)
+
+
+def reason_shown(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> str:
+    """Return why the provider of `spec` is used, as the plan prints it; "" in the guide's case."""
+    if is_plain(settings, spec.provider):
+        return ""
+    other = "" if spec.provider == OPENAI else f"; {PROVIDER}={OPENAI} chooses OpenAI"
+    return f"because {choose(settings, spec.size).reason}{other}"
+
+
+def model_settings(provider: str, model: str, *, named: bool) -> dict[str, str]:
+    """Return the settings that select a model; VECTOR_SIZE selects a local one. `named`: even the provider OpenAI."""
+    settings = {PROVIDER: provider} if named or provider != OPENAI else {}
+    setting = MODEL_SETTINGS.get(provider)
+    return {**settings, setting: model} if setting else settings
+
+
+def provider_problem(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageProblem | None:
+    """Return why no vectors can be made (but for OPENAI_API_KEY), or why AutoMem would ask with another model's."""
+    choice = choose(settings, spec.size)
+    return (
+        _unusable(settings, choice, spec.size)
+        or _other_choice(settings, choice, spec.size)
+        or _unset_model(settings, spec)
+        or _gateway_size(spec)
+    )
+
+
+def _unusable(settings: Mapping[str, Setting], choice: EmbeddingChoice, size: int) -> UsageProblem | None:
+    """Return the problem that the provider that is set cannot embed. A missing OPENAI_API_KEY is left to the caller."""
+    if not choice.fault or not choice.setting or choice.provider == OPENAI:
+        return None
+    steps = [f"export {PROVIDER}={OPENAI}"]
+    key, sizes = _KEYS.get(choice.provider), _SIZES.get(choice.provider)
+    if key and settings[key].origin == DEFAULT:
+        steps.insert(0, f"export {key}=...")
+    elif sizes:
+        steps.insert(0, f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), -one))}")
+    return UsageProblem(f"{choice.fault} ({choice.reason})", next_step="\nor:\n".join(steps))
+
+
+def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: int) -> UsageProblem | None:
+    """Return the problem that AutoMem's own files choose another provider or model than all settings together."""
+    names = (PROVIDER, *_DECIDING, *MODEL_SETTINGS.values())
+    automems = {name: [one for one in (settings[name], *settings[name].hidden) if one.automem] for name in names}
+    own = {name: found[0] for name, found in automems.items() if found}
+    if not own.keys() - {MODEL_SETTINGS[OPENAI]}:
+        return None  # AutoMem has them from elsewhere
+    theirs = choose(own, size)
+    if not theirs.setting:  # its keys are in its environment, as they are here
+        theirs = choose({**{name: settings[name] for name in _DECIDING}, **own}, size)
+    same_model = theirs.model == ours.model or theirs.provider == OPENAI
+    if theirs.provider == ours.provider and same_model:
+        return None
+    decisive = own.get(theirs.setting) or next(iter(own.values()))
+    file = decisive.origin.rpartition(":")[0]
+    steps = [f"in {file}:", *(f"  {line}" for line in _lines(ours))]
+    if theirs.provider in _NAMES:
+        steps += ["or here:", f"export {' '.join(_lines(theirs))}"]
+    return UsageProblem(
+        f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
+        f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing",
+        next_step="\n".join(steps),
+    )
+
+
+def _lines(choice: EmbeddingChoice) -> list[str]:
+    settings = model_settings(choice.provider, choice.model, named=True)
+    return [f"{name}={quote(value)}" for name, value in settings.items()]
+
+
+def _named(choice: EmbeddingChoice) -> str:
+    return f"{choice.model} of {_NAMES[choice.provider]}" if choice.provider in _NAMES else f"'{choice.provider}'"
+
+
+def _unset_model(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageProblem | None:
+    """Return the problem that EMBEDDING_MODEL is set nowhere at a size at which AutoMem's default is another model."""
+    name = MODEL_SETTINGS[OPENAI]
+    if spec.provider != OPENAI or settings[name].origin != DEFAULT or spec.size > _SMALL_SIZE:
+        return None
+    return UsageProblem(
+        f"{name} is not set: at {spec.size}d AutoMem then uses {_SMALL}, these scripts {spec.model}",
+        next_step=f"export {name}={_SMALL}\n(or {spec.model}), and write that line into AutoMem's .env, without export",
+    )
+
+
+def _gateway_size(spec: EmbeddingSpec) -> UsageProblem | None:
+    """Return `native_size_fault` as a problem. An endpoint of this machine may be a proxy that shortens the vectors."""
+    fault = native_size_fault(spec)
+    if not fault or is_this_machine(spec.base_url):
+        return None
+    step = f"export VECTOR_SIZE={native_size(spec.model)}\nor:\nexport OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
+    return UsageProblem(fault, next_step=step)
+
+
+def native_size_fault(spec: EmbeddingSpec) -> str:
+    """Return why AutoMem would get vectors of another size from a gateway than from OpenAI's own endpoint, or ""."""
+    native = native_size(spec.model)
+    shortened = native is not None and spec.size < native and takes_dimensions(spec.model)
+    if spec.provider != OPENAI or not shortened or _OPENAI_HOST in spec.base_url:
+        return ""
+    host = urlsplit(spec.base_url).hostname
+    return (
+        f"AutoMem sends no `dimensions` to {host} (OPENAI_BASE_URL): it gets {native}d vectors of {spec.model}, not"
+        f" {spec.size}d, and stores placeholder vectors"
+    )

@@ -40,6 +40,11 @@ class Setting:
     owner: int | None = field(default=None, repr=False)
     automem: bool = field(default=False, repr=False)
 
+    @property
+    def place(self) -> str:
+        """The origin, as part of a sentence."""
+        return "the environment" if self.origin == "environment" else self.origin
+
 
 def env_files(
     env_file: str | None, environ: Mapping[str, str], cwd: Path, root: Path, faults: list[str]
@@ -80,23 +85,17 @@ def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, 
     for number, line in enumerate(lines, 1):
         found = in_value.match(line) or in_comment.match(line)
         if found:
-            what = "the comment" if found[1] == "#" else f"the line of {found[1]}"
+            what, name = "the comment" if found[1] == "#" else f"the line of {found[1]}", found[2]
             faults[number] = (
-                f"{path}:{number}: {what} also holds {found[2]}= (the file had no final newline"
-                f" when {found[2]} was appended): put {found[2]} on a separate line"
+                f"{path}:{number}: {what} also holds {name}= (the file had no final newline when {name} was appended):"
+                f" put {name} on a separate line"
             )
     return faults
 
 
 # Names of AutoMem, of the tests and of other programs that resemble a setting.
-_OTHERS = {
-    "AUTOMEM_ENV_FILE",
-    "QDRANT_TEST_URL",
-    "QDRANT_TEST_SERVER",
-    "FALKORDB_TEST_URL",
-    "OPENAI_API_KEYS",
-    "OLLAMA_MODELS",
-}
+_OTHERS = {"AUTOMEM_ENV_FILE", "QDRANT_TEST_URL", "QDRANT_TEST_SERVER", "FALKORDB_TEST_URL"}
+_OTHERS |= {"OPENAI_API_KEYS", "OLLAMA_MODELS"}
 _RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDRANT_PORT: 0.81
 
 
@@ -186,26 +185,19 @@ def _interpolated(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]
     from dotenv import dotenv_values
 
     written = dotenv_values(stream=io.StringIO(text), interpolate=False)
-    return [
-        (name, used)
-        for name, value in written.items()
-        for used in re.findall(r"\$\{([^}:]*)", value or "")
-        if used in environ
-    ]
+    used = [(name, one) for name, value in written.items() for one in re.findall(r"\$\{([^}:]*)", value or "")]
+    return [(name, one) for name, one in used if one in environ]
 
 
 def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
     """Return a warning for each key that is sent to an address from another user's file."""
-    lines = []
-    for key, addresses in _SENT_TO.items():
-        for address in addresses:
-            left, right = settings[key], settings[address]
-            if None not in {left.owner, right.owner} and left.owner != right.owner:
-                lines.append(
-                    f"{key} ({left.origin}, of uid {left.owner}) is sent to the {address} of another user's file"
-                    f" ({right.origin}, of uid {right.owner})"
-                )
-    return lines
+    pairs = [(key, address, settings[key], settings[address]) for key, known in _SENT_TO.items() for address in known]
+    return [
+        f"{key} ({left.origin}, of uid {left.owner}) is sent to the {address} of another user's file"
+        f" ({right.origin}, of uid {right.owner})"
+        for key, address, left, right in pairs
+        if None not in {left.owner, right.owner} and left.owner != right.owner
+    ]
 
 
 def _effective(name: str, found: list[Setting], warnings: list[str]) -> list[Setting]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-DONE = 0
-FAILED = 1
-USAGE = 2
-REMAINING = 3
-VERIFICATION_FAILED = 4
-LOCKED = 5
-PROVIDER_REFUSED = 6
+DONE, FAILED, USAGE = 0, 1, 2
+REMAINING, VERIFICATION_FAILED, LOCKED, PROVIDER_REFUSED = 3, 4, 5, 6
 INTERRUPTED = 130
+
+_LOOK_AT_LOG = "look at the server's log, then run the same command again"
 
 
 class MigrationError(Exception):
@@ -69,13 +66,13 @@ class AccessRefused(UsageProblem):
 class StoreUnreachable(MigrationError):
     """A server does not answer at its address."""
 
-    usual_step = "look at the server's log, then run the same command again"
+    usual_step = _LOOK_AT_LOG
 
 
 class StoreFailed(MigrationError):
     """A server answered with an error."""
 
-    usual_step = "look at the server's log, then run the same command again"
+    usual_step = _LOOK_AT_LOG
 
 
 class MissingData(MigrationError):

@@ -38,12 +38,15 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
-        shown = quote(str(path))
-        next_step = f"name another folder with --backup-dir, or make this one yours:\nsudo chown $(id -un) {shown}"
+        next_step = _another_folder("make this one yours:\nsudo chown $(id -un)", path)
         if isinstance(error, FileExistsError | NotADirectoryError):
             next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(f"cannot write to the folder {path}: {error.strerror}", next_step=next_step) from error
     return path
+
+
+def _another_folder(remedy: str, path: Path) -> str:
+    return f"name another folder with --backup-dir, or {remedy} {quote(str(path))}"
 
 
 def _require_own(path: Path) -> None:
@@ -59,16 +62,14 @@ def _require_own(path: Path) -> None:
     if state.st_uid not in trusted_owners():
         raise UsageProblem(
             f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it",
-            next_step="name another folder with --backup-dir, or make this one yours:\n"
-            f"sudo chown -R $(id -un) {quote(str(path))}",
+            next_step=_another_folder("make this one yours:\nsudo chown -R $(id -un)", path),
         )
     # A group with the user's own number holds that user alone on most Linux systems (umask 002).
     group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
     if state.st_mode & (stat.S_IWOTH | group):
         raise UsageProblem(
             f"others may write into the folder {path}: they could forge or replace what is in it",
-            next_step="name another folder with --backup-dir, or close this one to others:\n"
-            f"chmod go-w {quote(str(path))}",
+            next_step=_another_folder("close this one to others:\nchmod go-w", path),
         )
 
 
@@ -126,8 +127,8 @@ def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
-            is_folder = stat.S_ISDIR(state.st_mode)
-            raise NotRegular(errno.EINVAL, os.strerror(errno.EISDIR) if is_folder else "is not a regular file")
+            why = os.strerror(errno.EISDIR) if stat.S_ISDIR(state.st_mode) else "is not a regular file"
+            raise NotRegular(errno.EINVAL, why)
         with os.fdopen(descriptor, "rb", closefd=False) as stream:
             data = stream.read(limit + 1)
     finally:
@@ -151,11 +152,9 @@ def readable_bytes(path: Path) -> bytes:
             f"mv {quote(str(path))} /tmp/",
         ) from None
     except PermissionError as error:
-        folder = quote(str(path.parent))
         raise UsageProblem(
             f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
-            next_step="name another folder with --backup-dir, or make this one yours:\n"
-            f"sudo chown -R $(id -un) {folder}",
+            next_step=_another_folder("make this one yours:\nsudo chown -R $(id -un)", path.parent),
         ) from error
 
 
@@ -187,10 +186,7 @@ def sync_dir(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
-    """Write a binary file (0600) that appears as `path` only if the block succeeds; an existing file is replaced.
-
-    Until then it is `<path>.partial`, which is removed if the block fails.
-    """
+    """Write a file (0600) as `<path>.partial`, renamed to `path` if the block succeeds, and removed if it fails."""
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)  # left by a killed run; it may be a link, or readable by others
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -213,10 +209,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class PassThrough:
-    """A binary stream that counts the bytes read from it or written to it, and hands each piece to every sink.
-
-    A sink is a function, such as `hashlib.sha256().update`.
-    """
+    """A binary stream that counts its bytes, and hands each piece to every sink, such as `hashlib.sha256().update`."""
 
     def __init__(self, stream: IO[bytes], *sinks: Callable[[bytes], object]) -> None:
         self.size = 0
@@ -324,13 +317,6 @@ def _lock_file(path: Path) -> IO[bytes]:
         stream.close()
 
 
-def _write_holder(stream: IO[bytes], holder: str) -> None:
-    """Write who holds a lock into its file, for the runs that find it locked."""
-    with contextlib.suppress(OSError):  # the file of another user may be read-only
-        os.ftruncate(stream.fileno(), 0)
-        os.pwrite(stream.fileno(), holder.encode(), 0)
-
-
 def _holder_of(path: Path) -> str:
     """Return who holds a lock as its file says, in brackets; "" if it does not. Any user may write into the file."""
     try:
@@ -349,16 +335,11 @@ def lock_targets(
     holder: str = "",
     wait: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Hold a lock on each of these targets during the block. The kernel drops it with the process.
+    """Hold a lock on each of these targets (addresses with names) during the block; it ends with the process.
 
-    Raises LockHeld if another run on this machine holds one, whatever its user and checkout.
-
-    Args:
-        names: what the run works on (addresses with graph or collection names, no secret).
-        folder: where the lock files are, the same for every user of the machine.
-        kind: locks of different kinds on one target do not exclude each other.
-        holder: the command, process and start of this run, which another run reports if it finds the lock held.
-        wait: waits for the other run instead of raising LockHeld; it is called once, with a message.
+    Raises LockHeld if another run on this machine holds one, whatever its user and checkout. Locks of different `kind`
+    do not exclude each other. `holder` (command, process, start) is reported to a run that finds the lock held.
+    `wait` makes this one wait instead of raising LockHeld; it is called once, with a message.
     """
     import portalocker
 
@@ -370,7 +351,7 @@ def lock_targets(
             waiting = False
             while True:
                 try:
-                    _write_holder(held.enter_context(_lock_file(path)), holder)
+                    stream = held.enter_context(_lock_file(path))
                     break
                 except portalocker.AlreadyLocked as error:
                     message = f"another run is working on {name}{_holder_of(path)}"
@@ -380,15 +361,16 @@ def lock_targets(
                     wait(f"{message}: waiting until it has ended")
                 waiting = True
                 time.sleep(_LOCK_POLL_SECONDS)
+            with contextlib.suppress(OSError):  # the file of another user may be read-only
+                os.ftruncate(stream.fileno(), 0)
+                os.pwrite(stream.fileno(), holder.encode(), 0)
         yield
 
 
 class UsedFile:
     """Declares to other processes that a file is in use: by many at a time, or by one alone.
 
-    Args:
-        path: a lock file for the used one, made if it is missing. A lock on the used file itself could undo the locks
-            that SQLite holds on it.
+    `path` is a lock file for it, made if missing: a lock on the used file itself could undo those that SQLite holds.
     """
 
     def __init__(self, path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from shlex import quote
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
@@ -26,7 +26,6 @@ from lib.files import readable_bytes, sync_dir
 CLOSED = "closed"
 # In the names of backup sets and runs: the format of strftime, and the pattern that matches it.
 STAMP_FORMAT, STAMP = "%Y%m%d_%H%M%S", r"[0-9]{8}_[0-9]{6}"
-_SECOND = timedelta(seconds=1)
 _TEMPORARY = ("staged_collection", "side", "temporary_collection", "throwaway_graph", "safety_graph")
 _PATTERNS = {
     "run_id": rf"{STAMP}_[0-9a-f]{{4}}",
@@ -35,38 +34,20 @@ _PATTERNS = {
     "snapshot": r"[^/\\]+",
 }
 _ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
-
-
-class _Entry(msgspec.Struct):
-    """The fields of an entry that every version writes, or that name something to remove or to read.
-
-    No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
-    """
-
-    at: datetime
-    phase: str
-    undo: str | None = None
-    collection: str | None = None
-    staged_collection: str | None = None
-    side: str | None = None
-    temporary_collection: str | None = None
-    throwaway_graph: str | None = None
-    safety_graph: str | None = None
-    manifest: str | None = None
-    snapshot: str | None = None
-    stamp: str | dict[str, Any] | None = None  # of a set, or the model and size in a collection
-
-
-class _FirstEntry(_Entry, kw_only=True):
-    run_id: str
-    command: str
-    targets: list[str]
-
-
-def _last_line_incomplete(stream: IO[bytes]) -> bool:
-    """Return whether a crash cut the last line, so that the next entry needs a newline first."""
-    stream.seek(-1, os.SEEK_END)
-    return stream.read(1) != b"\n"
+# The fields of an entry that every version writes, or that name something to remove or to read.
+# No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
+_Entry = msgspec.defstruct(
+    "_Entry",
+    [
+        ("at", datetime),
+        ("phase", str),
+        ("stamp", "str | dict[str, object] | None", None),
+        *((name, "str | None", None) for name in (*_TEMPORARY, "undo", "collection", "manifest", "snapshot")),
+    ],
+)
+_FirstEntry = msgspec.defstruct(
+    "_FirstEntry", [("run_id", str), ("command", str), ("targets", list[str])], bases=(_Entry,), kw_only=True
+)
 
 
 @dataclass
@@ -129,8 +110,9 @@ class Journal:
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "phase": phase, **facts}
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         with self.path.open("ab+") as stream:
-            if stream.tell() and _last_line_incomplete(stream):
-                line = "\n" + line
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                line = line if stream.read(1) == b"\n" else f"\n{line}"  # a crash cut the last entry
             stream.write(line.encode())
             stream.flush()
             self.entries.append(entry)  # before fsync, which a signal may interrupt
@@ -145,8 +127,7 @@ def start_journal(folder: Path, command: str, targets: list[str], **facts: objec
     """Create a journal. Call it before the first name is created on a server."""
     run_id = f"{_next_stamp(folder)}_{secrets.token_hex(2)}"
     path = folder / f"journal_{run_id}_{command}.jsonl"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.close(descriptor)
+    path.touch(mode=0o600, exist_ok=False)
     sync_dir(folder)
     journal = Journal(path)
     journal.append("started", run_id=run_id, command=command, targets=targets, **facts)
@@ -159,15 +140,12 @@ def _next_stamp(folder: Path) -> str:
     for path in folder.glob("journal_*.jsonl"):
         with contextlib.suppress(ValueError, OverflowError):
             stamp = "_".join(path.name.split("_")[1:3])
-            possible.append(datetime.strptime(f"{stamp}+0000", f"{STAMP_FORMAT}%z") + _SECOND)
+            possible.append(datetime.strptime(f"{stamp}+0000", f"{STAMP_FORMAT}%z") + timedelta(seconds=1))
     return max(possible).strftime(STAMP_FORMAT)
 
 
 def read_journal(path: Path) -> Journal | None:
-    """Read a journal. Returns None for an empty or foreign file; skips a last line that a crash has cut.
-
-    Raises BadFile if an entry holds what no run of these scripts can have written.
-    """
+    """Read a journal; None if empty or foreign. Raises BadFile for what no run of these scripts can have written."""
     entries = []
     for line in readable_bytes(path).split(b"\n"):
         try:
@@ -191,7 +169,7 @@ def _faults(journal: Journal) -> Iterator[str]:
     """Yield what no run can have written: a field of another type, or a name that is not one of its own."""
     for entry in journal.entries:
         try:
-            typed = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)
+            typed: Any = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)
         except msgspec.ValidationError as error:
             yield f"an entry is not valid: {error}"
             return
@@ -207,9 +185,10 @@ def _faults(journal: Journal) -> Iterator[str]:
                 yield f"it names {entry[name]!r} as its {name.replace('_', ' ')}"
 
 
-def open_journals(folder: Path) -> list[Journal]:
-    """Return the journals of unfinished runs, oldest first."""
-    return unfinished(folder)[0]
+def open_journals(folder: Path, targets: list[str] | None = None, *commands: str) -> list[Journal]:
+    """Return the journals of unfinished runs, oldest first; only those of `targets` and `commands` if given."""
+    found = unfinished(folder)[0]
+    return [one for one in found if targets in (None, one.targets) and (not commands or one.command in commands)]
 
 
 def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:

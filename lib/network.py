@@ -26,10 +26,8 @@ def container_hint(host: str, variable: str) -> str:
     """Return what to try if a name without a domain does not resolve; "" for any other host."""
     if "." in host or ":" in host or canonical_host(host) == "127.0.0.1":
         return ""
-    return (
-        f"if '{host}' is a container, its name resolves only inside Docker; if its port is published:\n"
-        f"export {variable}\n"
-    )
+    hint = f"if '{host}' is a container, its name resolves only inside Docker; if its port is published:"
+    return f"{hint}\nexport {variable}\n"
 
 
 def is_this_machine(url: str) -> bool:
@@ -77,8 +75,7 @@ def without_login(url: str) -> str:
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
 
 
-# Bytes received at a time; an inflated piece is at most 1,000 times larger.
-PIECE_BYTES = 64 << 10
+PIECE_BYTES = 64 << 10  # received at a time; an inflated piece is at most 1,000 times larger
 # One layer only: a second one could inflate each piece a thousand times again.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
 
@@ -155,10 +152,7 @@ def _received(response: requests.Response) -> Iterator[bytes]:
 
 
 def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]]]:
-    """Return the `event_hooks` of an httpx client: each answer is complete in `seconds`, an error within `limit` bytes.
-
-    The caller reads the body of a successful answer with `joined`.
-    """
+    """Return `event_hooks`: answers complete in `seconds`, errors within `limit` bytes. Read others with `joined`."""
 
     def bound_time(request: Any) -> None:
         request.headers["Accept-Encoding"] = "gzip, deflate"

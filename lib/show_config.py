@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lib.config import SECRETS, masked, same_value
 from lib.console import Console, hold, table
-from lib.dimensions import OPENAI, UNKNOWN_MODEL, public_url
+from lib.dimensions import OPENAI, UNKNOWN_MODEL, is_plain, model_settings, provider_problem, public_url, reason_shown
 from lib.env_files import DEFAULT
 from lib.errors import DONE, MigrationError, listed
-from lib.providers import is_plain, model_settings, provider_problem, reason_shown
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -23,19 +22,12 @@ _WHICH_MODEL = (
     "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not record: with another one"
     " recall finds nothing"
 )
-_SCRIPTS = {
-    "backup": "backup_automem.py",
-    "reembed": "reembed_embeddings.py",
-    "restore": "restore_from_backup.py",
-    "spot_check": "reembed_embeddings.py",
-}
+_SCRIPTS = {"backup": "backup_automem.py", "restore": "restore_from_backup.py"}
+_SCRIPTS |= dict.fromkeys(("reembed", "spot_check"), "reembed_embeddings.py")
 
 
 def restart_lines(provider: str, *, named: bool) -> str:
-    """Return how to restart AutoMem so that it sees the settings of a migration (see `model_settings`).
-
-    An `export` reaches no container, and `restart` keeps the old environment.
-    """
+    """Return how to restart AutoMem. An `export` reaches no container, and `restart` keeps the old environment."""
     *most, last = ["VECTOR_SIZE", *model_settings(provider, "", named=named)]
     them = "them" if len(most) > 1 else "both"
     return (
@@ -54,19 +46,14 @@ def chosen(spec: EmbeddingSpec, reason: str) -> str:
 
 
 def require_provider(config: Config, console: Console) -> None:
-    """Raise UsageProblem if AutoMem would ask with another model than these settings choose (see `provider_problem`).
-
-    It is a warning if an unfinished run has deleted the collection: that run must be completed.
-    """
+    """Raise `provider_problem`; only warn if an unfinished run has deleted the collection: it must be completed."""
     from lib.backup.last_migration import COMMAND, DELETING
     from lib.journal import open_journals
 
     problem = provider_problem(config.settings, config.spec)
     if problem is None:
         return
-    targets = config.targets()
-    runs = [one for one in open_journals(config.backup_dir) if one.command == COMMAND and one.targets == targets]
-    if not any(one.has_reached(DELETING) for one in runs):
+    if not any(one.has_reached(DELETING) for one in open_journals(config.backup_dir, config.targets(), COMMAND)):
         raise problem
     console.warn(f"{problem}\n{problem.next_step}")
 
@@ -77,32 +64,21 @@ def show_config(config: Config, console: Console) -> int:
     rows = [(*row, _hides(row[0], config.settings[row[0]])) for row in config.rows()]
     for text in config.warnings:
         console.warn(text)
-    document: dict[str, Any] = {
-        "settings": {
-            name: {"value": value, "from": origin, **({"hides": other} if other else {})}
-            for name, value, origin, other in rows
-        },
-        "live": live,
-    }
     spec, reason = config.spec, reason_shown(config.settings, config.spec)
     problem = provider_problem(config.settings, spec)
-    document["embedding"] = {
-        "provider": spec.provider,
-        "model": spec.model,
-        "size": spec.size,
-        "endpoint": public_url(spec.base_url),
-        "why": reason,
-        "problem": str(problem or ""),
-    }
+    embedding = {"provider": spec.provider, "model": spec.model, "size": spec.size}
+    embedding |= {"endpoint": public_url(spec.base_url), "why": reason, "problem": str(problem or "")}
+    settings = {name: {"value": value, "from": origin, "hides": other} for name, value, origin, other in rows}
+    for one in settings.values():
+        if not one["hides"]:
+            del one["hides"]
     # The value is after its origin: the longest ones, not all origins, wrap in a narrow terminal.
     columns = [(name, origin, value, other) for name, value, origin, other in rows]
-    hidden = any(row[-1] for row in columns)
-    settings = table(
-        [row if hidden else row[:-1] for row in columns],
-        ("setting", "from", "value", "hides") if hidden else ("setting", "from", "value"),
-    )
-    embedding = f"embedding: {chosen(spec, reason)}" + (f"\na re-embed is refused: {problem}" if problem else "")
-    console.result(document, f"{settings}\n\n{embedding}\n\n{table(list(live.items()), ('live', 'state'))}")
+    count = 4 if any(row[-1] for row in columns) else 3
+    text = table([row[:count] for row in columns], ("setting", "from", "value", "hides")[:count])
+    text += f"\n\nembedding: {chosen(spec, reason)}" + (f"\na re-embed is refused: {problem}" if problem else "")
+    text += f"\n\n{table(list(live.items()), ('live', 'state'))}"
+    console.result({"settings": settings, "live": live, "embedding": embedding}, text)
     return DONE
 
 
@@ -175,7 +151,8 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     from lib.backup.server_snapshots import AWAITED
 
     if journal.phase == AWAITED and journal.targets == targets:
-        return _awaited(journal)
+        asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{journal.fact('collection')}'"
+        return f"{asked}: if it still appears there, the next backup prints the command that deletes it"
     script = _SCRIPTS.get(journal.command, f"{journal.command}.py")
     phase = journal.phase.replace("proved", "verified")  # a journal keeps the words of the first version
     again = journal.fact("again") or f"(with the same settings and arguments)  python scripts/{script}"
@@ -190,13 +167,6 @@ def _unfinished(journal: Journal, targets: list[str]) -> str:
     return f"{text}\n  undo:\n{journal.undo}" if journal.undo else text
 
 
-def _awaited(journal: Journal) -> str:
-    """Name the snapshot that the server may still make for a killed run of which nothing else is left."""
-    collection = journal.fact("collection")
-    asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{collection}'"
-    return f"{asked}: if it still appears there, the next backup prints the command that deletes it"
-
-
 def settings_lines(size: int, model: str, config: Config, provider: str = OPENAI) -> list[str]:
     """Return the lines that put the settings back if the collection's size or model differs from them; else [].
 
@@ -205,27 +175,18 @@ def settings_lines(size: int, model: str, config: Config, provider: str = OPENAI
     """
     spec = config.spec
     named = not is_plain(config.settings, spec.provider)
-    wanted = {"VECTOR_SIZE": str(size), **model_settings(provider, model, named=named)}
-    if model == UNKNOWN_MODEL:
-        wanted = {"VECTOR_SIZE": str(size)}
+    models = {} if model == UNKNOWN_MODEL else model_settings(provider, model, named=named)
+    wanted = {"VECTOR_SIZE": str(size), **models}
+    assignments = [f"{name}={quote(value)}" for name, value in wanted.items()]
     files = _files_that_disagree(wanted, config)
-    lines = []
+    lines, warning = [], f"warning: the collection is {size}d ({model}),"
     if (size, model, provider) != (spec.size, spec.model, spec.provider):
-        configured = f"{spec.size}d ({spec.model})"
-        lines = [
-            "",
-            f"warning: the collection is {size}d ({model}), the configuration says {configured}. Put back:",
-            *(f"  export {name}={quote(value)}" for name, value in wanted.items()),
-        ]
-        if model == UNKNOWN_MODEL:
-            lines.append(_WHICH_MODEL)
+        lines = ["", f"{warning} the configuration says {spec.size}d ({spec.model}). Put back:"]
+        lines += [f"  export {one}" for one in assignments] + ([_WHICH_MODEL] if model == UNKNOWN_MODEL else [])
     elif files:
-        lines = [
-            "",
-            f"warning: the collection is {size}d ({model}), as the environment says, but a file says otherwise:",
-        ]
+        lines = ["", f"{warning} as the environment says, but a file says otherwise:"]
     for file in files:
-        lines += [f"and in {file}:", *(f"  {name}={quote(value)}" for name, value in wanted.items())]
+        lines += [f"and in {file}:", *(f"  {one}" for one in assignments)]
     return lines
 
 

@@ -89,7 +89,7 @@ def prepare(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.backup.collection import require_whole
     from lib.reembed import quality
     from lib.reembed.assess import assess
-    from lib.reembed.resume import open_run
+    from lib.reembed.context import open_run
 
     graph, source = connect.open_stores(config, console, repair=args.only_missing)
     with connect.open_cache(config) as cache:
@@ -112,12 +112,11 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     """Show the plan; then sample, sync or replace."""
     from lib import connect
     from lib.config import require_embedding_key
-    from lib.reembed import output, quality, report_page
+    from lib.reembed import output, quality, report
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
-    from lib.reembed.embed import start_totals, try_one_batch
-    from lib.reembed.only_missing import only_missing
-    from lib.reembed.run import only_stage, reembed
+    from lib.reembed.embed import EmbeddingTotals, try_one_batch
+    from lib.reembed.run import only_missing, only_stage, reembed
 
     explicit = args.fresh or args.only_missing or args.limit or is_fresh(ctx)
     if not explicit and (missing := missing_if_current(ctx, found)):
@@ -125,22 +124,22 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     output.show_plan(found, ctx, console, limit=args.limit)
     refused = output.warn_of_refusals(found, ctx, console) if args.dry_run else []
     require_embedding_key(config)
-    pace = (args.workers, args.batch_size, args.max_cost, console)
-    runner = connect.open_runner(config, *pace, sample=args.dry_run)
-    paid = start_totals(ctx.cache, ctx.spec, found.journal, logged=not args.only_missing)
+    paid = EmbeddingTotals(ctx.cache, ctx.spec, found.journal, logged=not args.only_missing)
+    pace = (args.workers, args.batch_size, args.max_cost)
+    runner = connect.open_runner(config, paid, pace, console, sample=args.dry_run)
     if args.dry_run:
-        return output.show_tried(try_one_batch(runner, ctx.cache, paid), found, ctx, refused, console)
+        return output.show_tried(try_one_batch(ctx, runner), found, ctx, refused, console)
     if args.limit:
-        done = quality.spot_check(ctx, runner, paid, found.live.state, args.limit)
+        done = quality.spot_check(ctx, runner, found.live.state, args.limit)
         return output.show_spot_check(done, found, paid, ctx, console)
-    runner.require_affordable(found.plan.tokens, paid)
+    runner.require_affordable(found.missing.tokens)
     if args.only_missing:
-        return output.show_synced(only_missing(ctx, runner, paid), paid, ctx, console)
+        return output.show_synced(only_missing(ctx, runner), paid, ctx, console)
     if args.no_switch:
-        return output.show_staged(only_stage(ctx, found, runner, paid), paid, ctx, console)
+        return output.show_staged(only_stage(ctx, found, runner), paid, ctx, console)
     announce = partial(output.announce, ctx, console)
-    write = partial(report_page.write, folder=ctx.folder, console=console)
-    finished, files = reembed(ctx, found, runner, paid, announce, write)
+    write = partial(report.write, folder=ctx.folder, console=console)
+    finished, files = reembed(ctx, found, runner, announce, write)
     return output.show_reembedded(finished, found, files, ctx, console)
 
 

@@ -46,7 +46,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.backup.run import require_sources
     from lib.config import config_of
     from lib.console import Console
-    from lib.providers import reason_shown
+    from lib.dimensions import reason_shown
     from lib.show_config import announce, show_config
     from lib.verify import output
     from lib.verify.checks import Stores, recall_lines, record, verify

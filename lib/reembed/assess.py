@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
-from lib.backup.archive import peek_facts
-from lib.backup.catalog import newest_with
+from lib.backup import last_migration as migrations
+from lib.backup.archive import peek_facts, read_archive
+from lib.backup.catalog import backup_sets, newest_with
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import existing_points
-from lib.backup.last_migration import (
-    CREATED,
-    DELETED,
-    DELETING,
-    RESTORING_STAGED,
-    STAGED_RESTORED,
-    kept_the_size,
-)
-from lib.backup.manifest import Manifest, check_file
+from lib.backup.existing_points import TemporaryIdTable, as_id, existing_points
+from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
 from lib.clients.embeddings.cache import Missing
+from lib.clients.embeddings.cache_file import chunks
+from lib.clients.embeddings.pricing import price_of
 from lib.clients.falkordb.connection import require_graph
+from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
-from lib.clients.qdrant.collection import (
-    CollectionState,
-    exists,
-    get_state,
-    health,
-    is_failed,
-    refuse_foreign,
-    same_settings,
-)
+from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.restoring import wait_restored
-from lib.dimensions import is_model_of
+from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_settings
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
 from lib.journal import Journal
-from lib.reembed.context import Context, must_forget, reached
-from lib.reembed.guard import MAX_AGE_HOURS, GuardedCollection, require_backup
-from lib.reembed.plan import Plan, only_live_ids, room_needed, scan_graph, textless_points, whole_plan
-from lib.reembed.resume import accepted_backup, refuse_foreign_staged, refuse_other_stores
-from lib.reembed.sync import missing_of, payloads_now
+from lib.network import same_server
+from lib.reembed.context import (
+    Context,
+    accepted_backup,
+    must_forget,
+    reached,
+    refuse_foreign_staged,
+    refuse_other_stores,
+)
+from lib.reembed.plan import Scan, memories_now, only_live_ids, scan_graph
+from lib.reembed.sync import missing_of
 from lib.verify.compare import vectors_agree
 
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
@@ -49,6 +47,10 @@ ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
 _LOST_SHARE, _LOST_FEW = 0.01, 10
 # The server continues a restore whose client was killed.
 _RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
+_EXAMPLES, _PAGE = 20, 500
+MAX_AGE_HOURS = 24.0
+_SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
+_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
 
 class Live(NamedTuple):
@@ -60,32 +62,50 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """What a run found before its first write. `journal` is that of the unfinished run to resume.
+    """What a run found before its first write, and what it will do. `journal` is that of the unfinished run to resume.
 
-    `in_place`: no staged collection is built. `textless`: points that leave the collection though their memory exists,
-    because neither has a text. `unlike`: the backup whose settings the collection, which is empty, does not have.
+    `missing` texts must be embedded. `in_place`: no staged collection is built. `only_live` is the number of points
+    without a memory; `textless` are those that leave the collection though their memory exists, because neither has a
+    text. `unlike`: the backup whose settings the collection, which is empty, does not have.
     """
 
-    plan: Plan
+    scan: Scan
+    missing: Missing
+    spec: EmbeddingSpec
     live: Live
     journal: Journal | None
     in_place: bool
-    textless: list[str]
-    unlike: str
+    only_live: int = 0
+    only_live_examples: Sequence[str] = ()
+    textless: Sequence[str] = ()
+    unlike: str = ""
+
+    @property
+    def price(self) -> float | None:
+        """In US dollars; None for a model without a known price."""
+        return price_of(self.missing.tokens, self.spec.model, self.spec.provider)
+
+    @property
+    def cached(self) -> int:
+        """Memories that need no embedding: cached, or with the text of another one."""
+        return self.scan.usable - self.missing.texts
 
     @property
     def room(self) -> int:
         """Bytes that the Qdrant server needs in addition to the live collection."""
-        return room_needed(self.plan.scan, self.plan.spec)
+        return self.scan.room_needed(self.spec.size)
+
+    @property
+    def disk_peak(self) -> int:
+        """The most bytes that the server needs: for both collections, the new one's snapshot, the copy of that."""
+        live = self.live.state
+        return self.room + (round(live.points * self.scan.point_bytes(live.size)) if live else 0)
 
 
 def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> Assessment:
-    """Read the graph into the plan and find the state of the collection. Nothing is changed on a server.
-
-    `repair`: the collection is to be synced with the graph (`--only-missing`), not replaced.
-    """
+    """Read the graph into the plan, find the collection's state; change nothing. `repair`: synced, not replaced."""
     require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
-    scan = scan_graph(ctx.graph, ctx.cache, ctx.spec, ctx.bar, payloads_now(ctx, journal))
+    scan = scan_graph(ctx, journal)
     live = find_live(ctx, journal)
     state, in_place = live.state, ctx.in_place
     if not (repair or in_place):
@@ -98,35 +118,32 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
             f" '{ctx.collection}' is not changed"
         )
     missing = ctx.cache.text_total() if must_forget(ctx) else ctx.cache.missing_total()
-    backup = None
-    if state is None or state.points == 0:
-        backup = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
+    backup = None if state and state.points else newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
     if state is None:
         settings = journaled_settings(journal) or (settings_of(backup)["settings"] if backup else None)
         if settings:
-            refuse_foreign(settings)
-        return Assessment(whole_plan(scan, missing, ctx.spec, None, None, []), live, journal, in_place, [], "")
-    refuse_foreign(state.raw)
-    unlike = _unlike(backup, state) if state.points == 0 and journal is None else ""
+            collections.refuse_foreign(settings)
+        return Assessment(scan, missing, ctx.spec, live, journal, in_place)
+    collections.refuse_foreign(state.raw)
     if repair:
         live = Live(ADOPT, state)
-        if not kept_the_size(ctx.folder, ctx.targets, ctx.spec):
+        if not migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec):
             with existing_points(ctx.qdrant, state.name) as existing:
                 missing = missing_of(ctx.cache, existing)
-    with (
-        existing_points(ctx.qdrant, state.name, payload=False) as existing,
-        only_live_ids(existing, ctx.cache, ctx.graph) as only_live,
-    ):
-        textless = [] if repair else textless_points(only_live, ctx.graph)
-        plan = whole_plan(scan, missing, ctx.spec, state, only_live, textless)
-    return Assessment(plan, live, journal, in_place, textless, unlike)
+    unlike = _unlike(backup, state) if backup and journal is None else ""
+    with existing_points(ctx.qdrant, state.name, payload=False) as existing, only_live_ids(ctx, existing) as only_live:
+        textless = [] if repair else sorted(map(str, memories_now(ctx.graph, only_live.ids())))
+        orphans = (str(one) for page in only_live.ids() for one in page)
+        examples = list(islice((one for one in orphans if one not in textless), _EXAMPLES))
+        count = len(only_live) - len(textless)
+    return Assessment(scan, missing, ctx.spec, live, journal, in_place, count, examples, textless, unlike)
 
 
 def _was_empty(ctx: Context, journal: Journal | None) -> bool:
     """Return whether the collection that this run deleted had no point, so that recreating it empty loses nothing."""
     points = (journaled_settings(journal) or {}).get("points_count")
     # Both: the embedding cache, which holds the saved payloads, can be lost.
-    return reached(journal, DELETING) and not points and ctx.cache.saved_count() == 0
+    return reached(journal, migrations.DELETING) and not points and ctx.cache.saved_count() == 0
 
 
 def journaled_settings(journal: Journal | None) -> dict[str, Any] | None:
@@ -142,27 +159,27 @@ def settings_of(manifest: Manifest) -> dict[str, Any]:
     return {"settings": settings, "aliases": manifest.collection.aliases}
 
 
-def _unlike(backup: Manifest | None, empty: CollectionState) -> str:
+def _unlike(backup: Manifest, empty: CollectionState) -> str:
     """Return the name of the backup if it has points and other settings than the collection, which is empty now."""
-    if backup is not None and backup.collection is not None and backup.collection.points:
+    if backup.collection is not None and backup.collection.points:
         with suppress(BackupDamaged, BadFile):
-            alike = same_settings(settings_of(backup)["settings"], empty.raw, but_size=True)
-            return "" if alike else backup.name
+            if not collections.same_settings(settings_of(backup)["settings"], empty.raw, but_size=True):
+                return backup.name
     return ""
 
 
 def find_live(ctx: Context, journal: Journal | None) -> Live:
     """Find what exists under the collection's name now."""
     qdrant, name = ctx.qdrant, ctx.collection
-    if reached(journal, RESTORING_STAGED) and health(qdrant, name) in _RESTORE_RUNS:
+    if reached(journal, migrations.RESTORING_STAGED) and collections.health(qdrant, name) in _RESTORE_RUNS:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
-    if not exists(qdrant, name):
+    if not collections.exists(qdrant, name):
         refuse_other_stores(ctx)
         return Live(ABSENT, None)
-    if is_failed(qdrant, name):
+    if collections.is_failed(qdrant, name):
         return Live(FAILED, None)
-    state = get_state(qdrant, name)
+    state = collections.get_state(qdrant, name)
     if state.points == 0:
         refuse_other_stores(ctx)
     return Live(ADOPT if _is_result(ctx, journal, state) else REPLACE, state)
@@ -174,10 +191,10 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
         return False
     # One that AutoMem recreated has AutoMem's settings, and may hold a new memory.
     settings = journaled_settings(journal)
-    alike = settings is None or same_settings(settings, state.raw, but_size=True)
-    if reached(journal, CREATED) or reached(journal, STAGED_RESTORED):
+    alike = settings is None or collections.same_settings(settings, state.raw, but_size=True)
+    if reached(journal, migrations.CREATED) or reached(journal, migrations.STAGED_RESTORED):
         return True
-    if state.points == 0 and not reached(journal, DELETING) and alike:
+    if state.points == 0 and not reached(journal, migrations.DELETING) and alike:
         return True
     return alike and not must_forget(ctx) and vectors_agree(ctx.qdrant, state, ctx.cache, ctx.spec)
 
@@ -195,7 +212,7 @@ def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
         return None
     with existing_points(ctx.qdrant, live.name) as existing:
         missing = missing_of(ctx.cache, existing)
-    return missing if assessment.plan.texts > missing.texts else None
+    return missing if assessment.missing.texts > missing.texts else None
 
 
 def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Manifest | None:
@@ -204,13 +221,13 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
     The guard is asked if a collection is to be replaced. A run that has deleted the collection before returns to the
     backup that it had then, never to a later one of its own incomplete result.
     """
-    if live.kind == FAILED and not reached(journal, DELETING):
+    if live.kind == FAILED and not reached(journal, migrations.DELETING):
         raise GuardRefused(
             f"Collection '{ctx.collection}' has failed: it answers with errors only and cannot be read",
             next_step="restore a backup first:\npython scripts/restore_from_backup.py latest",
         )
     accepted = _ask_guard(ctx, journal, live.state) if live.kind == REPLACE and live.state else None
-    if accepted or reached(journal, DELETING):
+    if accepted or reached(journal, migrations.DELETING):
         return accepted or accepted_backup(ctx, journal)
     return None if live.kind == ADOPT else newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
 
@@ -219,11 +236,8 @@ def _ask_guard(ctx: Context, journal: Journal | None, state: CollectionState) ->
     """Return the backup that the guard accepts; None if there is nothing to lose."""
     if state.points == 0:
         return None
-    with (
-        existing_points(ctx.qdrant, state.name, payload=False) as live,
-        only_live_ids(live, ctx.cache, ctx.graph) as only_live,
-    ):
-        if reached(journal, DELETED) and not len(only_live) and _is_recent(ctx, journal):
+    with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
+        if reached(journal, migrations.DELETED) and not len(only_live) and _is_recent(ctx, journal):
             return None  # recreated meanwhile, every id of it in the graph: its payloads are saved
         guarded = GuardedCollection(ctx.qdrant.display, state, live, only_live)
         return require_backup(ctx.folder, guarded, ctx.spec.size)
@@ -234,16 +248,15 @@ def _is_recent(ctx: Context, journal: Journal | None) -> bool:
     backup = accepted_backup(ctx, journal)
     if journal is None or journal.age_hours > MAX_AGE_HOURS or backup is None or backup.collection is None:
         return False
-    try:
+    with suppress(BackupDamaged):
         check_file(backup.file_of(backup.collection), backup.collection.file)
-    except BackupDamaged:
-        return False
-    return True
+        return True
+    return False
 
 
 def require_whole_graph(ctx: Context, assessment: Assessment, usable: int) -> None:
     """Raise MissingData, before the delete, if the graph lost memories since the plan: it has `usable` ones now."""
-    planned = assessment.plan.scan.own_text
+    planned = assessment.scan.own_text
     lost = planned - usable
     if lost <= 0 or (usable and lost <= max(_LOST_FEW, _LOST_SHARE * planned)):
         return
@@ -252,3 +265,108 @@ def require_whole_graph(ctx: Context, assessment: Assessment, usable: int) -> No
         f" '{ctx.collection}' is not changed",
         next_step="look at the graph; if this is intended, run the same command again (nothing is paid for twice)",
     )
+
+
+@dataclass(frozen=True)
+class GuardedCollection:
+    """What a backup must hold: the server's address, the collection, all its ids, and those without a memory."""
+
+    server: str
+    state: CollectionState
+    live: TemporaryIdTable
+    only_live: TemporaryIdTable
+
+
+def require_backup(folder: Path, guarded: GuardedCollection, configured: int) -> Manifest:
+    """Return the newest backup set that protects the collection. Raises GuardRefused with the reason why none does."""
+    found = find_backup(folder, guarded)
+    if isinstance(found, Manifest):
+        return found
+    state = guarded.state
+    how = "with different dimension" if state.size != configured else "and would be replaced"
+    raise GuardRefused(
+        f"Collection '{state.name}' already exists {how}\n"
+        f"({state.size}d, {state.points} points; VECTOR_SIZE is {configured}d).\n"
+        f"It is not changed without a verified backup: {found}",
+        next_step="python scripts/backup_automem.py\npython scripts/reembed_embeddings.py",
+    )
+
+
+def find_backup(folder: Path, guarded: GuardedCollection) -> Manifest | str:
+    """Return the newest backup set that protects the collection, or why the newest one does not."""
+    why = ""
+    for manifest in backup_sets(folder):
+        fault = _fault(manifest, guarded)
+        if fault is None:
+            return manifest
+        why = why or f"the newest, {manifest.name}, {fault}"
+    return why or f"there is none in {folder}"
+
+
+def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
+    """Return why this set does not protect the collection, or None."""
+    component = manifest.collection
+    if component is None:
+        return "holds no collection"
+    fault = _fault_in_manifest(manifest, component, guarded)
+    if fault:
+        return fault
+    try:
+        path = manifest.file_of(component)
+        check_file(path, component.file)
+        live, alone = _count_expected(path, guarded)
+    except BackupDamaged as error:
+        return str(error)
+    if live < _SAME_SHARE * len(guarded.live):
+        return f"is of other data: it holds {live} of the collection's {len(guarded.live)} points"
+    missing = len(guarded.only_live) - alone
+    return f"does not hold points that are in the collection alone: {missing}" if missing else None
+
+
+def _fault_in_manifest(manifest: Manifest, component: CollectionComponent, guarded: GuardedCollection) -> str | None:
+    server = component.server["address"]
+    if component.collection != guarded.state.name or not same_server(server, guarded.server):
+        return f"is of '{component.collection}' on {server}"
+    if component.size != guarded.state.size:
+        return f"is of {component.size}d vectors"
+    if manifest.age_hours > MAX_AGE_HOURS:
+        return f"is {manifest.age_hours:.0f} hours old (at most {MAX_AGE_HOURS:.0f})"
+    if manifest.is_from_future:
+        return f"is dated {-manifest.age_hours:.0f} hours in the future"
+    if VERIFICATION_LEVELS.index(component.proof) < VERIFICATION_LEVELS.index(CHECKED):
+        return "was never verified (--no-verify)"
+    return None
+
+
+def _count_expected(path: Path, guarded: GuardedCollection) -> tuple[int, int]:
+    """Return how many live ids are among the archive's expected ids, and how many of those without a memory."""
+    live = alone = 0
+
+    def count(ids: Iterator[str]) -> None:
+        nonlocal live, alone
+        for page in chunks(map(as_id, ids), _PAGE):
+            live += len(guarded.live.payloads(page))
+            alone += len(guarded.only_live.payloads(page))
+
+    read_archive(path, on_ids=count)
+    return live, alone
+
+
+def undo_of(manifest: Manifest | None, *, named: bool) -> str:
+    """Return the commands that restore this backup's collection. `named`: they set EMBEDDING_PROVIDER in any case."""
+    if manifest is None or manifest.collection is None:
+        return "  (none: no collection was replaced)"
+    component = manifest.collection
+    file = quote(str(manifest.file_of(component)))
+    lines = [f"  python scripts/restore_from_backup.py {file}", f"  export VECTOR_SIZE={component.size}"]
+    if component.model == UNKNOWN_MODEL:
+        # With the new vectors' model --only-missing would mix two models.
+        lines += [
+            "  # The backup does not record the model of the old vectors. Set it, then add newer memories:",
+            "  # export EMBEDDING_MODEL=...",
+            f"  # {_ONLY_MISSING}",
+        ]
+    else:
+        settings = model_settings(component.provider, component.model, named=named)
+        lines += [*(f"  export {name}={quote(value)}" for name, value in settings.items()), f"  {_ONLY_MISSING}"]
+    return "\n".join(lines)

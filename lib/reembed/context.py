@@ -1,4 +1,4 @@
-"""What one re-embedding works on: opened stores and settings, which do not change during the run."""
+"""What one re-embedding works on: opened stores and settings, and the unfinished run that it resumes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
+from lib.backup import last_migration as migrations
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import spec_as_json
+from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.embeddings.cache import EmbeddingCache
-from lib.clients.qdrant.transport import Qdrant
+from lib.clients.qdrant.collection import exists
+from lib.clients.qdrant.restoring import delete_with_snapshots
+from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import ProgressBar
-from lib.dimensions import EmbeddingSpec
-from lib.journal import Journal
+from lib.dimensions import (
+    ENDPOINT_SETTINGS,
+    MODEL_SETTINGS,
+    OLLAMA,
+    PROVIDER,
+    EmbeddingSpec,
+    model_settings,
+    provider_of,
+    public_url,
+)
+from lib.errors import BackupDamaged, BadFile, GuardRefused
+from lib.journal import Journal, open_journals
 
 _FRESH = "fresh since"
 
@@ -69,5 +83,130 @@ def mark_fresh(ctx: Context, *, done: bool = False) -> None:
 
 
 def _fresh_mark(spec: EmbeddingSpec) -> str:
-    values = spec_as_json(spec)
-    return f"{values['endpoint']} {values['model']} {values['size']}"
+    return f"{public_url(spec.base_url)} {spec.model} {spec.size}"
+
+
+# The last phase first.
+_PROGRESS = (
+    (migrations.VERIFIED, "the new collection is in place and verified; the clean-up is left"),
+    (migrations.STAGED_RESTORED, "the staged collection is in place; catching up and the verification are left"),
+    (migrations.CREATED, "the new collection is created; filling it and the verification are left"),
+    (migrations.RESTORING_STAGED, "the old collection is deleted; the staged one was being put in its place"),
+    (migrations.DELETED, "the old collection is deleted"),
+    (migrations.DELETING, "the old collection was about to be deleted"),
+    (migrations.STAGED, "the staged collection is verified, the live one is unchanged"),
+    (migrations.STAGING, "the staged collection is incomplete, the live one is unchanged"),
+)
+
+
+def open_run(ctx: Context) -> Journal | None:
+    """Return the open journal of these stores and settings, or None. Nothing is written.
+
+    Raises GuardRefused if a run with another model, size or endpoint has deleted the collection: it would be lost.
+    """
+    for journal in _open_here(ctx):
+        if journal.fact("spec") == migrations.spec_as_json(ctx.spec):
+            return journal
+        if journal.has_reached(migrations.DELETING):
+            raise _other_settings(journal, ctx)
+    return None
+
+
+def close_others(ctx: Context) -> None:
+    """Before the first write: close runs with other settings that deleted nothing, drop what they staged."""
+    for journal in _open_here(ctx):
+        if journal.fact("spec") != migrations.spec_as_json(ctx.spec) and not journal.has_reached(migrations.DELETING):
+            if staged := journal.fact("staged_collection"):
+                delete_with_snapshots(ctx.qdrant, staged)
+            journal.close("given up before anything was deleted: other settings now")
+
+
+def resume_notice(journal: Journal) -> str:
+    """Return one line that says how far an unfinished run came."""
+    verified = bool(journal.fact("proved"))
+    reached = [text for one, text in _PROGRESS if journal.has_reached(one) and (verified or one != migrations.STAGED)]
+    done = reached[0] if reached else "nothing was changed on a server"
+    return f"resuming the run of {str(journal.entries[0]['at'])[:16]} UTC: {done}"
+
+
+def refuse_other_stores(ctx: Context) -> None:
+    """Raise GuardRefused if an unfinished run deleted this collection at another address, or another one of this graph.
+
+    For a collection that is absent or empty: its payloads may be only in that run's cache. The other address may be
+    another spelling of the same one.
+    """
+    for journal in open_journals(ctx.folder, None, migrations.COMMAND):
+        if journal.targets == ctx.targets or not journal.has_reached(migrations.DELETING):
+            continue
+        other, graph = migrations.collection_of(journal.targets), journal.targets[0]
+        if other == ctx.collection:
+            raise GuardRefused(
+                f"an unfinished run deleted '{other}' at another address: {journal.targets[1]}, graph {graph};"
+                f" here it is {ctx.targets[1]}, graph {ctx.targets[0]}",
+                next_step="if that is the same server, spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run"
+                " did, then run the same command again;\nif it is another one, finish that run or undo it:\n"
+                f"{journal.undo}",
+            )
+        if graph == ctx.targets[0]:
+            raise GuardRefused(
+                f"an unfinished run of this graph was making the collection '{other}';"
+                f" QDRANT_COLLECTION is '{ctx.collection}' now, which is absent or empty",
+                next_step=f"finish it:\nexport QDRANT_COLLECTION={quote(other)}\n"
+                f"python scripts/reembed_embeddings.py\nor undo it:\n{journal.undo}",
+            )
+
+
+def refuse_foreign_staged(ctx: Context) -> None:
+    """Raise GuardRefused if a staged collection exists that no open run of these stores has made."""
+    made = [one.fact("staged_collection") for one in _open_here(ctx)]
+    if ctx.staged in made or not exists(ctx.qdrant, ctx.staged):
+        return
+    spell = "spell QDRANT_URL, FALKORDB_HOST and FALKORDB_GRAPH as that run did, then run the same command again"
+    for other in open_journals(ctx.folder):
+        if other.fact("staged_collection") == ctx.staged:
+            raise GuardRefused(
+                f"'{ctx.staged}' was made by an unfinished run on other stores, or another spelling of these:"
+                f" {' and '.join(other.targets)}; here it is {' and '.join(ctx.targets)}",
+                next_step=spell,
+            )
+    drop = curl_line(ctx.qdrant, "DELETE", ctx.staged)
+    raise GuardRefused(
+        f"'{ctx.staged}' exists, and no unfinished run here made it: it is not overwritten",
+        next_step=f"find out who made it, then delete it and run the same command again:\n{drop}",
+    )
+
+
+def accepted_backup(ctx: Context, journal: Journal | None) -> Manifest | None:
+    """Return the backup that the guard last accepted for this run; None if there is none or it cannot be read."""
+    path = ctx.folder / str(journal.fact("manifest") if journal else None)
+    try:
+        return read_manifest(path) if path.is_file() else None
+    except (BackupDamaged, BadFile):
+        return None
+
+
+def _open_here(ctx: Context) -> list[Journal]:
+    """Return the open journals of these stores, newest first."""
+    return open_journals(ctx.folder, ctx.targets, migrations.COMMAND)[::-1]
+
+
+def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
+    was, now = journal.fact("spec"), migrations.spec_as_json(ctx.spec)
+    provider = provider_of(was)
+    names = {"size": "VECTOR_SIZE"}
+    if provider == ctx.spec.provider:
+        names |= {"model": MODEL_SETTINGS.get(provider, "model"), "endpoint": ENDPOINT_SETTINGS.get(provider, "")}
+    else:
+        names |= {"provider": PROVIDER}
+    changed = [name for key, name in names.items() if was.get(key) != now.get(key)]
+    settings = model_settings(provider, was["model"], named=bool(ctx.reason))
+    if provider in ENDPOINT_SETTINGS:
+        settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
+    exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
+    return GuardRefused(
+        f"cannot resume the unfinished run of '{ctx.collection}': {' and '.join(changed)}"
+        f" {'have' if len(changed) > 1 else 'has'} changed. It was making {was['size']}d with {was['model']} of"
+        f" {was['endpoint']}; now it is {now['size']}d with {now['model']} of {now['endpoint']}",
+        next_step=f"finish it:\nexport VECTOR_SIZE={was['size']} {exports}\npython scripts/reembed_embeddings.py\n"
+        f"or undo it:\n{journal.undo}",
+    )

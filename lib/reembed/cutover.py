@@ -5,66 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from lib.backup import last_migration as migrations
 from lib.backup.catalog import CACHE_DIR
-from lib.backup.last_migration import (
-    CREATED,
-    DELETED,
-    DELETING,
-    PAYLOADS_SAVED,
-    RESTORING_STAGED,
-    SETTINGS_RECOVERED,
-    SNAPSHOT_MADE,
-    STAGED_RESTORED,
-)
 from lib.backup.manifest import Manifest
-from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.collection import (
-    create_default,
-    create_like,
-    delete_collection,
-    exists,
-    get_state,
-    is_failed,
-    refuse_foreign,
-)
-from lib.clients.qdrant.restoring import (
-    can_fetch_itself,
-    delete_with_snapshots,
-    recover,
-    unique_filename,
-    upload_and_restore,
-)
+from lib.clients.qdrant import collection as collections
+from lib.clients.qdrant import restoring, snapshots
 from lib.clients.qdrant.transport import is_disk_full
 from lib.concurrency import steps_of
 from lib.errors import AccessRefused, MigrationError, StoreUnreachable
 from lib.files import free_bytes, private_dir
 from lib.journal import Journal
-from lib.reembed.assess import (
-    ABSENT,
-    ADOPT,
-    FAILED,
-    REPLACE,
-    Assessment,
-    Live,
-    find_live,
-    require_protection,
-    settings_of,
-)
+from lib.reembed import assess, staging
+from lib.reembed.assess import Assessment
 from lib.reembed.context import Context
-from lib.reembed.guard import undo_of
-from lib.reembed.staging import (
-    drop_staged,
-    require_same_settings,
-    settings_and_aliases,
-    staged_dropped_if_full,
-    stamp,
-    verified_staged,
-    with_room,
-)
 from lib.reembed.sync import save_payloads
 
 FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the embedding cache"
@@ -73,19 +30,14 @@ _SPARE_BYTES = 64 << 20
 _RESTORES = 2  # restores of the staged collection, before the new one is filled from the embedding cache
 
 
-@dataclass(frozen=True)
-class CutoverMethod:
-    """How the new collection gets the live name.
-
-    `restore` restores the staged snapshot, and returns whether the server answered; None: fill an empty one.
-    """
+class CutoverMethod(NamedTuple):
+    """`restore` restores the staged snapshot, and returns whether the server answered; None: fill an empty one."""
 
     kind: str
     restore: Callable[[], bool] | None = None
 
 
-@dataclass(frozen=True)
-class Cutover:
+class Cutover(NamedTuple):
     """The method that was used, "" if none was needed in this process; both times are monotonic, or None.
 
     `absent_since`: when the live collection became unavailable. `complete_at`: when the staged one was in its place.
@@ -98,17 +50,9 @@ class Cutover:
     complete_at: float | None = None
     sample_suffices: bool = False
 
-    def absent_seconds(self, filled_at: float) -> float:
-        """Return how long the collection was absent or incomplete; without `complete_at` until `filled_at`."""
-        return 0.0 if self.absent_since is None else (self.complete_at or filled_at) - self.absent_since
-
 
 def cut_over(
-    ctx: Context,
-    journal: Journal,
-    assessment: Assessment,
-    manifest: Manifest | None,
-    announce: Callable[[str], None],
+    ctx: Context, journal: Journal, assessment: Assessment, manifest: Manifest | None, announce: Callable[[str], None]
 ) -> Cutover:
     """Put the new collection under the live name: the complete staged one, or an empty one to be filled.
 
@@ -120,21 +64,21 @@ def cut_over(
     failures = 0
     deleted_sizes: set[int] = set()
     while True:
-        live = find_live(ctx, journal)
-        if live.kind == ADOPT:
+        live = assess.find_live(ctx, journal)
+        if live.kind == assess.ADOPT:
             return Cutover("", absent_since)
-        if live.kind != REPLACE and absent_since is None:
+        if live.kind != assess.REPLACE and absent_since is None:
             absent_since = time.monotonic()
         method = method or _choose_method(ctx, journal, assessment, live.kind)
-        if live.kind == REPLACE and method.restore:
-            require_same_settings(ctx, journal)
-        if live.kind != ABSENT:
+        if live.kind == assess.REPLACE and method.restore:
+            staging.require_same_settings(ctx, journal)
+        if live.kind != assess.ABSENT:
             deleted_at = _delete_live(ctx, journal, live, announce)
             absent_since = deleted_at if absent_since is None else absent_since
             deleted_sizes.add(live.state.size if live.state else ctx.spec.size)
         _journal_old_settings(journal, manifest)
-        if method.restore is None or failures == _RESTORES or verified_staged(ctx, journal) is None:
-            with_room(ctx, journal, partial(_create_empty, ctx, journal))
+        if method.restore is None or failures == _RESTORES or staging.verified_staged(ctx, journal) is None:
+            staging.with_room(ctx, journal, partial(_create_empty, ctx, journal))
             return Cutover(FILL, absent_since)
         answered = _restore_staged(ctx, journal, method.kind, method.restore)
         if answered is not None:
@@ -146,10 +90,10 @@ def cut_over(
 
 def _choose_method(ctx: Context, journal: Journal, assessment: Assessment, kind: str) -> CutoverMethod:
     """Choose how to cut over, before the live collection is deleted if it still exists."""
-    if assessment.in_place or verified_staged(ctx, journal) is None:
+    if assessment.in_place or staging.verified_staged(ctx, journal) is None:
         return CutoverMethod(FILL)
-    before_delete = kind == REPLACE
-    with staged_dropped_if_full(ctx, journal, assessment.room) if before_delete else nullcontext():
+    before_delete = kind == assess.REPLACE
+    with staging.staged_dropped_if_full(ctx, journal, assessment.room) if before_delete else nullcontext():
         return verify_method(ctx, journal)
 
 
@@ -161,13 +105,13 @@ def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
     """
     began = time.monotonic()
     snapshot = _snapshot(ctx, journal)
-    location = can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe")
+    location = restoring.can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe")
     file = None if location else _download(ctx, snapshot)
     limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
     checksum = snapshot.checksum
     assert checksum is not None
     if location:
-        fetch = partial(recover, ctx.qdrant, ctx.collection, location, checksum)
+        fetch = partial(restoring.recover, ctx.qdrant, ctx.collection, location, checksum)
         return CutoverMethod(FETCH, partial(fetch, seconds=limit, answer_seconds=limit))
     return CutoverMethod(SEND, partial(_send, ctx, file, checksum, limit)) if file else CutoverMethod(FILL)
 
@@ -180,7 +124,7 @@ def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
         snapshots.delete(ctx.qdrant, ctx.staged, one.name)
     with ctx.bar("snapshot", None, ""):
         made = snapshots.create(ctx.qdrant, ctx.staged)
-    journal.append(SNAPSHOT_MADE, snapshot=made.name)
+    journal.append(migrations.SNAPSHOT_MADE, snapshot=made.name)
     return snapshots.with_checksum(ctx.qdrant, ctx.staged, made)
 
 
@@ -200,29 +144,26 @@ def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
     return path
 
 
-def _delete_live(ctx: Context, journal: Journal, live: Live, announce: Callable[[str], None]) -> float:
-    """Ask the guard, save settings and payloads, delete the collection. Returns the monotonic time of the delete.
-
-    Payloads are read by the last request before the delete.
-    """
-    manifest = require_protection(ctx, journal, live)
+def _delete_live(ctx: Context, journal: Journal, live: assess.Live, announce: Callable[[str], None]) -> float:
+    """Ask the guard, save settings, then payloads, delete. Returns the monotonic time of the delete."""
+    manifest = assess.require_protection(ctx, journal, live)
     if manifest and manifest.name != journal.fact("manifest"):
         journal.append("backup accepted by the guard", manifest=manifest.name)
-    undo = undo_of(manifest, named=bool(ctx.reason)) if manifest or not journal.undo else journal.undo
+    undo = assess.undo_of(manifest, named=bool(ctx.reason)) if manifest or not journal.undo else journal.undo
     announce(undo)
-    if live.kind == FAILED:  # nothing in it can be read
-        journal.append(DELETING, undo=undo)
-        delete_with_snapshots(ctx.qdrant, ctx.collection)
+    if live.kind == assess.FAILED:  # nothing in it can be read
+        journal.append(migrations.DELETING, undo=undo)
+        restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
         return time.monotonic()
-    state = get_state(ctx.qdrant, ctx.collection)
-    refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
-    settings, aliases = settings_and_aliases(ctx, journal, state)
+    state = collections.get_state(ctx.qdrant, ctx.collection)
+    collections.refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
+    settings, aliases = staging.settings_and_aliases(ctx, journal, state)
     count = save_payloads(ctx, journal, state.points)
-    journal.append(PAYLOADS_SAVED, kept=count, settings=settings, aliases=aliases)
-    journal.append(DELETING, undo=undo)
+    journal.append(migrations.PAYLOADS_SAVED, kept=count, settings=settings, aliases=aliases)
+    journal.append(migrations.DELETING, undo=undo)
     deleted_at = time.monotonic()
-    delete_collection(ctx.qdrant, ctx.collection)
-    journal.append(DELETED)
+    collections.delete_collection(ctx.qdrant, ctx.collection)
+    journal.append(migrations.DELETED)
     return deleted_at
 
 
@@ -231,19 +172,20 @@ def _journal_old_settings(journal: Journal, manifest: Manifest | None) -> None:
     if journal.fact("settings"):
         return
     if journal.fact("staged_like"):
-        journal.append(SETTINGS_RECOVERED, settings=journal.fact("staged_like"))
+        journal.append(migrations.SETTINGS_RECOVERED, settings=journal.fact("staged_like"))
     elif manifest:
-        journal.append(SETTINGS_RECOVERED, **settings_of(manifest))
+        journal.append(migrations.SETTINGS_RECOVERED, **assess.settings_of(manifest))
 
 
 def _create_empty(ctx: Context, journal: Journal) -> None:
     """Create the collection at the new size with the old settings, or with AutoMem's if there are none."""
-    if not exists(ctx.qdrant, ctx.collection):
+    qdrant, name, size, stamp = ctx.qdrant, ctx.collection, ctx.spec.size, staging.stamp(ctx.spec)
+    if not collections.exists(qdrant, name):
         if settings := journal.fact("settings"):
-            create_like(ctx.qdrant, ctx.collection, settings, ctx.spec.size, metadata=stamp(ctx.spec))
+            collections.create_like(qdrant, name, settings, size, metadata=stamp)
         else:
-            create_default(ctx.qdrant, ctx.collection, ctx.spec.size, stamp(ctx.spec))
-    journal.append(CREATED)
+            collections.create_default(qdrant, name, size, stamp)
+    journal.append(migrations.CREATED)
 
 
 def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable[[], bool]) -> bool | None:
@@ -252,38 +194,27 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     Otherwise returns whether the server answered; if no answer comes, its restore is waited for. A failed collection
     that a restore leaves is deleted. If the disk is full, the staged collection is dropped.
     """
-    journal.append(RESTORING_STAGED, way=kind)
+    journal.append(migrations.RESTORING_STAGED, way=kind)
     try:
         answered = restore()
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
-        if is_failed(ctx.qdrant, ctx.collection):
-            delete_with_snapshots(ctx.qdrant, ctx.collection)
+        if collections.is_failed(ctx.qdrant, ctx.collection):
+            restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
-            drop_staged(ctx, journal)
+            staging.drop_staged(ctx, journal)
         return None
-    journal.append(STAGED_RESTORED)
+    journal.append(migrations.STAGED_RESTORED)
     return answered
 
 
 def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
-    """Upload the snapshot and have it restored under the live name; delete the copy that the server keeps of it.
-
-    Returns whether the server answered.
-    """
-    filename, size = unique_filename(ctx.staged), file.stat().st_size
+    """Upload the snapshot, have it restored, delete the server's copy. Returns whether the server answered."""
+    filename, size = restoring.unique_filename(ctx.staged), file.stat().st_size
+    upload = partial(restoring.upload_and_restore, ctx.qdrant, ctx.collection, file, size=size, filename=filename)
     with ctx.bar("send", size, "bytes") as progress:
-        answered = upload_and_restore(
-            ctx.qdrant,
-            ctx.collection,
-            file,
-            size=size,
-            filename=filename,
-            checksum=checksum,
-            progress=steps_of(progress),
-            seconds=seconds,
-            answer_seconds=seconds,
-        )
+        sent = steps_of(progress)
+        answered = upload(checksum=checksum, progress=sent, seconds=seconds, answer_seconds=seconds)
     snapshots.delete(ctx.qdrant, ctx.collection, filename)
     return answered

@@ -6,21 +6,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import msgspec
 
-from lib.backup.graph import GraphSource
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, expected, price_of, price_text
 from lib.clients.embeddings.worker_pool import SEQUENTIAL, EmbedProgress, Refused, embed_missing, texts_a_request
-from lib.concurrency import ProgressBar, steps_of
+from lib.concurrency import steps_of
 from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
 from lib.errors import UsageProblem
 from lib.journal import Journal
-from lib.reembed.plan import Payloads, Scan, scan_graph
+from lib.reembed.context import Context
+from lib.reembed.plan import Scan, scan_graph
 
+MOST_ROUNDS, FEW_TEXTS = 5, 100  # catching up ends with a round that embeds fewer texts, or with the last round
 MOST_INTERVALS = 240
 _INTERVAL_SECONDS = 0.5  # the shortest interval; those of a long run are longer
 _SAVE_SECONDS = 2.0  # a kill loses the statistics of so many seconds, and no vector
@@ -78,22 +80,52 @@ def _joined(parts: list[Interval]) -> Interval:
     )
 
 
-class PaidLog:
-    """The sums of one endpoint, model and size for one graph and collection, stored in the embedding cache.
+class EmbeddingTotals:
+    """What this start of the command embedded and paid for; `refused` are texts that the provider does not take.
 
-    Sums that the report of another run than `run_id` (None: no run is open) has are forgotten. Unless `stored`, the
-    sums begin at zero and end with this process: there will be no report.
+    `tokens` are all billed ones, `discarded` those that gave no usable vector. `sums` are those of all starts for one
+    endpoint, model and size, stored in the embedding cache for the report. Sums that the report of another run than
+    that of `journal` has are forgotten. Unless `logged`, the sums begin at zero and end with this process.
     """
 
-    def __init__(self, cache: EmbeddingCache, spec: EmbeddingSpec, run_id: str | None, *, stored: bool) -> None:
-        self._cache = cache
-        self._name = f"bought of {public_url(spec.base_url)} {spec.model} {spec.size}" if stored else ""
+    def __init__(self, cache: EmbeddingCache, spec: EmbeddingSpec, journal: Journal | None, *, logged: bool) -> None:
+        self._cache, self._spec = cache, spec
+        self._name = f"bought of {public_url(spec.base_url)} {spec.model} {spec.size}" if logged else ""
+        self.texts = self.tokens = self.discarded = 0
+        self.refused: list[Refused] = []
+        self.cut: list[str] = []
         self.sums = PaidSums()
-        if stored:
+        if logged:
             with suppress(msgspec.DecodeError):  # written by another version of these scripts
                 self.sums = msgspec.json.decode(cache.get_meta(self._name) or "{}", type=PaidSums)
-        if self.sums.settled_by and self.sums.settled_by != run_id:
+        if self.sums.settled_by and self.sums.settled_by != (journal.run_id if journal else None):
             self.sums = PaidSums()
+
+    @property
+    def spent_tokens(self) -> int:
+        """Tokens of this start, and those that earlier starts of this migration paid for without a usable vector."""
+        return self.tokens + max(0, self.sums.discarded - self.discarded)
+
+    @property
+    def price(self) -> float | None:
+        """In US dollars; None for a model without a known price."""
+        return price_of(self.tokens, self._spec.model, self._spec.provider)
+
+    def pay(self, tokens: int) -> None:
+        """Count tokens of a request that only tested the endpoint."""
+        self.tokens += tokens
+        self.discarded += tokens
+        self.sums.tokens += tokens
+        self.sums.discarded += tokens
+        self.save()
+
+    def add(self, done: EmbedProgress) -> None:
+        """Add what a call of `embed_missing` did."""
+        self.texts += done.embedded
+        self.tokens += done.tokens
+        self.discarded += done.discarded
+        self.cut += done.cut
+        self.refused = list({one.label: one for one in [*self.refused, *done.refused]}.values())
 
     def mark_reported(self, run_id: str) -> None:
         """Note that the report of this run has the sums."""
@@ -117,13 +149,8 @@ class PaidLog:
         def add() -> None:
             nonlocal added, after_pause
             seconds = latest.seconds - added.seconds
-            interval = Interval(
-                at=round(time.time() - seconds, 3),
-                seconds=round(seconds, 3),
-                texts=latest.embedded - added.embedded,
-                rate_limited=latest.rate_limited - added.rate_limited,
-                after_pause=after_pause,
-            )
+            at, limited = round(time.time() - seconds, 3), latest.rate_limited - added.rate_limited
+            interval = Interval(at, round(seconds, 3), latest.embedded - added.embedded, limited, after_pause)
             self.sums.add(interval, latest.tokens - added.tokens, latest.requests - added.requests)
             added, after_pause = latest, False
 
@@ -146,56 +173,12 @@ class PaidLog:
             self.save()
 
 
-MOST_ROUNDS = 5
-FEW_CONTENTS = 100
-
-
-@dataclass
-class EmbeddingTotals:
-    """What this start of the command embedded and paid for; `refused` are texts that the provider does not take.
-
-    `tokens` are all billed ones, `discarded` those that gave no usable vector. `log` adds them to the sums of all
-    starts, for the report.
-    """
-
-    log: PaidLog
-    texts: int = 0
-    tokens: int = 0
-    discarded: int = 0
-    refused: list[Refused] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)
-
-    @property
-    def spent_tokens(self) -> int:
-        """Tokens of this start, and those that earlier starts of this migration paid for without a usable vector."""
-        return self.tokens + max(0, self.log.sums.discarded - self.discarded)
-
-    def pay(self, tokens: int) -> None:
-        """Count tokens of a request that only tested the endpoint."""
-        self.tokens += tokens
-        self.discarded += tokens
-        self.log.sums.tokens += tokens
-        self.log.sums.discarded += tokens
-        self.log.save()
-
-    def price(self, spec: EmbeddingSpec) -> float | None:
-        """In US dollars; None for a model without a known price."""
-        return price_of(self.tokens, spec.model, spec.provider)
-
-
-def start_totals(
-    cache: EmbeddingCache, spec: EmbeddingSpec, journal: Journal | None, *, logged: bool
-) -> EmbeddingTotals:
-    """Return empty totals; if `logged`, their log is the cache's, which continues for the run of `journal`."""
-    return EmbeddingTotals(PaidLog(cache, spec, journal.run_id if journal else None, stored=logged))
-
-
 @dataclass(frozen=True)
 class EmbeddingRunner:
     """An opened provider, the workers and texts per request, and the most that may be spent (US dollars, or None).
 
     `say` gets the expected time when the first batch has arrived; `waiting` gets, with each progress report, the
-    reason why nothing arrives.
+    reason why nothing arrives. What is embedded is counted in `paid`.
     """
 
     client: EmbeddingClient
@@ -205,6 +188,7 @@ class EmbeddingRunner:
     max_cost: float | None
     say: Callable[[str], None]
     waiting: Callable[[str], None]
+    paid: EmbeddingTotals
 
     def expected(self, left: Missing) -> Expected | None:
         """How long these texts will take; None before the first answer, or if there are none."""
@@ -215,68 +199,29 @@ class EmbeddingRunner:
         limits = {"workers": workers, "batch_size": texts_a_request(self.spec, self.batch_size)}
         return expected(self.client.pacer, seconds, left.texts, left.tokens, **limits)
 
-    def require_affordable(self, tokens: int, totals: EmbeddingTotals) -> None:
-        """Raise UsageProblem if these tokens and those spent so far cost more than `max_cost`.
-
-        A model without a list price may cost anything.
-        """
-        spent_tokens = totals.spent_tokens
+    def require_affordable(self, tokens: int) -> None:
+        """Raise UsageProblem if these tokens and those spent cost more than `max_cost`, as an unknown price may."""
+        spent_tokens = self.paid.spent_tokens
         price = price_of(spent_tokens + tokens, self.spec.model, self.spec.provider)
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
             return
         spent = f"${price_of(spent_tokens, self.spec.model) or 0:.4f}" if spent_tokens else "nothing"
+        limit = f"--max-cost is ${self.max_cost:g}; {spent} was spent"
         setting = SETTING_NAMES[self.spec.provider].model
         if price is None:
-            raise UsageProblem(
-                f"there is no list price for {self.spec.model}, --max-cost is ${self.max_cost:g}; {spent} was spent",
-                next_step=f"leave --max-cost out, or set {setting} to a model with a list price",
-            )
-        raise UsageProblem(
-            f"this would cost {price_text(price)}, --max-cost is ${self.max_cost:g}; {spent} was spent",
-            next_step=f"raise --max-cost (or leave it out), or set {setting} to a cheaper model",
-        )
+            step = f"leave --max-cost out, or set {setting} to a model with a list price"
+            raise UsageProblem(f"there is no list price for {self.spec.model}, {limit}", next_step=step)
+        step = f"raise --max-cost (or leave it out), or set {setting} to a cheaper model"
+        raise UsageProblem(f"this would cost {price_text(price)}, {limit}", next_step=step)
 
 
-def embed_texts(
-    runner: EmbeddingRunner,
-    cache: EmbeddingCache,
-    rows: Iterable[TextRow],
-    total: Missing,
-    bar: ProgressBar,
-    into: EmbeddingTotals,
-) -> None:
-    """Embed these texts and store each answer before the next request; adds to `into`."""
+def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], total: Missing) -> None:
+    """Embed these texts and store each answer before the next request."""
     if not total.texts:
         return
-    size = runner.spec.size
-    cache.require_room(total.texts, size)
-    with bar("embed", total.texts, "texts") as progress, into.log.recording() as record:
-        done = embed_missing(
-            runner.client,
-            rows,
-            cache.put_vectors,
-            workers=runner.workers,
-            batch_size=runner.batch_size,
-            progress=_reporting(runner, total, steps_of(progress), record),
-            require_room=lambda texts: cache.require_room(texts, size),
-        )
-    into.texts += done.embedded
-    into.tokens += done.tokens
-    into.discarded += done.discarded
-    into.cut += done.cut
-    into.refused = list({one.label: one for one in [*into.refused, *done.refused]}.values())
-
-
-def _reporting(
-    runner: EmbeddingRunner,
-    total: Missing,
-    advance: Callable[[int, int], None],
-    record: Callable[[EmbedProgress], None],
-) -> Callable[[EmbedProgress], None]:
-    """A progress callback for the bar and the log, which says the expected time once."""
     said = False
 
-    def progress(now: EmbedProgress) -> None:
+    def report(now: EmbedProgress) -> None:
         nonlocal said
         record(now)
         advance(now.embedded, total.texts)
@@ -288,33 +233,29 @@ def _reporting(
             if time_left := runner.expected(Missing(left, round(total.tokens * left / total.texts))):
                 runner.say(f"embedding the other {left:,} texts takes about {time_left.text}")
 
-    return progress
+    require_room = partial(ctx.cache.require_room, size=ctx.spec.size)
+    require_room(total.texts)
+    embed = partial(embed_missing, workers=runner.workers, batch_size=runner.batch_size, require_room=require_room)
+    with ctx.bar("embed", total.texts, "texts") as progress, runner.paid.recording() as record:
+        advance = steps_of(progress)
+        done = embed(runner.client, rows, ctx.cache.put_vectors, progress=report)
+    runner.paid.add(done)
 
 
-def embed_uncached(runner: EmbeddingRunner, cache: EmbeddingCache, bar: ProgressBar, into: EmbeddingTotals) -> None:
+def embed_uncached(ctx: Context, runner: EmbeddingRunner) -> None:
     """Embed every text of the plan that has no vector, identical texts once."""
-    missing = cache.missing_total()
-    runner.require_affordable(missing.tokens, into)
-    embed_texts(runner, cache, cache.missing_texts(runner.spec), missing, bar, into)
+    missing = ctx.cache.missing_total()
+    runner.require_affordable(missing.tokens)
+    embed_texts(ctx, runner, ctx.cache.missing_texts(ctx.spec), missing)
 
 
-def catch_up(
-    runner: EmbeddingRunner,
-    graph: GraphSource,
-    cache: EmbeddingCache,
-    bar: ProgressBar,
-    into: EmbeddingTotals,
-    payloads: Payloads,
-) -> Scan:
-    """Read the graph again and embed new texts, until a round embeds fewer than 100 (at most 5 rounds).
-
-    `payloads`: see `scan_graph`.
-    """
+def catch_up(ctx: Context, runner: EmbeddingRunner, journal: Journal) -> Scan:
+    """Read the graph again and embed new texts, until a round embeds fewer than 100 (at most 5 rounds)."""
     for _ in range(MOST_ROUNDS):
-        before = into.texts
-        scan = scan_graph(graph, cache, runner.spec, bar, payloads, title="read graph again")
-        embed_uncached(runner, cache, bar, into)
-        if into.texts - before < FEW_CONTENTS:
+        before = runner.paid.texts
+        scan = scan_graph(ctx, journal, title="read graph again")
+        embed_uncached(ctx, runner)
+        if runner.paid.texts - before < FEW_TEXTS:
             break
     return scan
 
@@ -333,38 +274,32 @@ class Tried:
 
 
 def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
-    """The spec, or the model's own size if the model cannot make this one."""
+    """Return the spec, or the model's own size if the model cannot make this one."""
     native = native_size(spec.model)
     return replace(spec, size=native) if native and model_fault(spec.model, spec.size) else spec
 
 
-def try_one_batch(runner: EmbeddingRunner, cache: EmbeddingCache, totals: EmbeddingTotals) -> Tried:
+def try_one_batch(ctx: Context, runner: EmbeddingRunner) -> Tried:
     """Embed one real batch. It is stored in the embedding cache, so that it is not paid for again.
 
     If the client's size is not the plan's (see `sample_spec`), the vectors are thrown away. A text that the provider
     refuses is found, and left out.
     """
-    first = list(islice(cache.missing_texts(runner.spec), runner.batch_size))
+    first = list(islice(ctx.cache.missing_texts(ctx.spec), runner.batch_size))
     size = runner.client.spec.size
     if not first:
         note = "every text is in the embedding cache already"
-        return Tried(runner.spec.size, 0, 0, 0.0, note, cache.missing_total())
-    runner.require_affordable(sum(row.tokens for row in first), totals)
-    stored = size == runner.spec.size
+        return Tried(ctx.spec.size, 0, 0, 0.0, note, ctx.cache.missing_total())
+    runner.require_affordable(sum(row.tokens for row in first))
+    stored = size == ctx.spec.size
     if stored:
-        cache.require_room(len(first), size)
+        ctx.cache.require_room(len(first), size)
     note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
-    with totals.log.recording(stored=stored) as record:
-        done = embed_missing(
-            runner.client,
-            first,
-            cache.put_vectors if stored else lambda _vectors: None,
-            workers=1,
-            batch_size=runner.batch_size,
-            progress=record,
-        )
+    store = ctx.cache.put_vectors if stored else lambda _vectors: None
+    with runner.paid.recording(stored=stored) as record:
+        done = embed_missing(runner.client, first, store, workers=1, batch_size=runner.batch_size, progress=record)
     if done.refused:
         note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
-    left = cache.missing_total()
+    left = ctx.cache.missing_total()
     seconds = runner.client.request_seconds or 0.0
     return Tried(size, done.embedded, done.tokens, seconds, note, left, runner.expected(left))

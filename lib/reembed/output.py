@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.console import Console, age_text, size_text, table
-from lib.dimensions import model_fault, public_url
+from lib.dimensions import model_fault, native_size_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
-from lib.providers import native_size_fault
 from lib.show_config import chosen, restart_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from lib.clients.embeddings.cache import Missing
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     from lib.reembed.assess import Assessment
     from lib.reembed.context import Context
     from lib.reembed.embed import EmbeddingTotals, Tried
-    from lib.reembed.only_missing import Synced
     from lib.reembed.quality import SpotCheck
     from lib.reembed.report import Finished
+    from lib.reembed.run import Synced
     from lib.reembed.sync import SyncOutcome
 
 _EXAMPLES = 10
@@ -36,10 +35,10 @@ _COMMAND = "python scripts/reembed_embeddings.py"
 
 def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
     """Print the result of --prune-spool."""
-    rows = []
-    for one in done.stored:
-        counts = (f"{one.vectors:,}", f"{one.unneeded:,}")
-        rows.append((one.spec.model, f"{one.spec.size}d", public_url(one.spec.base_url), *counts))
+    rows = [
+        (one.spec.model, f"{one.spec.size}d", public_url(one.spec.base_url), f"{one.vectors:,}", f"{one.unneeded:,}")
+        for one in done.stored
+    ]
     unneeded = sum(one.unneeded for one in done.stored)
     text = f"{table(rows, ('model', 'size', 'endpoint', 'vectors', 'unneeded'))}\n\n" if rows else ""
     if dry_run:
@@ -52,10 +51,8 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
             text += "\nthe disk has no room to shrink the file now: new vectors will use the free space in it"
     document = {
         "dry_run": dry_run,
-        "removed": done.removed,
         "unneeded": unneeded,
-        "bytes_before": done.bytes_before,
-        "bytes_after": done.bytes_after,
+        **_of(done, "removed", "bytes_before", "bytes_after"),
         "stored": [dataclasses.asdict(one) for one in done.stored],
     }
     console.result(document, text)
@@ -64,45 +61,40 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
 
 def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
-    from lib.reembed.resume import resume_notice
+    from lib.backup.catalog import newest_with
+    from lib.reembed.context import resume_notice
 
     if assessment.journal:
         console.notice(resume_notice(assessment.journal))
-    plan = assessment.plan
-    now = f"{plan.live_size}d, {plan.live_points:,} points" if plan.live_size else assessment.live.kind
-    action = f"{_action(assessment, ctx, limit)} at {plan.spec.size}d with {plan.spec.model}"
-    texts = f"{plan.texts:,} texts, {plan.tokens:,} tokens"
+    spec, live, missing, scan = ctx.spec, assessment.live.state, assessment.missing, assessment.scan
+    backup, none = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display), "none of this collection in"
+    now = f"{live.size}d, {live.points:,} points" if live else assessment.live.kind
+    action = f"{_action(assessment, ctx, limit)} at {spec.size}d with {spec.model}"
+    texts = f"{missing.texts:,} texts, {missing.tokens:,} tokens"
     stores = f"{ctx.graph.address.display}/{ctx.graph.graph} -> Qdrant {ctx.qdrant.display}/{ctx.collection}"
     rows = [
         ("stores", f"FalkorDB {stores}"),
-        ("backup", _newest_backup(ctx)),
-        ("model", chosen(ctx.spec, ctx.reason)),
-        ("memories", f"{plan.scan.memories:,} in the graph, {plan.scan.usable:,} to have a point"),
+        ("backup", f"{backup.name}, {age_text(backup.age_hours)} old" if backup else f"{none} {ctx.folder}"),
+        ("model", chosen(spec, ctx.reason)),
+        ("memories", f"{scan.memories:,} in the graph, {scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
-        ("to embed", f"{texts}; {plan.cached:,} already cached or duplicates"),
-        ("price", price_text(plan.price, plan.spec.provider) + price_basis(plan.spec.provider)),
+        ("to embed", f"{texts}; {assessment.cached:,} already cached or duplicates"),
+        ("price", price_text(assessment.price, spec.provider) + price_basis(spec.provider)),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
-        ("server's disk", f"up to {size_text(plan.disk_peak)}, including the old collection"),
+        ("server's disk", f"up to {size_text(assessment.disk_peak)}, including the old collection"),
     ]
     console.say(table(rows))
-    fault = native_size_fault(ctx.spec)
-    if fault and is_this_machine(ctx.spec.base_url):
+    fault = native_size_fault(spec)
+    if fault and is_this_machine(spec.base_url):
         console.warn(f"{fault}, unless this endpoint on this machine is a proxy that shortens them")
     _show_left_out(assessment, ctx, console)
-
-
-def _newest_backup(ctx: Context) -> str:
-    from lib.backup.catalog import newest_with
-
-    found = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
-    return f"{found.name}, {age_text(found.age_hours)} old" if found else f"none of this collection in {ctx.folder}"
 
 
 def _action(assessment: Assessment, ctx: Context, limit: int | None) -> str:
     from lib.reembed.assess import ABSENT, ADOPT, FAILED
 
     if limit:
-        memories = min(limit, assessment.plan.scan.usable)
+        memories = min(limit, assessment.scan.usable)
         return f"only read it: the check of {memories:,} memories uses a temporary collection"
     recreate = "delete and recreate it"
     actions = {ABSENT: "create it", ADOPT: "sync it with the graph", FAILED: recreate}
@@ -118,7 +110,7 @@ def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> No
     from lib.clients.qdrant.transport import curl_line
     from lib.reembed.assess import REPLACE
 
-    plan, scan = assessment.plan, assessment.plan.scan
+    scan = assessment.scan
     if scan.too_long:
         some = listed(scan.too_long_examples[:_EXAMPLES])
         console.warn(f"{scan.too_long:,} longer than the model takes, embedded without their end: {some}")
@@ -138,10 +130,10 @@ def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> No
             f"points that leave the collection although their memory exists: {len(assessment.textless)}"
             f" ({listed(assessment.textless[:_EXAMPLES])}). Neither has a text to embed. They stay in the backup"
         )
-    if plan.only_live and assessment.live.kind == REPLACE:
-        some = listed(plan.only_live_examples[:_EXAMPLES])
+    if assessment.only_live and assessment.live.kind == REPLACE:
+        some = listed(assessment.only_live_examples[:_EXAMPLES])
         console.warn(
-            f"points without a memory in the graph: {plan.only_live} ({some}). They leave the collection and stay"
+            f"points without a memory in the graph: {assessment.only_live} ({some}). They leave the collection and stay"
             " in the backup"
         )
 
@@ -165,40 +157,34 @@ def show_tried(tried: Tried, assessment: Assessment, ctx: Context, refused: list
     text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
     if tried.expected:
         text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
-    document = {
-        "plan": _plan_document(assessment, ctx),
-        "dry_run": dataclasses.asdict(tried),
-        "left": dataclasses.asdict(tried.left),
-        "will_be_refused": refused,
-    }
-    console.result(document, text)
+    both = {"dry_run": dataclasses.asdict(tried), "left": dataclasses.asdict(tried.left)}
+    console.result({"plan": _plan_document(assessment, ctx), **both, "will_be_refused": refused}, text)
     return DONE
 
 
+def _of(record: object, *names: str) -> dict[str, object]:
+    return {name: getattr(record, name) for name in names}
+
+
 def _plan_document(assessment: Assessment, ctx: Context) -> dict[str, object]:
-    plan, scan = assessment.plan, assessment.plan.scan
+    scan, spec, live = assessment.scan, ctx.spec, assessment.live.state
     return {
-        "memories": scan.memories,
-        "usable": scan.usable,
+        **_of(scan, "memories", "usable"),
         "skipped": dict(scan.skipped),
         "skipped_examples": _reasons(scan.examples),
         "too_long": scan.too_long_examples,
         "odd": _reasons(scan.odd),
         "textless": assessment.textless,
         "settings_unlike": assessment.unlike or None,
-        "provider": plan.spec.provider,
-        "model": plan.spec.model,
-        "size": plan.spec.size,
-        "endpoint": public_url(plan.spec.base_url),
+        **_of(spec, "provider", "model", "size"),
+        "endpoint": public_url(spec.base_url),
         "why": ctx.reason,
-        "texts": plan.texts,
-        "tokens": plan.tokens,
-        "price": plan.price,
-        "need_no_purchase": plan.cached,
+        **dataclasses.asdict(assessment.missing),
+        "price": assessment.price,
+        "need_no_purchase": assessment.cached,
         "spool_bytes": ctx.cache.size_bytes(),
-        "live": {"size": plan.live_size, "points": plan.live_points},
-        "only_live": plan.only_live,
-        "disk_peak": plan.disk_peak,
+        "live": {"size": live.size if live else None, "points": live.points if live else 0},
+        **_of(assessment, "only_live", "disk_peak"),
     }
 
 
@@ -212,16 +198,13 @@ def show_current(missing: Missing, ctx: Context, console: Console) -> int:
     if missing.texts:
         text += f"\n{missing.texts:,} texts of the graph are not in it (new or changed memories)."
     text += (
-        "\n\nto add and repair points (pays only for what is new):\n"
-        f"  {_COMMAND} --only-missing\n"
-        "to pay for every embedding again:\n"
-        f"  {_COMMAND} --fresh"
+        f"\n\nto add and repair points (pays only for what is new):\n  {_COMMAND} --only-missing\n"
+        f"to pay for every embedding again:\n  {_COMMAND} --fresh"
     )
     document = {
-        "collection": ctx.collection,
+        **_of(ctx, "collection"),
         "already": True,
-        "size": ctx.spec.size,
-        "model": ctx.spec.model,
+        **_of(ctx.spec, "size", "model"),
         "bought": {"texts": 0, "tokens": 0},
         "lacking": dataclasses.asdict(missing),
     }
@@ -241,25 +224,21 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
         console.warn("the index is not complete after an hour: look at the collection's status, search is slower")
-    spec, rejected = ctx.spec, done.outcome.rejected
+    spec = ctx.spec
     document = {
         "collection": ctx.collection,
-        "size": spec.size,
-        "model": spec.model,
+        **_of(spec, "size", "model"),
         "points": done.points,
-        "bought": {**_bought(done.paid), "price": done.paid.price(spec)},
+        "bought": _of(done.paid, "texts", "tokens", "price"),
         "mended": done.repaired,
         "removed": done.removed,
         "absent_seconds": round(done.absent_seconds, 3),
         "way": done.method,
-        "refused": [dataclasses.asdict(one) for one in done.paid.refused],
+        **_left_out(done.paid, done.outcome),
         "cut": done.paid.cut,
-        "rejected": [dataclasses.asdict(one) for one in rejected],
         "odd": _reasons(done.scan.odd),
         "textless": assessment.textless,
-        "aliases_taken": done.aliases_taken,
-        "indexed": done.indexed,
-        "undo": done.undo,
+        **_of(done, "aliases_taken", "indexed", "undo"),
         "report": report,
     }
     text = (
@@ -275,11 +254,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
 
 
 def _warn_of_memories(
-    paid: EmbeddingTotals,
-    outcome: SyncOutcome,
-    odd: list[tuple[str, str]],
-    textless: list[str],
-    console: Console,
+    paid: EmbeddingTotals, outcome: SyncOutcome, odd: list[tuple[str, str]], textless: Sequence[str], console: Console
 ) -> bool:
     """Print the memories that got no point, or one of another text. Returns whether there are any."""
     for text in paid.refused:
@@ -295,12 +270,13 @@ def _warn_of_memories(
     return bool(paid.refused or outcome.rejected or odd or textless)
 
 
-def _bought(paid: EmbeddingTotals) -> dict[str, object]:
-    return {"texts": paid.texts, "tokens": paid.tokens}
+def _left_out(paid: EmbeddingTotals, outcome: SyncOutcome) -> dict[str, object]:
+    refused = [dataclasses.asdict(one) for one in paid.refused]
+    return {"refused": refused, "rejected": [dataclasses.asdict(one) for one in outcome.rejected]}
 
 
 def _paid_text(paid: EmbeddingTotals, spec: EmbeddingSpec) -> str:
-    verb, price = "Embedded" if spec.provider in FREE else "Paid for", price_text(paid.price(spec), spec.provider)
+    verb, price = "Embedded" if spec.provider in FREE else "Paid for", price_text(paid.price, spec.provider)
     return f"{verb} {paid.texts:,} texts, {paid.tokens:,} tokens, {price}."
 
 
@@ -312,10 +288,9 @@ def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Conte
     drop = f"  {_COMMAND} --abort"
     document = {
         "staged": ctx.staged,
-        "size": ctx.spec.size,
-        "model": ctx.spec.model,
+        **_of(ctx.spec, "size", "model"),
         "points": state.points,
-        "bought": {**_bought(paid), "price": paid.price(ctx.spec)},
+        "bought": _of(paid, "texts", "tokens", "price"),
         "refused": [dataclasses.asdict(one) for one in paid.refused],
         "undo": drop,
     }
@@ -333,14 +308,13 @@ def show_spot_check(
     done: SpotCheck, assessment: Assessment, paid: EmbeddingTotals, ctx: Context, console: Console
 ) -> int:
     """Print the result of --limit."""
-    left = _warn_of_memories(paid, done.outcome, assessment.plan.scan.odd, assessment.textless, console)
+    left = _warn_of_memories(paid, done.outcome, assessment.scan.odd, assessment.textless, console)
     document = {
         "memories": done.memories,
         "points": done.outcome.added,
-        "bought": _bought(paid),
+        "bought": _of(paid, "texts", "tokens"),
         "recall": done.compared and dataclasses.asdict(done.compared),
-        "refused": [dataclasses.asdict(one) for one in paid.refused],
-        "rejected": [dataclasses.asdict(one) for one in done.outcome.rejected],
+        **_left_out(paid, done.outcome),
     }
     seen, name = done.compared, ctx.collection
     recall = f"nothing to compare, '{name}' holds no vectors of these memories"
@@ -368,12 +342,10 @@ def show_synced(done: Synced, paid: EmbeddingTotals, ctx: Context, console: Cons
         f" vectors repaired: {done.repaired}; orphan points removed: {done.removed}"
     )
     document = {
-        "added": one.added,
-        "changed": one.changed,
-        "payloads": one.payloads,
+        **_of(one, "added", "changed", "payloads"),
         "mended": done.repaired,
         "removed": done.removed,
-        "bought": _bought(paid),
+        "bought": _of(paid, "texts", "tokens"),
     }
     console.result(document, text)
     return REMAINING if left else DONE

@@ -1,33 +1,38 @@
-"""Plan a re-embedding: which memories can be embedded, what it will cost, what is left out."""
+"""Plan a re-embedding: which memories can be embedded, which points have no memory, the room that the server needs."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
-import redis
 
 from lib.backup.existing_points import TemporaryIdTable, orphan_ids
 from lib.backup.graph import GraphSource
+from lib.backup.last_migration import DELETING
 from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
-from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
+from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
+from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
-from lib.clients.qdrant.collection import CollectionState
-from lib.concurrency import ProgressBar, read_ahead
-from lib.dimensions import EmbeddingSpec
+from lib.clients.qdrant.points import retrieve
+from lib.clients.qdrant.transport import QdrantError
+from lib.concurrency import read_ahead
 from lib.errors import MigrationError
+from lib.journal import Journal
+from lib.reembed.context import Context, reached
 
 _PAGE = 500
+_ID_PAGE = 60  # ids per query: each has up to eight spellings
 _EXAMPLES = 200
 DUPLICATE = "id used twice"
-# The payloads, by id, that the points of these ids have now, or had when the collection was deleted.
-Payloads = Callable[[Sequence[PointId]], Mapping[PointId, Mapping[str, Any]]]
+# The disk space of a point on the server besides its vector: a multiple of its payload (with indexes), and its links.
+_PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
+# The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
+_FIXED_BYTES = 320 << 20
 
 
 @dataclass
@@ -58,49 +63,77 @@ class Scan:
         if len(self.examples) < _EXAMPLES:
             self.examples.append((str(node.properties.get("id", f"node {node.node_id}")), reason))
 
-    def cut(self, identity: str) -> None:
-        """Count a memory whose text is longer than the model takes."""
-        self.too_long += 1
-        if self.too_long <= _EXAMPLES:
-            self.too_long_examples.append(identity)
+    def point_bytes(self, size: int) -> float:
+        """Return the bytes of a point on the server, if its vector has `size` dimensions."""
+        return size * 4 + _PAYLOAD_SHARE * self.payload_bytes / max(1, self.usable) + _LINKS_BYTES
+
+    def room_needed(self, size: int) -> int:
+        """Return the bytes that the server needs besides the live collection.
+
+        Four times the points (the staged collection, its snapshot, the copies restored from it), and a fixed amount.
+        """
+        return round(4 * self.usable * self.point_bytes(size)) + _FIXED_BYTES
 
 
-def embeddable_now(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
-    """Those of `ids` whose memory is in the graph now, with content to embed."""
-    query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
+def _point_ids(identities: Iterable[object]) -> set[PointId]:
+    return {one for one in map(point_id, identities) if one is not None}
+
+
+def usually_spelled(graph: GraphSource, ids: Sequence[PointId]) -> set[PointId]:
+    """Return those of `ids` whose memory is in the graph now under one of the usual spellings."""
     asked = [spelling for one in ids for spelling in spellings(one)]
-    rows = read_rows(conn, graph, query, {"ids": asked}) if asked else []
-    found = [point_id(identity) for identity, content in rows if not unusable({"id": identity, "content": content})]
-    return {one for one in found if one is not None}
+    return _point_ids(existing_memory_ids(graph.conn, graph.graph, asked))
 
 
-def memories_now(conn: redis.Redis, graph: str, ids: Iterable[Sequence[PointId]]) -> set[PointId]:
-    """Those of `ids` (pages) whose memory is in the graph now, whatever its content is.
+def memories_now(graph: GraphSource, ids: Iterable[Sequence[PointId]]) -> set[PointId]:
+    """Return those of `ids` (pages) whose memory is in the graph now, whatever its content is.
 
     The graph is asked for the usual spellings. If ids are left after that, every id of the graph is read, once.
     """
     found: set[PointId] = set()
     with TemporaryIdTable() as left:
         for page in ids:
-            known = usually_spelled(conn, graph, page)
+            known = usually_spelled(graph, page)
             found |= known
             left.put((one, None) for one in page if one not in known)
         if len(left):
-            for nodes in chunks(iter_memories(conn, graph, keys=("id",)), _PAGE):
-                spelled = [point_id(node.properties["id"]) for node in nodes]
-                found |= left.payloads([one for one in spelled if one is not None]).keys()
+            for nodes in chunks(iter_memories(graph.conn, graph.graph, keys=("id",)), _PAGE):
+                found |= left.payloads(list(_point_ids(node.properties["id"] for node in nodes))).keys()
     return found
 
 
-def usually_spelled(conn: redis.Redis, graph: str, ids: Sequence[PointId]) -> set[PointId]:
-    """Those of `ids` whose memory is in the graph now under one of the usual spellings."""
-    asked = [spelling for one in ids for spelling in spellings(one)]
-    found = {point_id(one) for one in existing_memory_ids(conn, graph, asked)}
-    return {one for one in found if one is not None}
+def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
+    """Yield the existing ids that the plan does not have."""
+    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
 
 
-@dataclass(frozen=True)
-class _Candidate:
+def only_live_ids(ctx: Context, existing: TemporaryIdTable) -> TemporaryIdTable:
+    """Return the `existing` ids without an embeddable memory. The graph is asked now: newer memories count."""
+    table = TemporaryIdTable()
+    query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
+    for page in chunks(unplanned_ids(ctx.cache, existing), _ID_PAGE):
+        asked = {"ids": [spelling for one in page for spelling in spellings(one)]}
+        rows = read_rows(ctx.graph.conn, ctx.graph.graph, query, asked)
+        newer = _point_ids(one for one, content in rows if not unusable({"id": one, "content": content}))
+        table.put((one, None) for one in page if one not in newer)
+    return table
+
+
+def saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+    """Return the payloads that the cache has saved of these points."""
+    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
+
+
+def _payloads_now(ctx: Context, journal: Journal | None, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+    """Return the payloads of the live points, after the delete also the saved ones."""
+    found = saved_payloads(ctx.cache, ids) if reached(journal, DELETING) else {}
+    with contextlib.suppress(QdrantError):  # missing, or being restored
+        live = retrieve(ctx.qdrant, ctx.collection, ids, payload=True)
+        found |= {point.id: point.payload for point in live if point.payload}
+    return found
+
+
+class _Candidate(NamedTuple):
     """A memory, its point id, the text to embed, and why that is not its own content ("" if it is)."""
 
     node: MemoryNode
@@ -109,26 +142,17 @@ class _Candidate:
     reason: str = ""
 
 
-def scan_graph(
-    graph: GraphSource,
-    cache: EmbeddingCache,
-    spec: EmbeddingSpec,
-    bar: ProgressBar,
-    payloads: Payloads,
-    *,
-    title: str = "read graph",
-) -> Scan:
+def scan_graph(ctx: Context, journal: Journal | None, *, title: str = "read graph") -> Scan:
     """Read every memory into the cache's plan, in pages of 500, and derive missing vectors from larger ones.
 
     The plan of an earlier scan is replaced. Of several nodes with one id the first is planned, the others are listed.
-    A memory whose content cannot be embedded is planned with the content that its point has by `payloads`, so that it
-    does not lose its point.
+    A memory whose content cannot be embedded is planned with the content of its point, so that it does not lose it.
     """
     scan, others = Scan(), list[_Candidate]()
-    cache.begin_scan()
-    with bar(title, None, "memories") as progress:
+    ctx.cache.begin_scan()
+    with ctx.bar(title, None, "memories") as progress:
         odd = list[tuple[MemoryNode, str]]()
-        for page in read_ahead(chunks(iter_memories(graph.conn, graph.graph), _PAGE)):
+        for page in read_ahead(chunks(iter_memories(ctx.graph.conn, ctx.graph.graph), _PAGE)):
             usable = list[_Candidate]()
             for node in page:
                 identity, reason = point_id(node.properties.get("id")), unusable(node.properties)
@@ -136,26 +160,28 @@ def scan_graph(
                     odd.append((node, reason or ""))
                 else:
                     usable.append(_Candidate(node, identity, str(node.properties["content"])))
-            _plan(usable, cache, spec, scan)
+            _plan(usable, ctx, scan)
             if len(odd) >= _PAGE:  # not for each page: every look-up is a request
-                others += _with_other_text(odd, payloads, scan)
+                others += _with_other_text(odd, ctx, journal, scan)
                 odd.clear()
             scan.memories += len(page)
             progress(len(page))
-        others += _with_other_text(odd, payloads, scan)
+        others += _with_other_text(odd, ctx, journal, scan)
     for some in chunks(others, _PAGE):  # last, since a usable memory with the same id has priority
-        _plan(some, cache, spec, scan)
-    cache.end_scan()
+        _plan(some, ctx, scan)
+    ctx.cache.end_scan()
     forget_tokenizer()
-    cache.derive_missing(spec)
+    ctx.cache.derive_missing(ctx.spec)
     return scan
 
 
-def _with_other_text(odd: list[tuple[MemoryNode, str]], payloads: Payloads, scan: Scan) -> list[_Candidate]:
+def _with_other_text(
+    odd: list[tuple[MemoryNode, str]], ctx: Context, journal: Journal | None, scan: Scan
+) -> list[_Candidate]:
     """Find another text for each: its point's content, or the readable part of its own. Skips those without one."""
     identities = [point_id(node.properties.get("id")) for node, _ in odd]
     asked = [one for one in identities if one is not None]
-    known = payloads(asked) if asked else {}
+    known = _payloads_now(ctx, journal, asked) if asked else {}
     found = []
     for (node, reason), identity in zip(odd, identities, strict=True):
         text = known.get(identity, {}).get("content") if identity is not None else None
@@ -168,12 +194,18 @@ def _with_other_text(odd: list[tuple[MemoryNode, str]], payloads: Payloads, scan
     return found
 
 
-def _plan(candidates: list[_Candidate], cache: EmbeddingCache, spec: EmbeddingSpec, scan: Scan) -> None:
+def _plan(candidates: list[_Candidate], ctx: Context, scan: Scan) -> None:
     """Put these memories into the plan and count them; an id that is planned already is skipped."""
     rows: dict[PointId, MemoryRow] = {}
-    keys = [cache.text_key(spec, one.text) for one in candidates]
-    tokens = _tokens(cache, {key: one.text for key, one in zip(keys, candidates, strict=True)})
-    limit, known = input_limit(spec.model, spec.provider), cache.scanned([one.identity for one in candidates])
+    keys = [ctx.cache.text_key(ctx.spec, one.text) for one in candidates]
+    texts = {key: one.text for key, one in zip(keys, candidates, strict=True)}
+    tokens = ctx.cache.tokens_of(list(texts))  # of an earlier scan
+    if new := [key for key in texts if key not in tokens]:
+        tokens |= dict(zip(new, count_tokens([texts[key] for key in new]), strict=True))
+    limit, known = (
+        input_limit(ctx.spec.model, ctx.spec.provider),
+        ctx.cache.scanned([one.identity for one in candidates]),
+    )
     for one, key in zip(candidates, keys, strict=True):
         if one.identity in known or one.identity in rows:
             scan.skip(one.node, DUPLICATE)
@@ -184,8 +216,9 @@ def _plan(candidates: list[_Candidate], cache: EmbeddingCache, spec: EmbeddingSp
         if one.reason:
             scan.odd.append((str(one.identity), one.reason))
         if limit is not None and tokens[key] > limit:
-            scan.cut(str(one.identity))
-    cache.put_memories(list(rows.values()))
+            scan.too_long += 1
+            scan.too_long_examples += [str(one.identity)] if scan.too_long <= _EXAMPLES else []
+    ctx.cache.put_memories(list(rows.values()))
     scan.usable += len(rows)
 
 
@@ -198,103 +231,5 @@ def _payload(one: _Candidate) -> bytes:
         return orjson.dumps(properties)
     except TypeError as error:
         problem = f"memory {one.identity} has a property that a payload cannot hold: {error}"
-        raise MigrationError(
-            problem, next_step="change that property in the graph, then run the same command again"
-        ) from error
-
-
-def _tokens(cache: EmbeddingCache, texts: dict[bytes, str]) -> dict[bytes, int]:
-    """The tokens of each text. Texts that the plan has already are not counted again."""
-    known = cache.tokens_of(list(texts))
-    new = {key: text for key, text in texts.items() if key not in known}
-    return known | (dict(zip(new, count_tokens(list(new.values())), strict=True)) if new else {})
-
-
-_ORPHAN_EXAMPLES = 20
-_ID_PAGE = 60  # ids per query: each has up to eight spellings
-# The disk space of a point on the server besides its vector: a multiple of its payload (with indexes), and its links.
-_PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
-# The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
-_FIXED_BYTES = 320 << 20
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a re-embedding will do.
-
-    `texts` and `tokens` must be embedded, `price` is in US dollars (None: unknown model), `only_live` the number of
-    points without a memory, `disk_peak` the most bytes that the Qdrant server will need: for the old collection, the
-    new one, its snapshot and the copy restored from that.
-    """
-
-    scan: Scan
-    spec: EmbeddingSpec
-    live_size: int | None
-    live_points: int
-    texts: int
-    tokens: int
-    price: float | None
-    only_live: int
-    only_live_examples: list[str]
-    disk_peak: int
-
-    @property
-    def cached(self) -> int:
-        """Memories that need no embedding: cached, or with the text of another one."""
-        return self.scan.usable - self.texts
-
-
-def only_live_ids(existing: TemporaryIdTable, cache: EmbeddingCache, graph: GraphSource) -> TemporaryIdTable:
-    """The ids of `existing` points without a memory that can be embedded.
-
-    The graph is asked after the points were read, so that a memory stored since the scan counts.
-    """
-    table = TemporaryIdTable()
-    orphans = orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
-    for page in chunks(orphans, _ID_PAGE):
-        newer = embeddable_now(graph.conn, graph.graph, page)
-        table.put((one, None) for one in page if one not in newer)
-    return table
-
-
-def textless_points(only_live: TemporaryIdTable, graph: GraphSource) -> list[str]:
-    """Those of the `only_live` points whose memory exists: neither it nor the point has a text to embed."""
-    return sorted(map(str, memories_now(graph.conn, graph.graph, only_live.ids())))
-
-
-def whole_plan(
-    scan: Scan,
-    missing: Missing,
-    spec: EmbeddingSpec,
-    live: CollectionState | None,
-    only_live: TemporaryIdTable | None,
-    textless: list[str],
-) -> Plan:
-    """Put the plan together. `missing` must be embedded; `textless` points are not counted in `only_live`."""
-    orphans = (str(one) for page in only_live.ids() for one in page) if only_live else iter(())
-    examples = list(islice((one for one in orphans if one not in textless), _ORPHAN_EXAMPLES))
-    return Plan(
-        scan=scan,
-        spec=spec,
-        live_size=live.size if live else None,
-        live_points=live.points if live else 0,
-        texts=missing.texts,
-        tokens=missing.tokens,
-        price=price_of(missing.tokens, spec.model, spec.provider),
-        only_live=len(only_live) - len(textless) if only_live else 0,
-        only_live_examples=examples,
-        disk_peak=(round(live.points * (live.size * 4 + _other_bytes(scan))) if live else 0) + room_needed(scan, spec),
-    )
-
-
-def room_needed(scan: Scan, spec: EmbeddingSpec) -> int:
-    """The bytes that the server needs besides the live collection.
-
-    Four times the points (the staged collection, its snapshot, and the copies restored from it), and a fixed amount.
-    """
-    return round(4 * scan.usable * (spec.size * 4 + _other_bytes(scan))) + _FIXED_BYTES
-
-
-def _other_bytes(scan: Scan) -> float:
-    """Bytes of a point besides its vector."""
-    return _PAYLOAD_SHARE * scan.payload_bytes / max(1, scan.usable) + _LINKS_BYTES
+        next_step = "change that property in the graph, then run the same command again"
+        raise MigrationError(problem, next_step=next_step) from error

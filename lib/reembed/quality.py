@@ -7,12 +7,12 @@ migration. A spot check (`--limit N`) compares a sample that it embeds into a te
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,15 +22,16 @@ from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
 from lib.clients.qdrant.points import Hit, exact_search, retrieve, search
-from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, curl_line
+from lib.clients.qdrant.transport import QdrantError, curl_line
 from lib.concurrency import bounded_map
 from lib.errors import MigrationError, escaped
 from lib.journal import Journal, open_journals, start_journal
 from lib.reembed.context import Context
-from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, embed_texts
+from lib.reembed.embed import EmbeddingRunner, embed_texts
 from lib.reembed.sync import SyncOutcome, sync_collection
 
-SAMPLES, NEIGHBOURS = 50, 10
+SAMPLES, NEIGHBOURS, MOST_QUERIES = 50, 10, 50
+SPOT_CHECK, ANNOUNCED = "spot_check", "side collection announced"
 _SPARE = 14  # some memories have no point, or one with another content
 _LONGEST_SECONDS = 15.0
 _SEARCHES = 4  # at once: over a long way the answers take longer than the searches
@@ -96,27 +97,24 @@ def mean_overlap(pairs: Iterable[tuple[Sequence[PointId], Sequence[PointId]]]) -
     return fmean(len(set(before) & set(after)) / len(before) for before, after in pairs)
 
 
-def save_before(qdrant: Qdrant, collection: str, cache: EmbeddingCache, journal: Journal) -> None:
+def save_before(ctx: Context, journal: Journal) -> None:
     """Search the live collection, which is about to be replaced, and store the result."""
     if journal.has_reached(DELETING):
         return  # the old collection does not exist any more
     try:
-        found = _nearest_of(qdrant, collection, cache.sample(SAMPLES + _SPARE))
-        before = _Before(journal.run_id, near=found)
+        before = _Before(journal.run_id, near=_nearest_of(ctx, ctx.cache.sample(SAMPLES + _SPARE)))
     except _FAILURES as error:
         problem = f"the old collection could not be searched: {error}".splitlines()[0]
         before = _Before(journal.run_id, escaped(problem))
-    cache.set_meta(_META, msgspec.json.encode(before).decode())
+    ctx.cache.set_meta(_META, msgspec.json.encode(before).decode())
 
 
-def compare_after(
-    qdrant: Qdrant, collection: str, cache: EmbeddingCache, journal: Journal
-) -> tuple[RecallComparison | None, str]:
+def compare_after(ctx: Context, journal: Journal) -> tuple[RecallComparison | None, str]:
     """Compare the new collection with what was found in the old one. If that is impossible: None and why."""
     if not journal.has_reached(DELETING):
         return None, "no collection was replaced"
     try:
-        before = msgspec.json.decode(cache.get_meta(_META) or "{}", type=_Before)
+        before = msgspec.json.decode(ctx.cache.get_meta(_META) or "{}", type=_Before)
     except msgspec.DecodeError:
         return None, "an earlier version of these scripts searched the old collection"
     if before.run != journal.run_id:
@@ -124,20 +122,20 @@ def compare_after(
     if before.trouble:
         return None, before.trouble
     try:
-        recall = _compare(qdrant, collection, cache, before.near)
+        recall = _compare(ctx, before.near)
     except _FAILURES as error:
         return None, f"the new collection could not be searched: {error}".splitlines()[0]
     return recall, "" if recall else "no memory had a point with its content and another point"
 
 
-def _nearest_of(qdrant: Qdrant, collection: str, rows: Sequence[MemoryRow]) -> list[Nearest]:
+def _nearest_of(ctx: Context, rows: Sequence[MemoryRow]) -> list[Nearest]:
     """Search for the rows whose point has their content; for fewer if the server is slow."""
-    points = retrieve(qdrant, collection, [row.point_id for row in rows], payload=["content"])
+    points = retrieve(ctx.qdrant, ctx.collection, [row.point_id for row in rows], payload=["content"])
     contents = {point.id: (point.payload or {}).get("content") for point in points}
     until = time.monotonic() + _LONGEST_SECONDS
     asked = (row for row in rows if contents.get(row.point_id) == row.content and time.monotonic() <= until)
     found: list[Nearest] = []
-    for row, hits in bounded_map(lambda row: (row, _hits(qdrant, collection, row.point_id)), asked, _SEARCHES):
+    for row, hits in bounded_map(lambda row: (row, _hits(ctx, row.point_id)), asked, _SEARCHES):
         if hits:
             scores = [round(hit.score, 6) for hit in hits]
             found.append(Nearest(row.point_id, row.key.hex(), [hit.id for hit in hits], scores))
@@ -146,23 +144,21 @@ def _nearest_of(qdrant: Qdrant, collection: str, rows: Sequence[MemoryRow]) -> l
     return found
 
 
-def _hits(qdrant: Qdrant, collection: str, identity: PointId) -> list[Hit]:
-    """The nearest points; none if the point does not exist any more, or has no vector."""
+def _hits(ctx: Context, identity: PointId) -> list[Hit]:
+    """Return the nearest points; none if the point does not exist any more, or has no vector."""
     try:
-        return search(qdrant, collection, identity, NEIGHBOURS)
-    except NotFound:
-        return []
+        return search(ctx.qdrant, ctx.collection, identity, NEIGHBOURS)
     except QdrantError as error:
-        if error.status != 400:
-            raise
-        return []
+        if error.status in {400, 404}:
+            return []
+        raise
 
 
-def _compare(qdrant: Qdrant, collection: str, cache: EmbeddingCache, before: list[Nearest]) -> RecallComparison | None:
+def _compare(ctx: Context, before: list[Nearest]) -> RecallComparison | None:
     old = {one.id: one for one in before}
-    rows = cache.memories_of(list(old))
+    rows = ctx.cache.memories_of(list(old))
     same_text = [rows[one.id] for one in before if one.id in rows and rows[one.id].key.hex() == one.key]
-    pairs = [(old[now.id], now) for now in _nearest_of(qdrant, collection, same_text)]
+    pairs = [(old[now.id], now) for now in _nearest_of(ctx, same_text)]
     if not pairs:
         return None
     neighbours = sorted({one for was, _ in pairs for one in was.near}, key=str)
@@ -171,8 +167,8 @@ def _compare(qdrant: Qdrant, collection: str, cache: EmbeddingCache, before: lis
         overlap=mean_overlap((was.near, now.near) for was, now in pairs),
         before_score=median(score for was, _ in pairs for score in was.scores),
         after_score=median(score for _, now in pairs for score in now.scores),
-        left=len(neighbours) - len(retrieve(qdrant, collection, neighbours)),
-        memories=[_memory_recall(cache, rows[now.id], was, now) for was, now in pairs],
+        left=len(neighbours) - len(retrieve(ctx.qdrant, ctx.collection, neighbours)),
+        memories=[_memory_recall(ctx.cache, rows[now.id], was, now) for was, now in pairs],
     )
 
 
@@ -197,10 +193,6 @@ def _excerpt(content: str) -> str:
     return words if len(words) <= _EXCERPT else f"{words[:_EXCERPT].rstrip()}..."
 
 
-SPOT_CHECK, ANNOUNCED = "spot_check", "side collection announced"
-MOST_QUERIES = 50
-
-
 @dataclass(frozen=True)
 class SampleRecall:
     """The neighbours of the same memories, among the same memories, in the live and in the temporary collection.
@@ -216,8 +208,7 @@ class SampleRecall:
     side_score: float
 
 
-@dataclass(frozen=True)
-class SpotCheck:
+class SpotCheck(NamedTuple):
     """What a spot check did; `compared` is None if the live collection has no points of these memories."""
 
     memories: int
@@ -225,41 +216,45 @@ class SpotCheck:
     compared: SampleRecall | None
 
 
-def spot_check(
-    ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, live: CollectionState | None, count: int
-) -> SpotCheck:
+def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | None, count: int) -> SpotCheck:
     """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it.
 
     The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
     start deletes it.
     """
-    qdrant, rows = ctx.qdrant, spread(ctx.cache, count)
-    _embed_sample(ctx, runner, paid, rows)
+    rows, size = _spread(ctx.cache, count), ctx.spec.size
+    _embed_sample(ctx, runner, rows)
     journal = start_journal(ctx.folder, SPOT_CHECK, ctx.targets, spec=spec_as_json(ctx.spec))
     side = f"{ctx.collection}__check_{journal.run_id}"
-    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(qdrant, 'DELETE', side)}")
+    journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(ctx.qdrant, 'DELETE', side)}")
     try:
-        _make(qdrant, side, live, ctx.spec.size)
-        with plan_of(ctx.cache, rows, journal) as plan, ctx.bar("upsert", len(rows), "points") as progress:
-            outcome = sync_collection(qdrant, side, plan, progress=progress)
-        compared = compare_sample(qdrant, ctx.cache, live.name, side, rows) if live else None
+        if live is None:
+            create_default(ctx.qdrant, side, size)
+        else:
+            create_like(ctx.qdrant, side, live.raw, size)
+        # A plan of these memories alone, over the same vectors.
+        with EmbeddingCache(_plan_path(ctx.cache, journal), vectors=ctx.cache.vectors_path) as plan:
+            plan.begin_scan()
+            plan.put_memories(rows)
+            plan.end_scan()
+            with ctx.bar("upsert", len(rows), "points") as progress:
+                outcome = sync_collection(ctx.qdrant, side, plan, progress=progress)
+        compared = compare_sample(ctx, live.name, side, rows) if live else None
     finally:
-        _remove(qdrant, ctx.cache, journal)
+        _remove(ctx, journal)
     return SpotCheck(len(rows), outcome, compared)
 
 
 def clear_up(ctx: Context) -> None:
     """Remove what killed checks of the same stores left."""
-    for journal in open_journals(ctx.folder):
-        if journal.command == SPOT_CHECK and journal.targets == ctx.targets:
-            _remove(ctx.qdrant, ctx.cache, journal)
+    for journal in open_journals(ctx.folder, ctx.targets, SPOT_CHECK):
+        _remove(ctx, journal)
 
 
-def _remove(qdrant: Qdrant, cache: EmbeddingCache, journal: Journal) -> None:
-    side = str(journal.fact("side") or "")
-    if side:
-        delete_collection(qdrant, side)
-    remove_plan(cache, journal)
+def _remove(ctx: Context, journal: Journal) -> None:
+    if side := journal.fact("side"):
+        delete_collection(ctx.qdrant, side)
+    remove_plan(ctx.cache, journal)
     journal.close("removed")
 
 
@@ -274,56 +269,37 @@ def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
     return cache.path.with_name(f"{cache.path.stem}-check-{journal.run_id}.sqlite3")
 
 
-def spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
-    """`count` memories at equal distances over the plan, or all of them."""
+def _spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
+    """Return `count` memories at equal distances over the plan, or all of them."""
     total = cache.memory_count()
     step = max(1.0, total / count)
     wanted = {int(number * step) for number in range(min(count, total))}
     return [row for number, row in enumerate(cache.memories()) if number in wanted]
 
 
-def _embed_sample(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals, rows: Sequence[MemoryRow]) -> None:
+def _embed_sample(ctx: Context, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
     known = ctx.cache.known(row.key for row in rows)
     missing = {row.key: row for row in reversed(rows) if row.key not in known}
     total = Missing(len(missing), sum(row.tokens for row in missing.values()))
-    runner.require_affordable(total.tokens, paid)
+    runner.require_affordable(total.tokens)
     texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
-    embed_texts(runner, ctx.cache, texts, total, ctx.bar, paid)
+    embed_texts(ctx, runner, texts, total)
 
 
-def _make(qdrant: Qdrant, side: str, live: CollectionState | None, size: int) -> None:
-    if live is None:
-        create_default(qdrant, side, size)
-    else:
-        create_like(qdrant, side, live.raw, size)
-
-
-@contextlib.contextmanager
-def plan_of(cache: EmbeddingCache, rows: Sequence[MemoryRow], journal: Journal) -> Iterator[EmbeddingCache]:
-    """A plan of these memories alone, over the same vectors."""
-    with EmbeddingCache(_plan_path(cache, journal), vectors=cache.vectors_path) as plan:
-        plan.begin_scan()
-        plan.put_memories(rows)
-        plan.end_scan()
-        yield plan
-
-
-def compare_sample(
-    qdrant: Qdrant, cache: EmbeddingCache, live: str, side: str, rows: Sequence[MemoryRow]
-) -> SampleRecall | None:
+def compare_sample(ctx: Context, live: str, side: str, rows: Sequence[MemoryRow]) -> SampleRecall | None:
     """Compare the neighbours in both collections. None if fewer than two embedded memories have a live point."""
     keys = {row.point_id: row.key for row in rows}
-    embedded = cache.known(keys.values())
-    points = retrieve(qdrant, live, [one for one, key in keys.items() if key in embedded], vector=True)
+    embedded = ctx.cache.known(keys.values())
+    points = retrieve(ctx.qdrant, live, [one for one, key in keys.items() if key in embedded], vector=True)
     vectors = {point.id: point.vector for point in points if point.vector is not None and point.vector.any()}
     shared = [one for one in keys if one in vectors]
     if len(shared) < 2:
         return None
     near = min(NEIGHBOURS, len(shared) - 1)
     pairs, scores = [], []
-    with exact_search(qdrant, shared) as nearest:
+    with exact_search(ctx.qdrant, shared) as nearest:
         for one in shared[:: max(1, len(shared) // MOST_QUERIES)]:
-            wanted = np.frombuffer(cache.get_vectors([keys[one]])[keys[one]], "<f4")
+            wanted = np.frombuffer(ctx.cache.get_vectors([keys[one]])[keys[one]], "<f4")
             before = nearest(live, vectors[one], near + 1)
             after = nearest(side, wanted, near + 1)
             old, new = ([hit for hit in hits if hit.id != one][:near] for hits in (before, after))

@@ -1,4 +1,4 @@
-"""The re-embedding as a sequence. Killed at any point and started again, it resumes from its journal.
+"""The re-embedding and `--only-missing` as sequences. Killed at any point and started again, it resumes.
 
 assess and plan (`assess.assess`, before this) > embed > stage > guard and cutover > catch up > verify > report
 """
@@ -8,55 +8,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lib.backup.existing_points import TemporaryIdTable
-from lib.backup.last_migration import (
-    COMMAND,
-    DELETING,
-    VERIFIED,
-    last_migration,
-    restored_since,
-    spec_as_json,
-)
+from lib.backup import last_migration as migrations
+from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.manifest import Manifest
+from lib.backup.payloads import PointId
+from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
-from lib.errors import UsageProblem
+from lib.clients.qdrant.points import Point, delete_points, retrieve, scroll
+from lib.dimensions import SETTING_NAMES
+from lib.errors import GuardRefused, MissingData, UsageProblem
 from lib.journal import Journal, start_journal
-from lib.reembed.assess import (
-    ABSENT,
-    ADOPT,
-    REPLACE,
-    Assessment,
-    find_live,
-    require_protection,
-    require_whole_graph,
-)
-from lib.reembed.context import Context, mark_fresh, must_forget, reached
+from lib.reembed import assess, staging
+from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over, snapshot_file
-from lib.reembed.embed import EmbeddingRunner, EmbeddingTotals, catch_up, embed_uncached
-from lib.reembed.guard import undo_of
+from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
+from lib.reembed.plan import memories_now, only_live_ids, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
-from lib.reembed.resume import close_others
-from lib.reembed.staging import (
-    drop_staged,
-    fill,
-    has_staged,
-    restore_aliases,
-    stage,
-    stamp,
-    verified_staged,
-    verify_points,
-)
-from lib.reembed.sync import payloads_now, remove_orphans
+from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
+from lib.verify.compare import SAME_MODEL_COSINE, cosine, repair_vectors
+
+_SAMPLES, _PAGE = 3, 256
+_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
+_REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 
 
 def reembed(
     ctx: Context,
-    assessment: Assessment,
+    assessment: assess.Assessment,
     runner: EmbeddingRunner,
-    paid: EmbeddingTotals,
     announce: Callable[[str], None],
     write_report: Callable[[Mapping[str, Any]], list[Path]],
 ) -> tuple[Finished, list[Path]]:
@@ -66,47 +48,49 @@ def reembed(
     Raises GuardRefused if no verified backup protects the collection: before anything is paid for, and again before
     the delete.
     """
-    manifest = require_protection(ctx, assessment.journal, assessment.live)
+    manifest = assess.require_protection(ctx, assessment.journal, assessment.live)
     with ExitStack() as held:
-        resumed_after_delete = reached(assessment.journal, DELETING)
+        resumed_after_delete = reached(assessment.journal, migrations.DELETING)
         if resumed_after_delete:  # a backup would take an incomplete collection
             held.enter_context(ctx.store_lock())
-        _embed(ctx, runner, paid)
+        _embed(ctx, runner)
         journal = _begin(ctx, assessment.journal, manifest)
-        undo = journal.undo or undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
-        _stage(ctx, journal, assessment, runner, paid)
+        undo = journal.undo or assess.undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
+        _stage(ctx, journal, assessment, runner)
         if not resumed_after_delete:
             held.enter_context(ctx.store_lock())
         cutover = cut_over(ctx, journal, assessment, manifest, announce)
-        done = _fill_and_verify(ctx, journal, runner, paid, cutover, undo)
-    report = make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete)
-    return done, _close(journal, paid, write_report(report))
+        done = _fill_and_verify(ctx, journal, runner, cutover, undo)
+    files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
+    # A run that is killed before this writes its report again.
+    runner.paid.mark_reported(journal.run_id)
+    journal.close("done")
+    return done, files
 
 
-def _fill_and_verify(
-    ctx: Context, journal: Journal, runner: EmbeddingRunner, paid: EmbeddingTotals, cutover: Cutover, undo: str
-) -> Finished:
+def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cutover: Cutover, undo: str) -> Finished:
     """Fill the new collection, catch up with what was written meanwhile, verify every point, and clean up."""
     added, complete_at = 0, cutover.complete_at
     if complete_at is None:
-        first = fill(ctx, journal)
+        first = staging.fill(ctx, journal)
         added, complete_at = first.outcome.added, first.complete_at
     else:
-        restore_aliases(ctx, journal)
-    scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+        staging.restore_aliases(ctx, journal)
+    scan, removed = catch_up(ctx, runner, journal), 0
     with TemporaryIdTable() as touched:
-        last = fill(ctx, journal, touched)
-        removed = _remove_orphans(ctx, cutover)
+        last = staging.fill(ctx, journal, touched)
+        if cutover.absent_since is not None:  # AutoMem may have removed memories with their old points alone
+            removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
         compare_only = touched if cutover.sample_suffices else None
-        repaired = verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
+        repaired = staging.verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
     _clean_up(ctx, journal, added + last.outcome.added)
     return Finished(
         scan=scan,
         outcome=last.outcome,
         points=ctx.cache.memory_count() - last.outcome.unembedded - len(last.outcome.rejected),
-        paid=paid,
+        paid=runner.paid,
         method=cutover.method,
-        absent_seconds=cutover.absent_seconds(complete_at),
+        absent_seconds=0.0 if cutover.absent_since is None else complete_at - cutover.absent_since,
         aliases_taken=last.aliases_taken,
         indexed=last.indexed,
         repaired=repaired,
@@ -115,89 +99,180 @@ def _fill_and_verify(
     )
 
 
-def only_stage(
-    ctx: Context, assessment: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
-) -> CollectionState | None:
+def only_stage(ctx: Context, assessment: assess.Assessment, runner: EmbeddingRunner) -> CollectionState | None:
     """Build and verify the staged collection (`--no-switch`). Returns None if the live one is the result already."""
-    _embed(ctx, runner, paid)
+    _embed(ctx, runner)
     journal = _begin(ctx, assessment.journal, None)
-    live = find_live(ctx, journal)
-    if live.kind == ADOPT:
+    live = assess.find_live(ctx, journal)
+    if live.kind == assess.ADOPT:
         return None
     if live.state is None:
         raise UsageProblem(
             f"there is no live collection '{ctx.collection}': --no-switch has nothing to wait for",
             next_step="python scripts/reembed_embeddings.py",
         )
-    return stage(ctx, journal, assessment, live.state, runner, paid)
+    return staging.stage(ctx, journal, assessment, live.state, runner)
 
 
-def _embed(ctx: Context, runner: EmbeddingRunner, paid: EmbeddingTotals) -> None:
+def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     """Embed every text of the plan that has no vector in the cache; with `--fresh`, drop the earlier vectors first.
 
     The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
     """
     if must_forget(ctx):
-        paid.pay(runner.client.embed(["hello"]).tokens)
+        runner.paid.pay(runner.client.embed(["hello"]).tokens)
         ctx.cache.forget_planned()
         mark_fresh(ctx)
-    embed_uncached(runner, ctx.cache, ctx.bar, paid)
+    embed_uncached(ctx, runner)
 
 
 def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> Journal:
     """Close the runs with other settings; return this run's journal, a new one if none is resumed."""
     close_others(ctx)
-    if journal:
-        return journal
-    facts = {"spec": spec_as_json(ctx.spec), "manifest": manifest.name if manifest else None}
-    return start_journal(ctx.folder, COMMAND, ctx.targets, **facts, again=ctx.again)
+    facts = {
+        "spec": migrations.spec_as_json(ctx.spec),
+        "manifest": manifest.name if manifest else None,
+        "again": ctx.again,
+    }
+    return journal or start_journal(ctx.folder, migrations.COMMAND, ctx.targets, **facts)
 
 
 def _undo_set(ctx: Context, manifest: Manifest | None) -> Manifest | None:
     """Return the backup set that undoes this run; None if a later migration's result was deleted."""
-    last = last_migration(ctx.folder, ctx.targets)
-    if manifest is None or manifest.collection is None or last is None or not last.has_reached(VERIFIED):
+    last = migrations.last_migration(ctx.folder, ctx.targets)
+    if manifest is None or manifest.collection is None or last is None or not last.has_reached(migrations.VERIFIED):
         return manifest
-    if exists(ctx.qdrant, ctx.collection) or restored_since(ctx.folder, last):
+    if exists(ctx.qdrant, ctx.collection) or migrations.restored_since(ctx.folder, last):
         return manifest
     return manifest if manifest.collection.size == (last.fact("spec") or {}).get("size") else None
 
 
-def _stage(
-    ctx: Context, journal: Journal, assessment: Assessment, runner: EmbeddingRunner, paid: EmbeddingTotals
-) -> None:
+def _stage(ctx: Context, journal: Journal, assessment: assess.Assessment, runner: EmbeddingRunner) -> None:
     """Build the staged collection, or with `--in-place` only catch up. Then search the old collection, to compare."""
-    live = find_live(ctx, journal)
-    if live.kind == REPLACE and live.state is not None and not assessment.in_place:
-        stage(ctx, journal, assessment, live.state, runner, paid)
-    elif live.kind != ABSENT or verified_staged(ctx, journal) is None:
-        scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
-        if live.kind == REPLACE:
-            require_whole_graph(ctx, assessment, scan.own_text)
-    if live.kind == REPLACE:
-        save_before(ctx.qdrant, ctx.collection, ctx.cache, journal)
+    live = assess.find_live(ctx, journal)
+    if live.kind == assess.REPLACE and live.state is not None and not assessment.in_place:
+        staging.stage(ctx, journal, assessment, live.state, runner)
+    elif live.kind != assess.ABSENT or staging.verified_staged(ctx, journal) is None:
+        scan = catch_up(ctx, runner, journal)
+        if live.kind == assess.REPLACE:
+            assess.require_whole_graph(ctx, assessment, scan.own_text)
+    if live.kind == assess.REPLACE:
+        save_before(ctx, journal)
 
 
 def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     """Record the model in the collection and the journal; remove what was staged."""
-    stamped = stamp(ctx.spec)
+    stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
     mark_fresh(ctx, done=True)
-    journal.append(VERIFIED, points=added, stamp=stamped)
-    if has_staged(ctx, journal):
-        drop_staged(ctx, journal)
+    journal.append(migrations.VERIFIED, points=added, stamp=stamped)
+    if staging.has_staged(ctx, journal):
+        staging.drop_staged(ctx, journal)
         snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
 
 
-def _remove_orphans(ctx: Context, cutover: Cutover) -> int:
-    """Remove points without a memory: AutoMem may have removed a memory and its point in the old collection alone."""
-    if cutover.absent_since is None:  # nothing was replaced
-        return 0
-    return remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
+class Synced(NamedTuple):
+    """What `--only-missing` did: points written, vectors repaired, orphan points removed."""
+
+    outcome: SyncOutcome
+    repaired: int
+    removed: int
 
 
-def _close(journal: Journal, paid: EmbeddingTotals, report: list[Path]) -> list[Path]:
-    """Close the run. If it is killed before this, the resumed run writes its report again."""
-    paid.log.mark_reported(journal.run_id)
-    journal.close("done")
-    return report
+def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
+    """Add missing points, update those whose content or payload differs from the graph's, remove orphans with care.
+
+    After a migration that kept the size, AutoMem may have written vectors of the old model. Then every vector is
+    compared, and texts without a vector in the cache are embedded again.
+    """
+    state = get_state(ctx.qdrant, ctx.collection)
+    compare_all = migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec)
+    if not compare_all:
+        _require_same_model(ctx, runner, state)
+    with existing_points(ctx.qdrant, state.name) as existing:
+        missing = missing_of(ctx.cache, existing)
+        runner.require_affordable(missing.tokens)
+        embed_texts(ctx, runner, texts_to_embed(ctx.cache, existing), missing)
+    with ctx.store_lock():
+        with ctx.bar("sync", None, "points") as progress:
+            outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
+        repaired = 0
+        if compare_all:
+            embed_uncached(ctx, runner)
+            repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+        return Synced(outcome, repaired, remove_orphans(ctx, state))
+
+
+def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: CollectionState) -> None:
+    """Embed three unchanged points' contents again. Raises GuardRefused if a cosine is under 0.99: another model."""
+    points = _unchanged(ctx, state)
+    if not points and state.points:
+        raise GuardRefused(
+            f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
+            next_step=f"replace all vectors:\n{_REPLACE_ALL}",
+        )
+    if not points:
+        return
+    setting = SETTING_NAMES[ctx.spec.provider].model
+    texts = [str((point.payload or {})["content"]) for point in points]
+    runner.require_affordable(sum(count_tokens(texts)))
+    answer = runner.client.embed(texts)
+    runner.paid.pay(answer.tokens)
+    for point, vector in zip(points, answer.vectors, strict=True):
+        assert point.vector is not None
+        likeness = cosine(point.vector, vector)
+        if likeness < SAME_MODEL_COSINE:
+            raise GuardRefused(
+                f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
+                f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
+                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
+            )
+
+
+def _unchanged(ctx: Context, state: CollectionState) -> list[Point]:
+    """Return up to three points with a vector and the content of their memory."""
+    found: list[Point] = []
+    for page in scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
+        rows = ctx.cache.memories_of([point.id for point in page])
+        for point in page:
+            content = (point.payload or {}).get("content")
+            if point.vector is not None and point.id in rows and content == rows[point.id].content:
+                found.append(point)
+        if len(found) >= _SAMPLES:
+            break
+    return found[:_SAMPLES]
+
+
+def remove_orphans(ctx: Context, state: CollectionState) -> int:
+    """Remove the points that have no memory in the graph. Returns how many.
+
+    The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
+    empty graph, GuardRefused if more than 1% would be removed without a verified backup.
+    """
+    with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as orphans:
+        if not len(orphans):
+            return 0
+        if ctx.cache.memory_count() == 0:
+            raise MissingData(
+                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
+            )
+        if len(orphans) > _ORPHAN_SHARE * state.points:
+            found = assess.find_backup(ctx.folder, assess.GuardedCollection(ctx.qdrant.display, state, live, orphans))
+            if isinstance(found, str):
+                raise GuardRefused(
+                    f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
+                    f" so many are not removed without a verified backup: {found}",
+                    next_step=f"python scripts/backup_automem.py\n{ctx.again}",
+                )
+        memories = memories_now(ctx.graph, orphans.ids())
+        return sum(_remove_page(ctx, state.name, page, memories) for page in orphans.ids())
+
+
+def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: set[PointId]) -> int:
+    """Remove the points of `ids` except those of `memories` and of memories that were stored since."""
+    points = retrieve(ctx.qdrant, collection, ids, payload=True, vector=True)
+    memories = memories | usually_spelled(ctx.graph, ids)
+    orphans = [point for point in points if point.id not in memories]
+    ctx.cache.save_points([saved_row(point) for point in orphans])
+    delete_points(ctx.qdrant, collection, [point.id for point in orphans])
+    return len(orphans)

@@ -5,30 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lib.backup.collection import STAMP_KEY
 from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.last_migration import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
 from lib.backup.payloads import PointId
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.collection import (
-    CollectionState,
-    aliases_of,
-    create_like,
-    exists,
-    free_aliases,
-    get_state,
-    health,
-    put_aliases,
-    put_fan_out,
-    put_indexes,
-    same_settings,
-    wait_green,
-)
+from lib.clients.qdrant import collection as collections
+from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import retrieve
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
@@ -36,11 +24,10 @@ from lib.dimensions import EmbeddingSpec, provider_fact
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.journal import Journal
 from lib.reembed.assess import Assessment, journaled_settings, require_whole_graph
-from lib.reembed.context import Context
-from lib.reembed.embed import FEW_CONTENTS, MOST_ROUNDS, EmbeddingRunner, EmbeddingTotals, catch_up
-from lib.reembed.plan import memories_now
-from lib.reembed.resume import refuse_foreign_staged
-from lib.reembed.sync import SyncOutcome, payloads_now, save_payloads, sync_collection, unplanned_ids, was_recreated
+from lib.reembed.context import Context, refuse_foreign_staged
+from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
+from lib.reembed.plan import memories_now, unplanned_ids
+from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
 from lib.verify.compare import different_vectors, repair_vectors
 
 INDEX_SECONDS = 3600.0
@@ -57,28 +44,25 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
 
 
 def stage(
-    ctx: Context,
-    journal: Journal,
-    assessment: Assessment,
-    live: CollectionState,
-    runner: EmbeddingRunner,
-    paid: EmbeddingTotals,
+    ctx: Context, journal: Journal, assessment: Assessment, live: CollectionState, runner: EmbeddingRunner
 ) -> CollectionState:
     """Create or resume the staged collection, fill and verify it. The `live` one is only read.
 
     Catching up and filling repeat until a round embeds fewer than 100 texts. Raises StoreFailed if the server's disk
     is full (the staged collection is dropped), MissingData if the graph lost memories meanwhile.
     """
+    fill_staged = partial(sync_collection, ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged)
     with staged_dropped_if_full(ctx, journal, assessment.room):
         _create_staged(ctx, journal, live)
         for _ in range(MOST_ROUNDS):
-            before = paid.texts
-            scan = catch_up(runner, ctx.graph, ctx.cache, ctx.bar, paid, payloads_now(ctx, journal))
+            before = runner.paid.texts
+            scan = catch_up(ctx, runner, journal)
             require_whole_graph(ctx, assessment, scan.own_text)
-            count = save_payloads(ctx, journal, live.points)
-            journal.append(READ, kept=count)
-            outcome = _fill_staged(ctx)
-            if paid.texts - before < FEW_CONTENTS:
+            journal.append(READ, kept=save_payloads(ctx, journal, live.points))
+            with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
+                outcome = fill_staged(progress=progress)
+            _wait_for_index(ctx, ctx.staged, outcome)
+            if runner.paid.texts - before < FEW_TEXTS:
                 break
         verify_points(ctx, ctx.staged, outcome, exclusive=True)
         state = get_state(ctx.qdrant, ctx.staged)
@@ -90,51 +74,32 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     """Announce and create the staged collection; an earlier start's is kept if it has the same settings."""
     refuse_foreign_staged(ctx)
     like, aliases = settings_and_aliases(ctx, journal, live)
-    same = has_staged(ctx, journal) and same_settings(journal.fact("staged_like"), like)
-    condition = health(ctx.qdrant, ctx.staged)
+    same = has_staged(ctx, journal) and collections.same_settings(journal.fact("staged_like"), like)
+    condition = collections.health(ctx.qdrant, ctx.staged)
     if condition != "missing" and not (condition == "live" and same):
         delete_with_snapshots(ctx.qdrant, ctx.staged)
-    journal.append(
-        STAGING,
-        staged_collection=ctx.staged,
-        staged_like=like,
-        aliases=aliases,
-        snapshot=None,
-        proved=False,
-    )
-    if exists(ctx.qdrant, ctx.staged):
-        put_indexes(ctx.qdrant, ctx.staged, like.get("payload_schema") or {})
+    facts = {"staged_collection": ctx.staged, "staged_like": like, "aliases": aliases}
+    journal.append(STAGING, **facts, snapshot=None, proved=False)
+    if collections.exists(ctx.qdrant, ctx.staged):
+        collections.put_indexes(ctx.qdrant, ctx.staged, like.get("payload_schema") or {})
     else:
-        create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, metadata=stamp(ctx.spec))
+        collections.create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, metadata=stamp(ctx.spec))
 
 
 def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) -> tuple[dict[str, Any], list[str]]:
-    """Return what the new collection inherits: the live one's settings (raw info) and aliases.
-
-    If the live one was recreated: the settings of the old one, and the aliases of both.
-    """
-    aliases = aliases_of(ctx.qdrant, ctx.collection)
+    """Return the live collection's raw info and aliases; if it was recreated, the old settings and both's aliases."""
+    aliases = collections.aliases_of(ctx.qdrant, ctx.collection)
     if not was_recreated(ctx, journal, live.points):
         return live.raw, sorted(aliases)
     return journaled_settings(journal) or live.raw, sorted({*aliases, *(journal.fact("aliases") or [])})
 
 
-def _fill_staged(ctx: Context) -> SyncOutcome:
-    """Sync the staged collection with the plan; nobody else writes to it."""
-    with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
-        outcome = sync_collection(
-            ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
-        )
-    _wait_for_index(ctx, ctx.staged, outcome)
-    return outcome
-
-
 def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome) -> bool:
     """Wait up to an hour until the index is built. Returns whether it is."""
     state = get_state(ctx.qdrant, collection)
-    if outcome.wrote or not state.optimized:
+    if outcome.added or outcome.changed or outcome.payloads or not state.optimized:
         with ctx.bar("wait for the index", None, ""):
-            state = wait_green(ctx.qdrant, collection, INDEX_SECONDS)
+            state = collections.wait_green(ctx.qdrant, collection, INDEX_SECONDS)
     return state.optimized
 
 
@@ -147,16 +112,13 @@ def verified_staged(ctx: Context, journal: Journal) -> str | None:
     """Return the staged collection's name if it exists, was made by this run and is verified."""
     if not (has_staged(ctx, journal) and journal.has_reached(STAGED) and journal.fact("proved")):
         return None
-    return ctx.staged if health(ctx.qdrant, ctx.staged) == "live" else None
+    return ctx.staged if collections.health(ctx.qdrant, ctx.staged) == "live" else None
 
 
 def require_same_settings(ctx: Context, journal: Journal) -> None:
-    """Raise StoreFailed if the live collection's settings changed since the staged one was created.
-
-    If the live one was recreated, the settings of the old one count.
-    """
+    """Raise StoreFailed if the settings of the live (if recreated: the old) collection changed since the staging."""
     live = get_state(ctx.qdrant, ctx.collection)
-    if was_recreated(ctx, journal, live.points) or same_settings(journal.fact("staged_like"), live.raw):
+    if was_recreated(ctx, journal, live.points) or collections.same_settings(journal.fact("staged_like"), live.raw):
         return
     raise StoreFailed(
         f"the settings of '{live.name}' changed after '{ctx.staged}' was created with them: nothing is replaced",
@@ -172,10 +134,7 @@ def drop_staged(ctx: Context, journal: Journal) -> None:
 
 @contextmanager
 def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterator[None]:
-    """If the server's disk fills before the delete, drop the staged collection; the live one is unchanged.
-
-    `room`: bytes that are needed. Raises StoreFailed then.
-    """
+    """If the disk fills before the delete, drop the staged collection and raise StoreFailed. `room`: bytes needed."""
     try:
         yield
     except QdrantError as error:
@@ -202,7 +161,7 @@ def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
         except QdrantError as error:
             if not is_disk_full(error):
                 raise
-            if not has_staged(ctx, journal) or health(ctx.qdrant, ctx.staged) == "missing":
+            if not has_staged(ctx, journal) or collections.health(ctx.qdrant, ctx.staged) == "missing":
                 raise StoreFailed(
                     f"the Qdrant server's disk is full: {error.text}\n'{ctx.collection}' has the new size"
                     " already, but is not complete; the embedding cache holds every vector that was paid for",
@@ -212,12 +171,8 @@ def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
         drop_staged(ctx, journal)
 
 
-@dataclass(frozen=True)
-class Filled:
-    """What filling the collection did; aliases that another collection has taken; whether the index is built.
-
-    `complete_at`: monotonic time at which the last point was written.
-    """
+class Filled(NamedTuple):
+    """What filling did; aliases that others took; whether the index is built; monotonic time of the last write."""
 
     outcome: SyncOutcome
     aliases_taken: list[str]
@@ -226,48 +181,34 @@ class Filled:
 
 
 def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None) -> Filled:
-    """Write every missing or changed point of the plan, restore the aliases, wait for the index.
+    """Write what the plan adds and changes, restore aliases, wait for the index. `touched`: see `sync_collection`."""
 
-    `touched`: see `sync_collection`.
-    """
-    return with_room(ctx, journal, lambda: _fill(ctx, journal, touched))
+    def work() -> Filled:
+        whole = journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED)
+        sync = partial(sync_collection, whole=whole, copied_from=verified_staged(ctx, journal), touched=touched)
+        with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
+            outcome = sync(ctx.qdrant, name, ctx.cache, progress=progress)
+        complete_at = time.monotonic()
+        aliases_taken = restore_aliases(ctx, journal)
+        indexed = _wait_for_index(ctx, name, outcome)
+        if settings := journal.fact("settings"):
+            collections.put_fan_out(ctx.qdrant, name, settings["config"])
+        return Filled(outcome, aliases_taken, indexed, complete_at)
 
-
-def _fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None) -> Filled:
-    qdrant, name = ctx.qdrant, ctx.collection
-    with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
-        outcome = sync_collection(
-            qdrant,
-            name,
-            ctx.cache,
-            whole=journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED),
-            copied_from=verified_staged(ctx, journal),
-            progress=progress,
-            touched=touched,
-        )
-    complete_at = time.monotonic()
-    aliases_taken = restore_aliases(ctx, journal)
-    indexed = _wait_for_index(ctx, name, outcome)
-    if settings := journal.fact("settings"):
-        put_fan_out(qdrant, name, settings["config"])
-    return Filled(outcome, aliases_taken, indexed, complete_at)
+    name = ctx.collection
+    return with_room(ctx, journal, work)
 
 
 def restore_aliases(ctx: Context, journal: Journal) -> list[str]:
     """Give the collection the aliases that the old one had. Returns those that another collection has taken."""
     aliases = journal.fact("aliases") or []
-    free = free_aliases(ctx.qdrant, ctx.collection, aliases)
-    put_aliases(ctx.qdrant, ctx.collection, free)
+    free = collections.free_aliases(ctx.qdrant, ctx.collection, aliases)
+    collections.put_aliases(ctx.qdrant, ctx.collection, free)
     return sorted(set(aliases) - set(free))
 
 
 def verify_points(
-    ctx: Context,
-    collection: str,
-    outcome: SyncOutcome,
-    *,
-    exclusive: bool,
-    touched: TemporaryIdTable | None = None,
+    ctx: Context, collection: str, outcome: SyncOutcome, *, exclusive: bool, touched: TemporaryIdTable | None = None
 ) -> int:
     """Verify that every planned id exists and every vector equals the cache's. Returns how many vectors it repaired.
 
@@ -278,12 +219,11 @@ def verify_points(
     """
     missing, orphans = _different_ids(ctx, collection, {one.id for one in outcome.rejected})
     if not exclusive:  # AutoMem removes a point with its memory
-        missing = sorted(memories_now(ctx.graph.conn, ctx.graph.graph, [missing]), key=str)
+        missing = sorted(memories_now(ctx.graph, [missing]), key=str)
     if missing or (exclusive and orphans):
         wrong, what = (missing, "missing") if missing else (orphans, "not in the plan")
         raise VerificationFailed(
-            f"points of '{collection}' are {what}: {len(wrong)}, such as {listed(wrong[:_EXAMPLES])}",
-            next_step=_RESUME,
+            f"points of '{collection}' are {what}: {len(wrong)}, such as {listed(wrong[:_EXAMPLES])}", next_step=_RESUME
         )
     if touched is not None and _sample_agrees(ctx, collection, touched):
         return 0

@@ -1,40 +1,34 @@
-"""Bring the points of a collection to the plan: add, update, save payloads, remove orphans. Nothing is paid for."""
+"""Bring the points of a collection to the plan: add, update, save payloads. Nothing is paid for."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points, orphan_ids
+from lib.backup.existing_points import TemporaryIdTable, existing_points
 from lib.backup.last_migration import DELETING, PAYLOADS_SAVED, READ
 from lib.backup.payloads import PointId, base_payload, changed_since_written, identical, merged_payload
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.collection import CollectionState
-from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, retrieve, scroll, upsert
-from lib.clients.qdrant.transport import Qdrant, QdrantError
+from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, scroll, upsert
+from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map, read_ahead
-from lib.errors import GuardRefused, MissingData
 from lib.journal import Journal
-from lib.reembed.context import Context, reached
-from lib.reembed.guard import GuardedCollection, find_backup
-from lib.reembed.plan import Payloads, memories_now, only_live_ids, usually_spelled
+from lib.reembed.context import Context
+from lib.reembed.plan import saved_payloads, unplanned_ids
 
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
-_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 
 
 def was_recreated(ctx: Context, journal: Journal, points: int) -> bool:
-    """Return whether the collection, which has `points`, is no longer the one that this run found.
-
-    This run has deleted that one, or most of its points have disappeared since their payloads were read.
-    """
+    """Whether this run deleted the collection, or most of its points have gone since their payloads were read."""
     shrunk = journal.has_reached(READ) and 2 * points < ctx.cache.saved_count()
     return journal.has_reached(DELETING) or shrunk
 
@@ -51,84 +45,18 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
         for page in read_ahead(scroll(ctx.qdrant, ctx.collection, payload=True)):
-            ctx.cache.save_points(_merged(page, ctx.cache) if recreated else [_row(point) for point in page])
+            saved = saved_payloads(ctx.cache, [point.id for point in page]) if recreated else {}
+            ctx.cache.save_points([saved_row(point, saved.get(point.id)) for point in page])
             count += len(page)
             progress(len(page))
     return count
 
 
-def _row(point: Point) -> SavedPoint:
+def saved_row(point: Point, saved: dict[str, Any] | None = None) -> SavedPoint:
+    """Return a point as the cache saves it; its payload gets the keys of `saved` that it lacks."""
     vector = None if point.vector is None else point.vector.astype("<f4").tobytes()
-    return SavedPoint(point.id, orjson.dumps(point.payload or {}), vector)
-
-
-def _merged(points: list[Point], cache: EmbeddingCache) -> list[SavedPoint]:
-    """Add to each point's payload the saved keys that it lacks."""
-    saved = _saved_payloads(cache, [point.id for point in points])
-    rows = []
-    for point in points:
-        payload = base_payload(point.payload or {}, saved.get(point.id), whole=True)
-        rows.append(_row(replace(point, payload=dict(payload or {}))))
-    return rows
-
-
-def _saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
-
-
-def payloads_now(ctx: Context, journal: Journal | None) -> Payloads:
-    """Return a function from ids to payloads: the live points', after the delete also the saved ones."""
-
-    def look_up(ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-        found = _saved_payloads(ctx.cache, ids) if reached(journal, DELETING) else {}
-        with contextlib.suppress(QdrantError):  # missing, or being restored
-            live = retrieve(ctx.qdrant, ctx.collection, ids, payload=True)
-            found |= {point.id: point.payload for point in live if point.payload}
-        return found
-
-    return look_up
-
-
-def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Remove the points that have no memory in the graph. Returns how many.
-
-    The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
-    empty graph, GuardRefused if more than 1% would be removed without a verified backup.
-    """
-    with (
-        existing_points(ctx.qdrant, state.name, payload=False) as live,
-        only_live_ids(live, ctx.cache, ctx.graph) as orphans,
-    ):
-        if not len(orphans):
-            return 0
-        if ctx.cache.memory_count() == 0:
-            raise MissingData(
-                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
-            )
-        if len(orphans) > _ORPHAN_SHARE * state.points:
-            _require_backup_of(ctx, GuardedCollection(ctx.qdrant.display, state, live, orphans))
-        existing = memories_now(ctx.graph.conn, ctx.graph.graph, orphans.ids())
-        return sum(_remove_page(ctx, state.name, page, existing) for page in orphans.ids())
-
-
-def _require_backup_of(ctx: Context, guarded: GuardedCollection) -> None:
-    found, state = find_backup(ctx.folder, guarded), guarded.state
-    if isinstance(found, str):
-        raise GuardRefused(
-            f"{len(guarded.only_live)} of the {state.points} points of '{state.name}' have no memory in the graph;"
-            f" so many are not removed without a verified backup: {found}",
-            next_step=f"python scripts/backup_automem.py\n{ctx.again}",
-        )
-
-
-def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: set[PointId]) -> int:
-    """Remove the points of `ids` except those of `memories` and of memories that were stored since."""
-    points = retrieve(ctx.qdrant, collection, ids, payload=True, vector=True)
-    memories = memories | usually_spelled(ctx.graph.conn, ctx.graph.graph, ids)
-    orphans = [point for point in points if point.id not in memories]
-    ctx.cache.save_points([_row(point) for point in orphans])
-    delete_points(ctx.qdrant, collection, [point.id for point in orphans])
-    return len(orphans)
+    payload = base_payload(point.payload or {}, saved, whole=True)
+    return SavedPoint(point.id, orjson.dumps(payload or {}), vector)
 
 
 @dataclass(frozen=True)
@@ -145,8 +73,7 @@ class Change:
         return self.old is None or self.old.get("content") != self.row.content
 
 
-@dataclass(frozen=True)
-class SyncOutcome:
+class SyncOutcome(NamedTuple):
     """Points added, updated with their vector, updated in the payload only; rows without a vector; rejected rows."""
 
     added: int = 0
@@ -154,20 +81,6 @@ class SyncOutcome:
     payloads: int = 0
     unembedded: int = 0
     rejected: tuple[Rejected, ...] = ()
-
-    @property
-    def wrote(self) -> bool:
-        """Whether any point was written."""
-        return bool(self.added or self.changed or self.payloads)
-
-    def __add__(self, other: SyncOutcome) -> SyncOutcome:
-        return SyncOutcome(
-            self.added + other.added,
-            self.changed + other.changed,
-            self.payloads + other.payloads,
-            self.unembedded + other.unembedded,
-            self.rejected + other.rejected,
-        )
 
 
 def changes(
@@ -186,7 +99,7 @@ def changes(
     """
     for rows in chunks(cache.memories(), _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
-        live, saved = existing.payloads(ids), _saved_payloads(cache, ids)
+        live, saved = existing.payloads(ids), saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
         found, changed = [], list[PointId]()
         for row in rows:
@@ -224,11 +137,6 @@ def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
     return Missing(len(tokens), sum(tokens))
 
 
-def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
-    """Yield the existing ids that the plan does not have."""
-    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
-
-
 def sync_collection(
     qdrant: Qdrant,
     collection: str,
@@ -256,7 +164,7 @@ def sync_collection(
         found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
-            outcome += written
+            outcome = SyncOutcome(*map(operator.add, outcome, written))
             if progress:
                 progress(rows)
     return outcome

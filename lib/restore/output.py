@@ -6,9 +6,8 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lib.console import Console, size_text
-from lib.dimensions import provider_of
+from lib.dimensions import is_plain, provider_of
 from lib.errors import DONE, listed
-from lib.providers import is_plain
 from lib.show_config import restart_lines, settings_lines
 
 if TYPE_CHECKING:

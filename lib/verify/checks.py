@@ -26,10 +26,9 @@ from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_
 from lib.clients.qdrant.points import Point, count, retrieve, retrieve_pages, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
-from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, provider_of
+from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, model_settings, provider_of
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
-from lib.providers import model_settings
 from lib.verify.compare import (
     SAME_MODEL_COSINE,
     Differences,

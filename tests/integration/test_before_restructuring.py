@@ -88,7 +88,7 @@ def operator(session_servers, by_name, tmp_path, monkeypatch) -> Iterator[Operat
     own_lock = functools.partial(lock_targets, folder=tmp_path / "locks")
     monkeypatch.setattr("lib.connect.lock_targets", own_lock)
     # The recorded host name leads to this machine (see ByName): its sizes are those of a text-embedding-3 model.
-    monkeypatch.setattr("lib.providers.is_this_machine", lambda url: url == EMBEDDINGS)
+    monkeypatch.setattr("lib.dimensions.is_this_machine", lambda url: url == EMBEDDINGS)
     someone = Operator(session_servers, tmp_path, NAME, NAME)
     someone.export(QDRANT_URL=QDRANT, OPENAI_BASE_URL=EMBEDDINGS, HTTP_PROXY=by_name.url)
     session_servers.openai.clear_faults()
@@ -291,7 +291,7 @@ def test_an_unfinished_reembedding_resumes_and_pays_nothing(operator, by_name, c
 @pytest.mark.parametrize("case", ["reembed_deleted", "reembed_staging"])
 def test_settings_that_are_refused_now_do_not_stop_a_run_that_has_deleted_the_collection(operator, monkeypatch, case):
     """A gateway at a shortened size: AutoMem would not use these vectors. But half a cutover is worse."""
-    monkeypatch.setattr("lib.providers.is_this_machine", lambda _url: False)
+    monkeypatch.setattr("lib.dimensions.is_this_machine", lambda _url: False)
     load(operator, case)
     upgrade(operator)
     deleted = case in DELETED

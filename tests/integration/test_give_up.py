@@ -208,7 +208,7 @@ def test_a_quiet_run_reports_it_every_five_minutes(capsys, monkeypatch):
     [(None, [], "0 points"), (0, [], "0 points"), (5, [2, 3], "5/5 points"), (None, [7], "7 points")],
 )
 def test_a_bar_shows_what_was_done_and_no_invented_total(total, steps, shown):
-    from lib import progress_bars as live_bars
+    from lib import console as live_bars
 
     with live_bars.bar("stage", total, lambda count: f"{count:.0f}", "points") as advance:
         for step in steps:

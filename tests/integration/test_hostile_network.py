@@ -130,7 +130,7 @@ def short_timeouts(monkeypatch):
     monkeypatch.setattr(provider, "_HEAD_BYTES", 1 << 20)
     monkeypatch.setattr(provider, "_TIMES", 0.02)
     monkeypatch.setattr(client, "FIRST_CONTACT_SECONDS", 2.0)
-    import lib.providers  # noqa: F401 - it keeps the real function, whichever test imports it first
+    import lib.dimensions  # noqa: F401 - it keeps the real function, whichever test imports it first
 
     for module in (http_policy, transport, automem_api, provider):
         monkeypatch.setattr(module, "is_this_machine", lambda _url: False)

@@ -11,7 +11,7 @@ from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.manifest import sealed
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
-from lib.reembed.guard import GuardedCollection, require_backup
+from lib.reembed.assess import GuardedCollection, require_backup
 from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
 from tests.restore_support import wait_for

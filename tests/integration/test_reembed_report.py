@@ -15,7 +15,7 @@ import pytest
 
 from lib.backup.last_migration import DELETED, DELETING
 from lib.console import Console
-from lib.reembed import report_page as plots
+from lib.reembed import report as plots
 from lib.reembed.embed import MOST_INTERVALS, Interval, PaidSums
 from tests.kill_support import run_killed
 from tests.matrix import matrix

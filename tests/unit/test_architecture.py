@@ -33,9 +33,9 @@ MODULES = {
     "fsspec": "lib/backup",
     "paramiko": "lib/backup/copy_store.py",
     "dotenv": "lib/env_files.py",
-    "rich": "lib/progress_bars.py",
+    "rich": "lib/console.py",
     "portalocker": "lib/files.py",
-    "jinja2": "lib/reembed/report_page.py",
+    "jinja2": "lib/reembed/report.py",
     "argparse": "lib/cli.py",
 }
 # With brackets, so that this file does not hold what it looks for.

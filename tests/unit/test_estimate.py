@@ -40,7 +40,7 @@ def test_without_limits_the_workers_and_the_first_request_decide():
 def test_providers_that_compute_one_request_at_a_time_take_as_long_as_one_worker(provider, seconds):
     client = SimpleNamespace(request_seconds=0.5, pacer=pacer())
     spec = EmbeddingSpec("", "a-model", 768, provider)
-    runner = EmbeddingRunner(client, spec, 10, 100, None, print, print)  # type: ignore[arg-type]
+    runner = EmbeddingRunner(client, spec, 10, 100, None, print, print, None)  # type: ignore[arg-type]
     found = runner.expected(Missing(2000, 100_000))
     assert found is not None
     assert found.seconds == seconds

@@ -17,9 +17,8 @@ from lib.config import load_config
 from lib.dimensions import LOCAL_URL, EmbeddingSpec, is_model_of
 from lib.errors import BackupDamaged, GuardRefused
 from lib.journal import start_journal
-from lib.reembed.context import Context
-from lib.reembed.guard import undo_of
-from lib.reembed.resume import open_run
+from lib.reembed.assess import undo_of
+from lib.reembed.context import Context, open_run
 from lib.reembed.staging import stamp
 from lib.show_config import restart_lines, settings_lines
 from lib.verify.checks import FAILED, PASSED, check_model

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lib.config import load_config, require_embedding
+from lib.dimensions import provider_problem, reason_shown
 from lib.errors import USAGE, ConfigError, UsageProblem
-from lib.providers import provider_problem, reason_shown
 from tests.script_process import ROOT
 
 RECORDED = json.loads((ROOT / "tests" / "data" / "automem_providers.json").read_text())
