@@ -29,12 +29,7 @@ SEQUENTIAL = frozenset([OLLAMA, LOCAL])
 # two 1,000,000). The provider's count and ours may differ.
 MAX_TOKENS = 250_000
 _VOYAGE_TOKENS = 100_000
-_MODEL_TOKENS = {
-    "voyage-4": 266_000,
-    "voyage-3.5": 266_000,
-    "voyage-4-lite": 833_000,
-    "voyage-3.5-lite": 833_000,
-}
+_MODEL_TOKENS = {"voyage-4": 266_000, "voyage-3.5": 266_000, "voyage-4-lite": 833_000, "voyage-3.5-lite": 833_000}
 GRACE_SECONDS = 3.0  # so long a run that ends waits for the requests in flight, which are paid for
 TICK_SECONDS = 1.0
 # Batches beyond one per worker, so that no worker waits for the disk. Fewer if the batches are large.

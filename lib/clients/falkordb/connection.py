@@ -143,10 +143,7 @@ def save_failure(conn: redis.Redis) -> str:
             state = dict(conn.info("persistence"))
     except AccessRefused:
         return ""
-    checked = {
-        "rdb_last_bgsave_status": "its last snapshot (BGSAVE)",
-        "aof_last_write_status": "its last AOF write",
-    }
+    checked = {"rdb_last_bgsave_status": "its last snapshot (BGSAVE)", "aof_last_write_status": "its last AOF write"}
     failed = " and ".join(what for name, what in checked.items() if state.get(name, "ok") != "ok")
     if not failed:
         return ""

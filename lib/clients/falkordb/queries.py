@@ -149,9 +149,7 @@ def relationships() -> list[Window]:
     return [
         Window(f"{pattern} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
         Window(
-            f"{pattern} id(n) = $source AND id(m) >= $low AND id(m) < $high",
-            "MATCH (m) WHERE id(m) >= $low",
-            "target",
+            f"{pattern} id(n) = $source AND id(m) >= $low AND id(m) < $high", "MATCH (m) WHERE id(m) >= $low", "target"
         ),
         Window(f"{pattern} {pair} AND id(r) >= $low AND id(r) < $high", f"{pattern} {pair} AND id(r) >= $low"),
     ]
@@ -217,13 +215,7 @@ _KEYS = _names_query("db.propertyKeys", "propertyKey")
 
 
 def pages(
-    conn: redis.Redis,
-    graph: str,
-    windows: Sequence[Window],
-    returns: str,
-    *,
-    first: int = 0,
-    size: int = PAGE_ROWS,
+    conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str, *, first: int = 0, size: int = PAGE_ROWS
 ) -> Iterator[list[Row]]:
     """Yield all rows of `returns` from the id `first` on. Pages ascend by id; rows within a page have no order."""
     reader = _PageReader(conn, graph, f" RETURN {returns}", row_cap(conn, graph, 2) - 1)

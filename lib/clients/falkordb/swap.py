@@ -214,11 +214,7 @@ def dump_as(conn: redis.Redis, name: str, other: str) -> bytes:
 
 
 def verify_acceptance(
-    conn: redis.Redis,
-    payload: bytes,
-    temporary: str,
-    expected: GraphDigest,
-    then: Callable[[], object] = lambda: None,
+    conn: redis.Redis, payload: bytes, temporary: str, expected: GraphDigest, then: Callable[[], object] = lambda: None
 ) -> None:
     """Verify on the target that it accepts this graph: restore it as `temporary`, compare, delete it again.
 

@@ -213,11 +213,7 @@ def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def create_like(
-    q: Qdrant,
-    name: str,
-    raw_info: Mapping[str, Any],
-    size: int,
-    metadata: Mapping[str, Any] | None = None,
+    q: Qdrant, name: str, raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 

@@ -73,12 +73,7 @@ class _Row:
 
 
 def scroll(
-    q: Qdrant,
-    name: str,
-    *,
-    payload: bool | list[str] = False,
-    vector: bool = False,
-    page: int | None = None,
+    q: Qdrant, name: str, *, payload: bool | list[str] = False, vector: bool = False, page: int | None = None
 ) -> Iterator[list[Point]]:
     """Yield all points in pages, in the order of their ids.
 
@@ -104,12 +99,7 @@ def scroll(
 
 
 def retrieve(
-    q: Qdrant,
-    name: str,
-    ids: Sequence[PointId],
-    *,
-    payload: bool | list[str] = False,
-    vector: bool = False,
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str] = False, vector: bool = False
 ) -> list[Point]:
     """The points with these ids, in any order; ids that the collection does not have are left out."""
     pages = _retrieve_pages(q, name, ids, payload=payload, vector=vector)
@@ -117,12 +107,7 @@ def retrieve(
 
 
 def retrieve_pages(
-    q: Qdrant,
-    name: str,
-    pages: Iterable[Sequence[PointId]],
-    *,
-    payload: bool | list[str] = False,
-    vector: bool = False,
+    q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, payload: bool | list[str] = False, vector: bool = False
 ) -> Iterator[list[Point]]:
     """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
     post = partial(_post_ids, q, name, payload=payload, vector=vector)
@@ -203,11 +188,7 @@ def _float32s(numbers: list[float]) -> NDArray[np.float32]:
 
 
 def upsert(
-    q: Qdrant,
-    name: str,
-    ids: Sequence[PointId],
-    vectors: NDArray[np.float32],
-    payloads: Sequence[dict[str, Any]],
+    q: Qdrant, name: str, ids: Sequence[PointId], vectors: NDArray[np.float32], payloads: Sequence[dict[str, Any]]
 ) -> list[Rejected]:
     """Write points and wait until they are stored. Returns the rows that the server, or JSON, does not accept.
 
@@ -338,12 +319,7 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
     def nearest(name: str, vector: NDArray[np.float32], limit: int) -> list[Hit]:
         try:
             answer = client.query_points(
-                name,
-                vector.tolist(),
-                query_filter=narrowed,
-                search_params=exact,
-                limit=limit,
-                with_payload=False,
+                name, vector.tolist(), query_filter=narrowed, search_params=exact, limit=limit, with_payload=False
             )
         except UnexpectedResponse as error:
             text = error.content.decode("utf-8", "replace")

@@ -112,11 +112,7 @@ def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
 
 
 def create(
-    q: Qdrant,
-    collection: str,
-    *,
-    known_before: Sequence[Snapshot] | None = None,
-    seconds: float = CREATE_SECONDS,
+    q: Qdrant, collection: str, *, known_before: Sequence[Snapshot] | None = None, seconds: float = CREATE_SECONDS
 ) -> Snapshot:
     """Have one snapshot made, never two, and wait for it, at most `seconds`.
 
@@ -197,11 +193,7 @@ def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
 
 
 def download(
-    q: Qdrant,
-    collection: str,
-    snapshot: Snapshot,
-    write: Callable[[bytes], object],
-    progress: Progress | None = None,
+    q: Qdrant, collection: str, snapshot: Snapshot, write: Callable[[bytes], object], progress: Progress | None = None
 ) -> Download:
     """Pass every byte of the snapshot to `write`, in order and once. Resumes after a broken connection.
 

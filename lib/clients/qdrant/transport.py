@@ -255,12 +255,7 @@ class Qdrant:
         return current
 
     def _send(
-        self,
-        method: str,
-        path: str,
-        content: bytes | Parts | BinaryIO | None,
-        seconds: float,
-        options: dict[str, Any],
+        self, method: str, path: str, content: bytes | Parts | BinaryIO | None, seconds: float, options: dict[str, Any]
     ) -> requests.Response:
         # urllib3 bounds connecting and each send by the first of the two timeouts.
         timeout = (CONNECT_SECONDS if content is None else SEND_SECONDS, seconds)
@@ -276,10 +271,7 @@ class Qdrant:
             raise _connection_error(self.display, error) from error
         except Unbounded as error:
             self.close()
-            raise StoreFailed(
-                f"Qdrant at {self.display}: {error}",
-                next_step=_EXAMPLE,
-            ) from error
+            raise StoreFailed(f"Qdrant at {self.display}: {error}", next_step=_EXAMPLE) from error
         if response.status_code < 300:
             return response
         if content is not None:
