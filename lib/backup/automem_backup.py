@@ -14,8 +14,8 @@ from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, Text, fields
 from lib.backup.existing_points import TemporaryIdTable, as_id, room_or_error
 from lib.backup.payloads import PointId, point_id
 from lib.clients.embeddings.cache_file import chunks, marks
-from lib.clients.falkordb.bulk import points_in, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
+from lib.clients.falkordb.scratch import points_in, require_values
 from lib.errors import BackupDamaged
 
 if TYPE_CHECKING:

@@ -22,11 +22,19 @@ from lib.backup.graph import GraphSource, read_loaded
 from lib.backup.payloads import PointId, same
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
 from lib.clients.falkordb.connection import server_versions
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.clients.falkordb.rdb import inspect_rdb, wrap_dump
-from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, scratch_server
+from lib.clients.falkordb.scratch import (
+    Engine,
+    NoEngine,
+    add_nodes,
+    add_relationships,
+    create_graph,
+    create_indexes,
+    require_readable_by,
+    scratch_server,
+)
 from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of

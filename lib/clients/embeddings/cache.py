@@ -12,12 +12,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lib.clients.embeddings.cache_file import CacheDamaged, CacheFile, chunks
+from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, chunks
 from lib.clients.embeddings.pricing import input_limit
 from lib.dimensions import EmbeddingSpec, can_be_cut, public_url, same_model
 
 # A key is PREFIX_BYTES for endpoint, model and size, then TEXT_BYTES for the text.
-PREFIX_BYTES, TEXT_BYTES = 4, 12
+TEXT_BYTES = 12
 FLOAT_BYTES = 4
 SUM_BYTES = 4
 _COLUMNS = "m.id, m.point_id, m.node_id, m.key, m.content, m.payload, m.tokens"
