@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from lib.clients.qdrant.points import count
+from lib.clients.qdrant.snapshot_format import vector_params
 from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, reports_full_disk
 from lib.errors import AccessRefused, MissingData, UsageProblem, did_you_mean
 
@@ -134,13 +135,6 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
     optimizer = raw.get("optimizer_status")
     optimizer_ok = optimizer == "ok" or _OPTIMIZER_IDLE in str(optimizer)
     return CollectionState(name, size, distance, points, str(raw["status"]), optimizer_ok, named, raw)
-
-
-def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
-    """Size, distance and whether vectors are named, from `params.vectors` of a configuration."""
-    named = not isinstance(vectors.get("size"), int)
-    first: Mapping[str, Any] = next(iter(vectors.values()), {}) if named else vectors
-    return int(first.get("size", 0)), str(first.get("distance", "")), named and bool(vectors)
 
 
 def health(q: Qdrant, name: str) -> Health:

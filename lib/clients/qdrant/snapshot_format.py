@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lib.clients.qdrant.collection import vector_params
 from lib.errors import BackupDamaged
 
 BLOCK = 512
@@ -121,6 +120,13 @@ class SnapshotFacts:
     def absent_shards(self) -> list[int]:
         """The shards whose points are not in this snapshot."""
         return sorted(shard for shard, segments in self.shards.items() if not segments)
+
+
+def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
+    """Size, distance and whether vectors are named, from `params.vectors` of a configuration."""
+    named = not isinstance(vectors.get("size"), int)
+    first: Mapping[str, Any] = next(iter(vectors.values()), {}) if named else vectors
+    return int(first.get("size", 0)), str(first.get("distance", "")), named and bool(vectors)
 
 
 def inspect_snapshot(stream: ByteStream, on_segment: OnSegment | None = None) -> SnapshotFacts:
