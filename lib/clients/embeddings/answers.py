@@ -78,11 +78,7 @@ def refusal_error(
     provider: str,
     spec: EmbeddingSpec,
 ) -> Exception:
-    """The exception to raise for an error answer.
-
-    `secret` is the API key, which no message shows; `sent_tokens` are the estimated ones of the request; `provider`
-    names model and endpoint to the operator.
-    """
+    """The exception to raise for an error answer. No message shows `secret`, the API key."""
     code, kind, param, message = _error_fields(body, secret)
     name = f"{status} {code or kind}".strip()
     text = f"{name}: {message}" if message else name
@@ -183,10 +179,10 @@ def read_answer(body: dict[str, object], count: int, spec: EmbeddingSpec) -> Ans
 
 
 def _indices(data: list[Any]) -> list[int]:
-    """The index of the text of each vector. Raises BadIndices if the answer does not say it.
+    """The index of the text of each vector; without any index the order is that of the texts.
 
-    Without any index the order is that of the texts. If one index alone is missing, it is the one that is left:
-    encoders that omit zeros leave out the 0 (protobuf's JSON, as Gemini's endpoint sends it).
+    If one index alone is missing, it is the one that is left: encoders that omit zeros leave out the 0 (protobuf's
+    JSON, as Gemini's endpoint sends it). Raises BadIndices.
     """
     if not all(isinstance(item, dict) for item in data):
         raise BadAnswer("a vector that is no JSON object")

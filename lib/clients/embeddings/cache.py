@@ -28,11 +28,7 @@ _MISSING = f"{_DISTINCT} AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One memory of the graph: its point id, its node, and what its point should hold.
-
-    `key` is the vector's key in the cache, `payload` the JSON of the graph's values, `tokens` are those of the
-    whole content.
-    """
+    """One memory of the graph and what its point should hold: `payload` is the JSON of the graph's values."""
 
     point_id: str | int
     node_id: int
@@ -116,8 +112,8 @@ class EmbeddingCache(CacheFile):
     def put_vectors(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
         """Store (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
 
-        An existing vector is not replaced. Raises ValueError, storing nothing, if a vector has another width than its
-        key's spec.
+        An existing vector is not replaced. Raises ValueError, storing nothing, for a vector of a width that is not its
+        spec's.
         """
         for key, blob in rows:
             spec = self._specs.get(key[:PREFIX_BYTES])
@@ -263,10 +259,7 @@ class EmbeddingCache(CacheFile):
         return dict(self.rows_in("SELECT key, tokens FROM memories WHERE key IN", keys))
 
     def missing_texts(self, spec: EmbeddingSpec, page: int = 500) -> Iterator[TextRow]:
-        """Distinct texts of the plan without a vector; vectors may be stored while this is read.
-
-        Raises ValueError if the plan was made for another spec.
-        """
+        """Distinct texts of the plan without a vector. Raises ValueError if the plan was made for another spec."""
         for row in self._paged(_MISSING, page):
             if row.key != self.text_key(spec, row.content):
                 raise ValueError("the plan was made for another model, size or endpoint")

@@ -54,11 +54,8 @@ class CacheDamaged(MigrationError):
 class CacheFile:
     """The open files. One connection, used by the thread that opened it; SQLite allows one writer at a time.
 
-    Args:
-        path: the plan, created if it is missing (0600 in a 0700 folder).
-        vectors: the vectors, shared by several plans. None: they are stored in `path` too.
-
-    Raises CacheDamaged.
+    `path` is the plan, created if it is missing (0600 in a 0700 folder); `vectors` the vectors, shared by several plans
+    (None: they are stored in `path` too). Raises CacheDamaged.
     """
 
     def __init__(self, path: Path, *, vectors: Path | None = None) -> None:
@@ -275,9 +272,8 @@ class Pruned:
 def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
     """Delete what no plan needs, or (`dry_run`) only count it.
 
-    A plan is the last scan of a graph and collection that this folder knows; it needs the vectors of its memories.
-    Raises GuardRefused while a run is unfinished, CacheDamaged if a plan cannot be read, LockHeld if another process
-    uses the vectors.
+    A plan is the last scan of a graph and collection; it needs the vectors of its memories. Raises GuardRefused while a
+    run is unfinished, CacheDamaged if a plan cannot be read, LockHeld if another process uses the vectors.
     """
     plans = [one for one in sorted(cache.path.parent.glob("*.sqlite3")) if one != cache.vectors_path]
     before = cache.size_bytes()

@@ -150,12 +150,10 @@ class Provider:
 
 
 class LocalModel:
-    """One model on this machine, with the methods of `client.Provider`. Thread-safe.
+    """One model on this machine, with the methods of Provider. Thread-safe.
 
-    Args:
-        models_dir: the folder of downloaded models; fastembed downloads a model that is not in it.
-
-    Raises UsageProblem if the package is not installed.
+    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it. Raises UsageProblem
+    if the package is not installed.
     """
 
     def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:

@@ -145,8 +145,8 @@ class _Bucket:
 class Pacer:
     """Decides when each request may leave. Thread-safe.
 
-    Each `acquire` is followed by exactly one call of `answered`, `refused` or `failed`. `acquire` raises RateLimited
-    instead of waiting for longer than `longest_wait_seconds`.
+    After each `acquire` comes exactly one call of `answered`, `refused` or `failed`. It raises RateLimited instead of
+    waiting for longer than `longest_wait_seconds`.
     """
 
     def __init__(self, longest_wait_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:

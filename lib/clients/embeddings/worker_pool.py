@@ -82,15 +82,12 @@ def embed_missing(
 ) -> EmbedProgress:
     """Embed `rows` (distinct keys) and pass (key, float32 little-endian) pairs to `store` as they arrive.
 
-    `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection.
-    A few batches per worker are in memory. If the run is interrupted or fails, workers stop before their next
-    request, and all that was received is stored before the error is raised.
-
-    `require_room` is called before each batch with the number of texts that are not stored yet. If it raises, no
-    further batch is sent, and its error is raised when all that was sent before is stored.
-
-    Raises:
-        ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows`, `store` or `require_room` raise.
+    `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection. If the
+    run is interrupted or fails, workers stop before their next request, and all that was received is stored before the
+    error is raised. `require_room` is called before each batch with the number of texts that are not stored yet; if it
+    raises, no further batch is sent, and its error is raised when the others are stored.
+    Raises ProviderRefused and WrongWidth as EmbeddingClient.embed, and whatever `rows`, `store` or `require_room`
+    raise.
     """
     unmap_large_blocks()
     run = _Run(client, store, progress, texts_a_request(client.spec, batch_size), require_room)
@@ -335,10 +332,7 @@ class _Run:
 
 
 def _fitting(row: TextRow, spec: EmbeddingSpec) -> tuple[TextRow, bool]:
-    """The row with its tokens, and whether its text is over the model's limit.
-
-    OpenAI's models refuse such a text: it is cut. The other providers cut it themselves.
-    """
+    """The row with its tokens, and whether its text is over the model's limit. OpenAI's models would refuse it: cut."""
     tokens = row.tokens or count_tokens([row.text])[0]
     limit = input_limit(spec.model, spec.provider)
     if limit is None or tokens <= limit:

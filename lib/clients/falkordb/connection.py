@@ -62,10 +62,7 @@ class GraphAddress:
 
 @dataclass(frozen=True)
 class ServerVersions:
-    """Versions such as "8.2.3" and "4.16.3"; `falkordb` is "" if this user may not list the modules.
-
-    `modules` are the names of all loaded modules; FalkorDB's is `graph`.
-    """
+    """Versions such as "8.2.3" and "4.16.3", and all modules (FalkorDB's is `graph`); "" if MODULE LIST is refused."""
 
     redis: str
     falkordb: str
@@ -103,9 +100,9 @@ _when_queue_is_free = backoff.on_exception(
 def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
 
-    Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable. DUMP, RESTORE and all that writes
-    may take hours. A reply that is too large raises StoreFailed. No command that may have been executed is sent twice:
-    redis-py's own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
+    Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable; DUMP, RESTORE and writes may take
+    hours. A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
+    own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
     options: dict[str, Any] = {
         "host": address.host,
@@ -155,10 +152,7 @@ def save_failure(conn: redis.Redis) -> str:
 
 @contextlib.contextmanager
 def translated(conn: redis.Redis) -> Iterator[None]:
-    """Raise redis-py's errors as StoreUnreachable, AccessRefused or StoreFailed, with the address of `conn`.
-
-    An error that the block raises because a reply has an unexpected form becomes StoreFailed, too.
-    """
+    """Raise redis-py's errors, and those of a misread reply, as StoreUnreachable, AccessRefused or StoreFailed."""
     try:
         yield
     except redis.exceptions.RedisError as error:
@@ -223,10 +217,7 @@ def access_refused(where: str, text: str) -> AccessRefused:
 
 
 def redis_cli(conn: redis.Redis, *words: str, user: str = "") -> str:
-    """Return the shell command that sends `words` to the server of `conn`; redis-cli asks for the password.
-
-    `user` is the user who may do that, if it is not that of `conn`.
-    """
+    """Return the shell command that sends `words` to the server of `conn`, as `user` (default: that of `conn`)."""
     settings = conn.connection_pool.connection_kwargs
     place = ["-s", settings["path"]] if "path" in settings else ["-h", settings["host"], "-p", str(settings["port"])]
     user = user or settings.get("username") or "default"
@@ -296,10 +287,7 @@ def expires_at(conn: redis.Redis, graph: str) -> str:
 
 
 def function_libraries(conn: redis.Redis) -> list[str]:
-    """Return the names of the server's function libraries (GRAPH.UDF), sorted; they belong to no graph.
-
-    Empty if this version has none, or if GRAPH.UDF is refused.
-    """
+    """Return the server's function libraries (GRAPH.UDF), sorted; empty if it has none, or refuses the command."""
     try:
         with translated(conn):
             listed = conn.execute_command("GRAPH.UDF", "LIST")

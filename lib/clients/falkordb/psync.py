@@ -61,9 +61,8 @@ def stream_rdb(
 ) -> RdbTransfer:
     """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` ends the connection.
 
-    `idle_seconds` without a byte end it, too; the server sends newlines while it prepares. Raises PsyncRefused and
-    RdbNotMade if DUMP may still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived
-    is not a whole RDB.
+    `idle_seconds` without a byte end it, too. Raises PsyncRefused and RdbNotMade if DUMP may still work, AccessRefused,
+    StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
     """
     connection = _ReplicaConnection(address, idle_seconds)
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):

@@ -166,10 +166,9 @@ def quoted(name: str) -> str:
 
 
 def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[Row]:
-    """Return one read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
+    """Return a read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
 
-    The server returns at most RESULTSET_SIZE rows. Raises MissingData if the graph does not exist, StoreFailed,
-    StoreUnreachable, AccessRefused.
+    The server returns at most RESULTSET_SIZE rows. Raises MissingData if there is no such graph, and like `command`.
     """
     from falkordb.helpers import stringify_param_value
 
@@ -226,8 +225,7 @@ def pages(
 class _PageReader:
     """Reads windows, and narrows them if the server cuts a result.
 
-    `uncut`: the server is known to return this many rows, and one more. `span_limit`: the most ids of one window, known
-    once the server has cut a result.
+    `uncut` rows, and one more, are known to arrive. `span_limit`: the most ids of a window, once a result was cut.
     """
 
     conn: redis.Redis
@@ -330,7 +328,7 @@ def iter_memories(
 ) -> Iterator[MemoryNode]:
     """Yield every memory whose node id is above `after`, by ascending node id, from pages of `page` ids.
 
-    `keys` are the properties to read (default: all); a missing one is None. Doubles have the 15 digits that FalkorDB
+    `keys`: the properties to read (default: all); a missing one is None. Doubles have the 15 digits that FalkorDB
     prints.
     """
     columns = ", ".join(["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"])
@@ -369,10 +367,7 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
-    """Return the definitions of indexes and constraints, and all names; an index's progress is not included.
-
-    A constraint that FAILED (a node violates it) enforces nothing and is in no RDB: it is left out.
-    """
+    """Return the definitions and all names. A constraint that FAILED enforces nothing: it is left out."""
     indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, _LABELS, _TYPES, _KEYS])
     return GraphSchema(
         _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS), *map(_names_in, named)

@@ -150,11 +150,10 @@ _DUMP_MARK = "automem-dump"  # an auxiliary field that `wrap_dump` adds; servers
 
 @dataclass(frozen=True)
 class RdbFacts:
-    """What an RDB file records about itself.
+    """What an RDB file records about itself. `crc_ok`: it has a checksum, and it is right.
 
-    `crc_ok`: it has a checksum, and it is right. `dumped_graph`: the name of the graph in a file that `wrap_dump` made.
-    `graph_encoding`: the version of FalkorDB's encoding, if it was found. `memory`: the bytes that the server used when
-    it wrote the file; 0 if unknown.
+    `dumped_graph`: the name of the graph in a file that `wrap_dump` made. `graph_encoding`: the version of FalkorDB's
+    encoding, if found. `memory`: the bytes that the server used when it wrote the file; 0 if unknown.
     """
 
     version: int
@@ -219,10 +218,7 @@ def _end_mark_bytes(file: BinaryIO, size: int) -> int:
 
 
 def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
-    """Return the CRC64 of all but the last eight bytes, the CRC64 in these, and the sha256 of the whole file.
-
-    `size` is without the mark of a diskless sync.
-    """
+    """Return the CRC64 of all but the last eight bytes, that in these, and the sha256 of the whole file."""
     file.seek(0)
     crc, digest, left = 0, hashlib.sha256(), size - 8
     last = b""
@@ -254,8 +250,7 @@ def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
 def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
     """Yield the pieces of an RDB file that holds one key, `key`, with the value of the DUMP `payload`.
 
-    A server loads the file like any other, and `unwrap_dump` returns the payload. A DUMP records neither the server's
-    version nor a time.
+    A server loads it like any other. A DUMP records neither the server's version nor a time.
     """
     aux = {"redis-ver": "", "ctime": "0", _DUMP_MARK: key}
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
@@ -275,10 +270,7 @@ def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
 
 
 def unwrap_dump(path: Path) -> bytes | None:
-    """Return the DUMP payload of a file that `wrap_dump` made, for RESTORE; None for any other RDB.
-
-    The caller must have verified the file's checksum.
-    """
+    """Return the DUMP payload of a verified file that `wrap_dump` made, for RESTORE; None for any other RDB."""
     with path.open("rb") as file:
         start = file.read(HEAD_BYTES)
         head = _read_head(start)

@@ -153,10 +153,9 @@ class NoEngine(MigrationError):
 
 @dataclass(frozen=True)
 class Engine:
-    """A redis-server with a FalkorDB module that was started once on this machine.
+    """A redis-server with a FalkorDB module that was started once on this machine, and the modules that it loads.
 
-    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer. `modules` are the
-    names of the modules that it has loaded.
+    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer.
     """
 
     server: Path
@@ -177,8 +176,7 @@ class Engine:
 def installed_engines(env: Mapping[str, str]) -> list[Engine]:
     """Return the engines that start on this machine, oldest first: those of the wheels, and the one that `env` names.
 
-    Of `env` only FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE are read. Raises UsageProblem if they name a
-    server that does not work.
+    Raises UsageProblem if FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE in `env` name one that does not work.
     """
     found = []
     for wheel in _wheels():
@@ -243,10 +241,7 @@ def _probe(server: Path, module: Path, origin: str) -> Engine:
 
 
 def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
-    """Whether an engine here can load what this server writes: it has no older minor version of redis and FalkorDB.
-
-    If FalkorDB's version is unknown, redis's decides.
-    """
+    """Whether an engine here has no older minor version of redis, and of FalkorDB if it is known, than this server."""
     redis_minor, falkordb_minor = _minor(server.redis), _minor(server.falkordb)
     return any(
         _minor(engine.redis_version) >= redis_minor and _minor(engine.falkordb_version) >= falkordb_minor
@@ -264,10 +259,7 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions | None) -> Engine:
-    """Return the oldest engine that loads `rdb`, and whose graph encoding the `target`, if given, can read.
-
-    Raises NoEngine.
-    """
+    """Return the oldest engine that loads `rdb` and that the `target`, if given, can read. Raises NoEngine."""
     able = [
         engine
         for engine in engines
@@ -297,10 +289,7 @@ def require_readable_by(engine: Engine, target: ServerVersions | None) -> None:
 
 
 def newest_encoding(falkordb_version: str) -> int | None:
-    """Return the newest graph encoding that an old FalkorDB version reads; None if the server itself must be asked.
-
-    It is 18 for 4.12 to 4.16 (seen on 4.16.3); 20 was seen on 4.22.1.
-    """
+    """Return the newest graph encoding that FalkorDB before 4.17 reads (seen on 4.16.3); None: ask the server."""
     version = _minor(falkordb_version)
     if len(version) < 2 or version >= (4, 17):
         return None

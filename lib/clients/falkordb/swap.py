@@ -57,10 +57,9 @@ class OtherClient:
 def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str) -> None:
     """Raise if this user or this server would refuse a step of the swap.
 
-    Each command is sent in a form that changes nothing: a payload that no server accepts, keys that do not exist
-    (nobody can have the names `temporary` and `safety`), an empty transaction. The server checks permissions, memory
-    and its role before the arguments (seen on 4.16.3 and 4.22.1).
-    Raises AccessRefused with what to grant, StoreFailed for a full memory, a read-only replica, a taken name.
+    Each command is sent in a form that changes nothing: a payload that no server accepts, keys that cannot exist, an
+    empty transaction. The server checks permissions, memory and its role first (seen on 4.16.3 and 4.22.1). Raises
+    AccessRefused with what to grant, StoreFailed for a full memory, a read-only replica, a taken name.
     """
     commands = (
         ("RESTORE", temporary, 0, _NO_PAYLOAD),
@@ -181,7 +180,7 @@ def write_calls(conn: redis.Redis) -> dict[str, int] | None:
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
-    """Return the graph as one DUMP payload. The server answers no other client meanwhile (1 s per 150k nodes).
+    """Return the graph as one DUMP payload. No other client is served meanwhile (1 s per 150k nodes).
 
     Raises MissingData.
     """
@@ -218,9 +217,8 @@ def verify_acceptance(
 ) -> None:
     """Verify on the target that it accepts this graph: restore it as `temporary`, compare, delete it again.
 
-    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists, before it is
-    read. The copy is deleted in any case. Raises VerificationFailed if the copy differs, StoreFailed or AccessRefused
-    if the target does not accept it.
+    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists. Raises
+    VerificationFailed if the copy differs, StoreFailed or AccessRefused if the target does not accept it.
     """
     _require_name(payload, temporary)
     _require_free(conn, temporary)
@@ -246,8 +244,7 @@ def verify_acceptance(
 def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
     """Raise StoreFailed if the target writes older versions than this payload's, and so cannot read it.
 
-    A graph of one node is created and dumped as `temporary`, then deleted. This is for a payload whose own name is
-    taken, so that a trial restore is not possible.
+    For a payload whose own name is taken, so that a trial restore is not possible. A graph `temporary` is dumped.
     """
     _require_free(conn, temporary)
     try:
@@ -268,11 +265,11 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Replace the graph `name` by the dumped one, atomically; the old graph is then `safety_name`.
+    """Replace the graph `name` by the dumped one, atomically; the old one is then `safety_name`.
 
-    Returns whether there was an old graph. Redis does not roll back, so both replies are checked, and a rename whose
-    RESTORE was refused is undone. Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if
-    the reply did not arrive: then GRAPH.LIST shows which of the two states it is.
+    Returns whether there was an old one. Redis does not roll back, so a rename whose RESTORE was refused is undone.
+    Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if no reply arrived: then
+    GRAPH.LIST shows which of the two states it is.
     """
     _require_name(payload, name)
     _require_free(conn, safety_name)
@@ -292,10 +289,7 @@ def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> b
 
 
 def swap_back(conn: redis.Redis, name: str, safety_name: str) -> None:
-    """Undo `swap_in`: delete the graph `name` if it exists, and rename the old one back.
-
-    Raises MissingData, before anything is changed, if `safety_name` does not exist.
-    """
+    """Undo `swap_in`: rename the old graph back. Raises MissingData first if `safety_name` does not exist."""
     graphs = list_graphs(conn)
     if safety_name not in graphs:
         raise MissingData(f"graph '{safety_name}' does not exist on FalkorDB at {address_of(conn)}")

@@ -121,10 +121,9 @@ def has_engine() -> bool:
 
 @contextmanager
 def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
-    """Open the segments of a snapshot that `inspect_snapshot` has accepted.
+    """Open the segments of an accepted snapshot. Yields None if the engine cannot read their format.
 
-    Yields None if the engine cannot read the segments' format. Raises BackupDamaged, EngineKilled, and OSError if the
-    disk is full.
+    Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
     """
     archives = files.finish()
     with _engine(sum(path.stat().st_size for path in archives.values()), files.segments) as ask:
@@ -144,8 +143,8 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
 def _engine(size: int, segments: int) -> Iterator[Ask]:
     """Start the engine's process, limited for segments of `size` bytes. It ends with the block and with this process.
 
-    Yields a function that sends it a question and returns the answer. That raises _EngineError, and if the process
-    ended BackupDamaged or EngineKilled.
+    Yields a function that sends it a question and returns the answer, or raises _EngineError, and if the process ended
+    BackupDamaged or EngineKilled.
     """
     with subprocess.Popen(
         [sys.executable, *_ENGINE, str(os.getpid())],

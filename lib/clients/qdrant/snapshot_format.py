@@ -132,10 +132,10 @@ def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
 def inspect_snapshot(stream: ByteStream, on_segment: OnSegment | None = None) -> SnapshotFacts:
     """Read a snapshot from `stream` to its end, in little memory and without extracting anything.
 
-    `on_segment` gets the shard and content of each segment, and returns the stream from which it is read here.
-    Raises BackupDamaged if the snapshot is cut, zeroed or not a snapshot, if a segment is empty or of another
-    dimension, if a local shard lacks its segments, and for names and types that lead out of an archive. A missing
-    segment or changed bytes within a file show only in the sha256 and the number of points.
+    `on_segment` gets the shard and content of each segment, and returns the stream from which it is read here. Raises
+    BackupDamaged if the snapshot is cut, zeroed or none, if a segment is empty or of another dimension, if a local
+    shard lacks its segments, and for names and types that lead outside. A missing segment or changed bytes within a
+    file show only in the sha256 and the number of points.
     """
     survey = _Survey(on_segment)
     for entry in entries(Section(stream, None, _SNAPSHOT), needs_end=True):
