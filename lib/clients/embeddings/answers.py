@@ -19,22 +19,14 @@ from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec, has_uni
 from lib.errors import ProviderRefused, UsageProblem
 
 # 429s and 403s with these codes never pass by waiting (https://platform.openai.com/docs/guides/error-codes).
-QUOTA_CODES = frozenset(
-    [
-        "insufficient_quota",
-        "credit_balance_exhausted",
-        "organization_usage_limit_exceeded",
-        "organization_spend_limit_exceeded",
-        "project_spend_limit_exceeded",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-    ]
-)
-RETRIED_STATUSES = frozenset([408, 409])  # and every 5xx
-SPLIT_STATUSES = frozenset([400, 413, 422])  # one text, or their number or size, is not acceptable
+QUOTA_CODES = {"insufficient_quota", "credit_balance_exhausted", "organization_usage_limit_exceeded"}
+QUOTA_CODES |= {"organization_spend_limit_exceeded", "project_spend_limit_exceeded"}
+QUOTA_CODES |= {"billing_hard_limit_reached", "billing_not_active"}
+RETRIED_STATUSES = {408, 409}  # and every 5xx
+SPLIT_STATUSES = {400, 413, 422}  # one text, or their number or size, is not acceptable
 # Voyage's 429 has no code, only a sentence. An account without a payment method has 3 requests a minute.
 _BILLING = re.compile(r"\b(billing|payment|credits?)\b", re.IGNORECASE)
-SETTING_PARAMS = frozenset(["model", "dimensions", "encoding_format"])
+SETTING_PARAMS = {"model", "dimensions", "encoding_format"}
 MESSAGE_LENGTH = 300
 
 AGAIN = "then run the same command again: it resumes from the embedding cache, nothing is paid for twice"
@@ -116,12 +108,9 @@ def _error_fields(body: object, secret: str) -> tuple[str, str, str, str]:
     if isinstance(body, dict) and isinstance(body.get("error"), (dict, str)):
         body = body["error"]
     fields = body if isinstance(body, dict) else {"message": body}
-    message = fields.get("message") or fields.get("detail")
-    code, kind, param, text = (
-        redacted(str(value or ""), secret)
-        for value in (fields.get("code"), fields.get("type"), fields.get("param"), message)
-    )
-    return code, kind, param, text
+    found = [*map(fields.get, ("code", "type", "param")), fields.get("message") or fields.get("detail")]
+    code, kind, param, message = (redacted(str(value or ""), secret) for value in found)
+    return code, kind, param, message
 
 
 def context_limit(text: str) -> int | None:

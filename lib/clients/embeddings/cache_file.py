@@ -75,18 +75,15 @@ class CacheFile:
         self.db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self.guarded():
-                self._open(vectors)
+                if vectors:
+                    self.db.execute(f"ATTACH DATABASE ? AS {self.vectors_schema}", [str(vectors)])
+                    self._prepare("main", path, _PLAN_TABLES)
+                    self._prepare(self.vectors_schema, vectors, _VECTOR_TABLES)
+                else:
+                    self._prepare("main", path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
         except BaseException:
             self.close()
             raise
-
-    def _open(self, vectors: Path | None) -> None:
-        if vectors is None:
-            self._prepare("main", self.path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
-        else:
-            self.db.execute(f"ATTACH DATABASE ? AS {self.vectors_schema}", [str(vectors)])
-            self._prepare("main", self.path, _PLAN_TABLES)
-            self._prepare(self.vectors_schema, vectors, _VECTOR_TABLES)
 
     def _prepare(self, schema: str, path: Path, tables: str) -> None:
         count_tables = f"SELECT count(*) FROM {schema}.sqlite_master"  # noqa: S608 - a name of ours
@@ -96,13 +93,12 @@ class CacheFile:
         if foreign or (not empty and not self.is_of_this_version(schema)):
             raise CacheDamaged(
                 f"{path} is not an embedding cache of this version of the tool",
-                next_step="move it away, then run the same command again:\n"
-                f"mv {quote(str(path))} {quote(str(path) + '.old')}",
+                next_step=f"move it away, then run the same command again:\n{moved(path, '.old')}",
             )
         self.db.execute(f"PRAGMA {schema}.journal_mode = WAL")
-        # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
+        # In WAL mode, FULL alone makes a commit survive a power cut. On macOS an fsync stops at the drive's cache
+        # without the others (https://www.sqlite.org/pragma.html#pragma_synchronous, #pragma_fullfsync).
         self.db.execute(f"PRAGMA {schema}.synchronous = FULL")
-        # On macOS an fsync stops at the drive's cache without these (https://www.sqlite.org/pragma.html#pragma_fullfsync).
         self.db.execute("PRAGMA fullfsync = ON")
         self.db.execute("PRAGMA checkpoint_fullfsync = ON")
         if empty:
@@ -133,17 +129,15 @@ class CacheFile:
 
     def _remedy(self, error: sqlite3.DatabaseError) -> str:
         """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
-        file, folder = str(self.path), self.path.parent
+        folder = quote(str(self.path.parent))
         if "full" in str(error):
-            return f"free some room:\ndf -h {quote(str(folder))}\nthen run the same command again"
+            return f"free some room:\ndf -h {folder}\nthen run the same command again"
         if "locked" in str(error):
             return "another process holds it: wait until it has ended, then run the same command again"
         if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
-            return f"make it writable again, then run the same command again:\nls -l {quote(str(folder))}"
-        return (
-            "move it away, then run the same command again; its vectors are paid for again:\n"
-            f"mv {quote(file)} {quote(file + '.damaged')}"
-        )
+            return f"make it writable again, then run the same command again:\nls -l {folder}"
+        again = "move it away, then run the same command again; its vectors are paid for again"
+        return f"{again}:\n{moved(self.path, '.damaged')}"
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -248,6 +242,11 @@ def marks(items: Sequence[object]) -> str:
     return ",".join("?" * len(items))
 
 
+def moved(path: Path, ending: str) -> str:
+    """The shell command that renames a file."""
+    return f"mv {quote(str(path))} {quote(str(path) + ending)}"
+
+
 @dataclass(frozen=True)
 class Stored:
     """The vectors of one endpoint, model and size: all of them, and those that no plan needs, with their bytes."""
@@ -275,7 +274,8 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
     A plan is the last scan of a graph and collection; it needs the vectors of its memories. Raises GuardRefused while a
     run is unfinished, CacheDamaged if a plan cannot be read, LockHeld if another process uses the vectors.
     """
-    plans = [one for one in sorted(cache.path.parent.glob("*.sqlite3")) if one != cache.vectors_path]
+    own = {cache.path, cache.vectors_path}
+    plans = [one for one in sorted(cache.path.parent.glob("*.sqlite3")) if one not in own]
     before = cache.size_bytes()
     if not dry_run:
         _require_no_open_run(folder)
@@ -322,17 +322,13 @@ def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
         cache.db.execute("DROP TABLE IF EXISTS temp.needed")
         cache.db.execute("CREATE TEMP TABLE needed (key BLOB PRIMARY KEY) WITHOUT ROWID")
         cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM main.memories")
-    for plan in plans:
-        if plan == cache.path:
-            continue
-        with cache.guarded():
+        for plan in plans:
             cache.db.execute("ATTACH DATABASE ? AS other", [str(plan)])
             try:
                 if not cache.is_of_this_version("other"):
                     raise CacheDamaged(
                         f"{plan} is no plan of this version of the tool: what it needs is unknown, nothing is removed",
-                        next_step="move it away, then run the same command again:\n"
-                        f"mv {quote(str(plan))} {quote(str(plan) + '.old')}",
+                        next_step=f"move it away, then run the same command again:\n{moved(plan, '.old')}",
                     )
                 cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
             finally:

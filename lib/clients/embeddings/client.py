@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-import numpy as np
-
 from lib.clients.embeddings.answers import (
     AGAIN,
     Answer,
@@ -177,18 +175,16 @@ class LocalModel:
                 atexit.register(self._end)
             return self._model
 
-    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
-        """No headers, and the vectors of the texts: float32, one after the other. Raises Cancelled at the end."""
+    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], Any]:
+        """No headers, and the vectors of the texts. Raises Cancelled at the end."""
         model = self.client()
         with self._running:
             if self._ended:
                 raise Cancelled
-            rows = list(model.embed(list(texts)))
-        return {}, np.asarray(rows, dtype=np.float32).tobytes()
+            return {}, list(model.embed(list(texts)))
 
-    def opened(self, texts: Sequence[str], _headers: Mapping[str, str], content: bytes) -> dict[str, Any]:
+    def opened(self, _texts: Sequence[str], _headers: Mapping[str, str], rows: Any) -> dict[str, Any]:
         """The vectors in the form of an answer of OpenAI's API. They cost no tokens."""
-        rows = np.frombuffer(content, dtype=np.float32).reshape(len(texts), -1)
         return {"data": [{"embedding": row} for row in rows]}
 
     def close(self) -> None:
@@ -228,12 +224,9 @@ CONTROL_TEXT = "hello"
 class EmbeddingClient:
     """Embeds texts with one model at one size. Thread-safe; the workers of a run share one.
 
-    Args:
-        spec: endpoint ("" for OpenAI's), model and size.
-        api_key: shown in no message and no repr. Raises UsageProblem if it cannot be a key.
-        timeout_seconds: for one request.
-        max_wait_seconds: for rate limits, or for failures, before the run gives up.
-        models_dir: the folder of the models that run on this machine, for the provider `local`.
+    `timeout_seconds` is for one request, `max_wait_seconds` for rate limits, or for failures, before the run gives up.
+    `models_dir` is the folder of the models of the provider `local`. No message and no repr shows `api_key`.
+    Raises UsageProblem if it cannot be a key, or if a local model has no package.
     """
 
     def __init__(
@@ -248,12 +241,11 @@ class EmbeddingClient:
         self.spec = spec
         self.pacer = Pacer(max_wait_seconds)
         self._provider: Provider | LocalModel
-        if spec.provider != LOCAL:
-            self._provider = Provider(spec, api_key, timeout_seconds)
-        elif models_dir is not None:
+        if spec.provider == LOCAL:
+            assert models_dir is not None
             self._provider = LocalModel(spec, models_dir)
         else:
-            raise ValueError("a local model needs models_dir")
+            self._provider = Provider(spec, api_key, timeout_seconds)
         self.provider = self._provider.name
         self._max_wait = max_wait_seconds
         self.request_seconds: float | None = None  # duration of the first good request
@@ -269,11 +261,8 @@ class EmbeddingClient:
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
         """Vectors of `texts` (no more than the provider takes, none blank), in their order.
 
-        Raises:
-            ProviderRefused: key, permission, quota, or no good answer for `max_wait_seconds`.
-            WrongWidth: the model makes another size.
-            BadInput: split the batch; if it is one text, the provider does not take it.
-            Cancelled: `stop` was set while the request waited.
+        Raises ProviderRefused (key, permission, quota, no good answer for `max_wait_seconds`), WrongWidth if the model
+        makes another size, BadInput (split the batch; one text is not accepted), Cancelled if `stop` was set.
         """
         import backoff
 
@@ -357,12 +346,15 @@ class EmbeddingClient:
             return BadInput(str(error))
         if seconds < timeout:
             return None
-        endpoint = SETTING_NAMES[self.spec.provider].endpoint
-        step = f"check {endpoint}, the network and the provider's status page"
-        if self.spec.provider == OLLAMA:
-            step = f"check {endpoint}, and that Ollama runs there (ollama serve)"
+        is_ollama = self.spec.provider == OLLAMA
+        look = (
+            ", and that Ollama runs there (ollama serve)"
+            if is_ollama
+            else ", the network and the provider's status page"
+        )
         return ProviderRefused(
-            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}", next_step=f"{step},\n{AGAIN}"
+            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
+            next_step=f"check {SETTING_NAMES[self.spec.provider].endpoint}{look},\n{AGAIN}",
         )
 
     def _takes_a_word(self) -> bool:
