@@ -193,24 +193,20 @@ def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
     return len(raw_rows(conn, graph, f"UNWIND range(1, {rows}) AS x RETURN x"))
 
 
-def names(conn: redis.Redis, graph: str, procedure: str, column: str) -> list[str]:
-    """Return all that a procedure such as db.labels() yields, in the order of the internal ids."""
-    return _names_in(raw_rows(conn, graph, _names_query(procedure, column)))
+# One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
+LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
+TYPES = "CALL db.relationshipTypes() YIELD relationshipType RETURN collect(relationshipType)"
+KEYS = "CALL db.propertyKeys() YIELD propertyKey RETURN collect(propertyKey)"
 
 
-def _names_query(procedure: str, column: str) -> str:
-    """Return a query with one row, which RESULTSET_SIZE does not cut."""
-    return f"CALL {procedure}() YIELD {column} RETURN collect({column})"
+def names(conn: redis.Redis, graph: str, query: str) -> list[str]:
+    """Return the names that LABELS, TYPES or KEYS finds."""
+    return _names_in(raw_rows(conn, graph, query))
 
 
 def _names_in(rows: list[Row]) -> list[str]:
     (((_kind, listed),),) = rows
     return [name.decode("utf-8", "backslashreplace") for _kind, name in listed]
-
-
-_LABELS = _names_query("db.labels", "label")
-_TYPES = _names_query("db.relationshipTypes", "relationshipType")
-_KEYS = _names_query("db.propertyKeys", "propertyKey")
 
 
 def pages(
@@ -251,8 +247,10 @@ class _PageReader:
                 yield from self.pages(windows[1:], 0, size, {**fixed, window.id_name: low})
             elif rows:
                 yield rows
-            elif not self._has_more(window, low + span, fixed):
-                return
+            else:
+                more = f"{window.more} RETURN 1 LIMIT 1"
+                if not raw_rows(self.conn, self.graph, more, low=low + span, **fixed):
+                    return
             low, span = low + span, min(size, span * 2, self.span_limit)
 
     def _rows(self, window: Window, low: int, high: int, fixed: dict[str, int]) -> list[Row] | None:
@@ -270,9 +268,6 @@ class _PageReader:
                 self.span_limit = max(1, self.uncut)
                 return None
         return rows
-
-    def _has_more(self, window: Window, low: int, fixed: dict[str, int]) -> bool:
-        return bool(raw_rows(self.conn, self.graph, f"{window.more} RETURN 1 LIMIT 1", low=low, **fixed))
 
 
 MEMORY_LABEL = "Memory"
@@ -354,7 +349,7 @@ def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int])
 
 def counts(conn: redis.Redis, graph: str) -> GraphCounts:
     """Return exact counts. The server maintains them, so each is one short query."""
-    labels, types = map(_names_in, several_rows(conn, graph, [_LABELS, _TYPES]))
+    labels, types = map(_names_in, several_rows(conn, graph, [LABELS, TYPES]))
     queries = ["MATCH (n) RETURN count(n)", "MATCH ()-[r]->() RETURN count(r)"]
     queries += [f"MATCH (n:{quoted(label)}) RETURN count(n)" for label in labels]
     queries += [f"MATCH ()-[r:{quoted(kind)}]->() RETURN count(r)" for kind in types]
@@ -368,7 +363,7 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
     """Return the definitions and all names. A constraint that FAILED enforces nothing: it is left out."""
-    indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, _LABELS, _TYPES, _KEYS])
+    indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, LABELS, TYPES, KEYS])
     return GraphSchema(
         _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS), *map(_names_in, named)
     )

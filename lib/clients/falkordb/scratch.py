@@ -44,8 +44,6 @@ _INSTALL_HINT = (
     "python -m pip install -r requirements-falkordb-4.22.txt\n"
     f"or name another engine with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
 )
-
-
 _UNSET = f"unset {SERVER_VARIABLE} {MODULE_VARIABLE}"
 
 
@@ -60,32 +58,6 @@ class Scratch:
     address: GraphAddress
     conn: redis.Redis
     pid: int
-
-
-@contextlib.contextmanager
-def _running(
-    server: Path, module: Path, rdb: Path | None, seconds: float, stop: CancelToken | None = None
-) -> Iterator[Scratch]:
-    """Start `server` with `module`, and let it load `rdb` within `seconds`; see `scratch_server`."""
-    stop = stop or CancelToken()
-    with scratch_folder("falkordb-scratch-") as scratch:
-        if rdb is not None:
-            (scratch.path / "dump.rdb").symlink_to(rdb.resolve())
-        child = _start(server, module, scratch)
-        try:
-            address = GraphAddress(unix_socket=str(scratch.path / "s"))
-            with (
-                stop.ends(child.kill),
-                contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn,
-            ):
-                yield Scratch(address, conn, child.pid)
-        except StoreUnreachable:
-            if not stop.is_set():
-                _require_alive(child)
-            raise
-        finally:
-            child.kill()
-            child.wait()
 
 
 def _require_alive(child: subprocess.Popen[bytes]) -> None:
@@ -123,10 +95,8 @@ def _loaded(
         )
     _require_alive(child)
     if "out of memory" in reason.lower():
-        raise ScratchFailed(
-            f"the scratch FalkorDB ran out of memory: {reason}",
-            next_step="verify the backup on a larger machine with --check",
-        )
+        step = "verify the backup on a larger machine with --check"
+        raise ScratchFailed(f"the scratch FalkorDB ran out of memory: {reason}", next_step=step)
     if foreign := _FOREIGN_MODULE.search(reason):
         raise ScratchFailed(
             f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
@@ -141,9 +111,8 @@ def _loaded(
 def _error_line(log: str) -> str:
     """Return the last line of a server's log that reports an error, else its last line; without process id and time."""
     lines = [_STAMP.sub("", line).strip() for line in log.splitlines() if line.strip()]
-    errors = [
-        line for line in lines if any(word in line.lower() for word in _ERROR_WORDS) and "check server logs" not in line
-    ]
+    errors = [line for line in lines if any(word in line.lower() for word in _ERROR_WORDS)]
+    errors = [line for line in errors if "check server logs" not in line]
     return (errors or lines or ["its log is empty"])[-1]
 
 
@@ -206,9 +175,8 @@ def _named(env: Mapping[str, str]) -> Engine | None:
         return None
     if not server or not module:
         lone, other = (SERVER_VARIABLE, MODULE_VARIABLE) if server else (MODULE_VARIABLE, SERVER_VARIABLE)
-        raise UsageProblem(
-            f"{lone} is set and {other} is not: they go together", next_step=f"set {other}, too, or:\nunset {lone}"
-        )
+        step = f"set {other}, too, or:\nunset {lone}"
+        raise UsageProblem(f"{lone} is set and {other} is not: they go together", next_step=step)
     for variable, path in ((SERVER_VARIABLE, server), (MODULE_VARIABLE, module)):
         if not Path(path).is_file():
             raise UsageProblem(f"{variable}={path}: no such file", next_step=f"correct {variable}, or:\n{_UNSET}")
@@ -224,29 +192,19 @@ def _named(env: Mapping[str, str]) -> Engine | None:
 @functools.cache
 def _probe(server: Path, module: Path, origin: str) -> Engine:
     """Start the engine once to read its versions."""
-    with _running(server, module, None, START_SECONDS) as scratch:
-        versions = server_versions(scratch.conn)
+    with scratch_server(Engine(server, module, "", "", 0, 0, origin)) as scratch:
+        found = server_versions(scratch.conn)
         command(scratch.conn, "GRAPH.QUERY", "probe", "CREATE (:Probe)")
         payload = command(scratch.conn, "DUMP", "probe")
-    return Engine(
-        server,
-        module,
-        versions.redis,
-        versions.falkordb,
-        rdb_version(payload),
-        graph_encoding(payload),
-        origin,
-        versions.modules,
-    )
+    written = rdb_version(payload), graph_encoding(payload)
+    return Engine(server, module, found.redis, found.falkordb, *written, origin, found.modules)
 
 
 def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
     """Whether an engine here has no older minor version of redis, and of FalkorDB if it is known, than this server."""
-    redis_minor, falkordb_minor = _minor(server.redis), _minor(server.falkordb)
-    return any(
-        _minor(engine.redis_version) >= redis_minor and _minor(engine.falkordb_version) >= falkordb_minor
-        for engine in engines
-    )
+    oldest = _minor(server.redis), _minor(server.falkordb)
+    versions = [(_minor(engine.redis_version), _minor(engine.falkordb_version)) for engine in engines]
+    return any(redis_minor >= oldest[0] and falkordb_minor >= oldest[1] for redis_minor, falkordb_minor in versions)
 
 
 def foreign_modules(server: ServerVersions, engines: Sequence[Engine]) -> list[str]:
@@ -260,11 +218,8 @@ def _minor(version: str) -> tuple[int, ...]:
 
 def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions | None) -> Engine:
     """Return the oldest engine that loads `rdb` and that the `target`, if given, can read. Raises NoEngine."""
-    able = [
-        engine
-        for engine in engines
-        if engine.rdb_version >= rdb.version and engine.graph_encoding >= (rdb.graph_encoding or 0)
-    ]
+    able = [one for one in engines if one.rdb_version >= rdb.version]
+    able = [one for one in able if one.graph_encoding >= (rdb.graph_encoding or 0)]
     if not able:
         installed = "; ".join(engine.display for engine in engines) or "none"
         raise NoEngine(
@@ -305,17 +260,31 @@ def scratch_server(
     `seconds` bounds start and load (default: by the file's size). `stop` kills the server from another thread. Raises
     BackupDamaged if the file does not load, StoreFailed if the server does not start without a file, ScratchFailed.
     """
+    stop = stop or CancelToken()
     if seconds is None:
         seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
-    with _running(engine.server, engine.module, rdb, seconds, stop) as scratch:
-        yield scratch
+    with scratch_folder("falkordb-scratch-") as folder:
+        if rdb is not None:
+            (folder.path / "dump.rdb").symlink_to(rdb.resolve())
+        child = _start(engine.server, engine.module, folder)
+        try:
+            address = GraphAddress(unix_socket=str(folder.path / "s"))
+            loaded = contextlib.closing(_loaded(child, address, rdb, folder.path / "log", seconds))
+            with stop.ends(child.kill), loaded as conn:
+                yield Scratch(address, conn, child.pid)
+        except StoreUnreachable:
+            if not stop.is_set():
+                _require_alive(child)
+            raise
+        finally:
+            child.kill()
+            child.wait()
 
 
 _NULL, _BOOLEAN, _DOUBLE, _STRING, _INTEGER, _ARRAY = range(6)
 _POINT = {"latitude", "longitude"}  # the only property that JSON has as a map
 _INDEXED = ("id", "timestamp")  # of a memory, as AutoMem creates them
 _INDEX_SECONDS = 600.0
-
 Properties = Mapping[str, Any]
 
 
@@ -378,8 +347,9 @@ def points_in(properties: Properties) -> dict[str, str]:
     found = {}
     for key, value in properties.items():
         points = value if isinstance(value, list) else [value]
-        if points and all(map(_is_point, points)):
-            texts = list(map(_point, points))
+        if points and all(isinstance(one, dict) and one.keys() == _POINT for one in points):
+            pairs = [(float(one["latitude"]), float(one["longitude"])) for one in points]
+            texts = [f"point({{latitude: {latitude!r}, longitude: {longitude!r}}})" for latitude, longitude in pairs]
             found[key] = f"[{', '.join(texts)}]" if isinstance(value, list) else texts[0]
     return found
 
@@ -389,14 +359,6 @@ def require_values(page: Iterable[Properties]) -> None:
     for properties in page:
         for value in _plain(properties).values():
             _value(value)
-
-
-def _is_point(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() == _POINT
-
-
-def _point(value: Mapping[str, float]) -> str:
-    return f"point({{latitude: {float(value['latitude'])!r}, longitude: {float(value['longitude'])!r}}})"
 
 
 def _set_points(conn: redis.Redis, graph: str, match: str, properties: Properties) -> None:

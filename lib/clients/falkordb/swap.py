@@ -13,6 +13,7 @@ from lib.clients.falkordb.connection import (
     address_of,
     command,
     connect,
+    info,
     list_graphs,
     redis_cli,
     translated,
@@ -24,24 +25,11 @@ from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, 
 _COMMANDS = ("restore", "rename", "multi", "exec", "dump", "graph.delete", "graph.ro_query")
 _NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
 _EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
-_SWAP_COMMANDS = {"restore", "rename", "multi", "exec", "graph.delete"}
-_READ_COMMANDS = {
-    "auth",
-    "client",
-    "config",
-    "command",
-    "dbsize",
-    "dump",
-    "exists",
-    "get",
-    "hello",
-    "info",
-    "keys",
-    "memory",
-}
-_READ_COMMANDS |= {"module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog", "ttl", "type"}
-_READ_COMMANDS |= {"graph.config", "graph.list", "graph.ro_query", "graph.udf"}
-_UNCOUNTED = _SWAP_COMMANDS | _READ_COMMANDS
+# What changes no graph, or is a step of the swap.
+_UNCOUNTED = {"restore", "rename", "multi", "exec", "graph.delete", "graph.config", "graph.list", "graph.ro_query"}
+_UNCOUNTED |= {"graph.udf", "auth", "client", "config", "command", "dbsize", "dump", "exists", "get", "hello", "info"}
+_UNCOUNTED |= {"keys", "memory", "module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog"}
+_UNCOUNTED |= {"ttl", "type"}
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
@@ -111,11 +99,8 @@ def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:
             f"export FALKORDB_HOST={master.get('master_host')} FALKORDB_PORT={master.get('master_port')}",
         )
     if "maxmemory" in text:
-        raise StoreFailed(
-            f"{where} has no memory left: {text}",
-            next_step="free memory there, or raise its limit, which is now:\n"
-            + redis_cli(conn, "CONFIG", "GET", "maxmemory"),
-        )
+        step = f"free memory there, or raise its limit, which is now:\n{redis_cli(conn, 'CONFIG', 'GET', 'maxmemory')}"
+        raise StoreFailed(f"{where} has no memory left: {text}", next_step=step)
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
         raise StoreFailed(
             f"{where} accepts no writes now: {text}",
@@ -129,12 +114,8 @@ def require_memory(conn: redis.Redis, need: int) -> None:
     Redis refuses a write only when the limit is already passed. If its policy is to evict, it makes room by deleting
     keys, and the live graph may be one of them.
     """
-    try:
-        with translated(conn):
-            memory = conn.info("memory")
-    except AccessRefused:
-        return  # if memory is short, the trial restore fails
-    limit, used = int(memory.get("maxmemory", 0)), int(memory["used_memory"])
+    memory = info(conn, "memory")  # if it is refused and memory is short, the trial restore fails
+    limit, used = int(memory.get("maxmemory", 0)), int(memory.get("used_memory", 0))
     policy = str(memory.get("maxmemory_policy", "noeviction"))
     if not limit or used + need <= limit:
         return
@@ -252,10 +233,8 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
         probe = dump_graph(conn, temporary)
     finally:
         drop_graph(conn, temporary)
-    for what, read, written in (
-        ("RDB version", rdb_version(probe), rdb_version(payload)),
-        ("graph encoding", graph_encoding(probe), graph_encoding(payload)),
-    ):
+    for what, version_of in (("RDB version", rdb_version), ("graph encoding", graph_encoding)):
+        read, written = version_of(probe), version_of(payload)
         if written > read:
             raise StoreFailed(
                 f"FalkorDB at {address_of(conn)} cannot read this backup: its {what} is {written},"
