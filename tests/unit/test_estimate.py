@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib.clients.embeddings.cache import Missing
-from lib.clients.embeddings.pricing import expected
-from lib.clients.embeddings.rate_limits import BucketState, Pacer, RateLimits
+from lib.clients.embeddings.limits import BucketState, Pacer, RateLimits, expected
 from lib.dimensions import LOCAL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
 from lib.reembed.embed import EmbeddingRunner
 
