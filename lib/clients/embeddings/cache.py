@@ -90,8 +90,7 @@ class EmbeddingCache(CacheFile):
 
     def text_key(self, spec: EmbeddingSpec, text: str) -> bytes:
         """The 16-byte key of `text` under `spec`; the cache remembers the spec."""
-        spec = _without_credentials(spec)
-        digest = _spec_digest(spec)
+        spec, digest = _identity(spec)
         prefix = digest[:PREFIX_BYTES]
         if prefix not in self._specs:
             with self.transaction():
@@ -181,7 +180,7 @@ class EmbeddingCache(CacheFile):
 
     def _larger_specs(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
         """The specs that vectors of `spec` can be cut from, the nearest size first."""
-        spec = _without_credentials(spec)
+        spec, _ = _identity(spec)
         same = [each for each in self._specs.values() if each != spec and each.base_url == spec.base_url]
         same = [each for each in same if same_model(each.model, spec.model) and each.size >= spec.size]
         return sorted(same, key=lambda each: each.size) if can_be_cut(spec.model) else []
@@ -234,8 +233,7 @@ class EmbeddingCache(CacheFile):
     def memories_of(self, point_ids: Sequence[str | int]) -> dict[str | int, MemoryRow]:
         """The memories of those `point_ids` that the plan has."""
         sql = f"SELECT {_COLUMNS} FROM memories m WHERE point_id IN"  # noqa: S608 - constants
-        rows = map(_memory_row, self.rows_in(sql, map(str, point_ids)))
-        return {row.point_id: row for row in rows}
+        return {row.point_id: row for row in map(_memory_row, self.rows_in(sql, map(str, point_ids)))}
 
     def scanned(self, point_ids: Sequence[str | int]) -> set[str | int]:
         """Those of `point_ids` that the current scan has put already."""
@@ -305,14 +303,11 @@ class EmbeddingCache(CacheFile):
 
 
 @lru_cache(maxsize=32)
-def _without_credentials(spec: EmbeddingSpec) -> EmbeddingSpec:
-    return replace(spec, base_url=public_url(spec.base_url))
-
-
-@lru_cache(maxsize=32)
-def _spec_digest(spec: EmbeddingSpec) -> bytes:
+def _identity(spec: EmbeddingSpec) -> tuple[EmbeddingSpec, bytes]:
+    """Return the spec without credentials, and its digest."""
+    spec = replace(spec, base_url=public_url(spec.base_url))
     named = json.dumps([spec.base_url, spec.model, spec.size]).encode()
-    return hashlib.blake2b(named, digest_size=32).digest()
+    return spec, hashlib.blake2b(named, digest_size=32).digest()
 
 
 def _checksum(key: bytes, blob: bytes) -> bytes:

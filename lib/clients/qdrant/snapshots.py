@@ -109,8 +109,7 @@ def create(
     """
     now = list_snapshots(q, collection)
     known = now if known_before is None else known_before
-    earlier = [snapshot for snapshot in now if snapshot not in known]
-    if earlier:
+    if earlier := [snapshot for snapshot in now if snapshot not in known]:
         return _newest(earlier)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)
