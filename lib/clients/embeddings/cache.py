@@ -90,7 +90,8 @@ class EmbeddingCache(CacheFile):
 
     def text_key(self, spec: EmbeddingSpec, text: str) -> bytes:
         """The 16-byte key of `text` under `spec`; the cache remembers the spec."""
-        spec, digest = _identity(spec)
+        spec = _without_credentials(spec)
+        digest = _spec_digest(spec)
         prefix = digest[:PREFIX_BYTES]
         if prefix not in self._specs:
             with self.transaction():
@@ -180,7 +181,7 @@ class EmbeddingCache(CacheFile):
 
     def _larger_specs(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
         """The specs that vectors of `spec` can be cut from, the nearest size first."""
-        spec, _ = _identity(spec)
+        spec = _without_credentials(spec)
         same = [each for each in self._specs.values() if each != spec and each.base_url == spec.base_url]
         same = [each for each in same if same_model(each.model, spec.model) and each.size >= spec.size]
         return sorted(same, key=lambda each: each.size) if can_be_cut(spec.model) else []
@@ -233,7 +234,8 @@ class EmbeddingCache(CacheFile):
     def memories_of(self, point_ids: Sequence[str | int]) -> dict[str | int, MemoryRow]:
         """The memories of those `point_ids` that the plan has."""
         sql = f"SELECT {_COLUMNS} FROM memories m WHERE point_id IN"  # noqa: S608 - constants
-        return {row.point_id: row for row in map(_memory_row, self.rows_in(sql, map(str, point_ids)))}
+        rows = map(_memory_row, self.rows_in(sql, map(str, point_ids)))
+        return {row.point_id: row for row in rows}
 
     def scanned(self, point_ids: Sequence[str | int]) -> set[str | int]:
         """Those of `point_ids` that the current scan has put already."""
@@ -303,11 +305,14 @@ class EmbeddingCache(CacheFile):
 
 
 @lru_cache(maxsize=32)
-def _identity(spec: EmbeddingSpec) -> tuple[EmbeddingSpec, bytes]:
-    """Return the spec without credentials, and its digest."""
-    spec = replace(spec, base_url=public_url(spec.base_url))
+def _without_credentials(spec: EmbeddingSpec) -> EmbeddingSpec:
+    return replace(spec, base_url=public_url(spec.base_url))
+
+
+@lru_cache(maxsize=32)
+def _spec_digest(spec: EmbeddingSpec) -> bytes:
     named = json.dumps([spec.base_url, spec.model, spec.size]).encode()
-    return spec, hashlib.blake2b(named, digest_size=32).digest()
+    return hashlib.blake2b(named, digest_size=32).digest()
 
 
 def _checksum(key: bytes, blob: bytes) -> bytes:

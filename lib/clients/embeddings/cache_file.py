@@ -77,8 +77,10 @@ class CacheFile:
             with self.guarded():
                 if vectors:
                     self.db.execute(f"ATTACH DATABASE ? AS {self.vectors_schema}", [str(vectors)])
+                    self._prepare("main", path, _PLAN_TABLES)
                     self._prepare(self.vectors_schema, vectors, _VECTOR_TABLES)
-                self._prepare("main", path, _PLAN_TABLES if vectors else f"{_VECTOR_TABLES};{_PLAN_TABLES}")
+                else:
+                    self._prepare("main", path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
         except BaseException:
             self.close()
             raise
@@ -121,8 +123,9 @@ class CacheFile:
         except sqlite3.DatabaseError as error:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a bug in this program
-            text = f"the embedding cache {self.path} cannot be used: {error}"
-            raise CacheDamaged(text, next_step=self._remedy(error)) from error
+            raise CacheDamaged(
+                f"the embedding cache {self.path} cannot be used: {error}", next_step=self._remedy(error)
+            ) from error
 
     def _remedy(self, error: sqlite3.DatabaseError) -> str:
         """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
@@ -271,7 +274,8 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
     A plan is the last scan of a graph and collection; it needs the vectors of its memories. Raises GuardRefused while a
     run is unfinished, CacheDamaged if a plan cannot be read, LockHeld if another process uses the vectors.
     """
-    plans = sorted({*cache.path.parent.glob("*.sqlite3")} - {cache.path, cache.vectors_path})
+    own = {cache.path, cache.vectors_path}
+    plans = [one for one in sorted(cache.path.parent.glob("*.sqlite3")) if one not in own]
     before = cache.size_bytes()
     if not dry_run:
         _require_no_open_run(folder)
@@ -281,19 +285,22 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
     with cache.exclusive():
         _note_needed(cache, plans)
         with cache.transaction():
-            delete = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
-            removed = cache.db.execute(delete).rowcount
+            sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
+            removed = cache.db.execute(sql).rowcount
     shrunk = _shrink(cache)
     return Pruned(stored, removed, before, cache.size_bytes(), shrunk)
 
 
 def _require_no_open_run(folder: Path) -> None:
     for journal in open_journals(folder):
-        again = journal.fact("again")
-        step = "finish it, or give it up with --abort" + (f":\n{again}" if again else "")
-        step += f"\nor undo it:\n{journal.undo}" if journal.undo else ""
-        text = f"a run is unfinished ({journal.path.name}): it may need what would be deleted"
-        raise GuardRefused(text, next_step=step)
+        step = "finish it, or give it up with --abort"
+        if again := journal.fact("again"):
+            step += f":\n{again}"
+        if journal.undo:
+            step += f"\nor undo it:\n{journal.undo}"
+        raise GuardRefused(
+            f"a run is unfinished ({journal.path.name}): it may need what would be deleted", next_step=step
+        )
 
 
 def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:

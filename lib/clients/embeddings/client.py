@@ -275,7 +275,8 @@ class EmbeddingClient:
                 return self._attempt(list(texts), stop)
             except (RateLimited, Transient) as error:
                 failures += isinstance(error, Transient)
-                if not stop.is_set() and (final := self._final_error(error, started, failures)):
+                final = None if stop.is_set() else self._final_error(error, started, failures)
+                if final:
                     raise final from error
                 if isinstance(error, Transient):  # the pacer itself delays what a rate limit refused
                     longest = next(pauses)

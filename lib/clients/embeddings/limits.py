@@ -152,7 +152,8 @@ class RateLimited(Exception):
 
     def __init__(self, message: str, wait_seconds: float | None, limits: RateLimits | None) -> None:
         super().__init__(message)
-        self.wait_seconds, self.limits = wait_seconds, limits
+        self.wait_seconds = wait_seconds
+        self.limits = limits
 
 
 def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
@@ -199,9 +200,11 @@ def estimated_tokens(texts: Sequence[str]) -> int:
 
 
 POLL_SECONDS = 0.1  # how soon a waiting worker notices a stop
-# Share of the announced rate, because another process may use the same key: less after a refusal, then slowly more.
-SLOW_DOWN, SLOWEST, RECOVER_PER_SECOND = 0.85, 0.1, 0.03
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 30.0  # after a refusal without a retry-after header
+SLOW_DOWN = 0.85  # of the announced rate, after a refusal: another process may use the same key
+SLOWEST = 0.1
+RECOVER_PER_SECOND = 0.03
+FIRST_WAIT_SECONDS = 1.0  # after a refusal without a retry-after header
+LONGEST_WAIT_SECONDS = 30.0
 
 
 class _Bucket:

@@ -146,7 +146,8 @@ class _Run:
         while more or self._batches_sent:
             while more and self._batches_sent < most_sent:
                 batch = next(batches, [])
-                if more := bool(batch) and self._has_room(len(batch)):
+                more = bool(batch) and self._has_room(len(batch))
+                if more:
                     self._batches_sent += 1
                     self._texts_sent += len(batch)
                     self._jobs.put(batch)
@@ -216,7 +217,8 @@ class _Run:
         with self._arrival:
             self._arrival.wait_for(lambda: self._results, timeout=seconds)
             results = list(self._results)
-        if vectors := [pair for result in results for pair in result.vectors]:
+        vectors = [pair for result in results for pair in result.vectors]
+        if vectors:
             self._store(vectors)
         # Removed only now: if the run is interrupted above, they are stored again, which changes nothing.
         for result in results:
@@ -236,15 +238,15 @@ class _Run:
         pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
         billed = self._client.billed_tokens - billed_before
         return EmbedProgress(
-            embedded=self._embedded,
-            tokens=billed,
-            requests=pacer.requests - requests,
-            rate_limited=pacer.rate_limited - rate_limited,
-            seconds=time.monotonic() - self._started,
-            discarded=billed - self._tokens,
-            waiting_seconds=pacer.waiting_seconds(),
-            refused=self._refused,
-            cut=self._cut,
+            self._embedded,
+            billed,
+            pacer.requests - requests,
+            pacer.rate_limited - rate_limited,
+            time.monotonic() - self._started,
+            billed - self._tokens,
+            pacer.waiting_seconds(),
+            self._refused,
+            self._cut,
         )
 
     # --- the workers' threads
@@ -292,7 +294,8 @@ class _Run:
             self._require_endpoint(first_sent)
             self._deliver(_Result(refused=[Refused(row.label, problem)]))
             return False
-        if accepted := self._embed([shorter], first_sent):
+        accepted = self._embed([shorter], first_sent)
+        if accepted:
             self._deliver(_Result(cut=[shorter.label]))
         return accepted
 

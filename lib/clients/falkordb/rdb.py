@@ -59,7 +59,8 @@ def read_string(data: bytes, at: int) -> tuple[bytes, int] | None:
     """Return a string and the offset after it, or None. Small integers, which an RDB packs, become their digits."""
     width = {0xC0: 1, 0xC1: 2, 0xC2: 4}.get(data[at] if at < len(data) else 0)
     if width and at + 1 + width <= len(data):
-        return b"%d" % int.from_bytes(data[at + 1 : at + 1 + width], "little", signed=True), at + 1 + width
+        number = int.from_bytes(data[at + 1 : at + 1 + width], "little", signed=True)
+        return b"%d" % number, at + 1 + width
     found = read_length(data, at)
     if found is None or sum(found) > len(data):
         return None

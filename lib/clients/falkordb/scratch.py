@@ -30,8 +30,10 @@ from lib.clients.falkordb.rdb import RdbFacts, graph_encoding, rdb_version
 from lib.concurrency import CancelToken
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable, UsageProblem
 
-SERVER_VARIABLE, MODULE_VARIABLE = "FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE"
-POLL_SECONDS, START_SECONDS = 0.02, 60.0
+SERVER_VARIABLE = "FALKORDB_SCRATCH_SERVER"
+MODULE_VARIABLE = "FALKORDB_SCRATCH_MODULE"
+POLL_SECONDS = 0.02
+START_SECONDS = 60.0
 LOAD_BYTES_PER_SECOND = 4_000_000  # of a slow machine; two cores load 30 to 50 MB/s
 _FOREIGN_MODULE = re.compile(r"no matching module(?: type)? '([^']+)'")
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")

@@ -17,11 +17,12 @@ _EXAMPLE = f"list every node's own address:\nexport {_VARIABLE}=http://node1:633
 
 @dataclass(frozen=True)
 class Shard:
-    """One replica of one shard."""
+    """One replica of one shard. `points` is known only on the node that was asked."""
 
     shard_id: int
     peer: int
     state: str
+    points: int | None
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def topology(q: Qdrant, name: str) -> Topology:
     """
     result = q.json("GET", collection_path(name, "cluster"))
     this_peer = int(result["peer_id"])
-    local = [Shard(one["shard_id"], this_peer, one["state"]) for one in result["local_shards"]]
-    remote = [Shard(one["shard_id"], int(one["peer_id"]), one["state"]) for one in result["remote_shards"]]
+    local = [Shard(s["shard_id"], this_peer, s["state"], s["points_count"]) for s in result["local_shards"]]
+    remote = [Shard(s["shard_id"], int(s["peer_id"]), s["state"], None) for s in result["remote_shards"]]
     try:
         nodes = q.json("GET", "/cluster").get("peers") or {}
     except AccessRefused:
@@ -96,21 +97,26 @@ def wait_active(nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterab
     """
     wanted, deadline, stable = set(shards), time.monotonic() + seconds, 0
     while stable < _STABLE_POLLS:
-        states = {state for one in nodes for state in _states(one, name)}
-        stable = stable + 1 if states == {ACTIVE} and wanted <= {*topology(node, name).local_ids} else 0
+        states, held = _states(nodes, name), set(topology(node, name).local_ids)
+        stable = stable + 1 if states == {ACTIVE} and wanted <= held else 0
         if time.monotonic() >= deadline:
-            found = ", ".join(sorted(states))
-            raise StoreFailed(f"the shards of '{name}' did not become active on the nodes ({found})")
+            raise StoreFailed(
+                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})"
+            )
         node.sleep(_POLL_SECONDS)
 
 
-def _states(node: Qdrant, name: str) -> set[str]:
-    """The states of all replicas, as this node reports them."""
-    try:
-        view = topology(node, name)
-    except NotFound:
-        return {"not known to every node yet"}
-    return {shard.state for shard in view.shards} | ({"being moved"} if view.transfers else set())
+def _states(nodes: Iterable[Qdrant], name: str) -> set[str]:
+    """The states of all replicas, as all nodes report them."""
+    found: set[str] = set()
+    for node in nodes:
+        try:
+            view = topology(node, name)
+        except NotFound:
+            found.add("not known to every node yet")
+        else:
+            found |= {shard.state for shard in view.shards} | ({"being moved"} if view.transfers else set())
+    return found
 
 
 def refuse_partial(topology: Topology) -> None:
@@ -138,10 +144,11 @@ def whole_nodes(q: Qdrant, listed: Sequence[Qdrant], name: str) -> list[Node]:
     if not listed:
         refuse_partial(whole)
         return [Node(q, whole.this_peer, whole.local_ids)]
-    views = [(node, _listed_topology(node, name)) for node in listed]
-    require_match(whole, [(node.display, view) for node, view in views], q.display)
-    require_cover(whole, [view for _, view in views])
-    return [Node(node, view.this_peer, view.local_ids) for node, view in views if view.local]
+    views = [_listed_topology(node, name) for node in listed]
+    require_match(whole, [(node.display, view) for node, view in zip(listed, views, strict=True)], q.display)
+    require_cover(whole, views)
+    nodes = [Node(node, view.this_peer, view.local_ids) for node, view in zip(listed, views, strict=True)]
+    return [node for node in nodes if node.shards]
 
 
 def _listed_topology(node: Qdrant, name: str) -> Topology:
@@ -170,7 +177,8 @@ def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], displa
                 next_step=_EXAMPLE,
             )
         seen[view.this_peer] = address
-        ours, theirs = ({one.this_peer, *one.holders, *one.known} for one in (whole, view))
+        ours = {whole.this_peer, *whole.holders, *whole.known}
+        theirs = {view.this_peer, *view.holders, *view.known}
         if view.this_peer not in ours or whole.this_peer not in theirs:
             raise UsageProblem(
                 f"{address}, which {_VARIABLE} lists, is a node of another cluster (peer {view.this_peer}) than "
@@ -184,7 +192,8 @@ def require_cover(whole: Topology, views: Sequence[Topology]) -> None:
     local = [shard for view in views for shard in view.local]
     _require_active(local, max(one.transfers for one in (whole, *views)))
     covered = {shard.shard_id for shard in local}
-    if missing := [shard for view in (whole, *views) for shard in view.shards if shard.shard_id not in covered]:
+    missing = [shard for view in (whole, *views) for shard in view.shards if shard.shard_id not in covered]
+    if missing:
         first = min(missing, key=lambda shard: shard.shard_id)
         address = whole.known.get(first.peer)
         node = f"peer {first.peer}" + (f" (to the other nodes: {address})" if address else "")

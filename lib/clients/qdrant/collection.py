@@ -201,7 +201,8 @@ def create_like(
 def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
     """Set what neither the create call nor the restore of a snapshot sets (1.11.3, 1.19.0), as in `config`."""
     params = config["params"]
-    if fan_out := {key: params[key] for key in _BY_PATCH if params.get(key) is not None}:
+    fan_out = {key: params[key] for key in _BY_PATCH if params.get(key) is not None}
+    if fan_out:
         q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
 
 
@@ -290,7 +291,8 @@ def free_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
 
 def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
     """Make these the collection's aliases; an alias of another collection is moved."""
-    if actions := [{"create_alias": {"collection_name": name, "alias_name": alias}} for alias in aliases]:
+    actions = [{"create_alias": {"collection_name": name, "alias_name": alias}} for alias in aliases]
+    if actions:
         q.json("POST", "/collections/aliases", {"actions": actions}, retry=True)
 
 
@@ -299,7 +301,8 @@ def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
 
     Call it before anything is paid for or deleted. Every field of `config` is either carried over or named here.
     """
-    if found := list(_foreign_settings(raw_info["config"])):
+    found = list(_foreign_settings(raw_info["config"]))
+    if found:
         raise UsageProblem(
             "the collection holds what a re-embed would not carry over:\n" + "\n".join(f"  - {one}" for one in found),
             next_step="if it is not AutoMem's collection, correct QDRANT_COLLECTION; else back it up, then move what is"

@@ -141,7 +141,8 @@ def delete_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> None:
     """Delete the points with these ids and wait until it is done; unknown ids are ignored."""
     path = collection_path(name, "points", "delete")
     for start in range(0, len(ids), DELETE_BATCH):
-        q.json("POST", path, {"points": list(ids[start : start + DELETE_BATCH])}, params=_WAIT, retry=True)
+        body = {"points": list(ids[start : start + DELETE_BATCH])}
+        q.json("POST", path, body, params=_WAIT, retry=True)
 
 
 def overwrite_payload(q: Qdrant, name: str, point_id: PointId, payload: dict[str, Any]) -> None:
@@ -220,7 +221,8 @@ def _reads_gzip(q: Qdrant, name: str) -> bool:
 
 def preflight_write(q: Qdrant, name: str) -> None:
     """Raise AccessRefused if points may not be written, by a small request that needs the same right."""
-    delete_points(q, name, [str(uuid.uuid4())])  # which does not exist
+    body = {"points": [str(uuid.uuid4())]}  # deletes a point that does not exist
+    q.json("POST", collection_path(name, "points", "delete"), body, params=_WAIT, retry=True)
 
 
 def _serialized(
@@ -312,7 +314,8 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
                 name, vector.tolist(), query_filter=narrowed, search_params=exact, limit=limit, with_payload=False
             )
         except UnexpectedResponse as error:
-            raise QdrantError(q.display, error.status_code or 0, error.content.decode("utf-8", "replace")) from None
+            text = error.content.decode("utf-8", "replace")
+            raise QdrantError(q.display, error.status_code or 0, text) from None
         except ResponseHandlingException:
             raise NoAnswer(f"Qdrant at {q.display} gave no answer to a search") from None
         return [Hit(one.id if isinstance(one.id, int) else str(one.id), one.score) for one in answer.points]

@@ -40,7 +40,8 @@ def preflight_upload(q: Qdrant, collection: str) -> None:
     It changes and leaves nothing (seen on 1.11.3 and 1.18.3).
     """
     try:
-        _post(q, collection, _Form(unique_filename("preflight"), b"0" * 1024), WRONG_CHECKSUM, q.timeout_seconds)
+        form = _Form(unique_filename("preflight"), b"0" * 1024)
+        _post(q, collection, form, WRONG_CHECKSUM, q.timeout_seconds)
     except QdrantError as error:
         if error.status != 400:
             raise

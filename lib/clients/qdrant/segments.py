@@ -73,7 +73,9 @@ class SegmentFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.full, self.segments, self.folder = False, 0, folder
+        self.full = False
+        self.segments = 0
+        self.folder = folder
         self._files: dict[int, IO[bytes]] = {}
 
     def save(self, shard: int, content: Section | Sparse) -> ByteStream:

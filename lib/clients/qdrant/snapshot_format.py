@@ -25,8 +25,9 @@ _PIECES_LIMIT = 200_000  # of one sparse file
 # How much larger than its stored pieces a sparse file may be. A WAL file is preallocated with 32 MiB, or as configured.
 _HOLES_LIMIT = 16 * 1024**3
 
+_REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 # Qdrant writes files, directories and, from 1.13 on, sparse files.
-_KNOWN = {*tarfile.REGULAR_TYPES, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME}
+_KNOWN = {*_REGULAR, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME}
 
 _SEGMENT = re.compile(r"(\d+)/segments/[^/]+\.tar")
 _SHARD_JSON = re.compile(r"(\d+)/(replica_state|shard_config)\.json")
@@ -49,7 +50,8 @@ class Section:
 
     def __init__(self, stream: ByteStream, size: int | None, where: str) -> None:
         self.size = self.left = size
-        self.where, self._stream = where, stream
+        self.where = where
+        self._stream = stream
 
     def read(self, size: int, /) -> bytes:
         """Return at most `size` bytes, none only at the end. Raises BackupDamaged if the stream ends early."""
@@ -66,8 +68,10 @@ class Sparse:
     """The content of a sparse file: its stored `pieces` (offset, bytes) with zeros between, `size` bytes in all."""
 
     def __init__(self, stored: Section, pieces: list[tuple[int, int]], size: int) -> None:
-        self._stored, self._position, self.size = stored, 0, size
+        self._stored = stored
         self._pieces = [piece for piece in reversed(pieces) if piece[1]]
+        self._position = 0
+        self.size = size
 
     def read(self, size: int, /) -> bytes:
         """Like `Section.read`; at most 1 MiB of zeros at a time."""
@@ -96,10 +100,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class SnapshotFacts:
-    """What a snapshot says about its collection; `config` is config.json.
+    """What a snapshot says about its collection.
 
     `size` and `distance` are of the unnamed vector (or the first named one). `payload_schema` maps a field to its type
-    or parameters, `shards` every shard to the number of its segments here: 0 if another node holds it.
+    or parameters. `config` is config.json. `shards` maps every shard to the number of its segments here, which is 0 if
+    another node holds it.
     """
 
     size: int
@@ -338,10 +343,10 @@ def _segment_vector(content: ByteStream, name: str) -> _Vector | None:
     state: dict[str, Any] | None = None
     version = False
     for entry in entries(Section(content, None, where), needs_end=False):
-        file = entry.name.rsplit("/", 1)[-1] if entry.is_file else ""
-        version |= file == "version.info"
-        if file == "segment.json":
+        last = entry.name.rsplit("/", 1)[-1]
+        if entry.is_file and last == "segment.json":
             state = _parse_json(_text(entry, _SMALL_JSON_LIMIT), f"segment.json of {name}")
+        version = version or (entry.is_file and last == "version.info")
     if state is None or not version:
         raise _damaged(where, "is empty, zeroed or cut: its segment.json or version.info is missing")
     try:

@@ -109,7 +109,8 @@ def create(
     """
     now = list_snapshots(q, collection)
     known = now if known_before is None else known_before
-    if earlier := [snapshot for snapshot in now if snapshot not in known]:
+    earlier = [snapshot for snapshot in now if snapshot not in known]
+    if earlier:
         return _newest(earlier)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)

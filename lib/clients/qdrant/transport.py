@@ -148,7 +148,9 @@ class Qdrant:
             )
         self.base_url, self._login = _split_login(url)
         self.display = self.base_url
-        self.api_key, self.timeout_seconds, self.sleep = api_key, timeout_seconds, sleep
+        self.api_key = api_key
+        self.timeout_seconds = timeout_seconds
+        self.sleep = sleep
         self.reads_gzip = False if is_this_machine(self.base_url) else None
         self._local = threading.local()
 
@@ -296,14 +298,7 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
     """StoreUnreachable if no connection was made, else NoAnswer."""
     text = str(error)
     if isinstance(error, requests.exceptions.SSLError):
-        if any(sign in text for sign in _PLAIN_HTTP):
-            step = f"export QDRANT_URL={display.replace('https:', 'http:')}"
-            return StoreUnreachable(f"Qdrant at {display}: TLS failed: the server speaks plain HTTP", next_step=step)
-        found = re.search(r"\] (.+?) \(_ssl", text)
-        return StoreUnreachable(
-            f"Qdrant at {display}: TLS failed: {found[1] if found else one_line(text[:_TEXT_LIMIT])}",
-            next_step="if its certificate is of an authority of your own:\nexport REQUESTS_CA_BUNDLE=...",
-        )
+        return _tls_error(display, text)
     if reason := next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None):
         host = urlsplit(display).hostname or ""
         hint = container_hint(host, "QDRANT_URL=http://localhost:6333") if reason == _UNKNOWN_HOST else ""
@@ -315,14 +310,20 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
     return NoAnswer(f"Qdrant at {display} gave no answer: {broken}")
 
 
+def _tls_error(display: str, text: str) -> StoreUnreachable:
+    if any(sign in text for sign in _PLAIN_HTTP):
+        step = f"export QDRANT_URL={display.replace('https:', 'http:')}"
+        return StoreUnreachable(f"Qdrant at {display}: TLS failed: the server speaks plain HTTP", next_step=step)
+    found = re.search(r"\] (.+?) \(_ssl", text)
+    return StoreUnreachable(
+        f"Qdrant at {display}: TLS failed: {found[1] if found else one_line(text[:_TEXT_LIMIT])}",
+        next_step="if its certificate is of an authority of your own:\nexport REQUESTS_CA_BUNDLE=...",
+    )
+
+
 def _status_error(display: str, response: requests.Response, secrets: Iterable[str]) -> AccessRefused | QdrantError:
     """The error for an answer of status 300 and above; `secrets` are masked in its text."""
-    status = response.status_code
-    try:
-        text = str(orjson.loads(response.content)["status"]["error"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        text = response.text.strip()  # the middleware and the download route answer in plain text
-    text = one_line(text[:_TEXT_LIMIT] or response.reason or "no text")
+    status, text = response.status_code, _error_text(response)
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     if status in {401, 403}:
@@ -334,6 +335,14 @@ def _status_error(display: str, response: requests.Response, secrets: Iterable[s
         return NotFound(display, status, text)
     step = "free disk space on the Qdrant server, then run the same command again" if reports_full_disk(text) else ""
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
+
+
+def _error_text(response: requests.Response) -> str:
+    try:
+        text = str(orjson.loads(response.content)["status"]["error"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        text = response.text.strip()  # the middleware and the download route answer in plain text
+    return one_line(text[:_TEXT_LIMIT] or response.reason or "no text")
 
 
 def _require_framed(response: requests.Response) -> None:
