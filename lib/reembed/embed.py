@@ -13,7 +13,7 @@ import msgspec
 from lib.backup.graph import GraphSource
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.limits import Expected, expected, price_of, price_text
+from lib.clients.embeddings.pricing import Expected, expected, price_of, price_text
 from lib.clients.embeddings.worker_pool import SEQUENTIAL, EmbedProgress, Refused, embed_missing, texts_a_request
 from lib.concurrency import ProgressBar, steps_of
 from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lib.backup.existing_points import existing_points
 from lib.backup.last_migration import kept_the_size
-from lib.clients.embeddings.limits import count_tokens
+from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll
 from lib.dimensions import SETTING_NAMES

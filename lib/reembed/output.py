@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lib.clients.embeddings.limits import FREE, price_basis, price_text
+from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.console import Console, age_text, size_text, table
 from lib.dimensions import model_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line

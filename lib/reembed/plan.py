@@ -16,7 +16,7 @@ from lib.backup.graph import GraphSource
 from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.embeddings.limits import count_tokens, forget_tokenizer, input_limit, price_of
+from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
 from lib.concurrency import ProgressBar, read_ahead

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.backup.catalog import REPORT_DIR
-from lib.clients.embeddings.limits import price_text
+from lib.clients.embeddings.pricing import price_text
 from lib.console import Console, pasteable
 from lib.errors import MigrationError
 from lib.files import private_dir, write_atomic

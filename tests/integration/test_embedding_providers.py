@@ -10,7 +10,7 @@ from lib.clients.embeddings import client as client_module
 from lib.clients.embeddings.answers import BadInput, WrongWidth
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.limits import count_tokens
+from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.dimensions import OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem
@@ -200,7 +200,7 @@ def test_a_missing_payment_is_never_waited_for(server, fault, named):
 
 
 def test_voyages_rate_limit_without_headers_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr("lib.clients.embeddings.limits.FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("lib.clients.embeddings.rate_limits.FIRST_WAIT_SECONDS", 0.05)
     server.fault(status=429, message="Rate limit exceeded. Please slow down.", times=2)
     client = client_for(server, VOYAGE)
     assert len(client.embed(TEXTS).vectors) == len(TEXTS)
@@ -210,7 +210,7 @@ def test_voyages_rate_limit_without_headers_is_waited_for(server, monkeypatch):
 
 @pytest.mark.matrix
 def test_real_limits_of_voyage_come_without_headers(monkeypatch):
-    monkeypatch.setattr("lib.clients.embeddings.limits.FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("lib.clients.embeddings.rate_limits.FIRST_WAIT_SECONDS", 0.05)
     with OpenAIServer(requests_per_minute=20) as limited:
         client = client_for(limited, VOYAGE)
         for n in range(21):  # the bucket of 20 refills by one in three seconds

@@ -17,7 +17,7 @@ from lib.clients.embeddings import worker_pool as workers_module
 from lib.clients.embeddings.answers import WrongWidth
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.limits import count_tokens
+from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.dimensions import EmbeddingSpec
 from lib.errors import ProviderRefused

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lib.clients.embeddings.cache_file import room_of
-from lib.clients.embeddings.limits import cut_to_tokens, price_of
+from lib.clients.embeddings.pricing import cut_to_tokens, price_of
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from lib.clients.embeddings.cache import Missing
-from lib.clients.embeddings.limits import BucketState, Pacer, RateLimits, expected
+from lib.clients.embeddings.pricing import expected
+from lib.clients.embeddings.rate_limits import BucketState, Pacer, RateLimits
 from lib.dimensions import LOCAL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
 from lib.reembed.embed import EmbeddingRunner
 

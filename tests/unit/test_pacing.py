@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lib.clients.embeddings.limits import (
+from lib.clients.embeddings.rate_limits import (
     BucketState,
     Pacer,
     RateLimited,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib.clients.embeddings.limits import (
+from lib.clients.embeddings.pricing import (
     PRICES_AS_OF,
     count_tokens,
     cut_to_tokens,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import orjson
 import pybase64
 
-from lib.clients.embeddings.limits import RateLimited, rate_limits, retry_after
+from lib.clients.embeddings.rate_limits import RateLimited, rate_limits, retry_after
 from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec, has_unit_vectors
 from lib.errors import ProviderRefused, UsageProblem
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, chunks, moved
-from lib.clients.embeddings.limits import input_limit
+from lib.clients.embeddings.pricing import input_limit
 from lib.dimensions import EmbeddingSpec, can_be_cut, public_url, same_model
 
 # A key is PREFIX_BYTES for endpoint, model and size, then TEXT_BYTES for the text.

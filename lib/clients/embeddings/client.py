@@ -23,7 +23,7 @@ from lib.clients.embeddings.answers import (
     redacted,
     refusal_error,
 )
-from lib.clients.embeddings.limits import Pacer, RateLimited, estimated_tokens, rate_limits
+from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.concurrency import Cancelled
 from lib.dimensions import (
     LOCAL,

@@ -14,7 +14,8 @@ from lib.child_process import release_free_memory, unmap_large_blocks
 from lib.clients.embeddings.answers import BadAnswer, BadInput, context_limit
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT, OLLAMA_INPUTS, EmbeddingClient
-from lib.clients.embeddings.limits import count_tokens, cut_to_tokens, estimated_tokens, input_limit
+from lib.clients.embeddings.pricing import count_tokens, cut_to_tokens, input_limit
+from lib.clients.embeddings.rate_limits import estimated_tokens
 from lib.concurrency import Cancelled
 from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, bare_model
 from lib.errors import MigrationError, ProviderRefused
