@@ -51,7 +51,7 @@ def command(args: argparse.Namespace) -> int:
     """Check the settings without a network, then do the work under the lock."""
     from lib import connect
     from lib.abort import abort
-    from lib.clients.embeddings.prune import prune_cache
+    from lib.clients.embeddings.cache_file import prune_cache
     from lib.config import config_of, require_embedding
     from lib.console import Console
     from lib.dimensions import model_fault

@@ -44,10 +44,10 @@ from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
-from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state, vector_params
+from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state
 from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
-from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot
+from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot, vector_params
 from lib.clients.qdrant.transport import NotFound, Qdrant
 from lib.concurrency import Progress
 from lib.dimensions import OPENAI, UNKNOWN_MODEL, EmbeddingSpec, provider_fact, provider_of

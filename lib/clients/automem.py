@@ -107,10 +107,7 @@ def _checked(response: Any) -> dict[str, Any]:
 
 
 def ask_health(api: AutoMemApi) -> HealthAnswer:
-    """Send `GET /health`, and interpret any answer: a degraded service runs, too. Raises nothing.
-
-    If another service answers below the path of the URL, the host's root is asked, too: the path may be wrong.
-    """
+    """Send `GET /health`, also to the root of the host if something else answers at the path. Raises nothing."""
     answer, parts = _health(api), urlsplit(api.url)
     root = f"{parts.scheme}://{parts.netloc}"
     if answer.presence == "absent" and answer.seen and root != api.url:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lib.clients.embeddings.cache import Missing
-    from lib.clients.embeddings.prune import Pruned
+    from lib.clients.embeddings.cache_file import Pruned
     from lib.clients.qdrant.collection import CollectionState
     from lib.dimensions import EmbeddingSpec
     from lib.reembed.assess import Assessment

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lib.clients.embeddings import client as client_module
+from lib.clients.embeddings.answers import BadAnswer, BadInput, WrongWidth
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.refusals import BadAnswer, BadInput, WrongWidth
 from lib.concurrency import Cancelled
 from lib.dimensions import EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem

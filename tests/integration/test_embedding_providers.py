@@ -7,10 +7,10 @@ import pytest
 import requests
 
 from lib.clients.embeddings import client as client_module
+from lib.clients.embeddings.answers import BadInput, WrongWidth
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens
-from lib.clients.embeddings.refusals import BadInput, WrongWidth
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.dimensions import OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem

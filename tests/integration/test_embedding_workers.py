@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from lib.clients.embeddings import worker_pool as workers_module
+from lib.clients.embeddings.answers import WrongWidth
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens
-from lib.clients.embeddings.refusals import WrongWidth
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.dimensions import EmbeddingSpec
 from lib.errors import ProviderRefused
@@ -295,7 +295,7 @@ from pathlib import Path
 from lib.dimensions import EmbeddingSpec
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.cache import TextRow
-from lib.clients.embeddings.refusals import WrongWidth
+from lib.clients.embeddings.answers import WrongWidth
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.worker_pool import embed_missing
 spec = EmbeddingSpec({url!r}, {model!r}, {size})

@@ -17,7 +17,7 @@ from lib.clients import automem as automem_api
 from lib.clients.automem import AutoMemApi, ask_health, recall
 from lib.clients.embeddings import client
 from lib.clients.embeddings import client as provider
-from lib.clients.embeddings.refusals import Transient
+from lib.clients.embeddings.answers import Transient
 from lib.clients.qdrant import snapshots, transport
 from lib.clients.qdrant.transport import NoAnswer, Qdrant
 from lib.dimensions import EmbeddingSpec

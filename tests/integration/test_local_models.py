@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-from lib.clients.embeddings import local
+from lib.clients.embeddings import client as clients
+from lib.clients.embeddings.answers import WrongWidth
 from lib.clients.embeddings.cache import EmbeddingCache, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.refusals import WrongWidth
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.concurrency import Cancelled
 from lib.dimensions import LOCAL, LOCAL_MODELS, LOCAL_URL, EmbeddingSpec
@@ -101,7 +101,7 @@ def test_a_run_that_ends_stops_before_the_next_batch(models_dir):
 _ENDS_WHILE_IT_EMBEDS = """
 import importlib.util, sys, threading, time
 from pathlib import Path
-from lib.clients.embeddings.local import LocalModel
+from lib.clients.embeddings.client import LocalModel
 from lib.dimensions import EmbeddingSpec
 
 class Model:
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_loaded_names_its_folder(tmp_path, monkeypatch, d
 
 
 def test_a_missing_package_is_named_before_anything_is_embedded(tmp_path, monkeypatch):
-    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(clients.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UsageProblem, match="'fastembed', which is not installed here") as caught:
         client_for(tmp_path)
     assert caught.value.exit_code == 2

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.clients.embeddings import prune as pruning
+from lib.clients.embeddings import cache_file as pruning
 from lib.clients.embeddings.cache import SUM_BYTES, EmbeddingCache, MemoryRow
-from lib.clients.embeddings.cache_file import CacheDamaged
-from lib.clients.embeddings.prune import prune_cache
+from lib.clients.embeddings.cache_file import CacheDamaged, prune_cache
 from lib.dimensions import EmbeddingSpec
 from lib.errors import GuardRefused, LockHeld
 from lib.journal import start_journal

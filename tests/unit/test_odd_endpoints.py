@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lib.backup.existing_points import TemporaryIdTable
+from lib.clients.embeddings.answers import BadAnswer, BadIndices, billed_tokens, context_limit, read_answer
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.cache_file import VALUES_AT_ONCE
-from lib.clients.embeddings.client import Provider, billed_tokens, read_answer
+from lib.clients.embeddings.client import Provider
 from lib.clients.embeddings.pricing import count_tokens, input_limit, price_of
-from lib.clients.embeddings.refusals import BadAnswer, BadIndices, context_limit
 from lib.clients.embeddings.worker_pool import _cut_to_limit
 from lib.config import load_config
 from lib.dimensions import EmbeddingSpec, check_model, native_size, takes_dimensions

@@ -317,7 +317,7 @@ def test_the_engine_finds_the_ids_that_exist(tmp_path):
 def test_an_engine_that_dies_ends_nothing_else(tmp_path, monkeypatch, number, error):
     dying = tmp_path / "dying.py"
     dying.write_text(f"import os\ninput()\nos.kill(os.getpid(), {number})\n")
-    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", dying)
+    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", [dying])
     (tmp_path / "segments").mkdir()
     with pytest.raises(error), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "segments"):
         pass

@@ -9,17 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from lib.clients.embeddings.cache_file import CacheDamaged, CacheFile, chunks
+from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, chunks, moved
 from lib.clients.embeddings.pricing import input_limit
 from lib.dimensions import EmbeddingSpec, can_be_cut, public_url, same_model
 
 # A key is PREFIX_BYTES for endpoint, model and size, then TEXT_BYTES for the text.
-PREFIX_BYTES, TEXT_BYTES = 4, 12
-FLOAT_BYTES = 4
-SUM_BYTES = 4
+TEXT_BYTES, FLOAT_BYTES, SUM_BYTES = 12, 4, 4
 _COLUMNS = "m.id, m.point_id, m.node_id, m.key, m.content, m.payload, m.tokens"
 # Of several memories with the same text, the first one represents all.
 _DISTINCT = "FROM memories m WHERE NOT EXISTS (SELECT 1 FROM memories f WHERE f.key = m.key AND f.id < m.id)"
@@ -28,11 +25,7 @@ _MISSING = f"{_DISTINCT} AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.key = m
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One memory of the graph: its point id, its node, and what its point should hold.
-
-    `key` is the vector's key in the cache, `payload` the JSON of the graph's values, `tokens` are those of the
-    whole content.
-    """
+    """One memory of the graph and what its point should hold: `payload` is the JSON of the graph's values."""
 
     point_id: str | int
     node_id: int
@@ -87,10 +80,9 @@ class EmbeddingCache(CacheFile):
         for prefix, url, model, size in self.rows("SELECT prefix, base_url, model, size FROM specs"):
             if not isinstance(prefix, bytes) or not isinstance(size, int):
                 self.close()
-                shown = quote(str(self.vectors_path))
                 raise CacheDamaged(
                     f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
-                    next_step=f"move it away, then run the same command again:\nmv {shown} {shown}.damaged",
+                    next_step=f"move it away, then run the same command again:\n{moved(self.vectors_path, '.damaged')}",
                 )
             self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)
 
@@ -116,8 +108,8 @@ class EmbeddingCache(CacheFile):
     def put_vectors(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
         """Store (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
 
-        An existing vector is not replaced. Raises ValueError, storing nothing, if a vector has another width than its
-        key's spec.
+        An existing vector is not replaced. Raises ValueError, storing nothing, for a vector of a width that is not its
+        spec's.
         """
         for key, blob in rows:
             spec = self._specs.get(key[:PREFIX_BYTES])
@@ -136,8 +128,7 @@ class EmbeddingCache(CacheFile):
         """
         rows = self.rows_in("SELECT key, vector FROM vectors WHERE key IN", keys)
         found = {key: self._unsealed(key, vector) for key, vector in rows}
-        damaged = [[key] for key, vector in found.items() if vector is None]
-        if damaged:
+        if damaged := [[key] for key, vector in found.items() if vector is None]:
             with self.transaction():
                 self.db.executemany("DELETE FROM vectors WHERE key = ?", damaged)
             raise CacheDamaged(
@@ -150,13 +141,11 @@ class EmbeddingCache(CacheFile):
     def _unsealed(self, key: bytes, stored: object) -> bytes | None:
         """The vector without its checksum; None if it is not what was stored under this key."""
         spec = self._specs.get(key[:PREFIX_BYTES])
-        width = FLOAT_BYTES * spec.size if spec else -1
-        if not isinstance(stored, bytes):
+        if spec is None or not isinstance(stored, bytes):
             return None
-        if len(stored) == width:  # an earlier version stored no checksum
-            return stored
-        blob = stored[:-SUM_BYTES]
-        return blob if len(blob) == width and stored[-SUM_BYTES:] == _checksum(key, blob) else None
+        blob, seal = stored[: FLOAT_BYTES * spec.size], stored[FLOAT_BYTES * spec.size :]
+        # An earlier version stored no checksum.
+        return blob if len(blob) == FLOAT_BYTES * spec.size and seal in {b"", _checksum(key, blob)} else None
 
     def forget_planned(self) -> int:
         """Delete the vectors of the plan's texts, so that they are embedded again; returns how many."""
@@ -193,14 +182,9 @@ class EmbeddingCache(CacheFile):
     def _larger_specs(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
         """The specs that vectors of `spec` can be cut from, the nearest size first."""
         spec = _without_credentials(spec)
-        if not can_be_cut(spec.model):
-            return []
-        same = (
-            each
-            for each in self._specs.values()
-            if each != spec and each.base_url == spec.base_url and same_model(each.model, spec.model)
-        )
-        return sorted((each for each in same if each.size >= spec.size), key=lambda each: each.size)
+        same = [each for each in self._specs.values() if each != spec and each.base_url == spec.base_url]
+        same = [each for each in same if same_model(each.model, spec.model) and each.size >= spec.size]
+        return sorted(same, key=lambda each: each.size) if can_be_cut(spec.model) else []
 
     # --- the plan: the memories that the last scan of the graph found
 
@@ -263,10 +247,7 @@ class EmbeddingCache(CacheFile):
         return dict(self.rows_in("SELECT key, tokens FROM memories WHERE key IN", keys))
 
     def missing_texts(self, spec: EmbeddingSpec, page: int = 500) -> Iterator[TextRow]:
-        """Distinct texts of the plan without a vector; vectors may be stored while this is read.
-
-        Raises ValueError if the plan was made for another spec.
-        """
+        """Distinct texts of the plan without a vector. Raises ValueError if the plan was made for another spec."""
         for row in self._paged(_MISSING, page):
             if row.key != self.text_key(spec, row.content):
                 raise ValueError("the plan was made for another model, size or endpoint")
@@ -284,11 +265,8 @@ class EmbeddingCache(CacheFile):
         some = self.rows("SELECT key FROM memories LIMIT 1")
         spec = self._specs.get(some[0][0][:PREFIX_BYTES]) if some else None
         limit = (input_limit(spec.model) if spec else None) or 1 << 62
-        rows = self.rows(
-            f"SELECT count(*), coalesce(sum(CASE WHEN m.tokens > ? THEN ? ELSE m.tokens END), 0) {source}",
-            [limit, limit - 1],
-        )
-        return Missing(*rows[0])
+        total = "SELECT count(*), coalesce(sum(CASE WHEN m.tokens > ? THEN ? ELSE m.tokens END), 0)"
+        return Missing(*self.rows(f"{total} {source}", [limit, limit - 1])[0])
 
     def _paged(self, source: str, page: int) -> Iterator[MemoryRow]:
         # Each page is a separate statement: no read transaction stays open while the caller works.

@@ -1,18 +1,21 @@
-"""The SQLite files behind the embedding cache: schema, durable transactions, and errors that name the next step."""
+"""The SQLite files behind the embedding cache: schema, durable transactions, errors; and `--prune-spool`."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lib.errors import MigrationError
+from lib.dimensions import EmbeddingSpec
+from lib.errors import GuardRefused, MigrationError
 from lib.files import UsedFile, free_bytes, private_dir, private_file, sync_dir
+from lib.journal import open_journals
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x414D5350
 FORMAT_VERSION = 1
 BUSY_SECONDS = 30
+PREFIX_BYTES = 4  # of a key: endpoint, model and size
 VALUES_AT_ONCE = 500  # SQLite builds allow 999 bound values or more (https://www.sqlite.org/limits.html)
 
 # Vectors are shared by all graphs and collections of this machine. A plan and saved points belong to one of them.
@@ -50,11 +54,8 @@ class CacheDamaged(MigrationError):
 class CacheFile:
     """The open files. One connection, used by the thread that opened it; SQLite allows one writer at a time.
 
-    Args:
-        path: the plan, created if it is missing (0600 in a 0700 folder).
-        vectors: the vectors, shared by several plans. None: they are stored in `path` too.
-
-    Raises CacheDamaged.
+    `path` is the plan, created if it is missing (0600 in a 0700 folder); `vectors` the vectors, shared by several plans
+    (None: they are stored in `path` too). Raises CacheDamaged.
     """
 
     def __init__(self, path: Path, *, vectors: Path | None = None) -> None:
@@ -74,18 +75,15 @@ class CacheFile:
         self.db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self.guarded():
-                self._open(vectors)
+                if vectors:
+                    self.db.execute(f"ATTACH DATABASE ? AS {self.vectors_schema}", [str(vectors)])
+                    self._prepare("main", path, _PLAN_TABLES)
+                    self._prepare(self.vectors_schema, vectors, _VECTOR_TABLES)
+                else:
+                    self._prepare("main", path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
         except BaseException:
             self.close()
             raise
-
-    def _open(self, vectors: Path | None) -> None:
-        if vectors is None:
-            self._prepare("main", self.path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
-        else:
-            self.db.execute(f"ATTACH DATABASE ? AS {self.vectors_schema}", [str(vectors)])
-            self._prepare("main", self.path, _PLAN_TABLES)
-            self._prepare(self.vectors_schema, vectors, _VECTOR_TABLES)
 
     def _prepare(self, schema: str, path: Path, tables: str) -> None:
         count_tables = f"SELECT count(*) FROM {schema}.sqlite_master"  # noqa: S608 - a name of ours
@@ -95,13 +93,12 @@ class CacheFile:
         if foreign or (not empty and not self.is_of_this_version(schema)):
             raise CacheDamaged(
                 f"{path} is not an embedding cache of this version of the tool",
-                next_step="move it away, then run the same command again:\n"
-                f"mv {quote(str(path))} {quote(str(path) + '.old')}",
+                next_step=f"move it away, then run the same command again:\n{moved(path, '.old')}",
             )
         self.db.execute(f"PRAGMA {schema}.journal_mode = WAL")
-        # In WAL mode, FULL alone makes a commit survive a power cut (https://www.sqlite.org/pragma.html#pragma_synchronous).
+        # In WAL mode, FULL alone makes a commit survive a power cut. On macOS an fsync stops at the drive's cache
+        # without the others (https://www.sqlite.org/pragma.html#pragma_synchronous, #pragma_fullfsync).
         self.db.execute(f"PRAGMA {schema}.synchronous = FULL")
-        # On macOS an fsync stops at the drive's cache without these (https://www.sqlite.org/pragma.html#pragma_fullfsync).
         self.db.execute("PRAGMA fullfsync = ON")
         self.db.execute("PRAGMA checkpoint_fullfsync = ON")
         if empty:
@@ -132,17 +129,15 @@ class CacheFile:
 
     def _remedy(self, error: sqlite3.DatabaseError) -> str:
         """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
-        file, folder = str(self.path), self.path.parent
+        folder = quote(str(self.path.parent))
         if "full" in str(error):
-            return f"free some room:\ndf -h {quote(str(folder))}\nthen run the same command again"
+            return f"free some room:\ndf -h {folder}\nthen run the same command again"
         if "locked" in str(error):
             return "another process holds it: wait until it has ended, then run the same command again"
         if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
-            return f"make it writable again, then run the same command again:\nls -l {quote(str(folder))}"
-        return (
-            "move it away, then run the same command again; its vectors are paid for again:\n"
-            f"mv {quote(file)} {quote(file + '.damaged')}"
-        )
+            return f"make it writable again, then run the same command again:\nls -l {folder}"
+        again = "move it away, then run the same command again; its vectors are paid for again"
+        return f"{again}:\n{moved(self.path, '.damaged')}"
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -245,3 +240,107 @@ def chunks(items: Iterable[_Item], size: int = VALUES_AT_ONCE) -> Iterator[list[
 def marks(items: Sequence[object]) -> str:
     """As many `?` as items."""
     return ",".join("?" * len(items))
+
+
+def moved(path: Path, ending: str) -> str:
+    """The shell command that renames a file."""
+    return f"mv {quote(str(path))} {quote(str(path) + ending)}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The vectors of one endpoint, model and size: all of them, and those that no plan needs, with their bytes."""
+
+    spec: EmbeddingSpec
+    vectors: int
+    unneeded: int
+    unneeded_bytes: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What the cache held, the number `removed`, bytes before and after; `shrunk`: whether the file became smaller."""
+
+    stored: list[Stored]
+    removed: int
+    bytes_before: int
+    bytes_after: int
+    shrunk: bool
+
+
+def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
+    """Delete what no plan needs, or (`dry_run`) only count it.
+
+    A plan is the last scan of a graph and collection; it needs the vectors of its memories. Raises GuardRefused while a
+    run is unfinished, CacheDamaged if a plan cannot be read, LockHeld if another process uses the vectors.
+    """
+    own = {cache.path, cache.vectors_path}
+    plans = [one for one in sorted(cache.path.parent.glob("*.sqlite3")) if one not in own]
+    before = cache.size_bytes()
+    if not dry_run:
+        _require_no_open_run(folder)
+    stored = _stored(cache, plans)
+    if dry_run or not any(one.unneeded for one in stored):
+        return Pruned(stored, 0, before, before, shrunk=False)
+    with cache.exclusive():
+        _note_needed(cache, plans)
+        with cache.transaction():
+            sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
+            removed = cache.db.execute(sql).rowcount
+    shrunk = _shrink(cache)
+    return Pruned(stored, removed, before, cache.size_bytes(), shrunk)
+
+
+def _require_no_open_run(folder: Path) -> None:
+    for journal in open_journals(folder):
+        step = "finish it, or give it up with --abort"
+        if again := journal.fact("again"):
+            step += f":\n{again}"
+        if journal.undo:
+            step += f"\nor undo it:\n{journal.undo}"
+        raise GuardRefused(
+            f"a run is unfinished ({journal.path.name}): it may need what would be deleted", next_step=step
+        )
+
+
+def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:
+    """Count by endpoint, model and size."""
+    _note_needed(cache, plans)
+    rows = cache.rows(
+        f"""SELECT s.base_url, s.model, s.size, count(*), coalesce(sum(n.key IS NULL), 0),
+              coalesce(sum(CASE WHEN n.key IS NULL THEN length(v.vector) END), 0)
+            FROM vectors v JOIN specs s ON s.prefix = substr(v.key, 1, {PREFIX_BYTES})
+            LEFT JOIN temp.needed n ON n.key = v.key
+            GROUP BY s.prefix ORDER BY s.model, s.size, s.base_url"""  # noqa: S608 - a constant
+    )
+    return [Stored(EmbeddingSpec(url, model, size), *counts) for url, model, size, *counts in rows]
+
+
+def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
+    """Fill the table `temp.needed` with the keys of all plans."""
+    with cache.guarded():
+        cache.db.execute("DROP TABLE IF EXISTS temp.needed")
+        cache.db.execute("CREATE TEMP TABLE needed (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM main.memories")
+        for plan in plans:
+            cache.db.execute("ATTACH DATABASE ? AS other", [str(plan)])
+            try:
+                if not cache.is_of_this_version("other"):
+                    raise CacheDamaged(
+                        f"{plan} is no plan of this version of the tool: what it needs is unknown, nothing is removed",
+                        next_step=f"move it away, then run the same command again:\n{moved(plan, '.old')}",
+                    )
+                cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
+            finally:
+                cache.db.execute("DETACH DATABASE other")
+
+
+def _shrink(cache: CacheFile) -> bool:
+    """Shrink the file to what it holds; False if the disk has no room for the copy that this takes."""
+    # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
+    if free_bytes(cache.vectors_path) < 2 * cache.vectors_path.stat().st_size:
+        return False
+    with cache.exclusive(), cache.guarded():
+        cache.db.execute(f"VACUUM {cache.vectors_schema}")
+        cache.db.execute(f"PRAGMA {cache.vectors_schema}.wal_checkpoint(TRUNCATE)")
+    return True

@@ -1,36 +1,29 @@
-"""One embeddings endpoint through the openai package: paced, retried on named conditions, every answer checked."""
+"""One embeddings endpoint through the openai package, or a model in this process: paced, retried, answers checked."""
 
 from __future__ import annotations
 
-import binascii
-import json
+import atexit
+import importlib.util
 import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-import numpy as np
-import numpy.typing as npt
-import orjson
-import pybase64
-
-from lib.clients.embeddings.local import LocalModel
-from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
-from lib.clients.embeddings.refusals import (
+from lib.clients.embeddings.answers import (
     AGAIN,
-    BadAnswer,
-    BadIndices,
+    Answer,
     BadInput,
     Transient,
-    WrongWidth,
+    billed_tokens,
+    parsed,
+    read_answer,
     redacted,
     refusal_error,
 )
+from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.concurrency import Cancelled
 from lib.dimensions import (
     LOCAL,
@@ -40,114 +33,17 @@ from lib.dimensions import (
     SETTING_NAMES,
     VOYAGE,
     EmbeddingSpec,
-    has_unit_vectors,
     native_size,
     public_url,
     similar_model,
     takes_dimensions,
 )
-from lib.errors import ProviderRefused, UsageProblem
+from lib.errors import ProviderRefused, UsageProblem, one_line
 from lib.network import Unbounded, httpx_hooks, is_this_machine, joined
 
 if TYPE_CHECKING:
     import openai
-
-FloatArray = npt.NDArray[np.float32]
-NORM_TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`vectors` (n, size) float32 in the order of the texts, each of length 1; `tokens` as billed."""
-
-    vectors: FloatArray
-    tokens: int
-
-
-def parsed(content: bytes) -> dict[str, object]:
-    """The answer's JSON object. Raises BadAnswer."""
-    try:
-        body = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        try:
-            body = json.loads(content)  # accepts NaN, which servers written in Python may send
-        except (ValueError, RecursionError) as error:
-            raise BadAnswer("the answer is not JSON") from error
-    if not isinstance(body, dict):
-        raise BadAnswer("the answer is not a JSON object")
-    return body
-
-
-def read_answer(body: dict[str, object], count: int, spec: EmbeddingSpec) -> Answer:
-    """Check and decode the vectors for `count` texts. Raises BadAnswer, BadIndices, WrongWidth."""
-    data = body.get("data")
-    if not isinstance(data, list) or len(data) != count:
-        raise BadAnswer(f"{len(data) if isinstance(data, list) else 'no'} vectors came back for {count} texts")
-    indices = _indices(data)
-    vectors = np.empty((count, spec.size), dtype=np.float32)
-    while data:
-        item = data.pop()  # frees the text of each vector while the array fills
-        vectors[indices.pop()] = _row(item.get("embedding"), spec)
-    return Answer(_unit(vectors, spec), billed_tokens(body))
-
-
-def _indices(data: list[Any]) -> list[int]:
-    """The index of the text of each vector. Raises BadIndices if the answer does not say it.
-
-    Without any index the order is that of the texts. If one index alone is missing, it is the one that is left:
-    encoders that omit zeros leave out the 0 (protobuf's JSON, as Gemini's endpoint sends it).
-    """
-    if not all(isinstance(item, dict) for item in data):
-        raise BadAnswer("a vector that is no JSON object")
-    given = [item.get("index") for item in data]
-    if all(index is None for index in given):
-        return list(range(len(data)))
-    left = set(range(len(data))) - {index for index in given if type(index) is int}
-    if given.count(None) == 1 and len(left) == 1:
-        given[given.index(None)] = left.pop()
-    if not all(type(index) is int for index in given) or set(given) != set(range(len(data))):
-        raise BadIndices("the answer's indices do not say which vector is which text's")
-    return [int(index) for index in given if index is not None]
-
-
-def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
-    try:
-        if isinstance(embedding, str):
-            row = np.frombuffer(pybase64.b64decode(embedding, validate=True), dtype="<f4")
-        else:  # from a server that ignores base64; None represents NaN in JSON
-            row = np.asarray(embedding, dtype=np.float32)
-    except (ValueError, TypeError, OverflowError, binascii.Error) as error:
-        raise BadAnswer("a vector that is neither base64 nor a list of numbers") from error
-    if row.ndim != 1 or len(row) == 0:
-        raise BadAnswer("a vector that is not a list of numbers")
-    if len(row) != spec.size:
-        raise WrongWidth(
-            f"{spec.model} answered with {len(row)}d vectors, VECTOR_SIZE is {spec.size}",
-            next_step=f"export VECTOR_SIZE={len(row)}\n"
-            f"or set {SETTING_NAMES[spec.provider].model} to a model that makes {spec.size}d",
-        )
-    return row
-
-
-def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
-    """Check the lengths. OpenAI's and Voyage's models answer with length 1; other vectors are scaled to it."""
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    if not np.isfinite(norms).all():
-        raise BadAnswer("a vector with values that are not numbers")
-    off = np.abs(norms - 1) > NORM_TOLERANCE
-    if not off.any():
-        return vectors
-    if has_unit_vectors(spec.model) or (norms < 1e-6).any():
-        raise BadAnswer(f"a vector of length {norms[off][0]:.3g} instead of 1")
-    return np.asarray(vectors / norms[:, None], dtype=np.float32)
-
-
-def billed_tokens(body: dict[str, object]) -> int:
-    """The tokens that an answer is billed for, whether or not its vectors can be used; 0 if it names none."""
-    usage = body.get("usage")
-    billed = usage.get("total_tokens") or usage.get("prompt_tokens") if isinstance(usage, dict) else 0
-    return max(0, billed) if isinstance(billed, int) else 0  # a negative number would lower the sum
-
+    from fastembed import TextEmbedding
 
 # Azure takes the key in another header (https://learn.microsoft.com/azure/ai-services/openai/reference#authentication).
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
@@ -212,7 +108,7 @@ class Provider:
         import openai
 
         # httpx, or what the package uses instead: an error while the body is read is of that package.
-        http = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
+        http = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
         try:
             # In extra_body the texts replace `input` unchecked; otherwise the package walks through all of them.
             with self.client().embeddings.with_streaming_response.create(
@@ -251,6 +147,73 @@ class Provider:
         )
 
 
+class LocalModel:
+    """One model on this machine, with the methods of Provider. Thread-safe.
+
+    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it. Raises UsageProblem
+    if the package is not installed.
+    """
+
+    def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:
+        if importlib.util.find_spec("fastembed") is None:
+            raise UsageProblem(
+                f"{spec.model} runs on this machine with the Python package 'fastembed', which is not installed here",
+                next_step="python -m pip install -r requirements-local.txt",
+            )
+        self.name = f"{spec.model} on this machine"
+        self._spec, self._models_dir = spec, models_dir
+        self._model: TextEmbedding | None = None
+        # One batch at a time: the model itself uses every core.
+        self._running = threading.Lock()
+        self._ended = False
+
+    def client(self) -> TextEmbedding:
+        """The loaded model: the first call loads it. Raises UsageProblem if it cannot be loaded or downloaded."""
+        with self._running:
+            if self._model is None:
+                self._model = self._load()
+                atexit.register(self._end)
+            return self._model
+
+    def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], Any]:
+        """No headers, and the vectors of the texts. Raises Cancelled at the end."""
+        model = self.client()
+        with self._running:
+            if self._ended:
+                raise Cancelled
+            return {}, list(model.embed(list(texts)))
+
+    def opened(self, _texts: Sequence[str], _headers: Mapping[str, str], rows: Any) -> dict[str, Any]:
+        """The vectors in the form of an answer of OpenAI's API. They cost no tokens."""
+        return {"data": [{"embedding": row} for row in rows]}
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._model = None
+
+    def _end(self) -> None:
+        """Wait for the batch that is computed, and begin no other: onnxruntime aborts a process that ends meanwhile."""
+        self._ended = True
+        self._running.acquire()
+
+    def _load(self) -> TextEmbedding:
+        try:
+            from fastembed import TextEmbedding
+            from loguru import logger
+
+            logger.disable("fastembed")  # it logs what is reported as an error here
+
+            self._models_dir.mkdir(parents=True, exist_ok=True)
+            return TextEmbedding(model_name=self._spec.model, cache_dir=str(self._models_dir))
+        except Exception as error:  # onnxruntime and tokenizers raise classes that share no other base
+            raise UsageProblem(
+                f"{self._spec.model} could not be loaded from {self._models_dir}, nor downloaded into it:"
+                f" {one_line(str(error))}",
+                next_step="connect to the network, or name the folder into which AutoMem downloaded the model:\n"
+                "export AUTOMEM_MODELS_DIR=...\nthen run the same command again",
+            ) from error
+
+
 FIRST_CONTACT_SECONDS = 60.0  # the time limit for an endpoint that has never answered
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
@@ -261,12 +224,9 @@ CONTROL_TEXT = "hello"
 class EmbeddingClient:
     """Embeds texts with one model at one size. Thread-safe; the workers of a run share one.
 
-    Args:
-        spec: endpoint ("" for OpenAI's), model and size.
-        api_key: shown in no message and no repr. Raises UsageProblem if it cannot be a key.
-        timeout_seconds: for one request.
-        max_wait_seconds: for rate limits, or for failures, before the run gives up.
-        models_dir: the folder of the models that run on this machine, for the provider `local`.
+    `timeout_seconds` is for one request, `max_wait_seconds` for rate limits, or for failures, before the run gives up.
+    `models_dir` is the folder of the models of the provider `local`. No message and no repr shows `api_key`.
+    Raises UsageProblem if it cannot be a key, or if a local model has no package.
     """
 
     def __init__(
@@ -281,12 +241,11 @@ class EmbeddingClient:
         self.spec = spec
         self.pacer = Pacer(max_wait_seconds)
         self._provider: Provider | LocalModel
-        if spec.provider != LOCAL:
-            self._provider = Provider(spec, api_key, timeout_seconds)
-        elif models_dir is not None:
+        if spec.provider == LOCAL:
+            assert models_dir is not None
             self._provider = LocalModel(spec, models_dir)
         else:
-            raise ValueError("a local model needs models_dir")
+            self._provider = Provider(spec, api_key, timeout_seconds)
         self.provider = self._provider.name
         self._max_wait = max_wait_seconds
         self.request_seconds: float | None = None  # duration of the first good request
@@ -302,11 +261,8 @@ class EmbeddingClient:
     def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
         """Vectors of `texts` (no more than the provider takes, none blank), in their order.
 
-        Raises:
-            ProviderRefused: key, permission, quota, or no good answer for `max_wait_seconds`.
-            WrongWidth: the model makes another size.
-            BadInput: split the batch; if it is one text, the provider does not take it.
-            Cancelled: `stop` was set while the request waited.
+        Raises ProviderRefused (key, permission, quota, no good answer for `max_wait_seconds`), WrongWidth if the model
+        makes another size, BadInput (split the batch; one text is not accepted), Cancelled if `stop` was set.
         """
         import backoff
 
@@ -390,12 +346,15 @@ class EmbeddingClient:
             return BadInput(str(error))
         if seconds < timeout:
             return None
-        endpoint = SETTING_NAMES[self.spec.provider].endpoint
-        step = f"check {endpoint}, the network and the provider's status page"
-        if self.spec.provider == OLLAMA:
-            step = f"check {endpoint}, and that Ollama runs there (ollama serve)"
+        is_ollama = self.spec.provider == OLLAMA
+        look = (
+            ", and that Ollama runs there (ollama serve)"
+            if is_ollama
+            else ", the network and the provider's status page"
+        )
         return ProviderRefused(
-            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}", next_step=f"{step},\n{AGAIN}"
+            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
+            next_step=f"check {SETTING_NAMES[self.spec.provider].endpoint}{look},\n{AGAIN}",
         )
 
     def _takes_a_word(self) -> bool:

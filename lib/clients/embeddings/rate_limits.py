@@ -34,9 +34,8 @@ class BucketState:
     def refill(self) -> float | None:
         """Units per second, or None if the numbers are too small to tell. Never limit/60: it may be per day."""
         used = self.limit - self.remaining
-        if used <= 0 or self.reset_seconds < 0.05:  # the reset is rounded to milliseconds
-            return None
-        return used / self.reset_seconds
+        known = used > 0 and self.reset_seconds >= 0.05  # the reset is rounded to milliseconds
+        return used / self.reset_seconds if known else None
 
 
 @dataclass(frozen=True)
@@ -64,22 +63,17 @@ def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or a date), or None."""
-    milliseconds = _number(headers.get("retry-after-ms"))
+    milliseconds, text = _number(headers.get("retry-after-ms")), headers.get("retry-after")
     if milliseconds is not None:
         return milliseconds / 1000
-    text = headers.get("retry-after")
     seconds = duration_seconds(text)
-    if seconds is not None or not text:
-        return seconds
-    date = email.utils.parsedate_tz(text)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+    date = email.utils.parsedate_tz(text) if text and seconds is None else None
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else seconds
 
 
 def duration_seconds(text: str | None) -> float | None:
     """Seconds from `12ms`, `1s`, `6m0s` or a bare number; None for any other text."""
-    if not text:
-        return None
-    if _WHOLE.fullmatch(text.strip()):
+    if text and _WHOLE.fullmatch(text.strip()):
         return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     return _number(text)
 
@@ -145,17 +139,15 @@ class _Bucket:
 class Pacer:
     """Decides when each request may leave. Thread-safe.
 
-    Each `acquire` is followed by exactly one call of `answered`, `refused` or `failed`. `acquire` raises RateLimited
-    instead of waiting for longer than `longest_wait_seconds`.
+    After each `acquire` comes exactly one call of `answered`, `refused` or `failed`. It raises RateLimited instead of
+    waiting for longer than `longest_wait_seconds`.
     """
 
     def __init__(self, longest_wait_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._longest_wait = longest_wait_seconds
-        self._clock = clock
+        self._longest_wait, self._clock = longest_wait_seconds, clock
         self._changed = threading.Condition()
         self._requests, self._tokens = _Bucket(), _Bucket()
-        self._in_flight = 0
-        self._tokens_in_flight = 0
+        self._in_flight = self._tokens_in_flight = 0
         self._probed = False  # the first request is sent alone and brings the first headers
         self._headers_seen = False
         self._concurrency = math.inf
@@ -177,21 +169,17 @@ class Pacer:
     def buckets(self) -> list[tuple[float, float] | None]:
         """(units per second, units left) of the request limit and of the token limit; None if not known."""
         with self._changed:
-            buckets = (self._requests, self._tokens)
-            return [(one.rate, one.level) if one.rate else None for one in buckets]
+            return [(one.rate, one.level) if one.rate else None for one in (self._requests, self._tokens)]
 
     def acquire(self, tokens: int, stop: threading.Event) -> None:
         """Wait until a request of `tokens` estimated tokens may leave. Raises Cancelled, RateLimited."""
         with self._changed:
-            while True:
-                if stop.is_set():
-                    raise Cancelled
-                delay = self._delay(tokens)
-                if delay <= 0:
-                    break
+            while not stop.is_set() and (delay := self._delay(tokens)) > 0:
                 if delay > self._longest_wait:
                     raise RateLimited(f"its limits allow the next request in {delay:.0f} s", delay, None)
                 self._changed.wait(min(delay, POLL_SECONDS))
+            if stop.is_set():
+                raise Cancelled
             self._requests.level -= 1
             self._tokens.level -= tokens
             self._in_flight += 1
@@ -243,12 +231,10 @@ class Pacer:
         return max(self._requests.delay(1, self._share), self._tokens.delay(tokens, self._share))
 
     def _learn(self, limits: RateLimits | None) -> None:
-        if limits is None:
-            return
-        self._headers_seen = True
-        if limits.requests:
+        self._headers_seen |= limits is not None
+        if limits and limits.requests:
             self._requests.learn(limits.requests, self._in_flight)
-        if limits.tokens:
+        if limits and limits.tokens:
             self._tokens.learn(limits.tokens, self._tokens_in_flight)
 
     def _refund(self, tokens: int) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from lib.child_process import release_free_memory, unmap_large_blocks
+from lib.clients.embeddings.answers import BadAnswer, BadInput, context_limit
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT, OLLAMA_INPUTS, EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens, cut_to_tokens, input_limit
 from lib.clients.embeddings.rate_limits import estimated_tokens
-from lib.clients.embeddings.refusals import BadAnswer, BadInput, context_limit
 from lib.concurrency import Cancelled
 from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, bare_model
 from lib.errors import MigrationError, ProviderRefused
@@ -25,16 +25,11 @@ from lib.errors import MigrationError, ProviderRefused
 MAX_INPUTS = 2048
 _MAX_INPUTS = {VOYAGE: 1000, OLLAMA: OLLAMA_INPUTS, LOCAL: 16}
 SEQUENTIAL = frozenset([OLLAMA, LOCAL])
-# Tokens of one request: five sixths of the published 300,000, and of Voyage's 120,000 (for two models 320,000 and for
-# two 1,000,000). The provider's count and ours may differ.
+# Tokens of one request: five sixths of the published 300,000, and of Voyage's 120,000, 320,000 or 1,000,000. The
+# provider's count and ours may differ.
 MAX_TOKENS = 250_000
 _VOYAGE_TOKENS = 100_000
-_MODEL_TOKENS = {
-    "voyage-4": 266_000,
-    "voyage-3.5": 266_000,
-    "voyage-4-lite": 833_000,
-    "voyage-3.5-lite": 833_000,
-}
+_MODEL_TOKENS = {"voyage-4": 266_000, "voyage-3.5": 266_000, "voyage-4-lite": 833_000, "voyage-3.5-lite": 833_000}
 GRACE_SECONDS = 3.0  # so long a run that ends waits for the requests in flight, which are paid for
 TICK_SECONDS = 1.0
 # Batches beyond one per worker, so that no worker waits for the disk. Fewer if the batches are large.
@@ -87,15 +82,12 @@ def embed_missing(
 ) -> EmbedProgress:
     """Embed `rows` (distinct keys) and pass (key, float32 little-endian) pairs to `store` as they arrive.
 
-    `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection.
-    A few batches per worker are in memory. If the run is interrupted or fails, workers stop before their next
-    request, and all that was received is stored before the error is raised.
-
-    `require_room` is called before each batch with the number of texts that are not stored yet. If it raises, no
-    further batch is sent, and its error is raised when all that was sent before is stored.
-
-    Raises:
-        ProviderRefused, WrongWidth: as EmbeddingClient.embed; and whatever `rows`, `store` or `require_room` raise.
+    `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection. If the
+    run is interrupted or fails, workers stop before their next request, and all that was received is stored before the
+    error is raised. `require_room` is called before each batch with the number of texts that are not stored yet; if it
+    raises, no further batch is sent, and its error is raised when the others are stored.
+    Raises ProviderRefused and WrongWidth as EmbeddingClient.embed, and whatever `rows`, `store` or `require_room`
+    raise.
     """
     unmap_large_blocks()
     run = _Run(client, store, progress, texts_a_request(client.spec, batch_size), require_room)
@@ -118,8 +110,8 @@ class _Result:
 
     vectors: Vectors = field(default_factory=list)
     tokens: int = 0
-    refused: Refused | None = None
-    cut: str | None = None
+    refused: list[Refused] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     error: BaseException | None = None
     batch_ended: bool = False
 
@@ -133,8 +125,7 @@ class _Run:
         batch_size: int,
         require_room: Callable[[int], None] | None,
     ) -> None:
-        self._client, self._store, self._progress = client, store, progress
-        self._require_room = require_room
+        self._client, self._store, self._progress, self._require_room = client, store, progress, require_room
         self._max_inputs = batch_size
         self._jobs: queue.SimpleQueue[list[TextRow] | None] = queue.SimpleQueue()
         self._results: deque[_Result] = deque()
@@ -146,8 +137,7 @@ class _Run:
         self._refused: list[Refused] = []
         self._cut: list[str] = []
         self._started = time.monotonic()
-        pacer = client.pacer
-        self._before = (pacer.requests, pacer.rate_limited, client.billed_tokens)
+        self._before = (client.pacer.requests, client.pacer.rate_limited, client.billed_tokens)
 
     # --- the caller's thread
 
@@ -156,26 +146,21 @@ class _Run:
         batches, more = self._batches(rows), True
         while more or self._batches_sent:
             while more and self._batches_sent < most_sent:
-                batch = next(batches, None)
-                if batch is None or not self._has_room(len(batch)):
-                    more = False
-                else:
+                batch = next(batches, [])
+                more = bool(batch) and self._has_room(len(batch))
+                if more:
                     self._batches_sent += 1
                     self._texts_sent += len(batch)
                     self._jobs.put(batch)
-            if self._batches_sent:
-                error = self._take(TICK_SECONDS)
-                self._report()
-                if error is not None:
-                    raise error
+            if self._batches_sent and (error := self._take(TICK_SECONDS)):
+                raise error
         if self._no_room:
             raise self._no_room
 
     def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
-        """Batches under the limits of the moment.
+        """Batches under the limits of the moment. Blank texts are refused here: one would fail its whole request.
 
-        Blank texts are refused here: one would fail its whole request. Texts over the limit of OpenAI's models are
-        cut; the key stays that of the whole text. The other providers cut them themselves, as for AutoMem.
+        Texts over the limit of OpenAI's models are cut; the key stays that of the whole text.
         """
         batch: list[TextRow] = []
         tokens, token_limit = 0, self._token_limit()
@@ -222,7 +207,6 @@ class _Run:
             while self._batches_sent > 0 and time.monotonic() < deadline:
                 self._take(0.1)
             self._take(0.0)
-            self._report()
 
     def dismiss(self, workers: int) -> None:
         """Let the worker threads end."""
@@ -230,7 +214,7 @@ class _Run:
             self._jobs.put(None)
 
     def _take(self, seconds: float) -> BaseException | None:
-        """Store what arrives within `seconds`; returns the first error among it, if any."""
+        """Store what arrives within `seconds`, and report progress; returns the first error among it, if any."""
         with self._arrival:
             self._arrival.wait_for(lambda: self._results, timeout=seconds)
             results = list(self._results)
@@ -243,31 +227,27 @@ class _Run:
             self._embedded += len(result.vectors)
             self._tokens += result.tokens
             self._batches_sent -= result.batch_ended
-            self._texts_sent -= len(result.vectors) + (result.refused is not None)
-            if result.cut:
-                self._cut.append(result.cut)
-            if result.refused:
-                self._refused.append(result.refused)
-        return next((result.error for result in results if result.error), None)
-
-    def _report(self) -> None:
+            self._texts_sent -= len(result.vectors) + len(result.refused)
+            self._cut += result.cut
+            self._refused += result.refused
         if self._progress:
             self._progress(self.status())
+        return next((result.error for result in results if result.error), None)
 
     def status(self) -> EmbedProgress:
         """The sums so far."""
         pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
         billed = self._client.billed_tokens - billed_before
         return EmbedProgress(
-            embedded=self._embedded,
-            tokens=billed,
-            requests=pacer.requests - requests,
-            rate_limited=pacer.rate_limited - rate_limited,
-            seconds=time.monotonic() - self._started,
-            discarded=billed - self._tokens,
-            waiting_seconds=pacer.waiting_seconds(),
-            refused=self._refused,
-            cut=self._cut,
+            self._embedded,
+            billed,
+            pacer.requests - requests,
+            pacer.rate_limited - rate_limited,
+            time.monotonic() - self._started,
+            billed - self._tokens,
+            pacer.waiting_seconds(),
+            self._refused,
+            self._cut,
         )
 
     # --- the workers' threads
@@ -313,11 +293,11 @@ class _Run:
         shorter = _cut_to_limit(row, problem)
         if shorter is None:
             self._require_endpoint(first_sent)
-            self._deliver(_Result(refused=Refused(row.label, problem)))
+            self._deliver(_Result(refused=[Refused(row.label, problem)]))
             return False
         accepted = self._embed([shorter], first_sent)
         if accepted:
-            self._deliver(_Result(cut=shorter.label))
+            self._deliver(_Result(cut=[shorter.label]))
         return accepted
 
     def _require_endpoint(self, first_sent: float) -> None:
@@ -340,10 +320,7 @@ class _Run:
 
 
 def _fitting(row: TextRow, spec: EmbeddingSpec) -> tuple[TextRow, bool]:
-    """The row with its tokens, and whether its text is over the model's limit.
-
-    OpenAI's models refuse such a text: it is cut. The other providers cut it themselves.
-    """
+    """The row with its tokens, and whether its text is over the model's limit. OpenAI's models would refuse it: cut."""
     tokens = row.tokens or count_tokens([row.text])[0]
     limit = input_limit(spec.model, spec.provider)
     if limit is None or tokens <= limit:

@@ -31,8 +31,7 @@ _CORRECT = "correct FALKORDB_HOST and FALKORDB_PORT"
 START_HINT = f"start it, in AutoMem's folder:\ndocker compose up -d falkordb\nor {_CORRECT}"
 # A server of the Docker image cuts a query at one second, but a large DUMP or RESTORE of another client can delay it.
 READ_SECONDS = 120.0
-# Bounds of a whole reply: bytes, and seconds from the request on. A DUMP is at most as large as a server can be set to
-# take, and is held twice while it arrives.
+# Bounds of a whole reply: bytes, and seconds from the request on. A DUMP is held twice while it arrives.
 _PROBE_BYTES, _READ_BYTES, _DUMP_BYTES = 1 << 20, 512 << 20, 5 << 30
 _WHOLE_READ_SECONDS, _WHOLE_WRITE_SECONDS = 600.0, 6 * 3600.0
 _READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY"}
@@ -62,10 +61,7 @@ class GraphAddress:
 
 @dataclass(frozen=True)
 class ServerVersions:
-    """Versions such as "8.2.3" and "4.16.3"; `falkordb` is "" if this user may not list the modules.
-
-    `modules` are the names of all loaded modules; FalkorDB's is `graph`.
-    """
+    """Versions such as "8.2.3" and "4.16.3", and all modules (FalkorDB's is `graph`); "" if MODULE LIST is refused."""
 
     redis: str
     falkordb: str
@@ -103,9 +99,9 @@ _when_queue_is_free = backoff.on_exception(
 def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
 
-    Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable. DUMP, RESTORE and all that writes
-    may take hours. A reply that is too large raises StoreFailed. No command that may have been executed is sent twice:
-    redis-py's own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
+    Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable; DUMP, RESTORE and writes may take
+    hours. A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
+    own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
     options: dict[str, Any] = {
         "host": address.host,
@@ -138,15 +134,8 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: 
 
 def save_failure(conn: redis.Redis) -> str:
     """Return why the server cannot save its data to its disk, for a warning; "" if it can, or if INFO is refused."""
-    try:
-        with translated(conn):
-            state = dict(conn.info("persistence"))
-    except AccessRefused:
-        return ""
-    checked = {
-        "rdb_last_bgsave_status": "its last snapshot (BGSAVE)",
-        "aof_last_write_status": "its last AOF write",
-    }
+    state = info(conn, "persistence")
+    checked = {"rdb_last_bgsave_status": "its last snapshot (BGSAVE)", "aof_last_write_status": "its last AOF write"}
     failed = " and ".join(what for name, what in checked.items() if state.get(name, "ok") != "ok")
     if not failed:
         return ""
@@ -156,12 +145,16 @@ def save_failure(conn: redis.Redis) -> str:
     )
 
 
+def info(conn: redis.Redis, section: str) -> dict[str, Any]:
+    """Return a section of INFO; empty if this user may not read it."""
+    with contextlib.suppress(AccessRefused), translated(conn):
+        return dict(conn.info(section))
+    return {}
+
+
 @contextlib.contextmanager
 def translated(conn: redis.Redis) -> Iterator[None]:
-    """Raise redis-py's errors as StoreUnreachable, AccessRefused or StoreFailed, with the address of `conn`.
-
-    An error that the block raises because a reply has an unexpected form becomes StoreFailed, too.
-    """
+    """Raise redis-py's errors, and those of a misread reply, as StoreUnreachable, AccessRefused or StoreFailed."""
     try:
         yield
     except redis.exceptions.RedisError as error:
@@ -176,10 +169,8 @@ def translated(conn: redis.Redis) -> Iterator[None]:
 def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> MigrationError:
     text = " ".join(str(error).split())
     if isinstance(error, redis.exceptions.BusyLoadingError):
-        return StoreUnreachable(
-            f"FalkorDB at {where} is still loading its data",
-            next_step="wait until it is up, then run the same command again",
-        )
+        step = "wait until it is up, then run the same command again"
+        return StoreUnreachable(f"FalkorDB at {where} is still loading its data", next_step=step)
     refusals = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
         return access_refused(where, text)
@@ -226,10 +217,7 @@ def access_refused(where: str, text: str) -> AccessRefused:
 
 
 def redis_cli(conn: redis.Redis, *words: str, user: str = "") -> str:
-    """Return the shell command that sends `words` to the server of `conn`; redis-cli asks for the password.
-
-    `user` is the user who may do that, if it is not that of `conn`.
-    """
+    """Return the shell command that sends `words` to the server of `conn`, as `user` (default: that of `conn`)."""
     settings = conn.connection_pool.connection_kwargs
     place = ["-s", settings["path"]] if "path" in settings else ["-h", settings["host"], "-p", str(settings["port"])]
     user = user or settings.get("username") or "default"
@@ -288,27 +276,19 @@ def list_graphs(conn: redis.Redis) -> list[str]:
 
 def expires_at(conn: redis.Redis, graph: str) -> str:
     """Return when the server will delete the graph's key (ISO 8601, UTC); "" if never, or if PEXPIRETIME is refused."""
-    try:
-        with translated(conn):
-            milliseconds = int(conn.execute_command("PEXPIRETIME", graph))
-    except (AccessRefused, StoreFailed):
-        return ""
-    if milliseconds < 0:
-        return ""
-    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
+    with contextlib.suppress(AccessRefused, StoreFailed), translated(conn):
+        milliseconds = int(conn.execute_command("PEXPIRETIME", graph))
+        if milliseconds >= 0:
+            return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
+    return ""
 
 
 def function_libraries(conn: redis.Redis) -> list[str]:
-    """Return the names of the server's function libraries (GRAPH.UDF), sorted; they belong to no graph.
-
-    Empty if this version has none, or if GRAPH.UDF is refused.
-    """
-    try:
-        with translated(conn):
-            listed = conn.execute_command("GRAPH.UDF", "LIST")
-            return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
-    except (AccessRefused, StoreFailed):
-        return []
+    """Return the server's function libraries (GRAPH.UDF), sorted; empty if it has none, or refuses the command."""
+    with contextlib.suppress(AccessRefused, StoreFailed), translated(conn):
+        listed = conn.execute_command("GRAPH.UDF", "LIST")
+        return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
+    return []
 
 
 def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:
@@ -330,11 +310,7 @@ def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:
 
 
 def _in_cluster(conn: redis.Redis) -> bool:
-    try:
-        with translated(conn):
-            return bool(int(conn.info("cluster").get("cluster_enabled", 0)))
-    except AccessRefused:
-        return False
+    return str(info(conn, "cluster").get("cluster_enabled")) == "1"
 
 
 def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
@@ -350,8 +326,8 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     )
 
 
-# Bounds for replies: a hostile server may announce gigabytes, or send a byte a minute without end.
-# The header of a long list, at the start of a reply and after a line; a text may match, too.
+# Bounds for replies: a hostile server may announce gigabytes, or send a byte a minute without end. The header of a long
+# list, at the start of a reply and after a line; a text may match, too.
 _LONG_LIST, _LATER_LIST = re.compile(rb"[*~>%|]\d{5,}\r"), re.compile(rb"\n[*~>%|]\d{5,}\r")
 _HEADER_BYTES = 32
 _MOST_ELEMENTS = 10_000_000  # in a reply: a page of rows has some 100,000
@@ -417,21 +393,18 @@ class BoundedSocket:
         """Raise InvalidResponse if a reply has, announces or takes in memory more than a reply may."""
         self._received += len(data)
         BoundedSocket._received_by_all += len(data)
-        self._require(self._received, self._limit, "bytes")
+        _require(self._received, self._limit, "bytes")
         within = min(self._in_string, len(data))
         self._in_string -= within
         self._unparsed += data[within:]
         start = max(0, len(self._unparsed) - len(data) - _HEADER_BYTES)
-        if (
-            self._unparsed.startswith(b"$")
-            or _LONG_LIST.match(self._unparsed)
-            or _LATER_LIST.search(self._unparsed, start)
-        ):
+        has_list = _LONG_LIST.match(self._unparsed) or _LATER_LIST.search(self._unparsed, start)
+        if has_list or self._unparsed.startswith(b"$"):
             self._parse_headers()
         if self._received - self._checked >= _CHECK_BYTES:
             self._checked = self._received
             most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (BoundedSocket._received_by_all - self._received_before)
-            self._require(_peak_memory() - self._memory, most, "bytes of memory")
+            _require(_peak_memory() - self._memory, most, "bytes of memory")
 
     def _parse_headers(self) -> None:
         """Parse the headers received so far. The bytes of a string are skipped: they may look like headers."""
@@ -440,18 +413,18 @@ class BoundedSocket:
             kind, number = data[at : at + 1], bytes(data[at + 1 : min(end, at + _HEADER_BYTES)])
             at = end + 2
             if kind in b"$=!" and number.isdigit():
-                self._require(int(number), self._limit, "bytes")
+                _require(int(number), self._limit, "bytes")
                 at += int(number) + 2
             elif kind in b"*~>%|" and number.isdigit():
                 self._elements += int(number)
-                self._require(self._elements, _MOST_ELEMENTS, "elements")
+                _require(self._elements, _MOST_ELEMENTS, "elements")
         self._in_string = max(0, at - len(data))
         del data[:at]
 
-    @staticmethod
-    def _require(found: int, most: int, what: str) -> None:
-        if found > most:
-            raise redis.exceptions.InvalidResponse(f"a reply of {found:,} {what}, more than is accepted ({most:,})")
+
+def _require(found: int, most: int, what: str) -> None:
+    if found > most:
+        raise redis.exceptions.InvalidResponse(f"a reply of {found:,} {what}, more than is accepted ({most:,})")
 
 
 def _peak_memory() -> int:

@@ -1,6 +1,6 @@
 """One digest for a whole graph, equal on two servers exactly if they hold the same graph.
 
-It covers the sum of the nodes' hashes (128 bits each, over sorted labels and sorted typed properties), the sum of the
+It covers the sum of the nodes' hashes (128 bits each, over sorted labels and sorted typed properties), that of the
 relationships' hashes (over type, the hashes of both ends, and properties), the counts per label and type, and the
 definitions of indexes and constraints. Doubles have the 15 digits that the server prints.
 """
@@ -21,16 +21,8 @@ from lib.errors import StoreFailed
 
 HASH_BYTES = 16
 _MODULUS = 1 << (8 * HASH_BYTES)
-_PLAIN = {
-    queries.NULL: b"0",
-    queries.INTEGER: b"i",
-    queries.BOOLEAN: b"b",
-    queries.DOUBLE: b"f",
-    queries.DATETIME: b"D",
-    queries.DATE: b"d",
-    queries.TIME: b"t",
-    queries.DURATION: b"u",
-}
+_PLAIN = {queries.NULL: b"0", queries.INTEGER: b"i", queries.BOOLEAN: b"b", queries.DOUBLE: b"f"}
+_PLAIN |= {queries.DATETIME: b"D", queries.DATE: b"d", queries.TIME: b"t", queries.DURATION: b"u"}
 _STRING, _ARRAY, _MAP = queries.STRING, queries.ARRAY, queries.MAP
 _NUMBER_LISTS = {queries.POINT: b"p", queries.VECTOR: b"v"}
 
@@ -53,11 +45,10 @@ def graph_digest(
     Holds 16 bytes per node id in memory. Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
     """
     reader = _Reader(conn, graph, by_id=by_id, progress=progress or (lambda _done: None))
-    node_sum = reader.add_nodes()
-    relationship_sum = reader.add_relationships()
+    sums = reader.add_nodes(), reader.add_relationships()
     known = schema(conn, graph)
     covered = {
-        "sums": [f"{node_sum:032x}", f"{relationship_sum:032x}"],
+        "sums": [f"{one:032x}" for one in sums],
         "read": [reader.nodes, reader.relationships],
         "counts": asdict(counts(conn, graph)),
         "definitions": [known.indexes, known.constraints],
@@ -71,16 +62,12 @@ class _Reader:
     """Reads all nodes first, and saves the hash of each under its id, then relationships."""
 
     def __init__(self, conn: redis.Redis, graph: str, *, by_id: bool, progress: Callable[[int], None]) -> None:
-        self.nodes = 0
-        self.relationships = 0
-        self._conn = conn
-        self._graph = graph
-        self._by_id = by_id
-        self._progress = progress
+        self.nodes = self.relationships = 0
+        self._conn, self._graph, self._by_id, self._progress = conn, graph, by_id, progress
         self._hashes = bytearray()
-        self._keys = _Names(conn, graph, "db.propertyKeys", "propertyKey")
-        self._labels = _Names(conn, graph, "db.labels", "label")
-        self._types = _Names(conn, graph, "db.relationshipTypes", "relationshipType")
+        self._keys = _Names(conn, graph, queries.KEYS)
+        self._labels = _Names(conn, graph, queries.LABELS)
+        self._types = _Names(conn, graph, queries.TYPES)
 
     def add_nodes(self) -> int:
         """Return the sum of all nodes' hashes."""
@@ -90,7 +77,9 @@ class _Reader:
                 labels = b"".join(sorted(self._labels[label] for label in label_ids))
                 identity = b"%d;" % node_id if self._by_id else b""
                 value = _hash(b"N" + identity + labels + b"|" + self._properties(properties))
-                self._save(node_id, value)
+                at = node_id * HASH_BYTES
+                self._hashes.extend(bytes(max(0, at - len(self._hashes))))
+                self._hashes[at : at + HASH_BYTES] = value
                 total += int.from_bytes(value, "big")
             self.nodes += len(rows)
             self._progress(self.nodes)
@@ -122,12 +111,6 @@ class _Reader:
         parts.sort()
         return b"".join(parts)
 
-    def _save(self, node_id: int, value: bytes) -> None:
-        at = node_id * HASH_BYTES
-        if len(self._hashes) < at:
-            self._hashes.extend(bytes(at - len(self._hashes)))
-        self._hashes[at : at + HASH_BYTES] = value
-
     def _hash_of(self, node_id: int) -> bytes:
         """Return a node's hash; empty for a node that was created after the nodes were read."""
         return bytes(self._hashes[node_id * HASH_BYTES : (node_id + 1) * HASH_BYTES])
@@ -136,17 +119,16 @@ class _Reader:
 class _Names:
     """Names by internal id, each with its length, so that it cannot be mixed up with what follows; reads new ones."""
 
-    def __init__(self, conn: redis.Redis, graph: str, procedure: str, column: str) -> None:
-        self._lookup = (conn, graph, procedure, column)
+    def __init__(self, conn: redis.Redis, graph: str, query: str) -> None:
+        self._lookup = (conn, graph, query)
         self.known: list[bytes] = []
 
     def __getitem__(self, number: int) -> bytes:
-        try:
-            return self.known[number]
-        except IndexError:
-            self.known = [_text(b"k", name.encode()) for name in names(*self._lookup)]
         if number >= len(self.known):
-            raise StoreFailed(f"graph '{self._lookup[1]}' uses a name that {self._lookup[2]} does not list")
+            self.known = [_text(b"k", name.encode()) for name in names(*self._lookup)]
+            if number >= len(self.known):
+                procedure = self._lookup[2].removeprefix("CALL ").partition("()")[0]
+                raise StoreFailed(f"graph '{self._lookup[1]}' uses a name that {procedure} does not list")
         return self.known[number]
 
 

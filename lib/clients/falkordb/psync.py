@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import socket
 import ssl
 import time
@@ -20,18 +21,14 @@ from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 CONNECT_SECONDS = 10.0
-MARK_BYTES = 40
 CRC_BYTES = 8
 PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
-_LENGTH_DIGITS, _LINE_BYTES = 15, 1 << 16
+_LINE_BYTES = 1 << 16
 _AGAIN = "run the same command again"
 _GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
-_LATER = {
-    "LOADING": "is still loading its data",
-    "BUSY": "is busy with a script",
-    "NOMASTERLINK": "is a replica that has lost its master; name the master instead",
-    "MASTERDOWN": "is a replica that has lost its master; name the master instead",
-}
+_NO_MASTER = "is a replica that has lost its master; name the master instead"
+_LATER = {"LOADING": "is still loading its data", "BUSY": "is busy with a script"}
+_LATER |= {"NOMASTERLINK": _NO_MASTER, "MASTERDOWN": _NO_MASTER}
 
 
 class PsyncRefused(AccessRefused):
@@ -61,40 +58,36 @@ def stream_rdb(
 ) -> RdbTransfer:
     """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` ends the connection.
 
-    `idle_seconds` without a byte end it, too; the server sends newlines while it prepares. Raises PsyncRefused and
-    RdbNotMade if DUMP may still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived
-    is not a whole RDB.
+    `idle_seconds` without a byte end it, too. Raises PsyncRefused and RdbNotMade if DUMP may still work, AccessRefused,
+    StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
     """
     connection = _ReplicaConnection(address, idle_seconds)
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
         connection.introduce()
         header = connection.request_rdb()
-        receiver = _Receiver(write, progress)
-        is_diskless = header.startswith(b"$EOF:")
-        pieces = _read_until_mark(connection, header[5:]) if is_diskless else _read_length(connection, header[1:])
-        for piece in pieces:
+        receiver = _Receiver(write, progress or (lambda _size: None))
+        if marked := re.fullmatch(rb"\$EOF:(.{40})", header, re.DOTALL):
+            pieces = _read_until_mark(connection, marked[1])
+        elif re.fullmatch(rb"\$\d{1,15}", header):
+            pieces = _read_length(connection, int(header[1:]))
+        else:
+            raise StoreFailed(f"FalkorDB at {connection.address} announced an RDB in an unknown form")
+        for piece in filter(None, pieces):
             receiver.add(piece)
     return receiver.finish(address.display)
 
 
 def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[bytes]:
-    """Read a diskless transfer: it ends with the 40 bytes of `mark`."""
-    if len(mark) != MARK_BYTES:
-        raise StoreFailed(f"FalkorDB at {connection.address} announced an RDB in an unknown form")
+    """Read a diskless transfer: it ends with `mark`."""
     held = b""
-    while True:
+    while held != mark:
         held += connection.chunk(CHUNK_BYTES)
-        yield held[:-MARK_BYTES]
-        held = held[-MARK_BYTES:]
-        if held == mark:
-            return
+        yield held[: -len(mark)]
+        held = held[-len(mark) :]
 
 
-def _read_length(connection: _ReplicaConnection, digits: bytes) -> Iterator[bytes]:
-    """Read a transfer from the server's disk: its length was announced."""
-    if not digits.isdigit() or len(digits) > _LENGTH_DIGITS:
-        raise StoreFailed(f"FalkorDB at {connection.address} announced an RDB in an unknown form")
-    left = int(digits)
+def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
+    """Read a transfer of `left` bytes from the server's disk."""
     while left:
         piece = connection.chunk(min(CHUNK_BYTES, left))
         left -= len(piece)
@@ -104,23 +97,17 @@ def _read_length(connection: _ReplicaConnection, digits: bytes) -> Iterator[byte
 class _Receiver:
     """Passes pieces on and computes their checksums. The CRC64 leaves out the last eight bytes, which may hold it."""
 
-    def __init__(self, write: Callable[[bytes], object], progress: Callable[[int], None] | None) -> None:
-        self._write = write
-        self._progress = progress or (lambda _size: None)
+    def __init__(self, write: Callable[[bytes], object], progress: Callable[[int], None]) -> None:
+        self._write, self._progress = write, progress
         self._sha256 = hashlib.sha256()
-        self._crc = 0
-        self._tail = b""
-        self._start = b""
-        self._size = 0
+        self._crc = self._size = 0
+        self._start = self._tail = b""
 
     def add(self, piece: bytes) -> None:
-        if not piece:
-            return
         self._write(piece)
         self._sha256.update(piece)
         self._size += len(piece)
-        if len(self._start) < len(MAGIC):
-            self._start += piece[: len(MAGIC)]
+        self._start += piece[: len(MAGIC) - len(self._start)]
         data = self._tail + piece
         self._crc = crc64(data[:-CRC_BYTES], self._crc)
         self._tail = data[-CRC_BYTES:]
@@ -167,9 +154,8 @@ class _ReplicaConnection:
         """Ask for the RDB. Returns the line that announces it; the server sends newlines until it is prepared."""
         answer = self._ask("PSYNC", "?", "-1")
         if not answer.startswith(b"+FULLRESYNC"):
-            raise StoreFailed(
-                f"FalkorDB at {self.address} answered PSYNC with {answer[:80].decode('utf-8', 'replace')}"
-            )
+            shown = answer[:80].decode("utf-8", "replace")
+            raise StoreFailed(f"FalkorDB at {self.address} answered PSYNC with {shown}")
         try:
             return self._line()
         except StoreUnreachable as error:
@@ -186,11 +172,9 @@ class _ReplicaConnection:
         return data
 
     def _ask(self, *words: str) -> bytes:
-        encoded = [word.encode() for word in words]
+        encoded = b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in map(str.encode, words))
         with self._socket_errors():
-            self._socket.sendall(
-                b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded)
-            )
+            self._socket.sendall(b"*%d\r\n%s" % (len(words), encoded))
         return self._line()
 
     def _line(self) -> bytes:
@@ -205,9 +189,8 @@ class _ReplicaConnection:
                     next_step="look at the server's log: it may lack the memory to fork",
                 )
             if time.monotonic() > deadline:
-                raise StoreUnreachable(
-                    f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
-                )
+                text = f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
+                raise StoreUnreachable(text)
             line = (line + byte).lstrip()
         if line.startswith(b"-"):
             raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.address)
@@ -218,14 +201,11 @@ class _ReplicaConnection:
         try:
             yield
         except TimeoutError as error:
-            raise StoreUnreachable(
-                f"FalkorDB at {self.address} has sent nothing for {self._idle:g} s", next_step=START_HINT
-            ) from error
+            text = f"FalkorDB at {self.address} has sent nothing for {self._idle:g} s"
+            raise StoreUnreachable(text, next_step=START_HINT) from error
         except OSError as error:
-            reason = error.strerror or error
-            raise StoreUnreachable(
-                f"FalkorDB at {self.address} cannot be reached: {reason}", next_step=START_HINT
-            ) from error
+            text = f"FalkorDB at {self.address} cannot be reached: {error.strerror or error}"
+            raise StoreUnreachable(text, next_step=START_HINT) from error
 
 
 def _open_socket(address: GraphAddress, seconds: float) -> socket.socket:
@@ -250,13 +230,10 @@ def _refusal(text: str, where: str) -> MigrationError:
     if kind in {"NOAUTH", "WRONGPASS"}:
         return access_refused(where, text)
     if kind == "NOPERM":
-        return PsyncRefused(
-            f"FalkorDB at {where} does not permit this user to receive an RDB: {text}", next_step=_GRANT
-        )
-    if "unknown command" in text.lower():
-        return PsyncRefused(f"FalkorDB at {where} has its replication commands switched off: {text}", next_step=_GRANT)
-    if kind in _LATER:
-        return StoreFailed(
-            f"FalkorDB at {where} {_LATER[kind]}: {text}", next_step="run the same command again when it is ready"
-        )
-    return StoreFailed(f"FalkorDB at {where} refused to send an RDB: {text}")
+        why = "does not permit this user to receive an RDB"
+    elif "unknown command" in text.lower():
+        why = "has its replication commands switched off"
+    else:
+        why, step = _LATER.get(kind, "refused to send an RDB"), "run the same command again when it is ready"
+        return StoreFailed(f"FalkorDB at {where} {why}: {text}", next_step=step if kind in _LATER else "")
+    return PsyncRefused(f"FalkorDB at {where} {why}: {text}", next_step=_GRANT)

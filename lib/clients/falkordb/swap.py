@@ -13,6 +13,7 @@ from lib.clients.falkordb.connection import (
     address_of,
     command,
     connect,
+    info,
     list_graphs,
     redis_cli,
     translated,
@@ -24,24 +25,11 @@ from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, 
 _COMMANDS = ("restore", "rename", "multi", "exec", "dump", "graph.delete", "graph.ro_query")
 _NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
 _EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
-_SWAP_COMMANDS = {"restore", "rename", "multi", "exec", "graph.delete"}
-_READ_COMMANDS = {
-    "auth",
-    "client",
-    "config",
-    "command",
-    "dbsize",
-    "dump",
-    "exists",
-    "get",
-    "hello",
-    "info",
-    "keys",
-    "memory",
-}
-_READ_COMMANDS |= {"module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog", "ttl", "type"}
-_READ_COMMANDS |= {"graph.config", "graph.list", "graph.ro_query", "graph.udf"}
-_UNCOUNTED = _SWAP_COMMANDS | _READ_COMMANDS
+# What changes no graph, or is a step of the swap.
+_UNCOUNTED = {"restore", "rename", "multi", "exec", "graph.delete", "graph.config", "graph.list", "graph.ro_query"}
+_UNCOUNTED |= {"graph.udf", "auth", "client", "config", "command", "dbsize", "dump", "exists", "get", "hello", "info"}
+_UNCOUNTED |= {"keys", "memory", "module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog"}
+_UNCOUNTED |= {"ttl", "type"}
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
@@ -57,10 +45,9 @@ class OtherClient:
 def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str) -> None:
     """Raise if this user or this server would refuse a step of the swap.
 
-    Each command is sent in a form that changes nothing: a payload that no server accepts, keys that do not exist
-    (nobody can have the names `temporary` and `safety`), an empty transaction. The server checks permissions, memory
-    and its role before the arguments (seen on 4.16.3 and 4.22.1).
-    Raises AccessRefused with what to grant, StoreFailed for a full memory, a read-only replica, a taken name.
+    Each command is sent in a form that changes nothing: a payload that no server accepts, keys that cannot exist, an
+    empty transaction. The server checks permissions, memory and its role first (seen on 4.16.3 and 4.22.1). Raises
+    AccessRefused with what to grant, StoreFailed for a full memory, a read-only replica, a taken name.
     """
     commands = (
         ("RESTORE", temporary, 0, _NO_PAYLOAD),
@@ -112,11 +99,8 @@ def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:
             f"export FALKORDB_HOST={master.get('master_host')} FALKORDB_PORT={master.get('master_port')}",
         )
     if "maxmemory" in text:
-        raise StoreFailed(
-            f"{where} has no memory left: {text}",
-            next_step="free memory there, or raise its limit, which is now:\n"
-            + redis_cli(conn, "CONFIG", "GET", "maxmemory"),
-        )
+        step = f"free memory there, or raise its limit, which is now:\n{redis_cli(conn, 'CONFIG', 'GET', 'maxmemory')}"
+        raise StoreFailed(f"{where} has no memory left: {text}", next_step=step)
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
         raise StoreFailed(
             f"{where} accepts no writes now: {text}",
@@ -130,12 +114,8 @@ def require_memory(conn: redis.Redis, need: int) -> None:
     Redis refuses a write only when the limit is already passed. If its policy is to evict, it makes room by deleting
     keys, and the live graph may be one of them.
     """
-    try:
-        with translated(conn):
-            memory = conn.info("memory")
-    except AccessRefused:
-        return  # if memory is short, the trial restore fails
-    limit, used = int(memory.get("maxmemory", 0)), int(memory["used_memory"])
+    memory = info(conn, "memory")  # if it is refused and memory is short, the trial restore fails
+    limit, used = int(memory.get("maxmemory", 0)), int(memory.get("used_memory", 0))
     policy = str(memory.get("maxmemory_policy", "noeviction"))
     if not limit or used + need <= limit:
         return
@@ -183,7 +163,7 @@ def write_calls(conn: redis.Redis) -> dict[str, object] | None:
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
-    """Return the graph as one DUMP payload. The server answers no other client meanwhile (1 s per 150k nodes).
+    """Return the graph as one DUMP payload. No other client is served meanwhile (1 s per 150k nodes).
 
     Raises MissingData.
     """
@@ -216,17 +196,12 @@ def dump_as(conn: redis.Redis, name: str, other: str) -> bytes:
 
 
 def verify_acceptance(
-    conn: redis.Redis,
-    payload: bytes,
-    temporary: str,
-    expected: GraphDigest,
-    then: Callable[[], object] = lambda: None,
+    conn: redis.Redis, payload: bytes, temporary: str, expected: GraphDigest, then: Callable[[], object] = lambda: None
 ) -> None:
     """Verify on the target that it accepts this graph: restore it as `temporary`, compare, delete it again.
 
-    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists, before it is
-    read. The copy is deleted in any case. Raises VerificationFailed if the copy differs, StoreFailed or AccessRefused
-    if the target does not accept it.
+    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists. Raises
+    VerificationFailed if the copy differs, StoreFailed or AccessRefused if the target does not accept it.
     """
     _require_name(payload, temporary)
     _require_free(conn, temporary)
@@ -252,8 +227,7 @@ def verify_acceptance(
 def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
     """Raise StoreFailed if the target writes older versions than this payload's, and so cannot read it.
 
-    A graph of one node is created and dumped as `temporary`, then deleted. This is for a payload whose own name is
-    taken, so that a trial restore is not possible.
+    For a payload whose own name is taken, so that a trial restore is not possible. A graph `temporary` is dumped.
     """
     _require_free(conn, temporary)
     try:
@@ -261,10 +235,8 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
         probe = dump_graph(conn, temporary)
     finally:
         drop_graph(conn, temporary)
-    for what, read, written in (
-        ("RDB version", rdb_version(probe), rdb_version(payload)),
-        ("graph encoding", graph_encoding(probe), graph_encoding(payload)),
-    ):
+    for what, version_of in (("RDB version", rdb_version), ("graph encoding", graph_encoding)):
+        read, written = version_of(probe), version_of(payload)
         if written > read:
             raise StoreFailed(
                 f"FalkorDB at {address_of(conn)} cannot read this backup: its {what} is {written},"
@@ -274,11 +246,11 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Replace the graph `name` by the dumped one, atomically; the old graph is then `safety_name`.
+    """Replace the graph `name` by the dumped one, atomically; the old one is then `safety_name`.
 
-    Returns whether there was an old graph. Redis does not roll back, so both replies are checked, and a rename whose
-    RESTORE was refused is undone. Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if
-    the reply did not arrive: then GRAPH.LIST shows which of the two states it is.
+    Returns whether there was an old one. Redis does not roll back, so a rename whose RESTORE was refused is undone.
+    Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if no reply arrived: then
+    GRAPH.LIST shows which of the two states it is.
     """
     _require_name(payload, name)
     _require_free(conn, safety_name)
@@ -298,10 +270,7 @@ def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> b
 
 
 def swap_back(conn: redis.Redis, name: str, safety_name: str) -> None:
-    """Undo `swap_in`: delete the graph `name` if it exists, and rename the old one back.
-
-    Raises MissingData, before anything is changed, if `safety_name` does not exist.
-    """
+    """Undo `swap_in`: rename the old graph back. Raises MissingData first if `safety_name` does not exist."""
     graphs = list_graphs(conn)
     if safety_name not in graphs:
         raise MissingData(f"graph '{safety_name}' does not exist on FalkorDB at {address_of(conn)}")

@@ -29,8 +29,8 @@ class Shard:
 class Topology:
     """The collection's shards and the cluster's nodes, as the node `this_peer` reports them.
 
-    `peers` is 1 on a server without a cluster. `known` maps the peer ids of the nodes to the addresses that they use
-    among themselves; it is empty without a cluster, or if the key may not ask for it.
+    `peers` is 1 without a cluster. `known` maps the peer ids of the nodes to the addresses that they use among
+    themselves; it is empty without a cluster, or if the key may not ask for it.
     """
 
     peers: int
@@ -51,7 +51,7 @@ class Topology:
 
     @property
     def local_ids(self) -> tuple[int, ...]:
-        """The ids of the shards on the node that was asked, in order."""
+        """The ids of `local`, in order."""
         return tuple(sorted({shard.shard_id for shard in self.local}))
 
 
@@ -122,8 +122,7 @@ def _states(nodes: Iterable[Qdrant], name: str) -> set[str]:
 def refuse_partial(topology: Topology) -> None:
     """Raise MigrationError unless the node that was asked holds every shard, and StoreFailed unless all are active.
 
-    A snapshot holds only the segments of the node that made it. Restored alone it answers `true`, with a part of the
-    points (seen on 1.11.3 and 1.18.3).
+    Restored alone, a snapshot of one node answers `true`, with a part of the points (seen on 1.11.3 and 1.18.3).
     """
     if topology.holders - {topology.this_peer}:
         raise MigrationError(
@@ -135,11 +134,11 @@ def refuse_partial(topology: Topology) -> None:
 
 
 def whole_nodes(q: Qdrant, listed: Sequence[Qdrant], name: str) -> list[Node]:
-    """The nodes whose snapshots together hold the whole collection, in the order of `listed`.
+    """The nodes whose snapshots together hold the collection, in the order of `listed`.
 
-    If `listed` is empty, the node at `q` must hold everything. Raises UsageProblem if `listed` is wrong,
-    MigrationError if it lacks a shard, StoreFailed if a shard is not active, StoreUnreachable if a node does not
-    answer, NotFound if the collection does not exist.
+    If `listed` is empty, that at `q` must hold all. Raises UsageProblem if `listed` is wrong, MigrationError if it
+    lacks a shard, StoreFailed if one is not active, StoreUnreachable if a node does not answer, NotFound if the
+    collection does not exist.
     """
     whole = topology(q, name)
     if not listed:

@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from lib.clients.qdrant.points import count
+from lib.clients.qdrant.snapshot_format import vector_params
 from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, reports_full_disk
 from lib.errors import AccessRefused, MissingData, UsageProblem, did_you_mean
 
@@ -26,42 +27,28 @@ INDEX_SECONDS = 600.0  # the server answers when the index is built
 # Errors (500) of a collection whose shard a restore cleared before it failed or was killed; seen on 1.11.3 and
 # 1.18.3. "Failed to load local shard" and the errors of recovery mode are not among them: that data may be whole.
 _SHARD_LOST = re.compile(
-    r"Failed to restore local replica"
-    r"|Dirty shard"
-    r"|0 of 0 read operations failed"
-    r"|does not have enough active replicas"
-    r"|has no active replica"
+    "Failed to restore local replica|Dirty shard|0 of 0 read operations failed|does not have enough active replicas"
+    "|has no active replica"
 )
 _OTHER_NODE_DOWN = re.compile(r"Tonic|tcp connect error|Unavailable", re.IGNORECASE)
 _OPTIMIZER_IDLE = "awaiting update operation"
 
 # Which fields of a collection's info go into the create call, and under which names
 # (https://api.qdrant.tech/api-reference/collections/create-collection; seen on 1.11.3 and 1.18.3).
-_FROM_PARAMS = (
-    "shard_number",
-    "sharding_method",
-    "replication_factor",
-    "write_consistency_factor",
-    "on_disk_payload",
-    "payload",
-)
-_FROM_CONFIG = {
-    "hnsw_config": "hnsw_config",
-    "wal_config": "wal_config",
-    "quantization_config": "quantization_config",
-    "strict_mode_config": "strict_mode_config",
-    "optimizer_config": "optimizers_config",
-}
+_FROM_PARAMS = ["shard_number", "sharding_method", "replication_factor", "write_consistency_factor"]
+_FROM_PARAMS += ["on_disk_payload", "payload"]
+_FROM_CONFIG = {one: one for one in ("hnsw_config", "wal_config", "quantization_config", "strict_mode_config")}
+_FROM_CONFIG["optimizer_config"] = "optimizers_config"
 _BY_PATCH = ("read_fan_out_factor", "read_fan_out_delay_ms")
-_KNOWN_PARAMS = {*_FROM_PARAMS, *_BY_PATCH, "vectors", "sparse_vectors"}
-_KNOWN_CONFIG = {*_FROM_CONFIG, "params", "metadata"}
+_KNOWN = {f"params.{key}" for key in (*_FROM_PARAMS, *_BY_PATCH, "vectors", "sparse_vectors")}
+_KNOWN |= {*_FROM_CONFIG, "params", "metadata"}
 
 
 @dataclass(frozen=True)
 class CollectionState:
     """The answer of `GET /collections/{name}` (`raw`) and an exact count.
 
-    `size` and `distance` are those of the unnamed vector, or of the first named one; 0 and "" if there is none.
+    `size` and `distance` are of the unnamed vector, or of the first named one; 0 and "" if there is none.
     """
 
     name: str
@@ -95,10 +82,7 @@ class CollectionState:
 
     @property
     def optimizer_idle(self) -> bool:
-        """Whether the optimizer has work, but since a restart of the server waits for the next write to begin.
-
-        1.18.3 then reports grey; 1.11.3 may report green with this error of the optimizer (seen after a kill).
-        """
+        """Whether the optimizer waits for a write since a restart (1.18.3 reports grey, 1.11.3 at times green)."""
         return self.status == "grey" or _OPTIMIZER_IDLE in self.optimizer_status
 
     @property
@@ -131,24 +115,16 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
             "if the collection is lost: docs/worst-day.md",
         ) from None
     size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
-    optimizer = raw.get("optimizer_status")
-    optimizer_ok = optimizer == "ok" or _OPTIMIZER_IDLE in str(optimizer)
-    return CollectionState(name, size, distance, points, str(raw["status"]), optimizer_ok, named, raw)
-
-
-def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
-    """Size, distance and whether vectors are named, from `params.vectors` of a configuration."""
-    named = not isinstance(vectors.get("size"), int)
-    first: Mapping[str, Any] = next(iter(vectors.values()), {}) if named else vectors
-    return int(first.get("size", 0)), str(first.get("distance", "")), named and bool(vectors)
+    optimizer = str(raw.get("optimizer_status"))
+    is_ok = optimizer == "ok" or _OPTIMIZER_IDLE in optimizer
+    return CollectionState(name, size, distance, points, str(raw["status"]), is_ok, named, raw)
 
 
 def health(q: Qdrant, name: str) -> Health:
     """Whether the collection can be used.
 
-    "failed": it is listed, but its shard is lost, for example after a failed restore; it can only be deleted.
-    "restoring": its shard is not there yet. "unavailable": it answers 500 for another reason, for example because a
-    node is down; never delete it.
+    "failed": it is listed, but its shard is lost, as after a failed restore; it can only be deleted. "restoring": its
+    shard is not there yet. "unavailable": it answers 500 for another reason, as when a node is down: never delete it.
     """
     if not exists(q, name):
         return "missing"
@@ -160,8 +136,8 @@ def health(q: Qdrant, name: str) -> Health:
     except QdrantError as error:
         if "Local shard" in error.text and "not found" in error.text:
             return "restoring"
-        lost = _SHARD_LOST.search(error.text) and not _OTHER_NODE_DOWN.search(error.text)
-        return "failed" if error.status == 500 and lost else "unavailable"
+        lost = error.status == 500 and _SHARD_LOST.search(error.text) and not _OTHER_NODE_DOWN.search(error.text)
+        return "failed" if lost else "unavailable"
     return "live"
 
 
@@ -171,10 +147,7 @@ def is_failed(q: Qdrant, name: str) -> bool:
 
 
 def delete_collection(q: Qdrant, name: str) -> bool:
-    """Delete the collection and its aliases. Returns False if it does not exist; an alias is never followed.
-
-    Its snapshot files stay on the server's disk and cannot be reached any more: delete them first.
-    """
+    """Delete the collection, its aliases and access to its snapshot files. Returns False if it does not exist."""
     try:
         return bool(q.json("DELETE", collection_path(name)))
     except NoAnswer:
@@ -187,8 +160,8 @@ def wait_green(q: Qdrant, name: str, seconds: float) -> CollectionState:
     """Poll until the collection is `optimized` in several polls, at most `seconds`; return the last state.
 
     If the optimizer is idle or stopped with an error, an empty update starts it
-    (https://qdrant.tech/documentation/concepts/collections/). 1.18.3 then tries again; 1.11.3 keeps the error until
-    it is restarted. Raises QdrantError if the server's disk has no room for the optimization.
+    (https://qdrant.tech/documentation/concepts/collections/); 1.11.3 keeps an error until it is restarted. Raises
+    QdrantError if the server's disk is full.
     """
     deadline = time.monotonic() + seconds
     stable, tried_again = 0, False
@@ -213,16 +186,12 @@ def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def create_like(
-    q: Qdrant,
-    name: str,
-    raw_info: Mapping[str, Any],
-    size: int,
-    metadata: Mapping[str, Any] | None = None,
+    q: Qdrant, name: str, raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 
-    `metadata` is merged over that of `raw_info`. Aliases are not created. Raises UsageProblem like `refuse_foreign`,
-    and QdrantError if `name` exists.
+    `metadata` is merged over that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name`
+    exists.
     """
     q.json("PUT", collection_path(name), create_body(raw_info, size, metadata))
     put_fan_out(q, name, raw_info["config"])
@@ -242,35 +211,26 @@ def create_body(raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, A
     refuse_foreign(raw_info)
     config = raw_info["config"]
     params = config["params"]
-    body: dict[str, Any] = {"vectors": {**params["vectors"], "size": size}}
-    body |= {key: params.get(key) for key in _FROM_PARAMS}
+    body: dict[str, Any] = {key: params.get(key) for key in _FROM_PARAMS}
     body |= {target: config.get(source) for source, target in _FROM_CONFIG.items()}
+    body["vectors"] = {**params["vectors"], "size": size}
     body["metadata"] = {**(config.get("metadata") or {}), **(metadata or {})} or None
     return {key: value for key, value in body.items() if value is not None}
 
 
 def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size: bool = False) -> bool:
-    """Whether two infos of a collection have the same configuration and payload indexes.
-
-    `but_size` ignores what `create_like` changes, or sets later: size, metadata, fan-out.
-    """
-    if but_size:
-        configs = [create_body(raw_info, 1) | {"metadata": None} for raw_info in (one, other)]
-    else:
-        configs = [one["config"], other["config"]]
-    return configs[0] == configs[1] and _index_definitions(one) == _index_definitions(other)
-
-
-def _index_definitions(raw_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    schema = raw_info.get("payload_schema") or {}
-    return {name: {key: value for key, value in entry.items() if key != "points"} for name, entry in schema.items()}
+    """Whether two infos have the same configuration and indexes. `but_size`: as `create_like` would make them."""
+    settings = []
+    for raw_info in (one, other):
+        config = create_body(raw_info, 1) | {"metadata": None} if but_size else raw_info["config"]
+        schema = raw_info.get("payload_schema") or {}
+        settings.append((config, {name: {**entry, "points": None} for name, entry in schema.items()}))
+    return settings[0] == settings[1]
 
 
 def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:
     """Create `name` as AutoMem does: one unnamed vector, Cosine, keyword indexes on its tags."""
-    body: dict[str, Any] = {"vectors": {"size": size, "distance": "Cosine"}}
-    if metadata:
-        body["metadata"] = dict(metadata)
+    body = {"vectors": {"size": size, "distance": "Cosine"}, **({"metadata": dict(metadata)} if metadata else {})}
     q.json("PUT", collection_path(name), body)
     put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
@@ -290,16 +250,15 @@ def create_small(q: Qdrant, name: str) -> None:
 
 def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, Any]]) -> None:
     """Create the payload indexes of an info's `payload_schema`: by their `params`, else by their `data_type`."""
+    path = collection_path(name, "index")
     for key, entry in payload_schema.items():
         body = {"field_name": key, "field_schema": entry.get("params") or entry["data_type"]}
-        path = collection_path(name, "index")
         q.json("PUT", path, body, params={"wait": "true"}, timeout=INDEX_SECONDS, retry=True)
 
 
 def _all_aliases(q: Qdrant) -> dict[str, str]:
     """Each alias on the server, with its collection."""
-    entries = q.json("GET", "/aliases")["aliases"]
-    return {str(entry["alias_name"]): str(entry["collection_name"]) for entry in entries}
+    return {str(one["alias_name"]): str(one["collection_name"]) for one in q.json("GET", "/aliases")["aliases"]}
 
 
 def aliases_of(q: Qdrant, name: str) -> list[str]:
@@ -357,8 +316,7 @@ def _foreign_settings(config: Mapping[str, Any]) -> Iterator[str]:
     size, _, named = vector_params(vectors)
     unnamed = {} if named else vectors
     if named:
-        names = ", ".join(map(repr, sorted(vectors)))
-        yield f"named vectors: {names} (AutoMem keeps one unnamed vector per point)"
+        yield f"named vectors: {', '.join(map(repr, sorted(vectors)))} (AutoMem keeps one unnamed vector per point)"
     elif not size:
         yield "no unnamed vector (AutoMem keeps one per point)"
     if unnamed.get("multivector_config"):
@@ -373,11 +331,6 @@ def _foreign_settings(config: Mapping[str, Any]) -> Iterator[str]:
     if params.get("sharding_method") == "custom":
         yield "custom sharding: each point has a shard key"
     # A newer server has other settings, which the create call would leave out.
-    yield from _unknown("config.params", params, _KNOWN_PARAMS)
-    yield from _unknown("config", config, _KNOWN_CONFIG)
-
-
-def _unknown(where: str, settings: Mapping[str, Any], known: set[str]) -> Iterator[str]:
-    for key, value in settings.items():
-        if value is not None and key not in known:
-            yield f"the setting {where}.{key}, which is not known here"
+    for key, value in ({f"params.{key}": value for key, value in params.items()} | dict(config)).items():
+        if value is not None and key not in _KNOWN:
+            yield f"the setting config.{key}, which is not known here"

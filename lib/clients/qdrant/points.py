@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     import requests
     from numpy.typing import NDArray
-    from qdrant_client import QdrantClient
 
 PointId = str | int  # a lower-case hyphenated UUID, or an unsigned integer
 
@@ -66,19 +65,11 @@ class Hit:
     score: float
 
 
-@dataclass(frozen=True)
-class _Row:
-    id: PointId
-    json: bytes
+_Row = tuple[PointId, bytes]  # with the point's JSON
 
 
 def scroll(
-    q: Qdrant,
-    name: str,
-    *,
-    payload: bool | list[str] = False,
-    vector: bool = False,
-    page: int | None = None,
+    q: Qdrant, name: str, *, payload: bool | list[str] = False, vector: bool = False, page: int | None = None
 ) -> Iterator[list[Point]]:
     """Yield all points in pages, in the order of their ids.
 
@@ -96,33 +87,21 @@ def scroll(
                 raise
             limit = int(allowed[1])
             continue
-        offset, points = result["next_page_offset"], _points(result.pop("points"))
-        yield points
-        if offset is None:
+        body["offset"] = result["next_page_offset"]
+        yield _points(result.pop("points"))
+        if body["offset"] is None:
             return
-        body["offset"] = offset
 
 
 def retrieve(
-    q: Qdrant,
-    name: str,
-    ids: Sequence[PointId],
-    *,
-    payload: bool | list[str] = False,
-    vector: bool = False,
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str] = False, vector: bool = False
 ) -> list[Point]:
     """The points with these ids, in any order; ids that the collection does not have are left out."""
-    pages = _retrieve_pages(q, name, ids, payload=payload, vector=vector)
-    return [point for page in pages for point in _points(page)]
+    return [point for page in _by_ids(q, name, ids, payload=payload, vector=vector) for point in _points(page)]
 
 
 def retrieve_pages(
-    q: Qdrant,
-    name: str,
-    pages: Iterable[Sequence[PointId]],
-    *,
-    payload: bool | list[str] = False,
-    vector: bool = False,
+    q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, payload: bool | list[str] = False, vector: bool = False
 ) -> Iterator[list[Point]]:
     """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
     post = partial(_post_ids, q, name, payload=payload, vector=vector)
@@ -133,11 +112,11 @@ def retrieve_pages(
 
 def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
     """Payload and vectors of these points as in the server's JSON, with named and sparse vectors."""
-    pages = _retrieve_pages(q, name, ids, payload=True, vector=True)
+    pages = _by_ids(q, name, ids, payload=True, vector=True)
     return {raw["id"]: (raw.get("payload"), raw.get("vector")) for page in pages for raw in page}
 
 
-def _retrieve_pages(
+def _by_ids(
     q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
 ) -> Iterator[list[dict[str, Any]]]:
     size = PAGE_WITH_VECTORS if vector else PAGE
@@ -148,9 +127,8 @@ def _retrieve_pages(
 def _post_ids(
     q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
 ) -> requests.Response:
-    body = encode({"ids": list(ids), "with_payload": payload, "with_vector": vector})
-    headers = {"Content-Type": "application/json"}
-    return q.call("POST", collection_path(name, "points"), body, headers=headers, retry=True)
+    body = {"ids": list(ids), "with_payload": payload, "with_vector": vector}
+    return q.send("POST", collection_path(name, "points"), body, retry=True)
 
 
 def count(q: Qdrant, name: str) -> int:
@@ -203,11 +181,7 @@ def _float32s(numbers: list[float]) -> NDArray[np.float32]:
 
 
 def upsert(
-    q: Qdrant,
-    name: str,
-    ids: Sequence[PointId],
-    vectors: NDArray[np.float32],
-    payloads: Sequence[dict[str, Any]],
+    q: Qdrant, name: str, ids: Sequence[PointId], vectors: NDArray[np.float32], payloads: Sequence[dict[str, Any]]
 ) -> list[Rejected]:
     """Write points and wait until they are stored. Returns the rows that the server, or JSON, does not accept.
 
@@ -219,7 +193,7 @@ def upsert(
     remaining = list(_batches(rows, BATCH_POINTS))[::-1]
     while remaining:
         batch = remaining.pop()
-        parts = [part for row in batch for part in (b",", row.json)]
+        parts = [part for _, json in batch for part in (b",", json)]
         try:
             body = Parts([b'{"points":[', *parts[1:], b"]}"])
             q.json("PUT", path, body, params=_WAIT, retry=True, compress=compress)
@@ -228,17 +202,14 @@ def upsert(
             raise
         except QdrantError as error:
             if len(batch) == 1 and error.status in _INVALID_ROW and not _of_the_collection(error):
-                rejected.append(Rejected(batch[0].id, error.text))
+                rejected.append(Rejected(batch[0][0], error.text))
             else:
                 remaining += _split(batch, error)[::-1]
     return rejected
 
 
 def _reads_gzip(q: Qdrant, name: str) -> bool:
-    """Return whether points are sent compressed, to 42% of their JSON. A small request finds that out, once.
-
-    The server reads it (seen on 1.11.3 and 1.19.0); a proxy in front of it may refuse it.
-    """
+    """Whether points are sent compressed, to 42% of their JSON: a proxy may refuse it. A small request tries, once."""
     if q.reads_gzip is None:
         try:
             q.json("POST", collection_path(name, "points", "count"), {"exact": False}, retry=True, compress=True)
@@ -263,19 +234,18 @@ def _serialized(
     rows: list[_Row] = []
     rejected: list[Rejected] = []
     for point_id, vector, payload in zip(ids, np.ascontiguousarray(vectors, dtype=np.float32), payloads, strict=True):
-        if not np.isfinite(vector).all():
-            rejected.append(Rejected(point_id, "its vector holds a number that is not finite"))
-            continue
         try:
             json = encode({"id": point_id, "vector": vector, "payload": payload})
         except orjson.JSONEncodeError as error:
-            rejected.append(Rejected(point_id, f"its payload is not JSON: {error}"))
-            continue
-        if len(json) < BATCH_BYTES:
-            rows.append(_Row(point_id, json))
+            json, reason = b"", f"its payload is not JSON: {error}"
         else:
-            reason = f"its {len(json)} bytes are more than one request may hold"
+            reason = f"its {len(json)} bytes are more than one request may hold" if len(json) >= BATCH_BYTES else ""
+        if not np.isfinite(vector).all():
+            reason = "its vector holds a number that is not finite"
+        if reason:
             rejected.append(Rejected(point_id, reason))
+        else:
+            rows.append((point_id, json))
     return rows, rejected
 
 
@@ -283,11 +253,11 @@ def _batches(rows: Sequence[_Row], points: int) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     size = 0
     for row in rows:
-        if batch and (len(batch) == points or size + len(row.json) >= BATCH_BYTES):
+        if batch and (len(batch) == points or size + len(row[1]) >= BATCH_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(row)
-        size += len(row.json) + 1
+        size += len(row[1]) + 1
     if batch:
         yield batch
 
@@ -313,12 +283,11 @@ def _of_the_collection(error: QdrantError) -> bool:
 def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: int) -> list[Hit]:
     """The `limit` nearest points, best first, to a vector (dims,), or to a stored point, which is left out.
 
-    One request (https://api.qdrant.tech/api-reference/search/query-points; 1.10 and later). The official client would
-    take a second to import, and 45 MB. Raises NotFound, QdrantError, NoAnswer.
+    https://api.qdrant.tech/api-reference/search/query-points (1.10 and later). The official client would take a second
+    to import, and 45 MB. Raises NotFound, QdrantError, NoAnswer.
     """
     body = {"query": query, "limit": limit, "with_payload": False}
-    path = collection_path(name, "points", "query")
-    answer = q.json("POST", path, body, timeout=_SEARCH_SECONDS, retry=False)
+    answer = q.json("POST", collection_path(name, "points", "query"), body, timeout=_SEARCH_SECONDS, retry=False)
     return [Hit(point["id"], float(point["score"])) for point in answer["points"]]
 
 
@@ -328,22 +297,21 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
 
     It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
     """
-    from qdrant_client import models
+    from qdrant_client import QdrantClient, models
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-    client = _official_client(q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it warns of a key over http, also in a private network
+        # Checking the compatibility is an extra request, and a warning for servers that work.
+        seconds = max(1, int(q.timeout_seconds))
+        client = QdrantClient(url=q.base_url, api_key=q.api_key or None, timeout=seconds, check_compatibility=False)
     narrowed = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
     exact = models.SearchParams(exact=True)
 
     def nearest(name: str, vector: NDArray[np.float32], limit: int) -> list[Hit]:
         try:
             answer = client.query_points(
-                name,
-                vector.tolist(),
-                query_filter=narrowed,
-                search_params=exact,
-                limit=limit,
-                with_payload=False,
+                name, vector.tolist(), query_filter=narrowed, search_params=exact, limit=limit, with_payload=False
             )
         except UnexpectedResponse as error:
             text = error.content.decode("utf-8", "replace")
@@ -354,16 +322,3 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
 
     with closing(client):
         yield nearest
-
-
-def _official_client(q: Qdrant) -> QdrantClient:
-    from qdrant_client import QdrantClient
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it warns of a key over http, also in a private network
-        return QdrantClient(
-            url=q.base_url,
-            api_key=q.api_key or None,
-            timeout=max(1, int(q.timeout_seconds)),
-            check_compatibility=False,  # an extra request, and a warning for servers that work
-        )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.collection import Health, delete_collection, exists, health
+from lib.clients.qdrant.collection import delete_collection, exists, health
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
-from lib.clients.qdrant.transport import GATEWAY_ERRORS, NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full
+from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full, unanswered
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 ANSWER_SECONDS = 300.0  # the server answers when the restore has ended; after that the collection is polled
@@ -21,10 +21,8 @@ POLL_SECONDS = 0.5
 FAILED_SECONDS = 10.0  # during a restore, a collection can look failed for a moment
 WRONG_CHECKSUM = "0" * 64
 
-# The snapshots of Qdrant's image: read from there, a snapshot does not go through the network.
-_OWN_FOLDER = "file:///qdrant/snapshots"
-# A container's own port, if QDRANT_URL is a mapped one.
-_OWN_URL = "http://localhost:6333"
+_OWN_FOLDER = "file:///qdrant/snapshots"  # of Qdrant's image: read from there, it does not go through the network
+_OWN_URL = "http://localhost:6333"  # a container's own port, if QDRANT_URL is a mapped one
 _CONFLICT = 409
 _PIECE_BYTES = 256 << 10  # the timeout of a send applies to each piece
 
@@ -39,7 +37,7 @@ def unique_filename(stem: str) -> str:
 def preflight_upload(q: Qdrant, collection: str) -> None:
     """Raise AccessRefused if snapshots may not be uploaded, by an upload of one kilobyte with a wrong checksum.
 
-    It changes and leaves nothing, whether the collection exists or not (seen on 1.11.3 and 1.18.3).
+    It changes and leaves nothing (seen on 1.11.3 and 1.18.3).
     """
     try:
         form = _Form(unique_filename("preflight"), b"0" * 1024)
@@ -64,10 +62,9 @@ def upload_and_restore(
 ) -> bool:
     """Upload a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
 
-    Returns whether the server answered within `answer_seconds`; if it did not, the collection was polled for at most
-    `seconds`. An answer does not verify the points: count and compare them. The server keeps the file as `filename`
-    (see `unique_filename`), also after a failure. `allow_existing`: the collection already has parts from other
-    nodes' snapshots.
+    Returns whether the server answered within `answer_seconds`; if not, the collection was polled for at most
+    `seconds`. An answer does not verify the points. The server keeps the file as `filename` (see `unique_filename`),
+    also after a failure. `allow_existing`: the collection already has parts from other nodes' snapshots.
     Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
     and delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged for a source that is
     shorter or that has another checksum.
@@ -87,7 +84,7 @@ def upload_and_restore(
         except QdrantError as error:
             if _is_mismatch(error):
                 raise _wrong_file(q, collection) from error
-            if error.status not in GATEWAY_ERRORS:
+            if not unanswered(error):
                 raise
     wait_restored(q, collection, seconds, process)
     return False
@@ -112,9 +109,9 @@ def recover(
     answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
 ) -> bool:
-    """Have the server restore `collection` from a `location` that it fetches itself (see `can_fetch_itself`).
+    """Like `upload_and_restore`, from a `location` that the server fetches itself (see `can_fetch_itself`).
 
-    Otherwise like `upload_and_restore`. If the collection is already being restored, that restore is waited for.
+    If the collection is already being restored, that restore is waited for.
     """
     if not allow_existing:
         _refuse_existing(q, collection)
@@ -122,21 +119,18 @@ def recover(
     try:
         _put_recover(q, collection, location, checksum, answer_seconds)
         return True
-    except NoAnswer:
-        pass
-    except QdrantError as error:
-        if error.status not in (_CONFLICT, *GATEWAY_ERRORS):
+    except (NoAnswer, QdrantError) as error:
+        if not unanswered(error) and getattr(error, "status", None) != _CONFLICT:
             raise
     wait_restored(q, collection, seconds, process)
     return False
 
 
 def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
-    """The URL of the file or address from which the server reads this snapshot of its own, or None if it cannot.
+    """The URL from which the server reads this snapshot of its own, or None if it cannot.
 
-    Verified by a recover as `probe` (an unused name) with a wrong checksum: the server's mismatch error names the
-    right one, and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError if the
-    server has no room for what it fetches.
+    Verified by a recover as `probe` (an unused name) with a wrong checksum: the mismatch error names the right one,
+    and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError for a full disk.
     """
     addresses = [base + collection_path(collection, "snapshots", snapshot.name) for base in (q.base_url, _OWN_URL)]
     own_file = _OWN_FOLDER + collection_path(collection, snapshot.name).removeprefix("/collections")
@@ -164,11 +158,13 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
     Until a restore ends, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3). `process` is the `startup` of
     the server that was asked to restore: if the server was restarted, nothing is restored any more.
     """
-    deadline = time.monotonic() + seconds
-    failed_since: float | None = None
+    deadline, failed_since = time.monotonic() + seconds, None
     while True:
         new_process = restarted(q, process)
-        state = _health(q, collection)
+        try:
+            state = health(q, collection)
+        except StoreUnreachable:
+            state = "unavailable"  # the server may be restarting
         now = time.monotonic()
         if state == "live":
             return
@@ -199,7 +195,7 @@ class _Body:
 class _Form:
     """A snapshot as a multipart body of `len` bytes, of which `left` are not sent yet.
 
-    It is an iterable of large pieces: from a file object, http.client would read 16 KiB at a time.
+    It yields large pieces: from a file object, http.client would read 16 KiB at a time.
     """
 
     def __init__(self, filename: str, content: bytes | _Body) -> None:
@@ -241,18 +237,8 @@ def _refuse_existing(q: Qdrant, collection: str) -> None:
         )
 
 
-def _health(q: Qdrant, collection: str) -> Health:
-    try:
-        return health(q, collection)
-    except StoreUnreachable:
-        return "unavailable"  # the server may be restarting
-
-
 def delete_with_snapshots(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:
-    """Delete a collection, live or failed, and first the snapshots that were uploaded to it.
-
-    The files cannot be reached without the collection. `nodes` are those of a cluster, each of which may hold a file.
-    """
+    """Delete a collection, live or failed, and first the snapshots that were uploaded to it (on all `nodes`)."""
     if not exists(q, name):
         return
     for node in (q, *nodes):

@@ -1,34 +1,42 @@
-"""Open a snapshot's segments with Qdrant's own engine, on this machine: count their points, look up ids."""
+"""Open a snapshot's segments with Qdrant's own engine, on this machine: count their points, look up ids.
+
+The engine runs in a process of this module: it maps the segments outside the caller's memory, and a file that crashes
+it does not crash the caller. Each question to it, and each answer, is a line of JSON.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import orjson
 
 from lib.child_process import child_environment, limit_resources
-from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.snapshot_format import BLOCK, ByteStream, Section, Sparse
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import FULL_DISK, PassThrough
 
+if TYPE_CHECKING:
+    from lib.clients.qdrant.points import PointId
+
 # The engine cannot read segments over RocksDB (Qdrant up to about 1.15); seen with 1.11.3.
 _UNKNOWN_FORMAT = ("unknown variant", "rocksdb", "RocksDB", "Failed to deserialize")
-_DISK_FULL = "No space left"
-_ENGINE = Path(__file__).with_name("segment_engine.py")
+_ENGINE = ("-m", "lib.clients.qdrant.segments")
+_ROOT = Path(__file__).parents[3]
 # Far above what the engine needs for intact segments: preallocated files, payloads and indexes in memory.
 _MAPPED, _PREALLOCATED, _CPU_SECONDS, _BYTES_PER_SECOND = 8, 512 << 20, 600, 1 << 20
+_PR_SET_PDEATHSIG = 1
 
 Ask = Callable[[dict[str, Any]], Any]
 
@@ -44,16 +52,11 @@ class _EngineError(Exception):
 
 
 class Segments:
-    """The opened segments of a snapshot; `counts` is the number of points in each shard."""
+    """The opened segments of a snapshot; `counts` is the number of points in each shard, `count` that in all."""
 
-    def __init__(self, ask: Ask, counts: Mapping[int, int]) -> None:
-        self.counts = dict(counts)
+    def __init__(self, ask: Ask, counts: dict[int, int]) -> None:
+        self.counts, self.count = counts, sum(counts.values())
         self._ask = ask
-
-    @property
-    def count(self) -> int:
-        """The number of points in all shards."""
-        return sum(self.counts.values())
 
     def held(self, ids: Sequence[PointId]) -> set[PointId]:
         """Those of `ids` that are points of the snapshot. Raises BackupDamaged if one is not a valid id."""
@@ -84,24 +87,25 @@ class SegmentFiles:
         self._write(shard, info.tobuf(tarfile.GNU_FORMAT), begins_block=True)
         return PassThrough(cast("IO[bytes]", content), partial(self._write, shard))
 
-    def finish(self) -> dict[int, Path]:
+    def finish(self) -> dict[str, Path]:
         """Complete the tars; returns them by shard. Raises OSError if the disk was full."""
         if self.full:
-            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder))
+            raise self.disk_full()
         for file in self._files.values():
             file.write(bytes(-file.tell() % BLOCK + 2 * BLOCK))
             file.close()
-        return {shard: self._path(shard) for shard in self._files}
+        return {str(shard): Path(file.name).absolute() for shard, file in self._files.items()}
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard}.tar"
+    def disk_full(self) -> OSError:
+        """Make the error for a full disk."""
+        return OSError(errno.ENOSPC, "No space left on device", str(self.folder))
 
     def _write(self, shard: int, data: bytes, *, begins_block: bool = False) -> None:
         if self.full:
             return
         try:
             if shard not in self._files:
-                self._files[shard] = self._path(shard).open("wb")
+                self._files[shard] = (self.folder / f"{shard}.tar").open("wb")
             file = self._files[shard]
             file.write(bytes(-file.tell() % BLOCK) + data if begins_block else data)
         except OSError as error:
@@ -117,45 +121,43 @@ def has_engine() -> bool:
 
 @contextmanager
 def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
-    """Open the segments of a snapshot that `inspect_snapshot` has accepted.
+    """Open the segments of an accepted snapshot. Yields None if the engine cannot read their format.
 
-    Yields None if the engine cannot read the segments' format. Raises BackupDamaged, EngineKilled, and OSError if the
-    disk is full.
+    Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
     """
-    paths = files.finish()
-    archives = {str(shard): str(path) for shard, path in paths.items()}
-    with _engine(sum(path.stat().st_size for path in paths.values()), files.segments) as ask:
+    archives = files.finish()
+    with _engine(sum(path.stat().st_size for path in archives.values()), files.segments) as ask:
         try:
-            counts = ask({"open": archives})
+            counts = ask({"open": {shard: str(path) for shard, path in archives.items()}})
+            segments = Segments(ask, {int(shard): points for shard, points in counts.items()})
         except _EngineError as error:
-            if _DISK_FULL in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(files.folder)) from None
+            if "No space left" in str(error):
+                raise files.disk_full() from None
             if not any(sign in str(error) for sign in _UNKNOWN_FORMAT):
                 raise BackupDamaged(f"the engine cannot open the snapshot's segments: {error}") from None
-            counts = None
-        yield None if counts is None else Segments(ask, {int(shard): n for shard, n in counts.items()})
+            segments = None
+        yield segments
 
 
 @contextmanager
 def _engine(size: int, segments: int) -> Iterator[Ask]:
     """Start the engine's process, limited for segments of `size` bytes. It ends with the block and with this process.
 
-    Yields a function that sends it a question and returns the answer. That raises _EngineError, and if the process
-    ended BackupDamaged or EngineKilled.
+    Yields a function that sends it a question and returns the answer, or raises _EngineError, and if the process ended
+    BackupDamaged or EngineKilled.
     """
     with subprocess.Popen(
-        [sys.executable, str(_ENGINE), str(os.getpid())],
+        [sys.executable, *_ENGINE, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        cwd=_ROOT,
         env=child_environment(),
         start_new_session=True,  # Ctrl-C interrupts the command, which then ends this process
     ) as child:
         mapped = _MAPPED * size + segments * _PREALLOCATED
         limit_resources(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_PER_SECOND)
-        assert child.stdin is not None
-        assert child.stdout is not None
-        stdin, stdout = child.stdin, child.stdout
+        stdin, stdout = cast("IO[bytes]", child.stdin), cast("IO[bytes]", child.stdout)
 
         def ask(question: dict[str, Any]) -> Any:
             with suppress(BrokenPipeError):
@@ -181,3 +183,45 @@ def _ended(code: int) -> MigrationError:
     if code == -signal.SIGXCPU:
         return BackupDamaged("the segments exceed the CPU time limit of Qdrant's engine")
     return BackupDamaged(f"the segments crash Qdrant's engine (exit {code})")
+
+
+# --- the engine's process
+
+
+def _answer(shards: dict[str, Any], question: dict[str, Any]) -> object:
+    """`open` unpacks archives into their folder, opens them and returns the points of each; `held` looks up ids."""
+    from qdrant_edge import CountRequest, EdgeShard
+
+    if "open" in question:
+        for number, archive in question["open"].items():
+            target = archive.removesuffix(".tar")
+            EdgeShard.unpack_snapshot(archive, target)
+            shards[number] = EdgeShard.load(target)
+        return {number: int(shard.count(CountRequest(exact=True))) for number, shard in shards.items()}
+    found: set[int | str] = set()
+    for shard in shards.values():
+        records = shard.retrieve(question["held"], with_payload=False, with_vector=False)
+        found.update(record.id if isinstance(record.id, int) else str(record.id) for record in records)
+    return list(found)
+
+
+def _serve(parent: int) -> None:
+    """Answer the questions on standard input until it ends, or `parent` does."""
+    if sys.platform == "linux":  # it must not write into a folder that is being removed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # which had ended before
+        return
+    shards: dict[str, Any] = {}
+    for line in sys.stdin.buffer:
+        try:
+            reply = {"answer": _answer(shards, orjson.loads(line))}
+        except Exception as error:  # noqa: BLE001 - the engine raises nothing finer (pypi.org/project/qdrant-edge-py)
+            reply = {"error": str(error)}
+        sys.stdout.buffer.write(orjson.dumps(reply) + b"\n")
+        sys.stdout.buffer.flush()
+    for shard in shards.values():
+        shard.close()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lib.clients.qdrant.collection import vector_params
 from lib.errors import BackupDamaged
 
 BLOCK = 512
@@ -123,13 +122,20 @@ class SnapshotFacts:
         return sorted(shard for shard, segments in self.shards.items() if not segments)
 
 
+def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
+    """Size, distance and whether vectors are named, from `params.vectors` of a configuration."""
+    named = not isinstance(vectors.get("size"), int)
+    first: Mapping[str, Any] = next(iter(vectors.values()), {}) if named else vectors
+    return int(first.get("size", 0)), str(first.get("distance", "")), named and bool(vectors)
+
+
 def inspect_snapshot(stream: ByteStream, on_segment: OnSegment | None = None) -> SnapshotFacts:
     """Read a snapshot from `stream` to its end, in little memory and without extracting anything.
 
-    `on_segment` gets the shard and content of each segment, and returns the stream from which it is read here.
-    Raises BackupDamaged if the snapshot is cut, zeroed or not a snapshot, if a segment is empty or of another
-    dimension, if a local shard lacks its segments, and for names and types that lead out of an archive. A missing
-    segment or changed bytes within a file show only in the sha256 and the number of points.
+    `on_segment` gets the shard and content of each segment, and returns the stream from which it is read here. Raises
+    BackupDamaged if the snapshot is cut, zeroed or none, if a segment is empty or of another dimension, if a local
+    shard lacks its segments, and for names and types that lead outside. A missing segment or changed bytes within a
+    file show only in the sha256 and the number of points.
     """
     survey = _Survey(on_segment)
     for entry in entries(Section(stream, None, _SNAPSHOT), needs_end=True):

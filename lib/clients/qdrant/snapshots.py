@@ -15,15 +15,7 @@ from typing import Any
 import requests
 from urllib3.exceptions import HTTPError
 
-from lib.clients.qdrant.transport import (
-    GATEWAY_ERRORS,
-    PAUSES_SECONDS,
-    NoAnswer,
-    NotFound,
-    Qdrant,
-    QdrantError,
-    collection_path,
-)
+from lib.clients.qdrant.transport import PAUSES_SECONDS, NoAnswer, NotFound, Qdrant, collection_path, unanswered
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
 from lib.http_deadline import end_by
@@ -34,6 +26,7 @@ POLL_SECONDS = 1.0
 PIECE_BYTES = 1024 * 1024
 PIECE_SECONDS = 600.0  # a connection that brings less than a piece in this time is closed
 
+_WAIT = {"wait": "true"}
 _MOST_RESTARTS = 3  # of the server while it makes one snapshot
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -59,10 +52,7 @@ class Download:
 
 
 def server_time(q: Qdrant) -> datetime:
-    """The server's clock (UTC, whole seconds), from the `Date` header, which 1.11.3 and 1.18.3 send.
-
-    If a proxy removed that header: this machine's clock.
-    """
+    """The server's clock (UTC, whole seconds) from its `Date` header; this machine's if a proxy removed that."""
     date = q.call("GET", "/").headers.get("Date", "")
     try:
         return parsedate_to_datetime(date).astimezone(timezone.utc)
@@ -71,10 +61,7 @@ def server_time(q: Qdrant) -> datetime:
 
 
 def startup(q: Qdrant) -> str | None:
-    """When the server process was started, as it reports it (1.11.3 and 1.18.3), or None if it does not.
-
-    A key for one collection may not ask for it (https://qdrant.tech/documentation/guides/security/).
-    """
+    """When the server process was started, as 1.11.3 and 1.18.3 report it; None if it may not be asked."""
     try:
         moment = q.json("GET", "/telemetry", params={"details_level": "0"}, retry=False)["app"]["startup"]
     except (MigrationError, KeyError, TypeError):
@@ -89,10 +76,10 @@ def restarted(q: Qdrant, before: str | None) -> bool:
 
 
 def restorable(backup_version: str, server_version: str) -> str | None:
-    """Why a server cannot restore a snapshot of `backup_version`, or None if it can.
+    """Why a server cannot restore a snapshot of `backup_version`, or None: the same or the next minor version can.
 
-    The same and the next minor version can (https://qdrant.tech/documentation/concepts/snapshots/). Others leave a
-    failed collection, or lose data (seen with 1.11.3 and 1.18.3).
+    Others leave a failed collection, or lose data (https://qdrant.tech/documentation/concepts/snapshots/; seen with
+    1.11.3 and 1.18.3).
     """
     backup, server = _VERSION.match(backup_version), _VERSION.match(server_version)
     if backup is None or server is None:
@@ -112,17 +99,13 @@ def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
 
 
 def create(
-    q: Qdrant,
-    collection: str,
-    *,
-    known_before: Sequence[Snapshot] | None = None,
-    seconds: float = CREATE_SECONDS,
+    q: Qdrant, collection: str, *, known_before: Sequence[Snapshot] | None = None, seconds: float = CREATE_SECONDS
 ) -> Snapshot:
     """Have one snapshot made, never two, and wait for it, at most `seconds`.
 
-    The server continues after a lost answer (seen on 1.11.3 and 1.18.3), so the list is polled then. Only a server
-    that was restarted is asked again. With `known_before` (the list before an earlier attempt), a snapshot that is
-    not in it is returned as that attempt's. Raises NoAnswer if none appears, QdrantError, AccessRefused.
+    The server continues after a lost answer (seen on 1.11.3 and 1.18.3): then the list is polled, and only a restarted
+    server is asked again. A snapshot that is not in `known_before` (the list before an earlier attempt) is returned as
+    that attempt's. Raises NoAnswer if none appears, QdrantError, AccessRefused.
     """
     now = list_snapshots(q, collection)
     known = now if known_before is None else known_before
@@ -131,10 +114,8 @@ def create(
         return _newest(earlier)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)
-        made = _request(q, collection, min(ANSWER_SECONDS, seconds)) or _wait_new(
-            q, collection, known, seconds, process
-        )
-        if made:
+        made = _request(q, collection, min(ANSWER_SECONDS, seconds))
+        if made or (made := _wait_new(q, collection, known, seconds, process)):
             return made
     raise NoAnswer(
         f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'",
@@ -146,11 +127,9 @@ def _request(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | No
     """Request a snapshot. Returns None if no answer came."""
     path = collection_path(collection, "snapshots")
     try:
-        return _snapshot(q.json("POST", path, params={"wait": "true"}, timeout=answer_seconds, retry=False))
-    except NoAnswer:
-        return None
-    except QdrantError as error:
-        if error.status not in GATEWAY_ERRORS:
+        return _snapshot(q.json("POST", path, params=_WAIT, timeout=answer_seconds, retry=False))
+    except MigrationError as error:
+        if not unanswered(error):
             raise
         return None
 
@@ -181,7 +160,7 @@ def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
 
 
 def _snapshot(raw: dict[str, Any]) -> Snapshot:
-    checksum = str(raw.get("checksum") or "")
+    checksum = str(raw.get("checksum"))
     valid = checksum if _SHA256.fullmatch(checksum) else None
     return Snapshot(str(raw["name"]), int(raw["size"]), valid, str(raw.get("creation_time") or ""))
 
@@ -189,34 +168,26 @@ def _snapshot(raw: dict[str, Any]) -> Snapshot:
 def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
     """Delete a snapshot file. Returns False if it, or the collection, does not exist."""
     try:
-        path = collection_path(collection, "snapshots", snapshot)
-        q.json("DELETE", path, params={"wait": "true"}, retry=True)
+        q.json("DELETE", collection_path(collection, "snapshots", snapshot), params=_WAIT, retry=True)
     except NotFound:
         return False
     return True
 
 
 def download(
-    q: Qdrant,
-    collection: str,
-    snapshot: Snapshot,
-    write: Callable[[bytes], object],
-    progress: Progress | None = None,
+    q: Qdrant, collection: str, snapshot: Snapshot, write: Callable[[bytes], object], progress: Progress | None = None
 ) -> Download:
     """Pass every byte of the snapshot to `write`, in order and once. Resumes after a broken connection.
 
-    A server that keeps its snapshots in S3 sends neither a length nor parts of a file: then the length in its list
-    counts, and after a break the bytes that were already received are skipped.
-
-    Raises BackupDamaged if the server's checksum differs, StoreFailed
-    if the file changes meanwhile, NoAnswer after several connections without a byte.
+    A server with its snapshots in S3 sends neither a length nor parts of a file: then the listed size counts, and after
+    a break what was received is skipped. Raises BackupDamaged if the server's checksum differs, StoreFailed if the file
+    changes meanwhile, NoAnswer after several connections without a byte.
     """
-    fetch = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size)
-    digest = hashlib.sha256()
+    fetch, digest = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size), hashlib.sha256()
     for piece in fetch.pieces():
         digest.update(piece)
         write(piece)
-        if progress is not None:
+        if progress:
             progress(len(piece))
     sha256 = digest.hexdigest()
     if snapshot.checksum not in {None, sha256}:
@@ -228,11 +199,7 @@ def download(
 
 
 def with_checksum(q: Qdrant, collection: str, snapshot: Snapshot) -> Snapshot:
-    """The snapshot with a checksum. If the server gave none (its snapshots are in S3), it is computed.
-
-    For this the snapshot is downloaded once, and not stored, so that a second download can be compared with it.
-    Raises like `download`.
-    """
+    """The snapshot with a checksum. If the server gave none (S3), one download, which is not stored, computes it."""
     if snapshot.checksum is not None:
         return snapshot
     return replace(snapshot, checksum=download(q, collection, snapshot, lambda _piece: None).sha256)
@@ -242,17 +209,14 @@ class _Fetch:
     """The download of one file over as many connections as it needs."""
 
     def __init__(self, q: Qdrant, path: str, listed_size: int) -> None:
-        self.received = 0
+        self.received = self.resumed = 0
         self.total = -1
-        self.resumed = 0
-        self._q = q
-        self._path = path
-        self._listed_size = listed_size
+        self._q, self._path, self._listed_size = q, path, listed_size
         self._etag = ""
 
     def pieces(self) -> Iterator[bytes]:
         barren = 0  # consecutive connections that brought almost nothing
-        while self.received != self.total:
+        while True:
             before, began = self.received, time.monotonic()
             yield from self._one_connection()
             if self.received == self.total:
@@ -306,22 +270,21 @@ class _Fetch:
         return 0
 
     def _refuse(self, why: str) -> StoreFailed:
-        step = "run the backup again, directly against the server"
-        return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
+        return StoreFailed(
+            f"Qdrant at {self._q.display}: {why}", next_step="run the backup again, directly against the server"
+        )
 
 
 def _paced(response: requests.Response) -> Iterator[bytes]:
     """Yield the body as it arrives. Raises TimeoutError if a piece takes PIECE_SECONDS.
 
-    urllib3's `stream` is not used: it reads chunk lines and trailers without a limit.
+    urllib3's `stream` reads chunk lines and trailers without a limit.
     """
-    left = 0
-    while True:
+    end_by(response, time.monotonic() + PIECE_SECONDS)
+    left = PIECE_BYTES
+    while data := response.raw.read1(PIECE_BYTES, decode_content=False):
+        yield data
+        left -= len(data)
         if left <= 0:
             end_by(response, time.monotonic() + PIECE_SECONDS)
             left = PIECE_BYTES
-        data = response.raw.read1(PIECE_BYTES, decode_content=False)
-        if not data:
-            return
-        left -= len(data)
-        yield data

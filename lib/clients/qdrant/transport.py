@@ -27,9 +27,7 @@ GATEWAY_ERRORS = (502, 503, 504)
 _SEND_BYTES = 256 << 10  # of a body, sent at once
 _GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
 _TEXT_LIMIT = 600  # characters of a server's error text that are shown
-# The port of a URL that names none, for qdrant-client and so for AutoMem
-# (https://github.com/qdrant/qdrant-client, qdrant_remote.py).
-_DEFAULT_PORT = 6333
+_DEFAULT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 _EXAMPLE = "correct QDRANT_URL, as in:\nexport QDRANT_URL=http://localhost:6333"
 
 _UNKNOWN_HOST = "its name is not known"
@@ -44,28 +42,18 @@ _NOT_CONNECTED = {
     "Tunnel connection failed": "the proxy refuses",
 }
 _PLAIN_HTTP = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # how OpenSSL names an answer without TLS
-_DISK_FULL = (
-    "No space left",
-    "Not enough space available",
-    # What a full disk causes during a snapshot and during a restore, and hardly anything else does.
-    "Error while copy WAL",
-    "failed to unpack `",
-)
+# The last two are what a full disk causes during a snapshot and during a restore, and hardly anything else does.
+_DISK_FULL = ("No space left", "Not enough space available", "Error while copy WAL", "failed to unpack `")
 
 
 class QdrantError(StoreFailed):
-    """The server answered with an error status.
-
-    `status` is the HTTP status, `text` the server's message, `retry_after` the header of that name, or None.
-    """
+    """The server answered with an error: HTTP `status`, its message `text`, the header `retry_after` or None."""
 
     def __init__(
         self, display: str, status: int, text: str, *, retry_after: str | None = None, next_step: str = ""
     ) -> None:
         super().__init__(f"Qdrant at {display} answered {status}: {text}", next_step=next_step)
-        self.status = status
-        self.text = text
-        self.retry_after = retry_after
+        self.status, self.text, self.retry_after = status, text, retry_after
 
 
 class NotFound(QdrantError, MissingData):
@@ -74,6 +62,11 @@ class NotFound(QdrantError, MissingData):
 
 class NoAnswer(StoreUnreachable):
     """No answer came. The server may have received the request and carried it out."""
+
+
+def unanswered(error: Exception) -> bool:
+    """Whether no answer came from the server itself, so that it may be carrying out the request."""
+    return isinstance(error, NoAnswer) or (isinstance(error, QdrantError) and error.status in GATEWAY_ERRORS)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -104,7 +97,7 @@ def encode(value: object) -> bytes:
 
 @dataclass(frozen=True)
 class Parts:
-    """A request body in parts, which are sent one after the other and never joined: that would double the memory."""
+    """A request body in parts that are never joined: that would double the memory."""
 
     parts: Sequence[bytes]
 
@@ -114,16 +107,14 @@ class Parts:
         return sum(map(len, self.parts))
 
     def __iter__(self) -> Iterator[bytes]:
-        piece: list[bytes] = []
-        size = 0
+        piece = bytearray()
         for part in self.parts:
-            piece.append(part)
-            size += len(part)
-            if size >= _SEND_BYTES:
-                yield b"".join(piece)
-                piece, size = [], 0
+            piece += part
+            if len(piece) >= _SEND_BYTES:
+                yield bytes(piece)
+                piece.clear()
         if piece:
-            yield b"".join(piece)
+            yield bytes(piece)
 
 
 def _gzipped(content: bytes | Parts) -> Parts:
@@ -137,9 +128,9 @@ def _gzipped(content: bytes | Parts) -> Parts:
 class Qdrant:
     """A server's address and key. Threads may share it; each uses its own connections.
 
-    If `url` has no port, 6333 is used, as AutoMem does. A user and password in it are sent as basic authentication.
-    `display` is the address without secrets. Tests replace `sleep`. Raises UsageProblem for an invalid URL or key.
+    A user and password in `url` are sent as basic authentication. `display` is the address without secrets.
     `reads_gzip`: whether large bodies are sent compressed (None: not known yet); to this machine they are not.
+    Raises UsageProblem for an invalid URL or key.
     """
 
     def __init__(
@@ -150,7 +141,11 @@ class Qdrant:
         *,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        _check_key(api_key)
+        # The error of requests for a key that cannot be sent as a header would show the key.
+        if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+            raise UsageProblem(
+                "QDRANT_API_KEY has characters that a header cannot have", next_step="export QDRANT_API_KEY=..."
+            )
         self.base_url, self._login = _split_login(url)
         self.display = self.base_url
         self.api_key = api_key
@@ -172,30 +167,22 @@ class Qdrant:
             raise self._not_qdrant()
         return str(body["version"])
 
-    def json(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        *,
-        params: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-        retry: bool | None = None,
-        compress: bool = False,
-    ) -> Any:
-        """Send JSON and return the `result` of the answer, or None if it has none.
+    def json(self, method: str, path: str, body: object = None, **options: Any) -> Any:
+        """Send JSON like `send`, and return the `result` of the answer, or None if it has none."""
+        return self.result(self.send(method, path, body, **options))
 
-        orjson serialises `body` (numpy arrays too); Parts are sent as they are. With `compress` the body is sent as
-        gzip. With `retry` (default: for GET only) the request is repeated after a lost connection or a gateway's 502 to
-        504. A 429 with Retry-After was not carried out, so it is always waited for and repeated.
+    def send(
+        self, method: str, path: str, body: object = None, *, compress: bool = False, **options: Any
+    ) -> requests.Response:
+        """Send JSON with the options of `call`. orjson serialises `body`, numpy arrays too; Parts are sent as they are.
+
         Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
         """
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         if content is not None and compress:
             content, headers["Content-Encoding"] = _gzipped(content), "gzip"
-        response = self.call(method, path, content, params=params, headers=headers, timeout=timeout, retry=retry)
-        return self.result(response)
+        return self.call(method, path, content, headers=headers, **options)
 
     def result(self, response: requests.Response) -> Any:
         """Return the `result` of an answer of JSON, or None if it has none. Raises StoreFailed."""
@@ -214,27 +201,24 @@ class Qdrant:
         retry: bool | None = None,
         stream: bool = False,
     ) -> requests.Response:
-        """Send one request and return the answer if its status is below 300. Otherwise raises like `json`.
+        """Send one request and return the answer if its status is below 300. Otherwise raises like `send`.
 
         A file object is streamed and never sent twice. `timeout` is in seconds between two pieces of the answer.
+        With `retry` (default: for GET only) the request is repeated after a lost connection or a gateway's 502 to 504.
+        A 429 with Retry-After was not carried out, so it is always repeated.
         """
         streamed = not isinstance(content, bytes | Parts | None)
         repeat = (method == "GET" if retry is None else retry) and not streamed
-        pauses, waited = iter(PAUSES_SECONDS if repeat else ()), 0.0
-        options = {"params": params, "headers": headers, "stream": stream}
+        pauses, waited, seconds = iter(PAUSES_SECONDS if repeat else ()), 0.0, timeout or self.timeout_seconds
         while True:
             try:
-                return self._send(method, path, content, timeout or self.timeout_seconds, options)
-            except StoreUnreachable:
-                pause = next(pauses, None)
-                if pause is None:
-                    raise
-            except QdrantError as error:
-                if error.status in GATEWAY_ERRORS:
-                    pause = next(pauses, None)
-                else:
+                return self._send(method, path, content, seconds, stream=stream, params=params, headers=headers)
+            except (StoreUnreachable, QdrantError) as error:
+                if isinstance(error, QdrantError) and error.status not in GATEWAY_ERRORS:
                     pause = None if streamed else _rate_limit_pause(error)
                     waited += pause or 0.0
+                else:
+                    pause = next(pauses, None)
                 if pause is None or waited > LONGEST_WAIT_SECONDS:
                     raise
             self.sleep(pause)
@@ -255,31 +239,23 @@ class Qdrant:
         return current
 
     def _send(
-        self,
-        method: str,
-        path: str,
-        content: bytes | Parts | BinaryIO | None,
-        seconds: float,
-        options: dict[str, Any],
+        self, method: str, path: str, content: Any, seconds: float, *, stream: bool, **options: Any
     ) -> requests.Response:
         # urllib3 bounds connecting and each send by the first of the two timeouts.
-        timeout = (CONNECT_SECONDS if content is None else SEND_SECONDS, seconds)
+        options["timeout"] = (CONNECT_SECONDS if content is None else SEND_SECONDS, seconds)
         # No redirect is followed: the key would be sent to its target.
-        fixed = {"timeout": timeout, "allow_redirects": False, "stream": True}
+        options |= {"data": content, "allow_redirects": False, "stream": True}
         try:
-            response = self._session().request(method, self.base_url + path, data=content, **{**options, **fixed})
+            response = self._session().request(method, self.base_url + path, **options)
             _require_framed(response)
-            if not options["stream"] or response.status_code >= 300:
+            if not stream or response.status_code >= 300:
                 read_whole(response, LARGEST_ANSWER, max(seconds, LONGEST_ANSWER_SECONDS))
         except requests.RequestException as error:
             self.close()
             raise _connection_error(self.display, error) from error
         except Unbounded as error:
             self.close()
-            raise StoreFailed(
-                f"Qdrant at {self.display}: {error}",
-                next_step=_EXAMPLE,
-            ) from error
+            raise StoreFailed(f"Qdrant at {self.display}: {error}", next_step=_EXAMPLE) from error
         if response.status_code < 300:
             return response
         if content is not None:
@@ -312,14 +288,6 @@ def _split_login(url: str) -> tuple[str, tuple[str, str] | None]:
     return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}", login
 
 
-def _check_key(api_key: str) -> None:
-    """Raise UsageProblem for a key that cannot be sent as a header (the error of requests would show the key)."""
-    if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
-        raise UsageProblem(
-            "QDRANT_API_KEY has characters that a header cannot have", next_step="export QDRANT_API_KEY=..."
-        )
-
-
 def _rate_limit_pause(error: QdrantError) -> float | None:
     """Seconds to wait as the server asks to; None if it does not."""
     asked = error.retry_after or ""
@@ -331,16 +299,15 @@ def _connection_error(display: str, error: Exception) -> StoreUnreachable:
     text = str(error)
     if isinstance(error, requests.exceptions.SSLError):
         return _tls_error(display, text)
-    reason = next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None)
-    if reason:
+    if reason := next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None):
         host = urlsplit(display).hostname or ""
         hint = container_hint(host, "QDRANT_URL=http://localhost:6333") if reason == _UNKNOWN_HOST else ""
         return StoreUnreachable(
             f"Qdrant at {display} is unreachable: {reason}",
             next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
         )
-    reason = "timed out" if "timed out" in text else "the connection broke"
-    return NoAnswer(f"Qdrant at {display} gave no answer: {reason}")
+    broken = "timed out" if "timed out" in text else "the connection broke"
+    return NoAnswer(f"Qdrant at {display} gave no answer: {broken}")
 
 
 def _tls_error(display: str, text: str) -> StoreUnreachable:
@@ -379,10 +346,7 @@ def _error_text(response: requests.Response) -> str:
 
 
 def _require_framed(response: requests.Response) -> None:
-    """Raise requests' ConnectionError if the connection broke within the headers: http.client does not notice.
-
-    Every answer with a body has a Content-Length or comes in chunks. One that has neither may be cut.
-    """
+    """Raise requests' ConnectionError if an answer has neither a length nor chunks: its headers may be cut."""
     framed = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
     if not framed and response.status_code != 204:
         response.close()
