@@ -15,8 +15,7 @@ from shlex import quote
 
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
-from lib.backup.automem_backup import describe, require_uncut
-from lib.backup.automem_file import AutoMemFile, automem_files, is_automems
+from lib.backup.automem_files import AutoMemFile, automem_files, describe, is_automems, require_uncut
 from lib.backup.catalog import (
     Deployment,
     find_set,

@@ -26,8 +26,6 @@ from lib.backup.archive import (
     peek_facts,
     read_archive,
 )
-from lib.backup.existing_points import as_id
-from lib.backup.last_migration import journalled_stamp
 from lib.backup.manifest import (
     CHECKED,
     COLLECTION_DIR,
@@ -39,7 +37,8 @@ from lib.backup.manifest import (
     checking_file,
     require_equal,
 )
-from lib.backup.server_snapshots import own_snapshot
+from lib.backup.phases import journalled_stamp, own_snapshot
+from lib.backup.points import as_id
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots

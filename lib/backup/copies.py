@@ -14,7 +14,7 @@ from shlex import quote
 from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
-from lib.backup.automem_file import listed_files
+from lib.backup.automem_files import listed_files
 from lib.backup.catalog import OUTGOING, PIN, is_complete, pinned_sets, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest

@@ -13,16 +13,16 @@ import redis
 from lib.backup.archive import read_archive
 from lib.backup.catalog import claim_stamp, remove_unfinished
 from lib.backup.collection import CollectionSource, take_collection
-from lib.backup.existing_points import TemporaryIdTable, as_id, orphan_ids
 from lib.backup.graph import GraphSource, take_graph
 from lib.backup.manifest import BACKUP, SAFETY, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
-from lib.backup.payloads import PointId, point_id, unusable
-from lib.backup.server_snapshots import AWAITED, candidates, is_over, nodes_left, remove_named, removed
+from lib.backup.phases import AWAITED, candidates, is_over, nodes_left, remove_named, removed
+from lib.backup.points import TemporaryIdTable, as_id, orphan_ids, point_id, unusable
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import memory_used
 from lib.clients.qdrant.collection import get_state
+from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import BackgroundTask, ProgressBar
 from lib.errors import AccessRefused, MigrationError, UsageProblem

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from lib.backup.archive import peek_facts
 from lib.backup.catalog import newest_with
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import existing_points
-from lib.backup.last_migration import (
+from lib.backup.manifest import Manifest, check_file
+from lib.backup.phases import (
     CREATED,
     DELETED,
     DELETING,
@@ -18,7 +18,7 @@ from lib.backup.last_migration import (
     STAGED_RESTORED,
     kept_the_size,
 )
-from lib.backup.manifest import Manifest, check_file
+from lib.backup.points import existing_points
 from lib.clients.embeddings.cache import Missing
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.cluster import topology

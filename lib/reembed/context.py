@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import spec_as_json
+from lib.backup.phases import spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import ProgressBar

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from lib.backup.catalog import CACHE_DIR
-from lib.backup.last_migration import (
+from lib.backup.manifest import Manifest
+from lib.backup.phases import (
     CREATED,
     DELETED,
     DELETING,
@@ -20,7 +21,6 @@ from lib.backup.last_migration import (
     SNAPSHOT_MADE,
     STAGED_RESTORED,
 )
-from lib.backup.manifest import Manifest
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import (
     create_default,

@@ -9,8 +9,8 @@ from shlex import quote
 
 from lib.backup.archive import read_archive
 from lib.backup.catalog import backup_sets
-from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
+from lib.backup.points import TemporaryIdTable, as_id
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import CollectionState
 from lib.dimensions import UNKNOWN_MODEL

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lib.backup.existing_points import existing_points
-from lib.backup.last_migration import kept_the_size
+from lib.backup.phases import kept_the_size
+from lib.backup.points import existing_points
 from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import Point, scroll

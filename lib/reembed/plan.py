@@ -11,14 +11,14 @@ from typing import Any
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable, orphan_ids
 from lib.backup.graph import GraphSource
-from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
+from lib.backup.points import UNREADABLE, TemporaryIdTable, orphan_ids, point_id, spellings, unusable
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit, price_of
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
 from lib.clients.qdrant.collection import CollectionState
+from lib.clients.qdrant.points import PointId
 from lib.concurrency import ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
 from lib.errors import MigrationError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from lib.backup.last_migration import DELETING, STAGED_RESTORED
+from lib.backup.phases import DELETING, STAGED_RESTORED
 from lib.clients.embeddings.pricing import PRICES_AS_OF, price_of
 from lib.dimensions import OPENAI, EmbeddingSpec, provider_fact, public_url
 from lib.journal import Journal

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from shlex import quote
 
-from lib.backup.last_migration import (
+from lib.backup.manifest import Manifest, read_manifest
+from lib.backup.phases import (
     COMMAND,
     CREATED,
     DELETED,
@@ -17,7 +18,6 @@ from lib.backup.last_migration import (
     collection_of,
     spec_as_json,
 )
-from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import curl_line

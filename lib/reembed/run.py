@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lib.backup.existing_points import TemporaryIdTable
-from lib.backup.last_migration import (
+from lib.backup.manifest import Manifest
+from lib.backup.phases import (
     COMMAND,
     DELETING,
     VERIFIED,
@@ -19,7 +19,7 @@ from lib.backup.last_migration import (
     restored_since,
     spec_as_json,
 )
-from lib.backup.manifest import Manifest
+from lib.backup.points import TemporaryIdTable
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.errors import UsageProblem
 from lib.journal import Journal, start_journal

@@ -11,9 +11,8 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import TemporaryIdTable, existing_points
-from lib.backup.last_migration import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
-from lib.backup.payloads import PointId
+from lib.backup.phases import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
+from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import (
     CollectionState,
@@ -29,7 +28,7 @@ from lib.clients.qdrant.collection import (
     same_settings,
     wait_green,
 )
-from lib.clients.qdrant.points import retrieve
+from lib.clients.qdrant.points import PointId, retrieve
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.dimensions import EmbeddingSpec, provider_fact
