@@ -195,12 +195,7 @@ def damage_reported(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (
-        EOFError,
-        tarfile.TarError,
-        igzip.BadGzipFile,
-        cast("type[Exception]", isal_zlib.IsalError),
-    ) as error:
+    except (EOFError, tarfile.TarError, igzip.BadGzipFile, cast("type[Exception]", isal_zlib.IsalError)) as error:
         raise BackupDamaged(f"{path} is damaged: {error}") from error
 
 
@@ -237,11 +232,7 @@ def read_snapshot(name: str, stream: IO[bytes], on_snapshot: SnapshotReader | No
 
 
 def read_archive(
-    path: Path,
-    on_snapshot: SnapshotReader | None = None,
-    on_ids: IdsReader | None = None,
-    *,
-    only: str | None = None,
+    path: Path, on_snapshot: SnapshotReader | None = None, on_ids: IdsReader | None = None, *, only: str | None = None
 ) -> ArchiveFacts:
     """Read an archive to its end; the callbacks get the stream of each snapshot, and the ids.
 

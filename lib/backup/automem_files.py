@@ -117,10 +117,7 @@ def _in_tar(path: Path) -> Iterator[AutoMemFile]:
             if member.isdir():
                 continue
             if not named or not member.isreg() or named[1] in seen:
-                raise BackupDamaged(
-                    f"{path} holds a member that no backup has: {member.name!r}",
-                    next_step=_ANOTHER,
-                )
+                raise BackupDamaged(f"{path} holds a member that no backup has: {member.name!r}", next_step=_ANOTHER)
             seen.add(named[1])
             yield AutoMemFile(path, _KINDS[named[1]], member.name)
         # A complete tar ends with a block of zeros, which was read; tarfile accepts one that ends before it.
@@ -348,11 +345,7 @@ OnNodes = Callable[[int, list[Node]], object]
 OnRelationships = Callable[[int, list[tuple[int, int, Relationship]]], object]
 
 
-def read_graph(
-    source: AutoMemFile,
-    on_nodes: OnNodes,
-    on_relationships: OnRelationships,
-) -> GraphFacts:
+def read_graph(source: AutoMemFile, on_nodes: OnNodes, on_relationships: OnRelationships) -> GraphFacts:
     """Read and verify a graph's file. The callbacks get pages: nodes, and relationships with the numbers of their ends.
 
     A node's number is its place among the nodes that `on_nodes` got, from 0 on. Repeated nodes, and relationships

@@ -16,15 +16,7 @@ from shlex import quote
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
 from lib.backup.automem_files import AutoMemFile, automem_files, describe, is_automems, require_uncut
-from lib.backup.catalog import (
-    Deployment,
-    find_set,
-    latest,
-    manifest_paths,
-    newest_full,
-    safety_copies,
-    with_purpose,
-)
+from lib.backup.catalog import Deployment, find_set, latest, manifest_paths, newest_full, safety_copies, with_purpose
 from lib.backup.collection import CollectionVerification, verify_collection
 from lib.backup.copies import (
     MANIFEST_NAME,
@@ -251,12 +243,7 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
 
 
 def fetched(
-    word: str,
-    folder: Path,
-    owner: Deployment,
-    engines: Callable[[], list[Engine]],
-    bar: ProgressBar,
-    keys: CopyKeys,
+    word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar, keys: CopyKeys
 ) -> str:
     """Return the path here of what a FILE argument names by URL (it is fetched) or by a stamp; any other word as it is.
 
@@ -348,13 +335,7 @@ def _checking_folder(folder: Path) -> Iterator[Path]:
 
 
 def verify_and_upload(
-    folder: Path,
-    owner: Deployment,
-    word: str,
-    url: str | None,
-    engines: list[Engine],
-    bar: ProgressBar,
-    keys: CopyKeys,
+    folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
 ) -> tuple[list[FileVerification], list[Uploaded] | None]:
     """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first.
 

@@ -193,8 +193,7 @@ def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationEr
         return MissingData(message, next_step="check the spelling of the bucket, container or folder")
     if classes & _REFUSED:
         return AccessRefused(
-            message,
-            next_step="give the login in the environment, with rights to list, read and write: see the README",
+            message, next_step="give the login in the environment, with rights to list, read and write: see the README"
         )
     if classes & _UNREACHABLE:
         return StoreUnreachable(

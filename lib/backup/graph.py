@@ -264,11 +264,7 @@ def take_graph(
 
 
 def _write_rdb(
-    source: GraphSource,
-    path: Path,
-    progress: Callable[[int], None],
-    stop: CancelToken | None,
-    why_dump: str,
+    source: GraphSource, path: Path, progress: Callable[[int], None], stop: CancelToken | None, why_dump: str
 ) -> tuple[int, str, str]:
     """Write the replication stream; a DUMP if that is refused, or if `why_dump` gives a reason from the start.
 

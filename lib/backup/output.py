@@ -57,11 +57,7 @@ _SAME_DISK = "; that is the disk of the backup folder: is the other one mounted?
 
 
 def show_sources(
-    graph: GraphSource | None,
-    collection: CollectionSource | None,
-    folder: Path,
-    console: Console,
-    elsewhere: str = "",
+    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, console: Console, elsewhere: str = ""
 ) -> int:
     """Show what a backup would hold (--dry-run)."""
     from lib.clients.falkordb.connection import require_graph
