@@ -6,8 +6,8 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +21,6 @@ from lib.backup.collection import CollectionVerification, verify_collection
 from lib.backup.copies import (
     MANIFEST_NAME,
     Uploaded,
-    accept,
     fetch,
     is_whole_here,
     manifests,
@@ -37,7 +36,7 @@ from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
-from lib.files import lock_targets, private_dir
+from lib.files import lock_targets, private_dir, sync_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
@@ -50,7 +49,7 @@ class FileVerification:
 
     path: Path | str
     level: str
-    note: str
+    note: str = ""
     fault: str = ""
 
 
@@ -94,9 +93,9 @@ def _require_file(path: Path) -> None:
 def verify_named(
     folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
 ) -> list[FileVerification]:
-    """Verify the sets that `--check` names, see `_named_manifests`. Damage is reported as the fault of its file.
+    """Verify what `--check` names: sets (see `_named_manifests`), or backups by AutoMem's own scripts.
 
-    A backup by AutoMem's own scripts is verified without a server.
+    Damage is reported as the fault of its file.
     """
     path = Path(word)
     if (path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path)):
@@ -127,26 +126,22 @@ def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[
         newest = latest(folder, owner)
         assert newest.path is not None
         return [newest.path]
-    if word != "all":
-        return [_manifest_of(folder, Path(word))]
-    paths = manifest_paths(folder)
-    if not paths:
-        raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
-    return paths
-
-
-def _manifest_of(folder: Path, path: Path) -> Path:
+    path, paths = Path(word), manifest_paths(folder)
+    if word == "all":
+        if not paths:
+            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+        return paths
     found = find_set(folder, path)
     if path.is_file() and path in manifest_paths(path.parent):
-        return path
-    if found is None and kind_of(path) == MANIFEST:
-        return path
-    if found is None or found.path is None:
-        raise BadFile(
-            f"{path} belongs to no backup set in {folder}: there is no manifest to verify it against",
-            next_step="name the backup folder of its set with --backup-dir",
-        )
-    return found.path
+        return [path]
+    if found and found.path:
+        return [found.path]
+    if kind_of(path) == MANIFEST:
+        return [path]
+    raise BadFile(
+        f"{path} belongs to no backup set in {folder}: there is no manifest to verify it against",
+        next_step="name the backup folder of its set with --backup-dir",
+    )
 
 
 def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
@@ -154,17 +149,15 @@ def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
         manifest = read_manifest(path)
         _compare_times(manifest)
     except (BackupDamaged, BadFile) as error:
-        return [FileVerification(path, "damaged", "", str(error))]
+        return [FileVerification(path, "damaged", fault=str(error))]
     return [_verify_file(manifest.file_of(one), one, engines) for one in manifest.components]
 
 
 def _compare_times(manifest: Manifest) -> None:
     """Raise BackupDamaged unless the set was created at the time of its stamp."""
-    created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
-    if f"{created:{STAMP_FORMAT}}" != manifest.stamp:
-        raise BackupDamaged(
-            f"{manifest.path} was edited: its stamp is {manifest.stamp}, but created is {manifest.created}"
-        )
+    created, stamp = datetime.fromisoformat(manifest.created).astimezone(timezone.utc), manifest.stamp
+    if f"{created:{STAMP_FORMAT}}" != stamp:
+        raise BackupDamaged(f"{manifest.path} was edited: its stamp is {stamp}, but created is {manifest.created}")
 
 
 def _verify_file(
@@ -176,10 +169,8 @@ def _verify_file(
             found = verify_graph(path, component, engines)
         else:
             found = verify_collection(path, component=component)
-    except BackupDamaged as error:
-        return FileVerification(path, "damaged", "", str(error))
     except MigrationError as error:
-        return FileVerification(path, "unknown", "", str(error))
+        return FileVerification(path, "damaged" if isinstance(error, BackupDamaged) else "unknown", fault=str(error))
     return FileVerification(path, found.level, found.note)
 
 
@@ -188,13 +179,11 @@ def _verify_automems(source: AutoMemFile) -> FileVerification:
         held, signs = describe(source)
         require_uncut(source, signs)
     except BackupDamaged as error:
-        return FileVerification(source.display, "damaged", "", str(error))
+        return FileVerification(source.display, "damaged", fault=str(error))
     return FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}")
 
 
 LATEST = "latest"
-_QUARANTINE = "quarantine"  # in the backup folder: sets that were fetched and are not verified yet
-_CHECKING = "drill"  # in the backup folder: sets that --check has fetched
 _SET_FILE = re.compile(rf".+_({STAMP})\.[a-z.]+")
 
 
@@ -221,7 +210,6 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     """Raise if sets of `folder` could not be uploaded to the URL and fetched back; returns the URL without secrets.
 
     `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
-    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed.
     """
     require_elsewhere(url, folder)
     if _named(url).manifest:
@@ -248,7 +236,7 @@ def fetched(
     """Return the path here of what a FILE argument names by URL (it is fetched) or by a stamp; any other word as it is.
 
     The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
-    it is moved into `folder`. Raises like `copies.fetch`, and BadFile for another URL.
+    it is moved into `folder`. Raises like `fetch`, and BadFile for another URL.
     """
     if not is_url(word):
         return _of_stamp(folder, word)
@@ -263,7 +251,8 @@ def fetched(
     with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
         if not is_whole_here(store, name, folder):
-            path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines(), store.shown)
+            path = fetch(store, name, private_dir(folder) / "quarantine", bar)
+            path = _verified(path, folder, engines(), store.shown)
     if named.file and named.file not in {file.name for file in read_manifest(path).files}:
         raise BadFile(
             f"{store.shown}/{named.file} is no file of the set {name}",
@@ -273,7 +262,7 @@ def fetched(
 
 
 def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Path:
-    """Verify a fetched set and move it into `folder`; returns the path of its manifest there.
+    """Verify a fetched set and move it into `folder`, its manifest last; returns the path of its manifest there.
 
     `shown` is the place of the copies. A set that does not verify is removed. Raises BackupDamaged.
     """
@@ -284,9 +273,13 @@ def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Pa
                 f"the set that was fetched does not verify, and was removed: {one.fault}",
                 next_step=f"use another set of the copies:\npython scripts/backup_automem.py --list {quote(shown)}",
             )
-    accepted = accept(path, folder)
+    for name in [*(file.name for file in read_manifest(path).files), path.name]:
+        target = folder / name
+        private_dir(target.parent)
+        (path.parent / name).replace(target)  # a file that is there already is the same, see `is_whole_here`
+        sync_dir(target.parent)
     shutil.rmtree(path.parent)
-    return accepted
+    return folder / path.name
 
 
 def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
@@ -310,38 +303,25 @@ def _verify_copies(
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
     checked: list[FileVerification] = []
+    here = private_dir(folder) / "drill"
     for name in names:
-        with _checking_folder(folder) as here:
+        with lock_targets([f"drill in {folder.absolute()}"]), ExitStack() as stack:
+            shutil.rmtree(here, ignore_errors=True)  # what a killed check left
+            stack.callback(shutil.rmtree, here, ignore_errors=True)
             try:
                 found = verify_named(here, str(fetch(store, name, here, bar)), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
-                found = [FileVerification(here / name, "damaged", "", str(error))]
+                found = [FileVerification(here / name, "damaged", fault=str(error))]
         for one in found:  # named as the files there, not as their copies here
             path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
             checked.append(dataclasses.replace(one, path=path, fault=fault))
     return checked
 
 
-@contextmanager
-def _checking_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder for fetched sets, removed afterwards; what a killed check left in it is removed first."""
-    here = private_dir(folder) / _CHECKING
-    with lock_targets([f"drill in {folder.absolute()}"]):
-        shutil.rmtree(here, ignore_errors=True)
-        try:
-            yield here
-        finally:
-            shutil.rmtree(here, ignore_errors=True)
-
-
 def verify_and_upload(
     folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
 ) -> tuple[list[FileVerification], list[Uploaded] | None]:
-    """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first.
-
-    Raises UsageProblem to upload sets that are elsewhere, MissingData, BadFile, and like `require_upload_url` and
-    `upload`.
-    """
+    """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first."""
     if is_url(word):
         if url:
             raise UsageProblem(
@@ -350,10 +330,9 @@ def verify_and_upload(
             )
         return _verify_copies(word, folder, engines, bar, keys), None
     word = _of_stamp(folder, word)
-    if url:
-        require_upload_url(url, folder, keys)
     if not url:
         return verify_named(folder, word, engines, owner), None
+    require_upload_url(url, folder, keys)
     checked = {path: _verify_set(path, engines) for path in _named_manifests(folder, word, owner)}
     files = [one for found in checked.values() for one in found]
     sound = sorted(path for path, found in checked.items() if not any(one.fault for one in found))
