@@ -29,6 +29,7 @@ from lib.clients.falkordb.bulk import points_in, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.clients.qdrant.points import PointId
 from lib.errors import BackupDamaged, BadFile
+from lib.journal import STAMP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,13 +39,9 @@ if TYPE_CHECKING:
 GRAPH, COLLECTION = "graph", "collection"
 _GZIP = b"\x1f\x8b"
 _HEAD_BYTES = 4096
-_SIGNS = {
-    GRAPH: re.compile(rb'\s*\{[^\[]*"graph_name"\s*:'),
-    COLLECTION: re.compile(rb'\s*\{[^\[]*"collection_name"\s*:'),
-}
+_SIGNS = {kind: re.compile(rf'\s*\{{[^\[]*"{kind}_name"\s*:'.encode()) for kind in (GRAPH, COLLECTION)}
 _MEMBER = re.compile(rf"(?:\./)?({GRAPH_DIR}|{COLLECTION_DIR})/[^/]+\.json\.gz")
 _IN_TAR = re.compile(rb"(?:\./)?(?:falkordb|qdrant)/(?:[^\0]*\.json\.gz)?\0")
-_STAMP = re.compile(r"\d{8}_\d{6}")
 _KINDS = {GRAPH_DIR: GRAPH, COLLECTION_DIR: COLLECTION}
 _ANOTHER = "use another backup of AutoMem's"
 T = TypeVar("T")
@@ -66,7 +63,7 @@ class AutoMemFile:
     @property
     def stamp(self) -> str:
         """The time in the file's name, or an empty text."""
-        found = _STAMP.search(self.member or self.path.name)
+        found = re.search(STAMP, self.member or self.path.name)
         return found[0] if found else ""
 
 
@@ -89,11 +86,10 @@ def automem_files(path: Path) -> list[AutoMemFile]:
         return [AutoMemFile(path, kind) for kind, sign in _SIGNS.items() if sign.match(head)]
     if len({one.stamp for one in found}) > 1:
         named = " ".join(quote(str(one.path)) for one in found)
+        step = f"name the files to restore:\npython scripts/restore_from_backup.py {named}"
         raise BadFile(
             f"{path} holds no pair: {' and '.join(one.display for one in found)} were not taken together",
-            next_step=f"name the files to restore:\npython scripts/restore_from_backup.py {named}"
-            if path.is_dir()
-            else _ANOTHER,
+            next_step=step if path.is_dir() else _ANOTHER,
         )
     return found
 
@@ -137,28 +133,19 @@ def _head(path: Path) -> bytes:
     return head
 
 
-# --- The text, as a stream ---------------------------------------------------------------------------------------
-
-_PIECE = 1 << 20
-_LARGEST_ELEMENT = 64 << 20
-_BEGINNING = b'{\n  "'
+_PIECE, _LARGEST_ELEMENT = 1 << 20, 64 << 20
 _FIELD = re.compile(rb'  "([a-z_]+)": (.*?)(,?)\n')
 
 
 class Text:
-    """The text of a file, read forward. `position` counts its bytes, uncompressed."""
+    """The text of a file, read forward."""
 
     def __init__(self, source: AutoMemFile, stream: IO[bytes]) -> None:
         self._source, self._stream = source, stream
         self._at = self._before = 0
         self._held = self._read()
-        if not self._held.startswith(_BEGINNING):
-            self.refuse(*_relaid(source))
-
-    @property
-    def position(self) -> int:
-        """The bytes before what is read next."""
-        return self._before + self._at
+        if not self._held.startswith(b'{\n  "'):
+            self.refuse_layout()
 
     def until(self, mark: bytes) -> bytes:
         """Return the text up to and with the next `mark`. Raises BackupDamaged if there is none."""
@@ -172,7 +159,7 @@ class Text:
             if not piece:
                 self.refuse("it is cut")
             if len(rest) > _LARGEST_ELEMENT:
-                self.refuse(*_relaid(self._source))
+                self.refuse_layout()
         start, self._at = self._at, found + len(mark)
         return self._held[start : self._at]
 
@@ -198,22 +185,22 @@ class Text:
             self.refuse(f"{error}")
 
     def refuse(self, why: str, next_step: str = _ANOTHER) -> NoReturn:
-        """Raise BackupDamaged with the position."""
-        raise BackupDamaged(
-            f"{self._source.display} is damaged at byte {self.position:,} of its text: {why}", next_step=next_step
-        )
+        """Raise BackupDamaged with the number of bytes, uncompressed, that were read."""
+        where = f"at byte {self._before + self._at:,} of its text"
+        raise BackupDamaged(f"{self._source.display} is damaged {where}: {why}", next_step=next_step)
+
+    def refuse_layout(self) -> NoReturn:
+        """Refuse a file that another program has formatted, with the command that formats it again."""
+        path, kind = quote(str(self._source.path)), self._source.kind
+        command = f"gunzip -cf {path} | python -m json.tool --indent 2 - {kind}.json"
+        step = f"if another program has formatted it:  {command}"
+        self.refuse("its lines are not those that AutoMem writes", step)
 
     def _read(self) -> bytes:
         try:
             return self._stream.read(_PIECE)
         except (EOFError, OSError, zlib.error) as error:
             self.refuse(str(error))
-
-
-def _relaid(source: AutoMemFile) -> tuple[str, str]:
-    """Why a file that another program has formatted is refused, and the command that formats it again."""
-    command = f"gunzip -cf {quote(str(source.path))} | python -m json.tool --indent 2 - {source.kind}.json"
-    return "its lines are not those that AutoMem writes", f"if another program has formatted it:  {command}"
 
 
 @contextmanager
@@ -266,11 +253,15 @@ def fields(text: Text) -> Iterator[tuple[str, bytes]]:
     text.require_end()
 
 
-FORCE = "--force-incomplete"
+def _pages(text: Text, size: int) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield pages of at most `size` elements of each field, with the field's name."""
+    for name, elements in groupby(fields(text), key=lambda field: field[0]):
+        for page in chunks((element for _, element in elements), size):
+            yield name, page
+
+
 _PAGE, _PAGE_OF_VECTORS = 1000, 256
 _PAGE_OF_AUTOMEM = 10_000  # rows that AutoMem asks for at once; a shorter page ends its backup
-_ROUND = 1000
-_FEW = 20
 
 
 class Node(msgspec.Struct):
@@ -325,17 +316,15 @@ class GraphFacts:
         """
         signs = []
         if self.without_ends:
-            signs.append(
-                f"relationships that lead to nodes that the file lacks: {self.without_ends:,}, such as to {self.absent}"
-            )
+            lost = f"{self.without_ends:,}, such as to {self.absent}"
+            signs.append(f"relationships that lead to nodes that the file lacks: {lost}")
         if self.repeated:
             signs.append(f"{self.repeated:,} nodes are in it twice, such as node {self.doubled}; others may be missing")
         for count, what in ((self.nodes, "nodes"), (self.relationships, "relationships")):
-            if 0 < count < _PAGE_OF_AUTOMEM and count % _ROUND == 0:
-                signs.append(
-                    f"it has exactly {count:,} {what}, as a server with RESULTSET_SIZE {count} cuts each answer"
-                )
-        if points - self.memories > max(_FEW, points // 20):  # a few points may have lost their memory
+            if 0 < count < _PAGE_OF_AUTOMEM and count % 1000 == 0:
+                cut = f"as a server with RESULTSET_SIZE {count} cuts each answer"
+                signs.append(f"it has exactly {count:,} {what}, {cut}")
+        if points - self.memories > max(20, points // 20):  # a few points may have lost their memory
             signs.append(f"it has {self.memories:,} memories, the collection's file {points:,} points")
         return signs
 
@@ -354,36 +343,28 @@ def read_graph(source: AutoMemFile, on_nodes: OnNodes, on_relationships: OnRelat
     """
     facts, stats = GraphFacts(), None
     with opened_text(source) as text, TemporaryIdTable() as numbers:
-        for name, elements in groupby(fields(text), key=lambda field: field[0]):
-            for page in chunks((element for _, element in elements), _PAGE):
-                if name == "graph_name":
-                    facts.name = text.decoded(page[0], str)
-                elif name == "stats":
-                    stats = text.decoded(page[0], _GraphStats)
-                nodes, relationships = facts.restorable
-                try:
-                    if name == "nodes":
-                        on_nodes(nodes, _new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
-                    elif name == "relationships":
-                        rows = _whole([text.decoded(one, Relationship) for one in page], numbers, facts)
-                        on_relationships(relationships, rows)
-                except ValueError as error:
-                    text.refuse(str(error))
-        _compare_stats(text, facts, stats)
+        for name, page in _pages(text, _PAGE):
+            if name == "graph_name":
+                facts.name = text.decoded(page[0], str)
+            elif name == "stats":
+                stats = text.decoded(page[0], _GraphStats)
+            nodes, relationships = facts.restorable
+            try:
+                if name == "nodes":
+                    on_nodes(nodes, _new_nodes([text.decoded(one, Node) for one in page], numbers, facts))
+                elif name == "relationships":
+                    rows = _whole([text.decoded(one, Relationship) for one in page], numbers, facts)
+                    on_relationships(relationships, rows)
+            except ValueError as error:
+                text.refuse(str(error))
+        if stats is None or not facts.name:
+            text.refuse("'graph_name' or 'stats' is missing")
+        if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):
+            held = f"it holds {facts.nodes:,} nodes and {facts.relationships:,} relationships"
+            text.refuse(f"{held}, its stats say {stats.node_count:,} and {stats.relationship_count:,}")
+        if not facts.nodes:
+            text.refuse("it holds no nodes")
     return facts
-
-
-def _compare_stats(text: Text, facts: GraphFacts, stats: _GraphStats | None) -> None:
-    """Raise BackupDamaged unless the file holds as many nodes and relationships as its stats say, and a node."""
-    if stats is None or not facts.name:
-        text.refuse("'graph_name' or 'stats' is missing")
-    if (stats.node_count, stats.relationship_count) != (facts.nodes, facts.relationships):
-        text.refuse(
-            f"it holds {facts.nodes:,} nodes and {facts.relationships:,} relationships, its stats say"
-            f" {stats.node_count:,} and {stats.relationship_count:,}"
-        )
-    if not facts.nodes:
-        text.refuse("it holds no nodes")
 
 
 def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -> list[Node]:
@@ -393,11 +374,11 @@ def _new_nodes(page: list[Node], numbers: TemporaryIdTable, facts: GraphFacts) -
     for node in page:
         if "" in node.labels:
             raise ValueError(f"node {node.id} has a label without a name")
-        if node.id not in known:
+        if node.id in known:
+            facts.doubled = node.id
+        else:
             known.add(node.id)
             new.append(node)
-        else:
-            facts.doubled = node.id
     new.sort(key=lambda node: node.labels)
     numbers.put((node.id, {"number": number}) for number, node in enumerate(new, facts.restorable[0]))
     facts.nodes += len(page)
@@ -432,7 +413,7 @@ def require_uncut(source: AutoMemFile, signs: list[str]) -> None:
     if signs:
         raise BackupDamaged(
             f"{source.display} is incomplete: {'; '.join(signs)}",
-            next_step=f"use another backup of AutoMem's, or add {FORCE} to restore what there is",
+            next_step=f"{_ANOTHER}, or add --force-incomplete to restore what there is",
         )
 
 
@@ -484,14 +465,13 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
     """Read and verify a collection's file; its points go into `table`. Raises BackupDamaged."""
     facts, stats = PointFacts(), None
     with opened_text(source) as text, TemporaryIdTable() if table is None else nullcontext(table) as ids:
-        for name, elements in groupby(fields(text), key=lambda field: field[0]):
-            for page in chunks((element for _, element in elements), _PAGE_OF_VECTORS):
-                if name == "collection_name":
-                    facts.name = text.decoded(page[0], str)
-                elif name == "points":
-                    _add_points(text, [text.decoded(one, _Point) for one in page], ids, facts)
-                elif name == "stats":
-                    stats = text.decoded(page[0], _PointStats)
+        for name, page in _pages(text, _PAGE_OF_VECTORS):
+            if name == "collection_name":
+                facts.name = text.decoded(page[0], str)
+            elif name == "points":
+                _add_points(text, [text.decoded(one, _Point) for one in page], ids, facts)
+            elif name == "stats":
+                stats = text.decoded(page[0], _PointStats)
         if stats is None or not facts.name:
             text.refuse("'collection_name' or 'stats' is missing")
         if not facts.points:
