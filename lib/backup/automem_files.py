@@ -492,7 +492,7 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     wrong = next((one for one in page if len(one.vector) != facts.size or not one.vector), None)
     if wrong:
         text.refuse(f"the vector of point {wrong.id} is of {len(wrong.vector)}d, others are of {facts.size}d")
-    bad = next((one.id for one in page if point_id(one.id) is None or point_id(one.id) != one.id), None)
+    bad = next((one.id for one in page if point_id(one.id) != one.id), None)
     if bad is not None:
         text.refuse(f"{bad!r} is no id of a point")
     names = [one.id for one in page]

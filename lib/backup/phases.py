@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.snapshots import server_time
-from lib.clients.qdrant.transport import Qdrant, QdrantError
+from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line
 from lib.dimensions import EmbeddingSpec, provider_fact, public_url
-from lib.errors import AccessRefused, MigrationError
+from lib.errors import AccessRefused, MigrationError, UsageProblem
 from lib.journal import Journal, read_journal
+
+if TYPE_CHECKING:
+    from lib.backup.collection import CollectionSource
 
 ANNOUNCED, MADE, REMOVED = "snapshot announced", "snapshot made", "snapshot removed"
 AWAITED = "snapshot awaited"  # all else of the run is cleaned up, but the server may still make its snapshot
-_POLL_SECONDS = 0.5
 _OTHER_SECOND_SECONDS = 5.0  # how long a second is waited for in which no snapshot was begun
 _MAKING = timedelta(hours=1)  # a server that has not made a snapshot by then makes it no more
 _MOMENT = re.compile(r"-(\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d)\.snapshot$")
-_ROUNDING = timedelta(seconds=2)  # two clocks of whole seconds
-_ON_THE_WAY = timedelta(seconds=60)  # from the announcement until the server begins
+# From the announcement until the server begins; two clocks of whole seconds may differ by the first.
+_ROUNDING, _ON_THE_WAY = timedelta(seconds=2), timedelta(seconds=60)
 
 
 @contextmanager
@@ -41,7 +42,11 @@ def own_snapshot(
     _append(journal, ANNOUNCED, node, **facts)
     ours = None
     try:
-        made = _make(qdrant, collection, journal, node)
+        try:
+            made = snapshots.create(qdrant, collection)
+        except (QdrantError, AccessRefused):
+            _append(journal, REMOVED, node)  # the server reported that it made none
+            raise
         if made.name in known:
             _append(journal, REMOVED, node)  # another client's, made in the same second: never deleted
         else:
@@ -49,19 +54,11 @@ def own_snapshot(
             _append(journal, MADE, node, snapshot=ours)
         yield snapshots.with_checksum(qdrant, collection, made)
     finally:
-        remove_named(qdrant, journal, node, ours)
+        _remove_named(qdrant, journal, node, ours)
 
 
 def _append(journal: Journal, phase: str, node: str | None, **facts: object) -> None:
     journal.append(phase, **facts, **({"node": node} if node else {}))
-
-
-def _make(qdrant: Qdrant, collection: str, journal: Journal, node: str | None) -> snapshots.Snapshot:
-    try:
-        return snapshots.create(qdrant, collection)
-    except (QdrantError, AccessRefused):
-        _append(journal, REMOVED, node)  # the server reported that it made none
-        raise
 
 
 def _second_of_our_own(qdrant: Qdrant, known: Sequence[str]) -> datetime:
@@ -69,10 +66,10 @@ def _second_of_our_own(qdrant: Qdrant, known: Sequence[str]) -> datetime:
     latest = max(filter(None, map(_begun, known)), default=None)
     give_up = time.monotonic() + _OTHER_SECOND_SECONDS  # the clocks of a proxy and of the server may differ
     while True:
-        now = server_time(qdrant)
+        now = snapshots.server_time(qdrant)
         if latest is None or now > latest or time.monotonic() >= give_up:
             return now
-        qdrant.sleep(_POLL_SECONDS)
+        qdrant.sleep(0.5)
 
 
 def _begun(name: str) -> datetime | None:
@@ -81,7 +78,7 @@ def _begun(name: str) -> datetime | None:
     return datetime.strptime(f"{found[1]}+0000", "%Y-%m-%d-%H-%M-%S%z") if found else None
 
 
-def nodes_left(journal: Journal) -> list[str | None]:
+def _announced(journal: Journal) -> list[str | None]:
     """The nodes on which a snapshot of this run may be left; None stands for a server that is no cluster."""
     last = {one.get("node"): one["phase"] for one in journal.entries if one["phase"] in {ANNOUNCED, REMOVED}}
     return [node for node, phase in last.items() if phase == ANNOUNCED]
@@ -89,38 +86,77 @@ def nodes_left(journal: Journal) -> list[str | None]:
 
 def removed(journal: Journal) -> bool:
     """Whether surely no snapshot of this run is left on any node."""
-    return not nodes_left(journal)
+    return not _announced(journal)
 
 
-def remove_named(qdrant: Qdrant, journal: Journal, node: str | None, name: str | None = None) -> None:
+def _remove_named(qdrant: Qdrant, journal: Journal, node: str | None, name: str | None = None) -> None:
     """Delete the run's snapshot on this node, by default the one that the journal names, if it is not deleted yet."""
-    entry = _latest(journal, node, "snapshot")
-    name = name or entry["snapshot"]
-    if name and node in nodes_left(journal):
+    name = name or _latest(journal, node, "snapshot")["snapshot"]
+    if name and node in _announced(journal):
         with suppress(MigrationError):  # the backup itself is what counts; an open journal tries again
             snapshots.delete(qdrant, str(_latest(journal, node, "collection")["collection"]), name)
             _append(journal, REMOVED, node, snapshot=name)
 
 
-def candidates(qdrant: Qdrant, journal: Journal, node: str | None) -> tuple[str, list[str]]:
-    """The collection, and the snapshots that may be the run's, which was killed before its journal had the name.
+def remove_named_snapshots(source: CollectionSource, journal: Journal) -> None:
+    """Delete the snapshots of a run that its journal names, on every node."""
+    for qdrant, node in _nodes_left(source, journal):
+        _remove_named(qdrant, journal, node)
 
-    They did not exist at the announcement and were begun right after it. Another client may have made them, so none
-    is ever deleted here.
+
+def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
+    """Return the commands that delete snapshots that this run may have made and its journal does not name.
+
+    They were begun right after the announcement. Another client may have made them, so none is deleted here.
     """
-    entry = _latest(journal, node, "known_snapshots")
-    collection, asked = str(entry["collection"]), datetime.fromisoformat(entry["server_time"])
-    listed = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-    fresh = [name for name in listed if name not in entry["known_snapshots"]]
-    begun = {name: _begun(name) for name in fresh if name.startswith(f"{collection}-")}
-    ours = sorted(name for name, at in begun.items() if at and -_ROUNDING <= at - asked <= _ON_THE_WAY)
-    return collection, ours
+    commands = []
+    for qdrant, node in _nodes_left(source, journal):
+        entry = _latest(journal, node, "known_snapshots")
+        collection, asked = str(entry["collection"]), datetime.fromisoformat(entry["server_time"])
+        with suppress(MigrationError):  # a server that does not list its snapshots
+            listed = sorted(one.name for one in snapshots.list_snapshots(qdrant, collection))
+            fresh = [one for one in listed if one not in entry["known_snapshots"] and one.startswith(f"{collection}-")]
+            begun = {one: at - asked for one in fresh if (at := _begun(one))}
+            ours = [one for one, after in begun.items() if -_ROUNDING <= after <= _ON_THE_WAY]
+            commands += [curl_line(qdrant, "DELETE", collection, "snapshots", one) for one in ours]
+    return commands
 
 
-def is_over(journal: Journal) -> bool:
-    """Whether the last announcement is so old that the server makes its snapshot no more."""
-    asked = next(entry["at"] for entry in reversed(journal.entries) if entry["phase"] == ANNOUNCED)
-    return datetime.now(timezone.utc) - datetime.fromisoformat(asked) > _MAKING
+def report_snapshots(source: CollectionSource, left: Sequence[Journal], notice: Callable[[str], None]) -> None:
+    """Name the snapshots that killed runs may have left, each with the command that deletes it.
+
+    Closes the journals for which one was found, or none can appear any more. The others stay open for the next run.
+    """
+    commands: list[str] = []
+    for journal in left:
+        found = snapshot_deletions(source, journal)
+        commands += found
+        asked = next(entry["at"] for entry in reversed(journal.entries) if entry["phase"] == ANNOUNCED)
+        if found or datetime.now(timezone.utc) - datetime.fromisoformat(asked) > _MAKING:
+            journal.close("cleaned up by the next run")
+        elif journal.phase != AWAITED:
+            journal.append(AWAITED)
+    if commands:
+        notice(
+            "warning: a killed run may have left a snapshot on the Qdrant server. Delete it, unless somebody else made"
+            " it:\n  " + "\n  ".join(dict.fromkeys(commands))
+        )
+
+
+def _nodes_left(source: CollectionSource, journal: Journal) -> Iterator[tuple[Qdrant, str | None]]:
+    """Each node on which a snapshot of the run may be left, opened; and its address in the journal.
+
+    Raises UsageProblem if the node is not listed any more: only the operator knows how to reach it.
+    """
+    clients = {one.display: one for one in (source.qdrant, *source.nodes)}
+    for node in _announced(journal):
+        if node is not None and node not in clients:
+            raise UsageProblem(
+                f"a killed run ({journal.run_id}) may have left a snapshot on the Qdrant node {node}, which "
+                "QDRANT_NODE_URLS does not list now",
+                next_step=f"list it again; or, if it no longer exists, delete {journal.path}",
+            )
+        yield (clients[node] if node else source.qdrant), node
 
 
 def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
@@ -128,19 +164,14 @@ def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
     return next(one for one in reversed(journal.entries) if one.get("node") == node and fact in one)
 
 
-# In the staged collection; the live one serves all the time.
+COMMAND = "reembed"
+# While the live collection serves; the cutover; the end.
 STAGING, READ, STAGED = "staging", "live payloads read", "staged and proved"
 SNAPSHOT_MADE = "snapshot of the staged collection made"
-# The cutover.
-SETTINGS_RECOVERED = "settings taken from the backup"
-PAYLOADS_SAVED = "payloads kept"
+SETTINGS_RECOVERED, PAYLOADS_SAVED = "settings taken from the backup", "payloads kept"
 DELETING, DELETED = "deleting the live collection", "live collection deleted"
 RESTORING_STAGED, STAGED_RESTORED = "putting the staged collection in place", "staged collection in place"
-CREATED = "collection created"
-# The end.
-VERIFIED, DROPPING_STAGED = "proved", "removing the staged collection"
-
-COMMAND = "reembed"
+CREATED, VERIFIED, DROPPING_STAGED = "collection created", "proved", "removing the staged collection"
 
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
