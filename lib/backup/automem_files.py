@@ -74,9 +74,9 @@ def is_automems(path: Path) -> bool:
 
 
 def automem_files(path: Path) -> list[AutoMemFile]:
-    """The backups in a file, a tar.gz or a folder of AutoMem's, at most one of each store; none if it is not AutoMem's.
+    """AutoMem's own backups in a file, a tar.gz or a folder (its newest), one of each store; none for other files.
 
-    Of a folder these are the newest. Raises BadFile if they were not taken together, BackupDamaged.
+    Raises BadFile if they were not taken together, BackupDamaged.
     """
     if path.is_dir():
         found = [max(files, key=lambda one: (one.stamp, one.path)) for files in _in_folder(path) if files]
@@ -310,10 +310,7 @@ class GraphFacts:
         return self.nodes - self.repeated, self.relationships - self.without_ends
 
     def signs_of_a_cut(self, points: int = 0) -> list[str]:
-        """What shows that AutoMem's pages lost rows: a server's RESULTSET_SIZE below 10,000, or writes meanwhile.
-
-        `points`: the number of points in the collection's file, if it was taken together with this one.
-        """
+        """What shows that AutoMem's pages lost rows. `points`: how many the collection's file of the same time has."""
         signs = []
         if self.without_ends:
             lost = f"{self.without_ends:,}, such as to {self.absent}"

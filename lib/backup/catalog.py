@@ -24,11 +24,7 @@ _NAMED = 3  # sets that an error lists
 
 
 def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
-    """Claim a stamp (UTC, to the second) for a new set, and record it in the journal; returns it and the ISO time.
-
-    Runs on other targets may write into the same folder: if a set or an unfinished run has the second, the next one is
-    awaited.
-    """
+    """Claim a second (UTC) that no set and no unfinished run has, in the journal; returns stamp and ISO time."""
     while True:
         with contextlib.suppress(LockHeld), lock_targets([f"stamps of {folder.resolve()}"]):
             now = datetime.now(timezone.utc).replace(microsecond=0)

@@ -13,22 +13,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
+from lib.backup import copies
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
 from lib.backup.automem_files import AutoMemFile, automem_files, describe, is_automems, require_uncut
 from lib.backup.catalog import Deployment, find_set, latest, manifest_paths, newest_full, safety_copies, with_purpose
 from lib.backup.collection import CollectionVerification, verify_collection
-from lib.backup.copies import (
-    MANIFEST_NAME,
-    Uploaded,
-    fetch,
-    is_whole_here,
-    manifests,
-    read_there,
-    require_elsewhere,
-    require_fetchable,
-    upload,
-)
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
 from lib.backup.graph import GraphVerification, verify_graph
 from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
@@ -54,10 +44,7 @@ class FileVerification:
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a FILE, by its content. Raises BadFile if it cannot be restored.
-
-    A folder is of a kind only if it holds backups by AutoMem's own scripts.
-    """
+    """The kind of a FILE by its content; a folder has one only if it holds AutoMem's own backups. Raises BadFile."""
     if path.is_dir() and automem_files(path):
         return AUTOMEM
     _require_file(path)
@@ -93,10 +80,7 @@ def _require_file(path: Path) -> None:
 def verify_named(
     folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
 ) -> list[FileVerification]:
-    """Verify what `--check` names: sets (see `_named_manifests`), or backups by AutoMem's own scripts.
-
-    Damage is reported as the fault of its file.
-    """
+    """Verify the sets that `--check` names, or AutoMem's own backups. Damage is reported as the fault of its file."""
     path = Path(word)
     if (path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path)):
         return [_verify_automems(one) for one in automems]
@@ -118,10 +102,7 @@ def _of_stamp(folder: Path, word: str) -> str:
 
 
 def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
-    """The manifests that `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set.
-
-    Raises MissingData if there is no set, BadFile for a file of no set.
-    """
+    """The manifests that `--check` names: all, the latest, one, or that of a file. Raises MissingData, BadFile."""
     if word == LATEST and not Path(word).exists():
         newest = latest(folder, owner)
         assert newest.path is not None
@@ -198,7 +179,7 @@ class _Named:
 
 def _named(url: str) -> _Named:
     parent, _, last = url.rstrip("/").removesuffix(SUFFIX).rpartition("/")
-    if last == LATEST or MANIFEST_NAME.fullmatch(last):
+    if last == LATEST or copies.MANIFEST_NAME.fullmatch(last):
         return _Named(parent, last)
     if found := _SET_FILE.fullmatch(last):
         folder, _, within = parent.rpartition("/")
@@ -211,7 +192,7 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
 
     `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
     """
-    require_elsewhere(url, folder)
+    copies.require_elsewhere(url, folder)
     if _named(url).manifest:
         last = url.rstrip("/").rpartition("/")[2]
         raise UsageProblem(
@@ -219,7 +200,7 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
             next_step="name a folder that is called otherwise",
         )
     if graph:
-        require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
+        copies.require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
     if keys.encrypt:
         require_encryption(keys)
     store = open_offsite(url)
@@ -250,8 +231,8 @@ def fetched(
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
     with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
-        if not is_whole_here(store, name, folder):
-            path = fetch(store, name, private_dir(folder) / "quarantine", bar)
+        if not copies.is_whole_here(store, name, folder):
+            path = copies.fetch(store, name, private_dir(folder) / "quarantine", bar)
             path = _verified(path, folder, engines(), store.shown)
     if named.file and named.file not in {file.name for file in read_manifest(path).files}:
         raise BadFile(
@@ -262,10 +243,7 @@ def fetched(
 
 
 def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Path:
-    """Verify a fetched set and move it into `folder`, its manifest last; returns the path of its manifest there.
-
-    `shown` is the place of the copies. A set that does not verify is removed. Raises BackupDamaged.
-    """
+    """Verify a fetched set and move it into `folder`; returns its manifest there. A damaged set is removed."""
     for one in verify_named(path.parent, str(path), engines):
         if one.fault:
             shutil.rmtree(path.parent)
@@ -285,7 +263,7 @@ def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Pa
 def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
     """The name of the manifest that `latest` means there. Raises like `newest_full` and `read_there`."""
     safety = safety_copies(folder)
-    found = (with_purpose(read_there(store, name)[0], safety) for name in manifests(store))
+    found = (with_purpose(copies.read_there(store, name)[0], safety) for name in copies.manifests(store))
     return newest_full(found, owner, store.shown).name
 
 
@@ -299,7 +277,7 @@ def _verify_copies(
     """
     named = _named(url)
     store = open_offsite(named.folder, keys)
-    names = [named.manifest] if named.manifest else manifests(store)
+    names = [named.manifest] if named.manifest else copies.manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
     checked: list[FileVerification] = []
@@ -309,7 +287,7 @@ def _verify_copies(
             shutil.rmtree(here, ignore_errors=True)  # what a killed check left
             stack.callback(shutil.rmtree, here, ignore_errors=True)
             try:
-                found = verify_named(here, str(fetch(store, name, here, bar)), engines)
+                found = verify_named(here, str(copies.fetch(store, name, here, bar)), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
                 found = [FileVerification(here / name, "damaged", fault=str(error))]
         for one in found:  # named as the files there, not as their copies here
@@ -320,7 +298,7 @@ def _verify_copies(
 
 def verify_and_upload(
     folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
-) -> tuple[list[FileVerification], list[Uploaded] | None]:
+) -> tuple[list[FileVerification], list[copies.Uploaded] | None]:
     """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first."""
     if is_url(word):
         if url:
@@ -336,4 +314,4 @@ def verify_and_upload(
     checked = {path: _verify_set(path, engines) for path in _named_manifests(folder, word, owner)}
     files = [one for found in checked.values() for one in found]
     sound = sorted(path for path, found in checked.items() if not any(one.fault for one in found))
-    return files, [upload(url, read_manifest(path), bar, keys) for path in sound]
+    return files, [copies.upload(url, read_manifest(path), bar, keys) for path in sound]

@@ -76,10 +76,9 @@ def verify_collection(
     on_ids: IdsReader | None = None,
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
 ) -> CollectionVerification:
-    """Verify an archive: bytes, structure, configuration, and points if Qdrant's engine opens the segments.
+    """Verify an archive, which is read once. Raises BackupDamaged.
 
-    The archive is read once. `on_ids` gets the expected ids, `passing` replaces each snapshot's stream. Raises
-    BackupDamaged.
+    `on_ids` gets the expected ids, `passing` replaces each snapshot's stream.
     """
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
@@ -152,10 +151,7 @@ class SegmentCopies:
             deque(rest, maxlen=0)
 
     def counted(self, count: Callable[[], int | None]) -> tuple[int | None, str]:
-        """The number of points that `count` finds in the segments, or None and the reason.
-
-        `count` returns None if the engine does not read the segments' format.
-        """
+        """The points that `count` finds, or None and why. `count` returns None if no engine reads the format."""
         if self.hindrance:
             return None, self.hindrance
         try:
@@ -343,10 +339,7 @@ def _write_archive(
     journal: Journal,
     progress: Progress | None,
 ) -> tuple[int, str]:
-    """Have the nodes make their snapshots and download them; add to `facts` what they are.
-
-    Returns the archive's bytes and sha256. Raises BackupDamaged.
-    """
+    """Have the nodes make their snapshots, download them, add to `facts` what they are. Returns bytes and sha256."""
     with tempfile.TemporaryFile("w+") as before, tempfile.TemporaryFile() as ids, ExitStack() as on_server:
         before.writelines(f"{one}\n" for one in _ids(source))
         before.seek(0)

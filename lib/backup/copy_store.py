@@ -220,10 +220,7 @@ class OffsiteStore:
                 stream.close()
 
     def copy_out(self, name: str, write: Callable[[bytes], object]) -> None:
-        """Give `write` the bytes of a set's file, decrypted if it is encrypted (`<name>.age`).
-
-        Raises MissingData, UsageProblem without a key, and like `decrypt`.
-        """
+        """Give `write` a set's file, decrypted. Raises MissingData, UsageProblem without a key, and like `decrypt`."""
         encrypted = name + SUFFIX
         if self.size_of(encrypted) is None:
             for data in self.chunks(name):

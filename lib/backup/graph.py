@@ -89,10 +89,7 @@ def verify_graph(
     stop: CancelToken | None = None,
     on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphVerification:
-    """Verify the component's RDB as far as this machine can. Raises BackupDamaged.
-
-    `on_loaded` gets the scratch server that has loaded the file. `stop` ends the work from another thread.
-    """
+    """Verify an RDB as far as this machine can. `on_loaded` gets the scratch server with it. Raises BackupDamaged."""
     facts = inspect_backup(path, component.file)
     compare_rdb(path, component, facts)
     try:
@@ -248,10 +245,7 @@ def take_graph(
 def _write_rdb(
     source: GraphSource, path: Path, progress: Callable[[int], None], stop: CancelToken | None, why_dump: str
 ) -> tuple[int, str, str]:
-    """Write the replication stream; a DUMP if that is refused, or if `why_dump` gives a reason from the start.
-
-    Returns the file's bytes, its sha256, and why it is a DUMP ("" for the stream).
-    """
+    """Write the replication stream, or a DUMP. Returns bytes, sha256, and why it is a DUMP ("" for the stream)."""
     if why_dump:
         with suppress(AccessRefused):
             return _write_dump(source, path, progress, why_dump)

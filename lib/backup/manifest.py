@@ -211,10 +211,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """Parse the bytes of a manifest, which are or will be stored at `path`.
-
-    Raises BadFile if it is another program's JSON or of a newer format, BackupDamaged if it is ours and damaged.
-    """
+    """Parse a manifest that is or will be at `path`. Raises BadFile (not ours, or newer), BackupDamaged."""
     if len(data) > MAX_BYTES:
         raise BadFile(f"{path} is too large for a manifest")
     try:

@@ -63,10 +63,7 @@ def clean_up(
     *,
     dry_run: bool,
 ) -> Cleanup:
-    """Delete the sets in `folder`, or if `url` is given the copies there, that no rule keeps and nothing protects.
-
-    Raises like `require_elsewhere`, `catalog_at`, `plan_cleanup` and `delete_copy`.
-    """
+    """Delete the sets here, or the copies at `url`, that no rule keeps and nothing protects. Raises UsageProblem."""
     if url:
         require_elsewhere(url, folder)
     plan = plan_cleanup(catalog_at(url, folder, keys), rules, owner, folder, targets)
@@ -195,10 +192,7 @@ class Pin:
 
 
 def change_pin(place: str, pin: str | None, unpin: str | None) -> Pin:
-    """Pin the set with the stamp `pin` in the backup folder or at a URL, or unpin the one with the stamp `unpin`.
-
-    Raises UsageProblem if the set does not exist, and like `open_offsite`.
-    """
+    """Pin the set `pin`, or unpin the set `unpin`, in the folder or at the URL `place`. Raises UsageProblem."""
     store, stamp = open_offsite(place), pin or unpin or ""
     name, file = f"backup_{stamp}.json", f"backup_{stamp}{PIN}"
     existing = store.sizes()

@@ -62,10 +62,7 @@ def take_backup(
     verify: bool = True,
     purpose: str = BACKUP,
 ) -> Manifest:
-    """Back up what is given and write the manifest. After an error no file of the set exists.
-
-    Raises MissingData if the graph or the collection does not exist, BackupDamaged if a file does not verify.
-    """
+    """Back up what is given, both components or neither; the manifest last. Raises MissingData, BackupDamaged."""
     private_dir(folder)
     _check_room(folder, graph, collection)
     stamp, created = claim_stamp(folder, journal)
