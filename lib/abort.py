@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import COMMAND, DELETING, STAGED_RESTORED, VERIFIED, collection_of
-from lib.backup.run import clean_up_backup, snapshot_deletions
-from lib.backup.server_snapshots import AWAITED
+from lib.backup.phases import AWAITED, COMMAND, DELETING, STAGED_RESTORED, VERIFIED, collection_of, snapshot_deletions
+from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists, get_state, health
 from lib.clients.qdrant.restoring import delete_with_snapshots

@@ -47,7 +47,7 @@ def chosen(spec: EmbeddingSpec, reason: str) -> str:
 
 def require_provider(config: Config, console: Console) -> None:
     """Raise `provider_problem`; only warn if an unfinished run has deleted the collection: it must be completed."""
-    from lib.backup.last_migration import COMMAND, DELETING
+    from lib.backup.phases import COMMAND, DELETING
     from lib.journal import open_journals
 
     problem = provider_problem(config.settings, config.spec)
@@ -106,7 +106,7 @@ def _live_graph(config: Config) -> str:
 def _live_collection(config: Config) -> str:
     from lib import connect
     from lib.backup.collection import known_model
-    from lib.backup.last_migration import journalled_stamp
+    from lib.backup.phases import journalled_stamp
     from lib.clients.qdrant.collection import get_state
 
     source = connect.open_collection(config)
@@ -147,8 +147,7 @@ def _hides(name: str, setting: Setting) -> str:
 
 def _unfinished(journal: Journal, targets: list[str]) -> str:
     """Return how to resume, give up and undo an unfinished run."""
-    from lib.backup.last_migration import DELETING, STAGED
-    from lib.backup.server_snapshots import AWAITED
+    from lib.backup.phases import AWAITED, DELETING, STAGED
 
     if journal.phase == AWAITED and journal.targets == targets:
         asked = f"a killed run ({journal.run_id}) had asked Qdrant for a snapshot of '{journal.fact('collection')}'"

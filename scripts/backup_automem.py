@@ -55,7 +55,7 @@ def command(args: argparse.Namespace) -> int:
     """Open what is needed and run the one action."""
     from lib.backup import output
     from lib.backup.copies import catalog_at
-    from lib.backup.metrics import recorded
+    from lib.backup.output import recorded
     from lib.config import config_of
     from lib.console import Console
     from lib.show_config import announce, show_config

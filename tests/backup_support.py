@@ -18,7 +18,7 @@ from typing import Any
 
 import requests
 
-from lib.backup.server_snapshots import AWAITED
+from lib.backup.phases import AWAITED
 from lib.clients.falkordb.connection import connect
 from lib.journal import Journal, open_journals
 from tests.operator_support import OLD_SIZE, Operator

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from lib.backup.last_migration import DELETING
 from lib.backup.manifest import sealed
+from lib.backup.phases import DELETING
 from lib.clients.falkordb.connection import connect
 from lib.config import load_config
 from lib.files import lock_targets

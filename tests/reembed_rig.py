@@ -9,7 +9,7 @@ from pathlib import Path
 
 import requests
 
-from lib.backup.last_migration import (
+from lib.backup.phases import (
     CREATED,
     DELETED,
     DELETING,

@@ -18,7 +18,7 @@ import requests
 
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.server_snapshots import AWAITED
+from lib.backup.phases import AWAITED
 from lib.clients.automem import AutoMemApi
 from lib.clients.falkordb.connection import connect, list_graphs
 from lib.clients.falkordb.digest import graph_digest

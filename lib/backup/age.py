@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -31,8 +31,7 @@ _RECIPIENTS = "AUTOMEM_BACKUP_RECIPIENTS"
 class CopyKeys:
     """The settings of encrypted copies, not parsed; empty if not set.
 
-    `recipients`: public keys separated by commas, or the path of a file with one per line. `passphrase_file`: the path
-    of a file with a passphrase. `identity`: the path of a file with private keys.
+    `recipients`: public keys separated by commas, or the path of a file with one per line. The others are paths.
     """
 
     recipients: str = ""
@@ -51,7 +50,7 @@ class CopyKeys:
 
 
 def require_encryption(keys: CopyKeys) -> None:
-    """Raise UsageProblem if copies could not be encrypted with these keys; called before the backup."""
+    """Raise UsageProblem if copies cannot be encrypted with these keys."""
     if keys.recipients and keys.passphrase_file:
         raise UsageProblem(
             f"{_RECIPIENTS} and {_PASSPHRASE} are both set: it is not clear who may read the copies",
@@ -75,14 +74,12 @@ def recipients(keys: CopyKeys) -> list[Any]:
         try:
             found.append(kind.Recipient.from_str(word))
         except pyrage.RecipientError as error:
-            raise UsageProblem(
-                f"{_RECIPIENTS}: {word[:20]!r}... is no public key of age or SSH: {error}",
-                next_step="this prints the public key of a key file:\nage-keygen -y key.txt",
-            ) from error
+            step = "this prints the public key of a key file:\nage-keygen -y key.txt"
+            message = f"{_RECIPIENTS}: {word[:20]!r}... is no public key of age or SSH: {error}"
+            raise UsageProblem(message, next_step=step) from error
     if not found:
-        raise UsageProblem(
-            f"{_RECIPIENTS} names no public key", next_step="make a pair of keys:\nage-keygen -o key.txt"
-        )
+        step = "make a pair of keys:\nage-keygen -o key.txt"
+        raise UsageProblem(f"{_RECIPIENTS} names no public key", next_step=step)
     return found
 
 
@@ -154,12 +151,12 @@ def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_k
     `write` raise. `name` is for messages.
     """
     pyrage = _pyrage()
-    errors: list[BaseException] = []
+    streams = _Streams(_with_header(chunks, name), write)
     try:
-        pyrage.decrypt_io(_Reader(_with_header(chunks, name), errors), _Writer(write, errors), private_keys)
+        pyrage.decrypt_io(streams, streams, private_keys)
     except (pyrage.DecryptError, OSError) as error:
-        if errors:
-            raise errors[0] from None
+        if streams.error:
+            raise streams.error from None
         if "No matching keys" in str(error):
             raise AccessRefused(
                 f"{name} is encrypted for another key than {_IDENTITY} or {_PASSPHRASE} gives",
@@ -199,36 +196,34 @@ def _with_header(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
     yield from pieces
 
 
-class _Reader:
-    """Pieces of bytes as a file that pyrage reads. An error is added to `errors`: pyrage keeps only its text."""
+class _Streams:
+    """What pyrage reads (pieces of bytes) and writes (a function), as files.
 
-    def __init__(self, pieces: Iterator[bytes], errors: list[BaseException]) -> None:
-        self._pieces, self._errors = pieces, errors
+    `error` is what either raised: pyrage keeps only its text.
+    """
+
+    def __init__(self, pieces: Iterator[bytes], write: Callable[[bytes], object]) -> None:
+        self.error: BaseException | None = None
+        self._pieces, self._write = filter(None, pieces), write
         self._left = b""
 
-    def read(self, size: int = -1) -> bytes:
+    @contextmanager
+    def _error_saved(self) -> Iterator[None]:
         try:
-            self._left = self._left or next(filter(None, self._pieces), b"")
+            yield
         except BaseException as error:
-            self._errors.append(error)
+            self.error = error
             raise
-        end = len(self._left) if size < 0 else size
-        found, self._left = self._left[:end], self._left[end:]
+
+    def read(self, size: int) -> bytes:
+        with self._error_saved():
+            self._left = self._left or next(self._pieces, b"")
+        found, self._left = self._left[:size], self._left[size:]
         return found
 
-
-class _Writer:
-    """A function as a file that pyrage writes, with `errors` as in `_Reader`."""
-
-    def __init__(self, write: Callable[[bytes], object], errors: list[BaseException]) -> None:
-        self._write, self._errors = write, errors
-
     def write(self, data: bytes) -> int:
-        try:
+        with self._error_saved():
             self._write(data)
-        except BaseException as error:
-            self._errors.append(error)
-            raise
         return len(data)
 
     def flush(self) -> None:
@@ -236,7 +231,7 @@ class _Writer:
 
 
 def _lines(path: Path, setting: str, *, comments: bool = True) -> list[str]:
-    data = _secret(path.expanduser(), setting, private=setting != _RECIPIENTS)
+    data = _secret(path.expanduser(), setting)
     try:
         lines = data.decode().splitlines()
     except UnicodeDecodeError as error:
@@ -244,25 +239,22 @@ def _lines(path: Path, setting: str, *, comments: bool = True) -> list[str]:
     return [one for one in lines if one.strip() and not (comments and one.lstrip().startswith("#"))]
 
 
-def _secret(path: Path, setting: str, *, private: bool = True) -> bytes:
-    """Read a file of keys. Raises UsageProblem if it cannot be read, or if it is `private` and others may read it."""
+def _secret(path: Path, setting: str) -> bytes:
+    """Read a file of keys. Raises UsageProblem if it cannot be read, or if it is secret and others may read it."""
+    shown = quote(str(path))
     try:
         data, state = read_regular(path, _KEY_FILE_LIMIT)
     except OSError as error:
-        raise UsageProblem(
-            f"{setting}: {path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}"
-        ) from error
-    if private and state.st_mode & 0o077:
-        raise UsageProblem(f"{setting}: other users may read {path}", next_step=f"chmod 600 {quote(str(path))}")
+        raise UsageProblem(f"{setting}: {path} cannot be read: {error.strerror}", next_step=f"ls -l {shown}") from error
+    if setting != _RECIPIENTS and state.st_mode & 0o077:
+        raise UsageProblem(f"{setting}: other users may read {path}", next_step=f"chmod 600 {shown}")
     return data
 
 
 def _pyrage() -> Any:
     if importlib.util.find_spec("pyrage") is None:
-        raise UsageProblem(
-            "encrypted copies need the Python package 'pyrage', which is not installed here",
-            next_step="pip install pyrage",
-        )
+        message = "encrypted copies need the Python package 'pyrage', which is not installed here"
+        raise UsageProblem(message, next_step="pip install pyrage")
     import pyrage
 
     return pyrage

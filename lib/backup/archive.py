@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import tarfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,20 +23,13 @@ from lib.concurrency import BackgroundWriter
 from lib.errors import BackupDamaged, BadFile
 from lib.files import PassThrough, atomic_writer
 
-_CHUNK = 1 << 20
-_AGAIN = "run the backup again"
 FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
-_BLOCK = 512
-_FACTS_LIMIT = 64 << 20
+_CHUNK = 1 << 20
+_FACTS_LIMIT, _NAME_LIMIT = 64 << 20, 64 << 10
 _LINE_LIMIT = 128  # an id is a UUID or a number
-_NAME_LIMIT = 64 << 10
-_EXTENDED = {
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-}
+_AGAIN = "run the backup again"
+_EXTENDED = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+_EXTENDED.add(tarfile.SOLARIS_XHDTYPE)
 _REQUIRED = {"collection", "config", "snapshot_size", "snapshot_sha256", "promised_ids"}
 
 SnapshotReader = Callable[[IO[bytes]], object]
@@ -61,10 +55,7 @@ def combined(snapshots: Sequence[SnapshotMember]) -> SnapshotMember:
 
 @dataclass(frozen=True)
 class ArchiveFacts:
-    """What was read from an archive: `collection.json`, its snapshots, the number of ids.
-
-    `sha256` is that of the archive's file, and empty for a bare snapshot.
-    """
+    """What was read: `collection.json`, the snapshots, the number of ids; `sha256` of an archive's whole file."""
 
     facts: dict[str, Any]
     snapshots: tuple[SnapshotMember, ...]
@@ -77,10 +68,8 @@ class ArchiveFacts:
         return combined(self.snapshots)
 
 
-BLOCK_BYTES = 1 << 20
-_LEVEL = 1
-_TRIED_BYTES = 1 << 16
-_WORTH = 0.85  # deflate brings random floats to 0.92, and takes four times as long as storing them
+BLOCK_BYTES, _TRIED_BYTES = 1 << 20, 1 << 16
+_LEVEL, _WORTH = 1, 0.85  # deflate brings random floats to 0.92, and takes four times as long as storing them
 _PADDING_BYTES = 1024  # the end of a tar, which gets no gzip member of its own
 _GZIP = 31  # zlib's name for a gzip header and trailer around the deflated bytes
 
@@ -92,9 +81,8 @@ class GzipBlocks:
     """
 
     def __init__(self, out: IO[bytes]) -> None:
-        self._out = out
+        self._out, self._size = out, 0
         self._held: list[bytes] = []
-        self._size = 0
 
     def write(self, data: bytes) -> None:
         """Add bytes."""
@@ -135,7 +123,7 @@ class ArchiveWriter:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o600
         self._left = self._size = size
-        self._background.write(info.tobuf(format=tarfile.PAX_FORMAT))
+        self._background.write(info.tobuf(tarfile.PAX_FORMAT))
 
     def write(self, data: bytes) -> None:
         """Add bytes to the member. Raises BackupDamaged if there are more than announced."""
@@ -148,7 +136,7 @@ class ArchiveWriter:
         """End the member. Raises BackupDamaged if bytes are missing."""
         if self._left:
             raise BackupDamaged(f"the server sent {self._left} bytes of the snapshot too few", next_step=_AGAIN)
-        self._background.write(b"\0" * (-self._size % _BLOCK))
+        self._background.write(b"\0" * (-self._size % tarfile.BLOCKSIZE))
 
     def add(self, name: str, stream: IO[bytes], size: int) -> None:
         """Add a whole member from a stream of exactly `size` bytes."""
@@ -159,7 +147,7 @@ class ArchiveWriter:
 
     def finish(self) -> tuple[int, str]:
         """End the archive; returns its size in bytes and its sha256 in hex."""
-        self._background.write(b"\0" * (2 * _BLOCK))
+        self._background.write(b"\0" * (2 * tarfile.BLOCKSIZE))
         self._background.finish()
         self._gzip.close()
         return self._out.size, self._digest.hexdigest()
@@ -177,10 +165,7 @@ def archive_writer(path: Path) -> Iterator[ArchiveWriter]:
 
 
 class _BoundedHeader(tarfile.TarInfo):
-    """A header whose extension (a long name, PAX fields) is refused if it is larger than any in a backup.
-
-    tarfile reads an extension into memory, and one of 3 GB deflates to less than 2 MB.
-    """
+    """Refuses extensions (a long name, PAX fields) larger than any in a backup: tarfile reads them into memory."""
 
     def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTENDED and self.size > _NAME_LIMIT:
@@ -195,21 +180,13 @@ def damage_reported(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (
-        EOFError,
-        tarfile.TarError,
-        igzip.BadGzipFile,
-        cast("type[Exception]", isal_zlib.IsalError),
-    ) as error:
+    except (EOFError, tarfile.TarError, igzip.BadGzipFile, cast("type[Exception]", isal_zlib.IsalError)) as error:
         raise BackupDamaged(f"{path} is damaged: {error}") from error
 
 
 @contextmanager
 def opened_tar(path: Path, *, to_end: bool) -> Iterator[tuple[tarfile.TarFile, Callable[[], str]]]:
-    """Open the tar, and a function that returns the sha256 of the file after it was read `to_end`.
-
-    Raises BackupDamaged if the gzip or the tar is damaged.
-    """
+    """Open the tar, and a function that returns the sha256 of the file after it was read `to_end`."""
     from isal import igzip_threaded
 
     digest = hashlib.sha256()
@@ -237,16 +214,12 @@ def read_snapshot(name: str, stream: IO[bytes], on_snapshot: SnapshotReader | No
 
 
 def read_archive(
-    path: Path,
-    on_snapshot: SnapshotReader | None = None,
-    on_ids: IdsReader | None = None,
-    *,
-    only: str | None = None,
+    path: Path, on_snapshot: SnapshotReader | None = None, on_ids: IdsReader | None = None, *, only: str | None = None
 ) -> ArchiveFacts:
-    """Read an archive to its end; the callbacks get the stream of each snapshot, and the ids.
+    """Read an archive to its end; the callbacks get the stream of each snapshot (or of `only` this one), and the ids.
 
-    `only` names the one snapshot that `on_snapshot` gets. Raises BackupDamaged if a member is missing, cut or foreign,
-    or if there are more snapshots or ids than `collection.json` says.
+    Raises BackupDamaged if a member is missing, cut or foreign, or if there are more snapshots or ids than
+    `collection.json` says.
     """
     facts: dict[str, Any] = {}
     expected = 0  # snapshots; none may come before `collection.json`
@@ -272,10 +245,7 @@ def read_archive(
 
 
 def peek_facts(path: Path) -> dict[str, Any]:
-    """Read `collection.json` alone, the first member.
-
-    Raises BackupDamaged if the file cannot be read so far, BadFile if it is another program's tar.gz.
-    """
+    """Read `collection.json` alone, the first member. Raises BackupDamaged, BadFile for another program's tar.gz."""
     with opened_tar(path, to_end=False) as (tar, _):
         member = tar.next()
         if member and member.name == FACTS and member.isreg() and member.size < _FACTS_LIMIT:
@@ -325,6 +295,5 @@ def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, expected:
     ids = lines()
     if on_ids:
         on_ids(ids)
-    for _ in ids:
-        pass
+    deque(ids, maxlen=0)
     return count

@@ -17,15 +17,14 @@ from lib.files import PARTIAL, lock_targets, readable_bytes, sync_dir
 from lib.journal import STAMP_FORMAT, Journal, open_journals, read_journal
 from lib.network import same_server
 
-_WAIT_SECONDS = 0.2
+CACHE_DIR, REPORT_DIR = "embeddings", "reports"
+PIN = ".pinned"  # `backup_<stamp>.pinned`, an empty file next to the manifest: no cleanup deletes the set
+OUTGOING = "outgoing"  # encrypted files of sets that are not completely uploaded yet
+_NAMED = 3  # sets that an error lists
 
 
 def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
-    """Claim a stamp (UTC, to the second) for a new set; returns it and the ISO time.
-
-    No set has it, no unfinished run claimed it, and the journal records it when this returns. Runs on other targets may
-    write into the same folder: if a second is claimed already, the next one is awaited.
-    """
+    """Claim a second (UTC) that no set and no unfinished run has, in the journal; returns stamp and ISO time."""
     while True:
         with contextlib.suppress(LockHeld), lock_targets([f"stamps of {folder.resolve()}"]):
             now = datetime.now(timezone.utc).replace(microsecond=0)
@@ -34,7 +33,7 @@ def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
             if stamp not in claimed and not any(folder.rglob(f"*_{stamp}.*")):
                 journal.append("backup begun", stamp=stamp)
                 return stamp, now.isoformat()
-        time.sleep(_WAIT_SECONDS)
+        time.sleep(0.2)
 
 
 def _claimed(journal: Journal) -> str:
@@ -54,12 +53,6 @@ def remove_unfinished(folder: Path, journal: Journal) -> None:
             found |= set(folder.glob(pattern))
     for path in found:
         path.unlink(missing_ok=True)
-
-
-CACHE_DIR, REPORT_DIR = "embeddings", "reports"
-PIN = ".pinned"  # `backup_<stamp>.pinned`, an empty file next to the manifest: no cleanup deletes the set
-OUTGOING = "outgoing"  # encrypted files of sets that are not completely uploaded yet
-_NAMED = 3  # sets that an error lists
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ def manifest_paths(folder: Path) -> list[Path]:
 
 
 def backup_sets(folder: Path) -> list[Manifest]:
-    """The sets, newest first. Manifests that cannot be read are left out; `--check all` reports them."""
+    """The sets that can be read, newest first; `--check all` reports the others."""
     return read_sets(folder)[0]
 
 
@@ -135,48 +128,42 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
     `where` is the folder or URL of the sets. Raises MissingData if there is none, and UsageProblem if it is dated in
     the future (it need not be the newest) or was taken after a store was lost.
     """
-    others = []
+    script, others = "python scripts/restore_from_backup.py", list[str]()
     for manifest in manifests:
+        name = manifest.name
         if owner and not owner.owns(manifest):
             continue
         if manifest.kind != FULL:
-            others.append(f"{manifest.name} ({manifest.kind})")
+            others.append(f"{name} ({manifest.kind})")
         elif manifest.is_from_future:
+            step = f"compare this clock with the right time:\ndate -u\nthen name the set:\n{script}"
             raise UsageProblem(
-                f"{manifest.name} is dated {-manifest.age_hours:.0f} hours in the future: a clock was or is wrong, and"
+                f"{name} is dated {-manifest.age_hours:.0f} hours in the future: a clock was or is wrong, and"
                 " which set is the newest is not known",
-                next_step="compare this clock with the right time:\ndate -u\nthen name the set:\n"
-                f"python scripts/restore_from_backup.py {quote(f'{where}/{manifest.name}')}",
+                next_step=f"{step} {quote(f'{where}/{name}')}",
             )
         elif manifest.lost_store:
-            raise UsageProblem(
-                f"{manifest.name}, the newest set, may have been taken after a loss: {manifest.lost_store}",
-                next_step=f"name the set to restore:\npython scripts/backup_automem.py --list {quote(where)}",
-            )
+            step = f"name the set to restore:\npython scripts/backup_automem.py --list {quote(where)}"
+            message = f"{name}, the newest set, may have been taken after a loss: {manifest.lost_store}"
+            raise UsageProblem(message, next_step=step)
         else:
             return manifest
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise MissingData(
             f"no full backup set in {where}, which `latest` needs; there are: {', '.join(others[:_NAMED])}{more}",
-            next_step=f"name one:\npython scripts/restore_from_backup.py {quote(f'{where}/{others[0].split()[0]}')}",
+            next_step=f"name one:\n{script} {quote(f'{where}/{others[0].split()[0]}')}",
         )
     whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' on these servers" if owner else ""
-    raise MissingData(
-        f"no backup in {where}{whose}",
-        next_step="name a file, or another folder with --backup-dir; this lists the sets:\n"
-        "python scripts/backup_automem.py --list",
-    )
+    step = "name a file, or another folder with --backup-dir; this lists the sets:"
+    raise MissingData(f"no backup in {where}{whose}", next_step=f"{step}\npython scripts/backup_automem.py --list")
 
 
 def dated_later(manifest: Manifest) -> list[Manifest]:
     """The sets of the same stores in the folder of this new one that are dated later: the clock was set back."""
     assert manifest.path is not None
-    return [
-        one
-        for one in backup_sets(manifest.path.parent)
-        if one.stamp > manifest.stamp and any(_is_among(store, manifest.stores) for store in one.stores)
-    ]
+    later = [one for one in backup_sets(manifest.path.parent) if one.stamp > manifest.stamp]
+    return [one for one in later if any(_is_among(store, manifest.stores) for store in one.stores)]
 
 
 def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:
@@ -195,16 +182,13 @@ def find_set(folder: Path, path: Path) -> Manifest | None:
 
 def broken_manifests(folder: Path, path: Path) -> list[Path]:
     """The manifests that cannot be read and may be of `path`: of the same time, or with its name in them."""
-    found = []
-    paths = {*manifest_paths(folder), *manifest_paths(path.absolute().parent.parent)}
-    for one in sorted(paths):
-        stamp = one.stem.removeprefix("backup_")
-        try:
-            read_manifest(one)
-        except (BackupDamaged, BadFile):
-            if stamp in path.name or path.name.encode() in readable_bytes(one):
-                found.append(one)
-    return found
+    _, folder_broken = read_sets(folder)
+    _, own_broken = read_sets(path.absolute().parent.parent)
+    return [
+        one
+        for one in sorted({*folder_broken, *own_broken})
+        if one.stem.removeprefix("backup_") in path.name or path.name.encode() in readable_bytes(one)
+    ]
 
 
 def pinned_sets(names: Iterable[str]) -> frozenset[str]:

@@ -6,39 +6,19 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
+from lib.backup import copies
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
-from lib.backup.automem_backup import describe, require_uncut
-from lib.backup.automem_file import AutoMemFile, automem_files, is_automems
-from lib.backup.catalog import (
-    Deployment,
-    find_set,
-    latest,
-    manifest_paths,
-    newest_full,
-    safety_copies,
-    with_purpose,
-)
+from lib.backup.automem_files import AutoMemFile, automem_files, describe, is_automems, require_uncut
+from lib.backup.catalog import Deployment, find_set, latest, manifest_paths, newest_full, safety_copies, with_purpose
 from lib.backup.collection import CollectionVerification, verify_collection
-from lib.backup.copies import (
-    MANIFEST_NAME,
-    Uploaded,
-    accept,
-    fetch,
-    is_whole_here,
-    manifests,
-    read_there,
-    require_elsewhere,
-    require_fetchable,
-    upload,
-)
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
 from lib.backup.graph import GraphVerification, verify_graph
 from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
@@ -46,7 +26,7 @@ from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
 from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
-from lib.files import lock_targets, private_dir
+from lib.files import lock_targets, private_dir, sync_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
@@ -59,15 +39,12 @@ class FileVerification:
 
     path: Path | str
     level: str
-    note: str
+    note: str = ""
     fault: str = ""
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a FILE, by its content. Raises BadFile if it cannot be restored.
-
-    A folder is of a kind only if it holds backups by AutoMem's own scripts.
-    """
+    """The kind of a FILE by its content; a folder has one only if it holds AutoMem's own backups. Raises BadFile."""
     if path.is_dir() and automem_files(path):
         return AUTOMEM
     _require_file(path)
@@ -103,10 +80,7 @@ def _require_file(path: Path) -> None:
 def verify_named(
     folder: Path, word: str, engines: list[Engine], owner: Deployment | None = None
 ) -> list[FileVerification]:
-    """Verify the sets that `--check` names, see `_named_manifests`. Damage is reported as the fault of its file.
-
-    A backup by AutoMem's own scripts is verified without a server.
-    """
+    """Verify the sets that `--check` names, or AutoMem's own backups. Damage is reported as the fault of its file."""
     path = Path(word)
     if (path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path)):
         return [_verify_automems(one) for one in automems]
@@ -128,34 +102,27 @@ def _of_stamp(folder: Path, word: str) -> str:
 
 
 def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
-    """The manifests that `--check` names: `all`, `latest` of `owner`, a manifest, or a file of a set.
-
-    Raises MissingData if there is no set, BadFile for a file of no set.
-    """
+    """The manifests that `--check` names: all, the latest, one, or that of a file. Raises MissingData, BadFile."""
     if word == LATEST and not Path(word).exists():
         newest = latest(folder, owner)
         assert newest.path is not None
         return [newest.path]
-    if word != "all":
-        return [_manifest_of(folder, Path(word))]
-    paths = manifest_paths(folder)
-    if not paths:
-        raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
-    return paths
-
-
-def _manifest_of(folder: Path, path: Path) -> Path:
+    path, paths = Path(word), manifest_paths(folder)
+    if word == "all":
+        if not paths:
+            raise MissingData(f"no backup in {folder}", next_step="python scripts/backup_automem.py")
+        return paths
     found = find_set(folder, path)
     if path.is_file() and path in manifest_paths(path.parent):
-        return path
-    if found is None and kind_of(path) == MANIFEST:
-        return path
-    if found is None or found.path is None:
-        raise BadFile(
-            f"{path} belongs to no backup set in {folder}: there is no manifest to verify it against",
-            next_step="name the backup folder of its set with --backup-dir",
-        )
-    return found.path
+        return [path]
+    if found and found.path:
+        return [found.path]
+    if kind_of(path) == MANIFEST:
+        return [path]
+    raise BadFile(
+        f"{path} belongs to no backup set in {folder}: there is no manifest to verify it against",
+        next_step="name the backup folder of its set with --backup-dir",
+    )
 
 
 def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
@@ -163,17 +130,15 @@ def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
         manifest = read_manifest(path)
         _compare_times(manifest)
     except (BackupDamaged, BadFile) as error:
-        return [FileVerification(path, "damaged", "", str(error))]
+        return [FileVerification(path, "damaged", fault=str(error))]
     return [_verify_file(manifest.file_of(one), one, engines) for one in manifest.components]
 
 
 def _compare_times(manifest: Manifest) -> None:
     """Raise BackupDamaged unless the set was created at the time of its stamp."""
-    created = datetime.fromisoformat(manifest.created).astimezone(timezone.utc)
-    if f"{created:{STAMP_FORMAT}}" != manifest.stamp:
-        raise BackupDamaged(
-            f"{manifest.path} was edited: its stamp is {manifest.stamp}, but created is {manifest.created}"
-        )
+    created, stamp = datetime.fromisoformat(manifest.created).astimezone(timezone.utc), manifest.stamp
+    if f"{created:{STAMP_FORMAT}}" != stamp:
+        raise BackupDamaged(f"{manifest.path} was edited: its stamp is {stamp}, but created is {manifest.created}")
 
 
 def _verify_file(
@@ -185,10 +150,8 @@ def _verify_file(
             found = verify_graph(path, component, engines)
         else:
             found = verify_collection(path, component=component)
-    except BackupDamaged as error:
-        return FileVerification(path, "damaged", "", str(error))
     except MigrationError as error:
-        return FileVerification(path, "unknown", "", str(error))
+        return FileVerification(path, "damaged" if isinstance(error, BackupDamaged) else "unknown", fault=str(error))
     return FileVerification(path, found.level, found.note)
 
 
@@ -197,13 +160,11 @@ def _verify_automems(source: AutoMemFile) -> FileVerification:
         held, signs = describe(source)
         require_uncut(source, signs)
     except BackupDamaged as error:
-        return FileVerification(source.display, "damaged", "", str(error))
+        return FileVerification(source.display, "damaged", fault=str(error))
     return FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}")
 
 
 LATEST = "latest"
-_QUARANTINE = "quarantine"  # in the backup folder: sets that were fetched and are not verified yet
-_CHECKING = "drill"  # in the backup folder: sets that --check has fetched
 _SET_FILE = re.compile(rf".+_({STAMP})\.[a-z.]+")
 
 
@@ -218,7 +179,7 @@ class _Named:
 
 def _named(url: str) -> _Named:
     parent, _, last = url.rstrip("/").removesuffix(SUFFIX).rpartition("/")
-    if last == LATEST or MANIFEST_NAME.fullmatch(last):
+    if last == LATEST or copies.MANIFEST_NAME.fullmatch(last):
         return _Named(parent, last)
     if found := _SET_FILE.fullmatch(last):
         folder, _, within = parent.rpartition("/")
@@ -230,9 +191,8 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     """Raise if sets of `folder` could not be uploaded to the URL and fetched back; returns the URL without secrets.
 
     `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
-    Raises UsageProblem, AccessRefused, StoreUnreachable, MissingData, StoreFailed.
     """
-    require_elsewhere(url, folder)
+    copies.require_elsewhere(url, folder)
     if _named(url).manifest:
         last = url.rstrip("/").rpartition("/")[2]
         raise UsageProblem(
@@ -240,7 +200,7 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
             next_step="name a folder that is called otherwise",
         )
     if graph:
-        require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
+        copies.require_fetchable(f"{GRAPH_DIR}/{graph}.rdb")
     if keys.encrypt:
         require_encryption(keys)
     store = open_offsite(url)
@@ -252,17 +212,12 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
 
 
 def fetched(
-    word: str,
-    folder: Path,
-    owner: Deployment,
-    engines: Callable[[], list[Engine]],
-    bar: ProgressBar,
-    keys: CopyKeys,
+    word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar, keys: CopyKeys
 ) -> str:
     """Return the path here of what a FILE argument names by URL (it is fetched) or by a stamp; any other word as it is.
 
     The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
-    it is moved into `folder`. Raises like `copies.fetch`, and BadFile for another URL.
+    it is moved into `folder`. Raises like `fetch`, and BadFile for another URL.
     """
     if not is_url(word):
         return _of_stamp(folder, word)
@@ -276,8 +231,9 @@ def fetched(
     name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
     with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
-        if not is_whole_here(store, name, folder):
-            path = _verified(fetch(store, name, private_dir(folder) / _QUARANTINE, bar), folder, engines(), store.shown)
+        if not copies.is_whole_here(store, name, folder):
+            path = copies.fetch(store, name, private_dir(folder) / "quarantine", bar)
+            path = _verified(path, folder, engines(), store.shown)
     if named.file and named.file not in {file.name for file in read_manifest(path).files}:
         raise BadFile(
             f"{store.shown}/{named.file} is no file of the set {name}",
@@ -287,10 +243,7 @@ def fetched(
 
 
 def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Path:
-    """Verify a fetched set and move it into `folder`; returns the path of its manifest there.
-
-    `shown` is the place of the copies. A set that does not verify is removed. Raises BackupDamaged.
-    """
+    """Verify a fetched set and move it into `folder`; returns its manifest there. A damaged set is removed."""
     for one in verify_named(path.parent, str(path), engines):
         if one.fault:
             shutil.rmtree(path.parent)
@@ -298,15 +251,19 @@ def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Pa
                 f"the set that was fetched does not verify, and was removed: {one.fault}",
                 next_step=f"use another set of the copies:\npython scripts/backup_automem.py --list {quote(shown)}",
             )
-    accepted = accept(path, folder)
+    for name in [*(file.name for file in read_manifest(path).files), path.name]:
+        target = folder / name
+        private_dir(target.parent)
+        (path.parent / name).replace(target)  # a file that is there already is the same, see `is_whole_here`
+        sync_dir(target.parent)
     shutil.rmtree(path.parent)
-    return accepted
+    return folder / path.name
 
 
 def _newest(store: OffsiteStore, owner: Deployment | None, folder: Path) -> str:
     """The name of the manifest that `latest` means there. Raises like `newest_full` and `read_there`."""
     safety = safety_copies(folder)
-    found = (with_purpose(read_there(store, name)[0], safety) for name in manifests(store))
+    found = (with_purpose(copies.read_there(store, name)[0], safety) for name in copies.manifests(store))
     return newest_full(found, owner, store.shown).name
 
 
@@ -320,48 +277,29 @@ def _verify_copies(
     """
     named = _named(url)
     store = open_offsite(named.folder, keys)
-    names = [named.manifest] if named.manifest else manifests(store)
+    names = [named.manifest] if named.manifest else copies.manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
     checked: list[FileVerification] = []
+    here = private_dir(folder) / "drill"
     for name in names:
-        with _checking_folder(folder) as here:
+        with lock_targets([f"drill in {folder.absolute()}"]), ExitStack() as stack:
+            shutil.rmtree(here, ignore_errors=True)  # what a killed check left
+            stack.callback(shutil.rmtree, here, ignore_errors=True)
             try:
-                found = verify_named(here, str(fetch(store, name, here, bar)), engines)
+                found = verify_named(here, str(copies.fetch(store, name, here, bar)), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
-                found = [FileVerification(here / name, "damaged", "", str(error))]
+                found = [FileVerification(here / name, "damaged", fault=str(error))]
         for one in found:  # named as the files there, not as their copies here
             path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
             checked.append(dataclasses.replace(one, path=path, fault=fault))
     return checked
 
 
-@contextmanager
-def _checking_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder for fetched sets, removed afterwards; what a killed check left in it is removed first."""
-    here = private_dir(folder) / _CHECKING
-    with lock_targets([f"drill in {folder.absolute()}"]):
-        shutil.rmtree(here, ignore_errors=True)
-        try:
-            yield here
-        finally:
-            shutil.rmtree(here, ignore_errors=True)
-
-
 def verify_and_upload(
-    folder: Path,
-    owner: Deployment,
-    word: str,
-    url: str | None,
-    engines: list[Engine],
-    bar: ProgressBar,
-    keys: CopyKeys,
-) -> tuple[list[FileVerification], list[Uploaded] | None]:
-    """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first.
-
-    Raises UsageProblem to upload sets that are elsewhere, MissingData, BadFile, and like `require_upload_url` and
-    `upload`.
-    """
+    folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
+) -> tuple[list[FileVerification], list[copies.Uploaded] | None]:
+    """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first."""
     if is_url(word):
         if url:
             raise UsageProblem(
@@ -370,11 +308,10 @@ def verify_and_upload(
             )
         return _verify_copies(word, folder, engines, bar, keys), None
     word = _of_stamp(folder, word)
-    if url:
-        require_upload_url(url, folder, keys)
     if not url:
         return verify_named(folder, word, engines, owner), None
+    require_upload_url(url, folder, keys)
     checked = {path: _verify_set(path, engines) for path in _named_manifests(folder, word, owner)}
     files = [one for found in checked.values() for one in found]
     sound = sorted(path for path, found in checked.items() if not any(one.fault for one in found))
-    return files, [upload(url, read_manifest(path), bar, keys) for path in sound]
+    return files, [copies.upload(url, read_manifest(path), bar, keys) for path in sound]

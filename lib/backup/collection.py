@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,8 +27,6 @@ from lib.backup.archive import (
     peek_facts,
     read_archive,
 )
-from lib.backup.existing_points import as_id
-from lib.backup.last_migration import journalled_stamp
 from lib.backup.manifest import (
     CHECKED,
     COLLECTION_DIR,
@@ -39,7 +38,8 @@ from lib.backup.manifest import (
     checking_file,
     require_equal,
 )
-from lib.backup.server_snapshots import own_snapshot
+from lib.backup.phases import journalled_stamp, own_snapshot
+from lib.backup.points import as_id
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots
@@ -76,10 +76,9 @@ def verify_collection(
     on_ids: IdsReader | None = None,
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
 ) -> CollectionVerification:
-    """Verify an archive: bytes, structure, configuration, and points if Qdrant's engine opens the segments.
+    """Verify an archive, which is read once. Raises BackupDamaged.
 
-    The archive is read once. `on_ids` gets the expected ids; `passing` gets each snapshot's stream and returns the one
-    that is read in its place. Raises BackupDamaged.
+    `on_ids` gets the expected ids, `passing` replaces each snapshot's stream.
     """
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
@@ -104,16 +103,16 @@ def verify_collection(
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
         counted, why_not = copies.counted(lambda: _count_points(path, archive, copies))
     if counted is None:
-        note = f"checksum, both tar levels, configuration and ids; {why_not}"
-        return CollectionVerification(CHECKED, note, archive, seen[0])
-    note = f"{counted} points counted by Qdrant's own engine"
-    return CollectionVerification(RESTORED, note, archive, seen[0])
+        level, note = CHECKED, f"checksum, both tar levels, configuration and ids; {why_not}"
+    else:
+        level, note = RESTORED, f"{counted} points counted by Qdrant's own engine"
+    return CollectionVerification(level, note, archive, seen[0])
 
 
 class SegmentCopies:
-    """Temporary copies, below `folder`, of segments and expected ids: Qdrant's engine opens them.
+    """Temporary copies, below `folder`, of segments and expected ids, made while a snapshot is read if nothing hinders.
 
-    They are made while a snapshot is read, unless something prevents it. `size`: bytes of all snapshots.
+    Qdrant's engine opens them. `size`: bytes of all snapshots.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -139,17 +138,20 @@ class SegmentCopies:
     def save_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
         """Copy the ids while `on_ids` reads them."""
         with self.ids.open("w", encoding="ascii") as copy:
-            copied = lines if self.hindrance else _copied(lines, copy)
+
+            def copied() -> Iterator[str]:
+                for line in lines:
+                    if not self.hindrance:
+                        copy.write(f"{line}\n")
+                    yield line
+
+            rest = copied()
             if on_ids:
-                on_ids(copied)
-            for _ in copied:
-                pass
+                on_ids(rest)
+            deque(rest, maxlen=0)
 
     def counted(self, count: Callable[[], int | None]) -> tuple[int | None, str]:
-        """The number of points that `count` finds in the segments, or None and the reason.
-
-        `count` returns None if the engine does not read the segments' format.
-        """
+        """The points that `count` finds, or None and why. `count` returns None if no engine reads the format."""
         if self.hindrance:
             return None, self.hindrance
         try:
@@ -160,12 +162,6 @@ class SegmentCopies:
             if error.errno not in FULL_DISK:
                 raise
             return None, _no_room()
-
-
-def _copied(lines: Iterator[str], copy: IO[str]) -> Iterator[str]:
-    for line in lines:
-        copy.write(f"{line}\n")
-        yield line
 
 
 def has_room(size: int) -> bool:
@@ -212,12 +208,9 @@ def compare_collection(path: Path, component: CollectionComponent, facts: Mappin
 
 def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFacts]) -> None:
     """Raise BackupDamaged unless the snapshots are those that were downloaded and together hold every shard."""
-    facts = archive.facts
+    facts, names = archive.facts, ("snapshot_name", "snapshot_size", "snapshot_sha256")
     try:
-        expected = tuple(
-            SnapshotMember(one["snapshot_name"], one["snapshot_size"], one["snapshot_sha256"])
-            for one in facts.get("nodes") or [facts]
-        )
+        expected = tuple(SnapshotMember(*(one[name] for name in names)) for one in facts.get("nodes") or [facts])
     except (KeyError, TypeError) as error:
         raise _incomplete(path) from error
     whole = (facts["snapshot_size"], facts["snapshot_sha256"])
@@ -270,7 +263,7 @@ def known_model(
 ) -> dict[str, str]:
     """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
 
-    `model_known` is `stamped` (also if only the journal has the stamp: `journalled`), `configured` or `guessed`.
+    `model_known` is `stamped` (also if only the journal has the stamp), `configured` or `guessed`.
     """
     stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
     stamp = stamp if stamp.get("model") else journalled or {}
@@ -305,10 +298,9 @@ def take_collection(
 ) -> CollectionComponent:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and verify it.
 
-    The snapshots on the server, one on each node that holds a part, are deleted again in any case (see
-    `own_snapshot`). `on_ids` gets the expected ids if the archive is verified. `before_ids` is called before the first
-    id is read. Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots
-    would not hold all of it.
+    `on_ids` gets the expected ids if the archive is verified. `before_ids` is called before the first id is read.
+    Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots would not
+    hold all of it.
     """
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
@@ -347,15 +339,8 @@ def _write_archive(
     journal: Journal,
     progress: Progress | None,
 ) -> tuple[int, str]:
-    """Have the nodes make their snapshots and download them; add to `facts` what they are.
-
-    Returns the archive's bytes and sha256. Raises BackupDamaged.
-    """
-    with (
-        tempfile.TemporaryFile("w+", encoding="ascii") as before,
-        tempfile.TemporaryFile() as ids,
-        ExitStack() as on_server,
-    ):
+    """Have the nodes make their snapshots, download them, add to `facts` what they are. Returns bytes and sha256."""
+    with tempfile.TemporaryFile("w+") as before, tempfile.TemporaryFile() as ids, ExitStack() as on_server:
         before.writelines(f"{one}\n" for one in _ids(source))
         before.seek(0)
         made = []
@@ -386,16 +371,12 @@ def _write_expected_ids(source: CollectionSource, before: Iterable[str], out: IO
     """Write the ids that existed before the snapshot and exist now: it must hold those. Returns their number."""
     count = 0
     earlier = (as_id(line.strip()) for line in before)
-    for identity, equal in groupby(merge(earlier, _ids(source), key=_order)):
+    # Qdrant lists numbers before UUIDs.
+    for identity, equal in groupby(merge(earlier, _ids(source), key=lambda one: (isinstance(one, str), one))):
         if len(list(equal)) == 2:
             out.write(f"{identity}\n".encode())
             count += 1
     return count
-
-
-def _order(identity: PointId) -> tuple[int, int, str]:
-    """The order in which Qdrant lists ids: numbers, then UUIDs."""
-    return (0, identity, "") if isinstance(identity, int) else (1, 0, identity)
 
 
 def _snapshot_facts(made: list[tuple[Node, snapshots.Snapshot]]) -> dict[str, Any]:

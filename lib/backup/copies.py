@@ -14,13 +14,13 @@ from shlex import quote
 from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
-from lib.backup.automem_file import listed_files
+from lib.backup.automem_files import listed_files
 from lib.backup.catalog import OUTGOING, PIN, is_complete, pinned_sets, read_sets
 from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite_address, open_offsite
-from lib.backup.manifest import BackupFile, Manifest, parse_manifest, read_manifest
+from lib.backup.manifest import BackupFile, Manifest, parse_manifest
 from lib.concurrency import Progress, ProgressBar
 from lib.errors import AccessRefused, BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
-from lib.files import atomic_writer, lock_targets, private_dir, require_room, sha256_file, sync_dir, write_atomic
+from lib.files import atomic_writer, lock_targets, private_dir, require_room, sha256_file, write_atomic
 from lib.journal import STAMP
 
 MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
@@ -33,9 +33,9 @@ class NotArrived(MigrationError):
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A set that is complete at `url` (as it may be printed): how many files and bytes were sent, how many were there.
+    """A set that is complete at `url` (as it may be printed): the files and bytes that were sent, and that were there.
 
-    `same_disk`: the copy is lost with the disk of the set here. `encrypted`: its files are `.age` files there.
+    `same_disk`: the copy is lost with the disk of the set here.
     """
 
     url: str
@@ -50,8 +50,6 @@ class Uploaded:
 def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_KEYS) -> Uploaded:
     """Upload a set, its manifest last. Each file is read back and compared; what is there already is not sent again.
 
-    If `keys` encrypt, the files are sent encrypted.
-
     Raises NotArrived if anything fails: then no manifest of the set is there, and no other file was changed. Raises
     BackupDamaged if a file here differs from the manifest, UsageProblem for a name that could not be fetched back.
     """
@@ -60,7 +58,12 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
     files = [*manifest.files, _file_here(manifest.path, manifest.name)]
     for file in manifest.files:
         require_fetchable(file.name)
-        _require_whole(manifest.path.parent / file.name, file)
+        path = manifest.path.parent / file.name
+        if not path.is_file() or _file_here(path, file.name) != file:
+            raise BackupDamaged(
+                f"{path} is not what its manifest says: nothing was uploaded",
+                next_step="take a new backup:\npython scripts/backup_automem.py",
+            )
     try:
         with _copy_lock(manifest, address.shown):
             store = open_offsite(url, keys)
@@ -73,15 +76,9 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
             next_step=f"{error.next_step}\n{upload_command(manifest.path, address.shown)}".strip(),
         ) from error
-    return Uploaded(
-        address.shown,
-        manifest.name,
-        len(sent),
-        sum(file.size for file in sent),
-        max(0, len(files) - len(sent)),
-        address.scheme == FILE and Path(address.path).stat().st_dev == manifest.path.stat().st_dev,
-        keys.encrypt,
-    )
+    size, there = sum(file.size for file in sent), max(0, len(files) - len(sent))
+    same_disk = address.scheme == FILE and Path(address.path).stat().st_dev == manifest.path.stat().st_dev
+    return Uploaded(address.shown, manifest.name, len(sent), size, there, same_disk, keys.encrypt)
 
 
 def upload_new(
@@ -108,10 +105,10 @@ def delete_copy(store: OffsiteStore, manifest: Manifest) -> None:
     """
     with _copy_lock(manifest, store.shown):
         existing = _sizes(store, manifest.files)
-        for name in (manifest.name, *(file.name for file in manifest.files), KEY_FILE.format(stamp=manifest.stamp)):
-            for one in (name, name + SUFFIX):
-                if one in existing:
-                    store.delete(one)
+        names = (manifest.name, *(file.name for file in manifest.files), KEY_FILE.format(stamp=manifest.stamp))
+        for one in (spelled for name in names for spelled in (name, name + SUFFIX)):
+            if one in existing:
+                store.delete(one)
 
 
 def require_elsewhere(url: str, folder: Path) -> None:
@@ -152,9 +149,15 @@ def _send_encrypted(
     assert manifest.path is not None
     there = _sizes(store, files)
     if all(could_hold(there.get(file.name + SUFFIX), file.size) for file in files):
-        _require_same_manifest(store, manifest)
+        # Without a key to decrypt the manifest there, only its size is compared.
+        if store.keys.decrypt and store.read(manifest.name) != manifest.path.read_bytes():
+            raise _occupied(store, manifest.name + SUFFIX)
         return []
-    folder = private_dir(manifest.path.parent / OUTGOING) / _outgoing_name(manifest, store.keys)
+    recipient = "passphrase"  # a folder per set and recipients
+    if store.keys.recipients:
+        public_keys = " ".join(sorted(map(str, recipients(store.keys))))
+        recipient = hashlib.sha256(public_keys.encode()).hexdigest()[:12]
+    folder = private_dir(manifest.path.parent / OUTGOING) / f"{manifest.stamp}_{recipient}"
     with lock_targets([f"upload of {manifest.path.absolute()}"]):
         encrypted = _encrypted(manifest, files, folder, store.keys, bar)
         sent = _send_all(store, folder, encrypted, bar)
@@ -164,26 +167,11 @@ def _send_encrypted(
     return sent
 
 
-def _require_same_manifest(store: OffsiteStore, manifest: Manifest) -> None:
-    """Raise BadFile if the manifest there differs. Without a key to decrypt it only its size is compared."""
-    assert manifest.path is not None
-    if store.keys.decrypt and store.read(manifest.name) != manifest.path.read_bytes():
-        raise _occupied(store, manifest.name + SUFFIX)
-
-
 def _occupied(store: OffsiteStore, name: str) -> BadFile:
     return BadFile(
         f"{store.shown}/{name} is not the file that is to be sent",
         next_step="remove that file there, or name another folder",
     )
-
-
-def _outgoing_name(manifest: Manifest, keys: CopyKeys) -> str:
-    """A folder per set and recipients."""
-    if not keys.recipients:
-        return f"{manifest.stamp}_passphrase"
-    public_keys = " ".join(sorted(map(str, recipients(keys))))
-    return f"{manifest.stamp}_{hashlib.sha256(public_keys.encode()).hexdigest()[:12]}"
 
 
 def _encrypted(
@@ -229,14 +217,6 @@ def _file_here(path: Path, name: str) -> BackupFile:
     return BackupFile(name, path.stat().st_size, sha256_file(path))
 
 
-def _require_whole(path: Path, file: BackupFile) -> None:
-    if not path.is_file() or _file_here(path, file.name) != file:
-        raise BackupDamaged(
-            f"{path} is not what its manifest says: nothing was uploaded",
-            next_step="take a new backup:\npython scripts/backup_automem.py",
-        )
-
-
 def _send(store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar, there: dict[str, int]) -> bool:
     """Send one file and read it back. Returns False if it is there already. Never replaces another file."""
     if file.name in there:
@@ -278,8 +258,8 @@ def read_there(store: OffsiteStore, name: str) -> tuple[Manifest, bytes]:
 def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Path:
     """Fetch a set into `folder`, its manifest last; returns the manifest's path here.
 
-    A file gets its name only after its checksum was compared with the manifest's. Complete files that are here already
-    are not fetched again, other files are never replaced. Raises BackupDamaged, BadFile, MissingData, MigrationError.
+    A file gets its name only after its checksum was compared. Complete files that are here already are not fetched
+    again, other files are never replaced. Raises BackupDamaged, BadFile, MissingData, MigrationError.
     """
     manifest, data = read_there(store, name)
     for file in manifest.files:
@@ -291,9 +271,8 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Pat
     path = private_dir(folder) / manifest.name
     _require_same(path, data)
     missing = [file for file in manifest.files if not _is_here(folder / file.name, file)]
-    if missing:
-        need = sum(file.size for file in missing) + _SPARE
-        require_room(folder, need, "the set needs", ", or name another folder with --backup-dir")
+    need = sum(file.size for file in missing) + _SPARE if missing else 0
+    require_room(folder, need, "the set needs", ", or name another folder with --backup-dir")
     for file in missing:
         private_dir((folder / file.name).parent)
         with bar(f"fetch {file.name}", file.size, "bytes") as progress:
@@ -317,18 +296,19 @@ def _require_same(path: Path, manifest: bytes) -> None:
         raise _another(path)
 
 
-def accept(path: Path, folder: Path) -> Path:
-    """Move a fetched set, whose manifest is `path`, into `folder`, the manifest last; returns its path there.
+def _is_here(path: Path, file: BackupFile) -> bool:
+    if not path.exists():
+        return False
+    if not path.is_file() or _file_here(path, file.name) != file:
+        raise _another(path)
+    return True
 
-    Files that are there already are the same (see `is_whole_here`) and are replaced.
-    """
-    manifest = read_manifest(path)
-    for name in [*(file.name for file in manifest.files), manifest.name]:
-        target = folder / name
-        private_dir(target.parent)
-        (path.parent / name).replace(target)
-        sync_dir(target.parent)
-    return folder / manifest.name
+
+def _another(path: Path) -> BadFile:
+    return BadFile(
+        f"{path} is here already, and differs from the one of the set to fetch",
+        next_step="fetch into another folder with --backup-dir",
+    )
 
 
 def require_fetchable(name: str) -> None:
@@ -344,21 +324,6 @@ def require_fetchable(name: str) -> None:
 def _is_plain(name: str) -> bool:
     """Whether a file's name stays in its folder, and is the same on every system."""
     return all(part not in {"", ".", ".."} and "\\" not in part and part.isprintable() for part in name.split("/"))
-
-
-def _is_here(path: Path, file: BackupFile) -> bool:
-    if not path.exists():
-        return False
-    if not path.is_file() or _file_here(path, file.name) != file:
-        raise _another(path)
-    return True
-
-
-def _another(path: Path) -> BadFile:
-    return BadFile(
-        f"{path} is here already, and differs from the one of the set to fetch",
-        next_step="fetch into another folder with --backup-dir",
-    )
 
 
 def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progress) -> None:
@@ -390,8 +355,7 @@ def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progre
 class Catalog:
     """The sets in a folder or at a URL, each with whether its files exist with their sizes; unreadable manifests.
 
-    `pinned`: the names of the manifests of pinned sets.
-    `automem`: the backups by AutoMem's own scripts, which are not sets.
+    `pinned`: names of manifests. `automem`: the backups by AutoMem's own scripts, which are not sets.
     """
 
     where: str
@@ -403,28 +367,21 @@ class Catalog:
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
     """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`."""
-    if url:
-        return _remote_catalog(open_offsite(url, keys))
-    sets, unreadable = read_sets(folder)
-    automem = tuple(one.path for one in listed_files(folder))
-    pinned = pinned_sets(path.name for path in folder.glob(f"*{PIN}"))
-    rows = [(one, is_complete(one)) for one in sets]
-    return Catalog(str(folder), rows, list(map(str, unreadable)), pinned, automem)
-
-
-def _remote_catalog(store: OffsiteStore) -> Catalog:
-    """The sets elsewhere. Raises MissingData if there is none."""
-    found, unreadable = [], []
+    if not url:
+        sets, damaged = read_sets(folder)
+        automem = tuple(one.path for one in listed_files(folder))
+        pinned = pinned_sets(path.name for path in folder.glob(f"*{PIN}"))
+        rows = [(one, is_complete(one)) for one in sets]
+        return Catalog(str(folder), rows, list(map(str, damaged)), pinned, automem)
+    store, found, unreadable = open_offsite(url, keys), list[Manifest](), list[str]()
     for name in manifests(store):
         try:
             found.append(read_there(store, name)[0])
         except (BackupDamaged, BadFile, MissingData):
             unreadable.append(f"{store.shown}/{name}")
     there = _sizes(store, [file for manifest in found for file in manifest.files])
-    sets = [(one, all(_is_there(file, there) for file in one.files)) for one in found]
-    return Catalog(store.shown, sets, unreadable, pinned_sets(there))
 
+    def is_there(file: BackupFile) -> bool:
+        return there.get(file.name) == file.size or could_hold(there.get(file.name + SUFFIX), file.size)
 
-def _is_there(file: BackupFile, there: dict[str, int]) -> bool:
-    """Whether a file of its size is there, plain or encrypted."""
-    return there.get(file.name) == file.size or could_hold(there.get(file.name + SUFFIX), file.size)
+    return Catalog(store.shown, [(one, all(map(is_there, one.files))) for one in found], unreadable, pinned_sets(there))

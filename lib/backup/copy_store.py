@@ -31,20 +31,14 @@ from lib.files import PARTIAL, private_dir, private_file, sync_dir
 from lib.journal import STAMP
 
 FILE, SFTP, S3 = "file", "sftp", "s3"
-# The Python package that each scheme needs besides fsspec.
+_AZURE = dict.fromkeys(("az", "abfs", "abfss"), "adlfs")
 _PACKAGES = {
     FILE: "fsspec",
     SFTP: "paramiko",
     S3: "s3fs",
     "gs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-}
-_FORMS = (
-    "s3://bucket/folder, gs://bucket/folder, az://container/folder, sftp://user@host/folder, or a local folder"
-    " (./a:b if it has a ':')"
-)
+    **_AZURE,
+}  # that a scheme needs besides fsspec
 _MASK = "***"
 
 
@@ -72,16 +66,6 @@ class OffsiteAddress:
             text = text.replace(str(secret), _MASK)
         return text
 
-    def require_package(self) -> None:
-        """Raise UsageProblem if a package that this scheme needs is not installed."""
-        for package in ("fsspec", _PACKAGES[self.scheme]):
-            if importlib.util.find_spec(package) is None:
-                raise UsageProblem(
-                    f"{self.scheme}:// needs the Python package '{package}', which is not installed here",
-                    next_step=f"python -m pip install {package}\nor, for every kind of place:\n"
-                    "python -m pip install -r requirements-offsite.txt",
-                )
-
 
 def is_url(word: str) -> bool:
     """Whether a FILE argument is a URL."""
@@ -92,9 +76,8 @@ def offsite_address(text: str) -> OffsiteAddress:
     """Parse a URL or the path of a local folder. Raises UsageProblem, which shows no part that may be secret."""
     if not is_url(text):
         if ":" in text.partition("/")[0]:  # as scp, rsync, restic and rclone write it; or a slash is missing
-            raise _unusable(
-                "the place of the copies has a ':' before its first slash, so it is neither a URL nor a local folder"
-            )
+            place = "the place of the copies has a ':' before its first slash"
+            raise _unusable(f"{place}, so it is neither a URL nor a local folder")
         return _local(Path(text))
     scheme = text.partition("://")[0].lower()
     if scheme not in _PACKAGES:
@@ -118,13 +101,14 @@ def offsite_address(text: str) -> OffsiteAddress:
 
 def _objects(scheme: str, text: str, parts: SplitResult) -> OffsiteAddress:
     # az://container@account.host/folder is a form of Azure's own; any other '@' ends a login.
-    if parts.password or ("@" in parts.netloc and _PACKAGES[scheme] != "adlfs"):
+    if parts.password or ("@" in parts.netloc and scheme not in _AZURE):
         raise _unusable(f"a {scheme}:// URL holds no login: it comes from the environment, see the README")
     return OffsiteAddress(scheme, text.rstrip("/"), text.rstrip("/"))
 
 
 def _unusable(message: str) -> UsageProblem:
-    return UsageProblem(message, next_step=f"name {_FORMS}")
+    forms = "s3://bucket/folder, gs://bucket/folder, az://container/folder, sftp://user@host/folder, or a local folder"
+    return UsageProblem(message, next_step=f"name {forms} (./a:b if it has a ':')")
 
 
 def _local(folder: Path) -> OffsiteAddress:
@@ -151,63 +135,40 @@ def _sftp(text: str, parts: SplitResult, port: int | None) -> OffsiteAddress:
     )
 
 
-# The libraries' own classes of errors, by name so that none has to be imported.
-_REFUSED = {
-    "PermissionError",
-    "AuthenticationException",  # paramiko
-    "BadHostKeyException",
-    "NoCredentialsError",  # botocore
-    "PartialCredentialsError",
-    "ClientAuthenticationError",  # azure.core
-    "DefaultCredentialsError",  # google.auth
-    "RefreshError",
-}
-_UNREACHABLE = {
-    "ConnectionError",
-    "TimeoutError",
-    "gaierror",
-    "EndpointConnectionError",  # botocore
-    "HTTPClientError",
-    "ClientConnectionError",  # aiohttp
-    "ServiceRequestError",  # azure.core
-    "TransportError",  # google.auth
-    "NoValidConnectionsError",  # paramiko
-}
+# Classes of errors of Python, paramiko, botocore, aiohttp, azure.core and google.auth: none has to be imported.
+_REFUSED = {"PermissionError", "AuthenticationException", "BadHostKeyException", "NoCredentialsError"}
+_REFUSED |= {"PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "RefreshError"}
+_UNREACHABLE = {"ConnectionError", "TimeoutError", "gaierror", "NoValidConnectionsError", "EndpointConnectionError"}
+_UNREACHABLE |= {"HTTPClientError", "ClientConnectionError", "ServiceRequestError", "TransportError"}
 
 
 def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationError:
     """Turn a library's error into one of ours, without a password."""
     classes = {one.__name__ for one in type(error).__mro__}
     text = address.clean(" ".join(str(error).split())).removeprefix("[Errno None] ") or type(error).__name__
-    message = f"{what}: {text}"
-    unknown = "not found in known_hosts" in text
-    if unknown or "BadHostKeyException" in classes:
+    key = "not known here" if "not found in known_hosts" in text else ""
+    if not key and "BadHostKeyException" in classes:
+        key = "not the one in ~/.ssh/known_hosts: another machine may stand in between"
+    kind: type[MigrationError] = StoreFailed
+    next_step = "check that place, then run the same command again"
+    if key:
         port = f"-p {address.port} " if address.port else ""
-        return AccessRefused(
-            f"{what}: the host's key is not known here"
-            if unknown
-            else f"{what}: the host's key is not the one in ~/.ssh/known_hosts: another machine may stand in between",
-            next_step=f"compare the key that this shows with the host's own:\nssh {port}{address.host}",
-        )
-    if isinstance(error, FileNotFoundError):
-        return MissingData(message, next_step="check the spelling of the bucket, container or folder")
-    if classes & _REFUSED:
-        return AccessRefused(
-            message,
-            next_step="give the login in the environment, with rights to list, read and write: see the README",
-        )
-    if classes & _UNREACHABLE:
-        return StoreUnreachable(
-            message, next_step="check the host, the port and the network, then run the same command again"
-        )
-    return StoreFailed(message, next_step="check that place, then run the same command again")
+        kind, text = AccessRefused, f"the host's key is {key}"
+        next_step = f"compare the key that this shows with the host's own:\nssh {port}{address.host}"
+    elif isinstance(error, FileNotFoundError):
+        kind, next_step = MissingData, "check the spelling of the bucket, container or folder"
+    elif classes & _REFUSED:
+        kind = AccessRefused
+        next_step = "give the login in the environment, with rights to list, read and write: see the README"
+    elif classes & _UNREACHABLE:
+        kind, next_step = StoreUnreachable, "check the host, the port and the network, then run the same command again"
+    return kind(f"{what}: {text}", next_step=next_step)
 
 
 NO_KEYS = CopyKeys()
 KEY_FILE = "backup_{stamp}.key"  # in the set's folder, encrypted with the passphrase
 _STAMP_IN_NAME = re.compile(rf"{STAMP}(?=\.[a-z.]+$)")
-_CHUNK = 1 << 20
-_BLOCK = 8 << 20
+_CHUNK, _BLOCK = 1 << 20, 8 << 20
 _PARTS = 9000  # S3 takes 10,000
 _PROBE, _PROBE_BYTES = ".automem-probe", b"backup_automem.py asks whether it may write here\n"
 
@@ -216,16 +177,9 @@ class OffsiteStore:
     """An opened folder elsewhere. Every name is relative to it, with slashes."""
 
     def __init__(self, address: OffsiteAddress, fs: Any, root: str, keys: CopyKeys) -> None:
-        self.address = address
-        self.keys = keys
-        self._fs = fs
-        self._root = root.rstrip("/")
+        self.address, self.shown, self.keys = address, address.shown, keys
+        self._fs, self._root = fs, root.rstrip("/")
         self._opened: dict[str, list[Any]] = {}  # private keys by the name of the set's key file
-
-    @property
-    def shown(self) -> str:
-        """Its URL as it may be printed."""
-        return self.address.shown
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -266,11 +220,7 @@ class OffsiteStore:
                 stream.close()
 
     def copy_out(self, name: str, write: Callable[[bytes], object]) -> None:
-        """Give `write` the bytes of a set's file, decrypted if it is encrypted (`<name>.age`).
-
-        Raises MissingData, BackupDamaged, UsageProblem without a key, AccessRefused if none fits, and what `write`
-        raises.
-        """
+        """Give `write` a set's file, decrypted. Raises MissingData, UsageProblem without a key, and like `decrypt`."""
         encrypted = name + SUFFIX
         if self.size_of(encrypted) is None:
             for data in self.chunks(name):
@@ -320,9 +270,7 @@ class OffsiteStore:
         path, is_local = self._path(stored), self.address.scheme == FILE
         step = steps_of(progress)
         callback = Callback(hooks={"progress": lambda _size, value, **_: step(value, 0)})
-        options = {}
-        if self.address.scheme == S3:
-            options["chunksize"] = max(_BLOCK, source.stat().st_size // _PARTS)
+        options = {"chunksize": max(_BLOCK, source.stat().st_size // _PARTS)} if self.address.scheme == S3 else {}
         with self._translated("write to"):
             self._make_folder(path.rpartition("/")[0])
             if is_local:  # closed to others before the first byte is in it
@@ -330,7 +278,8 @@ class OffsiteStore:
                 private_file(Path(path))
             self._fs.put_file(str(source), path, callback=callback, **options)
             if is_local:
-                _sync_file(Path(path))
+                with Path(path).open("rb") as stream:
+                    os.fsync(stream.fileno())
         return stored
 
     def _make_folder(self, path: str) -> None:
@@ -365,18 +314,14 @@ class OffsiteStore:
             try:
                 private_dir(Path(self._root), shared=True)
             except UsageProblem as error:
-                raise UsageProblem(
-                    str(error), next_step=f"upload into another folder, or check this one:\nls -ld {quote(self._root)}"
-                ) from error
+                step = f"upload into another folder, or check this one:\nls -ld {quote(self._root)}"
+                raise UsageProblem(str(error), next_step=step) from error
             return
         path = self._path(_PROBE)
         with self._translated("write to"):
             self._make_folder(self._root)
             self._fs.pipe_file(path, _PROBE_BYTES)
-        with (
-            self._translated("read back from"),
-            contextlib.suppress(FileNotFoundError),  # another run's delete
-        ):
+        with self._translated("read back from"), contextlib.suppress(FileNotFoundError):  # another run's delete
             self._fs.cat_file(path)
         self.remove(_PROBE)
 
@@ -390,19 +335,19 @@ class OffsiteStore:
             raise trouble(self.address, f"cannot {what} {self.shown}", error) from error
 
 
-def _sync_file(path: Path) -> None:
-    """Write the file's bytes to the disk itself."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
     """Open a URL or local folder; `keys` decrypt what is encrypted there.
 
     Raises UsageProblem for a URL of another kind or a missing package, AccessRefused, StoreUnreachable.
     """
     address = offsite_address(url)
-    address.require_package()
+    for package in ("fsspec", _PACKAGES[address.scheme]):
+        if importlib.util.find_spec(package) is None:
+            raise UsageProblem(
+                f"{address.scheme}:// needs the Python package '{package}', which is not installed here",
+                next_step=f"python -m pip install {package}\nor, for every kind of place:\n"
+                "python -m pip install -r requirements-offsite.txt",
+            )
     # The libraries log warnings and tracebacks of what is raised here as an error of ours.
     logging.getLogger().addHandler(logging.NullHandler())
     try:
@@ -429,18 +374,15 @@ def _open(address: OffsiteAddress) -> tuple[Any, str]:
     return fs, str(root)
 
 
-# Of SFTP.
-_CONNECT_SECONDS = 30.0
-_SILENT_SECONDS = 120.0
+_CONNECT_SECONDS, _SILENT_SECONDS = 30.0, 120.0  # of SFTP
 _IN_FLIGHT = 64  # requests of 32 KiB: 2 MiB on their way
-_PRIVATE = 0o600
 
 
 def _known_host_sftp() -> type[Any]:
     """Return fsspec's SFTP for known hosts only, which notices a silent server and reads ahead.
 
-    fsspec's own accepts any host key, so that a machine in between would get the password and the backup. The login is
-    the URL's, else the keys of the agent or in `~/.ssh/id_*`.
+    fsspec's own accepts any host key: a machine in between would get the password and the backup. The login is the
+    URL's, else the keys of the agent or in `~/.ssh/id_*`.
     """
     import paramiko
     from fsspec.implementations.sftp import SFTPFileSystem
@@ -464,7 +406,7 @@ def _known_host_sftp() -> type[Any]:
         def put_file(self, lpath: str, rpath: str, callback: Any = None, **_: Any) -> None:
             self.ftp.open(rpath, "w").close()
             with contextlib.suppress(OSError):  # some servers let nobody change modes
-                self.ftp.chmod(rpath, _PRIVATE)
+                self.ftp.chmod(rpath, 0o600)
             report = callback.absolute_update if callback else lambda _done: None
             self.ftp.put(lpath, rpath, callback=lambda done, _total: report(done))  # it compares sizes at the end
 

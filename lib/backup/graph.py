@@ -55,7 +55,6 @@ from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
 
 _SERVER_BYTES = 32 << 20  # memory of a FalkorDB without data
 _LOG_BYTES = 1 << 20  # what its folder takes
-_AT_ONCE = "no wait for an RDB before a restore"
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,8 @@ class GraphVerification:
 
 
 def _contents(seen: GraphCounts, definitions: GraphSchema, digest: str) -> dict[str, Any]:
-    return {
-        "nodes": seen.nodes,
-        "relationships": seen.relationships,
-        "labels": seen.labels,
-        "types": seen.types,
-        "indexes": definitions.indexes,
-        "constraints": definitions.constraints,
-        "digest": digest,
-    }
+    defined = {"indexes": definitions.indexes, "constraints": definitions.constraints}
+    return {**vars(seen), **defined, "digest": digest}
 
 
 def verify_graph(
@@ -97,25 +89,21 @@ def verify_graph(
     stop: CancelToken | None = None,
     on_loaded: Callable[[redis.Redis], None] | None = None,
 ) -> GraphVerification:
-    """Verify the component's RDB as far as this machine can. Raises BackupDamaged.
-
-    `on_loaded` gets the scratch server that has loaded the file. `stop` ends the work from another thread.
-    """
+    """Verify an RDB as far as this machine can. `on_loaded` gets the scratch server with it. Raises BackupDamaged."""
     facts = inspect_backup(path, component.file)
     compare_rdb(path, component, facts)
     try:
-        engine = engine_for(facts, engines, None)
-        if lacking := machine_lacks(facts):
-            return GraphVerification(CHECKED, f"not loaded: {lacking}", facts)
-        with loaded_graph(path, component.graph, engine, facts, component=component, stop=stop) as loaded:
-            found, scratch = loaded
-            if on_loaded:
-                on_loaded(scratch.conn)
-            return found
+        engine, why_not = engine_for(facts, engines, None), machine_lacks(facts)
+        if not why_not:
+            with loaded_graph(path, component.graph, engine, facts, component=component, stop=stop) as (found, scratch):
+                if on_loaded:
+                    on_loaded(scratch.conn)
+                return found
     except NoEngine as error:
-        return GraphVerification(CHECKED, f"not loaded: {error}; {one_line(error.next_step)}", facts)
+        why_not = f"{error}; {one_line(error.next_step)}"
     except ScratchFailed as error:
-        return GraphVerification(CHECKED, f"not loaded: {error}", facts)
+        why_not = str(error)
+    return GraphVerification(CHECKED, f"not loaded: {why_not}", facts)
 
 
 def inspect_backup(path: Path, file: BackupFile | None) -> RdbFacts:
@@ -140,36 +128,23 @@ def compare_rdb(path: Path, component: GraphComponent, facts: RdbFacts) -> None:
 def compare_graph(path: Path, component: GraphComponent, found: GraphVerification) -> None:
     """Compare counts, definitions and digest of the loaded graph with the manifest. Raises BackupDamaged.
 
-    A component that was only `checked` has the counts of the source, which writes may have changed before the RDB was
-    taken: nothing is compared.
+    Nothing is compared for a component that was only `checked`: writes to the source may have changed its counts.
     """
     if component.digest or component.proof == RESTORED:
         require_equal(path, vars(component), found.contents)
 
 
 def machine_lacks(facts: RdbFacts) -> str:
-    """What this machine lacks to load the file, or an empty text. No server is started.
+    """What this machine lacks to load the file, or an empty text.
 
-    A server that loads a file needs as much memory as the one that wrote it (seen on 4.16.3 and 4.22.1), or ten times
-    the file's size if the file does not record that.
+    A server needs as much memory as the one that wrote the file (seen on 4.16.3 and 4.22.1); if the file does not
+    record that, ten times its size.
     """
     need = _SERVER_BYTES + (facts.memory * 5 // 4 or facts.size * 10)
     memory, folder = free_memory(), Path(tempfile.gettempdir())
     if memory is not None and memory < need:
         return f"{memory >> 20} MiB of memory are free, a scratch FalkorDB may need {need >> 20}"
     return f"no room in {folder}" if free_bytes(folder) < _LOG_BYTES else ""
-
-
-def _require_held(path: Path, graph: str, held: list[str], component: GraphComponent | None) -> None:
-    """Raise unless the RDB holds the graph: BackupDamaged if the manifest names it, else UsageProblem."""
-    if graph in held:
-        return
-    if component and component.graph == graph:
-        raise BackupDamaged(f"{path} does not hold the graph '{graph}', which its manifest names")
-    raise UsageProblem(
-        f"{path} does not hold the graph '{graph}' (FALKORDB_GRAPH); it holds: {listed(held) or 'none'}",
-        next_step="set FALKORDB_GRAPH to the graph that is to be restored, or name another file",
-    )
 
 
 @contextmanager
@@ -185,13 +160,20 @@ def loaded_graph(
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
     """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
 
-    `digest` is the graph's if it is known: it is not computed then. `stop` ends the work from another thread. Raises
-    BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
+    A known `digest` is not computed. `stop` ends the work from another thread. Raises BackupDamaged, ScratchFailed,
+    UsageProblem if the file is of another graph.
     """
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
-        _require_held(path, graph, list_graphs(scratch.conn), component)
+        held = list_graphs(scratch.conn)
+        if graph not in held and component and component.graph == graph:
+            raise BackupDamaged(f"{path} does not hold the graph '{graph}', which its manifest names")
+        if graph not in held:
+            raise UsageProblem(
+                f"{path} does not hold the graph '{graph}' (FALKORDB_GRAPH); it holds: {listed(held) or 'none'}",
+                next_step="set FALKORDB_GRAPH to the graph that is to be restored, or name another file",
+            )
         found = read_loaded(scratch, graph, engine, facts, digest=digest)
         if component:
             compare_graph(path, component, found)
@@ -201,10 +183,8 @@ def loaded_graph(
 def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *, digest: str = "") -> GraphVerification:
     """Count the graph that a scratch server holds, read its definitions, and compute its digest unless it is known."""
     seen, definitions = counts(scratch.conn, name), schema(scratch.conn, name)
-    if digest:
-        whole = GraphDigest(digest, seen.nodes, seen.relationships, by_id=True)
-    else:
-        whole = graph_digest(scratch.conn, name, by_id=True)
+    known = GraphDigest(digest, seen.nodes, seen.relationships, by_id=True) if digest else None
+    whole = known or graph_digest(scratch.conn, name, by_id=True)
     return GraphVerification(RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole)
 
 
@@ -231,18 +211,17 @@ def take_graph(
 ) -> GraphComponent:
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
-    The file appears under its name only when it is complete. The graph is saved as it was at the first call of
-    `progress`. `at_once`: with DUMP, which blocks the server for a moment, because a server waits 5 s by default before
-    it sends an RDB. `stop` ends the work from another thread (Cancelled, or what a closed connection raises).
-    `on_loaded` gets the scratch server that has loaded the file. Raises MissingData if the graph is absent,
-    BackupDamaged.
+    The graph is saved as it was at the first call of `progress`. `at_once`: with DUMP, which blocks the server for a
+    moment, because a server waits 5 s by default before it sends an RDB. `stop` ends the work from another thread
+    (Cancelled, or what a closed connection raises). `on_loaded` gets the scratch server that has loaded the file.
+    Raises MissingData if the graph is absent, BackupDamaged.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
     steps = steps_of(progress)
-    why_dump = _AT_ONCE if at_once else _why_dump(versions, engines, expires)
+    why_dump = "no wait for an RDB before a restore" if at_once else _why_dump(versions, engines, expires)
     size, sha256, why_dump = _write_rdb(source, path, lambda done: steps(done, 0), stop, why_dump)
     component = GraphComponent(
         file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
@@ -264,16 +243,9 @@ def take_graph(
 
 
 def _write_rdb(
-    source: GraphSource,
-    path: Path,
-    progress: Callable[[int], None],
-    stop: CancelToken | None,
-    why_dump: str,
+    source: GraphSource, path: Path, progress: Callable[[int], None], stop: CancelToken | None, why_dump: str
 ) -> tuple[int, str, str]:
-    """Write the replication stream; a DUMP if that is refused, or if `why_dump` gives a reason from the start.
-
-    Returns the file's bytes, its sha256, and why it is a DUMP, which is empty for the stream.
-    """
+    """Write the replication stream, or a DUMP. Returns bytes, sha256, and why it is a DUMP ("" for the stream)."""
     if why_dump:
         with suppress(AccessRefused):
             return _write_dump(source, path, progress, why_dump)

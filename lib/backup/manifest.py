@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,8 +24,6 @@ from lib.network import same_server
 FORMAT = 1
 MAX_BYTES = 16 << 20
 GRAPH_DIR, COLLECTION_DIR = "falkordb", "qdrant"
-_FIRST_YEAR = 2000  # of `created`
-_SEAL = "checksum"
 UNVERIFIED, CHECKED, RESTORED = VERIFICATION_LEVELS = ("unproved", "checked", "restored")
 CLOCK_HOURS = 0.1  # by which two clocks may differ
 BACKUP, SAFETY = "backup", "safety"  # why a set was taken
@@ -45,8 +43,7 @@ class BackupFile:
 class GraphComponent:
     """The graph in the set. `kind` is `rdb` (replication stream) or `dump` (a DUMP payload wrapped as an RDB).
 
-    `expires`: when the server deletes the key. `functions`: the server's libraries (GRAPH.UDF). A restore brings back
-    neither.
+    A restore brings back neither `expires` (when the server deletes the key) nor `functions` (GRAPH.UDF libraries).
     """
 
     file: BackupFile
@@ -70,10 +67,8 @@ class GraphComponent:
 class CollectionComponent:
     """The collection in the set. `model_known` is `stamped`, `configured` or `guessed`.
 
-    The file omits `provider` if it is OpenAI, as files of earlier versions do.
-
-    `nodes` has an entry for each snapshot if there are several: peer, address, shards, snapshot_name, snapshot_size,
-    snapshot_sha256. `snapshot_*` are then of all of them, see `archive.combined`.
+    The file omits `provider` if it is OpenAI, as files of earlier versions do. `nodes` has an entry for each snapshot
+    if there are several (see `collection._snapshot_facts`); `snapshot_*` are then of all, see `archive.combined`.
     """
 
     file: BackupFile
@@ -108,10 +103,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One backup set; `graph` or `collection` is None if only the other one was backed up.
-
-    `purpose` is `backup`, or `safety` if a restore took the set of what it replaced.
-    """
+    """One backup set; `graph` or `collection` is None if only the other one was backed up."""
 
     stamp: str
     created: str
@@ -133,7 +125,7 @@ class Manifest:
 
     @property
     def is_from_future(self) -> bool:
-        """Whether the set is dated in the future. A clock was or is wrong, so its age is unknown."""
+        """Whether the set is dated in the future: a clock was or is wrong, so its age is unknown."""
         return self.age_hours < -CLOCK_HOURS
 
     @property
@@ -179,9 +171,8 @@ class Manifest:
     @property
     def stores(self) -> list[tuple[str, str]]:
         """The server's address and the name of the graph or the collection, for each component."""
-        graph, collection = self.graph, self.collection
-        found = [(graph.server["address"], graph.graph)] if graph else []
-        return [*found, (collection.server["address"], collection.collection)] if collection else found
+        named = ((self.graph, "graph"), (self.collection, "collection"))
+        return [(one.server["address"], getattr(one, field)) for one, field in named if one]
 
     def file_of(self, component: GraphComponent | CollectionComponent) -> Path:
         """The path of the component's file, in the folder of this manifest."""
@@ -199,8 +190,8 @@ class Manifest:
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """Add the `checksum`: a sha256 over all else in the document, as compact JSON with sorted keys."""
-    rest = {name: value for name, value in document.items() if name != _SEAL}
-    return {**rest, _SEAL: hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()}
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    return {**rest, "checksum": hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -220,10 +211,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """Parse the bytes of a manifest, which are or will be stored at `path`.
-
-    Raises BadFile if it is another program's JSON or of a newer format, BackupDamaged if it is ours and damaged.
-    """
+    """Parse a manifest that is or will be at `path`. Raises BadFile (not ours, or newer), BackupDamaged."""
     if len(data) > MAX_BYTES:
         raise BadFile(f"{path} is too large for a manifest")
     try:
@@ -254,17 +242,17 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
     if not re.fullmatch(STAMP, stamp) or path.name != manifest.name:
         raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
     created = datetime.fromisoformat(manifest.created)
-    if created.tzinfo is None or created.astimezone(timezone.utc).year < _FIRST_YEAR:
-        raise ValueError(f"created is {manifest.created!r}, without a time zone or before {_FIRST_YEAR}")
+    if created.tzinfo is None or created.astimezone(timezone.utc).year < 2000:
+        raise ValueError(f"created is {manifest.created!r}, without a time zone or before 2000")
     if not manifest.components:
         raise ValueError("it has neither a graph nor a collection")
     if graph:
         _require_component(graph, f"{GRAPH_DIR}/{graph.graph}_{stamp}.rdb")
     if collection:
-        _require_component(collection, f"{COLLECTION_DIR}/qdrant_snapshot_{stamp}.tar.gz")
+        _require_component(collection, f"{COLLECTION_DIR}/qdrant_snapshot_{stamp}.tar.gz", collection.aliases)
 
 
-def _require_component(component: GraphComponent | CollectionComponent, file: str) -> None:
+def _require_component(component: GraphComponent | CollectionComponent, file: str, aliases: Sequence[str] = ()) -> None:
     """Refuse another file name than backup gives (`file`), an unknown level, a bad address, unprintable names."""
     if component.proof not in VERIFICATION_LEVELS:
         raise ValueError(f"proof is {component.proof!r}")
@@ -273,10 +261,8 @@ def _require_component(component: GraphComponent | CollectionComponent, file: st
     if component.file.size < 0:
         raise ValueError(f"the size of its file is {component.file.size}")
     same_server(component.server["address"], "")  # raises if the port is beyond 65535 or a bracket is open
-    words = {name: value for name, value in vars(component).items() if isinstance(value, str)}
-    del words["proof_note"]
-    aliases = component.aliases if isinstance(component, CollectionComponent) else []
-    for word in (*words.values(), *aliases, *component.server.values()):
+    words = [one for name, one in vars(component).items() if isinstance(one, str) and name != "proof_note"]
+    for word in (*words, *aliases, *component.server.values()):
         if not word.isprintable():
             raise ValueError(f"{word!r} is no name")
 

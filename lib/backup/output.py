@@ -1,32 +1,49 @@
-"""What backup_automem.py prints: the new set, the existing sets, verifications, deletions, pins."""
+"""What backup_automem.py prints: the new set, the existing sets, verifications, deletions, pins; and its metrics."""
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import time
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lib.backup.catalog import dated_later
+from lib.backup.catalog import Deployment, backup_sets, dated_later, is_complete
 from lib.backup.manifest import (
     CHECKED,
     COLLECTION_ONLY,
+    FULL,
     GRAPH_ONLY,
     SAFETY_COPY,
     UNVERIFIED,
+    VERIFICATION_LEVELS,
     CollectionComponent,
     GraphComponent,
+    Manifest,
 )
 from lib.console import Console, size_text, table
-from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, listed, one_line
+from lib.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REMAINING,
+    VERIFICATION_FAILED,
+    MigrationError,
+    UsageProblem,
+    listed,
+    one_line,
+)
+from lib.files import atomic_writer
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from lib.backup.check import FileVerification
     from lib.backup.collection import CollectionSource
     from lib.backup.copies import Catalog, Uploaded
     from lib.backup.graph import GraphSource
-    from lib.backup.manifest import Manifest
     from lib.backup.retention import Cleanup, Pin
 
 # Of the kinds of sets that are never `latest`.
@@ -39,11 +56,7 @@ _SAME_DISK = "; that is the disk of the backup folder: is the other one mounted?
 
 
 def show_sources(
-    graph: GraphSource | None,
-    collection: CollectionSource | None,
-    folder: Path,
-    console: Console,
-    elsewhere: str = "",
+    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, console: Console, elsewhere: str = ""
 ) -> int:
     """Show what a backup would hold (--dry-run)."""
     from lib.clients.falkordb.connection import require_graph
@@ -51,41 +64,34 @@ def show_sources(
     from lib.clients.qdrant.collection import get_state
     from lib.files import free_bytes
 
-    rows: list[tuple[str, str]] = []
+    rows: dict[str, str] = {}
     if graph:
         require_graph(graph.conn, graph.graph, graph.address)
         seen = counts(graph.conn, graph.graph)
-        rows.append(
-            (
-                f"graph '{graph.graph}' at {graph.address.display}",
-                f"{seen.nodes:,} nodes, {seen.relationships:,} relationships",
-            )
-        )
+        held = f"{seen.nodes:,} nodes, {seen.relationships:,} relationships"
+        rows[f"graph '{graph.graph}' at {graph.address.display}"] = held
     if collection:
         state = get_state(collection.qdrant, collection.collection)
-        rows.append(
-            (f"collection '{state.name}' at {collection.qdrant.display}", f"{state.points:,} points of {state.size}d")
-        )
-    rows.append(("folder", f"{folder}, {size_text(free_bytes(folder))} free"))
+        held = f"{state.points:,} points of {state.size}d"
+        rows[f"collection '{state.name}' at {collection.qdrant.display}"] = held
+    rows["folder"] = f"{folder}, {size_text(free_bytes(folder))} free"
     if elsewhere:
-        rows.append(("copy", elsewhere))
-    console.result(dict(rows), "would back up:\n" + table(rows))
+        rows["copy"] = elsewhere
+    console.result(rows, "would back up:\n" + table(list(rows.items())))
     return DONE
 
 
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """Show the new set; exit code 3 if it was not verified, or if one of the stores seems to be lost."""
     lines = [table([_component_row(one) for one in manifest.components]), "", f"backup set: {manifest.path}"]
-    drift = manifest.drift
-    lost = manifest.lost_store
+    drift, lost = manifest.drift, manifest.lost_store
     if drift and (drift.only_graph or drift.only_collection):
-        lines.append(
-            f"drift: {drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
-            + ("" if lost else "; this repairs it:\n  python scripts/reembed_embeddings.py --only-missing")
-        )
+        repair = "" if lost else "; this repairs it:\n  python scripts/reembed_embeddings.py --only-missing"
+        ids = f"{drift.only_graph} memories without a point, {drift.only_collection} points without a memory"
+        lines.append(f"drift: {ids}{repair}")
     document = manifest.as_json()
     if uploaded:
-        document["uploaded"] = dataclasses.asdict(uploaded)
+        document["uploaded"] = asdict(uploaded)
         lines.append(_upload_line(uploaded))
     console.result(document, "\n".join(lines))
     for component in manifest.components:
@@ -112,8 +118,7 @@ def _component_row(component: GraphComponent | CollectionComponent) -> tuple[str
     if isinstance(component, GraphComponent):
         what = f"{component.nodes:,} nodes, {component.relationships:,} relationships"
     else:
-        model = f"{component.model} ({component.model_known})"
-        what = f"{component.points:,} points, {component.size}d, {model}"
+        what = f"{component.points:,} points, {component.size}d, {component.model} ({component.model_known})"
     level = f"{component.proof.upper()}: {one_line(component.proof_note)}"
     return component.file.name, size_text(component.file.size), what, level
 
@@ -140,25 +145,16 @@ def show_sets(catalog: Catalog, console: Console) -> int:
     rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
     header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")
     figures = table(rows, header).splitlines()
-    lines = figures[: len(figures) - len(rows)]
-    for line, (one, _) in zip(figures[len(lines) :], catalog.sets, strict=True):
-        lines += [line, f"  {_contents(one)}"]
-        if one.kind in _REMARKS:
-            lines.append(_REMARKS[one.kind])
-        if one.name in catalog.pinned:
+    lines, sets = figures[: len(figures) - len(rows)], []
+    for line, (one, complete) in zip(figures[len(lines) :], catalog.sets, strict=True):
+        pinned = one.name in catalog.pinned
+        lines += [line, f"  {_contents(one)}", *([_REMARKS[one.kind]] if one.kind in _REMARKS else [])]
+        if pinned:
             lines.append("  pinned: no cleanup deletes it")
+        facts = {"kind": one.kind, "proof": one.proof, "complete": complete, "pinned": pinned}
+        sets.append({**one.as_json(), **facts})
     if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
-    sets = [
-        {
-            **one.as_json(),
-            "kind": one.kind,
-            "proof": one.proof,
-            "complete": complete,
-            "pinned": one.name in catalog.pinned,
-        }
-        for one, complete in catalog.sets
-    ]
     document: dict[str, object] = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
     if not rows:
         lines = [f"no backup in {catalog.where}"]
@@ -197,13 +193,12 @@ def _contents(one: Manifest) -> str:
 def show_verifications(files: list[FileVerification], uploaded: list[Uploaded] | None, console: Console) -> int:
     """Show the verified files and what was uploaded; exit code 4 if a file has a fault."""
     rows = [(one.level.upper(), str(one.path), one.fault.removeprefix(f"{one.path} ") or one.note) for one in files]
-    document: dict[str, object] = {"proofs": [dataclasses.asdict(one) for one in files]}
+    document: dict[str, object] = {"proofs": [asdict(one) for one in files]}
     lines = [table(rows)]
     if uploaded is not None:
-        document["uploaded"] = [dataclasses.asdict(one) for one in uploaded]
+        document["uploaded"] = [asdict(one) for one in uploaded]
         lines += ["", *(map(_upload_line, uploaded) if uploaded else ["nothing was uploaded"])]
-    damaged = sum(bool(one.fault) for one in files)
-    if damaged:
+    if damaged := sum(bool(one.fault) for one in files):
         lines += ["", f"{damaged} of {len(files)} files cannot be restored. Take a new backup:"]
         lines.append("  python scripts/backup_automem.py")
     console.result(document, "\n".join(lines))
@@ -241,5 +236,105 @@ def show_deleted(plan: Cleanup, console: Console, *, dry_run: bool) -> int:
 def show_pin(pin: Pin, console: Console) -> int:
     """Show that a set is pinned now, or not any more."""
     state = "pinned: no cleanup deletes it" if pin.pinned else "not pinned: a cleanup may delete it"
-    console.result(dataclasses.asdict(pin), f"{pin.stamp} in {pin.where} is {state}")
+    console.result(asdict(pin), f"{pin.stamp} in {pin.where} is {state}")
     return DONE
+
+
+# For the textfile collector of node exporter, in the text format of
+# https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+_PREFIX = "automem_backup_"
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_HELP = {
+    "last_success_timestamp_seconds": "When the newest complete and verified backup set began.",
+    "last_success_verification_level": "Level of verification of that set: 1 checked, 2 restored.",
+    "size_bytes": "Size of each component of that set.",
+    "graph_nodes": "Nodes in that set.",
+    "collection_points": "Points in that set.",
+    "drift_ids": "Ids that are in one store only: memories without a point, points without a memory.",
+    "last_run_duration_seconds": "How long the last run took.",
+    "last_run_exit_code": "Exit code of the last run: 0 done, 3 not verified, others failed.",
+}
+_Samples = dict[str, list[tuple[dict[str, str], float]]]
+_LEFT_OUT = {None: "", "falkordb": "collection", "qdrant": "graph"}  # by `--only`
+
+
+def recorded(
+    run: Callable[[], int], path: Path, folder: Path, owner: Deployment, only: str | None, warn: Callable[[str], None]
+) -> int:
+    """Run a backup, and write its metrics to `path` (`*.prom`), also if it fails. Returns its exit code.
+
+    `only`: the store that is backed up if it is one alone. If `path` cannot be written after the run, `warn` gets the
+    reason. Raises what `run` raises, and UsageProblem before it if the folder of `path` does not exist.
+    """
+    target = Path(os.path.realpath(path))  # a link stays
+    other = target.exists() and not target.is_file()  # a folder, or a device or pipe, which root could replace
+    if other or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UsageProblem(
+            f"--metrics {path} cannot be written: it must be a file in an existing folder that you may write",
+            next_step="name a file in the folder of node exporter's --collector.textfile.directory; this shows yours:\n"
+            f"ls -ld {quote(str(path.parent))}",
+        )
+    started, code = time.monotonic(), FAILED
+    try:
+        code = run()
+    except MigrationError as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        raise
+    finally:
+        seconds = time.monotonic() - started
+        try:
+            # The labels of every metric: the names of the stores that the run backs up.
+            names = {"graph": owner.graph, "collection": owner.collection}
+            names.pop(_LEFT_OUT[only], None)
+            text = _text(_samples(_newest_verified(folder, owner, only), seconds, code), names)
+            with atomic_writer(target) as stream:
+                os.fchmod(stream.fileno(), 0o644)  # node exporter runs as another user
+                stream.write(text.encode())
+        except (OSError, MigrationError) as error:
+            warn(f"the metrics were not written to {path}: {error}")
+    return code
+
+
+def _newest_verified(folder: Path, owner: Deployment, only: str | None) -> Manifest | None:
+    """The newest complete and verified set, as far as it holds the stores that the run backs up. No safety copy."""
+    kind = {None: FULL, "falkordb": GRAPH_ONLY, "qdrant": COLLECTION_ONLY}[only]
+    absent: dict[str, Any] = {_LEFT_OUT[only]: None, "drift": None} if only else {}
+    for one in (replace(one, **absent) for one in backup_sets(folder)):
+        verified = one.kind == kind and one.proof != UNVERIFIED
+        if verified and owner.owns(one) and is_complete(one) and not one.is_from_future:
+            return one
+    return None
+
+
+def _samples(manifest: Manifest | None, seconds: float, code: int) -> _Samples:
+    """The values of each metric with their own labels. Without a set, only those of the run."""
+    found: _Samples = {"last_run_duration_seconds": [({}, round(seconds, 3))], "last_run_exit_code": [({}, code)]}
+    if manifest is None:
+        return found
+    graph, collection, drift = manifest.graph, manifest.collection, manifest.drift
+    found["last_success_timestamp_seconds"] = [({}, datetime.fromisoformat(manifest.created).timestamp())]
+    found["last_success_verification_level"] = [({}, VERIFICATION_LEVELS.index(manifest.proof))]
+    sizes = [(one.file.name.partition("/")[0], one.file.size) for one in manifest.components]
+    found["size_bytes"] = [({"component": store}, size) for store, size in sizes]
+    if graph:
+        found["graph_nodes"] = [({}, graph.nodes)]
+    if collection:
+        found["collection_points"] = [({}, collection.points)]
+    if drift:
+        sides = {"falkordb": drift.only_graph, "qdrant": drift.only_collection}
+        found["drift_ids"] = [({"only_in": side}, count) for side, count in sides.items()]
+    return found
+
+
+def _text(samples: _Samples, labels: dict[str, str]) -> str:
+    lines = []
+    for name, meaning in _HELP.items():
+        if name in samples:
+            lines += [f"# HELP {_PREFIX}{name} {meaning}", f"# TYPE {_PREFIX}{name} gauge"]
+        for own, value in samples.get(name, []):
+            pairs = ",".join(f'{label}="{one.translate(_ESCAPES)}"' for label, one in {**labels, **own}.items())
+            lines.append(f"{_PREFIX}{name}{{{pairs}}} {value}")
+    return "\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,7 +35,6 @@ PERIODS = {"--keep-daily": "%Y-%m-%d", "--keep-weekly": "%G-%V", "--keep-monthly
 DEFAULT_RULES = {KEEP: 5}
 DELETE = "delete"
 PROTECTED_DAYS = 30
-_SET_FILE = re.compile(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b")
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,7 @@ def clean_up(
     *,
     dry_run: bool,
 ) -> Cleanup:
-    """Delete the sets in `folder`, or if `url` is given the copies there, that no rule keeps and nothing protects.
-
-    Raises like `require_elsewhere`, `catalog_at`, `plan_cleanup` and `delete_copy`.
-    """
+    """Delete the sets here, or the copies at `url`, that no rule keeps and nothing protects. Raises UsageProblem."""
     if url:
         require_elsewhere(url, folder)
     plan = plan_cleanup(catalog_at(url, folder, keys), rules, owner, folder, targets)
@@ -85,9 +81,8 @@ def plan_cleanup(
 ) -> Cleanup:
     """Choose the sets of this deployment that a cleanup deletes.
 
-    `rules` maps KEEP or a flag of PERIODS to its number; a set is kept if one of them keeps it. They apply to each kind
-    of sets separately. The journals and reports of `folder` name what is protected. Raises UsageProblem if a number is
-    below 1.
+    `rules` maps KEEP or a flag of PERIODS to its number; each kind of sets has its own count. The journals and reports
+    of `folder` name what is protected. Raises UsageProblem if a number is below 1.
     """
     for flag, count in rules.items():
         if count < 1:
@@ -120,8 +115,8 @@ def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -
     for flag, count in rules.items():
         for name in _newest_of_periods(counted, flag, count):
             found[name] = f"{found[name]}, {flag} {count}" if name in found else f"{flag} {count}"
-    for one in [one for one in counted if one.proof != UNVERIFIED][:1]:
-        found.setdefault(one.name, "the newest verified set of its kind")
+    if verified := next((one for one in counted if one.proof != UNVERIFIED), None):
+        found.setdefault(verified.name, "the newest verified set of its kind")
     at_least = rules.get(KEEP, 1)
     oldest = counted[at_least - 1].name if len(counted) >= at_least else ""
     for one, complete in sets:
@@ -133,15 +128,13 @@ def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -
     return found
 
 
-def _newest_of_periods(counted: list[Manifest], flag: str, count: int) -> Iterator[str]:
-    """Yield the name of the newest set of each of the last `count` periods that have one. For KEEP each set is one."""
-    periods: set[str] = set()
+def _newest_of_periods(counted: list[Manifest], flag: str, count: int) -> list[str]:
+    """The names of the newest set of each of the last `count` periods that have one. For KEEP each set is one."""
+    newest: dict[str, str] = {}
     for one in counted:
         day = datetime.fromisoformat(one.created).astimezone(timezone.utc)
-        period = one.name if flag == KEEP else day.strftime(PERIODS[flag])
-        if period not in periods and len(periods) < count:
-            periods.add(period)
-            yield one.name
+        newest.setdefault(one.name if flag == KEEP else day.strftime(PERIODS[flag]), one.name)
+    return list(newest.values())[:count]
 
 
 def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -> dict[str, str]:
@@ -186,7 +179,7 @@ def _sets_in(path: Path) -> set[str]:
 
 def _manifests_in(text: str) -> set[str]:
     """The manifests of all files that a text names."""
-    return {f"backup_{stamp}.json" for stamp in _SET_FILE.findall(text)}
+    return {f"backup_{stamp}.json" for stamp in re.findall(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b", text)}
 
 
 @dataclass(frozen=True)
@@ -199,15 +192,12 @@ class Pin:
 
 
 def change_pin(place: str, pin: str | None, unpin: str | None) -> Pin:
-    """Pin the set with the stamp `pin` in the backup folder or at a URL, or unpin the one with the stamp `unpin`.
-
-    Raises UsageProblem if the set does not exist, and like `open_offsite`.
-    """
+    """Pin the set `pin`, or unpin the set `unpin`, in the folder or at the URL `place`. Raises UsageProblem."""
     store, stamp = open_offsite(place), pin or unpin or ""
     name, file = f"backup_{stamp}.json", f"backup_{stamp}{PIN}"
     existing = store.sizes()
     if not re.fullmatch(STAMP, stamp) or not {name, name + SUFFIX, file} & existing.keys():
-        near = did_you_mean(stamp, (found[0] for one in existing if (found := re.search(STAMP, one))))
+        near = did_you_mean(stamp, re.findall(STAMP, " ".join(existing)))
         raise UsageProblem(
             f"no set {stamp} in {store.shown}{near}: STAMP is the time in the names of its files, as 20261126_220840",
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",

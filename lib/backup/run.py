@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -13,19 +13,18 @@ import redis
 from lib.backup.archive import read_archive
 from lib.backup.catalog import claim_stamp, remove_unfinished
 from lib.backup.collection import CollectionSource, take_collection
-from lib.backup.existing_points import TemporaryIdTable, as_id, orphan_ids
 from lib.backup.graph import GraphSource, take_graph
 from lib.backup.manifest import BACKUP, SAFETY, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
-from lib.backup.payloads import PointId, point_id, unusable
-from lib.backup.server_snapshots import AWAITED, candidates, is_over, nodes_left, remove_named, removed
+from lib.backup.phases import AWAITED, remove_named_snapshots, removed, report_snapshots
+from lib.backup.points import TemporaryIdTable, as_id, orphan_ids, point_id, unusable
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import memory_used
 from lib.clients.qdrant.collection import get_state
-from lib.clients.qdrant.transport import Qdrant, curl_line
+from lib.clients.qdrant.points import PointId
 from lib.concurrency import BackgroundTask, ProgressBar
-from lib.errors import AccessRefused, MigrationError, UsageProblem
+from lib.errors import AccessRefused
 from lib.files import private_dir, require_room
 from lib.journal import Journal, open_journals, start_journal
 
@@ -63,10 +62,7 @@ def take_backup(
     verify: bool = True,
     purpose: str = BACKUP,
 ) -> Manifest:
-    """Back up what is given and write the manifest. After an error no file of the set exists.
-
-    Raises MissingData if the graph or the collection does not exist, BackupDamaged if a file does not verify.
-    """
+    """Back up what is given, both components or neither; the manifest last. Raises MissingData, BackupDamaged."""
     private_dir(folder)
     _check_room(folder, graph, collection)
     stamp, created = claim_stamp(folder, journal)
@@ -118,9 +114,8 @@ def _save(
         take = partial(take_graph, graph, folder, stamp, engines, verify=verify, at_once=at_once, stop=task.stop)
         name = graph.graph
         with bar("graph", None, "bytes") as progress:
-            return take(
-                progress=task.moving(progress), on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name))
-            )
+            moving = task.moving(progress)
+            return take(progress=moving, on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)))
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
         if collection is None:
@@ -184,14 +179,17 @@ def run_backup(
 
     `notice` gets the snapshots that killed runs may have left on the server.
     """
-    left = [one for one in _left_open(folder, targets) if not clean_up_backup(folder, collection, one)]
+    # Killed backups, and runs of other commands that left only a snapshot.
+    here = [one for one in open_journals(folder) if one.targets == targets]
+    killed = [one for one in here if one.command == COMMAND or one.phase == AWAITED]
+    left = [one for one in killed if not clean_up_backup(folder, collection, one)]
     journal = start_journal(folder, COMMAND, targets)
     try:
         manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
     except BaseException as error:
         remove_unfinished(folder, journal)  # again: a third Ctrl-C may have stopped the first attempt
         if isinstance(error, KeyboardInterrupt) and collection:
-            _remove_named(collection, journal)  # again: the interrupt may have stopped the first attempt
+            remove_named_snapshots(collection, journal)  # again: the interrupt may have stopped the first attempt
         if removed(journal):
             journal.close("failed, nothing left")
         raise
@@ -202,70 +200,12 @@ def run_backup(
     return manifest
 
 
-def _left_open(folder: Path, targets: list[str]) -> list[Journal]:
-    """Killed backups, and runs of other commands that left only a snapshot, of these targets, oldest first."""
-    here = (one for one in open_journals(folder) if one.targets == targets)
-    return [one for one in here if one.command == COMMAND or one.phase == AWAITED]
-
-
 def clean_up_backup(folder: Path, collection: CollectionSource | None, journal: Journal) -> bool:
     """Remove what a killed run left of its backup, here and on the server. Returns whether surely nothing is left."""
     remove_unfinished(folder, journal)
     if collection:
-        _remove_named(collection, journal)
+        remove_named_snapshots(collection, journal)
     clean = removed(journal)
     if clean and (journal.command == COMMAND or journal.phase == AWAITED):  # a restore may have left more
         journal.close("cleaned up by the next run")
     return clean
-
-
-def _remove_named(collection: CollectionSource, journal: Journal) -> None:
-    for qdrant, node in _nodes_left(collection, journal):
-        remove_named(qdrant, journal, node)
-
-
-def report_snapshots(collection: CollectionSource, left: Sequence[Journal], notice: Callable[[str], None]) -> None:
-    """Name the snapshots that killed runs may have left, each with the command that deletes it.
-
-    Closes the journals for which one was found, or that are older than an hour, after which none appears. The others
-    stay open for the next run: the server may still be making the snapshot.
-    """
-    commands: list[str] = []
-    for journal in left:
-        found = snapshot_deletions(collection, journal)
-        commands += found
-        if found or is_over(journal):
-            journal.close("cleaned up by the next run")
-        elif journal.phase != AWAITED:
-            journal.append(AWAITED)
-    if commands:
-        notice(
-            "warning: a killed run may have left a snapshot on the Qdrant server. Delete it, unless somebody else made"
-            " it:\n  " + "\n  ".join(dict.fromkeys(commands))
-        )
-
-
-def snapshot_deletions(collection: CollectionSource, journal: Journal) -> list[str]:
-    """Return the commands that delete snapshots that this run may have made and its journal does not name."""
-    commands = []
-    for qdrant, node in _nodes_left(collection, journal):
-        with suppress(MigrationError):  # a server that does not list its snapshots
-            name, found = candidates(qdrant, journal, node)
-            commands += [curl_line(qdrant, "DELETE", name, "snapshots", one) for one in found]
-    return commands
-
-
-def _nodes_left(collection: CollectionSource, journal: Journal) -> Iterator[tuple[Qdrant, str | None]]:
-    """Each node on which a snapshot of the run may be left, opened; and its address in the journal.
-
-    Raises UsageProblem if the node is not listed any more: only the operator knows how to reach it.
-    """
-    clients = {one.display: one for one in (collection.qdrant, *collection.nodes)}
-    for node in nodes_left(journal):
-        if node is not None and node not in clients:
-            raise UsageProblem(
-                f"a killed run ({journal.run_id}) may have left a snapshot on the Qdrant node {node}, which "
-                "QDRANT_NODE_URLS does not list now",
-                next_step=f"list it again; or, if it no longer exists, delete {journal.path}",
-            )
-        yield (clients[node] if node else collection.qdrant), node

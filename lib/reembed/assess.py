@@ -10,12 +10,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from lib.backup import last_migration as migrations
+from lib.backup import phases as migrations
 from lib.backup.archive import peek_facts, read_archive
 from lib.backup.catalog import backup_sets, newest_with
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import TemporaryIdTable, as_id, existing_points
 from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
+from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import price_of

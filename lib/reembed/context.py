@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from lib.backup import last_migration as migrations
+from lib.backup import phases as migrations
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import Manifest, read_manifest
 from lib.clients.embeddings.cache import EmbeddingCache

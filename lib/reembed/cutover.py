@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.backup import last_migration as migrations
+from lib.backup import phases as migrations
 from lib.backup.catalog import CACHE_DIR
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections

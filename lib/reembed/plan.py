@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, orphan_ids
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import DELETING
-from lib.backup.payloads import UNREADABLE, PointId, point_id, spellings, unusable
+from lib.backup.phases import DELETING
+from lib.backup.points import UNREADABLE, TemporaryIdTable, orphan_ids, point_id, spellings, unusable
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
-from lib.clients.qdrant.points import retrieve
+from lib.clients.qdrant.points import PointId, retrieve
 from lib.clients.qdrant.transport import QdrantError
 from lib.concurrency import read_ahead
 from lib.errors import MigrationError

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from lib.backup.last_migration import DELETING, spec_as_json
-from lib.backup.payloads import PointId
+from lib.backup.phases import DELETING, spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
 from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
-from lib.clients.qdrant.points import Hit, exact_search, retrieve, search
+from lib.clients.qdrant.points import Hit, PointId, exact_search, retrieve, search
 from lib.clients.qdrant.transport import QdrantError, curl_line
 from lib.concurrency import bounded_map
 from lib.errors import MigrationError, escaped

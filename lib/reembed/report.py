@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.backup.catalog import REPORT_DIR
-from lib.backup.last_migration import DELETING, STAGED_RESTORED
+from lib.backup.phases import DELETING, STAGED_RESTORED
 from lib.clients.embeddings.pricing import PRICES_AS_OF, price_of, price_text
 from lib.console import Console, pasteable
 from lib.dimensions import OPENAI, EmbeddingSpec, provider_fact, public_url

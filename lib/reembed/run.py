@@ -10,13 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.backup import last_migration as migrations
-from lib.backup.existing_points import TemporaryIdTable, existing_points
+from lib.backup import phases as migrations
 from lib.backup.manifest import Manifest
-from lib.backup.payloads import PointId
+from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.pricing import count_tokens
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
-from lib.clients.qdrant.points import Point, delete_points, retrieve, scroll
+from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
 from lib.dimensions import SETTING_NAMES
 from lib.errors import GuardRefused, MissingData, UsageProblem
 from lib.journal import Journal, start_journal

@@ -11,13 +11,12 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from lib.backup.collection import STAMP_KEY
-from lib.backup.existing_points import TemporaryIdTable, existing_points
-from lib.backup.last_migration import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
-from lib.backup.payloads import PointId
+from lib.backup.phases import DELETING, DROPPING_STAGED, READ, RESTORING_STAGED, STAGED, STAGING
+from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.collection import CollectionState, get_state
-from lib.clients.qdrant.points import retrieve
+from lib.clients.qdrant.points import PointId, retrieve
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.dimensions import EmbeddingSpec, provider_fact

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points
-from lib.backup.last_migration import DELETING, PAYLOADS_SAVED, READ
-from lib.backup.payloads import PointId, base_payload, changed_since_written, identical, merged_payload
+from lib.backup.phases import DELETING, PAYLOADS_SAVED, READ
+from lib.backup.points import (
+    TemporaryIdTable,
+    base_payload,
+    changed_since_written,
+    existing_points,
+    identical,
+    merged_payload,
+)
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.points import Point, Rejected, delete_points, overwrite_payload, scroll, upsert
+from lib.clients.qdrant.points import Point, PointId, Rejected, delete_points, overwrite_payload, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map, read_ahead
 from lib.journal import Journal

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
-from lib.backup.automem_backup import GraphFacts, PointTable, read_graph, read_points
-from lib.backup.automem_file import AutoMemFile
+from lib.backup.automem_files import AutoMemFile, GraphFacts, PointTable, read_graph, read_points
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource, read_loaded
-from lib.backup.payloads import PointId, same
+from lib.backup.points import same
 from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
@@ -31,7 +30,7 @@ from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, set_indexing_threshold
-from lib.clients.qdrant.points import BATCH_POINTS, Point, scroll, upsert
+from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, scroll, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map

@@ -15,8 +15,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from lib.backup.archive import SnapshotMember
 from lib.backup.collection import CollectionSource
-from lib.backup.existing_points import existing_points, orphan_ids
-from lib.backup.payloads import PointId
+from lib.backup.points import existing_points, orphan_ids
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of, wait_active
 from lib.clients.qdrant.collection import (
@@ -32,7 +31,7 @@ from lib.clients.qdrant.collection import (
     put_aliases,
     put_fan_out,
 )
-from lib.clients.qdrant.points import raw_points, scroll
+from lib.clients.qdrant.points import PointId, raw_points, scroll
 from lib.clients.qdrant.restoring import (
     can_fetch_itself,
     delete_with_snapshots,

@@ -18,7 +18,7 @@ from lib.backup.archive import (
     read_archive,
     read_snapshot,
 )
-from lib.backup.automem_file import COLLECTION, GRAPH, AutoMemFile, automem_files
+from lib.backup.automem_files import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
 from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
@@ -28,13 +28,13 @@ from lib.backup.collection import (
     known_model,
     verify_collection,
 )
-from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.manifest import (
     CollectionComponent,
     GraphComponent,
     Manifest,
     read_manifest,
 )
+from lib.backup.points import TemporaryIdTable, as_id
 from lib.child_process import scratch_folder
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.segments import SegmentFiles, opened_segments

@@ -13,13 +13,11 @@ from urllib.parse import urlsplit
 
 import redis
 
-from lib.backup.automem_backup import NOT_HELD, GraphFacts, require_uncut
-from lib.backup.automem_file import AutoMemFile
+from lib.backup.automem_files import NOT_HELD, AutoMemFile, GraphFacts, require_uncut
 from lib.backup.collection import CollectionSource
-from lib.backup.existing_points import TemporaryIdTable, as_id
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import GraphComponent
-from lib.backup.payloads import PointId
+from lib.backup.points import TemporaryIdTable, as_id
 from lib.clients.automem import AutoMemApi, HealthAnswer, ask_health
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import expires_at, function_libraries, list_graphs
@@ -27,7 +25,7 @@ from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import other_clients
 from lib.clients.qdrant.collection import health, refuse_alias
-from lib.clients.qdrant.points import scroll
+from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.restoring import preflight_upload
 from lib.clients.qdrant.snapshots import restorable
 from lib.concurrency import BackgroundTask, CancelToken, ProgressBar

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lib.backup.manifest import SAFETY, Manifest
-from lib.backup.run import clean_up_backup, report_snapshots, take_backup
-from lib.backup.server_snapshots import AWAITED, removed
+from lib.backup.phases import AWAITED, removed, report_snapshots
+from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
 from lib.clients.qdrant.collection import exists, is_failed

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.backup.collection import STAMP_KEY, CollectionSource
-from lib.backup.existing_points import TemporaryIdTable, as_id, existing_points
 from lib.backup.graph import GraphSource
-from lib.backup.last_migration import settings_before, verified_at
-from lib.backup.payloads import PointId
+from lib.backup.phases import settings_before, verified_at
+from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
-from lib.clients.qdrant.points import Point, count, retrieve, retrieve_pages, search
+from lib.clients.qdrant.points import Point, PointId, count, retrieve, retrieve_pages, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
 from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, model_settings, provider_of

@@ -12,13 +12,20 @@ import numpy as np
 import orjson
 import redis
 
-from lib.backup.existing_points import TemporaryIdTable, existing_points
-from lib.backup.payloads import PointId, base_payload, identical, merged_payload, point_id, unusable
+from lib.backup.points import (
+    TemporaryIdTable,
+    base_payload,
+    existing_points,
+    identical,
+    merged_payload,
+    point_id,
+    unusable,
+)
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
-from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, retrieve_pages, scroll, upsert
+from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, PointId, retrieve_pages, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec

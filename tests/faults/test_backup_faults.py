@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup.server_snapshots import own_snapshot, removed
+from lib.backup.phases import own_snapshot, removed
 from lib.journal import open_journals, start_journal
 from tests.backup_support import assert_one_set, delete_server_file, files, server_files
 from tests.gate import CancelToken, Gate

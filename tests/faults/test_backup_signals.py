@@ -13,7 +13,7 @@ import termios
 
 import pytest
 
-from lib.backup.server_snapshots import ANNOUNCED
+from lib.backup.phases import ANNOUNCED
 from lib.journal import open_journals
 from tests.backup_support import (
     assert_final_files_verify,

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lib.backup.last_migration import (
+from lib.backup.phases import (
     DELETED,
     DELETING,
     DROPPING_STAGED,

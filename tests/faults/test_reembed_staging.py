@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.last_migration import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
+from lib.backup.phases import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from lib import cli, errors
-from lib.backup import last_migration, manifest
+from lib.backup import manifest, phases
 from lib.config import DEFAULTS, PROJECT_ROOT
 from lib.console import remember_flags
 from tests.guide.documents import DOCUMENTS, EXAMPLE, FLAG, README, REFERENCE, ROOT, sections
@@ -223,7 +223,7 @@ def test_the_reference_has_every_field_of_the_manifest():
 
 
 def test_the_reference_has_every_phase_of_a_re_embed():
-    phases = {value for name, value in vars(last_migration).items() if name.isupper() and isinstance(value, str)}
+    known = {value for name, value in vars(phases).items() if name.isupper() and isinstance(value, str)}
     section = sections(REFERENCE)["The journal"]
-    assert {one for one in phases - {last_migration.COMMAND} if f"`{one}`" not in section} == set()
-    assert len(phases) > 8
+    assert {one for one in known - {phases.COMMAND} if f"`{one}`" not in section} == set()
+    assert len(known) > 8

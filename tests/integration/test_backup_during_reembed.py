@@ -9,7 +9,7 @@ import time
 import pytest
 import requests
 
-from lib.backup.last_migration import DELETING
+from lib.backup.phases import DELETING
 from lib.config import load_config
 from lib.files import lock_targets
 from tests.gate import Gate

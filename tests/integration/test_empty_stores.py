@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.backup.last_migration import DELETED, DELETING
+from lib.backup.phases import DELETED, DELETING
 from lib.journal import open_journals
 from tests.kill_support import run_killed
 from tests.matrix import matrix

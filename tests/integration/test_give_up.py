@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lib.backup.last_migration import DELETING
+from lib.backup.phases import DELETING
 from lib.console import Console
 from lib.journal import open_journals, read_journal
 from tests.kill_support import ctrl_c

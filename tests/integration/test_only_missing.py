@@ -7,7 +7,7 @@ import uuid
 import numpy as np
 import pytest
 
-from lib.backup.payloads import point_id
+from lib.backup.points import point_id
 from tests.operator_support import LARGE, OLD_SIZE, ROOT, SMALL
 from tests.reembed_support import assert_migrated, assert_vectors, embeddable, points_of
 from tests.sandbox.vectors import vector_for

@@ -7,8 +7,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.existing_points import TemporaryIdTable
 from lib.backup.manifest import sealed
+from lib.backup.points import TemporaryIdTable
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
 from lib.reembed.assess import GuardedCollection, require_backup

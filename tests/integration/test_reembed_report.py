@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.backup.last_migration import DELETED, DELETING
+from lib.backup.phases import DELETED, DELETING
 from lib.console import Console
 from lib.reembed import report as plots
 from lib.reembed.embed import MOST_INTERVALS, Interval, PaidSums

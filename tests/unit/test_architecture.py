@@ -28,7 +28,7 @@ MODULES = {
     "qdrant_edge": "lib/clients/qdrant",
     "openai": "lib/clients/embeddings",
     "tiktoken": "lib/clients/embeddings",
-    "sqlite3": ("lib/clients/embeddings", "lib/backup/existing_points.py"),
+    "sqlite3": ("lib/clients/embeddings", "lib/backup/points.py"),
     "isal": ("lib/backup", "lib/clients/qdrant/transport.py"),
     "fsspec": "lib/backup",
     "paramiko": "lib/backup/copy_store.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.backup.existing_points import TemporaryIdTable
+from lib.backup.points import TemporaryIdTable
 from lib.clients.embeddings.answers import BadAnswer, BadIndices, billed_tokens, context_limit, read_answer
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.cache_file import VALUES_AT_ONCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib.backup.payloads import (
+from lib.backup.points import (
     PAYLOAD_KEYS,
     base_payload,
     in_form_of,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lib.backup.collection import STAMP_KEY, known_model
-from lib.backup.last_migration import DELETING, VERIFIED, journalled_stamp, spec_as_json
 from lib.backup.manifest import Manifest, parse_manifest, read_manifest, sealed, write_manifest
+from lib.backup.phases import DELETING, VERIFIED, journalled_stamp, spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import CollectionState
 from lib.config import load_config

@@ -1,21 +1,28 @@
-"""Payloads: ids, the forms of a value in both stores, and the payload of a point."""
+"""Points: their ids, their payloads in the forms of both stores, and tables of them on disk, compared by id."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import sqlite3
 import struct
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from shlex import quote
 from typing import Any
 
 import orjson
 
+from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.falkordb.queries import NOT_UTF8, is_vector, plain, unreadable
+from lib.clients.qdrant.points import PointId, scroll
+from lib.clients.qdrant.transport import Qdrant
+from lib.concurrency import read_ahead
+from lib.errors import MigrationError
 
-_DIGITS = 2e-14
-_UTC = ("Z", "+00:00")
 _GEO = {"lon": "longitude", "lat": "latitude"}  # Qdrant's names, FalkorDB's
 
 
@@ -30,7 +37,7 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-        return left == right or (isinstance(right, float) and math.isclose(left, right, rel_tol=_DIGITS))
+        return left == right or (isinstance(right, float) and math.isclose(left, right, rel_tol=2e-14))
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
@@ -54,28 +61,23 @@ def in_form_of(live: object, value: object) -> Any:
     numbers and doubles, a list of one item and that item, and one moment in two spellings or as a number. If the form
     of `live` cannot hold the value, it keeps the node's form.
     """
-    if same(live, value) or _same_moment(live, value):
+    if same(live, value):
         return live
     if isinstance(live, dict) and isinstance(value, dict):
         return _in_map_form(live, value)
     if isinstance(live, list) and isinstance(value, list):
         return _in_list_form(live, value)
-    if isinstance(live, str) or isinstance(value, str):
-        return _in_text_form(live, value)
-    if _kind(live) == _kind(value) == "number":
-        return _in_number_form(live, value)
-    return value
-
-
-def _in_text_form(live: object, value: object) -> Any:
-    """Convert if one of the two is text, or both."""
-    if isinstance(live, str) and isinstance(value, str):
-        return _in_moment_form(live, value)
     if isinstance(value, str):
-        return _text_in_form_of_value(live, value)
-    if _zone(str(live)) is not None and _kind(value) == "number":
-        return _from_epoch(str(live), value)
-    spelled = parsed_json(live)
+        return _in_moment_form(live, value) if isinstance(live, str) else _text_in_value_form(live, value)
+    if isinstance(live, str):
+        return _value_in_text_form(live, value)
+    return _in_number_form(live, value) if _kind(live) == _kind(value) == "number" else value
+
+
+def _value_in_text_form(live: str, value: object) -> Any:
+    if _zone(live) is not None and _kind(value) == "number":
+        return _from_epoch(live, value)
+    spelled = _parsed_json(live)
     if spelled is None or _kind(spelled) != _kind(value):
         one = value[0] if isinstance(value, list) and len(value) == 1 else None
         return in_form_of(live, one) if isinstance(one, str) else value
@@ -83,8 +85,8 @@ def _in_text_form(live: object, value: object) -> Any:
     return live if same(spelled, formed) else orjson.dumps(formed).decode()
 
 
-def _text_in_form_of_value(live: object, value: str) -> Any:
-    spelled = parsed_json(value)
+def _text_in_value_form(live: object, value: str) -> Any:
+    spelled = _parsed_json(value)
     if _kind(live) is not None and _kind(spelled) == _kind(live):
         return in_form_of(live, spelled)
     if isinstance(live, list) and live and isinstance(live[0], str):
@@ -92,7 +94,7 @@ def _text_in_form_of_value(live: object, value: str) -> Any:
     return _as_epoch(live, value) if _kind(live) == "number" and _zone(value) is not None else value
 
 
-def parsed_json(text: object) -> Any:
+def _parsed_json(text: object) -> Any:
     """Parse JSON text; None if it is not JSON."""
     try:
         return orjson.loads(text) if isinstance(text, str) else None
@@ -151,15 +153,7 @@ def _in_float_form(live: Any, value: Any) -> Any:
 
 # An ISO 8601 day, or a day and a time: the day, the time, the fraction of a second, the zone.
 _MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?([Zz]|[+-]\d\d:?\d\d)?)?")
-_MICRO_DIGITS = 6
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=timezone.utc), timedelta(microseconds=1)
-
-
-def _same_moment(live: object, value: object) -> bool:
-    if not (isinstance(live, str) and isinstance(value, str)):
-        return False
-    moments = _moment(live), _moment(value)
-    return None not in moments and moments[0] == moments[1]
 
 
 def _moment(text: str) -> tuple[datetime, str] | None:
@@ -169,12 +163,12 @@ def _moment(text: str) -> tuple[datetime, str] | None:
         return None
     day, clock, fraction, zone = (part or "" for part in found.groups())
     offset = "+00:00" if zone in {"", "Z", "z"} else f"{zone[:3]}:{zone[-2:]}"
-    digits = f"{fraction[:_MICRO_DIGITS]:0<{_MICRO_DIGITS}}"
+    digits = f"{fraction[:6]:0<6}"
     try:
         moment = datetime.fromisoformat(f"{day}T{f'{clock}:00'[:8] if clock else '00:00:00'}.{digits}{offset}")
     except ValueError:
         return None
-    return moment, fraction[_MICRO_DIGITS:].rstrip("0")
+    return moment, fraction[6:].rstrip("0")
 
 
 def _unit(number: float) -> int | None:
@@ -198,12 +192,12 @@ def _from_epoch(live: str, value: Any) -> Any:
 
 
 def _in_moment_form(live: str, value: str) -> str:
-    """A moment in UTC with its zone spelled like the point's; any other text unchanged."""
-    zones = _zone(live), _zone(value)
-    if None in zones:
-        return value
-    here, there = zones
-    return f"{value.removesuffix(there)}{here}" if {here, there} <= {"", *_UTC} else value
+    """The point's spelling of one moment; another moment in UTC with its zone spelled like the point's; other text."""
+    moment, here, there = _moment(value), _zone(live), _zone(value)
+    if moment and moment == _moment(live):
+        return live
+    in_utc = here is not None and there is not None and {here, there} <= {"", "Z", "+00:00"}
+    return f"{value.removesuffix(there)}{here}" if in_utc else value
 
 
 def _zone(text: str) -> Any:
@@ -212,30 +206,13 @@ def _zone(text: str) -> Any:
     return (found[4] or "") if found and found[2] else None
 
 
-PointId = str | int
-
 # The keys that AutoMem writes into a payload; recall filters on tags, tag_prefixes and archived.
-PAYLOAD_KEYS = (
-    "content",
-    "tags",
-    "tag_prefixes",
-    "importance",
-    "timestamp",
-    "type",
-    "confidence",
-    "updated_at",
-    "last_accessed",
-    "metadata",
-    "relevance_score",
-    "t_valid",
-    "t_invalid",
-    "archived",
-)
+PAYLOAD_KEYS: tuple[str, ...] = ("content", "tags", "tag_prefixes", "importance", "timestamp", "type", "confidence")
+PAYLOAD_KEYS += ("updated_at", "last_accessed", "metadata", "relevance_score", "t_valid", "t_invalid", "archived")
 # Keys that recall filters on, scores by or shows. If the point lacks one, it comes from the node. AutoMem writes
 # t_valid into each node, but into a point only when the memory is updated. After writing archived and relevance_score
 # to the graph, its write to the point may have failed silently.
-NEEDED_KEYS = tuple(key for key in PAYLOAD_KEYS if key not in {"updated_at", "last_accessed", "t_valid"})
-_ALWAYS_RESTORED = ("content", "tags", "tag_prefixes")
+_NEEDED_KEYS = set(PAYLOAD_KEYS) - {"updated_at", "last_accessed", "t_valid"}
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).
 _UUID = re.compile(rf"[0-9a-fA-F]{{32}}|(?:urn:uuid:)?{_HYPHENATED}|\{{{_HYPHENATED}\}}")
@@ -286,7 +263,7 @@ def _decoded(metadata: object) -> object:
     """AutoMem stores `metadata` as a JSON string in the graph and as an object in the point. Malformed text stays."""
     if not isinstance(metadata, str):
         return metadata
-    value = parsed_json(metadata)
+    value = _parsed_json(metadata)
     return value if isinstance(value, dict) else metadata
 
 
@@ -304,13 +281,12 @@ def base_payload(
     """What a memory's payload starts from: the live point's, else the one `saved` before the migration.
 
     If AutoMem recreated the live point meanwhile, the keys that AutoMem does not write, and content and tags, are
-    restored from the old point. Other keys of AutoMem stay dropped. With `whole` (while the migration runs)
-    every key is restored.
+    restored from the old point. With `whole` (while the migration runs) every key is restored.
     """
     if live is None or saved is None:
         return saved if live is None else live
-    lost = {key: value for key, value in saved.items() if whole or key not in PAYLOAD_KEYS or key in _ALWAYS_RESTORED}
-    return {**lost, **live}
+    dropped = set() if whole else set(PAYLOAD_KEYS) - {"content", "tags", "tag_prefixes"}
+    return {**{key: value for key, value in saved.items() if key not in dropped}, **live}
 
 
 def changed_since_written(
@@ -319,9 +295,8 @@ def changed_since_written(
     """The part of a point's payload that differs from what the migration itself has `written`, or None."""
     if live is None or written is None:
         return live
-    return {
-        key: value for key, value in live.items() if key not in written or not identical(written[key], value)
-    } or None
+    own = {key: value for key, value in live.items() if key not in written or not identical(written[key], value)}
+    return own or None
 
 
 def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,11 +313,10 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
         had = live.get(key)
         if isinstance(value, str) and value == had:  # most values
             continue
-        if value is None or (key not in live and key not in NEEDED_KEYS):
+        if value is None or (key not in live and key not in _NEEDED_KEYS):
             continue
-        if had is not None and isinstance(value, list) and None in value:
-            continue  # an infinite number, which JSON lacks
-        if unreadable(value) and had is not None:
+        is_infinite = isinstance(value, list) and None in value  # JSON has no such number
+        if had is not None and (is_infinite or unreadable(value)):
             continue
         current = (in_vector_form if is_vector(value) else in_form_of)(had, plain(value))
         merged[key] = _metadata_form(had, current) if key == "metadata" else current
@@ -353,7 +327,100 @@ def _metadata_form(had: object, current: object) -> object:
     """The node's metadata in the point's form: an object or its JSON text. Malformed text replaces no object."""
     if not isinstance(current, str) or current == had:
         return current
-    decoded, is_text = _decoded(current), isinstance(parsed_json(had), dict)
+    decoded, is_text = _decoded(current), isinstance(_parsed_json(had), dict)
     if isinstance(decoded, str):
         return had if is_text or isinstance(had, dict) else decoded
     return in_form_of(had, decoded) if is_text else decoded
+
+
+_PAGE = 1000
+_DIGITS = 20  # of the largest number that can be a point's id
+_DIGITS = 20  # of the largest number that can be a point's id
+
+
+def as_id(text: str) -> PointId:
+    """The id that `str` made this text of: a number, or any text, such as a UUID."""
+    is_number = text.isdecimal() and len(text) <= _DIGITS and str(int(text)) == text
+    return int(text) if is_number else text
+
+
+@contextlib.contextmanager
+def room_or_error() -> Iterator[None]:
+    """Report a temporary table that outgrew its disk as a MigrationError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise MigrationError(
+            f"the temporary folder has no room for the ids of the collection: {error}",
+            next_step=f"free some room there:\ndf -h {quote(tempfile.gettempdir())}\n"
+            "or name a folder on a larger disk:\nexport SQLITE_TMPDIR=...",
+        ) from error
+
+
+class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
+    """Ids with payloads in SQLite's own temporary file, which is deleted when the table is closed or collected.
+
+    Ids are text, because SQLite's integers end at 2^63. One thread at a time may use it.
+    """
+
+    def __init__(self) -> None:
+        self.complete = False  # whether `fill` has read all its ids
+        self._db = sqlite3.connect("", check_same_thread=False)
+        with room_or_error():
+            self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def fill(self, ids: Iterable[PointId]) -> None:
+        """Replace what is here by these ids."""
+        self._db.execute("DELETE FROM points")
+        self.complete = False
+        for page in chunks(ids, _PAGE):
+            self.put((one, None) for one in page)
+        self.complete = True
+
+    def put(self, rows: Iterable[tuple[PointId, dict[str, Any] | None]]) -> None:
+        """Add ids; a known one gets the new payload."""
+        texts = ((str(one), None if payload is None else orjson.dumps(payload)) for one, payload in rows)
+        with room_or_error(), self._db:
+            self._db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", texts)
+
+    def payloads(self, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+        """Return those of `ids` that are here, with their payloads."""
+        found: dict[PointId, dict[str, Any]] = {}
+        for part in chunks([str(one) for one in ids]):
+            sql = f"SELECT id, payload FROM points WHERE id IN ({marks(part)})"  # noqa: S608 - only question marks
+            for text, payload in self._db.execute(sql, part):
+                found[as_id(text)] = orjson.loads(payload) if payload else {}
+        return found
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])
+
+    def ids(self) -> Iterator[list[PointId]]:
+        """Yield all ids, in pages, ordered as text."""
+        last = ""
+        while True:
+            page = self._db.execute("SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, _PAGE)).fetchall()
+            if not page:
+                return
+            last = page[-1][0]
+            yield [as_id(text) for (text,) in page]
+
+
+def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) -> TemporaryIdTable:
+    """Read every point of a collection by one ordered scroll."""
+    table = TemporaryIdTable()
+    for page in read_ahead(scroll(qdrant, collection, payload=payload)):
+        table.put((point.id, point.payload) for point in page)
+    return table
+
+
+def orphan_ids(
+    existing: TemporaryIdTable, planned: Callable[[Sequence[PointId]], Collection[PointId]]
+) -> Iterator[PointId]:
+    """Yield the existing ids that are not planned. `planned` returns those of a page that are."""
+    for page in existing.ids():
+        known = planned(page)
+        yield from (one for one in page if one not in known)
