@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.sandbox.automem_server import AutoMemServer
 from tests.sandbox.falkordb_server import FalkorServer
 from tests.sandbox.openai_server import OpenAIServer
 from tests.sandbox.sample_loading import load_graph, load_points
-from tests.sandbox.sample_memories import generate
+from tests.sandbox.sample_memories import SampleMemory, generate
 from tests.sandbox.state import State, state_of
 from tests.sandbox.vectors import vectors_for
 from tests.script_process import ROOT, Result, ScriptProcess, call_script, is_for_python, start_script
@@ -32,6 +33,12 @@ SMALL, LARGE = "text-embedding-3-small", "text-embedding-3-large"
 # The models make any size up to their maximum: small vectors keep the tests fast.
 OLD_SIZE, NEW_SIZE = 48, 96
 KEY = "sk-sandbox-operator"
+
+
+@functools.cache
+def samples(count: int) -> tuple[SampleMemory, ...]:
+    """The sample memories, made once in this process. They are only read."""
+    return tuple(generate(count))
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class Operator:
 
     def load(self, count: int = 220, *, size: int = OLD_SIZE, model: str = SMALL, orphans: int = 0) -> None:
         """Sample memories into both stores, the awkward ones among them (from 200 on)."""
-        memories = list(generate(count))
+        memories = samples(count)
         with connect(self.servers.falkordb.address) as conn:
             load_graph(conn, self.graph, memories)
         url = self.servers.qdrant_url

@@ -52,12 +52,16 @@ def is_for_python(environ: Mapping[str, str]) -> bool:
 
 def do_not_wait() -> None:
     """Waits that are for real servers and scarce memory are switched off in this process, if Qdrant is the stand-in."""
+    import redis.utils
+
     from lib.clients.embeddings import pricing
     from lib.clients.qdrant import collection
     from lib.reembed import plan as memories
 
     memories.forget_tokenizer = lambda: None  # 45 MB, and half a second to load them again
     pricing.count_tokens(["the tables are loaded"])
+    # Each client looks up its package's version in the file system, which takes longer than to connect.
+    redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
     if not {"QDRANT_TEST_URL", "QDRANT_TEST_SERVER"} & os.environ.keys():
         collection.POLL_SECONDS = 0.02
 

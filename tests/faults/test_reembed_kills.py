@@ -37,8 +37,14 @@ def rig(operator):
         yield Rig(operator, gate)
 
 
+# The last window of each phase: the server has done it, the journal does not say so.
+PHASES = {phases: name for name, (_, _, phases, _, carried_out) in DEFAULT_WINDOWS.items() if carried_out}
+
+
 @pytest.mark.parametrize(
-    "windows", matrix([DEFAULT_WINDOWS, IN_PLACE_WINDOWS], DEFAULT_WINDOWS), ids=["staged", "in-place"]
+    "windows",
+    matrix([list(PHASES.values()), DEFAULT_WINDOWS, IN_PLACE_WINDOWS], list(PHASES.values())),
+    ids=["one of each phase", "staged", "in-place"],
 )
 def test_one_migration_killed_in_every_window(rig, windows):
     if windows is IN_PLACE_WINDOWS:

@@ -66,6 +66,7 @@ class Site:
         """Both folders, the stores filled at 768d, the service up; the last line of AutoMem's .env has no newline."""
         for name in ("lib", "scripts"):
             shutil.copytree(ROOT / name, self.checkout / name)
+        self._shorten_polls()
         self._put_commands(self.folder / "bin")
         self.stack.load(MEMORIES, int(SMALL[0]), SMALL[1])
         self.stack.start_automem(int(SMALL[0]), SMALL[1])
@@ -80,6 +81,13 @@ class Site:
             "AUTOMEM_API_TOKEN": TOKEN,
             "OPENAI_API_KEY": KEY,
         }
+
+    def _shorten_polls(self) -> None:
+        """As tests/script_process.py does: the stand-in builds no index, and its status is asked for three times."""
+        path = self.checkout / "lib" / "clients" / "qdrant" / "collection.py"
+        text, line = path.read_text(encoding="utf-8"), "\nPOLL_SECONDS = 0.5\n"
+        assert line in text
+        path.write_text(text.replace(line, "\nPOLL_SECONDS = 0.02\n"), encoding="utf-8")
 
     def _put_commands(self, folder: Path) -> None:
         folder.mkdir()

@@ -338,7 +338,7 @@ def twin(verified):
     other.clean_up()
 
 
-@pytest.mark.parametrize("what", ["graph", "collection"])
+@pytest.mark.parametrize("what", matrix(["graph", "collection"], "collection"))
 def test_after_the_restart_an_automem_on_other_stores_fails(verified, twin, what):
     """Its recall returns each sample first, by vector, but from a copy."""
     name = {"graph": "FALKORDB_GRAPH", "collection": "QDRANT_COLLECTION"}[what]

@@ -104,7 +104,8 @@ def test_falkordb_is_down(operator, command):
 
 
 @pytest.mark.parametrize("command", matrix(COMMANDS, "reembed"))
-def test_qdrant_is_down(operator, command):
+def test_qdrant_is_down(operator, monkeypatch, command):
+    monkeypatch.setattr("lib.clients.qdrant.transport.PAUSES_SECONDS", (0.02, 0.02, 0.02))
     url = f"http://127.0.0.1:{free_port()}"
     operator.export(QDRANT_URL=url.replace("//", f"//me:{SECRET}@"), QDRANT_API_KEY=SECRET)
     refused(

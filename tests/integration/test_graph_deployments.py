@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import redis
 
-from lib.clients.falkordb.connection import connect, temporary_name
+from lib.clients.falkordb.connection import command, connect, temporary_name
 from lib.errors import StoreFailed
 from lib.journal import open_journals
 from tests.graph_support import unable_to_save
@@ -127,20 +129,26 @@ def test_a_full_queue_is_waited_for(session_servers, tmp_path):
 
 
 def test_a_queue_that_stays_full_is_named(server, monkeypatch):
-    from lib.clients.falkordb import connection as client
+    """The command is sent again for a minute, by a clock that only the pauses between the attempts move."""
+    began = datetime(2026, 1, 1)  # noqa: DTZ001 - as backoff reads it
+    now, asked = [began], []
 
-    monkeypatch.setattr(client, "_QUEUE_SECONDS", 0.2)
-    asked = []
+    def pause(seconds: float) -> None:
+        now[0] += timedelta(seconds=seconds)
 
     def refuse(*words: object, **_options: object) -> None:
         asked.append(words)
         raise redis.exceptions.ResponseError("Max pending queries exceeded")
 
+    monkeypatch.setattr("backoff._sync.time", SimpleNamespace(sleep=pause))
+    clock = SimpleNamespace(now=lambda: now[0])
+    monkeypatch.setattr("backoff._sync.datetime", SimpleNamespace(datetime=clock))
     with connect(server.address) as conn:
         monkeypatch.setattr(conn.reads, "execute_command", refuse)
         with pytest.raises(StoreFailed, match="refused a query for a minute") as caught:
-            client.command(conn, "GRAPH.RO_QUERY", "g", "RETURN 1")
+            command(conn, "GRAPH.RO_QUERY", "g", "RETURN 1")
     assert len(asked) > 3
+    assert now[0] - began == timedelta(minutes=1)
     assert "MAX_QUEUED_QUERIES" in caught.value.next_step
 
 

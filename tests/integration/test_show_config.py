@@ -50,7 +50,8 @@ def test_every_script_shows_the_same_and_touches_nothing(operator, script):
     assert not operator.backups.exists()
 
 
-def test_it_answers_with_the_servers_down(operator):
+def test_it_answers_with_the_servers_down(operator, monkeypatch):
+    monkeypatch.setattr("lib.clients.qdrant.transport.PAUSES_SECONDS", (0.02, 0.02, 0.02))
     operator.export(FALKORDB_PORT=free_port(), QDRANT_URL=f"http://me:{SECRET}@127.0.0.1:{free_port()}")
     result = operator.run("verify_migration", "--show-config", "--json")
     assert result.json["live"]["graph"].startswith("unknown: FalkorDB at 127.0.0.1:")

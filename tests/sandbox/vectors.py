@@ -35,6 +35,7 @@ NATIVE_SIZES = {
 }
 NOISE_OFFSETS = 1 << 20  # 4 MB of noise per model; two windows are practically orthogonal
 CACHED_WORDS = 1 << 16
+CACHED_TEXTS = 1 << 11  # 25 MB: the tests embed the same sample memories again and again
 EXACT_TEXT_WEIGHT = 0.25
 STOP_WORD_WEIGHT = 0.1
 FEATURES_AT_ONCE = 256  # rows per sum: a long text then needs little memory
@@ -70,6 +71,7 @@ def vector_for(model: str, text: str, size: int | None = None) -> FloatArray:
     return vector
 
 
+@lru_cache(maxsize=CACHED_TEXTS)
 def _direction_of(model: str, text: str) -> FloatArray:
     counts = Counter(_features(text))
     weights = [weight * (1.0 + math.log(times)) for (_, weight), times in counts.items()]
