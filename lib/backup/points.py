@@ -215,6 +215,7 @@ PAYLOAD_KEYS += ("updated_at", "last_accessed", "metadata", "relevance_score", "
 _NEEDED_KEYS = set(PAYLOAD_KEYS) - {"updated_at", "last_accessed", "t_valid"}
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).
+_PLAIN_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _UUID = re.compile(rf"[0-9a-fA-F]{{32}}|(?:urn:uuid:)?{_HYPHENATED}|\{{{_HYPHENATED}\}}")
 _U64 = (1 << 64) - 1
 BLANK, BAD_ID = "blank content", "id is neither a UUID nor an unsigned integer"
@@ -233,6 +234,8 @@ def point_id(value: object) -> PointId | None:
         return value if 0 <= value <= _U64 else None
     if not isinstance(value, str):
         return None
+    if _PLAIN_UUID.fullmatch(value):  # most ids
+        return value
     if _UUID.fullmatch(value):
         return str(uuid.UUID(value))
     is_number = value.isascii() and value.isdigit() and len(value) <= len(str(_U64))
@@ -311,7 +314,7 @@ def merged_payload(live: Mapping[str, Any] | None, properties: Mapping[str, Any]
     merged = dict(live)
     for key, value in properties.items():
         had = live.get(key)
-        if isinstance(value, str) and value == had:  # most values
+        if value == had and (isinstance(value, str) or identical(value, had)):  # most values
             continue
         if value is None or (key not in live and key not in _NEEDED_KEYS):
             continue
@@ -334,7 +337,6 @@ def _metadata_form(had: object, current: object) -> object:
 
 
 _PAGE = 1000
-_DIGITS = 20  # of the largest number that can be a point's id
 _DIGITS = 20  # of the largest number that can be a point's id
 
 

@@ -160,11 +160,14 @@ def _compare_page(
             has_changed = row is None or row.content != properties["content"]
             found.contents.add(identity, is_newer=is_newer or has_changed)
             continue
-        before = orjson.loads(row.payload) if row else None
+        before = None
+        if row:
+            before = properties if row.payload == orjson.dumps(properties) else orjson.loads(row.payload)
         if is_newer:
             written = [*found.newest, (written_at, Sample(str(identity), str(properties["content"])))]
             found.newest = sorted(written, key=lambda one: one[0], reverse=True)[:_NEWEST]
-        has_changed = is_newer or before is None or _stable(before) != _stable(properties)
+        is_same = before is properties or (before is not None and _stable(before) == _stable(properties))
+        has_changed = is_newer or not is_same
         # If the memory changed, AutoMem has rewritten its point: keys that it dropped were not lost by the migration.
         old = None if has_changed or identity not in old_points else orjson.loads(old_points[identity].payload)
         differing = _differing_keys(payload, old, properties)
