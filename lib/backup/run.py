@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -113,8 +113,8 @@ def _save(
         assert graph
         take = partial(take_graph, graph, folder, stamp, engines, verify=verify, at_once=at_once, stop=task.stop)
         name = graph.graph
-        with bar("graph", None, "bytes") as progress:
-            moving = task.moving(progress)
+        with bars:
+            moving = task.moving(progress_of_graph)
             return take(progress=moving, on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)))
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
@@ -130,6 +130,8 @@ def _save(
 
     if graph is None:
         return None, save_collection(None)
+    bars = ExitStack()
+    progress_of_graph = bars.enter_context(bar("graph", None, "bytes"))  # by this thread: so it is the first bar
     with BackgroundTask(save_graph) as task:
         saved = save_collection(task)
         return task.result(), saved

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
+
+import orjson
 
 from lib.backup import phases as migrations
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import Manifest, read_manifest
+from lib.backup.points import TemporaryIdTable, orphan_ids
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists
+from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import ProgressBar
@@ -210,3 +215,13 @@ def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
         next_step=f"finish it:\nexport VECTOR_SIZE={was['size']} {exports}\npython scripts/reembed_embeddings.py\n"
         f"or undo it:\n{journal.undo}",
     )
+
+
+def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
+    """Yield the existing ids that the plan does not have."""
+    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
+
+
+def saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
+    """Return the payloads that the cache has saved of these points."""
+    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ import orjson
 
 from lib.backup.graph import GraphSource
 from lib.backup.phases import DELETING
-from lib.backup.points import UNREADABLE, TemporaryIdTable, orphan_ids, point_id, spellings, unusable
-from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow
+from lib.backup.points import UNREADABLE, TemporaryIdTable, point_id, spellings, unusable
+from lib.clients.embeddings.cache import MemoryRow
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.embeddings.pricing import count_tokens, forget_tokenizer, input_limit
 from lib.clients.falkordb.queries import NOT_UTF8, MemoryNode, existing_memory_ids, iter_memories, read_rows
@@ -22,7 +22,7 @@ from lib.clients.qdrant.transport import QdrantError
 from lib.concurrency import read_ahead
 from lib.errors import MigrationError
 from lib.journal import Journal
-from lib.reembed.context import Context, reached
+from lib.reembed.context import Context, reached, saved_payloads, unplanned_ids
 
 _PAGE = 500
 _ID_PAGE = 60  # ids per query: each has up to eight spellings
@@ -101,11 +101,6 @@ def memories_now(graph: GraphSource, ids: Iterable[Sequence[PointId]]) -> set[Po
     return found
 
 
-def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator[PointId]:
-    """Yield the existing ids that the plan does not have."""
-    return orphan_ids(existing, lambda ids: set(cache.memories_of(ids)))
-
-
 def only_live_ids(ctx: Context, existing: TemporaryIdTable) -> TemporaryIdTable:
     """Return the `existing` ids without an embeddable memory. The graph is asked now: newer memories count."""
     table = TemporaryIdTable()
@@ -116,11 +111,6 @@ def only_live_ids(ctx: Context, existing: TemporaryIdTable) -> TemporaryIdTable:
         newer = _point_ids(one for one, content in rows if not unusable({"id": one, "content": content}))
         table.put((one, None) for one in page if one not in newer)
     return table
-
-
-def saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-    """Return the payloads that the cache has saved of these points."""
-    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
 
 
 def _payloads_now(ctx: Context, journal: Journal | None, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:

@@ -23,9 +23,9 @@ from lib.dimensions import EmbeddingSpec, provider_fact
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.journal import Journal
 from lib.reembed.assess import Assessment, journaled_settings, require_whole_graph
-from lib.reembed.context import Context, refuse_foreign_staged
+from lib.reembed.context import Context, refuse_foreign_staged, unplanned_ids
 from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
-from lib.reembed.plan import memories_now, unplanned_ids
+from lib.reembed.plan import memories_now
 from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
 from lib.verify.compare import different_vectors, repair_vectors
 

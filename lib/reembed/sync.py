@@ -26,8 +26,7 @@ from lib.clients.qdrant.points import Point, PointId, Rejected, delete_points, o
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map, read_ahead
 from lib.journal import Journal
-from lib.reembed.context import Context
-from lib.reembed.plan import saved_payloads, unplanned_ids
+from lib.reembed.context import Context, saved_payloads, unplanned_ids
 
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing

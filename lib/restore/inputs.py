@@ -28,12 +28,7 @@ from lib.backup.collection import (
     known_model,
     verify_collection,
 )
-from lib.backup.manifest import (
-    CollectionComponent,
-    GraphComponent,
-    Manifest,
-    read_manifest,
-)
+from lib.backup.manifest import RESTORED, CollectionComponent, GraphComponent, Manifest, read_manifest
 from lib.backup.points import TemporaryIdTable, as_id
 from lib.child_process import scratch_folder
 from lib.clients.qdrant.collection import CollectionState
@@ -200,12 +195,19 @@ _NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 
 def open_archive(path: Path, component: CollectionComponent | None) -> CollectionBackup:
-    """Verify an archive; nothing on the target is touched. Raises BackupDamaged."""
+    """Verify an archive; nothing on the target is touched. Raises BackupDamaged.
+
+    If its bytes are those of a manifest whose points were counted, they are not counted again: the trial restore's are.
+    """
     size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
     ids = TemporaryIdTable()
     saved = SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
     found = verify_collection(
-        path, component=component, on_ids=lambda lines: ids.fill(map(as_id, lines)), passing=saved.copying
+        path,
+        component=component,
+        on_ids=lambda lines: ids.fill(map(as_id, lines)),
+        passing=saved.copying,
+        counting=component is None or component.proof != RESTORED,
     )
     return CollectionBackup(path, found.archive, found.snapshot, ids=ids, saved=saved)
 
