@@ -112,9 +112,8 @@ def _save(
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
         assert graph
         take = partial(take_graph, graph, folder, stamp, engines, verify=verify, at_once=at_once, stop=task.stop)
-        name = graph.graph
+        name, moving = graph.graph, task.moving(progress_of_graph)
         with bars:
-            moving = task.moving(progress_of_graph)
             return take(progress=moving, on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)))
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
