@@ -30,7 +30,7 @@ from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, set_indexing_threshold
-from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, scroll, upsert
+from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map
@@ -164,9 +164,9 @@ class PointsPlan(RestorePlan):
     def verify_trial(self, name: str) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial(name)
-        pages = scroll(self.target.qdrant, name, payload=True, vector=True)
-        # The next page arrives while one is compared.
-        wrong = [one for found in bounded_map(self._different, pages, 1) for one in found]
+        ids = (part for page in self.table.ids() for part in chunks(page, BATCH_POINTS))
+        pages = retrieve_pages(self.target.qdrant, name, ids, payload=True, vector=True)
+        wrong = [one for page in pages for one in self._different(page)]
         if wrong:
             raise BackupDamaged(
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
