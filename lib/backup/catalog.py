@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterable
@@ -30,10 +32,15 @@ def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
             now = datetime.now(timezone.utc).replace(microsecond=0)
             stamp = now.strftime(STAMP_FORMAT)
             claimed = {_claimed(one) for one in open_journals(folder)}
-            if stamp not in claimed and not any(folder.rglob(f"*_{stamp}.*")):
+            if stamp not in claimed and not _files_below(folder, f"*_{stamp}.*"):
                 journal.append("backup begun", stamp=stamp)
                 return stamp, now.isoformat()
         time.sleep(0.2)
+
+
+def _files_below(folder: Path, pattern: str) -> set[Path]:
+    """The files below a folder. Those of other runs may vanish meanwhile: `rglob` would end with an error."""
+    return {Path(place, name) for place, _, names in os.walk(folder) for name in fnmatch.filter(names, pattern)}
 
 
 def _claimed(journal: Journal) -> str:
@@ -47,7 +54,7 @@ def remove_unfinished(folder: Path, journal: Journal) -> None:
     stamp = _claimed(journal)
     if not stamp:
         return
-    found = set(folder.rglob(f"*_{stamp}.*{PARTIAL}"))
+    found = _files_below(folder, f"*_{stamp}.*{PARTIAL}")
     if not (folder / f"backup_{stamp}.json").exists():
         for pattern in (f"{GRAPH_DIR}/*_{stamp}.rdb", f"{COLLECTION_DIR}/*_{stamp}.tar.gz"):  # none of AutoMem's own
             found |= set(folder.glob(pattern))

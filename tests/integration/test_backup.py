@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 
 import pytest
@@ -46,6 +47,21 @@ def test_only_writes_a_manifest_with_one_component(operator, only, component):
     manifest = operator.run("backup_automem", "--only", only, "--json").json
     assert manifest[component] is not None
     assert [manifest["graph"], manifest["collection"]].count(None) == 1
+
+
+def test_a_folder_of_another_run_that_vanishes_meanwhile_stops_no_backup(operator, monkeypatch):
+    operator.load()
+    gone = operator.backups / "outgoing" / "20260101_000000_other"
+    gone.mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path="."):
+        if str(path) == str(gone):
+            raise FileNotFoundError(2, "No such file or directory", str(gone))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    operator.run("backup_automem", "-q")
 
 
 def test_drift_is_counted(operator):
