@@ -16,7 +16,8 @@ from shlex import quote
 from lib.backup import copies
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
-from lib.backup.automem_files import AutoMemFile, automem_files, describe, is_automems, require_uncut
+from lib.backup.automem_contents import describe, require_uncut
+from lib.backup.automem_files import AutoMemFile, automem_files, is_automems
 from lib.backup.catalog import Deployment, find_set, latest, manifest_paths, newest_full, safety_copies, with_purpose
 from lib.backup.collection import CollectionVerification, verify_collection
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
-from lib.backup.automem_files import AutoMemFile, GraphFacts, PointTable, read_graph, read_points
+from lib.backup.automem_contents import GraphFacts, PointTable, read_graph, read_points
+from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource, read_loaded
 from lib.backup.points import same
 from lib.child_process import scratch_folder
-from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
 from lib.clients.falkordb.connection import server_versions
 from lib.clients.falkordb.queries import MEMORY_LABEL
@@ -134,10 +134,9 @@ class PointsPlan(RestorePlan):
                 progress(size)
 
     def _batches(self) -> Iterator[tuple[list[PointId], NDArray[np.float32], list[dict[str, Any]]]]:
-        for page in self.table.ids():
-            for ids in chunks(page, BATCH_POINTS):
-                payloads = self.table.payloads(ids)
-                yield ids, self.table.vectors(ids), [payloads[one] for one in ids]
+        for ids in self.table.ids(BATCH_POINTS):
+            payloads = self.table.payloads(ids)
+            yield ids, self.table.vectors(ids), [payloads[one] for one in ids]
 
     def _upsert(self, name: str, batch: tuple[list[PointId], NDArray[np.float32], list[dict[str, Any]]]) -> int:
         """Write a batch; returns the bytes of its vectors."""
@@ -164,8 +163,7 @@ class PointsPlan(RestorePlan):
     def verify_trial(self, name: str) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial(name)
-        ids = (part for page in self.table.ids() for part in chunks(page, BATCH_POINTS))
-        pages = retrieve_pages(self.target.qdrant, name, ids, payload=True, vector=True)
+        pages = retrieve_pages(self.target.qdrant, name, self.table.ids(BATCH_POINTS), payload=True, vector=True)
         wrong = [one for page in pages for one in self._different(page)]
         if wrong:
             raise BackupDamaged(

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import redis
 
-from lib.backup.automem_files import NOT_HELD, AutoMemFile, GraphFacts, require_uncut
+from lib.backup.automem_contents import NOT_HELD, GraphFacts, require_uncut
+from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import GraphComponent
