@@ -68,10 +68,10 @@ def show_config(config: Config, console: Console) -> int:
     problem = provider_problem(config.settings, spec)
     embedding = {"provider": spec.provider, "model": spec.model, "size": spec.size}
     embedding |= {"endpoint": public_url(spec.base_url), "why": reason, "problem": str(problem or "")}
-    settings = {name: {"value": value, "from": origin, "hides": other} for name, value, origin, other in rows}
-    for one in settings.values():
-        if not one["hides"]:
-            del one["hides"]
+    settings = {
+        name: {"value": value, "from": origin, **({"hides": other} if other else {})}
+        for name, value, origin, other in rows
+    }
     # The value is after its origin: the longest ones, not all origins, wrap in a narrow terminal.
     columns = [(name, origin, value, other) for name, value, origin, other in rows]
     count = 4 if any(row[-1] for row in columns) else 3

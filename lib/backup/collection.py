@@ -87,7 +87,8 @@ def verify_collection(
     with scratch_folder("segments-") as scratch:
         with checking_file(path, file):
             copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"])
-            copies.hindrance = copies.hindrance if counting else "its points were not counted again"
+            if not counting:
+                copies.hindrance = "its points were not counted again"
             archive = read_archive(
                 path,
                 on_snapshot=lambda stream: seen.append(copies.inspect(passing(stream) if passing else stream)),

@@ -213,6 +213,7 @@ PAYLOAD_KEYS += ("updated_at", "last_accessed", "metadata", "relevance_score", "
 # t_valid into each node, but into a point only when the memory is updated. After writing archived and relevance_score
 # to the graph, its write to the point may have failed silently.
 _NEEDED_KEYS = set(PAYLOAD_KEYS) - {"updated_at", "last_accessed", "t_valid"}
+_DROPPED_KEYS = set(PAYLOAD_KEYS) - {"content", "tags", "tag_prefixes"}  # if AutoMem recreated the point without them
 _HYPHENATED = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 # The spellings that Qdrant takes (seen on 1.11.3).
 _PLAIN_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -288,8 +289,7 @@ def base_payload(
     """
     if live is None or saved is None:
         return saved if live is None else live
-    dropped = set() if whole else set(PAYLOAD_KEYS) - {"content", "tags", "tag_prefixes"}
-    return {**{key: value for key, value in saved.items() if key not in dropped}, **live}
+    return {**{key: value for key, value in saved.items() if whole or key not in _DROPPED_KEYS}, **live}
 
 
 def changed_since_written(
@@ -400,11 +400,11 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM points").fetchone()[0])
 
-    def ids(self) -> Iterator[list[PointId]]:
-        """Yield all ids, in pages, ordered as text."""
+    def ids(self, size: int = _PAGE) -> Iterator[list[PointId]]:
+        """Yield all ids, in pages of `size`, ordered as text."""
         last = ""
         while True:
-            page = self._db.execute("SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, _PAGE)).fetchall()
+            page = self._db.execute("SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, size)).fetchall()
             if not page:
                 return
             last = page[-1][0]

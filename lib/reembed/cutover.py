@@ -212,9 +212,17 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
 def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
     """Upload the snapshot, have it restored, delete the server's copy. Returns whether the server answered."""
     filename, size = restoring.unique_filename(ctx.staged), file.stat().st_size
-    upload = partial(restoring.upload_and_restore, ctx.qdrant, ctx.collection, file, size=size, filename=filename)
     with ctx.bar("send", size, "bytes") as progress:
-        sent = steps_of(progress)
-        answered = upload(checksum=checksum, progress=sent, seconds=seconds, answer_seconds=seconds)
+        answered = restoring.upload_and_restore(
+            ctx.qdrant,
+            ctx.collection,
+            file,
+            size=size,
+            filename=filename,
+            checksum=checksum,
+            progress=steps_of(progress),
+            seconds=seconds,
+            answer_seconds=seconds,
+        )
     snapshots.delete(ctx.qdrant, ctx.collection, filename)
     return answered

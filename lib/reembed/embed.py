@@ -149,8 +149,13 @@ class EmbeddingTotals:
         def add() -> None:
             nonlocal added, after_pause
             seconds = latest.seconds - added.seconds
-            at, limited = round(time.time() - seconds, 3), latest.rate_limited - added.rate_limited
-            interval = Interval(at, round(seconds, 3), latest.embedded - added.embedded, limited, after_pause)
+            interval = Interval(
+                at=round(time.time() - seconds, 3),
+                seconds=round(seconds, 3),
+                texts=latest.embedded - added.embedded,
+                rate_limited=latest.rate_limited - added.rate_limited,
+                after_pause=after_pause,
+            )
             self.sums.add(interval, latest.tokens - added.tokens, latest.requests - added.requests)
             added, after_pause = latest, False
 
@@ -219,26 +224,32 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
     """Embed these texts and store each answer before the next request."""
     if not total.texts:
         return
-    said = False
-
-    def report(now: EmbedProgress) -> None:
-        nonlocal said
-        record(now)
-        advance(now.embedded, total.texts)
-        if now.waiting_seconds >= 1:
-            runner.waiting(f"embed: rate limited, next try in {now.waiting_seconds:.0f} s")
-        if now.embedded and not said:
-            said = True
-            left = total.texts - now.embedded
-            if time_left := runner.expected(Missing(left, round(total.tokens * left / total.texts))):
-                runner.say(f"embedding the other {left:,} texts takes about {time_left.text}")
-
     require_room = partial(ctx.cache.require_room, size=ctx.spec.size)
     require_room(total.texts)
-    embed = partial(embed_missing, workers=runner.workers, batch_size=runner.batch_size, require_room=require_room)
     with ctx.bar("embed", total.texts, "texts") as progress, runner.paid.recording() as record:
-        advance = steps_of(progress)
-        done = embed(runner.client, rows, ctx.cache.put_vectors, progress=report)
+        advance, said = steps_of(progress), False
+
+        def report(now: EmbedProgress) -> None:
+            nonlocal said
+            record(now)
+            advance(now.embedded, total.texts)
+            if now.waiting_seconds >= 1:
+                runner.waiting(f"embed: rate limited, next try in {now.waiting_seconds:.0f} s")
+            if now.embedded and not said:
+                said = True
+                left = total.texts - now.embedded
+                if time_left := runner.expected(Missing(left, round(total.tokens * left / total.texts))):
+                    runner.say(f"embedding the other {left:,} texts takes about {time_left.text}")
+
+        done = embed_missing(
+            runner.client,
+            rows,
+            ctx.cache.put_vectors,
+            workers=runner.workers,
+            batch_size=runner.batch_size,
+            progress=report,
+            require_room=require_room,
+        )
     runner.paid.add(done)
 
 

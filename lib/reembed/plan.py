@@ -191,10 +191,8 @@ def _plan(candidates: list[_Candidate], ctx: Context, scan: Scan) -> None:
     tokens = ctx.cache.tokens_of(list(texts))  # of an earlier scan
     if new := [key for key in texts if key not in tokens]:
         tokens |= dict(zip(new, count_tokens([texts[key] for key in new]), strict=True))
-    limit, known = (
-        input_limit(ctx.spec.model, ctx.spec.provider),
-        ctx.cache.scanned([one.identity for one in candidates]),
-    )
+    limit = input_limit(ctx.spec.model, ctx.spec.provider)
+    known = ctx.cache.scanned([one.identity for one in candidates])
     for one, key in zip(candidates, keys, strict=True):
         if one.identity in known or one.identity in rows:
             scan.skip(one.node, DUPLICATE)
@@ -206,7 +204,8 @@ def _plan(candidates: list[_Candidate], ctx: Context, scan: Scan) -> None:
             scan.odd.append((str(one.identity), one.reason))
         if limit is not None and tokens[key] > limit:
             scan.too_long += 1
-            scan.too_long_examples += [str(one.identity)] if scan.too_long <= _EXAMPLES else []
+            if scan.too_long <= _EXAMPLES:
+                scan.too_long_examples.append(str(one.identity))
     ctx.cache.put_memories(list(rows.values()))
     scan.usable += len(rows)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,7 +49,6 @@ def stage(
     Catching up and filling repeat until a round embeds fewer than 100 texts. Raises StoreFailed if the server's disk
     is full (the staged collection is dropped), MissingData if the graph lost memories meanwhile.
     """
-    fill_staged = partial(sync_collection, ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged)
     with staged_dropped_if_full(ctx, journal, assessment.room):
         _create_staged(ctx, journal, live)
         for _ in range(MOST_ROUNDS):
@@ -59,7 +57,9 @@ def stage(
             require_whole_graph(ctx, assessment, scan.own_text)
             journal.append(READ, kept=save_payloads(ctx, journal, live.points))
             with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
-                outcome = fill_staged(progress=progress)
+                outcome = sync_collection(
+                    ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
+                )
             _wait_for_index(ctx, ctx.staged, outcome)
             if runner.paid.texts - before < FEW_TEXTS:
                 break
@@ -181,12 +181,19 @@ class Filled(NamedTuple):
 
 def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None) -> Filled:
     """Write what the plan adds and changes, restore aliases, wait for the index. `touched`: see `sync_collection`."""
+    name = ctx.collection
 
     def work() -> Filled:
-        whole = journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED)
-        sync = partial(sync_collection, whole=whole, copied_from=verified_staged(ctx, journal), touched=touched)
         with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
-            outcome = sync(ctx.qdrant, name, ctx.cache, progress=progress)
+            outcome = sync_collection(
+                ctx.qdrant,
+                name,
+                ctx.cache,
+                whole=journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED),
+                copied_from=verified_staged(ctx, journal),
+                progress=progress,
+                touched=touched,
+            )
         complete_at = time.monotonic()
         aliases_taken = restore_aliases(ctx, journal)
         indexed = _wait_for_index(ctx, name, outcome)
@@ -194,7 +201,6 @@ def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None
             collections.put_fan_out(ctx.qdrant, name, settings["config"])
         return Filled(outcome, aliases_taken, indexed, complete_at)
 
-    name = ctx.collection
     return with_room(ctx, journal, work)
 
 

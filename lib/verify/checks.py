@@ -19,7 +19,6 @@ from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
-from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
 from lib.clients.qdrant.points import Point, PointId, count, retrieve, retrieve_pages, search
@@ -192,8 +191,7 @@ def read_points(
     different: list[PointId] = []
     known = total = 0
     with existing_points(qdrant, state.name, payload=False) as listed_ids:
-        ids = (one for page in listed_ids.ids() for one in page)
-        pages = chunks(ids, max(1, _NUMBERS_AT_ONCE // spec.size))
+        pages = listed_ids.ids(max(1, _NUMBERS_AT_ONCE // spec.size))
         for page in retrieve_pages(qdrant, state.name, pages, payload=True, vector=True):
             existing.put((point.id, point.payload) for point in page)
             usable = _usable_points(page, spec.size)

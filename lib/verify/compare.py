@@ -360,8 +360,7 @@ def repair_vectors(
         existing_points(qdrant, collection, payload=False) as existing,
         bar("compare vectors", state.points, "points") as progress,
     ):
-        pages = chunks((one for ids in existing.ids() for one in ids), PAGE_WITH_VECTORS)
-        for page in retrieve_pages(qdrant, collection, pages, payload=True, vector=True):
+        for page in retrieve_pages(qdrant, collection, existing.ids(PAGE_WITH_VECTORS), payload=True, vector=True):
             _, wrong = different_vectors(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]

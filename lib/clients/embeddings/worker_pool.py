@@ -239,15 +239,15 @@ class _Run:
         pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
         billed = self._client.billed_tokens - billed_before
         return EmbedProgress(
-            self._embedded,
-            billed,
-            pacer.requests - requests,
-            pacer.rate_limited - rate_limited,
-            time.monotonic() - self._started,
-            billed - self._tokens,
-            pacer.waiting_seconds(),
-            self._refused,
-            self._cut,
+            embedded=self._embedded,
+            tokens=billed,
+            requests=pacer.requests - requests,
+            rate_limited=pacer.rate_limited - rate_limited,
+            seconds=time.monotonic() - self._started,
+            discarded=billed - self._tokens,
+            waiting_seconds=pacer.waiting_seconds(),
+            refused=self._refused,
+            cut=self._cut,
         )
 
     # --- the workers' threads

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.clients.qdrant.transport import NoAnswer, Parts, Qdrant, QdrantError, collection_path, encode
 from lib.concurrency import bounded_map
@@ -65,7 +65,9 @@ class Hit:
     score: float
 
 
-_Row = tuple[PointId, bytes]  # with the point's JSON
+class _Row(NamedTuple):
+    id: PointId
+    json: bytes
 
 
 def scroll(
@@ -193,7 +195,7 @@ def upsert(
     remaining = list(_batches(rows, BATCH_POINTS))[::-1]
     while remaining:
         batch = remaining.pop()
-        parts = [part for _, json in batch for part in (b",", json)]
+        parts = [part for row in batch for part in (b",", row.json)]
         try:
             body = Parts([b'{"points":[', *parts[1:], b"]}"])
             q.json("PUT", path, body, params=_WAIT, retry=True, compress=compress)
@@ -202,7 +204,7 @@ def upsert(
             raise
         except QdrantError as error:
             if len(batch) == 1 and error.status in _INVALID_ROW and not _of_the_collection(error):
-                rejected.append(Rejected(batch[0][0], error.text))
+                rejected.append(Rejected(batch[0].id, error.text))
             else:
                 remaining += _split(batch, error)[::-1]
     return rejected
@@ -234,18 +236,18 @@ def _serialized(
     rows: list[_Row] = []
     rejected: list[Rejected] = []
     for point_id, vector, payload in zip(ids, np.ascontiguousarray(vectors, dtype=np.float32), payloads, strict=True):
+        if not np.isfinite(vector).all():
+            rejected.append(Rejected(point_id, "its vector holds a number that is not finite"))
+            continue
         try:
             json = encode({"id": point_id, "vector": vector, "payload": payload})
         except orjson.JSONEncodeError as error:
-            json, reason = b"", f"its payload is not JSON: {error}"
+            rejected.append(Rejected(point_id, f"its payload is not JSON: {error}"))
+            continue
+        if len(json) < BATCH_BYTES:
+            rows.append(_Row(point_id, json))
         else:
-            reason = f"its {len(json)} bytes are more than one request may hold" if len(json) >= BATCH_BYTES else ""
-        if not np.isfinite(vector).all():
-            reason = "its vector holds a number that is not finite"
-        if reason:
-            rejected.append(Rejected(point_id, reason))
-        else:
-            rows.append((point_id, json))
+            rejected.append(Rejected(point_id, f"its {len(json)} bytes are more than one request may hold"))
     return rows, rejected
 
 
@@ -253,11 +255,11 @@ def _batches(rows: Sequence[_Row], points: int) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     size = 0
     for row in rows:
-        if batch and (len(batch) == points or size + len(row[1]) >= BATCH_BYTES):
+        if batch and (len(batch) == points or size + len(row.json) >= BATCH_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(row)
-        size += len(row[1]) + 1
+        size += len(row.json) + 1
     if batch:
         yield batch
 
