@@ -18,7 +18,7 @@ import orjson
 
 from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.falkordb.queries import NOT_UTF8, is_vector, plain, unreadable
-from lib.clients.qdrant.points import PointId, scroll
+from lib.clients.qdrant.points import PAGE, Point, PointId, retrieve_pages, scroll
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import read_ahead
 from lib.errors import MigrationError
@@ -412,11 +412,20 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
 
 
 def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) -> TemporaryIdTable:
-    """Read every point of a collection by one ordered scroll."""
+    """Read the ids of a collection by one ordered scroll, then the payloads."""
     table = TemporaryIdTable()
-    for page in read_ahead(scroll(qdrant, collection, payload=payload)):
+    for page in all_points(qdrant, collection) if payload else read_ahead(scroll(qdrant, collection)):
         table.put((point.id, point.payload) for point in page)
     return table
+
+
+def all_points(qdrant: Qdrant, collection: str, *, page: int = PAGE, vector: bool = False) -> Iterator[list[Point]]:
+    """Yield all points with their payloads, in pages: their ids are read first, then several pages at a time.
+
+    Pages of a scroll come one after the other, because each names the next.
+    """
+    with existing_points(qdrant, collection, payload=False) as existing:
+        yield from retrieve_pages(qdrant, collection, existing.ids(page), payload=True, vector=vector)
 
 
 def orphan_ids(

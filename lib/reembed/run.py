@@ -155,8 +155,7 @@ def _stage(ctx: Context, journal: Journal, assessment: assess.Assessment, runner
         scan = catch_up(ctx, runner, journal)
         if live.kind == assess.REPLACE:
             assess.require_whole_graph(ctx, assessment, scan.own_text)
-    if live.kind == assess.REPLACE:
-        save_before(ctx, journal)
+            save_before(ctx, journal)
 
 
 def _clean_up(ctx: Context, journal: Journal, added: int) -> None:

@@ -18,6 +18,7 @@ from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import PointId, retrieve
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
+from lib.concurrency import BackgroundTask, CancelToken
 from lib.dimensions import EmbeddingSpec, provider_fact
 from lib.errors import StoreFailed, VerificationFailed, listed
 from lib.journal import Journal
@@ -25,6 +26,7 @@ from lib.reembed.assess import Assessment, journaled_settings, require_whole_gra
 from lib.reembed.context import Context, refuse_foreign_staged, unplanned_ids
 from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
 from lib.reembed.plan import memories_now
+from lib.reembed.quality import save_before
 from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
 from lib.verify.compare import different_vectors, repair_vectors
 
@@ -46,7 +48,8 @@ def stage(
 ) -> CollectionState:
     """Create or resume the staged collection, fill and verify it. The `live` one is only read.
 
-    Catching up and filling repeat until a round embeds fewer than 100 texts. Raises StoreFailed if the server's disk
+    Catching up and filling repeat until a round embeds fewer than 100 texts. While the server builds the index, every
+    point is verified, and the `live` collection is searched for the report. Raises StoreFailed if the server's disk
     is full (the staged collection is dropped), MissingData if the graph lost memories meanwhile.
     """
     with staged_dropped_if_full(ctx, journal, assessment.room):
@@ -60,10 +63,14 @@ def stage(
                 outcome = sync_collection(
                     ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
                 )
-            _wait_for_index(ctx, ctx.staged, outcome)
             if runner.paid.texts - before < FEW_TEXTS:
                 break
-        verify_points(ctx, ctx.staged, outcome, exclusive=True)
+        with BackgroundTask(lambda task: _wait_for_index(ctx, ctx.staged, outcome, task.stop)) as indexing:
+            repaired = verify_points(ctx, ctx.staged, outcome, exclusive=True)
+            save_before(ctx, journal)
+            indexing.result()
+        if repaired:
+            _wait_for_index(ctx, ctx.staged, outcome)
         state = get_state(ctx.qdrant, ctx.staged)
     journal.append(STAGED, points=state.points, proved=True)
     return state
@@ -93,12 +100,12 @@ def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) 
     return journaled_settings(journal) or live.raw, sorted({*aliases, *(journal.fact("aliases") or [])})
 
 
-def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome) -> bool:
-    """Wait up to an hour until the index is built. Returns whether it is."""
+def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome, stop: CancelToken | None = None) -> bool:
+    """Wait up to an hour until the index is built. Returns whether it is. Raises Cancelled if `stop` is set."""
     state = get_state(ctx.qdrant, collection)
     if outcome.added or outcome.changed or outcome.payloads or not state.optimized:
         with ctx.bar("wait for the index", None, ""):
-            state = collections.wait_green(ctx.qdrant, collection, INDEX_SECONDS)
+            state = collections.wait_green(ctx.qdrant, collection, INDEX_SECONDS, stop)
     return state.optimized
 
 

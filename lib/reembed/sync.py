@@ -14,6 +14,7 @@ import orjson
 from lib.backup.phases import DELETING, PAYLOADS_SAVED, READ
 from lib.backup.points import (
     TemporaryIdTable,
+    all_points,
     base_payload,
     changed_since_written,
     existing_points,
@@ -22,9 +23,9 @@ from lib.backup.points import (
 )
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.points import Point, PointId, Rejected, delete_points, overwrite_payload, scroll, upsert
+from lib.clients.qdrant.points import Point, PointId, Rejected, delete_points, overwrite_payload, upsert
 from lib.clients.qdrant.transport import Qdrant
-from lib.concurrency import Progress, bounded_map, read_ahead
+from lib.concurrency import Progress, bounded_map
 from lib.journal import Journal
 from lib.reembed.context import Context, saved_payloads, unplanned_ids
 
@@ -49,7 +50,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
         ctx.cache.clear_saved()
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
-        for page in read_ahead(scroll(ctx.qdrant, ctx.collection, payload=True)):
+        for page in all_points(ctx.qdrant, ctx.collection):
             saved = saved_payloads(ctx.cache, [point.id for point in page]) if recreated else {}
             ctx.cache.save_points([saved_row(point, saved.get(point.id)) for point in page])
             count += len(page)

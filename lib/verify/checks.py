@@ -15,13 +15,13 @@ import numpy as np
 from lib.backup.collection import STAMP_KEY, CollectionSource
 from lib.backup.graph import GraphSource
 from lib.backup.phases import settings_before, verified_at
-from lib.backup.points import TemporaryIdTable, as_id, existing_points
+from lib.backup.points import TemporaryIdTable, all_points, as_id
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
-from lib.clients.qdrant.points import Point, PointId, count, retrieve, retrieve_pages, search
+from lib.clients.qdrant.points import Point, PointId, count, retrieve, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
 from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, model_settings, provider_of
@@ -190,19 +190,17 @@ def read_points(
     unusable: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
-    with existing_points(qdrant, state.name, payload=False) as listed_ids:
-        pages = listed_ids.ids(max(1, _NUMBERS_AT_ONCE // spec.size))
-        for page in retrieve_pages(qdrant, state.name, pages, payload=True, vector=True):
-            existing.put((point.id, point.payload) for point in page)
-            usable = _usable_points(page, spec.size)
-            if len(usable) < len(page):
-                unusable += [point.id for point in page if point not in usable]
-            if cache:
-                found, wrong = different_vectors(usable, cache, spec, state)
-                known += found
-                different += [point.id for point, _ in wrong]
-            total += len(page)
-            progress(len(page))
+    for page in all_points(qdrant, state.name, page=max(1, _NUMBERS_AT_ONCE // spec.size), vector=True):
+        existing.put((point.id, point.payload) for point in page)
+        usable = _usable_points(page, spec.size)
+        if len(usable) < len(page):
+            unusable += [point.id for point in page if point not in usable]
+        if cache:
+            found, wrong = different_vectors(usable, cache, spec, state)
+            known += found
+            different += [point.id for point, _ in wrong]
+        total += len(page)
+        progress(len(page))
     if unusable:
         detail = f"{len(unusable)} are unusable (width, zero or not finite): {_some(unusable)}"
         return Check("vectors", FAILED, detail, _REEMBED)

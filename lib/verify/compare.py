@@ -14,8 +14,8 @@ import redis
 
 from lib.backup.points import (
     TemporaryIdTable,
+    all_points,
     base_payload,
-    existing_points,
     identical,
     merged_payload,
     point_id,
@@ -25,7 +25,7 @@ from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
 from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
-from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, PointId, retrieve_pages, scroll, upsert
+from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, PointId, scroll, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, ProgressBar, read_ahead
 from lib.dimensions import EmbeddingSpec
@@ -356,11 +356,8 @@ def repair_vectors(
     `different_vectors`.
     """
     state, repaired = get_state(qdrant, collection), 0
-    with (
-        existing_points(qdrant, collection, payload=False) as existing,
-        bar("compare vectors", state.points, "points") as progress,
-    ):
-        for page in retrieve_pages(qdrant, collection, existing.ids(PAGE_WITH_VECTORS), payload=True, vector=True):
+    with bar("compare vectors", state.points, "points") as progress:
+        for page in all_points(qdrant, collection, page=PAGE_WITH_VECTORS, vector=True):
             _, wrong = different_vectors(page, cache, spec, state, planned=planned)
             if wrong:
                 ids = [point.id for point, _ in wrong]

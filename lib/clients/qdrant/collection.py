@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lib.clients.qdrant.points import count
 from lib.clients.qdrant.snapshot_format import vector_params
 from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, reports_full_disk
+from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, MissingData, UsageProblem, did_you_mean
 
 Health = Literal["missing", "live", "restoring", "failed", "unavailable"]
@@ -156,12 +157,12 @@ def delete_collection(q: Qdrant, name: str) -> bool:
         return True
 
 
-def wait_green(q: Qdrant, name: str, seconds: float) -> CollectionState:
+def wait_green(q: Qdrant, name: str, seconds: float, stop: CancelToken | None = None) -> CollectionState:
     """Poll until the collection is `optimized` in several polls, at most `seconds`; return the last state.
 
     If the optimizer is idle or stopped with an error, an empty update starts it
     (https://qdrant.tech/documentation/concepts/collections/); 1.11.3 keeps an error until it is restarted. Raises
-    QdrantError if the server's disk is full.
+    QdrantError if the server's disk is full, Cancelled if `stop` is set.
     """
     deadline = time.monotonic() + seconds
     stable, tried_again = 0, False
@@ -175,6 +176,8 @@ def wait_green(q: Qdrant, name: str, seconds: float) -> CollectionState:
         stable = stable + 1 if state.optimized else 0
         if stable >= STABLE_POLLS or time.monotonic() >= deadline:
             return state
+        if stop:
+            stop.check()
         q.sleep(POLL_SECONDS)
 
 
