@@ -55,7 +55,6 @@ def command(args: argparse.Namespace) -> int:
     from lib.config import config_of, require_embedding
     from lib.console import Console
     from lib.dimensions import model_fault
-    from lib.reembed import output
     from lib.show_config import announce, require_provider, show_config
 
     config = config_of(args.env_file, args.backup_dir)
@@ -70,9 +69,11 @@ def command(args: argparse.Namespace) -> int:
     if args.dry_run and (fault := model_fault(spec.model, spec.size, spec.provider)):
         console.warn(fault)
     if args.prune_spool:
+        from lib.reembed.output import show_pruned
+
         with connect.target_lock(config), connect.open_cache(config) as cache:
             pruned = prune_cache(cache, config.backup_dir, dry_run=args.dry_run)
-        return output.show_pruned(pruned, console, dry_run=args.dry_run)
+        return show_pruned(pruned, console, dry_run=args.dry_run)
     if args.abort:
         with connect.target_lock(config):
             return abort(config, console, "reembed")

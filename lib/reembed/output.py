@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from lib.backup.catalog import newest_with
+from lib.clients.embeddings.cache import Missing
+from lib.clients.embeddings.cache_file import Pruned
 from lib.clients.embeddings.pricing import FREE, price_basis, price_text
+from lib.clients.qdrant.collection import CollectionState
+from lib.clients.qdrant.transport import curl_line
 from lib.console import Console, age_text, size_text, table
-from lib.dimensions import model_fault, native_size_fault, public_url
+from lib.dimensions import EmbeddingSpec, model_fault, native_size_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
+from lib.reembed.assess import ABSENT, ADOPT, FAILED, REPLACE, Assessment, require_protection
+from lib.reembed.context import Context, resume_notice
+from lib.reembed.embed import EmbeddingTotals, Tried
+from lib.reembed.quality import SpotCheck
+from lib.reembed.report import Finished
+from lib.reembed.run import Synced
+from lib.reembed.sync import SyncOutcome
 from lib.show_config import chosen, restart_lines
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
-    from lib.clients.embeddings.cache import Missing
-    from lib.clients.embeddings.cache_file import Pruned
-    from lib.clients.qdrant.collection import CollectionState
-    from lib.dimensions import EmbeddingSpec
-    from lib.reembed.assess import Assessment
-    from lib.reembed.context import Context
-    from lib.reembed.embed import EmbeddingTotals, Tried
-    from lib.reembed.quality import SpotCheck
-    from lib.reembed.report import Finished
-    from lib.reembed.run import Synced
-    from lib.reembed.sync import SyncOutcome
 
 _EXAMPLES = 10
 _FEW = 3
@@ -61,9 +58,6 @@ def show_pruned(done: Pruned, console: Console, *, dry_run: bool) -> int:
 
 def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: int | None = None) -> None:
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
-    from lib.backup.catalog import newest_with
-    from lib.reembed.context import resume_notice
-
     if assessment.journal:
         console.notice(resume_notice(assessment.journal))
     spec, live, missing, scan = ctx.spec, assessment.live.state, assessment.missing, assessment.scan
@@ -91,8 +85,6 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
 
 
 def _action(assessment: Assessment, ctx: Context, limit: int | None) -> str:
-    from lib.reembed.assess import ABSENT, ADOPT, FAILED
-
     if limit:
         memories = min(limit, assessment.scan.usable)
         return f"only read it: the check of {memories:,} memories uses a temporary collection"
@@ -107,9 +99,6 @@ def _action(assessment: Assessment, ctx: Context, limit: int | None) -> str:
 
 def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> None:
     """Print memories whose text is not embedded as it is, and points that leave the collection."""
-    from lib.clients.qdrant.transport import curl_line
-    from lib.reembed.assess import REPLACE
-
     scan = assessment.scan
     if scan.too_long:
         some = listed(scan.too_long_examples[:_EXAMPLES])
@@ -140,8 +129,6 @@ def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> No
 
 def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> list[str]:
     """Return what the run without --dry-run will be refused for; print all but the model's fault, which was printed."""
-    from lib.reembed.assess import require_protection
-
     fault = model_fault(ctx.spec.model, ctx.spec.size, ctx.spec.provider)
     reasons = [fault] if fault else []
     try:
