@@ -21,7 +21,7 @@ FLOAT32, FLOAT16, UINT8, TURBO4 = "float32", "float16", "uint8", "turbo4"
 DATATYPES = (FLOAT32, FLOAT16, UINT8, TURBO4)  # of dense vectors, up to 1.19
 AUTOMEM_INDEXES = ("tags", "tag_prefixes")
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.25
 STABLE_POLLS = 3  # the status can be green for a moment between two optimizations
 INDEX_SECONDS = 600.0  # the server answers when the index is built
 
