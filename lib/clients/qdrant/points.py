@@ -112,6 +112,12 @@ def retrieve_pages(
         yield _points(q.result(response))
 
 
+def limits_reads(q: Qdrant, name: str) -> bool:
+    """Whether strict mode limits reads per minute: `retrieve` costs as many as it has ids, a page of `scroll` one."""
+    strict = q.json("GET", collection_path(name))["config"].get("strict_mode_config") or {}
+    return bool(strict.get("enabled") and strict.get("read_rate_limit"))
+
+
 def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
     """Payload and vectors of these points as in the server's JSON, with named and sparse vectors."""
     pages = _by_ids(q, name, ids, payload=True, vector=True)
