@@ -85,6 +85,18 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     assert np.allclose(vector, odd)
 
 
+def test_a_dry_run_pays_only_for_what_the_run_would_embed(level):
+    dry_run = ("--only-missing", "--dry-run", "--json")
+    tried = level.run("reembed_embeddings", *dry_run).json
+    assert (tried["dry_run"]["texts"], tried["left"]["texts"], level.servers.openai.stats()["texts"]) == (0, 0, 0)
+    gone, *_ = some_ids(level, 1)
+    level.call("POST", "/points/delete?wait=true", {"points": [gone]})
+    tried = level.run("reembed_embeddings", *dry_run).json
+    assert (tried["plan"]["texts"], tried["dry_run"]["texts"], tried["left"]["texts"]) == (1, 1, 0)
+    assert level.servers.openai.stats()["texts"] == 1
+    repair(level, added=1)
+
+
 def test_an_orphan_point_is_saved_before_it_is_removed(level):
     from lib.clients.embeddings.cache import EmbeddingCache
 
