@@ -129,7 +129,8 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     pace = (args.workers, args.batch_size, args.max_cost)
     runner = connect.open_runner(config, paid, pace, console, sample=args.dry_run)
     if args.dry_run:
-        return output.show_tried(try_one_batch(ctx, runner), found, ctx, refused, console)
+        tried = try_one_batch(ctx, runner, repair=args.only_missing)
+        return output.show_tried(tried, found, ctx, refused, console)
     if args.limit:
         done = quality.spot_check(ctx, runner, found.live.state, args.limit)
         return output.show_spot_check(done, found, paid, ctx, console)

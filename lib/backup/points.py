@@ -18,7 +18,7 @@ import orjson
 
 from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.falkordb.queries import NOT_UTF8, is_vector, plain, unreadable
-from lib.clients.qdrant.points import PAGE, Point, PointId, retrieve_pages, scroll
+from lib.clients.qdrant.points import PAGE, Point, PointId, limits_reads, retrieve_pages, scroll
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import read_ahead
 from lib.errors import MigrationError
@@ -422,8 +422,11 @@ def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) ->
 def all_points(qdrant: Qdrant, collection: str, *, page: int = PAGE, vector: bool = False) -> Iterator[list[Point]]:
     """Yield all points with their payloads, in pages: their ids are read first, then several pages at a time.
 
-    Pages of a scroll come one after the other, because each names the next.
+    Pages of a scroll come one after the other, because each names the next. They are used if reads are limited.
     """
+    if limits_reads(qdrant, collection):
+        yield from read_ahead(scroll(qdrant, collection, payload=True, vector=vector, page=page))
+        return
     with existing_points(qdrant, collection, payload=False) as existing:
         yield from retrieve_pages(qdrant, collection, existing.ids(page), payload=True, vector=vector)
 

@@ -23,7 +23,7 @@ from lib.reembed import assess, staging
 from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over, snapshot_file
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
-from lib.reembed.plan import memories_now, only_live_ids, usually_spelled
+from lib.reembed.plan import memories_now, only_live_ids, scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
@@ -192,6 +192,8 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
         runner.require_affordable(missing.tokens)
         embed_texts(ctx, runner, texts_to_embed(ctx.cache, existing), missing)
     with ctx.store_lock():
+        # What AutoMem changed or deleted meanwhile is not written back: with an old plan and a full cache it would be.
+        scan_graph(ctx, None, title="read graph again")
         with ctx.bar("sync", None, "points") as progress:
             outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
         repaired = 0

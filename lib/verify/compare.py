@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import redis
 from lib.backup.points import (
     TemporaryIdTable,
     all_points,
+    as_id,
     base_payload,
     identical,
     merged_payload,
@@ -58,11 +60,13 @@ class Differences:
 
     wrong: list[str] = field(default_factory=list)
     newer: list[str] = field(default_factory=list)
+    ids: list[PointId] = field(default_factory=list)
 
     def add(self, point: PointId, *, is_newer: bool, keys: list[str] | None = None) -> None:
         """Add a point, and the payload keys in which it differs."""
         text = f"{point} ({', '.join(keys)})" if keys else str(point)
         (self.newer if is_newer else self.wrong).append(text)
+        self.ids.append(point)
 
 
 @dataclass
@@ -84,6 +88,15 @@ class Findings:
     samples: list[Sample] = field(default_factory=list)
     newest: list[tuple[datetime, Sample]] = field(default_factory=list)
 
+    def differing_ids(self) -> list[PointId]:
+        """The ids of all points that differ, are missing, or have no memory."""
+        return [*self.missing.ids, *self.contents.ids, *self.payloads.ids, *map(as_id, self.orphans)]
+
+    def corrected(self, again: Findings) -> Findings:
+        """These findings, with the differences that were found when the differing points were compared again."""
+        names = ("missing", "contents", "payloads", "orphans")
+        return replace(self, **{name: getattr(again, name) for name in names})
+
 
 def compare_stores(
     conn: redis.Redis,
@@ -93,8 +106,9 @@ def compare_stores(
     migrated_at: datetime | None,
     samples: int,
     progress: Progress,
+    only: Container[PointId] | None = None,
 ) -> Findings:
-    """Compare every memory with its existing point, and choose up to `samples` memories.
+    """Compare every memory (or `only` some) with its existing point, and choose up to `samples` memories.
 
     Only what differs stays in memory.
 
@@ -105,7 +119,8 @@ def compare_stores(
     with TemporaryIdTable() as seen, TemporaryIdTable() as contents:
         candidates = _Candidates(contents, samples, len(existing))
         for page in read_ahead(chunks(iter_memories(conn, graph), _PAGE)):
-            memories = _usable(page, seen, found)
+            asked = [node for node in page if only is None or point_id(node.properties.get("id")) in only]
+            memories = _usable(asked, seen, found)
             payloads = existing.payloads(list(memories))
             _compare_page(memories, payloads, cache, migrated_at, found)
             candidates.add(memories, payloads)

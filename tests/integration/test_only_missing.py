@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lib.backup.points import point_id
-from tests.operator_support import LARGE, OLD_SIZE, ROOT, SMALL
-from tests.reembed_support import assert_migrated, assert_vectors, embeddable, points_of
+from lib.reembed import run
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL
+from tests.reembed_support import assert_migrated, assert_vectors, embeddable, make_ready, points_of
 from tests.sandbox.vectors import vector_for
 
 pytestmark = pytest.mark.qdrant
@@ -84,6 +85,18 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     assert np.allclose(vector, odd)
 
 
+def test_a_dry_run_pays_only_for_what_the_run_would_embed(level):
+    dry_run = ("--only-missing", "--dry-run", "--json")
+    tried = level.run("reembed_embeddings", *dry_run).json
+    assert (tried["dry_run"]["texts"], tried["left"]["texts"], level.servers.openai.stats()["texts"]) == (0, 0, 0)
+    gone, *_ = some_ids(level, 1)
+    level.call("POST", "/points/delete?wait=true", {"points": [gone]})
+    tried = level.run("reembed_embeddings", *dry_run).json
+    assert (tried["plan"]["texts"], tried["dry_run"]["texts"], tried["left"]["texts"]) == (1, 1, 0)
+    assert level.servers.openai.stats()["texts"] == 1
+    repair(level, added=1)
+
+
 def test_an_orphan_point_is_saved_before_it_is_removed(level):
     from lib.clients.embeddings.cache import EmbeddingCache
 
@@ -112,6 +125,30 @@ def test_many_orphan_points_need_a_backup(level):
     level.run("backup_automem", "--only", "qdrant")
     repair(level, removed=8)
     assert points_of(level).keys() == before - set(range(1, 9))
+
+
+def test_what_automem_changes_and_deletes_meanwhile_is_not_written_back(operator, monkeypatch):
+    """After a migration the cache has every vector, those of the texts before the change, too."""
+    make_ready(operator).run("reembed_embeddings")
+    changed, deleted, missing = some_ids(operator, 3)
+    operator.call("POST", "/points/delete?wait=true", {"points": [missing]})
+    text, embed_texts = "changed while --only-missing ran", run.embed_texts
+
+    def automem_writes_meanwhile(*arguments):
+        embed_texts(*arguments)
+        operator.cypher("MATCH (m:Memory {id: $id}) SET m.content = $text", id=changed, text=text)
+        point = {"id": changed, "vector": vector_for(LARGE, text, NEW_SIZE).tolist(), "payload": {"content": text}}
+        operator.call("PUT", "/points?wait=true", {"points": [point]})
+        operator.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=deleted)
+        operator.call("POST", "/points/delete?wait=true", {"points": [deleted]})
+
+    monkeypatch.setattr(run, "embed_texts", automem_writes_meanwhile)
+    operator.run("reembed_embeddings", "--only-missing")
+    after = points_of(operator)
+    assert after[changed][0]["content"] == text
+    assert deleted not in after
+    assert missing in after
+    assert_vectors(after)
 
 
 @pytest.mark.matrix

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from lib.backup.points import all_points
 from lib.clients.qdrant import collection, points
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant, QdrantError, encode
@@ -165,6 +166,21 @@ def test_strict_mode_shrinks_batches_and_pages(q: Qdrant, names: list[str]):
     pages = list(points.scroll(q, names[0]))
     assert max(len(page) for page in pages) == 6
     assert [point.id for page in pages for point in page] == ids_of(64)
+
+
+def test_a_limit_of_reads_that_counts_each_id_stops_no_reading_of_all_points(q: Qdrant, names: list[str]):
+    if q.version() < "1.13":
+        pytest.skip("strict mode came with 1.13")
+    create_small(q, names[0], 8)
+    upsert.upsert(q, names[0], ids_of(64), vectors_of(64, 8), [payload_of(index) for index in range(64)])
+    fields = {"enabled": True, "read_rate_limit": 30}
+    q.json("PATCH", f"/collections/{names[0]}", {"strict_mode_config": fields})
+    with pytest.raises(QdrantError, match=r"429.*split your request"):
+        list(points.retrieve_pages(q, names[0], [ids_of(64)], payload=True))
+    pages = list(all_points(q, names[0], page=40, vector=True))
+    assert [[point.id for point in page] for page in pages] == [ids_of(64)[:40], ids_of(64)[40:]]
+    assert pages[1][-1].payload == payload_of(63)
+    assert pages[1][-1].vector is not None
 
 
 def test_the_nearest_point_to_a_points_vector_is_itself(q: Qdrant, filled: str):

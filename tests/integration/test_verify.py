@@ -10,9 +10,11 @@ import pytest
 import requests
 
 from lib.backup.collection import STAMP_KEY
+from lib.verify import checks
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
 from tests.reembed_support import embeddable, points_of, upgrade
 from tests.sandbox.automem_server import AutoMemServer
+from tests.sandbox.vectors import vectors_for
 
 pytestmark = pytest.mark.qdrant
 
@@ -208,6 +210,36 @@ def test_a_point_that_automem_has_rewritten_is_no_failure(migrated):
     set_payload(migrated, special, importance=0.11, updated_at="2027")
     with migrated.restarted():
         verify(migrated, "--after-restart")
+
+
+@pytest.mark.parametrize("stays_wrong", [False, True])
+def test_what_automem_writes_meanwhile_is_no_failure_but_what_stays_wrong_is_one(migrated, monkeypatch, stays_wrong):
+    """The points are read before the graph."""
+    before = points_of(migrated)
+    added, read_points = str(uuid.uuid4()), checks.read_points
+    changed, deleted, wrong = [one for one in before if isinstance(one, str)][:3]
+
+    def write(identity: str, text: str) -> None:
+        migrated.cypher("MERGE (m:Memory {id: $id}) SET m.content = $text", id=identity, text=text)
+        payload = {**before.get(identity, [{}])[0], "content": text}
+        put_points(migrated, {identity: (payload, vectors_for(LARGE, [text], NEW_SIZE)[0])})
+
+    def automem_writes_meanwhile(*arguments):
+        read = read_points(*arguments)
+        write(added, "stored while the stores are verified")
+        write(changed, "changed while the stores are verified")
+        migrated.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=deleted)
+        migrated.call("POST", "/points/delete?wait=true", {"points": [deleted]})
+        if stays_wrong:
+            migrated.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=wrong)
+        return read
+
+    monkeypatch.setattr(checks, "read_points", automem_writes_meanwhile)
+    with migrated.restarted():
+        if stays_wrong:
+            assert failing(migrated, "--after-restart") == ["orphan points"]
+        else:
+            verify(migrated, "--after-restart")
 
 
 @pytest.mark.matrix

@@ -247,10 +247,20 @@ def test_a_request_larger_than_the_rate_limit_is_split():
         assert all(path.endswith("?wait=true") for _, path, _, _ in server.seen)
 
 
+def test_a_request_for_more_ids_than_the_rate_limit_is_split():
+    too_large = refused(429, "request larger than rate limiter capacity, please try to split your request")
+    found = [fine([{"id": one}]) for one in (1, 4, 5)]
+    with Scripted(too_large, too_large, *found) as server:
+        assert [point.id for point in upsert.retrieve(server.qdrant, "x", list(range(8)))] == [1, 4, 5]
+        assert [json.loads(body)["ids"] for *_, body in server.seen[2:]] == [[0, 1], [2, 3], [4, 5, 6, 7]]
+
+
 def test_a_rate_limit_that_one_point_exceeds_is_an_error():
     too_large = refused(429, "please try to split your request")
     with Scripted(too_large) as server, pytest.raises(QdrantError, match="429"):
         upsert.upsert(server.qdrant, "x", [1, 2], np.ones((2, 4), np.float32), [{}] * 2)
+    with Scripted(too_large) as server, pytest.raises(QdrantError, match="429"):
+        upsert.retrieve(server.qdrant, "x", [1, 2])
 
 
 def test_a_proxys_limit_of_bytes_splits_too():

@@ -112,6 +112,12 @@ def retrieve_pages(
         yield _points(q.result(response))
 
 
+def limits_reads(q: Qdrant, name: str) -> bool:
+    """Whether strict mode limits reads per minute: `retrieve` costs as many as it has ids, a page of `scroll` one."""
+    strict = q.json("GET", collection_path(name))["config"].get("strict_mode_config") or {}
+    return bool(strict.get("enabled") and strict.get("read_rate_limit"))
+
+
 def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tuple[Any, Any]]:
     """Payload and vectors of these points as in the server's JSON, with named and sparse vectors."""
     pages = _by_ids(q, name, ids, payload=True, vector=True)
@@ -119,11 +125,17 @@ def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tu
 
 
 def _by_ids(
-    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool, size: int | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    size = PAGE_WITH_VECTORS if vector else PAGE
+    size = size or (PAGE_WITH_VECTORS if vector else PAGE)
     for start in range(0, len(ids), size):
-        yield q.result(_post_ids(q, name, ids[start : start + size], payload=payload, vector=vector))
+        page = ids[start : start + size]
+        try:
+            yield q.result(_post_ids(q, name, page, payload=payload, vector=vector))
+        except QdrantError as error:
+            if len(page) == 1 or not _is_too_large(error):
+                raise
+            yield from _by_ids(q, name, page, payload=payload, vector=vector, size=len(page) // 2)
 
 
 def _post_ids(
@@ -269,12 +281,15 @@ def _split(batch: list[_Row], error: QdrantError) -> list[list[_Row]]:
     allowed = _UPSERT_LIMIT.search(error.text)
     if allowed and 0 < int(allowed[1]) < len(batch):
         return list(_batches(batch, int(allowed[1])))
-    # 429 without Retry-After: the request is larger than the rate limit. 413: a proxy's limit.
-    too_large = error.status == 413 or (error.status == 429 and error.retry_after is None)
-    if len(batch) == 1 or not (too_large or error.status in _INVALID_ROW) or _of_the_collection(error):
+    if len(batch) == 1 or not (_is_too_large(error) or error.status in _INVALID_ROW) or _of_the_collection(error):
         raise error
     middle = len(batch) // 2
     return [batch[:middle], batch[middle:]]
+
+
+def _is_too_large(error: QdrantError) -> bool:
+    """Whether smaller requests may be accepted. 429 without Retry-After: larger than the rate limit. 413: a proxy's."""
+    return error.status == 413 or (error.status == 429 and error.retry_after is None)
 
 
 def _of_the_collection(error: QdrantError) -> bool:

@@ -127,7 +127,7 @@ def _apply(call: Call, operation: Change) -> Any:
 
 def _reads(read: Callable[[Collection, Json], Any]) -> Handler:
     def handler(call: Call) -> Any:
-        call.collection.check_read(call.json.get("limit"))
+        call.collection.check_read(call.json.get("limit"), len(call.json.get("ids", "1")))
         return read(call.collection, call.json)
 
     return handler

@@ -175,13 +175,13 @@ class Collection:
             raise _too_many(points, largest, "upsert limit")
         self._spend("Write", strict.get("write_rate_limit"), points)
 
-    def check_read(self, limit: int | None) -> None:
-        """Raise Refusal (400, 429) if strict mode forbids a read of `limit` points."""
+    def check_read(self, limit: int | None, cost: int = 1) -> None:
+        """Raise Refusal (400, 429) if strict mode forbids a read of `limit` points, or one that costs so much."""
         strict = self._strict_mode()
         largest = strict.get("max_query_limit")
         if largest is not None and limit is not None and limit > largest:
             raise _too_many(limit, largest, "limit")
-        self._spend("Read", strict.get("read_rate_limit"), 1)
+        self._spend("Read", strict.get("read_rate_limit"), cost)
 
     def _strict_mode(self) -> Json:
         strict: Json = self.config.get("strict_mode_config", {})
