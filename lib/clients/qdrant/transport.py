@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
 import requests
 
-from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, UsageProblem, one_line
+from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, one_line
 from lib.network import Unbounded, container_hint, is_this_machine, new_session, read_whole
 
 CONNECT_SECONDS = 10.0
@@ -27,7 +27,6 @@ GATEWAY_ERRORS = (502, 503, 504)
 _SEND_BYTES = 256 << 10  # of a body, sent at once
 _GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
 _TEXT_LIMIT = 600  # characters of a server's error text that are shown
-_DEFAULT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 _EXAMPLE = "correct QDRANT_URL, as in:\nexport QDRANT_URL=http://localhost:6333"
 
 _UNKNOWN_HOST = "its name is not known"
@@ -130,7 +129,6 @@ class Qdrant:
 
     A user and password in `url` are sent as basic authentication. `display` is the address without secrets.
     `reads_gzip`: whether large bodies are sent compressed (None: not known yet); to this machine they are not.
-    Raises UsageProblem for an invalid URL or key.
     """
 
     def __init__(
@@ -141,13 +139,9 @@ class Qdrant:
         *,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        # The error of requests for a key that cannot be sent as a header would show the key.
-        if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
-            raise UsageProblem(
-                "QDRANT_API_KEY has characters that a header cannot have", next_step="export QDRANT_API_KEY=..."
-            )
-        self.base_url, self._login = _split_login(url)
-        self.display = self.base_url
+        parts = urlsplit(url)
+        self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        self._login = (parts.username or "", parts.password or "") if "@" in parts.netloc else None
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
@@ -272,20 +266,6 @@ class Qdrant:
 
     def _not_qdrant(self) -> StoreFailed:
         return StoreFailed(f"what answers at {self.display} is not Qdrant's REST API", next_step=_EXAMPLE)
-
-
-def _split_login(url: str) -> tuple[str, tuple[str, str] | None]:
-    """Split into the URL with a port and without login, and (user, password). Raises UsageProblem."""
-    parts = urlsplit(url.strip() if "://" in url else f"http://{url.strip()}")
-    try:
-        port = _DEFAULT_PORT if parts.port is None else parts.port
-    except ValueError:
-        raise UsageProblem("the port in QDRANT_URL is not a port", next_step=_EXAMPLE) from None
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise UsageProblem("QDRANT_URL is not an http(s) address", next_step=_EXAMPLE)
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    login = (parts.username or "", parts.password or "") if parts.username or parts.password else None
-    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}", login
 
 
 def _rate_limit_pause(error: QdrantError) -> float | None:
