@@ -25,7 +25,7 @@ def vector(text, size):
 
 
 def opened(folder, name):
-    return EmbeddingCache(folder / "embeddings" / f"{name}.sqlite3", vectors=folder / "embeddings" / "vectors.sqlite3")
+    return EmbeddingCache(folder / "embeddings" / f"{name}.sqlite3")
 
 
 def plan(cache, spec, texts):
