@@ -251,8 +251,8 @@ def _write_rdb(
             return _write_dump(source, path, progress, why_dump)
     try:
         with atomic_writer(path) as stream:
-            moved = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
-        return moved.size, moved.sha256, ""
+            size, sha256 = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
+        return size, sha256, ""
     except PsyncRefused:
         return _write_dump(source, path, progress, "its RDB is refused")
     except RdbNotMade as error:

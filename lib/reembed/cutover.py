@@ -200,7 +200,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
-        if collections.is_failed(ctx.qdrant, ctx.collection):
+        if collections.health(ctx.qdrant, ctx.collection) == "failed":
             restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
             staging.drop_staged(ctx, journal)

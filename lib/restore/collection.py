@@ -26,7 +26,6 @@ from lib.clients.qdrant.collection import (
     free_aliases,
     get_state,
     health,
-    is_failed,
     list_collections,
     put_aliases,
     put_fan_out,
@@ -149,7 +148,7 @@ class RestorePlan:
         """
         qdrant, name = self.target.qdrant, self.target.collection
         with suppress(MigrationError):  # the operator must read the first error
-            if name in self.begun or is_failed(qdrant, name):
+            if name in self.begun or health(qdrant, name) == "failed":
                 delete_collection(qdrant, name)
 
     def complete(self, aliases: Iterable[str]) -> None:

@@ -128,7 +128,7 @@ def test_throughput_of_rdb_and_digest(server: FalkorServer, conn: redis.Redis, e
     write(conn, "g", "CREATE INDEX FOR (m:Memory) ON (m.id)")
     start = time.monotonic()
     with (tmp_path / "g.rdb").open("wb") as file:
-        transfer = stream_rdb(server.address, file.write)
+        size, _ = stream_rdb(server.address, file.write)
     streamed = time.monotonic() - start
     with scratch_server(engine, tmp_path / "g.rdb") as scratch, connect(scratch.address) as other:
         loaded = time.monotonic() - start - streamed
@@ -139,7 +139,7 @@ def test_throughput_of_rdb_and_digest(server: FalkorServer, conn: redis.Redis, e
     assert here == there
     with capsys.disabled():
         print(
-            f"\n{engine.display}: 50k nodes, 50k relationships: PSYNC {transfer.size / 2**20:.1f} MiB in {streamed:.2f} s, "
+            f"\n{engine.display}: 50k nodes, 50k relationships: PSYNC {size / 2**20:.1f} MiB in {streamed:.2f} s, "
             f"load {loaded:.2f} s, digest of both sides {digested:.2f} s"
         )
     assert take(server.address, tmp_path / "again.rdb").stat().st_size > 0

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts_of(version: int, encoding: int | None) -> RdbFacts:
-    return RdbFacts(version, "x", 1, "", crc_present=True, crc_ok=True, dumped_graph=None, graph_encoding=encoding)
+    return RdbFacts(version, "x", 1, "", crc_ok=True, dumped_graph=None, graph_encoding=encoding)
 
 
 def made_up(name: str, rdb_version: int, encoding: int) -> Engine:

@@ -13,7 +13,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from lib.clients.falkordb.connection import START_HINT, GraphAddress, access_refused
 from lib.clients.falkordb.rdb import CHUNK_BYTES, MAGIC, crc64
@@ -39,15 +38,6 @@ class RdbNotMade(StoreUnreachable):
     """The server failed to make an RDB: it lacks the memory to fork, or room on its disk. DUMP may still work."""
 
 
-@dataclass(frozen=True)
-class RdbTransfer:
-    """What was received: bytes, sha256, and whether the RDB has a CRC64, which was then right."""
-
-    size: int
-    sha256: str
-    crc_ok: bool
-
-
 def stream_rdb(
     address: GraphAddress,
     write: Callable[[bytes], object],
@@ -55,11 +45,11 @@ def stream_rdb(
     progress: Callable[[int], None] | None = None,
     idle_seconds: float = 60.0,
     stop: CancelToken | None = None,
-) -> RdbTransfer:
-    """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` ends the connection.
+) -> tuple[int, str]:
+    """Pass the server's RDB to `write`, piece by piece. Returns its bytes and sha256. `progress` gets the bytes so far.
 
-    `idle_seconds` without a byte end it, too. Raises PsyncRefused and RdbNotMade if DUMP may still work, AccessRefused,
-    StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
+    `stop` ends the connection, and so do `idle_seconds` without a byte. Raises PsyncRefused and RdbNotMade if DUMP may
+    still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
     """
     connection = _ReplicaConnection(address, idle_seconds)
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
@@ -113,13 +103,13 @@ class _Receiver:
         self._tail = data[-CRC_BYTES:]
         self._progress(self._size)
 
-    def finish(self, address: str) -> RdbTransfer:
+    def finish(self, address: str) -> tuple[int, str]:
         if not self._start.startswith(MAGIC):
             raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB", next_step=_AGAIN)
         stored = int.from_bytes(self._tail, "little")
         if stored not in {0, self._crc}:
             raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match", next_step=_AGAIN)
-        return RdbTransfer(self._size, self._sha256.hexdigest(), stored == self._crc)
+        return self._size, self._sha256.hexdigest()
 
 
 class _ReplicaConnection:
