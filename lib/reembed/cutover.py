@@ -15,7 +15,6 @@ from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import restoring, snapshots
 from lib.clients.qdrant.transport import is_disk_full
-from lib.concurrency import steps_of
 from lib.errors import AccessRefused, MigrationError, StoreUnreachable
 from lib.files import free_bytes, private_dir
 from lib.journal import Journal
@@ -220,7 +219,7 @@ def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
             size=size,
             filename=filename,
             checksum=checksum,
-            progress=steps_of(progress),
+            progress=progress,
             seconds=seconds,
             answer_seconds=seconds,
         )

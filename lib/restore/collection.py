@@ -39,7 +39,7 @@ from lib.clients.qdrant.restoring import (
     wait_restored,
 )
 from lib.clients.qdrant.transport import Qdrant, QdrantError
-from lib.concurrency import Progress, steps_of
+from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.journal import Journal
 from lib.restore.inputs import CollectionBackup
@@ -165,7 +165,7 @@ class RestorePlan:
             size=part.snapshot.size,
             filename=part.filename(stem),
             checksum=part.snapshot.sha256,
-            progress=steps_of(progress) if progress else None,
+            progress=progress,
             seconds=part.timeout,
             allow_existing=part is not self.parts[0],
         )

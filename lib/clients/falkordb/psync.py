@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 from lib.clients.falkordb.connection import START_HINT, GraphAddress, access_refused
 from lib.clients.falkordb.rdb import CHUNK_BYTES, MAGIC, crc64
-from lib.concurrency import CancelToken
+from lib.concurrency import CancelToken, Progress
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 CONNECT_SECONDS = 10.0
@@ -42,11 +42,11 @@ def stream_rdb(
     address: GraphAddress,
     write: Callable[[bytes], object],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     idle_seconds: float = 60.0,
     stop: CancelToken | None = None,
 ) -> tuple[int, str]:
-    """Pass the server's RDB to `write`, piece by piece. Returns its bytes and sha256. `progress` gets the bytes so far.
+    """Pass the server's RDB to `write`, piece by piece. Returns its bytes and sha256. `progress` gets the bytes of each.
 
     `stop` ends the connection, and so do `idle_seconds` without a byte. Raises PsyncRefused and RdbNotMade if DUMP may
     still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
@@ -87,7 +87,7 @@ def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
 class _Receiver:
     """Passes pieces on and computes their checksums. The CRC64 leaves out the last eight bytes, which may hold it."""
 
-    def __init__(self, write: Callable[[bytes], object], progress: Callable[[int], None]) -> None:
+    def __init__(self, write: Callable[[bytes], object], progress: Progress) -> None:
         self._write, self._progress = write, progress
         self._sha256 = hashlib.sha256()
         self._crc = self._size = 0
@@ -101,7 +101,7 @@ class _Receiver:
         data = self._tail + piece
         self._crc = crc64(data[:-CRC_BYTES], self._crc)
         self._tail = data[-CRC_BYTES:]
-        self._progress(self._size)
+        self._progress(len(piece))
 
     def finish(self, address: str) -> tuple[int, str]:
         if not self._start.startswith(MAGIC):
