@@ -84,18 +84,13 @@ def trusted_owners() -> set[int]:
     return {os.geteuid(), 0, Path(__file__).stat().st_uid}
 
 
-def private_file(path: Path, *, create: bool = True) -> None:
-    """Make an empty file (0600) if it is missing and `create` is set; close an existing file to others.
+def private_file(path: Path) -> None:
+    """Make an empty file (0600) if it is missing; close an existing file to others.
 
     Raises UsageProblem for a link, for anything but a regular file, and for a file of a user who is not trusted.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
     try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        if create:
-            raise
-        return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise

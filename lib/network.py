@@ -103,6 +103,15 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
+def connect_error(error: requests.RequestException) -> OSError | None:
+    """Return the system's error if requests could not connect; None if a connection was made, or to a proxy."""
+    from urllib3.exceptions import NewConnectionError
+
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    cause = reason.__cause__ or reason.__context__ if isinstance(reason, NewConnectionError) else None
+    return cause if isinstance(cause, OSError) else None
+
+
 def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:
     """Join the pieces. Raises Unbounded if they are more than `limit` bytes, or take more than `seconds`."""
     body, deadline = bytearray(), time.monotonic() + seconds

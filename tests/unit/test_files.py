@@ -148,8 +148,6 @@ def test_a_private_file_is_made_and_closed_to_others(tmp_path):
     private_file(tmp_path / "f")
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
     assert (tmp_path / "f").read_bytes() == b"kept"
-    private_file(tmp_path / "missing", create=False)
-    assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "folder"])

@@ -64,8 +64,6 @@ class CacheFile:
         for file in (self.path, self.vectors_path):
             new = not file.exists()
             private_file(file)
-            for ending in ("-wal", "-shm"):
-                private_file(file.with_name(file.name + ending), create=False)
             if new:
                 sync_dir(file.parent)  # SQLite syncs what it writes, not the name of the file
         # Held until close, not for each statement: vectors that a run relies on must not be pruned meanwhile.

@@ -46,7 +46,7 @@ def stream_rdb(
     idle_seconds: float = 60.0,
     stop: CancelToken | None = None,
 ) -> tuple[int, str]:
-    """Pass the server's RDB to `write`, piece by piece. Returns its bytes and sha256. `progress` gets the bytes of each.
+    """Pass the server's RDB to `write` in pieces. Returns its size and sha256. `progress` gets the bytes of each.
 
     `stop` ends the connection, and so do `idle_seconds` without a byte. Raises PsyncRefused and RdbNotMade if DUMP may
     still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.

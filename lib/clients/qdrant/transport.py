@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import orjson
 import requests
 
 from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, one_line
-from lib.network import Unbounded, container_hint, is_this_machine, new_session, read_whole
+from lib.network import Unbounded, connect_error, container_hint, is_this_machine, new_session, read_whole
 
 CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses a request by its headers stops reading
@@ -29,17 +30,6 @@ _GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
 _TEXT_LIMIT = 600  # characters of a server's error text that are shown
 _EXAMPLE = "correct QDRANT_URL, as in:\nexport QDRANT_URL=http://localhost:6333"
 
-_UNKNOWN_HOST = "its name is not known"
-_NOT_CONNECTED = {
-    "Connection refused": "connection refused",
-    "NameResolutionError": _UNKNOWN_HOST,
-    "Name or service not known": _UNKNOWN_HOST,
-    "ConnectTimeoutError": "connecting timed out",
-    "No route to host": "no route to the host",
-    "Network is unreachable": "the network is unreachable",
-    "Failed to establish a new connection": "no connection can be made",
-    "Tunnel connection failed": "the proxy refuses",
-}
 _PLAIN_HTTP = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # how OpenSSL names an answer without TLS
 # The last two are what a full disk causes during a snapshot and during a restore, and hardly anything else does.
 _DISK_FULL = ("No space left", "Not enough space available", "Error while copy WAL", "failed to unpack `")
@@ -274,14 +264,21 @@ def _rate_limit_pause(error: QdrantError) -> float | None:
     return max(1.0, float(asked)) if error.status == 429 and asked.isdecimal() else None
 
 
-def _connection_error(display: str, error: Exception) -> StoreUnreachable:
+def _connection_error(display: str, error: requests.RequestException) -> StoreUnreachable:
     """StoreUnreachable if no connection was made, else NoAnswer."""
-    text = str(error)
+    text, cause, hint, reason = str(error), connect_error(error), "", ""
     if isinstance(error, requests.exceptions.SSLError):
         return _tls_error(display, text)
-    if reason := next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None):
-        host = urlsplit(display).hostname or ""
-        hint = container_hint(host, "QDRANT_URL=http://localhost:6333") if reason == _UNKNOWN_HOST else ""
+    if isinstance(error, requests.exceptions.ProxyError):
+        reason = "the proxy refuses"
+    elif isinstance(error, requests.ConnectTimeout):
+        reason = "connecting timed out"
+    elif isinstance(cause, socket.gaierror):
+        reason = "its name is not known"
+        hint = container_hint(urlsplit(display).hostname or "", "QDRANT_URL=http://localhost:6333")
+    elif cause:
+        reason = (cause.strerror or "no connection can be made").lower()
+    if reason:
         return StoreUnreachable(
             f"Qdrant at {display} is unreachable: {reason}",
             next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
