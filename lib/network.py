@@ -93,14 +93,10 @@ def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Sess
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, TimedAdapter())
-    session.auth = login or _no_auth
+    # Without a callable that sends none, requests would send a login of ~/.netrc, even instead of a token.
+    session.auth = login or (lambda request: request)
     session.trust_env = not is_this_machine(url)
     return session
-
-
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Send no login. Without this callable, requests would send a password of ~/.netrc, even instead of a token."""
-    return request
 
 
 def connect_error(error: requests.RequestException) -> OSError | None:

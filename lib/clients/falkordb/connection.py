@@ -330,7 +330,7 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
 _SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 
-class BoundedSocket:
+class _BoundedSocket:
     """A socket that takes at most `limit` bytes after each request, all of them within `seconds`."""
 
     _received_by_all = 0  # the process's memory also holds what other threads receive
@@ -344,7 +344,6 @@ class BoundedSocket:
         return getattr(self._sock, name)
 
     def settimeout(self, seconds: float | None) -> None:
-        """Set the longest wait for a byte."""
         self._timeout = seconds
         self._sock.settimeout(seconds)
 
@@ -355,7 +354,6 @@ class BoundedSocket:
         self._expect_reply()
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Receive as a socket does, within the bounds."""
         if flags:  # MSG_PEEK consumes nothing
             return self._sock.recv(size, flags)
         self._limit_wait()
@@ -364,7 +362,6 @@ class BoundedSocket:
         return data
 
     def recv_into(self, buffer: bytearray) -> int:
-        """Receive as a socket does, within the bounds."""
         self._limit_wait()
         size = self._sock.recv_into(buffer)
         self._count(size)
@@ -373,7 +370,7 @@ class BoundedSocket:
     def _expect_reply(self) -> None:
         self._received = self._checked = 0
         self._deadline = time.monotonic() + self._seconds
-        self._memory, self._received_before = _peak_memory(), BoundedSocket._received_by_all
+        self._memory, self._received_before = _peak_memory(), _BoundedSocket._received_by_all
 
     def _limit_wait(self) -> None:
         left = self._deadline - time.monotonic()
@@ -385,11 +382,11 @@ class BoundedSocket:
     def _count(self, size: int) -> None:
         """Raise InvalidResponse if a reply is larger, or takes more memory, than a reply may."""
         self._received += size
-        BoundedSocket._received_by_all += size
+        _BoundedSocket._received_by_all += size
         _require(self._received, self._limit, "bytes")
         if self._received - self._checked >= _CHECK_BYTES:
             self._checked = self._received
-            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (BoundedSocket._received_by_all - self._received_before)
+            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (_BoundedSocket._received_by_all - self._received_before)
             _require(_peak_memory() - self._memory, most, "bytes of memory")
 
 
@@ -409,7 +406,7 @@ def _bound(client: redis.Redis, limit: int, seconds: float) -> None:
     class BoundedParser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has no types here
         def on_connect(self, connection: Any, **options: Any) -> None:
             # Each parser of redis-py takes its socket from the connection.
-            connection._sock = BoundedSocket(connection._sock, limit, seconds)  # noqa: SLF001
+            connection._sock = _BoundedSocket(connection._sock, limit, seconds)  # noqa: SLF001
             super().on_connect(connection, **options)
 
     client.connection_pool.connection_kwargs["parser_class"] = BoundedParser
