@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
@@ -237,8 +236,7 @@ def test_slow_servers_are_waited_for(backing):
 
 @pytest.mark.parametrize("silent", [0, 30, 60, 5_000, 60_000])
 def test_a_falkordb_that_falls_silent_is_noticed(backing, monkeypatch, silent):
-    quick = functools.partial(stream_rdb, idle_seconds=0.5)
-    monkeypatch.setattr("lib.backup.graph.stream_rdb", quick)
+    monkeypatch.setattr("lib.clients.falkordb.psync.IDLE_SECONDS", 0.5)
     begun = time.monotonic()
     with (
         falkordb_proxy(backing, Fault(b"PSYNC", silent=silent)),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from lib.clients.falkordb import psync
 from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.falkordb.psync import PsyncRefused, stream_rdb
@@ -36,9 +37,9 @@ pytest_plugins = ["tests.graph_fixtures"]
 MARK = b"0123456789abcdefghij0123456789ABCDEFGHIJ"
 
 
-def collect(address: GraphAddress, **options) -> bytes:
+def collect(address: GraphAddress) -> bytes:
     pieces: list[bytes] = []
-    size, sha256 = stream_rdb(address, pieces.append, **options)
+    size, sha256 = stream_rdb(address, pieces.append)
     data = b"".join(pieces)
     assert (size, sha256) == (len(data), hashlib.sha256(data).hexdigest())
     return data
@@ -93,13 +94,14 @@ def test_both_framings_bring_an_rdb_that_loads_to_the_same_graph(
             assert graph_digest(scratch.conn, graph, by_id=True) == graph_digest(conn, graph, by_id=True)
 
 
-def test_the_default_delay_of_the_server_is_survived(engine: Engine, tmp_path: Path):
+def test_the_default_delay_of_the_server_is_survived(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     falkor = FalkorServer(tmp_path / "slow", engine=engine, sync_delay_seconds=3).start()
     try:
         with connect(falkor.address) as conn:
             fill(conn, "g", 10)
         start = time.monotonic()
-        collect(falkor.address, idle_seconds=2.0)  # newlines keep it alive
+        monkeypatch.setattr(psync, "IDLE_SECONDS", 2.0)
+        collect(falkor.address)  # newlines keep it alive
         assert time.monotonic() - start > 2.0
     finally:
         falkor.kill()
@@ -211,13 +213,14 @@ def test_no_listener_is_reported():
     assert "docker compose up -d falkordb" in refusal.value.next_step
 
 
-def test_a_silent_peer_is_noticed():
+def test_a_silent_peer_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psync, "IDLE_SECONDS", 0.5)
     start = time.monotonic()
     with (
         peer(b"+OK\r\n", b"+OK\r\n", b"+FULLRESYNC x 0\r\n$EOF:" + MARK + b"\r\nREDIS0012", hold=60) as address,
         pytest.raises(StoreUnreachable, match=r"has sent nothing for 0\.5 s"),
     ):
-        collect(address, idle_seconds=0.5)
+        collect(address)
     assert time.monotonic() - start < 30
 
 

@@ -134,8 +134,9 @@ def test_a_long_list_is_a_list():
 def test_a_reply_that_drips_is_given_up(monkeypatch, unit):
     monkeypatch.setattr(client, "_WHOLE_READ_SECONDS", 0.4)
     monkeypatch.setattr(client, "_WHOLE_WRITE_SECONDS", 0.4)
+    monkeypatch.setattr(client, "READ_SECONDS", 0.2)
     with serving(without_end(b"*100000\r\n+", unit, 0.05)) as port:
-        conn = connect(GraphAddress("127.0.0.1", port), read_seconds=0.2)
+        conn = connect(GraphAddress("127.0.0.1", port))
         for words in (["GRAPH.LIST"], ["DUMP", "g"]):
             with pytest.raises(StoreUnreachable, match="does not answer"):
                 command(conn, *words)

@@ -96,10 +96,10 @@ _when_queue_is_free = backoff.on_exception(
 )
 
 
-def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
+def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
 
-    Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable; DUMP, RESTORE and writes may take
+    Afterwards a read that gets no byte for READ_SECONDS raises StoreUnreachable; DUMP, RESTORE and writes may take
     hours. A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
     own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
@@ -127,8 +127,8 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: 
                 raise
     client = _Client(**options, socket_timeout=None)
     _bound(client, min(_DUMP_BYTES, physical_memory() // 3), _WHOLE_WRITE_SECONDS)
-    client.reads = redis.Redis(**options, socket_timeout=read_seconds)
-    _bound(client.reads, _READ_BYTES, max(read_seconds, _WHOLE_READ_SECONDS))
+    client.reads = redis.Redis(**options, socket_timeout=READ_SECONDS)
+    _bound(client.reads, _READ_BYTES, _WHOLE_READ_SECONDS)
     return client
 
 

@@ -20,6 +20,7 @@ from lib.concurrency import CancelToken, Progress
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 60.0  # without a byte
 CRC_BYTES = 8
 PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
 _LINE_BYTES = 1 << 16
@@ -43,15 +44,14 @@ def stream_rdb(
     write: Callable[[bytes], object],
     *,
     progress: Progress | None = None,
-    idle_seconds: float = 60.0,
     stop: CancelToken | None = None,
 ) -> tuple[int, str]:
     """Pass the server's RDB to `write` in pieces. Returns its size and sha256. `progress` gets the bytes of each.
 
-    `stop` ends the connection, and so do `idle_seconds` without a byte. Raises PsyncRefused and RdbNotMade if DUMP may
-    still work, AccessRefused, StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
+    `stop` ends the connection. Raises PsyncRefused and RdbNotMade if DUMP may still work, AccessRefused, StoreFailed,
+    StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
     """
-    connection = _ReplicaConnection(address, idle_seconds)
+    connection = _ReplicaConnection(address)
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
         connection.introduce()
         header = connection.request_rdb()
@@ -115,13 +115,12 @@ class _Receiver:
 class _ReplicaConnection:
     """A connection that asks for an RDB as a replica does; socket errors become StoreUnreachable."""
 
-    def __init__(self, address: GraphAddress, idle_seconds: float) -> None:
+    def __init__(self, address: GraphAddress) -> None:
         self.address = address.display
         self._login = [word for word in (address.username, address.password) if word] if address.password else []
-        self._idle = idle_seconds
         with self._socket_errors():
-            self._socket = _open_socket(address, min(CONNECT_SECONDS, idle_seconds))
-            self._socket.settimeout(idle_seconds)
+            self._socket = _open_socket(address)
+            self._socket.settimeout(IDLE_SECONDS)
             self._reader = self._socket.makefile("rb")
 
     def close(self) -> None:
@@ -172,7 +171,7 @@ class _ReplicaConnection:
         line, deadline = b"", time.monotonic() + PREPARE_SECONDS
         while not line.endswith(b"\n"):
             with self._socket_errors():
-                byte = self._reader.read1(1)  # each may take `idle_seconds`
+                byte = self._reader.read1(1)  # each may take IDLE_SECONDS
             if not byte or len(line) > _LINE_BYTES:
                 raise StoreUnreachable(
                     f"FalkorDB at {self.address} closed the connection instead of sending an RDB",
@@ -191,20 +190,20 @@ class _ReplicaConnection:
         try:
             yield
         except TimeoutError as error:
-            text = f"FalkorDB at {self.address} has sent nothing for {self._idle:g} s"
+            text = f"FalkorDB at {self.address} has sent nothing for {IDLE_SECONDS:g} s"
             raise StoreUnreachable(text, next_step=START_HINT) from error
         except OSError as error:
             text = f"FalkorDB at {self.address} cannot be reached: {error.strerror or error}"
             raise StoreUnreachable(text, next_step=START_HINT) from error
 
 
-def _open_socket(address: GraphAddress, seconds: float) -> socket.socket:
+def _open_socket(address: GraphAddress) -> socket.socket:
     if address.unix_socket:
         local = socket.socket(socket.AF_UNIX)
-        local.settimeout(seconds)
+        local.settimeout(CONNECT_SECONDS)
         local.connect(address.unix_socket)
         return local
-    plain = socket.create_connection((address.host, address.port), timeout=seconds)
+    plain = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if not address.tls:
         return plain
