@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.dimensions import EmbeddingSpec
@@ -67,7 +66,7 @@ class CacheFile:
             if new:
                 sync_dir(file.parent)  # SQLite syncs what it writes, not the name of the file
         # Held until close, not for each statement: vectors that a run relies on must not be pruned meanwhile.
-        self._used = UsedFile(self.vectors_path.with_name(self.vectors_path.name + ".lock"))
+        self.used_vectors = UsedFile(self.vectors_path.with_name(self.vectors_path.name + ".lock"))
         self.db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self.guarded():
@@ -185,21 +184,15 @@ class CacheFile:
                 f"df -h {quote(str(self.vectors_path.parent))}\nthen run the same command again",
             )
 
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """Use the vectors exclusively during the block. Raises LockHeld."""
-        return self._used.alone()
-
     def close(self) -> None:
         """Fold the log into the file and close it."""
         self.db.close()
-        self._used.close()
+        self.used_vectors.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -268,7 +261,7 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
     stored = _stored(cache, plans)
     if dry_run or not any(one.unneeded for one in stored):
         return Pruned(stored, 0, before, before, shrunk=False)
-    with cache.exclusive():
+    with cache.used_vectors.alone():
         _note_needed(cache, plans)
         with cache.transaction():
             sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
@@ -326,7 +319,7 @@ def _shrink(cache: CacheFile) -> bool:
     # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
     if free_bytes(cache.vectors_path) < 2 * cache.vectors_path.stat().st_size:
         return False
-    with cache.exclusive(), cache.guarded():
+    with cache.used_vectors.alone(), cache.guarded():
         cache.db.execute("VACUUM shared")
         cache.db.execute("PRAGMA shared.wal_checkpoint(TRUNCATE)")
     return True
