@@ -18,11 +18,11 @@ Progress = Callable[[int], None]  # gets the number of things done since the las
 ProgressBar = Callable[[str, "int | None", str], "AbstractContextManager[Progress]"]  # title, total, unit
 
 
-def steps_of(progress: Progress) -> Callable[[int, int], None]:
-    """Adapt `progress` to a caller that reports (done so far, total)."""
+def steps_of(progress: Progress) -> Callable[[int], None]:
+    """Adapt `progress` to a caller that reports how much is done so far."""
     seen = 0
 
-    def report(done: int, _total: int) -> None:
+    def report(done: int) -> None:
         nonlocal seen
         progress(done - seen)
         seen = done

@@ -25,7 +25,7 @@ PRIVATE_KEY = "AGE-SECRET-KEY-"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 VOYAGE_URL = "https://api.voyageai.com/v1"
 OLLAMA_URL = "http://localhost:11434"
-_QDRANT_PORT = 6333
+_QDRANT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 # What examples have in the place of a key: sk-proj-your-key-here, <key>, ...
 _PLACEHOLDER = re.compile(r"your[\w -]*key|^<.*>$|\.\.\.$|^x+$|^change.?me", re.IGNORECASE)
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}

@@ -87,7 +87,7 @@ def open_cache(config: Config) -> EmbeddingCache:
 
     folder = private_dir(private_dir(config.backup_dir) / CACHE_DIR)
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
-    return EmbeddingCache(folder / f"{config.collection}-{target}.sqlite3", vectors=folder / "vectors.sqlite3")
+    return EmbeddingCache(folder / f"{config.collection}-{target}.sqlite3")
 
 
 def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[GraphSource, CollectionSource]:

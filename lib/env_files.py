@@ -17,27 +17,18 @@ DEFAULT = "default"
 _LARGEST, _NO_ENV = 256 << 10, "it is not a .env: too large, or not text"
 # Programs that are run: only the environment and the checkout's own .env may name them.
 _PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
-_SENT_TO = {  # a key, and the settings with the addresses that it is sent to
-    "QDRANT_API_KEY": ("QDRANT_URL", "QDRANT_HOST", "QDRANT_NODE_URLS"),
-    "FALKORDB_PASSWORD": ("FALKORDB_HOST",),
-    "OPENAI_API_KEY": ("OPENAI_BASE_URL",),
-    "VOYAGE_API_KEY": ("VOYAGE_BASE_URL",),
-    "AUTOMEM_API_TOKEN": ("AUTOMEM_API_URL",),
-}
 
 
 @dataclass(frozen=True)
 class Setting:
     """One value (not in reprs: it may be a secret), its origin, and the values that it takes precedence over, in order.
 
-    `owner`: the user id of the file that it is in, or of the process whose environment it is in; None for a default.
     `automem`: AutoMem reads the file, too.
     """
 
     value: str = field(repr=False)
     origin: str
     hidden: tuple[Setting, ...] = field(default=(), repr=False)
-    owner: int | None = field(default=None, repr=False)
     automem: bool = field(default=False, repr=False)
 
     @property
@@ -174,7 +165,7 @@ def _read_file(
         for name, used in (_interpolated(good, environ) if owner != os.geteuid() else [])
     ]
     return {
-        name: Setting(value, f"{path}:{lines[name]}", owner=owner, automem=automem)
+        name: Setting(value, f"{path}:{lines[name]}", automem=automem)
         for name, value in values.items()
         if value or (automem and value is not None)
     }
@@ -187,17 +178,6 @@ def _interpolated(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]
     written = dotenv_values(stream=io.StringIO(text), interpolate=False)
     used = [(name, one) for name, value in written.items() for one in re.findall(r"\$\{([^}:]*)", value or "")]
     return [(name, one) for name, one in used if one in environ]
-
-
-def _of_two_owners(settings: Mapping[str, Setting]) -> list[str]:
-    """Return a warning for each key that is sent to an address from another user's file."""
-    pairs = [(key, address, settings[key], settings[address]) for key, known in _SENT_TO.items() for address in known]
-    return [
-        f"{key} ({left.origin}, of uid {left.owner}) is sent to the {address} of another user's file"
-        f" ({right.origin}, of uid {right.owner})"
-        for key, address, left, right in pairs
-        if None not in {left.owner, right.owner} and left.owner != right.owner
-    ]
 
 
 def _effective(name: str, found: list[Setting], warnings: list[str]) -> list[Setting]:
@@ -220,12 +200,11 @@ def read_settings(
 ) -> tuple[dict[str, Setting], list[str], list[str]]:
     """Return every setting by precedence, the faults found in the files, and the warnings."""
     faults: list[str] = []
-    user = os.geteuid()
-    sources = [{name: Setting(value, "environment", owner=user) for name, value in environ.items() if value}]
+    sources = [{name: Setting(value, "environment") for name, value in environ.items() if value}]
     files = env_files(env_file, environ, cwd, root, faults)
     sources += [_read_file(path, defaults, root, environ, faults, automem=shared) for path, shared in files.items()]
     settings, warnings = {}, list[str]()
     for name, default in defaults.items():
         found = _effective(name, [source[name] for source in sources if name in source], warnings)
         settings[name] = replace(found[0], hidden=tuple(found[1:])) if found else Setting(default, DEFAULT)
-    return settings, faults, [*_misspelt(sources, defaults), *_of_two_owners(settings), *warnings]
+    return settings, faults, [*_misspelt(sources, defaults), *warnings]

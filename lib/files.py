@@ -84,18 +84,13 @@ def trusted_owners() -> set[int]:
     return {os.geteuid(), 0, Path(__file__).stat().st_uid}
 
 
-def private_file(path: Path, *, create: bool = True) -> None:
-    """Make an empty file (0600) if it is missing and `create` is set; close an existing file to others.
+def private_file(path: Path) -> None:
+    """Make an empty file (0600) if it is missing; close an existing file to others.
 
     Raises UsageProblem for a link, for anything but a regular file, and for a file of a user who is not trusted.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
     try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        if create:
-            raise
-        return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
@@ -267,27 +262,20 @@ def _open_lock_file(path: Path) -> IO[bytes]:
     """Open or make the lock file so that every user of the machine can lock it. Raises UsageProblem for other files.
 
     In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing file is
-    opened without it. A kernel lock needs no write permission.
+    opened without it.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         os.fchmod(descriptor, 0o666)
     except FileExistsError:
         try:
-            descriptor = _open_existing(path)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise _bad_lock_file(path, str(error.strerror)) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise _bad_lock_file(path, "it is not a regular file") from None
     return os.fdopen(descriptor, "rb")
-
-
-def _open_existing(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (PermissionError, IsADirectoryError):  # a read-only file can be locked all the same
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _bad_lock_file(path: Path, why: str) -> UsageProblem:
@@ -361,9 +349,8 @@ def lock_targets(
                     wait(f"{message}: waiting until it has ended")
                 waiting = True
                 time.sleep(_LOCK_POLL_SECONDS)
-            with contextlib.suppress(OSError):  # the file of another user may be read-only
-                os.ftruncate(stream.fileno(), 0)
-                os.pwrite(stream.fileno(), holder.encode(), 0)
+            os.ftruncate(stream.fileno(), 0)
+            os.pwrite(stream.fileno(), holder.encode(), 0)
         yield
 
 

@@ -23,15 +23,12 @@ class _TimedReader(io.RawIOBase):
         self.deadline = None if self._timeout is None else time.monotonic() + self._timeout
 
     def readable(self) -> bool:
-        """Return True, for BufferedReader."""
         return True
 
     def fileno(self) -> int:
-        """Return the socket's descriptor."""
         return self._raw.fileno()
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read from the socket within the time that is left."""
         if self.deadline is not None:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -40,7 +37,6 @@ class _TimedReader(io.RawIOBase):
         return cast("int | None", self._raw.readinto(buffer))
 
     def close(self) -> None:
-        """Close the socket's reader, and this one."""
         self._raw.close()
         super().close()
 

@@ -93,14 +93,19 @@ def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Sess
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, TimedAdapter())
-    session.auth = login or _no_auth
+    # Without a callable that sends none, requests would send a login of ~/.netrc, even instead of a token.
+    session.auth = login or (lambda request: request)
     session.trust_env = not is_this_machine(url)
     return session
 
 
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Send no login. Without this callable, requests would send a password of ~/.netrc, even instead of a token."""
-    return request
+def connect_error(error: requests.RequestException) -> OSError | None:
+    """Return the system's error if requests could not connect; None if a connection was made, or to a proxy."""
+    from urllib3.exceptions import NewConnectionError
+
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    cause = reason.__cause__ or reason.__context__ if isinstance(reason, NewConnectionError) else None
+    return cause if isinstance(cause, OSError) else None
 
 
 def joined(pieces: Iterable[bytes], limit: int, seconds: float) -> bytes:

@@ -269,7 +269,7 @@ class OffsiteStore:
         stored = name + PARTIAL if self.address.has_folders else name
         path, is_local = self._path(stored), self.address.scheme == FILE
         step = steps_of(progress)
-        callback = Callback(hooks={"progress": lambda _size, value, **_: step(value, 0)})
+        callback = Callback(hooks={"progress": lambda _size, value, **_: step(value)})
         options = {"chunksize": max(_BLOCK, source.stat().st_size // _PARTS)} if self.address.scheme == S3 else {}
         with self._translated("write to"):
             self._make_folder(path.rpartition("/")[0])

@@ -49,7 +49,7 @@ from lib.clients.falkordb.scratch import (
     scratch_server,
 )
 from lib.clients.falkordb.swap import dump_graph, rename_graph
-from lib.concurrency import CancelToken, Progress, steps_of
+from lib.concurrency import CancelToken, Progress
 from lib.errors import AccessRefused, BackupDamaged, UsageProblem, listed, one_line
 from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
 
@@ -220,9 +220,8 @@ def take_graph(
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
-    steps = steps_of(progress)
     why_dump = "no wait for an RDB before a restore" if at_once else _why_dump(versions, engines, expires)
-    size, sha256, why_dump = _write_rdb(source, path, lambda done: steps(done, 0), stop, why_dump)
+    size, sha256, why_dump = _write_rdb(source, path, progress, stop, why_dump)
     component = GraphComponent(
         file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
         kind="dump" if why_dump else "rdb",
@@ -251,8 +250,8 @@ def _write_rdb(
             return _write_dump(source, path, progress, why_dump)
     try:
         with atomic_writer(path) as stream:
-            moved = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
-        return moved.size, moved.sha256, ""
+            size, sha256 = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
+        return size, sha256, ""
     except PsyncRefused:
         return _write_dump(source, path, progress, "its RDB is refused")
     except RdbNotMade as error:
@@ -276,5 +275,5 @@ def _write_dump(source: GraphSource, path: Path, progress: Callable[[int], None]
         out = PassThrough(stream, digest.update)
         for chunk in wrap_dump(payload, source.graph):
             out.write(chunk)
-            progress(out.size)
+            progress(len(chunk))
     return out.size, digest.hexdigest(), why

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable, one_line
-from lib.network import Unbounded, is_this_machine, new_session, read_whole, without_login
+from lib.network import Unbounded, connect_error, is_this_machine, new_session, read_whole, without_login
+
+if TYPE_CHECKING:
+    import requests
 
 _HEALTH_SECONDS = 3.0
 _LARGEST_ANSWER, _LONGEST_SECONDS = 64 << 20, 10.0
@@ -139,18 +142,15 @@ def _health(api: AutoMemApi) -> HealthAnswer:
     return HealthAnswer("absent" if is_other else "silent", seen)
 
 
-def _failed_request(error: Exception, url: str) -> HealthAnswer:
+def _failed_request(error: requests.RequestException, url: str) -> HealthAnswer:
     """Interpret a failed request. Only a connection that the host itself refused shows that nothing listens."""
     import requests
-    from urllib3.exceptions import NewConnectionError
 
     if isinstance(error, requests.exceptions.ProxyError):
         return HealthAnswer("silent", "the proxy of HTTP_PROXY or HTTPS_PROXY did not reach it")
     if isinstance(error, requests.ConnectTimeout):
         return HealthAnswer("silent", "no connection in time")
-    reason = getattr(error.args[0] if error.args else None, "reason", None)
-    cause = reason.__cause__ or reason.__context__ if isinstance(reason, NewConnectionError) else None
-    if isinstance(cause, OSError):
+    if cause := connect_error(error):
         return _failed_connection(cause, url)
     if isinstance(error, requests.Timeout):
         return HealthAnswer("silent", "it accepts connections and does not answer")

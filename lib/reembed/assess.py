@@ -177,7 +177,7 @@ def find_live(ctx: Context, journal: Journal | None) -> Live:
     if not collections.exists(qdrant, name):
         refuse_other_stores(ctx)
         return Live(ABSENT, None)
-    if collections.is_failed(qdrant, name):
+    if collections.health(qdrant, name) == "failed":
         return Live(FAILED, None)
     state = collections.get_state(qdrant, name)
     if state.points == 0:

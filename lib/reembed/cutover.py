@@ -15,7 +15,6 @@ from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import restoring, snapshots
 from lib.clients.qdrant.transport import is_disk_full
-from lib.concurrency import steps_of
 from lib.errors import AccessRefused, MigrationError, StoreUnreachable
 from lib.files import free_bytes, private_dir
 from lib.journal import Journal
@@ -200,7 +199,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     except (AccessRefused, StoreUnreachable):
         raise
     except MigrationError as error:
-        if collections.is_failed(ctx.qdrant, ctx.collection):
+        if collections.health(ctx.qdrant, ctx.collection) == "failed":
             restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
             staging.drop_staged(ctx, journal)
@@ -220,7 +219,7 @@ def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
             size=size,
             filename=filename,
             checksum=checksum,
-            progress=steps_of(progress),
+            progress=progress,
             seconds=seconds,
             answer_seconds=seconds,
         )

@@ -235,7 +235,7 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
         def report(now: EmbedProgress) -> None:
             nonlocal said
             record(now)
-            advance(now.embedded, total.texts)
+            advance(now.embedded)
             if now.waiting_seconds >= 1:
                 runner.waiting(f"embed: rate limited, next try in {now.waiting_seconds:.0f} s")
             if now.embedded and not said:

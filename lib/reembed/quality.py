@@ -232,7 +232,7 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
         else:
             create_like(ctx.qdrant, side, live.raw, size)
         # A plan of these memories alone, over the same vectors.
-        with EmbeddingCache(_plan_path(ctx.cache, journal), vectors=ctx.cache.vectors_path) as plan:
+        with EmbeddingCache(_plan_path(ctx.cache, journal)) as plan:
             plan.begin_scan()
             plan.put_memories(rows)
             plan.end_scan()

@@ -96,7 +96,7 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
     found = read_points(source, table)
     config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
     schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
-    snapshot = SnapshotFacts(found.size, "Cosine", False, 1, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
+    snapshot = SnapshotFacts(found.size, "Cosine", False, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
     # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
     member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
     facts = bare_facts(source.path, found.name, target.spec, snapshot, member)

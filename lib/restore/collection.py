@@ -26,7 +26,6 @@ from lib.clients.qdrant.collection import (
     free_aliases,
     get_state,
     health,
-    is_failed,
     list_collections,
     put_aliases,
     put_fan_out,
@@ -40,7 +39,7 @@ from lib.clients.qdrant.restoring import (
     wait_restored,
 )
 from lib.clients.qdrant.transport import Qdrant, QdrantError
-from lib.concurrency import Progress, steps_of
+from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.journal import Journal
 from lib.restore.inputs import CollectionBackup
@@ -149,7 +148,7 @@ class RestorePlan:
         """
         qdrant, name = self.target.qdrant, self.target.collection
         with suppress(MigrationError):  # the operator must read the first error
-            if name in self.begun or is_failed(qdrant, name):
+            if name in self.begun or health(qdrant, name) == "failed":
                 delete_collection(qdrant, name)
 
     def complete(self, aliases: Iterable[str]) -> None:
@@ -166,7 +165,7 @@ class RestorePlan:
             size=part.snapshot.size,
             filename=part.filename(stem),
             checksum=part.snapshot.sha256,
-            progress=steps_of(progress) if progress else None,
+            progress=progress,
             seconds=part.timeout,
             allow_existing=part is not self.parts[0],
         )

@@ -280,9 +280,7 @@ def notify_other_clients(site: Site, target: GraphSource) -> None:
         return
     if not others:
         return
-    named = ", ".join(
-        one_line(f"{one.address} ({one.command}, {one.idle_seconds} s ago)") for one in others[:_NAMED_CLIENTS]
-    )
+    named = ", ".join(one_line(f"{one['addr']} ({one['cmd']}, {one['idle']} s ago)") for one in others[:_NAMED_CLIENTS])
     more = f" and {len(others) - _NAMED_CLIENTS} more" if len(others) > _NAMED_CLIENTS else ""
     clients = "1 other client" if len(others) == 1 else f"{len(others)} other clients"
     site.notice(

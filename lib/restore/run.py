@@ -13,7 +13,7 @@ from lib.backup.phases import AWAITED, removed, report_snapshots
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
-from lib.clients.qdrant.collection import exists, is_failed
+from lib.clients.qdrant.collection import exists, health
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress, ProgressBar
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
@@ -231,7 +231,7 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
         graph = None
     if collection and not exists(collection.qdrant, collection.collection):
         collection = None
-    if collection and is_failed(collection.qdrant, collection.collection):
+    if collection and health(collection.qdrant, collection.collection) == "failed":
         site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
         collection = None
     safety = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
@@ -153,8 +152,8 @@ def test_the_last_bytes_of_either_framing(backing, tmp_path):
             with falkordb_proxy(backing, fault) as proxy, pytest.raises(StoreUnreachable, match="closed"):
                 stream_rdb(GraphAddress("127.0.0.1", proxy.port), lambda _piece: None)
         with falkordb_proxy(backing, Fault(b"PSYNC", answer=reply, hang_up=True)) as proxy:
-            moved = stream_rdb(GraphAddress("127.0.0.1", proxy.port), lambda _piece: None)
-        assert moved.sha256 == hashlib.sha256(data).hexdigest()
+            _, sha256 = stream_rdb(GraphAddress("127.0.0.1", proxy.port), lambda _piece: None)
+        assert sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_the_download_is_cut_anywhere_and_resumes_there(backing):
@@ -237,8 +236,7 @@ def test_slow_servers_are_waited_for(backing):
 
 @pytest.mark.parametrize("silent", [0, 30, 60, 5_000, 60_000])
 def test_a_falkordb_that_falls_silent_is_noticed(backing, monkeypatch, silent):
-    quick = functools.partial(stream_rdb, idle_seconds=0.5)
-    monkeypatch.setattr("lib.backup.graph.stream_rdb", quick)
+    monkeypatch.setattr("lib.clients.falkordb.psync.IDLE_SECONDS", 0.5)
     begun = time.monotonic()
     with (
         falkordb_proxy(backing, Fault(b"PSYNC", silent=silent)),

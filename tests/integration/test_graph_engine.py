@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts_of(version: int, encoding: int | None) -> RdbFacts:
-    return RdbFacts(version, "x", 1, "", crc_present=True, crc_ok=True, dumped_graph=None, graph_encoding=encoding)
+    return RdbFacts(version, "x", 1, "", crc_ok=True, dumped_graph=None, graph_encoding=encoding)
 
 
 def made_up(name: str, rdb_version: int, encoding: int) -> Engine:
@@ -186,7 +187,7 @@ def test_a_file_that_does_not_load_is_reported_and_in_time(
     (tmp_path / "broken.rdb").write_bytes(data[:middle] + bytes(200) + data[middle + 200 :])
     with (
         pytest.raises(BackupDamaged, match="does not load"),
-        scratch_server(engine, tmp_path / "broken.rdb", seconds=60),
+        scratch_server(engine, tmp_path / "broken.rdb"),
     ):
         pytest.fail("it loaded")
 
@@ -201,12 +202,16 @@ def test_a_newer_version_is_refused_by_name(engine: Engine, tmp_path: Path):
         pytest.fail("it loaded")
 
 
-def test_waiting_ends_at_the_limit(engine: Engine, server: FalkorServer, conn: redis.Redis, tmp_path: Path):
+def test_waiting_ends_at_the_limit(
+    engine: Engine, server: FalkorServer, conn: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lib.clients.falkordb.scratch.START_SECONDS", 0.0)
+    monkeypatch.setattr("lib.clients.falkordb.scratch.LOAD_BYTES_PER_SECOND", math.inf)
     fill(conn, "g", 50_000, characters=200)
     rdb = take(server.address, tmp_path / "g.rdb")
     with (
         pytest.raises(ScratchFailed, match=r"was not ready after 0 s"),
-        scratch_server(engine, rdb, seconds=0.0),
+        scratch_server(engine, rdb),
     ):
         pytest.fail("it loaded")
 

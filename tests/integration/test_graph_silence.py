@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from lib.clients.falkordb import connection
 from lib.clients.falkordb.connection import GraphAddress, command, connect, list_graphs
 from lib.clients.falkordb.queries import counts, raw_rows, read_rows
 from lib.errors import StoreUnreachable
@@ -56,9 +57,10 @@ def server():
 
 
 @pytest.fixture
-def conn(server):
+def conn(server, monkeypatch):
+    monkeypatch.setattr(connection, "READ_SECONDS", READ_SECONDS)
     address = GraphAddress("127.0.0.1", server.server_address[1])
-    with connect(address, read_seconds=READ_SECONDS) as opened:
+    with connect(address) as opened:
         assert list_graphs(opened) == []
         yield opened
 

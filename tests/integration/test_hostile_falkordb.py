@@ -78,10 +78,6 @@ def without_end(start: bytes, unit: bytes, pause: float = 0.0) -> Reply:
 MANY_PUSHES = b">2\r\n+a\r\n+b\r\n" * 5000 + b"+OK\r\n"
 REPLIES = {
     "a text of gigabytes": without_end(b"$4000000000\r\n", b"x" * 65536),
-    "a list of a milliard": sending(b"*1000000000\r\n"),
-    "lists of many within lists": sending(b"*2\r\n" + b"*10000000\r\n" * 8),
-    "a list of many after a text": sending(b"*2\r\n$3\r\nabc\r\n*1000000000\r\n"),
-    "a text within a list": sending(b"*1\r\n*99999\r\n$4000000000\r\n"),
     "lists as deep as a well": sending(b"*1\r\n" * 100_000),
     "pushes": sending(MANY_PUSHES),
     "a move to nowhere": sending(b"-MOVED\r\n"),
@@ -99,7 +95,7 @@ def test_a_reply_of_another_measure_is_no_graph(operator, kind):
     assert f"what answers at 127.0.0.1:{port} is not FalkorDB" in result.err
 
 
-@pytest.mark.parametrize("kind", ["a list of a milliard", "lists of many within lists", "pushes"])
+@pytest.mark.parametrize("kind", ["lists as deep as a well", "pushes"])
 def test_so_is_one_to_a_command_that_may_take_hours(kind):
     with serving(REPLIES[kind]) as port:
         conn = connect(GraphAddress("127.0.0.1", port))
@@ -108,7 +104,7 @@ def test_so_is_one_to_a_command_that_may_take_hours(kind):
 
 
 def test_a_login_is_answered_shortly():
-    fails = pytest.raises(StoreFailed, match="a reply of 4,000,000,000 bytes")
+    fails = pytest.raises(StoreFailed, match=r"a reply of 1,\d{3},\d{3} bytes, more than is accepted")
     with serving(REPLIES["a text of gigabytes"], always=True) as port, fails:
         connect(GraphAddress("127.0.0.1", port))
 
@@ -138,8 +134,9 @@ def test_a_long_list_is_a_list():
 def test_a_reply_that_drips_is_given_up(monkeypatch, unit):
     monkeypatch.setattr(client, "_WHOLE_READ_SECONDS", 0.4)
     monkeypatch.setattr(client, "_WHOLE_WRITE_SECONDS", 0.4)
+    monkeypatch.setattr(client, "READ_SECONDS", 0.2)
     with serving(without_end(b"*100000\r\n+", unit, 0.05)) as port:
-        conn = connect(GraphAddress("127.0.0.1", port), read_seconds=0.2)
+        conn = connect(GraphAddress("127.0.0.1", port))
         for words in (["GRAPH.LIST"], ["DUMP", "g"]):
             with pytest.raises(StoreUnreachable, match="does not answer"):
                 command(conn, *words)

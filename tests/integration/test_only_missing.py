@@ -106,7 +106,7 @@ def test_an_orphan_point_is_saved_before_it_is_removed(level):
     repair(level, removed=1)
     folder = level.backups / "embeddings"
     [path] = folder.glob(f"{level.collection}*.sqlite3")
-    with EmbeddingCache(path, vectors=folder / "vectors.sqlite3") as cache:
+    with EmbeddingCache(path) as cache:
         saved = cache.saved_points([99])[99]
     assert b'"note":"dear"' in saved.payload
     assert np.array_equal(np.frombuffer(saved.vector, dtype="<f4"), vector)

@@ -25,7 +25,7 @@ def vector(text, size):
 
 
 def opened(folder, name):
-    return EmbeddingCache(folder / "embeddings" / f"{name}.sqlite3", vectors=folder / "embeddings" / "vectors.sqlite3")
+    return EmbeddingCache(folder / "embeddings" / f"{name}.sqlite3")
 
 
 def plan(cache, spec, texts):
@@ -128,7 +128,7 @@ def test_another_run_on_the_same_vectors_stops_it(tmp_path):
 
 
 def test_nobody_begins_while_it_works(tmp_path):
-    with opened(tmp_path, "own") as cache, cache.exclusive(), pytest.raises(LockHeld):
+    with opened(tmp_path, "own") as cache, cache.used_vectors.alone(), pytest.raises(LockHeld):
         opened(tmp_path, "other")
 
 

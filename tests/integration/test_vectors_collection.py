@@ -157,7 +157,7 @@ def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(q: Qdran
         inspect_snapshot(io.BytesIO(data))
     with pytest.raises(QdrantError, match="Wal error"):
         send(q, names[1], data)
-    assert collection.is_failed(q, names[1])
+    assert collection.health(q, names[1]) == "failed"
     assert collection.exists(q, names[1])
     with pytest.raises(MigrationError, match="is failed"):
         restoring.wait_restored(q, names[1], 1)

@@ -29,8 +29,8 @@ def looks_of(version: str) -> list[Topology]:
         shards = next(one for one in answers if one["title"] == "shards")["response"]["json"]["result"]
         peers = next(one for one in answers if one["title"] == "cluster")["response"]["json"]["result"]["peers"]
         peer = shards["peer_id"]
-        local = [Shard(one["shard_id"], peer, one["state"], one["points_count"]) for one in shards["local_shards"]]
-        remote = [Shard(one["shard_id"], one["peer_id"], one["state"], None) for one in shards["remote_shards"]]
+        local = [Shard(one["shard_id"], peer, one["state"]) for one in shards["local_shards"]]
+        remote = [Shard(one["shard_id"], one["peer_id"], one["state"]) for one in shards["remote_shards"]]
         known = {int(one): entry["uri"] for one, entry in peers.items()}
         found.append(Topology(len(peers), peer, (*local, *remote), len(shards["shard_transfers"]), known))
     return found
@@ -86,8 +86,8 @@ def test_a_key_that_may_not_ask_for_the_peers_is_enough(looks):
 def replicated(looks: list[Topology], state: str = "Active") -> list[Topology]:
     """Both shards on both nodes; the second node's replicas in `state`."""
     one, two = (look.this_peer for look in looks)
-    shards = [Shard(number, one, "Active", 20) for number in (0, 1)]
-    shards += [Shard(number, two, state, 20) for number in (0, 1)]
+    shards = [Shard(number, one, "Active") for number in (0, 1)]
+    shards += [Shard(number, two, state) for number in (0, 1)]
     return [dataclasses.replace(look, shards=tuple(shards)) for look in looks]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from lib.config import DEFAULTS, load_config, require_embedding_key
@@ -541,22 +539,6 @@ def test_the_mismatch_is_reported_in_the_words_that_operators_know():
     assert keep == "export VECTOR_SIZE=768"
     assert migrate == "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
     check_dimension("memories", 768, 768)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
-def test_a_key_that_goes_to_the_address_in_another_users_file_is_reported(places, load, monkeypatch):
-    """Both are trusted, as the owner of the checkout is by root."""
-    path = places / "cwd" / ".env"
-    path.write_text("OPENAI_BASE_URL=http://127.0.0.1:9/v1\nQDRANT_URL=http://127.0.0.1:6333\n")
-    os.chown(path, 65534, 65534)
-    monkeypatch.setattr("lib.env_files.trusted_owners", lambda: {0, 65534})
-    warnings = load(OPENAI_API_KEY="key", QDRANT_API_KEY="key").warnings
-    assert [text.split(" (")[0] for text in warnings] == ["QDRANT_API_KEY", "OPENAI_API_KEY"]
-    for text in warnings:
-        assert "(environment, of uid 0)" in text
-        assert f"({path}:" in text
-        assert "of uid 65534" in text
-    assert load(QDRANT_URL="http://127.0.0.1:6333", OPENAI_BASE_URL="http://x", QDRANT_API_KEY="key").warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -344,14 +344,13 @@ def test_kill_9_loses_nothing_that_was_confirmed(path):
 
 
 def test_two_targets_share_paid_vectors_and_nothing_else(tmp_path):
-    shared = tmp_path / "vectors.sqlite3"
-    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=shared) as one:
+    with EmbeddingCache(tmp_path / "one.sqlite3") as one:
         key = one.text_key(SPEC, "hello")
         one.put_vectors([(key, np.ones(SPEC.size, dtype="<f4").tobytes())])
         one.save_points([SavedPoint("00000000-0000-4000-8000-000000000001", b'{"a":1}')])
-    with EmbeddingCache(tmp_path / "other.sqlite3", vectors=shared) as other:
+    with EmbeddingCache(tmp_path / "other.sqlite3") as other:
         assert other.known([key]) == {key}
         assert other.saved_count() == 0
         assert other.memory_count() == 0
-    with EmbeddingCache(tmp_path / "one.sqlite3", vectors=shared) as again:
+    with EmbeddingCache(tmp_path / "one.sqlite3") as again:
         assert again.saved_count() == 1

@@ -148,8 +148,6 @@ def test_a_private_file_is_made_and_closed_to_others(tmp_path):
     private_file(tmp_path / "f")
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
     assert (tmp_path / "f").read_bytes() == b"kept"
-    private_file(tmp_path / "missing", create=False)
-    assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "folder"])
@@ -371,7 +369,7 @@ def test_what_is_no_file_is_no_lock(tmp_path, kind):
     (file,) = tmp_path.iterdir()
     file.unlink()
     os.mkfifo(file) if kind == "fifo" else file.mkdir()
-    with pytest.raises(UsageProblem, match="is not a regular file"):
+    with pytest.raises(UsageProblem, match=r"cannot be locked \((it is not a regular file|Is a directory)\)"):
         lock_targets(["t"], tmp_path).__enter__()
 
 

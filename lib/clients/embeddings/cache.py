@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, chunks, moved
+from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, chunks
 from lib.clients.embeddings.pricing import input_limit
 from lib.dimensions import EmbeddingSpec, can_be_cut, public_url, same_model
 
@@ -72,19 +72,12 @@ def _memory_row(values: tuple[Any, ...]) -> MemoryRow:
 
 
 class EmbeddingCache(CacheFile):
-    """The open cache; see CacheFile for the arguments."""
+    """The open cache; see CacheFile for the argument."""
 
-    def __init__(self, path: Path, *, vectors: Path | None = None) -> None:
-        super().__init__(path, vectors=vectors)
-        self._specs: dict[bytes, EmbeddingSpec] = {}
-        for prefix, url, model, size in self.rows("SELECT prefix, base_url, model, size FROM specs"):
-            if not isinstance(prefix, bytes) or not isinstance(size, int):
-                self.close()
-                raise CacheDamaged(
-                    f"the embedding cache {self.vectors_path} names a model in a form that these scripts do not write",
-                    next_step=f"move it away, then run the same command again:\n{moved(self.vectors_path, '.damaged')}",
-                )
-            self._specs[prefix] = EmbeddingSpec(str(url), str(model), size)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        specs = self.rows("SELECT prefix, base_url, model, size FROM specs")
+        self._specs = {prefix: EmbeddingSpec(url, model, size) for prefix, url, model, size in specs}
 
     # --- vectors
 

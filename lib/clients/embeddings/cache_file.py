@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.dimensions import EmbeddingSpec
@@ -54,33 +53,26 @@ class CacheDamaged(MigrationError):
 class CacheFile:
     """The open files. One connection, used by the thread that opened it; SQLite allows one writer at a time.
 
-    `path` is the plan, created if it is missing (0600 in a 0700 folder); `vectors` the vectors, shared by several plans
-    (None: they are stored in `path` too). Raises CacheDamaged.
+    `path` is the plan, created if it is missing (0600 in a 0700 folder). The vectors are in `vectors.sqlite3` in the
+    same folder, which all plans share. Raises CacheDamaged.
     """
 
-    def __init__(self, path: Path, *, vectors: Path | None = None) -> None:
-        self.path, self.vectors_path = path, vectors or path
-        self.vectors_schema = "shared" if vectors else "main"
-        self._files = [path] if vectors is None else [path, vectors]
-        for file in self._files:
-            private_dir(file.parent)
+    def __init__(self, path: Path) -> None:
+        self.path, self.vectors_path = path, path.with_name("vectors.sqlite3")
+        private_dir(path.parent)
+        for file in (self.path, self.vectors_path):
             new = not file.exists()
             private_file(file)
-            for ending in ("-wal", "-shm"):
-                private_file(file.with_name(file.name + ending), create=False)
             if new:
                 sync_dir(file.parent)  # SQLite syncs what it writes, not the name of the file
         # Held until close, not for each statement: vectors that a run relies on must not be pruned meanwhile.
-        self._used = UsedFile(self.vectors_path.with_name(self.vectors_path.name + ".lock"))
+        self.used_vectors = UsedFile(self.vectors_path.with_name(self.vectors_path.name + ".lock"))
         self.db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             with self.guarded():
-                if vectors:
-                    self.db.execute(f"ATTACH DATABASE ? AS {self.vectors_schema}", [str(vectors)])
-                    self._prepare("main", path, _PLAN_TABLES)
-                    self._prepare(self.vectors_schema, vectors, _VECTOR_TABLES)
-                else:
-                    self._prepare("main", path, _VECTOR_TABLES + ";" + _PLAN_TABLES)
+                self.db.execute("ATTACH DATABASE ? AS shared", [str(self.vectors_path)])
+                self._prepare("main", path, _PLAN_TABLES)
+                self._prepare("shared", self.vectors_path, _VECTOR_TABLES)
         except BaseException:
             self.close()
             raise
@@ -178,7 +170,7 @@ class CacheFile:
 
     def size_bytes(self) -> int:
         """Bytes on the disk, the write-ahead logs included."""
-        files = [file.with_name(file.name + ending) for file in self._files for ending in ("", "-wal")]
+        files = [Path(f"{file}{ending}") for file in (self.path, self.vectors_path) for ending in ("", "-wal")]
         return sum(each.stat().st_size for each in files if each.exists())
 
     def require_room(self, texts: int, size: int) -> None:
@@ -192,42 +184,29 @@ class CacheFile:
                 f"df -h {quote(str(self.vectors_path.parent))}\nthen run the same command again",
             )
 
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """Use the vectors exclusively during the block. Raises LockHeld."""
-        return self._used.alone()
-
     def close(self) -> None:
         """Fold the log into the file and close it."""
         self.db.close()
-        self._used.close()
+        self.used_vectors.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 _PAGE_BYTES = 4096  # SQLite's default
-# Of a row that continues on overflow pages, so much stays on its own page
-# (https://www.sqlite.org/fileformat2.html#cell_payload).
-_LOCAL_BYTES = 512
-_INDEX_BYTES = 64  # of a key in the index
+_ROW_BYTES = 100  # of a row but for its vector: key, checksum, headers, and the key in the index
 _LOG_BYTES = 8 << 20  # the log is folded into the file each 1,000 pages (4 MB)
 _MOST_LOGGED = 3200  # texts that one transaction may bring into the log: all that are in flight
 
 
 def room_of(texts: int, size: int) -> int:
     """The most bytes that `texts` vectors of `size` dimensions add to the file and its log."""
-    row = 4 * size + 36
-    if row <= _PAGE_BYTES - 35:
-        on_disk = _PAGE_BYTES // ((_PAGE_BYTES - 35) // row)
-    else:
-        on_disk = -(-(row - _LOCAL_BYTES) // (_PAGE_BYTES - 4)) * _PAGE_BYTES + _LOCAL_BYTES
-    logged = min(texts, _MOST_LOGGED)
-    return (texts + logged) * (on_disk + _INDEX_BYTES) + _LOG_BYTES if texts else 0
+    row = 4 * size + _ROW_BYTES
+    on_disk = row + min(row, _PAGE_BYTES)  # a page that has no room for another row stays partly empty
+    return (texts + min(texts, _MOST_LOGGED)) * on_disk + _LOG_BYTES if texts else 0
 
 
 def chunks(items: Iterable[_Item], size: int = VALUES_AT_ONCE) -> Iterator[list[_Item]]:
@@ -282,7 +261,7 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
     stored = _stored(cache, plans)
     if dry_run or not any(one.unneeded for one in stored):
         return Pruned(stored, 0, before, before, shrunk=False)
-    with cache.exclusive():
+    with cache.used_vectors.alone():
         _note_needed(cache, plans)
         with cache.transaction():
             sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
@@ -340,7 +319,7 @@ def _shrink(cache: CacheFile) -> bool:
     # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
     if free_bytes(cache.vectors_path) < 2 * cache.vectors_path.stat().st_size:
         return False
-    with cache.exclusive(), cache.guarded():
-        cache.db.execute(f"VACUUM {cache.vectors_schema}")
-        cache.db.execute(f"PRAGMA {cache.vectors_schema}.wal_checkpoint(TRUNCATE)")
+    with cache.used_vectors.alone(), cache.guarded():
+        cache.db.execute("VACUUM shared")
+        cache.db.execute("PRAGMA shared.wal_checkpoint(TRUNCATE)")
     return True

@@ -96,10 +96,10 @@ _when_queue_is_free = backoff.on_exception(
 )
 
 
-def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: float = READ_SECONDS) -> redis.Redis:
+def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
 
-    Afterwards a read that gets no byte for `read_seconds` raises StoreUnreachable; DUMP, RESTORE and writes may take
+    Afterwards a read that gets no byte for READ_SECONDS raises StoreUnreachable; DUMP, RESTORE and writes may take
     hours. A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
     own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
@@ -127,8 +127,8 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0, read_seconds: 
                 raise
     client = _Client(**options, socket_timeout=None)
     _bound(client, min(_DUMP_BYTES, physical_memory() // 3), _WHOLE_WRITE_SECONDS)
-    client.reads = redis.Redis(**options, socket_timeout=read_seconds)
-    _bound(client.reads, _READ_BYTES, max(read_seconds, _WHOLE_READ_SECONDS))
+    client.reads = redis.Redis(**options, socket_timeout=READ_SECONDS)
+    _bound(client.reads, _READ_BYTES, _WHOLE_READ_SECONDS)
     return client
 
 
@@ -326,16 +326,11 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     )
 
 
-# Bounds for replies: a hostile server may announce gigabytes, or send a byte a minute without end. The header of a long
-# list, at the start of a reply and after a line; a text may match, too.
-_LONG_LIST, _LATER_LIST = re.compile(rb"[*~>%|]\d{5,}\r"), re.compile(rb"\n[*~>%|]\d{5,}\r")
-_HEADER_BYTES = 32
-_MOST_ELEMENTS = 10_000_000  # in a reply: a page of rows has some 100,000
 # Memory for a reply: nested lists can cost thousands of times their bytes on the wire.
 _SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 
-class BoundedSocket:
+class _BoundedSocket:
     """A socket that takes at most `limit` bytes after each request, all of them within `seconds`."""
 
     _received_by_all = 0  # the process's memory also holds what other threads receive
@@ -349,7 +344,6 @@ class BoundedSocket:
         return getattr(self._sock, name)
 
     def settimeout(self, seconds: float | None) -> None:
-        """Set the longest wait for a byte."""
         self._timeout = seconds
         self._sock.settimeout(seconds)
 
@@ -360,27 +354,23 @@ class BoundedSocket:
         self._expect_reply()
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Receive as a socket does, within the bounds."""
         if flags:  # MSG_PEEK consumes nothing
             return self._sock.recv(size, flags)
         self._limit_wait()
         data = self._sock.recv(size)
-        self._count(memoryview(data))
+        self._count(len(data))
         return data
 
     def recv_into(self, buffer: bytearray) -> int:
-        """Receive as a socket does, within the bounds."""
         self._limit_wait()
         size = self._sock.recv_into(buffer)
-        self._count(memoryview(buffer)[:size])
+        self._count(size)
         return size
 
     def _expect_reply(self) -> None:
-        self._received = self._checked = self._elements = 0
-        self._in_string = 0  # bytes of a string that are still expected
-        self._unparsed = bytearray()
+        self._received = self._checked = 0
         self._deadline = time.monotonic() + self._seconds
-        self._memory, self._received_before = _peak_memory(), BoundedSocket._received_by_all
+        self._memory, self._received_before = _peak_memory(), _BoundedSocket._received_by_all
 
     def _limit_wait(self) -> None:
         left = self._deadline - time.monotonic()
@@ -389,37 +379,15 @@ class BoundedSocket:
         if self._timeout != 0:
             self._sock.settimeout(left if self._timeout is None else min(left, self._timeout))
 
-    def _count(self, data: memoryview) -> None:
-        """Raise InvalidResponse if a reply has, announces or takes in memory more than a reply may."""
-        self._received += len(data)
-        BoundedSocket._received_by_all += len(data)
+    def _count(self, size: int) -> None:
+        """Raise InvalidResponse if a reply is larger, or takes more memory, than a reply may."""
+        self._received += size
+        _BoundedSocket._received_by_all += size
         _require(self._received, self._limit, "bytes")
-        within = min(self._in_string, len(data))
-        self._in_string -= within
-        self._unparsed += data[within:]
-        start = max(0, len(self._unparsed) - len(data) - _HEADER_BYTES)
-        has_list = _LONG_LIST.match(self._unparsed) or _LATER_LIST.search(self._unparsed, start)
-        if has_list or self._unparsed.startswith(b"$"):
-            self._parse_headers()
         if self._received - self._checked >= _CHECK_BYTES:
             self._checked = self._received
-            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (BoundedSocket._received_by_all - self._received_before)
+            most = _SPARE_MEMORY + _TIMES_ITS_BYTES * (_BoundedSocket._received_by_all - self._received_before)
             _require(_peak_memory() - self._memory, most, "bytes of memory")
-
-    def _parse_headers(self) -> None:
-        """Parse the headers received so far. The bytes of a string are skipped: they may look like headers."""
-        at, data = 0, self._unparsed
-        while at < len(data) and (end := data.find(b"\r\n", at)) >= 0:
-            kind, number = data[at : at + 1], bytes(data[at + 1 : min(end, at + _HEADER_BYTES)])
-            at = end + 2
-            if kind in b"$=!" and number.isdigit():
-                _require(int(number), self._limit, "bytes")
-                at += int(number) + 2
-            elif kind in b"*~>%|" and number.isdigit():
-                self._elements += int(number)
-                _require(self._elements, _MOST_ELEMENTS, "elements")
-        self._in_string = max(0, at - len(data))
-        del data[:at]
 
 
 def _require(found: int, most: int, what: str) -> None:
@@ -438,7 +406,7 @@ def _bound(client: redis.Redis, limit: int, seconds: float) -> None:
     class BoundedParser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has no types here
         def on_connect(self, connection: Any, **options: Any) -> None:
             # Each parser of redis-py takes its socket from the connection.
-            connection._sock = BoundedSocket(connection._sock, limit, seconds)  # noqa: SLF001
+            connection._sock = _BoundedSocket(connection._sock, limit, seconds)  # noqa: SLF001
             super().on_connect(connection, **options)
 
     client.connection_pool.connection_kwargs["parser_class"] = BoundedParser

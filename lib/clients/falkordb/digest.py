@@ -8,7 +8,7 @@ definitions of indexes and constraints. Doubles have the 15 digits that the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
@@ -37,14 +37,12 @@ class GraphDigest:
     by_id: bool
 
 
-def graph_digest(
-    conn: redis.Redis, graph: str, *, by_id: bool = False, progress: Callable[[int], None] | None = None
-) -> GraphDigest:
-    """Compute the digest of a graph that nobody writes to; `progress` gets the number of items read so far.
+def graph_digest(conn: redis.Redis, graph: str, *, by_id: bool = False) -> GraphDigest:
+    """Compute the digest of a graph that nobody writes to.
 
     Holds 16 bytes per node id in memory. Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
     """
-    reader = _Reader(conn, graph, by_id=by_id, progress=progress or (lambda _done: None))
+    reader = _Reader(conn, graph, by_id=by_id)
     sums = reader.add_nodes(), reader.add_relationships()
     known = schema(conn, graph)
     covered = {
@@ -61,9 +59,9 @@ def graph_digest(
 class _Reader:
     """Reads all nodes first, and saves the hash of each under its id, then relationships."""
 
-    def __init__(self, conn: redis.Redis, graph: str, *, by_id: bool, progress: Callable[[int], None]) -> None:
+    def __init__(self, conn: redis.Redis, graph: str, *, by_id: bool) -> None:
         self.nodes = self.relationships = 0
-        self._conn, self._graph, self._by_id, self._progress = conn, graph, by_id, progress
+        self._conn, self._graph, self._by_id = conn, graph, by_id
         self._hashes = bytearray()
         self._keys = _Names(conn, graph, queries.KEYS)
         self._labels = _Names(conn, graph, queries.LABELS)
@@ -82,7 +80,6 @@ class _Reader:
                 self._hashes[at : at + HASH_BYTES] = value
                 total += int.from_bytes(value, "big")
             self.nodes += len(rows)
-            self._progress(self.nodes)
         return total % _MODULUS
 
     def add_relationships(self) -> int:
@@ -95,7 +92,6 @@ class _Reader:
                 value = _hash(b"R" + identity + self._types[type_id] + ends + self._properties(properties))
                 total += int.from_bytes(value, "big")
             self.relationships += len(rows)
-            self._progress(self.nodes + self.relationships)
         return total % _MODULUS
 
     def _properties(self, properties: Iterable[list[Any]]) -> bytes:

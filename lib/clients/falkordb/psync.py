@@ -13,14 +13,14 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from lib.clients.falkordb.connection import START_HINT, GraphAddress, access_refused
 from lib.clients.falkordb.rdb import CHUNK_BYTES, MAGIC, crc64
-from lib.concurrency import CancelToken
+from lib.concurrency import CancelToken, Progress
 from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 60.0  # without a byte
 CRC_BYTES = 8
 PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
 _LINE_BYTES = 1 << 16
@@ -39,29 +39,19 @@ class RdbNotMade(StoreUnreachable):
     """The server failed to make an RDB: it lacks the memory to fork, or room on its disk. DUMP may still work."""
 
 
-@dataclass(frozen=True)
-class RdbTransfer:
-    """What was received: bytes, sha256, and whether the RDB has a CRC64, which was then right."""
-
-    size: int
-    sha256: str
-    crc_ok: bool
-
-
 def stream_rdb(
     address: GraphAddress,
     write: Callable[[bytes], object],
     *,
-    progress: Callable[[int], None] | None = None,
-    idle_seconds: float = 60.0,
+    progress: Progress | None = None,
     stop: CancelToken | None = None,
-) -> RdbTransfer:
-    """Pass the server's RDB to `write`, piece by piece; `progress` gets the bytes so far; `stop` ends the connection.
+) -> tuple[int, str]:
+    """Pass the server's RDB to `write` in pieces. Returns its size and sha256. `progress` gets the bytes of each.
 
-    `idle_seconds` without a byte end it, too. Raises PsyncRefused and RdbNotMade if DUMP may still work, AccessRefused,
-    StoreFailed, StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
+    `stop` ends the connection. Raises PsyncRefused and RdbNotMade if DUMP may still work, AccessRefused, StoreFailed,
+    StoreUnreachable, and BackupDamaged if what arrived is not a whole RDB.
     """
-    connection = _ReplicaConnection(address, idle_seconds)
+    connection = _ReplicaConnection(address)
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
         connection.introduce()
         header = connection.request_rdb()
@@ -97,7 +87,7 @@ def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
 class _Receiver:
     """Passes pieces on and computes their checksums. The CRC64 leaves out the last eight bytes, which may hold it."""
 
-    def __init__(self, write: Callable[[bytes], object], progress: Callable[[int], None]) -> None:
+    def __init__(self, write: Callable[[bytes], object], progress: Progress) -> None:
         self._write, self._progress = write, progress
         self._sha256 = hashlib.sha256()
         self._crc = self._size = 0
@@ -111,27 +101,26 @@ class _Receiver:
         data = self._tail + piece
         self._crc = crc64(data[:-CRC_BYTES], self._crc)
         self._tail = data[-CRC_BYTES:]
-        self._progress(self._size)
+        self._progress(len(piece))
 
-    def finish(self, address: str) -> RdbTransfer:
+    def finish(self, address: str) -> tuple[int, str]:
         if not self._start.startswith(MAGIC):
             raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB", next_step=_AGAIN)
         stored = int.from_bytes(self._tail, "little")
         if stored not in {0, self._crc}:
             raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match", next_step=_AGAIN)
-        return RdbTransfer(self._size, self._sha256.hexdigest(), stored == self._crc)
+        return self._size, self._sha256.hexdigest()
 
 
 class _ReplicaConnection:
     """A connection that asks for an RDB as a replica does; socket errors become StoreUnreachable."""
 
-    def __init__(self, address: GraphAddress, idle_seconds: float) -> None:
+    def __init__(self, address: GraphAddress) -> None:
         self.address = address.display
         self._login = [word for word in (address.username, address.password) if word] if address.password else []
-        self._idle = idle_seconds
         with self._socket_errors():
-            self._socket = _open_socket(address, min(CONNECT_SECONDS, idle_seconds))
-            self._socket.settimeout(idle_seconds)
+            self._socket = _open_socket(address)
+            self._socket.settimeout(IDLE_SECONDS)
             self._reader = self._socket.makefile("rb")
 
     def close(self) -> None:
@@ -182,7 +171,7 @@ class _ReplicaConnection:
         line, deadline = b"", time.monotonic() + PREPARE_SECONDS
         while not line.endswith(b"\n"):
             with self._socket_errors():
-                byte = self._reader.read1(1)  # each may take `idle_seconds`
+                byte = self._reader.read1(1)  # each may take IDLE_SECONDS
             if not byte or len(line) > _LINE_BYTES:
                 raise StoreUnreachable(
                     f"FalkorDB at {self.address} closed the connection instead of sending an RDB",
@@ -201,20 +190,20 @@ class _ReplicaConnection:
         try:
             yield
         except TimeoutError as error:
-            text = f"FalkorDB at {self.address} has sent nothing for {self._idle:g} s"
+            text = f"FalkorDB at {self.address} has sent nothing for {IDLE_SECONDS:g} s"
             raise StoreUnreachable(text, next_step=START_HINT) from error
         except OSError as error:
             text = f"FalkorDB at {self.address} cannot be reached: {error.strerror or error}"
             raise StoreUnreachable(text, next_step=START_HINT) from error
 
 
-def _open_socket(address: GraphAddress, seconds: float) -> socket.socket:
+def _open_socket(address: GraphAddress) -> socket.socket:
     if address.unix_socket:
         local = socket.socket(socket.AF_UNIX)
-        local.settimeout(seconds)
+        local.settimeout(CONNECT_SECONDS)
         local.connect(address.unix_socket)
         return local
-    plain = socket.create_connection((address.host, address.port), timeout=seconds)
+    plain = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if not address.tls:
         return plain

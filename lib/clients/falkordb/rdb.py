@@ -151,7 +151,6 @@ class RdbFacts:
     redis_version: str
     size: int
     sha256: str
-    crc_present: bool
     crc_ok: bool
     dumped_graph: str | None
     graph_encoding: int | None
@@ -184,7 +183,6 @@ def inspect_rdb(path: Path) -> RdbFacts:
         redis_version=aux.get("redis-ver", ""),
         size=size,
         sha256=sha256,
-        crc_present=stored != 0,
         crc_ok=stored == computed,
         dumped_graph=aux.get(_DUMP_MARK),
         graph_encoding=encoding,

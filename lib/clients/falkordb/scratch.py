@@ -243,17 +243,14 @@ def newest_encoding(falkordb_version: str) -> int | None:
 
 
 @contextlib.contextmanager
-def scratch_server(
-    engine: Engine, rdb: Path | None = None, *, seconds: float | None = None, stop: CancelToken | None = None
-) -> Iterator[Scratch]:
+def scratch_server(engine: Engine, rdb: Path | None = None, *, stop: CancelToken | None = None) -> Iterator[Scratch]:
     """Run a private server of `engine` that has loaded `rdb`; on leaving it is killed and its directory removed.
 
-    `seconds` bounds start and load (default: by the file's size). `stop` kills the server from another thread. Raises
+    The file's size bounds the time to start and load. `stop` kills the server from another thread. Raises
     BackupDamaged if the file does not load, StoreFailed if the server does not start without a file, ScratchFailed.
     """
     stop = stop or CancelToken()
-    if seconds is None:
-        seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
+    seconds = START_SECONDS + (rdb.stat().st_size / LOAD_BYTES_PER_SECOND if rdb else 0.0)
     with scratch_folder("falkordb-scratch-") as folder:
         if rdb is not None:
             (folder.path / "dump.rdb").symlink_to(rdb.resolve())

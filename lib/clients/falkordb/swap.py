@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import redis
 
@@ -31,15 +30,6 @@ _UNCOUNTED |= {"graph.udf", "auth", "client", "config", "command", "dbsize", "du
 _UNCOUNTED |= {"keys", "memory", "module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog"}
 _UNCOUNTED |= {"ttl", "type"}
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
-
-
-@dataclass(frozen=True)
-class OtherClient:
-    """A connection of another client: its address, the seconds since its last command, and that command."""
-
-    address: str
-    idle_seconds: int
-    command: str
 
 
 def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str) -> None:
@@ -134,16 +124,12 @@ def memory_used(conn: redis.Redis) -> int:
         return int(conn.info("memory")["used_memory"])
 
 
-def other_clients(conn: redis.Redis) -> list[OtherClient]:
-    """Return the other connections, without replicas. Raises MigrationError if CLIENT LIST is refused."""
+def other_clients(conn: redis.Redis) -> list[dict[str, str]]:
+    """Return the rows of CLIENT LIST of other clients, without replicas. Raises MigrationError if it is refused."""
     own_connections = (conn, getattr(conn, "reads", conn))  # `connect` makes two
     with translated(conn):
         own = {int(redis.Redis.execute_command(one, "CLIENT", "ID")) for one in own_connections}
-        return [
-            OtherClient(str(one["addr"]), int(one["idle"]), str(one["cmd"]))
-            for one in conn.client_list()
-            if int(one["id"]) not in own and not set(str(one["flags"])) & set("MSP")
-        ]
+        return [one for one in conn.client_list() if int(one["id"]) not in own and not set(one["flags"]) & set("MSP")]
 
 
 def write_calls(conn: redis.Redis) -> dict[str, object] | None:

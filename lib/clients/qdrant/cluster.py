@@ -17,12 +17,11 @@ _EXAMPLE = f"list every node's own address:\nexport {_VARIABLE}=http://node1:633
 
 @dataclass(frozen=True)
 class Shard:
-    """One replica of one shard. `points` is known only on the node that was asked."""
+    """One replica of one shard."""
 
     shard_id: int
     peer: int
     state: str
-    points: int | None
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def topology(q: Qdrant, name: str) -> Topology:
     """
     result = q.json("GET", collection_path(name, "cluster"))
     this_peer = int(result["peer_id"])
-    local = [Shard(s["shard_id"], this_peer, s["state"], s["points_count"]) for s in result["local_shards"]]
-    remote = [Shard(s["shard_id"], int(s["peer_id"]), s["state"], None) for s in result["remote_shards"]]
+    local = [Shard(s["shard_id"], this_peer, s["state"]) for s in result["local_shards"]]
+    remote = [Shard(s["shard_id"], int(s["peer_id"]), s["state"]) for s in result["remote_shards"]]
     try:
         nodes = q.json("GET", "/cluster").get("peers") or {}
     except AccessRefused:

@@ -142,11 +142,6 @@ def health(q: Qdrant, name: str) -> Health:
     return "live"
 
 
-def is_failed(q: Qdrant, name: str) -> bool:
-    """Whether the collection is listed but lost its shard (see `health`)."""
-    return health(q, name) == "failed"
-
-
 def delete_collection(q: Qdrant, name: str) -> bool:
     """Delete the collection, its aliases and access to its snapshot files. Returns False if it does not exist."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -13,6 +13,7 @@ from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import delete_collection, exists, health
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
 from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full, unanswered
+from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
 
 ANSWER_SECONDS = 300.0  # the server answers when the restore has ended; after that the collection is polled
@@ -25,8 +26,6 @@ _OWN_FOLDER = "file:///qdrant/snapshots"  # of Qdrant's image: read from there, 
 _OWN_URL = "http://localhost:6333"  # a container's own port, if QDRANT_URL is a mapped one
 _CONFLICT = 409
 _PIECE_BYTES = 256 << 10  # the timeout of a send applies to each piece
-
-UploadProgress = Callable[[int, int], object]  # bytes sent, bytes in all
 
 
 def unique_filename(stem: str) -> str:
@@ -55,7 +54,7 @@ def upload_and_restore(
     size: int,
     filename: str,
     checksum: str,
-    progress: UploadProgress | None = None,
+    progress: Progress | None = None,
     seconds: float = RESTORE_SECONDS,
     answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
@@ -178,9 +177,9 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
 class _Body:
     """A stream of known length, as the multipart encoder needs it; `len` is the number of unread bytes."""
 
-    def __init__(self, stream: BinaryIO, size: int, progress: UploadProgress | None) -> None:
+    def __init__(self, stream: BinaryIO, size: int, progress: Progress | None) -> None:
         self.len = size
-        self._stream, self._size, self._progress = stream, size, progress
+        self._stream, self._progress = stream, progress
 
     def read(self, size: int = -1) -> bytes:
         piece = self._stream.read(self.len if size < 0 else min(size, self.len))
@@ -188,7 +187,7 @@ class _Body:
             raise BackupDamaged(f"the snapshot ends {self.len} bytes early")
         self.len -= len(piece)
         if self._progress:
-            self._progress(self._size - self.len, self._size)
+            self._progress(len(piece))
         return piece
 
 

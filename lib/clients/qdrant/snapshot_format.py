@@ -110,7 +110,6 @@ class SnapshotFacts:
     size: int
     distance: str
     vectors_named: bool
-    shard_number: int
     segments: int
     shards: dict[int, int]
     payload_schema: dict[str, Any]
@@ -314,7 +313,6 @@ class _Survey:
             size=size,
             distance=distance,
             vectors_named=named,
-            shard_number=int(params.get("shard_number") or len(shards)),
             segments=len(self._segments),
             shards=shards,
             payload_schema=dict(indexes.get("schema") or {}),

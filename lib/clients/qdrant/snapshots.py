@@ -28,7 +28,6 @@ PIECE_SECONDS = 600.0  # a connection that brings less than a piece in this time
 
 _WAIT = {"wait": "true"}
 _MOST_RESTARTS = 3  # of the server while it makes one snapshot
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
@@ -40,15 +39,6 @@ class Snapshot:
     size: int
     checksum: str | None
     created: str
-
-
-@dataclass(frozen=True)
-class Download:
-    """A completed download: bytes, their sha256 in hex, and how often the connection broke."""
-
-    size: int
-    sha256: str
-    resumed: int
 
 
 def server_time(q: Qdrant) -> datetime:
@@ -98,20 +88,13 @@ def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
     return [_snapshot(raw) for raw in q.json("GET", collection_path(collection, "snapshots"))]
 
 
-def create(
-    q: Qdrant, collection: str, *, known_before: Sequence[Snapshot] | None = None, seconds: float = CREATE_SECONDS
-) -> Snapshot:
+def create(q: Qdrant, collection: str, *, seconds: float = CREATE_SECONDS) -> Snapshot:
     """Have one snapshot made, never two, and wait for it, at most `seconds`.
 
     The server continues after a lost answer (seen on 1.11.3 and 1.18.3): then the list is polled, and only a restarted
-    server is asked again. A snapshot that is not in `known_before` (the list before an earlier attempt) is returned as
-    that attempt's. Raises NoAnswer if none appears, QdrantError, AccessRefused.
+    server is asked again. Raises NoAnswer if none appears, QdrantError, AccessRefused.
     """
-    now = list_snapshots(q, collection)
-    known = now if known_before is None else known_before
-    earlier = [snapshot for snapshot in now if snapshot not in known]
-    if earlier:
-        return _newest(earlier)
+    known = list_snapshots(q, collection)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)
         made = _request(q, collection, min(ANSWER_SECONDS, seconds))
@@ -160,9 +143,7 @@ def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
 
 
 def _snapshot(raw: dict[str, Any]) -> Snapshot:
-    checksum = str(raw.get("checksum"))
-    valid = checksum if _SHA256.fullmatch(checksum) else None
-    return Snapshot(str(raw["name"]), int(raw["size"]), valid, str(raw.get("creation_time") or ""))
+    return Snapshot(str(raw["name"]), int(raw["size"]), raw.get("checksum"), str(raw.get("creation_time") or ""))
 
 
 def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
@@ -176,12 +157,12 @@ def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
 
 def download(
     q: Qdrant, collection: str, snapshot: Snapshot, write: Callable[[bytes], object], progress: Progress | None = None
-) -> Download:
-    """Pass every byte of the snapshot to `write`, in order and once. Resumes after a broken connection.
+) -> str:
+    """Pass every byte of the snapshot to `write`, in order and once. Returns the sha256 in hex.
 
-    A server with its snapshots in S3 sends neither a length nor parts of a file: then the listed size counts, and after
-    a break what was received is skipped. Raises BackupDamaged if the server's checksum differs, StoreFailed if the file
-    changes meanwhile, NoAnswer after several connections without a byte.
+    Resumes after a broken connection. A server with its snapshots in S3 sends neither a length nor parts of a file:
+    then the listed size counts, and after a break what was received is skipped. Raises BackupDamaged if the server's
+    checksum differs, StoreFailed if the file changes meanwhile, NoAnswer after several connections without a byte.
     """
     fetch, digest = _Fetch(q, collection_path(collection, "snapshots", snapshot.name), snapshot.size), hashlib.sha256()
     for piece in fetch.pieces():
@@ -195,21 +176,21 @@ def download(
             f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}",
             next_step="run the backup again",
         )
-    return Download(fetch.received, sha256, fetch.resumed)
+    return sha256
 
 
 def with_checksum(q: Qdrant, collection: str, snapshot: Snapshot) -> Snapshot:
     """The snapshot with a checksum. If the server gave none (S3), one download, which is not stored, computes it."""
     if snapshot.checksum is not None:
         return snapshot
-    return replace(snapshot, checksum=download(q, collection, snapshot, lambda _piece: None).sha256)
+    return replace(snapshot, checksum=download(q, collection, snapshot, lambda _piece: None))
 
 
 class _Fetch:
     """The download of one file over as many connections as it needs."""
 
     def __init__(self, q: Qdrant, path: str, listed_size: int) -> None:
-        self.received = self.resumed = 0
+        self.received = 0
         self.total = -1
         self._q, self._path, self._listed_size = q, path, listed_size
         self._etag = ""
@@ -221,7 +202,6 @@ class _Fetch:
             yield from self._one_connection()
             if self.received == self.total:
                 return
-            self.resumed += 1
             enough = PIECE_BYTES if time.monotonic() - began >= PIECE_SECONDS else 1
             barren = barren + 1 if self.received - before < enough else 0
             if barren > len(PAUSES_SECONDS):

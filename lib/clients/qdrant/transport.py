@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
 import requests
 
-from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, UsageProblem, one_line
-from lib.network import Unbounded, container_hint, is_this_machine, new_session, read_whole
+from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, one_line
+from lib.network import Unbounded, connect_error, container_hint, is_this_machine, new_session, read_whole
 
 CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses a request by its headers stops reading
@@ -27,20 +28,8 @@ GATEWAY_ERRORS = (502, 503, 504)
 _SEND_BYTES = 256 << 10  # of a body, sent at once
 _GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
 _TEXT_LIMIT = 600  # characters of a server's error text that are shown
-_DEFAULT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 _EXAMPLE = "correct QDRANT_URL, as in:\nexport QDRANT_URL=http://localhost:6333"
 
-_UNKNOWN_HOST = "its name is not known"
-_NOT_CONNECTED = {
-    "Connection refused": "connection refused",
-    "NameResolutionError": _UNKNOWN_HOST,
-    "Name or service not known": _UNKNOWN_HOST,
-    "ConnectTimeoutError": "connecting timed out",
-    "No route to host": "no route to the host",
-    "Network is unreachable": "the network is unreachable",
-    "Failed to establish a new connection": "no connection can be made",
-    "Tunnel connection failed": "the proxy refuses",
-}
 _PLAIN_HTTP = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # how OpenSSL names an answer without TLS
 # The last two are what a full disk causes during a snapshot and during a restore, and hardly anything else does.
 _DISK_FULL = ("No space left", "Not enough space available", "Error while copy WAL", "failed to unpack `")
@@ -130,7 +119,6 @@ class Qdrant:
 
     A user and password in `url` are sent as basic authentication. `display` is the address without secrets.
     `reads_gzip`: whether large bodies are sent compressed (None: not known yet); to this machine they are not.
-    Raises UsageProblem for an invalid URL or key.
     """
 
     def __init__(
@@ -141,13 +129,9 @@ class Qdrant:
         *,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        # The error of requests for a key that cannot be sent as a header would show the key.
-        if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
-            raise UsageProblem(
-                "QDRANT_API_KEY has characters that a header cannot have", next_step="export QDRANT_API_KEY=..."
-            )
-        self.base_url, self._login = _split_login(url)
-        self.display = self.base_url
+        parts = urlsplit(url)
+        self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        self._login = (parts.username or "", parts.password or "") if "@" in parts.netloc else None
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
@@ -274,34 +258,27 @@ class Qdrant:
         return StoreFailed(f"what answers at {self.display} is not Qdrant's REST API", next_step=_EXAMPLE)
 
 
-def _split_login(url: str) -> tuple[str, tuple[str, str] | None]:
-    """Split into the URL with a port and without login, and (user, password). Raises UsageProblem."""
-    parts = urlsplit(url.strip() if "://" in url else f"http://{url.strip()}")
-    try:
-        port = _DEFAULT_PORT if parts.port is None else parts.port
-    except ValueError:
-        raise UsageProblem("the port in QDRANT_URL is not a port", next_step=_EXAMPLE) from None
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise UsageProblem("QDRANT_URL is not an http(s) address", next_step=_EXAMPLE)
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    login = (parts.username or "", parts.password or "") if parts.username or parts.password else None
-    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}", login
-
-
 def _rate_limit_pause(error: QdrantError) -> float | None:
     """Seconds to wait as the server asks to; None if it does not."""
     asked = error.retry_after or ""
     return max(1.0, float(asked)) if error.status == 429 and asked.isdecimal() else None
 
 
-def _connection_error(display: str, error: Exception) -> StoreUnreachable:
+def _connection_error(display: str, error: requests.RequestException) -> StoreUnreachable:
     """StoreUnreachable if no connection was made, else NoAnswer."""
-    text = str(error)
+    text, cause, hint, reason = str(error), connect_error(error), "", ""
     if isinstance(error, requests.exceptions.SSLError):
         return _tls_error(display, text)
-    if reason := next((meaning for sign, meaning in _NOT_CONNECTED.items() if sign in text), None):
-        host = urlsplit(display).hostname or ""
-        hint = container_hint(host, "QDRANT_URL=http://localhost:6333") if reason == _UNKNOWN_HOST else ""
+    if isinstance(error, requests.exceptions.ProxyError):
+        reason = "the proxy refuses"
+    elif isinstance(error, requests.ConnectTimeout):
+        reason = "connecting timed out"
+    elif isinstance(cause, socket.gaierror):
+        reason = "its name is not known"
+        hint = container_hint(urlsplit(display).hostname or "", "QDRANT_URL=http://localhost:6333")
+    elif cause:
+        reason = (cause.strerror or "no connection can be made").lower()
+    if reason:
         return StoreUnreachable(
             f"Qdrant at {display} is unreachable: {reason}",
             next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
