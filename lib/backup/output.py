@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from lib.backup.catalog import Deployment, backup_sets, dated_later, is_complete
+from lib.backup.catalog import Deployment, backup_sets, is_complete
 from lib.backup.manifest import (
     CHECKED,
     COLLECTION_ONLY,
@@ -100,11 +100,6 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
             console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {note}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
-    for one in dated_later(manifest)[:1]:
-        console.warn(
-            f"{one.name} of the same stores is dated later than this set: a clock was or is wrong. This set does not"
-            f" count as the newest; restore it by name: {manifest.path}"
-        )
     if manifest.proof == UNVERIFIED:
         console.warn("the backup was not verified (--no-verify): re-embed will not rely on it")
         return REMAINING
