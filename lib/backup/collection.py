@@ -44,7 +44,7 @@ from lib.child_process import scratch_folder
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
-from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state
+from lib.clients.qdrant.collection import aliases_of, get_state
 from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot, vector_params
@@ -263,20 +263,21 @@ class CollectionSource:
 
 
 def known_model(
-    state: CollectionState, spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
+    size: int, config: Mapping[str, Any], spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
 
-    `model_known` is `stamped` (also if only the journal has the stamp), `configured` or `guessed`.
+    `size` and `config` are the collection's. `model_known` is `stamped` (also if only the journal has the stamp),
+    `configured` or `guessed`.
     """
-    stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
+    stamp = (config.get("metadata") or {}).get(STAMP_KEY) or {}
     stamp = stamp if stamp.get("model") else journalled or {}
     if stamp.get("model"):
         model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
-    elif state.size == spec.size:
+    elif size == spec.size:
         model, known, provider = spec.model, "configured", spec.provider
     else:
-        model, known, provider = _GUESSES.get(state.size, UNKNOWN_MODEL), "guessed", OPENAI
+        model, known, provider = _GUESSES.get(size, UNKNOWN_MODEL), "guessed", OPENAI
     return {"model": model, "model_known": known, **provider_fact(provider)}
 
 
@@ -317,7 +318,7 @@ def take_collection(
         "payload_schema": state.raw.get("payload_schema") or {},
         "aliases": aliases_of(source.qdrant, source.collection),
         "points": state.points,
-        **known_model(state, source.spec, journalled),
+        **known_model(state.size, state.raw["config"], source.spec, journalled),
     }
     before_ids()
     size, sha256 = _write_archive(source, nodes, path, facts, journal, progress)
