@@ -248,17 +248,18 @@ def _write_rdb(
     """Write the replication stream, or a DUMP. Returns bytes, sha256, and why it is a DUMP ("" for the stream)."""
     if why_dump:
         with suppress(AccessRefused):
-            return _write_dump(source, path, progress, why_dump)
+            return *write_dump(source.conn, source.graph, path, progress), why_dump
     try:
         with atomic_writer(path) as stream:
             moved = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
         return moved.size, moved.sha256, ""
     except PsyncRefused:
-        return _write_dump(source, path, progress, "its RDB is refused")
+        why_dump = "its RDB is refused"
     except RdbNotMade as error:
         if not save_failure(source.conn):
             raise  # the connection broke
-        return _write_dump(source, path, progress, str(error))
+        why_dump = str(error)
+    return *write_dump(source.conn, source.graph, path, progress), why_dump
 
 
 def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> str:
@@ -270,11 +271,14 @@ def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> 
     return f"its key expires at {expires}, and no engine loads it from an RDB after that" if expires else ""
 
 
-def _write_dump(source: GraphSource, path: Path, progress: Callable[[int], None], why: str) -> tuple[int, str, str]:
-    payload, digest = dump_graph(source.conn, source.graph), hashlib.sha256()
+def write_dump(
+    conn: redis.Redis, graph: str, path: Path, progress: Callable[[int], None] = lambda _size: None
+) -> tuple[int, str]:
+    """Write a DUMP of the graph, wrapped as an RDB. Returns bytes and sha256. `progress` gets the bytes so far."""
+    payload, digest = dump_graph(conn, graph), hashlib.sha256()
     with atomic_writer(path) as stream:
         out = PassThrough(stream, digest.update)
-        for chunk in wrap_dump(payload, source.graph):
+        for chunk in wrap_dump(payload, graph):
             out.write(chunk)
             progress(out.size)
-    return out.size, digest.hexdigest(), why
+    return out.size, digest.hexdigest()

@@ -155,7 +155,7 @@ def _loaded(
 ) -> tuple[GraphBackup | None, GraphFacts | None]:
     """The graph's file, verified and loaded into a scratch FalkorDB until the stack ends; of AutoMem's: what it holds.
 
-    `stop` ends the work from another thread. Raises BackupDamaged, NoEngine, TooSmall.
+    `stop` ends the work from another thread. Raises BackupDamaged, NoEngine.
     """
     if not file or not site.graph:
         return None, None
