@@ -212,8 +212,6 @@ def read_manifest(path: Path) -> Manifest:
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """Parse a manifest that is or will be at `path`. Raises BadFile (not ours, or newer), BackupDamaged."""
-    if len(data) > MAX_BYTES:
-        raise BadFile(f"{path} is too large for a manifest")
     try:
         raw = orjson.loads(data)
     except ValueError as error:

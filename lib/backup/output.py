@@ -59,14 +59,12 @@ def show_sources(
     graph: GraphSource | None, collection: CollectionSource | None, folder: Path, console: Console, elsewhere: str = ""
 ) -> int:
     """Show what a backup would hold (--dry-run)."""
-    from lib.clients.falkordb.connection import require_graph
     from lib.clients.falkordb.queries import counts
     from lib.clients.qdrant.collection import get_state
     from lib.files import free_bytes
 
     rows: dict[str, str] = {}
     if graph:
-        require_graph(graph.conn, graph.graph, graph.address)
         seen = counts(graph.conn, graph.graph)
         held = f"{seen.nodes:,} nodes, {seen.relationships:,} relationships"
         rows[f"graph '{graph.graph}' at {graph.address.display}"] = held
