@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from lib.backup.archive import (
     IDS,
     SNAPSHOT,
     ArchiveFacts,
-    IdsReader,
     SnapshotMember,
     archive_writer,
     combined,
@@ -39,9 +37,8 @@ from lib.backup.manifest import (
     require_equal,
 )
 from lib.backup.phases import journalled_stamp, own_snapshot
-from lib.backup.points import as_id
+from lib.backup.points import TemporaryIdTable, as_id
 from lib.child_process import scratch_folder
-from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
 from lib.clients.qdrant.collection import aliases_of, get_state
@@ -55,7 +52,6 @@ from lib.errors import BackupDamaged
 from lib.files import FULL_DISK, free_bytes, private_dir
 from lib.journal import Journal
 
-_PAGE = 1000
 _RESERVE_BYTES = 64 << 20  # what stays free in the temporary folder
 
 
@@ -73,18 +69,23 @@ def verify_collection(
     path: Path,
     *,
     component: CollectionComponent | None = None,
-    on_ids: IdsReader | None = None,
+    ids: TemporaryIdTable | None = None,
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
     counting: bool = True,
 ) -> CollectionVerification:
-    """Verify an archive, which is read once. Raises BackupDamaged.
+    """Verify an archive, which is read once, and fill `ids` with the expected ids. Raises BackupDamaged.
 
-    `on_ids` gets the expected ids, `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the
-    points.
+    `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the points.
     """
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
-    with scratch_folder("segments-") as scratch:
+    with scratch_folder("segments-") as scratch, TemporaryIdTable() as own_ids:
+        expected = own_ids if ids is None else ids
+
+        def read_ids(lines: Iterator[str]) -> None:
+            if ids is not None or not copies.hindrance:
+                expected.fill(map(as_id, lines))
+
         with checking_file(path, file):
             copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"])
             if not counting:
@@ -92,29 +93,28 @@ def verify_collection(
             archive = read_archive(
                 path,
                 on_snapshot=lambda stream: seen.append(copies.inspect(passing(stream) if passing else stream)),
-                on_ids=lambda lines: copies.save_ids(lines, on_ids),
+                on_ids=read_ids,
             )
         if file:
             check_file(path, file, archive.sha256)
         _compare_snapshots(path, archive, seen)
-        facts, expected = archive.facts, archive.facts["promised_ids"]
-        if archive.ids != expected:
-            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected} are expected")
+        facts = archive.facts
+        if archive.ids != facts["promised_ids"]:
+            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {facts['promised_ids']} are expected")
         size, distance = _vector_params(path, facts)
         if component:
             compare_collection(path, component, {**facts, "size": size, "distance": distance})
         if any((one.size, one.distance) != (size, distance) for one in seen if not one.vectors_named):
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-        counted, why_not = copies.counted(lambda: _count_points(path, archive, copies))
+        counted, why_not = copies.counted(lambda: _count_points(path, archive, copies, expected))
     if counted is None:
-        level, note = CHECKED, f"checksum, both tar levels, configuration and ids; {why_not}"
-    else:
-        level, note = RESTORED, f"{counted} points counted by Qdrant's own engine"
-    return CollectionVerification(level, note, archive, seen[0])
+        note = f"checksum, both tar levels, configuration and ids; {why_not}"
+        return CollectionVerification(CHECKED, note, archive, seen[0])
+    return CollectionVerification(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0])
 
 
 class SegmentCopies:
-    """Temporary copies, below `folder`, of segments and expected ids, made while a snapshot is read if nothing hinders.
+    """Temporary copies of segments, below `folder`, made while a snapshot is read if nothing hinders.
 
     Qdrant's engine opens them. `size`: bytes of all snapshots.
     """
@@ -124,7 +124,6 @@ class SegmentCopies:
         if not has_engine():
             self.hindrance = "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
         self.segments: list[SegmentFiles] = []
-        self.ids = folder / "ids.txt"
         self._folder = folder
 
     def inspect(self, stream: IO[bytes]) -> SnapshotFacts:
@@ -138,21 +137,6 @@ class SegmentCopies:
         if self.segments[-1].full:
             self.hindrance = _no_room()
         return facts
-
-    def save_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
-        """Copy the ids while `on_ids` reads them."""
-        with self.ids.open("w", encoding="ascii") as copy:
-
-            def copied() -> Iterator[str]:
-                for line in lines:
-                    if not self.hindrance:
-                        copy.write(f"{line}\n")
-                    yield line
-
-            rest = copied()
-            if on_ids:
-                on_ids(rest)
-            deque(rest, maxlen=0)
 
     def counted(self, count: Callable[[], int | None]) -> tuple[int | None, str]:
         """The points that `count` finds, or None and why. `count` returns None if no engine reads the format."""
@@ -177,7 +161,7 @@ def _no_room() -> str:
     return f"no room in {tempfile.gettempdir()} to open its segments"
 
 
-def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> int | None:
+def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies, expected: TemporaryIdTable) -> int | None:
     """Count the points in the segments; None if the engine does not read their format.
 
     If several nodes hold a shard, the replica with the fewest points counts: each was made while all expected ids were
@@ -188,8 +172,7 @@ def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> i
         known = [one for one in opened if one is not None]
         if len(known) < len(opened):
             return None
-        lines = stack.enter_context(copies.ids.open(encoding="ascii"))
-        for page in chunks((as_id(line.strip()) for line in lines), _PAGE):
+        for page in expected.ids():
             missing = set(page)
             for segments in known:
                 missing -= segments.held(list(missing))
@@ -298,14 +281,14 @@ def take_collection(
     *,
     verify: bool = True,
     progress: Progress | None = None,
-    on_ids: IdsReader | None = None,
+    ids: TemporaryIdTable | None = None,
     before_ids: Callable[[], object] = lambda: None,
 ) -> CollectionComponent:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and verify it.
 
-    `on_ids` gets the expected ids if the archive is verified. `before_ids` is called before the first id is read.
-    Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots would not
-    hold all of it.
+    If the archive is verified, `ids` is filled with the expected ids. `before_ids` is called before the first id is
+    read. Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots would
+    not hold all of it.
     """
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
@@ -332,7 +315,7 @@ def take_collection(
     )
     if not verify:
         return component
-    found = verify_collection(path, component=component, on_ids=on_ids)
+    found = verify_collection(path, component=component, ids=ids)
     return replace(component, proof=found.level, proof_note=found.note)
 
 

@@ -123,7 +123,7 @@ def _save(
         with bar("collection", None, "bytes") as progress:
             return take(
                 progress=task.watching(progress) if task else progress,
-                on_ids=lambda ids: point_ids.fill(map(as_id, ids)),
+                ids=point_ids,
                 before_ids=task.wait_begun if task else lambda: None,
             )
 

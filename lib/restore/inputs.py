@@ -28,7 +28,7 @@ from lib.backup.collection import (
     verify_collection,
 )
 from lib.backup.manifest import RESTORED, CollectionComponent, GraphComponent, read_manifest
-from lib.backup.points import TemporaryIdTable, as_id
+from lib.backup.points import TemporaryIdTable
 from lib.child_process import scratch_folder
 from lib.clients.qdrant.segments import SegmentFiles, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
@@ -183,7 +183,7 @@ def open_archive(path: Path, component: CollectionComponent | None) -> Collectio
     found = verify_collection(
         path,
         component=component,
-        on_ids=lambda lines: ids.fill(map(as_id, lines)),
+        ids=ids,
         passing=saved.copying,
         counting=component is None or component.proof != RESTORED,
     )
