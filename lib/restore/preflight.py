@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -290,7 +290,6 @@ def notify_other_clients(site: Site, target: GraphSource) -> None:
 
 
 _PAGE = 500
-_HASH, _MODULUS = "content", 1 << 62
 _NAMED_IDS = 20
 
 
@@ -347,23 +346,16 @@ def newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
 
 
 def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
-    """By id, the sum of the hashes of all contents that have it: an id may be used twice."""
+    """A hash of each memory's content by its id. A memory without an id is left out: it cannot be identified."""
     table = TemporaryIdTable()
-    for page in chunks(_contents(conn, graph), _PAGE):
-        sums = {one: int(row[_HASH]) for one, row in table.payloads([one for one, _ in page]).items()}
-        for identity, value in page:
-            sums[identity] = (sums.get(identity, 0) + value) % _MODULUS
-        table.put((identity, {_HASH: value}) for identity, value in sums.items())
+    memories = (node.properties for node in iter_memories(conn, graph, keys=("id", "content")))
+    for page in chunks((one for one in memories if one["id"] is not None), _PAGE):
+        table.put((as_id(str(one["id"])), {"content": _hash(one["content"])}) for one in page)
     return table
 
 
-def _contents(conn: redis.Redis, graph: str) -> Iterator[tuple[PointId, int]]:
-    """Each memory's id with a hash of its content. A memory without an id is left out: it cannot be identified."""
-    for node in iter_memories(conn, graph, keys=("id", "content")):
-        identity, content = node.properties["id"], node.properties["content"]
-        if identity is not None:
-            value = blake2b(repr(content).encode(), digest_size=8).digest()
-            yield as_id(str(identity)), int.from_bytes(value, "big") % _MODULUS
+def _hash(content: object) -> str:
+    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | None:

@@ -242,7 +242,7 @@ def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, point
 
 
 def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
-    """Recall through AutoMem: each sample's content must bring that memory first, with `match_type: vector`."""
+    """Recall through AutoMem: each sample's content must bring a memory with it first, with `match_type: vector`."""
     if not samples:
         return [Check("recall", SKIPPED, "no memory fit to be a sample")]
     wrong, times, method = [], [], ""
@@ -251,7 +251,8 @@ def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
         method = answer.method
         times.append(answer.milliseconds)
         first = answer.results[0] if answer.results else {}
-        if str(first.get("id")) != sample.id or first.get("match_type") != "vector":
+        content = (first.get("memory") or {}).get("content")
+        if content != sample.content or first.get("match_type") != "vector":
             wrong.append(f"{sample.id} (first: {first.get('id')}, {first.get('match_type')})")
     detail = f"median {median(times):.0f} ms over {len(times)} ({method} /recall)"
     latency = Check("recall latency", PASSED, detail)
@@ -281,8 +282,9 @@ def check_recall_direct(
     wrong = []
     for sample in usable:
         vector = np.frombuffer(vectors[keys[sample.id]], dtype="<f4")
-        hits = search(qdrant, collection, vector, _RECALL_LIMIT)
-        if not hits or str(hits[0].id) != sample.id:
+        nearest = [hit.id for hit in search(qdrant, collection, vector, 1)]
+        found = retrieve(qdrant, collection, nearest, payload=["content"])
+        if not found or found[0].payload != {"content": sample.content}:
             wrong.append(sample.id)
     if wrong:
         detail = f"{len(wrong)} of {len(usable)} samples are not found first: {_some(wrong)}"
