@@ -87,9 +87,7 @@ def verify_collection(
                 expected.fill(map(as_id, lines))
 
         with checking_file(path, file):
-            copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"])
-            if not counting:
-                copies.hindrance = "its points were not counted again"
+            copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"], counting=counting)
             archive = read_archive(
                 path,
                 on_snapshot=lambda stream: seen.append(copies.inspect(passing(stream) if passing else stream)),
@@ -119,10 +117,12 @@ class SegmentCopies:
     Qdrant's engine opens them. `size`: bytes of all snapshots.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, *, counting: bool = True) -> None:
         self.hindrance = "" if has_room(2 * size) else _no_room()
         if not has_engine():
             self.hindrance = "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
+        if not counting:
+            self.hindrance = "its points were not counted again"
         self.segments: list[SegmentFiles] = []
         self._folder = folder
 
