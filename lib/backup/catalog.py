@@ -120,10 +120,7 @@ def with_purpose(manifest: Manifest, safety: Collection[str]) -> Manifest:
 
 
 def latest(folder: Path, owner: Deployment | None) -> Manifest:
-    """The newest full set of `owner` (None: of any deployment) that is no safety copy.
-
-    Raises MissingData if there is none, and BackupDamaged if a newer manifest cannot be read.
-    """
+    """The newest full set of `owner`, see `newest_full`. Raises BackupDamaged if a newer manifest cannot be read."""
     safety = safety_copies(folder)
     found = (with_purpose(read_manifest(path), safety) for path in manifest_paths(folder))
     return newest_full(found, owner, str(folder))
@@ -193,7 +190,6 @@ def is_complete(manifest: Manifest) -> bool:
 
 def delete_set(manifest: Manifest) -> None:
     """Delete a set, its manifest first, so that no set with a missing file remains after a crash."""
-    assert manifest.path is not None
     manifest.path.unlink(missing_ok=True)
     sync_dir(manifest.path.parent)
     for component in manifest.components:

@@ -106,9 +106,7 @@ def _of_stamp(folder: Path, word: str) -> str:
 def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
     """The manifests that `--check` names: all, the latest, one, or that of a file. Raises MissingData, BadFile."""
     if word == LATEST and not Path(word).exists():
-        newest = latest(folder, owner)
-        assert newest.path is not None
-        return [newest.path]
+        return [latest(folder, owner).path]
     path, paths = Path(word), manifest_paths(folder)
     if word == "all":
         if not paths:
@@ -117,7 +115,7 @@ def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[
     found = find_set(folder, path)
     if path.is_file() and path in manifest_paths(path.parent):
         return [path]
-    if found and found.path:
+    if found:
         return [found.path]
     if kind_of(path) == MANIFEST:
         return [path]

@@ -53,7 +53,6 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
     Raises NotArrived if anything fails: then no manifest of the set is there, and no other file was changed. Raises
     BackupDamaged if a file here differs from the manifest, UsageProblem for a name that could not be fetched back.
     """
-    assert manifest.path is not None
     address = offsite_address(url)
     files = [*manifest.files, _file_here(manifest.path, manifest.name)]
     for file in manifest.files:
@@ -87,7 +86,6 @@ def upload_new(
     """Upload a new set if a URL is given, after `say` was given the command that resumes the upload."""
     if url is None:
         return None
-    assert manifest.path is not None
     resume = upload_command(manifest.path, offsite_address(url).shown)
     say(f"backup set: {manifest.path}\nif its upload stops: {resume}")
     return upload(url, manifest, bar, keys)
@@ -146,7 +144,6 @@ def _send_encrypted(
     They are encrypted into a folder here, which is removed when the copy is complete: encrypting a file twice gives
     different bytes, and a resumed upload must compare what is there.
     """
-    assert manifest.path is not None
     there = _sizes(store, files)
     if all(could_hold(there.get(file.name + SUFFIX), file.size) for file in files):
         # Without a key to decrypt the manifest there, only its size is compared.
@@ -178,7 +175,6 @@ def _encrypted(
     manifest: Manifest, files: list[BackupFile], folder: Path, keys: CopyKeys, bar: ProgressBar
 ) -> list[BackupFile]:
     """Encrypt the set's files into `folder`, the manifest last. What an earlier upload encrypted is used again."""
-    assert manifest.path is not None
     need = sum(file.size for file in files if not (folder / f"{file.name}{SUFFIX}").exists())
     require_room(folder, need + _SPARE, "the encrypted set needs")
     names = [file.name for file in files]

@@ -153,10 +153,7 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
 def _loaded(
     site: Site, file: Input[GraphComponent] | None, stack: ExitStack, stop: CancelToken
 ) -> tuple[GraphBackup | None, GraphFacts | None]:
-    """The graph's file, verified and loaded into a scratch FalkorDB until the stack ends; of AutoMem's: what it holds.
-
-    `stop` ends the work from another thread. Raises BackupDamaged, NoEngine.
-    """
+    """Verify the graph's file and load it into a scratch FalkorDB until the stack ends; of AutoMem's: what it holds."""
     if not file or not site.graph:
         return None, None
     if file.automem:
@@ -168,10 +165,7 @@ def _loaded(
 
 
 def _left_out_of(site: Site, source: AutoMemFile, facts: GraphFacts, points: int) -> list[str]:
-    """Report what a backup of AutoMem's does not hold of its graph. Raises BackupDamaged if it shows signs of a cut.
-
-    `points`: how many the collection's file has that is restored with it.
-    """
+    """Report what a backup of AutoMem's does not hold of its graph. Raises BackupDamaged if it shows signs of a cut."""
     signs = facts.signs_of_a_cut(points)
     if not site.force_incomplete:
         require_uncut(source, signs)

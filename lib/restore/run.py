@@ -73,10 +73,7 @@ class _RunningTrials:
     temporary: str | None
 
     def result(self) -> tuple[bytes | None, NewerThanBackup]:
-        """Wait for their ends. Returns the graph's payload, and what the live stores hold and the files do not.
-
-        Raises the error of one that failed.
-        """
+        """Wait for their ends. Returns the graph's payload, and what the live stores hold and the files do not."""
         points = self.collection.result()
         payload, memories = self.graph.result()
         return payload, NewerThanBackup(memories, points)

@@ -140,16 +140,10 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     equal = "equal to the graph, nothing of the old points lost"
     if found.recalled:
         equal += f"; except last_accessed of {found.recalled:,}, which recall updates (--only-missing copies it)"
-    changed = "memories changed since the migration"
+    newer, changed = "memories are newer than the migration", "memories changed since the migration"
     # name, what differs, detail if nothing does, what is wrong, what is pending
     rows = (
-        (
-            "ids",
-            found.missing,
-            f"{found.expected} memories, {exempt}",
-            "memories have no point",
-            "memories are newer than the migration",
-        ),
+        ("ids", found.missing, f"{found.expected} memories, {exempt}", "memories have no point", newer),
         ("orphan points", Differences(found.orphans), "none", "have no memory", ""),
         ("content", found.contents, "equal to the graph", "points hold another content", changed),
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
@@ -220,10 +214,7 @@ def _usable_points(page: list[Point], size: int) -> list[Point]:
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
-    """Whether AutoMem's `/health` shows other settings or other stores; None if it does not.
-
-    `points` is the collection's count. The check that is returned is pending: a restart may change the answer.
-    """
+    """The pending check if AutoMem's `/health` shows other settings or stores: a restart may change it; else None."""
     sizes = health.get("vector_dimensions") or {}
     shown = {name: sizes[name] for name in _SIZES if sizes.get(name) is not None}
     used = [size for name, size in shown.items() if name != "configured"]
@@ -259,10 +250,7 @@ def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
     if wrong:
         detail = f"{len(wrong)} of {len(samples)} samples are not found first by vector: {_some(wrong)}"
         return [Check("recall", PENDING, detail, _RESTART), latency]
-    return [
-        Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"),
-        latency,
-    ]
+    return [Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"), latency]
 
 
 def check_recall_direct(
@@ -360,10 +348,7 @@ class Stores:
 def verify(
     stores: Stores, cache: EmbeddingCache, *, samples: int, after_restart: bool, bar: ProgressBar
 ) -> list[Check]:
-    """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending.
-
-    Raises DimensionMismatch, MissingData, StoreUnreachable.
-    """
+    """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending."""
     graph, source = stores.graph, stores.collection
     qdrant, spec = source.qdrant, source.spec
     require_graph(graph.conn, graph.graph, graph.address)
@@ -406,10 +391,7 @@ def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample],
 
 
 def record(stores: Stores, checks: list[Check]) -> str:
-    """Store the migration record of the guide in AutoMem. Returns the memory's id.
-
-    Raises MigrationError if a check failed or is pending, or if AutoMem does not store it.
-    """
+    """Store the migration record of the guide in AutoMem, if every check passed. Returns the memory's id."""
     if any(check.status in {FAILED, PENDING} for check in checks):
         raise MigrationError("not stored before every check has passed", next_step="do first what is printed below")
     spec = stores.collection.spec

@@ -16,6 +16,7 @@ from lib.backup.points import (
     base_payload,
     identical,
     merged_payload,
+    orphan_ids,
     point_id,
     unusable,
 )
@@ -93,8 +94,6 @@ def compare_stores(
 ) -> Findings:
     """Compare every memory with its existing point, and choose up to `samples` memories.
 
-    Only what differs stays in memory.
-
     A memory is newer than the migration if it was written after `migrated_at`, whatever the plan in `cache` has; a
     time in the future does not count. A node without a usable id or text is exempt, and so is its point.
     """
@@ -107,9 +106,7 @@ def compare_stores(
             _compare_page(memories, payloads, cache, migrated_at, found)
             _add_samples(memories, payloads, found, samples, step)
             progress(len(page))
-        for ids in existing.ids():
-            known = seen.payloads(ids)
-            found.orphans += [str(one) for one in ids if one not in known]
+        found.orphans = [str(one) for one in orphan_ids(existing, seen.payloads)]
     return found
 
 
