@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -283,13 +282,14 @@ def _verify_copies(
     checked: list[FileVerification] = []
     here = private_dir(folder) / "drill"
     for name in names:
-        with lock_targets([f"drill in {folder.absolute()}"]), ExitStack() as stack:
+        with lock_targets([f"drill in {folder.absolute()}"]):
             shutil.rmtree(here, ignore_errors=True)  # what a killed check left
-            stack.callback(shutil.rmtree, here, ignore_errors=True)
             try:
                 found = _verify_set(copies.fetch(store, name, here, bar), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
                 found = [FileVerification(here / name, "damaged", fault=str(error))]
+            finally:
+                shutil.rmtree(here, ignore_errors=True)
         for one in found:  # named as the files there, not as their copies here
             path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
             checked.append(dataclasses.replace(one, path=path, fault=fault))

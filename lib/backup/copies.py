@@ -27,10 +27,6 @@ MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
 _SPARE = 16 << 20
 
 
-class NotArrived(MigrationError):
-    """The set is complete here; its upload failed."""
-
-
 @dataclass(frozen=True)
 class Uploaded:
     """A set that is complete at `url` (as it may be printed): the files and bytes that were sent, and that were there.
@@ -50,7 +46,7 @@ class Uploaded:
 def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_KEYS) -> Uploaded:
     """Upload a set, its manifest last. Each file is read back and compared; what is there already is not sent again.
 
-    Raises NotArrived if anything fails: then no manifest of the set is there, and no other file was changed. Raises
+    Raises MigrationError if anything fails: then no manifest of the set is there, and no other file was changed. Raises
     BackupDamaged if a file here differs from the manifest, UsageProblem for a name that could not be fetched back.
     """
     address = offsite_address(url)
@@ -71,7 +67,7 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
             else:
                 sent = _send_all(store, manifest.path.parent, files, bar)
     except MigrationError as error:
-        raise NotArrived(
+        raise MigrationError(
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
             next_step=f"{error.next_step}\n{upload_command(manifest.path, address.shown)}".strip(),
         ) from error

@@ -15,7 +15,7 @@ from lib.clients.falkordb.connection import list_graphs, server_versions, tempor
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
 from lib.clients.falkordb.rdb import RdbFacts, graph_name, unwrap_dump
-from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for, newest_encoding
+from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for
 from lib.clients.falkordb.swap import (
     drop_graph,
     dump_as,
@@ -182,17 +182,6 @@ def _require_nodes(path: Path, found: GraphVerification, component: GraphCompone
         raise BackupDamaged(
             f"{path} holds an empty graph, and no manifest says that it was empty",
             next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
-        )
-
-
-def require_version(backup: GraphBackup, target: GraphSource) -> None:
-    """Raise StoreFailed if the target is known to be too old for this file."""
-    falkordb = server_versions(target.conn).falkordb
-    reads, written = newest_encoding(falkordb), backup.verification.rdb.graph_encoding
-    if backup.scratch is None and reads is not None and written is not None and written > reads:
-        raise StoreFailed(
-            f"{backup.path.name} is of graph encoding {written}, FalkorDB {falkordb} reads up to {reads}",
-            next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
         )
 
 

@@ -98,7 +98,6 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
         if held and inputs.graph.automem:
             points = plan.backup.archive.ids if plan and inputs.collection and inputs.collection.automem else 0
             left_out += _left_out_of(site, inputs.graph.automem, held, points)
-        graphs.require_version(graph, site.graph)
         graphs.require_swap(graph, site.graph)
         _warn_left_out(site, site.graph, graph, inputs.graph.component)
     for one, server in ((inputs.graph, _server(site.graph)), (inputs.collection, _server(site.collection))):
