@@ -219,16 +219,12 @@ class OffsiteStore:
         """Yield the bytes of a file, at most a MiB at a time. Raises MissingData if it does not exist."""
         with _translated(self.address, "read"):
             stream = self._fs.open(self._path(name), "rb", block_size=_BLOCK)
-        try:
-            while True:
-                with _translated(self.address, "read"):
-                    data = bytes(stream.read(_CHUNK))
-                if not data:
-                    return
-                yield data
-        finally:
-            with contextlib.suppress(Exception):  # a broken connection cannot be closed properly
-                stream.close()
+            try:
+                while data := bytes(stream.read(_CHUNK)):
+                    yield data
+            finally:
+                with contextlib.suppress(Exception):  # a broken connection cannot be closed properly
+                    stream.close()
 
     def copy_out(self, name: str, write: Callable[[bytes], object]) -> None:
         """Give `write` a set's file, decrypted. Raises MissingData, UsageProblem without a key, and like `decrypt`."""
@@ -297,7 +293,7 @@ class OffsiteStore:
         if self.address.scheme == FILE:
             private_dir(Path(path), shared=True)
         elif self.address.has_folders:
-            self._fs.makedirs(path or "/", exist_ok=True)
+            self._fs.makedirs(path or "/", exist_ok=True, mode=0o700)
 
     def publish(self, stored: str, name: str) -> None:
         """Give what `send` wrote its own name."""
@@ -400,9 +396,6 @@ def _known_host_sftp() -> type[Any]:
             self.ftp = self.client.open_sftp()
             if channel := self.ftp.get_channel():
                 channel.settimeout(_SILENT_SECONDS)
-
-        def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o700) -> None:  # noqa: FBT001, FBT002 - fsspec's
-            super().makedirs(path, exist_ok=exist_ok, mode=mode)
 
         def put_file(self, lpath: str, rpath: str, callback: Any = None, **_: Any) -> None:
             self.ftp.open(rpath, "w").close()
