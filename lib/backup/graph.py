@@ -160,8 +160,7 @@ def loaded_graph(
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
     """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
 
-    A known `digest` is not computed. `stop` ends the work from another thread. Raises BackupDamaged, ScratchFailed,
-    UsageProblem if the file is of another graph.
+    A known `digest` is not computed. Raises BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
     """
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
@@ -212,9 +211,8 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The graph is saved as it was at the first call of `progress`. `at_once`: with DUMP, which blocks the server for a
-    moment, because a server waits 5 s by default before it sends an RDB. `stop` ends the work from another thread
-    (Cancelled, or what a closed connection raises). `on_loaded` gets the scratch server that has loaded the file.
-    Raises MissingData if the graph is absent, BackupDamaged.
+    moment, because a server waits 5 s by default before it sends an RDB. `on_loaded` gets the scratch server that has
+    loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"

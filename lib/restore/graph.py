@@ -147,8 +147,7 @@ def open_rdb(
     """Verify the file; nothing on the target is touched. Raises BackupDamaged, NoEngine.
 
     If its bytes are those of a manifest with the graph's digest, that one is taken: the trial restore is compared with
-    it. A wrapped DUMP needs no engine: without one its checksum and versions are verified alone. `stop` ends the work
-    from another thread.
+    it. A wrapped DUMP needs no engine: without one its checksum and versions are verified alone.
     """
     facts = inspect_backup(path, component.file if component else None)
     try:
