@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ANNOUNCED, MADE, REMOVED = "snapshot announced", "snapshot made", "snapshot removed"
 AWAITED = "snapshot awaited"  # all else of the run is cleaned up, but the server may still make its snapshot
+_OTHER_SECOND_SECONDS = 5.0  # how long a second is waited for in which no snapshot was begun
 _MAKING = timedelta(hours=1)  # a server that has not made a snapshot by then makes it no more
 _MOMENT = re.compile(r"-(\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d)\.snapshot$")
 # From the announcement until the server begins; two clocks of whole seconds may differ by the first.
@@ -35,7 +37,7 @@ def own_snapshot(
     `node` is the address of one of several nodes that make a snapshot each.
     """
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-    now = snapshots.server_time(qdrant).isoformat()
+    now = _second_of_our_own(qdrant, known).isoformat()
     facts = {"collection": collection, "known_snapshots": known, "server_time": now, "snapshot": None}
     _append(journal, ANNOUNCED, node, **facts)
     ours = None
@@ -57,6 +59,17 @@ def own_snapshot(
 
 def _append(journal: Journal, phase: str, node: str | None, **facts: object) -> None:
     journal.append(phase, **facts, **({"node": node} if node else {}))
+
+
+def _second_of_our_own(qdrant: Qdrant, known: Sequence[str]) -> datetime:
+    """The server's time, once no known snapshot was begun in this second: ours would replace it."""
+    latest = max(filter(None, map(_begun, known)), default=None)
+    give_up = time.monotonic() + _OTHER_SECOND_SECONDS  # the clocks of a proxy and of the server may differ
+    while True:
+        now = snapshots.server_time(qdrant)
+        if latest is None or now > latest or time.monotonic() >= give_up:
+            return now
+        qdrant.sleep(0.5)
 
 
 def _begun(name: str) -> datetime | None:
