@@ -126,8 +126,8 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
     from lib.restore.preflight import Site
 
     try:
-        graph = open_graph(config, console.warn) if inputs.rdb else None
-        collection = open_collection(config) if inputs.archive else None
+        graph = open_graph(config, console.warn) if inputs.graph else None
+        collection = open_collection(config) if inputs.collection else None
     except StoreUnreachable as error:
         step = (
             "correct the address, or start just the stores, in AutoMem's folder:\ndocker compose up -d falkordb qdrant"

@@ -112,7 +112,7 @@ def _live_collection(config: Config) -> str:
     source = connect.open_collection(config)
     state = get_state(source.qdrant, source.collection)
     journalled = journalled_stamp(config.backup_dir, config.targets()[-1], state.size)
-    made_by = known_model(state, source.spec, journalled)
+    made_by = known_model(state.size, state.raw["config"], source.spec, journalled)
     model = f"{made_by['model']} ({made_by['model_known']})"
     return f"'{state.name}': {state.points:,} points, {state.size}d {state.distance}, {model}"
 

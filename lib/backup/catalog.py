@@ -15,7 +15,7 @@ from shlex import quote
 
 from lib.backup.manifest import COLLECTION_DIR, FULL, GRAPH_DIR, SAFETY, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
-from lib.files import PARTIAL, lock_targets, readable_bytes, sync_dir
+from lib.files import PARTIAL, lock_targets, sync_dir
 from lib.journal import STAMP_FORMAT, Journal, open_journals, read_journal
 from lib.network import same_server
 
@@ -120,10 +120,7 @@ def with_purpose(manifest: Manifest, safety: Collection[str]) -> Manifest:
 
 
 def latest(folder: Path, owner: Deployment | None) -> Manifest:
-    """The newest full set of `owner` (None: of any deployment) that is no safety copy.
-
-    Raises MissingData if there is none, and BackupDamaged if a newer manifest cannot be read.
-    """
+    """The newest full set of `owner`, see `newest_full`. Raises BackupDamaged if a newer manifest cannot be read."""
     safety = safety_copies(folder)
     found = (with_purpose(read_manifest(path), safety) for path in manifest_paths(folder))
     return newest_full(found, owner, str(folder))
@@ -166,13 +163,6 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
     raise MissingData(f"no backup in {where}{whose}", next_step=f"{step}\npython scripts/backup_automem.py --list")
 
 
-def dated_later(manifest: Manifest) -> list[Manifest]:
-    """The sets of the same stores in the folder of this new one that are dated later: the clock was set back."""
-    assert manifest.path is not None
-    later = [one for one in backup_sets(manifest.path.parent) if one.stamp > manifest.stamp]
-    return [one for one in later if any(_is_among(store, manifest.stores) for store in one.stores)]
-
-
 def newest_with(folder: Path, collection: str, server: str) -> Manifest | None:
     """The newest complete set that holds this collection of this server."""
     found = (one for one in backup_sets(folder) if one.collection and is_complete(one))
@@ -185,17 +175,6 @@ def find_set(folder: Path, path: Path) -> Manifest | None:
         if any(manifest.file_of(component).resolve() == path.resolve() for component in manifest.components):
             return manifest
     return None
-
-
-def broken_manifests(folder: Path, path: Path) -> list[Path]:
-    """The manifests that cannot be read and may be of `path`: of the same time, or with its name in them."""
-    _, folder_broken = read_sets(folder)
-    _, own_broken = read_sets(path.absolute().parent.parent)
-    return [
-        one
-        for one in sorted({*folder_broken, *own_broken})
-        if one.stem.removeprefix("backup_") in path.name or path.name.encode() in readable_bytes(one)
-    ]
 
 
 def pinned_sets(names: Iterable[str]) -> frozenset[str]:
@@ -211,7 +190,6 @@ def is_complete(manifest: Manifest) -> bool:
 
 def delete_set(manifest: Manifest) -> None:
     """Delete a set, its manifest first, so that no set with a missing file remains after a crash."""
-    assert manifest.path is not None
     manifest.path.unlink(missing_ok=True)
     sync_dir(manifest.path.parent)
     for component in manifest.components:

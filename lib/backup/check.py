@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,9 +47,7 @@ def kind_of(path: Path) -> str:
     """The kind of a FILE by its content; a folder has one only if it holds AutoMem's own backups. Raises BadFile."""
     if path.is_dir() and automem_files(path):
         return AUTOMEM
-    _require_file(path)
-    with path.open("rb") as stream:
-        head = stream.read(512)
+    head = _head(path)
     if is_rdb(path):
         return RDB
     if is_automems(path):
@@ -65,17 +62,20 @@ def kind_of(path: Path) -> str:
     raise BadFile(f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json")
 
 
-def _require_file(path: Path) -> None:
+def _head(path: Path) -> bytes:
+    """The first bytes of the file. Raises BadFile if there are none."""
     try:
         if path.is_dir():
             raise BadFile(f"{path} is a folder, a file is needed")
         if not path.exists():
             raise BadFile(f"{path} does not exist")
-        if path.stat().st_size == 0:
-            raise BadFile(f"{path} is empty")
-        path.open("rb").close()
+        with path.open("rb") as stream:
+            head = stream.read(512)
     except PermissionError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}", next_step=f"ls -l {quote(str(path))}") from error
+    if not head:
+        raise BadFile(f"{path} is empty")
+    return head
 
 
 def verify_named(
@@ -105,9 +105,7 @@ def _of_stamp(folder: Path, word: str) -> str:
 def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
     """The manifests that `--check` names: all, the latest, one, or that of a file. Raises MissingData, BadFile."""
     if word == LATEST and not Path(word).exists():
-        newest = latest(folder, owner)
-        assert newest.path is not None
-        return [newest.path]
+        return [latest(folder, owner).path]
     path, paths = Path(word), manifest_paths(folder)
     if word == "all":
         if not paths:
@@ -116,7 +114,7 @@ def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[
     found = find_set(folder, path)
     if path.is_file() and path in manifest_paths(path.parent):
         return [path]
-    if found and found.path:
+    if found:
         return [found.path]
     if kind_of(path) == MANIFEST:
         return [path]
@@ -245,7 +243,7 @@ def fetched(
 
 def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Path:
     """Verify a fetched set and move it into `folder`; returns its manifest there. A damaged set is removed."""
-    for one in verify_named(path.parent, str(path), engines):
+    for one in _verify_set(path, engines):
         if one.fault:
             shutil.rmtree(path.parent)
             raise BackupDamaged(
@@ -284,13 +282,14 @@ def _verify_copies(
     checked: list[FileVerification] = []
     here = private_dir(folder) / "drill"
     for name in names:
-        with lock_targets([f"drill in {folder.absolute()}"]), ExitStack() as stack:
+        with lock_targets([f"drill in {folder.absolute()}"]):
             shutil.rmtree(here, ignore_errors=True)  # what a killed check left
-            stack.callback(shutil.rmtree, here, ignore_errors=True)
             try:
-                found = verify_named(here, str(copies.fetch(store, name, here, bar)), engines)
+                found = _verify_set(copies.fetch(store, name, here, bar), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
                 found = [FileVerification(here / name, "damaged", fault=str(error))]
+            finally:
+                shutil.rmtree(here, ignore_errors=True)
         for one in found:  # named as the files there, not as their copies here
             path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
             checked.append(dataclasses.replace(one, path=path, fault=fault))

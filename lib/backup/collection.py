@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from lib.backup.archive import (
     IDS,
     SNAPSHOT,
     ArchiveFacts,
-    IdsReader,
     SnapshotMember,
     archive_writer,
     combined,
@@ -39,12 +37,11 @@ from lib.backup.manifest import (
     require_equal,
 )
 from lib.backup.phases import journalled_stamp, own_snapshot
-from lib.backup.points import as_id
+from lib.backup.points import TemporaryIdTable, as_id
 from lib.child_process import scratch_folder
-from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import Node, whole_nodes
-from lib.clients.qdrant.collection import CollectionState, aliases_of, get_state
+from lib.clients.qdrant.collection import aliases_of, get_state
 from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, has_engine, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts, inspect_snapshot, vector_params
@@ -55,7 +52,6 @@ from lib.errors import BackupDamaged
 from lib.files import FULL_DISK, free_bytes, private_dir
 from lib.journal import Journal
 
-_PAGE = 1000
 _RESERVE_BYTES = 64 << 20  # what stays free in the temporary folder
 
 
@@ -73,58 +69,61 @@ def verify_collection(
     path: Path,
     *,
     component: CollectionComponent | None = None,
-    on_ids: IdsReader | None = None,
+    ids: TemporaryIdTable | None = None,
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
     counting: bool = True,
 ) -> CollectionVerification:
-    """Verify an archive, which is read once. Raises BackupDamaged.
+    """Verify an archive, which is read once, and fill `ids` with the expected ids. Raises BackupDamaged.
 
-    `on_ids` gets the expected ids, `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the
-    points.
+    `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the points.
     """
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
-    with scratch_folder("segments-") as scratch:
+    with scratch_folder("segments-") as scratch, TemporaryIdTable() as own_ids:
+        expected = own_ids if ids is None else ids
+
+        def read_ids(lines: Iterator[str]) -> None:
+            if ids is not None or not copies.hindrance:
+                expected.fill(map(as_id, lines))
+
         with checking_file(path, file):
-            copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"])
-            if not counting:
-                copies.hindrance = "its points were not counted again"
+            copies = SegmentCopies(scratch.path, peek_facts(path)["snapshot_size"], counting=counting)
             archive = read_archive(
                 path,
                 on_snapshot=lambda stream: seen.append(copies.inspect(passing(stream) if passing else stream)),
-                on_ids=lambda lines: copies.save_ids(lines, on_ids),
+                on_ids=read_ids,
             )
         if file:
             check_file(path, file, archive.sha256)
         _compare_snapshots(path, archive, seen)
-        facts, expected = archive.facts, archive.facts["promised_ids"]
-        if archive.ids != expected:
-            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {expected} are expected")
+        facts = archive.facts
+        if archive.ids != facts["promised_ids"]:
+            raise BackupDamaged(f"{path}: {archive.ids} ids inside, {facts['promised_ids']} are expected")
         size, distance = _vector_params(path, facts)
         if component:
             compare_collection(path, component, {**facts, "size": size, "distance": distance})
         if any((one.size, one.distance) != (size, distance) for one in seen if not one.vectors_named):
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
-        counted, why_not = copies.counted(lambda: _count_points(path, archive, copies))
+        counted, why_not = copies.counted(lambda: _count_points(path, archive, copies, expected))
     if counted is None:
-        level, note = CHECKED, f"checksum, both tar levels, configuration and ids; {why_not}"
-    else:
-        level, note = RESTORED, f"{counted} points counted by Qdrant's own engine"
-    return CollectionVerification(level, note, archive, seen[0])
+        note = f"checksum, both tar levels, configuration and ids; {why_not}"
+        return CollectionVerification(CHECKED, note, archive, seen[0])
+    return CollectionVerification(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0])
 
 
 class SegmentCopies:
-    """Temporary copies, below `folder`, of segments and expected ids, made while a snapshot is read if nothing hinders.
+    """Temporary copies of segments, below `folder`, made while a snapshot is read if nothing hinders.
 
     Qdrant's engine opens them. `size`: bytes of all snapshots.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, *, counting: bool = True) -> None:
         self.hindrance = "" if has_room(2 * size) else _no_room()
         if not has_engine():
             self.hindrance = "not opened: `pip install qdrant-edge-py` brings Qdrant's engine"
+        if not counting:
+            self.hindrance = "its points were not counted again"
         self.segments: list[SegmentFiles] = []
-        self.ids = folder / "ids.txt"
         self._folder = folder
 
     def inspect(self, stream: IO[bytes]) -> SnapshotFacts:
@@ -138,21 +137,6 @@ class SegmentCopies:
         if self.segments[-1].full:
             self.hindrance = _no_room()
         return facts
-
-    def save_ids(self, lines: Iterator[str], on_ids: IdsReader | None) -> None:
-        """Copy the ids while `on_ids` reads them."""
-        with self.ids.open("w", encoding="ascii") as copy:
-
-            def copied() -> Iterator[str]:
-                for line in lines:
-                    if not self.hindrance:
-                        copy.write(f"{line}\n")
-                    yield line
-
-            rest = copied()
-            if on_ids:
-                on_ids(rest)
-            deque(rest, maxlen=0)
 
     def counted(self, count: Callable[[], int | None]) -> tuple[int | None, str]:
         """The points that `count` finds, or None and why. `count` returns None if no engine reads the format."""
@@ -177,7 +161,7 @@ def _no_room() -> str:
     return f"no room in {tempfile.gettempdir()} to open its segments"
 
 
-def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> int | None:
+def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies, expected: TemporaryIdTable) -> int | None:
     """Count the points in the segments; None if the engine does not read their format.
 
     If several nodes hold a shard, the replica with the fewest points counts: each was made while all expected ids were
@@ -188,8 +172,7 @@ def _count_points(path: Path, archive: ArchiveFacts, copies: SegmentCopies) -> i
         known = [one for one in opened if one is not None]
         if len(known) < len(opened):
             return None
-        lines = stack.enter_context(copies.ids.open(encoding="ascii"))
-        for page in chunks((as_id(line.strip()) for line in lines), _PAGE):
+        for page in expected.ids():
             missing = set(page)
             for segments in known:
                 missing -= segments.held(list(missing))
@@ -263,20 +246,21 @@ class CollectionSource:
 
 
 def known_model(
-    state: CollectionState, spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
+    size: int, config: Mapping[str, Any], spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
 
-    `model_known` is `stamped` (also if only the journal has the stamp), `configured` or `guessed`.
+    `size` and `config` are the collection's. `model_known` is `stamped` (also if only the journal has the stamp),
+    `configured` or `guessed`.
     """
-    stamp = (state.raw["config"].get("metadata") or {}).get(STAMP_KEY) or {}
+    stamp = (config.get("metadata") or {}).get(STAMP_KEY) or {}
     stamp = stamp if stamp.get("model") else journalled or {}
     if stamp.get("model"):
         model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
-    elif state.size == spec.size:
+    elif size == spec.size:
         model, known, provider = spec.model, "configured", spec.provider
     else:
-        model, known, provider = _GUESSES.get(state.size, UNKNOWN_MODEL), "guessed", OPENAI
+        model, known, provider = _GUESSES.get(size, UNKNOWN_MODEL), "guessed", OPENAI
     return {"model": model, "model_known": known, **provider_fact(provider)}
 
 
@@ -297,14 +281,14 @@ def take_collection(
     *,
     verify: bool = True,
     progress: Progress | None = None,
-    on_ids: IdsReader | None = None,
+    ids: TemporaryIdTable | None = None,
     before_ids: Callable[[], object] = lambda: None,
 ) -> CollectionComponent:
     """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and verify it.
 
-    `on_ids` gets the expected ids if the archive is verified. `before_ids` is called before the first id is read.
-    Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots would not
-    hold all of it.
+    If the archive is verified, `ids` is filled with the expected ids. `before_ids` is called before the first id is
+    read. Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots would
+    not hold all of it.
     """
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
@@ -317,7 +301,7 @@ def take_collection(
         "payload_schema": state.raw.get("payload_schema") or {},
         "aliases": aliases_of(source.qdrant, source.collection),
         "points": state.points,
-        **known_model(state, source.spec, journalled),
+        **known_model(state.size, state.raw["config"], source.spec, journalled),
     }
     before_ids()
     size, sha256 = _write_archive(source, nodes, path, facts, journal, progress)
@@ -331,7 +315,7 @@ def take_collection(
     )
     if not verify:
         return component
-    found = verify_collection(path, component=component, on_ids=on_ids)
+    found = verify_collection(path, component=component, ids=ids)
     return replace(component, proof=found.level, proof_note=found.note)
 
 

@@ -20,15 +20,11 @@ from lib.backup.copy_store import FILE, KEY_FILE, NO_KEYS, OffsiteStore, offsite
 from lib.backup.manifest import BackupFile, Manifest, parse_manifest
 from lib.concurrency import Progress, ProgressBar
 from lib.errors import AccessRefused, BackupDamaged, BadFile, MigrationError, MissingData, StoreFailed, UsageProblem
-from lib.files import atomic_writer, lock_targets, private_dir, require_room, sha256_file, write_atomic
+from lib.files import PassThrough, atomic_writer, lock_targets, private_dir, require_room, sha256_file, write_atomic
 from lib.journal import STAMP
 
 MANIFEST_NAME = re.compile(rf"backup_{STAMP}\.json")
 _SPARE = 16 << 20
-
-
-class NotArrived(MigrationError):
-    """The set is complete here; its upload failed."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,9 @@ class Uploaded:
 def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_KEYS) -> Uploaded:
     """Upload a set, its manifest last. Each file is read back and compared; what is there already is not sent again.
 
-    Raises NotArrived if anything fails: then no manifest of the set is there, and no other file was changed. Raises
+    Raises MigrationError if anything fails: then no manifest of the set is there, and no other file was changed. Raises
     BackupDamaged if a file here differs from the manifest, UsageProblem for a name that could not be fetched back.
     """
-    assert manifest.path is not None
     address = offsite_address(url)
     files = [*manifest.files, _file_here(manifest.path, manifest.name)]
     for file in manifest.files:
@@ -72,7 +67,7 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
             else:
                 sent = _send_all(store, manifest.path.parent, files, bar)
     except MigrationError as error:
-        raise NotArrived(
+        raise MigrationError(
             f"the backup did not arrive: {error}\nthe set is whole here: {manifest.path}",
             next_step=f"{error.next_step}\n{upload_command(manifest.path, address.shown)}".strip(),
         ) from error
@@ -87,7 +82,6 @@ def upload_new(
     """Upload a new set if a URL is given, after `say` was given the command that resumes the upload."""
     if url is None:
         return None
-    assert manifest.path is not None
     resume = upload_command(manifest.path, offsite_address(url).shown)
     say(f"backup set: {manifest.path}\nif its upload stops: {resume}")
     return upload(url, manifest, bar, keys)
@@ -146,7 +140,6 @@ def _send_encrypted(
     They are encrypted into a folder here, which is removed when the copy is complete: encrypting a file twice gives
     different bytes, and a resumed upload must compare what is there.
     """
-    assert manifest.path is not None
     there = _sizes(store, files)
     if all(could_hold(there.get(file.name + SUFFIX), file.size) for file in files):
         # Without a key to decrypt the manifest there, only its size is compared.
@@ -178,7 +171,6 @@ def _encrypted(
     manifest: Manifest, files: list[BackupFile], folder: Path, keys: CopyKeys, bar: ProgressBar
 ) -> list[BackupFile]:
     """Encrypt the set's files into `folder`, the manifest last. What an earlier upload encrypted is used again."""
-    assert manifest.path is not None
     need = sum(file.size for file in files if not (folder / f"{file.name}{SUFFIX}").exists())
     require_room(folder, need + _SPARE, "the encrypted set needs")
     names = [file.name for file in files]
@@ -261,16 +253,9 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Pat
     A file gets its name only after its checksum was compared. Complete files that are here already are not fetched
     again, other files are never replaced. Raises BackupDamaged, BadFile, MissingData, MigrationError.
     """
-    manifest, data = read_there(store, name)
-    for file in manifest.files:
-        if not _is_plain(file.name):  # never write outside of the folder
-            raise BadFile(
-                f"the manifest at {store.shown} names a file that no backup has: {file.name!r}",
-                next_step=f"use another set:\npython scripts/backup_automem.py --list {quote(store.shown)}",
-            )
+    manifest, data = read_there(store, name)  # which refuses names of files that lead out of the folder
     path = private_dir(folder) / manifest.name
-    _require_same(path, data)
-    missing = [file for file in manifest.files if not _is_here(folder / file.name, file)]
+    missing = _missing(manifest, data, folder)
     need = sum(file.size for file in missing) + _SPARE if missing else 0
     require_room(folder, need, "the set needs", ", or name another folder with --backup-dir")
     for file in missing:
@@ -285,15 +270,15 @@ def fetch(store: OffsiteStore, name: str, folder: Path, bar: ProgressBar) -> Pat
 def is_whole_here(store: OffsiteStore, name: str, folder: Path) -> bool:
     """Whether the set is in `folder` already, byte for byte. Raises BadFile if another file has one of its names."""
     manifest, data = read_there(store, name)
+    return not _missing(manifest, data, folder) and (folder / manifest.name).exists()
+
+
+def _missing(manifest: Manifest, data: bytes, folder: Path) -> list[BackupFile]:
+    """The files of the set that are not in `folder`. Raises BadFile if another file has one of its names."""
     path = folder / manifest.name
-    _require_same(path, data)
-    here = [_is_here(folder / file.name, file) for file in manifest.files]  # every file: each may raise
-    return path.exists() and all(here)
-
-
-def _require_same(path: Path, manifest: bytes) -> None:
-    if path.exists() and path.read_bytes() != manifest:
+    if path.exists() and path.read_bytes() != data:
         raise _another(path)
+    return [file for file in manifest.files if not _is_here(folder / file.name, file)]
 
 
 def _is_here(path: Path, file: BackupFile) -> bool:
@@ -312,8 +297,8 @@ def _another(path: Path) -> BadFile:
 
 
 def require_fetchable(name: str) -> None:
-    """Raise UsageProblem for a file's name that `fetch` would refuse; called before anything is uploaded."""
-    if not _is_plain(name):
+    """Raise UsageProblem for a file's name that leaves its folder, or is not the same on every system."""
+    if not all(part not in {"", ".", ".."} and "\\" not in part and part.isprintable() for part in name.split("/")):
         raise UsageProblem(
             f"{name!r} cannot be fetched back from a copy: a part of its name is '.' or '..', or holds a backslash or"
             " a character that cannot be printed; nothing was uploaded",
@@ -321,34 +306,23 @@ def require_fetchable(name: str) -> None:
         )
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a file's name stays in its folder, and is the same on every system."""
-    return all(part not in {"", ".", ".."} and "\\" not in part and part.isprintable() for part in name.split("/"))
-
-
 def _receive(store: OffsiteStore, file: BackupFile, path: Path, progress: Progress) -> None:
-    digest, size = hashlib.sha256(), 0
-
-    def wrong() -> BackupDamaged:
-        return BackupDamaged(
-            f"{store.shown}/{file.name} is not what its manifest says ({size} of {file.size} bytes)",
-            next_step=f"use another set:\npython scripts/backup_automem.py --list {quote(store.shown)}",
-        )
-
+    wrong = BackupDamaged(
+        f"{store.shown}/{file.name} is not what its manifest says",
+        next_step=f"use another set:\npython scripts/backup_automem.py --list {quote(store.shown)}",
+    )
+    digest = hashlib.sha256()
     with atomic_writer(path) as stream:
+        out = PassThrough(stream, digest.update, lambda data: progress(len(data)))
 
         def write(data: bytes) -> None:
-            nonlocal size
-            size += len(data)
-            if size > file.size:  # it may never end
-                raise wrong()
-            stream.write(data)
-            digest.update(data)
-            progress(len(data))
+            if out.size + len(data) > file.size:  # it may never end
+                raise wrong
+            out.write(data)
 
         store.copy_out(file.name, write)
-        if (size, digest.hexdigest()) != (file.size, file.sha256):
-            raise wrong()
+        if (out.size, digest.hexdigest()) != (file.size, file.sha256):
+            raise wrong
 
 
 @dataclass(frozen=True)

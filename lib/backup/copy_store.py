@@ -142,8 +142,19 @@ _UNREACHABLE = {"ConnectionError", "TimeoutError", "gaierror", "NoValidConnectio
 _UNREACHABLE |= {"HTTPClientError", "ClientConnectionError", "ServiceRequestError", "TransportError"}
 
 
-def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationError:
-    """Turn a library's error into one of ours, without a password."""
+@contextlib.contextmanager
+def _translated(address: OffsiteAddress, what: str) -> Iterator[None]:
+    """Turn the errors of libraries in the block, which does `what` there, into ours."""
+    try:
+        yield
+    except MigrationError:
+        raise
+    except Exception as error:  # botocore, aiohttp, azure, google.auth and paramiko share no base
+        raise _trouble(address, what, error) from error
+
+
+def _trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationError:
+    """Word a library's error without a password."""
     classes = {one.__name__ for one in type(error).__mro__}
     text = address.clean(" ".join(str(error).split())).removeprefix("[Errno None] ") or type(error).__name__
     key = "not known here" if "not found in known_hosts" in text else ""
@@ -162,7 +173,7 @@ def trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationEr
         next_step = "give the login in the environment, with rights to list, read and write: see the README"
     elif classes & _UNREACHABLE:
         kind, next_step = StoreUnreachable, "check the host, the port and the network, then run the same command again"
-    return kind(f"{what}: {text}", next_step=next_step)
+    return kind(f"cannot {what} {address.shown}: {text}", next_step=next_step)
 
 
 NO_KEYS = CopyKeys()
@@ -186,7 +197,7 @@ class OffsiteStore:
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """The files directly in `folder` with their bytes; empty if there is no such folder."""
-        with self._translated("list"):
+        with _translated(self.address, "list"):
             try:
                 found = self._fs.ls(self._path(folder).rstrip("/"), detail=True)
             except (FileNotFoundError, NotADirectoryError):
@@ -197,7 +208,7 @@ class OffsiteStore:
 
     def size_of(self, name: str) -> int | None:
         """The bytes of a file, or None if it does not exist."""
-        with self._translated("look at"):
+        with _translated(self.address, "look at"):
             self._fs.invalidate_cache()
             try:
                 return int(self._fs.info(self._path(name))["size"])
@@ -206,18 +217,14 @@ class OffsiteStore:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a file, at most a MiB at a time. Raises MissingData if it does not exist."""
-        with self._translated("read"):
+        with _translated(self.address, "read"):
             stream = self._fs.open(self._path(name), "rb", block_size=_BLOCK)
-        try:
-            while True:
-                with self._translated("read"):
-                    data = bytes(stream.read(_CHUNK))
-                if not data:
-                    return
-                yield data
-        finally:
-            with contextlib.suppress(Exception):  # a broken connection cannot be closed properly
-                stream.close()
+            try:
+                while data := bytes(stream.read(_CHUNK)):
+                    yield data
+            finally:
+                with contextlib.suppress(Exception):  # a broken connection cannot be closed properly
+                    stream.close()
 
     def copy_out(self, name: str, write: Callable[[bytes], object]) -> None:
         """Give `write` a set's file, decrypted. Raises MissingData, UsageProblem without a key, and like `decrypt`."""
@@ -271,7 +278,7 @@ class OffsiteStore:
         step = steps_of(progress)
         callback = Callback(hooks={"progress": lambda _size, value, **_: step(value)})
         options = {"chunksize": max(_BLOCK, source.stat().st_size // _PARTS)} if self.address.scheme == S3 else {}
-        with self._translated("write to"):
+        with _translated(self.address, "write to"):
             self._make_folder(path.rpartition("/")[0])
             if is_local:  # closed to others before the first byte is in it
                 Path(path).unlink(missing_ok=True)
@@ -286,12 +293,12 @@ class OffsiteStore:
         if self.address.scheme == FILE:
             private_dir(Path(path), shared=True)
         elif self.address.has_folders:
-            self._fs.makedirs(path or "/", exist_ok=True)
+            self._fs.makedirs(path or "/", exist_ok=True, mode=0o700)
 
     def publish(self, stored: str, name: str) -> None:
         """Give what `send` wrote its own name."""
         if stored != name:
-            with self._translated("write to"):
+            with _translated(self.address, "write to"):
                 self._fs.mv(self._path(stored), self._path(name))
             if self.address.scheme == FILE:
                 sync_dir(Path(self._path(name)).parent)
@@ -303,7 +310,7 @@ class OffsiteStore:
 
     def delete(self, name: str) -> None:
         """Delete a file, so that a power cut does not bring it back. Raises AccessRefused, MissingData."""
-        with self._translated("delete in"):
+        with _translated(self.address, "delete in"):
             self._fs.rm_file(self._path(name))
             if self.address.scheme == FILE:
                 sync_dir(Path(self._path(name)).parent)
@@ -318,21 +325,13 @@ class OffsiteStore:
                 raise UsageProblem(str(error), next_step=step) from error
             return
         path = self._path(_PROBE)
-        with self._translated("write to"):
+        with _translated(self.address, "write to"):
             self._make_folder(self._root)
             self._fs.pipe_file(path, _PROBE_BYTES)
-        with self._translated("read back from"), contextlib.suppress(FileNotFoundError):  # another run's delete
+        # Another run may have deleted it.
+        with _translated(self.address, "read back from"), contextlib.suppress(FileNotFoundError):
             self._fs.cat_file(path)
         self.remove(_PROBE)
-
-    @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except MigrationError:
-            raise
-        except Exception as error:  # botocore, aiohttp, azure, google.auth and paramiko share no base
-            raise trouble(self.address, f"cannot {what} {self.shown}", error) from error
 
 
 def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
@@ -350,10 +349,8 @@ def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
             )
     # The libraries log warnings and tracebacks of what is raised here as an error of ours.
     logging.getLogger().addHandler(logging.NullHandler())
-    try:
+    with _translated(address, "open"):
         fs, root = _open(address)
-    except Exception as error:  # botocore, aiohttp, azure, google.auth and paramiko share no base
-        raise trouble(address, f"cannot open {address.shown}", error) from error
     return OffsiteStore(address, fs, root, keys)
 
 
@@ -399,9 +396,6 @@ def _known_host_sftp() -> type[Any]:
             self.ftp = self.client.open_sftp()
             if channel := self.ftp.get_channel():
                 channel.settimeout(_SILENT_SECONDS)
-
-        def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o700) -> None:  # noqa: FBT001, FBT002 - fsspec's
-            super().makedirs(path, exist_ok=exist_ok, mode=mode)
 
         def put_file(self, lpath: str, rpath: str, callback: Any = None, **_: Any) -> None:
             self.ftp.open(rpath, "w").close()

@@ -160,8 +160,7 @@ def loaded_graph(
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
     """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
 
-    A known `digest` is not computed. `stop` ends the work from another thread. Raises BackupDamaged, ScratchFailed,
-    UsageProblem if the file is of another graph.
+    A known `digest` is not computed. Raises BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
     """
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
@@ -212,9 +211,8 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The graph is saved as it was at the first call of `progress`. `at_once`: with DUMP, which blocks the server for a
-    moment, because a server waits 5 s by default before it sends an RDB. `stop` ends the work from another thread
-    (Cancelled, or what a closed connection raises). `on_loaded` gets the scratch server that has loaded the file.
-    Raises MissingData if the graph is absent, BackupDamaged.
+    moment, because a server waits 5 s by default before it sends an RDB. `on_loaded` gets the scratch server that has
+    loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
     """
     require_graph(source.conn, source.graph, source.address)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
@@ -247,17 +245,18 @@ def _write_rdb(
     """Write the replication stream, or a DUMP. Returns bytes, sha256, and why it is a DUMP ("" for the stream)."""
     if why_dump:
         with suppress(AccessRefused):
-            return _write_dump(source, path, progress, why_dump)
+            return *write_dump(source.conn, source.graph, path, progress), why_dump
     try:
         with atomic_writer(path) as stream:
             size, sha256 = stream_rdb(source.address, stream.write, progress=progress, stop=stop)
         return size, sha256, ""
     except PsyncRefused:
-        return _write_dump(source, path, progress, "its RDB is refused")
+        why_dump = "its RDB is refused"
     except RdbNotMade as error:
         if not save_failure(source.conn):
             raise  # the connection broke
-        return _write_dump(source, path, progress, str(error))
+        why_dump = str(error)
+    return *write_dump(source.conn, source.graph, path, progress), why_dump
 
 
 def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> str:
@@ -269,11 +268,14 @@ def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> 
     return f"its key expires at {expires}, and no engine loads it from an RDB after that" if expires else ""
 
 
-def _write_dump(source: GraphSource, path: Path, progress: Callable[[int], None], why: str) -> tuple[int, str, str]:
-    payload, digest = dump_graph(source.conn, source.graph), hashlib.sha256()
+def write_dump(
+    conn: redis.Redis, graph: str, path: Path, progress: Callable[[int], None] = lambda _size: None
+) -> tuple[int, str]:
+    """Write a DUMP of the graph as an RDB. Returns bytes and sha256. `progress` gets the bytes of each piece."""
+    payload, digest = dump_graph(conn, graph), hashlib.sha256()
     with atomic_writer(path) as stream:
         out = PassThrough(stream, digest.update)
-        for chunk in wrap_dump(payload, source.graph):
+        for chunk in wrap_dump(payload, graph):
             out.write(chunk)
             progress(len(chunk))
-    return out.size, digest.hexdigest(), why
+    return out.size, digest.hexdigest()

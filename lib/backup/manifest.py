@@ -103,14 +103,17 @@ class Drift:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One backup set; `graph` or `collection` is None if only the other one was backed up."""
+    """One backup set; `graph` or `collection` is None if only the other one was backed up.
+
+    `path` is that of its file, once the file was written or read.
+    """
 
     stamp: str
     created: str
     graph: GraphComponent | None
     collection: CollectionComponent | None
     drift: Drift | None
-    path: Path | None = None
+    path: Path = Path()
     purpose: str = BACKUP
 
     @property
@@ -176,7 +179,6 @@ class Manifest:
 
     def file_of(self, component: GraphComponent | CollectionComponent) -> Path:
         """The path of the component's file, in the folder of this manifest."""
-        assert self.path is not None
         return self.path.parent / component.file.name
 
     def as_json(self) -> dict[str, Any]:
@@ -212,8 +214,6 @@ def read_manifest(path: Path) -> Manifest:
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """Parse a manifest that is or will be at `path`. Raises BadFile (not ours, or newer), BackupDamaged."""
-    if len(data) > MAX_BYTES:
-        raise BadFile(f"{path} is too large for a manifest")
     try:
         raw = orjson.loads(data)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from lib.backup.catalog import Deployment, backup_sets, dated_later, is_complete
+from lib.backup.catalog import Deployment, backup_sets, is_complete
 from lib.backup.manifest import (
     CHECKED,
     COLLECTION_ONLY,
@@ -59,14 +59,12 @@ def show_sources(
     graph: GraphSource | None, collection: CollectionSource | None, folder: Path, console: Console, elsewhere: str = ""
 ) -> int:
     """Show what a backup would hold (--dry-run)."""
-    from lib.clients.falkordb.connection import require_graph
     from lib.clients.falkordb.queries import counts
     from lib.clients.qdrant.collection import get_state
     from lib.files import free_bytes
 
     rows: dict[str, str] = {}
     if graph:
-        require_graph(graph.conn, graph.graph, graph.address)
         seen = counts(graph.conn, graph.graph)
         held = f"{seen.nodes:,} nodes, {seen.relationships:,} relationships"
         rows[f"graph '{graph.graph}' at {graph.address.display}"] = held
@@ -100,11 +98,6 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
             console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {note}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
-    for one in dated_later(manifest)[:1]:
-        console.warn(
-            f"{one.name} of the same stores is dated later than this set: a clock was or is wrong. This set does not"
-            f" count as the newest; restore it by name: {manifest.path}"
-        )
     if manifest.proof == UNVERIFIED:
         console.warn("the backup was not verified (--no-verify): re-embed will not rely on it")
         return REMAINING

@@ -116,8 +116,7 @@ def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
         with suppress(MigrationError):  # a server that does not list its snapshots
             listed = sorted(one.name for one in snapshots.list_snapshots(qdrant, collection))
             fresh = [one for one in listed if one not in entry["known_snapshots"] and one.startswith(f"{collection}-")]
-            begun = {one: at - asked for one in fresh if (at := _begun(one))}
-            ours = [one for one, after in begun.items() if -_ROUNDING <= after <= _ON_THE_WAY]
+            ours = [one for one in fresh if (at := _begun(one)) and -_ROUNDING <= at - asked <= _ON_THE_WAY]
             commands += [curl_line(qdrant, "DELETE", collection, "snapshots", one) for one in ours]
     return commands
 

@@ -123,7 +123,7 @@ def _save(
         with bar("collection", None, "bytes") as progress:
             return take(
                 progress=task.watching(progress) if task else progress,
-                on_ids=lambda ids: point_ids.fill(map(as_id, ids)),
+                ids=point_ids,
                 before_ids=task.wait_begun if task else lambda: None,
             )
 
@@ -181,8 +181,7 @@ def run_backup(
     `notice` gets the snapshots that killed runs may have left on the server.
     """
     # Killed backups, and runs of other commands that left only a snapshot.
-    here = [one for one in open_journals(folder) if one.targets == targets]
-    killed = [one for one in here if one.command == COMMAND or one.phase == AWAITED]
+    killed = [one for one in open_journals(folder, targets) if one.command == COMMAND or one.phase == AWAITED]
     left = [one for one in killed if not clean_up_backup(folder, collection, one)]
     journal = start_journal(folder, COMMAND, targets)
     try:

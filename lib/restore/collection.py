@@ -232,19 +232,14 @@ def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None
     state = get_state(qdrant, name)
     if (state.size, state.distance) != (backup.snapshot.size, backup.snapshot.distance):
         raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d")
-    if not backup.ids.complete:
-        _take_ids(backup, qdrant, name, state.points)
+    if not backup.ids.complete:  # a bare snapshot lists no ids: those of its trial restore are expected
+        if state.points < (backup.points or 0):
+            raise _points_lost(backup, f"with {state.points} of {backup.points} points")
+        backup.ids.fill(point.id for page in scroll(qdrant, name) for point in page)
     with existing_points(qdrant, name, payload=False) as existing:
         missing = sum(1 for _ in orphan_ids(backup.ids, existing.payloads))
     if missing:
         raise _points_lost(backup, f"{missing} of {len(backup.ids)} points are lost")
-
-
-def _take_ids(backup: CollectionBackup, qdrant: Qdrant, trial: str, found: int) -> None:
-    """A bare snapshot lists no ids: expect those of its trial restore, unless its segments held more points."""
-    if found < (backup.points or 0):
-        raise _points_lost(backup, f"with {found} of {backup.points} points")
-    backup.ids.fill(point.id for page in scroll(qdrant, trial) for point in page)
 
 
 def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:

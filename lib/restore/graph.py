@@ -9,22 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.backup.graph import GraphSource, GraphVerification, inspect_backup, loaded_graph, machine_lacks
+from lib.backup.graph import GraphSource, GraphVerification, inspect_backup, loaded_graph, machine_lacks, write_dump
 from lib.backup.manifest import CHECKED, GRAPH_DIR, RESTORED, GraphComponent, read_manifest
 from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
-from lib.clients.falkordb.rdb import (
-    RdbFacts,
-    graph_name,
-    unwrap_dump,
-    wrap_dump,
-)
-from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for, newest_encoding
+from lib.clients.falkordb.rdb import RdbFacts, graph_name, unwrap_dump
+from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for
 from lib.clients.falkordb.swap import (
     drop_graph,
     dump_as,
-    dump_graph,
     dump_separately,
     memory_used,
     require_memory,
@@ -36,7 +30,7 @@ from lib.clients.falkordb.swap import (
 )
 from lib.concurrency import CancelToken
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
-from lib.files import atomic_writer, private_dir
+from lib.files import private_dir
 from lib.journal import Journal
 
 # Phases of the journal.
@@ -73,9 +67,7 @@ def save_graph(target: GraphSource, name: str, folder: Path, journal: Journal) -
     """Save a graph to a file that restore accepts: a DUMP wrapped as an RDB."""
     mark = name if name != target.graph else f"{name}__found_{journal.run_id}"
     path = private_dir(folder / GRAPH_DIR) / f"{mark}.rdb"
-    with atomic_writer(path) as stream:
-        for chunk in wrap_dump(dump_graph(target.conn, name), name):
-            stream.write(chunk)
+    write_dump(target.conn, name, path)
     journal.append("graph saved", late_writes=str(path))
     return path
 
@@ -129,10 +121,6 @@ _UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about t
 UNLOADED = "not loaded by any engine: only its checksum and the versions are verified"
 
 
-class TooSmall(MigrationError):
-    """This machine has too little memory or room for a scratch server with the graph in it."""
-
-
 @dataclass(frozen=True)
 class GraphBackup:
     """A verified RDB. `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it."""
@@ -156,17 +144,16 @@ def open_rdb(
     component: GraphComponent | None,
     stop: CancelToken | None = None,
 ) -> Iterator[GraphBackup]:
-    """Verify the file; nothing on the target is touched. Raises BackupDamaged, NoEngine, TooSmall.
+    """Verify the file; nothing on the target is touched. Raises BackupDamaged, NoEngine.
 
     If its bytes are those of a manifest with the graph's digest, that one is taken: the trial restore is compared with
-    it. A wrapped DUMP needs no engine: without one its checksum and versions are verified alone. `stop` ends the work
-    from another thread.
+    it. A wrapped DUMP needs no engine: without one its checksum and versions are verified alone.
     """
     facts = inspect_backup(path, component.file if component else None)
     try:
         engine = engine_for(facts, engines, server_versions(source.conn))
         _require_loadable(path, facts)
-    except (NoEngine, TooSmall) as error:
+    except NoEngine as error:
         payload = unwrap_dump(path)
         if payload is None or graph_name(payload) != source.graph:
             raise
@@ -180,8 +167,9 @@ def open_rdb(
 
 
 def _require_loadable(path: Path, facts: RdbFacts) -> None:
+    """Raise NoEngine if this machine has too little memory or room for a scratch server with the graph in it."""
     if lacking := machine_lacks(facts):
-        raise TooSmall(
+        raise NoEngine(
             f"{path.name} cannot be loaded here to be verified: {lacking}",
             next_step="free some, or run this on another machine that reaches both stores; nothing was touched",
         )
@@ -193,17 +181,6 @@ def _require_nodes(path: Path, found: GraphVerification, component: GraphCompone
         raise BackupDamaged(
             f"{path} holds an empty graph, and no manifest says that it was empty",
             next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
-        )
-
-
-def require_version(backup: GraphBackup, target: GraphSource) -> None:
-    """Raise StoreFailed if the target is known to be too old for this file."""
-    falkordb = server_versions(target.conn).falkordb
-    reads, written = newest_encoding(falkordb), backup.verification.rdb.graph_encoding
-    if backup.scratch is None and reads is not None and written is not None and written > reads:
-        raise StoreFailed(
-            f"{backup.path.name} is of graph encoding {written}, FalkorDB {falkordb} reads up to {reads}",
-            next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
         )
 
 

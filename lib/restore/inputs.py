@@ -7,8 +7,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, Generic, TypeVar, cast
 
 from lib.backup.archive import (
     ArchiveFacts,
@@ -19,7 +18,7 @@ from lib.backup.archive import (
     read_snapshot,
 )
 from lib.backup.automem_files import COLLECTION, GRAPH, AutoMemFile, automem_files
-from lib.backup.catalog import Deployment, broken_manifests, find_set, latest
+from lib.backup.catalog import Deployment, find_set, latest
 from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
 from lib.backup.collection import (
     CollectionSource,
@@ -28,10 +27,9 @@ from lib.backup.collection import (
     known_model,
     verify_collection,
 )
-from lib.backup.manifest import RESTORED, CollectionComponent, GraphComponent, Manifest, read_manifest
-from lib.backup.points import TemporaryIdTable, as_id
+from lib.backup.manifest import RESTORED, CollectionComponent, GraphComponent, read_manifest
+from lib.backup.points import TemporaryIdTable
 from lib.child_process import scratch_folder
-from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.segments import SegmentFiles, opened_segments
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.dimensions import EmbeddingSpec
@@ -42,28 +40,31 @@ C = TypeVar("C", GraphComponent, CollectionComponent)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The files to restore, each with its component of a manifest if one names it.
+class Input(Generic[C]):
+    """A file to restore, with its component of a manifest if one names it.
 
-    `bare`: the archive is a plain snapshot as Qdrant's own API returns it. `automem_graph`, `automem_collection`: `rdb`
-    or `archive` is a backup by AutoMem's own scripts. `warnings` are for the operator.
+    `automem`: it is a backup by AutoMem's own scripts. `bare`: it is a plain snapshot as Qdrant's own API returns it.
     """
 
-    rdb: Path | None = None
-    archive: Path | None = None
-    graph_component: GraphComponent | None = None
-    collection_component: CollectionComponent | None = None
+    path: Path
+    component: C | None = None
+    automem: AutoMemFile | None = None
     bare: bool = False
-    automem_graph: AutoMemFile | None = None
-    automem_collection: AutoMemFile | None = None
-    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files to restore, at most one of each store; a warning for the operator, or an empty text."""
+
+    graph: Input[GraphComponent] | None
+    collection: Input[CollectionComponent] | None
+    warning: str
 
 
 def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
     """Sort the FILE arguments. Raises BadFile for one that is missing, empty, a folder or of an unknown kind."""
-    graphs: list[tuple[Path, GraphComponent | None]] = []
-    collections: list[tuple[Path, CollectionComponent | None]] = []
-    bare, warnings = False, list[str]()
+    graphs: list[Input[GraphComponent]] = []
+    collections: list[Input[CollectionComponent]] = []
     automems: list[AutoMemFile] = []
     for word in words:
         path = Path(word)
@@ -73,53 +74,30 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
         elif kind == MANIFEST:
             manifest = latest(folder, owner) if word == "latest" else read_manifest(path)
             if manifest.graph:
-                graphs.append((manifest.file_of(manifest.graph), manifest.graph))
+                graphs.append(Input(manifest.file_of(manifest.graph), manifest.graph))
             if manifest.collection:
-                collections.append((manifest.file_of(manifest.collection), manifest.collection))
+                collections.append(Input(manifest.file_of(manifest.collection), manifest.collection))
         elif kind == RDB:
-            found = _set_of(folder, path, warnings)
-            graphs.append((path, found.graph if found else None))
+            found = find_set(folder, path)
+            graphs.append(Input(path, found.graph if found else None))
         elif kind == ARCHIVE:
-            found = _set_of(folder, path, warnings)
-            collections.append((path, found.collection if found else None))
+            found = find_set(folder, path)
+            collections.append(Input(path, found.collection if found else None))
         else:
-            collections.append((path, None))
-            bare = True
-    of_automem = {one.kind: one for one in automems}
-    graphs += [(one.path, None) for one in automems if one.kind == GRAPH]
-    collections += [(one.path, None) for one in automems if one.kind == COLLECTION]
-    rdb, graph_component = _single("graph", graphs)
-    archive, collection_component = _single("collection", collections)
+            collections.append(Input(path, bare=True))
+    graphs += [Input(one.path, automem=one) for one in automems if one.kind == GRAPH]
+    collections += [Input(one.path, automem=one) for one in automems if one.kind == COLLECTION]
+    warning = ""
     if len({one.stamp for one in automems}) > 1:
-        warnings.append(f"{' and '.join(one.display for one in automems)} were not taken together")
-    return Inputs(
-        rdb,
-        archive,
-        graph_component,
-        collection_component,
-        bare,
-        of_automem.get(GRAPH),
-        of_automem.get(COLLECTION),
-        tuple(warnings),
-    )
+        warning = f"{' and '.join(one.display for one in automems)} were not taken together"
+    return Inputs(_single("graph", graphs), _single("collection", collections), warning)
 
 
-def _single(what: str, files: list[tuple[Path, C | None]]) -> tuple[Path | None, C | None]:
-    """The only file of a store with its component, if there is one. Raises BadFile for several files."""
+def _single(what: str, files: list[Input[C]]) -> Input[C] | None:
+    """The only file of a store, if there is one. Raises BadFile for several files."""
     if len(files) > 1:
-        raise BadFile(f"{files[1][0]} and {files[0][0]} are both of the {what}", next_step="name one of them")
-    return files[0] if files else (None, None)
-
-
-def _set_of(folder: Path, path: Path, warnings: list[str]) -> Manifest | None:
-    """The backup set that the file belongs to. Adds a warning if only a damaged manifest may be its own."""
-    manifest = find_set(folder, path)
-    warnings += [
-        f"{broken.name}, which may be the manifest of {path.name}, is damaged: the file is verified by its own"
-        f" checksum alone. This shows what is wrong:\n  python scripts/backup_automem.py --check {quote(str(broken))}"
-        for broken in ([] if manifest else broken_manifests(folder, path))
-    ]
-    return manifest
+        raise BadFile(f"{files[1].path} and {files[0].path} are both of the {what}", next_step="name one of them")
+    return files[0] if files else None
 
 
 class SavedSnapshots:
@@ -205,7 +183,7 @@ def open_archive(path: Path, component: CollectionComponent | None) -> Collectio
     found = verify_collection(
         path,
         component=component,
-        on_ids=lambda lines: ids.fill(map(as_id, lines)),
+        ids=ids,
         passing=saved.copying,
         counting=component is None or component.proof != RESTORED,
     )
@@ -262,23 +240,13 @@ def bare_facts(
 ) -> dict[str, Any]:
     """What an archive's `collection.json` would hold, as far as the file shows it."""
     named = _NAME.fullmatch(path.name)
-    state = CollectionState(
-        collection,
-        snapshot.size,
-        snapshot.distance,
-        0,
-        "",
-        optimizer_ok=True,
-        vectors_named=snapshot.vectors_named,
-        raw={"config": snapshot.config},
-    )
     return {
         "collection": named[1] if named else collection,
         "server": {"address": "", "version": ""},
         "config": snapshot.config,
         "payload_schema": snapshot.payload_schema,
         "aliases": [],
-        **known_model(state, spec),
+        **known_model(snapshot.size, snapshot.config, spec),
         "snapshot_name": member.name,
         "snapshot_size": member.size,
         "snapshot_sha256": member.sha256,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -17,7 +17,7 @@ from lib.backup.automem_contents import NOT_HELD, GraphFacts, require_uncut
 from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.manifest import GraphComponent
+from lib.backup.manifest import CollectionComponent, GraphComponent
 from lib.backup.points import TemporaryIdTable, as_id
 from lib.clients.automem import AutoMemApi, HealthAnswer, ask_health
 from lib.clients.embeddings.cache_file import chunks
@@ -35,7 +35,7 @@ from lib.network import container_hint, is_loopback, is_this_machine, same_serve
 from lib.restore import graph as graphs
 from lib.restore.collection import Part, RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
-from lib.restore.inputs import CollectionBackup, Inputs, open_archive, open_bare
+from lib.restore.inputs import CollectionBackup, Input, Inputs, open_archive, open_bare
 
 
 @dataclass(frozen=True)
@@ -80,31 +80,28 @@ class VerifiedFiles:
 
 def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     """Verify every file before any store is touched. Raises BackupDamaged, NoEngine, StoreFailed."""
-    for text in inputs.warnings:
-        site.notice(f"warning: {text}")
-    plan = graph = None
-    left_out = [NOT_HELD[one.kind] for one in (inputs.automem_graph, inputs.automem_collection) if one]
+    if inputs.warning:
+        site.notice(f"warning: {inputs.warning}")
+    plan = None
+    left_out = [NOT_HELD[one.automem.kind] for one in (inputs.graph, inputs.collection) if one and one.automem]
     for text in left_out:
         site.notice(text)
-    for file in filter(None, (inputs.archive, inputs.rdb)):
-        site.say(f"verifying {file}")
-    with BackgroundTask(lambda task: _loaded(site, inputs, stack, task.stop)) as loading:
-        if inputs.archive:
+    for path in [one.path for one in (inputs.collection, inputs.graph) if one]:
+        site.say(f"verifying {path}")
+    with BackgroundTask(lambda task: _loaded(site, inputs.graph, stack, task.stop)) as loading:
+        if inputs.collection:
             assert site.collection is not None
-            plan = _verified_archive(site, site.collection, inputs.archive, inputs)
+            plan = _verified_archive(site, site.collection, inputs.collection)
         graph, held = loading.result()
-    if graph:
+    if graph and inputs.graph:
         assert site.graph is not None
-        if held and inputs.automem_graph:
-            points = plan.backup.archive.ids if plan and inputs.automem_collection else 0
-            left_out += _left_out_of(site, inputs.automem_graph, held, points)
-        graphs.require_version(graph, site.graph)
+        if held and inputs.graph.automem:
+            points = plan.backup.archive.ids if plan and inputs.collection and inputs.collection.automem else 0
+            left_out += _left_out_of(site, inputs.graph.automem, held, points)
         graphs.require_swap(graph, site.graph)
-        _warn_left_out(site, site.graph, graph, inputs.graph_component)
-    for component, server in (
-        (inputs.graph_component, _server(site.graph)),
-        (inputs.collection_component, _server(site.collection)),
-    ):
+        _warn_left_out(site, site.graph, graph, inputs.graph.component)
+    for one, server in ((inputs.graph, _server(site.graph)), (inputs.collection, _server(site.collection))):
+        component = one.component if one else None
         if component and not same_server(component.server["address"], server):
             site.notice(
                 f"warning: {component.file.name} was taken from {component.server['address']}, it goes to {server}"
@@ -112,19 +109,19 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     return VerifiedFiles(graph, plan, tuple(left_out))
 
 
-def _verified_archive(site: Site, target: CollectionSource, path: Path, inputs: Inputs) -> RestorePlan:
+def _verified_archive(site: Site, target: CollectionSource, file: Input[CollectionComponent]) -> RestorePlan:
     """Verify the archive, and that this server can take it and this key may restore it."""
-    if inputs.automem_collection:
+    if file.automem:
         from lib.restore.automem_backup import PointsPlan, open_points  # imports numpy
 
-        backup = open_points(inputs.automem_collection, target)
+        backup = open_points(file.automem, target)
     else:
-        backup = open_bare(path, target) if inputs.bare else open_archive(path, inputs.collection_component)
+        backup = open_bare(file.path, target) if file.bare else open_archive(file.path, file.component)
     _require_same_name(backup, target)
     _require_version(site, backup, target)
     refuse_alias(target.qdrant, target.collection)
     preflight_upload(target.qdrant, f"{target.collection}__try_{secrets.token_hex(4)}")
-    if inputs.automem_collection:
+    if file.automem:
         return PointsPlan(backup, target, (Part(target.qdrant, backup.archive.snapshot),))
     return plan_restore(backup, target)
 
@@ -153,27 +150,21 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
 
 
 def _loaded(
-    site: Site, inputs: Inputs, stack: ExitStack, stop: CancelToken
+    site: Site, file: Input[GraphComponent] | None, stack: ExitStack, stop: CancelToken
 ) -> tuple[GraphBackup | None, GraphFacts | None]:
-    """The graph's file, verified and loaded into a scratch FalkorDB until the stack ends; of AutoMem's: what it holds.
-
-    `stop` ends the work from another thread. Raises BackupDamaged, NoEngine, TooSmall.
-    """
-    if not inputs.rdb or not site.graph:
+    """Verify the graph's file and load it into a scratch FalkorDB until the stack ends; of AutoMem's: what it holds."""
+    if not file or not site.graph:
         return None, None
-    if inputs.automem_graph:
+    if file.automem:
         from lib.restore.automem_backup import open_graph
 
-        return stack.enter_context(open_graph(inputs.automem_graph, site.graph, site.engines, stop))
-    opened = graphs.open_rdb(inputs.rdb, site.graph, site.engines, inputs.graph_component, stop)
+        return stack.enter_context(open_graph(file.automem, site.graph, site.engines, stop))
+    opened = graphs.open_rdb(file.path, site.graph, site.engines, file.component, stop)
     return stack.enter_context(opened), None
 
 
 def _left_out_of(site: Site, source: AutoMemFile, facts: GraphFacts, points: int) -> list[str]:
-    """Report what a backup of AutoMem's does not hold of its graph. Raises BackupDamaged if it shows signs of a cut.
-
-    `points`: how many the collection's file has that is restored with it.
-    """
+    """Report what a backup of AutoMem's does not hold of its graph. Raises BackupDamaged if it shows signs of a cut."""
     signs = facts.signs_of_a_cut(points)
     if not site.force_incomplete:
         require_uncut(source, signs)
@@ -290,7 +281,6 @@ def notify_other_clients(site: Site, target: GraphSource) -> None:
 
 
 _PAGE = 500
-_HASH, _MODULUS = "content", 1 << 62
 _NAMED_IDS = 20
 
 
@@ -347,23 +337,16 @@ def newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
 
 
 def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
-    """By id, the sum of the hashes of all contents that have it: an id may be used twice."""
+    """A hash of each memory's content by its id. A memory without an id is left out: it cannot be identified."""
     table = TemporaryIdTable()
-    for page in chunks(_contents(conn, graph), _PAGE):
-        sums = {one: int(row[_HASH]) for one, row in table.payloads([one for one, _ in page]).items()}
-        for identity, value in page:
-            sums[identity] = (sums.get(identity, 0) + value) % _MODULUS
-        table.put((identity, {_HASH: value}) for identity, value in sums.items())
+    memories = (node.properties for node in iter_memories(conn, graph, keys=("id", "content")))
+    for page in chunks((one for one in memories if one["id"] is not None), _PAGE):
+        table.put((as_id(str(one["id"])), {"content": _hash(one["content"])}) for one in page)
     return table
 
 
-def _contents(conn: redis.Redis, graph: str) -> Iterator[tuple[PointId, int]]:
-    """Each memory's id with a hash of its content. A memory without an id is left out: it cannot be identified."""
-    for node in iter_memories(conn, graph, keys=("id", "content")):
-        identity, content = node.properties["id"], node.properties["content"]
-        if identity is not None:
-            value = blake2b(repr(content).encode(), digest_size=8).digest()
-            yield as_id(str(identity)), int.from_bytes(value, "big") % _MODULUS
+def _hash(content: object) -> str:
+    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | None:

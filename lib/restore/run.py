@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lib.backup.manifest import SAFETY, Manifest
 from lib.backup.phases import AWAITED, removed, report_snapshots
@@ -62,31 +61,22 @@ class _Leftovers:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """The payload of the graph, and the name of the collection's trial restore; None: not restored.
-
-    `newer` is what the live stores hold and the files do not.
-    """
-
-    payload: bytes | None
-    temporary: str | None
-    newer: NewerThanBackup
+_GraphTrial = tuple[bytes | None, Newer | None]  # the payload to swap in, and what is newer; None: not restored
 
 
 @dataclass(frozen=True)
 class _RunningTrials:
     """Both trial restores in the background: of the graph, and of the collection under the name `temporary`."""
 
-    graph: BackgroundTask[tuple[bytes | None, Newer | None]]
+    graph: BackgroundTask[_GraphTrial]
     collection: BackgroundTask[Newer | None]
     temporary: str | None
 
-    def result(self) -> _Trials:
-        """Wait for their ends and return what they made. Raises the error of one that failed."""
+    def result(self) -> tuple[bytes | None, NewerThanBackup]:
+        """Wait for their ends. Returns the graph's payload, and what the live stores hold and the files do not."""
         points = self.collection.result()
         payload, memories = self.graph.result()
-        return _Trials(payload, self.temporary, NewerThanBackup(memories, points))
+        return payload, NewerThanBackup(memories, points)
 
     def watching(self, bar: ProgressBar) -> ProgressBar:
         """Wrap `bar` for the main thread: a trial's error is raised as soon as there is one."""
@@ -111,29 +101,30 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
                 running.result()  # until then one of the graphs that killed runs left may be needed
             notes = [*left.notes, *_clean_up_graphs(site, left)]
             safety = _safety_backup(site, files, journal, running) if site.safety else None
-            trials = running.result()
-        if trials.temporary:
+            payload, newer = running.result()
+        temporary = running.temporary
+        if temporary:
             journal.append(collections.TRIAL_VERIFIED)
         if files.graph and site.graph:
             require_still_quiet(site, files.graph, site.graph)
         commands = undo(safety)
         site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
-        if files.plan and trials.temporary:
-            _cut_over_collection(site, files.plan, trials.temporary, journal, safety, commands, left.aliases)
+        if files.plan and temporary:
+            _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
     except BaseException as error:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
         raise
-    if trials.temporary and site.collection:
-        delete_with_snapshots(site.collection.qdrant, trials.temporary, site.collection.nodes)
+    if temporary and site.collection:
+        delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
     with _collection_named(files, commands):
-        late_writes = _cut_over_graph(site, files, trials, journal, safety, commands, calls)
+        late_writes = _cut_over_graph(site, files, payload, journal, safety, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
         snapshots_left = [one for one in left.journals if one.is_open and _is_clean(one)]
         report_snapshots(site.collection, [*left.awaited, *snapshots_left], site.notice)
-    return Restored(safety, late_writes, notes, trials.newer)
+    return Restored(safety, late_writes, notes, newer)
 
 
 def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
@@ -142,8 +133,8 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
     A verified trial of the same snapshot is left for this `run`. For the graph see `_clean_up_graphs`.
     """
     left = _Leftovers([], [], [], [])
-    for journal in open_journals(site.folder):
-        if journal.command != COMMAND or journal.targets != site.targets or journal.path == run.path:
+    for journal in open_journals(site.folder, site.targets, COMMAND):
+        if journal.path == run.path:
             continue
         clean_up_backup(site.folder, site.collection, journal)
         if journal.phase == AWAITED:
@@ -206,7 +197,7 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Itera
     graph_name = graphs.begin_trial(graph, site.graph, journal) if graph and site.graph else None
     name = collections.begin_trial(plan, journal) if plan else None
 
-    def restore_graph(_task: BackgroundTask[tuple[bytes | None, Newer | None]]) -> tuple[bytes | None, Newer | None]:
+    def restore_graph(_task: BackgroundTask[_GraphTrial]) -> _GraphTrial:
         if not graph or not site.graph or not graph_name:
             return None, None
         site.say("trial restore of the graph, under a temporary name")
@@ -259,23 +250,17 @@ def _cut_over_collection(
     except MigrationError as error:
         if not is_absent(journal):
             raise
-        _raise_not_restored(site, safety, journal, error, undo)
-
-
-def _raise_not_restored(
-    site: Site, safety: Manifest | None, journal: Journal, error: MigrationError, undo: str
-) -> NoReturn:
-    trouble = _restore_old_collection(site, safety, journal)
-    if trouble is None:
+        trouble = _restore_old_collection(site, safety, journal)
+        if trouble is None:
+            raise StoreFailed(
+                f"the collection could not be restored: {error}; the old one was restored from the safety backup",
+                next_step=f"{error.next_step}\nthat command is:\n{site.again}",
+            ) from error
         raise StoreFailed(
-            f"the collection could not be restored: {error}; the old one was restored from the safety backup",
-            next_step=f"{error.next_step}\nthat command is:\n{site.again}",
+            f"the collection is not restored: {error}; its trial restore {temporary} is complete on the server."
+            f" {trouble}",
+            next_step=f"resume from the trial restore:\n{site.again}\nor undo it:\n{undo}",
         ) from error
-    raise StoreFailed(
-        f"the collection is not restored: {error}; its trial restore {journal.fact('temporary_collection')} is complete"
-        f" on the server. {trouble}",
-        next_step=f"resume from the trial restore:\n{site.again}\nor undo it:\n{undo}",
-    ) from error
 
 
 def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
@@ -309,7 +294,7 @@ def _collection_named(files: VerifiedFiles, undo: str) -> Iterator[None]:
 def _cut_over_graph(
     site: Site,
     files: VerifiedFiles,
-    trials: _Trials,
+    payload: bytes | None,
     journal: Journal,
     safety: Manifest | None,
     undo: str,
@@ -319,13 +304,13 @@ def _cut_over_graph(
 
     `calls`: the `write_calls` before the trial restores.
     """
-    if not files.graph or not site.graph or trials.payload is None:
+    if not files.graph or not site.graph or payload is None:
         return None
     require_still_quiet(site, files.graph, site.graph)  # the cutover of the collection may have taken long
     old = graphs.cut_over(
         files.graph,
         site.graph,
-        trials.payload,
+        payload,
         journal,
         folder=site.folder,
         undo=undo,
@@ -341,8 +326,8 @@ def _cut_over_graph(
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
     """Close unfinished re-embeddings: the collection that they were replacing no longer exists."""
-    for journal in open_journals(site.folder):
-        if journal.command == "reembed" and journal.targets == site.targets and files.collection:
+    if files.collection:
+        for journal in open_journals(site.folder, site.targets, "reembed"):
             journal.close("superseded by a restore")
 
 

@@ -141,16 +141,10 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     equal = "equal to the graph, nothing of the old points lost"
     if found.recalled:
         equal += f"; except last_accessed of {found.recalled:,}, which recall updates (--only-missing copies it)"
-    changed = "memories changed since the migration"
+    newer, changed = "memories are newer than the migration", "memories changed since the migration"
     # name, what differs, detail if nothing does, what is wrong, what is pending
     rows = (
-        (
-            "ids",
-            found.missing,
-            f"{found.expected} memories, {exempt}",
-            "memories have no point",
-            "memories are newer than the migration",
-        ),
+        ("ids", found.missing, f"{found.expected} memories, {exempt}", "memories have no point", newer),
         ("orphan points", Differences(found.orphans), "none", "have no memory", ""),
         ("content", found.contents, "equal to the graph", "points hold another content", changed),
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
@@ -221,10 +215,7 @@ def _usable_points(page: list[Point], size: int) -> list[Point]:
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
-    """Whether AutoMem's `/health` shows other settings or other stores; None if it does not.
-
-    `points` is the collection's count. The check that is returned is pending: a restart may change the answer.
-    """
+    """The pending check if AutoMem's `/health` shows other settings or stores: a restart may change it; else None."""
     sizes = health.get("vector_dimensions") or {}
     shown = {name: sizes[name] for name in _SIZES if sizes.get(name) is not None}
     used = [size for name, size in shown.items() if name != "configured"]
@@ -243,7 +234,7 @@ def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, point
 
 
 def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
-    """Recall through AutoMem: each sample's content must bring that memory first, with `match_type: vector`."""
+    """Recall through AutoMem: each sample's content must bring a memory with it first, with `match_type: vector`."""
     if not samples:
         return [Check("recall", SKIPPED, "no memory fit to be a sample")]
     wrong, times, method = [], [], ""
@@ -252,17 +243,15 @@ def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
         method = answer.method
         times.append(answer.milliseconds)
         first = answer.results[0] if answer.results else {}
-        if str(first.get("id")) != sample.id or first.get("match_type") != "vector":
+        content = (first.get("memory") or {}).get("content")
+        if content != sample.content or first.get("match_type") != "vector":
             wrong.append(f"{sample.id} (first: {first.get('id')}, {first.get('match_type')})")
     detail = f"median {median(times):.0f} ms over {len(times)} ({method} /recall)"
     latency = Check("recall latency", PASSED, detail)
     if wrong:
         detail = f"{len(wrong)} of {len(samples)} samples are not found first by vector: {_some(wrong)}"
         return [Check("recall", PENDING, detail, _RESTART), latency]
-    return [
-        Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"),
-        latency,
-    ]
+    return [Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"), latency]
 
 
 def check_recall_direct(
@@ -282,8 +271,9 @@ def check_recall_direct(
     wrong = []
     for sample in usable:
         vector = np.frombuffer(vectors[keys[sample.id]], dtype="<f4")
-        hits = search(qdrant, collection, vector, _RECALL_LIMIT)
-        if not hits or str(hits[0].id) != sample.id:
+        nearest = [hit.id for hit in search(qdrant, collection, vector, 1)]
+        found = retrieve(qdrant, collection, nearest, payload=["content"])
+        if not found or found[0].payload != {"content": sample.content}:
             wrong.append(sample.id)
     if wrong:
         detail = f"{len(wrong)} of {len(usable)} samples are not found first: {_some(wrong)}"
@@ -359,10 +349,7 @@ class Stores:
 def verify(
     stores: Stores, cache: EmbeddingCache, *, samples: int, after_restart: bool, bar: ProgressBar
 ) -> list[Check]:
-    """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending.
-
-    Raises DimensionMismatch, MissingData, StoreUnreachable.
-    """
+    """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending."""
     graph, source = stores.graph, stores.collection
     qdrant, spec = source.qdrant, source.spec
     require_graph(graph.conn, graph.graph, graph.address)
@@ -411,10 +398,7 @@ def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample],
 
 
 def record(stores: Stores, checks: list[Check]) -> str:
-    """Store the migration record of the guide in AutoMem. Returns the memory's id.
-
-    Raises MigrationError if a check failed or is pending, or if AutoMem does not store it.
-    """
+    """Store the migration record of the guide in AutoMem, if every check passed. Returns the memory's id."""
     if any(check.status in {FAILED, PENDING} for check in checks):
         raise MigrationError("not stored before every check has passed", next_step="do first what is printed below")
     spec = stores.collection.spec

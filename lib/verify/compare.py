@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from lib.backup.points import (
     base_payload,
     identical,
     merged_payload,
+    orphan_ids,
     point_id,
     unusable,
 )
@@ -37,18 +36,17 @@ if TYPE_CHECKING:
 
 _PAGE = 500
 _NEWEST = 3
-_CANDIDATES_PER_SAMPLE = 3  # some turn out not to be unique
 _LONGEST_QUERY = 1500  # characters: an API that takes GET only gets it in the URL
 _RECALL_KEYS = ("last_accessed",)  # recall updates them all the time, first in the graph
 _CLOCK_SKEW = timedelta(hours=1)  # between two machines
-_EXEMPT, _REPEATED = {"exempt": True}, {"repeated": True}
+_EXEMPT = {"exempt": True}
 
 Properties = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A memory that recall by its content must bring first."""
+    """A memory that recall by its content must bring first, or another one with the same content."""
 
     id: str
     content: str
@@ -110,25 +108,20 @@ def compare_stores(
 ) -> Findings:
     """Compare every memory (or `only` some) with its existing point, and choose up to `samples` memories.
 
-    Only what differs stays in memory.
-
     A memory is newer than the migration if it was written after `migrated_at`, whatever the plan in `cache` has; a
     time in the future does not count. A node without a usable id or text is exempt, and so is its point.
     """
     found = Findings()
-    with TemporaryIdTable() as seen, TemporaryIdTable() as contents:
-        candidates = _Candidates(contents, samples, len(existing))
+    step = max(1, len(existing) // samples)  # so that they are spread over all memories
+    with TemporaryIdTable() as seen:
         for page in read_ahead(chunks(iter_memories(conn, graph), _PAGE)):
             asked = [node for node in page if only is None or point_id(node.properties.get("id")) in only]
             memories = _usable(asked, seen, found)
             payloads = existing.payloads(list(memories))
             _compare_page(memories, payloads, cache, migrated_at, found)
-            candidates.add(memories, payloads)
+            _add_samples(memories, payloads, found, samples, step)
             progress(len(page))
-        for ids in existing.ids():
-            known = seen.payloads(ids)
-            found.orphans += [str(one) for one in ids if one not in known]
-        found.samples = candidates.samples()
+        found.orphans = [str(one) for one in orphan_ids(existing, seen.payloads)]
     return found
 
 
@@ -215,32 +208,18 @@ def _written_at(properties: Properties) -> datetime:
     return max(found)
 
 
-class _Candidates:
-    """Chooses up to `count` samples with a unique content, spread over `total` memories, from pages of memories."""
-
-    def __init__(self, contents: TemporaryIdTable, count: int, total: int) -> None:
-        self._contents = contents
-        self._count = count
-        self._step = max(1, total // (count * _CANDIDATES_PER_SAMPLE))
-        self._added = 0
-        self._chosen: list[tuple[str, Sample]] = []
-
-    def add(self, memories: dict[PointId, Properties], payloads: dict[PointId, dict[str, Any]]) -> None:
-        """Add a page of memories, with the payloads of their points."""
-        keys = {one: _content_key(str(properties["content"])) for one, properties in memories.items()}
-        times = Counter(keys.values())
-        known = self._contents.payloads(list(times))
-        self._contents.put((key, _REPEATED if key in known or times[key] > 1 else None) for key in times)
-        for identity, properties in memories.items():
-            if self._added % self._step == 0 and _is_recallable(properties, payloads.get(identity)):
-                self._chosen.append((keys[identity], Sample(str(identity), str(properties["content"]))))
-            self._added += 1
-
-    def samples(self) -> list[Sample]:
-        """The samples, after the last page."""
-        marks = self._contents.payloads([key for key, _ in self._chosen])
-        unique = [sample for key, sample in self._chosen if not marks[key]]
-        return unique[:: max(1, len(unique) // self._count)][: self._count]
+def _add_samples(
+    memories: dict[PointId, Properties],
+    payloads: dict[PointId, dict[str, Any]],
+    found: Findings,
+    most: int,
+    step: int,
+) -> None:
+    """Choose every `step`-th memory to try recall with, or the next one that is fit for it, until there are `most`."""
+    for number, (identity, properties) in enumerate(memories.items(), found.expected - len(memories)):
+        is_due = len(found.samples) < most and number >= len(found.samples) * step
+        if is_due and _is_recallable(properties, payloads.get(identity)):
+            found.samples.append(Sample(str(identity), str(properties["content"])))
 
 
 def _is_recallable(properties: Properties, payload: dict[str, Any] | None) -> bool:
@@ -248,11 +227,6 @@ def _is_recallable(properties: Properties, payload: dict[str, Any] | None) -> bo
     if properties.get("archived") or properties.get("t_invalid") or len(content) >= _LONGEST_QUERY:
         return False
     return payload is not None and payload.get("content") == content
-
-
-def _content_key(content: str) -> str:
-    # A letter first: the table takes texts of digits for numbers.
-    return "c" + blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 # Under Cosine, Qdrant and this module normalize in float32: the last bits may differ.

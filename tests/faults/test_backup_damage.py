@@ -650,7 +650,7 @@ GUARDS = {
     ),
     "the ids in the segments": (
         "lib.backup.collection._count_points",
-        lambda _path, _archive, _copies: None,
+        lambda _path, _archive, _copies, _ids: None,
         "archive: another id, resealed",
     ),
 }

@@ -307,16 +307,6 @@ def test_a_bug_in_the_recall_comparison_is_no_server_that_cannot_be_searched(ope
     assert operator.info()["config"]["params"]["vectors"]["size"] == 48  # the live one was not touched
 
 
-def test_a_damaged_manifest_of_a_restored_file_is_named(operator):
-    operator.load(30)
-    operator.run("backup_automem")
-    (manifest,) = operator.manifests()
-    manifest.write_text(manifest.read_text().replace('"nodes"', '"nodez"', 1))
-    output = operator.run("restore_from_backup", operator.rdb(), "--dry-run").err
-    assert f"warning: {manifest.name}, which may be the manifest of" in output
-    assert "is damaged" in output
-
-
 def test_that_other_clients_cannot_be_listed_is_reported(operator, monkeypatch):
     from lib.errors import AccessRefused
 

@@ -59,14 +59,14 @@ def test_a_stamp_is_of_one_provider():
 
 def test_how_the_provider_of_a_collection_is_known():
     configured = {"model": "voyage-4", "model_known": "configured", "provider": "voyage"}
-    assert known_model(state_with({}), VOYAGE) == configured
-    assert known_model(state_with(stamp(VOYAGE)), OPENAI) == {**configured, "model_known": "stamped"}
+    assert known_model(1024, {"metadata": {}}, VOYAGE) == configured
+    assert known_model(1024, {"metadata": stamp(VOYAGE)}, OPENAI) == {**configured, "model_known": "stamped"}
     journalled = stamp(VOYAGE)[STAMP_KEY]
-    assert known_model(state_with({}), OPENAI, journalled) == {**configured, "model_known": "stamped"}
+    assert known_model(1024, {"metadata": {}}, OPENAI, journalled) == {**configured, "model_known": "stamped"}
     stamped = {"model": LARGE, "model_known": "stamped"}
-    assert known_model(state_with(stamp(OPENAI)), VOYAGE, journalled) == stamped
+    assert known_model(1024, {"metadata": stamp(OPENAI)}, VOYAGE, journalled) == stamped
     # Of another size: a guess, which is always a model of OpenAI.
-    assert known_model(state_with({}, 3072), VOYAGE) == {"model": LARGE, "model_known": "guessed"}
+    assert known_model(3072, {"metadata": {}}, VOYAGE) == {"model": LARGE, "model_known": "guessed"}
 
 
 def test_the_journal_gives_the_stamp_of_servers_without_metadata(tmp_path):

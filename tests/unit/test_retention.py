@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lib.backup.catalog import backup_sets, dated_later, latest
+from lib.backup.catalog import backup_sets, latest
 from lib.backup.copies import catalog_at
 from lib.backup.manifest import SAFETY, UNVERIFIED, Drift, read_manifest, sealed, write_manifest
 from lib.backup.retention import plan_cleanup
@@ -216,18 +216,6 @@ def test_a_set_from_the_future_does_not_replace_the_undo_of_the_last_migration(t
     age(migrated, 40)
     make(tmp_path, 4, collection=dataclasses.replace(COLLECTION, proof=UNVERIFIED))
     assert 1 not in deleted(tmp_path, 1)
-
-
-def test_sets_of_the_same_stores_that_are_dated_later_are_named(tmp_path):
-    new = make(tmp_path, 5)
-    make(tmp_path, 4)
-    assert dated_later(new) == []
-    other = {"server": {"address": "elsewhere:1", "redis": "", "falkordb": "", "version": ""}}
-    graph, collection = (dataclasses.replace(one, **other) for one in (GRAPH, COLLECTION))
-    make(tmp_path, 6, graph=graph, collection=collection)
-    assert dated_later(new) == []
-    later = make(tmp_path, 7, **COLLECTION_HALF)
-    assert dated_later(new) == [later]
 
 
 def test_without_a_full_set_latest_names_the_others(tmp_path):
