@@ -20,6 +20,7 @@ from lib.files import atomic_writer, read_regular
 SUFFIX = ".age"
 _TAG, _NONCE, _CHUNK = 16, 16, 64 << 10  # https://github.com/C2SP/C2SP/blob/main/age.md: the payload
 _HEADER_LIMIT = 64 << 10
+_HEADER_END = b"\n---"
 _KEY_FILE_LIMIT = 64 << 10
 _IDENTITY = "AUTOMEM_BACKUP_IDENTITY"
 _PASSPHRASE = "AUTOMEM_BACKUP_PASSPHRASE_FILE"  # noqa: S105 - the name of a setting
@@ -125,6 +126,8 @@ def new_key(words: str) -> tuple[Any, bytes]:
 def key_in(key_file: bytes, words: str) -> list[Any]:
     """The private key in a set's key file. Raises AccessRefused for a wrong passphrase."""
     pyrage = _pyrage()
+    if len(key_file) > _KEY_FILE_LIMIT:
+        raise BackupDamaged("the key file of the copy is too large for one")
     try:
         return [pyrage.x25519.Identity.from_str(pyrage.passphrase.decrypt(key_file, words).decode().strip())]
     except (pyrage.DecryptError, pyrage.IdentityError, UnicodeDecodeError) as error:
@@ -148,7 +151,7 @@ def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_k
     `write` raise. `name` is for messages.
     """
     pyrage = _pyrage()
-    streams = _Streams(iter(chunks), write)
+    streams = _Streams(_with_header(chunks, name), write)
     try:
         pyrage.decrypt_io(streams, streams, private_keys)
     except (pyrage.DecryptError, OSError) as error:
@@ -178,6 +181,19 @@ def require_key(keys: CopyKeys, name: str) -> None:
             next_step=f"name the file of the private key:\nexport {_IDENTITY}=...\nor that of the passphrase:\n"
             f"export {_PASSPHRASE}=...",
         )
+
+
+def _with_header(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """The same pieces. Raises BackupDamaged if age's header does not end: pyrage would read on and on."""
+    header, pieces = b"", iter(chunks)
+    for piece in pieces:
+        header += piece
+        if _HEADER_END not in header and len(header) > _HEADER_LIMIT:
+            raise BackupDamaged(f"{name} is not encrypted with age, or its header has no end")
+        yield piece
+        if _HEADER_END in header:
+            break
+    yield from pieces
 
 
 class _Streams:

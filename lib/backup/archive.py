@@ -25,9 +25,11 @@ from lib.files import PassThrough, atomic_writer
 
 FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
 _CHUNK = 1 << 20
-_FACTS_LIMIT = 64 << 20
+_FACTS_LIMIT, _NAME_LIMIT = 64 << 20, 64 << 10
 _LINE_LIMIT = 128  # an id is a UUID or a number
 _AGAIN = "run the backup again"
+_EXTENDED = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+_EXTENDED.add(tarfile.SOLARIS_XHDTYPE)
 _REQUIRED = {"collection", "config", "snapshot_size", "snapshot_sha256", "promised_ids"}
 
 SnapshotReader = Callable[[IO[bytes]], object]
@@ -162,6 +164,15 @@ def archive_writer(path: Path) -> Iterator[ArchiveWriter]:
         yield writer
 
 
+class _BoundedHeader(tarfile.TarInfo):
+    """Refuses extensions (a long name, PAX fields) larger than any in a backup: tarfile reads them into memory."""
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _NAME_LIMIT:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tarfile_)  # type: ignore[misc,no-any-return]  # not in the stubs
+
+
 @contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
     """Raise BackupDamaged if the gzip or the tar that the block reads is damaged."""
@@ -184,7 +195,7 @@ def opened_tar(path: Path, *, to_end: bool) -> Iterator[tuple[tarfile.TarFile, C
         path.open("rb") as file,
         # Inflates the next piece, and hashes the file, while this one is used.
         igzip_threaded.open(PassThrough(file, digest.update), "rb") as plain,
-        tarfile.open(fileobj=plain, mode="r|", bufsize=_CHUNK) as tar,
+        tarfile.open(fileobj=plain, mode="r|", bufsize=_CHUNK, tarinfo=_BoundedHeader) as tar,
     ):
         yield tar, digest.hexdigest
         while to_end and plain.read(_CHUNK):  # the gzip trailer holds its own checksum

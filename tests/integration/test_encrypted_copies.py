@@ -14,7 +14,7 @@ import pytest
 from lib.backup.age import CopyKeys, decrypt, encrypt, recipients
 from lib.backup.copy_store import OffsiteStore
 from lib.backup.manifest import read_manifest
-from lib.errors import StoreFailed
+from lib.errors import BackupDamaged, StoreFailed
 from tests.matrix import matrix
 from tests.offsite_support import BUCKET, S3Server
 from tests.restore_support import assert_tidy, spoil
@@ -172,7 +172,7 @@ def test_a_cleanup_of_encrypted_copies_needs_the_key_and_deletes_whole_sets(oper
     assert files_in(copies) == encrypted_names(newer) | key_file
 
 
-@pytest.mark.parametrize("what", matrix(["bit", "cut", "another key"], "bit", "another key"))
+@pytest.mark.parametrize("what", matrix(["bit", "cut", "endless header", "another key"], "bit", "another key"))
 def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
     copies = tmp_path / "copies"
     operator.export(AUTOMEM_BACKUP_RECIPIENTS=public(key), AUTOMEM_BACKUP_IDENTITY=str(key))
@@ -185,13 +185,18 @@ def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
         rdb.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
     elif what == "cut":
         rdb.write_bytes(data[: len(data) // 2])
+    elif what == "endless header":
+        rdb.write_bytes(b"age-encryption.org/v1\n-> X25519 " + b"A" * 200_000)
     else:
         other = pyrage.x25519.Identity.generate()
         private(tmp_path / "other", str(other))
         operator.export(AUTOMEM_BACKUP_IDENTITY=str(tmp_path / "other"))
     shutil.rmtree(operator.backups)
     checked = operator.run("backup_automem", "--check", f"file://{copies}", expect=2 if what == "another key" else 4)
-    expected = "is encrypted for another key" if what == "another key" else "was changed or cut off"
+    expected = {
+        "endless header": "its header has no end",
+        "another key": "is encrypted for another key",
+    }.get(what, "was changed or cut off")
     assert expected in checked.out + checked.err
     operator.run("restore_from_backup", f"file://{copies}/latest", expect=2 if what == "another key" else 4)
     assert operator.state() == before
@@ -242,7 +247,7 @@ def test_without_the_package_it_is_named_before_the_backup(operator, tmp_path, k
     assert not operator.backups.exists()
 
 
-def test_both_directions_stream_in_small_pieces(tmp_path, key):
+def test_both_directions_stream_in_small_pieces_and_an_endless_header_is_not_buffered(tmp_path, key):
     plain, sealed = tmp_path / "plain", tmp_path / "sealed"
     plain.write_bytes(bytes(range(256)) * 40_000)
     encrypt(plain, sealed, recipients(CopyKeys(recipients=public(key))))
@@ -252,3 +257,16 @@ def test_both_directions_stream_in_small_pieces(tmp_path, key):
     decrypt(iter(lambda: stream.read(1 << 20), b""), pieces.append, [identity], "sealed")
     assert b"".join(pieces) == plain.read_bytes()
     assert max(map(len, pieces)) <= 1 << 20
+
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        yield b"age-encryption.org/v1\n-> X25519 "
+        while taken < 1 << 30:
+            taken += 1 << 16
+            yield b"A" * (1 << 16)
+
+    with pytest.raises(BackupDamaged, match="header has no end"):
+        decrypt(endless(), pieces.append, [identity], "sealed")
+    assert taken < 1 << 20

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lib.backup.archive import read_archive
 from lib.backup.manifest import sealed
 from lib.errors import BackupDamaged
 from lib.journal import start_journal
@@ -234,6 +235,18 @@ def test_an_rdb_with_a_number_as_long_as_a_book_is_read(tmp_path):
     path = tmp_path / "g.rdb"
     path.write_bytes(body + crc64(body, 0).to_bytes(8, "little"))
     assert inspect_rdb(path).memory == 0
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
+def test_a_header_of_gigabytes_is_refused_before_it_is_read(tmp_path, kind):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, 3 << 30
+    path = tmp_path / "bomb.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(info.tobuf(tarfile.GNU_FORMAT))
+        stream.write(bytes(4 << 20))
+    with pytest.raises(BackupDamaged, match="a header of 3221225472 bytes"):
+        read_archive(path)
 
 
 def entry(kind: bytes, content: bytes, name: str = "x") -> bytes:
