@@ -85,7 +85,7 @@ class Site:
     def _shorten_polls(self) -> None:
         """As tests/script_process.py does: the stand-in builds no index, and its status is asked for three times."""
         path = self.checkout / "lib" / "clients" / "qdrant" / "collection.py"
-        text, line = path.read_text(encoding="utf-8"), "\nPOLL_SECONDS = 0.5\n"
+        text, line = path.read_text(encoding="utf-8"), "\nPOLL_SECONDS = 0.25\n"
         assert line in text
         path.write_text(text.replace(line, "\nPOLL_SECONDS = 0.02\n"), encoding="utf-8")
 

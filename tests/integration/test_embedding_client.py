@@ -14,7 +14,7 @@ from lib.clients.embeddings.answers import BadAnswer, BadInput, WrongWidth
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.concurrency import Cancelled
 from lib.dimensions import EmbeddingSpec
-from lib.errors import ProviderRefused
+from lib.errors import ProviderRefused, UsageProblem
 from tests.sandbox.openai_server import OpenAIServer
 from tests.sandbox.process import free_port
 from tests.sandbox.vectors import vectors_for
@@ -143,6 +143,13 @@ def test_the_key_is_in_no_message_log_or_repr(server, status, caplog):
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     assert "Secret" not in repr(client) + str(vars(client))
     assert "Secret" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "sk-a\n", "sk-naïve"])
+def test_a_key_that_cannot_be_one_is_refused_without_a_request(server, key):
+    with pytest.raises(UsageProblem, match="OPENAI_API_KEY") as caught:
+        client_for(server, key=key)
+    assert "sk-" not in str(caught.value)
 
 
 def test_rate_limits_without_end_are_given_up(server):

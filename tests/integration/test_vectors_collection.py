@@ -182,7 +182,7 @@ def test_rights_to_write_are_asked_for_without_a_trace(q: Qdrant, filled: str, n
 def test_a_single_node_holds_every_shard(q: Qdrant, filled: str):
     shards = cluster.topology(q, filled)
     assert shards.holders == {shards.this_peer}
-    assert [shard.points for shard in shards.shards] == [50]
+    assert [shard.shard_id for shard in shards.shards] == [0]
     cluster.refuse_partial(shards)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lib.clients.embeddings.client import Provider
 from lib.dimensions import OLLAMA, OPENAI, VOYAGE, EmbeddingSpec
+from lib.errors import UsageProblem
 
 KEY = "sk-sandbox-0123456789abcdef"
 
@@ -83,3 +84,8 @@ def test_the_package_is_imported_only_to_send(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_a_key_that_cannot_be_one_is_refused_before_that():
+    with pytest.raises(UsageProblem, match="OPENAI_API_KEY"):
+        Provider(EmbeddingSpec("", "m", 8), "sk-a b", 5.0)

@@ -58,6 +58,11 @@ class Provider:
     """Requests to one endpoint with one key, for one model and size. Thread-safe. `name` holds no secret."""
 
     def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
+        if not api_key.isascii() or any(character.isspace() for character in api_key):
+            raise UsageProblem(
+                f"{SETTING_NAMES[spec.provider].key} holds a space, a line break or a letter that no key has",
+                next_step="set it again",
+            )
         self._spec = spec
         self.name = f"{spec.model}{similar_model(spec.model)} at {public_url(spec.base_url)}"
         self._key = api_key
@@ -221,7 +226,7 @@ class EmbeddingClient:
 
     `timeout_seconds` is for one request, `max_wait_seconds` for rate limits, or for failures, before the run gives up.
     `models_dir` is the folder of the models of the provider `local`. No message and no repr shows `api_key`.
-    Raises UsageProblem if a local model has no package.
+    Raises UsageProblem if it cannot be a key, or if a local model has no package.
     """
 
     def __init__(

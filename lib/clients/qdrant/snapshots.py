@@ -28,6 +28,7 @@ PIECE_SECONDS = 600.0  # a connection that brings less than a piece in this time
 
 _WAIT = {"wait": "true"}
 _MOST_RESTARTS = 3  # of the server while it makes one snapshot
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
@@ -143,7 +144,9 @@ def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
 
 
 def _snapshot(raw: dict[str, Any]) -> Snapshot:
-    return Snapshot(str(raw["name"]), int(raw["size"]), raw.get("checksum"), str(raw.get("creation_time") or ""))
+    checksum = str(raw.get("checksum"))
+    valid = checksum if _SHA256.fullmatch(checksum) else None
+    return Snapshot(str(raw["name"]), int(raw["size"]), valid, str(raw.get("creation_time") or ""))
 
 
 def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
