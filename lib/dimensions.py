@@ -1,4 +1,4 @@
-"""Embedding models and dimensions: the sizes that a model can make, and the dimension check."""
+"""Embedding models, the sizes that they make, the dimension check; the provider and model that AutoMem chooses."""
 
 from __future__ import annotations
 

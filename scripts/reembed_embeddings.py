@@ -116,8 +116,8 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     from lib.reembed import output, quality, report
     from lib.reembed.assess import missing_if_current
     from lib.reembed.context import is_fresh
-    from lib.reembed.embed import EmbeddingTotals, try_one_batch
-    from lib.reembed.run import only_missing, only_stage, reembed
+    from lib.reembed.embed import EmbeddingTotals
+    from lib.reembed.run import only_missing, only_stage, reembed, try_one_batch
 
     explicit = args.fresh or args.only_missing or args.limit or is_fresh(ctx)
     if not explicit and (missing := missing_if_current(ctx, found)):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 
 import msgspec
 
-from lib.backup.phases import kept_the_size
-from lib.backup.points import existing_points
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, expected, price_of, price_text
@@ -23,7 +20,6 @@ from lib.errors import UsageProblem
 from lib.journal import Journal
 from lib.reembed.context import Context
 from lib.reembed.plan import Scan, scan_graph
-from lib.reembed.sync import missing_of, texts_to_embed
 
 MOST_ROUNDS, FEW_TEXTS = 5, 100  # catching up ends with a round that embeds fewer texts, or with the last round
 MOST_INTERVALS = 240
@@ -274,54 +270,7 @@ def catch_up(ctx: Context, runner: EmbeddingRunner, journal: Journal) -> Scan:
     return scan
 
 
-@dataclass(frozen=True)
-class Tried:
-    """One real batch: size and speed of its answer, what is left to embed, and how long that would take."""
-
-    size: int
-    texts: int
-    tokens: int
-    seconds: float
-    note: str
-    left: Missing
-    expected: Expected | None = None
-
-
 def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
     """Return the spec, or the model's own size if the model cannot make this one."""
     native = native_size(spec.model)
     return replace(spec, size=native) if native and model_fault(spec.model, spec.size) else spec
-
-
-def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tried:
-    """Embed one real batch. It is stored in the embedding cache, so that it is not paid for again.
-
-    If the client's size is not the plan's (see `sample_spec`), the vectors are thrown away. A text that the provider
-    refuses is found, and left out. `repair`: the texts are those that `--only-missing` would embed, see `assess`.
-    """
-    texts: Iterable[TextRow] = ctx.cache.missing_texts(ctx.spec)
-    count_missing: Callable[[], Missing] = ctx.cache.missing_total
-    with ExitStack() as held:
-        if repair and not kept_the_size(ctx.folder, ctx.targets, ctx.spec):
-            existing = held.enter_context(existing_points(ctx.qdrant, ctx.collection))
-            texts, count_missing = texts_to_embed(ctx.cache, existing), partial(missing_of, ctx.cache, existing)
-        first = list(islice(texts, runner.batch_size))
-        size = runner.client.spec.size
-        if not first:
-            note = "every text is in the embedding cache already"
-            if repair:
-                note = "no point needs a new vector, or its text is in the embedding cache already"
-            return Tried(ctx.spec.size, 0, 0, 0.0, note, count_missing())
-        runner.require_affordable(sum(row.tokens for row in first))
-        stored = size == ctx.spec.size
-        if stored:
-            ctx.cache.require_room(len(first), size)
-        note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
-        store = ctx.cache.put_vectors if stored else lambda _vectors: None
-        with runner.paid.recording(stored=stored) as record:
-            done = embed_missing(runner.client, first, store, workers=1, batch_size=runner.batch_size, progress=record)
-        if done.refused:
-            note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
-        left = count_missing()
-    seconds = runner.client.request_seconds or 0.0
-    return Tried(size, done.embedded, done.tokens, seconds, note, left, runner.expected(left))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib.backup.catalog import newest_with
 from lib.clients.embeddings.cache import Missing
@@ -18,12 +19,14 @@ from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
 from lib.reembed.assess import ABSENT, ADOPT, FAILED, REPLACE, Assessment, require_protection
 from lib.reembed.context import Context, resume_notice
-from lib.reembed.embed import EmbeddingTotals, Tried
+from lib.reembed.embed import EmbeddingTotals
 from lib.reembed.quality import SpotCheck
 from lib.reembed.report import Finished
-from lib.reembed.run import Synced
 from lib.reembed.sync import SyncOutcome
 from lib.show_config import chosen, restart_lines
+
+if TYPE_CHECKING:
+    from lib.reembed.run import Synced, Tried
 
 _EXAMPLES = 10
 _FEW = 3

@@ -1,19 +1,24 @@
-"""The re-embedding and `--only-missing` as sequences. Killed at any point and started again, it resumes.
+"""The re-embedding, its dry run and `--only-missing` as sequences. Killed at any point and started again, it resumes.
 
 assess and plan (`assess.assess`, before this) > embed > stage > guard and cutover > catch up > verify > report
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.backup import phases as migrations
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
-from lib.clients.embeddings.pricing import count_tokens
+from lib.clients.embeddings.cache import Missing, TextRow
+from lib.clients.embeddings.pricing import Expected, count_tokens
+from lib.clients.embeddings.worker_pool import embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
 from lib.dimensions import SETTING_NAMES
@@ -150,7 +155,8 @@ def _stage(ctx: Context, journal: Journal, assessment: assess.Assessment, runner
     """Build the staged collection, or with `--in-place` only catch up. Then search the old collection, to compare."""
     live = assess.find_live(ctx, journal)
     if live.kind == assess.REPLACE and live.state is not None and not assessment.in_place:
-        staging.stage(ctx, journal, assessment, live.state, runner)
+        search = partial(save_before, ctx, journal)
+        staging.stage(ctx, journal, assessment, live.state, runner, meanwhile=search)
     elif live.kind != assess.ABSENT or staging.verified_staged(ctx, journal) is None:
         scan = catch_up(ctx, runner, journal)
         if live.kind == assess.REPLACE:
@@ -167,6 +173,53 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)
         snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One real batch: size and speed of its answer, what is left to embed, and how long that would take."""
+
+    size: int
+    texts: int
+    tokens: int
+    seconds: float
+    note: str
+    left: Missing
+    expected: Expected | None = None
+
+
+def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tried:
+    """Embed one real batch. It is stored in the embedding cache, so that it is not paid for again.
+
+    If the client's size is not the plan's (see `sample_spec`), the vectors are thrown away. A text that the provider
+    refuses is found, and left out. `repair`: the texts are those that `--only-missing` would embed, see `assess`.
+    """
+    texts: Iterable[TextRow] = ctx.cache.missing_texts(ctx.spec)
+    count_missing: Callable[[], Missing] = ctx.cache.missing_total
+    with ExitStack() as held:
+        if repair and not migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec):
+            existing = held.enter_context(existing_points(ctx.qdrant, ctx.collection))
+            texts, count_missing = texts_to_embed(ctx.cache, existing), partial(missing_of, ctx.cache, existing)
+        first = list(islice(texts, runner.batch_size))
+        size = runner.client.spec.size
+        if not first:
+            note = "every text is in the embedding cache already"
+            if repair:
+                note = "no point needs a new vector, or its text is in the embedding cache already"
+            return Tried(ctx.spec.size, 0, 0, 0.0, note, count_missing())
+        runner.require_affordable(sum(row.tokens for row in first))
+        stored = size == ctx.spec.size
+        if stored:
+            ctx.cache.require_room(len(first), size)
+        note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
+        store = ctx.cache.put_vectors if stored else lambda _vectors: None
+        with runner.paid.recording(stored=stored) as record:
+            done = embed_missing(runner.client, first, store, workers=1, batch_size=runner.batch_size, progress=record)
+        if done.refused:
+            note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
+        left = count_missing()
+    seconds = runner.client.request_seconds or 0.0
+    return Tried(size, done.embedded, done.tokens, seconds, note, left, runner.expected(left))
 
 
 class Synced(NamedTuple):

@@ -26,7 +26,6 @@ from lib.reembed.assess import Assessment, journaled_settings, require_whole_gra
 from lib.reembed.context import Context, refuse_foreign_staged, unplanned_ids
 from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
 from lib.reembed.plan import memories_now
-from lib.reembed.quality import save_before
 from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
 from lib.verify.compare import different_vectors, repair_vectors
 
@@ -44,13 +43,19 @@ def stamp(spec: EmbeddingSpec) -> dict[str, Any]:
 
 
 def stage(
-    ctx: Context, journal: Journal, assessment: Assessment, live: CollectionState, runner: EmbeddingRunner
+    ctx: Context,
+    journal: Journal,
+    assessment: Assessment,
+    live: CollectionState,
+    runner: EmbeddingRunner,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> CollectionState:
     """Create or resume the staged collection, fill and verify it. The `live` one is only read.
 
     Catching up and filling repeat until a round embeds fewer than 100 texts. While the server builds the index, every
-    point is verified, and the `live` collection is searched for the report. Raises StoreFailed if the server's disk
-    is full (the staged collection is dropped), MissingData if the graph lost memories meanwhile.
+    point is verified, then `meanwhile` is called. Raises StoreFailed if the server's disk is full (the staged
+    collection is dropped), MissingData if the graph lost memories since the plan.
     """
     with staged_dropped_if_full(ctx, journal, assessment.room):
         _create_staged(ctx, journal, live)
@@ -67,7 +72,7 @@ def stage(
                 break
         with BackgroundTask(lambda task: _wait_for_index(ctx, ctx.staged, outcome, task.stop)) as indexing:
             repaired = verify_points(ctx, ctx.staged, outcome, exclusive=True)
-            save_before(ctx, journal)
+            meanwhile()
             indexing.result()
         if repaired:
             _wait_for_index(ctx, ctx.staged, outcome)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lib.backup.collection import CollectionSource
+from lib.backup.graph import GraphSource
+from lib.backup.manifest import Manifest
+from lib.clients.falkordb.connection import list_graphs
+from lib.clients.falkordb.queries import counts
+from lib.clients.falkordb.swap import memory_used
+from lib.clients.qdrant.collection import get_state, health
+from lib.config import Config
 from lib.console import Console, size_text
 from lib.dimensions import is_plain, provider_of
 from lib.errors import DONE, listed
+from lib.restore.graph import GraphBackup
+from lib.restore.inputs import CollectionBackup
+from lib.restore.preflight import Newer, NewerThanBackup, Site, VerifiedFiles, newer_than
+from lib.restore.run import Restored
 from lib.show_config import restart_lines, settings_lines
-
-if TYPE_CHECKING:
-    from lib.backup.collection import CollectionSource
-    from lib.backup.graph import GraphSource
-    from lib.backup.manifest import Manifest
-    from lib.config import Config
-    from lib.restore.graph import GraphBackup
-    from lib.restore.inputs import CollectionBackup
-    from lib.restore.preflight import Newer, NewerThanBackup, Site, VerifiedFiles
-    from lib.restore.run import Restored
 
 # The graph alone: no setting goes with it, but AutoMem has cached labels and keys by the old graph's numbers.
 _RESTART_GRAPH = """\
@@ -30,8 +32,6 @@ _RESTART_GRAPH = """\
 
 def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int:
     """Print what a restore would do: --dry-run stops before the first write."""
-    from lib.restore.preflight import newer_than
-
     found = newer_than(site, files)
     document: dict[str, Any] = {}
     if files.graph and site.graph:
@@ -63,10 +63,6 @@ def _stores(site: Site) -> str:
 
 
 def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
-    from lib.clients.falkordb.connection import list_graphs
-    from lib.clients.falkordb.queries import counts
-    from lib.clients.falkordb.swap import memory_used
-
     held, live = backup.verification.counts, None
     if target.graph in list_graphs(target.conn):
         seen = counts(target.conn, target.graph)
@@ -84,8 +80,6 @@ def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
 
 
 def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict[str, Any]:
-    from lib.clients.qdrant.collection import get_state, health
-
     name, qdrant = target.collection, target.qdrant
     state = health(qdrant, name)
     live: dict[str, Any] | None = None if state == "missing" else {"state": state}

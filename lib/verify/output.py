@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
+from lib.config import Config
 from lib.console import Console, table
 from lib.errors import DONE, VERIFICATION_FAILED
-
-if TYPE_CHECKING:
-    from lib.config import Config
-    from lib.verify.checks import Check
+from lib.verify.checks import FAILED, PENDING, Check
 
 
 def show_checks(
     checks: list[Check], recalled: list[str], recorded: str | None, config: Config, console: Console
 ) -> int:
     """Print every check, and the commands that help if one failed. Returns exit code 4 then, else 0."""
-    from lib.verify.checks import FAILED, PENDING
-
     failed = [check for check in checks if check.status == FAILED]
     text = table([(check.status, check.name, check.detail) for check in checks], ("result", "check", "figures"))
     if recalled:
