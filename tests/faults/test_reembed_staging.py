@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from lib.backup.phases import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
+from lib.clients.qdrant.transport import QdrantError
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
@@ -395,6 +396,43 @@ def test_a_disk_that_fills_before_the_delete_leaves_the_live_collection_untouche
     points = points_of(ready)
     ready.run("reembed_embeddings")
     assert ready.servers.openai.stats()["texts"] == paid
+    assert_migrated(ready, points)
+
+
+def test_a_disk_that_fills_while_the_index_is_built_leaves_the_live_collection_untouched(ready, monkeypatch):
+    """The optimizer reports it to the thread that waits for the index, while the points are verified."""
+    before, points = ready.state(), points_of(ready)
+
+    def full(qdrant, *_: object) -> None:
+        raise QdrantError(qdrant.display, 500, FULL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.clients.qdrant.collection.wait_green", full)
+        failed = ready.run("reembed_embeddings", expect=1)
+    assert f"'{ready.collection}' is unchanged" in failed.err
+    assert ready.state() == before
+    assert ready.collections() == [ready.collection]
+    paid = ready.servers.openai.stats()["texts"]
+    ready.run("reembed_embeddings")
+    assert ready.servers.openai.stats()["texts"] == paid
+    assert_migrated(ready, points)
+
+
+def test_points_that_are_missing_end_the_wait_for_the_index(ready, monkeypatch):
+    before, points = ready.state(), points_of(ready)
+
+    def wait(_qdrant, _name: str, _seconds: float, stop) -> None:
+        while True:
+            stop.check()
+            time.sleep(0.01)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.clients.qdrant.collection.wait_green", wait)
+        patch.setattr("lib.reembed.staging._different_ids", lambda *_: ([1], []))
+        failed = ready.run("reembed_embeddings", expect=4)
+    assert f"points of '{staged(ready)}' are missing: 1, such as 1" in failed.err
+    assert ready.state() == before
+    ready.run("reembed_embeddings")
     assert_migrated(ready, points)
 
 
