@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from shlex import quote
-from typing import IO, TYPE_CHECKING, NoReturn, TypeVar, cast
+from typing import IO, NoReturn, TypeVar, cast
 
 import msgspec
 
@@ -26,10 +26,6 @@ from lib.backup.manifest import COLLECTION_DIR, GRAPH_DIR
 from lib.clients.embeddings.cache_file import chunks
 from lib.errors import BackupDamaged, BadFile
 from lib.journal import STAMP
-
-if TYPE_CHECKING:
-    pass
-
 
 GRAPH, COLLECTION = "graph", "collection"
 _GZIP = b"\x1f\x8b"
