@@ -15,7 +15,7 @@ from lib.backup.points import TemporaryIdTable, as_id, point_id, room_or_error
 from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.falkordb.bulk import points_in, require_name, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
-from lib.clients.qdrant.points import PointId
+from lib.clients.qdrant.points import PointId, float32s
 from lib.errors import BackupDamaged
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     repeated = set(ids.payloads(names)) or {one for one in names if names.count(one) > 1}
     if repeated:
         text.refuse(f"point {min(repeated, key=str)} is in it twice")
-    vectors = np.array([one.vector for one in page], dtype=np.float32)
+    vectors = np.stack([float32s(one.vector) for one in page])
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")

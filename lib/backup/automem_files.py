@@ -140,19 +140,28 @@ class Text:
 
     def until(self, mark: bytes) -> bytes:
         """Return the text up to and with the next `mark`. Raises BackupDamaged if there is none."""
-        searched = self._at
-        while (found := self._held.find(mark, searched)) < 0:
-            rest = self._held[self._at :]
-            searched = max(0, len(rest) - len(mark) + 1)
-            self._before += self._at
-            piece = self._read()
-            self._held, self._at = rest + piece, 0
-            if not piece:
-                self.refuse("it is cut")
-            if len(rest) > _LARGEST_ELEMENT:
-                self.refuse_layout()
-        start, self._at = self._at, found + len(mark)
-        return self._held[start : self._at]
+        # The last byte of a mark is rare, and a search for one byte is twenty times as fast as one for the mark.
+        last, searched = mark[-1:], self._at
+        while True:
+            found = self._held.find(last, searched)
+            if found >= 0 and self._held.endswith(mark, self._at, found + 1):
+                start, self._at = self._at, found + 1
+                return self._held[start : self._at]
+            searched = found + 1
+            if found < 0:
+                searched = self._read_more()
+
+    def _read_more(self) -> int:
+        """Add a piece to the text that is not read yet; returns where it begins."""
+        rest = self._held[self._at :]
+        self._before += self._at
+        piece = self._read()
+        self._held, self._at = rest + piece, 0
+        if not piece:
+            self.refuse("it is cut")
+        if len(rest) > _LARGEST_ELEMENT:
+            self.refuse_layout()
+        return len(rest)
 
     def require_end(self) -> None:
         """Raise BackupDamaged unless only the closing brace and blanks follow."""

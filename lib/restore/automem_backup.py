@@ -19,7 +19,7 @@ from lib.backup.automem_contents import GraphFacts, PointTable, read_graph, read
 from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource, read_loaded
-from lib.backup.points import same
+from lib.backup.points import identical, same
 from lib.child_process import scratch_folder
 from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
 from lib.clients.falkordb.connection import server_versions
@@ -179,8 +179,9 @@ class PointsPlan(RestorePlan):
         payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
         stored = np.vstack([point.vector for point in page if point.vector is not None])
         differ = vectors_differ(stored, wanted)
+        pairs = [(point.payload or {}, payloads[point.id]) for point in page]
         return [
             point.id
-            for point, bad in zip(page, differ, strict=True)
-            if bad or not same(point.payload or {}, payloads[point.id])
+            for point, bad, (payload, own) in zip(page, differ, pairs, strict=True)
+            if bad or not (identical(payload, own) or same(payload, own))
         ]

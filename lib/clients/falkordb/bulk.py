@@ -84,7 +84,7 @@ def points_in(properties: Properties) -> dict[str, str]:
     """The properties that JSON has as a map, or as a list of maps: points. Returns them as Cypher."""
     found = {}
     for key, value in properties.items():
-        points = value if isinstance(value, list) else [value]
+        points = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
         if points and all(map(_is_point, points)):
             texts = list(map(_point, points))
             found[key] = f"[{', '.join(texts)}]" if isinstance(value, list) else texts[0]

@@ -181,15 +181,16 @@ def _point(raw: dict[str, Any]) -> Point:
             )
         vector = vector.get("")  # an unnamed vector together with sparse vectors
     if vector is not None:
-        vector = _float32s(vector)
+        vector = float32s(vector)
     return Point(raw["id"], raw.get("payload"), vector)
 
 
-def _float32s(numbers: list[float]) -> NDArray[np.float32]:
+def float32s(numbers: list[float]) -> NDArray[np.float32]:
+    """Convert to (n,) float32, three times as fast as numpy does it."""
     import numpy as np  # 0.1 s, not needed when only ids and payloads are read
 
     try:
-        return np.frombuffer(struct.pack(f"{len(numbers)}f", *numbers), dtype=np.float32)  # three times as fast
+        return np.frombuffer(struct.pack(f"{len(numbers)}f", *numbers), dtype=np.float32)
     except (struct.error, OverflowError):  # null, or a number that float32 lacks
         return np.array(numbers, dtype=np.float32)
 
