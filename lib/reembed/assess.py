@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
 from lib.clients.qdrant.collection import CollectionState
+from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.restoring import wait_restored
 from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_settings
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
@@ -49,6 +50,7 @@ _LOST_SHARE, _LOST_FEW = 0.01, 10
 _RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
 _EXAMPLES, _PAGE = 20, 500
 MAX_AGE_HOURS = 24.0
+_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 _SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
@@ -66,7 +68,8 @@ class Assessment:
 
     `missing` texts must be embedded. `in_place`: no staged collection is built. `only_live` is the number of points
     without a memory; `textless` are those that leave the collection though their memory exists, because neither has a
-    text. `unlike`: the backup whose settings the collection, which is empty, does not have.
+    text. `unlike`: the backup whose settings the collection, which is empty, does not have. `repair`: the run is
+    `--only-missing`.
     """
 
     scan: Scan
@@ -79,6 +82,7 @@ class Assessment:
     only_live_examples: Sequence[str] = ()
     textless: Sequence[str] = ()
     unlike: str = ""
+    repair: bool = False
 
     @property
     def price(self) -> float | None:
@@ -123,7 +127,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
         settings = journaled_settings(journal) or (settings_of(backup)["settings"] if backup else None)
         if settings:
             collections.refuse_foreign(settings)
-        return Assessment(scan, missing, ctx.spec, live, journal, in_place)
+        return Assessment(scan, missing, ctx.spec, live, journal, in_place, repair=repair)
     collections.refuse_foreign(state.raw)
     if repair:
         live = Live(ADOPT, state)
@@ -132,11 +136,43 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
                 missing = missing_of(ctx.cache, existing)
     unlike = _unlike(backup, state) if backup and journal is None else ""
     with existing_points(ctx.qdrant, state.name, payload=False) as existing, only_live_ids(ctx, existing) as only_live:
-        textless = [] if repair else sorted(map(str, memories_now(ctx.graph, only_live.ids())))
+        textless = sorted(map(str, memories_now(ctx.graph, only_live.ids())))
         orphans = (str(one) for page in only_live.ids() for one in page)
         examples = list(islice((one for one in orphans if one not in textless), _EXAMPLES))
         count = len(only_live) - len(textless)
-    return Assessment(scan, missing, ctx.spec, live, journal, in_place, count, examples, textless, unlike)
+    leaving = [] if repair else textless
+    return Assessment(scan, missing, ctx.spec, live, journal, in_place, count, examples, leaving, unlike, repair)
+
+
+@contextmanager
+def orphan_points(ctx: Context, state: CollectionState) -> Iterator[tuple[TemporaryIdTable, set[PointId]]]:
+    """The ids of the points without an embeddable memory, and those of them that stay, because their memory exists.
+
+    The graph is asked after the points were read. Raises MissingData for an empty graph, GuardRefused if more than 1%
+    of the points would be removed without a verified backup.
+    """
+    with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
+        if len(only_live) and ctx.cache.memory_count() == 0:
+            raise MissingData(
+                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
+            )
+        memories = memories_now(ctx.graph, only_live.ids())
+        count = len(only_live) - len(memories)
+        if count > _ORPHAN_SHARE * state.points:
+            found = find_backup(ctx.folder, GuardedCollection(ctx.qdrant.display, state, live, only_live))
+            if isinstance(found, str):
+                raise GuardRefused(
+                    f"{count} of the {state.points} points of '{state.name}' have no memory in the graph;"
+                    f" so many are not removed without a verified backup: {found}",
+                    next_step=f"python scripts/backup_automem.py\n{ctx.again}",
+                )
+        yield only_live, memories
+
+
+def require_removable(ctx: Context, state: CollectionState) -> None:
+    """Raise like `orphan_points`; change nothing."""
+    with orphan_points(ctx, state):
+        pass
 
 
 def _was_empty(ctx: Context, journal: Journal | None) -> bool:

@@ -17,7 +17,7 @@ from lib.console import Console, age_text, size_text, table
 from lib.dimensions import EmbeddingSpec, model_fault, native_size_fault, public_url
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
-from lib.reembed.assess import ABSENT, ADOPT, FAILED, REPLACE, Assessment, require_protection
+from lib.reembed.assess import ABSENT, ADOPT, FAILED, REPLACE, Assessment, require_protection, require_removable
 from lib.reembed.context import Context, resume_notice
 from lib.reembed.embed import EmbeddingTotals
 from lib.reembed.quality import SpotCheck
@@ -122,11 +122,11 @@ def _show_left_out(assessment: Assessment, ctx: Context, console: Console) -> No
             f"points that leave the collection although their memory exists: {len(assessment.textless)}"
             f" ({listed(assessment.textless[:_EXAMPLES])}). Neither has a text to embed. They stay in the backup"
         )
-    if assessment.only_live and assessment.live.kind == REPLACE:
+    if assessment.only_live and (assessment.live.kind == REPLACE or assessment.repair):
         some = listed(assessment.only_live_examples[:_EXAMPLES])
         console.warn(
             f"points without a memory in the graph: {assessment.only_live} ({some}). They leave the collection and stay"
-            " in the backup"
+            f" in the {'embedding cache' if assessment.repair else 'backup'}"
         )
 
 
@@ -136,6 +136,8 @@ def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> 
     reasons = [fault] if fault else []
     try:
         require_protection(ctx, assessment.journal, assessment.live)
+        if assessment.repair and assessment.live.state:
+            require_removable(ctx, assessment.live.state)
     except GuardRefused as error:
         reasons.append(f"{error}\nfirst:  {error.next_step.splitlines()[0]}")
         console.warn(f"the run without --dry-run will be refused: {reasons[-1]}")

@@ -22,20 +22,19 @@ from lib.clients.embeddings.worker_pool import embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
 from lib.dimensions import SETTING_NAMES
-from lib.errors import GuardRefused, MissingData, UsageProblem
+from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
 from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over, snapshot_file
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
-from lib.reembed.plan import memories_now, only_live_ids, scan_graph, usually_spelled
+from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
 from lib.verify.compare import SAME_MODEL_COSINE, cosine, repair_vectors
 
 _SAMPLES, _PAGE = 3, 256
-_ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 _REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 
 
@@ -238,6 +237,7 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
     """
     state = get_state(ctx.qdrant, ctx.collection)
     compare_all = migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec)
+    assess.require_removable(ctx, state)  # again before the removal; a refusal comes before anything is paid for
     if not compare_all:
         _require_same_model(ctx, runner, state)
     with existing_points(ctx.qdrant, state.name) as existing:
@@ -297,27 +297,11 @@ def _unchanged(ctx: Context, state: CollectionState) -> list[Point]:
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Remove the points that have no memory in the graph. Returns how many.
+    """Remove the points that have no memory in the graph; each is saved in the cache first. Returns how many.
 
-    The graph is asked after the points were read. Each point is saved in the cache first. Raises MissingData for an
-    empty graph, GuardRefused if more than 1% would be removed without a verified backup.
+    Raises like `orphan_points`.
     """
-    with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as orphans:
-        if not len(orphans):
-            return 0
-        if ctx.cache.memory_count() == 0:
-            raise MissingData(
-                f"graph '{ctx.graph.graph}' holds no embeddable memory: nothing is removed from '{state.name}'"
-            )
-        if len(orphans) > _ORPHAN_SHARE * state.points:
-            found = assess.find_backup(ctx.folder, assess.GuardedCollection(ctx.qdrant.display, state, live, orphans))
-            if isinstance(found, str):
-                raise GuardRefused(
-                    f"{len(orphans)} of the {state.points} points of '{state.name}' have no memory in the graph;"
-                    f" so many are not removed without a verified backup: {found}",
-                    next_step=f"python scripts/backup_automem.py\n{ctx.again}",
-                )
-        memories = memories_now(ctx.graph, orphans.ids())
+    with assess.orphan_points(ctx, state) as (orphans, memories):
         return sum(_remove_page(ctx, state.name, page, memories) for page in orphans.ids())
 
 

@@ -115,16 +115,34 @@ def test_an_orphan_point_is_saved_before_it_is_removed(level):
 def test_many_orphan_points_need_a_backup(level):
     rows = [{"id": n, "vector": vector_for(SMALL, str(n), OLD_SIZE).tolist(), "payload": {}} for n in range(1, 9)]
     level.call("PUT", "/points?wait=true", {"points": rows})
+    gone, *_ = some_ids(level, 1)
+    level.call("POST", "/points/delete?wait=true", {"points": [gone]})
     before = points_of(level).keys()
+    tried = level.run("reembed_embeddings", "--only-missing", "--dry-run", "--json")
+    assert "points without a memory in the graph: 8 (1, 2, 3, 4, 5, 6, 7, 8). They leave the collection" in tried.err
+    [reason] = tried.json["will_be_refused"]
+    assert "8 of the" in reason
+    texts = level.servers.openai.stats()["texts"]
     refused = level.run("reembed_embeddings", "--only-missing", expect=2)
+    assert level.servers.openai.stats()["texts"] == texts
     assert f"{ROOT}/scripts/backup_automem.py" in refused.err
     assert f"{ROOT}/scripts/reembed_embeddings.py --only-missing" in refused.err
     assert f"8 of the {len(before)} points of '{level.collection}' have no memory in the graph" in refused.err
     assert "would be replaced" not in refused.err
     assert points_of(level).keys() == before
     level.run("backup_automem", "--only", "qdrant")
-    repair(level, removed=8)
-    assert points_of(level).keys() == before - set(range(1, 9))
+    repair(level, added=1, removed=8)
+    assert points_of(level).keys() == (before | {gone}) - set(range(1, 9))
+
+
+def test_points_whose_memory_has_no_text_stay_without_a_backup(level):
+    ids = some_ids(level, 3)
+    for one in ids:
+        level.cypher("MATCH (m:Memory {id: $id}) SET m.content = ''", id=one)
+    level.call("POST", "/points/payload/delete?wait=true", {"keys": ["content"], "points": list(ids)})
+    before = points_of(level).keys()
+    repair(level)
+    assert points_of(level).keys() == before >= set(ids)
 
 
 def test_what_automem_changes_and_deletes_meanwhile_is_not_written_back(operator, monkeypatch):
