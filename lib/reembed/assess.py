@@ -354,7 +354,7 @@ def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
     except BackupDamaged as error:
         return str(error)
     if live < _SAME_SHARE * len(guarded.live):
-        return f"is of other data: it holds {live} of the collection's {len(guarded.live)} points"
+        return f"holds only {live} of the collection's {len(guarded.live)} points: it is of other data, or too old"
     missing = len(guarded.only_live) - alone
     return f"does not hold points that are in the collection alone: {missing}" if missing else None
 
