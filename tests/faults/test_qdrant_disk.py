@@ -55,7 +55,7 @@ def test_a_staged_migration(crowded, disk, free):
     if "is unchanged" in first.err:
         assert operator.state() == was
         assert operator.collections() == [operator.collection]
-        assert "MiB are needed beside the live collection" in first.err
+        assert "MiB are needed in addition to the live collection" in first.err
     assert free > 100 or "is unchanged" in first.err
     resume(operator, real, disk, (), first, before)
 

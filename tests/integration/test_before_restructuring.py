@@ -29,6 +29,7 @@ from lib.files import lock_targets
 from tests.http_proxy import HttpProxy, Request
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
+from tests.real_qdrant import test_server
 from tests.reembed_support import Points, assert_migrated, embeddable, points_of, upgrade
 
 DATA = Path(__file__).parents[1] / "data" / "before_restructuring"
@@ -284,7 +285,8 @@ def test_an_unfinished_reembedding_resumes_and_pays_nothing(operator, by_name, c
     operator.run("reembed_embeddings", *words_of(case))
     assert_reembedded(operator)
     assert operator.servers.openai.stats()["requests"] == 0
-    if case in {"reembed_deleted", "reembed_placing"}:  # the cutover to the staged collection
+    # The cutover to the staged collection. A real server does not know the recorded host names, so it gets an upload.
+    if case in {"reembed_deleted", "reembed_placing"} and test_server() is None:
         assert any(path.startswith(f"/collections/{NAME}/snapshots/recover") for path in by_name.asked)
 
 

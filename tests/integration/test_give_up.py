@@ -116,12 +116,12 @@ def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_
 def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypatch, how):
     operator.load(60)
     operator.run("backup_automem")
-    state = operator.state()
+    state, archive = operator.state(), operator.archive()  # not that of the safety backup, which may be complete
     with monkeypatch.context() as patched:
         patched.setattr("lib.restore.collection.verify_restored", interrupt)
-        operator.run("restore_from_backup", operator.archive(), expect=130)
+        operator.run("restore_from_backup", archive, expect=130)
     assert operator.collections() == [operator.collection]
-    assert f"restore_from_backup.py {operator.archive()}\n" in notice(operator)
+    assert f"restore_from_backup.py {archive}\n" in notice(operator)
     words = ("restore_from_backup", "--abort") if how == "--abort" else ("backup_automem", "--only", "qdrant")
     operator.run(*words)
     assert "unfinished" not in notice(operator)

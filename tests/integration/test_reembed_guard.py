@@ -223,7 +223,7 @@ def test_a_backup_of_other_data_behind_the_same_address_protects_nothing(ready):
     with TemporaryIdTable() as live, TemporaryIdTable() as nothing:
         live.put((f"00000000-0000-4000-8000-{number:012x}", None) for number in range(state.points))
         guarded = GuardedCollection(ready.servers.qdrant_url, state, live, nothing)
-        with pytest.raises(GuardRefused, match="holds only 0 of the .* points: it is of other data, or too old"):
+        with pytest.raises(GuardRefused, match=r"holds only 0 of the .* points: it is of other data, or too old"):
             require_backup(ready.backups, guarded, NEW_SIZE)
 
 
