@@ -107,6 +107,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
     scan = scan_graph(ctx, journal)
     live = find_live(ctx, journal)
+    _require_saved_payloads(ctx, journal, live)
     state, in_place = live.state, ctx.in_place
     if not (repair or in_place):
         refuse_foreign_staged(ctx)
@@ -137,6 +138,19 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
         examples = list(islice((one for one in orphans if one not in textless), _EXAMPLES))
         count = len(only_live) - len(textless)
     return Assessment(scan, missing, ctx.spec, live, journal, in_place, count, examples, textless, unlike)
+
+
+def _require_saved_payloads(ctx: Context, journal: Journal | None, live: Live) -> None:
+    """Raise GuardRefused if what this run saved of the deleted points is lost, and no undo restored them."""
+    kept = (journal.fact("kept") or 0) if journal and journal.has_reached(migrations.DELETING) else 0
+    held = live.state.points if live.state and live.kind == REPLACE else 0
+    if journal and 2 * max(held, ctx.cache.saved_count()) < kept:
+        raise GuardRefused(
+            f"what only the points of '{ctx.collection}' held is lost: {ctx.cache.path} had {kept} payloads, which were"
+            " saved before the collection was deleted, and has them no more",
+            next_step="if that file was moved away and can be read, move it back, then run the same command again;\n"
+            f"if not, undo the run, then run the same command again:\n{journal.undo}",
+        )
 
 
 def _was_empty(ctx: Context, journal: Journal | None) -> bool:
