@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.concurrency import Progress
-from lib.errors import escaped, one_line
+from lib.errors import MigrationError, escaped, one_line
 from lib.network import without_login
 
 if TYPE_CHECKING:
@@ -165,9 +165,14 @@ class Console:
         """Print the result on stdout. If its reader has left, the command does not fail."""
         show_held()
         shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else escaped(pasteable(text))
-        with contextlib.suppress(BrokenPipeError):
+        try:
             if shown:
                 print(shown, flush=True)
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            message = f"done, but the result could not be written to stdout: {error.strerror}"
+            raise MigrationError(message, next_step="free some room there:\ndf -h") from error
 
 
 def _as_json(value: object) -> str:
