@@ -102,10 +102,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _open_closed_streams() -> None:
-    """Open on /dev/null what the caller closed (`2>&-`): print would use stdout instead, and a file of ours its number."""
+    """Open what the caller closed (`2>&-`) on /dev/null: print would use stdout instead, a file of ours its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def _version() -> str:

@@ -25,7 +25,7 @@ from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphCo
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
-from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
+from lib.errors import AccessRefused, BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
 from lib.files import lock_targets, private_dir, sync_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
@@ -271,15 +271,15 @@ def _verify_copies(
 ) -> list[FileVerification]:
     """Fetch the sets of a URL into `folder` one after the other, verify and remove each.
 
-    The URL is that of a folder or of one set in it. A set that is damaged or incomplete is reported by a fault. Raises
-    MissingData if there is no set.
+    The URL is that of a folder or of one set in it. A set that is damaged, incomplete, or encrypted for another key is
+    reported by a fault. Raises MissingData if there is no set, AccessRefused if no key fits any.
     """
     named = _named(url)
     store = open_offsite(named.folder, keys)
     names = [named.manifest] if named.manifest else copies.manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
-    checked: list[FileVerification] = []
+    checked, refused = list[FileVerification](), list[AccessRefused]()
     here = private_dir(folder) / "drill"
     for name in names:
         with lock_targets([f"drill in {folder.absolute()}"]):
@@ -288,11 +288,16 @@ def _verify_copies(
                 found = _verify_set(copies.fetch(store, name, here, bar), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
                 found = [FileVerification(here / name, "damaged", fault=str(error))]
+            except AccessRefused as error:
+                refused.append(error)
+                found = [FileVerification(here / name, "unknown", fault=str(error))]
             finally:
                 shutil.rmtree(here, ignore_errors=True)
         for one in found:  # named as the files there, not as their copies here
             path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
             checked.append(dataclasses.replace(one, path=path, fault=fault))
+    if len(refused) == len(names):
+        raise refused[0]
     return checked
 
 

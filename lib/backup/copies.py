@@ -340,7 +340,10 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`."""
+    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`.
+
+    A manifest that is encrypted for another key counts as unreadable. Raises AccessRefused if all of them are.
+    """
     if not url:
         sets, damaged = read_sets(folder)
         automem = tuple(one.path for one in listed_files(folder))
@@ -348,11 +351,15 @@ def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
         rows = [(one, is_complete(one)) for one in sets]
         return Catalog(str(folder), rows, list(map(str, damaged)), pinned, automem)
     store, found, unreadable = open_offsite(url, keys), list[Manifest](), list[str]()
+    refused: AccessRefused | None = None
     for name in manifests(store):
         try:
             found.append(read_there(store, name)[0])
-        except (BackupDamaged, BadFile, MissingData):
+        except (AccessRefused, BackupDamaged, BadFile, MissingData) as error:
             unreadable.append(f"{store.shown}/{name}")
+            refused = error if isinstance(error, AccessRefused) else refused
+    if refused and not found:
+        raise refused
     there = _sizes(store, [file for manifest in found for file in manifest.files])
 
     def is_there(file: BackupFile) -> bool:

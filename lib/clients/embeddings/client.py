@@ -7,7 +7,7 @@ import importlib.util
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -251,6 +251,7 @@ class EmbeddingClient:
         self.request_seconds: float | None = None  # duration of the first good request
         self._last_answer: float | None = None
         self.billed_tokens = 0  # of all answers, including those that cannot be used
+        self.require_affordable: Callable[[], None] = lambda: None  # called before each request; what it raises ends it
         # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
         self._decoding = threading.Lock()
 
@@ -291,6 +292,7 @@ class EmbeddingClient:
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
         self._provider.client()  # loads the package or the model, which is no part of the request's duration
+        self.require_affordable()
         self.pacer.acquire(tokens, stop)
         began = time.monotonic()
         try:
