@@ -210,6 +210,13 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     return store.shown
 
 
+def _url_of_encrypted(word: str) -> str:
+    """Return the URL of an encrypted copy in a local folder, with or without the suffix; any other word as it is."""
+    plain = word.removesuffix(SUFFIX)
+    is_copy = not is_url(word) and os.access(plain + SUFFIX, os.R_OK) and not os.access(plain, os.F_OK)
+    return Path(plain).absolute().as_uri() if is_copy else word
+
+
 def fetched(
     word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar, keys: CopyKeys
 ) -> str:
@@ -218,6 +225,7 @@ def fetched(
     The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
     it is moved into `folder`. Raises like `fetch`, and BadFile for another URL.
     """
+    word = _url_of_encrypted(word)
     if not is_url(word):
         return _of_stamp(folder, word)
     named = _named(word)
@@ -305,6 +313,7 @@ def verify_and_upload(
     folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
 ) -> tuple[list[FileVerification], list[copies.Uploaded] | None]:
     """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first."""
+    word = _url_of_encrypted(word)
     if is_url(word):
         if url:
             raise UsageProblem(

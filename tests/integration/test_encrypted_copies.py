@@ -186,6 +186,11 @@ def test_after_a_change_of_the_passphrase_the_newer_copies_are_listed_checked_an
     checked = operator.run("backup_automem", "--check", url, "--json", env=new, expect=4).json["proofs"]
     assert [one["fault"] for one in checked[:2]] == ["", ""]
     assert (checked[2]["level"], "another passphrase" in checked[2]["fault"]) == ("unknown", True)
+    copy = tmp_path / "copies" / oldest  # as the warning prints it
+    assert "another passphrase" in operator.run("backup_automem", "--check", copy, env=new, expect=2).err
+    for path in (copy, f"{copy}.age"):
+        assert operator.run("backup_automem", "--check", path, "--json", env=old).json["proofs"][0]["fault"] == ""
+    operator.run("restore_from_backup", copy, "--dry-run", env=old)
     cleanup = ("backup_automem", "--cleanup", "--upload", url, "--keep", "1", "--json")
     assert operator.run(*cleanup, env=new).json["sets"] == [middle]
     assert len(operator.run("backup_automem", "--list", url, "--json", env=old).json["sets"]) == 1
