@@ -129,7 +129,8 @@ class Provider:
     def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
         """The JSON of a 200. Raises BadAnswer, and the errors of `send` if it holds an error after all."""
         body = parsed(content)
-        if "data" not in body:  # some proxies wrap an error of the model's host into a 200
+        # Some proxies wrap an error of the model's host into a 200, some of them next to `"data": null`.
+        if "data" not in body or (body.get("error") and not body["data"]):
             error_body = body.get("error")
             code = error_body.get("code") if isinstance(error_body, dict) else None
             raise self._error(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
