@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lib.concurrency import Progress
 from lib.errors import MigrationError, escaped, one_line
-from lib.network import without_login
+from lib.network import without_password
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -51,13 +51,13 @@ def age_text(hours: float) -> str:
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
-    """Return the command line of `script` with these words, without the saved flags and the logins of URLs."""
+    """Return the command line of `script` with these words, without the saved flags and the passwords of URLs."""
     shown, skip = [], False
     for word in words:
         if skip or word.split("=", 1)[0] in _CARRIED:
             skip = word in _CARRIED
         else:
-            shown.append(without_login(word) if "://" in word else word)
+            shown.append(without_password(word) if "://" in word else word)
     return shlex.join(["python", f"scripts/{script}.py", *shown])
 
 
