@@ -211,7 +211,7 @@ def test_what_an_earlier_start_paid_and_discarded_counts_in_max_cost(ready):
 
 @pytest.mark.matrix
 def test_max_cost_ends_a_run_whose_answers_cannot_be_used(ready):
-    """Each batch is halved until its answer fits: without the limit, 81 requests instead of 3 are paid for."""
+    """Each batch is halved until its answer fits, and each answer is paid for."""
     before = points_of(ready)
     tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)["plan"][
         "tokens"
