@@ -53,6 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but refuse empty and repeated values."""
+        _open_closed_streams()
         words = list(sys.argv[1:] if args is None else args)
         self._as_json = "--json" in words
         self._refuse_empty(words)
@@ -98,6 +99,13 @@ class Parser(argparse.ArgumentParser):
             for flag in difflib.get_close_matches(word, self._option_string_actions, 1):
                 lines += f"did you mean {flag}?\n"
         return lines
+
+
+def _open_closed_streams() -> None:
+    """Open what the caller closed (`2>&-`) on /dev/null: print would use stdout instead, a file of ours its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def _version() -> str:
@@ -181,10 +189,11 @@ def _handle_signals() -> None:
 def _report(error: MigrationError, *, as_json: bool) -> None:
     name = "ValueError" if isinstance(error, DimensionMismatch) else "error"
     text, step = pasteable(str(error)), pasteable(error.next_step)
-    with contextlib.suppress(OSError):  # the terminal may have closed
+    with contextlib.suppress(OSError):  # its disk may be full: the reason is to be on stderr all the same
         if as_json:
             print(json.dumps({"error": text, "next": step, "exit_code": error.exit_code}))
         sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the terminal may have closed
         print(f"{name}: {escaped(text)}", file=sys.stderr)
         if step:
             print("\nnext:\n  " + escaped(step).replace("\n", "\n  "), file=sys.stderr)

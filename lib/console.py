@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.concurrency import Progress
-from lib.errors import escaped, one_line
-from lib.network import without_login
+from lib.errors import MigrationError, escaped, one_line
+from lib.network import without_password
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -51,13 +51,13 @@ def age_text(hours: float) -> str:
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
-    """Return the command line of `script` with these words, without the saved flags and the logins of URLs."""
+    """Return the command line of `script` with these words, without the saved flags and the passwords of URLs."""
     shown, skip = [], False
     for word in words:
         if skip or word.split("=", 1)[0] in _CARRIED:
             skip = word in _CARRIED
         else:
-            shown.append(without_login(word) if "://" in word else word)
+            shown.append(without_password(word) if "://" in word else word)
     return shlex.join(["python", f"scripts/{script}.py", *shown])
 
 
@@ -165,9 +165,14 @@ class Console:
         """Print the result on stdout. If its reader has left, the command does not fail."""
         show_held()
         shown = json.dumps(pasteable(dict(document)), default=_as_json) if self.as_json else escaped(pasteable(text))
-        with contextlib.suppress(BrokenPipeError):
+        try:
             if shown:
                 print(shown, flush=True)
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            message = f"done, but the result could not be written to stdout: {error.strerror}"
+            raise MigrationError(message, next_step="free some room there:\ndf -h") from error
 
 
 def _as_json(value: object) -> str:

@@ -75,6 +75,16 @@ def without_login(url: str) -> str:
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
 
 
+def without_password(url: str) -> str:
+    """Return the URL of a copy as a command needs it: with sftp's user and Azure's container, without any password."""
+    start, _, rest = url.partition("://")
+    login, at, place = rest.rpartition("@")
+    scheme, user = start.rpartition("=")[2].lower(), login.partition(":")[0]  # also of `--upload=sftp://...`
+    if scheme == "sftp" or (scheme in {"az", "abfs", "abfss", "file"} and user == login):
+        return f"{start}://{user}{at}{place}"
+    return without_login(url)
+
+
 PIECE_BYTES = 64 << 10  # received at a time; an inflated piece is at most 1,000 times larger
 # One layer only: a second one could inflate each piece a thousand times again.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}

@@ -25,7 +25,7 @@ from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphCo
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
-from lib.errors import BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
+from lib.errors import AccessRefused, BackupDamaged, BadFile, MigrationError, MissingData, UsageProblem, did_you_mean
 from lib.files import lock_targets, private_dir, sync_dir
 from lib.journal import STAMP, STAMP_FORMAT
 
@@ -210,6 +210,13 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     return store.shown
 
 
+def _url_of_encrypted(word: str) -> str:
+    """Return the URL of an encrypted copy in a local folder, with or without the suffix; any other word as it is."""
+    plain = word.removesuffix(SUFFIX)
+    is_copy = not is_url(word) and os.access(plain + SUFFIX, os.R_OK) and not os.access(plain, os.F_OK)
+    return Path(plain).absolute().as_uri() if is_copy else word
+
+
 def fetched(
     word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar, keys: CopyKeys
 ) -> str:
@@ -218,6 +225,7 @@ def fetched(
     The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
     it is moved into `folder`. Raises like `fetch`, and BadFile for another URL.
     """
+    word = _url_of_encrypted(word)
     if not is_url(word):
         return _of_stamp(folder, word)
     named = _named(word)
@@ -271,15 +279,15 @@ def _verify_copies(
 ) -> list[FileVerification]:
     """Fetch the sets of a URL into `folder` one after the other, verify and remove each.
 
-    The URL is that of a folder or of one set in it. A set that is damaged or incomplete is reported by a fault. Raises
-    MissingData if there is no set.
+    The URL is that of a folder or of one set in it. A set that is damaged, incomplete, or encrypted for another key is
+    reported by a fault. Raises MissingData if there is no set, AccessRefused if no key fits any.
     """
     named = _named(url)
     store = open_offsite(named.folder, keys)
     names = [named.manifest] if named.manifest else copies.manifests(store)
     if named.manifest == LATEST:
         names = [_newest(store, None, folder)]
-    checked: list[FileVerification] = []
+    checked, refused = list[FileVerification](), list[AccessRefused]()
     here = private_dir(folder) / "drill"
     for name in names:
         with lock_targets([f"drill in {folder.absolute()}"]):
@@ -288,11 +296,16 @@ def _verify_copies(
                 found = _verify_set(copies.fetch(store, name, here, bar), engines)
             except (BackupDamaged, BadFile, MissingData) as error:
                 found = [FileVerification(here / name, "damaged", fault=str(error))]
+            except AccessRefused as error:
+                refused.append(error)
+                found = [FileVerification(here / name, "unknown", fault=str(error))]
             finally:
                 shutil.rmtree(here, ignore_errors=True)
         for one in found:  # named as the files there, not as their copies here
             path, fault = (text.replace(str(here), store.shown) for text in (str(one.path), one.fault))
             checked.append(dataclasses.replace(one, path=path, fault=fault))
+    if len(refused) == len(names):
+        raise refused[0]
     return checked
 
 
@@ -300,6 +313,7 @@ def verify_and_upload(
     folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
 ) -> tuple[list[FileVerification], list[copies.Uploaded] | None]:
     """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first."""
+    word = _url_of_encrypted(word)
     if is_url(word):
         if url:
             raise UsageProblem(

@@ -123,7 +123,13 @@ def _send_all(store: OffsiteStore, folder: Path, files: list[BackupFile], bar: P
             # It is sent last: if it is there, the files were complete there.
             if store.holds(files[-1], files[-1].name, progress):
                 return []
-    return [file for file in files if _send(store, file, folder, bar, there)]
+    *data, last = files
+    sent = [file for file in data if _send(store, file, folder, bar, there)]
+    now = _sizes(store, files)
+    for file in data:  # an object store replaces without a word what another machine wrote at the same time
+        if now.get(file.name) != file.size:
+            raise _occupied(store, file.name)
+    return [*sent, last] if _send(store, last, folder, bar, there) else sent
 
 
 def _sizes(store: OffsiteStore, files: Sequence[BackupFile]) -> dict[str, int]:
@@ -163,8 +169,14 @@ def _send_encrypted(
 def _occupied(store: OffsiteStore, name: str) -> BadFile:
     return BadFile(
         f"{store.shown}/{name} is not the file that is to be sent",
-        next_step="remove that file there, or name another folder",
+        next_step="if another machine uploads there, name another folder; if none does, remove that file there",
     )
+
+
+def _require_free(store: OffsiteStore, name: str) -> None:
+    """Raise BadFile if the file exists: another machine may have uploaded a set of the same second meanwhile."""
+    if store.size_of(name) is not None:
+        raise _occupied(store, name)
 
 
 def _encrypted(
@@ -216,6 +228,7 @@ def _send(store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar,
             if there[file.name] == file.size and store.holds(file, file.name, progress):
                 return False
         raise _occupied(store, file.name)
+    _require_free(store, file.name)
     with bar(f"upload {file.name}", file.size, "bytes") as progress:
         stored = store.send(folder / file.name, file.name, progress)
     try:
@@ -228,6 +241,8 @@ def _send(store: OffsiteStore, file: BackupFile, folder: Path, bar: ProgressBar,
     except MigrationError:  # S3's own checksums refuse to read changed bytes
         store.remove(stored)
         raise
+    if stored != file.name:
+        _require_free(store, file.name)
     store.publish(stored, file.name)
     return True
 
@@ -340,7 +355,10 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`."""
+    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`.
+
+    A manifest that is encrypted for another key counts as unreadable. Raises AccessRefused if all of them are.
+    """
     if not url:
         sets, damaged = read_sets(folder)
         automem = tuple(one.path for one in listed_files(folder))
@@ -348,11 +366,15 @@ def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
         rows = [(one, is_complete(one)) for one in sets]
         return Catalog(str(folder), rows, list(map(str, damaged)), pinned, automem)
     store, found, unreadable = open_offsite(url, keys), list[Manifest](), list[str]()
+    refused: AccessRefused | None = None
     for name in manifests(store):
         try:
             found.append(read_there(store, name)[0])
-        except (BackupDamaged, BadFile, MissingData):
+        except (AccessRefused, BackupDamaged, BadFile, MissingData) as error:
             unreadable.append(f"{store.shown}/{name}")
+            refused = error if isinstance(error, AccessRefused) else refused
+    if refused and not found:
+        raise refused
     there = _sizes(store, [file for manifest in found for file in manifest.files])
 
     def is_there(file: BackupFile) -> bool:

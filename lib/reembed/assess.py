@@ -111,6 +111,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
     scan = scan_graph(ctx, journal)
     live = find_live(ctx, journal)
+    _require_saved_payloads(ctx, journal, live)
     state, in_place = live.state, ctx.in_place
     if not (repair or in_place):
         refuse_foreign_staged(ctx)
@@ -173,6 +174,19 @@ def require_removable(ctx: Context, state: CollectionState) -> None:
     """Raise like `orphan_points`; change nothing."""
     with orphan_points(ctx, state):
         pass
+
+
+def _require_saved_payloads(ctx: Context, journal: Journal | None, live: Live) -> None:
+    """Raise GuardRefused if what this run saved of the deleted points is lost, and no undo restored them."""
+    kept = (journal.fact("kept") or 0) if journal and journal.has_reached(migrations.DELETING) else 0
+    held = live.state.points if live.state and live.kind == REPLACE else 0
+    if journal and 2 * max(held, ctx.cache.saved_count()) < kept:
+        raise GuardRefused(
+            f"what only the points of '{ctx.collection}' held is lost: {ctx.cache.path} had {kept} payloads, which were"
+            " saved before the collection was deleted, and has them no more",
+            next_step="if that file was moved away and can be read, move it back, then run the same command again;\n"
+            f"if not, undo the run, then run the same command again:\n{journal.undo}",
+        )
 
 
 def _was_empty(ctx: Context, journal: Journal | None) -> bool:

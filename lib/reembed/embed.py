@@ -194,6 +194,15 @@ class EmbeddingRunner:
     waiting: Callable[[str], None]
     paid: EmbeddingTotals
 
+    def __post_init__(self) -> None:
+        self.client.require_affordable = self._require_unspent
+
+    def _require_unspent(self) -> None:
+        """Raise UsageProblem if `max_cost` is spent already: answers that cannot be used cost, too."""
+        if self.max_cost is not None:
+            earlier = self.paid.spent_tokens - self.paid.tokens
+            self._require_price(self.client.billed_tokens + earlier, 1)
+
     def expected(self, left: Missing) -> Expected | None:
         """How long these texts will take; None before the first answer, or if there are none."""
         seconds = self.client.request_seconds
@@ -205,7 +214,9 @@ class EmbeddingRunner:
 
     def require_affordable(self, tokens: int) -> None:
         """Raise UsageProblem if these tokens and those spent cost more than `max_cost`, as an unknown price may."""
-        spent_tokens = self.paid.spent_tokens
+        self._require_price(self.paid.spent_tokens, tokens)
+
+    def _require_price(self, spent_tokens: int, tokens: int) -> None:
         price = price_of(spent_tokens + tokens, self.spec.model, self.spec.provider)
         if self.max_cost is None or not tokens or (price is not None and price <= self.max_cost):
             return

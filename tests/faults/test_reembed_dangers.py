@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from tests.operator_support import LARGE, OLD_SIZE, Operator
-from tests.reembed_support import embeddable, make_rich, points_of, upgrade
+from tests.reembed_support import assert_migrated, embeddable, make_rich, points_of, upgrade
 from tests.restore_support import faults, journal_of, phases, wait_for
 from tests.sandbox.qdrant_server.process import QdrantServer
 
@@ -19,18 +19,17 @@ REAL = "QDRANT_TEST_URL" in os.environ or "QDRANT_TEST_SERVER" in os.environ
 pytestmark = [pytest.mark.qdrant, pytest.mark.skipif(REAL, reason="needs the stand-in's faults on demand")]
 
 
-def killed_after_delete(operator) -> None:
+def killed_after_delete(operator, *words: str, path: str = "/snapshots/recover") -> None:
     """A run is killed after the old collection is deleted and before the new one exists."""
-    recover = f"/collections/{operator.collection}/snapshots/recover"
-    faults(operator, {"method": "PUT", "path": recover, "hang": True})
-    process = operator.start("reembed_embeddings")
+    faults(operator, {"method": "PUT", "path": f"/collections/{operator.collection}{path}", "hang": True})
+    process = operator.start("reembed_embeddings", *words)
     deleted = "live collection deleted"
     assert wait_for(lambda: process.poll() is not None or deleted in phases(journal_of(operator, "reembed")), 60)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     faults(operator)
-    assert operator.collections() == [f"{operator.collection}__next"]
+    assert operator.collections() == ([] if words else [f"{operator.collection}__next"])
 
 
 def test_an_absent_collection_takes_nothing_from_a_backup_of_another_server(operator, tmp_path):
@@ -164,3 +163,29 @@ def test_a_provider_that_gives_one_vector_to_every_text_is_refused(operator, mon
     monkeypatch.setattr(clients, "read_answer", one_for_all)
     with pytest.raises(ProviderRefused, match="every text with the same vector"):
         made.embed(["one", "two", "three"])
+
+
+@pytest.mark.parametrize("words", [("--in-place",), ()])
+def test_a_lost_plan_after_the_delete_never_drops_what_only_the_points_held(operator, words):
+    operator.load(60)
+    before = points_of(operator)
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    killed_after_delete(operator, *words, path="" if words else "/snapshots/recover")
+    [plan] = (operator.backups / "embeddings").glob(f"{operator.collection}-*.sqlite3")
+    aside = operator.folder / "aside"
+    aside.mkdir()
+    for path in plan.parent.glob(f"{plan.name}*"):  # with the log that the killed run left
+        path.rename(aside / path.name)
+    refused = operator.run("reembed_embeddings", *words, expect=2)
+    assert f"{plan} had {len(before)} payloads" in refused.err
+    assert operator.archive() in refused.err
+    operator.run("reembed_embeddings", *words, expect=2)
+    if words:
+        for path in aside.iterdir():
+            path.rename(plan.with_name(path.name))
+    else:  # the printed undo
+        operator.run("restore_from_backup", operator.backups / operator.archive())
+        operator.call("DELETE", "__next")
+    operator.run("reembed_embeddings", *words)
+    assert_migrated(operator, before)

@@ -159,6 +159,15 @@ def test_a_server_with_a_smaller_batch_is_learnt(server, cache, monkeypatch):
     job.check_stored()
 
 
+def test_answers_that_fit_only_small_batches_are_paid_for_once_and_then_avoided(server, cache):
+    server.fault(wrong_count=True, more_than=6)
+    job = Job(server, cache, [f"text {n}" for n in range(200)])
+    job.run(workers=1, batch_size=20)
+    job.check_stored()
+    # 20 + 10 + 10 texts in vain for the first batch, with halves of 5: then never again.
+    assert server.stats()["texts"] == 200 + 40
+
+
 def test_a_server_that_takes_32_texts_is_learnt_at_once(server, cache):
     server.fault(more_than=32, status=422, message="batch size 100 > maximum allowed batch size 32")
     job = Job(server, cache, texts_of(1200))

@@ -172,6 +172,33 @@ def test_a_cleanup_of_encrypted_copies_needs_the_key_and_deletes_whole_sets(oper
     assert files_in(copies) == encrypted_names(newer) | key_file
 
 
+def test_after_a_change_of_the_passphrase_the_newer_copies_are_listed_checked_and_cleaned_up(operator, tmp_path):
+    url = f"file://{tmp_path / 'copies'}"
+    old, new = ({"AUTOMEM_BACKUP_PASSPHRASE_FILE": str(private(tmp_path / word, word))} for word in ("old", "new"))
+    operator.load(20)
+    for env in (old, new, new):
+        operator.run("backup_automem", "--only", "falkordb", "--upload", url, env=env)
+    oldest, middle, newest = (one.name for one in operator.manifests())
+    listed = operator.run("backup_automem", "--list", url, "--json", env=new)
+    assert [f"backup_{one['stamp']}.json" for one in listed.json["sets"]] == [newest, middle]
+    assert listed.json["unreadable"] == [f"{tmp_path / 'copies'}/{oldest}"]
+    assert f"--check {tmp_path / 'copies'}/{oldest}" in listed.err
+    checked = operator.run("backup_automem", "--check", url, "--json", env=new, expect=4).json["proofs"]
+    assert [one["fault"] for one in checked[:2]] == ["", ""]
+    assert (checked[2]["level"], "another passphrase" in checked[2]["fault"]) == ("unknown", True)
+    copy = tmp_path / "copies" / oldest  # as the warning prints it
+    assert "another passphrase" in operator.run("backup_automem", "--check", copy, env=new, expect=2).err
+    for path in (copy, f"{copy}.age"):
+        assert operator.run("backup_automem", "--check", path, "--json", env=old).json["proofs"][0]["fault"] == ""
+    operator.run("restore_from_backup", copy, "--dry-run", env=old)
+    cleanup = ("backup_automem", "--cleanup", "--upload", url, "--keep", "1", "--json")
+    assert operator.run(*cleanup, env=new).json["sets"] == [middle]
+    assert len(operator.run("backup_automem", "--list", url, "--json", env=old).json["sets"]) == 1
+    wrong = {"AUTOMEM_BACKUP_PASSPHRASE_FILE": str(private(tmp_path / "wrong", "wrong"))}
+    for words in (("--list", url), ("--check", url), cleanup[1:]):
+        assert "another passphrase" in operator.run("backup_automem", *words, env=wrong, expect=2).err
+
+
 @pytest.mark.parametrize("what", matrix(["bit", "cut", "endless header", "another key"], "bit", "another key"))
 def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
     copies = tmp_path / "copies"

@@ -1300,7 +1300,7 @@ TABLE = [
         "the backup did not arrive: {place}/backup_{stamp}.json is not the file that is to be sent\n"
         "the set is whole here: {manifest}",
         (
-            "remove that file there, or name another folder",
+            "if another machine uploads there, name another folder; if none does, remove that file there",
             "python scripts/backup_automem.py --check {manifest} --upload {place}",
         ),
         occupied,

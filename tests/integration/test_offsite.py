@@ -306,6 +306,32 @@ def test_a_cleanup_of_copies_that_stops_leaves_no_set_with_a_missing_file(operat
     assert files_in(copies) == {**set_files(older), **set_files(newer)}
 
 
+@pytest.mark.parametrize("place", matrix(["folder", "s3", "sftp"], "folder"), indirect=True)
+@pytest.mark.parametrize("before", ["send", "publish"])
+def test_a_file_that_another_machine_uploaded_meanwhile_is_not_replaced(operator, place, before, monkeypatch):
+    """Two machines whose crontabs start at the same second: both sets have the same names."""
+    operator.load(20)
+    operator.run("backup_automem", "--only", "falkordb")
+    (manifest,) = operator.manifests()
+    (rdb,) = (one.name for one in read_manifest(manifest).files)
+    step = {"send": "sizes", "publish": "holds"}[before]  # what a run does before it
+    real = getattr(OffsiteStore, step)
+
+    def then_the_other(store, *words):
+        found = real(store, *words)
+        if rdb in words or "falkordb" in words or f"{rdb}.partial" in words:
+            store._make_folder(store._path("falkordb"))
+            store._fs.pipe_file(store._path(rdb), b"of the other machine")
+            monkeypatch.undo()
+        return found
+
+    monkeypatch.setattr(OffsiteStore, step, then_the_other)
+    refused = operator.run("backup_automem", "--check", "all", "--upload", place.url, expect=1)
+    assert f"{rdb} is not the file that is to be sent" in refused.err
+    assert place.files()[rdb] == len(b"of the other machine")
+    assert manifest.name not in place.files()
+
+
 @pytest.mark.matrix
 def test_what_an_undo_names_is_kept_at_the_place_of_copies_too(operator, tmp_path):
     operator.load(40)

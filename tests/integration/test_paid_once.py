@@ -210,6 +210,26 @@ def test_what_an_earlier_start_paid_and_discarded_counts_in_max_cost(ready):
 
 
 @pytest.mark.matrix
+def test_max_cost_ends_a_run_whose_answers_cannot_be_used(ready):
+    """Each batch is halved until its answer fits, and each answer is paid for."""
+    before = points_of(ready)
+    tokens = json.loads(ready.run("reembed_embeddings", "--dry-run", "--json", "--batch-size", "1").out)["plan"][
+        "tokens"
+    ]
+    ready.servers.openai.reset()
+    ready.servers.openai.fault(wrong_count=True, more_than=6)
+    just = price_of(tokens, LARGE)
+    refused = ready.run("reembed_embeddings", "--workers", "1", "--max-cost", f"{just:.8f}", expect=2)
+    assert f"--max-cost is ${just:g}" in refused.err
+    billed = stats(ready)["tokens"]
+    assert f"${price_of(billed, LARGE):.4f} was spent" in refused.err
+    assert billed < 1.5 * tokens
+    ready.servers.openai.clear_faults()
+    ready.run("reembed_embeddings", "--max-cost", "1")
+    assert_migrated(ready, before)
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("mixed", matrix([False, True], True))
 def test_an_endpoint_that_omits_the_index_zero_is_served_by(ready, mixed):
     """As Gemini's compatible endpoint answers; also with the vectors in another order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib.network import is_this_machine, same_server, without_login
+from lib.network import is_this_machine, same_server, without_login, without_password
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,22 @@ def test_whether_it_is_this_machine(url, here):
 )
 def test_a_login_is_left_out(url, shown):
     assert without_login(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sftp://me@h:22/p", "sftp://me@h:22/p"),
+        ("--upload=sftp://me@h/p", "--upload=sftp://me@h/p"),
+        ("sftp://h/p", "sftp://h/p"),
+        ("sftp://me:s3/c:r@t@h:22/p", "sftp://me@h:22/p"),
+        ("az://container@account.blob.core.windows.net/p", "az://container@account.blob.core.windows.net/p"),
+        ("az://container:s3@account/p", "az://account/p"),
+        ("file:///mnt/a@b", "file:///mnt/a@b"),
+        ("s3://key:s3@bucket", "s3://bucket"),
+        ("s3://bucket/p", "s3://bucket/p"),
+        ("http://token@h/p", "http://h/p"),
+    ],
+)
+def test_the_url_of_a_copy_in_a_command_keeps_all_but_a_password(url, shown):
+    assert without_password(url) == shown

@@ -146,6 +146,29 @@ def test_a_reader_that_leaves_changes_no_code_of_work_that_is_done(body, expecte
     assert (code, err) == (expected, "")
 
 
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-"])
+def test_a_closed_stream_changes_neither_the_other_one_nor_the_code(closed, tmp_path):
+    """As some crontabs silence a command."""
+    script = str(ROOT / "scripts" / "backup_automem.py")
+    line = f'exec "$0" "$@" {closed}'
+    words = ["sh", "-c", line, sys.executable, script, "--json", "--check", "none", "--backup-dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    if closed == "2>&-":
+        assert json.loads(done.stdout)["exit_code"] == 2
+    else:
+        assert done.stderr.startswith("error: none does not exist")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_result_that_does_not_fit_on_its_disk_is_no_silent_failure(as_json):
+    with Path("/dev/full").open("w") as full:
+        code, _, err = run(SHOW.replace("Console()", f"Console({as_json})"), as_json=as_json, stdout=full)
+    assert code == 1
+    assert err.startswith("error: done, but the result could not be written to stdout: No space left on device")
+
+
 def test_what_the_terminal_cannot_show_is_escaped():
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     code, out, err = run(r"print('\u2603 \udc80')" + "\n" + r"raise MigrationError('\u2603')", env=env)

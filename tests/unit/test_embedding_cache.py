@@ -296,6 +296,26 @@ def test_a_damaged_or_foreign_file_is_reported_with_what_to_do(tmp_path):
         EmbeddingCache(foreign)
 
 
+@pytest.mark.parametrize(("name", "cost"), [("vectors", "its vectors are"), ("memories", "no vector is")])
+@pytest.mark.parametrize("at", [0, 4096])
+def test_of_both_files_the_damaged_one_is_named_and_can_be_moved_away(tmp_path, name, cost, at):
+    plan, damaged = tmp_path / "memories.sqlite3", tmp_path / f"{name}.sqlite3"
+    EmbeddingCache(plan).close()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:at] + b"x" * (len(content) - at))
+
+    def used() -> None:
+        with EmbeddingCache(plan) as cache:
+            cache.missing_total()
+            cache.known([bytes(16)])
+
+    with pytest.raises(CacheDamaged, match=f"cache {damaged} cannot be used") as caught:
+        used()
+    assert f"{cost} paid for again" in caught.value.next_step
+    subprocess.run(caught.value.next_step.splitlines()[-1], shell=True, check=True)
+    used()
+
+
 @pytest.mark.matrix
 def test_the_memory_stays_flat_while_much_is_read(path):
     """2,000 vectors of 3072d are 24 MB; reading them page by page takes a few."""

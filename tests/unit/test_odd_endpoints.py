@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from lib.backup.points import TemporaryIdTable
-from lib.clients.embeddings.answers import BadAnswer, BadIndices, billed_tokens, context_limit, read_answer
+from lib.clients.embeddings.answers import (
+    BadAnswer,
+    BadIndices,
+    Transient,
+    billed_tokens,
+    context_limit,
+    read_answer,
+    refusal_error,
+)
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.cache_file import VALUES_AT_ONCE
 from lib.clients.embeddings.client import Provider
 from lib.clients.embeddings.pricing import count_tokens, input_limit, price_of
+from lib.clients.embeddings.rate_limits import RateLimited
 from lib.clients.embeddings.worker_pool import _cut_to_limit
 from lib.config import load_config
 from lib.dimensions import EmbeddingSpec, check_model, native_size, takes_dimensions
@@ -73,6 +84,21 @@ def test_indices_that_do_not_fit_end_the_run_instead_of_splitting_the_batch(indi
 def test_a_number_as_long_as_a_book_is_a_bad_answer():
     with pytest.raises(BadAnswer, match="neither base64 nor a list of numbers"):
         read_answer({"data": [{"embedding": [10**400, 0, 0, 0]}]}, 1, SPEC)
+
+
+@pytest.mark.parametrize("more", [{}, {"data": None}, {"data": []}])
+def test_an_error_inside_a_200_is_that_error(more):
+    provider = Provider(SPEC, "key", 1.0)
+    for code, kind in ((429, RateLimited), (402, ProviderRefused), (503, Transient)):
+        body = {"error": {"message": "of the model's host", "code": code}, **more}
+        with pytest.raises(kind, match="of the model's host"):
+            provider.opened(["a", "b"], {}, json.dumps(body).encode())
+
+
+def test_a_redirect_names_the_endpoint_alone():
+    error = refusal_error(308, {}, "", secret="k", sent_tokens=1, provider="p", spec=SPEC)
+    assert isinstance(error, ProviderRefused)
+    assert error.next_step.startswith("OPENAI_BASE_URL is redirected")
 
 
 def test_tokens_below_zero_pay_for_nothing():

@@ -96,6 +96,21 @@ def test_retry_after():
     assert retry_after({}) is None
 
 
+@pytest.mark.parametrize("reset", [None, "2026-11-28T10:00:00Z", "1795860000", "1795860000000"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_used_up_limit_without_a_known_reset_is_not_waited_for_without_end(clock, reset, refused):
+    """Many gateways send no reset, or a time instead of a duration."""
+    headers = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0"}
+    limits = rate_limits(headers | ({"x-ratelimit-reset-requests": reset} if reset else {}))
+    pacer = Pacer(clock=clock)
+    pacer.acquire(1, GO)
+    pacer.refused(1, 1, limits) if refused else pacer.answered(1, limits)
+    clock.now += 2
+    assert pacer._delay(1) == 0
+    pacer.acquire(1, GO)
+    assert pacer._delay(1) > 0  # the answer will say what remains
+
+
 def test_the_estimate_is_a_quarter_of_the_characters_rounded_up():
     assert estimated_tokens(["", "a", "abcd", "abcde"]) == 0 + 1 + 1 + 2
 
@@ -170,7 +185,7 @@ def test_a_refusal_slows_the_rate_once_a_second_and_it_recovers(pacer, clock):
 def test_without_headers_a_refusal_halves_what_is_in_flight_and_success_brings_it_back(pacer, clock):
     for _ in range(8):
         pacer.acquire(10, GO)
-    pacer.refused(10, 0.0, None)
+    pacer.refused(10, 0.1, None)
     clock.now += 0.2
     assert pacer._concurrency == 4
     assert pacer._delay(10) > 0
@@ -180,11 +195,12 @@ def test_without_headers_a_refusal_halves_what_is_in_flight_and_success_brings_i
     assert 4 < pacer._concurrency < 5
 
 
-def test_refusals_in_a_row_without_a_time_wait_longer_each(pacer, clock):
+@pytest.mark.parametrize("named", [None, 0.0])  # 0: `retry-after: 0`, or a date that has passed
+def test_refusals_in_a_row_without_a_time_wait_longer_each(pacer, clock, named):
     waits = []
     for _ in range(4):
         pacer.acquire(10, GO)
-        pacer.refused(10, None, None)
+        pacer.refused(10, named, None)
         waits.append(pacer._delay(10))
         clock.now += 40
     assert waits == sorted(waits)

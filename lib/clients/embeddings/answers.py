@@ -96,6 +96,8 @@ def _step(status: int, spec: EmbeddingSpec) -> str:
     names = SETTING_NAMES[spec.provider]
     if status == 404 and spec.provider == OLLAMA:
         return f"on the Ollama server:\nollama pull {spec.model}\nor check {names.model} and {names.endpoint}"
+    if 300 <= status < 400 and names.endpoint:
+        return f"{names.endpoint} is redirected, and keys are not sent on: set it to the address of the API itself"
     if status == 401:
         return f"check {' and '.join(filter(None, (names.key, names.endpoint)))}"
     if status == 403:

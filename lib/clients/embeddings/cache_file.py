@@ -115,11 +115,21 @@ class CacheFile:
         except sqlite3.DatabaseError as error:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a bug in this program
+            damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
             raise CacheDamaged(
-                f"the embedding cache {self.path} cannot be used: {error}", next_step=self._remedy(error)
+                f"the embedding cache {damaged} cannot be used: {error}", next_step=self._remedy(error, damaged)
             ) from error
 
-    def _remedy(self, error: sqlite3.DatabaseError) -> str:
+    def _damaged(self) -> Path:
+        """The file that is damaged: SQLite's error does not name it. `prune_cache` reads the other plans, too."""
+        for path in (self.path, self.vectors_path, *sorted(self.path.parent.glob("*.sqlite3"))):
+            with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(path)) as db:
+                if db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
+                    continue
+            return path
+        return self.path
+
+    def _remedy(self, error: sqlite3.DatabaseError, damaged: Path) -> str:
         """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
         folder = quote(str(self.path.parent))
         if "full" in str(error):
@@ -128,8 +138,8 @@ class CacheFile:
             return "another process holds it: wait until it has ended, then run the same command again"
         if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
             return f"make it writable again, then run the same command again:\nls -l {folder}"
-        again = "move it away, then run the same command again; its vectors are paid for again"
-        return f"{again}:\n{moved(self.path, '.damaged')}"
+        cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
+        return f"move it away, then run the same command again; {cost}:\n{moved(damaged, '.damaged')}"
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import importlib.util
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -129,7 +129,8 @@ class Provider:
     def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
         """The JSON of a 200. Raises BadAnswer, and the errors of `send` if it holds an error after all."""
         body = parsed(content)
-        if "data" not in body:  # some proxies wrap an error of the model's host into a 200
+        # Some proxies wrap an error of the model's host into a 200, some of them next to `"data": null`.
+        if "data" not in body or (body.get("error") and not body["data"]):
             error_body = body.get("error")
             code = error_body.get("code") if isinstance(error_body, dict) else None
             raise self._error(texts, code if isinstance(code, int) and code >= 400 else 200, headers, body)
@@ -251,6 +252,7 @@ class EmbeddingClient:
         self.request_seconds: float | None = None  # duration of the first good request
         self._last_answer: float | None = None
         self.billed_tokens = 0  # of all answers, including those that cannot be used
+        self.require_affordable: Callable[[], None] = lambda: None  # called before each request; what it raises ends it
         # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
         self._decoding = threading.Lock()
 
@@ -291,6 +293,7 @@ class EmbeddingClient:
     def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
         tokens = estimated_tokens(texts)
         self._provider.client()  # loads the package or the model, which is no part of the request's duration
+        self.require_affordable()
         self.pacer.acquire(tokens, stop)
         began = time.monotonic()
         try:

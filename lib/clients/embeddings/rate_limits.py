@@ -20,6 +20,7 @@ from lib.concurrency import Cancelled
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _WHOLE = re.compile(rf"(?:{_PART.pattern})+")
+_LONGEST_RESET = 3e6  # seconds, a month: some gateways send a time since 1970 instead of a duration
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def _bucket(headers: Mapping[str, str], kind: str) -> BucketState | None:
     limit = _number(headers.get(f"x-ratelimit-limit-{kind}"))
     remaining = _number(headers.get(f"x-ratelimit-remaining-{kind}"))
     reset = duration_seconds(headers.get(f"x-ratelimit-reset-{kind}"))
-    return None if not limit or remaining is None else BucketState(limit, remaining, reset or 0.0)
+    known = reset if reset and reset < _LONGEST_RESET else 0.0
+    return None if not limit or remaining is None else BucketState(limit, remaining, known)
 
 
 def _number(text: str | None) -> float | None:
@@ -102,7 +104,7 @@ POLL_SECONDS = 0.1  # how soon a waiting worker notices a stop
 SLOW_DOWN = 0.85  # of the announced rate, after a refusal: another process may use the same key
 SLOWEST = 0.1
 RECOVER_PER_SECOND = 0.03
-FIRST_WAIT_SECONDS = 1.0  # after a refusal without a retry-after header
+FIRST_WAIT_SECONDS = 1.0  # after a refusal without a retry-after header, or with one of 0
 LONGEST_WAIT_SECONDS = 30.0
 
 
@@ -128,12 +130,15 @@ class _Bucket:
         self.capacity = state.limit
         self.rate = state.refill or self.rate
 
-    def delay(self, wanted: float, share: float) -> float:
-        """Seconds until `wanted` units are available, or the bucket is full if `wanted` exceeds it."""
+    def delay(self, wanted: float, share: float, *, awaited: bool) -> float:
+        """Seconds until `wanted` units are available, or the bucket is full if `wanted` exceeds it.
+
+        `awaited`: an answer will come, which raises the level. Without it and a rate, only a request can find out.
+        """
         lacking = min(wanted, self.capacity) - self.level
         if lacking <= 0:
             return 0.0
-        return lacking / (self.rate * share) if self.rate else POLL_SECONDS
+        return lacking / (self.rate * share) if self.rate else POLL_SECONDS * awaited
 
 
 class Pacer:
@@ -203,7 +208,7 @@ class Pacer:
             self._refund(tokens)
             self._learn(limits)
             self.rate_limited += 1
-            if wait_seconds is None:
+            if not wait_seconds:
                 wait_seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**self._in_a_row)
             if now - self._cut_at >= 1.0:  # a burst of refusals counts once
                 self._cut_at = now
@@ -228,7 +233,9 @@ class Pacer:
         self._share_at = now
         self._requests.refill(now, self._share)
         self._tokens.refill(now, self._share)
-        return max(self._requests.delay(1, self._share), self._tokens.delay(tokens, self._share))
+        awaited = self._in_flight > 0
+        wanted = ((self._requests, 1), (self._tokens, tokens))
+        return max(bucket.delay(units, self._share, awaited=awaited) for bucket, units in wanted)
 
     def _learn(self, limits: RateLimits | None) -> None:
         self._headers_seen |= limits is not None

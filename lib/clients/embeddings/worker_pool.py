@@ -266,12 +266,13 @@ class _Run:
                 error = problem
             self._deliver(_Result(error=error, batch_ended=True))
 
-    def _embed(self, batch: list[TextRow], first_sent: float) -> bool:
+    def _embed(self, batch: list[TextRow], first_sent: float, *, half: bool = False) -> bool:
         """Embed `batch` and deliver the results piece by piece; returns whether every text was accepted.
 
         A refused batch is never sent again as it is, but in halves. If both are accepted whole, the number of texts
-        was the cause, and later batches are smaller. `first_sent`: when the whole batch was first sent (monotonic).
-        Raises what EmbeddingClient.embed raises, except BadInput.
+        was the cause, and later batches are smaller. One answer that does not fit is chance; one to a `half`, too, is
+        not, and each is paid for. `first_sent`: when the whole batch was first sent (monotonic). Raises what
+        EmbeddingClient.embed raises, except BadInput.
         """
         try:
             answer = self._client.embed([row.text for row in batch], stop=self._stop)
@@ -279,8 +280,9 @@ class _Run:
             if len(batch) == 1:
                 return self._embed_refused(batch[0], str(problem), first_sent)
             middle = (len(batch) + 1) // 2
-            accepted = [self._embed(half, first_sent) for half in (batch[:middle], batch[middle:])]
-            if all(accepted) and not isinstance(problem, BadAnswer):
+            unfit = isinstance(problem, BadAnswer)
+            accepted = [self._embed(part, first_sent, half=unfit) for part in (batch[:middle], batch[middle:])]
+            if all(accepted) and (half or not unfit):
                 self._max_inputs = min(self._max_inputs, middle)
             return all(accepted)
         vectors = answer.vectors.astype("<f4", copy=False)
