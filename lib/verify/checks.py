@@ -90,7 +90,7 @@ def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> C
         return Check("size and distance", PASSED, detail)
     put = curl_line(qdrant, "PUT", state.name) + " -H 'content-type: application/json' -d "
     put += quote(json.dumps({"vectors": {"size": state.size, "distance": "Cosine"}}))
-    remedy = "a re-embed keeps the distance; this replaces the collection, but loses payload keys that only points have:\n"
+    remedy = "a re-embed keeps the distance; this changes it, and loses payload keys that only points have:\n"
     remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, _ONLY_MISSING))
     return Check("size and distance", FAILED, f"{detail}, AutoMem uses Cosine", remedy)
 
