@@ -268,8 +268,10 @@ def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journa
     component = safety.collection if safety else None
     if site.collection is None or safety is None or component is None:
         return "There is no safety backup to restore the old collection from"
-    site.notice(f"restoring the old '{site.collection.collection}' from {safety.path}")
     try:
+        if health(site.collection.qdrant, site.collection.collection) == "live":
+            return f"'{site.collection.collection}' exists, but was not compared with it"
+        site.notice(f"restoring the old '{site.collection.collection}' from {safety.path}")
         saved = plan_restore(open_archive(safety.file_of(component), component), site.collection)
         temporary = str(journal.fact("temporary_collection"))
         collections.put_back(saved, temporary, journal.fact("aliases") or [])

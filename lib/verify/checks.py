@@ -52,7 +52,8 @@ _COMPARED = "text and vector compared with AutoMem's"
 
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _LOST_GRAPH = "the graph holds no memory: if it is lost, docs/worst-day.md has the next steps"
-_REEMBED = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+_BACKUP = "python scripts/backup_automem.py"
+_REEMBED = f"{_BACKUP} && python scripts/reembed_embeddings.py"
 _RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
     "set FALKORDB_GRAPH, QDRANT_URL and QDRANT_COLLECTION of AutoMem and of these scripts to the same stores, then"
@@ -78,14 +79,20 @@ class Check:
     remedy: str = ""
 
 
-def check_size(state: CollectionState, spec: EmbeddingSpec) -> Check:
+def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> Check:
     """The guide's step 4. Raises DimensionMismatch if the size is not the configured one."""
     if state.vectors_named:
         detail = "named vectors: AutoMem keeps one unnamed vector per point"
         return Check("size and distance", FAILED, detail, "set QDRANT_COLLECTION to AutoMem's collection")
     check_dimension(state.name, state.size, spec.size)
-    status = PASSED if state.distance == "Cosine" else FAILED
-    return Check("size and distance", status, f"{state.size}d {state.distance}", _REEMBED)
+    detail = f"{state.size}d {state.distance}"
+    if state.distance == "Cosine":
+        return Check("size and distance", PASSED, detail)
+    put = curl_line(qdrant, "PUT", state.name) + " -H 'content-type: application/json' -d "
+    put += quote(json.dumps({"vectors": {"size": state.size, "distance": "Cosine"}}))
+    remedy = "a re-embed keeps the distance; this changes it, and loses payload keys that only points have:\n"
+    remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, _ONLY_MISSING))
+    return Check("size and distance", FAILED, f"{detail}, AutoMem uses Cosine", remedy)
 
 
 def check_status(state: CollectionState) -> Check:
@@ -355,7 +362,7 @@ def verify(
     require_graph(graph.conn, graph.graph, graph.address)
     state = get_state(qdrant, source.collection)
     checks = [
-        check_size(state, spec),
+        check_size(qdrant, state, spec),
         check_status(state),
         check_model(state, spec),
         check_indexes(qdrant, state, settings_before(stores.folder, stores.targets)),

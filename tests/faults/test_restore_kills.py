@@ -271,6 +271,19 @@ def test_a_refused_recover_puts_the_old_collection_back(ready, stand_in):
     assert_tidy(operator)
 
 
+@pytest.mark.core
+def test_an_error_after_the_new_collection_is_in_place_does_not_deny_it(ready, stand_in):
+    operator, files, (wanted, _), _ = ready
+    path = f"/{operator.collection}/snapshots/.*-again"
+    faults(operator, {**REFUSED_RECOVER, "method": "DELETE", "path": path})
+    failed = operator.run("restore_from_backup", *files, expect=1)
+    assert f"'{operator.collection}' exists, but was not compared with it" in failed.err
+    assert "either" not in failed.err
+    operator.run("restore_from_backup", *files)
+    assert operator.state() == wanted
+    assert_tidy(operator)
+
+
 REFUSED_RECOVER = {
     "method": "PUT",
     "status": 500,

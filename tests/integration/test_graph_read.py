@@ -123,6 +123,16 @@ def test_bytes_that_are_no_text_do_not_stop_the_reading(conn: redis.Redis):
     assert read_rows(conn, "g", "MATCH (m:Memory {id: 'bad'}) RETURN m.content") == [[marked["content"]]]
 
 
+def test_names_that_are_no_text_do_not_stop_the_reading(conn: redis.Redis):
+    fill(conn, "g", 3)
+    conn.execute_command("GRAPH.QUERY", "g", b"CREATE INDEX FOR (m:`L\xe9`) ON (m.`k\xe9`)")
+    conn.execute_command("GRAPH.QUERY", b"caf\xe9", "CREATE (:Memory)")
+    assert list_graphs(conn) == ["caf\\xe9", "g"]
+    (index,) = (one for one in schema(conn, "g").indexes if "L" in one["label"])
+    assert index["properties"] == "[k\ufffd]"
+    assert "k\\xe9" in index["types"]
+
+
 # Every type that FalkorDB stores (its documentation: data types), and what a payload has of it.
 TYPES = {
     "'text \u2603'": "text \u2603",

@@ -521,7 +521,7 @@ TABLE = [
             "grant it, as an administrator:",
             (
                 "redis-cli -h 127.0.0.1 -p {falkordb_port} --user default --askpass ACL SETUSER messages_user "
-                "+restore +rename +multi +exec +dump +graph.delete +graph.ro_query '~{graph}*'"
+                "+restore +rename +multi +exec +dump +graph.delete +graph.ro_query"
             ),
         ),
         half_granted,

@@ -148,6 +148,31 @@ def test_aliases_are_put_back_and_never_deleted_through(q: Qdrant, filled: str, 
     assert collection.health(q, filled) == "missing"
 
 
+class Gateway(HttpProxy):
+    """Answers every DELETE by an error; the server carries it out only if `passed_on`."""
+
+    def __init__(self, target: str, *, passed_on: bool) -> None:
+        place = urlsplit(target)
+        super().__init__(str(place.hostname), int(place.port or 0))
+        self.passed_on = passed_on
+
+    def open(self) -> None:
+        """Nothing is held."""
+
+    def answer(self, request: Request, body: bytes) -> None:
+        answer = request.forward(body) if self.passed_on or request.command != "DELETE" else None
+        request.reply(*(answer if answer and request.command != "DELETE" else (504, [], b"upstream timed out")))
+
+
+def test_a_delete_that_a_gateway_did_not_wait_for_is_looked_up(q: Qdrant, filled: str):
+    with Gateway(q.base_url, passed_on=False) as gateway, pytest.raises(QdrantError, match="504"):
+        collection.delete_collection(Qdrant(gateway.url), filled)
+    assert collection.exists(q, filled)
+    with Gateway(q.base_url, passed_on=True) as gateway:
+        assert collection.delete_collection(Qdrant(gateway.url), filled)
+    assert not collection.exists(q, filled)
+
+
 def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(q: Qdrant, filled: str, names: list[str]):
     """On 1.11.3 a server that stops with a failed collection does not start again."""
     whole = io.BytesIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import uuid
 from datetime import datetime, timezone
 
@@ -130,13 +131,31 @@ def test_what_verify_calls_drift_only_missing_repairs(migrated):
     assert points_of(migrated)[special][0] == good[special][0]
 
 
-def test_another_distance(operator):
+@pytest.fixture
+def dotted(operator):
+    """A collection with another distance than AutoMem's."""
     operator.load(20)
     rows = points_of(operator)
     operator.call("DELETE", "")
     operator.call("PUT", "", {"vectors": {"size": OLD_SIZE, "distance": "Dot"}})
     put_points(operator, rows)
-    assert "size and distance" in failing(operator)
+    return operator
+
+
+def test_another_distance(dotted):
+    assert "size and distance" in failing(dotted)
+
+
+@pytest.mark.matrix
+def test_what_helps_against_another_distance_works_as_printed(dotted):
+    """A re-embed, which was printed, keeps the distance."""
+    before = points_of(dotted).keys()
+    text = dotted.run("verify_migration", expect=4).out
+    assert f"{OLD_SIZE}d Dot, AutoMem uses Cosine" in text
+    (line,) = (one for one in text.splitlines() if " -X DELETE " in one)
+    subprocess.run(["bash", "-ec", line], cwd=dotted.folder, env=dotted.environ, check=True, timeout=200)
+    assert points_of(dotted).keys() == before
+    assert failing(dotted) == ["payload indexes"]
 
 
 def test_a_red_status(operator, session_servers):

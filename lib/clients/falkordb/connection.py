@@ -39,6 +39,7 @@ _READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LI
 _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 # This refusal comes before the command is executed, so every command may be sent again.
 _QUEUE_FULL = "Max pending queries exceeded"
+NO_KEY = "permissions to access"  # of a user who may send a command, but not about this key
 _QUEUE_SECONDS = 60.0
 
 
@@ -206,10 +207,10 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
 def access_refused(where: str, text: str) -> AccessRefused:
     """Make the error for a refused login or a missing permission; `text` is the server's own."""
     if "no permissions" in text.lower() or text.startswith("NOPERM"):
-        return AccessRefused(
-            f"FalkorDB at {where} does not permit this user to do that: {text}",
-            next_step="grant what is named (in redis-cli: ACL SETUSER <user> +<command>), or use a user who has it",
-        )
+        step = "grant what is named (in redis-cli: ACL SETUSER <user> +<command>), or use a user who has it"
+        if NO_KEY in text:
+            step = "permit the graph's name (in redis-cli: ACL SETUSER <user> ~<graph>*), or use a user who may read it"
+        return AccessRefused(f"FalkorDB at {where} does not permit this user to do that: {text}", next_step=step)
     return AccessRefused(
         f"FalkorDB at {where} refused the login: {text.rstrip('.')}",
         next_step="export FALKORDB_PASSWORD=...\nand FALKORDB_USERNAME, if the user is not `default`",
@@ -271,7 +272,12 @@ def server_versions(conn: redis.Redis) -> ServerVersions:
 def list_graphs(conn: redis.Redis) -> list[str]:
     """Return the names of the graphs, sorted. KEYS would also list ordinary keys, such as `telemetry{g}`."""
     with translated(conn):
-        return sorted(name.decode() for name in conn.execute_command("GRAPH.LIST"))
+        return sorted(name_text(name) for name in conn.execute_command("GRAPH.LIST"))
+
+
+def name_text(name: bytes) -> str:
+    """Return a name of a graph, label, type, property or library as text. Such names need not be UTF-8."""
+    return name.decode("utf-8", "backslashreplace")
 
 
 def expires_at(conn: redis.Redis, graph: str) -> str:
@@ -287,7 +293,7 @@ def function_libraries(conn: redis.Redis) -> list[str]:
     """Return the server's function libraries (GRAPH.UDF), sorted; empty if it has none, or refuses the command."""
     with contextlib.suppress(AccessRefused, StoreFailed), translated(conn):
         listed = conn.execute_command("GRAPH.UDF", "LIST")
-        return sorted(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"].decode() for one in listed)
+        return sorted(name_text(dict(zip(one[::2], one[1::2], strict=True))[b"library_name"]) for one in listed)
     return []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from lib.clients.falkordb.connection import read_commands, translated
+from lib.clients.falkordb.connection import name_text, read_commands, translated
 from lib.errors import MissingData, StoreFailed
 
 # The types of values in the server's compact form.
@@ -201,7 +201,7 @@ def names(conn: redis.Redis, graph: str, query: str) -> list[str]:
 
 def _names_in(rows: list[Row]) -> list[str]:
     (((_kind, listed),),) = rows
-    return [name.decode("utf-8", "backslashreplace") for _kind, name in listed]
+    return [name_text(name) for _kind, name in listed]
 
 
 def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str) -> Iterator[list[Row]]:
@@ -371,5 +371,5 @@ def _canonical(cell: list[Any]) -> str:
         return "[" + ", ".join(sorted(_canonical(item) for item in value)) + "]"
     if kind == MAP:
         pairs = zip(value[::2], value[1::2], strict=True)
-        return "{" + ", ".join(sorted(f"{key.decode()}: {_canonical(item)}" for key, item in pairs)) + "}"
+        return "{" + ", ".join(sorted(f"{name_text(key)}: {_canonical(item)}" for key, item in pairs)) + "}"
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

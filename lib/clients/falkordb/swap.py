@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import redis
 
 from lib.clients.falkordb.connection import (
+    NO_KEY,
     GraphAddress,
     address_of,
     command,
@@ -46,17 +47,21 @@ def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str)
         ("GRAPH.DELETE", safety),
         ("GRAPH.RO_QUERY", temporary, "RETURN 1"),
     )
-    missing = [str(words[0]) for words in commands if not _is_permitted(conn, *words)]
+    refusals = {str(words[0]): _refusal(conn, *words) for words in commands}
+    missing = [name for name, text in refusals.items() if text]
     try:
         with translated(conn):
             _transaction(conn)
     except (AccessRefused, StoreFailed):
         missing.append("MULTI/EXEC")
     if missing:
+        keys = [f"~{graph}*", *([f"~{{{graph}}}*"] if safety.startswith(f"{{{graph}}}") else [])]
+        # To a user who may access all keys (`~*`) the server adds no pattern, and refuses the whole command.
+        lacks_keys = any(NO_KEY in text for text in refusals.values())
         raise AccessRefused(
             f"FalkorDB at {address_of(conn)} does not permit this user {', '.join(missing)}"
             f" on '{graph}' and on names that begin with it: nothing was changed",
-            next_step=_grant(conn, f"~{graph}*", *([f"~{{{graph}}}*"] if safety.startswith(f"{{{graph}}}") else [])),
+            next_step=_grant(conn, *(keys if lacks_keys else [])),
         )
     if graph not in list_graphs(conn) and command(conn, "EXISTS", graph):
         raise StoreFailed(
@@ -66,16 +71,16 @@ def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str)
         )
 
 
-def _is_permitted(conn: redis.Redis, *words: object) -> bool:
-    """Whether the user may send this command. Raises StoreFailed if the server itself cannot write now."""
+def _refusal(conn: redis.Redis, *words: object) -> str:
+    """Return why the user may not send this command, or "". Raises StoreFailed if the server cannot write now."""
     try:
         command(conn, *words)
-    except AccessRefused:
-        return False
+    except AccessRefused as error:
+        return str(error)
     except StoreFailed as error:
         _raise_if_unwritable(conn, str(error))
-        return "unknown command" not in str(error).lower()
-    return True
+        return str(error) if "unknown command" in str(error).lower() else ""
+    return ""
 
 
 def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from lib.clients.qdrant.points import count
 from lib.clients.qdrant.snapshot_format import vector_params
-from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, reports_full_disk
+from lib.clients.qdrant.transport import (
+    NoAnswer,
+    NotFound,
+    Qdrant,
+    QdrantError,
+    collection_path,
+    reports_full_disk,
+    unanswered,
+)
 from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, MissingData, UsageProblem, did_you_mean
 
@@ -146,8 +154,8 @@ def delete_collection(q: Qdrant, name: str) -> bool:
     """Delete the collection, its aliases and access to its snapshot files. Returns False if it does not exist."""
     try:
         return bool(q.json("DELETE", collection_path(name)))
-    except NoAnswer:
-        if exists(q, name):
+    except (NoAnswer, QdrantError) as error:
+        if not unanswered(error) or exists(q, name):
             raise
         return True
 
