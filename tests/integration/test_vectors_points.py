@@ -73,7 +73,7 @@ def test_retrieved_pages_hold_the_points_of_their_ids_in_the_order_of_the_pages(
 def test_a_vector_is_read_as_numpy_reads_its_numbers(numbers):
     with np.errstate(over="ignore"):
         wanted = np.array(numbers, dtype=np.float32)
-    assert np.array_equal(points._float32s(numbers), wanted, equal_nan=True)
+    assert np.array_equal(points.float32s(numbers), wanted, equal_nan=True)
 
 
 def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled: str):
