@@ -18,7 +18,6 @@ from lib.backup.points import TemporaryIdTable, orphan_ids
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.points import PointId
-from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import ProgressBar
 from lib.dimensions import (
@@ -121,8 +120,7 @@ def close_others(ctx: Context) -> None:
     """Before the first write: close runs with other settings that deleted nothing, drop what they staged."""
     for journal in _open_here(ctx):
         if journal.fact("spec") != migrations.spec_as_json(ctx.spec) and not journal.has_reached(migrations.DELETING):
-            if staged := journal.fact("staged_collection"):
-                delete_with_snapshots(ctx.qdrant, staged)
+            migrations.remove_staged(ctx.qdrant, ctx.folder, journal)
             journal.close("given up before anything was deleted: other settings now")
 
 

@@ -26,7 +26,7 @@ from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
 from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
-from lib.reembed.cutover import Cutover, cut_over, snapshot_file
+from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
@@ -171,7 +171,7 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     journal.append(migrations.VERIFIED, points=added, stamp=stamped)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)
-        snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
+        migrations.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,21 @@ def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_
     assert points_of(staged).keys() == before.keys()
 
 
+def test_a_restore_removes_what_the_reembed_that_it_supersedes_had_staged(staged):
+    """Else the next re-embed refuses `__next`: no open journal names it any more."""
+    paid = staged.servers.openai.stats()["texts"]
+    env = {"VECTOR_SIZE": "48", "EMBEDDING_MODEL": "text-embedding-3-small"}
+    left = staged.backups / "embeddings" / f"{staged.collection}__next.snapshot.partial"
+    left.write_bytes(b"sent when the run was killed")
+    done = staged.run("restore_from_backup", staged.archive(), env=env)
+    assert f"removed collection {staged.collection}__next, which an unfinished re-embed had staged" in done.err
+    assert staged.collections() == [staged.collection]
+    assert open_journals(staged.backups) == []
+    assert not left.exists()
+    staged.run("reembed_embeddings")
+    assert staged.servers.openai.stats()["texts"] == paid
+
+
 @pytest.mark.parametrize("how", matrix(["the next backup", "--abort"], "--abort"))
 def test_a_trial_restore_that_was_interrupted_leaves_nothing(operator, monkeypatch, how):
     operator.load(60)
