@@ -49,6 +49,7 @@ class Aborted:
 def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused before anything is removed."""
     from lib.reembed import quality  # imports numpy, which a backup does not load
+    from lib.reembed.context import mark_fresh
 
     name, done = collection_of(targets), Aborted()
     journals = open_journals(folder, targets, COMMAND, quality.SPOT_CHECK)
@@ -64,6 +65,7 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
             quality.remove_plan(cache, journal)
         _close(journal, done)
     if journals:
+        mark_fresh(cache, None)  # the next --fresh pays again
         done.left += [_live(qdrant, name), "the vectors that were paid for stay in the embedding cache"]
     return done
 

@@ -81,9 +81,9 @@ def must_forget(ctx: Context) -> bool:
     return ctx.fresh and not is_fresh(ctx)
 
 
-def mark_fresh(ctx: Context, *, done: bool = False) -> None:
-    """Note in the cache that the earlier vectors are dropped, or that the migration is `done`."""
-    ctx.cache.set_meta(_FRESH, "" if done else _fresh_mark(ctx.spec))
+def mark_fresh(cache: EmbeddingCache, spec: EmbeddingSpec | None) -> None:
+    """Note in the cache that the earlier vectors of `spec` are dropped; None: the migration has ended."""
+    cache.set_meta(_FRESH, _fresh_mark(spec) if spec else "")
 
 
 def _fresh_mark(spec: EmbeddingSpec) -> str:

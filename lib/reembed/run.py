@@ -125,7 +125,7 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     if must_forget(ctx):
         runner.paid.pay(runner.client.embed(["hello"]).tokens)
         ctx.cache.forget_planned()
-        mark_fresh(ctx)
+        mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
 
 
@@ -167,7 +167,7 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     """Record the model in the collection and the journal; remove what was staged."""
     stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
-    mark_fresh(ctx, done=True)
+    mark_fresh(ctx.cache, None)
     journal.append(migrations.VERIFIED, points=added, stamp=stamped)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)

@@ -57,6 +57,14 @@ def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
     assert staged.servers.openai.stats()["texts"] == paid  # what was paid for was not discarded
 
 
+def test_fresh_after_an_abort_pays_again(operator):
+    """The aborted run's mark in the cache would make `--fresh` use its vectors without a word."""
+    make_ready(operator)
+    first = operator.run("reembed_embeddings", "--fresh", "--no-switch", "--json").json["bought"]["texts"]
+    operator.run("reembed_embeddings", "--abort")
+    assert first == operator.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] > 0
+
+
 PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
 
 
