@@ -275,7 +275,9 @@ def _paid_text(paid: EmbeddingTotals, spec: EmbeddingSpec) -> str:
 def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Context, console: Console) -> int:
     """Print the result of --no-switch, how to continue and how to undo it."""
     if state is None:
-        console.result({"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged")
+        text = f"'{ctx.collection}' has this model and size already: nothing was staged"
+        text += f". {_paid_text(paid, ctx.spec)}" if paid.tokens else ""
+        console.result({"staged": None, "bought": _of(paid, "texts", "tokens", "price")}, text)
         return DONE
     drop = f"  {_COMMAND} --abort"
     document = {

@@ -104,17 +104,19 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
 
 def only_stage(ctx: Context, assessment: assess.Assessment, runner: EmbeddingRunner) -> CollectionState | None:
     """Build and verify the staged collection (`--no-switch`). Returns None if the live one is the result already."""
-    _embed(ctx, runner)
-    journal = _begin(ctx, assessment.journal, None)
-    live = assess.find_live(ctx, journal)
-    if live.kind == assess.ADOPT:
-        return None
-    if live.state is None:
+    if assessment.live.state is None:  # before anything is paid for
         raise UsageProblem(
             f"there is no live collection '{ctx.collection}': --no-switch has nothing to wait for",
             next_step="python scripts/reembed_embeddings.py",
         )
-    return staging.stage(ctx, journal, assessment, live.state, runner)
+    _embed(ctx, runner)
+    live = assess.find_live(ctx, assessment.journal)
+    if live.kind == assess.ADOPT:
+        if assessment.journal is None:
+            mark_fresh(ctx.cache, None)
+        return None
+    journal = _begin(ctx, assessment.journal, None)
+    return staging.stage(ctx, journal, assessment, live.state or assessment.live.state, runner)
 
 
 def _embed(ctx: Context, runner: EmbeddingRunner) -> None:

@@ -333,9 +333,7 @@ def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
         for journal in open_journals(site.folder, site.targets, REEMBED):
             with suppress(MigrationError):  # the restore is done; the next re-embed names what is left
                 for one in remove_staged(site.collection.qdrant, site.folder, journal):
-                    site.notice(
-                        f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached"
-                    )
+                    site.notice(f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached")
             journal.close("superseded by a restore")
 
 

@@ -65,6 +65,23 @@ def test_fresh_after_an_abort_pays_again(operator):
     assert first == operator.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] > 0
 
 
+def test_no_switch_without_anything_to_stage_leaves_no_run(operator):
+    """Neither a journal, which every command names, nor the mark of `--fresh`. What was paid is reported."""
+    operator.load(60)
+    operator.run("reembed_embeddings", "--no-switch")
+    assert open_journals(operator.backups) == []
+    for _ in range(2):
+        done = operator.run("reembed_embeddings", "--fresh", "--no-switch")
+        assert "nothing was staged. Paid for" in done.out
+    assert open_journals(operator.backups) == []
+    operator.call("DELETE", "")
+    operator.servers.openai.reset()
+    operator.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'not paid for yet'")
+    assert "nothing to wait for" in operator.run("reembed_embeddings", "--no-switch", expect=2).err
+    assert operator.servers.openai.stats()["texts"] == 0
+    assert open_journals(operator.backups) == []
+
+
 PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
 
 
