@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.phases import AWAITED, COMMAND, DELETING, STAGED_RESTORED, VERIFIED, collection_of, snapshot_deletions
+from lib.backup.phases import (
+    AWAITED,
+    COMMAND,
+    DELETING,
+    STAGED_RESTORED,
+    VERIFIED,
+    collection_of,
+    remove_staged,
+    snapshot_deletions,
+)
 from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists, get_state, health
@@ -40,23 +49,23 @@ class Aborted:
 def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused before anything is removed."""
     from lib.reembed import quality  # imports numpy, which a backup does not load
-    from lib.reembed.cutover import snapshot_file
+    from lib.reembed.context import mark_fresh
 
     name, done = collection_of(targets), Aborted()
     journals = open_journals(folder, targets, COMMAND, quality.SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
-        staged = journal.fact("staged_collection") or journal.fact("side")
-        if staged and exists(qdrant, staged):
-            delete_with_snapshots(qdrant, staged)
-            done.removed.append(f"collection {staged}")
+        done.removed += remove_staged(qdrant, folder, journal)
         if journal.command == quality.SPOT_CHECK:
+            side = journal.fact("side")
+            if side and exists(qdrant, side):
+                delete_with_snapshots(qdrant, side)
+                done.removed.append(f"collection {side}")
             quality.remove_plan(cache, journal)
-        elif staged:
-            snapshot_file(folder, staged).unlink(missing_ok=True)
         _close(journal, done)
     if journals:
+        mark_fresh(cache, None)  # the next --fresh pays again
         done.left += [_live(qdrant, name), "the vectors that were paid for stay in the embedding cache"]
     return done
 

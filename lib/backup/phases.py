@@ -10,7 +10,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.backup.catalog import CACHE_DIR
 from lib.clients.qdrant import snapshots
+from lib.clients.qdrant.collection import exists
+from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line
 from lib.dimensions import EmbeddingSpec, provider_fact, public_url
 from lib.errors import AccessRefused, MigrationError, UsageProblem
@@ -171,6 +174,22 @@ SETTINGS_RECOVERED, PAYLOADS_SAVED = "settings taken from the backup", "payloads
 DELETING, DELETED = "deleting the live collection", "live collection deleted"
 RESTORING_STAGED, STAGED_RESTORED = "putting the staged collection in place", "staged collection in place"
 CREATED, VERIFIED, DROPPING_STAGED = "collection created", "proved", "removing the staged collection"
+
+
+def snapshot_file(folder: Path, staged: str) -> Path:
+    """Where in the backup folder a staged collection's snapshot is while it is sent."""
+    return folder / CACHE_DIR / f"{staged}.snapshot.partial"
+
+
+def remove_staged(qdrant: Qdrant, folder: Path, journal: Journal) -> list[str]:
+    """Delete the collection that a re-embedding staged, and its snapshot in the folder. Returns what was removed."""
+    staged = journal.fact("staged_collection")
+    if not staged:
+        return []
+    found = exists(qdrant, staged)
+    delete_with_snapshots(qdrant, staged)
+    snapshot_file(folder, staged).unlink(missing_ok=True)
+    return [f"collection {staged}"] if found else []
 
 
 def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from lib.backup.points import TemporaryIdTable, orphan_ids
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.points import PointId
-from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import ProgressBar
 from lib.dimensions import (
@@ -82,9 +81,9 @@ def must_forget(ctx: Context) -> bool:
     return ctx.fresh and not is_fresh(ctx)
 
 
-def mark_fresh(ctx: Context, *, done: bool = False) -> None:
-    """Note in the cache that the earlier vectors are dropped, or that the migration is `done`."""
-    ctx.cache.set_meta(_FRESH, "" if done else _fresh_mark(ctx.spec))
+def mark_fresh(cache: EmbeddingCache, spec: EmbeddingSpec | None) -> None:
+    """Note in the cache that the earlier vectors of `spec` are dropped; None: the migration has ended."""
+    cache.set_meta(_FRESH, _fresh_mark(spec) if spec else "")
 
 
 def _fresh_mark(spec: EmbeddingSpec) -> str:
@@ -119,11 +118,25 @@ def open_run(ctx: Context) -> Journal | None:
 
 def close_others(ctx: Context) -> None:
     """Before the first write: close runs with other settings that deleted nothing, drop what they staged."""
-    for journal in _open_here(ctx):
-        if journal.fact("spec") != migrations.spec_as_json(ctx.spec) and not journal.has_reached(migrations.DELETING):
-            if staged := journal.fact("staged_collection"):
-                delete_with_snapshots(ctx.qdrant, staged)
-            journal.close("given up before anything was deleted: other settings now")
+    for journal in _others(ctx):
+        migrations.remove_staged(ctx.qdrant, ctx.folder, journal)
+        journal.close("given up before anything was deleted: other settings now")
+
+
+def other_settings_notices(ctx: Context) -> list[str]:
+    """Return a line for each run that `close_others` gives up."""
+    return [
+        f"the unfinished run of {str(journal.entries[0]['at'])[:16]} UTC makes {spec['size']}d with {spec['model']} of"
+        f" {spec['endpoint']}. It cannot be resumed with other settings: a re-embed with these gives it up"
+        for journal in _others(ctx)
+        for spec in [journal.fact("spec")]
+    ]
+
+
+def _others(ctx: Context) -> list[Journal]:
+    """Return the open journals of these stores with other settings that deleted nothing."""
+    spec = migrations.spec_as_json(ctx.spec)
+    return [one for one in _open_here(ctx) if one.fact("spec") != spec and not one.has_reached(migrations.DELETING)]
 
 
 def resume_notice(journal: Journal) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.backup import phases as migrations
-from lib.backup.catalog import CACHE_DIR
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import restoring, snapshots
@@ -127,14 +126,9 @@ def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
     return snapshots.with_checksum(ctx.qdrant, ctx.staged, made)
 
 
-def snapshot_file(folder: Path, staged: str) -> Path:
-    """Return where in the backup folder a staged collection's snapshot is while it is sent."""
-    return folder / CACHE_DIR / f"{staged}.snapshot.partial"
-
-
 def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
     """Download the snapshot and verify its checksum. Returns None if there is no room for it."""
-    path = snapshot_file(ctx.folder, ctx.staged)
+    path = migrations.snapshot_file(ctx.folder, ctx.staged)
     if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
         return None
     with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:

@@ -18,7 +18,7 @@ from lib.dimensions import EmbeddingSpec, model_fault, native_size_fault, public
 from lib.errors import DONE, REMAINING, GuardRefused, listed, one_line
 from lib.network import is_this_machine
 from lib.reembed.assess import ABSENT, ADOPT, FAILED, REPLACE, Assessment, require_protection, require_removable
-from lib.reembed.context import Context, resume_notice
+from lib.reembed.context import Context, other_settings_notices, resume_notice
 from lib.reembed.embed import EmbeddingTotals
 from lib.reembed.quality import SpotCheck
 from lib.reembed.report import Finished
@@ -63,6 +63,8 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
     if assessment.journal:
         console.notice(resume_notice(assessment.journal))
+    for text in [] if assessment.repair else other_settings_notices(ctx):
+        console.warn(text)
     spec, live, missing, scan = ctx.spec, assessment.live.state, assessment.missing, assessment.scan
     backup, none = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display), "none of this collection in"
     now = f"{live.size}d, {live.points:,} points" if live else assessment.live.kind
@@ -275,7 +277,9 @@ def _paid_text(paid: EmbeddingTotals, spec: EmbeddingSpec) -> str:
 def show_staged(state: CollectionState | None, paid: EmbeddingTotals, ctx: Context, console: Console) -> int:
     """Print the result of --no-switch, how to continue and how to undo it."""
     if state is None:
-        console.result({"staged": None}, f"'{ctx.collection}' has this model and size already: nothing was staged")
+        text = f"'{ctx.collection}' has this model and size already: nothing was staged"
+        text += f". {_paid_text(paid, ctx.spec)}" if paid.tokens else ""
+        console.result({"staged": None, "bought": _of(paid, "texts", "tokens", "price")}, text)
         return DONE
     drop = f"  {_COMMAND} --abort"
     document = {

@@ -26,7 +26,7 @@ from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
 from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
-from lib.reembed.cutover import Cutover, cut_over, snapshot_file
+from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
@@ -104,17 +104,19 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
 
 def only_stage(ctx: Context, assessment: assess.Assessment, runner: EmbeddingRunner) -> CollectionState | None:
     """Build and verify the staged collection (`--no-switch`). Returns None if the live one is the result already."""
-    _embed(ctx, runner)
-    journal = _begin(ctx, assessment.journal, None)
-    live = assess.find_live(ctx, journal)
-    if live.kind == assess.ADOPT:
-        return None
-    if live.state is None:
+    if assessment.live.state is None:  # before anything is paid for
         raise UsageProblem(
             f"there is no live collection '{ctx.collection}': --no-switch has nothing to wait for",
             next_step="python scripts/reembed_embeddings.py",
         )
-    return staging.stage(ctx, journal, assessment, live.state, runner)
+    _embed(ctx, runner)
+    live = assess.find_live(ctx, assessment.journal)
+    if live.kind == assess.ADOPT:
+        if assessment.journal is None:
+            mark_fresh(ctx.cache, None)
+        return None
+    journal = _begin(ctx, assessment.journal, None)
+    return staging.stage(ctx, journal, assessment, live.state or assessment.live.state, runner)
 
 
 def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
@@ -125,7 +127,7 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     if must_forget(ctx):
         runner.paid.pay(runner.client.embed(["hello"]).tokens)
         ctx.cache.forget_planned()
-        mark_fresh(ctx)
+        mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
 
 
@@ -167,11 +169,11 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     """Record the model in the collection and the journal; remove what was staged."""
     stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
-    mark_fresh(ctx, done=True)
+    mark_fresh(ctx.cache, None)
     journal.append(migrations.VERIFIED, points=added, stamp=stamped)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)
-        snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
+        migrations.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

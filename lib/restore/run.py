@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.backup.manifest import SAFETY, Manifest
-from lib.backup.phases import AWAITED, removed, report_snapshots
+from lib.backup.phases import AWAITED, remove_staged, removed, report_snapshots
+from lib.backup.phases import COMMAND as REEMBED
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
@@ -327,9 +328,12 @@ def _cut_over_graph(
 
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
-    """Close unfinished re-embeddings: the collection that they were replacing no longer exists."""
-    if files.collection:
-        for journal in open_journals(site.folder, site.targets, "reembed"):
+    """Close unfinished re-embeddings, whose old collection no longer exists, and remove what they staged."""
+    if files.collection and site.collection:
+        for journal in open_journals(site.folder, site.targets, REEMBED):
+            with suppress(MigrationError):  # the restore is done; the next re-embed names what is left
+                for one in remove_staged(site.collection.qdrant, site.folder, journal):
+                    site.notice(f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached")
             journal.close("superseded by a restore")
 
 

@@ -322,7 +322,8 @@ def test_a_staged_collection_that_no_journal_knows_is_refused(ready):
 def test_what_was_staged_with_other_settings_is_replaced(ready):
     before = points_of(ready)
     ready.run("reembed_embeddings", "--no-switch")
-    ready.run("reembed_embeddings", env={"VECTOR_SIZE": "64"})
+    done = ready.run("reembed_embeddings", env={"VECTOR_SIZE": "64"})
+    assert f"UTC makes {NEW_SIZE}d with {LARGE} of {ready.servers.openai.base_url}. It cannot be resumed" in done.err
     assert_migrated(ready, before, size=64)
     assert ready.collections() == [ready.collection]
     assert open_journals(ready.backups) == []

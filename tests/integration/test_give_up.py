@@ -57,6 +57,31 @@ def test_the_notice_names_the_arguments_and_abort_ends_it(staged):
     assert staged.servers.openai.stats()["texts"] == paid  # what was paid for was not discarded
 
 
+def test_fresh_after_an_abort_pays_again(operator):
+    """The aborted run's mark in the cache would make `--fresh` use its vectors without a word."""
+    make_ready(operator)
+    first = operator.run("reembed_embeddings", "--fresh", "--no-switch", "--json").json["bought"]["texts"]
+    operator.run("reembed_embeddings", "--abort")
+    assert first == operator.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] > 0
+
+
+def test_no_switch_without_anything_to_stage_leaves_no_run(operator):
+    """Neither a journal, which every command names, nor the mark of `--fresh`. What was paid is reported."""
+    operator.load(60)
+    operator.run("reembed_embeddings", "--no-switch")
+    assert open_journals(operator.backups) == []
+    for _ in range(2):
+        done = operator.run("reembed_embeddings", "--fresh", "--no-switch")
+        assert "nothing was staged. Paid for" in done.out
+    assert open_journals(operator.backups) == []
+    operator.call("DELETE", "")
+    operator.servers.openai.reset()
+    operator.cypher("MATCH (m:Memory) WITH m LIMIT 1 SET m.content = 'not paid for yet'")
+    assert "nothing to wait for" in operator.run("reembed_embeddings", "--no-switch", expect=2).err
+    assert operator.servers.openai.stats()["texts"] == 0
+    assert open_journals(operator.backups) == []
+
+
 PLACES = {"after staging": 0, "after live payloads read": 1, "before staged and proved": 1}
 
 
@@ -110,6 +135,21 @@ def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_
     env = {"VECTOR_SIZE": "48", "EMBEDDING_MODEL": "text-embedding-3-small"}
     staged.run("restore_from_backup", staged.archive(), env=env)
     assert points_of(staged).keys() == before.keys()
+
+
+def test_a_restore_removes_what_the_reembed_that_it_supersedes_had_staged(staged):
+    """Else the next re-embed refuses `__next`: no open journal names it any more."""
+    paid = staged.servers.openai.stats()["texts"]
+    env = {"VECTOR_SIZE": "48", "EMBEDDING_MODEL": "text-embedding-3-small"}
+    left = staged.backups / "embeddings" / f"{staged.collection}__next.snapshot.partial"
+    left.write_bytes(b"sent when the run was killed")
+    done = staged.run("restore_from_backup", staged.archive(), env=env)
+    assert f"removed collection {staged.collection}__next, which an unfinished re-embed had staged" in done.err
+    assert staged.collections() == [staged.collection]
+    assert open_journals(staged.backups) == []
+    assert not left.exists()
+    staged.run("reembed_embeddings")
+    assert staged.servers.openai.stats()["texts"] == paid
 
 
 @pytest.mark.parametrize("how", matrix(["the next backup", "--abort"], "--abort"))
