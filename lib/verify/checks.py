@@ -80,7 +80,7 @@ class Check:
 
 
 def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> Check:
-    """The guide's step 4. Raises DimensionMismatch if the size is not the configured one, see `require_plain_vectors`."""
+    """The guide's step 4. Raises DimensionMismatch, or UsageProblem for other vectors than AutoMem's."""
     require_plain_vectors(state)
     check_dimension(state.name, state.size, spec.size)
     detail = f"{state.size}d {state.distance}"
