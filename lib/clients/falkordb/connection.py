@@ -176,8 +176,8 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
         return access_refused(where, text)
     if untrusted := re.search(r"CERTIFICATE_VERIFY_FAILED\] (.+?)\.? \(_ssl", text):
-        step = "if its certificate is of an authority of your own, add that one (its.pem) to the public ones, by which the"
-        step += ' provider is verified:\ncat "$(python -m certifi)" its.pem > all.pem\nexport SSL_CERT_FILE="$PWD/all.pem"'
+        step = "if its certificate is of an authority of your own, name a file with that one and the public ones (by"
+        step += " which the provider is verified):\nexport SSL_CERT_FILE=..."
         return StoreUnreachable(f"FalkorDB at {where}: TLS failed: {untrusted[1]}", next_step=step)
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)
