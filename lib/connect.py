@@ -19,7 +19,7 @@ from lib.backup.graph import GraphSource
 from lib.clients.automem import AutoMemApi
 from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_failure
 from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
-from lib.clients.qdrant.collection import get_state, refuse_alias
+from lib.clients.qdrant.collection import get_state, refuse_alias, require_plain_vectors
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config, require_embedding
 from lib.dimensions import OLLAMA, EmbeddingSpec, check_dimension, reason_shown
@@ -93,7 +93,7 @@ def open_cache(config: Config) -> EmbeddingCache:
 def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[GraphSource, CollectionSource]:
     """Open both stores for a re-embedding. `repair`: the collection must exist at the configured size.
 
-    Raises StoreUnreachable, StoreFailed, AccessRefused, MissingData, DimensionMismatch.
+    Raises StoreUnreachable, StoreFailed, AccessRefused, MissingData, UsageProblem, DimensionMismatch.
     """
     from lib.backup.run import require_sources
 
@@ -101,6 +101,7 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
     require_sources(graph, source if repair else None)
     if repair:
         now = get_state(source.qdrant, config.collection)
+        require_plain_vectors(now)
         check_dimension(config.collection, now.size, config.vector_size)
     return graph, source
 

@@ -170,8 +170,10 @@ def settings_lines(size: int, model: str, config: Config, provider: str = OPENAI
     """Return the lines that put the settings back if the collection's size or model differs from them; else [].
 
     A `.env` with another value is named even if the environment takes precedence: AutoMem may read it. A model that
-    the backup does not record cannot be put back.
+    the backup does not record cannot be put back, nor the size of a collection without an unnamed vector (0).
     """
+    if not size:
+        return []
     spec = config.spec
     named = not is_plain(config.settings, spec.provider)
     models = {} if model == UNKNOWN_MODEL else model_settings(provider, model, named=named)

@@ -23,6 +23,7 @@ CACHE_DIR, REPORT_DIR = "embeddings", "reports"
 PIN = ".pinned"  # `backup_<stamp>.pinned`, an empty file next to the manifest: no cleanup deletes the set
 OUTGOING = "outgoing"  # encrypted files of sets that are not completely uploaded yet
 _NAMED = 3  # sets that an error lists
+_RESTORE = "python scripts/restore_from_backup.py"
 
 
 def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
@@ -119,20 +120,23 @@ def with_purpose(manifest: Manifest, safety: Collection[str]) -> Manifest:
     return replace(manifest, purpose=SAFETY) if manifest.name in safety else manifest
 
 
-def latest(folder: Path, owner: Deployment | None) -> Manifest:
+def latest(folder: Path, owner: Deployment | None, command: str = _RESTORE) -> Manifest:
     """The newest full set of `owner`, see `newest_full`. Raises BackupDamaged if a newer manifest cannot be read."""
     safety = safety_copies(folder)
     found = (with_purpose(read_manifest(path), safety) for path in manifest_paths(folder))
-    return newest_full(found, owner, str(folder))
+    return newest_full(found, owner, str(folder), command)
 
 
-def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: str) -> Manifest:
+def newest_full(
+    manifests: Iterable[Manifest], owner: Deployment | None, where: str, command: str = _RESTORE
+) -> Manifest:
     """The first of `manifests` that is a full set of `owner` (None: of any deployment) and no safety copy.
 
-    `where` is the folder or URL of the sets. Raises MissingData if there is none, and UsageProblem if it is dated in
-    the future (it need not be the newest) or was taken after a store was lost.
+    `where` is the folder or URL of the sets, `command` what the operator runs on one of them. Raises MissingData if
+    there is none, and UsageProblem if it is dated in the future (it need not be the newest) or was taken after a store
+    was lost.
     """
-    script, others = "python scripts/restore_from_backup.py", list[str]()
+    others = list[str]()
     for manifest in manifests:
         name = manifest.name
         if owner and not owner.owns(manifest):
@@ -140,7 +144,7 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
         if manifest.kind != FULL:
             others.append(f"{name} ({manifest.kind})")
         elif manifest.is_from_future:
-            step = f"compare this clock with the right time:\ndate -u\nthen name the set:\n{script}"
+            step = f"compare this clock with the right time:\ndate -u\nthen name the set:\n{command}"
             raise UsageProblem(
                 f"{name} is dated {-manifest.age_hours:.0f} hours in the future: a clock was or is wrong, and"
                 " which set is the newest is not known",
@@ -156,7 +160,7 @@ def newest_full(manifests: Iterable[Manifest], owner: Deployment | None, where: 
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise MissingData(
             f"no full backup set in {where}, which `latest` needs; there are: {', '.join(others[:_NAMED])}{more}",
-            next_step=f"name one:\n{script} {quote(f'{where}/{others[0].split()[0]}')}",
+            next_step=f"name one:\n{command} {quote(f'{where}/{others[0].split()[0]}')}",
         )
     whose = f" is of graph '{owner.graph}' or collection '{owner.collection}' on these servers" if owner else ""
     step = "name a file, or another folder with --backup-dir; this lists the sets:"

@@ -105,7 +105,7 @@ def _of_stamp(folder: Path, word: str) -> str:
 def _named_manifests(folder: Path, word: str, owner: Deployment | None) -> list[Path]:
     """The manifests that `--check` names: all, the latest, one, or that of a file. Raises MissingData, BadFile."""
     if word == LATEST and not Path(word).exists():
-        return [latest(folder, owner).path]
+        return [latest(folder, owner, "python scripts/backup_automem.py --check").path]
     path, paths = Path(word), manifest_paths(folder)
     if word == "all":
         if not paths:

@@ -20,7 +20,7 @@ from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.falkordb.connection import require_graph
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state, require_plain_vectors
 from lib.clients.qdrant.points import Point, PointId, count, retrieve, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
@@ -80,10 +80,8 @@ class Check:
 
 
 def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> Check:
-    """The guide's step 4. Raises DimensionMismatch if the size is not the configured one."""
-    if state.vectors_named:
-        detail = "named vectors: AutoMem keeps one unnamed vector per point"
-        return Check("size and distance", FAILED, detail, "set QDRANT_COLLECTION to AutoMem's collection")
+    """The guide's step 4. Raises DimensionMismatch, or UsageProblem for other vectors than AutoMem's."""
+    require_plain_vectors(state)
     check_dimension(state.name, state.size, spec.size)
     detail = f"{state.size}d {state.distance}"
     if state.distance == "Cosine":

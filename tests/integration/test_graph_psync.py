@@ -318,8 +318,10 @@ def test_tls_is_used_and_its_certificate_checked(
     with tls_proxy(server.port, certificate, key) as port:
         address = GraphAddress("localhost", port, tls=True)
         for attempt in (collect, connect):
-            with pytest.raises(StoreUnreachable, match=r"(?i)certificate"):
+            with pytest.raises(StoreUnreachable, match=r"(?i)certificate") as untrusted:
                 attempt(address)
+        assert "SSL_CERT_FILE" in untrusted.value.next_step  # of `connect`, which every command calls first
+        assert "docker compose" not in untrusted.value.next_step
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert collect(address).startswith(b"REDIS")
         with connect(address) as through:

@@ -772,6 +772,15 @@ TABLE = [
         one_store,
     ),
     Row(
+        "the check of latest if the only set has one store",
+        "backup_automem.py --check latest",
+        1,
+        MissingData,
+        "no full backup set in {folder}, which `latest` needs; there are: backup_{stamp}.json (collection only)",
+        ("name one:", "python scripts/backup_automem.py --check {manifest}"),
+        one_store,
+    ),
+    Row(
         "latest if a set is dated in the future",
         "restore_from_backup.py latest",
         2,

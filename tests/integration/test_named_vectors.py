@@ -61,3 +61,37 @@ def test_it_is_not_re_embedded(named):
     refused = named.run("reembed_embeddings", expect=2)
     assert "named vectors" in refused.err
     assert contents(named) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vectors": VECTORS}, "named vectors: 'image', 'text'"),
+        (
+            {"vectors": {"size": 4, "distance": "Cosine", "multivector_config": {"comparator": "max_sim"}}},
+            "a multivector",
+        ),
+        ({"vectors": {}, "sparse_vectors": {"bm25": {}}}, "no unnamed vector"),
+    ],
+    ids=["named", "multivector", "sparse only"],
+)
+def test_the_size_of_other_vectors_is_compared_with_nothing(operator, settings, message):
+    """Neither `export VECTOR_SIZE` nor a re-embed, which refuses the collection, would help."""
+    operator.cypher("CREATE (:Memory {id: 'one', content: 'text'})")
+    operator.call("PUT", "", settings)
+    for script, *words in (["verify_migration"], ["reembed_embeddings", "--only-missing"]):
+        refused = operator.run(script, *words, expect=2).err
+        assert f"the collection has {message}" in refused
+        assert "set QDRANT_COLLECTION to AutoMem's collection" in refused
+        assert "VECTOR_SIZE" not in refused
+
+
+def test_no_size_is_put_back_for_a_collection_of_sparse_vectors_alone(operator):
+    operator.call("PUT", "", {"vectors": {}, "sparse_vectors": {"bm25": {}}})
+    points = [{"id": 1, "vector": {"bm25": {"indices": [3], "values": [0.5]}}, "payload": {"n": 1}}]
+    operator.call("PUT", "/points?wait=true", {"points": points})
+    before = contents(operator)
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.call("POST", "/points/delete?wait=true", {"points": [1]})
+    assert "VECTOR_SIZE=0" not in operator.run("restore_from_backup", str(operator.manifests()[-1])).out
+    assert contents(operator) == before

@@ -175,6 +175,10 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     refusals = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
         return access_refused(where, text)
+    if untrusted := re.search(r"CERTIFICATE_VERIFY_FAILED\] (.+?)\.? \(_ssl", text):
+        step = "if its certificate is of an authority of your own, name a file with that one and the public ones (by"
+        step += " which the provider is verified):\nexport SSL_CERT_FILE=..."
+        return StoreUnreachable(f"FalkorDB at {where}: TLS failed: {untrusted[1]}", next_step=step)
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)
         hint = container_hint(where.rpartition(":")[0], "FALKORDB_HOST=localhost") if unknown else ""

@@ -316,18 +316,27 @@ def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
         )
 
 
-def _foreign_settings(config: Mapping[str, Any]) -> Iterator[str]:
-    params = config["params"]
-    vectors = params.get("vectors") or {}
+def require_plain_vectors(state: CollectionState) -> None:
+    """Raise UsageProblem unless the collection has one unnamed vector per point. Its size means nothing otherwise."""
+    for found in _foreign_vectors(state.raw["config"]["params"].get("vectors") or {}):
+        raise UsageProblem(f"the collection has {found}", next_step="set QDRANT_COLLECTION to AutoMem's collection")
+
+
+def _foreign_vectors(vectors: Mapping[str, Any]) -> Iterator[str]:
     size, _, named = vector_params(vectors)
-    unnamed = {} if named else vectors
     if named:
         yield f"named vectors: {', '.join(map(repr, sorted(vectors)))} (AutoMem keeps one unnamed vector per point)"
     elif not size:
         yield "no unnamed vector (AutoMem keeps one per point)"
-    if unnamed.get("multivector_config"):
+    elif vectors.get("multivector_config"):
         yield "a multivector: several vectors per point under one name"
-    datatype = unnamed.get("datatype") or FLOAT32
+
+
+def _foreign_settings(config: Mapping[str, Any]) -> Iterator[str]:
+    params = config["params"]
+    vectors = params.get("vectors") or {}
+    yield from _foreign_vectors(vectors)
+    datatype = (FLOAT32 if vector_params(vectors)[2] else vectors.get("datatype")) or FLOAT32
     if datatype == UINT8:
         yield "vectors of datatype uint8: whole numbers from 0 to 255, an embedding would be stored as zeros"
     elif datatype not in DATATYPES:
