@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.backup.catalog import CACHE_DIR
+from lib.backup import catalog
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.restoring import delete_with_snapshots
@@ -178,7 +178,7 @@ CREATED, VERIFIED, DROPPING_STAGED = "collection created", "proved", "removing t
 
 def snapshot_file(folder: Path, staged: str) -> Path:
     """Where in the backup folder a staged collection's snapshot is while it is sent."""
-    return folder / CACHE_DIR / f"{staged}.snapshot.partial"
+    return folder / catalog.CACHE_DIR / f"{staged}.snapshot.partial"
 
 
 def remove_staged(qdrant: Qdrant, folder: Path, journal: Journal) -> list[str]:

@@ -602,9 +602,9 @@ TABLE = [
     Row(
         "a collection with named vectors, to verify",
         "verify_migration.py",
-        4,
-        None,
-        "3 of 11 checks FAILED. What helps:",
+        2,
+        UsageProblem,
+        "the collection has named vectors: 'title' (AutoMem keeps one unnamed vector per point)",
         ("set QDRANT_COLLECTION to AutoMem's collection",),
         collection({"title": {"size": 48, "distance": "Cosine"}}),
     ),
