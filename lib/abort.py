@@ -21,7 +21,7 @@ from lib.backup.phases import (
 )
 from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
-from lib.clients.qdrant.collection import exists, get_state, health
+from lib.clients.qdrant.collection import get_state, health
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
@@ -58,10 +58,6 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     for journal in journals:
         done.removed += remove_staged(qdrant, folder, journal)
         if journal.command == quality.SPOT_CHECK:
-            side = journal.fact("side")
-            if side and exists(qdrant, side):
-                delete_with_snapshots(qdrant, side)
-                done.removed.append(f"collection {side}")
             quality.remove_plan(cache, journal)
         _close(journal, done)
     if journals:

@@ -144,12 +144,13 @@ class Text:
         last, searched = mark[-1:], self._at
         while True:
             found = self._held.find(last, searched)
-            if found >= 0 and self._held.endswith(mark, self._at, found + 1):
-                start, self._at = self._at, found + 1
-                return self._held[start : self._at]
-            searched = found + 1
             if found < 0:
                 searched = self._read_more()
+            elif self._held.endswith(mark, self._at, found + 1):
+                start, self._at = self._at, found + 1
+                return self._held[start : self._at]
+            else:
+                searched = found + 1
 
     def _read_more(self) -> int:
         """Add a piece to the text that is not read yet; returns where it begins."""

@@ -182,8 +182,11 @@ def snapshot_file(folder: Path, staged: str) -> Path:
 
 
 def remove_staged(qdrant: Qdrant, folder: Path, journal: Journal) -> list[str]:
-    """Delete the collection that a re-embedding staged, and its snapshot in the folder. Returns what was removed."""
-    staged = journal.fact("staged_collection")
+    """Delete what a re-embedding staged, with its snapshot in the folder, or a spot check's collection.
+
+    Returns what was removed.
+    """
+    staged = journal.fact("staged_collection") or journal.fact("side")
     if not staged:
         return []
     found = exists(qdrant, staged)

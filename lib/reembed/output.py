@@ -63,8 +63,9 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     """Print how far an unfinished run came; what a run will do, cost and leave out."""
     if assessment.journal:
         console.notice(resume_notice(assessment.journal))
-    for text in [] if assessment.repair else other_settings_notices(ctx):
-        console.warn(text)
+    if not assessment.repair:
+        for text in other_settings_notices(ctx):
+            console.warn(text)
     spec, live, missing, scan = ctx.spec, assessment.live.state, assessment.missing, assessment.scan
     backup, none = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display), "none of this collection in"
     now = f"{live.size}d, {live.points:,} points" if live else assessment.live.kind

@@ -179,9 +179,8 @@ class PointsPlan(RestorePlan):
         payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
         stored = np.vstack([point.vector for point in page if point.vector is not None])
         differ = vectors_differ(stored, wanted)
-        pairs = [(point.payload or {}, payloads[point.id]) for point in page]
         return [
             point.id
-            for point, bad, (payload, own) in zip(page, differ, pairs, strict=True)
-            if bad or not (identical(payload, own) or same(payload, own))
+            for point, bad in zip(page, differ, strict=True)
+            if bad or not (identical(held := point.payload or {}, own := payloads[point.id]) or same(held, own))
         ]

@@ -318,7 +318,7 @@ def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
 
 def require_plain_vectors(state: CollectionState) -> None:
     """Raise UsageProblem unless the collection has one unnamed vector per point. Its size means nothing otherwise."""
-    for found in _foreign_vectors(state.raw["config"]["params"].get("vectors") or {}):
+    if found := next(_foreign_vectors(state.raw["config"]["params"].get("vectors") or {}), None):
         raise UsageProblem(f"the collection has {found}", next_step="set QDRANT_COLLECTION to AutoMem's collection")
 
 
@@ -336,7 +336,8 @@ def _foreign_settings(config: Mapping[str, Any]) -> Iterator[str]:
     params = config["params"]
     vectors = params.get("vectors") or {}
     yield from _foreign_vectors(vectors)
-    datatype = (FLOAT32 if vector_params(vectors)[2] else vectors.get("datatype")) or FLOAT32
+    *_, named = vector_params(vectors)
+    datatype = FLOAT32 if named else vectors.get("datatype") or FLOAT32
     if datatype == UINT8:
         yield "vectors of datatype uint8: whole numbers from 0 to 255, an embedding would be stored as zeros"
     elif datatype not in DATATYPES:
