@@ -52,6 +52,8 @@ STAGED_WINDOWS = {
     "before the first staged batch": ("PUT", STAGED_POINTS, (READ,), 1, False),
     "first batch staged": ("PUT", STAGED_POINTS, (READ,), 1, True),
     "last batch staged": ("PUT", STAGED_POINTS, (READ,), 2, True),
+    "all staged, no vector index yet": ("PATCH", NEXT, (READ,), 1, False),
+    "the vector index begun": ("PATCH", NEXT, (READ,), 1, True),
     "all staged, being verified": ("POST", STAGED_READING, (READ,), 3, False),
     "verified, no snapshot yet": ("POST", SNAPSHOTS, (STAGED,), 1, False),
     "snapshot made, not yet noted": ("POST", SNAPSHOTS, (STAGED,), 1, True),

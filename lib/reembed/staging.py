@@ -70,12 +70,13 @@ def stage(
                 )
             if runner.paid.texts - before < FEW_TEXTS:
                 break
-        with BackgroundTask(lambda task: _wait_for_index(ctx, ctx.staged, outcome, task.stop)) as indexing:
+        changed = _begin_indexing(ctx, journal) or outcome.wrote
+        with BackgroundTask(lambda task: _wait_for_index(ctx, ctx.staged, task.stop, changed=changed)) as indexing:
             repaired = verify_points(ctx, ctx.staged, outcome, exclusive=True)
             meanwhile()
             indexing.result()
         if repaired:
-            _wait_for_index(ctx, ctx.staged, outcome)
+            _wait_for_index(ctx, ctx.staged, changed=True)
         state = get_state(ctx.qdrant, ctx.staged)
     journal.append(STAGED, points=state.points, proved=True)
     return state
@@ -94,7 +95,17 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     if collections.exists(ctx.qdrant, ctx.staged):
         collections.put_indexes(ctx.qdrant, ctx.staged, like.get("payload_schema") or {})
     else:
-        collections.create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, metadata=stamp(ctx.spec))
+        # One index of all points takes the server less time than indexes of parts, which it builds and merges.
+        collections.create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, stamp(ctx.spec), indexed=False)
+
+
+def _begin_indexing(ctx: Context, journal: Journal) -> bool:
+    """Let the server build the index of the staged collection as that of the live one. Returns False if it does."""
+    threshold = collections.indexing_threshold(journal.fact("staged_like"))
+    begun = collections.indexing_threshold(get_state(ctx.qdrant, ctx.staged).raw) == threshold
+    if not begun:  # it would begin again
+        collections.set_indexing_threshold(ctx.qdrant, ctx.staged, threshold)
+    return not begun
 
 
 def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) -> tuple[dict[str, Any], list[str]]:
@@ -105,10 +116,13 @@ def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) 
     return journaled_settings(journal) or live.raw, sorted({*aliases, *(journal.fact("aliases") or [])})
 
 
-def _wait_for_index(ctx: Context, collection: str, outcome: SyncOutcome, stop: CancelToken | None = None) -> bool:
-    """Wait up to an hour until the index is built. Returns whether it is. Raises Cancelled if `stop` is set."""
+def _wait_for_index(ctx: Context, collection: str, stop: CancelToken | None = None, *, changed: bool) -> bool:
+    """Wait up to an hour until the index is built. Returns whether it is. Raises Cancelled if `stop` is set.
+
+    `changed`: the server may not have noticed yet that the index must be built.
+    """
     state = get_state(ctx.qdrant, collection)
-    if outcome.added or outcome.changed or outcome.payloads or not state.optimized:
+    if changed or not state.optimized:
         with ctx.bar("wait for the index", None, ""):
             state = collections.wait_green(ctx.qdrant, collection, INDEX_SECONDS, stop)
     return state.optimized
@@ -208,7 +222,7 @@ def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None
             )
         complete_at = time.monotonic()
         aliases_taken = restore_aliases(ctx, journal)
-        indexed = _wait_for_index(ctx, name, outcome)
+        indexed = _wait_for_index(ctx, name, changed=outcome.wrote)
         if settings := journal.fact("settings"):
             collections.put_fan_out(ctx.qdrant, name, settings["config"])
         return Filled(outcome, aliases_taken, indexed, complete_at)

@@ -88,6 +88,11 @@ class SyncOutcome(NamedTuple):
     unembedded: int = 0
     rejected: tuple[Rejected, ...] = ()
 
+    @property
+    def wrote(self) -> bool:
+        """Whether a point was written."""
+        return bool(self.added or self.changed or self.payloads)
+
 
 def changes(
     cache: EmbeddingCache,

@@ -29,7 +29,13 @@ from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, 
 from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, set_indexing_threshold
+from lib.clients.qdrant.collection import (
+    AUTOMEM_INDEXES,
+    create_default,
+    get_state,
+    indexing_threshold,
+    set_indexing_threshold,
+)
 from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
@@ -128,7 +134,8 @@ class PointsPlan(RestorePlan):
         qdrant = self.target.qdrant
         create_default(qdrant, name, self.table.size)
         if name != self.target.collection:
-            self.thresholds[name] = set_indexing_threshold(qdrant, name, 0)
+            self.thresholds[name] = indexing_threshold(get_state(qdrant, name).raw)
+            set_indexing_threshold(qdrant, name, 0)
         for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
             if progress:
                 progress(size)

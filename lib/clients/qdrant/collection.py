@@ -192,14 +192,24 @@ def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def create_like(
-    q: Qdrant, name: str, raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None
+    q: Qdrant,
+    name: str,
+    raw_info: Mapping[str, Any],
+    size: int,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    indexed: bool = True,
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 
-    `metadata` is merged over that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name`
+    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until
+    `set_indexing_threshold` sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name`
     exists.
     """
-    q.json("PUT", collection_path(name), create_body(raw_info, size, metadata))
+    body = create_body(raw_info, size, metadata)
+    if not indexed and indexing_threshold(raw_info):
+        body["optimizers_config"] = {**body["optimizers_config"], "indexing_threshold": 0}
+    q.json("PUT", collection_path(name), body)
     put_fan_out(q, name, raw_info["config"])
     put_indexes(q, name, raw_info.get("payload_schema") or {})
 
@@ -241,11 +251,14 @@ def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] 
     put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
 
-def set_indexing_threshold(q: Qdrant, name: str, threshold: int) -> int:
-    """Set from which segment size (kB) on the server builds a vector index; 0: never. Returns the earlier value."""
-    earlier = int(get_state(q, name).raw["config"]["optimizer_config"]["indexing_threshold"] or 0)
+def indexing_threshold(raw_info: Mapping[str, Any]) -> int:
+    """From which segment size (kB) on the server builds a vector index; 0: never."""
+    return int(raw_info["config"]["optimizer_config"].get("indexing_threshold") or 0)
+
+
+def set_indexing_threshold(q: Qdrant, name: str, threshold: int) -> None:
+    """Set `indexing_threshold`."""
     q.json("PATCH", collection_path(name), {"optimizers_config": {"indexing_threshold": threshold}}, retry=True)
-    return earlier
 
 
 def create_small(q: Qdrant, name: str) -> None:
