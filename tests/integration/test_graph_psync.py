@@ -326,6 +326,11 @@ def test_tls_is_used_and_its_certificate_checked(
         assert collect(address).startswith(b"REDIS")
         with connect(address) as through:
             assert list_graphs(through) == ["g"]
+        # The other way round, both ways.
+        for wrong in (GraphAddress("localhost", port), GraphAddress("localhost", server.port, tls=True)):
+            with pytest.raises(StoreUnreachable) as refused:
+                connect(wrong, 1.0)
+            assert "FALKORDB_TLS" in refused.value.next_step
 
 
 @contextlib.contextmanager

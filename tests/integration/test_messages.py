@@ -403,7 +403,7 @@ TABLE = [
         (
             "start it, in AutoMem's folder:",
             "docker compose up -d falkordb",
-            "or correct FALKORDB_HOST and FALKORDB_PORT",
+            "or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS",
         ),
         falkordb_down,
     ),
@@ -441,7 +441,7 @@ TABLE = [
             "export FALKORDB_HOST=localhost",
             "start it, in AutoMem's folder:",
             "docker compose up -d falkordb",
-            "or correct FALKORDB_HOST and FALKORDB_PORT",
+            "or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS",
         ),
         env={"FALKORDB_HOST": "falkordb", "FALKORDB_PORT": "6379"},
     ),
@@ -507,7 +507,7 @@ TABLE = [
         1,
         StoreFailed,
         "what answers at {web_host} is not FalkorDB: it does not speak the protocol of redis",
-        ("correct FALKORDB_HOST and FALKORDB_PORT",),
+        ("correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS",),
         web_server("FALKORDB_PORT"),
     ),
     Row(
@@ -547,7 +547,7 @@ TABLE = [
         MissingData,
         "graph '{graph}x' does not exist on FalkorDB at {falkordb} (did you mean {graph}?); its graphs: {graphs}",
         (
-            "set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST and FALKORDB_PORT",
+            "set FALKORDB_GRAPH to the graph's name, or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS",
             "if the graph is lost: docs/worst-day.md",
         ),
         env={"FALKORDB_GRAPH": "{graph}x"},

@@ -27,7 +27,7 @@ from lib.network import container_hint
 # A peer that no longer answers is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _KEEPALIVE = {getattr(socket, name): value for name, value in _TIMES.items() if hasattr(socket, name)}
-_CORRECT = "correct FALKORDB_HOST and FALKORDB_PORT"
+_CORRECT = "correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS"
 START_HINT = f"start it, in AutoMem's folder:\ndocker compose up -d falkordb\nor {_CORRECT}"
 # A server of the Docker image cuts a query at one second, but a large DUMP or RESTORE of another client can delay it.
 READ_SECONDS = 120.0
