@@ -30,6 +30,7 @@ OPENAI = EmbeddingSpec("https://api.openai.com/v1", LARGE, 1024)
 VOYAGE = EmbeddingSpec("https://api.voyageai.com/v1", "voyage-4", 1024, "voyage")
 OLLAMA = EmbeddingSpec("http://localhost:11434/v1", "bge-m3", 1024, "ollama")
 LOCAL = EmbeddingSpec(LOCAL_URL, "BAAI/bge-large-en-v1.5", 1024, "local")
+AZURE = dataclasses.replace(OPENAI, base_url="https://x.openai.azure.com/openai/deployments/e?api-version=2024-06-01")
 SAME_NAME = dataclasses.replace(VOYAGE, base_url="https://gateway.example.com/v1", provider="openai")
 
 
@@ -186,6 +187,13 @@ def test_the_stamp_is_compared_with_model_and_provider(made, spec, detail, remed
             "OLLAMA_MODEL=bge-m3 OLLAMA_BASE_URL=http://localhost:11434\n",
         ),
         (LOCAL, VOYAGE, "EMBEDDING_PROVIDER has changed", "export VECTOR_SIZE=1024 EMBEDDING_PROVIDER=local\n"),
+        # An export of the recorded endpoint would drop the query, which is sent with every request, and a login.
+        (
+            AZURE,
+            dataclasses.replace(AZURE, size=512),
+            "VECTOR_SIZE has changed",
+            "export VECTOR_SIZE=1024 EMBEDDING_MODEL=text-embedding-3-large\n",
+        ),
     ],
 )
 def test_a_run_that_deleted_the_collection_is_resumed_with_its_provider_alone(tmp_path, was, now, expected, finish):
