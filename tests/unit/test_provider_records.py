@@ -12,9 +12,10 @@ from lib.backup.collection import STAMP_KEY, known_model
 from lib.backup.manifest import Manifest, parse_manifest, read_manifest, sealed, write_manifest
 from lib.backup.phases import DELETING, VERIFIED, journalled_stamp, spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache
+from lib.clients.embeddings.pricing import input_limit
 from lib.clients.qdrant.collection import CollectionState
 from lib.config import load_config
-from lib.dimensions import LOCAL_URL, EmbeddingSpec, is_model_of
+from lib.dimensions import LOCAL_URL, EmbeddingSpec, is_model_of, model_fault
 from lib.errors import BackupDamaged, GuardRefused
 from lib.journal import start_journal
 from lib.reembed.assess import undo_of
@@ -56,6 +57,15 @@ def test_a_stamp_is_of_one_provider():
         for other in (OPENAI, VOYAGE, OLLAMA, LOCAL, SAME_NAME):
             assert is_model_of(stamp(spec)[STAMP_KEY], other) == (spec == other), (spec, other)
     assert is_model_of({"model": f"openai/{LARGE}"}, OPENAI)
+
+
+def test_a_name_of_ollamas_without_a_tag_is_the_latest():
+    assert is_model_of(stamp(OLLAMA)[STAMP_KEY], dataclasses.replace(OLLAMA, model="bge-m3:latest"))
+    assert not is_model_of(stamp(OLLAMA)[STAMP_KEY], dataclasses.replace(OLLAMA, model="bge-m3:567m-fp16"))
+    tagged = "nomic-embed-text:latest"
+    assert input_limit(tagged, "ollama") == input_limit("nomic-embed-text", "ollama") == 2048
+    fault = "OLLAMA_MODEL nomic-embed-text:latest makes 768d vectors only, VECTOR_SIZE is 1024"
+    assert model_fault(tagged, 1024, "ollama") == fault
 
 
 def test_how_the_provider_of_a_collection_is_known():
