@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.backup import phases as migrations
+from lib.backup.collection import STAMP_KEY
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
@@ -21,7 +22,7 @@ from lib.clients.embeddings.pricing import Expected, count_tokens
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
-from lib.dimensions import SETTING_NAMES
+from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
@@ -270,6 +271,8 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     if not points:
         return
     setting = SETTING_NAMES[ctx.spec.provider].model
+    # With the right stamp a re-embed finds the collection up to date.
+    fresh = " --fresh" if is_model_of(state.metadata.get(STAMP_KEY) or {}, ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
     runner.require_affordable(sum(count_tokens(texts)))
     answer = runner.client.embed(texts)
@@ -281,7 +284,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
             raise GuardRefused(
                 f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
                 f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
-                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
+                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}{fresh}",
             )
 
 
