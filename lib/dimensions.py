@@ -77,13 +77,14 @@ class EmbeddingSpec:
 
 
 def bare_model(model: str) -> str:
-    """Return the model without a gateway's prefix: `openai/text-embedding-3-large` is `text-embedding-3-large`."""
+    """Return the model without a gateway's prefix (`openai/text-embedding-3-large`) and Ollama's tag `:latest`."""
+    model = model.removesuffix(":latest")
     name = model.rpartition("/")[2]
     return name if name in _MODELS else model
 
 
 def same_model(one: object, other: object) -> bool:
-    """Whether two names mean one model, with or without a gateway's prefix."""
+    """Whether two names mean one model."""
     return bare_model(str(one)) == bare_model(str(other))
 
 
@@ -299,8 +300,8 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
     theirs = choose(own, size)
     if not theirs.setting:  # its keys are in its environment, as they are here
         theirs = choose({**{name: settings[name] for name in _DECIDING}, **own}, size)
-    same_model = theirs.model == ours.model or theirs.provider == OPENAI
-    if theirs.provider == ours.provider and same_model:
+    alike = theirs.provider == OPENAI or same_model(theirs.model, ours.model)
+    if theirs.provider == ours.provider and alike:
         return None
     decisive = own.get(theirs.setting) or next(iter(own.values()))
     file = decisive.origin.rpartition(":")[0]

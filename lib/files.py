@@ -97,19 +97,21 @@ def private_file(path: Path) -> None:
         raise _foreign_file(path) from error
     try:
         state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_uid not in trusted_owners():
+        if not stat.S_ISREG(state.st_mode):
             raise _foreign_file(path)
+        if state.st_uid not in trusted_owners():
+            step = "if it is yours, as one copied from another machine, become its owner:"
+            raise _foreign_file(path, f"{step}\nsudo chown {os.geteuid()} {quote(str(path))}")
         if state.st_mode & 0o077:
             os.fchmod(descriptor, 0o600)
     finally:
         os.close(descriptor)
 
 
-def _foreign_file(path: Path) -> UsageProblem:
-    return UsageProblem(
-        f"{path} is a link, a device, a folder or another user's file: nothing is written through it",
-        next_step=f"look at it, then remove it, or name another folder with --backup-dir:\nls -l {quote(str(path))}",
-    )
+def _foreign_file(path: Path, step: str = "") -> UsageProblem:
+    usual = f"look at it, then remove it, or name another folder with --backup-dir:\nls -l {quote(str(path))}"
+    problem = f"{path} is a link, a device, a folder or another user's file: nothing is written through it"
+    return UsageProblem(problem, next_step=step or usual)
 
 
 class NotRegular(OSError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib import cli
-from lib.errors import DONE, REMAINING, MigrationError
+from lib.errors import DONE, REMAINING, MigrationError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def command(args: argparse.Namespace) -> int:
     from lib.backup.run import require_sources
     from lib.config import config_of
     from lib.console import Console
-    from lib.dimensions import reason_shown
+    from lib.dimensions import provider_problem, reason_shown
     from lib.show_config import announce, show_config
     from lib.verify import output
     from lib.verify.checks import Stores, recall_lines, record, verify
@@ -59,6 +59,8 @@ def command(args: argparse.Namespace) -> int:
     graph, collection = connect.open_graph(config, console.warn), connect.open_collection(config)
     require_sources(graph, collection)
     embed, reason = partial(connect.embed_one, config), reason_shown(config.settings, config.spec)
+    if problem := provider_problem(config.settings, config.spec):
+        reason = f"but a re-embed is refused: {one_line(str(problem))}"
     stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets(), embed, reason)
     with connect.open_cache(config) as cache:
         checks = verify(stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress)

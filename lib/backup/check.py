@@ -64,11 +64,15 @@ def kind_of(path: Path) -> str:
 
 def _head(path: Path) -> bytes:
     """The first bytes of the file. Raises BadFile if there are none."""
+    copies_there = path.parent if path.name == LATEST else path
     try:
+        step = ""
+        if any(copies_there.glob("backup_*.json*")):
+            step = f"name the newest set there by its URL: {copies_there.absolute().as_uri()}/{LATEST}"
         if path.is_dir():
-            raise BadFile(f"{path} is a folder, a file is needed")
+            raise BadFile(f"{path} is a folder, a file is needed", next_step=step)
         if not path.exists():
-            raise BadFile(f"{path} does not exist")
+            raise BadFile(f"{path} does not exist", next_step=step)
         with path.open("rb") as stream:
             head = stream.read(512)
     except PermissionError as error:

@@ -238,15 +238,17 @@ def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:
     return journal.fact("settings") if journal else None
 
 
-def kept_the_size(folder: Path, targets: list[str], spec: EmbeddingSpec) -> bool:
-    """Whether the last migration was to `spec` and did not change the size.
+def may_mix_models(folder: Path, targets: list[str], spec: EmbeddingSpec, reported: str | None) -> bool:
+    """Whether AutoMem may have written vectors of another model since the last migration, which was to `spec`.
 
-    AutoMem then writes vectors of the old model until it is restarted, and no dimension check notices.
+    If the size stayed, it does so until it is restarted, and no dimension check notices. `reported`: the run id
+    of a migration since which a verification found such a vector; void after a restore.
     """
     journal = last_migration(folder, targets)
     if journal is None or journal.fact("spec") != spec_as_json(spec):
         return False
-    return bool(journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size)
+    kept = journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size
+    return bool(kept) or (reported == journal.run_id and not restored_since(folder, journal))
 
 
 def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from lib.network import same_server
 from lib.reembed.context import (
     Context,
     accepted_backup,
+    may_mix_models,
     must_forget,
     reached,
     refuse_foreign_staged,
@@ -132,7 +133,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     collections.refuse_foreign(state.raw)
     if repair:
         live = Live(ADOPT, state)
-        if not migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec):
+        if not may_mix_models(ctx):
             with existing_points(ctx.qdrant, state.name) as existing:
                 missing = missing_of(ctx.cache, existing)
     unlike = _unlike(backup, state) if backup and journal is None else ""

@@ -32,6 +32,7 @@ from lib.dimensions import (
 )
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
+from lib.verify.compare import OTHER_MODEL
 
 _FRESH = "fresh since"
 
@@ -74,6 +75,12 @@ def reached(journal: Journal | None, phase: str) -> bool:
 def is_fresh(ctx: Context) -> bool:
     """Return whether the cache holds only vectors that this migration paid for since it was started with `--fresh`."""
     return ctx.cache.get_meta(_FRESH) == _fresh_mark(ctx.spec)
+
+
+def may_mix_models(ctx: Context) -> bool:
+    """Return whether points may have vectors of another model, so that `--only-missing` compares every vector."""
+    reported = ctx.cache.get_meta(OTHER_MODEL)
+    return migrations.may_mix_models(ctx.folder, ctx.targets, ctx.spec, reported)
 
 
 def must_forget(ctx: Context) -> bool:
@@ -218,7 +225,8 @@ def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
         names |= {"provider": PROVIDER}
     changed = [name for key, name in names.items() if was.get(key) != now.get(key)]
     settings = model_settings(provider, was["model"], named=bool(ctx.reason))
-    if provider in ENDPOINT_SETTINGS:
+    # The record has neither a login nor a query: an export of an endpoint that is set would drop them.
+    if provider in ENDPOINT_SETTINGS and not was["endpoint"] == now["endpoint"] != ctx.spec.base_url:
         settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
     exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
     return GuardRefused(

@@ -22,7 +22,7 @@ from lib.clients.qdrant.transport import QdrantError
 from lib.concurrency import read_ahead
 from lib.errors import MigrationError
 from lib.journal import Journal
-from lib.reembed.context import Context, reached, saved_payloads, unplanned_ids
+from lib.reembed.context import Context, is_fresh, reached, saved_payloads, unplanned_ids
 
 _PAGE = 500
 _ID_PAGE = 60  # ids per query: each has up to eight spellings
@@ -132,7 +132,7 @@ class _Candidate(NamedTuple):
 
 
 def scan_graph(ctx: Context, journal: Journal | None, *, title: str = "read graph") -> Scan:
-    """Read every memory into the cache's plan, in pages of 500, and derive missing vectors from larger ones.
+    """Read every memory into the cache's plan, in pages of 500; unless `--fresh`, cut missing vectors from larger ones.
 
     The plan of an earlier scan is replaced. Of several nodes with one id the first is planned, the others are listed.
     A memory whose content cannot be embedded is planned with the content of its point, so that it does not lose it.
@@ -160,7 +160,8 @@ def scan_graph(ctx: Context, journal: Journal | None, *, title: str = "read grap
         _plan(some, ctx, scan)
     ctx.cache.end_scan()
     forget_tokenizer()
-    ctx.cache.derive_missing(ctx.spec)
+    if not is_fresh(ctx):
+        ctx.cache.derive_missing(ctx.spec)
     return scan
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.backup import phases as migrations
+from lib.backup.collection import STAMP_KEY
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
@@ -21,18 +22,18 @@ from lib.clients.embeddings.pricing import Expected, count_tokens
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
-from lib.dimensions import SETTING_NAMES
+from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
-from lib.reembed.context import Context, close_others, mark_fresh, must_forget, reached
+from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
-from lib.verify.compare import SAME_MODEL_COSINE, cosine, repair_vectors
+from lib.verify.compare import OTHER_MODEL, SAME_MODEL_COSINE, cosine, repair_vectors
 
 _SAMPLES, _PAGE = 3, 256
 _REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
@@ -198,7 +199,7 @@ def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tri
     texts: Iterable[TextRow] = ctx.cache.missing_texts(ctx.spec)
     count_missing: Callable[[], Missing] = ctx.cache.missing_total
     with ExitStack() as held:
-        if repair and not migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec):
+        if repair and not may_mix_models(ctx):
             existing = held.enter_context(existing_points(ctx.qdrant, ctx.collection))
             texts, count_missing = texts_to_embed(ctx.cache, existing), partial(missing_of, ctx.cache, existing)
         first = list(islice(texts, runner.batch_size))
@@ -234,11 +235,11 @@ class Synced(NamedTuple):
 def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
     """Add missing points, update those whose content or payload differs from the graph's, remove orphans with care.
 
-    After a migration that kept the size, AutoMem may have written vectors of the old model. Then every vector is
-    compared, and texts without a vector in the cache are embedded again.
+    If AutoMem may have written vectors of another model (see `may_mix_models`), every vector is compared, and texts
+    without a vector in the cache are embedded again.
     """
     state = get_state(ctx.qdrant, ctx.collection)
-    compare_all = migrations.kept_the_size(ctx.folder, ctx.targets, ctx.spec)
+    compare_all = may_mix_models(ctx)
     assess.require_removable(ctx, state)  # again before the removal; a refusal comes before anything is paid for
     if not compare_all:
         _require_same_model(ctx, runner, state)
@@ -255,6 +256,7 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
         if compare_all:
             embed_uncached(ctx, runner)
             repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+            ctx.cache.set_meta(OTHER_MODEL, "")
         return Synced(outcome, repaired, remove_orphans(ctx, state))
 
 
@@ -269,6 +271,8 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     if not points:
         return
     setting = SETTING_NAMES[ctx.spec.provider].model
+    # With the right stamp a re-embed finds the collection up to date.
+    fresh = " --fresh" if is_model_of(state.metadata.get(STAMP_KEY) or {}, ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
     runner.require_affordable(sum(count_tokens(texts)))
     answer = runner.client.embed(texts)
@@ -280,7 +284,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
             raise GuardRefused(
                 f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
                 f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
-                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}",
+                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}{fresh}",
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lib.backup.collection import STAMP_KEY, CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.phases import settings_before, verified_at
+from lib.backup.phases import last_migration, restored_since, settings_before, verified_at
 from lib.backup.points import TemporaryIdTable, all_points, as_id
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
@@ -28,6 +28,7 @@ from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, 
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
 from lib.verify.compare import (
+    OTHER_MODEL,
     SAME_MODEL_COSINE,
     Differences,
     Findings,
@@ -305,7 +306,10 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
     evidence = f"its vector of memory {made[0].id} has the cosine {likeness:.3f} with ours"
     if likeness >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
-    return Check(name, PENDING, f"not {model}: {evidence}", _RESTART)
+    last = last_migration(stores.folder, stores.targets)
+    replace_them = f"{_REEMBED} --fresh" if last and restored_since(stores.folder, last) else _ONLY_MISSING
+    remedy = f"{_RESTART}\nthen replace the vectors that it made:\n{replace_them}"
+    return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 
 
 def _embedded_by_automem(
@@ -380,6 +384,9 @@ def verify(
         found = found.corrected(again)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
+    last = last_migration(stores.folder, stores.targets)
+    if last and {vectors.status, checks[-1].status} & {FAILED, PENDING}:
+        cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
     except MigrationError as error:  # the results of all other checks are shown

@@ -282,6 +282,8 @@ def _normalized(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
 
 # Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
 SAME_MODEL_COSINE = 0.99
+# In the embedding cache: the run id of the migration since which a verification found a vector of another model.
+OTHER_MODEL = "other model since"
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

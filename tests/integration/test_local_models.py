@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.concurrency import Cancelled
 from lib.dimensions import LOCAL, LOCAL_MODELS, LOCAL_URL, EmbeddingSpec
-from lib.errors import UsageProblem
+from lib.errors import ProviderRefused, UsageProblem
 from tests.sandbox.automem_embedding import EMBEDDING_DEFAULTS, Embedder
 from tests.sandbox.local_model import write_local_model
 
@@ -146,6 +147,20 @@ def test_a_model_that_cannot_be_loaded_names_its_folder(tmp_path, monkeypatch, d
         client_for(tmp_path / "models").embed(TEXTS)
     assert str(tmp_path / "models") in str(caught.value)
     assert "AUTOMEM_MODELS_DIR" in caught.value.next_step
+
+
+@needs_fastembed
+def test_a_model_that_fails_while_it_embeds_ends_the_run_with_a_next_step(tmp_path):
+    """As with a file of another version, or too little memory: onnxruntime's errors share no class."""
+    write_local_model(tmp_path, LOCAL_MODELS[384], TEXTS)
+    (tokenizer,) = tmp_path.rglob("tokenizer.json")
+    tokens = json.loads(tokenizer.read_text())
+    words = tokens["model"]["vocab"]
+    tokens["model"]["vocab"] = {word: number + 10_000 * (number > 3) for word, number in words.items()}
+    tokenizer.write_text(json.dumps(tokens))
+    with pytest.raises(ProviderRefused, match=r"on this machine failed: .*out of data bounds") as caught:
+        client_for(tmp_path).embed(TEXTS)
+    assert str(tmp_path) in caught.value.next_step
 
 
 def test_a_missing_package_is_named_before_anything_is_embedded(tmp_path, monkeypatch):

@@ -147,6 +147,17 @@ def test_a_copy_on_the_disk_of_the_backups_is_reported_as_one(operator, tmp_path
     assert "that is the disk of the backup folder: is the other one mounted?" in done.out
 
 
+def test_a_place_of_copies_named_by_its_path_is_printed_as_a_url(operator, tmp_path):
+    """--upload and --list take the path, a restore and --check the URL: there a path names one file."""
+    place = tmp_path / "my copies"
+    place.mkdir()
+    (place / "backup_20261127_021700.json.age").touch()
+    for script, *words in (["restore_from_backup"], ["backup_automem", "--check"]):
+        for named in (place, place / "latest"):
+            refused = operator.run(script, *words, str(named), expect=2)
+            assert refused.err.rstrip().endswith(f"by its URL: file://{tmp_path}/my%20copies/latest")
+
+
 def test_an_existing_set_that_no_copy_gives_back_is_not_uploaded(operator, tmp_path):
     operator.graph += "back\\slash"
     operator.load(20)

@@ -188,6 +188,32 @@ def test_another_model_at_the_same_size_is_refused(level):
     assert level.state() == before
 
 
+@pytest.mark.matrix
+def test_vectors_of_another_model_below_the_right_stamp_are_refused_with_what_replaces_them(operator):
+    """A re-embed without --fresh would find the collection up to date."""
+    make_ready(operator)
+    operator.run("reembed_embeddings")
+    if not operator.info()["config"].get("metadata"):
+        pytest.skip("this server keeps no metadata: a re-embed replaces the vectors")
+    late, text = str(uuid.uuid4()), "written by AutoMem with another model"
+    operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: []})", id=late, text=text)
+    payloads = {one: payload for one, (payload, _) in points_of(operator).items()} | {
+        late: {"content": text, "tags": []}
+    }
+    rows = [
+        {"id": one, "vector": vector_for(SMALL, payload["content"], NEW_SIZE).tolist(), "payload": payload}
+        for one, payload in payloads.items()
+    ]
+    operator.call("PUT", "/points?wait=true", {"points": rows})
+    refused = operator.run("reembed_embeddings", "--only-missing", expect=2)
+    assert "would mix two models" in refused.err
+    assert refused.err.rstrip().endswith("reembed_embeddings.py --fresh")
+    operator.run("backup_automem", "--only", "qdrant")
+    assert "is already" in operator.run("reembed_embeddings").out
+    operator.run("reembed_embeddings", "--fresh")
+    assert_vectors(points_of(operator))
+
+
 @pytest.mark.parametrize("script", ["reembed_embeddings", "verify_migration"])
 def test_a_dimension_mismatch_is_reported_in_the_words_that_operators_know(operator, script):
     operator.load(20)

@@ -55,6 +55,20 @@ def test_openai_by_export_alone_is_refused_in_every_mode(operator, tmp_path, mod
     assert VOYAGE_KEY not in result.err + result.out
 
 
+def test_verify_names_the_provider_of_automems_file_too(operator):
+    """These settings alone choose the collection's size and model, so that every check passes."""
+    env = {"EMBEDDING_PROVIDER": "openai", "VECTOR_SIZE": str(OLD_SIZE), "EMBEDDING_MODEL": SMALL}
+    passed = operator.run("verify_migration", "--json", env=env).json["checks"]
+    assert next(one for one in passed if one["name"] == "AutoMem's model")["detail"].startswith(f"{SMALL} of openai,")
+    for word in ("ollama", "placeholder"):
+        (operator.folder / "automem.env").write_text(f"EMBEDDING_PROVIDER={word}\n")
+        settings = {**env, "AUTOMEM_ENV_FILE": str(operator.folder / "automem.env")}
+        checks = operator.run("verify_migration", "--json", env=settings).json["checks"]
+        detail = next(one for one in checks if one["name"] == "AutoMem's model")["detail"]
+        assert f"{SMALL} of openai, but a re-embed is refused: AutoMem will use " in detail
+        assert word in detail
+
+
 def test_the_printed_line_settles_it(operator, tmp_path):
     refused = operator.run("reembed_embeddings", "--json", expect=2, env={"EMBEDDING_PROVIDER": "openai"})
     lines = [line.strip() for line in refused.json["next"].splitlines() if line.startswith("  ")]

@@ -10,7 +10,7 @@ import requests
 
 from lib.dimensions import LOCAL_MODELS
 from tests.operator_support import OLD_SIZE, SMALL
-from tests.reembed_support import embeddable, points_of
+from tests.reembed_support import assert_vectors, embeddable, points_of
 from tests.sandbox.local_model import write_local_model
 
 pytestmark = pytest.mark.qdrant
@@ -117,3 +117,53 @@ def test_a_service_on_another_provider_is_reported(operator):
     assert f"not {SMALL} of openai" in found["detail"]
     assert found == next(one for one in again if one["name"] == PROVIDER_CHECK)
     assert operator.servers.openai.stats()["texts"] <= paid + 1 + 20  # one of ours, and the queries of AutoMem's recall
+
+
+def remedy_of_placeholders(operator) -> str:
+    """Migrate, have AutoMem store two memories with placeholder vectors, and verify. Returns the printed remedy."""
+    operator.load(40)
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.export(**voyage(operator, None))
+    operator.run("reembed_embeddings")
+    operator.export(EMBEDDING_PROVIDER="placeholder")
+    with operator.restarted():
+        for number in range(2):
+            body = {"content": f"number {number} without meaning"}
+            requests.post(f"{operator.environ['AUTOMEM_API_URL']}/memory", json=body, timeout=20).raise_for_status()
+        deadline = time.monotonic() + 20
+        while len(points_of(operator)) < len(embeddable(operator)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    operator.export(EMBEDDING_PROVIDER="voyage")
+    return failed_remedy(operator)
+
+
+def failed_remedy(operator) -> str:
+    checks = operator.run("verify_migration", "--after-restart", "--json", expect=4).json["checks"]
+    found = next(one for one in checks if one["name"] == PROVIDER_CHECK)
+    assert found["status"] == "FAILED"
+    assert "\nthen replace the vectors that it made:\n" in found["remedy"]
+    return str(found["remedy"])
+
+
+@pytest.mark.matrix
+def test_what_automem_embedded_with_another_model_is_replaced(operator):
+    """At the same size nothing else shows such vectors, and a re-embed finds the collection up to date."""
+    assert remedy_of_placeholders(operator).endswith("reembed_embeddings.py --only-missing")
+    assert "2 texts" in operator.run("reembed_embeddings", "--only-missing", "--dry-run").out
+    assert operator.run("reembed_embeddings", "--only-missing", "--json").json["mended"] == 2
+    assert_vectors(points_of(operator), "voyage-4", 256)
+    status, detail = verified(operator)[PROVIDER_CHECK]  # AutoMem has stored another memory
+    assert status == "passed", detail
+    assert "0 texts" in operator.run("reembed_embeddings", "--only-missing", "--dry-run").out
+
+
+@pytest.mark.matrix
+def test_after_a_restore_other_vectors_are_replaced_with_a_backup_alone(operator):
+    """What was restored may be another model's as a whole."""
+    remedy_of_placeholders(operator)
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.run("restore_from_backup", operator.archive())
+    assert failed_remedy(operator).endswith("reembed_embeddings.py --fresh")
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.run("reembed_embeddings", "--fresh")
+    assert_vectors(points_of(operator), "voyage-4", 256)

@@ -283,6 +283,25 @@ def test_fresh_embeds_everything_again_and_forgets_nothing_if_it_is_refused(oper
     assert_migrated(operator, before)
 
 
+@pytest.mark.matrix
+def test_a_stopped_run_with_fresh_cuts_nothing_from_larger_vectors(operator):
+    """They were paid for earlier: `--fresh` discards what is cut from them."""
+    backed_up(operator)
+    upgrade(operator)
+    operator.run("reembed_embeddings")
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.export(VECTOR_SIZE=NEW_SIZE - 1)
+    operator.servers.openai.reset()
+    operator.servers.openai.fault(status=401, after=3)  # the first request is one word
+    flow = ("--batch-size", "10", "--workers", "1")
+    operator.run("reembed_embeddings", "--fresh", *flow, expect=6)
+    operator.servers.openai.clear_faults()
+    operator.run("reembed_embeddings", *flow)
+    assert operator.servers.openai.stats()["texts"] == 1 + len(
+        {one["content"] for one in embeddable(operator).values()}
+    )
+
+
 def cached(operator) -> int:
     """Vectors of the new size that are paid for."""
     with sqlite3.connect(operator.backups / "embeddings" / "vectors.sqlite3") as db:

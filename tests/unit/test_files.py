@@ -141,6 +141,17 @@ def test_what_a_killed_run_left_is_neither_written_through_nor_left_open_to_othe
     assert (tmp_path / "g").read_bytes() == b"new"
 
 
+def test_a_file_of_another_user_is_not_to_be_removed(tmp_path, monkeypatch):
+    """An embedding cache that was copied from another machine holds vectors that were paid for."""
+    file = tmp_path / "vectors.sqlite3"
+    file.write_text("paid for")
+    monkeypatch.setattr("lib.files.trusted_owners", set)
+    with pytest.raises(UsageProblem, match="another user's file") as caught:
+        private_file(file)
+    assert "remove" not in caught.value.next_step
+    assert caught.value.next_step.endswith(f"\nsudo chown {os.geteuid()} {file}")
+
+
 def test_a_private_file_is_made_and_closed_to_others(tmp_path):
     private_file(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"kept")

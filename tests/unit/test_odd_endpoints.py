@@ -101,6 +101,14 @@ def test_a_redirect_names_the_endpoint_alone():
     assert error.next_step.startswith("OPENAI_BASE_URL is redirected")
 
 
+def test_a_403_of_an_ollama_names_its_address_because_there_is_no_key():
+    """Ollama answers so to a host name that it does not know."""
+    spec = EmbeddingSpec("http://ollama.example.com:11434/v1", "nomic-embed-text", 768, "ollama")
+    error = refusal_error(403, {}, "", secret="", sent_tokens=1, provider="p", spec=spec)
+    assert isinstance(error, ProviderRefused)
+    assert error.next_step.startswith("check OLLAMA_BASE_URL,")
+
+
 def test_tokens_below_zero_pay_for_nothing():
     """Otherwise a provider could keep a run below its --max-cost for ever."""
     assert billed_tokens({"usage": {"total_tokens": -1_000_000}}) == 0

@@ -12,9 +12,10 @@ from lib.backup.collection import STAMP_KEY, known_model
 from lib.backup.manifest import Manifest, parse_manifest, read_manifest, sealed, write_manifest
 from lib.backup.phases import DELETING, VERIFIED, journalled_stamp, spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache
+from lib.clients.embeddings.pricing import input_limit
 from lib.clients.qdrant.collection import CollectionState
 from lib.config import load_config
-from lib.dimensions import LOCAL_URL, EmbeddingSpec, is_model_of
+from lib.dimensions import LOCAL_URL, EmbeddingSpec, is_model_of, model_fault
 from lib.errors import BackupDamaged, GuardRefused
 from lib.journal import start_journal
 from lib.reembed.assess import undo_of
@@ -30,6 +31,7 @@ OPENAI = EmbeddingSpec("https://api.openai.com/v1", LARGE, 1024)
 VOYAGE = EmbeddingSpec("https://api.voyageai.com/v1", "voyage-4", 1024, "voyage")
 OLLAMA = EmbeddingSpec("http://localhost:11434/v1", "bge-m3", 1024, "ollama")
 LOCAL = EmbeddingSpec(LOCAL_URL, "BAAI/bge-large-en-v1.5", 1024, "local")
+AZURE = dataclasses.replace(OPENAI, base_url="https://x.openai.azure.com/openai/deployments/e?api-version=2024-06-01")
 SAME_NAME = dataclasses.replace(VOYAGE, base_url="https://gateway.example.com/v1", provider="openai")
 
 
@@ -55,6 +57,15 @@ def test_a_stamp_is_of_one_provider():
         for other in (OPENAI, VOYAGE, OLLAMA, LOCAL, SAME_NAME):
             assert is_model_of(stamp(spec)[STAMP_KEY], other) == (spec == other), (spec, other)
     assert is_model_of({"model": f"openai/{LARGE}"}, OPENAI)
+
+
+def test_a_name_of_ollamas_without_a_tag_is_the_latest():
+    assert is_model_of(stamp(OLLAMA)[STAMP_KEY], dataclasses.replace(OLLAMA, model="bge-m3:latest"))
+    assert not is_model_of(stamp(OLLAMA)[STAMP_KEY], dataclasses.replace(OLLAMA, model="bge-m3:567m-fp16"))
+    tagged = "nomic-embed-text:latest"
+    assert input_limit(tagged, "ollama") == input_limit("nomic-embed-text", "ollama") == 2048
+    fault = "OLLAMA_MODEL nomic-embed-text:latest makes 768d vectors only, VECTOR_SIZE is 1024"
+    assert model_fault(tagged, 1024, "ollama") == fault
 
 
 def test_how_the_provider_of_a_collection_is_known():
@@ -186,6 +197,13 @@ def test_the_stamp_is_compared_with_model_and_provider(made, spec, detail, remed
             "OLLAMA_MODEL=bge-m3 OLLAMA_BASE_URL=http://localhost:11434\n",
         ),
         (LOCAL, VOYAGE, "EMBEDDING_PROVIDER has changed", "export VECTOR_SIZE=1024 EMBEDDING_PROVIDER=local\n"),
+        # An export of the recorded endpoint would drop the query, which is sent with every request, and a login.
+        (
+            AZURE,
+            dataclasses.replace(AZURE, size=512),
+            "VECTOR_SIZE has changed",
+            "export VECTOR_SIZE=1024 EMBEDDING_MODEL=text-embedding-3-large\n",
+        ),
     ],
 )
 def test_a_run_that_deleted_the_collection_is_resumed_with_its_provider_alone(tmp_path, was, now, expected, finish):

@@ -251,6 +251,7 @@ def test_a_choice_that_automem_makes_differently_is_refused(load, automem, envir
             "EMBEDDING_PROVIDER=ollama\nOLLAMA_BASE_URL=http://ollama:11434\n",
             {"OLLAMA_BASE_URL": "http://localhost:11434", "VECTOR_SIZE": "768"},
         ),
+        ("EMBEDDING_PROVIDER=ollama\nOLLAMA_MODEL=bge-m3:latest\n", {"OLLAMA_MODEL": "bge-m3"}),
     ],
 )
 def test_a_choice_that_automem_makes_too_or_that_its_files_leave_open_is_not(load, automem, environ):

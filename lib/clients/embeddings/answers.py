@@ -98,7 +98,7 @@ def _step(status: int, spec: EmbeddingSpec) -> str:
         return f"on the Ollama server:\nollama pull {spec.model}\nor check {names.model} and {names.endpoint}"
     if 300 <= status < 400 and names.endpoint:
         return f"{names.endpoint} is redirected, and keys are not sent on: set it to the address of the API itself"
-    if status == 401:
+    if status == 401 or (status == 403 and not names.key):
         return f"check {' and '.join(filter(None, (names.key, names.endpoint)))}"
     if status == 403:
         return "the key lacks the permission for this model: grant it or use another key"

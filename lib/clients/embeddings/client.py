@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -177,12 +178,19 @@ class LocalModel:
             return self._model
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], Any]:
-        """No headers, and the vectors of the texts. Raises Cancelled at the end."""
+        """No headers, and the vectors of the texts. Raises ProviderRefused if the model fails, Cancelled at the end."""
         model = self.client()
         with self._running:
             if self._ended:
                 raise Cancelled
-            return {}, list(model.embed(list(texts)))
+            try:
+                return {}, list(model.embed(list(texts)))
+            except Exception as error:  # see _load
+                raise ProviderRefused(
+                    f"{self.name} failed: {one_line(str(error))}",
+                    next_step="free some memory, or use --batch-size 1; if that does not help, move the model's folder"
+                    f" away, so that it is downloaded again:\nls {quote(str(self._models_dir))}\n{AGAIN}",
+                ) from error
 
     def opened(self, _texts: Sequence[str], _headers: Mapping[str, str], rows: Any) -> dict[str, Any]:
         """The vectors in the form of an answer of OpenAI's API. They cost no tokens."""

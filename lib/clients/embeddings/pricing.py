@@ -93,7 +93,7 @@ def input_limit(model: str, provider: str = OPENAI) -> int | None:
     name = bare_model(model)
     if name in _PRICES:
         return VOYAGE_INPUT_TOKENS if name.startswith("voyage-") else OPENAI_INPUT_TOKENS
-    return _CONTEXTS.get((provider, model))
+    return _CONTEXTS.get((provider, name))
 
 
 def cut_to_tokens(text: str, limit: int) -> str:
