@@ -151,11 +151,13 @@ class RestorePlan:
             if name in self.begun or health(qdrant, name) == "failed":
                 delete_collection(qdrant, name)
 
-    def complete(self, aliases: Iterable[str]) -> None:
-        """Set what a snapshot does not hold: the read fan-out, and the aliases whose names are free."""
+    def complete(self, aliases: Iterable[str]) -> list[str]:
+        """Set what a snapshot does not hold: the read fan-out, and the aliases. Returns those that others took."""
         qdrant, name = self.target.qdrant, self.target.collection
         put_fan_out(qdrant, name, self.backup.archive.facts["config"])
-        put_aliases(qdrant, name, free_aliases(qdrant, name, aliases))
+        free = free_aliases(qdrant, name, aliases)
+        put_aliases(qdrant, name, free)
+        return sorted(set(aliases) - set(free))
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
         upload_and_restore(
@@ -325,11 +327,12 @@ def cut_over(
     *,
     undo: str,
     aliases: Iterable[str] = (),
-) -> None:
+) -> list[str]:
     """Delete the live collection and restore under its name from the copies that the servers already hold.
 
     Whether the servers can fetch their copies is tested before the delete; if not, the files are uploaded again.
-    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once.
+    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once. Returns
+    the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
     sample = _sample(plan.backup, qdrant, temporary)
@@ -351,8 +354,9 @@ def cut_over(
         plan.drop_unusable()
         raise
     _verify_live(plan, sample)
-    plan.complete(wanted)
+    taken = plan.complete(wanted)
     journal.append(RESTORED)
+    return taken
 
 
 def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None:

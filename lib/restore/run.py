@@ -111,7 +111,8 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         commands = undo(safety)
         site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
         if files.plan and temporary:
-            _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
+            taken = _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
+            notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
@@ -243,11 +244,14 @@ def _cut_over_collection(
     safety: Manifest | None,
     undo: str,
     aliases: list[str],
-) -> None:
-    """Replace the live collection. If that fails, the old one is restored, or the error has the commands to finish."""
+) -> list[str]:
+    """Replace the live collection; returns the aliases that others took.
+
+    If that fails, the old one is restored, or the error has the commands to finish.
+    """
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
-            collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
+            return collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
     except MigrationError as error:
         if not is_absent(journal):
             raise
