@@ -317,6 +317,7 @@ def test_a_version_jump_is_refused_before_anything_is_touched(operator):
     refused = operator.run("restore_from_backup", far, operator.rdb(), expect=1)
     assert "1.5.0" in refused.err
     assert "--force-version" in refused.err
+    assert refused.err.rstrip().endswith("scripts/reembed_embeddings.py")
     assert (operator.state(), sorted(operator.backups.rglob("*"))) == (spoilt, files)
     operator.run("restore_from_backup", far, operator.rdb(), "--force-version")
     assert operator.state() == before
