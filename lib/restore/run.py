@@ -119,7 +119,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         raise
     if temporary and site.collection:
         delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
-    with _collection_named(files, commands):
+    with _collection_named(files, site.again, commands):
         late_writes = _cut_over_graph(site, files, payload, journal, safety, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
@@ -287,14 +287,15 @@ def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journa
 
 
 @contextmanager
-def _collection_named(files: VerifiedFiles, undo: str) -> Iterator[None]:
-    """Add to an error of the graph's cutover that the collection is restored already, and the commands that undo it."""
+def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[None]:
+    """Add to an error of the graph's cutover that the collection is restored already, and how to resume or undo it."""
     try:
         yield
     except MigrationError as error:
         if files.plan:
             error.args = (f"the collection is restored already; {error}",)
-            error.next_step += "" if undo in error.next_step else f"\nor undo it:\n{undo}"
+            for how, command in (("to resume", again), ("or undo it", undo)):
+                error.next_step += "" if command in error.next_step else f"\n{how}:\n{command}"
         raise
 
 
