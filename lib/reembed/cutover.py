@@ -14,7 +14,7 @@ from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import restoring, snapshots
 from lib.clients.qdrant.transport import is_disk_full
-from lib.errors import AccessRefused, MigrationError, StoreUnreachable
+from lib.errors import AccessRefused, MigrationError
 from lib.files import free_bytes, private_dir
 from lib.journal import Journal
 from lib.reembed import assess, staging
@@ -190,9 +190,10 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     journal.append(migrations.RESTORING_STAGED, way=kind)
     try:
         answered = restore()
-    except (AccessRefused, StoreUnreachable):
+    except AccessRefused:
         raise
     except MigrationError as error:
+        # A server that does not answer ends the run here. An upload that broke off is tried again.
         if collections.health(ctx.qdrant, ctx.collection) == "failed":
             restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):

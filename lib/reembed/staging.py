@@ -190,8 +190,8 @@ def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
                 raise StoreFailed(
                     f"the Qdrant server's disk is full: {error.text}\n'{ctx.collection}' has the new size"
                     " already, but is not complete; the embedding cache holds every vector that was paid for",
-                    next_step="make room on the server (1.11 must then be restarted to notice it) and run the same"
-                    " command again: it resumes from the embedding cache",
+                    next_step="make room on the server, then run the same command again: it resumes from the embedding"
+                    " cache\nif it has room and still reports this: docs/worst-day.md",
                 ) from error
         drop_staged(ctx, journal)
 

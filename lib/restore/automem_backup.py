@@ -106,6 +106,7 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
     # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
     member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
     facts = bare_facts(source.path, found.name, target.spec, snapshot, member)
+    facts["server"]["version"] = target.qdrant.version()  # every version takes its points
     return CollectionBackup(source.path, ArchiveFacts(facts, (member,), found.points), snapshot, bare=True, ids=table)
 
 

@@ -54,6 +54,8 @@ DELETING, RESTORED, PUT_BACK = (
 _ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
+FROM_GRAPH = "or do without it, the graph is enough (if that is lost, too, restore the .rdb alone first):"
+FROM_GRAPH += "\npython scripts/reembed_embeddings.py"
 _LIST_NODES = "list every node's own address:\nexport QDRANT_NODE_URLS=http://node1:6333,http://node2:6333"
 
 
@@ -151,11 +153,13 @@ class RestorePlan:
             if name in self.begun or health(qdrant, name) == "failed":
                 delete_collection(qdrant, name)
 
-    def complete(self, aliases: Iterable[str]) -> None:
-        """Set what a snapshot does not hold: the read fan-out, and the aliases whose names are free."""
+    def complete(self, aliases: Iterable[str]) -> list[str]:
+        """Set what a snapshot does not hold: the read fan-out, and the aliases. Returns those that others took."""
         qdrant, name = self.target.qdrant, self.target.collection
         put_fan_out(qdrant, name, self.backup.archive.facts["config"])
-        put_aliases(qdrant, name, free_aliases(qdrant, name, aliases))
+        free = free_aliases(qdrant, name, aliases)
+        put_aliases(qdrant, name, free)
+        return sorted(set(aliases) - set(free))
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
         upload_and_restore(
@@ -296,25 +300,28 @@ def trial_restore(plan: RestorePlan, name: str, progress: Progress | None) -> No
     """
     qdrant = plan.target.qdrant
     if name not in list_collections(qdrant):
+        # --force-version, or a bare snapshot of any version.
+        foreign = snapshots.restorable(str(plan.backup.archive.facts["server"]["version"]), qdrant.version())
         try:
             plan.upload(name, name, progress)
         except QdrantError as error:
             with suppress(MigrationError):  # the operator must read the first error
                 plan.withdraw(name)
-            if error.status < 500:
+            if error.status < 500 and not (foreign and error.status == 400):  # so 1.11.3 refuses one of 1.19.0
                 raise
-            raise _trial_failed(plan, error) from error
+            raise _trial_failed(plan, error, foreign) from error
     plan.verify_trial(name)
 
 
-def _trial_failed(plan: RestorePlan, error: QdrantError) -> StoreFailed:
+def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) -> StoreFailed:
     # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
     room = _ROOM_FACTOR * sum(part.snapshot.size for part in plan.parts) / 2**20
-    return StoreFailed(
-        f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}",
-        next_step=f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
-        " takes now), then run the same command again",
-    )
+    step = f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
+    step += " takes now), then run the same command again"
+    if foreign:
+        step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
+    text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
+    return StoreFailed(text, next_step=step)
 
 
 def cut_over(
@@ -325,11 +332,12 @@ def cut_over(
     *,
     undo: str,
     aliases: Iterable[str] = (),
-) -> None:
+) -> list[str]:
     """Delete the live collection and restore under its name from the copies that the servers already hold.
 
     Whether the servers can fetch their copies is tested before the delete; if not, the files are uploaded again.
-    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once.
+    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once. Returns
+    the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
     sample = _sample(plan.backup, qdrant, temporary)
@@ -351,8 +359,9 @@ def cut_over(
         plan.drop_unusable()
         raise
     _verify_live(plan, sample)
-    plan.complete(wanted)
+    taken = plan.complete(wanted)
     journal.append(RESTORED)
+    return taken
 
 
 def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None:

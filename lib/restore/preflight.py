@@ -33,7 +33,7 @@ from lib.concurrency import BackgroundTask, CancelToken, ProgressBar
 from lib.errors import MigrationError, StoreFailed, UsageProblem, listed, one_line
 from lib.network import container_hint, is_loopback, is_this_machine, same_server, without_login
 from lib.restore import graph as graphs
-from lib.restore.collection import Part, RestorePlan, plan_restore
+from lib.restore.collection import FROM_GRAPH, Part, RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, Input, Inputs, open_archive, open_bare
 
@@ -145,7 +145,7 @@ def _require_version(site: Site, backup: CollectionBackup, target: CollectionSou
     if reason := restorable(str(backup.archive.facts["server"]["version"]), target.qdrant.version()):
         raise StoreFailed(
             f"{backup.path.name} cannot be restored here: {reason}",
-            next_step="run a Qdrant of the backup's version (or its next minor), or add --force-version",
+            next_step=f"run a Qdrant of the backup's version (or its next minor), or add --force-version\n{FROM_GRAPH}",
         )
 
 

@@ -111,14 +111,15 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         commands = undo(safety)
         site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
         if files.plan and temporary:
-            _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
+            taken = _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
+            notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
         raise
     if temporary and site.collection:
         delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
-    with _collection_named(files, commands):
+    with _collection_named(files, site.again, commands):
         late_writes = _cut_over_graph(site, files, payload, journal, safety, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
@@ -243,11 +244,14 @@ def _cut_over_collection(
     safety: Manifest | None,
     undo: str,
     aliases: list[str],
-) -> None:
-    """Replace the live collection. If that fails, the old one is restored, or the error has the commands to finish."""
+) -> list[str]:
+    """Replace the live collection; returns the aliases that others took.
+
+    If that fails, the old one is restored, or the error has the commands to finish.
+    """
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
-            collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
+            return collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
     except MigrationError as error:
         if not is_absent(journal):
             raise
@@ -283,14 +287,15 @@ def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journa
 
 
 @contextmanager
-def _collection_named(files: VerifiedFiles, undo: str) -> Iterator[None]:
-    """Add to an error of the graph's cutover that the collection is restored already, and the commands that undo it."""
+def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[None]:
+    """Add to an error of the graph's cutover that the collection is restored already, and how to resume or undo it."""
     try:
         yield
     except MigrationError as error:
         if files.plan:
             error.args = (f"the collection is restored already; {error}",)
-            error.next_step += "" if undo in error.next_step else f"\nor undo it:\n{undo}"
+            for how, command in (("to resume", again), ("or undo it", undo)):
+                error.next_step += "" if command in error.next_step else f"\n{how}:\n{command}"
         raise
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from lib.backup.phases import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
+from lib.clients.qdrant.restoring import _Body
 from lib.clients.qdrant.transport import QdrantError
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
@@ -377,6 +378,23 @@ def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, monkeyp
     assert settings(ready) == was
     assert ready.call("GET", "/snapshots") == []
     assert list((ready.backups / "embeddings").glob("*.partial")) == []
+
+
+@on_the_stand_in
+def test_an_upload_that_breaks_off_after_the_delete_is_tried_again(ready, monkeypatch):
+    before, read, breaks = points_of(ready), _Body.read, iter([False, True])
+
+    def break_off(body: _Body, size: int = -1) -> bytes:
+        if body.len > 2000 and next(breaks, False):  # the second piece, of a snapshot
+            raise ConnectionResetError
+        return read(body, min(size, 100_000))
+
+    monkeypatch.setattr(_Body, "read", break_off)
+    faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", "status": 500, "body": "no"})
+    assert ready.run("reembed_embeddings", "--json").json["way"] == "sent"
+    assert next(breaks, None) is None
+    assert_migrated(ready, before)
+    assert ready.call("GET", "/snapshots") == []
 
 
 @on_the_stand_in

@@ -15,6 +15,7 @@ from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.qdrant.collection import exists
 from lib.errors import MigrationError
+from tests.faulty_proxy import Fault, FaultyProxy
 from tests.gate import LONGEST_SECONDS, CancelToken, Gate
 from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
 from tests.matrix import matrix
@@ -241,6 +242,20 @@ def test_killed_while_a_request_is_in_flight(ready, gate, request_, late):
     gate.open()
     assert not late or stop.ended.wait(LONGEST_SECONDS)
     resume(operator, files)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_a_lost_answer_to_the_graphs_cutover_is_resumed_by_the_printed_command(ready):
+    operator, files, (wanted, asset), _ = ready
+    lost = Fault(rb"EXEC\r\n", skip=1, cut=0)  # the first one only tests what this user may do
+    with FaultyProxy(operator.servers.falkordb.port, lost) as proxy:
+        operator.export(FALKORDB_PORT=proxy.port)
+        failed = operator.run("restore_from_backup", *files, expect=1)
+        assert "the collection is restored already" in failed.err
+        assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
+        operator.run("restore_from_backup", *files)
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)

@@ -22,6 +22,8 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.s
 # Other programs' flags, with the program that a line must name.
 FOREIGN = {
     "--force-recreate": "docker compose",
+    "--rm": "docker compose",
+    "--entrypoint": "docker compose",
     "--data-urlencode": "curl",
     "--rdb": "redis-cli",
     "--now": "systemctl",

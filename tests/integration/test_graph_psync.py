@@ -177,6 +177,15 @@ def test_a_missing_permission_is_reported_by_name(server: FalkorServer, conn: re
     assert collect(address).startswith(b"REDIS")
 
 
+def test_a_user_without_a_password_logs_in(server: FalkorServer, conn: redis.Redis):
+    conn.execute_command("ACL", "SETUSER", "open", "on", "nopass", "~*", "+@all")
+    conn.execute_command("ACL", "SETUSER", "default", "-psync")
+    try:
+        assert collect(GraphAddress("127.0.0.1", server.port, username="open")).startswith(b"REDIS")
+    finally:
+        conn.execute_command("ACL", "SETUSER", "default", "+psync")
+
+
 def test_disabled_commands_point_to_dump(engine: Engine, tmp_path: Path):
     settings = ('rename-command PSYNC ""',)
     falkor = FalkorServer(tmp_path / "hosted", engine=engine, settings=settings).start()
@@ -189,8 +198,9 @@ def test_disabled_commands_point_to_dump(engine: Engine, tmp_path: Path):
 
 def test_a_replica_without_its_master_is_reported(server: FalkorServer, conn: redis.Redis):
     conn.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
-    with pytest.raises(StoreFailed, match="name the master instead"):
+    with pytest.raises(StoreFailed, match="name the master instead") as refused:
         collect(server.address)
+    assert "REPLICAOF NO ONE), then run the same command again" in refused.value.next_step
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,8 @@ def test_an_alias_that_moved_to_another_collection_stays_there(operator):
     requests.put(f"{server}/collections/{other}", json={"vectors": {"size": 4, "distance": "Dot"}}, timeout=TIMEOUT)
     moved = {"create_alias": {"collection_name": other, "alias_name": name}}
     requests.post(f"{server}/collections/aliases", json={"actions": [moved]}, timeout=TIMEOUT).raise_for_status()
-    operator.run("restore_from_backup", operator.archive())
+    restored = operator.run("restore_from_backup", operator.archive())
+    assert f"alias '{name}' is another collection's now: it was left there" in restored.out
     aliases = requests.get(f"{server}/aliases", timeout=TIMEOUT).json()["result"]["aliases"]
     assert {"alias_name": name, "collection_name": other} in aliases
     assert operator.call("GET", "/aliases")["aliases"] == []
@@ -316,6 +317,7 @@ def test_a_version_jump_is_refused_before_anything_is_touched(operator):
     refused = operator.run("restore_from_backup", far, operator.rdb(), expect=1)
     assert "1.5.0" in refused.err
     assert "--force-version" in refused.err
+    assert refused.err.rstrip().endswith("scripts/reembed_embeddings.py")
     assert (operator.state(), sorted(operator.backups.rglob("*"))) == (spoilt, files)
     operator.run("restore_from_backup", far, operator.rdb(), "--force-version")
     assert operator.state() == before

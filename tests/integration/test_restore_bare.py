@@ -121,6 +121,8 @@ def test_a_bare_snapshot_whose_trial_restore_fails_leaves_the_live_one(operator)
     assert_tidy(operator)
     if result.code:
         assert operator.state() == before
+        assert "if the snapshot is of another version of Qdrant" in result.err
+        assert result.err.rstrip().endswith("scripts/reembed_embeddings.py")
     else:  # nothing is lost if the server skips the WAL: the segments hold every point
         assert operator.state().points == before.points
 

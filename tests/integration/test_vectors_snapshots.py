@@ -12,6 +12,7 @@ from lib.clients.qdrant.snapshot_format import inspect_snapshot
 from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
 from lib.verify.compare import vectors_differ
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.real_qdrant import RealQdrant
 from tests.vectors_support import (
     BreakingProxy,
@@ -277,3 +278,21 @@ def test_an_upload_that_breaks_midway_is_not_waited_for(q: Qdrant, filled: str, 
             checksum=made.checksum,
         )
     assert not collection.exists(q, names[1])
+
+
+def test_an_upload_that_a_gateway_ends_midway_is_not_waited_for(q: Qdrant, names: list[str]):
+    size, checksum = 48 << 20, "1" * 64  # more than the buffers of a connection hold
+    gone = Fault(checksum.encode(), answer=answer(502, "Bad Gateway"), hang_up=True)
+    with FaultyProxy(int(q.base_url.rpartition(":")[2]), gone) as proxy:
+        far = Qdrant(f"http://127.0.0.1:{proxy.port}")
+        with pytest.raises(QdrantError, match="502: Bad Gateway"):
+            restoring.upload_and_restore(
+                far,
+                names[1],
+                io.BytesIO(bytes(size)),
+                size=size,
+                filename="gone.snapshot",
+                checksum=checksum,
+                seconds=1,
+            )
+    assert gone.hits == 1

@@ -137,6 +137,10 @@ def test_errors_carry_the_servers_words():
         with pytest.raises(QdrantError, match="No space left") as caught:
             server.qdrant.json("POST", "/collections/x/snapshots")
         assert (caught.value.status, "disk" in caught.value.next_step) == (500, True)
+    with Scripted((413, {}, "<html>Request Entity Too Large</html>")) as server:
+        with pytest.raises(QdrantError, match="413") as caught:
+            server.qdrant.json("POST", "/collections/x/snapshots/upload")
+        assert "a proxy limits the size" in caught.value.next_step
 
 
 def test_nobody_listens():

@@ -117,7 +117,9 @@ class _ReplicaConnection:
 
     def __init__(self, address: GraphAddress) -> None:
         self.address = address.display
-        self._login = [word for word in (address.username, address.password) if word] if address.password else []
+        # A user who is named logs in also without a password, as with redis-py.
+        login = [address.username, address.password] if address.username else [address.password]
+        self._login = login if any(login) else []
         with self._socket_errors():
             self._socket = _open_socket(address)
             self._socket.settimeout(IDLE_SECONDS)
@@ -224,5 +226,7 @@ def _refusal(text: str, where: str) -> MigrationError:
         why = "has its replication commands switched off"
     else:
         why, step = _LATER.get(kind, "refused to send an RDB"), "run the same command again when it is ready"
+        if why == _NO_MASTER:
+            step = f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}"
         return StoreFailed(f"FalkorDB at {where} {why}: {text}", next_step=step if kind in _LATER else "")
     return PsyncRefused(f"FalkorDB at {where} {why}: {text}", next_step=_GRANT)

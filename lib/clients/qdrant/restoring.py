@@ -77,14 +77,11 @@ def upload_and_restore(
         try:
             _post(q, collection, form, checksum, answer_seconds)
             return True
-        except NoAnswer:
-            if form.left:
-                raise  # the server has a part only, and restores nothing
-        except QdrantError as error:
+        except (NoAnswer, QdrantError) as error:
             if _is_mismatch(error):
                 raise _wrong_file(q, collection) from error
-            if not unanswered(error):
-                raise
+            if form.left or not unanswered(error):
+                raise  # of a part the server restores nothing
     wait_restored(q, collection, seconds, process)
     return False
 
@@ -146,9 +143,9 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
     return None
 
 
-def _is_mismatch(error: QdrantError) -> bool:
+def _is_mismatch(error: MigrationError) -> bool:
     """Whether what the server received has another checksum."""
-    return error.status == 400 and "checksum mismatch" in error.text.lower()
+    return isinstance(error, QdrantError) and error.status == 400 and "checksum mismatch" in error.text.lower()
 
 
 def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | None = None) -> None:

@@ -310,7 +310,12 @@ def _status_error(display: str, response: requests.Response, secrets: Iterable[s
         )
     if status == 404:
         return NotFound(display, status, text)
-    step = "free disk space on the Qdrant server, then run the same command again" if reports_full_disk(text) else ""
+    step = ""
+    if reports_full_disk(text):
+        step = "free disk space on the Qdrant server, then run the same command again"
+        step += "\nif it has room and still answers this: docs/worst-day.md"
+    if status == 413:  # Qdrant itself answers 400
+        step = "a proxy limits the size of a request: raise its limit, or set QDRANT_URL to Qdrant's own address"
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
 
 
