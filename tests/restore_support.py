@@ -88,7 +88,7 @@ def assert_tidy(operator: Operator) -> None:
     """
     assert operator.graphs() == [operator.graph]
     assert operator.collections() == [operator.collection]
-    assert operator.call("GET", "/snapshots") == []
+    assert (left := operator.call("GET", "/snapshots")) == [], left
     assert list(operator.backups.rglob("*.partial")) == []
     assert [one for one in open_journals(operator.backups) if one.phase != AWAITED] == []
 

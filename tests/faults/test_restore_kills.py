@@ -251,11 +251,11 @@ def test_a_lost_answer_to_the_graphs_cutover_is_resumed_by_the_printed_command(r
     operator, files, (wanted, asset), _ = ready
     lost = Fault(rb"EXEC\r\n", skip=1, cut=0)  # the first one only tests what this user may do
     with FaultyProxy(operator.servers.falkordb.port, lost) as proxy:
-        operator.export(FALKORDB_PORT=proxy.port)
-        failed = operator.run("restore_from_backup", *files, expect=1)
+        through = {"FALKORDB_PORT": str(proxy.port)}
+        failed = operator.run("restore_from_backup", *files, expect=1, env=through)
         assert "the collection is restored already" in failed.err
         assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
-        operator.run("restore_from_backup", *files)
+        operator.run("restore_from_backup", *files, env=through)
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)
