@@ -38,7 +38,7 @@ HOOKS = {
     "own address found": "lib.restore.collection.can_fetch_itself",
     "live collection deleted": "lib.restore.collection.delete_collection",
     "copy recovered": "lib.restore.collection.recover",
-    "aliases written": "lib.restore.collection.put_aliases",
+    "aliases written": "lib.restore.collection.restore_aliases",
     "graph swapped in": "lib.restore.graph.swap_in",
     "graph renamed and restored": "lib.clients.falkordb.swap._rename_and_restore",
     "old graph dropped": "lib.restore.graph.drop_graph",

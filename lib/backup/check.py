@@ -62,17 +62,21 @@ def kind_of(path: Path) -> str:
     raise BadFile(f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json")
 
 
+def _url_of_copies(path: Path) -> str:
+    """The next step if `path`, or `path` without `latest`, is a folder of copies; else ""."""
+    folder = path.parent if path.name == LATEST else path
+    if not any(folder.glob("backup_*.json*")):
+        return ""
+    return f"name the newest set there by its URL: {folder.absolute().as_uri()}/{LATEST}"
+
+
 def _head(path: Path) -> bytes:
     """The first bytes of the file. Raises BadFile if there are none."""
-    copies_there = path.parent if path.name == LATEST else path
     try:
-        step = ""
-        if any(copies_there.glob("backup_*.json*")):
-            step = f"name the newest set there by its URL: {copies_there.absolute().as_uri()}/{LATEST}"
         if path.is_dir():
-            raise BadFile(f"{path} is a folder, a file is needed", next_step=step)
+            raise BadFile(f"{path} is a folder, a file is needed", next_step=_url_of_copies(path))
         if not path.exists():
-            raise BadFile(f"{path} does not exist", next_step=step)
+            raise BadFile(f"{path} does not exist", next_step=_url_of_copies(path))
         with path.open("rb") as stream:
             head = stream.read(512)
     except PermissionError as error:

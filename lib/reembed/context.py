@@ -225,8 +225,9 @@ def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
         names |= {"provider": PROVIDER}
     changed = [name for key, name in names.items() if was.get(key) != now.get(key)]
     settings = model_settings(provider, was["model"], named=bool(ctx.reason))
-    # The record has neither a login nor a query: an export of an endpoint that is set would drop them.
-    if provider in ENDPOINT_SETTINGS and not was["endpoint"] == now["endpoint"] != ctx.spec.base_url:
+    # The record has neither a login nor a query. If the endpoint that is set has one, an export would drop it.
+    drops = was["endpoint"] == now["endpoint"] and now["endpoint"] != ctx.spec.base_url
+    if provider in ENDPOINT_SETTINGS and not drops:
         settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
     exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
     return GuardRefused(

@@ -33,10 +33,9 @@ from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
-from lib.verify.compare import OTHER_MODEL, SAME_MODEL_COSINE, cosine, repair_vectors
+from lib.verify.compare import OTHER_MODEL, REPLACE_ALL, SAME_MODEL_COSINE, cosine, repair_vectors
 
 _SAMPLES, _PAGE = 3, 256
-_REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 
 
 def reembed(
@@ -266,7 +265,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     if not points and state.points:
         raise GuardRefused(
             f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
-            next_step=f"replace all vectors:\n{_REPLACE_ALL}",
+            next_step=f"replace all vectors:\n{REPLACE_ALL}",
         )
     if not points:
         return
@@ -284,7 +283,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
             raise GuardRefused(
                 f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
                 f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
-                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{_REPLACE_ALL}{fresh}",
+                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{REPLACE_ALL}{fresh}",
             )
 
 

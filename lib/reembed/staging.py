@@ -232,10 +232,7 @@ def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None
 
 def restore_aliases(ctx: Context, journal: Journal) -> list[str]:
     """Give the collection the aliases that the old one had. Returns those that another collection has taken."""
-    aliases = journal.fact("aliases") or []
-    free = collections.free_aliases(ctx.qdrant, ctx.collection, aliases)
-    collections.put_aliases(ctx.qdrant, ctx.collection, free)
-    return sorted(set(aliases) - set(free))
+    return collections.restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
 
 
 def verify_points(

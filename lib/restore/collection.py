@@ -23,12 +23,11 @@ from lib.clients.qdrant.collection import (
     create_small,
     delete_collection,
     exists,
-    free_aliases,
     get_state,
     health,
     list_collections,
-    put_aliases,
     put_fan_out,
+    restore_aliases,
 )
 from lib.clients.qdrant.points import PointId, raw_points, scroll
 from lib.clients.qdrant.restoring import (
@@ -157,9 +156,7 @@ class RestorePlan:
         """Set what a snapshot does not hold: the read fan-out, and the aliases. Returns those that others took."""
         qdrant, name = self.target.qdrant, self.target.collection
         put_fan_out(qdrant, name, self.backup.archive.facts["config"])
-        free = free_aliases(qdrant, name, aliases)
-        put_aliases(qdrant, name, free)
-        return sorted(set(aliases) - set(free))
+        return restore_aliases(qdrant, name, aliases)
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
         upload_and_restore(

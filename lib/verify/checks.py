@@ -29,6 +29,7 @@ from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
 from lib.verify.compare import (
     OTHER_MODEL,
+    REPLACE_ALL,
     SAME_MODEL_COSINE,
     Differences,
     Findings,
@@ -54,7 +55,6 @@ _COMPARED = "text and vector compared with AutoMem's"
 _ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _LOST_GRAPH = "the graph holds no memory: if it is lost, docs/worst-day.md has the next steps"
 _BACKUP = "python scripts/backup_automem.py"
-_REEMBED = f"{_BACKUP} && python scripts/reembed_embeddings.py"
 _RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
 _SAME_STORES = (
     "set FALKORDB_GRAPH, QDRANT_URL and QDRANT_COLLECTION of AutoMem and of these scripts to the same stores, then"
@@ -134,7 +134,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     detail = f"{model}, EMBEDDING_MODEL is {spec.model}"
     if {provider, spec.provider} != {OPENAI}:
         detail = f"{model} of {provider}, the settings choose {spec.model} of {spec.provider}"
-    return Check("model stamp", status, detail, f"export {exports}\nor replace all vectors:\n{_REEMBED}")
+    return Check("model stamp", status, detail, f"export {exports}\nor replace all vectors:\n{REPLACE_ALL}")
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
@@ -204,10 +204,10 @@ def read_points(
         progress(len(page))
     if unusable:
         detail = f"{len(unusable)} are unusable (width, zero or not finite): {_some(unusable)}"
-        return Check("vectors", FAILED, detail, _REEMBED)
+        return Check("vectors", FAILED, detail, REPLACE_ALL)
     if different:
         detail = f"{len(different)} are not the model's for their content: {_some(different)}"
-        return Check("vectors", FAILED, detail, _REEMBED)
+        return Check("vectors", FAILED, detail, REPLACE_ALL)
     return Check("vectors", PASSED, f"{total} of {spec.size}d, {known} equal to the embedding cache's")
 
 
@@ -283,7 +283,7 @@ def check_recall_direct(
             wrong.append(sample.id)
     if wrong:
         detail = f"{len(wrong)} of {len(usable)} samples are not found first: {_some(wrong)}"
-        return Check("recall", FAILED, detail, _REEMBED)
+        return Check("recall", FAILED, detail, REPLACE_ALL)
     return Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")
 
 
@@ -307,7 +307,7 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
     if likeness >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
     last = last_migration(stores.folder, stores.targets)
-    replace_them = f"{_REEMBED} --fresh" if last and restored_since(stores.folder, last) else _ONLY_MISSING
+    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(stores.folder, last) else _ONLY_MISSING
     remedy = f"{_RESTART}\nthen replace the vectors that it made:\n{replace_them}"
     return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 
@@ -384,8 +384,8 @@ def verify(
         found = found.corrected(again)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
-    last = last_migration(stores.folder, stores.targets)
-    if last and {vectors.status, checks[-1].status} & {FAILED, PENDING}:
+    differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}
+    if differ and (last := last_migration(stores.folder, stores.targets)):
         cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)

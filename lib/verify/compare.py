@@ -282,6 +282,7 @@ def _normalized(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
 
 # Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
 SAME_MODEL_COSINE = 0.99
+REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 # In the embedding cache: the run id of the migration since which a verification found a vector of another model.
 OTHER_MODEL = "other model since"
 

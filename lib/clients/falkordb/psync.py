@@ -26,8 +26,15 @@ PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newl
 _LINE_BYTES = 1 << 16
 _AGAIN = "run the same command again"
 _GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
-_NO_MASTER = "is a replica that has lost its master; name the master instead"
-_LATER = {"LOADING": "is still loading its data", "BUSY": "is busy with a script"}
+# Of refusals that end some time: what they mean, and the next step.
+_LATER = {
+    "LOADING": ("is still loading its data", f"{_AGAIN} when it is ready"),
+    "BUSY": ("is busy with a script", f"{_AGAIN} when it is ready"),
+}
+_NO_MASTER = (
+    "is a replica that has lost its master; name the master instead",
+    f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}",
+)
 _LATER |= {"NOMASTERLINK": _NO_MASTER, "MASTERDOWN": _NO_MASTER}
 
 
@@ -225,8 +232,6 @@ def _refusal(text: str, where: str) -> MigrationError:
     elif "unknown command" in text.lower():
         why = "has its replication commands switched off"
     else:
-        why, step = _LATER.get(kind, "refused to send an RDB"), "run the same command again when it is ready"
-        if why == _NO_MASTER:
-            step = f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}"
-        return StoreFailed(f"FalkorDB at {where} {why}: {text}", next_step=step if kind in _LATER else "")
+        why, step = _LATER.get(kind, ("refused to send an RDB", ""))
+        return StoreFailed(f"FalkorDB at {where} {why}: {text}", next_step=step)
     return PsyncRefused(f"FalkorDB at {where} {why}: {text}", next_step=_GRANT)

@@ -302,10 +302,12 @@ def refuse_alias(q: Qdrant, name: str) -> None:
         )
 
 
-def free_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
-    """Those of `wanted` that no other collection has as its alias or as its name."""
+def restore_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
+    """Make `wanted` the collection's aliases. Left out, and returned, are other collections' aliases and names."""
     taken = {alias for alias, collection in _all_aliases(q).items() if collection != name}
-    return sorted(set(wanted) - taken - set(list_collections(q)))
+    free = set(wanted) - taken - set(list_collections(q))
+    put_aliases(q, name, sorted(free))
+    return sorted(set(wanted) - free)
 
 
 def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
