@@ -239,7 +239,7 @@ def trial_restore(backup: GraphBackup, target: GraphSource, temporary: str) -> b
         def dump() -> None:  # while the target's copy is read; so only one payload at a time is in memory
             dumped.append(background.submit(dump_separately, scratch.address, backup.graph))
 
-        verify_acceptance(target.conn, copy, temporary, backup.digest, dump)
+        verify_acceptance(target.conn, copy, temporary, backup.digest, dump, (scratch.conn, backup.graph))
         return dumped[0].result()
 
 

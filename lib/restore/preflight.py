@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
 from shlex import quote
+from typing import Any
 from urllib.parse import urlsplit
-
-import redis
 
 from lib.backup.automem_contents import NOT_HELD, GraphFacts, require_uncut
 from lib.backup.automem_files import AutoMemFile
@@ -20,9 +20,8 @@ from lib.backup.graph import GraphSource
 from lib.backup.manifest import CollectionComponent, GraphComponent
 from lib.backup.points import TemporaryIdTable, as_id
 from lib.clients.automem import AutoMemApi, HealthAnswer, ask_health
-from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.connection import expires_at, function_libraries, list_graphs
-from lib.clients.falkordb.queries import iter_memories
+from lib.clients.falkordb.queries import MEMORY_LABEL, Row, nodes, pages, plain_value
 from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import other_clients
 from lib.clients.qdrant.collection import health, refuse_alias
@@ -322,11 +321,14 @@ def newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
     """Compare the memories' ids and contents with the backup's; None if no engine loaded it or no graph is there."""
     if backup.scratch is None or live.graph not in list_graphs(live.conn):
         return None
+    stores = (backup.scratch.conn, backup.graph), (live.conn, live.graph)
+    read = (pages(conn, graph, nodes(MEMORY_LABEL), "n.id, n.content") for conn, graph in stores)
     found = Newer()
-    with (
-        _contents_of(backup.scratch.conn, backup.graph) as saved,
-        _contents_of(live.conn, live.graph) as current,
-    ):
+    with TemporaryIdTable() as saved, TemporaryIdTable() as current:
+        for before, after in zip_longest(*read, fillvalue=[]):
+            if before != after:  # most pages are equal
+                saved.put(_contents(before))
+                current.put(_contents(after))
         for page in current.ids():
             known, now = saved.payloads(page), current.payloads(page)
             found = found.plus(
@@ -336,13 +338,11 @@ def newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
     return found
 
 
-def _contents_of(conn: redis.Redis, graph: str) -> TemporaryIdTable:
-    """A hash of each memory's content by its id. A memory without an id is left out: it cannot be identified."""
-    table = TemporaryIdTable()
-    memories = (node.properties for node in iter_memories(conn, graph, keys=("id", "content")))
-    for page in chunks((one for one in memories if one["id"] is not None), _PAGE):
-        table.put((as_id(str(one["id"])), {"content": _hash(one["content"])}) for one in page)
-    return table
+def _contents(rows: Iterable[Row]) -> Iterator[tuple[PointId, dict[str, Any]]]:
+    """A hash of each memory's content with its id. A memory without an id is left out: it cannot be identified."""
+    for identity, content in ([plain_value(cell) for cell in row] for row in rows):
+        if identity is not None:
+            yield as_id(str(identity)), {"content": _hash(content)}
 
 
 def _hash(content: object) -> str:
