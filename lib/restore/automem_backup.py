@@ -5,9 +5,9 @@ Then the restore goes its usual way: trial restore, safety backup, cutover.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _UPSERTS = 2  # at once; the server gains little from more
+# What the trial's indexing threshold is multiplied by: no segment reaches it, and the quotient is the server's own.
+_NO_INDEX = 1_000_000
 _EXAMPLES = 3
 
 
@@ -117,8 +119,6 @@ class PointsPlan(RestorePlan):
     If the server cannot fetch that snapshot, and in a cluster, the live collection is filled as the temporary one was.
     """
 
-    thresholds: dict[str, int] = field(default_factory=dict, compare=False)  # of collections without an index yet
-
     @property
     def table(self) -> PointTable:
         """The points of the file."""
@@ -126,17 +126,13 @@ class PointsPlan(RestorePlan):
         return self.backup.ids
 
     def upload(self, name: str, stem: str, progress: Progress | None) -> None:
-        """Create `name` with AutoMem's settings and fill it. No file is stored under `stem`.
-
-        A trial gets its vector index when it is verified: to build it meanwhile would take the server's time from both.
-        """
+        """Create `name` with AutoMem's settings and fill it. No file is stored under `stem`. A trial gets no index."""
         del stem
         self.begun.add(name)  # if it fails, a part of it must not stay
         qdrant = self.target.qdrant
         create_default(qdrant, name, self.table.size)
         if name != self.target.collection:
-            self.thresholds[name] = indexing_threshold(get_state(qdrant, name).raw)
-            set_indexing_threshold(qdrant, name, 0)
+            set_indexing_threshold(qdrant, name, indexing_threshold(get_state(qdrant, name).raw) * _NO_INDEX)
         for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
             if progress:
                 progress(size)
@@ -168,6 +164,12 @@ class PointsPlan(RestorePlan):
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
         return [Copy(url, str(made.checksum))] if url else None
 
+    def fetch(self, name: str, copies: Sequence[Copy]) -> None:
+        """Restore the trial's snapshot as `name`, and have the server build its vector index."""
+        super().fetch(name, copies)
+        raised = indexing_threshold(get_state(self.target.qdrant, name).raw)
+        set_indexing_threshold(self.target.qdrant, name, raised // _NO_INDEX or raised)
+
     def verify_trial(self, name: str) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial(name)
@@ -178,8 +180,6 @@ class PointsPlan(RestorePlan):
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
-        if threshold := self.thresholds.pop(name, 0):
-            set_indexing_threshold(self.target.qdrant, name, threshold)
 
     def _different(self, page: list[Point]) -> list[PointId]:
         """The points of a page whose payload or vector is not the file's."""

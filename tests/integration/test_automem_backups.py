@@ -108,8 +108,10 @@ def words_of(kind: str, folder: Path) -> list[Path]:
 def test_it_restores_both_stores(live, tmp_path, kind):
     """`last_accessed` and relationships between nodes without an id included, which AutoMem's own restore changes."""
     words = words_of(kind, tmp_path / "copies")
+    optimizers = live.info()["config"]["optimizer_config"]
     live.run("restore_from_backup", *words)
     assert_restored(live)
+    assert live.info()["config"]["optimizer_config"] == optimizers  # the trial had no vector index
     assert_tidy(live)
 
 
