@@ -144,6 +144,7 @@ def type_section(site: Site, heading: str, before: Mapping[str, Provoke] | None 
     assert not left, f"a block that is looked for is gone: {left}"
 
 
+@pytest.mark.matrix
 def test_the_graph_is_gone(site):
     saved = back_up(site)
     lose_graph(site)

@@ -508,7 +508,8 @@ def test_a_backup_whose_snapshot_never_appeared_is_closed(operator):
     assert_state(operator, "backup")
 
 
-@pytest.mark.parametrize("words", matrix(["--limit 6", "--abort", ""], "--limit 6"))
+@pytest.mark.matrix
+@pytest.mark.parametrize("words", ["--limit 6", "--abort", ""])
 def test_a_killed_spot_check_is_cleaned_up(operator, words):
     load(operator, "spot_check")
     upgrade(operator)

@@ -94,6 +94,7 @@ def test_both_framings_bring_an_rdb_that_loads_to_the_same_graph(
             assert graph_digest(scratch.conn, graph, by_id=True) == graph_digest(conn, graph, by_id=True)
 
 
+@pytest.mark.matrix
 def test_the_default_delay_of_the_server_is_survived(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     falkor = FalkorServer(tmp_path / "slow", engine=engine, sync_delay_seconds=3).start()
     try:
