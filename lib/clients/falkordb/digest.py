@@ -62,7 +62,7 @@ def equal_in_order(one: redis.Redis, graph: str, other: redis.Redis, copy: str) 
 
     Faster than two digests. False does not mean that they differ: the order may.
     """
-    if schema(one, graph) != schema(other, copy) or counts(one, graph) != counts(other, copy):
+    if schema(one, graph) != schema(other, copy):
         return False
     for windows, what in ((nodes(), "n"), (relationships(), "r")):
         both = pages(one, graph, windows, what), pages(other, copy, windows, what)
