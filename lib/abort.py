@@ -22,7 +22,6 @@ from lib.backup.phases import (
 from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import get_state, health
-from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
@@ -85,7 +84,7 @@ def abort_restore(
                 for one in snapshot_deletions(collection, journal)
             ]
         if graph:
-            done.removed += clean_up_graph(graph, journal, folder)
+            done.removed += clean_up_graph(graph, journal)
         if aliases:
             done.left.append(f"aliases that the restore removed: {', '.join(aliases)}")
         if journal.fact("manifest"):
@@ -108,10 +107,10 @@ def clean_up_untouched(
         if (temporary and not collection) or (temporary_graph and not graph):
             continue
         clean = clean_up_backup(folder, collection, journal)
-        if collection and temporary:
-            delete_with_snapshots(collection.qdrant, temporary, collection.nodes)
-        if graph and temporary_graph:
-            clean_up_graph(graph, journal, folder)
+        if collection:
+            collections.clean_up_collection(collection, journal)
+        if graph:
+            clean_up_graph(graph, journal)
         if not clean:
             journal.append(AWAITED)  # for the next backup, which names the snapshot
         elif journal.is_open:

@@ -70,6 +70,11 @@ class Journal:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def folder(self) -> Path:
+        """The backup folder of the run."""
+        return self.path.parent
+
+    @property
     def run_id(self) -> str:
         """The run's id, part of every name that it creates on a server."""
         return str(self.entries[0]["run_id"])

@@ -93,7 +93,7 @@ def open_graph(
         held, wanted = found.counts, facts.restorable
         if held is None or (held.nodes, held.relationships) != wanted:
             raise StoreFailed(f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}")
-        yield GraphBackup(source.path, graph, found, scratch), facts
+        yield GraphBackup(source.path, target, found, scratch), facts
 
 
 def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBackup:
@@ -156,30 +156,29 @@ class PointsPlan(RestorePlan):
             )
         return vectors.nbytes
 
-    def copies(self, name: str, stem: str) -> list[Copy] | None:
-        """Have the server make a snapshot of `name`; None if it cannot fetch it from itself."""
-        del stem
-        qdrant = self.target.qdrant
+    def copies(self) -> list[Copy] | None:
+        """Have the server make a snapshot of the trial restore; None if it cannot fetch it from itself."""
+        qdrant, name = self.target.qdrant, self.trial
         if peers_of(qdrant)[1] > 1:
             return None
         for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
             snapshots.delete(qdrant, name, old.name)
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
-        return [Copy(url, str(made.checksum))] if url else None
+        return [(url, str(made.checksum))] if url else None
 
-    def verify_trial(self, name: str) -> None:
+    def verify_trial(self) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
-        super().verify_trial(name)
-        pages = retrieve_pages(self.target.qdrant, name, self.table.ids(BATCH_POINTS), payload=True, vector=True)
+        super().verify_trial()
+        pages = retrieve_pages(self.target.qdrant, self.trial, self.table.ids(BATCH_POINTS), payload=True, vector=True)
         wrong = [one for page in pages for one in self._different(page)]
         if wrong:
             raise BackupDamaged(
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
-        if threshold := self.thresholds.pop(name, 0):
-            set_indexing_threshold(self.target.qdrant, name, threshold)
+        if threshold := self.thresholds.pop(self.trial, 0):
+            set_indexing_threshold(self.target.qdrant, self.trial, threshold)
 
     def _different(self, page: list[Point]) -> list[PointId]:
         """The points of a page whose payload or vector is not the file's."""

@@ -77,12 +77,7 @@ class Part:
         return f"{stem}.snapshot" if self.number is None else f"{stem}-{self.number}.snapshot"
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A snapshot that a node can fetch from itself, and its sha256 in hex."""
-
-    url: str
-    sha256: str
+Copy = tuple[str, str]  # the URL of a snapshot that a node can fetch from itself, and its sha256 in hex
 
 
 @dataclass(frozen=True)
@@ -97,43 +92,48 @@ class RestorePlan:
     parts: tuple[Part, ...]
     begun: set[str] = field(default_factory=set, compare=False)
 
+    @property
+    def trial(self) -> str:
+        """The name of the trial restore of this very snapshot."""
+        return f"{self.target.collection}__try_{self.backup.archive.snapshot.sha256[:16]}"
+
     def upload(self, name: str, stem: str, progress: Progress | None) -> None:
         """Send every snapshot and have it restored as `name`. The nodes store the files under `stem`."""
         for part in self.parts:
             self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
             self._wait_active(part, name)
 
-    def copies(self, name: str, stem: str) -> list[Copy] | None:
-        """The snapshots of `name` that the nodes can fetch from themselves, tested; None if one cannot."""
+    def copies(self) -> list[Copy] | None:
+        """The snapshots of the trial restore that the nodes can fetch from themselves, tested; None if one cannot."""
         found = []
         for part in self.parts:
-            file = snapshots.Snapshot(part.filename(stem), part.snapshot.size, part.snapshot.sha256, "")
-            if url := can_fetch_itself(part.node, name, file, f"{name}_probe"):
-                found.append(Copy(url, part.snapshot.sha256))
+            file = snapshots.Snapshot(part.filename(self.trial), part.snapshot.size, part.snapshot.sha256, "")
+            if url := can_fetch_itself(part.node, self.trial, file, f"{self.trial}_probe"):
+                found.append((url, part.snapshot.sha256))
         return found if len(found) == len(self.parts) else None
 
     def fetch(self, name: str, copies: Sequence[Copy]) -> None:
         """Have each node restore its copy as `name` from its own URL."""
         for part, copy in zip(self.parts, copies, strict=True):
             further = part is not self.parts[0]
-            recover(part.node, name, copy.url, copy.sha256, seconds=part.timeout, allow_existing=further)
+            recover(part.node, name, *copy, seconds=part.timeout, allow_existing=further)
             self._wait_active(part, name)
 
-    def verify_trial(self, name: str) -> None:
-        """Verify the trial restore `name`, see `verify_restored`."""
-        verify_restored(self.backup, self.target.qdrant, name)
+    def verify_trial(self) -> None:
+        """Verify the trial restore, see `verify_restored`."""
+        verify_restored(self.backup, self.target.qdrant, self.trial)
 
     def delete_files(self, name: str, stem: str) -> None:
         """Delete the files that were uploaded to `name` under `stem`, if there are any."""
         for part in self.parts:
             snapshots.delete(part.node, name, part.filename(stem))
 
-    def withdraw(self, name: str) -> None:
-        """Delete the files of a restore that created no collection `name`.
+    def withdraw_trial(self) -> None:
+        """Delete the files of a trial restore that created no collection.
 
         The server lists them only while a collection of that name exists, so an empty one is created for the moment.
         """
-        qdrant = self.target.qdrant
+        qdrant, name = self.target.qdrant, self.trial
         if name in list_collections(qdrant):
             return
         create_small(qdrant, name)
@@ -251,11 +251,12 @@ Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the ser
 _SAMPLE = 200
 
 
-def _sample(backup: CollectionBackup, qdrant: Qdrant, name: str) -> Sample:
-    """Points of this collection, spread over all the backup's ids."""
-    step = max(1, len(backup.ids) // _SAMPLE)
-    every = chain.from_iterable(backup.ids.ids())
-    return raw_points(qdrant, name, list(islice(every, 0, step * _SAMPLE, step)))
+def _sample(plan: RestorePlan) -> Sample:
+    """Points of the trial restore, spread over all the backup's ids."""
+    ids = plan.backup.ids
+    step = max(1, len(ids) // _SAMPLE)
+    every = chain.from_iterable(ids.ids())
+    return raw_points(plan.target.qdrant, plan.trial, list(islice(every, 0, step * _SAMPLE, step)))
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
@@ -263,9 +264,9 @@ def _verify_live(plan: RestorePlan, sample: Sample) -> None:
 
     Compared are every id, and payloads and vectors (also named ones) of the sample.
     """
-    backup, qdrant, name = plan.backup, plan.target.qdrant, plan.target.collection
+    qdrant, name = plan.target.qdrant, plan.target.collection
     try:
-        verify_restored(backup, qdrant, name)
+        verify_restored(plan.backup, qdrant, name)
         _verify_sample(qdrant, name, sample)
     except BackupDamaged:
         with suppress(MigrationError):  # the operator must read the first error
@@ -278,24 +279,17 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
         raise BackupDamaged(f"'{name}' differs from its trial restore")
 
 
-def trial_name(collection: str, backup: CollectionBackup) -> str:
-    """The name of the trial restore of this very snapshot."""
-    return f"{collection}__try_{backup.archive.snapshot.sha256[:16]}"
+def begin_trial(plan: RestorePlan, journal: Journal) -> None:
+    """Announce the trial restore in the journal."""
+    journal.append(TRIAL_BEGUN, temporary_collection=plan.trial)
 
 
-def begin_trial(plan: RestorePlan, journal: Journal) -> str:
-    """Announce the trial restore in the journal. Returns its name."""
-    name = trial_name(plan.target.collection, plan.backup)
-    journal.append(TRIAL_BEGUN, temporary_collection=name)
-    return name
-
-
-def trial_restore(plan: RestorePlan, name: str, progress: Progress | None) -> None:
+def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
     """Restore under a temporary name and compare. The caller deletes a failed one at once.
 
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
-    qdrant = plan.target.qdrant
+    qdrant, name = plan.target.qdrant, plan.trial
     if name not in list_collections(qdrant):
         # --force-version, or a bare snapshot of any version.
         foreign = snapshots.restorable(str(plan.backup.archive.facts["server"]["version"]), qdrant.version())
@@ -303,11 +297,11 @@ def trial_restore(plan: RestorePlan, name: str, progress: Progress | None) -> No
             plan.upload(name, name, progress)
         except QdrantError as error:
             with suppress(MigrationError):  # the operator must read the first error
-                plan.withdraw(name)
+                plan.withdraw_trial()
             if error.status < 500 and not (foreign and error.status == 400):  # so 1.11.3 refuses one of 1.19.0
                 raise
             raise _trial_failed(plan, error, foreign) from error
-    plan.verify_trial(name)
+    plan.verify_trial()
 
 
 def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) -> StoreFailed:
@@ -322,13 +316,7 @@ def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) ->
 
 
 def cut_over(
-    plan: RestorePlan,
-    temporary: str,
-    journal: Journal,
-    progress: Progress | None,
-    *,
-    undo: str,
-    aliases: Iterable[str] = (),
+    plan: RestorePlan, journal: Journal, progress: Progress | None, *, undo: str, aliases: Iterable[str] = ()
 ) -> list[str]:
     """Delete the live collection and restore under its name from the copies that the servers already hold.
 
@@ -337,20 +325,20 @@ def cut_over(
     the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
-    sample = _sample(plan.backup, qdrant, temporary)
-    copies = plan.copies(temporary, temporary)
+    sample = _sample(plan)
+    copies = plan.copies()
     existed = exists(qdrant, name)
     wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
     if existed:
         delete_collection(qdrant, name)
-    second_upload = f"{temporary}-again"
+    second_upload = f"{plan.trial}-again"
     try:
         if copies:
             plan.fetch(name, copies)
         else:
             plan.upload(name, second_upload, progress)
-        for stem in (second_upload, _old_stem(temporary)):  # also what a killed run uploaded
+        for stem in (second_upload, _old_stem(plan)):  # also what a killed run uploaded
             plan.delete_files(name, stem)
     except MigrationError:
         plan.drop_unusable()
@@ -361,9 +349,9 @@ def cut_over(
     return taken
 
 
-def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None:
-    """Restore the old collection from its safety backup; no collection of its name exists now."""
-    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(temporary)
+def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> None:
+    """After the cutover of `plan` failed: restore the old collection, which does not exist now, from `saved`."""
+    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(plan)
     try:
         saved.upload(name, stem, None)
         saved.delete_files(name, stem)
@@ -374,9 +362,9 @@ def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None
     saved.complete(aliases)
 
 
-def _old_stem(temporary: str) -> str:
+def _old_stem(plan: RestorePlan) -> str:
     """Under which the old collection's snapshots are uploaded when it is put back."""
-    return f"{temporary}-old"
+    return f"{plan.trial}-old"
 
 
 def is_unverified(journal: Journal) -> bool:
@@ -389,10 +377,8 @@ def is_absent(journal: Journal) -> bool:
     return journal.has_reached(DELETING) and not (journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK))
 
 
-def clean_up_collection(
-    target: CollectionSource, journal: Journal, backup: CollectionBackup | None = None
-) -> list[str]:
-    """Clean up after a killed run; returns what was done. A verified trial of `backup` is left for this run."""
+def clean_up_collection(target: CollectionSource, journal: Journal, plan: RestorePlan | None = None) -> list[str]:
+    """Clean up after a killed run; returns what was done. A verified trial restore of `plan` is left for this run."""
     qdrant, collection = target.qdrant, target.collection
     if journal.has_reached(DELETING) and health(qdrant, collection) == "restoring":
         with suppress(StoreFailed):  # if it fails in the end, this run replaces it
@@ -400,7 +386,7 @@ def clean_up_collection(
     name = journal.fact("temporary_collection")
     if name is None or name not in list_collections(qdrant):
         return []
-    if backup is not None and journal.has_reached(TRIAL_VERIFIED) and name == trial_name(collection, backup):
+    if plan and journal.has_reached(TRIAL_VERIFIED) and name == plan.trial:
         return [f"resuming from {name}, which an earlier run verified"]
     delete_with_snapshots(qdrant, name, target.nodes)
     return [f"removed the temporary collection {name}"]

@@ -21,6 +21,7 @@ from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
 from lib.restore import graph as graphs
 from lib.restore.collection import RestorePlan, is_absent, plan_restore
+from lib.restore.graph import GraphBackup
 from lib.restore.inputs import open_archive
 from lib.restore.preflight import (
     Newer,
@@ -67,11 +68,10 @@ _GraphTrial = tuple[bytes | None, Newer | None]  # the payload to swap in, and w
 
 @dataclass(frozen=True)
 class _RunningTrials:
-    """Both trial restores in the background: of the graph, and of the collection under the name `temporary`."""
+    """Both trial restores in the background."""
 
     graph: BackgroundTask[_GraphTrial]
     collection: BackgroundTask[Newer | None]
-    temporary: str | None
 
     def result(self) -> tuple[bytes | None, NewerThanBackup]:
         """Wait for their ends. Returns the graph's payload, and what the live stores hold and the files do not."""
@@ -103,24 +103,23 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
             notes = [*left.notes, *_clean_up_graphs(site, left)]
             safety = _safety_backup(site, files, journal, running) if site.safety else None
             payload, newer = running.result()
-        temporary = running.temporary
-        if temporary:
+        if files.plan:
             journal.append(collections.TRIAL_VERIFIED)
-        if files.graph and site.graph:
-            require_still_quiet(site, files.graph, site.graph)
+        if files.graph:
+            require_still_quiet(site, files.graph)
         commands = undo(safety)
         site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
-        if files.plan and temporary:
-            taken = _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
+        if files.plan:
+            taken = _cut_over_collection(site, files.plan, journal, safety, commands, left.aliases)
             notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
         raise
-    if temporary and site.collection:
-        delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
+    if files.plan:
+        delete_with_snapshots(files.plan.target.qdrant, files.plan.trial, files.plan.target.nodes)
     with _collection_named(files, site.again, commands):
-        late_writes = _cut_over_graph(site, files, payload, journal, safety, commands, calls)
+        late_writes = _cut_over_graph(site, files.graph, payload, journal, safety, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
@@ -144,7 +143,7 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
         elif journal.is_open:
             left.notes.extend(_state_before(site, journal))
             if site.collection:
-                found = collections.clean_up_collection(site.collection, journal, files.collection)
+                found = collections.clean_up_collection(site.collection, journal, files.plan)
                 left.notes.extend(_reported(site, found))
                 left.aliases.extend(collections.aliases_taken_off(journal))
                 run.append(_RESUMED, aliases=left.aliases)
@@ -162,7 +161,7 @@ def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
     notes = []
     for journal in left.journals:
         if site.graph:
-            notes += _reported(site, graphs.clean_up_graph(site.graph, journal, site.folder))
+            notes += _reported(site, graphs.clean_up_graph(site.graph, journal))
             journal.append(_GRAPH_CLEAN)
         if _is_clean(journal) and removed(journal):
             journal.close("settled by the next restore")
@@ -196,30 +195,31 @@ def _is_clean(journal: Journal) -> bool:
 def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Iterator[_RunningTrials]:
     """Run the trial restores while the block takes the safety backup. Only the block writes to the journal."""
     graph, plan = files.graph, files.plan
-    graph_name = graphs.begin_trial(graph, site.graph, journal) if graph and site.graph else None
-    name = collections.begin_trial(plan, journal) if plan else None
+    name = graphs.begin_trial(graph, journal) if graph else ""
+    if plan:
+        collections.begin_trial(plan, journal)
 
     def restore_graph(_task: BackgroundTask[_GraphTrial]) -> _GraphTrial:
-        if not graph or not site.graph or not graph_name:
+        if not graph:
             return None, None
         site.say("trial restore of the graph, under a temporary name")
-        return graphs.trial_restore(graph, site.graph, graph_name), newer_memories(graph, site.graph)
+        return graphs.trial_restore(graph, name), newer_memories(graph)
 
     def restore_collection(task: BackgroundTask[Newer | None]) -> Newer | None:
-        if not plan or not name:
+        if not plan:
             return None
         with site.bar("trial restore of the collection", plan.backup.archive.snapshot.size, "bytes") as progress:
-            collections.trial_restore(plan, name, task.moving(progress))
-        return newer_points(plan.backup, plan.target)
+            collections.trial_restore(plan, task.moving(progress))
+        return newer_points(plan)
 
     with BackgroundTask(restore_graph) as first, BackgroundTask(restore_collection) as second:
-        yield _RunningTrials(first, second, name)
+        yield _RunningTrials(first, second)
 
 
 def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _RunningTrials) -> Manifest | None:
     """Back up what is about to be replaced, if it exists. A failed collection cannot be read."""
-    graph = site.graph if files.graph else None
-    collection = site.collection if files.collection else None
+    graph = files.graph.target if files.graph else None
+    collection = files.plan.target if files.plan else None
     if graph and graph.graph not in list_graphs(graph.conn):
         graph = None
     if collection and not exists(collection.qdrant, collection.collection):
@@ -237,13 +237,7 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
 
 
 def _cut_over_collection(
-    site: Site,
-    plan: RestorePlan,
-    temporary: str,
-    journal: Journal,
-    safety: Manifest | None,
-    undo: str,
-    aliases: list[str],
+    site: Site, plan: RestorePlan, journal: Journal, safety: Manifest | None, undo: str, aliases: list[str]
 ) -> list[str]:
     """Replace the live collection; returns the aliases that others took.
 
@@ -251,35 +245,34 @@ def _cut_over_collection(
     """
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
-            return collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
+            return collections.cut_over(plan, journal, progress, undo=undo, aliases=aliases)
     except MigrationError as error:
         if not is_absent(journal):
             raise
-        trouble = _restore_old_collection(site, safety, journal)
+        trouble = _restore_old_collection(site, plan, safety, journal)
         if trouble is None:
             raise StoreFailed(
                 f"the collection could not be restored: {error}; the old one was restored from the safety backup",
                 next_step=f"{error.next_step}\nthat command is:\n{site.again}",
             ) from error
         raise StoreFailed(
-            f"the collection is not restored: {error}; its trial restore {temporary} is complete on the server."
+            f"the collection is not restored: {error}; its trial restore {plan.trial} is complete on the server."
             f" {trouble}",
             next_step=f"resume from the trial restore:\n{site.again}\nor undo it:\n{undo}",
         ) from error
 
 
-def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
+def _restore_old_collection(site: Site, plan: RestorePlan, safety: Manifest | None, journal: Journal) -> str | None:
     """Restore the old collection from the safety backup. Returns None, or why that failed."""
-    component = safety.collection if safety else None
-    if site.collection is None or safety is None or component is None:
+    component, name = safety.collection if safety else None, plan.target.collection
+    if safety is None or component is None:
         return "There is no safety backup to restore the old collection from"
     try:
-        if health(site.collection.qdrant, site.collection.collection) == "live":
-            return f"'{site.collection.collection}' exists, but was not compared with it"
-        site.notice(f"restoring the old '{site.collection.collection}' from {safety.path}")
-        saved = plan_restore(open_archive(safety.file_of(component), component), site.collection)
-        temporary = str(journal.fact("temporary_collection"))
-        collections.put_back(saved, temporary, journal.fact("aliases") or [])
+        if health(plan.target.qdrant, name) == "live":
+            return f"'{name}' exists, but was not compared with it"
+        site.notice(f"restoring the old '{name}' from {safety.path}")
+        saved = plan_restore(open_archive(safety.file_of(component), component), plan.target)
+        collections.put_back(plan, saved, journal.fact("aliases") or [])
     except MigrationError as error:
         return f"The old one could not be restored either: {error}"
     journal.append(collections.PUT_BACK)
@@ -301,7 +294,7 @@ def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[N
 
 def _cut_over_graph(
     site: Site,
-    files: VerifiedFiles,
+    backup: GraphBackup | None,
     payload: bytes | None,
     journal: Journal,
     safety: Manifest | None,
@@ -312,32 +305,24 @@ def _cut_over_graph(
 
     `calls`: the `write_calls` before the trial restores.
     """
-    if not files.graph or not site.graph or payload is None:
+    if not backup or payload is None:
         return None
-    require_still_quiet(site, files.graph, site.graph)  # the cutover of the collection may have taken long
-    old = graphs.cut_over(
-        files.graph,
-        site.graph,
-        payload,
-        journal,
-        folder=site.folder,
-        undo=undo,
-        quiet=not site.while_running,
-    )
+    require_still_quiet(site, backup)  # the cutover of the collection may have taken long
+    old = graphs.cut_over(backup, payload, journal, undo=undo, quiet=not site.while_running)
     if old is None:
         return None
     component = safety.graph if safety else None
     saved_digest = (component.digest if component else "") if site.safety else None
-    unwritten = calls is not None and write_calls(site.graph.conn) == calls
-    return graphs.drop_old(site.graph, old, saved_digest, site.folder, journal, unwritten=unwritten)
+    unwritten = calls is not None and write_calls(backup.target.conn) == calls
+    return graphs.drop_old(backup.target, old, saved_digest, journal, unwritten=unwritten)
 
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
     """Close unfinished re-embeddings, whose old collection no longer exists, and remove what they staged."""
-    if files.collection and site.collection:
+    if files.plan:
         for journal in open_journals(site.folder, site.targets, REEMBED):
             with suppress(MigrationError):  # the restore is done; the next re-embed names what is left
-                for one in remove_staged(site.collection.qdrant, site.folder, journal):
+                for one in remove_staged(files.plan.target.qdrant, site.folder, journal):
                     site.notice(f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached")
             journal.close("superseded by a restore")
 
