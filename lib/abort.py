@@ -55,7 +55,7 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
-        done.removed += remove_staged(qdrant, folder, journal)
+        done.removed += remove_staged(qdrant, journal)
         if journal.command == quality.SPOT_CHECK:
             quality.remove_plan(cache, journal)
         _close(journal, done)
@@ -77,7 +77,7 @@ def abort_restore(
     for journal in journals:
         aliases = collections.aliases_taken_off(journal)
         if collection:
-            clean_up_backup(folder, collection, journal)
+            clean_up_backup(collection, journal)
             done.removed += collections.clean_up_collection(collection, journal)
             done.left += [
                 f"perhaps a snapshot of that run on the server; delete it: {one}"
@@ -106,7 +106,7 @@ def clean_up_untouched(
         temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
         if (temporary and not collection) or (temporary_graph and not graph):
             continue
-        clean = clean_up_backup(folder, collection, journal)
+        clean = clean_up_backup(collection, journal)
         if collection:
             collections.clean_up_collection(collection, journal)
         if graph:

@@ -122,6 +122,10 @@ class Journal:
         """Return whether `phase` has been entered."""
         return any(entry["phase"] == phase for entry in self.entries)
 
+    def times(self, phase: str) -> list[datetime]:
+        """Return when the run entered `phase`, each time."""
+        return [datetime.fromisoformat(str(entry["at"])) for entry in self.entries if entry["phase"] == phase]
+
     def append(self, phase: str, **facts: object) -> None:
         """Write an entry; it is on the disk when this returns."""
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "phase": phase, **facts}

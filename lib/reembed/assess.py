@@ -23,7 +23,7 @@ from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
 from lib.clients.qdrant.collection import CollectionState
-from lib.clients.qdrant.points import PointId
+from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.restoring import wait_restored
 from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_settings
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
@@ -40,7 +40,7 @@ from lib.reembed.context import (
 )
 from lib.reembed.plan import Scan, memories_now, only_live_ids, scan_graph
 from lib.reembed.sync import missing_of
-from lib.verify.compare import vectors_agree
+from lib.verify.compare import different_vectors
 
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.
@@ -49,7 +49,7 @@ ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
 _LOST_SHARE, _LOST_FEW = 0.01, 10
 # The server continues a restore whose client was killed.
 _RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
-_EXAMPLES, _PAGE = 20, 500
+_EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
 _ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 _SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
@@ -247,7 +247,14 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
         return True
     if state.points == 0 and not reached(journal, migrations.DELETING) and alike:
         return True
-    return alike and not must_forget(ctx) and vectors_agree(ctx.qdrant, state, ctx.cache, ctx.spec)
+    return alike and not must_forget(ctx) and _vectors_agree(ctx, state)
+
+
+def _vectors_agree(ctx: Context, state: CollectionState) -> bool:
+    """Return whether the first points have the cache's vectors, so that an earlier run made the collection."""
+    page = next(scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_FIRST))
+    known, wrong = different_vectors(page, ctx.cache, ctx.spec, state)
+    return known > 0 and not wrong
 
 
 def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:

@@ -126,7 +126,7 @@ def open_run(ctx: Context) -> Journal | None:
 def close_others(ctx: Context) -> None:
     """Before the first write: close runs with other settings that deleted nothing, drop what they staged."""
     for journal in _others(ctx):
-        migrations.remove_staged(ctx.qdrant, ctx.folder, journal)
+        migrations.remove_staged(ctx.qdrant, journal)
         journal.close("given up before anything was deleted: other settings now")
 
 

@@ -32,8 +32,8 @@ from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_unca
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
-from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
-from lib.verify.compare import OTHER_MODEL, REPLACE_ALL, SAME_MODEL_COSINE, cosine, repair_vectors
+from lib.reembed.sync import SyncOutcome, missing_of, repair_vectors, saved_row, sync_collection, texts_to_embed
+from lib.verify.compare import OTHER_MODEL, REPLACE_ALL, SAME_MODEL_COSINE, cosine
 
 _SAMPLES, _PAGE = 3, 256
 
@@ -254,7 +254,7 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
         repaired = 0
         if compare_all:
             embed_uncached(ctx, runner)
-            repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+            repaired = repair_vectors(ctx, state.name)
             ctx.cache.set_meta(OTHER_MODEL, "")
         return Synced(outcome, repaired, remove_orphans(ctx, state))
 

@@ -26,8 +26,8 @@ from lib.reembed.assess import Assessment, journaled_settings, require_whole_gra
 from lib.reembed.context import Context, refuse_foreign_staged, unplanned_ids
 from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
 from lib.reembed.plan import memories_now
-from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
-from lib.verify.compare import different_vectors, repair_vectors
+from lib.reembed.sync import SyncOutcome, repair_vectors, save_payloads, sync_collection, was_recreated
+from lib.verify.compare import different_vectors
 
 INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256
@@ -255,8 +255,8 @@ def verify_points(
         )
     if touched is not None and _sample_agrees(ctx, collection, touched):
         return 0
-    repaired = repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive)
-    if repaired and repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive):
+    repaired = repair_vectors(ctx, collection, planned=exclusive)
+    if repaired and repair_vectors(ctx, collection, planned=exclusive):
         raise VerificationFailed(
             f"vectors of '{collection}' keep changing: something else writes to it",
             next_step=f"stop AutoMem, then {_RESUME}",

@@ -1,4 +1,4 @@
-"""Bring the points of a collection to the plan: add, update, save payloads. Nothing is paid for."""
+"""Bring the points of a collection to the plan: add, update, repair vectors; save payloads. Nothing is paid for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 
 from lib.backup.phases import DELETING, PAYLOADS_SAVED, READ
@@ -23,11 +24,21 @@ from lib.backup.points import (
 )
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.points import Point, PointId, Rejected, delete_points, overwrite_payload, upsert
+from lib.clients.qdrant.collection import get_state
+from lib.clients.qdrant.points import (
+    PAGE_WITH_VECTORS,
+    Point,
+    PointId,
+    Rejected,
+    delete_points,
+    overwrite_payload,
+    upsert,
+)
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map
 from lib.journal import Journal
 from lib.reembed.context import Context, saved_payloads, unplanned_ids
+from lib.verify.compare import different_vectors
 
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
@@ -181,10 +192,27 @@ def sync_collection(
     return outcome
 
 
+def repair_vectors(ctx: Context, collection: str, *, planned: bool = False) -> int:
+    """Compare every stored vector with the cache's and overwrite those that differ. Returns how many did.
+
+    While a migration keeps the size, the old service may still write vectors of the old model. `planned`: see
+    `different_vectors`.
+    """
+    state, repaired = get_state(ctx.qdrant, collection), 0
+    with ctx.bar("compare vectors", state.points, "points") as progress:
+        for page in all_points(ctx.qdrant, collection, page=PAGE_WITH_VECTORS, vector=True):
+            _, wrong = different_vectors(page, ctx.cache, ctx.spec, state, planned=planned)
+            if wrong:
+                ids = [point.id for point, _ in wrong]
+                payloads = [point.payload or {} for point, _ in wrong]
+                upsert(ctx.qdrant, collection, ids, np.vstack([vector for _, vector in wrong]), payloads)
+                repaired += len(wrong)
+            progress(len(page))
+    return repaired
+
+
 def _write(qdrant: Qdrant, collection: str, batch: tuple[list[Change], dict[bytes, bytes]]) -> tuple[SyncOutcome, int]:
     """Write one batch. Returns its outcome and how many rows it had."""
-    import numpy as np
-
     found, vectors = batch
     embed = [change for change in found if change.needs_vector]
     ready = [change for change in embed if change.row.key in vectors]

@@ -137,7 +137,7 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
     for journal in open_journals(site.folder, site.targets, COMMAND):
         if journal.path == run.path:
             continue
-        clean_up_backup(site.folder, site.collection, journal)
+        clean_up_backup(site.collection, journal)
         if journal.phase == AWAITED:
             left.awaited.append(journal)
         elif journal.is_open:
@@ -231,7 +231,7 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
     if graph or collection:
         site.say("safety backup of the current state")
         bar = trials.watching(site.bar)
-        safety = take_backup(graph, collection, site.folder, site.engines, journal, bar, purpose=SAFETY)
+        safety = take_backup(graph, collection, site.engines, journal, bar, purpose=SAFETY)
     journal.append(graphs.SAFE, manifest=safety.name if safety else None)
     return safety
 
@@ -322,7 +322,7 @@ def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
     if files.plan:
         for journal in open_journals(site.folder, site.targets, REEMBED):
             with suppress(MigrationError):  # the restore is done; the next re-embed names what is left
-                for one in remove_staged(files.plan.target.qdrant, site.folder, journal):
+                for one in remove_staged(files.plan.target.qdrant, journal):
                     site.notice(f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached")
             journal.close("superseded by a restore")
 

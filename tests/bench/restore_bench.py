@@ -137,7 +137,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         wait_green(source.qdrant, source.collection, REST_SECONDS)
         time.sleep(FLUSHED_SECONDS)
         component = take_collection(
-            source, folder, "restore", start_journal(folder, "backup", [f"qdrant bench {source.collection}"])
+            source, "restore", start_journal(folder, "backup", [f"qdrant bench {source.collection}"])
         )
         raw = folder / "bare.snapshot"
         read_archive(folder / component.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
@@ -229,7 +229,6 @@ def peak(folder: Path) -> Iterator[Figure]:
         with collection_source(place, points, SIZE) as source:
             component = take_collection(
                 source,
-                place,
                 "restore",
                 start_journal(place, "backup", [f"qdrant bench {source.collection}"]),
             )
