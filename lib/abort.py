@@ -47,17 +47,16 @@ class Aborted:
 
 def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused before anything is removed."""
-    from lib.reembed import quality  # imports numpy, which a backup does not load
-    from lib.reembed.context import mark_fresh
+    from lib.reembed.context import mark_fresh  # imports numpy, which a backup does not load
+    from lib.reembed.quality import SPOT_CHECK, remove_plan
 
     name, done = collection_of(targets), Aborted()
-    journals = open_journals(folder, targets, COMMAND, quality.SPOT_CHECK)
+    journals = open_journals(folder, targets, COMMAND, SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
         done.removed += remove_staged(qdrant, journal)
-        if journal.command == quality.SPOT_CHECK:
-            quality.remove_plan(cache, journal)
+        remove_plan(cache, journal)
         _close(journal, done)
     if journals:
         mark_fresh(cache, None)  # the next --fresh pays again

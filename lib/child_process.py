@@ -95,9 +95,9 @@ def _system_folder() -> Path:
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchFolder]:
-    """Make a new folder (0700) in `parent` (default: the system's); removed when the block or this process ends."""
-    folder = (parent or _system_folder()) / f"{prefix}{secrets.token_hex(4)}"
+def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
+    """Make a new folder (0700) among the system's temporary files; removed when the block or this process ends."""
+    folder = _system_folder() / f"{prefix}{secrets.token_hex(4)}"
     watchdog = subprocess.Popen(
         ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)],
         stdin=subprocess.PIPE,

@@ -218,7 +218,7 @@ def take_graph(
     moment, because a server waits 5 s by default before it sends an RDB. `ids`: see
     `verify_graph`. Raises MissingData if the graph is absent, BackupDamaged.
     """
-    require_graph(source.conn, source.graph, source.address)
+    require_graph(source.conn, source.graph)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)

@@ -34,7 +34,7 @@ _LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed whil
 def require_sources(graph: GraphSource | None, collection: CollectionSource | None) -> None:
     """Raise MissingData if the graph or the collection does not exist, before anything is written."""
     if graph:
-        require_graph(graph.conn, graph.graph, graph.address)
+        require_graph(graph.conn, graph.graph)
     if collection:
         get_state(collection.qdrant, collection.collection)
 

@@ -109,7 +109,7 @@ class Assessment:
 
 def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> Assessment:
     """Read the graph into the plan, find the collection's state; change nothing. `repair`: synced, not replaced."""
-    require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
+    require_graph(ctx.graph.conn, ctx.graph.graph)
     scan = scan_graph(ctx, journal)
     live = find_live(ctx, journal)
     _require_saved_payloads(ctx, journal, live)

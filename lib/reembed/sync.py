@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,17 +109,18 @@ def changes(
     cache: EmbeddingCache,
     existing: TemporaryIdTable,
     *,
+    memories: Iterable[MemoryRow] | None = None,
     whole: bool = False,
     copies: TemporaryIdTable | None = None,
     touched: TemporaryIdTable | None = None,
 ) -> Iterator[list[Change]]:
-    """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of memories.
+    """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of `memories`.
 
-    `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A value that still equals its copy is
-    replaced by one that was saved later. `touched` gets the ids of what is yielded, and of points whose payload is not
-    that of their copy.
+    These are by default all of the plan. `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A
+    value that still equals its copy is replaced by one that was saved later. `touched` gets the ids of what is yielded,
+    and of points whose payload is not that of their copy.
     """
-    for rows in chunks(cache.memories(), _BATCH):
+    for rows in chunks(cache.memories() if memories is None else memories, _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
         live, saved = existing.payloads(ids), saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
@@ -164,6 +165,7 @@ def sync_collection(
     collection: str,
     cache: EmbeddingCache,
     *,
+    memories: Iterable[MemoryRow] | None = None,
     whole: bool = False,
     copied_from: str | None = None,
     progress: Progress | None = None,
@@ -174,7 +176,7 @@ def sync_collection(
     A payload starts from the live point's, else from the saved one (`whole`: see `base_payload`), overlaid by the
     graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
-    to it: then points without a memory are removed, too. `touched`: see `changes`.
+    to it: then points without a memory are removed, too. `memories` and `touched`: see `changes`.
     """
     outcome = SyncOutcome()
     with contextlib.ExitStack() as tables:
@@ -183,7 +185,7 @@ def sync_collection(
         existing, copies = read[0], read[-1] if copied_from else None
         if copied_from == collection:
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
-        found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
+        found = changes(cache, existing, memories=memories, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome = SyncOutcome(*map(operator.add, outcome, written))

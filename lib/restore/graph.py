@@ -42,15 +42,12 @@ TRIAL_BEGUN, SAFE, SWAPPING, SWAPPED = (
 )
 
 
-def drop_old(
-    target: GraphSource, safety_name: str, saved_digest: str | None, journal: Journal, *, unwritten: bool = False
-) -> Path | None:
+def drop_old(target: GraphSource, safety_name: str, journal: Journal, *, unwritten: bool = False) -> Path | None:
     """Drop the old graph. If its digest differs from the safety backup's, it is first saved to a file: late writes.
 
-    `saved_digest` is None if the operator wanted no safety backup. `unwritten`: nobody can have written to it since.
-    Returns that file, or None.
+    `unwritten`: nobody can have written to it since. Returns that file, or None.
     """
-    saved = None
+    saved_digest, saved = _saved_digest(journal), None
     if saved_digest is not None and not unwritten and _digest(target, safety_name) != saved_digest:
         saved = save_graph(target, safety_name, journal)
     drop_graph(target.conn, safety_name)
@@ -82,7 +79,7 @@ def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
         return done
     current = _digest(target, target.graph)
     if journal.has_reached(SWAPPED) or (current and current == journal.fact("restored_digest")):
-        saved = drop_old(target, safety, _saved_digest(journal), journal)
+        saved = drop_old(target, safety, journal)
         done.append(f"dropped {safety}, the graph before that run" + (f"; see {saved}" if saved else ""))
     elif current:
         done.append(
@@ -96,7 +93,7 @@ def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
 
 
 def _saved_digest(journal: Journal) -> str | None:
-    """The digest in the safety backup of that run; "" if it cannot be read, None if none was wanted."""
+    """The digest in the run's safety backup; "" if there is none or it cannot be read, None if none was wanted."""
     if not journal.has_reached(SAFE):
         return None
     try:

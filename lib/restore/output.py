@@ -173,10 +173,9 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         document["left_out"] = list(files.left_out)
     if done.safety:
         lines.append(f"the state before: {done.safety.path}")
-    if done.newer:
-        saved = done.late_writes or (done.safety.path if done.safety else None)
-        lines += newer_lines(done.newer, f"in {saved}" if saved else "nowhere: there was no safety backup")
-        document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
+    saved = done.late_writes or (done.safety.path if done.safety else None)
+    lines += newer_lines(done.newer, f"in {saved}" if saved else "nowhere: there was no safety backup")
+    document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
     if done.late_writes:
         lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)

@@ -13,7 +13,7 @@ from lib.backup.phases import COMMAND as REEMBED
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
-from lib.clients.qdrant.collection import exists, health
+from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress, ProgressBar
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
@@ -21,7 +21,6 @@ from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
 from lib.restore import graph as graphs
 from lib.restore.collection import RestorePlan, is_absent, plan_restore
-from lib.restore.graph import GraphBackup
 from lib.restore.inputs import open_archive
 from lib.restore.preflight import (
     Newer,
@@ -64,6 +63,7 @@ class _Leftovers:
 
 
 _GraphTrial = tuple[bytes | None, Newer | None]  # the payload to swap in, and what is newer; None: not restored
+_Calls = dict[str, object] | None  # what `write_calls` returns
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
     if files.plan:
         delete_with_snapshots(files.plan.target.qdrant, files.plan.trial, files.plan.target.nodes)
     with _collection_named(files, site.again, commands):
-        late_writes = _cut_over_graph(site, files.graph, payload, journal, safety, commands, calls)
+        late_writes = _cut_over_graph(site, files, payload, journal, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
@@ -222,10 +222,9 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
     collection = files.plan.target if files.plan else None
     if graph and graph.graph not in list_graphs(graph.conn):
         graph = None
-    if collection and not exists(collection.qdrant, collection.collection):
-        collection = None
-    if collection and health(collection.qdrant, collection.collection) == "failed":
-        site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
+    if collection and (state := health(collection.qdrant, collection.collection)) in {"missing", "failed"}:
+        if state == "failed":
+            site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
         collection = None
     safety = None
     if graph or collection:
@@ -293,28 +292,21 @@ def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[N
 
 
 def _cut_over_graph(
-    site: Site,
-    backup: GraphBackup | None,
-    payload: bytes | None,
-    journal: Journal,
-    safety: Manifest | None,
-    undo: str,
-    calls: dict[str, object] | None,
+    site: Site, files: VerifiedFiles, payload: bytes | None, journal: Journal, undo: str, calls: _Calls
 ) -> Path | None:
     """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
 
     `calls`: the `write_calls` before the trial restores.
     """
-    if not backup or payload is None:
+    if not files.graph or payload is None:
         return None
-    require_still_quiet(site, backup)  # the cutover of the collection may have taken long
-    old = graphs.cut_over(backup, payload, journal, undo=undo, quiet=not site.while_running)
+    require_still_quiet(site, files.graph)  # the cutover of the collection may have taken long
+    old = graphs.cut_over(files.graph, payload, journal, undo=undo, quiet=not site.while_running)
     if old is None:
         return None
-    component = safety.graph if safety else None
-    saved_digest = (component.digest if component else "") if site.safety else None
-    unwritten = calls is not None and write_calls(backup.target.conn) == calls
-    return graphs.drop_old(backup.target, old, saved_digest, journal, unwritten=unwritten)
+    target = files.graph.target
+    unwritten = calls is not None and calls == write_calls(target.conn)
+    return graphs.drop_old(target, old, journal, unwritten=unwritten)
 
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:

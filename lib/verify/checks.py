@@ -354,7 +354,7 @@ def verify(
     """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending."""
     graph, source = stores.graph, stores.collection
     qdrant, spec = source.qdrant, source.spec
-    require_graph(graph.conn, graph.graph, graph.address)
+    require_graph(graph.conn, graph.graph)
     state = get_state(qdrant, source.collection)
     last = last_migration(stores.folder, stores.targets)
     checks = [

@@ -323,7 +323,7 @@ def _in_cluster(conn: redis.Redis) -> bool:
     return str(info(conn, "cluster").get("cluster_enabled")) == "1"
 
 
-def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
+def require_graph(conn: redis.Redis, name: str) -> None:
     """Raise MissingData, with the names of the graphs that exist, if `name` is not one of them."""
     graphs = list_graphs(conn)
     if name in graphs:
@@ -331,7 +331,7 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     command(conn, "EXISTS", name)  # the error of a cluster's node names the node that holds it
     existing = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
     raise MissingData(
-        f"graph '{name}' does not exist on FalkorDB at {address.display}{did_you_mean(name, graphs)}; {existing}",
+        f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}{did_you_mean(name, graphs)}; {existing}",
         next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -303,12 +303,9 @@ class GraphSchema:
     property_keys: list[str]
 
 
-def read_rows(
-    conn: redis.Redis, graph: str, cypher: str, params: Mapping[str, object] | None = None
-) -> list[list[Any]]:
+def read_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[list[Any]]:
     """Return one read-only query's rows as plain JSON; see `raw_rows`."""
-    rows = raw_rows(conn, graph, cypher, **(params or {}))
-    return [[plain_value(cell) for cell in row] for row in rows]
+    return [[plain_value(cell) for cell in row] for row in raw_rows(conn, graph, cypher, **params)]
 
 
 def iter_memories(conn: redis.Redis, graph: str, *, keys: Sequence[str] = ()) -> Iterator[MemoryNode]:
@@ -333,7 +330,7 @@ def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int])
     found: set[str | int] = set()
     for start in range(0, len(ids), IDS_PER_QUERY):
         part = list(ids[start : start + IDS_PER_QUERY])
-        found.update(row[0] for row in read_rows(conn, graph, query, {"ids": part}))
+        found.update(row[0] for row in read_rows(conn, graph, query, ids=part))
     return found
 
 
