@@ -100,7 +100,7 @@ def clean_up_untouched(
 ) -> None:
     """Clean up after stopped restores that touched no live store; close journals that name nothing in other stores."""
     for journal in open_journals(folder, targets, RESTORE):
-        if journal.has_reached(collections.DELETING) or journal.has_reached(SWAPPING):
+        if journal.has_reached(collections.DELETING, SWAPPING):
             continue
         temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
         if (temporary and not collection) or (temporary_graph and not graph):
@@ -133,7 +133,7 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
     if not journal.has_reached(DELETING):
         return
     if health(qdrant, name) == "live":
-        if journal.has_reached(STAGED_RESTORED) or journal.has_reached(VERIFIED):
+        if journal.has_reached(STAGED_RESTORED, VERIFIED):
             return
         before, state = journal.fact("settings") or {}, get_state(qdrant, name)
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")

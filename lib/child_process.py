@@ -40,6 +40,9 @@ done
 """
 # A child sends its process id before it becomes the server, so a kill at any moment leaves no server behind.
 _CHILD = 'echo $$; exec "$@" >"$0" 2>&1'
+_MEMINFO = Path("/proc/meminfo")
+_CGROUPS = Path("/sys/fs/cgroup")
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 512 * 1024  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def child_environment() -> dict[str, str]:
@@ -113,10 +116,6 @@ def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
         watchdog.communicate(b"done\n")
 
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUPS = Path("/sys/fs/cgroup")
-
-
 def physical_memory() -> int:
     """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -141,9 +140,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 512 * 1024  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def unmap_large_blocks() -> None:

@@ -118,9 +118,9 @@ class Journal:
                 return entry[name]
         return None
 
-    def has_reached(self, phase: str) -> bool:
-        """Return whether `phase` has been entered."""
-        return any(entry["phase"] == phase for entry in self.entries)
+    def has_reached(self, *phases: str) -> bool:
+        """Return whether one of `phases` has been entered."""
+        return any(entry["phase"] in phases for entry in self.entries)
 
     def times(self, phase: str) -> list[datetime]:
         """Return when the run entered `phase`, each time."""

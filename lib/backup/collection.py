@@ -53,6 +53,8 @@ from lib.files import FULL_DISK, free_bytes, private_dir
 from lib.journal import Journal
 
 _RESERVE_BYTES = 64 << 20  # what stays free in the temporary folder
+STAMP_KEY = "automem_migration"
+_GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072: "text-embedding-3-large"}
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,6 @@ def _vector_params(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
 
 def _incomplete(path: Path) -> BackupDamaged:
     return BackupDamaged(f"{path}: its collection.json is incomplete")
-
-
-STAMP_KEY = "automem_migration"
-_GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072: "text-embedding-3-large"}
 
 
 @dataclass(frozen=True)

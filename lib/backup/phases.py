@@ -247,7 +247,7 @@ def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]
         journal = read_journal(path)
         if journal is None or journal.targets[-1:] != [collection]:
             continue
-        if any(map(journal.has_reached, (DELETING, RESTORING_STAGED, CREATED))):
+        if journal.has_reached(DELETING, RESTORING_STAGED, CREATED):
             finished = journal.command == COMMAND and journal.has_reached(VERIFIED)
             stamp = journal.fact("stamp") if finished else None
             made = next(iter(stamp.values())) if isinstance(stamp, dict) else {}

@@ -29,6 +29,7 @@ _EXAMPLES = 20
 
 _RDB_SHARE = 4  # assumed: an RDB took 1/5 to 1/20 of the server's memory on 4.16.3 and 4.22.1
 _LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed while writing
+COMMAND = "backup"
 
 
 def require_sources(graph: GraphSource | None, collection: CollectionSource | None) -> None:
@@ -141,9 +142,6 @@ def _only_in(one: TemporaryIdTable, other: TemporaryIdTable) -> tuple[int, list[
     found = orphan_ids(one, other.payloads)
     examples = [str(identity) for identity in islice(found, _EXAMPLES)]
     return len(examples) + sum(1 for _ in found), examples
-
-
-COMMAND = "backup"
 
 
 def run_backup(

@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from lib.backup import phases as migrations
+from lib.backup import phases
 from lib.backup.archive import peek_facts, read_archive
 from lib.backup.catalog import backup_sets, newest_with
 from lib.backup.collection import STAMP_KEY
@@ -179,7 +179,7 @@ def require_removable(ctx: Context, state: CollectionState) -> None:
 
 def _require_saved_payloads(ctx: Context, journal: Journal | None, live: Live) -> None:
     """Raise GuardRefused if what this run saved of the deleted points is lost, and no undo restored them."""
-    kept = (journal.fact("kept") or 0) if journal and journal.has_reached(migrations.DELETING) else 0
+    kept = (journal.fact("kept") or 0) if journal and journal.has_reached(phases.DELETING) else 0
     held = live.state.points if live.state and live.kind == REPLACE else 0
     if journal and 2 * max(held, ctx.cache.saved_count()) < kept:
         raise GuardRefused(
@@ -194,7 +194,7 @@ def _was_empty(ctx: Context, journal: Journal | None) -> bool:
     """Return whether the collection that this run deleted had no point, so that recreating it empty loses nothing."""
     points = (journaled_settings(journal) or {}).get("points_count")
     # Both: the embedding cache, which holds the saved payloads, can be lost.
-    return reached(journal, migrations.DELETING) and not points and ctx.cache.saved_count() == 0
+    return reached(journal, phases.DELETING) and not points and ctx.cache.saved_count() == 0
 
 
 def journaled_settings(journal: Journal | None) -> dict[str, Any] | None:
@@ -222,7 +222,7 @@ def _unlike(backup: Manifest, empty: CollectionState) -> str:
 def find_live(ctx: Context, journal: Journal | None) -> Live:
     """Find what exists under the collection's name now."""
     qdrant, name = ctx.qdrant, ctx.collection
-    if reached(journal, migrations.RESTORING_STAGED) and collections.health(qdrant, name) in _RESTORE_RUNS:
+    if reached(journal, phases.RESTORING_STAGED) and collections.health(qdrant, name) in _RESTORE_RUNS:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
     if not collections.exists(qdrant, name):
@@ -243,9 +243,9 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
     # One that AutoMem recreated has AutoMem's settings, and may hold a new memory.
     settings = journaled_settings(journal)
     alike = settings is None or collections.same_settings(settings, state.raw, but_size=True)
-    if reached(journal, migrations.CREATED) or reached(journal, migrations.STAGED_RESTORED):
+    if reached(journal, phases.CREATED, phases.STAGED_RESTORED):
         return True
-    if state.points == 0 and not reached(journal, migrations.DELETING) and alike:
+    if state.points == 0 and not reached(journal, phases.DELETING) and alike:
         return True
     return alike and not must_forget(ctx) and _vectors_agree(ctx, state)
 
@@ -279,13 +279,13 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
     The guard is asked if a collection is to be replaced. A run that has deleted the collection before returns to the
     backup that it had then, never to a later one of its own incomplete result.
     """
-    if live.kind == FAILED and not reached(journal, migrations.DELETING):
+    if live.kind == FAILED and not reached(journal, phases.DELETING):
         raise GuardRefused(
             f"Collection '{ctx.collection}' has failed: it answers with errors only and cannot be read",
             next_step="restore a backup first:\npython scripts/restore_from_backup.py latest",
         )
     accepted = _ask_guard(ctx, journal, live.state) if live.kind == REPLACE and live.state else None
-    if accepted or reached(journal, migrations.DELETING):
+    if accepted or reached(journal, phases.DELETING):
         return accepted or accepted_backup(ctx, journal)
     return None if live.kind == ADOPT else newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
 
@@ -295,7 +295,7 @@ def _ask_guard(ctx: Context, journal: Journal | None, state: CollectionState) ->
     if state.points == 0:
         return None
     with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
-        if reached(journal, migrations.DELETED) and not len(only_live) and _is_recent(ctx, journal):
+        if reached(journal, phases.DELETED) and not len(only_live) and _is_recent(ctx, journal):
             return None  # recreated meanwhile, every id of it in the graph: its payloads are saved
         guarded = GuardedCollection(ctx.qdrant.display, state, live, only_live)
         return require_backup(ctx.folder, guarded, ctx.spec.size)

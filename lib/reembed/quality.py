@@ -231,7 +231,7 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
         else:
             create_like(ctx.qdrant, side, live.raw, size)
         with ctx.bar("upsert", len(rows), "points") as progress:
-            outcome = sync_collection(ctx.qdrant, side, ctx.cache, memories=rows, progress=progress)
+            outcome = sync_collection(ctx, side, progress, memories=rows)
         compared = compare_sample(ctx, live.name, side, rows) if live else None
     finally:
         _remove(ctx, journal)

@@ -65,9 +65,7 @@ def stage(
             require_whole_graph(ctx, assessment, scan.own_text)
             journal.append(READ, kept=save_payloads(ctx, journal, live.points))
             with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
-                outcome = sync_collection(
-                    ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
-                )
+                outcome = sync_collection(ctx, ctx.staged, progress, whole=True, copied_from=ctx.staged)
             if runner.paid.texts - before < FEW_TEXTS:
                 break
         changed = _begin_indexing(ctx, journal) or outcome.wrote
@@ -212,12 +210,11 @@ def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None
     def work() -> Filled:
         with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
             outcome = sync_collection(
-                ctx.qdrant,
+                ctx,
                 name,
-                ctx.cache,
-                whole=journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED),
+                progress,
+                whole=journal.has_reached(DELETING, RESTORING_STAGED),
                 copied_from=verified_staged(ctx, journal),
-                progress=progress,
                 touched=touched,
             )
         complete_at = time.monotonic()

@@ -57,7 +57,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     merged into the saved ones, which are all that is left of the old points.
     """
     recreated = was_recreated(ctx, journal, points)
-    if not (recreated or journal.has_reached(READ) or journal.has_reached(PAYLOADS_SAVED)):
+    if not (recreated or journal.has_reached(READ, PAYLOADS_SAVED)):
         ctx.cache.clear_saved()
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
@@ -161,14 +161,13 @@ def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
 
 
 def sync_collection(
-    qdrant: Qdrant,
+    ctx: Context,
     collection: str,
-    cache: EmbeddingCache,
+    progress: Progress,
     *,
     memories: Iterable[MemoryRow] | None = None,
     whole: bool = False,
     copied_from: str | None = None,
-    progress: Progress | None = None,
     touched: TemporaryIdTable | None = None,
 ) -> SyncOutcome:
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
@@ -178,7 +177,7 @@ def sync_collection(
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
     to it: then points without a memory are removed, too. `memories` and `touched`: see `changes`.
     """
-    outcome = SyncOutcome()
+    qdrant, cache, outcome = ctx.qdrant, ctx.cache, SyncOutcome()
     with contextlib.ExitStack() as tables:
         names = [collection] if copied_from in (None, collection) else [collection, copied_from]
         read = [tables.enter_context(one) for one in bounded_map(functools.partial(existing_points, qdrant), names, 2)]
@@ -189,8 +188,7 @@ def sync_collection(
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome = SyncOutcome(*map(operator.add, outcome, written))
-            if progress:
-                progress(rows)
+            progress(rows)
     return outcome
 
 

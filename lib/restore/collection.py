@@ -56,6 +56,8 @@ _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.1
 FROM_GRAPH = "or do without it, the graph is enough (if that is lost, too, restore the .rdb alone first):"
 FROM_GRAPH += "\npython scripts/reembed_embeddings.py"
 _LIST_NODES = "list every node's own address:\nexport QDRANT_NODE_URLS=http://node1:6333,http://node2:6333"
+Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
+_SAMPLE = 200
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,6 @@ def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
     return BackupDamaged(f"{backup.path.name} restores without an error, but {how}")
 
 
-Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
-_SAMPLE = 200
-
-
 def _sample(plan: RestorePlan) -> Sample:
     """Points of the trial restore, spread over all the backup's ids."""
     ids = plan.backup.ids
@@ -374,7 +372,7 @@ def is_unverified(journal: Journal) -> bool:
 
 def is_absent(journal: Journal) -> bool:
     """Whether the run deleted the live collection and restored none: the next run uses its trial."""
-    return journal.has_reached(DELETING) and not (journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK))
+    return journal.has_reached(DELETING) and not journal.has_reached(RESTORED, PUT_BACK)
 
 
 def clean_up_collection(target: CollectionSource, journal: Journal, plan: RestorePlan | None = None) -> list[str]:
@@ -394,6 +392,4 @@ def clean_up_collection(target: CollectionSource, journal: Journal, plan: Restor
 
 def aliases_taken_off(journal: Journal) -> list[str]:
     """The aliases that a run, or one that it resumed, took off with the collection and did not put back."""
-    if journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK):
-        return []
-    return list(journal.fact("aliases") or [])
+    return [] if journal.has_reached(RESTORED, PUT_BACK) else list(journal.fact("aliases") or [])

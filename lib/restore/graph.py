@@ -40,6 +40,8 @@ TRIAL_BEGUN, SAFE, SWAPPING, SWAPPED = (
     "switching the graph",
     "graph switched",
 )
+_UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
+UNLOADED = "not loaded by any engine: only its checksum and the versions are verified"
 
 
 def drop_old(target: GraphSource, safety_name: str, journal: Journal, *, unwritten: bool = False) -> Path | None:
@@ -106,10 +108,6 @@ def _saved_digest(journal: Journal) -> str | None:
 def _digest(target: GraphSource, name: str) -> str:
     """The digest of a graph, or "" if it does not exist."""
     return graph_digest(target.conn, name, by_id=True).digest if name in list_graphs(target.conn) else ""
-
-
-_UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
-UNLOADED = "not loaded by any engine: only its checksum and the versions are verified"
 
 
 @dataclass(frozen=True)

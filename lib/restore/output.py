@@ -16,7 +16,7 @@ from lib.dimensions import is_plain, provider_of
 from lib.errors import DONE, listed
 from lib.restore.collection import RestorePlan
 from lib.restore.graph import GraphBackup
-from lib.restore.preflight import Newer, NewerThanBackup, Site, VerifiedFiles, newer_memories, newer_points
+from lib.restore.preflight import Newer, Site, VerifiedFiles, newer_memories, newer_points
 from lib.restore.run import Restored
 from lib.show_config import restart_lines, settings_lines
 
@@ -45,7 +45,7 @@ def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int
         f"would restore, {how}, onto {_stores(site)}:",
         *_plan_lines(document),
         *files.left_out,
-        *newer_lines(NewerThanBackup(memories, points), where),
+        *newer_lines(memories, points, where),
     ]
     console.result(document, "\n".join(text))
     return DONE
@@ -129,19 +129,19 @@ def _newer(found: Newer | None) -> dict[str, Any] | None:
     return None if found is None else {"added": found.added, "changed": found.changed, "ids": found.named}
 
 
-def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
+def newer_lines(memories: Newer | None, points: Newer | None, where: str) -> list[str]:
     """What the stores hold and the backup does not, and where it remains."""
     lines = []
-    for what, component in (("memories", found.graph), ("points", found.collection)):
-        if not component:
+    for what, found in (("memories", memories), ("points", points)):
+        if not found:
             continue
-        changed = f", with another content than in it: {component.changed:,}" if component.changed else ""
-        more = "" if component.added + component.changed <= len(component.named) else ", ..."
+        changed = f", with another content than in it: {found.changed:,}" if found.changed else ""
+        more = "" if found.added + found.changed <= len(found.named) else ", ..."
         lines.append(
-            f"{what} newer than the backup: {component.added:,}{changed} ({listed(component.named)}{more})"
+            f"{what} newer than the backup: {found.added:,}{changed} ({listed(found.named)}{more})"
             f"\n  they remain {where}"
         )
-        if what == "points" and found.graph is None:
+        if found is points and memories is None:
             lines.append(
                 "  and in the graph; this embeds them again:\n  python scripts/reembed_embeddings.py --only-missing"
             )
@@ -174,8 +174,9 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
     if done.safety:
         lines.append(f"the state before: {done.safety.path}")
     saved = done.late_writes or (done.safety.path if done.safety else None)
-    lines += newer_lines(done.newer, f"in {saved}" if saved else "nowhere: there was no safety backup")
-    document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
+    where = f"in {saved}" if saved else "nowhere: there was no safety backup"
+    lines += newer_lines(done.memories, done.points, where)
+    document["newer"] = {"graph": _newer(done.memories), "collection": _newer(done.points)}
     if done.late_writes:
         lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)

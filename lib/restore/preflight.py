@@ -37,6 +37,17 @@ from lib.restore.collection import FROM_GRAPH, Part, RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, Input, Inputs, open_archive, open_bare
 
+_STOP_AUTOMEM = (
+    "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
+    "then run the same command again, and start AutoMem afterwards:\n"
+    "docker compose up -d --force-recreate flask-api\n"
+    "if it is not AutoMem that listens there, or only a proxy answers for it, name AutoMem's own address:\n"
+    "export AUTOMEM_API_URL=http://localhost:8001"
+)
+_NAMED_CLIENTS = 3
+_PAGE = 500
+_NAMED_IDS = 20
+
 
 @dataclass(frozen=True)
 class Site:
@@ -198,15 +209,6 @@ def _warn_left_out(site: Site, backup: GraphBackup, component: GraphComponent | 
             site.notice(f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one")
 
 
-_STOP_AUTOMEM = (
-    "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
-    "then run the same command again, and start AutoMem afterwards:\n"
-    "docker compose up -d --force-recreate flask-api\n"
-    "if it is not AutoMem that listens there, or only a proxy answers for it, name AutoMem's own address:\n"
-    "export AUTOMEM_API_URL=http://localhost:8001"
-)
-
-
 def require_quiet(site: Site, backup: GraphBackup) -> None:
     """Refuse to replace the graph while AutoMem may run: its caches would write values under wrong names.
 
@@ -254,9 +256,6 @@ def _require_same_numbers(site: Site, backup: GraphBackup, text: str) -> None:
         graphs.require_same_numbers(backup)
 
 
-_NAMED_CLIENTS = 3
-
-
 def notify_other_clients(site: Site, target: GraphSource) -> None:
     """Name who else is connected to FalkorDB: clients are not notified that the graph was replaced."""
     try:
@@ -275,10 +274,6 @@ def notify_other_clients(site: Site, target: GraphSource) -> None:
     )
 
 
-_PAGE = 500
-_NAMED_IDS = 20
-
-
 @dataclass(frozen=True)
 class Newer:
     """Of one store: how many ids the backup lacks, of how many it has another content, and the first of these ids."""
@@ -295,14 +290,6 @@ class Newer:
         added, changed = list(added), list(changed)
         named = [*self.named, *map(str, added), *map(str, changed)][:_NAMED_IDS]
         return Newer(self.added + len(added), self.changed + len(changed), named)
-
-
-@dataclass(frozen=True)
-class NewerThanBackup:
-    """What a restore takes away. None: the file does not show it, or there is nothing to replace."""
-
-    graph: Newer | None = None
-    collection: Newer | None = None
 
 
 def newer_memories(backup: GraphBackup) -> Newer | None:

@@ -24,7 +24,6 @@ from lib.restore.collection import RestorePlan, is_absent, plan_restore
 from lib.restore.inputs import open_archive
 from lib.restore.preflight import (
     Newer,
-    NewerThanBackup,
     Site,
     VerifiedFiles,
     newer_memories,
@@ -43,13 +42,15 @@ Undo = Callable[[Manifest | None], str]  # from the safety backup: the commands 
 class Restored:
     """What was done: the safety backup, the file of late writes to the old graph, what an earlier run had left.
 
-    `newer` is what the stores held and the files do not.
+    `memories` and `points` are what the stores held and the files do not. None: the file does not show it, or there was
+    nothing to replace.
     """
 
     safety: Manifest | None
     late_writes: Path | None
     notes: list[str]
-    newer: NewerThanBackup
+    memories: Newer | None
+    points: Newer | None
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,10 @@ class _RunningTrials:
     graph: BackgroundTask[_GraphTrial]
     collection: BackgroundTask[Newer | None]
 
-    def result(self) -> tuple[bytes | None, NewerThanBackup]:
-        """Wait for their ends. Returns the graph's payload, and what the live stores hold and the files do not."""
+    def result(self) -> tuple[bytes | None, Newer | None, Newer | None]:
+        """Wait for their ends. Returns the graph's payload, and the newer memories and points of the live stores."""
         points = self.collection.result()
-        payload, memories = self.graph.result()
-        return payload, NewerThanBackup(memories, points)
+        return *self.graph.result(), points
 
     def watching(self, bar: ProgressBar) -> ProgressBar:
         """Wrap `bar` for the main thread: a trial's error is raised as soon as there is one."""
@@ -102,7 +102,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
                 running.result()  # until then one of the graphs that killed runs left may be needed
             notes = [*left.notes, *_clean_up_graphs(site, left)]
             safety = _safety_backup(site, files, journal, running) if site.safety else None
-            payload, newer = running.result()
+            payload, memories, points = running.result()
         if files.plan:
             journal.append(collections.TRIAL_VERIFIED)
         if files.graph:
@@ -125,7 +125,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
     if site.collection:
         snapshots_left = [one for one in left.journals if one.is_open and _is_clean(one)]
         report_snapshots(site.collection, [*left.awaited, *snapshots_left], site.notice)
-    return Restored(safety, late_writes, notes, newer)
+    return Restored(safety, late_writes, notes, memories, points)
 
 
 def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
@@ -171,7 +171,7 @@ def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
 def _state_before(site: Site, journal: Journal) -> list[str]:
     """Name the safety backup of a killed run that had begun to cut over."""
     name = journal.fact("manifest")
-    if not name or not any(map(journal.has_reached, (collections.DELETING, graphs.SWAPPING))):
+    if not name or not journal.has_reached(collections.DELETING, graphs.SWAPPING):
         return []
     return _reported(site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"])
 

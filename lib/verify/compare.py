@@ -40,6 +40,15 @@ _CLOCK_SKEW = timedelta(hours=1)  # between two machines
 _EXEMPT = {"exempt": True}
 
 Properties = dict[str, Any]
+# Under Cosine, Qdrant and this module normalize in float32: the last bits may differ.
+TOLERANCE = 2e-6
+# 4 bits per number: the least cosine measured over 60 vectors was 0.977 at 48 numbers, 0.992 at 768 (1.19).
+TURBO4_COSINE = 0.97
+# Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
+SAME_MODEL_COSINE = 0.99
+REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+# In the embedding cache: the run id of the migration since which a verification found a vector of another model.
+OTHER_MODEL = "other model since"
 
 
 @dataclass(frozen=True)
@@ -226,12 +235,6 @@ def _is_recallable(properties: Properties, payload: dict[str, Any] | None) -> bo
     return payload is not None and payload.get("content") == content
 
 
-# Under Cosine, Qdrant and this module normalize in float32: the last bits may differ.
-TOLERANCE = 2e-6
-# 4 bits per number: the least cosine measured over 60 vectors was 0.977 at 48 numbers, 0.992 at 768 (1.19).
-TURBO4_COSINE = 0.97
-
-
 def vectors_differ(
     stored: NDArray[np.float32],
     wanted: NDArray[np.float32],
@@ -274,13 +277,6 @@ def _normalized(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.asarray(wide / np.where(lengths == 0, 1.0, lengths))
-
-
-# Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
-SAME_MODEL_COSINE = 0.99
-REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-# In the embedding cache: the run id of the migration since which a verification found a vector of another model.
-OTHER_MODEL = "other model since"
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

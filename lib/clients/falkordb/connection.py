@@ -41,6 +41,8 @@ _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError,
 _QUEUE_FULL = "Max pending queries exceeded"
 NO_KEY = "permissions to access"  # of a user who may send a command, but not about this key
 _QUEUE_SECONDS = 60.0
+# Memory for a reply: nested lists can cost thousands of times their bytes on the wire.
+_SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -334,10 +336,6 @@ def require_graph(conn: redis.Redis, name: str) -> None:
         f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}{did_you_mean(name, graphs)}; {existing}",
         next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md",
     )
-
-
-# Memory for a reply: nested lists can cost thousands of times their bytes on the wire.
-_SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 
 class _BoundedSocket:

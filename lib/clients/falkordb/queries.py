@@ -21,6 +21,21 @@ NOT_UTF8 = "not UTF-8"
 # The key of a vector, or of a list of vectors, which JSON cannot distinguish from lists of doubles.
 VECF32 = "vecf32"
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - FalkorDB's times have no zone
+PAGE_ROWS = 2000
+Row = list[Any]
+# One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
+LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
+TYPES = "CALL db.relationshipTypes() YIELD relationshipType RETURN collect(relationshipType)"
+KEYS = "CALL db.propertyKeys() YIELD propertyKey RETURN collect(propertyKey)"
+MEMORY_LABEL = "Memory"
+IDS_PER_QUERY = 500
+_INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
+_CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
+_INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
+_CONSTRAINTS = (
+    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
+    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
+)
 
 
 def plain_value(cell: list[Any]) -> Any:
@@ -116,10 +131,6 @@ def _duration(end: datetime) -> str:
     return f"P{day}{'T' + clock if clock else ''}" if day or clock else "PT0S"
 
 
-PAGE_ROWS = 2000
-Row = list[Any]
-
-
 @dataclass(frozen=True)
 class Window:
     """A query over a range of ids: `match` binds $low and $high, `more` finds whether any id is at or above $low.
@@ -186,12 +197,6 @@ def several_rows(conn: redis.Redis, graph: str, queries: Sequence[str]) -> list[
 def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
     """Return how many of `rows` rows the server returns: fewer if RESULTSET_SIZE cuts the result."""
     return len(raw_rows(conn, graph, f"UNWIND range(1, {rows}) AS x RETURN x"))
-
-
-# One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
-LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
-TYPES = "CALL db.relationshipTypes() YIELD relationshipType RETURN collect(relationshipType)"
-KEYS = "CALL db.propertyKeys() YIELD propertyKey RETURN collect(propertyKey)"
 
 
 def names(conn: redis.Redis, graph: str, query: str) -> list[str]:
@@ -261,17 +266,6 @@ class _PageReader:
                 self.span_limit = max(1, self.uncut)
                 return None
         return rows
-
-
-MEMORY_LABEL = "Memory"
-IDS_PER_QUERY = 500
-_INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
-_CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
-_INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
-_CONSTRAINTS = (
-    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
-    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
-)
 
 
 @dataclass(frozen=True)
