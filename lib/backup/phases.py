@@ -214,27 +214,14 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
     return None
 
 
-def restored_since(folder: Path, migration: Journal) -> bool:
+def restored_since(migration: Journal) -> bool:
     """Whether a restore of the collection finished after this migration."""
-    journals = map(read_journal, folder.glob("journal_*_restore.jsonl"))
+    journals = map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
     return any(
         one.run_id > migration.run_id and one.fact("temporary_collection") and not one.is_open
         for one in journals
         if one and one.targets == migration.targets
     )
-
-
-def may_mix_models(folder: Path, targets: list[str], spec: EmbeddingSpec, reported: str | None) -> bool:
-    """Whether AutoMem may have written vectors of another model since the last migration, which was to `spec`.
-
-    If the size stayed, it does so until it is restarted, and no dimension check notices. `reported`: the run id
-    of a migration since which a verification found such a vector; void after a restore.
-    """
-    journal = last_migration(folder, targets)
-    if journal is None or journal.fact("spec") != spec_as_json(spec):
-        return False
-    kept = journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size
-    return bool(kept) or (reported == journal.run_id and not restored_since(folder, journal))
 
 
 def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:

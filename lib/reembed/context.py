@@ -78,9 +78,17 @@ def is_fresh(ctx: Context) -> bool:
 
 
 def may_mix_models(ctx: Context) -> bool:
-    """Return whether points may have vectors of another model, so that `--only-missing` compares every vector."""
-    reported = ctx.cache.get_meta(OTHER_MODEL)
-    return phases.may_mix_models(ctx.folder, ctx.targets, ctx.spec, reported)
+    """Return whether AutoMem may have written vectors of another model since the last migration to this `spec`.
+
+    If that kept the size, AutoMem does so until it is restarted, and no dimension check notices. Otherwise, if a
+    verification found such a vector, and no restore has replaced the collection since.
+    """
+    last = phases.last_migration(ctx.folder, ctx.targets)
+    if last is None or last.fact("spec") != phases.spec_as_json(ctx.spec):
+        return False
+    has_same_size = last.fact("settings")["config"]["params"]["vectors"].get("size") == ctx.spec.size
+    reported = ctx.cache.get_meta(OTHER_MODEL) == last.run_id
+    return bool(has_same_size) or (reported and not phases.restored_since(last))
 
 
 def must_forget(ctx: Context) -> bool:

@@ -147,7 +147,7 @@ def _undo_set(ctx: Context, manifest: Manifest | None) -> Manifest | None:
     last = phases.last_migration(ctx.folder, ctx.targets)
     if manifest is None or manifest.collection is None or last is None or not last.has_reached(phases.VERIFIED):
         return manifest
-    if exists(ctx.qdrant, ctx.collection) or phases.restored_since(ctx.folder, last):
+    if exists(ctx.qdrant, ctx.collection) or phases.restored_since(last):
         return manifest
     return manifest if manifest.collection.size == (last.fact("spec") or {}).get("size") else None
 

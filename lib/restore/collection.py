@@ -25,7 +25,6 @@ from lib.clients.qdrant.collection import (
     exists,
     get_state,
     health,
-    list_collections,
     put_fan_out,
     restore_aliases,
 )
@@ -136,7 +135,7 @@ class RestorePlan:
         The server lists them only while a collection of that name exists, so an empty one is created for the moment.
         """
         qdrant, name = self.target.qdrant, self.trial
-        if name in list_collections(qdrant):
+        if exists(qdrant, name):
             return
         create_small(qdrant, name)
         try:
@@ -288,7 +287,7 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
     qdrant, name = plan.target.qdrant, plan.trial
-    if name not in list_collections(qdrant):
+    if not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.
         foreign = snapshots.restorable(str(plan.backup.archive.facts["server"]["version"]), qdrant.version())
         try:
@@ -382,7 +381,7 @@ def clean_up_collection(target: CollectionSource, journal: Journal, plan: Restor
         with suppress(StoreFailed):  # if it fails in the end, this run replaces it
             wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
     name = journal.fact("temporary_collection")
-    if name is None or name not in list_collections(qdrant):
+    if name is None or not exists(qdrant, name):
         return []
     if plan and journal.has_reached(TRIAL_VERIFIED) and name == plan.trial:
         return [f"resuming from {name}, which an earlier run verified"]

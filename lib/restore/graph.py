@@ -220,14 +220,14 @@ def trial_restore(backup: GraphBackup, temporary: str) -> bytes:
         assert payload is not None
         require_readable(target.conn, payload, temporary)
         return payload
-    copy = dump_as(scratch.conn, target.graph, temporary)
     with ThreadPoolExecutor(1) as background:
         dumped: list[Future[bytes]] = []
 
         def dump() -> None:  # while the target's copy is read; so only one payload at a time is in memory
             dumped.append(background.submit(dump_separately, scratch.address, target.graph))
 
-        verify_acceptance(target.conn, copy, temporary, backup.digest, dump)
+        # The payload has no name here: `verify_acceptance` alone holds it.
+        verify_acceptance(target.conn, dump_as(scratch.conn, target.graph, temporary), temporary, backup.digest, dump)
         return dumped[0].result()
 
 

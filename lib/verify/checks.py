@@ -300,7 +300,7 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
     if likeness >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
     last = last_migration(stores.folder, stores.targets)
-    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(stores.folder, last) else _ONLY_MISSING
+    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(last) else _ONLY_MISSING
     remedy = f"{_RESTART}\nthen replace the vectors that it made:\n{replace_them}"
     return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 
