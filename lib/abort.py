@@ -64,34 +64,27 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     return done
 
 
-def abort_restore(
-    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
-) -> Aborted:
+def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path, targets: list[str]) -> Aborted:
     """Give up the restores of these stores. Raises GuardRefused before anything is removed."""
-    done = Aborted()
+    qdrant, name, done = collection.qdrant, collection.collection, Aborted()
     journals = open_journals(folder, targets, RESTORE)
     for journal in journals:
-        if collection:
-            _require_restored(collection.qdrant, collection.collection, journal)
+        _require_restored(qdrant, name, journal)
     for journal in journals:
         aliases = collections.aliases_taken_off(journal)
-        if collection:
-            clean_up_backup(collection, journal)
-            done.removed += collections.clean_up_collection(collection, journal)
-            done.left += [
-                f"perhaps a snapshot of that run on the server; delete it: {one}"
-                for one in snapshot_deletions(collection, journal)
-            ]
-        if graph:
-            done.removed += clean_up_graph(graph, journal)
+        clean_up_backup(collection, journal)
+        done.removed += collections.clean_up_collection(collection, journal)
+        left = snapshot_deletions(collection, journal)
+        done.left += [f"perhaps a snapshot of that run on the server; delete it: {one}" for one in left]
+        done.removed += clean_up_graph(graph, journal)
         if aliases:
             done.left.append(f"aliases that the restore removed: {', '.join(aliases)}")
         if journal.fact("manifest"):
             done.left.append(f"the safety backup: {folder / str(journal.fact('manifest'))}")
         if journal.is_open:
             _close(journal, done)
-    if journals and collection:
-        done.left.append(_live(collection.qdrant, collection.collection))
+    if journals:
+        done.left.append(_live(qdrant, name))
     return done
 
 

@@ -40,7 +40,7 @@ from lib.reembed.context import (
 )
 from lib.reembed.plan import Scan, memories_now, only_live_ids, scan_graph
 from lib.reembed.sync import missing_of
-from lib.verify.compare import different_vectors
+from lib.verify.compare import ONLY_MISSING, different_vectors
 
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.
@@ -53,7 +53,6 @@ _EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
 _ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 _SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
-_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
 
 class Live(NamedTuple):
@@ -422,9 +421,9 @@ def undo_of(manifest: Manifest | None, *, named: bool) -> str:
         lines += [
             "  # The backup does not record the model of the old vectors. Set it, then add newer memories:",
             "  # export EMBEDDING_MODEL=...",
-            f"  # {_ONLY_MISSING}",
+            f"  # {ONLY_MISSING}",
         ]
     else:
         settings = model_settings(component.provider, component.model, named=named)
-        lines += [*(f"  export {name}={quote(value)}" for name, value in settings.items()), f"  {_ONLY_MISSING}"]
+        lines += [*(f"  export {name}={quote(value)}" for name, value in settings.items()), f"  {ONLY_MISSING}"]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from lib.backup.archive import SnapshotMember
 from lib.backup.collection import CollectionSource
 from lib.backup.points import existing_points, orphan_ids
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.cluster import peers_of, wait_active
+from lib.clients.qdrant.cluster import LIST_NODES, peers_of, wait_active
 from lib.clients.qdrant.collection import (
     aliases_of,
     create_small,
@@ -54,7 +54,6 @@ _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although it
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
 FROM_GRAPH = "or do without it, the graph is enough (if that is lost, too, restore the .rdb alone first):"
 FROM_GRAPH += "\npython scripts/reembed_embeddings.py"
-_LIST_NODES = "list every node's own address:\nexport QDRANT_NODE_URLS=http://node1:6333,http://node2:6333"
 Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
 _SAMPLE = 200
 
@@ -205,7 +204,7 @@ def _nodes_of(backup: CollectionBackup, target: CollectionSource, count: int) ->
         raise UsageProblem(
             f"{backup.path.name} holds the snapshots of {count} Qdrant nodes, and QDRANT_NODE_URLS lists none to"
             " restore them to",
-            next_step=_LIST_NODES,
+            next_step=LIST_NODES,
         )
     found: dict[int, Qdrant] = {}
     for node in target.nodes or (target.qdrant,):

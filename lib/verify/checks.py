@@ -28,6 +28,7 @@ from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, 
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
 from lib.verify.compare import (
+    ONLY_MISSING,
     OTHER_MODEL,
     REPLACE_ALL,
     SAME_MODEL_COSINE,
@@ -52,7 +53,6 @@ _SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 _FEW_VECTORS, _SHARE = 10, 0.05
 _COMPARED = "text and vector compared with AutoMem's"
 
-_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _LOST_GRAPH = "the graph holds no memory: if it is lost, docs/worst-day.md has the next steps"
 _BACKUP = "python scripts/backup_automem.py"
 _RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
@@ -90,7 +90,7 @@ def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> C
     put = curl_line(qdrant, "PUT", state.name) + " -H 'content-type: application/json' -d "
     put += quote(json.dumps({"vectors": {"size": state.size, "distance": "Cosine"}}))
     remedy = "a re-embed keeps the distance; this changes it, and loses payload keys that only points have:\n"
-    remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, _ONLY_MISSING))
+    remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, ONLY_MISSING))
     return Check("size and distance", FAILED, f"{detail}, AutoMem uses Cosine", remedy)
 
 
@@ -156,7 +156,7 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
     strict = after_restart or not have_plan
-    remedy = _ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
+    remedy = ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
     return [_check_differences(*row, remedy, strict=strict) for row in rows]
 
 
@@ -300,7 +300,7 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
     if likeness >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
     last = last_migration(stores.folder, stores.targets)
-    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(last) else _ONLY_MISSING
+    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(last) else ONLY_MISSING
     remedy = f"{_RESTART}\nthen replace the vectors that it made:\n{replace_them}"
     return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 

@@ -46,6 +46,7 @@ TOLERANCE = 2e-6
 TURBO4_COSINE = 0.97
 # Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
 SAME_MODEL_COSINE = 0.99
+ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
 # In the embedding cache: the run id of the migration since which a verification found a vector of another model.
 OTHER_MODEL = "other model since"
