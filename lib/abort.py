@@ -22,7 +22,6 @@ from lib.backup.phases import (
 from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import get_state, health
-from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
@@ -48,17 +47,16 @@ class Aborted:
 
 def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: list[str]) -> Aborted:
     """Give up the re-embeddings and spot checks of these stores. Raises GuardRefused before anything is removed."""
-    from lib.reembed import quality  # imports numpy, which a backup does not load
-    from lib.reembed.context import mark_fresh
+    from lib.reembed.context import mark_fresh  # imports numpy, which a backup does not load
+    from lib.reembed.quality import SPOT_CHECK, remove_plan
 
     name, done = collection_of(targets), Aborted()
-    journals = open_journals(folder, targets, COMMAND, quality.SPOT_CHECK)
+    journals = open_journals(folder, targets, COMMAND, SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
-        done.removed += remove_staged(qdrant, folder, journal)
-        if journal.command == quality.SPOT_CHECK:
-            quality.remove_plan(cache, journal)
+        done.removed += remove_staged(qdrant, journal)
+        remove_plan(cache, journal)
         _close(journal, done)
     if journals:
         mark_fresh(cache, None)  # the next --fresh pays again
@@ -66,34 +64,27 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     return done
 
 
-def abort_restore(
-    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
-) -> Aborted:
+def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path, targets: list[str]) -> Aborted:
     """Give up the restores of these stores. Raises GuardRefused before anything is removed."""
-    done = Aborted()
+    qdrant, name, done = collection.qdrant, collection.collection, Aborted()
     journals = open_journals(folder, targets, RESTORE)
     for journal in journals:
-        if collection:
-            _require_restored(collection.qdrant, collection.collection, journal)
+        _require_restored(qdrant, name, journal)
     for journal in journals:
         aliases = collections.aliases_taken_off(journal)
-        if collection:
-            clean_up_backup(folder, collection, journal)
-            done.removed += collections.clean_up_collection(collection, journal)
-            done.left += [
-                f"perhaps a snapshot of that run on the server; delete it: {one}"
-                for one in snapshot_deletions(collection, journal)
-            ]
-        if graph:
-            done.removed += clean_up_graph(graph, journal, folder)
+        clean_up_backup(collection, journal)
+        done.removed += collections.clean_up_collection(collection, journal)
+        left = snapshot_deletions(collection, journal)
+        done.left += [f"perhaps a snapshot of that run on the server; delete it: {one}" for one in left]
+        done.removed += clean_up_graph(graph, journal)
         if aliases:
             done.left.append(f"aliases that the restore removed: {', '.join(aliases)}")
         if journal.fact("manifest"):
             done.left.append(f"the safety backup: {folder / str(journal.fact('manifest'))}")
         if journal.is_open:
             _close(journal, done)
-    if journals and collection:
-        done.left.append(_live(collection.qdrant, collection.collection))
+    if journals:
+        done.left.append(_live(qdrant, name))
     return done
 
 
@@ -102,16 +93,16 @@ def clean_up_untouched(
 ) -> None:
     """Clean up after stopped restores that touched no live store; close journals that name nothing in other stores."""
     for journal in open_journals(folder, targets, RESTORE):
-        if journal.has_reached(collections.DELETING) or journal.has_reached(SWAPPING):
+        if journal.has_reached(collections.DELETING, SWAPPING):
             continue
         temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
         if (temporary and not collection) or (temporary_graph and not graph):
             continue
-        clean = clean_up_backup(folder, collection, journal)
-        if collection and temporary:
-            delete_with_snapshots(collection.qdrant, temporary, collection.nodes)
-        if graph and temporary_graph:
-            clean_up_graph(graph, journal, folder)
+        clean = clean_up_backup(collection, journal)
+        if collection:
+            collections.clean_up_collection(collection, journal)
+        if graph:
+            clean_up_graph(graph, journal)
         if not clean:
             journal.append(AWAITED)  # for the next backup, which names the snapshot
         elif journal.is_open:
@@ -135,7 +126,7 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
     if not journal.has_reached(DELETING):
         return
     if health(qdrant, name) == "live":
-        if journal.has_reached(STAGED_RESTORED) or journal.has_reached(VERIFIED):
+        if journal.has_reached(STAGED_RESTORED, VERIFIED):
             return
         before, state = journal.fact("settings") or {}, get_state(qdrant, name)
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")

@@ -40,6 +40,9 @@ done
 """
 # A child sends its process id before it becomes the server, so a kill at any moment leaves no server behind.
 _CHILD = 'echo $$; exec "$@" >"$0" 2>&1'
+_MEMINFO = Path("/proc/meminfo")
+_CGROUPS = Path("/sys/fs/cgroup")
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 512 * 1024  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def child_environment() -> dict[str, str]:
@@ -95,9 +98,9 @@ def _system_folder() -> Path:
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchFolder]:
-    """Make a new folder (0700) in `parent` (default: the system's); removed when the block or this process ends."""
-    folder = (parent or _system_folder()) / f"{prefix}{secrets.token_hex(4)}"
+def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
+    """Make a new folder (0700) among the system's temporary files; removed when the block or this process ends."""
+    folder = _system_folder() / f"{prefix}{secrets.token_hex(4)}"
     watchdog = subprocess.Popen(
         ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)],
         stdin=subprocess.PIPE,
@@ -111,10 +114,6 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[ScratchF
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         watchdog.communicate(b"done\n")
-
-
-_MEMINFO = Path("/proc/meminfo")
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def physical_memory() -> int:
@@ -141,9 +140,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 512 * 1024  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def unmap_large_blocks() -> None:

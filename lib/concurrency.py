@@ -16,6 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int], None]  # gets the number of things done since the last call
 ProgressBar = Callable[[str, "int | None", str], "AbstractContextManager[Progress]"]  # title, total, unit
+_MOST_WAITING = 8  # pieces; each is at most a megabyte
 
 
 def steps_of(progress: Progress) -> Callable[[int], None]:
@@ -170,9 +171,6 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             following = pool.submit(lambda: list(islice(items, 1)))
             yield one[0]
             one = following.result()
-
-
-_MOST_WAITING = 8  # pieces; each is at most a megabyte
 
 
 class BackgroundWriter:

@@ -17,6 +17,10 @@ DEFAULT = "default"
 _LARGEST, _NO_ENV = 256 << 10, "it is not a .env: too large, or not text"
 # Programs that are run: only the environment and the checkout's own .env may name them.
 _PROGRAMS = ("FALKORDB_SCRATCH_SERVER", "FALKORDB_SCRATCH_MODULE")
+# Names of AutoMem, of the tests and of other programs that resemble a setting.
+_OTHERS = {"AUTOMEM_ENV_FILE", "QDRANT_TEST_URL", "QDRANT_TEST_SERVER", "FALKORDB_TEST_URL"}
+_OTHERS |= {"OPENAI_API_KEYS", "OLLAMA_MODELS"}
+_RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDRANT_PORT: 0.81
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,6 @@ def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, 
                 f" put {name} on a separate line"
             )
     return faults
-
-
-# Names of AutoMem, of the tests and of other programs that resemble a setting.
-_OTHERS = {"AUTOMEM_ENV_FILE", "QDRANT_TEST_URL", "QDRANT_TEST_SERVER", "FALKORDB_TEST_URL"}
-_OTHERS |= {"OPENAI_API_KEYS", "OLLAMA_MODELS"}
-_RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDRANT_PORT: 0.81
 
 
 def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> list[str]:

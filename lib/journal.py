@@ -70,6 +70,11 @@ class Journal:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def folder(self) -> Path:
+        """The backup folder of the run."""
+        return self.path.parent
+
+    @property
     def run_id(self) -> str:
         """The run's id, part of every name that it creates on a server."""
         return str(self.entries[0]["run_id"])
@@ -113,9 +118,13 @@ class Journal:
                 return entry[name]
         return None
 
-    def has_reached(self, phase: str) -> bool:
-        """Return whether `phase` has been entered."""
-        return any(entry["phase"] == phase for entry in self.entries)
+    def has_reached(self, *phases: str) -> bool:
+        """Return whether one of `phases` has been entered."""
+        return any(entry["phase"] in phases for entry in self.entries)
+
+    def times(self, phase: str) -> list[datetime]:
+        """Return when the run entered `phase`, each time."""
+        return [datetime.fromisoformat(str(entry["at"])) for entry in self.entries if entry["phase"] == phase]
 
     def append(self, phase: str, **facts: object) -> None:
         """Write an entry; it is on the disk when this returns."""

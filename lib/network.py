@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 _PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".ts.net")
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to connect to
+PIECE_BYTES = 64 << 10  # received at a time; an inflated piece is at most 1,000 times larger
+# One layer only: a second one could inflate each piece a thousand times again.
+_ENCODINGS = {"", "identity", "gzip", "deflate"}
 
 
 def canonical_host(host: str) -> str:
@@ -83,11 +86,6 @@ def without_password(url: str) -> str:
     if scheme == "sftp" or (scheme in {"az", "abfs", "abfss", "file"} and user == login):
         return f"{start}://{user}{at}{place}"
     return without_login(url)
-
-
-PIECE_BYTES = 64 << 10  # received at a time; an inflated piece is at most 1,000 times larger
-# One layer only: a second one could inflate each piece a thousand times again.
-_ENCODINGS = {"", "identity", "gzip", "deflate"}
 
 
 class Unbounded(Exception):

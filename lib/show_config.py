@@ -98,7 +98,7 @@ def _live_graph(config: Config) -> str:
     from lib.clients.falkordb.queries import counts
 
     source = connect.open_graph(config)
-    require_graph(source.conn, source.graph, source.address)
+    require_graph(source.conn, source.graph)
     seen = counts(source.conn, source.graph)
     return f"'{source.graph}': {seen.nodes:,} nodes, {seen.relationships:,} relationships"
 

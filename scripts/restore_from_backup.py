@@ -117,9 +117,9 @@ def restore(config: Config, console: Console, inputs: Inputs, args: argparse.Nam
     with ExitStack() as stack:
         verified = verify_files(site, inputs, stack)
         try:
-            if verified.graph and site.graph:
-                notify_other_clients(site, site.graph)
-                require_quiet(site, verified.graph, site.graph)
+            if verified.graph:
+                notify_other_clients(site, verified.graph.target)
+                require_quiet(site, verified.graph)
         except UsageProblem as error:
             if not args.dry_run:
                 raise

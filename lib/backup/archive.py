@@ -34,6 +34,10 @@ _REQUIRED = {"collection", "config", "snapshot_size", "snapshot_sha256", "promis
 
 SnapshotReader = Callable[[IO[bytes]], object]
 IdsReader = Callable[[Iterator[str]], object]
+BLOCK_BYTES, _TRIED_BYTES = 1 << 20, 1 << 16
+_LEVEL, _WORTH = 1, 0.85  # deflate brings random floats to 0.92, and takes four times as long as storing them
+_PADDING_BYTES = 1024  # the end of a tar, which gets no gzip member of its own
+_GZIP = 31  # zlib's name for a gzip header and trailer around the deflated bytes
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,6 @@ class ArchiveFacts:
     def snapshot(self) -> SnapshotMember:
         """All snapshots as one, see `combined`."""
         return combined(self.snapshots)
-
-
-BLOCK_BYTES, _TRIED_BYTES = 1 << 20, 1 << 16
-_LEVEL, _WORTH = 1, 0.85  # deflate brings random floats to 0.92, and takes four times as long as storing them
-_PADDING_BYTES = 1024  # the end of a tar, which gets no gzip member of its own
-_GZIP = 31  # zlib's name for a gzip header and trailer around the deflated bytes
 
 
 class GzipBlocks:

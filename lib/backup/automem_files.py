@@ -36,6 +36,8 @@ _IN_TAR = re.compile(rb"(?:\./)?(?:falkordb|qdrant)/(?:[^\0]*\.json\.gz)?\0")
 _KINDS = {GRAPH_DIR: GRAPH, COLLECTION_DIR: COLLECTION}
 ANOTHER = "use another backup of AutoMem's"
 T = TypeVar("T")
+_PIECE, _LARGEST_ELEMENT = 1 << 20, 64 << 20
+_FIELD = re.compile(rb'  "([a-z_]+)": (.*?)(,?)\n')
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,6 @@ def _head(path: Path) -> bytes:
         except (OSError, EOFError, zlib.error):
             return b""
     return head
-
-
-_PIECE, _LARGEST_ELEMENT = 1 << 20, 64 << 20
-_FIELD = re.compile(rb'  "([a-z_]+)": (.*?)(,?)\n')
 
 
 class Text:

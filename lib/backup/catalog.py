@@ -26,8 +26,9 @@ _NAMED = 3  # sets that an error lists
 _RESTORE = "python scripts/restore_from_backup.py"
 
 
-def claim_stamp(folder: Path, journal: Journal) -> tuple[str, str]:
+def claim_stamp(journal: Journal) -> tuple[str, str]:
     """Claim a second (UTC) that no set and no unfinished run has, in the journal; returns stamp and ISO time."""
+    folder = journal.folder
     while True:
         with contextlib.suppress(LockHeld), lock_targets([f"stamps of {folder.resolve()}"]):
             now = datetime.now(timezone.utc).replace(microsecond=0)
@@ -50,9 +51,9 @@ def _claimed(journal: Journal) -> str:
     return stamp if isinstance(stamp, str) else ""
 
 
-def remove_unfinished(folder: Path, journal: Journal) -> None:
+def remove_unfinished(journal: Journal) -> None:
     """Remove the files of the run's own set, unless a manifest names them."""
-    stamp = _claimed(journal)
+    folder, stamp = journal.folder, _claimed(journal)
     if not stamp:
         return
     found = _files_below(folder, f"*_{stamp}.*{PARTIAL}")

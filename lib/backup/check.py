@@ -31,6 +31,8 @@ from lib.journal import STAMP, STAMP_FORMAT
 
 _GZIP = b"\x1f\x8b"
 RDB, ARCHIVE, SNAPSHOT, MANIFEST, AUTOMEM = "rdb", "archive", "snapshot", "manifest", "AutoMem's"
+LATEST = "latest"
+_SET_FILE = re.compile(rf".+_({STAMP})\.[a-z.]+")
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,6 @@ def _verify_automems(source: AutoMemFile) -> FileVerification:
     except BackupDamaged as error:
         return FileVerification(source.display, "damaged", fault=str(error))
     return FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}")
-
-
-LATEST = "latest"
-_SET_FILE = re.compile(rf".+_({STAMP})\.[a-z.]+")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ from lib.files import FULL_DISK, free_bytes, private_dir
 from lib.journal import Journal
 
 _RESERVE_BYTES = 64 << 20  # what stays free in the temporary folder
+STAMP_KEY = "automem_migration"
+_GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072: "text-embedding-3-large"}
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,6 @@ def _incomplete(path: Path) -> BackupDamaged:
     return BackupDamaged(f"{path}: its collection.json is incomplete")
 
 
-STAMP_KEY = "automem_migration"
-_GUESSES = {768: "text-embedding-3-small", 1536: "text-embedding-3-small", 3072: "text-embedding-3-large"}
-
-
 @dataclass(frozen=True)
 class CollectionSource:
     """An opened Qdrant, the collection in it, and what the configuration says of its vectors.
@@ -275,7 +273,6 @@ def require_whole(source: CollectionSource) -> list[Node]:
 
 def take_collection(
     source: CollectionSource,
-    folder: Path,
     stamp: str,
     journal: Journal,
     *,
@@ -284,7 +281,7 @@ def take_collection(
     ids: TemporaryIdTable | None = None,
     before_ids: Callable[[], object] = lambda: None,
 ) -> CollectionComponent:
-    """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below `folder` and verify it.
+    """Write `qdrant/qdrant_snapshot_<stamp>.tar.gz` below the journal's folder and verify it.
 
     If the archive is verified, `ids` is filled with the expected ids. `before_ids` is called before the first id is
     read. Raises MissingData if the collection is absent, BackupDamaged, and like `whole_nodes` if the snapshots would
@@ -292,8 +289,8 @@ def take_collection(
     """
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
-    path = private_dir(folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
-    journalled = journalled_stamp(folder, journal.targets[-1], state.size)
+    path = private_dir(journal.folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
+    journalled = journalled_stamp(journal.folder, journal.targets[-1], state.size)
     facts: dict[str, Any] = {
         "collection": source.collection,
         "server": {"address": source.qdrant.display, "version": source.qdrant.version()},

@@ -23,6 +23,7 @@ from lib.backup.manifest import (
     checking_file,
     require_equal,
 )
+from lib.backup.points import TemporaryIdTable, ids_for_points
 from lib.child_process import free_memory
 from lib.clients.falkordb.connection import (
     GraphAddress,
@@ -87,17 +88,20 @@ def verify_graph(
     engines: list[Engine],
     *,
     stop: CancelToken | None = None,
-    on_loaded: Callable[[redis.Redis], None] | None = None,
+    ids: TemporaryIdTable | None = None,
 ) -> GraphVerification:
-    """Verify an RDB as far as this machine can. `on_loaded` gets the scratch server with it. Raises BackupDamaged."""
+    """Verify an RDB as far as this machine can. Raises BackupDamaged.
+
+    If it is loaded, `ids` is filled with the ids of its memories that should have a point.
+    """
     facts = inspect_backup(path, component.file)
     compare_rdb(path, component, facts)
     try:
         engine, why_not = engine_for(facts, engines, None), machine_lacks(facts)
         if not why_not:
             with loaded_graph(path, component.graph, engine, facts, component=component, stop=stop) as (found, scratch):
-                if on_loaded:
-                    on_loaded(scratch.conn)
+                if ids is not None:
+                    ids.fill(ids_for_points(scratch.conn, component.graph))
                 return found
     except NoEngine as error:
         why_not = f"{error}; {one_line(error.next_step)}"
@@ -206,15 +210,15 @@ def take_graph(
     at_once: bool = False,
     progress: Progress = lambda _size: None,
     stop: CancelToken | None = None,
-    on_loaded: Callable[[redis.Redis], None] | None = None,
+    ids: TemporaryIdTable | None = None,
 ) -> GraphComponent:
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The graph is saved as it was at the first call of `progress`. `at_once`: with DUMP, which blocks the server for a
-    moment, because a server waits 5 s by default before it sends an RDB. `on_loaded` gets the scratch server that has
-    loaded the file. Raises MissingData if the graph is absent, BackupDamaged.
+    moment, because a server waits 5 s by default before it sends an RDB. `ids`: see
+    `verify_graph`. Raises MissingData if the graph is absent, BackupDamaged.
     """
-    require_graph(source.conn, source.graph, source.address)
+    require_graph(source.conn, source.graph)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
@@ -232,7 +236,7 @@ def take_graph(
         **contents,
     )
     if verify:
-        found = verify_graph(path, component, engines, stop=stop, on_loaded=on_loaded)
+        found = verify_graph(path, component, engines, stop=stop, ids=ids)
         component = replace(component, proof=found.level, proof_note=found.note, **found.contents)
     if why_dump:
         component = replace(component, proof_note=f"{component.proof_note}; taken with DUMP: {why_dump}")

@@ -133,8 +133,7 @@ def report_snapshots(source: CollectionSource, left: Sequence[Journal], notice: 
     for journal in left:
         found = snapshot_deletions(source, journal)
         commands += found
-        asked = next(entry["at"] for entry in reversed(journal.entries) if entry["phase"] == ANNOUNCED)
-        if found or datetime.now(timezone.utc) - datetime.fromisoformat(asked) > _MAKING:
+        if found or datetime.now(timezone.utc) - journal.times(ANNOUNCED)[-1] > _MAKING:
             journal.close("cleaned up by the next run")
         elif journal.phase != AWAITED:
             journal.append(AWAITED)
@@ -181,8 +180,8 @@ def snapshot_file(folder: Path, staged: str) -> Path:
     return folder / catalog.CACHE_DIR / f"{staged}.snapshot.partial"
 
 
-def remove_staged(qdrant: Qdrant, folder: Path, journal: Journal) -> list[str]:
-    """Delete what a re-embedding staged, with its snapshot in the folder, or a spot check's collection.
+def remove_staged(qdrant: Qdrant, journal: Journal) -> list[str]:
+    """Delete what a re-embedding staged, with its snapshot in the backup folder, or a spot check's collection.
 
     Returns what was removed.
     """
@@ -191,7 +190,7 @@ def remove_staged(qdrant: Qdrant, folder: Path, journal: Journal) -> list[str]:
         return []
     found = exists(qdrant, staged)
     delete_with_snapshots(qdrant, staged)
-    snapshot_file(folder, staged).unlink(missing_ok=True)
+    snapshot_file(journal.folder, staged).unlink(missing_ok=True)
     return [f"collection {staged}"] if found else []
 
 
@@ -215,40 +214,14 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
     return None
 
 
-def restored_since(folder: Path, migration: Journal) -> bool:
+def restored_since(migration: Journal) -> bool:
     """Whether a restore of the collection finished after this migration."""
-    journals = map(read_journal, folder.glob("journal_*_restore.jsonl"))
+    journals = map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
     return any(
         one.run_id > migration.run_id and one.fact("temporary_collection") and not one.is_open
         for one in journals
         if one and one.targets == migration.targets
     )
-
-
-def verified_at(folder: Path, targets: list[str]) -> datetime | None:
-    """When the last migration verified its result, or None."""
-    journal = last_migration(folder, targets)
-    moments = [entry["at"] for entry in journal.entries if entry["phase"] == VERIFIED] if journal else []
-    return datetime.fromisoformat(moments[-1]) if moments else None
-
-
-def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:
-    """The collection's raw info before its last migration."""
-    journal = last_migration(folder, targets)
-    return journal.fact("settings") if journal else None
-
-
-def may_mix_models(folder: Path, targets: list[str], spec: EmbeddingSpec, reported: str | None) -> bool:
-    """Whether AutoMem may have written vectors of another model since the last migration, which was to `spec`.
-
-    If the size stayed, it does so until it is restarted, and no dimension check notices. `reported`: the run id
-    of a migration since which a verification found such a vector; void after a restore.
-    """
-    journal = last_migration(folder, targets)
-    if journal is None or journal.fact("spec") != spec_as_json(spec):
-        return False
-    kept = journal.fact("settings")["config"]["params"]["vectors"].get("size") == spec.size
-    return bool(kept) or (reported == journal.run_id and not restored_since(folder, journal))
 
 
 def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:
@@ -261,7 +234,7 @@ def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]
         journal = read_journal(path)
         if journal is None or journal.targets[-1:] != [collection]:
             continue
-        if any(map(journal.has_reached, (DELETING, RESTORING_STAGED, CREATED))):
+        if journal.has_reached(DELETING, RESTORING_STAGED, CREATED):
             finished = journal.command == COMMAND and journal.has_reached(VERIFIED)
             stamp = journal.fact("stamp") if finished else None
             made = next(iter(stamp.values())) if isinstance(stamp, dict) else {}

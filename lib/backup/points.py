@@ -15,9 +15,10 @@ from shlex import quote
 from typing import Any
 
 import orjson
+import redis
 
 from lib.clients.embeddings.cache_file import chunks, marks
-from lib.clients.falkordb.queries import NOT_UTF8, is_vector, plain, unreadable
+from lib.clients.falkordb.queries import NOT_UTF8, is_vector, iter_memories, plain, unreadable
 from lib.clients.qdrant.points import PAGE, Point, PointId, limits_reads, retrieve_pages, scroll
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import read_ahead
@@ -253,6 +254,14 @@ def unusable(properties: Mapping[str, Any]) -> str | None:
     if not isinstance(content, str):
         return NOT_TEXT.format(kind=_KINDS[type(plain(content))])
     return None if point_id(properties.get("id")) is not None else BAD_ID
+
+
+def ids_for_points(conn: redis.Redis, graph: str) -> Iterator[PointId]:
+    """The ids of the memories that should have a point."""
+    for node in iter_memories(conn, graph, keys=("id", "content")):
+        identity = point_id(node.properties.get("id"))
+        if identity is not None and not unusable(node.properties):
+            yield identity
 
 
 def spellings(identity: PointId) -> list[str | int]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-
-import redis
 
 from lib.backup.archive import read_archive
 from lib.backup.catalog import claim_stamp, remove_unfinished
@@ -16,13 +14,11 @@ from lib.backup.collection import CollectionSource, take_collection
 from lib.backup.graph import GraphSource, take_graph
 from lib.backup.manifest import BACKUP, SAFETY, CollectionComponent, Drift, GraphComponent, Manifest, write_manifest
 from lib.backup.phases import AWAITED, remove_named_snapshots, removed, report_snapshots
-from lib.backup.points import TemporaryIdTable, as_id, orphan_ids, point_id, unusable
+from lib.backup.points import TemporaryIdTable, as_id, ids_for_points, orphan_ids
 from lib.clients.falkordb.connection import require_graph
-from lib.clients.falkordb.queries import iter_memories
 from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import memory_used
 from lib.clients.qdrant.collection import get_state
-from lib.clients.qdrant.points import PointId
 from lib.concurrency import BackgroundTask, ProgressBar
 from lib.errors import AccessRefused
 from lib.files import private_dir, require_room
@@ -31,22 +27,15 @@ from lib.journal import Journal, open_journals, start_journal
 _EXAMPLES = 20
 
 
-def ids_for_points(conn: redis.Redis, graph: str) -> Iterator[PointId]:
-    """The ids of the memories that should have a point."""
-    for node in iter_memories(conn, graph, keys=("id", "content")):
-        identity = point_id(node.properties.get("id"))
-        if identity is not None and not unusable(node.properties):
-            yield identity
-
-
 _RDB_SHARE = 4  # assumed: an RDB took 1/5 to 1/20 of the server's memory on 4.16.3 and 4.22.1
 _LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed while writing
+COMMAND = "backup"
 
 
 def require_sources(graph: GraphSource | None, collection: CollectionSource | None) -> None:
     """Raise MissingData if the graph or the collection does not exist, before anything is written."""
     if graph:
-        require_graph(graph.conn, graph.graph, graph.address)
+        require_graph(graph.conn, graph.graph)
     if collection:
         get_state(collection.qdrant, collection.collection)
 
@@ -54,7 +43,6 @@ def require_sources(graph: GraphSource | None, collection: CollectionSource | No
 def take_backup(
     graph: GraphSource | None,
     collection: CollectionSource | None,
-    folder: Path,
     engines: list[Engine],
     journal: Journal,
     bar: ProgressBar,
@@ -62,19 +50,27 @@ def take_backup(
     verify: bool = True,
     purpose: str = BACKUP,
 ) -> Manifest:
-    """Back up what is given, both components or neither; the manifest last. Raises MissingData, BackupDamaged."""
-    private_dir(folder)
+    """Back up what is given into the journal's folder, both components or neither; the manifest last.
+
+    Raises MissingData, BackupDamaged.
+    """
+    folder = private_dir(journal.folder)
     _check_room(folder, graph, collection)
-    stamp, created = claim_stamp(folder, journal)
+    stamp, created = claim_stamp(journal)
     try:
         with TemporaryIdTable() as graph_ids, TemporaryIdTable() as point_ids:
-            ids = (graph_ids, point_ids)
-            save = partial(_save, graph, collection, folder, stamp, engines, journal, bar, *ids)
-            saved = save(verify=verify, at_once=purpose == SAFETY)
-            drift = _drift(*ids, graph, folder, saved[1])
+            of_graph = of_collection = None
+            if graph:
+                of_graph = partial(
+                    take_graph, graph, folder, stamp, engines, ids=graph_ids, verify=verify, at_once=purpose == SAFETY
+                )
+            if collection:
+                of_collection = partial(take_collection, collection, stamp, journal, verify=verify, ids=point_ids)
+            saved = _save(of_graph, of_collection, bar)
+            drift = _drift(graph_ids, point_ids, graph, folder, saved[1])
         return write_manifest(folder, Manifest(stamp, created, *saved, drift, purpose=purpose))
     except BaseException:
-        remove_unfinished(folder, journal)  # both or neither
+        remove_unfinished(journal)  # both or neither
         raise
 
 
@@ -90,42 +86,28 @@ def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionS
 
 
 def _save(
-    graph: GraphSource | None,
-    collection: CollectionSource | None,
-    folder: Path,
-    stamp: str,
-    engines: list[Engine],
-    journal: Journal,
+    graph: Callable[..., GraphComponent] | None,
+    collection: Callable[..., CollectionComponent] | None,
     bar: ProgressBar,
-    graph_ids: TemporaryIdTable,
-    point_ids: TemporaryIdTable,
-    *,
-    verify: bool,
-    at_once: bool,
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
     So the points of its memories exist when the collection's ids are read. The main thread saves the collection: it
-    writes the journal, and after a signal deletes the server's snapshot. Verified files fill the tables.
+    writes the journal, and after a signal deletes the server's snapshot.
     """
 
     def save_graph(task: BackgroundTask[GraphComponent]) -> GraphComponent:
         assert graph
-        take = partial(take_graph, graph, folder, stamp, engines, verify=verify, at_once=at_once, stop=task.stop)
-        name, moving = graph.graph, task.moving(progress_of_graph)
         with bars:
-            return take(progress=moving, on_loaded=lambda conn: graph_ids.fill(ids_for_points(conn, name)))
+            return graph(progress=task.moving(progress_of_graph), stop=task.stop)
 
     def save_collection(task: BackgroundTask[GraphComponent] | None) -> CollectionComponent | None:
         if collection is None:
             return None
-        take = partial(take_collection, collection, folder, stamp, journal, verify=verify)
         with bar("collection", None, "bytes") as progress:
-            return take(
-                progress=task.watching(progress) if task else progress,
-                ids=point_ids,
-                before_ids=task.wait_begun if task else lambda: None,
-            )
+            if task is None:
+                return collection(progress=progress)
+            return collection(progress=task.watching(progress), before_ids=task.wait_begun)
 
     if graph is None:
         return None, save_collection(None)
@@ -162,9 +144,6 @@ def _only_in(one: TemporaryIdTable, other: TemporaryIdTable) -> tuple[int, list[
     return len(examples) + sum(1 for _ in found), examples
 
 
-COMMAND = "backup"
-
-
 def run_backup(
     graph: GraphSource | None,
     collection: CollectionSource | None,
@@ -182,12 +161,12 @@ def run_backup(
     """
     # Killed backups, and runs of other commands that left only a snapshot.
     killed = [one for one in open_journals(folder, targets) if one.command == COMMAND or one.phase == AWAITED]
-    left = [one for one in killed if not clean_up_backup(folder, collection, one)]
+    left = [one for one in killed if not clean_up_backup(collection, one)]
     journal = start_journal(folder, COMMAND, targets)
     try:
-        manifest = take_backup(graph, collection, folder, engines, journal, bar, verify=verify)
+        manifest = take_backup(graph, collection, engines, journal, bar, verify=verify)
     except BaseException as error:
-        remove_unfinished(folder, journal)  # again: a third Ctrl-C may have stopped the first attempt
+        remove_unfinished(journal)  # again: a third Ctrl-C may have stopped the first attempt
         if isinstance(error, KeyboardInterrupt) and collection:
             remove_named_snapshots(collection, journal)  # again: the interrupt may have stopped the first attempt
         if removed(journal):
@@ -200,9 +179,9 @@ def run_backup(
     return manifest
 
 
-def clean_up_backup(folder: Path, collection: CollectionSource | None, journal: Journal) -> bool:
+def clean_up_backup(collection: CollectionSource | None, journal: Journal) -> bool:
     """Remove what a killed run left of its backup, here and on the server. Returns whether surely nothing is left."""
-    remove_unfinished(folder, journal)
+    remove_unfinished(journal)
     if collection:
         remove_named_snapshots(collection, journal)
     clean = removed(journal)

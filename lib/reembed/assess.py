@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from lib.backup import phases as migrations
+from lib.backup import phases
 from lib.backup.archive import peek_facts, read_archive
 from lib.backup.catalog import backup_sets, newest_with
 from lib.backup.collection import STAMP_KEY
@@ -23,7 +23,7 @@ from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
 from lib.clients.qdrant.collection import CollectionState
-from lib.clients.qdrant.points import PointId
+from lib.clients.qdrant.points import PointId, scroll
 from lib.clients.qdrant.restoring import wait_restored
 from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_settings
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
@@ -40,7 +40,7 @@ from lib.reembed.context import (
 )
 from lib.reembed.plan import Scan, memories_now, only_live_ids, scan_graph
 from lib.reembed.sync import missing_of
-from lib.verify.compare import vectors_agree
+from lib.verify.compare import ONLY_MISSING, different_vectors
 
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.
@@ -49,11 +49,10 @@ ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
 _LOST_SHARE, _LOST_FEW = 0.01, 10
 # The server continues a restore whose client was killed.
 _RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
-_EXAMPLES, _PAGE = 20, 500
+_EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
 _ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 _SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
-_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 
 
 class Live(NamedTuple):
@@ -109,7 +108,7 @@ class Assessment:
 
 def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> Assessment:
     """Read the graph into the plan, find the collection's state; change nothing. `repair`: synced, not replaced."""
-    require_graph(ctx.graph.conn, ctx.graph.graph, ctx.graph.address)
+    require_graph(ctx.graph.conn, ctx.graph.graph)
     scan = scan_graph(ctx, journal)
     live = find_live(ctx, journal)
     _require_saved_payloads(ctx, journal, live)
@@ -179,7 +178,7 @@ def require_removable(ctx: Context, state: CollectionState) -> None:
 
 def _require_saved_payloads(ctx: Context, journal: Journal | None, live: Live) -> None:
     """Raise GuardRefused if what this run saved of the deleted points is lost, and no undo restored them."""
-    kept = (journal.fact("kept") or 0) if journal and journal.has_reached(migrations.DELETING) else 0
+    kept = (journal.fact("kept") or 0) if journal and journal.has_reached(phases.DELETING) else 0
     held = live.state.points if live.state and live.kind == REPLACE else 0
     if journal and 2 * max(held, ctx.cache.saved_count()) < kept:
         raise GuardRefused(
@@ -194,7 +193,7 @@ def _was_empty(ctx: Context, journal: Journal | None) -> bool:
     """Return whether the collection that this run deleted had no point, so that recreating it empty loses nothing."""
     points = (journaled_settings(journal) or {}).get("points_count")
     # Both: the embedding cache, which holds the saved payloads, can be lost.
-    return reached(journal, migrations.DELETING) and not points and ctx.cache.saved_count() == 0
+    return reached(journal, phases.DELETING) and not points and ctx.cache.saved_count() == 0
 
 
 def journaled_settings(journal: Journal | None) -> dict[str, Any] | None:
@@ -222,7 +221,7 @@ def _unlike(backup: Manifest, empty: CollectionState) -> str:
 def find_live(ctx: Context, journal: Journal | None) -> Live:
     """Find what exists under the collection's name now."""
     qdrant, name = ctx.qdrant, ctx.collection
-    if reached(journal, migrations.RESTORING_STAGED) and collections.health(qdrant, name) in _RESTORE_RUNS:
+    if reached(journal, phases.RESTORING_STAGED) and collections.health(qdrant, name) in _RESTORE_RUNS:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
     if not collections.exists(qdrant, name):
@@ -243,11 +242,18 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
     # One that AutoMem recreated has AutoMem's settings, and may hold a new memory.
     settings = journaled_settings(journal)
     alike = settings is None or collections.same_settings(settings, state.raw, but_size=True)
-    if reached(journal, migrations.CREATED) or reached(journal, migrations.STAGED_RESTORED):
+    if reached(journal, phases.CREATED, phases.STAGED_RESTORED):
         return True
-    if state.points == 0 and not reached(journal, migrations.DELETING) and alike:
+    if state.points == 0 and not reached(journal, phases.DELETING) and alike:
         return True
-    return alike and not must_forget(ctx) and vectors_agree(ctx.qdrant, state, ctx.cache, ctx.spec)
+    return alike and not must_forget(ctx) and _vectors_agree(ctx, state)
+
+
+def _vectors_agree(ctx: Context, state: CollectionState) -> bool:
+    """Return whether the first points have the cache's vectors, so that an earlier run made the collection."""
+    page = next(scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_FIRST))
+    known, wrong = different_vectors(page, ctx.cache, ctx.spec, state)
+    return known > 0 and not wrong
 
 
 def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
@@ -272,13 +278,13 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
     The guard is asked if a collection is to be replaced. A run that has deleted the collection before returns to the
     backup that it had then, never to a later one of its own incomplete result.
     """
-    if live.kind == FAILED and not reached(journal, migrations.DELETING):
+    if live.kind == FAILED and not reached(journal, phases.DELETING):
         raise GuardRefused(
             f"Collection '{ctx.collection}' has failed: it answers with errors only and cannot be read",
             next_step="restore a backup first:\npython scripts/restore_from_backup.py latest",
         )
     accepted = _ask_guard(ctx, journal, live.state) if live.kind == REPLACE and live.state else None
-    if accepted or reached(journal, migrations.DELETING):
+    if accepted or reached(journal, phases.DELETING):
         return accepted or accepted_backup(ctx, journal)
     return None if live.kind == ADOPT else newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
 
@@ -288,7 +294,7 @@ def _ask_guard(ctx: Context, journal: Journal | None, state: CollectionState) ->
     if state.points == 0:
         return None
     with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
-        if reached(journal, migrations.DELETED) and not len(only_live) and _is_recent(ctx, journal):
+        if reached(journal, phases.DELETED) and not len(only_live) and _is_recent(ctx, journal):
             return None  # recreated meanwhile, every id of it in the graph: its payloads are saved
         guarded = GuardedCollection(ctx.qdrant.display, state, live, only_live)
         return require_backup(ctx.folder, guarded, ctx.spec.size)
@@ -415,9 +421,9 @@ def undo_of(manifest: Manifest | None, *, named: bool) -> str:
         lines += [
             "  # The backup does not record the model of the old vectors. Set it, then add newer memories:",
             "  # export EMBEDDING_MODEL=...",
-            f"  # {_ONLY_MISSING}",
+            f"  # {ONLY_MISSING}",
         ]
     else:
         settings = model_settings(component.provider, component.model, named=named)
-        lines += [*(f"  export {name}={quote(value)}" for name, value in settings.items()), f"  {_ONLY_MISSING}"]
+        lines += [*(f"  export {name}={quote(value)}" for name, value in settings.items()), f"  {ONLY_MISSING}"]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from lib.backup import phases as migrations
+from lib.backup import phases
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import Manifest, read_manifest
 from lib.backup.points import TemporaryIdTable, orphan_ids
@@ -67,9 +67,9 @@ class Context:
         return f"{self.collection}__next"
 
 
-def reached(journal: Journal | None, phase: str) -> bool:
-    """Return whether the run that is resumed, if any, has announced `phase`."""
-    return journal is not None and journal.has_reached(phase)
+def reached(journal: Journal | None, *wanted: str) -> bool:
+    """Return whether the run that is resumed, if any, has announced one of the phases `wanted`."""
+    return journal is not None and journal.has_reached(*wanted)
 
 
 def is_fresh(ctx: Context) -> bool:
@@ -78,9 +78,17 @@ def is_fresh(ctx: Context) -> bool:
 
 
 def may_mix_models(ctx: Context) -> bool:
-    """Return whether points may have vectors of another model, so that `--only-missing` compares every vector."""
-    reported = ctx.cache.get_meta(OTHER_MODEL)
-    return migrations.may_mix_models(ctx.folder, ctx.targets, ctx.spec, reported)
+    """Return whether AutoMem may have written vectors of another model since the last migration to this `spec`.
+
+    If that kept the size, AutoMem does so until it is restarted, and no dimension check notices. Otherwise, if a
+    verification found such a vector, and no restore has replaced the collection since.
+    """
+    last = phases.last_migration(ctx.folder, ctx.targets)
+    if last is None or last.fact("spec") != phases.spec_as_json(ctx.spec):
+        return False
+    has_same_size = last.fact("settings")["config"]["params"]["vectors"].get("size") == ctx.spec.size
+    reported = ctx.cache.get_meta(OTHER_MODEL) == last.run_id
+    return bool(has_same_size) or (reported and not phases.restored_since(last))
 
 
 def must_forget(ctx: Context) -> bool:
@@ -99,14 +107,14 @@ def _fresh_mark(spec: EmbeddingSpec) -> str:
 
 # The last phase first.
 _PROGRESS = (
-    (migrations.VERIFIED, "the new collection is in place and verified; the clean-up is left"),
-    (migrations.STAGED_RESTORED, "the staged collection is in place; catching up and the verification are left"),
-    (migrations.CREATED, "the new collection is created; filling it and the verification are left"),
-    (migrations.RESTORING_STAGED, "the old collection is deleted; the staged one was being put in its place"),
-    (migrations.DELETED, "the old collection is deleted"),
-    (migrations.DELETING, "the old collection was about to be deleted"),
-    (migrations.STAGED, "the staged collection is verified, the live one is unchanged"),
-    (migrations.STAGING, "the staged collection is incomplete, the live one is unchanged"),
+    (phases.VERIFIED, "the new collection is in place and verified; the clean-up is left"),
+    (phases.STAGED_RESTORED, "the staged collection is in place; catching up and the verification are left"),
+    (phases.CREATED, "the new collection is created; filling it and the verification are left"),
+    (phases.RESTORING_STAGED, "the old collection is deleted; the staged one was being put in its place"),
+    (phases.DELETED, "the old collection is deleted"),
+    (phases.DELETING, "the old collection was about to be deleted"),
+    (phases.STAGED, "the staged collection is verified, the live one is unchanged"),
+    (phases.STAGING, "the staged collection is incomplete, the live one is unchanged"),
 )
 
 
@@ -116,9 +124,9 @@ def open_run(ctx: Context) -> Journal | None:
     Raises GuardRefused if a run with another model, size or endpoint has deleted the collection: it would be lost.
     """
     for journal in _open_here(ctx):
-        if journal.fact("spec") == migrations.spec_as_json(ctx.spec):
+        if journal.fact("spec") == phases.spec_as_json(ctx.spec):
             return journal
-        if journal.has_reached(migrations.DELETING):
+        if journal.has_reached(phases.DELETING):
             raise _other_settings(journal, ctx)
     return None
 
@@ -126,7 +134,7 @@ def open_run(ctx: Context) -> Journal | None:
 def close_others(ctx: Context) -> None:
     """Before the first write: close runs with other settings that deleted nothing, drop what they staged."""
     for journal in _others(ctx):
-        migrations.remove_staged(ctx.qdrant, ctx.folder, journal)
+        phases.remove_staged(ctx.qdrant, journal)
         journal.close("given up before anything was deleted: other settings now")
 
 
@@ -142,14 +150,14 @@ def other_settings_notices(ctx: Context) -> list[str]:
 
 def _others(ctx: Context) -> list[Journal]:
     """Return the open journals of these stores with other settings that deleted nothing."""
-    spec = migrations.spec_as_json(ctx.spec)
-    return [one for one in _open_here(ctx) if one.fact("spec") != spec and not one.has_reached(migrations.DELETING)]
+    spec = phases.spec_as_json(ctx.spec)
+    return [one for one in _open_here(ctx) if one.fact("spec") != spec and not one.has_reached(phases.DELETING)]
 
 
 def resume_notice(journal: Journal) -> str:
     """Return one line that says how far an unfinished run came."""
     verified = bool(journal.fact("proved"))
-    reached = [text for one, text in _PROGRESS if journal.has_reached(one) and (verified or one != migrations.STAGED)]
+    reached = [text for one, text in _PROGRESS if journal.has_reached(one) and (verified or one != phases.STAGED)]
     done = reached[0] if reached else "nothing was changed on a server"
     return f"resuming the run of {str(journal.entries[0]['at'])[:16]} UTC: {done}"
 
@@ -160,10 +168,10 @@ def refuse_other_stores(ctx: Context) -> None:
     For a collection that is absent or empty: its payloads may be only in that run's cache. The other address may be
     another spelling of the same one.
     """
-    for journal in open_journals(ctx.folder, None, migrations.COMMAND):
-        if journal.targets == ctx.targets or not journal.has_reached(migrations.DELETING):
+    for journal in open_journals(ctx.folder, None, phases.COMMAND):
+        if journal.targets == ctx.targets or not journal.has_reached(phases.DELETING):
             continue
-        other, graph = migrations.collection_of(journal.targets), journal.targets[0]
+        other, graph = phases.collection_of(journal.targets), journal.targets[0]
         if other == ctx.collection:
             raise GuardRefused(
                 f"an unfinished run deleted '{other}' at another address: {journal.targets[1]}, graph {graph};"
@@ -212,11 +220,11 @@ def accepted_backup(ctx: Context, journal: Journal | None) -> Manifest | None:
 
 def _open_here(ctx: Context) -> list[Journal]:
     """Return the open journals of these stores, newest first."""
-    return open_journals(ctx.folder, ctx.targets, migrations.COMMAND)[::-1]
+    return open_journals(ctx.folder, ctx.targets, phases.COMMAND)[::-1]
 
 
 def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
-    was, now = journal.fact("spec"), migrations.spec_as_json(ctx.spec)
+    was, now = journal.fact("spec"), phases.spec_as_json(ctx.spec)
     provider = provider_of(was)
     names = {"size": "VECTOR_SIZE"}
     if provider == ctx.spec.provider:

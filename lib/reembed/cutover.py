@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.backup import phases as migrations
+from lib.backup import phases
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import restoring, snapshots
@@ -122,13 +122,13 @@ def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
         snapshots.delete(ctx.qdrant, ctx.staged, one.name)
     with ctx.bar("snapshot", None, ""):
         made = snapshots.create(ctx.qdrant, ctx.staged)
-    journal.append(migrations.SNAPSHOT_MADE, snapshot=made.name)
+    journal.append(phases.SNAPSHOT_MADE, snapshot=made.name)
     return snapshots.with_checksum(ctx.qdrant, ctx.staged, made)
 
 
 def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
     """Download the snapshot and verify its checksum. Returns None if there is no room for it."""
-    path = migrations.snapshot_file(ctx.folder, ctx.staged)
+    path = phases.snapshot_file(ctx.folder, ctx.staged)
     if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
         return None
     with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
@@ -145,18 +145,18 @@ def _delete_live(ctx: Context, journal: Journal, live: assess.Live, announce: Ca
     undo = assess.undo_of(manifest, named=bool(ctx.reason)) if manifest or not journal.undo else journal.undo
     announce(undo)
     if live.kind == assess.FAILED:  # nothing in it can be read
-        journal.append(migrations.DELETING, undo=undo)
+        journal.append(phases.DELETING, undo=undo)
         restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
         return time.monotonic()
     state = collections.get_state(ctx.qdrant, ctx.collection)
     collections.refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
     settings, aliases = staging.settings_and_aliases(ctx, journal, state)
     count = save_payloads(ctx, journal, state.points)
-    journal.append(migrations.PAYLOADS_SAVED, kept=count, settings=settings, aliases=aliases)
-    journal.append(migrations.DELETING, undo=undo)
+    journal.append(phases.PAYLOADS_SAVED, kept=count, settings=settings, aliases=aliases)
+    journal.append(phases.DELETING, undo=undo)
     deleted_at = time.monotonic()
     collections.delete_collection(ctx.qdrant, ctx.collection)
-    journal.append(migrations.DELETED)
+    journal.append(phases.DELETED)
     return deleted_at
 
 
@@ -165,9 +165,9 @@ def _journal_old_settings(journal: Journal, manifest: Manifest | None) -> None:
     if journal.fact("settings"):
         return
     if journal.fact("staged_like"):
-        journal.append(migrations.SETTINGS_RECOVERED, settings=journal.fact("staged_like"))
+        journal.append(phases.SETTINGS_RECOVERED, settings=journal.fact("staged_like"))
     elif manifest:
-        journal.append(migrations.SETTINGS_RECOVERED, **assess.settings_of(manifest))
+        journal.append(phases.SETTINGS_RECOVERED, **assess.settings_of(manifest))
 
 
 def _create_empty(ctx: Context, journal: Journal) -> None:
@@ -178,7 +178,7 @@ def _create_empty(ctx: Context, journal: Journal) -> None:
             collections.create_like(qdrant, name, settings, size, metadata=stamp)
         else:
             collections.create_default(qdrant, name, size, stamp)
-    journal.append(migrations.CREATED)
+    journal.append(phases.CREATED)
 
 
 def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable[[], bool]) -> bool | None:
@@ -187,7 +187,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     Otherwise returns whether the server answered; if no answer comes, its restore is waited for. A failed collection
     that a restore leaves is deleted. If the disk is full, the staged collection is dropped.
     """
-    journal.append(migrations.RESTORING_STAGED, way=kind)
+    journal.append(phases.RESTORING_STAGED, way=kind)
     try:
         answered = restore()
     except AccessRefused:
@@ -199,7 +199,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
         if is_disk_full(error):
             staging.drop_staged(ctx, journal)
         return None
-    journal.append(migrations.STAGED_RESTORED)
+    journal.append(phases.STAGED_RESTORED)
     return answered
 
 

@@ -106,8 +106,8 @@ def only_live_ids(ctx: Context, existing: TemporaryIdTable) -> TemporaryIdTable:
     table = TemporaryIdTable()
     query = "MATCH (m:Memory) WHERE m.id IN $ids RETURN m.id, m.content"
     for page in chunks(unplanned_ids(ctx.cache, existing), _ID_PAGE):
-        asked = {"ids": [spelling for one in page for spelling in spellings(one)]}
-        rows = read_rows(ctx.graph.conn, ctx.graph.graph, query, asked)
+        asked = [spelling for one in page for spelling in spellings(one)]
+        rows = read_rows(ctx.graph.conn, ctx.graph.graph, query, ids=asked)
         newer = _point_ids(one for one, content in rows if not unusable({"id": one, "content": content}))
         table.put((one, None) for one in page if one not in newer)
     return table

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -231,13 +230,8 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
             create_default(ctx.qdrant, side, size)
         else:
             create_like(ctx.qdrant, side, live.raw, size)
-        # A plan of these memories alone, over the same vectors.
-        with EmbeddingCache(_plan_path(ctx.cache, journal)) as plan:
-            plan.begin_scan()
-            plan.put_memories(rows)
-            plan.end_scan()
-            with ctx.bar("upsert", len(rows), "points") as progress:
-                outcome = sync_collection(ctx.qdrant, side, plan, progress=progress)
+        with ctx.bar("upsert", len(rows), "points") as progress:
+            outcome = sync_collection(ctx, side, progress, memories=rows)
         compared = compare_sample(ctx, live.name, side, rows) if live else None
     finally:
         _remove(ctx, journal)
@@ -258,14 +252,9 @@ def _remove(ctx: Context, journal: Journal) -> None:
 
 
 def remove_plan(cache: EmbeddingCache, journal: Journal) -> None:
-    """Delete the file with the plan of a check."""
-    path = _plan_path(cache, journal)
-    for ending in ("", "-wal", "-shm"):
-        path.with_name(path.name + ending).unlink(missing_ok=True)
-
-
-def _plan_path(cache: EmbeddingCache, journal: Journal) -> Path:
-    return cache.path.with_name(f"{cache.path.stem}-check-{journal.run_id}.sqlite3")
+    """Delete the file in which a check of an earlier version had its plan."""
+    for path in cache.path.parent.glob(f"*-check-{journal.run_id}.sqlite3*"):
+        path.unlink(missing_ok=True)
 
 
 def _spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:

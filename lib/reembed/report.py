@@ -128,10 +128,9 @@ def _old_vectors(ctx: Context, journal: Journal) -> dict[str, Any] | None:
 
 def _absent_by(journal: Journal) -> float | None:
     """Seconds from the first announced delete to the last cutover, or if there was none to the journal's last entry."""
-    began = [_moment(one) for one in journal.entries if one["phase"] == DELETING]
+    began, placed = journal.times(DELETING), journal.times(STAGED_RESTORED)
     if not began:
         return None
-    placed = [_moment(one) for one in journal.entries if one["phase"] == STAGED_RESTORED]
     return ((placed[-1] if placed else _moment(journal.entries[-1])) - began[0]).total_seconds()
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.backup import phases as migrations
+from lib.backup import phases
 from lib.backup.collection import STAMP_KEY
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
@@ -32,8 +32,8 @@ from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_unca
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
-from lib.reembed.sync import SyncOutcome, missing_of, saved_row, sync_collection, texts_to_embed
-from lib.verify.compare import OTHER_MODEL, REPLACE_ALL, SAME_MODEL_COSINE, cosine, repair_vectors
+from lib.reembed.sync import SyncOutcome, missing_of, repair_vectors, saved_row, sync_collection, texts_to_embed
+from lib.verify.compare import OTHER_MODEL, REPLACE_ALL, SAME_MODEL_COSINE, cosine
 
 _SAMPLES, _PAGE = 3, 256
 
@@ -53,7 +53,7 @@ def reembed(
     """
     manifest = assess.require_protection(ctx, assessment.journal, assessment.live)
     with ExitStack() as held:
-        resumed_after_delete = reached(assessment.journal, migrations.DELETING)
+        resumed_after_delete = reached(assessment.journal, phases.DELETING)
         if resumed_after_delete:  # a backup would take an incomplete collection
             held.enter_context(ctx.store_lock())
         _embed(ctx, runner)
@@ -135,19 +135,19 @@ def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> 
     """Close the runs with other settings; return this run's journal, a new one if none is resumed."""
     close_others(ctx)
     facts = {
-        "spec": migrations.spec_as_json(ctx.spec),
+        "spec": phases.spec_as_json(ctx.spec),
         "manifest": manifest.name if manifest else None,
         "again": ctx.again,
     }
-    return journal or start_journal(ctx.folder, migrations.COMMAND, ctx.targets, **facts)
+    return journal or start_journal(ctx.folder, phases.COMMAND, ctx.targets, **facts)
 
 
 def _undo_set(ctx: Context, manifest: Manifest | None) -> Manifest | None:
     """Return the backup set that undoes this run; None if a later migration's result was deleted."""
-    last = migrations.last_migration(ctx.folder, ctx.targets)
-    if manifest is None or manifest.collection is None or last is None or not last.has_reached(migrations.VERIFIED):
+    last = phases.last_migration(ctx.folder, ctx.targets)
+    if manifest is None or manifest.collection is None or last is None or not last.has_reached(phases.VERIFIED):
         return manifest
-    if exists(ctx.qdrant, ctx.collection) or migrations.restored_since(ctx.folder, last):
+    if exists(ctx.qdrant, ctx.collection) or phases.restored_since(last):
         return manifest
     return manifest if manifest.collection.size == (last.fact("spec") or {}).get("size") else None
 
@@ -170,10 +170,10 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
     mark_fresh(ctx.cache, None)
-    journal.append(migrations.VERIFIED, points=added, stamp=stamped)
+    journal.append(phases.VERIFIED, points=added, stamp=stamped)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)
-        migrations.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
+        phases.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,11 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
         # What AutoMem changed or deleted meanwhile is not written back: with an old plan and a full cache it would be.
         scan_graph(ctx, None, title="read graph again")
         with ctx.bar("sync", None, "points") as progress:
-            outcome = sync_collection(ctx.qdrant, state.name, ctx.cache, progress=progress)
+            outcome = sync_collection(ctx, state.name, progress)
         repaired = 0
         if compare_all:
             embed_uncached(ctx, runner)
-            repaired = repair_vectors(ctx.qdrant, state.name, ctx.cache, ctx.spec, ctx.bar)
+            repaired = repair_vectors(ctx, state.name)
             ctx.cache.set_meta(OTHER_MODEL, "")
         return Synced(outcome, repaired, remove_orphans(ctx, state))
 

@@ -26,8 +26,8 @@ from lib.reembed.assess import Assessment, journaled_settings, require_whole_gra
 from lib.reembed.context import Context, refuse_foreign_staged, unplanned_ids
 from lib.reembed.embed import FEW_TEXTS, MOST_ROUNDS, EmbeddingRunner, catch_up
 from lib.reembed.plan import memories_now
-from lib.reembed.sync import SyncOutcome, save_payloads, sync_collection, was_recreated
-from lib.verify.compare import different_vectors, repair_vectors
+from lib.reembed.sync import SyncOutcome, repair_vectors, save_payloads, sync_collection, was_recreated
+from lib.verify.compare import different_vectors
 
 INDEX_SECONDS = 3600.0
 _EXAMPLES, _PAGE = 3, 256
@@ -65,9 +65,7 @@ def stage(
             require_whole_graph(ctx, assessment, scan.own_text)
             journal.append(READ, kept=save_payloads(ctx, journal, live.points))
             with ctx.bar("stage", ctx.cache.memory_count(), "points") as progress:
-                outcome = sync_collection(
-                    ctx.qdrant, ctx.staged, ctx.cache, whole=True, copied_from=ctx.staged, progress=progress
-                )
+                outcome = sync_collection(ctx, ctx.staged, progress, whole=True, copied_from=ctx.staged)
             if runner.paid.texts - before < FEW_TEXTS:
                 break
         changed = _begin_indexing(ctx, journal) or outcome.wrote
@@ -212,12 +210,11 @@ def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None
     def work() -> Filled:
         with ctx.bar("upsert", ctx.cache.memory_count(), "points") as progress:
             outcome = sync_collection(
-                ctx.qdrant,
+                ctx,
                 name,
-                ctx.cache,
-                whole=journal.has_reached(DELETING) or journal.has_reached(RESTORING_STAGED),
+                progress,
+                whole=journal.has_reached(DELETING, RESTORING_STAGED),
                 copied_from=verified_staged(ctx, journal),
-                progress=progress,
                 touched=touched,
             )
         complete_at = time.monotonic()
@@ -255,8 +252,8 @@ def verify_points(
         )
     if touched is not None and _sample_agrees(ctx, collection, touched):
         return 0
-    repaired = repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive)
-    if repaired and repair_vectors(ctx.qdrant, collection, ctx.cache, ctx.spec, ctx.bar, planned=exclusive):
+    repaired = repair_vectors(ctx, collection, planned=exclusive)
+    if repaired and repair_vectors(ctx, collection, planned=exclusive):
         raise VerificationFailed(
             f"vectors of '{collection}' keep changing: something else writes to it",
             next_step=f"stop AutoMem, then {_RESUME}",

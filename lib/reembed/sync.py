@@ -1,14 +1,15 @@
-"""Bring the points of a collection to the plan: add, update, save payloads. Nothing is paid for."""
+"""Bring the points of a collection to the plan: add, update, repair vectors; save payloads. Nothing is paid for."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 
 from lib.backup.phases import DELETING, PAYLOADS_SAVED, READ
@@ -23,11 +24,21 @@ from lib.backup.points import (
 )
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.qdrant.points import Point, PointId, Rejected, delete_points, overwrite_payload, upsert
+from lib.clients.qdrant.collection import get_state
+from lib.clients.qdrant.points import (
+    PAGE_WITH_VECTORS,
+    Point,
+    PointId,
+    Rejected,
+    delete_points,
+    overwrite_payload,
+    upsert,
+)
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map
 from lib.journal import Journal
 from lib.reembed.context import Context, saved_payloads, unplanned_ids
+from lib.verify.compare import different_vectors
 
 _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
@@ -46,7 +57,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     merged into the saved ones, which are all that is left of the old points.
     """
     recreated = was_recreated(ctx, journal, points)
-    if not (recreated or journal.has_reached(READ) or journal.has_reached(PAYLOADS_SAVED)):
+    if not (recreated or journal.has_reached(READ, PAYLOADS_SAVED)):
         ctx.cache.clear_saved()
     count = 0
     with ctx.bar("save payloads", points, "points") as progress:
@@ -98,17 +109,18 @@ def changes(
     cache: EmbeddingCache,
     existing: TemporaryIdTable,
     *,
+    memories: Iterable[MemoryRow] | None = None,
     whole: bool = False,
     copies: TemporaryIdTable | None = None,
     touched: TemporaryIdTable | None = None,
 ) -> Iterator[list[Change]]:
-    """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of memories.
+    """Yield what the existing points lack of the plan, one list (maybe empty) for each batch of `memories`.
 
-    `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A value that still equals its copy is
-    replaced by one that was saved later. `touched` gets the ids of what is yielded, and of points whose payload is not
-    that of their copy.
+    These are by default all of the plan. `whole`: see `base_payload`. `copies`: payloads that this migration wrote. A
+    value that still equals its copy is replaced by one that was saved later. `touched` gets the ids of what is yielded,
+    and of points whose payload is not that of their copy.
     """
-    for rows in chunks(cache.memories(), _BATCH):
+    for rows in chunks(cache.memories() if memories is None else memories, _BATCH):
         ids: list[PointId] = [row.point_id for row in rows]
         live, saved = existing.payloads(ids), saved_payloads(cache, ids)
         written = copies.payloads(ids) if copies is not None else {}
@@ -149,13 +161,13 @@ def missing_of(cache: EmbeddingCache, existing: TemporaryIdTable) -> Missing:
 
 
 def sync_collection(
-    qdrant: Qdrant,
+    ctx: Context,
     collection: str,
-    cache: EmbeddingCache,
+    progress: Progress,
     *,
+    memories: Iterable[MemoryRow] | None = None,
     whole: bool = False,
     copied_from: str | None = None,
-    progress: Progress | None = None,
     touched: TemporaryIdTable | None = None,
 ) -> SyncOutcome:
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
@@ -163,28 +175,44 @@ def sync_collection(
     A payload starts from the live point's, else from the saved one (`whole`: see `base_payload`), overlaid by the
     graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
-    to it: then points without a memory are removed, too. `touched`: see `changes`.
+    to it: then points without a memory are removed, too. `memories` and `touched`: see `changes`.
     """
-    outcome = SyncOutcome()
+    qdrant, cache, outcome = ctx.qdrant, ctx.cache, SyncOutcome()
     with contextlib.ExitStack() as tables:
         names = [collection] if copied_from in (None, collection) else [collection, copied_from]
         read = [tables.enter_context(one) for one in bounded_map(functools.partial(existing_points, qdrant), names, 2)]
         existing, copies = read[0], read[-1] if copied_from else None
         if copied_from == collection:
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
-        found = changes(cache, existing, whole=whole, copies=copies, touched=touched)
+        found = changes(cache, existing, memories=memories, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
         for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome = SyncOutcome(*map(operator.add, outcome, written))
-            if progress:
-                progress(rows)
+            progress(rows)
     return outcome
+
+
+def repair_vectors(ctx: Context, collection: str, *, planned: bool = False) -> int:
+    """Compare every stored vector with the cache's and overwrite those that differ. Returns how many did.
+
+    While a migration keeps the size, the old service may still write vectors of the old model. `planned`: see
+    `different_vectors`.
+    """
+    state, repaired = get_state(ctx.qdrant, collection), 0
+    with ctx.bar("compare vectors", state.points, "points") as progress:
+        for page in all_points(ctx.qdrant, collection, page=PAGE_WITH_VECTORS, vector=True):
+            _, wrong = different_vectors(page, ctx.cache, ctx.spec, state, planned=planned)
+            if wrong:
+                ids = [point.id for point, _ in wrong]
+                payloads = [point.payload or {} for point, _ in wrong]
+                upsert(ctx.qdrant, collection, ids, np.vstack([vector for _, vector in wrong]), payloads)
+                repaired += len(wrong)
+            progress(len(page))
+    return repaired
 
 
 def _write(qdrant: Qdrant, collection: str, batch: tuple[list[Change], dict[bytes, bytes]]) -> tuple[SyncOutcome, int]:
     """Write one batch. Returns its outcome and how many rows it had."""
-    import numpy as np
-
     found, vectors = batch
     embed = [change for change in found if change.needs_vector]
     ready = [change for change in embed if change.row.key in vectors]

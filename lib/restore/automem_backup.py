@@ -95,7 +95,7 @@ def open_graph(
         held, wanted = found.counts, facts.restorable
         if held is None or (held.nodes, held.relationships) != wanted:
             raise StoreFailed(f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}")
-        yield GraphBackup(source.path, graph, found, scratch), facts
+        yield GraphBackup(source.path, target, found, scratch), facts
 
 
 def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBackup:
@@ -152,17 +152,16 @@ class PointsPlan(RestorePlan):
             )
         return vectors.nbytes
 
-    def copies(self, name: str, stem: str) -> list[Copy] | None:
-        """Have the server make a snapshot of `name`; None if it cannot fetch it from itself."""
-        del stem
-        qdrant = self.target.qdrant
+    def copies(self) -> list[Copy] | None:
+        """Have the server make a snapshot of the trial restore; None if it cannot fetch it from itself."""
+        qdrant, name = self.target.qdrant, self.trial
         if peers_of(qdrant)[1] > 1:
             return None
         for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
             snapshots.delete(qdrant, name, old.name)
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
-        return [Copy(url, str(made.checksum))] if url else None
+        return [(url, str(made.checksum))] if url else None
 
     def fetch(self, name: str, copies: Sequence[Copy]) -> None:
         """Restore the trial's snapshot as `name`, and have the server build its vector index."""
@@ -170,10 +169,10 @@ class PointsPlan(RestorePlan):
         raised = indexing_threshold(get_state(self.target.qdrant, name).raw)
         set_indexing_threshold(self.target.qdrant, name, raised // _NO_INDEX or raised)
 
-    def verify_trial(self, name: str) -> None:
+    def verify_trial(self) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
-        super().verify_trial(name)
-        pages = retrieve_pages(self.target.qdrant, name, self.table.ids(BATCH_POINTS), payload=True, vector=True)
+        super().verify_trial()
+        pages = retrieve_pages(self.target.qdrant, self.trial, self.table.ids(BATCH_POINTS), payload=True, vector=True)
         wrong = [one for page in pages for one in self._different(page)]
         if wrong:
             raise BackupDamaged(

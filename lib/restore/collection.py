@@ -17,7 +17,7 @@ from lib.backup.archive import SnapshotMember
 from lib.backup.collection import CollectionSource
 from lib.backup.points import existing_points, orphan_ids
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.cluster import peers_of, wait_active
+from lib.clients.qdrant.cluster import LIST_NODES, peers_of, wait_active
 from lib.clients.qdrant.collection import (
     aliases_of,
     create_small,
@@ -25,7 +25,6 @@ from lib.clients.qdrant.collection import (
     exists,
     get_state,
     health,
-    list_collections,
     put_fan_out,
     restore_aliases,
 )
@@ -55,7 +54,8 @@ _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although it
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
 FROM_GRAPH = "or do without it, the graph is enough (if that is lost, too, restore the .rdb alone first):"
 FROM_GRAPH += "\npython scripts/reembed_embeddings.py"
-_LIST_NODES = "list every node's own address:\nexport QDRANT_NODE_URLS=http://node1:6333,http://node2:6333"
+Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
+_SAMPLE = 200
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,7 @@ class Part:
         return f"{stem}.snapshot" if self.number is None else f"{stem}-{self.number}.snapshot"
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A snapshot that a node can fetch from itself, and its sha256 in hex."""
-
-    url: str
-    sha256: str
+Copy = tuple[str, str]  # the URL of a snapshot that a node can fetch from itself, and its sha256 in hex
 
 
 @dataclass(frozen=True)
@@ -97,44 +92,49 @@ class RestorePlan:
     parts: tuple[Part, ...]
     begun: set[str] = field(default_factory=set, compare=False)
 
+    @property
+    def trial(self) -> str:
+        """The name of the trial restore of this very snapshot."""
+        return f"{self.target.collection}__try_{self.backup.archive.snapshot.sha256[:16]}"
+
     def upload(self, name: str, stem: str, progress: Progress | None) -> None:
         """Send every snapshot and have it restored as `name`. The nodes store the files under `stem`."""
         for part in self.parts:
             self.backup.send(partial(self._send, part, name, stem, progress), part.snapshot)
             self._wait_active(part, name)
 
-    def copies(self, name: str, stem: str) -> list[Copy] | None:
-        """The snapshots of `name` that the nodes can fetch from themselves, tested; None if one cannot."""
+    def copies(self) -> list[Copy] | None:
+        """The snapshots of the trial restore that the nodes can fetch from themselves, tested; None if one cannot."""
         found = []
         for part in self.parts:
-            file = snapshots.Snapshot(part.filename(stem), part.snapshot.size, part.snapshot.sha256, "")
-            if url := can_fetch_itself(part.node, name, file, f"{name}_probe"):
-                found.append(Copy(url, part.snapshot.sha256))
+            file = snapshots.Snapshot(part.filename(self.trial), part.snapshot.size, part.snapshot.sha256, "")
+            if url := can_fetch_itself(part.node, self.trial, file, f"{self.trial}_probe"):
+                found.append((url, part.snapshot.sha256))
         return found if len(found) == len(self.parts) else None
 
     def fetch(self, name: str, copies: Sequence[Copy]) -> None:
         """Have each node restore its copy as `name` from its own URL."""
         for part, copy in zip(self.parts, copies, strict=True):
             further = part is not self.parts[0]
-            recover(part.node, name, copy.url, copy.sha256, seconds=part.timeout, allow_existing=further)
+            recover(part.node, name, *copy, seconds=part.timeout, allow_existing=further)
             self._wait_active(part, name)
 
-    def verify_trial(self, name: str) -> None:
-        """Verify the trial restore `name`, see `verify_restored`."""
-        verify_restored(self.backup, self.target.qdrant, name)
+    def verify_trial(self) -> None:
+        """Verify the trial restore, see `verify_restored`."""
+        verify_restored(self.backup, self.target.qdrant, self.trial)
 
     def delete_files(self, name: str, stem: str) -> None:
         """Delete the files that were uploaded to `name` under `stem`, if there are any."""
         for part in self.parts:
             snapshots.delete(part.node, name, part.filename(stem))
 
-    def withdraw(self, name: str) -> None:
-        """Delete the files of a restore that created no collection `name`.
+    def withdraw_trial(self) -> None:
+        """Delete the files of a trial restore that created no collection.
 
         The server lists them only while a collection of that name exists, so an empty one is created for the moment.
         """
-        qdrant = self.target.qdrant
-        if name in list_collections(qdrant):
+        qdrant, name = self.target.qdrant, self.trial
+        if exists(qdrant, name):
             return
         create_small(qdrant, name)
         try:
@@ -204,7 +204,7 @@ def _nodes_of(backup: CollectionBackup, target: CollectionSource, count: int) ->
         raise UsageProblem(
             f"{backup.path.name} holds the snapshots of {count} Qdrant nodes, and QDRANT_NODE_URLS lists none to"
             " restore them to",
-            next_step=_LIST_NODES,
+            next_step=LIST_NODES,
         )
     found: dict[int, Qdrant] = {}
     for node in target.nodes or (target.qdrant,):
@@ -247,15 +247,12 @@ def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
     return BackupDamaged(f"{backup.path.name} restores without an error, but {how}")
 
 
-Sample = dict[PointId, tuple[Any, Any]]  # payload and vectors by id, as the server's JSON has them
-_SAMPLE = 200
-
-
-def _sample(backup: CollectionBackup, qdrant: Qdrant, name: str) -> Sample:
-    """Points of this collection, spread over all the backup's ids."""
-    step = max(1, len(backup.ids) // _SAMPLE)
-    every = chain.from_iterable(backup.ids.ids())
-    return raw_points(qdrant, name, list(islice(every, 0, step * _SAMPLE, step)))
+def _sample(plan: RestorePlan) -> Sample:
+    """Points of the trial restore, spread over all the backup's ids."""
+    ids = plan.backup.ids
+    step = max(1, len(ids) // _SAMPLE)
+    every = chain.from_iterable(ids.ids())
+    return raw_points(plan.target.qdrant, plan.trial, list(islice(every, 0, step * _SAMPLE, step)))
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
@@ -263,9 +260,9 @@ def _verify_live(plan: RestorePlan, sample: Sample) -> None:
 
     Compared are every id, and payloads and vectors (also named ones) of the sample.
     """
-    backup, qdrant, name = plan.backup, plan.target.qdrant, plan.target.collection
+    qdrant, name = plan.target.qdrant, plan.target.collection
     try:
-        verify_restored(backup, qdrant, name)
+        verify_restored(plan.backup, qdrant, name)
         _verify_sample(qdrant, name, sample)
     except BackupDamaged:
         with suppress(MigrationError):  # the operator must read the first error
@@ -278,36 +275,29 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
         raise BackupDamaged(f"'{name}' differs from its trial restore")
 
 
-def trial_name(collection: str, backup: CollectionBackup) -> str:
-    """The name of the trial restore of this very snapshot."""
-    return f"{collection}__try_{backup.archive.snapshot.sha256[:16]}"
+def begin_trial(plan: RestorePlan, journal: Journal) -> None:
+    """Announce the trial restore in the journal."""
+    journal.append(TRIAL_BEGUN, temporary_collection=plan.trial)
 
 
-def begin_trial(plan: RestorePlan, journal: Journal) -> str:
-    """Announce the trial restore in the journal. Returns its name."""
-    name = trial_name(plan.target.collection, plan.backup)
-    journal.append(TRIAL_BEGUN, temporary_collection=name)
-    return name
-
-
-def trial_restore(plan: RestorePlan, name: str, progress: Progress | None) -> None:
+def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
     """Restore under a temporary name and compare. The caller deletes a failed one at once.
 
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
-    qdrant = plan.target.qdrant
-    if name not in list_collections(qdrant):
+    qdrant, name = plan.target.qdrant, plan.trial
+    if not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.
         foreign = snapshots.restorable(str(plan.backup.archive.facts["server"]["version"]), qdrant.version())
         try:
             plan.upload(name, name, progress)
         except QdrantError as error:
             with suppress(MigrationError):  # the operator must read the first error
-                plan.withdraw(name)
+                plan.withdraw_trial()
             if error.status < 500 and not (foreign and error.status == 400):  # so 1.11.3 refuses one of 1.19.0
                 raise
             raise _trial_failed(plan, error, foreign) from error
-    plan.verify_trial(name)
+    plan.verify_trial()
 
 
 def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) -> StoreFailed:
@@ -322,13 +312,7 @@ def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) ->
 
 
 def cut_over(
-    plan: RestorePlan,
-    temporary: str,
-    journal: Journal,
-    progress: Progress | None,
-    *,
-    undo: str,
-    aliases: Iterable[str] = (),
+    plan: RestorePlan, journal: Journal, progress: Progress | None, *, undo: str, aliases: Iterable[str] = ()
 ) -> list[str]:
     """Delete the live collection and restore under its name from the copies that the servers already hold.
 
@@ -337,20 +321,20 @@ def cut_over(
     the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
-    sample = _sample(plan.backup, qdrant, temporary)
-    copies = plan.copies(temporary, temporary)
+    sample = _sample(plan)
+    copies = plan.copies()
     existed = exists(qdrant, name)
     wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
     if existed:
         delete_collection(qdrant, name)
-    second_upload = f"{temporary}-again"
+    second_upload = f"{plan.trial}-again"
     try:
         if copies:
             plan.fetch(name, copies)
         else:
             plan.upload(name, second_upload, progress)
-        for stem in (second_upload, _old_stem(temporary)):  # also what a killed run uploaded
+        for stem in (second_upload, _old_stem(plan)):  # also what a killed run uploaded
             plan.delete_files(name, stem)
     except MigrationError:
         plan.drop_unusable()
@@ -361,9 +345,9 @@ def cut_over(
     return taken
 
 
-def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None:
-    """Restore the old collection from its safety backup; no collection of its name exists now."""
-    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(temporary)
+def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> None:
+    """After the cutover of `plan` failed: restore the old collection, which does not exist now, from `saved`."""
+    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(plan)
     try:
         saved.upload(name, stem, None)
         saved.delete_files(name, stem)
@@ -374,9 +358,9 @@ def put_back(saved: RestorePlan, temporary: str, aliases: Iterable[str]) -> None
     saved.complete(aliases)
 
 
-def _old_stem(temporary: str) -> str:
+def _old_stem(plan: RestorePlan) -> str:
     """Under which the old collection's snapshots are uploaded when it is put back."""
-    return f"{temporary}-old"
+    return f"{plan.trial}-old"
 
 
 def is_unverified(journal: Journal) -> bool:
@@ -386,21 +370,19 @@ def is_unverified(journal: Journal) -> bool:
 
 def is_absent(journal: Journal) -> bool:
     """Whether the run deleted the live collection and restored none: the next run uses its trial."""
-    return journal.has_reached(DELETING) and not (journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK))
+    return journal.has_reached(DELETING) and not journal.has_reached(RESTORED, PUT_BACK)
 
 
-def clean_up_collection(
-    target: CollectionSource, journal: Journal, backup: CollectionBackup | None = None
-) -> list[str]:
-    """Clean up after a killed run; returns what was done. A verified trial of `backup` is left for this run."""
+def clean_up_collection(target: CollectionSource, journal: Journal, plan: RestorePlan | None = None) -> list[str]:
+    """Clean up after a killed run; returns what was done. A verified trial restore of `plan` is left for this run."""
     qdrant, collection = target.qdrant, target.collection
     if journal.has_reached(DELETING) and health(qdrant, collection) == "restoring":
         with suppress(StoreFailed):  # if it fails in the end, this run replaces it
             wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
     name = journal.fact("temporary_collection")
-    if name is None or name not in list_collections(qdrant):
+    if name is None or not exists(qdrant, name):
         return []
-    if backup is not None and journal.has_reached(TRIAL_VERIFIED) and name == trial_name(collection, backup):
+    if plan and journal.has_reached(TRIAL_VERIFIED) and name == plan.trial:
         return [f"resuming from {name}, which an earlier run verified"]
     delete_with_snapshots(qdrant, name, target.nodes)
     return [f"removed the temporary collection {name}"]
@@ -408,6 +390,4 @@ def clean_up_collection(
 
 def aliases_taken_off(journal: Journal) -> list[str]:
     """The aliases that a run, or one that it resumed, took off with the collection and did not put back."""
-    if journal.has_reached(RESTORED) or journal.has_reached(PUT_BACK):
-        return []
-    return list(journal.fact("aliases") or [])
+    return [] if journal.has_reached(RESTORED, PUT_BACK) else list(journal.fact("aliases") or [])

@@ -40,39 +40,32 @@ TRIAL_BEGUN, SAFE, SWAPPING, SWAPPED = (
     "switching the graph",
     "graph switched",
 )
+_UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
+UNLOADED = "not loaded by any engine: only its checksum and the versions are verified"
 
 
-def drop_old(
-    target: GraphSource,
-    safety_name: str,
-    saved_digest: str | None,
-    folder: Path,
-    journal: Journal,
-    *,
-    unwritten: bool = False,
-) -> Path | None:
+def drop_old(target: GraphSource, safety_name: str, journal: Journal, *, unwritten: bool = False) -> Path | None:
     """Drop the old graph. If its digest differs from the safety backup's, it is first saved to a file: late writes.
 
-    `saved_digest` is None if the operator wanted no safety backup. `unwritten`: nobody can have written to it since.
-    Returns that file, or None.
+    `unwritten`: nobody can have written to it since. Returns that file, or None.
     """
-    saved = None
+    saved_digest, saved = _saved_digest(journal), None
     if saved_digest is not None and not unwritten and _digest(target, safety_name) != saved_digest:
-        saved = save_graph(target, safety_name, folder, journal)
+        saved = save_graph(target, safety_name, journal)
     drop_graph(target.conn, safety_name)
     return saved
 
 
-def save_graph(target: GraphSource, name: str, folder: Path, journal: Journal) -> Path:
+def save_graph(target: GraphSource, name: str, journal: Journal) -> Path:
     """Save a graph to a file that restore accepts: a DUMP wrapped as an RDB."""
     mark = name if name != target.graph else f"{name}__found_{journal.run_id}"
-    path = private_dir(folder / GRAPH_DIR) / f"{mark}.rdb"
+    path = private_dir(journal.folder / GRAPH_DIR) / f"{mark}.rdb"
     write_dump(target.conn, name, path)
     journal.append("graph saved", late_writes=str(path))
     return path
 
 
-def clean_up_graph(target: GraphSource, journal: Journal, folder: Path) -> list[str]:
+def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
     """Clean up after a killed run: its trial graph, and the old graph under its safety name. Returns what was done.
 
     The swap is atomic: either the old graph still has its own name, or the new one has it and the old one is complete
@@ -88,7 +81,7 @@ def clean_up_graph(target: GraphSource, journal: Journal, folder: Path) -> list[
         return done
     current = _digest(target, target.graph)
     if journal.has_reached(SWAPPED) or (current and current == journal.fact("restored_digest")):
-        saved = drop_old(target, safety, _saved_digest(journal, folder), folder, journal)
+        saved = drop_old(target, safety, journal)
         done.append(f"dropped {safety}, the graph before that run" + (f"; see {saved}" if saved else ""))
     elif current:
         done.append(
@@ -101,12 +94,12 @@ def clean_up_graph(target: GraphSource, journal: Journal, folder: Path) -> list[
     return done
 
 
-def _saved_digest(journal: Journal, folder: Path) -> str | None:
-    """The digest in the safety backup of that run; "" if it cannot be read, None if none was wanted."""
+def _saved_digest(journal: Journal) -> str | None:
+    """The digest in the run's safety backup; "" if there is none or it cannot be read, None if none was wanted."""
     if not journal.has_reached(SAFE):
         return None
     try:
-        component = read_manifest(folder / str(journal.fact("manifest"))).graph
+        component = read_manifest(journal.folder / str(journal.fact("manifest"))).graph
     except MigrationError:
         return ""
     return component.digest if component else ""
@@ -117,16 +110,15 @@ def _digest(target: GraphSource, name: str) -> str:
     return graph_digest(target.conn, name, by_id=True).digest if name in list_graphs(target.conn) else ""
 
 
-_UNLOADED_FACTOR = 3  # of its file's size, a graph in memory is at most about that (150k nodes on 4.16.3)
-UNLOADED = "not loaded by any engine: only its checksum and the versions are verified"
-
-
 @dataclass(frozen=True)
 class GraphBackup:
-    """A verified RDB. `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it."""
+    """A verified RDB, and the graph that it replaces.
+
+    `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it.
+    """
 
     path: Path
-    graph: str
+    target: GraphSource
     verification: GraphVerification
     scratch: Scratch | None
 
@@ -138,11 +130,7 @@ class GraphBackup:
 
 @contextmanager
 def open_rdb(
-    path: Path,
-    source: GraphSource,
-    engines: list[Engine],
-    component: GraphComponent | None,
-    stop: CancelToken | None = None,
+    path: Path, target: GraphSource, engines: list[Engine], component: GraphComponent | None, stop: CancelToken | None
 ) -> Iterator[GraphBackup]:
     """Verify the file; nothing on the target is touched. Raises BackupDamaged, NoEngine.
 
@@ -151,19 +139,19 @@ def open_rdb(
     """
     facts = inspect_backup(path, component.file if component else None)
     try:
-        engine = engine_for(facts, engines, server_versions(source.conn))
+        engine = engine_for(facts, engines, server_versions(target.conn))
         _require_loadable(path, facts)
     except NoEngine as error:
         payload = unwrap_dump(path)
-        if payload is None or graph_name(payload) != source.graph:
+        if payload is None or graph_name(payload) != target.graph:
             raise
-        yield GraphBackup(path, source.graph, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None)
+        yield GraphBackup(path, target, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None)
         return
     digest = component.digest if component and component.proof == RESTORED else ""
-    loaded = loaded_graph(path, source.graph, engine, facts, component=component, digest=digest, stop=stop)
+    loaded = loaded_graph(path, target.graph, engine, facts, component=component, digest=digest, stop=stop)
     with loaded as (found, scratch):
         _require_nodes(path, found, component)
-        yield GraphBackup(path, source.graph, found, scratch)
+        yield GraphBackup(path, target, found, scratch)
 
 
 def _require_loadable(path: Path, facts: RdbFacts) -> None:
@@ -184,9 +172,9 @@ def _require_nodes(path: Path, found: GraphVerification, component: GraphCompone
         )
 
 
-def require_swap(backup: GraphBackup, target: GraphSource) -> None:
+def require_swap(backup: GraphBackup) -> None:
     """Raise if the target would refuse the swap: rights, memory, a replica, a taken name."""
-    mark = secrets.token_hex(4)
+    target, mark = backup.target, secrets.token_hex(4)
     names = [temporary_name(target.conn, target.graph, kind, mark) for kind in ("try", "pre")]
     require_writable(target.conn, target.graph, *names)
     payload = backup.path.stat().st_size
@@ -194,7 +182,7 @@ def require_swap(backup: GraphBackup, target: GraphSource) -> None:
     require_memory(target.conn, loaded + payload)
 
 
-def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
+def require_same_numbers(backup: GraphBackup) -> None:
     """Raise UsageProblem unless a running AutoMem would read the restored graph correctly.
 
     Its client caches labels, relationship types and property keys by their number and never refreshes them.
@@ -203,7 +191,7 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
     saved = backup.verification.schema
     if saved is None:
         raise UsageProblem(f"--while-running is not safe here: {backup.path.name} is {UNLOADED}", next_step=stop)
-    live = schema(target.conn, target.graph)
+    live = schema(backup.target.conn, backup.target.graph)
     for name in ("labels", "relationship_types", "property_keys"):
         if getattr(live, name) != getattr(saved, name):
             raise UsageProblem(
@@ -213,68 +201,67 @@ def require_same_numbers(backup: GraphBackup, target: GraphSource) -> None:
             )
 
 
-def begin_trial(backup: GraphBackup, target: GraphSource, journal: Journal) -> str:
+def begin_trial(backup: GraphBackup, journal: Journal) -> str:
     """Announce the trial restore in the journal. Returns its name on the target."""
-    temporary = temporary_name(target.conn, backup.graph, "try", journal.run_id)
+    temporary = temporary_name(backup.target.conn, backup.target.graph, "try", journal.run_id)
     journal.append(TRIAL_BEGUN, throwaway_graph=temporary)
     return temporary
 
 
-def trial_restore(backup: GraphBackup, target: GraphSource, temporary: str) -> bytes:
+def trial_restore(backup: GraphBackup, temporary: str) -> bytes:
     """Restore the graph under a temporary name on the target and compare digests. Returns the payload to swap in.
 
     A payload contains its graph's name, and restoring it under another one can crash a server. So the scratch graph is
     renamed before each DUMP. Without an engine only the versions are compared.
     """
-    scratch = backup.scratch
+    target, scratch = backup.target, backup.scratch
     if scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
         assert payload is not None
         require_readable(target.conn, payload, temporary)
         return payload
-    copy = dump_as(scratch.conn, backup.graph, temporary)
     with ThreadPoolExecutor(1) as background:
         dumped: list[Future[bytes]] = []
 
         def dump() -> None:  # while the target's copy is read; so only one payload at a time is in memory
-            dumped.append(background.submit(dump_separately, scratch.address, backup.graph))
+            dumped.append(background.submit(dump_separately, scratch.address, target.graph))
 
-        verify_acceptance(target.conn, copy, temporary, backup.digest, dump, (scratch.conn, backup.graph))
+        # The payload has no name here: `verify_acceptance` alone holds it.
+        verify_acceptance(
+            target.conn,
+            dump_as(scratch.conn, target.graph, temporary),
+            temporary,
+            backup.digest,
+            dump,
+            (scratch.conn, target.graph),
+        )
         return dumped[0].result()
 
 
-def cut_over(
-    backup: GraphBackup,
-    target: GraphSource,
-    payload: bytes,
-    journal: Journal,
-    *,
-    folder: Path,
-    undo: str,
-    quiet: bool = True,
-) -> str | None:
+def cut_over(backup: GraphBackup, payload: bytes, journal: Journal, *, undo: str, quiet: bool = True) -> str | None:
     """Swap the graph in atomically and compare its counts and definitions; if they differ, swap the old graph back.
 
     Its trial restore has the backup's digest. `quiet`: AutoMem is stopped; while it runs it may write at once, so that
     only the trial restore is compared. Returns the name that the old graph has now, or None if there was none.
     """
-    safety = temporary_name(target.conn, backup.graph, "pre", journal.run_id)
+    target = backup.target
+    safety = temporary_name(target.conn, target.graph, "pre", journal.run_id)
     wanted = backup.digest.digest if backup.digest else ""
     journal.append(SWAPPING, safety_graph=safety, restored_digest=wanted, undo=undo)
-    had_old = swap_in(target.conn, backup.graph, payload, safety)
+    had_old = swap_in(target.conn, target.graph, payload, safety)
     try:
-        differs = _differs(backup, target)
+        differs = _differs(backup)
     except MigrationError as error:
         raise StoreFailed(
-            f"graph '{backup.graph}' is replaced and could not be compared: {error}",
+            f"graph '{target.graph}' is replaced and could not be compared: {error}",
             next_step=f"run the same command again, or undo it:\n{undo}",
         ) from error
     if quiet and differs:
-        saved = save_graph(target, backup.graph, folder, journal)
+        saved = save_graph(target, target.graph, journal)
         if had_old:
-            swap_back(target.conn, backup.graph, safety)
+            swap_back(target.conn, target.graph, safety)
         raise StoreFailed(
-            f"graph '{backup.graph}' has not the backup's {differs} after the cutover; "
+            f"graph '{target.graph}' has not the backup's {differs} after the cutover; "
             + (f"the old graph is back, what was found is in {saved}" if had_old else f"see {saved}"),
             next_step="stop whatever writes to the graph, then run the same command again",
         )
@@ -282,9 +269,10 @@ def cut_over(
     return safety if had_old else None
 
 
-def _differs(backup: GraphBackup, target: GraphSource) -> str:
+def _differs(backup: GraphBackup) -> str:
     """Return what of the restored graph is not the backup's, or "". Of a graph that no engine counted: no nodes."""
-    seen, definitions = counts(target.conn, target.graph), schema(target.conn, target.graph)
+    conn, graph = backup.target.conn, backup.target.graph
+    seen, definitions = counts(conn, graph), schema(conn, graph)
     wanted, expected = backup.verification.counts, backup.verification.schema
     if wanted is None or expected is None:
         return "" if seen.nodes else "nodes"

@@ -37,6 +37,10 @@ from lib.errors import BackupDamaged, BadFile, UsageProblem
 from lib.files import FULL_DISK, PassThrough, readable_bytes
 
 C = TypeVar("C", GraphComponent, CollectionComponent)
+_TIMES = 3  # the room that a snapshot takes in the temporary folder: once saved, and twice while the engine opens it
+_UNKNOWN = -1  # how many points are expected
+# A server names a snapshot by its collection, its own number and the moment (seen on 1.11.3 and 1.18.3).
+_NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,6 @@ class CollectionBackup:
             read(saved)
         else:
             read_archive(self.path, on_snapshot=read, only=snapshot.name)
-
-
-_TIMES = 3  # the room that a snapshot takes in the temporary folder: once saved, and twice while the engine opens it
-_UNKNOWN = -1  # how many points are expected
-# A server names a snapshot by its collection, its own number and the moment (seen on 1.11.3 and 1.18.3).
-_NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 
 def open_archive(path: Path, component: CollectionComponent | None) -> CollectionBackup:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from shlex import quote
 from typing import Any
 
-from lib.backup.collection import CollectionSource
-from lib.backup.graph import GraphSource
 from lib.backup.manifest import Manifest
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.queries import counts
@@ -16,9 +14,9 @@ from lib.config import Config
 from lib.console import Console, size_text
 from lib.dimensions import is_plain, provider_of
 from lib.errors import DONE, listed
+from lib.restore.collection import RestorePlan
 from lib.restore.graph import GraphBackup
-from lib.restore.inputs import CollectionBackup
-from lib.restore.preflight import Newer, NewerThanBackup, Site, VerifiedFiles, newer_than
+from lib.restore.preflight import Newer, Site, VerifiedFiles, newer_memories, newer_points
 from lib.restore.run import Restored
 from lib.show_config import restart_lines, settings_lines
 
@@ -32,14 +30,14 @@ _RESTART_GRAPH = """\
 
 def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int:
     """Print what a restore would do: --dry-run stops before the first write."""
-    found = newer_than(site, files)
     document: dict[str, Any] = {}
-    if files.graph and site.graph:
-        document["graph"] = _graph_plan(files.graph, site.graph) | {"newer": _newer(found.graph)}
-    if files.collection and site.collection:
-        document["collection"] = _collection_plan(files.collection, site.collection) | {
-            "newer": _newer(found.collection)
-        }
+    memories = points = None
+    if files.graph:
+        memories = newer_memories(files.graph)
+        document["graph"] = _graph_plan(files.graph) | {"newer": _newer(memories)}
+    if files.plan:
+        points = newer_points(files.plan)
+        document["collection"] = _collection_plan(files.plan) | {"newer": _newer(points)}
     how, where = "without a safety backup", "nowhere: --no-safety-backup"
     if site.safety:
         how, where = "after a safety backup", "in the safety backup that a restore takes"
@@ -47,7 +45,7 @@ def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int
         f"would restore, {how}, onto {_stores(site)}:",
         *_plan_lines(document),
         *files.left_out,
-        *newer_lines(found, where),
+        *newer_lines(memories, points, where),
     ]
     console.result(document, "\n".join(text))
     return DONE
@@ -62,8 +60,8 @@ def _stores(site: Site) -> str:
     return " and ".join(names)
 
 
-def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
-    held, live = backup.verification.counts, None
+def _graph_plan(backup: GraphBackup) -> dict[str, Any]:
+    target, held, live = backup.target, backup.verification.counts, None
     if target.graph in list_graphs(target.conn):
         seen = counts(target.conn, target.graph)
         live = {"nodes": seen.nodes, "relationships": seen.relationships}
@@ -79,8 +77,8 @@ def _graph_plan(backup: GraphBackup, target: GraphSource) -> dict[str, Any]:
     }
 
 
-def _collection_plan(backup: CollectionBackup, target: CollectionSource) -> dict[str, Any]:
-    name, qdrant = target.collection, target.qdrant
+def _collection_plan(plan: RestorePlan) -> dict[str, Any]:
+    backup, name, qdrant = plan.backup, plan.target.collection, plan.target.qdrant
     state = health(qdrant, name)
     live: dict[str, Any] | None = None if state == "missing" else {"state": state}
     if live and state == "live":
@@ -131,19 +129,19 @@ def _newer(found: Newer | None) -> dict[str, Any] | None:
     return None if found is None else {"added": found.added, "changed": found.changed, "ids": found.named}
 
 
-def newer_lines(found: NewerThanBackup, where: str) -> list[str]:
+def newer_lines(memories: Newer | None, points: Newer | None, where: str) -> list[str]:
     """What the stores hold and the backup does not, and where it remains."""
     lines = []
-    for what, component in (("memories", found.graph), ("points", found.collection)):
-        if not component:
+    for what, found in (("memories", memories), ("points", points)):
+        if not found:
             continue
-        changed = f", with another content than in it: {component.changed:,}" if component.changed else ""
-        more = "" if component.added + component.changed <= len(component.named) else ", ..."
+        changed = f", with another content than in it: {found.changed:,}" if found.changed else ""
+        more = "" if found.added + found.changed <= len(found.named) else ", ..."
         lines.append(
-            f"{what} newer than the backup: {component.added:,}{changed} ({listed(component.named)}{more})"
+            f"{what} newer than the backup: {found.added:,}{changed} ({listed(found.named)}{more})"
             f"\n  they remain {where}"
         )
-        if what == "points" and found.graph is None:
+        if found is points and memories is None:
             lines.append(
                 "  and in the graph; this embeds them again:\n  python scripts/reembed_embeddings.py --only-missing"
             )
@@ -158,7 +156,7 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         digest, how = files.graph.digest, "digest equal"
         if digest is None:
             how = "not compared: no FalkorDB engine is installed here"
-        lines.append(f"graph '{files.graph.graph}' restored from {files.graph.path}, {how}")
+        lines.append(f"graph '{files.graph.target.graph}' restored from {files.graph.path}, {how}")
         document["graph"] = {
             "file": str(files.graph.path),
             "digest": digest.digest if digest else None,
@@ -175,10 +173,10 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         document["left_out"] = list(files.left_out)
     if done.safety:
         lines.append(f"the state before: {done.safety.path}")
-    if done.newer:
-        saved = done.late_writes or (done.safety.path if done.safety else None)
-        lines += newer_lines(done.newer, f"in {saved}" if saved else "nowhere: there was no safety backup")
-        document["newer"] = {"graph": _newer(done.newer.graph), "collection": _newer(done.newer.collection)}
+    saved = done.late_writes or (done.safety.path if done.safety else None)
+    where = f"in {saved}" if saved else "nowhere: there was no safety backup"
+    lines += newer_lines(done.memories, done.points, where)
+    document["newer"] = {"graph": _newer(done.memories), "collection": _newer(done.points)}
     if done.late_writes:
         lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)

@@ -36,6 +36,16 @@ from lib.restore.collection import FROM_GRAPH, Part, RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, Input, Inputs, open_archive, open_bare
 
+_STOP_AUTOMEM = (
+    "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
+    "then run the same command again, and start AutoMem afterwards:\n"
+    "docker compose up -d --force-recreate flask-api\n"
+    "if it is not AutoMem that listens there, or only a proxy answers for it, name AutoMem's own address:\n"
+    "export AUTOMEM_API_URL=http://localhost:8001"
+)
+_NAMED_CLIENTS = 3
+_NAMED_IDS = 20
+
 
 @dataclass(frozen=True)
 class Site:
@@ -93,13 +103,13 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
             plan = _verified_archive(site, site.collection, inputs.collection)
         graph, held = loading.result()
     if graph and inputs.graph:
-        assert site.graph is not None
         if held and inputs.graph.automem:
             points = plan.backup.archive.ids if plan and inputs.collection and inputs.collection.automem else 0
             left_out += _left_out_of(site, inputs.graph.automem, held, points)
-        graphs.require_swap(graph, site.graph)
-        _warn_left_out(site, site.graph, graph, inputs.graph.component)
-    for one, server in ((inputs.graph, _server(site.graph)), (inputs.collection, _server(site.collection))):
+        graphs.require_swap(graph)
+        _warn_left_out(site, graph, inputs.graph.component)
+    servers = (graph.target.address.display if graph else "", plan.target.qdrant.display if plan else "")
+    for one, server in zip((inputs.graph, inputs.collection), servers, strict=True):
         component = one.component if one else None
         if component and not same_server(component.server["address"], server):
             site.notice(
@@ -175,8 +185,9 @@ def _left_out_of(site: Site, source: AutoMemFile, facts: GraphFacts, points: int
     return left_out
 
 
-def _warn_left_out(site: Site, target: GraphSource, backup: GraphBackup, component: GraphComponent | None) -> None:
+def _warn_left_out(site: Site, backup: GraphBackup, component: GraphComponent | None) -> None:
     """Name what a restore of the graph does not restore: function libraries, and an expiry of its key."""
+    target = backup.target
     held = component.functions if component else []
     if backup.scratch:
         held = [*held, *function_libraries(backup.scratch.conn)]
@@ -196,27 +207,12 @@ def _warn_left_out(site: Site, target: GraphSource, backup: GraphBackup, compone
             site.notice(f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one")
 
 
-def _server(source: GraphSource | CollectionSource | None) -> str:
-    if isinstance(source, GraphSource):
-        return source.address.display
-    return source.qdrant.display if source else ""
-
-
-_STOP_AUTOMEM = (
-    "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
-    "then run the same command again, and start AutoMem afterwards:\n"
-    "docker compose up -d --force-recreate flask-api\n"
-    "if it is not AutoMem that listens there, or only a proxy answers for it, name AutoMem's own address:\n"
-    "export AUTOMEM_API_URL=http://localhost:8001"
-)
-
-
-def require_quiet(site: Site, backup: GraphBackup, target: GraphSource) -> None:
+def require_quiet(site: Site, backup: GraphBackup) -> None:
     """Refuse to replace the graph while AutoMem may run: its caches would write values under wrong names.
 
     With --while-running it is refused only if labels, relationship types or property keys differ, or their order.
     """
-    answer, url = ask_health(site.api), without_login(site.api.url)
+    answer, url, address = ask_health(site.api), without_login(site.api.url), backup.target.address
     if answer.presence == "unresolved":
         hint = container_hint(urlsplit(url).hostname or "", "AUTOMEM_API_URL=http://localhost:8001").strip()
         site.notice(
@@ -224,25 +220,25 @@ def require_quiet(site: Site, backup: GraphBackup, target: GraphSource) -> None:
             f" Make sure that AutoMem is stopped, wherever it runs{f'; {hint}' if hint else ''}"
         )
     elif answer.presence != "absent":
-        _require_same_numbers(site, backup, target, _may_run(answer, url))
+        _require_same_numbers(site, backup, _may_run(answer, url))
     elif answer.seen:
         site.notice(
             f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
             " stopped, wherever it runs"
         )
-    elif is_this_machine(site.api.url) and not (target.address.unix_socket or is_loopback(target.address.host)):
+    elif is_this_machine(site.api.url) and not (address.unix_socket or is_loopback(address.host)):
         site.notice(
-            f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {_server(target)}: if AutoMem"
+            f"warning: nothing listens at {url}, on this machine, and FalkorDB is at {address.display}: if AutoMem"
             " runs elsewhere, make sure that it is stopped, or set AUTOMEM_API_URL"
         )
 
 
-def require_still_quiet(site: Site, backup: GraphBackup, target: GraphSource) -> None:
+def require_still_quiet(site: Site, backup: GraphBackup) -> None:
     """`require_quiet` right before a cutover: AutoMem may have been started during the trial restores."""
     answer = ask_health(site.api)
     if answer.presence in {"running", "silent"}:
         text = f"AutoMem was started meanwhile: {_may_run(answer, without_login(site.api.url))}"
-        _require_same_numbers(site, backup, target, text)
+        _require_same_numbers(site, backup, text)
 
 
 def _may_run(answer: HealthAnswer, url: str) -> str:
@@ -250,15 +246,12 @@ def _may_run(answer: HealthAnswer, url: str) -> str:
     return f"AutoMem {how}: after the graph is replaced its caches would write values under wrong names"
 
 
-def _require_same_numbers(site: Site, backup: GraphBackup, target: GraphSource, text: str) -> None:
+def _require_same_numbers(site: Site, backup: GraphBackup, text: str) -> None:
     """Raise UsageProblem with this text; with --while-running only if names have other numbers in the backup."""
     if not site.while_running:
         raise UsageProblem(text, next_step=_STOP_AUTOMEM)
-    if target.graph in list_graphs(target.conn):
-        graphs.require_same_numbers(backup, target)
-
-
-_NAMED_CLIENTS = 3
+    if backup.target.graph in list_graphs(backup.target.conn):
+        graphs.require_same_numbers(backup)
 
 
 def notify_other_clients(site: Site, target: GraphSource) -> None:
@@ -279,10 +272,6 @@ def notify_other_clients(site: Site, target: GraphSource) -> None:
     )
 
 
-_PAGE = 500
-_NAMED_IDS = 20
-
-
 @dataclass(frozen=True)
 class Newer:
     """Of one store: how many ids the backup lacks, of how many it has another content, and the first of these ids."""
@@ -301,29 +290,13 @@ class Newer:
         return Newer(self.added + len(added), self.changed + len(changed), named)
 
 
-@dataclass(frozen=True)
-class NewerThanBackup:
-    """What a restore takes away. None: the file does not show it, or there is nothing to replace."""
-
-    graph: Newer | None = None
-    collection: Newer | None = None
-
-
-def newer_than(site: Site, files: VerifiedFiles) -> NewerThanBackup:
-    """Compare the memories' ids and contents, and the points' ids, with the backup's; only reads."""
-    return NewerThanBackup(
-        newer_memories(files.graph, site.graph) if files.graph and site.graph else None,
-        newer_points(files.collection, site.collection) if files.collection and site.collection else None,
-    )
-
-
-def newer_memories(backup: GraphBackup, live: GraphSource) -> Newer | None:
+def newer_memories(backup: GraphBackup) -> Newer | None:
     """Compare the memories' ids and contents with the backup's; None if no engine loaded it or no graph is there."""
+    live, found = backup.target, Newer()
     if backup.scratch is None or live.graph not in list_graphs(live.conn):
         return None
-    stores = (backup.scratch.conn, backup.graph), (live.conn, live.graph)
+    stores = (backup.scratch.conn, live.graph), (live.conn, live.graph)
     read = (pages(conn, graph, nodes(MEMORY_LABEL), "n.id, n.content") for conn, graph in stores)
-    found = Newer()
     with TemporaryIdTable() as saved, TemporaryIdTable() as current:
         for before, after in zip_longest(*read, fillvalue=[]):
             if before != after:  # most pages are equal
@@ -349,12 +322,12 @@ def _hash(content: object) -> str:
     return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
-def newer_points(backup: CollectionBackup, live: CollectionSource) -> Newer | None:
+def newer_points(plan: RestorePlan) -> Newer | None:
     """Compare the points' ids with the backup's; None if its ids are not known or the collection is not live."""
-    if not backup.ids.complete or health(live.qdrant, live.collection) != "live":
+    ids, live, found = plan.backup.ids, plan.target, Newer()
+    if not ids.complete or health(live.qdrant, live.collection) != "live":
         return None
-    found = Newer()
     for points in scroll(live.qdrant, live.collection):
-        known = backup.ids.payloads([point.id for point in points])
+        known = ids.payloads([point.id for point in points])
         found = found.plus(point.id for point in points if point.id not in known)
     return found

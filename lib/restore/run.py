@@ -13,7 +13,7 @@ from lib.backup.phases import COMMAND as REEMBED
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
-from lib.clients.qdrant.collection import exists, health
+from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress, ProgressBar
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
@@ -24,7 +24,6 @@ from lib.restore.collection import RestorePlan, is_absent, plan_restore
 from lib.restore.inputs import open_archive
 from lib.restore.preflight import (
     Newer,
-    NewerThanBackup,
     Site,
     VerifiedFiles,
     newer_memories,
@@ -43,13 +42,15 @@ Undo = Callable[[Manifest | None], str]  # from the safety backup: the commands 
 class Restored:
     """What was done: the safety backup, the file of late writes to the old graph, what an earlier run had left.
 
-    `newer` is what the stores held and the files do not.
+    `memories` and `points` are what the stores held and the files do not. None: the file does not show it, or there was
+    nothing to replace.
     """
 
     safety: Manifest | None
     late_writes: Path | None
     notes: list[str]
-    newer: NewerThanBackup
+    memories: Newer | None
+    points: Newer | None
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,20 @@ class _Leftovers:
 
 
 _GraphTrial = tuple[bytes | None, Newer | None]  # the payload to swap in, and what is newer; None: not restored
+_Calls = dict[str, object] | None  # what `write_calls` returns
 
 
 @dataclass(frozen=True)
 class _RunningTrials:
-    """Both trial restores in the background: of the graph, and of the collection under the name `temporary`."""
+    """Both trial restores in the background."""
 
     graph: BackgroundTask[_GraphTrial]
     collection: BackgroundTask[Newer | None]
-    temporary: str | None
 
-    def result(self) -> tuple[bytes | None, NewerThanBackup]:
-        """Wait for their ends. Returns the graph's payload, and what the live stores hold and the files do not."""
+    def result(self) -> tuple[bytes | None, Newer | None, Newer | None]:
+        """Wait for their ends. Returns the graph's payload, and the newer memories and points of the live stores."""
         points = self.collection.result()
-        payload, memories = self.graph.result()
-        return payload, NewerThanBackup(memories, points)
+        return *self.graph.result(), points
 
     def watching(self, bar: ProgressBar) -> ProgressBar:
         """Wrap `bar` for the main thread: a trial's error is raised as soon as there is one."""
@@ -102,31 +102,30 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
                 running.result()  # until then one of the graphs that killed runs left may be needed
             notes = [*left.notes, *_clean_up_graphs(site, left)]
             safety = _safety_backup(site, files, journal, running) if site.safety else None
-            payload, newer = running.result()
-        temporary = running.temporary
-        if temporary:
+            payload, memories, points = running.result()
+        if files.plan:
             journal.append(collections.TRIAL_VERIFIED)
-        if files.graph and site.graph:
-            require_still_quiet(site, files.graph, site.graph)
+        if files.graph:
+            require_still_quiet(site, files.graph)
         commands = undo(safety)
         site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
-        if files.plan and temporary:
-            taken = _cut_over_collection(site, files.plan, temporary, journal, safety, commands, left.aliases)
+        if files.plan:
+            taken = _cut_over_collection(site, files.plan, journal, safety, commands, left.aliases)
             notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
         raise
-    if temporary and site.collection:
-        delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
+    if files.plan:
+        delete_with_snapshots(files.plan.target.qdrant, files.plan.trial, files.plan.target.nodes)
     with _collection_named(files, site.again, commands):
-        late_writes = _cut_over_graph(site, files, payload, journal, safety, commands, calls)
+        late_writes = _cut_over_graph(site, files, payload, journal, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
     if site.collection:
         snapshots_left = [one for one in left.journals if one.is_open and _is_clean(one)]
         report_snapshots(site.collection, [*left.awaited, *snapshots_left], site.notice)
-    return Restored(safety, late_writes, notes, newer)
+    return Restored(safety, late_writes, notes, memories, points)
 
 
 def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
@@ -138,13 +137,13 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
     for journal in open_journals(site.folder, site.targets, COMMAND):
         if journal.path == run.path:
             continue
-        clean_up_backup(site.folder, site.collection, journal)
+        clean_up_backup(site.collection, journal)
         if journal.phase == AWAITED:
             left.awaited.append(journal)
         elif journal.is_open:
             left.notes.extend(_state_before(site, journal))
             if site.collection:
-                found = collections.clean_up_collection(site.collection, journal, files.collection)
+                found = collections.clean_up_collection(site.collection, journal, files.plan)
                 left.notes.extend(_reported(site, found))
                 left.aliases.extend(collections.aliases_taken_off(journal))
                 run.append(_RESUMED, aliases=left.aliases)
@@ -162,7 +161,7 @@ def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
     notes = []
     for journal in left.journals:
         if site.graph:
-            notes += _reported(site, graphs.clean_up_graph(site.graph, journal, site.folder))
+            notes += _reported(site, graphs.clean_up_graph(site.graph, journal))
             journal.append(_GRAPH_CLEAN)
         if _is_clean(journal) and removed(journal):
             journal.close("settled by the next restore")
@@ -172,7 +171,7 @@ def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
 def _state_before(site: Site, journal: Journal) -> list[str]:
     """Name the safety backup of a killed run that had begun to cut over."""
     name = journal.fact("manifest")
-    if not name or not any(map(journal.has_reached, (collections.DELETING, graphs.SWAPPING))):
+    if not name or not journal.has_reached(collections.DELETING, graphs.SWAPPING):
         return []
     return _reported(site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"])
 
@@ -196,54 +195,48 @@ def _is_clean(journal: Journal) -> bool:
 def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Iterator[_RunningTrials]:
     """Run the trial restores while the block takes the safety backup. Only the block writes to the journal."""
     graph, plan = files.graph, files.plan
-    graph_name = graphs.begin_trial(graph, site.graph, journal) if graph and site.graph else None
-    name = collections.begin_trial(plan, journal) if plan else None
+    name = graphs.begin_trial(graph, journal) if graph else ""
+    if plan:
+        collections.begin_trial(plan, journal)
 
     def restore_graph(_task: BackgroundTask[_GraphTrial]) -> _GraphTrial:
-        if not graph or not site.graph or not graph_name:
+        if not graph:
             return None, None
         site.say("trial restore of the graph, under a temporary name")
-        return graphs.trial_restore(graph, site.graph, graph_name), newer_memories(graph, site.graph)
+        return graphs.trial_restore(graph, name), newer_memories(graph)
 
     def restore_collection(task: BackgroundTask[Newer | None]) -> Newer | None:
-        if not plan or not name:
+        if not plan:
             return None
         with site.bar("trial restore of the collection", plan.backup.archive.snapshot.size, "bytes") as progress:
-            collections.trial_restore(plan, name, task.moving(progress))
-        return newer_points(plan.backup, plan.target)
+            collections.trial_restore(plan, task.moving(progress))
+        return newer_points(plan)
 
     with BackgroundTask(restore_graph) as first, BackgroundTask(restore_collection) as second:
-        yield _RunningTrials(first, second, name)
+        yield _RunningTrials(first, second)
 
 
 def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _RunningTrials) -> Manifest | None:
     """Back up what is about to be replaced, if it exists. A failed collection cannot be read."""
-    graph = site.graph if files.graph else None
-    collection = site.collection if files.collection else None
+    graph = files.graph.target if files.graph else None
+    collection = files.plan.target if files.plan else None
     if graph and graph.graph not in list_graphs(graph.conn):
         graph = None
-    if collection and not exists(collection.qdrant, collection.collection):
-        collection = None
-    if collection and health(collection.qdrant, collection.collection) == "failed":
-        site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
+    if collection and (state := health(collection.qdrant, collection.collection)) in {"missing", "failed"}:
+        if state == "failed":
+            site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
         collection = None
     safety = None
     if graph or collection:
         site.say("safety backup of the current state")
         bar = trials.watching(site.bar)
-        safety = take_backup(graph, collection, site.folder, site.engines, journal, bar, purpose=SAFETY)
+        safety = take_backup(graph, collection, site.engines, journal, bar, purpose=SAFETY)
     journal.append(graphs.SAFE, manifest=safety.name if safety else None)
     return safety
 
 
 def _cut_over_collection(
-    site: Site,
-    plan: RestorePlan,
-    temporary: str,
-    journal: Journal,
-    safety: Manifest | None,
-    undo: str,
-    aliases: list[str],
+    site: Site, plan: RestorePlan, journal: Journal, safety: Manifest | None, undo: str, aliases: list[str]
 ) -> list[str]:
     """Replace the live collection; returns the aliases that others took.
 
@@ -251,35 +244,34 @@ def _cut_over_collection(
     """
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
-            return collections.cut_over(plan, temporary, journal, progress, undo=undo, aliases=aliases)
+            return collections.cut_over(plan, journal, progress, undo=undo, aliases=aliases)
     except MigrationError as error:
         if not is_absent(journal):
             raise
-        trouble = _restore_old_collection(site, safety, journal)
+        trouble = _restore_old_collection(site, plan, safety, journal)
         if trouble is None:
             raise StoreFailed(
                 f"the collection could not be restored: {error}; the old one was restored from the safety backup",
                 next_step=f"{error.next_step}\nthat command is:\n{site.again}",
             ) from error
         raise StoreFailed(
-            f"the collection is not restored: {error}; its trial restore {temporary} is complete on the server."
+            f"the collection is not restored: {error}; its trial restore {plan.trial} is complete on the server."
             f" {trouble}",
             next_step=f"resume from the trial restore:\n{site.again}\nor undo it:\n{undo}",
         ) from error
 
 
-def _restore_old_collection(site: Site, safety: Manifest | None, journal: Journal) -> str | None:
+def _restore_old_collection(site: Site, plan: RestorePlan, safety: Manifest | None, journal: Journal) -> str | None:
     """Restore the old collection from the safety backup. Returns None, or why that failed."""
-    component = safety.collection if safety else None
-    if site.collection is None or safety is None or component is None:
+    component, name = safety.collection if safety else None, plan.target.collection
+    if safety is None or component is None:
         return "There is no safety backup to restore the old collection from"
     try:
-        if health(site.collection.qdrant, site.collection.collection) == "live":
-            return f"'{site.collection.collection}' exists, but was not compared with it"
-        site.notice(f"restoring the old '{site.collection.collection}' from {safety.path}")
-        saved = plan_restore(open_archive(safety.file_of(component), component), site.collection)
-        temporary = str(journal.fact("temporary_collection"))
-        collections.put_back(saved, temporary, journal.fact("aliases") or [])
+        if health(plan.target.qdrant, name) == "live":
+            return f"'{name}' exists, but was not compared with it"
+        site.notice(f"restoring the old '{name}' from {safety.path}")
+        saved = plan_restore(open_archive(safety.file_of(component), component), plan.target)
+        collections.put_back(plan, saved, journal.fact("aliases") or [])
     except MigrationError as error:
         return f"The old one could not be restored either: {error}"
     journal.append(collections.PUT_BACK)
@@ -300,44 +292,29 @@ def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[N
 
 
 def _cut_over_graph(
-    site: Site,
-    files: VerifiedFiles,
-    payload: bytes | None,
-    journal: Journal,
-    safety: Manifest | None,
-    undo: str,
-    calls: dict[str, object] | None,
+    site: Site, files: VerifiedFiles, payload: bytes | None, journal: Journal, undo: str, calls: _Calls
 ) -> Path | None:
     """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
 
     `calls`: the `write_calls` before the trial restores.
     """
-    if not files.graph or not site.graph or payload is None:
+    if not files.graph or payload is None:
         return None
-    require_still_quiet(site, files.graph, site.graph)  # the cutover of the collection may have taken long
-    old = graphs.cut_over(
-        files.graph,
-        site.graph,
-        payload,
-        journal,
-        folder=site.folder,
-        undo=undo,
-        quiet=not site.while_running,
-    )
+    require_still_quiet(site, files.graph)  # the cutover of the collection may have taken long
+    old = graphs.cut_over(files.graph, payload, journal, undo=undo, quiet=not site.while_running)
     if old is None:
         return None
-    component = safety.graph if safety else None
-    saved_digest = (component.digest if component else "") if site.safety else None
-    unwritten = calls is not None and write_calls(site.graph.conn) == calls
-    return graphs.drop_old(site.graph, old, saved_digest, site.folder, journal, unwritten=unwritten)
+    target = files.graph.target
+    unwritten = calls is not None and calls == write_calls(target.conn)
+    return graphs.drop_old(target, old, journal, unwritten=unwritten)
 
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
     """Close unfinished re-embeddings, whose old collection no longer exists, and remove what they staged."""
-    if files.collection and site.collection:
+    if files.plan:
         for journal in open_journals(site.folder, site.targets, REEMBED):
             with suppress(MigrationError):  # the restore is done; the next re-embed names what is left
-                for one in remove_staged(site.collection.qdrant, site.folder, journal):
+                for one in remove_staged(files.plan.target.qdrant, journal):
                     site.notice(f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached")
             journal.close("superseded by a restore")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lib.backup.collection import STAMP_KEY, CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.phases import last_migration, restored_since, settings_before, verified_at
+from lib.backup.phases import VERIFIED, last_migration, restored_since
 from lib.backup.points import TemporaryIdTable, all_points, as_id
 from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
@@ -28,6 +28,7 @@ from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, 
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
 from lib.verify.compare import (
+    ONLY_MISSING,
     OTHER_MODEL,
     REPLACE_ALL,
     SAME_MODEL_COSINE,
@@ -52,7 +53,6 @@ _SIZES = ("configured", "effective", "collection")  # in AutoMem's /health
 _FEW_VECTORS, _SHARE = 10, 0.05
 _COMPARED = "text and vector compared with AutoMem's"
 
-_ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
 _LOST_GRAPH = "the graph holds no memory: if it is lost, docs/worst-day.md has the next steps"
 _BACKUP = "python scripts/backup_automem.py"
 _RESTART = "restart AutoMem with the VECTOR_SIZE, provider and model that are set here"
@@ -90,7 +90,7 @@ def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> C
     put = curl_line(qdrant, "PUT", state.name) + " -H 'content-type: application/json' -d "
     put += quote(json.dumps({"vectors": {"size": state.size, "distance": "Cosine"}}))
     remedy = "a re-embed keeps the distance; this changes it, and loses payload keys that only points have:\n"
-    remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, _ONLY_MISSING))
+    remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, ONLY_MISSING))
     return Check("size and distance", FAILED, f"{detail}, AutoMem uses Cosine", remedy)
 
 
@@ -156,7 +156,7 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
     strict = after_restart or not have_plan
-    remedy = _ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
+    remedy = ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
     return [_check_differences(*row, remedy, strict=strict) for row in rows]
 
 
@@ -260,16 +260,9 @@ def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
     return [Check("recall", PASSED, f"{len(samples)} of {len(samples)} samples come first by vector"), latency]
 
 
-def check_recall_direct(
-    qdrant: Qdrant,
-    collection: str,
-    cache: EmbeddingCache,
-    spec: EmbeddingSpec,
-    samples: list[Sample],
-    why: str,
-) -> Check:
+def check_recall_direct(source: CollectionSource, cache: EmbeddingCache, samples: list[Sample], why: str) -> Check:
     """Recall without AutoMem: a search in Qdrant with each sample's vector from the embedding cache."""
-    keys = {sample.id: cache.text_key(spec, sample.content) for sample in samples}
+    keys = {sample.id: cache.text_key(source.spec, sample.content) for sample in samples}
     vectors = cache.get_vectors(keys.values())
     usable = [sample for sample in samples if keys[sample.id] in vectors]
     if not usable:
@@ -277,8 +270,8 @@ def check_recall_direct(
     wrong = []
     for sample in usable:
         vector = np.frombuffer(vectors[keys[sample.id]], dtype="<f4")
-        nearest = [hit.id for hit in search(qdrant, collection, vector, 1)]
-        found = retrieve(qdrant, collection, nearest, payload=["content"])
+        nearest = [hit.id for hit in search(source.qdrant, source.collection, vector, 1)]
+        found = retrieve(source.qdrant, source.collection, nearest, payload=["content"])
         if not found or found[0].payload != {"content": sample.content}:
             wrong.append(sample.id)
     if wrong:
@@ -307,7 +300,7 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
     if likeness >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
     last = last_migration(stores.folder, stores.targets)
-    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(stores.folder, last) else _ONLY_MISSING
+    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(last) else ONLY_MISSING
     remedy = f"{_RESTART}\nthen replace the vectors that it made:\n{replace_them}"
     return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 
@@ -361,31 +354,32 @@ def verify(
     """Make every check; recall is tried with `samples` memories. `after_restart`: nothing may be pending."""
     graph, source = stores.graph, stores.collection
     qdrant, spec = source.qdrant, source.spec
-    require_graph(graph.conn, graph.graph, graph.address)
+    require_graph(graph.conn, graph.graph)
     state = get_state(qdrant, source.collection)
+    last = last_migration(stores.folder, stores.targets)
     checks = [
         check_size(qdrant, state, spec),
         check_status(state),
         check_model(state, spec),
-        check_indexes(qdrant, state, settings_before(stores.folder, stores.targets)),
+        check_indexes(qdrant, state, last.fact("settings") if last else None),
     ]
     planned = cache if cache.memory_count() else None
-    migrated_at = verified_at(stores.folder, stores.targets)
+    migrated_at = next(reversed(last.times(VERIFIED)), None) if last else None
     with TemporaryIdTable() as existing:
         with bar("compare vectors", state.points, "points") as progress:
             vectors = read_points(qdrant, state, planned, spec, existing, progress)
         with bar("compare stores", None, "memories") as progress:
-            found = compare_stores(graph.conn, graph.graph, existing, planned, migrated_at, samples, progress)
+            found = compare_stores(graph, existing, planned, migrated_at, samples, progress)
     if 0 < len(ids := found.differing_ids()) <= _FEW_DIFFER:
         # AutoMem works on: it may have written these between the reading of the points and that of the graph.
         with TemporaryIdTable() as existing, bar("compare again", None, "memories") as progress:
             existing.put((one.id, one.payload) for one in retrieve(qdrant, state.name, ids, payload=True))
-            again = compare_stores(graph.conn, graph.graph, existing, planned, migrated_at, samples, progress, set(ids))
+            again = compare_stores(graph, existing, planned, migrated_at, samples, progress, set(ids))
         found = found.corrected(again)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
     differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}
-    if differ and (last := last_migration(stores.folder, stores.targets)):
+    if differ and last:
         cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
@@ -403,7 +397,7 @@ def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample],
         why = f"AutoMem does not answer at {without_login(stores.api.url)}: {answer.summary}"
         if after_restart:
             return [Check("recall", FAILED, why, START_AUTOMEM)]
-        return [check_recall_direct(source.qdrant, source.collection, cache, source.spec, samples, why)]
+        return [check_recall_direct(source, cache, samples, why)]
     points = count(source.qdrant, source.collection)
     mismatch = check_service(answer.health, source.spec, stores.graph.graph, points)
     return [mismatch] if mismatch else check_recall(stores.api, samples)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import redis
 
+from lib.backup.graph import GraphSource
 from lib.backup.points import (
     TemporaryIdTable,
-    all_points,
     as_id,
     base_payload,
     identical,
@@ -25,10 +24,9 @@ from lib.backup.points import (
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
-from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState, get_state
-from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, PointId, scroll, upsert
-from lib.clients.qdrant.transport import Qdrant
-from lib.concurrency import Progress, ProgressBar, read_ahead
+from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, UINT8, CollectionState
+from lib.clients.qdrant.points import Point, PointId
+from lib.concurrency import Progress, read_ahead
 from lib.dimensions import EmbeddingSpec
 
 if TYPE_CHECKING:
@@ -42,6 +40,16 @@ _CLOCK_SKEW = timedelta(hours=1)  # between two machines
 _EXEMPT = {"exempt": True}
 
 Properties = dict[str, Any]
+# Under Cosine, Qdrant and this module normalize in float32: the last bits may differ.
+TOLERANCE = 2e-6
+# 4 bits per number: the least cosine measured over 60 vectors was 0.977 at 48 numbers, 0.992 at 768 (1.19).
+TURBO4_COSINE = 0.97
+# Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
+SAME_MODEL_COSINE = 0.99
+ONLY_MISSING = "python scripts/reembed_embeddings.py --only-missing"
+REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+# In the embedding cache: the run id of the migration since which a verification found a vector of another model.
+OTHER_MODEL = "other model since"
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,7 @@ class Findings:
 
 
 def compare_stores(
-    conn: redis.Redis,
-    graph: str,
+    graph: GraphSource,
     existing: TemporaryIdTable,
     cache: EmbeddingCache | None,
     migrated_at: datetime | None,
@@ -114,7 +121,7 @@ def compare_stores(
     found = Findings()
     step = max(1, len(existing) // samples)  # so that they are spread over all memories
     with TemporaryIdTable() as seen:
-        for page in read_ahead(chunks(iter_memories(conn, graph), _PAGE)):
+        for page in read_ahead(chunks(iter_memories(graph.conn, graph.graph), _PAGE)):
             asked = [node for node in page if only is None or point_id(node.properties.get("id")) in only]
             memories = _usable(asked, seen, found)
             payloads = existing.payloads(list(memories))
@@ -229,13 +236,6 @@ def _is_recallable(properties: Properties, payload: dict[str, Any] | None) -> bo
     return payload is not None and payload.get("content") == content
 
 
-# Under Cosine, Qdrant and this module normalize in float32: the last bits may differ.
-TOLERANCE = 2e-6
-# 4 bits per number: the least cosine measured over 60 vectors was 0.977 at 48 numbers, 0.992 at 768 (1.19).
-TURBO4_COSINE = 0.97
-_SAMPLE = 64
-
-
 def vectors_differ(
     stored: NDArray[np.float32],
     wanted: NDArray[np.float32],
@@ -280,13 +280,6 @@ def _normalized(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(wide / np.where(lengths == 0, 1.0, lengths))
 
 
-# Vectors of one model for one text: a provider's answers differ by far less, two models by far more.
-SAME_MODEL_COSINE = 0.99
-REPLACE_ALL = "python scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-# In the embedding cache: the run id of the migration since which a verification found a vector of another model.
-OTHER_MODEL = "other model since"
-
-
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     """Return the cosine of two vectors (dims,); 0 if one of them is all zeros."""
     lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
@@ -324,37 +317,3 @@ def different_vectors(
         differ = vectors_differ(stored, wanted, state.distance, state.datatype)
         wrong += [pair for pair, bad in zip(sized, differ, strict=True) if bad]
     return len(pairs), wrong
-
-
-def vectors_agree(qdrant: Qdrant, state: CollectionState, cache: EmbeddingCache, spec: EmbeddingSpec) -> bool:
-    """Whether the first points of the collection have the cache's vectors, so that an earlier run made it."""
-    page = next(scroll(qdrant, state.name, payload=["content"], vector=True, page=_SAMPLE))
-    known, wrong = different_vectors(page, cache, spec, state)
-    return known > 0 and not wrong
-
-
-def repair_vectors(
-    qdrant: Qdrant,
-    collection: str,
-    cache: EmbeddingCache,
-    spec: EmbeddingSpec,
-    bar: ProgressBar,
-    *,
-    planned: bool = False,
-) -> int:
-    """Compare every stored vector with the cache's and overwrite those that differ. Returns how many did.
-
-    While a migration keeps the size, the old service may still write vectors of the old model. `planned`: see
-    `different_vectors`.
-    """
-    state, repaired = get_state(qdrant, collection), 0
-    with bar("compare vectors", state.points, "points") as progress:
-        for page in all_points(qdrant, collection, page=PAGE_WITH_VECTORS, vector=True):
-            _, wrong = different_vectors(page, cache, spec, state, planned=planned)
-            if wrong:
-                ids = [point.id for point, _ in wrong]
-                payloads = [point.payload or {} for point, _ in wrong]
-                upsert(qdrant, collection, ids, np.vstack([vector for _, vector in wrong]), payloads)
-                repaired += len(wrong)
-            progress(len(page))
-    return repaired

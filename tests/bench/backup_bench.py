@@ -61,7 +61,7 @@ def vectors_vs_raw(folder: Path) -> Iterator[Figure]:
 
 
 def _take(source: CollectionSource, folder: Path, journal: object, stamp: str) -> None:
-    take_collection(source, folder, stamp, journal, verify=False)
+    take_collection(source, stamp, journal, verify=False)
     (folder / "qdrant" / f"qdrant_snapshot_{stamp}.tar.gz").unlink()
 
 

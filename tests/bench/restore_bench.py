@@ -94,10 +94,10 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
         journal = start_journal(folder, "restore", ["bench"])
         with Stopwatch(digests, "graph_digest") as digest:
             began = time.perf_counter()
-            with restore_graph.open_rdb(path, source, engines, component) as backup:
+            with restore_graph.open_rdb(path, source, engines, component, None) as backup:
                 verification.append(time.perf_counter() - began - digest.seconds)
                 before = digest.seconds
-                whole = seconds_of(functools.partial(_restore, backup, source, journal, folder))
+                whole = seconds_of(functools.partial(_restore, backup, journal))
                 ours.append(whole - (digest.seconds - before))
                 read.append(digest.seconds)
                 bare.append(seconds_of(functools.partial(_bare, backup, source, f"bare_{number}")))
@@ -111,11 +111,11 @@ def graph_figures(source: GraphSource, folder: Path) -> list[Figure]:
     ]
 
 
-def _restore(backup: restore_graph.GraphBackup, source: GraphSource, journal: Journal, folder: Path) -> None:
-    payload = restore_graph.trial_restore(backup, source, restore_graph.begin_trial(backup, source, journal))
-    old = restore_graph.cut_over(backup, source, payload, journal, folder=folder, undo="")
+def _restore(backup: restore_graph.GraphBackup, journal: Journal) -> None:
+    payload = restore_graph.trial_restore(backup, restore_graph.begin_trial(backup, journal))
+    old = restore_graph.cut_over(backup, payload, journal, undo="")
     assert old
-    drop_graph(source.conn, old)
+    drop_graph(backup.target.conn, old)
 
 
 def _bare(backup: restore_graph.GraphBackup, source: GraphSource, name: str) -> None:
@@ -137,7 +137,7 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
         wait_green(source.qdrant, source.collection, REST_SECONDS)
         time.sleep(FLUSHED_SECONDS)
         component = take_collection(
-            source, folder, "restore", start_journal(folder, "backup", [f"qdrant bench {source.collection}"])
+            source, "restore", start_journal(folder, "backup", [f"qdrant bench {source.collection}"])
         )
         raw = folder / "bare.snapshot"
         read_archive(folder / component.file.name, on_snapshot=lambda stream: raw.write_bytes(stream.read()))
@@ -161,10 +161,10 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
 
 
 def _replace(plan: RestorePlan, journal: Journal) -> None:
-    temporary = restore_collection.begin_trial(plan, journal)
-    restore_collection.trial_restore(plan, temporary, None)
-    restore_collection.cut_over(plan, temporary, journal, None, undo="")
-    delete_with_snapshots(plan.target.qdrant, temporary)
+    restore_collection.begin_trial(plan, journal)
+    restore_collection.trial_restore(plan, None)
+    restore_collection.cut_over(plan, journal, None, undo="")
+    delete_with_snapshots(plan.target.qdrant, plan.trial)
 
 
 def _put(raw: Path, sha256: str, source: CollectionSource, file: str, name: str) -> None:
@@ -229,7 +229,6 @@ def peak(folder: Path) -> Iterator[Figure]:
         with collection_source(place, points, SIZE) as source:
             component = take_collection(
                 source,
-                place,
                 "restore",
                 start_journal(place, "backup", [f"qdrant bench {source.collection}"]),
             )

@@ -48,9 +48,9 @@ def test_versions_and_names(conn: redis.Redis, engine: Engine, server: FalkorSer
     fill(conn, "memories", 3)
     conn.set("not a graph", "x")
     assert list_graphs(conn) == ["memories"]
-    require_graph(conn, "memories", server.address)
+    require_graph(conn, "memories")
     with pytest.raises(MissingData, match="its graphs: memories"):
-        require_graph(conn, "other", server.address)
+        require_graph(conn, "other")
 
 
 def test_every_memory_comes_once_and_in_order_far_above_the_row_cap(conn: redis.Redis):

@@ -41,7 +41,7 @@ def run_restore(operator, place, file, undo=lambda _: "the undo"):
     files = wanted(operator, file)
     with ExitStack() as stack:
         verified = verify_files(place, files, stack)
-        require_quiet(place, verified.graph, place.graph)
+        require_quiet(place, verified.graph)
         return restore(place, verified, undo)
 
 
@@ -198,12 +198,14 @@ def test_a_late_write_is_saved_although_the_servers_statistics_were_reset(operat
 
 def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(operator):
     operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
     place = site(operator, both=False)
     journal = start_journal(operator.backups, "restore", place.targets)
+    journal.append("safety backup", manifest=operator.manifests()[0].name)
     preserved = f"{operator.graph}__pre_x"
     with connect(operator.servers.falkordb.address) as conn:
         conn.execute_command("GRAPH.COPY", operator.graph, preserved)
-    assert drop_old(place.graph, preserved, digest(operator, preserved), operator.backups, journal) is None
+    assert drop_old(place.graph, preserved, journal) is None
     assert operator.graphs() == [operator.graph]
 
 
@@ -217,7 +219,7 @@ def test_what_was_written_after_a_killed_cutover_stays_and_the_old_graph_too(ope
         conn.execute_command("GRAPH.COPY", operator.graph, preserved)
     operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
     journal.append("switching the graph", safety_graph=preserved, restored_digest="0" * 32)
-    (caught,) = clean_up_graph(place.graph, journal, operator.backups)
+    (caught,) = clean_up_graph(place.graph, journal)
     assert f"preserved as {preserved}" in caught
     assert digest(operator, preserved) == old
     assert operator.cypher("MATCH (m:Memory {id: 'since'}) RETURN m.content") == [["AutoMem went on"]]

@@ -30,6 +30,8 @@ SETTING_PARAMS = {"model", "dimensions", "encoding_format"}
 MESSAGE_LENGTH = 300
 
 AGAIN = "then run the same command again: it resumes from the embedding cache, nothing is paid for twice"
+FloatArray = npt.NDArray[np.float32]
+NORM_TOLERANCE = 0.01
 
 
 class Transient(Exception):
@@ -128,10 +130,6 @@ def redacted(text: str, secret: str) -> str:
     text = re.sub(r"\b(?:sk|pk|pa|rk)-[\w*.-]{4,}", "***", text)
     text = re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text)
     return " ".join(text.split())[:MESSAGE_LENGTH]
-
-
-FloatArray = npt.NDArray[np.float32]
-NORM_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)

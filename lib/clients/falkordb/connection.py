@@ -41,6 +41,8 @@ _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError,
 _QUEUE_FULL = "Max pending queries exceeded"
 NO_KEY = "permissions to access"  # of a user who may send a command, but not about this key
 _QUEUE_SECONDS = 60.0
+# Memory for a reply: nested lists can cost thousands of times their bytes on the wire.
+_SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,7 @@ def _in_cluster(conn: redis.Redis) -> bool:
     return str(info(conn, "cluster").get("cluster_enabled")) == "1"
 
 
-def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
+def require_graph(conn: redis.Redis, name: str) -> None:
     """Raise MissingData, with the names of the graphs that exist, if `name` is not one of them."""
     graphs = list_graphs(conn)
     if name in graphs:
@@ -331,13 +333,9 @@ def require_graph(conn: redis.Redis, name: str, address: GraphAddress) -> None:
     command(conn, "EXISTS", name)  # the error of a cluster's node names the node that holds it
     existing = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
     raise MissingData(
-        f"graph '{name}' does not exist on FalkorDB at {address.display}{did_you_mean(name, graphs)}; {existing}",
+        f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}{did_you_mean(name, graphs)}; {existing}",
         next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md",
     )
-
-
-# Memory for a reply: nested lists can cost thousands of times their bytes on the wire.
-_SPARE_MEMORY, _TIMES_ITS_BYTES, _CHECK_BYTES = 1 << 30, 8, 1 << 20
 
 
 class _BoundedSocket:

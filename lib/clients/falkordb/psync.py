@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from lib.clients.falkordb.connection import START_HINT, GraphAddress, access_refused
 from lib.clients.falkordb.rdb import CHUNK_BYTES, MAGIC, crc64
@@ -62,16 +62,13 @@ def stream_rdb(
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
         connection.introduce()
         header = connection.request_rdb()
-        receiver = _Receiver(write, progress or (lambda _size: None))
         if marked := re.fullmatch(rb"\$EOF:(.{40})", header, re.DOTALL):
             pieces = _read_until_mark(connection, marked[1])
         elif re.fullmatch(rb"\$\d{1,15}", header):
             pieces = _read_length(connection, int(header[1:]))
         else:
             raise StoreFailed(f"FalkorDB at {connection.address} announced an RDB in an unknown form")
-        for piece in filter(None, pieces):
-            receiver.add(piece)
-    return receiver.finish(address.display)
+        return _receive(filter(None, pieces), write, progress or (lambda _size: None), address.display)
 
 
 def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[bytes]:
@@ -91,32 +88,24 @@ def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
         yield piece
 
 
-class _Receiver:
-    """Passes pieces on and computes their checksums. The CRC64 leaves out the last eight bytes, which may hold it."""
-
-    def __init__(self, write: Callable[[bytes], object], progress: Progress) -> None:
-        self._write, self._progress = write, progress
-        self._sha256 = hashlib.sha256()
-        self._crc = self._size = 0
-        self._start = self._tail = b""
-
-    def add(self, piece: bytes) -> None:
-        self._write(piece)
-        self._sha256.update(piece)
-        self._size += len(piece)
-        self._start += piece[: len(MAGIC) - len(self._start)]
-        data = self._tail + piece
-        self._crc = crc64(data[:-CRC_BYTES], self._crc)
-        self._tail = data[-CRC_BYTES:]
-        self._progress(len(piece))
-
-    def finish(self, address: str) -> tuple[int, str]:
-        if not self._start.startswith(MAGIC):
-            raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB", next_step=_AGAIN)
-        stored = int.from_bytes(self._tail, "little")
-        if stored not in {0, self._crc}:
-            raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match", next_step=_AGAIN)
-        return self._size, self._sha256.hexdigest()
+def _receive(
+    pieces: Iterable[bytes], write: Callable[[bytes], object], progress: Progress, address: str
+) -> tuple[int, str]:
+    """Pass the pieces on and verify the RDB. The CRC64 leaves out the last eight bytes, which may hold it."""
+    digest, size, crc, start, tail = hashlib.sha256(), 0, 0, b"", b""
+    for piece in pieces:
+        write(piece)
+        digest.update(piece)
+        size += len(piece)
+        start += piece[: len(MAGIC) - len(start)]
+        data = tail + piece
+        crc, tail = crc64(data[:-CRC_BYTES], crc), data[-CRC_BYTES:]
+        progress(len(piece))
+    if not start.startswith(MAGIC):
+        raise BackupDamaged(f"what FalkorDB at {address} sent is not an RDB", next_step=_AGAIN)
+    if int.from_bytes(tail, "little") not in {0, crc}:
+        raise BackupDamaged(f"the RDB from {address} arrived damaged: its CRC64 does not match", next_step=_AGAIN)
+    return size, digest.hexdigest()
 
 
 class _ReplicaConnection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -21,6 +21,21 @@ NOT_UTF8 = "not UTF-8"
 # The key of a vector, or of a list of vectors, which JSON cannot distinguish from lists of doubles.
 VECF32 = "vecf32"
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - FalkorDB's times have no zone
+PAGE_ROWS = 2000
+Row = list[Any]
+# One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
+LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
+TYPES = "CALL db.relationshipTypes() YIELD relationshipType RETURN collect(relationshipType)"
+KEYS = "CALL db.propertyKeys() YIELD propertyKey RETURN collect(propertyKey)"
+MEMORY_LABEL = "Memory"
+IDS_PER_QUERY = 500
+_INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
+_CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
+_INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
+_CONSTRAINTS = (
+    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
+    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
+)
 
 
 def plain_value(cell: list[Any]) -> Any:
@@ -116,10 +131,6 @@ def _duration(end: datetime) -> str:
     return f"P{day}{'T' + clock if clock else ''}" if day or clock else "PT0S"
 
 
-PAGE_ROWS = 2000
-Row = list[Any]
-
-
 @dataclass(frozen=True)
 class Window:
     """A query over a range of ids: `match` binds $low and $high, `more` finds whether any id is at or above $low.
@@ -186,12 +197,6 @@ def several_rows(conn: redis.Redis, graph: str, queries: Sequence[str]) -> list[
 def row_cap(conn: redis.Redis, graph: str, rows: int) -> int:
     """Return how many of `rows` rows the server returns: fewer if RESULTSET_SIZE cuts the result."""
     return len(raw_rows(conn, graph, f"UNWIND range(1, {rows}) AS x RETURN x"))
-
-
-# One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
-LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
-TYPES = "CALL db.relationshipTypes() YIELD relationshipType RETURN collect(relationshipType)"
-KEYS = "CALL db.propertyKeys() YIELD propertyKey RETURN collect(propertyKey)"
 
 
 def names(conn: redis.Redis, graph: str, query: str) -> list[str]:
@@ -263,17 +268,6 @@ class _PageReader:
         return rows
 
 
-MEMORY_LABEL = "Memory"
-IDS_PER_QUERY = 500
-_INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
-_CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
-_INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
-_CONSTRAINTS = (
-    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
-    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
-)
-
-
 @dataclass(frozen=True)
 class MemoryNode:
     """A node of label Memory: FalkorDB's internal id, and the properties as plain JSON, see `plain_value`."""
@@ -303,12 +297,9 @@ class GraphSchema:
     property_keys: list[str]
 
 
-def read_rows(
-    conn: redis.Redis, graph: str, cypher: str, params: Mapping[str, object] | None = None
-) -> list[list[Any]]:
+def read_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[list[Any]]:
     """Return one read-only query's rows as plain JSON; see `raw_rows`."""
-    rows = raw_rows(conn, graph, cypher, **(params or {}))
-    return [[plain_value(cell) for cell in row] for row in rows]
+    return [[plain_value(cell) for cell in row] for row in raw_rows(conn, graph, cypher, **params)]
 
 
 def iter_memories(conn: redis.Redis, graph: str, *, keys: Sequence[str] = ()) -> Iterator[MemoryNode]:
@@ -333,7 +324,7 @@ def existing_memory_ids(conn: redis.Redis, graph: str, ids: Sequence[str | int])
     found: set[str | int] = set()
     for start in range(0, len(ids), IDS_PER_QUERY):
         part = list(ids[start : start + IDS_PER_QUERY])
-        found.update(row[0] for row in read_rows(conn, graph, query, {"ids": part}))
+        found.update(row[0] for row in read_rows(conn, graph, query, ids=part))
     return found
 
 

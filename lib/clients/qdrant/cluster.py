@@ -12,7 +12,7 @@ from lib.errors import AccessRefused, MigrationError, StoreFailed, StoreUnreacha
 ACTIVE = "Active"
 _POLL_SECONDS, _STABLE_POLLS = 0.2, 3
 _VARIABLE = "QDRANT_NODE_URLS"
-_EXAMPLE = f"list every node's own address:\nexport {_VARIABLE}=http://node1:6333,http://node2:6333"
+LIST_NODES = f"list every node's own address:\nexport {_VARIABLE}=http://node1:6333,http://node2:6333"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def refuse_partial(topology: Topology) -> None:
         raise MigrationError(
             f"the collection's shards are spread over {len(topology.holders)} Qdrant nodes; a snapshot of one node "
             f"is not a backup, and {_VARIABLE} does not list the nodes",
-            next_step=_EXAMPLE,
+            next_step=LIST_NODES,
         )
     _require_active(topology.shards, topology.transfers)
 
@@ -161,7 +161,7 @@ def _listed_topology(node: Qdrant, name: str) -> Topology:
     except NotFound as error:
         raise UsageProblem(
             f"{node.display}, which {_VARIABLE} lists, has no collection '{name}': it is a node of another cluster",
-            next_step=_EXAMPLE,
+            next_step=LIST_NODES,
         ) from error
 
 
@@ -173,7 +173,7 @@ def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], displa
             raise UsageProblem(
                 f"{_VARIABLE} lists one node twice: {seen[view.this_peer]} and {address} are both peer "
                 f"{view.this_peer} (behind a load balancer there are several nodes at one address)",
-                next_step=_EXAMPLE,
+                next_step=LIST_NODES,
             )
         seen[view.this_peer] = address
         ours = {whole.this_peer, *whole.holders, *whole.known}
@@ -182,7 +182,7 @@ def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], displa
             raise UsageProblem(
                 f"{address}, which {_VARIABLE} lists, is a node of another cluster (peer {view.this_peer}) than "
                 f"{display} (peer {whole.this_peer})",
-                next_step=_EXAMPLE,
+                next_step=LIST_NODES,
             )
 
 
@@ -199,7 +199,7 @@ def require_cover(whole: Topology, views: Sequence[Topology]) -> None:
         raise MigrationError(
             f"shard {first.shard_id} of the collection is on {node} alone, which {_VARIABLE} does not list: "
             "a backup would not hold it",
-            next_step=_EXAMPLE,
+            next_step=LIST_NODES,
         )
 
 
