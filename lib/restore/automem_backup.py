@@ -5,7 +5,7 @@ Then the restore goes its usual way: trial restore, safety backup, cutover.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -159,15 +159,12 @@ class PointsPlan(RestorePlan):
             return None
         for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
             snapshots.delete(qdrant, name, old.name)
+        raised = indexing_threshold(get_state(qdrant, name).raw)
+        set_indexing_threshold(qdrant, name, raised // _NO_INDEX or raised)  # so the snapshot has the server's own
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
+        set_indexing_threshold(qdrant, name, raised)
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
         return [(url, str(made.checksum))] if url else None
-
-    def fetch(self, name: str, copies: Sequence[Copy]) -> None:
-        """Restore the trial's snapshot as `name`, and have the server build its vector index."""
-        super().fetch(name, copies)
-        raised = indexing_threshold(get_state(self.target.qdrant, name).raw)
-        set_indexing_threshold(self.target.qdrant, name, raised // _NO_INDEX or raised)
 
     def verify_trial(self) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
