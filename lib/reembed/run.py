@@ -273,8 +273,9 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(state.metadata.get(STAMP_KEY) or {}, ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
-    runner.require_affordable(sum(count_tokens(texts)))
-    answer = runner.client.embed(texts)
+    tokens = sum(count_tokens(texts))
+    runner.require_affordable(tokens)
+    answer = runner.client.embed(texts, tokens=tokens)
     runner.paid.pay(answer.tokens)
     for point, vector in zip(points, answer.vectors, strict=True):
         assert point.vector is not None
