@@ -82,7 +82,8 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
     scan, removed = catch_up(ctx, runner, journal), 0
     with TemporaryIdTable() as touched:
         last = staging.fill(ctx, journal, touched)
-        if cutover.absent_since is not None:  # AutoMem may have removed memories with their old points alone
+        # AutoMem may have removed memories with their old points alone, also before an earlier start ended.
+        if cutover.absent_since is not None or journal.has_reached(migrations.DELETING):
             removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
         compare_only = touched if cutover.sample_suffices else None
         repaired = staging.verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
