@@ -11,9 +11,11 @@ import pytest
 from lib.clients.falkordb import connection
 from lib.clients.falkordb.connection import GraphAddress, command, connect, function_libraries, list_graphs
 from lib.clients.falkordb.queries import counts, raw_rows, read_rows
-from lib.errors import StoreUnreachable
+from lib.errors import StoreFailed, StoreUnreachable
 
 READ_SECONDS, SLOW_SECONDS = 0.8, 2.0
+BUSY = b"-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.\r\n"
+ANSWERS = {b"PING": b"+PONG\r\n", b"GRAPH.LIST": b"*0\r\n", b"INFO": BUSY}
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -37,7 +39,7 @@ class _Handler(socketserver.StreamRequestHandler):
                 continue
             if name == b"DUMP":
                 time.sleep(SLOW_SECONDS)
-            self.wfile.write({b"PING": b"+PONG\r\n", b"GRAPH.LIST": b"*0\r\n"}.get(name, b"+OK\r\n"))
+            self.wfile.write(ANSWERS.get(name, b"+OK\r\n"))
 
     def _words(self) -> list[bytes]:
         head = self.rfile.readline()
@@ -105,6 +107,12 @@ def test_a_write_to_a_server_that_stops_ends(server, monkeypatch, payload):
         with pytest.raises(StoreUnreachable, match="does not answer"):
             command(conn, "RESTORE", "g", 0, payload)
     assert READ_SECONDS * 0.9 < time.monotonic() - began < 60
+
+
+def test_a_server_that_is_busy_with_a_script_is_named(conn):
+    with pytest.raises(StoreFailed, match="is busy with a script: BUSY Redis") as busy:
+        command(conn, "INFO")
+    assert "SCRIPT KILL" in busy.value.next_step
 
 
 def test_a_query_is_sent_once_and_the_next_one_reconnects(server, conn):
