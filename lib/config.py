@@ -193,8 +193,9 @@ class Reader:
         try:
             return Path(value).expanduser().absolute()
         except RuntimeError:
-            self.fault(name, "begins with a ~ whose home folder is unknown")
-            return Path(value)
+            if self.settings[name].origin != DEFAULT:  # that one is of local models, which report it
+                self.fault(name, "begins with a ~ whose home folder is unknown")
+            return Path("/", value)
 
 
 def _setting(name: str, default: str, read: Callable[[Reader, str], Any], *, shown: bool = True) -> Any:

@@ -52,7 +52,18 @@ def env_files(
     own = {path.absolute() for path in found if not path.is_symlink()}
     home = environ.get("HOME")
     if home:
-        found.append(Path(home) / ".config" / "automem" / ".env")
+        path = Path(home) / ".config" / "automem" / ".env"
+        found.append(path)
+        try:
+            path.stat()
+        except PermissionError as error:
+            found.remove(path)
+            faults.append(
+                f"{path} cannot be read: {error.strerror}. HOME is {home}: if that is another user's home,"
+                " export HOME=$(getent passwd $(id -u) | cut -d: -f6)"
+            )
+        except OSError:  # it is missing
+            pass
     named = env_file or environ.get("AUTOMEM_ENV_FILE")
     if named:
         path = Path(home, named[2:]) if home and named.startswith("~/") else cwd / named

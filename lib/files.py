@@ -45,6 +45,17 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
     return path
 
 
+def require_readable(folder: Path) -> None:
+    """Raise UsageProblem if this user may not list the folder, if it exists: `glob` would find nothing in it."""
+    try:
+        os.scandir(folder).close()
+    except PermissionError as error:
+        step = _another_folder("make this one yours:\nsudo chown -R $(id -un)", folder)
+        raise UsageProblem(f"cannot read the folder {folder}: {error.strerror}", next_step=step) from error
+    except OSError:  # it is missing, or no folder
+        pass
+
+
 def _another_folder(remedy: str, path: Path) -> str:
     return f"name another folder with --backup-dir, or {remedy} {quote(str(path))}"
 

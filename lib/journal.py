@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from lib.errors import BadFile
-from lib.files import readable_bytes, sync_dir
+from lib.files import readable_bytes, require_readable, sync_dir
 
 CLOSED = "closed"
 # In the names of backup sets and runs: the format of strftime, and the pattern that matches it.
@@ -213,7 +213,11 @@ def open_journals(folder: Path, targets: list[str] | None = None, *commands: str
 
 
 def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
-    """Return the journals of unfinished runs, and the non-empty files that cannot be read as a journal."""
+    """Return the journals of unfinished runs, and the non-empty files that cannot be read as a journal.
+
+    Raises UsageProblem if this user may not list the folder.
+    """
+    require_readable(folder)
     found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
     return (
         [journal for journal in found.values() if journal is not None and journal.is_open],

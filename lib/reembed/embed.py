@@ -197,11 +197,11 @@ class EmbeddingRunner:
     def __post_init__(self) -> None:
         self.client.require_affordable = self._require_unspent
 
-    def _require_unspent(self) -> None:
-        """Raise UsageProblem if `max_cost` is spent already: answers that cannot be used cost, too."""
+    def _require_unspent(self, tokens: int) -> None:
+        """Raise UsageProblem if these tokens exceed `max_cost` with all billed ones: unusable answers cost, too."""
         if self.max_cost is not None:
             earlier = self.paid.spent_tokens - self.paid.tokens
-            self._require_price(self.client.billed_tokens + earlier, 1)
+            self._require_price(self.client.billed_tokens + earlier, tokens)
 
     def expected(self, left: Missing) -> Expected | None:
         """How long these texts will take; None before the first answer, or if there are none."""

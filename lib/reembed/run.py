@@ -82,7 +82,8 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
     scan, removed = catch_up(ctx, runner, journal), 0
     with TemporaryIdTable() as touched:
         last = staging.fill(ctx, journal, touched)
-        if cutover.absent_since is not None:  # AutoMem may have removed memories with their old points alone
+        # AutoMem may have removed memories with their old points alone, also before an earlier start ended.
+        if cutover.absent_since is not None or journal.has_reached(migrations.DELETING):
             removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
         compare_only = touched if cutover.sample_suffices else None
         repaired = staging.verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
@@ -273,8 +274,9 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(state.metadata.get(STAMP_KEY) or {}, ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
-    runner.require_affordable(sum(count_tokens(texts)))
-    answer = runner.client.embed(texts)
+    tokens = sum(count_tokens(texts))
+    runner.require_affordable(tokens)
+    answer = runner.client.embed(texts, tokens=tokens)
     runner.paid.pay(answer.tokens)
     for point, vector in zip(points, answer.vectors, strict=True):
         assert point.vector is not None

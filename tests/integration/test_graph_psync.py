@@ -235,6 +235,20 @@ def test_a_silent_peer_is_noticed(monkeypatch: pytest.MonkeyPatch):
     assert time.monotonic() - start < 30
 
 
+def test_a_peer_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    """Each byte arrives in time; at that pace the RDB would take years."""
+    monkeypatch.setattr(psync, "PIECE_SECONDS", 0.5)
+    head = b"+FULLRESYNC x 0\r\n$EOF:" + MARK + b"\r\nREDIS0012"
+    start = time.monotonic()
+    with (
+        peer(b"+OK\r\n", b"+OK\r\n", [head, *[b"x"] * 3000]) as address,
+        pytest.raises(StoreUnreachable, match=r"sent less than 1 MiB of its RDB in 0\.5 s") as given_up,
+    ):
+        collect(address)
+    assert time.monotonic() - start < 20
+    assert "run the same command again" in given_up.value.next_step
+
+
 def rdb_of(server: FalkorServer) -> bytes:
     return collect(server.address)
 

@@ -9,11 +9,13 @@ import time
 import pytest
 
 from lib.clients.falkordb import connection
-from lib.clients.falkordb.connection import GraphAddress, command, connect, list_graphs
+from lib.clients.falkordb.connection import GraphAddress, command, connect, function_libraries, list_graphs
 from lib.clients.falkordb.queries import counts, raw_rows, read_rows
-from lib.errors import StoreUnreachable
+from lib.errors import StoreFailed, StoreUnreachable
 
 READ_SECONDS, SLOW_SECONDS = 0.8, 2.0
+BUSY = b"-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.\r\n"
+ANSWERS = {b"PING": b"+PONG\r\n", b"GRAPH.LIST": b"*0\r\n", b"INFO": BUSY}
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -22,7 +24,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.silent = threading.Event()
+        self.silent, self.deaf = threading.Event(), threading.Event()
         self.asked: list[bytes] = []
 
 
@@ -37,13 +39,15 @@ class _Handler(socketserver.StreamRequestHandler):
                 continue
             if name == b"DUMP":
                 time.sleep(SLOW_SECONDS)
-            self.wfile.write({b"PING": b"+PONG\r\n", b"GRAPH.LIST": b"*0\r\n"}.get(name, b"+OK\r\n"))
+            self.wfile.write(ANSWERS.get(name, b"+OK\r\n"))
 
     def _words(self) -> list[bytes]:
         head = self.rfile.readline()
         words = []
         for _ in range(int(head[1:] or 0)):
             size = int(self.rfile.readline()[1:])
+            if size > 1 << 20 and self.server.deaf.wait(0):
+                time.sleep(10 * SLOW_SECONDS)
             words.append(self.rfile.read(size + 2)[:-2])
         return words
 
@@ -74,6 +78,7 @@ def conn(server, monkeypatch):
         lambda conn: counts(conn, "g"),
         lambda conn: command(conn, "EXISTS", "g"),
         lambda conn: command(conn, "MODULE", "LIST"),
+        function_libraries,
     ],
 )
 def test_a_query_times_out_and_names_the_server(server, conn, ask):
@@ -88,6 +93,26 @@ def test_what_takes_long_is_waited_for(conn):
     began = time.monotonic()
     assert command(conn, "DUMP", "g") == b"OK"
     assert time.monotonic() - began > SLOW_SECONDS > 2 * READ_SECONDS
+
+
+@pytest.mark.parametrize("payload", [b"small", bytes(64 << 20)], ids=["not answered", "not read"])
+def test_a_write_to_a_server_that_stops_ends(server, monkeypatch, payload):
+    """The peer keeps the connection open, so that keep-alive notices nothing."""
+    monkeypatch.setattr(connection, "WRITE_SECONDS", READ_SECONDS)
+    monkeypatch.setattr(connection, "_WHOLE_WRITE_SECONDS", 2 * READ_SECONDS)
+    with connect(GraphAddress("127.0.0.1", server.server_address[1])) as conn:
+        server.silent.set()
+        server.deaf.set()
+        began = time.monotonic()
+        with pytest.raises(StoreUnreachable, match="does not answer"):
+            command(conn, "RESTORE", "g", 0, payload)
+    assert READ_SECONDS * 0.9 < time.monotonic() - began < 60
+
+
+def test_a_server_that_is_busy_with_a_script_is_named(conn):
+    with pytest.raises(StoreFailed, match="is busy with a script: BUSY Redis") as busy:
+        command(conn, "INFO")
+    assert "SCRIPT KILL" in busy.value.next_step
 
 
 def test_a_query_is_sent_once_and_the_next_one_reconnects(server, conn):

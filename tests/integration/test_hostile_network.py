@@ -143,8 +143,9 @@ def short_timeouts(monkeypatch):
 def test_an_answer_without_end_is_not_read_to_its_end(short_timeouts, answer, expected):
     began = time.monotonic()
     with serving(answer) as (url, _):
-        with pytest.raises(StoreFailed, match=expected):
+        with pytest.raises(StoreFailed, match=expected) as given_up:
             Qdrant(url, timeout_seconds=1.0).version()
+        assert given_up.value.next_step.startswith("check the network, then run the same command again\nor correct")
         assert ask_health(AutoMemApi(url)).presence == "silent"
         with pytest.raises(StoreUnreachable):
             recall(AutoMemApi(url, timeout_seconds=1.0), "x", 1)

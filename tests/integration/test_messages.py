@@ -401,9 +401,9 @@ TABLE = [
         StoreUnreachable,
         "FalkorDB at {falkordb} does not answer: connection refused",
         (
-            "start it, in AutoMem's folder:",
+            "if it does not run, start it, in AutoMem's folder:",
             "docker compose up -d falkordb",
-            "or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS",
+            "or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS, then run the same command again",
         ),
         falkordb_down,
     ),
@@ -439,9 +439,9 @@ TABLE = [
         (
             "if 'falkordb' is a container, its name resolves only inside Docker; if its port is published:",
             "export FALKORDB_HOST=localhost",
-            "start it, in AutoMem's folder:",
+            "if it does not run, start it, in AutoMem's folder:",
             "docker compose up -d falkordb",
-            "or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS",
+            "or correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS, then run the same command again",
         ),
         env={"FALKORDB_HOST": "falkordb", "FALKORDB_PORT": "6379"},
     ),
@@ -1144,7 +1144,7 @@ TABLE = [
         6,
         ProviderRefused,
         "Rate limit exceeded during re-embedding (text-embedding-3-large at {openai}, for {seconds} s: 429 "
-        "rate_limit_exceeded: Rate limit reached)",
+        "rate_limit_exceeded: Rate limit reached) (the next request is allowed in 7,200 s)",
         (
             "wait for off-peak hours, raise the provider's limits, or lower --batch-size,",
             "then run the same command again: it resumes from the embedding cache, nothing is paid for twice",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib.backup.points import point_id
-from lib.reembed import run
+from lib.reembed import run, sync
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL
 from tests.reembed_support import assert_migrated, assert_vectors, embeddable, make_ready, points_of
 from tests.sandbox.vectors import vector_for
@@ -83,6 +83,21 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     payload, vector = points_of(level)[one]
     assert payload["importance"] == 0.123
     assert np.allclose(vector, odd)
+
+
+def test_a_point_that_automem_deletes_right_before_its_payload_is_written(level, monkeypatch):
+    one, *_ = some_ids(level, 1)
+    level.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.123", id=one)
+    overwrite = sync.overwrite_payload
+
+    def automem_deletes_first(qdrant, name, point, payload):
+        level.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=point)
+        level.call("POST", "/points/delete?wait=true", {"points": [point]})
+        overwrite(qdrant, name, point, payload)
+
+    monkeypatch.setattr(sync, "overwrite_payload", automem_deletes_first)
+    level.run("reembed_embeddings", "--only-missing")
+    assert one not in points_of(level)
 
 
 def test_a_dry_run_pays_only_for_what_the_run_would_embed(level):

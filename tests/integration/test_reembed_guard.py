@@ -11,6 +11,7 @@ from lib.backup.manifest import sealed
 from lib.backup.points import TemporaryIdTable
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
+from lib.reembed import run
 from lib.reembed.assess import GuardedCollection, require_backup
 from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
@@ -240,3 +241,19 @@ def test_a_graph_that_empties_while_texts_are_embedded_empties_no_collection(rea
     assert process.returncode == 1, err
     assert "memories since the plan was made" in err
     assert ready.state().collection == before.collection
+
+
+def test_a_resumed_run_removes_the_points_of_deleted_memories_too(ready, monkeypatch):
+    """AutoMem deleted the memory with its old point alone, or the removal was refused for want of a backup."""
+    gone = next(iter(embeddable(ready)))
+
+    def refused(_ctx, _state):
+        ready.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=gone)
+        raise GuardRefused("so many are not removed")
+
+    with monkeypatch.context() as first:
+        first.setattr(run, "remove_orphans", refused)
+        ready.run("reembed_embeddings", expect=2)
+    assert gone in points_of(ready)
+    assert ready.run("reembed_embeddings", "--json").json["removed"] == 1
+    assert gone not in points_of(ready)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import uuid
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from lib.backup.points import all_points
 from lib.clients.qdrant import collection, points
 from lib.clients.qdrant import points as upsert
-from lib.clients.qdrant.transport import Qdrant, QdrantError, encode
+from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, encode
 from lib.errors import MissingData
 from lib.verify.compare import vectors_differ
 from tests.far_proxy import FarProxy
@@ -82,6 +83,14 @@ def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled
     (after,) = points.retrieve(q, filled, [before.id], payload=True, vector=True)
     assert after.payload == {"content": "new", "relevance_score": 0.12345678901234567}
     assert np.array_equal(after.vector, before.vector)
+
+
+def test_the_payload_of_a_deleted_point_is_not_written(q: Qdrant, filled: str):
+    gone = str(uuid.uuid4())
+    points.overwrite_payload(q, filled, gone, {"content": "new"})
+    assert points.retrieve(q, filled, [gone]) == []
+    with pytest.raises(NotFound, match="doesn't exist"):
+        points.overwrite_payload(q, f"{filled}_missing", gone, {"content": "new"})
 
 
 @pytest.mark.parametrize("is_read", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lib.config import DEFAULTS, load_config, require_embedding_key
@@ -17,7 +19,9 @@ from lib.dimensions import (
     native_size,
     takes_dimensions,
 )
+from lib.env_files import env_files
 from lib.errors import USAGE, ConfigError, DimensionMismatch, UsageProblem
+from tests.ordinary_user import closed
 
 SECRET = "s3cr3t-that-nobody-sees"
 SECRETS = ("FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN")
@@ -204,6 +208,29 @@ def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
     """`/collections/..` is the server itself; a blank folder is one next to the scripts."""
     (fault,) = faults_of(load, **{name: value})
     assert fault.startswith(f"{name}=")
+
+
+def test_the_home_of_another_user_is_named(tmp_path):
+    """As `sudo -E -u` leaves it: what that folder holds is not known."""
+    faults = []
+    with closed(tmp_path):
+        assert env_files(None, {"HOME": str(tmp_path)}, Path("/"), Path("/"), faults) == {}
+    (fault,) = faults
+    assert f"{tmp_path}/.config/automem/.env cannot be read: Permission denied. HOME is {tmp_path}: if" in fault
+    assert "export HOME=$(getent passwd $(id -u) | cut -d: -f6)" in fault
+
+
+def test_a_user_without_a_home_needs_none(load, monkeypatch):
+    """As in a container with `--user 12345`: of the defaults only a local model's folder is in the home."""
+
+    def unknown(_number):
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert str(load(HOME="").models_dir) == "/~/.config/automem/models"
+    (fault,) = faults_of(load, HOME="", AUTOMEM_MODELS_DIR="~/models")
+    assert "begins with a ~ whose home folder is unknown" in fault
 
 
 def test_all_faults_in_one_go(places, load):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.errors import BadFile
-from lib.journal import open_journals, read_journal, start_journal
+from lib.errors import BadFile, UsageProblem
+from lib.journal import open_journals, read_journal, start_journal, unfinished
+from tests.ordinary_user import closed
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["falkordb 127.0.0.1:6379 g", "qdrant 127.0.0.1:6333 c"]
@@ -200,3 +201,13 @@ def test_a_run_id_from_elsewhere_is_refused(journal):
     journal.path.write_text(text)
     with pytest.raises(BadFile, match="as its run id"):
         read_journal(journal.path)
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path):
+    """Every command looks for unfinished runs first; `--list` reported that there is no backup, with exit code 0."""
+    folder = tmp_path / "backups"
+    assert unfinished(folder) == ([], [])
+    folder.mkdir()
+    with closed(folder), pytest.raises(UsageProblem, match=f"cannot read the folder {folder}: ") as refused:
+        unfinished(folder)
+    assert f"chown -R $(id -un) {folder}" in refused.value.next_step

@@ -260,29 +260,34 @@ class EmbeddingClient:
         self.request_seconds: float | None = None  # duration of the first good request
         self._last_answer: float | None = None
         self.billed_tokens = 0  # of all answers, including those that cannot be used
-        self.require_affordable: Callable[[], None] = lambda: None  # called before each request; what it raises ends it
+        # Called before each request, with its tokens and those of all in flight; what it raises ends it.
+        self.require_affordable: Callable[[int], None] = lambda _tokens: None
+        self._in_flight: dict[int, int] = {}  # tokens by thread; changed together with `billed_tokens`
         # One answer at a time: more would share the interpreter's lock anyway, and each takes four times its size.
+        # It is also held while tokens are counted.
         self._decoding = threading.Lock()
 
     def answered_since(self, moment: float) -> bool:
         """Whether good vectors arrived after `moment` (monotonic seconds)."""
         return self._last_answer is not None and self._last_answer >= moment
 
-    def embed(self, texts: Sequence[str], *, stop: threading.Event | None = None) -> Answer:
+    def embed(self, texts: Sequence[str], *, tokens: int | None = None, stop: threading.Event | None = None) -> Answer:
         """Vectors of `texts` (no more than the provider takes, none blank), in their order.
 
+        `tokens`: how many the texts have; default: an estimate.
         Raises ProviderRefused (key, permission, quota, no good answer for `max_wait_seconds`), WrongWidth if the model
         makes another size, BadInput (split the batch; one text is not accepted), Cancelled if `stop` was set.
         """
         import backoff
 
         stop = stop or threading.Event()
+        tokens = estimated_tokens(texts) if tokens is None else tokens
         started, failures = time.monotonic(), 0
         pauses = backoff.expo(factor=2 * FIRST_PAUSE_SECONDS, max_value=LONGEST_PAUSE_SECONDS)
         next(pauses)  # backoff's generators begin with an empty value
         while True:
             try:
-                return self._attempt(list(texts), stop)
+                return self._attempt(list(texts), tokens, stop)
             except (RateLimited, Transient) as error:
                 failures += isinstance(error, Transient)
                 final = None if stop.is_set() else self._final_error(error, started, failures)
@@ -298,10 +303,19 @@ class EmbeddingClient:
         """Close the connections."""
         self._provider.close()
 
-    def _attempt(self, texts: list[str], stop: threading.Event) -> Answer:
-        tokens = estimated_tokens(texts)
+    def _attempt(self, texts: list[str], billed: int, stop: threading.Event) -> Answer:
         self._provider.client()  # loads the package or the model, which is no part of the request's duration
-        self.require_affordable()
+        with self._decoding:
+            self.require_affordable(sum(self._in_flight.values()) + billed)
+            self._in_flight[threading.get_ident()] = billed
+        try:
+            return self._send(texts, stop)
+        finally:
+            with self._decoding:
+                self._in_flight.pop(threading.get_ident(), None)
+
+    def _send(self, texts: list[str], stop: threading.Event) -> Answer:
+        tokens = estimated_tokens(texts)
         self.pacer.acquire(tokens, stop)
         began = time.monotonic()
         try:
@@ -309,6 +323,7 @@ class EmbeddingClient:
             limits = rate_limits(headers)
             with self._decoding:
                 body = self._provider.opened(texts, headers, content)
+                self._in_flight.pop(threading.get_ident())
                 self.billed_tokens += billed_tokens(body)
                 answer = read_answer(body, len(texts), self.spec)
             self._refuse_one_for_all(texts, answer)
@@ -340,11 +355,12 @@ class EmbeddingClient:
         now = time.monotonic()
         seconds = now - started
         if isinstance(error, RateLimited):
-            waited = now - max(started, self._last_answer or started)
-            if (error.wait_seconds or 0.0) <= self._max_wait and waited < self._max_wait:
+            waited, wait = now - max(started, self._last_answer or started), error.wait_seconds or 0.0
+            if wait <= self._max_wait and waited < self._max_wait:
                 return None
+            allowed = f" (the next request is allowed in {wait:,.0f} s)" if wait > self._max_wait else ""
             return ProviderRefused(
-                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error})",
+                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error}){allowed}",
                 next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size,\n{AGAIN}",
             )
         first_contact = self._last_answer is None
@@ -367,7 +383,7 @@ class EmbeddingClient:
 
     def _takes_a_word(self) -> bool:
         try:
-            self._attempt([CONTROL_TEXT], threading.Event())
+            self._attempt([CONTROL_TEXT], 1, threading.Event())
         except (RateLimited, Transient, BadInput):
             return False
         return True

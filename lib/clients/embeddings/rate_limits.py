@@ -167,9 +167,10 @@ class Pacer:
         return self._tokens.capacity
 
     def waiting_seconds(self) -> float:
-        """Seconds for which a rate limit still delays all requests; 0 if it does not."""
+        """Seconds for which a rate limit still delays all requests; 0 if it does not, or if `acquire` gives up."""
         with self._changed:
-            return max(0.0, self._gate - self._clock())
+            delay = self._gate - self._clock()
+            return delay if 0 < delay <= self._longest_wait else 0.0
 
     def buckets(self) -> list[tuple[float, float] | None]:
         """(units per second, units left) of the request limit and of the token limit; None if not known."""
@@ -181,7 +182,7 @@ class Pacer:
         with self._changed:
             while not stop.is_set() and (delay := self._delay(tokens)) > 0:
                 if delay > self._longest_wait:
-                    raise RateLimited(f"its limits allow the next request in {delay:.0f} s", delay, None)
+                    raise RateLimited("its limits delay all requests", delay, None)
                 self._changed.wait(min(delay, POLL_SECONDS))
             if stop.is_set():
                 raise Cancelled
@@ -201,7 +202,7 @@ class Pacer:
             self._learn(limits)
 
     def refused(self, tokens: int, wait_seconds: float | None, limits: RateLimits | None) -> None:
-        """Note a 429: all requests are held for the time that the server names, and up to a tenth more."""
+        """Note a 429: all requests are held for the time that the server names, and up to a tenth or 30 s more."""
         with self._changed:
             now = self._clock()
             in_flight = self._in_flight
@@ -216,7 +217,8 @@ class Pacer:
                 self._share = max(SLOWEST, self._share * SLOW_DOWN)
                 if not self._headers_seen:
                     self._concurrency = max(1.0, min(self._concurrency, in_flight) / 2)
-            self._gate = max(self._gate, now + wait_seconds * (1 + random.uniform(0, 0.1)))
+            spread = random.uniform(0, min(wait_seconds / 10, LONGEST_WAIT_SECONDS))
+            self._gate = max(self._gate, now + wait_seconds + spread)
 
     def failed(self, tokens: int) -> None:
         """Note a request without an answer, or with an error other than 429."""

@@ -264,6 +264,7 @@ class _Run:
                 pass
             except BaseException as problem:  # noqa: BLE001 - raised again by the caller's thread
                 error = problem
+                self._stop.set()  # the run has failed: nothing more is paid for
             self._deliver(_Result(error=error, batch_ended=True))
 
     def _embed(self, batch: list[TextRow], first_sent: float, *, half: bool = False) -> bool:
@@ -275,7 +276,8 @@ class _Run:
         EmbeddingClient.embed raises, except BadInput.
         """
         try:
-            answer = self._client.embed([row.text for row in batch], stop=self._stop)
+            tokens = sum(row.tokens for row in batch)
+            answer = self._client.embed([row.text for row in batch], tokens=tokens, stop=self._stop)
         except BadInput as problem:
             if len(batch) == 1:
                 return self._embed_refused(batch[0], str(problem), first_sent)

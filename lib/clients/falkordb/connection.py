@@ -28,13 +28,18 @@ from lib.network import container_hint
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _KEEPALIVE = {getattr(socket, name): value for name, value in _TIMES.items() if hasattr(socket, name)}
 _CORRECT = "correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS"
-START_HINT = f"start it, in AutoMem's folder:\ndocker compose up -d falkordb\nor {_CORRECT}"
+# Also for a connection that broke, or a server that is silent: then it may be running.
+START_HINT = (
+    "if it does not run, start it, in AutoMem's folder:\ndocker compose up -d falkordb\n"
+    f"or {_CORRECT}, then run the same command again"
+)
 # A server of the Docker image cuts a query at one second, but a large DUMP or RESTORE of another client can delay it.
 READ_SECONDS = 120.0
+WRITE_SECONDS = 3600.0  # a RESTORE or DUMP of 100 MB takes the server seconds
 # Bounds of a whole reply: bytes, and seconds from the request on. A DUMP is held twice while it arrives.
 _PROBE_BYTES, _READ_BYTES, _DUMP_BYTES = 1 << 20, 512 << 20, 5 << 30
 _WHOLE_READ_SECONDS, _WHOLE_WRITE_SECONDS = 600.0, 6 * 3600.0
-_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY"}
+_READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY", "GRAPH.UDF"}
 # What redis-py and the functions here raise if a reply has another form than FalkorDB's.
 _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 # This refusal comes before the command is executed, so every command may be sent again.
@@ -102,8 +107,8 @@ _when_queue_is_free = backoff.on_exception(
 def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
 
-    Afterwards a read that gets no byte for READ_SECONDS raises StoreUnreachable; DUMP, RESTORE and writes may take
-    hours. A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
+    Afterwards a read that gets no byte for READ_SECONDS raises StoreUnreachable, any other command after WRITE_SECONDS.
+    A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
     own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
     options: dict[str, Any] = {
@@ -128,7 +133,7 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis
             # A server that cannot save to its disk refuses even a PING, but it can still be read.
             if not str(error).startswith("MISCONF"):
                 raise
-    client = _Client(**options, socket_timeout=None)
+    client = _Client(**options, socket_timeout=WRITE_SECONDS)
     _bound(client, min(_DUMP_BYTES, physical_memory() // 3), _WHOLE_WRITE_SECONDS)
     client.reads = redis.Redis(**options, socket_timeout=READ_SECONDS)
     _bound(client.reads, _READ_BYTES, _WHOLE_READ_SECONDS)
@@ -197,6 +202,9 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
             f" {error.host}:{error.port}",
             next_step=f"set FALKORDB_HOST and FALKORDB_PORT to {error.host}:{error.port}",
         )
+    if text.startswith("BUSY "):
+        step = "wait until the script ends, or end it (in redis-cli: SCRIPT KILL), then run the same command again"
+        return StoreFailed(f"FalkorDB at {where} is busy with a script: {text}", next_step=step)
     if _QUEUE_FULL in text:
         return StoreFailed(
             f"FalkorDB at {where} has refused a query for a minute: {text}",
@@ -357,7 +365,7 @@ class _BoundedSocket:
 
     def sendall(self, data: bytes) -> None:
         """Send a request; what is received next is its reply."""
-        self._sock.settimeout(self._timeout)
+        self._sock.settimeout(self._seconds)  # for all of it
         self._sock.sendall(data)
         self._expect_reply()
 

@@ -21,6 +21,7 @@ from lib.errors import AccessRefused, BackupDamaged, MigrationError, StoreFailed
 
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 60.0  # without a byte
+PIECE_BYTES, PIECE_SECONDS = 1 << 20, 600.0  # a connection that brings less of the RDB in this time is given up
 CRC_BYTES = 8
 PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
 _LINE_BYTES = 1 << 16
@@ -120,6 +121,7 @@ class _ReplicaConnection:
             self._socket = _open_socket(address)
             self._socket.settimeout(IDLE_SECONDS)
             self._reader = self._socket.makefile("rb")
+        self._piece_left, self._piece_until = 0, 0.0
 
     def close(self) -> None:
         self._reader.close()
@@ -156,6 +158,12 @@ class _ReplicaConnection:
             data = self._reader.read1(size)
         if not data:
             raise StoreUnreachable(f"FalkorDB at {self.address} closed the connection in the middle of the RDB")
+        if self._piece_left <= 0:
+            self._piece_left, self._piece_until = PIECE_BYTES, time.monotonic() + PIECE_SECONDS
+        elif time.monotonic() > self._piece_until:
+            text = f"FalkorDB at {self.address} sent less than 1 MiB of its RDB in {PIECE_SECONDS:g} s"
+            raise StoreUnreachable(text, next_step=f"check the network, then {_AGAIN}")
+        self._piece_left -= len(data)
         return data
 
     def _ask(self, *words: str) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib.clients.qdrant.transport import NoAnswer, Parts, Qdrant, QdrantError, collection_path, encode
+from lib.clients.qdrant.transport import NoAnswer, NotFound, Parts, Qdrant, QdrantError, collection_path, encode
 from lib.concurrency import bounded_map
 from lib.errors import UsageProblem
 
@@ -160,9 +160,13 @@ def delete_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> None:
 
 
 def overwrite_payload(q: Qdrant, name: str, point_id: PointId, payload: dict[str, Any]) -> None:
-    """Replace the whole payload of one point, not its vector, and wait until it is done."""
+    """Replace the whole payload of one point, if it exists, not its vector, and wait until it is done."""
     body = {"payload": payload, "points": [point_id]}
-    q.json("PUT", collection_path(name, "points", "payload"), body, params=_WAIT, retry=True)
+    try:
+        q.json("PUT", collection_path(name, "points", "payload"), body, params=_WAIT, retry=True)
+    except NotFound as error:
+        if "No point with id" not in error.text:  # AutoMem deleted it meanwhile (as worded by 1.11.3 and 1.19.0)
+            raise
 
 
 def _points(raws: list[dict[str, Any]]) -> list[Point]:

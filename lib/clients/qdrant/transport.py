@@ -239,7 +239,8 @@ class Qdrant:
             raise _connection_error(self.display, error) from error
         except Unbounded as error:
             self.close()
-            raise StoreFailed(f"Qdrant at {self.display}: {error}", next_step=_EXAMPLE) from error
+            step = f"check the network, then run the same command again\nor {_EXAMPLE}"
+            raise StoreFailed(f"Qdrant at {self.display}: {error}", next_step=step) from error
         if response.status_code < 300:
             return response
         if content is not None:

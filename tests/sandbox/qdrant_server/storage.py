@@ -101,12 +101,14 @@ class Collection:
         raise internal(self._version.failed_shard(doing, self._peer)) if self.failed else shard_absent()
 
     def update(self, operation: edge.UpdateOperation) -> int:
-        """Apply one operation. Returns its number. Raises Refusal (400) with the engine's error."""
+        """Apply one operation. Returns its number. Raises Refusal (400, or 404) with the engine's error."""
         with self.lock:
             engine = self.engine(UPDATE)
             try:
                 engine.update(operation)
             except Exception as error:  # noqa: BLE001  # the engine raises nothing finer
+                if str(error).startswith("No point with id"):
+                    raise Refusal(404, f"Not found: {error} found") from None
                 raise wrong_input(str(error)) from None
             return self.next_operation()
 
