@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.backup import phases as migrations
-from lib.backup.collection import STAMP_KEY
+from lib.backup.collection import stamp_of
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
@@ -271,7 +271,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
         return
     setting = SETTING_NAMES[ctx.spec.provider].model
     # With the right stamp a re-embed finds the collection up to date.
-    fresh = " --fresh" if is_model_of(state.metadata.get(STAMP_KEY) or {}, ctx.spec) else ""
+    fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
     runner.require_affordable(sum(count_tokens(texts)))
     answer = runner.client.embed(texts)
