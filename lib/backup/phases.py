@@ -233,9 +233,9 @@ def verified_at(folder: Path, targets: list[str]) -> datetime | None:
 
 
 def settings_before(folder: Path, targets: list[str]) -> dict[str, Any] | None:
-    """The collection's raw info before its last migration."""
+    """The collection's raw info before its last migration; None if a restore has replaced the result."""
     journal = last_migration(folder, targets)
-    return journal.fact("settings") if journal else None
+    return journal.fact("settings") if journal and not restored_since(folder, journal) else None
 
 
 def may_mix_models(folder: Path, targets: list[str], spec: EmbeddingSpec, reported: str | None) -> bool:
