@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from hashlib import sha256
@@ -23,7 +23,7 @@ from lib.clients.qdrant.collection import get_state, refuse_alias, require_plain
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config, require_embedding
 from lib.dimensions import OLLAMA, EmbeddingSpec, check_dimension, reason_shown
-from lib.errors import StoreUnreachable
+from lib.errors import MigrationError, StoreUnreachable
 from lib.files import lock_targets, private_dir
 
 if TYPE_CHECKING:
@@ -85,9 +85,20 @@ def open_cache(config: Config) -> EmbeddingCache:
     """
     from lib.clients.embeddings.cache import EmbeddingCache
 
-    folder = private_dir(private_dir(config.backup_dir) / CACHE_DIR)
+    private_dir(private_dir(config.backup_dir) / CACHE_DIR)
+    return EmbeddingCache(_cache_path(config))
+
+
+def _cache_path(config: Config) -> Path:
     target = sha256("\n".join(config.targets()).encode()).hexdigest()[:8]
-    return EmbeddingCache(folder / f"{config.collection}-{target}.sqlite3")
+    return config.backup_dir / CACHE_DIR / f"{config.collection}-{target}.sqlite3"
+
+
+def forget_saved(config: Config) -> None:
+    """Drop the payloads that migrations saved: they are of points that a restore has replaced."""
+    if _cache_path(config).exists():
+        with suppress(MigrationError), open_cache(config) as cache:  # the restore itself is done
+            cache.clear_saved()
 
 
 def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[GraphSource, CollectionSource]:
@@ -145,17 +156,17 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
         say=console.say,
         notice=console.notice,
         again=again,
+        forget_saved=partial(forget_saved, config),
         **choices,
     )
 
 
-def embed_one(config: Config, text: str) -> NDArray[np.float32]:
-    """Return the provider's vector of one text. Raises ProviderRefused, UsageProblem, WrongWidth."""
+def embed_few(config: Config, texts: list[str]) -> NDArray[np.float32]:
+    """Return the provider's vectors (n, size) of a few texts. Raises ProviderRefused, UsageProblem, WrongWidth."""
     require_embedding(config)
     client = _embedding_client(config, config.spec, max_wait_seconds=_ONE_TEXT_SECONDS)
     try:
-        vector: NDArray[np.float32] = client.embed([text]).vectors[0]
-        return vector
+        return client.embed(texts).vectors
     finally:
         client.close()
 

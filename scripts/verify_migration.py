@@ -58,7 +58,7 @@ def command(args: argparse.Namespace) -> int:
     announce(config, console)
     graph, collection = connect.open_graph(config, console.warn), connect.open_collection(config)
     require_sources(graph, collection)
-    embed, reason = partial(connect.embed_one, config), reason_shown(config.settings, config.spec)
+    embed, reason = partial(connect.embed_few, config), reason_shown(config.settings, config.spec)
     if problem := provider_problem(config.settings, config.spec):
         reason = f"but a re-embed is refused: {one_line(str(problem))}"
     stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets(), embed, reason)

@@ -243,6 +243,14 @@ class CollectionSource:
     nodes: tuple[Qdrant, ...] = ()
 
 
+def stamp_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model stamp in a collection's configuration; empty if there is none, or one of another form."""
+    stamp = (config.get("metadata") or {}).get(STAMP_KEY)
+    if not isinstance(stamp, dict) or not isinstance(model := stamp.get("model"), str):
+        return {}
+    return stamp if model and f"{model}{provider_of(stamp)}".isprintable() else {}
+
+
 def known_model(
     size: int, config: Mapping[str, Any], spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
@@ -251,9 +259,7 @@ def known_model(
     `size` and `config` are the collection's. `model_known` is `stamped` (also if only the journal has the stamp),
     `configured` or `guessed`.
     """
-    stamp = (config.get("metadata") or {}).get(STAMP_KEY) or {}
-    stamp = stamp if stamp.get("model") else journalled or {}
-    if stamp.get("model"):
+    if stamp := stamp_of(config) or journalled or {}:
         model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
     elif size == spec.size:
         model, known, provider = spec.model, "configured", spec.provider

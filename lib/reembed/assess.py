@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lib.backup import phases
 from lib.backup.archive import peek_facts, read_archive
 from lib.backup.catalog import backup_sets, newest_with
-from lib.backup.collection import STAMP_KEY
+from lib.backup.collection import stamp_of
 from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponent, Manifest, check_file
 from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients.embeddings.cache import Missing
@@ -262,10 +262,9 @@ def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
     Also None if a run would pay for nothing more than for those: it costs nothing and repairs what differs.
     """
     live = assessment.live.state
-    stamp = live.metadata.get(STAMP_KEY) if live else None
-    if live is None or not isinstance(stamp, dict) or assessment.journal is not None or not live.points:
+    if live is None or assessment.journal is not None or not live.points:
         return None
-    if live.size != ctx.spec.size or not is_model_of(stamp, ctx.spec):
+    if live.size != ctx.spec.size or not is_model_of(stamp_of(live.raw["config"]), ctx.spec):
         return None
     with existing_points(ctx.qdrant, live.name) as existing:
         missing = missing_of(ctx.cache, existing)

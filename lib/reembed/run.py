@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.backup import phases
-from lib.backup.collection import STAMP_KEY
+from lib.backup.collection import stamp_of
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
@@ -83,7 +83,7 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
     with TemporaryIdTable() as touched:
         last = staging.fill(ctx, journal, touched)
         # AutoMem may have removed memories with their old points alone, also before an earlier start ended.
-        if cutover.absent_since is not None or journal.has_reached(migrations.DELETING):
+        if cutover.absent_since is not None or journal.has_reached(phases.DELETING):
             removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
         compare_only = touched if cutover.sample_suffices else None
         repaired = staging.verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
@@ -272,7 +272,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
         return
     setting = SETTING_NAMES[ctx.spec.provider].model
     # With the right stamp a re-embed finds the collection up to date.
-    fresh = " --fresh" if is_model_of(state.metadata.get(STAMP_KEY) or {}, ctx.spec) else ""
+    fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
     tokens = sum(count_tokens(texts))
     runner.require_affordable(tokens)

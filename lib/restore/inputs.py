@@ -70,6 +70,7 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
     graphs: list[Input[GraphComponent]] = []
     collections: list[Input[CollectionComponent]] = []
     automems: list[AutoMemFile] = []
+    taken: dict[str, str] = {}  # the time of each file or set, if it is known
     for word in words:
         path = Path(word)
         kind = MANIFEST if word == "latest" else kind_of(path)
@@ -77,6 +78,7 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
             automems += automem_files(path)
         elif kind == MANIFEST:
             manifest = latest(folder, owner) if word == "latest" else read_manifest(path)
+            taken[manifest.name] = manifest.stamp
             if manifest.graph:
                 graphs.append(Input(manifest.file_of(manifest.graph), manifest.graph))
             if manifest.collection:
@@ -89,11 +91,12 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
             collections.append(Input(path, found.collection if found else None))
         else:
             collections.append(Input(path, bare=True))
+        if kind in {RDB, ARCHIVE} and found:
+            taken[path.name] = found.stamp
+    taken |= {one.display: one.stamp for one in automems}
     graphs += [Input(one.path, automem=one) for one in automems if one.kind == GRAPH]
     collections += [Input(one.path, automem=one) for one in automems if one.kind == COLLECTION]
-    warning = ""
-    if len({one.stamp for one in automems}) > 1:
-        warning = f"{' and '.join(one.display for one in automems)} were not taken together"
+    warning = f"{' and '.join(taken)} were not taken together" if len(set(taken.values())) > 1 else ""
     return Inputs(_single("graph", graphs), _single("collection", collections), warning)
 
 

@@ -64,6 +64,7 @@ class Site:
     say: Callable[[str], None]
     notice: Callable[[str], None]
     again: str = "the same command again"
+    forget_saved: Callable[[], None] = lambda: None  # drops the payloads that migrations saved of the collection
     safety: bool = True  # take a safety backup
     force_version: bool = False
     while_running: bool = False

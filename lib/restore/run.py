@@ -310,8 +310,9 @@ def _cut_over_graph(
 
 
 def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
-    """Close unfinished re-embeddings, whose old collection no longer exists, and remove what they staged."""
+    """Close unfinished re-embeddings, whose old collection no longer exists; remove what they staged and saved."""
     if files.plan:
+        site.forget_saved()
         for journal in open_journals(site.folder, site.targets, REEMBED):
             with suppress(MigrationError):  # the restore is done; the next re-embed names what is left
                 for one in remove_staged(files.plan.target.qdrant, journal):

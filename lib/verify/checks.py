@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.backup.collection import STAMP_KEY, CollectionSource
+from lib.backup.collection import CollectionSource, stamp_of
 from lib.backup.graph import GraphSource
 from lib.backup.phases import VERIFIED, last_migration, restored_since
 from lib.backup.points import TemporaryIdTable, all_points, as_id
@@ -89,7 +89,9 @@ def check_size(qdrant: Qdrant, state: CollectionState, spec: EmbeddingSpec) -> C
         return Check("size and distance", PASSED, detail)
     put = curl_line(qdrant, "PUT", state.name) + " -H 'content-type: application/json' -d "
     put += quote(json.dumps({"vectors": {"size": state.size, "distance": "Cosine"}}))
-    remedy = "a re-embed keeps the distance; this changes it, and loses payload keys that only points have:\n"
+    remedy = (
+        "a re-embed keeps the distance; this changes it, and loses settings, aliases and keys that only points have:\n"
+    )
     remedy += " && ".join((_BACKUP, curl_line(qdrant, "DELETE", state.name), put, ONLY_MISSING))
     return Check("size and distance", FAILED, f"{detail}, AutoMem uses Cosine", remedy)
 
@@ -108,22 +110,28 @@ def check_status(state: CollectionState) -> Check:
 
 def check_indexes(qdrant: Qdrant, state: CollectionState, before: dict[str, Any] | None) -> Check:
     """The payload indexes that recall filters on, and those of the collection `before` the migration (raw info)."""
-    wanted = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
-    wanted |= {name: one["data_type"] for name, one in ((before or {}).get("payload_schema") or {}).items()}
-    have = {name: one["data_type"] for name, one in state.payload_schema.items()}
-    missing = {name: kind for name, kind in wanted.items() if have.get(name) != kind}
+    wanted: dict[str, dict[str, Any]] = {name: {"type": "keyword"} for name in AUTOMEM_INDEXES}
+    wanted |= _parameters((before or {}).get("payload_schema") or {})
+    have = _parameters(state.payload_schema)
+    missing = {name: one for name, one in wanted.items() if not one.items() <= have.get(name, {}).items()}
     if not missing:
         return Check("payload indexes", PASSED, ", ".join(sorted(have)))
     put = curl_line(qdrant, "PUT", state.name, "index", query="?wait=true")
-    bodies = [json.dumps({"field_name": name, "field_schema": kind}) for name, kind in missing.items()]
+    bodies = [json.dumps({"field_name": name, "field_schema": one}) for name, one in missing.items()]
     remedy = "\n".join(f"{put} -H 'content-type: application/json' -d {quote(body)}" for body in bodies)
-    names = ", ".join(f"{name} ({kind})" for name, kind in missing.items())
-    return Check("payload indexes", FAILED, f"missing: {names}", remedy)
+    names = ", ".join(f"{name} ({one['type']})" for name, one in missing.items())
+    what = "missing or with other parameters" if missing.keys() & have else "missing"
+    return Check("payload indexes", FAILED, f"{what}: {names}", remedy)
+
+
+def _parameters(schema: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The type and the other parameters of each payload index of an info."""
+    return {name: {"type": one["data_type"], **(one.get("params") or {})} for name, one in schema.items()}
 
 
 def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     """The model that made the vectors, if the collection's metadata names it."""
-    stamp = state.metadata.get(STAMP_KEY) or {}
+    stamp = stamp_of(state.raw["config"])
     if not stamp:
         detail = "this server keeps no metadata, or the collection was not stamped"
         return Check("model stamp", SKIPPED, detail)
@@ -280,63 +288,67 @@ def check_recall_direct(source: CollectionSource, cache: EmbeddingCache, samples
     return Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")
 
 
-def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache, newest: list[Sample]) -> Check:
-    """Compare the vector that AutoMem made of one of its `newest` memories with the provider's for the same text.
+def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample]) -> Check:
+    """Compare vectors that AutoMem made of memories `since` the migration, the newest first, with the provider's.
 
-    `newest` were written since the migration. The evidence shows which model AutoMem embeds with.
+    The newest shows which model AutoMem embeds with, the others whether it used another one before.
     """
     spec, name = stores.collection.spec, "AutoMem's model"
     model = f"{spec.model} of {spec.provider}"
     believed = f"{model}, {stores.reason}" if stores.reason else model
-    made = _embedded_by_automem(stores, state, cache, newest)
-    if made is None:
+    made = _embedded_by_automem(stores, state, cache, since)
+    if not made:
         return Check(name, SKIPPED, f"{believed}; not yet known: it embedded no memory since the migration")
     try:
-        ours = _compared_vector(stores, cache, made[0])
+        ours = _compared_vectors(stores, cache, [sample for sample, _ in made])
     except MigrationError as error:
         return Check(name, SKIPPED, f"{believed}; not yet known: {one_line(str(error))}")
-    likeness = cosine(made[1], ours)
-    evidence = f"its vector of memory {made[0].id} has the cosine {likeness:.3f} with ours"
-    if likeness >= SAME_MODEL_COSINE:
+    likeness = [cosine(vector, own) for (_, vector), own in zip(made, ours, strict=True)]
+    least = min(likeness)
+    evidence = f"its vector of memory {made[likeness.index(least)][0].id} has the cosine {least:.3f} with ours"
+    evidence += f", the least of {len(made)}" if len(made) > 1 else ""
+    if least >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
     last = last_migration(stores.folder, stores.targets)
     replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(last) else ONLY_MISSING
+    if likeness[0] >= SAME_MODEL_COSINE:
+        remedy = f"replace the vectors that it made before it was restarted:\n{replace_them}"
+        return Check(name, FAILED, f"{model} now, but not always since the migration: {evidence}", remedy)
     remedy = f"{_RESTART}\nthen replace the vectors that it made:\n{replace_them}"
     return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 
 
 def _embedded_by_automem(
-    stores: Stores, state: CollectionState, cache: EmbeddingCache, newest: list[Sample]
-) -> tuple[Sample, NDArray[np.float32]] | None:
-    """The first of `newest` whose vector these scripts did not make, with that vector."""
-    ids = [as_id(one.id) for one in newest]
-    vectors = {str(one.id): one.vector for one in retrieve(stores.collection.qdrant, state.name, ids, vector=True)}
-    for sample in newest:
-        vector = vectors.get(sample.id)
-        if vector is not None and not cache.known([cache.text_key(stores.collection.spec, sample.content)]):
-            return sample, vector
-    return None
+    stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample]
+) -> list[tuple[Sample, NDArray[np.float32]]]:
+    """Those of `since` whose vector these scripts did not make, with that vector."""
+    keys = [cache.text_key(stores.collection.spec, sample.content) for sample in since]
+    known = cache.known(keys)
+    others = {sample.id: sample for key, sample in zip(keys, since, strict=True) if key not in known}
+    points = retrieve(stores.collection.qdrant, state.name, list(map(as_id, others)), vector=True)
+    vectors = {str(one.id): one.vector for one in points if one.vector is not None}
+    return [(sample, vectors[one]) for one, sample in others.items() if one in vectors]
 
 
-def _compared_vector(stores: Stores, cache: EmbeddingCache, sample: Sample) -> NDArray[np.float32]:
-    """The provider's vector of the text. It is paid for once.
+def _compared_vectors(stores: Stores, cache: EmbeddingCache, samples: list[Sample]) -> list[NDArray[np.float32]]:
+    """The provider's vectors of the texts. Each text is paid for once.
 
-    The cache's vectors are those of points: there it would be compared with AutoMem's bit by bit.
+    The cache's vectors are those of points: there they would be compared with AutoMem's bit by bit.
     """
-    key = cache.text_key(stores.collection.spec, sample.content).hex()
-    known, _, stored = (cache.get_meta(_COMPARED) or "").partition(" ")
-    if known == key:
-        return np.frombuffer(bytes.fromhex(stored), "<f4")
-    vector = stores.embed(sample.content).astype("<f4")
-    cache.set_meta(_COMPARED, f"{key} {vector.tobytes().hex()}")
-    return vector
+    texts = {cache.text_key(stores.collection.spec, one.content).hex(): one.content for one in samples}
+    known = dict(line.split(" ") for line in (cache.get_meta(_COMPARED) or "").splitlines())
+    if missing := [key for key in texts if key not in known]:
+        vectors = stores.embed([texts[key] for key in missing])
+        known |= {key: one.astype("<f4").tobytes().hex() for key, one in zip(missing, vectors, strict=True)}
+        cache.set_meta(_COMPARED, "\n".join(f"{key} {known[key]}" for key in texts))
+    return [np.frombuffer(bytes.fromhex(known[key]), "<f4") for key in texts]
 
 
 @dataclass(frozen=True)
 class Stores:
     """What is verified, and the folder with the journals of its migrations.
 
-    `embed` returns the provider's vector of a text, and raises MigrationError. `reason` is why that provider is used.
+    `embed` returns the provider's vectors of texts, and raises MigrationError. `reason` is why that provider is used.
     """
 
     graph: GraphSource
@@ -344,7 +356,7 @@ class Stores:
     api: AutoMemApi
     folder: Path
     targets: list[str]
-    embed: Callable[[str], NDArray[np.float32]]
+    embed: Callable[[list[str]], NDArray[np.float32]]
     reason: str
 
 
@@ -361,7 +373,7 @@ def verify(
         check_size(qdrant, state, spec),
         check_status(state),
         check_model(state, spec),
-        check_indexes(qdrant, state, last.fact("settings") if last else None),
+        check_indexes(qdrant, state, last.fact("settings") if last and not restored_since(last) else None),
     ]
     planned = cache if cache.memory_count() else None
     migrated_at = next(reversed(last.times(VERIFIED)), None) if last else None
@@ -377,7 +389,7 @@ def verify(
             again = compare_stores(graph, existing, planned, migrated_at, samples, progress, set(ids))
         found = found.corrected(again)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
-    checks.append(check_provider(stores, state, cache, [one for _, one in found.newest]))
+    checks.append(check_provider(stores, state, cache, [one for _, one in found.since]))
     differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}
     if differ and last:
         cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAGE = 500
-_NEWEST = 3
+_NEWEST, _SAMPLED = 3, 8
 _LONGEST_QUERY = 1500  # characters: an API that takes GET only gets it in the URL
 _RECALL_KEYS = ("last_accessed",)  # recall updates them all the time, first in the graph
 _CLOCK_SKEW = timedelta(hours=1)  # between two machines
@@ -80,8 +81,9 @@ class Findings:
     """What one pass over graph and collection found.
 
     `expected`: memories that must have a point; `exempt`: those that need none. `recalled`: points that are equal
-    except for keys that recall updates. `samples`: memories to try recall with. `newest`: of the memories that were
-    written after the migration and have their point, up to three, the newest first, each with its time.
+    except for keys that recall updates. `samples`: memories to try recall with. `since`: of the memories that were
+    written after the migration and have their point, the newest three and a random eight, each with its time. The
+    eight have the smallest hashes of all ids, so that later runs choose the same.
     """
 
     expected: int = 0
@@ -92,7 +94,13 @@ class Findings:
     orphans: list[str] = field(default_factory=list)
     recalled: int = 0
     samples: list[Sample] = field(default_factory=list)
-    newest: list[tuple[datetime, Sample]] = field(default_factory=list)
+    since: list[tuple[datetime, Sample]] = field(default_factory=list)
+
+    def add_since(self, written_at: datetime, sample: Sample) -> None:
+        """Add a memory that was written after the migration."""
+        every = sorted([*self.since, (written_at, sample)], key=lambda one: one[0], reverse=True)
+        sampled = sorted(every, key=lambda one: blake2b(one[1].id.encode()).digest())[:_SAMPLED]
+        self.since = [one for number, one in enumerate(every) if number < _NEWEST or one in sampled]
 
     def differing_ids(self) -> list[PointId]:
         """The ids of all points that differ, are missing, or have no memory."""
@@ -179,8 +187,7 @@ def _compare_page(
         if row:
             before = properties if row.payload == orjson.dumps(properties) else orjson.loads(row.payload)
         if is_newer:
-            written = [*found.newest, (written_at, Sample(str(identity), str(properties["content"])))]
-            found.newest = sorted(written, key=lambda one: one[0], reverse=True)[:_NEWEST]
+            found.add_since(written_at, Sample(str(identity), str(properties["content"])))
         is_same = before is properties or (before is not None and _stable(before) == _stable(properties))
         has_changed = is_newer or not is_same
         # If the memory changed, AutoMem has rewritten its point: keys that it dropped were not lost by the migration.

@@ -119,21 +119,31 @@ def test_a_service_on_another_provider_is_reported(operator):
     assert operator.servers.openai.stats()["texts"] <= paid + 1 + 20  # one of ours, and the queries of AutoMem's recall
 
 
-def remedy_of_placeholders(operator) -> str:
-    """Migrate, have AutoMem store two memories with placeholder vectors, and verify. Returns the printed remedy."""
+def store(operator, *contents: str) -> None:
+    """Have the running AutoMem store memories, and wait for their vectors."""
+    for content in contents:
+        url = f"{operator.environ['AUTOMEM_API_URL']}/memory"
+        requests.post(url, json={"content": content}, timeout=20).raise_for_status()
+    deadline = time.monotonic() + 20
+    while len(points_of(operator)) < len(embeddable(operator)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def store_placeholders(operator) -> None:
+    """Migrate, have AutoMem store two memories with placeholder vectors, and correct its provider."""
     operator.load(40)
     operator.run("backup_automem", "--only", "qdrant")
     operator.export(**voyage(operator, None))
     operator.run("reembed_embeddings")
     operator.export(EMBEDDING_PROVIDER="placeholder")
     with operator.restarted():
-        for number in range(2):
-            body = {"content": f"number {number} without meaning"}
-            requests.post(f"{operator.environ['AUTOMEM_API_URL']}/memory", json=body, timeout=20).raise_for_status()
-        deadline = time.monotonic() + 20
-        while len(points_of(operator)) < len(embeddable(operator)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        store(operator, "number 0 without meaning", "number 1 without meaning")
     operator.export(EMBEDDING_PROVIDER="voyage")
+
+
+def remedy_of_placeholders(operator) -> str:
+    """The remedy that a verification prints after `store_placeholders`."""
+    store_placeholders(operator)
     return failed_remedy(operator)
 
 
@@ -167,3 +177,25 @@ def test_after_a_restore_other_vectors_are_replaced_with_a_backup_alone(operator
     operator.run("backup_automem", "--only", "qdrant")
     operator.run("reembed_embeddings", "--fresh")
     assert_vectors(points_of(operator), "voyage-4", 256)
+
+
+@pytest.mark.matrix
+def test_other_vectors_before_a_right_one_are_found_too(operator):
+    """AutoMem was restarted with the right settings: its newest vector is right."""
+    store_placeholders(operator)
+    with operator.restarted():
+        store(operator, "embedded by the right model")
+        before = operator.servers.openai.stats()["texts"]
+        checks = operator.run("verify_migration", "--json", "--sample", "1", expect=4).json["checks"]
+        paid = operator.servers.openai.stats()["texts"] - before
+        again = operator.run("verify_migration", "--json", "--sample", "1", expect=4).json["checks"]
+        assert operator.servers.openai.stats()["texts"] - before - paid == paid - 3  # the queries of AutoMem's recall
+    found = next(one for one in checks if one["name"] == PROVIDER_CHECK)
+    assert found == next(one for one in again if one["name"] == PROVIDER_CHECK)
+    assert found["status"] == "FAILED"
+    assert "voyage-4 of voyage now, but not always since the migration" in found["detail"]
+    assert found["detail"].endswith("the least of 3")
+    assert found["remedy"].startswith("replace the vectors that it made before it was restarted:\n")
+    assert operator.run("reembed_embeddings", "--only-missing", "--json").json["mended"] == 2
+    assert_vectors(points_of(operator), "voyage-4", 256)
+    operator.run("verify_migration")

@@ -18,6 +18,7 @@ from lib.clients.falkordb.swap import drop_graph
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL, Operator
 from tests.qdrant_uploads import repacked
+from tests.reembed_support import points_of
 from tests.restore_support import TIMEOUT, assert_tidy, neighbours, settings, spoil
 from tests.sandbox.automem_server import AutoMemServer
 
@@ -177,6 +178,38 @@ def test_the_check_of_latest_is_of_these_stores(operator):
 
 
 @pytest.mark.matrix
+def test_a_restore_ends_what_the_migration_knew_of_the_points_that_it_replaces(operator):
+    """The older pair lacks a key and an index that the migration carried over. Nothing brings them back."""
+    operator.load(20)
+    operator.run("backup_automem")
+    older, before, had = operator.archive(), points_of(operator), settings(operator)
+    one = next(iter(before))
+    operator.call("POST", "/points/payload?wait=true", {"points": [one], "payload": {"added_later": 5}})
+    operator.call("PUT", "/index?wait=true", {"field_name": "added_later", "field_schema": "integer"})
+    operator.run("backup_automem", "--only", "qdrant")
+    export = dict(operator.exports)
+    upgrade(operator)
+    assert points_of(operator)[one][0]["added_later"] == 5
+    operator.run("restore_from_backup", older)
+    operator.exports = export
+    operator.run("verify_migration")
+    operator.run("reembed_embeddings", "--only-missing")
+    assert "added_later" not in points_of(operator)[one][0]
+    assert settings(operator) == had
+    operator.run("verify_migration")
+
+
+def test_files_of_two_backups_are_named_as_such(operator):
+    operator.load(20)
+    operator.run("backup_automem")
+    first = operator.archive()
+    operator.run("backup_automem")
+    rdb, second = operator.rdb(), operator.archive()
+    said = operator.run("restore_from_backup", rdb, first, "--dry-run").err
+    assert f"warning: {Path(rdb).name} and {Path(first).name} were not taken together" in said
+    assert "were not taken" not in operator.run("restore_from_backup", rdb, second, "--dry-run").err
+
+
 def test_onto_stores_that_hold_nothing(operator):
     operator.load()
     before, asset = operator.state(), settings(operator)

@@ -131,7 +131,9 @@ def test_automems_own_collection(q: Qdrant, names: list[str]):
 def test_metadata_is_stored_if_the_server_knows_it(q: Qdrant, filled: str):
     knows = q.version() >= "1.16"
     assert collection.set_metadata(q, filled, {"embedding_model": "m"}) is knows
-    assert collection.get_state(q, filled).metadata == ({"embedding_model": "m"} if knows else {})
+    assert collection.get_state(q, filled).raw["config"].get("metadata", {}) == (
+        {"embedding_model": "m"} if knows else {}
+    )
 
 
 def test_aliases_are_put_back_and_never_deleted_through(q: Qdrant, filled: str, names: list[str]):

@@ -12,7 +12,7 @@ import requests
 
 from lib.backup.collection import STAMP_KEY
 from lib.verify import checks
-from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import embeddable, points_of, upgrade
 from tests.sandbox.automem_server import AutoMemServer
 from tests.sandbox.vectors import vectors_for
@@ -112,6 +112,37 @@ def test_each_check_fails_when_what_it_checks_is_broken(migrated):
         if stamped:
             operator.call("PATCH", "", {"metadata": {STAMP_KEY: stamp}})
     verify(operator)
+
+
+def test_an_index_with_other_parameters_is_reported_and_made_again_as_printed(operator):
+    operator.load(20)
+    tenant = {"type": "keyword", "is_tenant": True}
+    operator.call("PUT", "/index?wait=true", {"field_name": "tags", "field_schema": tenant})
+    operator.run("backup_automem", "--only", "qdrant")
+    upgrade(operator)
+    operator.run("reembed_embeddings")
+    for schema in (None, "keyword"):
+        operator.call("DELETE", "/index/tags?wait=true")
+        if schema:
+            operator.call("PUT", "/index?wait=true", {"field_name": "tags", "field_schema": schema})
+        assert failing(operator) == ["payload indexes"]
+        found = verify(operator, expect=4)["payload indexes"]
+        assert found["detail"] == f"missing{' or with other parameters' if schema else ''}: tags (keyword)"
+        subprocess.run(["bash", "-ec", found["remedy"]], check=True, timeout=60, capture_output=True)
+        assert operator.info()["payload_schema"]["tags"]["params"]["is_tenant"] is True
+        verify(operator)
+
+
+def test_a_stamp_that_these_scripts_did_not_write_is_no_stamp(operator):
+    """A client may write any metadata."""
+    operator.load(20)
+    for stamp in ("text", 7, {"model": 5}, {"model": "red\x1b[31m"}, {"size": OLD_SIZE}):
+        operator.call("PATCH", "", {"metadata": {STAMP_KEY: stamp}})
+        assert verify(operator)["model stamp"]["status"] == "not checked"
+        shown = operator.run("verify_migration", "--show-config", "--json").json["live"]["collection"]
+        assert shown.endswith(f"{SMALL} (configured)")
+        operator.run("reembed_embeddings", "--only-missing")
+        operator.run("backup_automem", "--only", "qdrant")
 
 
 @pytest.mark.matrix

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
+
 import numpy as np
 import pytest
 
 from lib.clients.qdrant.snapshots import restorable
-from lib.verify.compare import cosine, vectors_differ
+from lib.verify.compare import Findings, Sample, cosine, vectors_differ
 
 
 def rows(n: int, size: int) -> np.ndarray:
@@ -110,3 +112,18 @@ def test_the_cosine_of_a_vector_of_zeros_is_no_likeness():
     one = np.array([3, 4], dtype=np.float32)
     assert cosine(one, 2 * one) == pytest.approx(1)
     assert cosine(one, np.zeros(2, dtype=np.float32)) == 0
+
+
+def test_of_the_memories_since_the_migration_the_newest_and_the_same_few_are_chosen():
+    begin = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    written = [(begin + timedelta(minutes=number), Sample(f"id-{number}", "text")) for number in range(100)]
+    chosen = []
+    for order in (written, written[::-1]):
+        found = Findings()
+        for one in order:
+            found.add_since(*one)
+        chosen.append(found.since)
+    assert chosen[0] == chosen[1]
+    assert chosen[0][:3] == written[:-4:-1]
+    assert 8 <= len(chosen[0]) <= 11
+    assert min(chosen[0]) < written[50]

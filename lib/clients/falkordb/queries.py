@@ -240,7 +240,7 @@ class _PageReader:
                     raise StoreFailed(
                         f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
                         next_step="raise both limits, in redis-cli:\n"
-                        "GRAPH.CONFIG SET RESULTSET_SIZE 10000\nGRAPH.CONFIG SET TIMEOUT 1000",
+                        "GRAPH.CONFIG SET RESULTSET_SIZE 10000\nGRAPH.CONFIG SET TIMEOUT 60000",
                     )
                 yield from self.pages(windows[1:], {**fixed, window.id_name: low})
             elif rows:

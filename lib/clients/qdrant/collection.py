@@ -80,11 +80,6 @@ class CollectionState:
         return dict(self.raw.get("payload_schema") or {})
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """The collection's metadata (Qdrant 1.16 and later), else empty."""
-        return dict(self.raw["config"].get("metadata") or {})
-
-    @property
     def optimizer_status(self) -> str:
         """The server's text: "ok", or the optimizer's error."""
         return str(self.raw.get("optimizer_status"))
