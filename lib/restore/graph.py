@@ -227,14 +227,7 @@ def trial_restore(backup: GraphBackup, temporary: str) -> bytes:
             dumped.append(background.submit(dump_separately, scratch.address, target.graph))
 
         # The payload has no name here: `verify_acceptance` alone holds it.
-        verify_acceptance(
-            target.conn,
-            dump_as(scratch.conn, target.graph, temporary),
-            temporary,
-            backup.digest,
-            dump,
-            (scratch.conn, target.graph),
-        )
+        verify_acceptance(target.conn, dump_as(scratch.conn, target.graph, temporary), temporary, backup.digest, dump)
         return dumped[0].result()
 
 

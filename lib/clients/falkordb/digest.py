@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import zip_longest
 from typing import Any
 
 import redis
@@ -55,20 +54,6 @@ def graph_digest(conn: redis.Redis, graph: str, *, by_id: bool = False) -> Graph
     }
     text = json.dumps(covered, sort_keys=True, ensure_ascii=False).encode()
     return GraphDigest(blake2b(text, digest_size=HASH_BYTES).hexdigest(), reader.nodes, reader.relationships, by_id)
-
-
-def equal_in_order(one: redis.Redis, graph: str, other: redis.Redis, copy: str) -> bool:
-    """Whether `copy` on `other` has all that `graph` on `one` has, in the same order, internal ids included.
-
-    Faster than two digests. False does not mean that they differ: the order may.
-    """
-    if schema(one, graph) != schema(other, copy):
-        return False
-    for windows, what in ((nodes(), "n"), (relationships(), "r")):
-        both = pages(one, graph, windows, what), pages(other, copy, windows, what)
-        if any(before != after for before, after in zip_longest(*both)):
-            return False
-    return True
 
 
 class _Reader:

@@ -18,7 +18,7 @@ from lib.clients.falkordb.connection import (
     redis_cli,
     translated,
 )
-from lib.clients.falkordb.digest import GraphDigest, equal_in_order, graph_digest
+from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.rdb import graph_encoding, graph_name, rdb_version
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, VerificationFailed
 
@@ -187,17 +187,11 @@ def dump_as(conn: redis.Redis, name: str, other: str) -> bytes:
 
 
 def verify_acceptance(
-    conn: redis.Redis,
-    payload: bytes,
-    temporary: str,
-    expected: GraphDigest,
-    then: Callable[[], object] = lambda: None,
-    original: tuple[redis.Redis, str] | None = None,
+    conn: redis.Redis, payload: bytes, temporary: str, expected: GraphDigest, then: Callable[[], object] = lambda: None
 ) -> None:
     """Verify on the target that it accepts this graph: restore it as `temporary`, compare, delete it again.
 
-    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists.
-    `original`: the graph itself, which is faster to compare than its digest. Raises
+    The payload must have been dumped under the name `temporary`. `then` is called once the copy exists. Raises
     VerificationFailed if the copy differs, StoreFailed or AccessRefused if the target does not accept it.
     """
     _require_name(payload, temporary)
@@ -206,8 +200,7 @@ def verify_acceptance(
         _restore(conn, payload, temporary)
         del payload
         then()
-        equal = original and equal_in_order(*original, conn, temporary)
-        copy = expected if equal else graph_digest(conn, temporary, by_id=expected.by_id)
+        copy = graph_digest(conn, temporary, by_id=expected.by_id)
     except MigrationError:
         with contextlib.suppress(MigrationError):  # the operator must see the first error
             drop_graph(conn, temporary)
