@@ -215,8 +215,8 @@ def take_graph(
     """Write `falkordb/<graph>_<stamp>.rdb` below `folder` and verify it.
 
     The graph is saved as it was at the first call of `progress`. `at_once`: with DUMP, which blocks the server for a
-    moment, because a server waits 5 s by default before it sends an RDB. `ids`: see
-    `verify_graph`. Raises MissingData if the graph is absent, BackupDamaged.
+    moment, because a server waits 5 s by default before it sends an RDB. `ids`: see `verify_graph`. Raises MissingData
+    if the graph is absent, BackupDamaged.
     """
     require_graph(source.conn, source.graph)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"

@@ -288,10 +288,13 @@ def check_recall_direct(source: CollectionSource, cache: EmbeddingCache, samples
     return Check("recall", PASSED, f"{len(usable)} samples come first, straight from Qdrant ({why})")
 
 
-def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample]) -> Check:
+def check_provider(
+    stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample], *, restored: bool
+) -> Check:
     """Compare vectors that AutoMem made of memories `since` the migration, the newest first, with the provider's.
 
-    The newest shows which model AutoMem embeds with, the others whether it used another one before.
+    The newest shows which model AutoMem embeds with, the others whether it used another one before. `restored`:
+    whether a restore has replaced the migration's collection.
     """
     spec, name = stores.collection.spec, "AutoMem's model"
     model = f"{spec.model} of {spec.provider}"
@@ -309,8 +312,7 @@ def check_provider(stores: Stores, state: CollectionState, cache: EmbeddingCache
     evidence += f", the least of {len(made)}" if len(made) > 1 else ""
     if least >= SAME_MODEL_COSINE:
         return Check(name, PASSED, f"{believed}: {evidence}")
-    last = last_migration(stores.folder, stores.targets)
-    replace_them = f"{REPLACE_ALL} --fresh" if last and restored_since(last) else ONLY_MISSING
+    replace_them = f"{REPLACE_ALL} --fresh" if restored else ONLY_MISSING
     if likeness[0] >= SAME_MODEL_COSINE:
         remedy = f"replace the vectors that it made before it was restarted:\n{replace_them}"
         return Check(name, FAILED, f"{model} now, but not always since the migration: {evidence}", remedy)
@@ -369,11 +371,12 @@ def verify(
     require_graph(graph.conn, graph.graph)
     state = get_state(qdrant, source.collection)
     last = last_migration(stores.folder, stores.targets)
+    restored = last is not None and restored_since(last)
     checks = [
         check_size(qdrant, state, spec),
         check_status(state),
         check_model(state, spec),
-        check_indexes(qdrant, state, last.fact("settings") if last and not restored_since(last) else None),
+        check_indexes(qdrant, state, last.fact("settings") if last and not restored else None),
     ]
     planned = cache if cache.memory_count() else None
     migrated_at = next(reversed(last.times(VERIFIED)), None) if last else None
@@ -389,7 +392,7 @@ def verify(
             again = compare_stores(graph, existing, planned, migrated_at, samples, progress, set(ids))
         found = found.corrected(again)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
-    checks.append(check_provider(stores, state, cache, [one for _, one in found.since]))
+    checks.append(check_provider(stores, state, cache, [one for _, one in found.since], restored=restored))
     differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}
     if differ and last:
         cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
