@@ -22,7 +22,7 @@ from lib.clients.falkordb.scratch import installed_engines
 from lib.errors import BackupDamaged, BadFile, MigrationError
 from lib.restore.preflight import verify_files
 from tests.matrix import matrix
-from tests.operator_support import Operator
+from tests.operator_support import OLD_SIZE, Operator
 from tests.restore_support import damaged, site, wanted
 
 pytestmark = pytest.mark.qdrant
@@ -133,11 +133,15 @@ def test_swapped_files_and_other_graphs_are_refused(operator):
     place = site(backed)
     first = json.loads(backed.manifests()[0].read_text())
     backed.cypher("CREATE (:Memory {id: 'x', content: 'one more'})")
+    # Snapshots of one second have the same name: those of an unchanged collection would be the same bytes.
+    point = {"id": 77, "vector": [0.5] * OLD_SIZE, "payload": {"content": "one more"}}
+    backed.call("PUT", "/points?wait=true", {"points": [point]})
     backed.run("backup_automem")
     second = json.loads(backed.manifests()[1].read_text())
     for component in ("graph", "collection"):
         ours, theirs = (backed.backups / one[component]["file"]["name"] for one in (first, second))
         original = ours.read_bytes()
+        assert original != theirs.read_bytes(), component
         shutil.copy(theirs, ours)
         message = assert_refused(backed, place, backed.manifests()[0])
         assert "sha256" in message or "bytes" in message
