@@ -166,7 +166,7 @@ def embed_few(config: Config, texts: list[str]) -> NDArray[np.float32]:
     require_embedding(config)
     client = _embedding_client(config, config.spec, max_wait_seconds=_ONE_TEXT_SECONDS)
     try:
-        return client.embed(texts).vectors
+        return client.embed_few(texts, "texts of memories").vectors
     finally:
         client.close()
 

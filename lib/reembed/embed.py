@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
-from lib.clients.embeddings.pricing import Expected, expected, price_of, price_text
+from lib.clients.embeddings.pricing import Expected, count_tokens, expected, price_of, price_text
 from lib.clients.embeddings.worker_pool import SEQUENTIAL, EmbedProgress, Refused, embed_missing, texts_a_request
 from lib.concurrency import steps_of
 from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
-from lib.errors import UsageProblem
+from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal
 from lib.reembed.context import Context
 from lib.reembed.plan import Scan, scan_graph
+from lib.verify.compare import SAME_MODEL_COSINE, cosine
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MOST_ROUNDS, FEW_TEXTS = 5, 100  # catching up ends with a round that embeds fewer texts, or with the last round
 MOST_INTERVALS = 240
+SAMPLES = 3  # texts that are embedded again to see that the model is the same
 _INTERVAL_SECONDS = 0.5  # the shortest interval; those of a long run are longer
 _SAVE_SECONDS = 2.0  # a kill loses the statistics of so many seconds, and no vector
 
@@ -231,9 +238,11 @@ class EmbeddingRunner:
 
 
 def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], total: Missing) -> None:
-    """Embed these texts and store each answer before the next request."""
+    """Embed these texts and store each answer before the next request. Raises like `require_cached_model`."""
     if not total.texts:
         return
+    if not runner.paid.texts:  # later, the cache also has vectors of this start
+        require_cached_model(ctx, runner)
     require_room = partial(ctx.cache.require_room, size=ctx.spec.size)
     require_room(total.texts)
     with ctx.bar("embed", total.texts, "texts") as progress, runner.paid.recording() as record:
@@ -261,6 +270,39 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
             require_room=require_room,
         )
     runner.paid.add(done)
+
+
+def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
+    """Embed three texts of the plan that have a vector again. Raises GuardRefused if the model makes other vectors now.
+
+    Only for a model without a price: the name of a model that operators serve themselves does not fix its weights.
+    """
+    if price_of(1, ctx.spec.model, ctx.spec.provider):
+        return
+    rows = ctx.cache.embedded(SAMPLES)
+    blobs = ctx.cache.get_vectors([row.key for row in rows])
+    vectors = [np.frombuffer(blobs[row.key], "<f4") for row in rows]
+    if different := first_different(runner, {str(row.point_id): row.content for row in rows}, vectors):
+        raise GuardRefused(
+            f"{ctx.spec.model} is not the model that made the vectors in the embedding cache (memory {different}):"
+            " the collection would mix two models",
+            next_step="serve that model again, or embed every text again:\n"
+            "python scripts/reembed_embeddings.py --fresh",
+        )
+
+
+def first_different(runner: EmbeddingRunner, texts: Mapping[str, str], vectors: Sequence[NDArray[np.float32]]) -> str:
+    """Embed these texts (by id) again. Returns the first id whose vector (dims,) was another model's, or ""."""
+    if not texts:
+        return ""
+    tokens = sum(count_tokens(list(texts.values())))
+    runner.require_affordable(tokens)
+    answer = runner.client.embed_few(list(texts.values()), "texts of memories")
+    runner.paid.pay(answer.tokens)
+    for name, old, new in zip(texts, vectors, answer.vectors, strict=True):
+        if (likeness := cosine(old, new)) < SAME_MODEL_COSINE:
+            return f"{name}: cosine {likeness:.2f}"
+    return ""
 
 
 def embed_uncached(ctx: Context, runner: EmbeddingRunner) -> None:

@@ -18,7 +18,7 @@ from lib.backup.collection import stamp_of
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
-from lib.clients.embeddings.pricing import Expected, count_tokens
+from lib.clients.embeddings.pricing import Expected
 from lib.clients.embeddings.worker_pool import embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
@@ -28,14 +28,22 @@ from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
 from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over
-from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
+from lib.reembed.embed import (
+    SAMPLES,
+    EmbeddingRunner,
+    catch_up,
+    embed_texts,
+    embed_uncached,
+    first_different,
+    require_cached_model,
+)
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, repair_vectors, saved_row, sync_collection, texts_to_embed
-from lib.verify.compare import OTHER_MODEL, REPLACE_ALL, SAME_MODEL_COSINE, cosine
+from lib.verify.compare import OTHER_MODEL, REPLACE_ALL
 
-_SAMPLES, _PAGE = 3, 256
+_PAGE = 256
 
 
 def reembed(
@@ -126,7 +134,7 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
     """
     if must_forget(ctx):
-        runner.paid.pay(runner.client.embed(["hello"]).tokens)
+        runner.paid.pay(runner.client.embed_few().tokens)
         ctx.cache.forget_planned()
         mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
@@ -212,6 +220,7 @@ def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tri
         runner.require_affordable(sum(row.tokens for row in first))
         stored = size == ctx.spec.size
         if stored:
+            require_cached_model(ctx, runner)
             ctx.cache.require_room(len(first), size)
         note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
         store = ctx.cache.put_vectors if stored else lambda _vectors: None
@@ -270,37 +279,31 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
         )
     if not points:
         return
-    setting = SETTING_NAMES[ctx.spec.provider].model
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
-    texts = [str((point.payload or {})["content"]) for point in points]
-    tokens = sum(count_tokens(texts))
-    runner.require_affordable(tokens)
-    answer = runner.client.embed(texts, tokens=tokens)
-    runner.paid.pay(answer.tokens)
-    for point, vector in zip(points, answer.vectors, strict=True):
-        assert point.vector is not None
-        likeness = cosine(point.vector, vector)
-        if likeness < SAME_MODEL_COSINE:
-            raise GuardRefused(
-                f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
-                f" (point {point.id}: cosine {likeness:.2f}): --only-missing would mix two models",
-                next_step=f"set {setting} to the model that made them, or replace all vectors:\n{REPLACE_ALL}{fresh}",
-            )
+    setting = SETTING_NAMES[ctx.spec.provider].model
+    texts = {str(point.id): content for content, point in points}
+    vectors = [point.vector for _, point in points if point.vector is not None]
+    if different := first_different(runner, texts, vectors):
+        raise GuardRefused(
+            f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
+            f" (point {different}): --only-missing would mix two models",
+            next_step=f"set {setting} to the model that made them, or replace all vectors:\n{REPLACE_ALL}{fresh}",
+        )
 
 
-def _unchanged(ctx: Context, state: CollectionState) -> list[Point]:
-    """Return up to three points with a vector and the content of their memory."""
-    found: list[Point] = []
+def _unchanged(ctx: Context, state: CollectionState) -> list[tuple[str, Point]]:
+    """Return up to three points with a vector and the content of their memory, and that content: a page's shortest."""
+    found: list[tuple[str, Point]] = []
     for page in scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
         rows = ctx.cache.memories_of([point.id for point in page])
         for point in page:
             content = (point.payload or {}).get("content")
             if point.vector is not None and point.id in rows and content == rows[point.id].content:
-                found.append(point)
-        if len(found) >= _SAMPLES:
+                found.append((content, point))
+        if len(found) >= SAMPLES:
             break
-    return found[:_SAMPLES]
+    return sorted(found, key=lambda one: len(one[0]))[:SAMPLES]
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:

@@ -73,6 +73,27 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_paid_for(level)
         level.run("verify_migration", "--after-restart")
 
 
+def test_the_model_is_checked_with_short_texts(level):
+    """A provider refuses texts over its limit. The first points of the collection have such texts."""
+    for number in range(3):
+        one = f"00000000-0000-4000-8000-00000000000{number}"
+        level.cypher("CREATE (:Memory {id: $id, content: $text})", id=one, text=f"{number} " + "many words " * 6000)
+    repair(level, added=3, embedded=3)
+    repair(level)
+
+
+@pytest.mark.parametrize("flag", ["--only-missing", "--fresh"])
+def test_an_endpoint_that_refuses_every_text_is_named(level, flag):
+    level.cypher("CREATE (:Memory {id: $id, content: 'a memory without a point'})", id=str(uuid.uuid4()))
+    level.run("backup_automem")
+    level.servers.openai.fault(status=400)
+    before = level.state()
+    refused = level.run("reembed_embeddings", flag, expect=6)
+    assert " cannot embed " in refused.err
+    assert "check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL" in refused.err
+    assert level.state() == before
+
+
 def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     one, *_ = some_ids(level, 1)
     # A vector that no model made is renewed when the content changes, and not when only the payload changes.

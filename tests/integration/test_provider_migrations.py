@@ -119,6 +119,10 @@ def test_a_service_on_another_provider_is_reported(operator):
     assert operator.servers.openai.stats()["texts"] <= paid + 1 + 20  # one of ours, and the queries of AutoMem's recall
 
 
+def detail_of(checks: list[dict[str, str]]) -> str:
+    return next(one["detail"] for one in checks if one["name"] == PROVIDER_CHECK)
+
+
 def store(operator, *contents: str) -> None:
     """Have the running AutoMem store memories, and wait for their vectors."""
     for content in contents:
@@ -185,6 +189,11 @@ def test_other_vectors_before_a_right_one_are_found_too(operator):
     store_placeholders(operator)
     with operator.restarted():
         store(operator, "embedded by the right model")
+        operator.servers.openai.fault(status=400)
+        refused = operator.run("verify_migration", "--json", expect=None).json["checks"]
+        assert "not yet known: " in (unknown := detail_of(refused)), unknown
+        assert " cannot embed texts of memories: 400" in unknown
+        operator.servers.openai.clear_faults()
         before = operator.servers.openai.stats()["texts"]
         checks = operator.run("verify_migration", "--json", "--sample", "1", expect=4).json["checks"]
         paid = operator.servers.openai.stats()["texts"] - before
@@ -199,3 +208,26 @@ def test_other_vectors_before_a_right_one_are_found_too(operator):
     assert operator.run("reembed_embeddings", "--only-missing", "--json").json["mended"] == 2
     assert_vectors(points_of(operator), "voyage-4", 256)
     operator.run("verify_migration")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--limit", "20"), ("--no-switch",)])
+def test_a_model_served_under_the_same_name_is_not_mixed_with_the_earlier_one(operator, more):
+    """The model is updated between a run that was stopped and its resume. With a list price, the name is enough."""
+    operator.load(60, size=768)
+    operator.run("backup_automem", env={"VECTOR_SIZE": "768"})
+    operator.export(**ollama(operator, None))
+    provider = operator.servers.openai
+    provider.fault(status=401, after=2)
+    operator.run("reembed_embeddings", "--batch-size", "16", expect=6)
+    provider.clear_faults()
+    provider.fault(other_model=True)
+    before = operator.state()
+    refused = operator.run("reembed_embeddings", *more, expect=2)
+    assert "nomic-embed-text is not the model that made the vectors in the embedding cache" in refused.err
+    assert refused.err.rstrip().endswith("scripts/reembed_embeddings.py --fresh")
+    assert operator.state() == before
+    operator.run("reembed_embeddings", "--fresh")
+    points = [(payload, vector[::-1]) for payload, vector in points_of(operator).values()]
+    whole = [one for one in points if len(one[0]["content"]) < 1000]  # Ollama cuts a text over its context
+    assert_vectors(dict(enumerate(whole)), "nomic-embed-text", 768)

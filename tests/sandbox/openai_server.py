@@ -50,8 +50,8 @@ class Fault:
     On the answer: `cut` ends the connection after that share of the body (0..1). `wrong_count` leaves out the last
     vector. `omit_zero` leaves out an index that is 0. `wrong_order` reverses the list but keeps the indices.
     `wrong_indices` numbers from 1. `wrong_width` answers that many dimensions. `nan` puts one into the vectors (of
-    the poisoned inputs, or the first). `not_unit` scales the vectors. `no_base64` answers lists even if base64 was
-    requested. `no_headers` omits the limits.
+    the poisoned inputs, or the first). `not_unit` scales the vectors. `other_model` answers those of other weights under the same
+    name. `no_base64` answers lists even if base64 was requested. `no_headers` omits the limits.
     """
 
     status: int | None = None
@@ -72,12 +72,13 @@ class Fault:
     wrong_width: int | None = None
     nan: bool = False
     not_unit: float | None = None
+    other_model: bool = False
     no_base64: bool = False
     no_headers: bool = False
 
     def __post_init__(self) -> None:
         rows = (self.wrong_count, self.omit_zero, self.wrong_order, self.wrong_indices, self.no_base64)
-        vectors = (self.wrong_width, self.nan, self.not_unit)
+        vectors = (self.wrong_width, self.nan, self.not_unit, self.other_model)
         if self.poisoned_text and self.status is None and not any((*rows, *vectors, self.cut)):
             self.status = 400
 
@@ -109,6 +110,8 @@ class Fault:
         """Apply the fault to the (n, size) float32 vectors."""
         if self.wrong_width is not None:
             vectors = np.resize(vectors, (len(vectors), self.wrong_width))
+        if self.other_model:
+            vectors = vectors[:, ::-1]
         if self.not_unit is not None:
             vectors = vectors * np.float32(self.not_unit)
         if self.nan:

@@ -219,6 +219,11 @@ class EmbeddingCache(CacheFile):
         rows = self.rows(f"SELECT {_COLUMNS} {_DISTINCT} ORDER BY m.key, m.id LIMIT ?", [count])
         return [_memory_row(values) for values in rows]
 
+    def embedded(self, count: int) -> list[MemoryRow]:
+        """The `count` memories with the shortest texts that have a vector."""
+        has_vector = "AND EXISTS (SELECT 1 FROM vectors v WHERE v.key = m.key) ORDER BY length(m.content), m.id LIMIT ?"
+        return [_memory_row(values) for values in self.rows(f"SELECT {_COLUMNS} {_DISTINCT} {has_vector}", [count])]
+
     def random_ids(self, count: int) -> list[str | int]:
         """The point ids of `count` memories of the plan, other ones each time."""
         rows = self.rows("SELECT point_id FROM memories ORDER BY random() LIMIT ?", [count])
