@@ -18,8 +18,9 @@ from lib.backup.collection import stamp_of
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
+from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected, count_tokens
-from lib.clients.embeddings.worker_pool import embed_missing
+from lib.clients.embeddings.worker_pool import embed_few, embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
 from lib.dimensions import SETTING_NAMES, is_model_of
@@ -126,7 +127,7 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
     """
     if must_forget(ctx):
-        runner.paid.pay(runner.client.embed(["hello"]).tokens)
+        runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT])[1].tokens)
         ctx.cache.forget_planned()
         mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
@@ -274,13 +275,19 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     texts = [str((point.payload or {})["content"]) for point in points]
-    tokens = sum(count_tokens(texts))
-    runner.require_affordable(tokens)
-    answer = runner.client.embed(texts, tokens=tokens)
-    runner.paid.pay(answer.tokens)
-    for point, vector in zip(points, answer.vectors, strict=True):
-        assert point.vector is not None
-        likeness = cosine(point.vector, vector)
+    runner.require_affordable(sum(count_tokens(texts)))
+    vectors, done = embed_few(runner.client, texts)
+    runner.paid.pay(done.tokens)
+    if not vectors:
+        raise GuardRefused(
+            f"the model of the vectors in '{state.name}' cannot be checked: the provider refuses the texts of points"
+            f" ({done.refused[0].reason})",
+            next_step=f"replace all vectors:\n{REPLACE_ALL}{fresh}",
+        )
+    for point, text in zip(points, texts, strict=True):
+        if point.vector is None or text not in vectors:
+            continue
+        likeness = cosine(point.vector, vectors[text])
         if likeness < SAME_MODEL_COSINE:
             raise GuardRefused(
                 f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"

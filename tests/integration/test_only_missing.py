@@ -203,6 +203,34 @@ def test_another_model_at_the_same_size_is_refused(level):
     assert level.state() == before
 
 
+@pytest.mark.parametrize("fault", [{"nan": True}, {"status": 400, "message": "no model is loaded"}])
+def test_an_endpoint_whose_answers_cannot_be_used_is_named(level, fault):
+    level.servers.openai.fault(**fault)
+    refused = level.run("reembed_embeddings", "--only-missing", expect=6)
+    assert "cannot embed even a plain word" in refused.err
+
+
+def test_texts_that_the_provider_refuses_do_not_identify_the_model(level):
+    first = next(iter(points_of(level).values()))[0]["content"]
+    level.servers.openai.fault(poisoned_text=first)
+    repair(level)
+    level.servers.openai.fault(poisoned_text=" ")
+    refused = level.run("reembed_embeddings", "--only-missing", expect=2)
+    assert "cannot be checked: the provider refuses the texts of points" in refused.err
+    assert "reembed_embeddings.py" in refused.err.splitlines()[-1]
+
+
+def test_a_point_whose_text_is_longer_than_the_model_takes_identifies_the_model(operator):
+    operator.load()
+    long, text = 1, "many words " * 5000
+    operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: []})", id=long, text=text)
+    operator.run("reembed_embeddings", "--only-missing")
+    assert next(iter(points_of(operator))) == long  # the first of those that are embedded again
+    operator.servers.openai.reset()
+    repair(operator)
+    assert operator.servers.openai.stats()["texts"] == 3
+
+
 @pytest.mark.matrix
 def test_vectors_of_another_model_below_the_right_stamp_are_refused_with_what_replaces_them(operator):
     """A re-embed without --fresh would find the collection up to date."""

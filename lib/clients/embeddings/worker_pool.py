@@ -7,11 +7,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lib.child_process import release_free_memory, unmap_large_blocks
-from lib.clients.embeddings.answers import BadAnswer, BadInput, context_limit
+from lib.clients.embeddings.answers import BadAnswer, BadInput, FloatArray, context_limit
 from lib.clients.embeddings.cache import TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT, OLLAMA_INPUTS, EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens, cut_to_tokens, input_limit
@@ -102,6 +104,17 @@ def embed_missing(
         run.dismiss(workers)
         release_free_memory()
     return run.status()
+
+
+def embed_few(client: EmbeddingClient, texts: Sequence[str]) -> tuple[dict[str, FloatArray], EmbedProgress]:
+    """Embed a few texts for a comparison. Returns the vectors by text, without refused texts, and what was done.
+
+    Raises like `embed_missing`, and so ProviderRefused if the endpoint accepts no text at all.
+    """
+    rows = [TextRow(text.encode(), text, text) for text in dict.fromkeys(texts)]
+    found: Vectors = []
+    done = embed_missing(client, rows, found.extend, workers=1, batch_size=len(rows))
+    return {key.decode(): np.frombuffer(vector, "<f4") for key, vector in found}, done
 
 
 @dataclass(frozen=True)
