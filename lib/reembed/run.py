@@ -69,6 +69,7 @@ def reembed(
     # A run that is killed before this writes its report again.
     runner.paid.mark_reported(journal.run_id)
     journal.close("done")
+    mark_fresh(ctx.cache, None)  # last: a resumed run would pay again
     return done, files
 
 
@@ -171,7 +172,6 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     """Record the model in the collection and the journal; remove what was staged."""
     stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
-    mark_fresh(ctx.cache, None)
     journal.append(phases.VERIFIED, points=added, stamp=stamped)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)

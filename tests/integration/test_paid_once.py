@@ -171,6 +171,20 @@ def test_no_test_of_the_endpoint_costs_more_than_max_cost(ready):
     assert stats(ready)["tokens"] == 0
 
 
+def test_a_run_with_fresh_that_is_interrupted_after_its_verification_pays_for_nothing_again(ready, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.reembed.run.make_report", interrupted)
+        ready.run("reembed_embeddings", "--fresh", expect=130)
+    ready.servers.openai.reset()
+    done = ready.run("reembed_embeddings", "--fresh", "--json").json
+    assert (done["bought"]["texts"], stats(ready)["texts"]) == (0, 0)
+    ready.run("backup_automem", "--only", "qdrant")
+    assert ready.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] > 0
+
+
 def test_nothing_is_forgotten_if_the_endpoint_answers_with_what_cannot_be_used(ready):
     ready.run("reembed_embeddings", "--no-switch")
     held = cached(ready)
