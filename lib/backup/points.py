@@ -173,7 +173,7 @@ def _moment(text: str) -> tuple[datetime, str] | None:
 
 
 def _unit(number: float) -> int | None:
-    """The unit of a number that may be a moment of the years 69 to 3871: 1 (seconds), 1000 (ms), 10**6 (us); or None."""
+    """The unit of a number that may be a moment of the years 69 to 3871: 1 (s), 1000 (ms), 10**6 (us); or None."""
     return next((unit for unit in (1, 10**3, 10**6) if 1e8 * unit <= abs(number) < 6e10 * unit), None)
 
 
