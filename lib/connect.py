@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from hashlib import sha256
@@ -23,7 +23,7 @@ from lib.clients.qdrant.collection import get_state, refuse_alias, require_plain
 from lib.clients.qdrant.transport import Qdrant
 from lib.config import Config, require_embedding
 from lib.dimensions import OLLAMA, EmbeddingSpec, check_dimension, reason_shown
-from lib.errors import MigrationError, StoreUnreachable
+from lib.errors import MigrationError, ProviderRefused, StoreUnreachable
 from lib.files import lock_targets, private_dir
 
 if TYPE_CHECKING:
@@ -163,12 +163,16 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
 
 def embed_few(config: Config, texts: list[str]) -> NDArray[np.float32]:
     """Return the provider's vectors (n, size) of a few texts. Raises ProviderRefused, UsageProblem, WrongWidth."""
+    import numpy as np
+
+    from lib.clients.embeddings.worker_pool import embed_few as embed
+
     require_embedding(config)
-    client = _embedding_client(config, config.spec, max_wait_seconds=_ONE_TEXT_SECONDS)
-    try:
-        return client.embed_few(texts, "texts of memories").vectors
-    finally:
-        client.close()
+    with closing(_embedding_client(config, config.spec, max_wait_seconds=_ONE_TEXT_SECONDS)) as client:
+        vectors, done = embed(client, texts)
+    if done.refused:
+        raise ProviderRefused(f"{client.provider} refused a text: {done.refused[0].reason}")
+    return np.vstack([vectors[text] for text in texts])
 
 
 def _embedding_client(config: Config, spec: EmbeddingSpec, **limits: float) -> EmbeddingClient:

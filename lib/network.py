@@ -63,7 +63,11 @@ def same_server(left: str, right: str) -> bool:
 
 
 def _endpoint(address: str) -> tuple[str, int | None, str]:
-    parts = urlsplit(address if "://" in address else f"//{address}")
+    if "://" not in address:
+        host, _, port = address.rpartition(":")
+        # FalkorDB's is written as FALKORDB_HOST and FALKORDB_PORT: an IPv6 address has no brackets then.
+        address = f"//[{host}]:{port}" if ":" in host and "[" not in host else f"//{address}"
+    parts = urlsplit(address)
     return canonical_host(parts.hostname or ""), parts.port, parts.path.rstrip("/")
 
 

@@ -254,7 +254,7 @@ def _secret(path: Path, setting: str) -> bytes:
 def _pyrage() -> Any:
     if importlib.util.find_spec("pyrage") is None:
         message = "encrypted copies need the Python package 'pyrage', which is not installed here"
-        raise UsageProblem(message, next_step="pip install pyrage")
+        raise UsageProblem(message, next_step="python -m pip install pyrage")
     import pyrage
 
     return pyrage

@@ -123,9 +123,10 @@ def _local(folder: Path) -> OffsiteAddress:
 def _sftp(text: str, parts: SplitResult, port: int | None) -> OffsiteAddress:
     host = parts.hostname or ""
     login = f"{parts.username}{f':{_MASK}' if parts.password else ''}@" if parts.username else ""
+    shown = f"[{host}]" if ":" in host else host
     return OffsiteAddress(
         SFTP,
-        f"sftp://{login}{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
+        f"sftp://{login}{shown}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
         text,
         host=host,
         port=port,

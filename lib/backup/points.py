@@ -173,8 +173,8 @@ def _moment(text: str) -> tuple[datetime, str] | None:
 
 
 def _unit(number: float) -> int | None:
-    """The unit of a number that may be a moment since 1970: 1 (seconds), 1000 (ms) or 10**6 (us), else None."""
-    return next((unit for unit in (1, 10**3, 10**6) if 1e8 * unit <= abs(number) < 1e11 * unit), None)
+    """The unit of a number that may be a moment of the years 69 to 3871: 1 (s), 1000 (ms), 10**6 (us); or None."""
+    return next((unit for unit in (1, 10**3, 10**6) if 1e8 * unit <= abs(number) < 6e10 * unit), None)
 
 
 def _as_epoch(live: Any, value: str) -> Any:

@@ -15,7 +15,14 @@ import numpy as np
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, count_tokens, expected, price_of, price_text
-from lib.clients.embeddings.worker_pool import SEQUENTIAL, EmbedProgress, Refused, embed_missing, texts_a_request
+from lib.clients.embeddings.worker_pool import (
+    SEQUENTIAL,
+    EmbedProgress,
+    Refused,
+    embed_few,
+    embed_missing,
+    texts_a_request,
+)
 from lib.concurrency import steps_of
 from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
 from lib.errors import GuardRefused, UsageProblem
@@ -281,28 +288,39 @@ def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
         return
     rows = ctx.cache.embedded(SAMPLES)
     blobs = ctx.cache.get_vectors([row.key for row in rows])
-    vectors = [np.frombuffer(blobs[row.key], "<f4") for row in rows]
-    if different := first_different(runner, {str(row.point_id): row.content for row in rows}, vectors):
-        raise GuardRefused(
-            f"{ctx.spec.model} is not the model that made the vectors in the embedding cache (memory {different}):"
-            " the collection would mix two models",
-            next_step="serve that model again, or embed every text again:\n"
-            "python scripts/reembed_embeddings.py --fresh",
-        )
+    require_made_by(
+        runner,
+        "the vectors in the embedding cache",
+        {str(row.point_id): row.content for row in rows},
+        [np.frombuffer(blobs[row.key], "<f4") for row in rows],
+        next_step="serve the model that made them, or embed every text again:\n"
+        "python scripts/reembed_embeddings.py --fresh",
+    )
 
 
-def first_different(runner: EmbeddingRunner, texts: Mapping[str, str], vectors: Sequence[NDArray[np.float32]]) -> str:
-    """Embed these texts (by id) again. Returns the first id whose vector (dims,) was another model's, or ""."""
+def require_made_by(
+    runner: EmbeddingRunner,
+    what: str,
+    texts: Mapping[str, str],
+    vectors: Sequence[NDArray[np.float32]],
+    next_step: str,
+) -> None:
+    """Embed these texts (by id) again. Raises GuardRefused if `vectors` (`what` they are) are another model's."""
     if not texts:
-        return ""
-    tokens = sum(count_tokens(list(texts.values())))
-    runner.require_affordable(tokens)
-    answer = runner.client.embed_few(list(texts.values()), "texts of memories")
-    runner.paid.pay(answer.tokens)
-    for name, old, new in zip(texts, vectors, answer.vectors, strict=True):
-        if (likeness := cosine(old, new)) < SAME_MODEL_COSINE:
-            return f"{name}: cosine {likeness:.2f}"
-    return ""
+        return
+    runner.require_affordable(sum(count_tokens(list(texts.values()))))
+    answers, done = embed_few(runner.client, list(texts.values()))
+    runner.paid.pay(done.tokens)
+    if not answers:
+        why = f"the provider refuses the texts of points ({done.refused[0].reason})"
+        raise GuardRefused(f"the model of {what} cannot be checked: {why}", next_step=next_step)
+    for (name, text), vector in zip(texts.items(), vectors, strict=True):
+        if text in answers and (likeness := cosine(vector, answers[text])) < SAME_MODEL_COSINE:
+            raise GuardRefused(
+                f"{what} were not made by {runner.spec.model} at {runner.spec.size}d as it answers now"
+                f" (memory {name}: cosine {likeness:.2f}): the collection would mix two models",
+                next_step=next_step,
+            )
 
 
 def embed_uncached(ctx: Context, runner: EmbeddingRunner) -> None:

@@ -18,8 +18,9 @@ from lib.backup.collection import stamp_of
 from lib.backup.manifest import Manifest
 from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
+from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
-from lib.clients.embeddings.worker_pool import embed_missing
+from lib.clients.embeddings.worker_pool import embed_few, embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
 from lib.dimensions import SETTING_NAMES, is_model_of
@@ -34,8 +35,8 @@ from lib.reembed.embed import (
     catch_up,
     embed_texts,
     embed_uncached,
-    first_different,
     require_cached_model,
+    require_made_by,
 )
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
@@ -76,6 +77,7 @@ def reembed(
     # A run that is killed before this writes its report again.
     runner.paid.mark_reported(journal.run_id)
     journal.close("done")
+    mark_fresh(ctx.cache, None)  # last: a resumed run would pay again
     return done, files
 
 
@@ -134,7 +136,7 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
     """
     if must_forget(ctx):
-        runner.paid.pay(runner.client.embed_few().tokens)
+        runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT])[1].tokens)
         ctx.cache.forget_planned()
         mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
@@ -178,7 +180,6 @@ def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
     """Record the model in the collection and the journal; remove what was staged."""
     stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
-    mark_fresh(ctx.cache, None)
     journal.append(phases.VERIFIED, points=added, stamp=stamped)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)
@@ -282,28 +283,27 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     setting = SETTING_NAMES[ctx.spec.provider].model
-    texts = {str(point.id): content for content, point in points}
-    vectors = [point.vector for _, point in points if point.vector is not None]
-    if different := first_different(runner, texts, vectors):
-        raise GuardRefused(
-            f"the vectors in '{state.name}' were not made by {ctx.spec.model} at {ctx.spec.size}d"
-            f" (point {different}): --only-missing would mix two models",
-            next_step=f"set {setting} to the model that made them, or replace all vectors:\n{REPLACE_ALL}{fresh}",
-        )
+    require_made_by(
+        runner,
+        f"the vectors in '{state.name}'",
+        {str(point.id): str((point.payload or {})["content"]) for point in points},
+        [point.vector for point in points if point.vector is not None],
+        next_step=f"set {setting} to the model that made them, or replace all vectors:\n{REPLACE_ALL}{fresh}",
+    )
 
 
-def _unchanged(ctx: Context, state: CollectionState) -> list[tuple[str, Point]]:
-    """Return up to three points with a vector and the content of their memory, and that content: a page's shortest."""
-    found: list[tuple[str, Point]] = []
+def _unchanged(ctx: Context, state: CollectionState) -> list[Point]:
+    """Return up to three points with a vector and the content of their memory."""
+    found: list[Point] = []
     for page in scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
         rows = ctx.cache.memories_of([point.id for point in page])
         for point in page:
             content = (point.payload or {}).get("content")
             if point.vector is not None and point.id in rows and content == rows[point.id].content:
-                found.append((content, point))
+                found.append(point)
         if len(found) >= SAMPLES:
             break
-    return sorted(found, key=lambda one: len(one[0]))[:SAMPLES]
+    return found[:SAMPLES]
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:

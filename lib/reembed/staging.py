@@ -109,7 +109,7 @@ def _begin_indexing(ctx: Context, journal: Journal) -> bool:
 def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) -> tuple[dict[str, Any], list[str]]:
     """Return the live collection's raw info and aliases; if it was recreated, the old settings and both's aliases."""
     aliases = collections.aliases_of(ctx.qdrant, ctx.collection)
-    if not was_recreated(ctx, journal, live.points):
+    if not was_recreated(journal, live.points):
         return live.raw, sorted(aliases)
     return journaled_settings(journal) or live.raw, sorted({*aliases, *(journal.fact("aliases") or [])})
 
@@ -141,7 +141,7 @@ def verified_staged(ctx: Context, journal: Journal) -> str | None:
 def require_same_settings(ctx: Context, journal: Journal) -> None:
     """Raise StoreFailed if the settings of the live (if recreated: the old) collection changed since the staging."""
     live = get_state(ctx.qdrant, ctx.collection)
-    if was_recreated(ctx, journal, live.points) or collections.same_settings(journal.fact("staged_like"), live.raw):
+    if was_recreated(journal, live.points) or collections.same_settings(journal.fact("staged_like"), live.raw):
         return
     raise StoreFailed(
         f"the settings of '{live.name}' changed after '{ctx.staged}' was created with them: nothing is replaced",

@@ -44,10 +44,11 @@ _BATCH = 256
 _CONNECTIONS = 4  # a third more points a second than with one; more connections gain nothing
 
 
-def was_recreated(ctx: Context, journal: Journal, points: int) -> bool:
+def was_recreated(journal: Journal, points: int) -> bool:
     """Whether this run deleted the collection, or most of its points have gone since their payloads were read."""
-    shrunk = journal.has_reached(READ) and 2 * points < ctx.cache.saved_count()
-    return journal.has_reached(DELETING) or shrunk
+    # Not the number of saved payloads: those of orphan points that were removed earlier are among them.
+    read = max(entry.get("kept") or 0 for entry in journal.entries)
+    return journal.has_reached(DELETING) or 2 * points < read
 
 
 def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
@@ -56,7 +57,7 @@ def save_payloads(ctx: Context, journal: Journal, points: int) -> int:
     The first reading of a migration drops those of earlier ones. If the collection was recreated, its payloads are
     merged into the saved ones, which are all that is left of the old points.
     """
-    recreated = was_recreated(ctx, journal, points)
+    recreated = was_recreated(journal, points)
     if not (recreated or journal.has_reached(READ, PAYLOADS_SAVED)):
         ctx.cache.clear_saved()
     count = 0

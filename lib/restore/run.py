@@ -116,9 +116,9 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
         if not is_absent(journal):
             _drop_trials(site, journal, close=not _may_be_busy(journal, error))
         raise
-    if files.plan:
-        delete_with_snapshots(files.plan.target.qdrant, files.plan.trial, files.plan.target.nodes)
     with _collection_named(files, site.again, commands):
+        if files.plan:
+            delete_with_snapshots(files.plan.target.qdrant, files.plan.trial, files.plan.target.nodes)
         late_writes = _cut_over_graph(site, files, payload, journal, commands, calls)
     _close_reembeds(site, files)
     journal.close("done")
@@ -280,7 +280,7 @@ def _restore_old_collection(site: Site, plan: RestorePlan, safety: Manifest | No
 
 @contextmanager
 def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[None]:
-    """Add to an error of the graph's cutover that the collection is restored already, and how to resume or undo it."""
+    """Add to an error after the collection was restored that it is, and how to resume or undo it."""
     try:
         yield
     except MigrationError as error:

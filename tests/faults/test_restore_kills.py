@@ -15,7 +15,7 @@ from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.qdrant.collection import exists
 from lib.errors import MigrationError
-from tests.faulty_proxy import Fault, FaultyProxy
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.gate import LONGEST_SECONDS, CancelToken, Gate
 from tests.kill_support import KILLS_EACH, kill, left_by_kill, run_killed, start_held
 from tests.matrix import matrix
@@ -253,6 +253,22 @@ def test_a_lost_answer_to_the_graphs_cutover_is_resumed_by_the_printed_command(r
     with FaultyProxy(operator.servers.falkordb.port, lost) as proxy:
         through = {"FALKORDB_PORT": str(proxy.port)}
         failed = operator.run("restore_from_backup", *files, expect=1, env=through)
+        assert "the collection is restored already" in failed.err
+        assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
+        operator.run("restore_from_backup", *files, env=through)
+    assert operator.state() == wanted
+    assert settings(operator) == asset
+    assert_tidy(operator)
+
+
+def test_a_refused_delete_of_the_trial_restore_is_resumed_by_the_printed_command(ready):
+    operator, files, (wanted, asset), _ = ready
+    direct = operator.environ["QDRANT_URL"]
+    refusal = Fault(rb"DELETE /collections/[^/ ]+__try_[^/ ]+ HTTP", answer=answer(500, "the disk failed"))
+    with FaultyProxy(int(direct.rpartition(":")[2]), refusal) as proxy:
+        through = {"QDRANT_URL": f"http://127.0.0.1:{proxy.port}"}
+        failed = operator.run("restore_from_backup", *files, expect=1, env=through)
+        assert refusal.hits == 1
         assert "the collection is restored already" in failed.err
         assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
         operator.run("restore_from_backup", *files, env=through)

@@ -397,6 +397,19 @@ def stop_after_the_delete(monkeypatch) -> None:
     monkeypatch.setattr(cutover, "_journal_old_settings", killed)
 
 
+def test_an_index_that_is_new_since_the_staging_stays_though_many_orphans_were_removed_before(operator):
+    """Their saved payloads are more than the collection has points: it must not be taken for a recreated one."""
+    operator.load(60, orphans=100)
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.run("reembed_embeddings", "--only-missing")
+    upgrade(operator)
+    operator.run("reembed_embeddings", "--no-switch")
+    operator.call("PUT", "/index?wait=true", {"field_name": "importance", "field_schema": "float"})
+    operator.run("backup_automem", "--only", "qdrant")
+    operator.run("reembed_embeddings")
+    assert set(operator.info()["payload_schema"]) == {"tags", "tag_prefixes", "importance"}
+
+
 @pytest.mark.parametrize("method", [(), pytest.param(("--in-place",), marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.matrix)])
 def test_what_automem_recreated_after_the_delete_gets_the_old_settings(operator, monkeypatch, method, first):

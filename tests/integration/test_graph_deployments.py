@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
@@ -89,6 +90,32 @@ def test_a_server_that_cannot_write_its_rdb_for_a_replica_is_dumped(operator):
         operator.run("backup_automem", "--only", "falkordb")
     assert component(operator)["digest"] == before.graph
     assert component(operator)["proof"] == "restored"
+
+
+# --- an address of IPv6 -------------------------------------------------------------------------------------------
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_a_backup_of_a_server_that_is_named_by_its_ipv6_address_can_be_read_again(session_servers, tmp_path):
+    """A private network of Railway's has such addresses alone."""
+    with running(tmp_path, "bind 127.0.0.1 ::1") as server:
+        operator = operator_of(session_servers, server, tmp_path)
+        operator.load(40)
+        before = operator.state()
+        operator.export(FALKORDB_HOST="::1")
+        operator.run("backup_automem")
+        assert component(operator)["server"]["address"] == f"::1:{server.port}"
+        operator.run("backup_automem", "--check", "all")
+        operator.cypher("MATCH (m:Memory) DELETE m")
+        operator.run("restore_from_backup", "latest")
+        assert operator.state() == before
+        operator.clean_up()
 
 
 # --- a full queue ------------------------------------------------------------------------------------------------

@@ -73,27 +73,6 @@ def test_drift_of_every_kind_is_repaired_and_only_what_is_new_is_paid_for(level)
         level.run("verify_migration", "--after-restart")
 
 
-def test_the_model_is_checked_with_short_texts(level):
-    """A provider refuses texts over its limit. The first points of the collection have such texts."""
-    for number in range(3):
-        one = f"00000000-0000-4000-8000-00000000000{number}"
-        level.cypher("CREATE (:Memory {id: $id, content: $text})", id=one, text=f"{number} " + "many words " * 6000)
-    repair(level, added=3, embedded=3)
-    repair(level)
-
-
-@pytest.mark.parametrize("flag", ["--only-missing", "--fresh"])
-def test_an_endpoint_that_refuses_every_text_is_named(level, flag):
-    level.cypher("CREATE (:Memory {id: $id, content: 'a memory without a point'})", id=str(uuid.uuid4()))
-    level.run("backup_automem")
-    level.servers.openai.fault(status=400)
-    before = level.state()
-    refused = level.run("reembed_embeddings", flag, expect=6)
-    assert " cannot embed " in refused.err
-    assert "check EMBEDDING_MODEL, VECTOR_SIZE and OPENAI_BASE_URL" in refused.err
-    assert level.state() == before
-
-
 def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
     one, *_ = some_ids(level, 1)
     # A vector that no model made is renewed when the content changes, and not when only the payload changes.
@@ -222,6 +201,34 @@ def test_another_model_at_the_same_size_is_refused(level):
     refused = level.run("reembed_embeddings", "--only-missing", expect=2, env={"EMBEDDING_MODEL": LARGE})
     assert "would mix two models" in refused.err
     assert level.state() == before
+
+
+@pytest.mark.parametrize("fault", [{"nan": True}, {"status": 400, "message": "no model is loaded"}])
+def test_an_endpoint_whose_answers_cannot_be_used_is_named(level, fault):
+    level.servers.openai.fault(**fault)
+    refused = level.run("reembed_embeddings", "--only-missing", expect=6)
+    assert "cannot embed even a plain word" in refused.err
+
+
+def test_texts_that_the_provider_refuses_do_not_identify_the_model(level):
+    first = next(iter(points_of(level).values()))[0]["content"]
+    level.servers.openai.fault(poisoned_text=first)
+    repair(level)
+    level.servers.openai.fault(poisoned_text=" ")
+    refused = level.run("reembed_embeddings", "--only-missing", expect=2)
+    assert "cannot be checked: the provider refuses the texts of points" in refused.err
+    assert "reembed_embeddings.py" in refused.err.splitlines()[-1]
+
+
+def test_a_point_whose_text_is_longer_than_the_model_takes_identifies_the_model(operator):
+    operator.load()
+    long, text = 1, "many words " * 5000
+    operator.cypher("CREATE (:Memory {id: $id, content: $text, tags: []})", id=long, text=text)
+    operator.run("reembed_embeddings", "--only-missing")
+    assert next(iter(points_of(operator))) == long  # the first of those that are embedded again
+    operator.servers.openai.reset()
+    repair(operator)
+    assert operator.servers.openai.stats()["texts"] == 3
 
 
 @pytest.mark.matrix

@@ -171,6 +171,29 @@ def test_no_test_of_the_endpoint_costs_more_than_max_cost(ready):
     assert stats(ready)["tokens"] == 0
 
 
+def test_a_run_with_fresh_that_is_interrupted_after_its_verification_pays_for_nothing_again(ready, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.reembed.run.make_report", interrupted)
+        ready.run("reembed_embeddings", "--fresh", expect=130)
+    ready.servers.openai.reset()
+    done = ready.run("reembed_embeddings", "--fresh", "--json").json
+    assert (done["bought"]["texts"], stats(ready)["texts"]) == (0, 0)
+    ready.run("backup_automem", "--only", "qdrant")
+    assert ready.run("reembed_embeddings", "--fresh", "--json").json["bought"]["texts"] > 0
+
+
+def test_nothing_is_forgotten_if_the_endpoint_answers_with_what_cannot_be_used(ready):
+    ready.run("reembed_embeddings", "--no-switch")
+    held = cached(ready)
+    ready.servers.openai.fault(nan=True)
+    refused = ready.run("reembed_embeddings", "--fresh", expect=6)
+    assert "cannot embed even a plain word" in refused.err
+    assert cached(ready) == held
+
+
 @pytest.mark.matrix
 def test_another_model_of_the_same_size_is_still_replaced(ready):
     ready.run("reembed_embeddings")

@@ -192,7 +192,7 @@ def test_other_vectors_before_a_right_one_are_found_too(operator):
         operator.servers.openai.fault(status=400)
         refused = operator.run("verify_migration", "--json", expect=None).json["checks"]
         assert "not yet known: " in (unknown := detail_of(refused)), unknown
-        assert " cannot embed texts of memories: 400" in unknown
+        assert " cannot embed even a plain word: 400" in unknown
         operator.servers.openai.clear_faults()
         before = operator.servers.openai.stats()["texts"]
         checks = operator.run("verify_migration", "--json", "--sample", "1", expect=4).json["checks"]
@@ -224,7 +224,9 @@ def test_a_model_served_under_the_same_name_is_not_mixed_with_the_earlier_one(op
     provider.fault(other_model=True)
     before = operator.state()
     refused = operator.run("reembed_embeddings", *more, expect=2)
-    assert "nomic-embed-text is not the model that made the vectors in the embedding cache" in refused.err
+    assert (
+        "the vectors in the embedding cache were not made by nomic-embed-text at 768d as it answers now" in refused.err
+    )
     assert refused.err.rstrip().endswith("scripts/reembed_embeddings.py --fresh")
     assert operator.state() == before
     operator.run("reembed_embeddings", "--fresh")

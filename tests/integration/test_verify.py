@@ -316,6 +316,21 @@ def turn_vectors(operator) -> None:
     put_points(operator, {one: (points[one][0], vector) for one, vector in turned})
 
 
+@pytest.mark.parametrize(
+    ("fault", "why"), [({"nan": True}, "cannot embed even"), ({"poisoned_text": "since the"}, "refused a text")]
+)
+def test_without_a_vector_of_the_providers_automems_model_is_not_known(migrated, fault, why):
+    since, now = str(uuid.uuid4()), datetime.now(timezone.utc).isoformat()
+    payload = {"content": "written since the migration", "timestamp": now, "tags": [], "tag_prefixes": []}
+    migrated.cypher("CREATE (m:Memory {id: $id}) SET m += $payload", id=since, payload=payload)
+    point = {"id": since, "vector": [1.0] + [0.0] * (NEW_SIZE - 1), "payload": payload}
+    migrated.call("PUT", "/points?wait=true", {"points": [point]})
+    migrated.servers.openai.fault(**fault)
+    checked = verify(migrated)[SERVICE_MODEL]
+    assert checked["status"] == "not checked"
+    assert why in checked["detail"]
+
+
 def test_recall_through_automem_before_and_after_its_restart(operator, tmp_path):
     operator.load()
     operator.run("backup_automem", "--only", "qdrant")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lib.backup.copy_store import offsite_address
 from lib.network import is_this_machine, same_server, without_login, without_password
 
 
@@ -11,6 +12,9 @@ from lib.network import is_this_machine, same_server, without_login, without_pas
     ("left", "right", "same"),
     [
         ("localhost:6379", "127.0.0.1:6379", True),
+        ("::1:6379", "localhost:6379", True),
+        ("fd12::a:6379", "[FD12::A]:6379", True),
+        ("fd12::a:6379", "fd12::a:6380", False),
         ("http://localhost:6333", "http://[::1]:6333", True),
         ("http://Host:6333/", "http://host.:6333", True),
         ("http://me:pw@host:1", "http://host:1", True),
@@ -58,3 +62,8 @@ def test_a_login_is_left_out(url, shown):
 )
 def test_the_url_of_a_copy_in_a_command_keeps_all_but_a_password(url, shown):
     assert without_password(url) == shown
+
+
+@pytest.mark.parametrize("url", ["sftp://me@h:22/p", "sftp://me@[fd12::a]:22/p", "sftp://[::1]/p", "s3://bucket/p"])
+def test_the_shown_url_of_a_copy_names_the_same_place(url):
+    assert offsite_address(url).shown == url

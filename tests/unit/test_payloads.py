@@ -280,6 +280,7 @@ def test_if_both_hold_the_same_value_in_two_forms_the_points_form_stays(live, no
         ("2024-05-06T07:08:09Z", 1714979299, "2024-05-06T07:08:19Z"),
         (5, "2024-05-06T07:08:09Z", "2024-05-06T07:08:09Z"),
         ("2024-05-06T07:08:09Z", 5, 5),
+        ("2024-05-06T07:08:09Z", -90_000_000_000, -90_000_000_000),  # before the year 1
         (GEO, {"latitude": 1.5, "longitude": 13.4}, {"lon": 13.4, "lat": 1.5}),
         ([GEO], [{"latitude": 1.5, "longitude": 2.5}] * 2, [{"lon": 2.5, "lat": 1.5}] * 2),
         ({"a": 1}, '{"a": 2}', {"a": 2}),

@@ -323,6 +323,16 @@ def test_an_engine_that_dies_ends_nothing_else(tmp_path, monkeypatch, number, er
         pass
 
 
+def test_an_engine_that_is_killed_between_two_questions_ends_nothing_else(tmp_path, monkeypatch):
+    """The second one stays in the pipe: closing that must not end in another error."""
+    dying, answer = tmp_path / "dying.py", '{"answer": {"0": 50}}'
+    dying.write_text(f"import os\ninput()\nos.close(0)\nprint('{answer}', flush=True)\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", [dying])
+    (tmp_path / "segments").mkdir()
+    with pytest.raises(EngineKilled), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "segments") as one:
+        one.held([1])
+
+
 def test_a_dropped_segment_shows_in_the_engines_count(tmp_path):
     pytest.importorskip("qdrant_edge")
     data = content("memories_4d.snapshot without its first segment", SNAPSHOTS["1.18.3"], recorded=True)

@@ -299,23 +299,6 @@ class EmbeddingClient:
                 if stop.is_set():
                     raise Cancelled from error
 
-    def embed_few(
-        self,
-        texts: Sequence[str] = (CONTROL_TEXT,),
-        what: str = "even a plain word",
-        *,
-        stop: threading.Event | None = None,
-    ) -> Answer:
-        """Like `embed`, for texts (`what` they are) that cannot be left out: raises ProviderRefused, not BadInput."""
-        try:
-            return self.embed(texts, stop=stop)
-        except BadInput as problem:
-            names = SETTING_NAMES[self.spec.provider]
-            raise ProviderRefused(
-                f"{self.provider} cannot embed {what}: {problem}",
-                next_step=f"check {names.model}, VECTOR_SIZE and {names.endpoint}, then run the same command again",
-            ) from problem
-
     def close(self) -> None:
         """Close the connections."""
         self._provider.close()

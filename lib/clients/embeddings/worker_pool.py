@@ -7,18 +7,20 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lib.child_process import release_free_memory, unmap_large_blocks
-from lib.clients.embeddings.answers import BadAnswer, BadInput, context_limit
+from lib.clients.embeddings.answers import BadAnswer, BadInput, FloatArray, context_limit
 from lib.clients.embeddings.cache import TextRow
-from lib.clients.embeddings.client import OLLAMA_INPUTS, EmbeddingClient
+from lib.clients.embeddings.client import CONTROL_TEXT, OLLAMA_INPUTS, EmbeddingClient
 from lib.clients.embeddings.pricing import count_tokens, cut_to_tokens, input_limit
 from lib.clients.embeddings.rate_limits import estimated_tokens
 from lib.concurrency import Cancelled
-from lib.dimensions import LOCAL, OLLAMA, OPENAI, VOYAGE, EmbeddingSpec, bare_model
-from lib.errors import MigrationError
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, bare_model
+from lib.errors import MigrationError, ProviderRefused
 
 # Texts of one request (https://platform.openai.com/docs/api-reference/embeddings,
 # https://docs.voyageai.com/reference/embeddings-api). Ollama and a local model compute one text after the other.
@@ -102,6 +104,17 @@ def embed_missing(
         run.dismiss(workers)
         release_free_memory()
     return run.status()
+
+
+def embed_few(client: EmbeddingClient, texts: Sequence[str]) -> tuple[dict[str, FloatArray], EmbedProgress]:
+    """Embed a few texts for a comparison. Returns the vectors by text, without refused texts, and what was done.
+
+    Raises like `embed_missing`, and so ProviderRefused if the endpoint accepts no text at all.
+    """
+    rows = [TextRow(text.encode(), text, text) for text in dict.fromkeys(texts)]
+    found: Vectors = []
+    done = embed_missing(client, rows, found.extend, workers=1, batch_size=len(rows))
+    return {key.decode(): np.frombuffer(vector, "<f4") for key, vector in found}, done
 
 
 @dataclass(frozen=True)
@@ -306,8 +319,16 @@ class _Run:
 
     def _require_endpoint(self, first_sent: float) -> None:
         """Raise ProviderRefused if the endpoint accepts no text at all: then no single text is to blame."""
-        if not self._client.answered_since(first_sent):
-            self._client.embed_few(stop=self._stop)
+        if self._client.answered_since(first_sent):
+            return
+        try:
+            self._client.embed([CONTROL_TEXT], stop=self._stop)
+        except BadInput as problem:
+            names = SETTING_NAMES[self._client.spec.provider]
+            raise ProviderRefused(
+                f"{self._client.provider} cannot embed even a plain word: {problem}",
+                next_step=f"check {names.model}, VECTOR_SIZE and {names.endpoint}, then run the same command again",
+            ) from problem
 
     def _deliver(self, result: _Result) -> None:
         with self._arrival:

@@ -175,6 +175,8 @@ def _engine(size: int, segments: int) -> Iterator[Ask]:
             yield ask
         finally:
             child.kill()
+            with suppress(BrokenPipeError):  # a question that it did not read
+                stdin.close()
 
 
 def _ended(code: int) -> MigrationError:
