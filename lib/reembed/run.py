@@ -259,9 +259,11 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
         embed_texts(ctx, runner, texts_to_embed(ctx.cache, existing), missing)
     with ctx.store_lock():
         # What AutoMem changed or deleted meanwhile is not written back: with an old plan and a full cache it would be.
+        # The points are read first: what AutoMem wrote into both stores in between would be undone, too.
+        existing = existing_points(ctx.qdrant, state.name)
         scan_graph(ctx, None, title="read graph again")
         with ctx.bar("sync", None, "points") as progress:
-            outcome = sync_collection(ctx, state.name, progress)
+            outcome = sync_collection(ctx, state.name, progress, existing=existing)
         repaired = 0
         if compare_all:
             embed_uncached(ctx, runner)

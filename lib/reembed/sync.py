@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ from lib.clients.qdrant.points import (
     PointId,
     Rejected,
     delete_points,
-    overwrite_payload,
+    update_payload,
     upsert,
 )
 from lib.clients.qdrant.transport import Qdrant
@@ -170,24 +170,27 @@ def sync_collection(
     whole: bool = False,
     copied_from: str | None = None,
     touched: TemporaryIdTable | None = None,
+    existing: TemporaryIdTable | None = None,
 ) -> SyncOutcome:
     """Write every missing or changed point of the plan into `collection`, with the cache's vectors.
 
     A payload starts from the live point's, else from the saved one (`whole`: see `base_payload`), overlaid by the
     graph's values. Memories without a vector in the cache are counted as `unembedded` and left alone. `copied_from`:
     the collection that this migration made this one from (see `changes`). Its own name means that nobody else writes
-    to it: then points without a memory are removed, too. `memories` and `touched`: see `changes`.
+    to it: then points without a memory are removed, too. `memories` and `touched`: see `changes`. `existing`: its
+    points, if they were read before the graph. With a later reading, what AutoMem wrote in between would be undone.
     """
     qdrant, cache, outcome = ctx.qdrant, ctx.cache, SyncOutcome()
     with contextlib.ExitStack() as tables:
         names = [collection] if copied_from in (None, collection) else [collection, copied_from]
-        read = [tables.enter_context(one) for one in bounded_map(functools.partial(existing_points, qdrant), names, 2)]
-        existing, copies = read[0], read[-1] if copied_from else None
+        read = [existing] if existing is not None else bounded_map(partial(existing_points, qdrant), names, 2)
+        tables_read = [tables.enter_context(one) for one in read]
+        existing, copies = tables_read[0], tables_read[-1] if copied_from else None
         if copied_from == collection:
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
         found = changes(cache, existing, memories=memories, whole=whole, copies=copies, touched=touched)
         batches = ((one, cache.get_vectors([change.row.key for change in one if change.needs_vector])) for one in found)
-        for written, rows in bounded_map(functools.partial(_write, qdrant, collection), batches, _CONNECTIONS):
+        for written, rows in bounded_map(partial(_write, qdrant, collection), batches, _CONNECTIONS):
             outcome = SyncOutcome(*map(operator.add, outcome, written))
             progress(rows)
     return outcome
@@ -225,6 +228,6 @@ def _write(qdrant: Qdrant, collection: str, batch: tuple[list[Change], dict[byte
     added = sum(change.old is None for change in ready)
     only_payload = [change for change in found if not change.needs_vector]
     for change in only_payload:
-        overwrite_payload(qdrant, collection, change.row.point_id, change.payload)
+        update_payload(qdrant, collection, change.row.point_id, change.old or {}, change.payload)
     outcome = SyncOutcome(added, len(ready) - added, len(only_payload), len(embed) - len(ready), tuple(rejected))
     return outcome, len(found)

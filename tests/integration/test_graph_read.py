@@ -99,6 +99,16 @@ def test_a_hub_and_crowded_pairs_are_read_whole(conn: redis.Redis):
     assert sorted(found) == list(range(18_000))
 
 
+def test_a_server_without_a_cap_returns_no_page_of_any_size(conn: redis.Redis):
+    """A digest is read from such a server, too: the scratch one."""
+    fill(conn, "g", 2)
+    conn.execute_command("GRAPH.CONFIG", "SET", "RESULTSET_SIZE", -1)
+    write(conn, "g", "MATCH (a), (b) WHERE id(a) = 0 AND id(b) = 1 UNWIND range(1, 45000) AS i CREATE (a)-[:SAME]->(b)")
+    found = [len(page) for page in pages(conn, "g", relationships(), "id(r)")]
+    assert sum(found) == 45_000
+    assert max(found) < 20_000
+
+
 def test_a_window_that_takes_too_long_is_halved(conn: redis.Redis):
     fill(conn, "g", 2000, characters=20)
     conn.execute_command("GRAPH.CONFIG", "SET", "TIMEOUT", 60)

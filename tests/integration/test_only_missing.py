@@ -88,16 +88,50 @@ def test_a_payload_alone_costs_nothing_and_leaves_the_vector(level):
 def test_a_point_that_automem_deletes_right_before_its_payload_is_written(level, monkeypatch):
     one, *_ = some_ids(level, 1)
     level.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.123", id=one)
-    overwrite = sync.overwrite_payload
+    update = sync.update_payload
 
-    def automem_deletes_first(qdrant, name, point, payload):
+    def automem_deletes_first(qdrant, name, point, *payloads):
         level.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=point)
         level.call("POST", "/points/delete?wait=true", {"points": [point]})
-        overwrite(qdrant, name, point, payload)
+        update(qdrant, name, point, *payloads)
 
-    monkeypatch.setattr(sync, "overwrite_payload", automem_deletes_first)
+    monkeypatch.setattr(sync, "update_payload", automem_deletes_first)
     level.run("reembed_embeddings", "--only-missing")
     assert one not in points_of(level)
+
+
+def test_what_automem_writes_into_a_point_right_before_its_payload_is_written_stays(level, monkeypatch):
+    one, *_ = some_ids(level, 1)
+    level.cypher("MATCH (m:Memory {id: $id}) SET m.importance = 0.123", id=one)
+    update, text = sync.update_payload, "changed while --only-missing wrote"
+
+    def automem_writes_first(qdrant, name, point, *payloads):
+        level.cypher("MATCH (m:Memory {id: $id}) SET m.content = $text, m.tags = ['new']", id=point, text=text)
+        payload = {**points_of(level)[point][0], "content": text, "tags": ["new"]}
+        written = {"id": point, "vector": vector_for(SMALL, text, OLD_SIZE).tolist(), "payload": payload}
+        level.call("PUT", "/points?wait=true", {"points": [written]})
+        update(qdrant, name, point, *payloads)
+
+    monkeypatch.setattr(sync, "update_payload", automem_writes_first)
+    level.run("reembed_embeddings", "--only-missing")
+    payload, _ = points_of(level)[one]
+    assert (payload["content"], payload["tags"], payload["importance"]) == (text, ["new"], 0.123)
+    repair(level)
+
+
+def test_what_automem_writes_into_both_stores_while_they_are_read_is_not_written_back(level, monkeypatch):
+    one, *_ = some_ids(level, 1)
+    scan_graph = run.scan_graph
+
+    def automem_writes_then(*arguments, **title):
+        scan = scan_graph(*arguments, **title)
+        level.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['new']", id=one)
+        level.call("POST", "/points/payload?wait=true", {"points": [one], "payload": {"tags": ["new"]}})
+        return scan
+
+    monkeypatch.setattr(run, "scan_graph", automem_writes_then)
+    repair(level)
+    assert points_of(level)[one][0]["tags"] == ["new"]
 
 
 def test_a_dry_run_pays_only_for_what_the_run_would_embed(level):

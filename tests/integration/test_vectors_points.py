@@ -77,20 +77,36 @@ def test_a_vector_is_read_as_numpy_reads_its_numbers(numbers):
     assert np.array_equal(points.float32s(numbers), wanted, equal_nan=True)
 
 
-def test_a_payload_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled: str):
-    (before,) = points.retrieve(q, filled, ids_of(50)[7:8], vector=True)
-    points.overwrite_payload(q, filled, before.id, {"content": "new", "relevance_score": 0.12345678901234567})
+NEW_PAYLOAD = {"content": "new", "relevance_score": 0.12345678901234567}
+
+
+def test_a_payload_that_loses_keys_is_replaced_as_a_whole_and_the_vector_stays(q: Qdrant, filled: str):
+    (before,) = points.retrieve(q, filled, ids_of(50)[7:8], payload=True, vector=True)
+    points.update_payload(q, filled, before.id, before.payload, NEW_PAYLOAD)
     (after,) = points.retrieve(q, filled, [before.id], payload=True, vector=True)
-    assert after.payload == {"content": "new", "relevance_score": 0.12345678901234567}
+    assert after.payload == NEW_PAYLOAD
     assert np.array_equal(after.vector, before.vector)
+
+
+@pytest.mark.parametrize("score", [0.5, None, True, {"a": None}])
+def test_only_what_differs_is_written_into_a_payload(q: Qdrant, filled: str, score):
+    """Whatever the type of the value: a Qdrant removes keys that are set to null."""
+    one = ids_of(50)[7]
+    points.update_payload(q, filled, one, {"lost": 1}, {"content": "new", "other": [1, None], "score": 1})
+    old = {"content": "was new", "other": [1, None], "score": 1}
+    points.update_payload(q, filled, one, old, {**old, "score": score})
+    (after,) = points.retrieve(q, filled, [one], payload=True)
+    # With a null the whole payload is written, that of `old` included.
+    assert after.payload == {**old, "content": "was new" if score is None else "new", "score": score}
 
 
 def test_the_payload_of_a_deleted_point_is_not_written(q: Qdrant, filled: str):
     gone = str(uuid.uuid4())
-    points.overwrite_payload(q, filled, gone, {"content": "new"})
-    assert points.retrieve(q, filled, [gone]) == []
-    with pytest.raises(NotFound, match="doesn't exist"):
-        points.overwrite_payload(q, f"{filled}_missing", gone, {"content": "new"})
+    for old in ({}, {"lost": 1}):
+        points.update_payload(q, filled, gone, old, NEW_PAYLOAD)
+        assert points.retrieve(q, filled, [gone]) == []
+        with pytest.raises(NotFound, match="doesn't exist"):
+            points.update_payload(q, f"{filled}_missing", gone, old, NEW_PAYLOAD)
 
 
 @pytest.mark.parametrize("is_read", [True, False])

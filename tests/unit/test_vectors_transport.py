@@ -208,6 +208,18 @@ def test_a_connection_that_refused_a_body_is_not_used_again():
         assert len(server.connections) == 2
 
 
+def test_a_request_that_is_never_repeated_gets_a_new_connection():
+    """The server closes an idle one after 5 s. A snapshot or restore that it never began would be waited for."""
+    with Scripted(fine([])) as server:
+        q = server.qdrant
+        for method, retry in (("GET", None), ("POST", True), ("POST", False), ("GET", None)):
+            q.json(method, "/collections/x/snapshots", retry=retry)
+        assert len(server.connections) == 1
+        for method in ("POST", "PUT", "DELETE"):
+            q.json(method, "/collections/x/snapshots")
+        assert len(server.connections) == 4
+
+
 def test_an_answer_that_never_comes_has_an_end():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         q = Qdrant(f"http://127.0.0.1:{listener.getsockname()[1]}")

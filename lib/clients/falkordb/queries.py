@@ -22,6 +22,7 @@ NOT_UTF8 = "not UTF-8"
 VECF32 = "vecf32"
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - FalkorDB's times have no zone
 PAGE_ROWS = 2000
+_MOST_ROWS = 20_000  # of a page, whatever the server returns: as Python objects, a relationship takes a kilobyte
 Row = list[Any]
 # One row each, which RESULTSET_SIZE does not cut: all names, in the order of their internal ids.
 LABELS = "CALL db.labels() YIELD label RETURN collect(label)"
@@ -211,7 +212,7 @@ def _names_in(rows: list[Row]) -> list[str]:
 
 def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str) -> Iterator[list[Row]]:
     """Yield all rows of `returns`. Pages ascend by id; rows within a page have no order."""
-    reader = _PageReader(conn, graph, f" RETURN {returns}", row_cap(conn, graph, 2) - 1)
+    reader = _PageReader(conn, graph, f" RETURN {returns} LIMIT {_MOST_ROWS}", row_cap(conn, graph, 2) - 1)
     yield from reader.pages(windows, {})
 
 
@@ -258,6 +259,8 @@ class _PageReader:
         except StoreFailed as error:
             if "timed out" not in str(error).lower():
                 raise
+            return None
+        if len(rows) == _MOST_ROWS:
             return None
         if len(rows) > self.uncut:
             # A cut result looks complete. Only a longer result shows that this one was not cut.

@@ -159,11 +159,17 @@ def delete_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> None:
         q.json("POST", path, body, params=_WAIT, retry=True)
 
 
-def overwrite_payload(q: Qdrant, name: str, point_id: PointId, payload: dict[str, Any]) -> None:
-    """Replace the whole payload of one point, if it exists, not its vector, and wait until it is done."""
-    body = {"payload": payload, "points": [point_id]}
+def update_payload(q: Qdrant, name: str, point_id: PointId, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Bring the payload of one point, if it exists, from `old` to `new`, and wait until it is done.
+
+    Only keys that differ are sent, if no key is removed: AutoMem may have changed others since `old` was read.
+    """
+    changed = {key: value for key, value in new.items() if key not in old or encode(old[key]) != encode(value)}
+    whole = None in changed.values() or not old.keys() <= new.keys()  # a POST removes keys that are null, and no other
+    method, body = ("PUT", {"payload": new}) if whole else ("POST", {"payload": changed})
     try:
-        q.json("PUT", collection_path(name, "points", "payload"), body, params=_WAIT, retry=True)
+        path = collection_path(name, "points", "payload")
+        q.json(method, path, {**body, "points": [point_id]}, params=_WAIT, retry=True)
     except NotFound as error:
         if "No point with id" not in error.text:  # AutoMem deleted it meanwhile (as worded by 1.11.3 and 1.19.0)
             raise

@@ -211,7 +211,7 @@ def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float
     path = collection_path(collection, "snapshots", "upload")
     params = {"wait": "true", "priority": "snapshot", "checksum": checksum}
     headers, body = {"Content-Type": form.content_type}, cast("BinaryIO", form)
-    q.call("POST", path, body, params=params, headers=headers, timeout=seconds, retry=False)
+    q.call("POST", path, body, params=params, headers=headers, timeout=seconds)
 
 
 def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, seconds: float) -> None:
@@ -220,7 +220,7 @@ def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, secon
     if q.api_key and location.startswith(f"{q.base_url}/"):
         body["api_key"] = q.api_key
     path = collection_path(collection, "snapshots", "recover")
-    q.json("PUT", path, body, params={"wait": "true"}, timeout=seconds, retry=False)
+    q.json("PUT", path, body, params={"wait": "true"}, timeout=seconds)
 
 
 def _refuse_existing(q: Qdrant, collection: str) -> None:

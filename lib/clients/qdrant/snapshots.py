@@ -111,7 +111,7 @@ def _request(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | No
     """Request a snapshot. Returns None if no answer came."""
     path = collection_path(collection, "snapshots")
     try:
-        return _snapshot(q.json("POST", path, params=_WAIT, timeout=answer_seconds, retry=False))
+        return _snapshot(q.json("POST", path, params=_WAIT, timeout=answer_seconds))
     except MigrationError as error:
         if not unanswered(error):
             raise

@@ -189,10 +189,13 @@ class Qdrant:
 
         A file object is streamed and never sent twice. `timeout` is in seconds between two pieces of the answer.
         With `retry` (default: for GET only) the request is repeated after a lost connection or a gateway's 502 to 504.
+        By default another one is sent over a new connection: it could be lost if the server just closes an idle one.
         A 429 with Retry-After was not carried out, so it is always repeated.
         """
         streamed = not isinstance(content, bytes | Parts | None)
         repeat = (method == "GET" if retry is None else retry) and not streamed
+        if retry is None and method != "GET":
+            self.close()
         pauses, waited, seconds = iter(PAUSES_SECONDS if repeat else ()), 0.0, timeout or self.timeout_seconds
         while True:
             try:
