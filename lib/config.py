@@ -107,11 +107,13 @@ class Reader:
         return word in _TRUE
 
     def host(self, name: str) -> str:
-        """Return a host's name or address, without a port."""
+        """Return a host's name or address, without a port and without the brackets of an IPv6 address."""
         value = self.text(name)
-        if set(value) & set("/@?# ") or value.count(":") == 1:
+        value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        if set(value) & set("/@?# []") or value.count(":") == 1:
             port = name.replace("_HOST", "_PORT")
             self.fault(name, f"must be a host alone, such as localhost (set its port with {port})")
+            return "localhost"
         return value
 
     def url(self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None) -> str:
@@ -149,7 +151,7 @@ class Reader:
         origins = {one: self.settings[one].origin for one in ("QDRANT_HOST", "QDRANT_PORT")}
         set_by = ", ".join(f"{one} ({origin})" for one, origin in origins.items() if origin != DEFAULT)
         self.settings[name] = Setting(url, set_by or DEFAULT)
-        return url
+        return self.url(name)
 
     def size(self, name: str) -> int:
         """Return VECTOR_SIZE, else QDRANT_VECTOR_SIZE, its older name, as AutoMem does."""

@@ -12,6 +12,9 @@ from lib.network import is_this_machine, same_server, without_login, without_pas
     [
         ("localhost:6379", "127.0.0.1:6379", True),
         ("http://localhost:6333", "http://[::1]:6333", True),
+        ("::1:6379", "localhost:6379", True),
+        ("fd12::A:6379", "[fd12::a]:6379", True),
+        ("fd12::a:6379", "fd12::a:6380", False),
         ("http://Host:6333/", "http://host.:6333", True),
         ("http://me:pw@host:1", "http://host:1", True),
         ("host:1", "host:2", False),
