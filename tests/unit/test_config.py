@@ -202,12 +202,21 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
         ("FALKORDB_GRAPH", ".."),
         ("AUTOMEM_BACKUP_DIR", "  "),
         ("AUTOMEM_BACKUP_DIR", "\t"),
+        ("AUTOMEM_BACKUP_DIR", "x\ny"),
     ],
 )
 def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
-    """`/collections/..` is the server itself; a blank folder is one next to the scripts."""
+    """`/collections/..` is the server itself; a blank folder is one next to the scripts; no flag takes a line break."""
     (fault,) = faults_of(load, **{name: value})
     assert fault.startswith(f"{name}=")
+
+
+@pytest.mark.parametrize("name", ["AUTOMEM_BACKUP_DIR", "FALKORDB_PASSWORD", "OLLAMA_BASE_URL"])
+def test_a_value_that_is_not_utf8_is_a_fault(load, name):
+    """Neither SQLite nor FalkorDB takes it, and no command that names it could be pasted."""
+    (fault,) = faults_of(load, **{name: "http://x/\udce9"})
+    assert fault.startswith(f"{name}=")
+    assert fault.endswith(" (environment): is not UTF-8")
 
 
 def test_the_home_of_another_user_is_named(tmp_path):

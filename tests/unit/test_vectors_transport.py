@@ -150,6 +150,8 @@ def test_the_certificate_of_this_machine_is_verified_by_the_named_authority(tmp_
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
 def test_a_proxy_that_does_not_work_is_named(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
+    for variable in ("NO_PROXY", "no_proxy"):  # requests itself sets the second one for a moment
+        monkeypatch.delenv(variable, raising=False)
     with pytest.raises(StoreUnreachable, match="proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY") as caught:
         Qdrant("http://qdrant.example:6333", sleep=lambda _: None).json("GET", "/collections")
     assert "export NO_PROXY=qdrant.example" in caught.value.next_step
