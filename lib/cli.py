@@ -72,6 +72,8 @@ class Parser(argparse.ArgumentParser):
             if any(ord(character) < 32 or ord(character) == 127 for character in word):
                 # As the name of a file it would be repeated in messages, where it could forge a line.
                 self.error(f"an argument has a control character: {one_line(word)!r}")
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                self.error(f"an argument is not UTF-8: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
 

@@ -28,6 +28,7 @@ OLLAMA_URL = "http://localhost:11434"
 _QDRANT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 # What examples have in the place of a key: sk-proj-your-key-here, <key>, ...
 _PLACEHOLDER = re.compile(r"your[\w -]*key|^<.*>$|\.\.\.$|^x+$|^change.?me", re.IGNORECASE)
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds other bytes of the environment
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -107,11 +108,13 @@ class Reader:
         return word in _TRUE
 
     def host(self, name: str) -> str:
-        """Return a host's name or address, without a port."""
+        """Return a host's name or address, without a port and without the brackets of an IPv6 address."""
         value = self.text(name)
-        if set(value) & set("/@?# ") or value.count(":") == 1:
+        value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        if set(value) & set("/@?# []") or value.count(":") == 1:
             port = name.replace("_HOST", "_PORT")
             self.fault(name, f"must be a host alone, such as localhost (set its port with {port})")
+            return "localhost"
         return value
 
     def url(self, name: str, *, port: int | None = None, query: bool = False, value: str | None = None) -> str:
@@ -149,7 +152,7 @@ class Reader:
         origins = {one: self.settings[one].origin for one in ("QDRANT_HOST", "QDRANT_PORT")}
         set_by = ", ".join(f"{one} ({origin})" for one, origin in origins.items() if origin != DEFAULT)
         self.settings[name] = Setting(url, set_by or DEFAULT)
-        return url
+        return self.url(name)
 
     def size(self, name: str) -> int:
         """Return VECTOR_SIZE, else QDRANT_VECTOR_SIZE, its older name, as AutoMem does."""
@@ -190,6 +193,8 @@ class Reader:
         value = self.text(name)
         if not value.strip():
             self.fault(name, "must not be blank: is a variable unset?")
+        elif any(ord(one) < 32 for one in value):  # no command takes such an argument
+            self.fault(name, "has a control character")
         try:
             return Path(value).expanduser().absolute()
         except RuntimeError:
@@ -315,6 +320,9 @@ def load_config(
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
     reader = Reader(settings, faults)
+    for name, one in settings.items():
+        if _NOT_UTF8.search(one.value):
+            reader.fault(name, "is not UTF-8")
     values = {one.name: one.metadata["read"](reader, one.metadata["name"]) for one in _SETTINGS}
     config = Config(**values, settings=settings)
     faults += _proxies(environ)

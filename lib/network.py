@@ -99,15 +99,15 @@ class Unbounded(Exception):
 def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Session:
     """Make a session for this server: no login but `login`, and no proxy if it is this machine."""
     import requests
+    from requests.auth import HTTPBasicAuth
 
     from lib.http_deadline import TimedAdapter
 
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, TimedAdapter())
+        session.mount(scheme, TimedAdapter(direct=is_this_machine(url)))
     # Without a callable that sends none, requests would send a login of ~/.netrc, even instead of a token.
-    session.auth = login or (lambda request: request)
-    session.trust_env = not is_this_machine(url)
+    session.auth = HTTPBasicAuth(*(one.encode() for one in login)) if login else lambda request: request
     return session
 
 

@@ -51,7 +51,7 @@ from lib.clients.falkordb.scratch import (
 )
 from lib.clients.falkordb.swap import dump_graph, rename_graph
 from lib.concurrency import CancelToken, Progress
-from lib.errors import AccessRefused, BackupDamaged, UsageProblem, listed, one_line
+from lib.errors import AccessRefused, BackupDamaged, UsageProblem, listed
 from lib.files import PassThrough, atomic_writer, free_bytes, private_dir
 
 _SERVER_BYTES = 32 << 20  # memory of a FalkorDB without data
@@ -104,7 +104,7 @@ def verify_graph(
                     ids.fill(ids_for_points(scratch.conn, component.graph))
                 return found
     except NoEngine as error:
-        why_not = f"{error}; {one_line(error.next_step)}"
+        why_not = f"{error}; {' '.join(error.next_step.splitlines())}"
     except ScratchFailed as error:
         why_not = str(error)
     return GraphVerification(CHECKED, f"not loaded: {why_not}", facts)

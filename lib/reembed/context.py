@@ -9,8 +9,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import orjson
-
 from lib.backup import phases
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import Manifest, read_manifest
@@ -254,4 +252,4 @@ def unplanned_ids(cache: EmbeddingCache, existing: TemporaryIdTable) -> Iterator
 
 def saved_payloads(cache: EmbeddingCache, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
     """Return the payloads that the cache has saved of these points."""
-    return {one: orjson.loads(row.payload) for one, row in cache.saved_points(ids).items()}
+    return {one: cache.decoded(row.payload) for one, row in cache.saved_points(ids).items()}

@@ -131,7 +131,7 @@ def changes(
             own = changed_since_written(old, written.get(row.point_id))
             base = base_payload(own, saved.get(row.point_id), whole=whole)
             # The text that is embedded: the node's, or the point's if the node has none.
-            payload = {**merged_payload(base, orjson.loads(row.payload)), "content": row.content}
+            payload = {**merged_payload(base, cache.decoded(row.payload)), "content": row.content}
             change = Change(row, payload, old)
             differs = old is None or not identical(old, payload) or change.needs_vector
             if differs:

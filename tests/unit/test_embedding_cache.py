@@ -316,6 +316,14 @@ def test_of_both_files_the_damaged_one_is_named_and_can_be_moved_away(tmp_path, 
     used()
 
 
+def test_a_damaged_payload_is_reported_with_what_to_do(path):
+    with EmbeddingCache(path) as cache:
+        cache.save_points([SavedPoint(1, b'{"a":"\xff"}')])
+        with pytest.raises(CacheDamaged, match=f"cache {path} cannot be used: .* not JSON") as caught:
+            cache.decoded(cache.saved_points([1])[1].payload)
+    assert "no vector is paid for again" in caught.value.next_step
+
+
 @pytest.mark.matrix
 def test_the_memory_stays_flat_while_much_is_read(path):
     """2,000 vectors of 3072d are 24 MB; reading them page by page takes a few."""

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +17,7 @@ from lib.clients.qdrant import cluster, collection, points, transport
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable
+from tests.certificate import self_signed
 
 KEY = "k3y-nobody-may-see"
 
@@ -52,6 +56,10 @@ class Scripted:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def encrypt(self, context: ssl.SSLContext) -> None:
+        """Speak TLS on the connections that follow."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     @property
     def qdrant(self) -> Qdrant:
@@ -114,6 +122,39 @@ def refusing_from_the_headers(status_line: str) -> Iterator[str]:
 def test_a_login_is_not_part_of_the_address(url: str, base: str):
     assert Qdrant(url).base_url == base
     assert "pa%20ss" not in repr(Qdrant(url))
+
+
+def test_a_login_is_sent_decoded():
+    with Scripted(fine()) as server:
+        address = server.qdrant.base_url.removeprefix("http://")
+        Qdrant(f"http://us%20er:p%40%C3%A9%E6%97%A5@{address}").json("GET", "/collections")
+        scheme, _, sent = server.seen[0][2]["Authorization"].partition(" ")
+    assert (scheme, base64.b64decode(sent).decode()) == ("Basic", "us er:p@é日")
+
+
+def test_the_certificate_of_this_machine_is_verified_by_the_named_authority(tmp_path, monkeypatch):
+    certificate, key = self_signed(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    with Scripted(fine()) as server:
+        server.encrypt(context)
+        url = server.qdrant.base_url.replace("http:", "https:")
+        with pytest.raises(StoreUnreachable, match="TLS failed") as untrusted:
+            Qdrant(url, sleep=lambda _: None).json("GET", "/collections")
+        (variable,) = re.findall(r"export (\w+)=", untrusted.value.next_step)
+        monkeypatch.setenv(variable, str(certificate))
+        monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")  # not asked
+        assert Qdrant(url).json("GET", "/collections") is True
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+def test_a_proxy_that_does_not_work_is_named(monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    for variable in ("NO_PROXY", "no_proxy"):  # requests itself sets the second one for a moment
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(StoreUnreachable, match="proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY") as caught:
+        Qdrant("http://qdrant.example:6333", sleep=lambda _: None).json("GET", "/collections")
+    assert "export NO_PROXY=qdrant.example" in caught.value.next_step
 
 
 @pytest.mark.parametrize(("status", "text"), [(401, "Invalid API key or JWT"), (403, "Forbidden: Global access")])
@@ -189,6 +230,12 @@ def test_a_gateways_error_is_retried_three_times_if_repeating_is_safe():
         with pytest.raises(QdrantError):
             server.qdrant.json("POST", "/collections/x/snapshots", retry=False)
         assert len(server.seen) == 1
+
+
+def test_a_request_that_the_server_did_not_get_in_time_is_repeated():
+    """Qdrant answers 408 if a connection is made and nothing is sent for 5 s, as when this machine sleeps."""
+    with Scripted((408, {}, ""), (200, {}, {"title": "qdrant", "version": "1.19.0"})) as server:
+        assert server.qdrant.version() == "1.19.0"
 
 
 def test_other_errors_are_not_repeated():

@@ -11,6 +11,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import orjson
+
 from lib.dimensions import EmbeddingSpec
 from lib.errors import GuardRefused, MigrationError
 from lib.files import UsedFile, free_bytes, private_dir, private_file, sync_dir
@@ -140,6 +142,14 @@ class CacheFile:
             return f"make it writable again, then run the same command again:\nls -l {folder}"
         cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
         return f"move it away, then run the same command again; {cost}:\n{moved(damaged, '.damaged')}"
+
+    def decoded(self, payload: bytes) -> Any:
+        """Decode a payload of the plan. Raises CacheDamaged: SQLite itself notices no damage within a row."""
+        with self.guarded():
+            try:
+                return orjson.loads(payload)
+            except orjson.JSONDecodeError as error:
+                raise sqlite3.DatabaseError(f"it holds a payload that is not JSON ({error})") from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

