@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -116,6 +117,14 @@ def test_a_login_is_not_part_of_the_address(url: str, base: str):
     assert "pa%20ss" not in repr(Qdrant(url))
 
 
+def test_a_login_is_sent_as_it_is_meant():
+    """What a URL cannot hold is written with percent signs."""
+    with Scripted((200, {}, {"result": None})) as server:
+        url = server.qdrant.base_url.replace("//", "//me%2Fus:p%40%20w@")
+        Qdrant(url).json("GET", "/collections")
+        assert server.seen[0][2]["Authorization"] == f"Basic {b64encode(b'me/us:p@ w').decode()}"
+
+
 @pytest.mark.parametrize(("status", "text"), [(401, "Invalid API key or JWT"), (403, "Forbidden: Global access")])
 def test_refused_access_names_server_and_reason_but_no_key(status: int, text: str):
     with Scripted((status, {}, f"{text} {KEY}")) as server:
@@ -127,6 +136,13 @@ def test_refused_access_names_server_and_reason_but_no_key(status: int, text: st
         assert caught.value.exit_code == 2
         assert server.seen[0][2]["api-key"] == KEY
         assert len(server.seen) == 1
+
+
+def test_a_key_where_a_long_error_text_is_cut_is_not_shown_in_part():
+    text = "x" * (transport._TEXT_LIMIT - 5) + KEY
+    with Scripted((500, {}, text)) as server, pytest.raises(QdrantError) as caught:
+        server.qdrant.json("PUT", "/collections/memories")
+    assert KEY[:5] not in str(caught.value)
 
 
 def test_errors_carry_the_servers_words():
