@@ -112,7 +112,7 @@ def check_indexes(qdrant: Qdrant, state: CollectionState, before: dict[str, Any]
     """The payload indexes that recall filters on, and those of the collection `before` the migration (raw info)."""
     wanted: dict[str, dict[str, Any]] = {name: {"type": "keyword"} for name in AUTOMEM_INDEXES}
     wanted |= _parameters((before or {}).get("payload_schema") or {})
-    have = _parameters(state.payload_schema)
+    have = _parameters(state.raw.get("payload_schema") or {})
     missing = {name: one for name, one in wanted.items() if not one.items() <= have.get(name, {}).items()}
     if not missing:
         return Check("payload indexes", PASSED, ", ".join(sorted(have)))
@@ -390,7 +390,8 @@ def verify(
         with TemporaryIdTable() as existing, bar("compare again", None, "memories") as progress:
             existing.put((one.id, one.payload) for one in retrieve(qdrant, state.name, ids, payload=True))
             again = compare_stores(graph, existing, planned, migrated_at, samples, progress, set(ids))
-        found = found.corrected(again)
+        differences = {name: getattr(again, name) for name in ("missing", "contents", "payloads", "orphans")}
+        found = replace(found, **differences)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.since], restored=restored))
     differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}

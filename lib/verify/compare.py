@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -105,11 +105,6 @@ class Findings:
     def differing_ids(self) -> list[PointId]:
         """The ids of all points that differ, are missing, or have no memory."""
         return [*self.missing.ids, *self.contents.ids, *self.payloads.ids, *map(as_id, self.orphans)]
-
-    def corrected(self, again: Findings) -> Findings:
-        """These findings, with the differences that were found when the differing points were compared again."""
-        names = ("missing", "contents", "payloads", "orphans")
-        return replace(self, **{name: getattr(again, name) for name in names})
 
 
 def compare_stores(
