@@ -191,7 +191,10 @@ class Reader:
         if not value.strip():
             self.fault(name, "must not be blank: is a variable unset?")
         try:
-            return Path(value).expanduser().absolute()
+            path = Path(value).expanduser().absolute()
+            if name == "AUTOMEM_BACKUP_DIR" and re.search("[\ud800-\udfff]", str(path)):
+                self.fault(name, "has bytes that are not UTF-8: name another folder")
+            return path
         except RuntimeError:
             if self.settings[name].origin != DEFAULT:  # that one is of local models, which report it
                 self.fault(name, "begins with a ~ whose home folder is unknown")

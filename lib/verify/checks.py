@@ -385,7 +385,8 @@ def verify(
             vectors = read_points(qdrant, state, planned, spec, existing, progress)
         with bar("compare stores", None, "memories") as progress:
             found = compare_stores(graph, existing, planned, migrated_at, samples, progress)
-    if 0 < len(ids := found.differing_ids()) <= _FEW_DIFFER:
+    ids = [*found.missing.ids, *found.contents.ids, *found.payloads.ids, *map(as_id, found.orphans)]
+    if 0 < len(ids) <= _FEW_DIFFER:
         # AutoMem works on: it may have written these between the reading of the points and that of the graph.
         with TemporaryIdTable() as existing, bar("compare again", None, "memories") as progress:
             existing.put((one.id, one.payload) for one in retrieve(qdrant, state.name, ids, payload=True))

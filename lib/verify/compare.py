@@ -14,7 +14,6 @@ import orjson
 from lib.backup.graph import GraphSource
 from lib.backup.points import (
     TemporaryIdTable,
-    as_id,
     base_payload,
     identical,
     merged_payload,
@@ -101,10 +100,6 @@ class Findings:
         every = sorted([*self.since, (written_at, sample)], key=lambda one: one[0], reverse=True)
         sampled = sorted(every, key=lambda one: blake2b(one[1].id.encode()).digest())[:_SAMPLED]
         self.since = [one for number, one in enumerate(every) if number < _NEWEST or one in sampled]
-
-    def differing_ids(self) -> list[PointId]:
-        """The ids of all points that differ, are missing, or have no memory."""
-        return [*self.missing.ids, *self.contents.ids, *self.payloads.ids, *map(as_id, self.orphans)]
 
 
 def compare_stores(

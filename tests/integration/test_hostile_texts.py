@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -100,6 +101,16 @@ def test_a_manifest_with_such_a_name_is_damaged(operator):
         result = operator.run("backup_automem", *words, expect=None)
         assert path.name in result.out + result.err
         assert not raw(result.out + result.err)
+
+
+@pytest.mark.parametrize("flag", [[], ["--backup-dir"]])
+def test_a_files_name_that_is_no_utf8_is_refused(operator, flag):
+    """It is written into journals, which are UTF-8."""
+    path = operator.folder / os.fsdecode(b"caf\xe9.rdb")
+    path.write_bytes(b"REDIS0012")
+    output = operator.run("restore_from_backup", *flag, str(path), expect=2).err
+    assert "an argument has bytes that are not UTF-8" in output
+    assert not raw(output)
 
 
 @pytest.mark.parametrize("flag", [[], ["--backup-dir"]])

@@ -202,10 +202,11 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
         ("FALKORDB_GRAPH", ".."),
         ("AUTOMEM_BACKUP_DIR", "  "),
         ("AUTOMEM_BACKUP_DIR", "\t"),
+        ("AUTOMEM_BACKUP_DIR", "/caf\udce9"),
     ],
 )
 def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
-    """`/collections/..` is the server itself; a blank folder is one next to the scripts."""
+    """`/collections/..` is the server itself; a blank folder is one next to the scripts. SQLite takes UTF-8 alone."""
     (fault,) = faults_of(load, **{name: value})
     assert fault.startswith(f"{name}=")
 
