@@ -57,7 +57,8 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     for journal in journals:
         done.removed += remove_staged(qdrant, journal)
         remove_plan(cache, journal)
-        _close(journal, done)
+        journal.close(ABORTED)
+        done.runs.append(journal.run_id)
     if journals:
         mark_fresh(cache, None)  # the next --fresh pays again
         done.left += [_live(qdrant, name), "the vectors that were paid for stay in the embedding cache"]
@@ -82,7 +83,8 @@ def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path
         if journal.fact("manifest"):
             done.left.append(f"the safety backup: {folder / str(journal.fact('manifest'))}")
         if journal.is_open:
-            _close(journal, done)
+            journal.close(ABORTED)
+            done.runs.append(journal.run_id)
     if journals:
         done.left.append(_live(qdrant, name))
     return done
@@ -107,11 +109,6 @@ def clean_up_untouched(
             journal.append(AWAITED)  # for the next backup, which names the snapshot
         elif journal.is_open:
             journal.close("cleaned up by the next run: nothing live was touched")
-
-
-def _close(journal: Journal, done: Aborted) -> None:
-    journal.close(ABORTED)
-    done.runs.append(journal.run_id)
 
 
 def _live(qdrant: Qdrant, name: str) -> str:

@@ -69,11 +69,10 @@ class Parser(argparse.ArgumentParser):
             flag, equals, value = word.partition("=")
             if not word.strip():
                 self.error(f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?")
-            if any(ord(character) < 32 or ord(character) == 127 for character in word):
-                # As the name of a file it would be repeated in messages, where it could forge a line.
-                self.error(f"an argument has a control character: {one_line(word)!r}")
-            if any("\ud800" <= character <= "\udfff" for character in word):
-                self.error(f"an argument is not UTF-8: {one_line(word)!r}")
+            if found := re.search("[\x00-\x1f\x7f\ud800-\udfff]", word):
+                # As the name of a file it would be repeated in messages, where it could forge a line, and in journals.
+                what = "bytes that are not UTF-8" if found[0] > "\x7f" else "a control character"
+                self.error(f"an argument has {what}: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
 

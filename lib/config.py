@@ -196,7 +196,10 @@ class Reader:
         elif any(ord(one) < 32 for one in value):  # no command takes such an argument
             self.fault(name, "has a control character")
         try:
-            return Path(value).expanduser().absolute()
+            path = Path(value).expanduser().absolute()
+            if name == "AUTOMEM_BACKUP_DIR" and _NOT_UTF8.search(str(path)) and not _NOT_UTF8.search(value):
+                self.fault(name, "is in a folder whose name is not UTF-8: name another one")
+            return path
         except RuntimeError:
             if self.settings[name].origin != DEFAULT:  # that one is of local models, which report it
                 self.fault(name, "begins with a ~ whose home folder is unknown")

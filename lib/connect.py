@@ -72,11 +72,6 @@ def engines(config: Config) -> list[Engine]:
     return installed_engines({SERVER_VARIABLE: config.scratch_server, MODULE_VARIABLE: config.scratch_module})
 
 
-def automem_api(config: Config) -> AutoMemApi:
-    """Return AutoMem's API as configured. Sends nothing."""
-    return AutoMemApi(config.api_url, config.api_token)
-
-
 def open_cache(config: Config) -> EmbeddingCache:
     """Open the embedding cache; creates it if it is missing.
 
@@ -151,7 +146,7 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
         folder=config.backup_dir,
         targets=config.targets(),
         engines=engines(config) if graph else [],
-        api=automem_api(config),
+        api=AutoMemApi(config.api_url, config.api_token),
         bar=console.progress,
         say=console.say,
         notice=console.notice,

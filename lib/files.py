@@ -241,10 +241,6 @@ class PassThrough:
         self._pass(piece)
         return self._stream.write(piece)
 
-    def flush(self) -> None:
-        """Flush the stream."""
-        self._stream.flush()
-
     def _pass(self, piece: bytes) -> None:
         self.size += len(piece)
         for sink in self._sinks:

@@ -61,7 +61,8 @@ def require_provider(config: Config, console: Console) -> None:
 def show_config(config: Config, console: Console) -> int:
     """Print every setting with its origin, secrets masked, and the live state of each store that answers."""
     live = _live(config)
-    rows = [(*row, _hides(row[0], config.settings[row[0]])) for row in config.rows()]
+    # The value is after its origin: the longest ones, not all origins, wrap in a narrow terminal.
+    rows = [(name, origin, value, _hides(name, config.settings[name])) for name, value, origin in config.rows()]
     for text in config.warnings:
         console.warn(text)
     spec, reason = config.spec, reason_shown(config.settings, config.spec)
@@ -70,12 +71,10 @@ def show_config(config: Config, console: Console) -> int:
     embedding |= {"endpoint": public_url(spec.base_url), "why": reason, "problem": str(problem or "")}
     settings = {
         name: {"value": value, "from": origin, **({"hides": other} if other else {})}
-        for name, value, origin, other in rows
+        for name, origin, value, other in rows
     }
-    # The value is after its origin: the longest ones, not all origins, wrap in a narrow terminal.
-    columns = [(name, origin, value, other) for name, value, origin, other in rows]
-    count = 4 if any(row[-1] for row in columns) else 3
-    text = table([row[:count] for row in columns], ("setting", "from", "value", "hides")[:count])
+    count = 4 if any(row[-1] for row in rows) else 3
+    text = table([row[:count] for row in rows], ("setting", "from", "value", "hides")[:count])
     text += f"\n\nembedding: {chosen(spec, reason)}" + (f"\na re-embed is refused: {problem}" if problem else "")
     text += f"\n\n{table(list(live.items()), ('live', 'state'))}"
     console.result({"settings": settings, "live": live, "embedding": embedding}, text)

@@ -137,7 +137,9 @@ def retain(config: Config, console: Console, args: argparse.Namespace) -> int:
     folder, url, rules = config.backup_dir, args.upload or "", cli.given(args, RULES) or DEFAULT_RULES
     with connect.store_lock(config):
         if not args.cleanup:
-            return output.show_pin(change_pin(url or str(folder), args.pin, args.unpin), console)
+            stamp, pinned = args.pin or args.unpin, bool(args.pin)
+            where = change_pin(url or str(folder), stamp, pinned=pinned)
+            return output.show_pin(stamp, where, console, pinned=pinned)
         owner, targets = config.deployment(), config.targets()
         plan = clean_up(folder, url, config.copies, rules, owner, targets, dry_run=args.dry_run)
     return output.show_deleted(plan, console, dry_run=args.dry_run)

@@ -44,6 +44,7 @@ def command(args: argparse.Namespace) -> int:
     """Load the configuration, open both stores, make every check."""
     from lib import connect
     from lib.backup.run import require_sources
+    from lib.clients.automem import AutoMemApi
     from lib.config import config_of
     from lib.console import Console
     from lib.dimensions import provider_problem, reason_shown
@@ -61,7 +62,8 @@ def command(args: argparse.Namespace) -> int:
     embed, reason = partial(connect.embed_few, config), reason_shown(config.settings, config.spec)
     if problem := provider_problem(config.settings, config.spec):
         reason = f"but a re-embed is refused: {one_line(str(problem))}"
-    stores = Stores(graph, collection, connect.automem_api(config), config.backup_dir, config.targets(), embed, reason)
+    api = AutoMemApi(config.api_url, config.api_token)
+    stores = Stores(graph, collection, api, config.backup_dir, config.targets(), embed, reason)
     with connect.open_cache(config) as cache:
         checks = verify(stores, cache, samples=args.sample, after_restart=args.after_restart, bar=console.progress)
     recalled = None

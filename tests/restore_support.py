@@ -49,8 +49,7 @@ def keys_of(operator: Operator) -> dict[bytes, object]:
         graphs = list_graphs(conn)
         names = [name for name in conn.scan_iter() if not name.startswith((own, b"telemetry"))]
         return {
-            name: graph_digest(conn, name.decode(), by_id=True) if name.decode() in graphs else conn.dump(name)
-            for name in names
+            name: graph_digest(conn, name.decode()) if name.decode() in graphs else conn.dump(name) for name in names
         }
 
 

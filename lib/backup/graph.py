@@ -186,8 +186,8 @@ def loaded_graph(
 def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *, digest: str = "") -> GraphVerification:
     """Count the graph that a scratch server holds, read its definitions, and compute its digest unless it is known."""
     seen, definitions = counts(scratch.conn, name), schema(scratch.conn, name)
-    known = GraphDigest(digest, seen.nodes, seen.relationships, by_id=True) if digest else None
-    whole = known or graph_digest(scratch.conn, name, by_id=True)
+    known = GraphDigest(digest, seen.nodes, seen.relationships) if digest else None
+    whole = known or graph_digest(scratch.conn, name)
     return GraphVerification(RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole)
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from lib.backup.collection import CollectionSource
     from lib.backup.copies import Catalog, Uploaded
     from lib.backup.graph import GraphSource
-    from lib.backup.retention import Cleanup, Pin
+    from lib.backup.retention import Cleanup
 
 # Of the kinds of sets that are never `latest`.
 _REMARKS = {
@@ -226,10 +226,10 @@ def show_deleted(plan: Cleanup, console: Console, *, dry_run: bool) -> int:
     return DONE
 
 
-def show_pin(pin: Pin, console: Console) -> int:
+def show_pin(stamp: str, where: str, console: Console, *, pinned: bool) -> int:
     """Show that a set is pinned now, or not any more."""
-    state = "pinned: no cleanup deletes it" if pin.pinned else "not pinned: a cleanup may delete it"
-    console.result(asdict(pin), f"{pin.stamp} in {pin.where} is {state}")
+    state = "pinned: no cleanup deletes it" if pinned else "not pinned: a cleanup may delete it"
+    console.result({"stamp": stamp, "where": where, "pinned": pinned}, f"{stamp} in {where} is {state}")
     return DONE
 
 

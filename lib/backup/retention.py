@@ -182,18 +182,9 @@ def _manifests_in(text: str) -> set[str]:
     return {f"backup_{stamp}.json" for stamp in re.findall(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b", text)}
 
 
-@dataclass(frozen=True)
-class Pin:
-    """Whether the set with this stamp is pinned. `where`: the folder, or the URL without secrets."""
-
-    stamp: str
-    where: str
-    pinned: bool
-
-
-def change_pin(place: str, pin: str | None, unpin: str | None) -> Pin:
-    """Pin the set `pin`, or unpin the set `unpin`, in the folder or at the URL `place`. Raises UsageProblem."""
-    store, stamp = open_offsite(place), pin or unpin or ""
+def change_pin(place: str, stamp: str, *, pinned: bool) -> str:
+    """Pin or unpin a set in the folder or at the URL `place`; returns that without secrets. Raises UsageProblem."""
+    store = open_offsite(place)
     name, file = f"backup_{stamp}.json", f"backup_{stamp}{PIN}"
     existing = store.sizes()
     if not re.fullmatch(STAMP, stamp) or not {name, name + SUFFIX, file} & existing.keys():
@@ -202,9 +193,9 @@ def change_pin(place: str, pin: str | None, unpin: str | None) -> Pin:
             f"no set {stamp} in {store.shown}{near}: STAMP is the time in the names of its files, as 20261126_220840",
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
-    if pin and file not in existing:
+    if pinned and file not in existing:
         with tempfile.NamedTemporaryFile() as empty:
             store.publish(store.send(Path(empty.name), file, lambda _step: None), file)
-    elif unpin and file in existing:
+    elif not pinned and file in existing:
         store.delete(file)
-    return Pin(stamp, store.shown, bool(pin))
+    return store.shown

@@ -51,6 +51,8 @@ _LOST_SHARE, _LOST_FEW = 0.01, 10
 _RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
 _EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
+# The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
+_FIXED_BYTES = 320 << 20
 _ORPHAN_SHARE = 0.01  # more than this are removed only with a verified backup
 _SAME_SHARE = 0.9  # a day's new memories are fewer; another deployment has other ids
 
@@ -96,8 +98,11 @@ class Assessment:
 
     @property
     def room(self) -> int:
-        """Bytes that the Qdrant server needs in addition to the live collection."""
-        return self.scan.room_needed(self.spec.size)
+        """Bytes that the Qdrant server needs in addition to the live collection.
+
+        Four times the points (the staged collection, its snapshot, the copies restored from it), and a fixed amount.
+        """
+        return round(4 * self.scan.usable * self.scan.point_bytes(self.spec.size)) + _FIXED_BYTES
 
     @property
     def disk_peak(self) -> int:

@@ -30,8 +30,6 @@ _EXAMPLES = 200
 DUPLICATE = "id used twice"
 # The disk space of a point on the server besides its vector: a multiple of its payload (with indexes), and its links.
 _PAYLOAD_SHARE, _LINKS_BYTES = 1.5, 400
-# The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
-_FIXED_BYTES = 320 << 20
 
 
 @dataclass
@@ -65,13 +63,6 @@ class Scan:
     def point_bytes(self, size: int) -> float:
         """Return the bytes of a point on the server, if its vector has `size` dimensions."""
         return size * 4 + _PAYLOAD_SHARE * self.payload_bytes / max(1, self.usable) + _LINKS_BYTES
-
-    def room_needed(self, size: int) -> int:
-        """Return the bytes that the server needs besides the live collection.
-
-        Four times the points (the staged collection, its snapshot, the copies restored from it), and a fixed amount.
-        """
-        return round(4 * self.usable * self.point_bytes(size)) + _FIXED_BYTES
 
 
 def _point_ids(identities: Iterable[object]) -> set[PointId]:

@@ -304,7 +304,8 @@ def _templates() -> jinja2.Environment:
     templates = jinja2.Environment(
         loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters.update(count=_count, dollars=price_text, duration=_duration, moment=_shown_moment)
+    templates.filters.update(count=_count, dollars=price_text, duration=_duration)
+    templates.filters["moment"] = lambda text: datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
     return templates
 
 
@@ -318,7 +319,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _shown_moment(text: str) -> str:
-    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")

@@ -107,7 +107,7 @@ def _saved_digest(journal: Journal) -> str | None:
 
 def _digest(target: GraphSource, name: str) -> str:
     """The digest of a graph, or "" if it does not exist."""
-    return graph_digest(target.conn, name, by_id=True).digest if name in list_graphs(target.conn) else ""
+    return graph_digest(target.conn, name).digest if name in list_graphs(target.conn) else ""
 
 
 @dataclass(frozen=True)

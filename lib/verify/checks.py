@@ -112,7 +112,7 @@ def check_indexes(qdrant: Qdrant, state: CollectionState, before: dict[str, Any]
     """The payload indexes that recall filters on, and those of the collection `before` the migration (raw info)."""
     wanted: dict[str, dict[str, Any]] = {name: {"type": "keyword"} for name in AUTOMEM_INDEXES}
     wanted |= _parameters((before or {}).get("payload_schema") or {})
-    have = _parameters(state.payload_schema)
+    have = _parameters(state.raw.get("payload_schema") or {})
     missing = {name: one for name, one in wanted.items() if not one.items() <= have.get(name, {}).items()}
     if not missing:
         return Check("payload indexes", PASSED, ", ".join(sorted(have)))
@@ -385,12 +385,14 @@ def verify(
             vectors = read_points(qdrant, state, planned, spec, existing, progress)
         with bar("compare stores", None, "memories") as progress:
             found = compare_stores(graph, existing, planned, migrated_at, samples, progress)
-    if 0 < len(ids := found.differing_ids()) <= _FEW_DIFFER:
+    ids = [*found.missing.ids, *found.contents.ids, *found.payloads.ids, *map(as_id, found.orphans)]
+    if 0 < len(ids) <= _FEW_DIFFER:
         # AutoMem works on: it may have written these between the reading of the points and that of the graph.
         with TemporaryIdTable() as existing, bar("compare again", None, "memories") as progress:
             existing.put((one.id, one.payload) for one in retrieve(qdrant, state.name, ids, payload=True))
             again = compare_stores(graph, existing, planned, migrated_at, samples, progress, set(ids))
-        found = found.corrected(again)
+        differences = {name: getattr(again, name) for name in ("missing", "contents", "payloads", "orphans")}
+        found = replace(found, **differences)
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.since], restored=restored))
     differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}

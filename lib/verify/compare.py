@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ import orjson
 from lib.backup.graph import GraphSource
 from lib.backup.points import (
     TemporaryIdTable,
-    as_id,
     base_payload,
     identical,
     merged_payload,
@@ -101,15 +100,6 @@ class Findings:
         every = sorted([*self.since, (written_at, sample)], key=lambda one: one[0], reverse=True)
         sampled = sorted(every, key=lambda one: blake2b(one[1].id.encode()).digest())[:_SAMPLED]
         self.since = [one for number, one in enumerate(every) if number < _NEWEST or one in sampled]
-
-    def differing_ids(self) -> list[PointId]:
-        """The ids of all points that differ, are missing, or have no memory."""
-        return [*self.missing.ids, *self.contents.ids, *self.payloads.ids, *map(as_id, self.orphans)]
-
-    def corrected(self, again: Findings) -> Findings:
-        """These findings, with the differences that were found when the differing points were compared again."""
-        names = ("missing", "contents", "payloads", "orphans")
-        return replace(self, **{name: getattr(again, name) for name in names})
 
 
 def compare_stores(

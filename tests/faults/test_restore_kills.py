@@ -108,7 +108,7 @@ def points_of(operator: Operator, name: str) -> str:
 def assert_one_is_whole(operator: Operator, wanted, old) -> None:
     """Each store holds the old state or the backup's; the collection may be absent if its trial restore is complete."""
     with connect(operator.servers.falkordb.address) as conn:
-        assert graph_digest(conn, operator.graph, by_id=True).digest in {old.graph, wanted.graph}
+        assert graph_digest(conn, operator.graph).digest in {old.graph, wanted.graph}
 
     def one_is_whole() -> bool:
         name = operator.collection
@@ -345,7 +345,7 @@ def test_a_permanently_refused_recover_prints_the_commands(ready, stand_in, how)
     temporary = next(one for one in operator.collections() if "__try_" in one)
     assert points_of(operator, temporary) == wanted.collection
     with connect(operator.servers.falkordb.address) as conn:
-        assert graph_digest(conn, operator.graph, by_id=True).digest == old.graph
+        assert graph_digest(conn, operator.graph).digest == old.graph
     operator.run("restore_from_backup", *words)
     assert operator.state() == wanted
     assert settings(operator) == asset

@@ -55,7 +55,7 @@ def assert_exact(operator: Operator, manifest: dict) -> None:
     assert (component["nodes"], component["relationships"]) == (sum(LABELS.values()), sum(TYPES.values()))
     assert component["proof"] == "restored"
     with connect(operator.servers.falkordb.address) as conn:
-        assert component["digest"] == graph_digest(conn, operator.graph, by_id=True).digest
+        assert component["digest"] == graph_digest(conn, operator.graph).digest
 
 
 def test_the_rdb_holds_it_all_and_verifies(big):

@@ -164,7 +164,7 @@ def test_a_dump_in_the_shape_of_an_rdb_loads(engine: Engine, conn: redis.Redis, 
     assert unwrap_dump(path) == payload
     with scratch_server(engine, path) as scratch:
         assert list_graphs(scratch.conn) == ["memories"]
-        assert graph_digest(scratch.conn, "memories", by_id=True) == graph_digest(conn, "memories", by_id=True)
+        assert graph_digest(scratch.conn, "memories") == graph_digest(conn, "memories")
 
 
 def test_corrupted_files_never_pass(engine: Engine, server: FalkorServer, conn: redis.Redis, tmp_path: Path):

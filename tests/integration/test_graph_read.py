@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import redis
 
-from lib.clients.falkordb.connection import list_graphs, require_graph, server_versions
+from lib.clients.falkordb.connection import command, list_graphs, require_graph, server_versions
 from lib.clients.falkordb.queries import (
     NOT_UTF8,
     counts,
@@ -117,6 +117,17 @@ def test_a_window_that_takes_too_long_is_halved(conn: redis.Redis):
         conn.execute_command("GRAPH.RO_QUERY", "g", f"MATCH (n) WHERE id(n) < 2000 RETURN {slow}")
     found = [row[0][1] for page in pages(conn, "g", nodes(), slow) for row in page]
     assert sorted(found) == list(range(2000))
+
+
+def test_the_next_step_after_a_query_that_the_server_cut_by_its_time_limit_lets_it_end(conn: redis.Redis):
+    """As a look-up of ids does in a large graph without an index on them."""
+    write(conn, "g", "CREATE (:A)")
+    command(conn, "GRAPH.CONFIG", "SET", "TIMEOUT", 20)
+    slow = "UNWIND range(1, 1000000) AS x RETURN sum(x % 7)"
+    with pytest.raises(StoreFailed, match="timed out") as caught:
+        read_rows(conn, "g", slow)
+    command(conn, *caught.value.next_step.splitlines()[1].split())
+    assert len(read_rows(conn, "g", slow)) == 1
 
 
 def test_values_arrive_as_python_values(conn: redis.Redis):

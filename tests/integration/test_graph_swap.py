@@ -41,7 +41,7 @@ SAFETY = "memories__pre_20260101_000000"
 
 
 def digest(conn: redis.Redis, graph: str) -> GraphDigest:
-    return graph_digest(conn, graph, by_id=True)
+    return graph_digest(conn, graph)
 
 
 def test_backup_scratch_and_swap_bring_back_the_graph_and_touch_nothing_else(
@@ -175,7 +175,7 @@ def test_garbage_is_not_even_sent(target_conn: redis.Redis):
         with pytest.raises(BackupDamaged, match="holds no graph"):
             swap_in(target_conn, "memories", garbage, SAFETY)
         with pytest.raises(BackupDamaged, match="holds no graph"):
-            verify_acceptance(target_conn, garbage, "trial", GraphDigest("", 0, 0, by_id=True))
+            verify_acceptance(target_conn, garbage, "trial", GraphDigest("", 0, 0))
     assert list_graphs(target_conn) == ["memories"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -103,6 +104,16 @@ def test_a_manifest_with_such_a_name_is_damaged(operator):
 
 
 @pytest.mark.parametrize("flag", [[], ["--backup-dir"]])
+def test_a_files_name_that_is_no_utf8_is_refused(operator, flag):
+    """It is written into journals, which are UTF-8."""
+    path = operator.folder / os.fsdecode(b"caf\xe9.rdb")
+    path.write_bytes(b"REDIS0012")
+    output = operator.run("restore_from_backup", *flag, str(path), expect=2).err
+    assert "an argument has bytes that are not UTF-8" in output
+    assert not raw(output)
+
+
+@pytest.mark.parametrize("flag", [[], ["--backup-dir"]])
 def test_a_files_name_forges_no_line(operator, tmp_path, flag):
     """As with `restore_from_backup.py incoming/*`."""
     path = tmp_path / FORGED.replace("/", "")
@@ -115,7 +126,7 @@ def test_a_files_name_forges_no_line(operator, tmp_path, flag):
 
 @pytest.mark.parametrize("flag", ["--backup-dir", "--upload", "--metrics"])
 def test_an_argument_that_is_not_utf8_is_refused(operator, flag):
-    assert "an argument is not UTF-8" in operator.run("backup_automem", flag, "file:///x\udce9", expect=2).err
+    assert "an argument has bytes that are not UTF-8" in operator.run("backup_automem", flag, "file:///x\udce9", expect=2).err
 
 
 WORDS = [

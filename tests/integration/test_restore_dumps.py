@@ -33,7 +33,7 @@ def without_psync(operator):
 
 def digest(operator, graph: str = "") -> str:
     with connect(operator.servers.falkordb.address) as conn:
-        return graph_digest(conn, graph or operator.graph, by_id=True).digest
+        return graph_digest(conn, graph or operator.graph).digest
 
 
 def run_restore(operator, place, file, undo=lambda _: "the undo"):

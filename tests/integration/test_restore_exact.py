@@ -82,7 +82,7 @@ def fill(operator: Operator, nodes: int) -> None:
 def picture(operator: Operator) -> object:
     """By-id digest, counts, definitions and names in their order, and what each index answers."""
     with connect(operator.servers.falkordb.address) as conn:
-        found = graph_digest(conn, operator.graph, by_id=True), counts(conn, operator.graph)
+        found = graph_digest(conn, operator.graph), counts(conn, operator.graph)
         defined = schema(conn, operator.graph)
     asked = [
         operator.cypher("MATCH (m:Memory {id: 'm8'}) RETURN id(m), m.content"),

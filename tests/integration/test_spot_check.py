@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from itertools import pairwise
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.http_proxy import HttpProxy, Request
 from tests.kill_support import run_killed
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, SMALL
@@ -50,6 +53,38 @@ def test_a_sample_is_compared_and_leaves_only_cached_vectors(operator):
     stats = openai.stats()
     assert stats["paid_twice"] == 0
     assert points_of(operator).keys() == embeddable(operator).keys()
+
+
+class Gateway(HttpProxy):
+    """A gateway in front of Qdrant that asks for a login, and repeats it if it is `broken`."""
+
+    broken = False
+
+    def open(self) -> None:
+        pass
+
+    def answer(self, request: Request, body: bytes) -> None:
+        login = f"Basic {b64encode(b'me:s3cret').decode()}"
+        if request.headers["Authorization"] != login:
+            request.reply(401, [], b"")
+        elif self.broken and request.path.endswith("/points/query"):
+            request.reply(500, [], b"me:s3cret\nfailed")
+        else:
+            request.reply(*request.forward(body))
+
+
+def test_its_searches_go_the_way_of_all_requests(operator):
+    """With the login of QDRANT_URL, and through no proxy to this machine: it would get the key."""
+    operator.load(30)
+    upgrade(operator)
+    url = urlsplit(operator.servers.qdrant_url)
+    with Gateway(url.hostname, url.port) as gateway:
+        through = {"QDRANT_URL": gateway.url.replace("//", "//me:s3cret@"), "HTTP_PROXY": "http://127.0.0.1:1"}
+        done = operator.run("reembed_embeddings", "--limit", "5", "--json", env=through).json
+        assert done["recall"]["queries"] == 5
+        gateway.broken = True
+        failed = operator.run("reembed_embeddings", "--limit", "5", env=through, expect=1)
+    assert "answered 500: ***:***\\nfailed" in failed.err
 
 
 @pytest.mark.matrix

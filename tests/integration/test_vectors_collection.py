@@ -43,7 +43,7 @@ INDEXES = {
 def test_the_state_of_a_collection(q: Qdrant, filled: str):
     state = collection.get_state(q, filled)
     assert (state.size, state.distance, state.points, state.vectors_named) == (8, "Cosine", 50, False)
-    assert state.payload_schema["tags"]["data_type"] == "keyword"
+    assert state.raw["payload_schema"]["tags"]["data_type"] == "keyword"
     assert collection.wait_green(q, filled, 30).optimized
     assert collection.health(q, filled) == "live"
     assert collection.exists(q, filled)
@@ -120,7 +120,7 @@ def test_automems_own_collection(q: Qdrant, names: list[str]):
     recreate.create_default(q, names[0], 8, {"embedding_model": "m"})
     state = collection.get_state(q, names[0])
     assert (state.size, state.distance, state.points) == (8, "Cosine", 0)
-    assert {key: entry["data_type"] for key, entry in state.payload_schema.items()} == {
+    assert {key: entry["data_type"] for key, entry in state.raw["payload_schema"].items()} == {
         "tags": "keyword",
         "tag_prefixes": "keyword",
     }

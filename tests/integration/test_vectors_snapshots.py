@@ -38,7 +38,7 @@ def assert_whole(q: Qdrant, name: str) -> None:
     assert [point.id for point in found] == ids_of(50)
     assert [point.payload for point in found] == [payload_of(index) for index in range(50)]
     assert not vectors_differ(np.stack([point.vector for point in found]), vectors_of(50, 8)).any()
-    assert set(collection.get_state(q, name).payload_schema) == {"tags", "importance"}
+    assert set(collection.get_state(q, name).raw["payload_schema"]) == {"tags", "importance"}
 
 
 def test_a_snapshot_is_made_listed_fetched_and_deleted(q: Qdrant, filled: str):

@@ -32,5 +32,5 @@ def state_of(address: GraphAddress, graph: str, qdrant: Qdrant, collection: str)
             keys |= {(str(point.id), key) for key, _ in payload}
             points += 1
     with connect(address) as conn:
-        found = graph_digest(conn, graph, by_id=True).digest
+        found = graph_digest(conn, graph).digest
     return State(found, points, digest.hexdigest()[:16], frozenset(keys))

@@ -203,6 +203,7 @@ def test_a_line_that_assigns_nothing_is_named_and_others_programs_oddities_are_n
         ("AUTOMEM_BACKUP_DIR", "  "),
         ("AUTOMEM_BACKUP_DIR", "\t"),
         ("AUTOMEM_BACKUP_DIR", "x\ny"),
+        ("AUTOMEM_BACKUP_DIR", "/caf\udce9"),
     ],
 )
 def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):

@@ -170,6 +170,13 @@ def test_refused_access_names_server_and_reason_but_no_key(status: int, text: st
         assert len(server.seen) == 1
 
 
+def test_a_key_where_a_long_error_text_is_cut_is_not_shown_in_part():
+    text = "x" * (transport._TEXT_LIMIT - 5) + KEY
+    with Scripted((500, {}, text)) as server, pytest.raises(QdrantError) as caught:
+        server.qdrant.json("PUT", "/collections/memories")
+    assert KEY[:5] not in str(caught.value)
+
+
 def test_errors_carry_the_servers_words():
     missing = "Collection `x` doesn't exist"
     with Scripted(refused(404, missing)) as server, pytest.raises(MissingData, match=missing):

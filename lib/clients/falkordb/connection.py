@@ -215,7 +215,9 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
         why = "it is a redis without the module" if "unknown command" in text else why
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
-    return StoreFailed(f"FalkorDB at {where} answered with an error: {text}")
+    raise_limit = "raise the server's time limit, in redis-cli:\nGRAPH.CONFIG SET TIMEOUT 60000"
+    step = f"{raise_limit}\nthen run the same command again" if "Query timed out" in text else ""
+    return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
 
 
 def access_refused(where: str, text: str) -> AccessRefused:

@@ -1,8 +1,8 @@
 """One digest for a whole graph, equal on two servers exactly if they hold the same graph.
 
-It covers the sum of the nodes' hashes (128 bits each, over sorted labels and sorted typed properties), that of the
-relationships' hashes (over type, the hashes of both ends, and properties), the counts per label and type, and the
-definitions of indexes and constraints. Doubles have the 15 digits that the server prints.
+It covers the sum of the nodes' hashes (128 bits each, over internal id, sorted labels and sorted typed properties),
+that of the relationships' hashes (over internal id, type, the hashes of both ends, and properties), the counts per
+label and type, and the definitions of indexes and constraints. Doubles have the 15 digits that the server prints.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ _NUMBER_LISTS = {queries.POINT: b"p", queries.VECTOR: b"v"}
 
 @dataclass(frozen=True)
 class GraphDigest:
-    """`by_id`: the internal ids are part of the digest, too."""
+    """The digest in hex, and how many nodes and relationships were read."""
 
     digest: str
     nodes: int
     relationships: int
-    by_id: bool
 
 
-def graph_digest(conn: redis.Redis, graph: str, *, by_id: bool = False) -> GraphDigest:
+def graph_digest(conn: redis.Redis, graph: str) -> GraphDigest:
     """Compute the digest of a graph that nobody writes to.
 
     Holds 16 bytes per node id in memory. Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
     """
-    reader = _Reader(conn, graph, by_id=by_id)
+    reader = _Reader(conn, graph)
     sums = reader.add_nodes(), reader.add_relationships()
     known = schema(conn, graph)
     covered = {
@@ -50,18 +49,18 @@ def graph_digest(conn: redis.Redis, graph: str, *, by_id: bool = False) -> Graph
         "read": [reader.nodes, reader.relationships],
         "counts": asdict(counts(conn, graph)),
         "definitions": [known.indexes, known.constraints],
-        "by_id": by_id,
+        "by_id": True,  # as in the digests of all manifests
     }
     text = json.dumps(covered, sort_keys=True, ensure_ascii=False).encode()
-    return GraphDigest(blake2b(text, digest_size=HASH_BYTES).hexdigest(), reader.nodes, reader.relationships, by_id)
+    return GraphDigest(blake2b(text, digest_size=HASH_BYTES).hexdigest(), reader.nodes, reader.relationships)
 
 
 class _Reader:
     """Reads all nodes first, and saves the hash of each under its id, then relationships."""
 
-    def __init__(self, conn: redis.Redis, graph: str, *, by_id: bool) -> None:
+    def __init__(self, conn: redis.Redis, graph: str) -> None:
         self.nodes = self.relationships = 0
-        self._conn, self._graph, self._by_id = conn, graph, by_id
+        self._conn, self._graph = conn, graph
         self._hashes = bytearray()
         self._keys = _Names(conn, graph, queries.KEYS)
         self._labels = _Names(conn, graph, queries.LABELS)
@@ -73,8 +72,7 @@ class _Reader:
         for rows in pages(self._conn, self._graph, nodes(), "n"):
             for ((_kind, (node_id, label_ids, properties)),) in rows:
                 labels = b"".join(sorted(self._labels[label] for label in label_ids))
-                identity = b"%d;" % node_id if self._by_id else b""
-                value = _hash(b"N" + identity + labels + b"|" + self._properties(properties))
+                value = _hash(b"N%d;%s|%s" % (node_id, labels, self._properties(properties)))
                 at = node_id * HASH_BYTES
                 self._hashes.extend(bytes(max(0, at - len(self._hashes))))
                 self._hashes[at : at + HASH_BYTES] = value
@@ -87,9 +85,8 @@ class _Reader:
         total = 0
         for rows in pages(self._conn, self._graph, relationships(), "r"):
             for ((_kind, (own_id, type_id, source, target, properties)),) in rows:
-                identity = b"%d;" % own_id if self._by_id else b""
                 ends = self._hash_of(source) + self._hash_of(target)
-                value = _hash(b"R" + identity + self._types[type_id] + ends + self._properties(properties))
+                value = _hash(b"R%d;" % own_id + self._types[type_id] + ends + self._properties(properties))
                 total += int.from_bytes(value, "big")
             self.relationships += len(rows)
         return total % _MODULUS

@@ -75,11 +75,6 @@ class CollectionState:
         return str((self.raw["config"]["params"].get("vectors") or {}).get("datatype") or FLOAT32)
 
     @property
-    def payload_schema(self) -> dict[str, dict[str, Any]]:
-        """The payload indexes: field name to `{data_type, params?, points}`."""
-        return dict(self.raw.get("payload_schema") or {})
-
-    @property
     def optimizer_status(self) -> str:
         """The server's text: "ok", or the optimizer's error."""
         return str(self.raw.get("optimizer_status"))

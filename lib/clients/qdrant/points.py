@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lib.clients.qdrant.transport import NoAnswer, NotFound, Parts, Qdrant, QdrantError, collection_path, encode
 from lib.concurrency import bounded_map
 from lib.errors import UsageProblem
+from lib.network import is_this_machine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -332,7 +333,11 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
         warnings.simplefilter("ignore", UserWarning)  # it warns of a key over http, also in a private network
         # Checking the compatibility is an extra request, and a warning for servers that work.
         seconds = max(1, int(q.timeout_seconds))
-        client = QdrantClient(url=q.base_url, api_key=q.api_key or None, timeout=seconds, check_compatibility=False)
+        # As those of `Qdrant` itself.
+        options: dict[str, Any] = {"auth": q.login, "trust_env": not is_this_machine(q.base_url)}
+        client = QdrantClient(
+            url=q.base_url, api_key=q.api_key or None, timeout=seconds, check_compatibility=False, **options
+        )
     narrowed = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
     exact = models.SearchParams(exact=True)
 
@@ -342,7 +347,7 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
                 name, vector.tolist(), query_filter=narrowed, search_params=exact, limit=limit, with_payload=False
             )
         except UnexpectedResponse as error:
-            text = error.content.decode("utf-8", "replace")
+            text = q.shown(error.content.decode("utf-8", "replace"))
             raise QdrantError(q.display, error.status_code or 0, text) from None
         except ResponseHandlingException:
             raise NoAnswer(f"Qdrant at {q.display} gave no answer to a search") from None

@@ -79,20 +79,16 @@ def upload_and_restore(
             return True
         except (NoAnswer, QdrantError) as error:
             if _is_mismatch(error):
-                raise _wrong_file(q, collection) from error
+                raise BackupDamaged(
+                    f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file"
+                    " was changed since it was verified, or damaged on the way",
+                    next_step="run the same command again; if it fails again, verify every backup:\n"
+                    "python scripts/backup_automem.py --check all",
+                ) from error
             if form.left or not unanswered(error):
                 raise  # of a part the server restores nothing
     wait_restored(q, collection, seconds, process)
     return False
-
-
-def _wrong_file(q: Qdrant, collection: str) -> BackupDamaged:
-    return BackupDamaged(
-        f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file was changed"
-        " since it was verified, or damaged on the way",
-        next_step="run the same command again; if it fails again, verify every backup:\n"
-        "python scripts/backup_automem.py --check all",
-    )
 
 
 def recover(

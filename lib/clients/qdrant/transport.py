@@ -7,7 +7,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -118,7 +118,7 @@ def _gzipped(content: bytes | Parts) -> Parts:
 class Qdrant:
     """A server's address and key. Threads may share it; each uses its own connections.
 
-    A user and password in `url` are sent as basic authentication. `display` is the address without secrets.
+    A user and password in `url` are the `login`, for basic authentication. `display` is the address without secrets.
     `reads_gzip`: whether large bodies are sent compressed (None: not known yet); to this machine they are not.
     """
 
@@ -132,7 +132,7 @@ class Qdrant:
     ) -> None:
         parts = urlsplit(url)
         self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        self._login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+        self.login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
@@ -212,13 +212,19 @@ class Qdrant:
                     raise
             self.sleep(pause)
 
+    def shown(self, text: str) -> str:
+        """Return a text of the server's as it may be shown: one line, not too long, without the key and the login."""
+        for secret in filter(None, (self.api_key, *(self.login or ()))):  # before it is cut within one
+            text = text.replace(secret, "***")
+        return one_line(text[:_TEXT_LIMIT])
+
     def close(self) -> None:
         """Close this thread's connections; the next request opens a new one."""
         self._session().close()
 
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
-            session = new_session(self.base_url, self._login)
+            session = new_session(self.base_url, self.login)
             if self.api_key:
                 session.headers["api-key"] = self.api_key
             if is_this_machine(self.base_url):
@@ -252,7 +258,8 @@ class Qdrant:
             # The server may not have read the whole body; the next request on this connection would hang.
             response.close()
             self.close()
-        raise _status_error(self.display, response, (self.api_key, *(self._login or ())))
+        text = _error_text(response) or response.reason or "no text"
+        raise _status_error(self.display, response, self.shown(text))
 
     def _decode(self, response: requests.Response) -> object:
         try:
@@ -309,11 +316,9 @@ def _tls_error(display: str, text: str) -> StoreUnreachable:
     )
 
 
-def _status_error(display: str, response: requests.Response, secrets: Iterable[str]) -> AccessRefused | QdrantError:
-    """The error for an answer of status 300 and above; `secrets` are masked in its text."""
-    status, text = response.status_code, _error_text(response)
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
+def _status_error(display: str, response: requests.Response, text: str) -> AccessRefused | QdrantError:
+    """The error for an answer of status 300 and above, with its text as it may be shown."""
+    status = response.status_code
     if status in {401, 403}:
         return AccessRefused(
             f"Qdrant at {display} refuses access: {status} {text}",
@@ -332,10 +337,9 @@ def _status_error(display: str, response: requests.Response, secrets: Iterable[s
 
 def _error_text(response: requests.Response) -> str:
     try:
-        text = str(orjson.loads(response.content)["status"]["error"])
+        return str(orjson.loads(response.content)["status"]["error"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        text = response.text.strip()  # the middleware and the download route answer in plain text
-    return one_line(text[:_TEXT_LIMIT] or response.reason or "no text")
+        return response.text.strip()  # the middleware and the download route answer in plain text
 
 
 def _require_framed(response: requests.Response) -> None:
