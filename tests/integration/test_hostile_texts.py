@@ -126,7 +126,10 @@ def test_a_files_name_forges_no_line(operator, tmp_path, flag):
 
 @pytest.mark.parametrize("flag", ["--backup-dir", "--upload", "--metrics"])
 def test_an_argument_that_is_not_utf8_is_refused(operator, flag):
-    assert "an argument has bytes that are not UTF-8" in operator.run("backup_automem", flag, "file:///x\udce9", expect=2).err
+    assert (
+        "an argument has bytes that are not UTF-8"
+        in operator.run("backup_automem", flag, "file:///x\udce9", expect=2).err
+    )
 
 
 WORDS = [
