@@ -79,6 +79,8 @@ def _head(path: Path) -> bytes:
             raise BadFile(f"{path} is a folder, a file is needed", next_step=_url_of_copies(path))
         if not path.exists():
             raise BadFile(f"{path} does not exist", next_step=_url_of_copies(path))
+        if not path.is_file():  # it may never bring anything, and could be read only once
+            raise BadFile(f"{path} is a pipe or a device, a file is needed", next_step="save it as a file")
         with path.open("rb") as stream:
             head = stream.read(512)
     except PermissionError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import socket
 import threading
@@ -415,6 +416,19 @@ def test_a_file_that_cannot_be_checked(operator, files, name):
         assert WRONG[name] in result.json["proofs"][0]["fault"]
         return
     refused(operator, 2, "backup_automem", "--check", str(files[name]), expected=(str(files[name]), WRONG[name]))
+
+
+@pytest.mark.parametrize("words", [("restore_from_backup",), ("backup_automem", "--check")])
+def test_a_pipe_is_not_waited_for(operator, tmp_path, words):
+    """As of `<(gunzip -c FILE)`: what is read to tell its kind is gone."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = operator.start(*words, str(pipe))
+    try:
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert f"{pipe} is a pipe or a device, a file is needed" in err
 
 
 def test_a_file_of_no_set_cannot_be_checked(operator, tmp_path):
