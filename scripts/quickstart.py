@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Run in a temporary folder. It is removed at the end, except after a failure or with --keep."""
+    require_sandbox()
     from tests.sandbox.stack import GUIDE_PORTS, require_free
 
-    require_sandbox()
     if args.word is not None or args.action in {"automem", "provider"}:
         return control(args.action, args.word)
     if args.action:
