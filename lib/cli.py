@@ -31,7 +31,7 @@ exit codes:
 # Titles of groups of flags.
 SAFE, DESTRUCTIVE = "flags that change no data", "flags that change or delete data"
 _ROOT = shlex.quote(str(Path(__file__).resolve().parent.parent))
-_INSTALL = (
+INSTALL = (
     f"make -C {_ROOT} venv && source {_ROOT}/.venv/bin/activate\n"
     "or, into this Python:\npython -m pip install -r requirements.txt"
 )
@@ -227,7 +227,7 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
         package = (error.name or "").split(".")[0]
         if package in {"", "lib"}:
             raise
-        known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=_INSTALL)
+        known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=INSTALL)
     except OSError as error:
         found = _file_error(error)
         if found is None:

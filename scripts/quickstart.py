@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(args: argparse.Namespace) -> int:
     """Run in a temporary folder. It is removed at the end, except after a failure or with --keep."""
+    require_sandbox()
     from tests.sandbox.stack import GUIDE_PORTS, require_free
 
-    require_sandbox()
     if args.word is not None or args.action in {"automem", "provider"}:
         return control(args.action, args.word)
     if args.action:
@@ -90,16 +90,16 @@ def tour(folder: Path, memories: int) -> int:
 
 
 def require_sandbox() -> None:
-    """Raise MigrationError if a package of the sandbox is missing."""
+    """Raise UsageProblem if a package of the sandbox is missing."""
     import importlib.util
 
-    from lib.errors import MigrationError
+    from lib.errors import UsageProblem
 
     missing = [name for name in ("qdrant_edge", "uvicorn", "starlette") if not importlib.util.find_spec(name)]
     if missing:
-        raise MigrationError(
+        raise UsageProblem(
             f"the sandbox needs packages that are not installed: {', '.join(missing)}",
-            next_step="python -m pip install -r requirements-dev.txt",
+            next_step=cli.INSTALL.replace("requirements.txt", "requirements-dev.txt"),
         )
 
 

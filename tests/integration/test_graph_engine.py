@@ -20,6 +20,7 @@ from lib.clients.falkordb.scratch import (
     Engine,
     NoEngine,
     ScratchFailed,
+    _error_line,
     engine_for,
     installed_engines,
     newest_encoding,
@@ -197,6 +198,12 @@ def test_a_file_that_does_not_load_is_reported_and_in_time(
         scratch_server(engine, tmp_path / "broken.rdb"),
     ):
         pytest.fail("it loaded")
+
+
+def test_the_reason_of_a_crash_is_not_taken_from_the_figures_of_its_report():
+    reason = "Guru Meditation: Error loading data from RDB (short read or EOF)"
+    report = f"1:M 1 Jan 2026 00:00:00.000 # {reason}\n\n------ STACK TRACE ------\n...\nerrorstat_LOADING:count=4\n"
+    assert _error_line(report) == reason
 
 
 def test_a_newer_version_is_refused_by_name(engine: Engine, tmp_path: Path):

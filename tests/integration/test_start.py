@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from tests.matrix import matrix
+from tests.script_process import ROOT
 
 HEAVY = {"openai", "tiktoken", "qdrant_client", "numpy", "rich", "fsspec", "paramiko", "qdrant_edge"}
 _IMPORTED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\w+)", re.MULTILINE)
@@ -55,3 +58,11 @@ def test_a_reembedding_that_has_nothing_to_embed_loads_no_provider(loaded):
     loaded.run("reembed_embeddings")
     loaded.run("backup_automem")
     assert heavy(loaded, "reembed_embeddings") <= {"numpy"}
+
+
+def test_the_sandbox_without_its_packages_names_what_installs_them():
+    run = "import runpy; runpy.run_path('scripts/quickstart.py', run_name='__main__')"
+    words = [sys.executable, "-c", f"import sys; sys.modules['starlette'] = None; sys.argv = ['quickstart.py']; {run}"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "the sandbox needs packages that are not installed: starlette" in result.stderr
+    assert "pip install -r requirements-dev.txt" in result.stderr

@@ -103,6 +103,7 @@ def _loaded(
 
 def _error_line(log: str) -> str:
     """Return the last line of a server's log that reports an error, else its last line; without process id and time."""
+    log = log.partition("------ STACK TRACE ------")[0]  # of a crash report, whose INFO has words such as errorstat
     lines = [_STAMP.sub("", line).strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if any(word in line.lower() for word in _ERROR_WORDS)]
     errors = [line for line in errors if "check server logs" not in line]
