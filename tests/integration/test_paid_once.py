@@ -54,7 +54,7 @@ def test_without_room_for_all_texts_none_is_embedded(ready, monkeypatch):
     assert not list(ready.backups.glob("journal_*_reembed.jsonl"))
 
 
-@pytest.mark.parametrize("words", [[], ["--no-switch"], ["--only-missing"]])
+@pytest.mark.parametrize("words", [pytest.param(["--no-switch"], marks=pytest.mark.matrix), [], ["--only-missing"]])
 def test_with_a_key_that_may_only_read_nothing_is_paid(ready, words):
     size = OLD_SIZE if words == ["--only-missing"] else NEW_SIZE
     refused = Fault(
