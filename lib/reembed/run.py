@@ -6,7 +6,7 @@ assess and plan (`assess.assess`, before this) > embed > stage > guard and cutov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,7 +22,8 @@ from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
 from lib.clients.embeddings.worker_pool import embed_few, embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
-from lib.clients.qdrant.points import Point, PointId, delete_points, retrieve, scroll
+from lib.clients.qdrant.points import Point, PointId, delete_points, preflight_write, retrieve, scroll
+from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
@@ -135,11 +136,18 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
 
     The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
     """
+    _require_write_access(ctx)
     if must_forget(ctx):
         runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT])[1].tokens)
         ctx.cache.forget_planned()
         mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
+
+
+def _require_write_access(ctx: Context) -> None:
+    """Raise AccessRefused, before anything is paid for, if the key of Qdrant may only read."""
+    with suppress(QdrantError):  # while a run is resumed, the collection may be missing
+        preflight_write(ctx.qdrant, ctx.collection)
 
 
 def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> Journal:
@@ -250,6 +258,7 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
     """
     state = get_state(ctx.qdrant, ctx.collection)
     compare_all = may_mix_models(ctx)
+    _require_write_access(ctx)
     assess.require_removable(ctx, state)  # again before the removal; a refusal comes before anything is paid for
     if not compare_all:
         _require_same_model(ctx, runner, state)

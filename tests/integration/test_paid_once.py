@@ -12,6 +12,7 @@ import pytest
 
 from lib.clients.embeddings.cache_file import room_of
 from lib.clients.embeddings.pricing import cut_to_tokens, price_of
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import assert_migrated, make_ready, points_of
@@ -51,6 +52,24 @@ def test_without_room_for_all_texts_none_is_embedded(ready, monkeypatch):
     assert stats(ready)["tokens"] == 0
     assert points_of(ready).keys() == before.keys()
     assert not list(ready.backups.glob("journal_*_reembed.jsonl"))
+
+
+@pytest.mark.parametrize("words", [pytest.param(["--no-switch"], marks=pytest.mark.matrix), [], ["--only-missing"]])
+def test_with_a_key_that_may_only_read_nothing_is_paid(ready, words):
+    size = OLD_SIZE if words == ["--only-missing"] else NEW_SIZE
+    refused = Fault(
+        rb"^(PUT|PATCH|DELETE) |/points/delete|/snapshots",
+        answer=answer(403, "Global manage access is required"),
+        times=None,
+    )
+    with FaultyProxy(int(ready.servers.qdrant_url.rpartition(":")[2])) as proxy:
+        ready.export(QDRANT_URL=f"http://127.0.0.1:{proxy.port}", VECTOR_SIZE=size)
+        ready.run("backup_automem")
+        proxy.faults.append(refused)
+        result = ready.run("reembed_embeddings", *words, expect=2)
+    assert "refuses access: 403 Global manage access is required" in result.err
+    assert refused.hits == 1
+    assert stats(ready)["tokens"] == 0
 
 
 @pytest.mark.parametrize("words", [["--dry-run"], ["--limit", "20"]])
