@@ -247,34 +247,30 @@ def test_killed_while_a_request_is_in_flight(ready, gate, request_, late):
     assert_tidy(operator)
 
 
-def test_a_lost_answer_to_the_graphs_cutover_is_resumed_by_the_printed_command(ready):
+def resume_as_printed(ready, through: dict[str, str]) -> None:
+    """A restore that fails after its collection was restored, and again, by the command that the error names."""
     operator, files, (wanted, asset), _ = ready
-    lost = Fault(rb"EXEC\r\n", skip=1, cut=0)  # the first one only tests what this user may do
-    with FaultyProxy(operator.servers.falkordb.port, lost) as proxy:
-        through = {"FALKORDB_PORT": str(proxy.port)}
-        failed = operator.run("restore_from_backup", *files, expect=1, env=through)
-        assert "the collection is restored already" in failed.err
-        assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
-        operator.run("restore_from_backup", *files, env=through)
+    failed = operator.run("restore_from_backup", *files, expect=1, env=through)
+    assert "the collection is restored already" in failed.err
+    assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
+    operator.run("restore_from_backup", *files, env=through)
     assert operator.state() == wanted
     assert settings(operator) == asset
     assert_tidy(operator)
+
+
+def test_a_lost_answer_to_the_graphs_cutover_is_resumed_by_the_printed_command(ready):
+    lost = Fault(rb"EXEC\r\n", skip=1, cut=0)  # the first one only tests what this user may do
+    with FaultyProxy(ready[0].servers.falkordb.port, lost) as proxy:
+        resume_as_printed(ready, {"FALKORDB_PORT": str(proxy.port)})
 
 
 def test_a_refused_delete_of_the_trial_restore_is_resumed_by_the_printed_command(ready):
-    operator, files, (wanted, asset), _ = ready
-    direct = operator.environ["QDRANT_URL"]
+    direct = ready[0].environ["QDRANT_URL"]
     refusal = Fault(rb"DELETE /collections/[^/ ]+__try_[^/ ]+ HTTP", answer=answer(500, "the disk failed"))
     with FaultyProxy(int(direct.rpartition(":")[2]), refusal) as proxy:
-        through = {"QDRANT_URL": f"http://127.0.0.1:{proxy.port}"}
-        failed = operator.run("restore_from_backup", *files, expect=1, env=through)
-        assert refusal.hits == 1
-        assert "the collection is restored already" in failed.err
-        assert " ".join(files) in failed.err.split("to resume:")[1].split("or undo it:")[0]
-        operator.run("restore_from_backup", *files, env=through)
-    assert operator.state() == wanted
-    assert settings(operator) == asset
-    assert_tidy(operator)
+        resume_as_printed(ready, {"QDRANT_URL": f"http://127.0.0.1:{proxy.port}"})
+    assert refusal.hits == 1
 
 
 @pytest.fixture
