@@ -9,7 +9,7 @@ import time
 import pytest
 import requests
 
-from lib.backup.phases import DELETING
+from lib.backup.phases import DELETING, STAGED
 from lib.config import load_config
 from lib.files import lock_targets
 from tests.gate import Gate
@@ -98,7 +98,7 @@ def test_a_backup_during_a_cutover_names_the_run_and_not_the_missing_collection(
 
 @pytest.mark.matrix
 def test_twenty_backups_at_random_moments(rig):
-    chance, taken, refused = random.Random(20), 0, 0
+    chance, taken = random.Random(20), 0
     rig.words = (*COMMAND, "--fresh")
     while taken < BACKUPS:
         process = start_embedding(rig)
@@ -106,9 +106,10 @@ def test_twenty_backups_at_random_moments(rig):
             time.sleep(chance.uniform(0, 1))
             done = rig.operator.run("backup_automem", expect=None)
             taken += done.code == 0
-            refused += done.code != 0
-            assert done.code in {0, 5}, done.err
-            assert done.code == 0 or "another run is working on" in done.err
+            if done.code:  # by the cutover alone, however long it takes
+                assert done.code == 5, done.err
+                assert "another run is working on" in done.err
+                assert rig.journal().has_reached(STAGED)
         finished(process)
         rig.operator.servers.openai.clear_faults()
         rig.words = COMMAND
@@ -116,4 +117,3 @@ def test_twenty_backups_at_random_moments(rig):
         rig.words = (*COMMAND, "--fresh")
         rig.turn()
     rig.operator.run("backup_automem", "--check", "all")
-    assert refused < taken
