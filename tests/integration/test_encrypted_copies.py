@@ -173,6 +173,7 @@ def test_a_cleanup_of_encrypted_copies_needs_the_key_and_deletes_whole_sets(oper
     assert files_in(copies) == encrypted_names(newer) | key_file
 
 
+@pytest.mark.matrix  # half a minute: deriving a key takes a second
 def test_after_a_change_of_the_passphrase_the_newer_copies_are_listed_checked_and_cleaned_up(operator, tmp_path):
     url = f"file://{tmp_path / 'copies'}"
     old, new = ({"AUTOMEM_BACKUP_PASSPHRASE_FILE": str(private(tmp_path / word, word))} for word in ("old", "new"))
