@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 import redis
 
-from lib.clients.falkordb.connection import command, list_graphs, require_graph, server_versions
+from lib.clients.falkordb.connection import GraphAddress, command, connect, list_graphs, require_graph, server_versions
 from lib.clients.falkordb.queries import (
     NOT_UTF8,
     counts,
@@ -18,6 +20,7 @@ from lib.clients.falkordb.queries import (
 )
 from lib.clients.falkordb.scratch import Engine
 from lib.errors import MissingData, StoreFailed
+from tests.faulty_proxy import Fault, FaultyProxy
 from tests.graph_support import (
     constrain,
     fill,
@@ -128,6 +131,15 @@ def test_the_next_step_after_a_query_that_the_server_cut_by_its_time_limit_lets_
         read_rows(conn, "g", slow)
     command(conn, *caught.value.next_step.splitlines()[1].split())
     assert len(read_rows(conn, "g", slow)) == 1
+
+
+def test_a_short_query_that_a_busy_server_cut_is_sent_once_more(conn: redis.Redis):
+    write(conn, "g", "CREATE (:A)")
+    address = conn.connection_pool.connection_kwargs
+    cut = Fault(rb"GRAPH\.RO_QUERY", answer=b"-Query timed out\r\n")
+    with FaultyProxy(address["port"], cut) as proxy, closing(connect(GraphAddress("127.0.0.1", proxy.port))) as through:
+        assert read_rows(through, "g", "MATCH (n) RETURN count(n)") == [[1]]
+    assert cut.hits == 1
 
 
 def test_values_arrive_as_python_values(conn: redis.Redis):

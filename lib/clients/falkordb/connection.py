@@ -42,6 +42,7 @@ _WHOLE_READ_SECONDS, _WHOLE_WRITE_SECONDS = 600.0, 6 * 3600.0
 _READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LIST", "GRAPH.RO_QUERY", "GRAPH.UDF"}
 # What redis-py and the functions here raise if a reply has another form than FalkorDB's.
 _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+_TIMED_OUT = "Query timed out"
 # This refusal comes before the command is executed, so every command may be sent again.
 _QUEUE_FULL = "Max pending queries exceeded"
 NO_KEY = "permissions to access"  # of a user who may send a command, but not about this key
@@ -216,7 +217,7 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         why = "it is a redis without the module" if "unknown command" in text else why
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
     raise_limit = "raise the server's time limit, in redis-cli:\nGRAPH.CONFIG SET TIMEOUT 60000"
-    step = f"{raise_limit}\nthen run the same command again" if "Query timed out" in text else ""
+    step = f"{raise_limit}\nthen run the same command again" if _TIMED_OUT in text else ""
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
 
 
@@ -256,8 +257,19 @@ def command(conn: redis.Redis, *words: Any) -> Any:
 
 
 def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[Any]:
-    """Send several commands that only read at once; return their raw replies. Raises like `command`."""
+    """Send several commands that only read at once; return their raw replies. Raises like `command`.
 
+    If the server cuts a query by its time limit, they are sent once more: a busy server cuts the shortest one.
+    """
+
+    @backoff.on_exception(
+        backoff.constant,
+        redis.exceptions.ResponseError,
+        giveup=lambda error: _TIMED_OUT not in str(error),
+        max_tries=2,
+        logger=None,
+        interval=0,
+    )
     def send() -> list[Any]:
         pipeline = getattr(conn, "reads", conn).pipeline(transaction=False)
         for words in requests:
