@@ -60,15 +60,7 @@ class TimedAnswer(HTTPResponse):
 
 
 class TimedAdapter(HTTPAdapter):
-    """Opens connections whose answers are TimedAnswers. If `direct`, no proxy is used."""
-
-    def __init__(self, *, direct: bool = False) -> None:
-        super().__init__()
-        self._direct = direct
-
-    def send(self, *args: Any, **more: Any) -> Response:
-        """Send a prepared request. requests passes all but the request by name."""
-        return super().send(*args, **{**more, **({"proxies": None} if self._direct else {})})
+    """Opens connections whose answers are TimedAnswers."""
 
     def get_connection_with_tls_context(self, *args: Any, **more: Any) -> HTTPConnectionPool:
         """Return the pool for a request; requests documents this method for overriding."""

@@ -105,9 +105,12 @@ def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Sess
 
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, TimedAdapter(direct=is_this_machine(url)))
+        session.mount(scheme, TimedAdapter())
     # Without a callable that sends none, requests would send a login of ~/.netrc, even instead of a token.
     session.auth = HTTPBasicAuth(*(one.encode() for one in login)) if login else lambda request: request
+    # Without trust_env, requests would not read REQUESTS_CA_BUNDLE either.
+    session.verify = session.merge_environment_settings(url, {}, None, None, None)["verify"]
+    session.trust_env = not is_this_machine(url)
     return session
 
 

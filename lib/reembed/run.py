@@ -266,10 +266,9 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
         missing = missing_of(ctx.cache, existing)
         runner.require_affordable(missing.tokens)
         embed_texts(ctx, runner, texts_to_embed(ctx.cache, existing), missing)
-    with ctx.store_lock():
+    # The points are read first: what AutoMem wrote into both stores in between would be undone, too.
+    with ctx.store_lock(), existing_points(ctx.qdrant, state.name) as existing:
         # What AutoMem changed or deleted meanwhile is not written back: with an old plan and a full cache it would be.
-        # The points are read first: what AutoMem wrote into both stores in between would be undone, too.
-        existing = existing_points(ctx.qdrant, state.name)
         scan_graph(ctx, None, title="read graph again")
         with ctx.bar("sync", None, "points") as progress:
             outcome = sync_collection(ctx, state.name, progress, existing=existing)
@@ -289,8 +288,6 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
             f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
             next_step=f"replace all vectors:\n{REPLACE_ALL}",
         )
-    if not points:
-        return
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     setting = SETTING_NAMES[ctx.spec.provider].model

@@ -145,10 +145,10 @@ class CacheFile:
 
     def decoded(self, payload: bytes) -> Any:
         """Decode a payload of the plan. Raises CacheDamaged: SQLite itself notices no damage within a row."""
-        with self.guarded():
-            try:
-                return orjson.loads(payload)
-            except orjson.JSONDecodeError as error:
+        try:
+            return orjson.loads(payload)
+        except orjson.JSONDecodeError as error:
+            with self.guarded():
                 raise sqlite3.DatabaseError(f"it holds a payload that is not JSON ({error})") from error
 
     @contextlib.contextmanager

@@ -104,6 +104,15 @@ _when_queue_is_free = backoff.on_exception(
     max_value=0.5,
 )
 
+_once_more = backoff.on_exception(
+    backoff.constant,
+    redis.exceptions.ResponseError,
+    giveup=lambda error: _TIMED_OUT not in str(error),
+    max_tries=2,
+    logger=None,
+    interval=0,
+)
+
 
 def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis:
     """Connect, and wait at most `timeout_seconds` for the answer to a PING.
@@ -262,14 +271,7 @@ def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[
     If the server cuts a query by its time limit, they are sent once more: a busy server cuts the shortest one.
     """
 
-    @backoff.on_exception(
-        backoff.constant,
-        redis.exceptions.ResponseError,
-        giveup=lambda error: _TIMED_OUT not in str(error),
-        max_tries=2,
-        logger=None,
-        interval=0,
-    )
+    @_once_more
     def send() -> list[Any]:
         pipeline = getattr(conn, "reads", conn).pipeline(transaction=False)
         for words in requests:
