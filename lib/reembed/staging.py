@@ -203,8 +203,13 @@ class Filled(NamedTuple):
     complete_at: float
 
 
-def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None) -> Filled:
-    """Write what the plan adds and changes, restore aliases, wait for the index. `touched`: see `sync_collection`."""
+def fill(
+    ctx: Context,
+    journal: Journal,
+    touched: TemporaryIdTable | None = None,
+    existing: TemporaryIdTable | None = None,
+) -> Filled:
+    """Write what the plan adds and changes, restore aliases, wait for the index. Both tables: see `sync_collection`."""
     name = ctx.collection
 
     def work() -> Filled:
@@ -216,6 +221,7 @@ def fill(ctx: Context, journal: Journal, touched: TemporaryIdTable | None = None
                 whole=journal.has_reached(DELETING, RESTORING_STAGED),
                 copied_from=verified_staged(ctx, journal),
                 touched=touched,
+                existing=existing,
             )
         complete_at = time.monotonic()
         aliases_taken = restore_aliases(ctx, journal)

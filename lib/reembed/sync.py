@@ -182,12 +182,11 @@ def sync_collection(
     """
     qdrant, cache, outcome = ctx.qdrant, ctx.cache, SyncOutcome()
     with contextlib.ExitStack() as tables:
-        names = [collection] if copied_from in (None, collection) else [collection, copied_from]
         if existing is None:
-            read = [tables.enter_context(one) for one in bounded_map(partial(existing_points, qdrant), names, 2)]
-        else:
-            read = [existing]
-        existing, copies = read[0], read[-1] if copied_from else None
+            existing = tables.enter_context(existing_points(qdrant, collection))
+        copies = existing if copied_from == collection else None
+        if copied_from and copies is None:
+            copies = tables.enter_context(existing_points(qdrant, copied_from))
         if copied_from == collection:
             delete_points(qdrant, collection, list(unplanned_ids(cache, existing)))
         found = changes(cache, existing, memories=memories, whole=whole, copies=copies, touched=touched)

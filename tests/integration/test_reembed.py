@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 from lib.clients.embeddings.cache import SUM_BYTES
+from lib.reembed import run
 from tests.automem_recordings.recordings import load_recording
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_support import (
@@ -386,6 +387,31 @@ def test_a_change_of_content_or_payload_during_the_run_is_in_the_new_collection(
     after = assert_migrated(operator, before)
     assert after[changed][0]["content"] == "said otherwise"
     assert after[tagged][0]["archived"] is True
+    assert gone not in after
+
+
+def test_what_automem_writes_into_both_stores_after_the_last_reading_of_the_graph_stays(operator, monkeypatch):
+    """It writes payloads into the new collection, and deletes its points, whatever the size of its vectors."""
+    before = backed_up(operator)
+    changed, gone = [one for one in before if isinstance(one, str)][:2]
+    upgrade(operator)
+    catch_up, sizes = run.catch_up, []
+
+    def automem_writes_then(*arguments):
+        scan = catch_up(*arguments)
+        sizes.append(len(points_of(operator)[changed][1]))
+        if sizes[-1] == NEW_SIZE:
+            operator.cypher("MATCH (m:Memory {id: $id}) SET m.tags = ['new']", id=changed)
+            operator.call("POST", "/points/payload?wait=true", {"points": [changed], "payload": {"tags": ["new"]}})
+            operator.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=gone)
+            operator.call("POST", "/points/delete?wait=true", {"points": [gone]})
+        return scan
+
+    monkeypatch.setattr(run, "catch_up", automem_writes_then)
+    operator.run("reembed_embeddings")
+    assert sizes == [NEW_SIZE]
+    after = points_of(operator)
+    assert after[changed][0]["tags"] == ["new"]
     assert gone not in after
 
 
