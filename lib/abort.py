@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib import connect
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.backup.phases import (
-    AWAITED,
     COMMAND,
     DELETING,
     STAGED_RESTORED,
@@ -27,7 +27,7 @@ from lib.console import Console
 from lib.errors import DONE, GuardRefused
 from lib.journal import Journal, open_journals
 from lib.restore import collection as collections
-from lib.restore.graph import SWAPPING, clean_up_graph
+from lib.restore.graph import clean_up_graph
 from lib.restore.run import COMMAND as RESTORE
 
 if TYPE_CHECKING:
@@ -90,27 +90,6 @@ def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path
     return done
 
 
-def clean_up_untouched(
-    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
-) -> None:
-    """Clean up after stopped restores that touched no live store; close journals that name nothing in other stores."""
-    for journal in open_journals(folder, targets, RESTORE):
-        if journal.has_reached(collections.DELETING, SWAPPING):
-            continue
-        temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
-        if (temporary and not collection) or (temporary_graph and not graph):
-            continue
-        clean = clean_up_backup(collection, journal)
-        if collection:
-            collections.clean_up_collection(collection, journal)
-        if graph:
-            clean_up_graph(graph, journal)
-        if not clean:
-            journal.append(AWAITED)  # for the next backup, which names the snapshot
-        elif journal.is_open:
-            journal.close("cleaned up by the next run: nothing live was touched")
-
-
 def _live(qdrant: Qdrant, name: str) -> str:
     if health(qdrant, name) != "live":
         return f"there is no collection '{name}'"
@@ -150,8 +129,6 @@ def _refused(name: str, journal: Journal, again: str) -> GuardRefused:
 
 def abort(config: Config, console: Console, command: str) -> int:
     """Give up the unfinished runs of `command` ("reembed" or "restore") on these stores, and report them."""
-    from lib import connect
-
     folder, targets = config.backup_dir, config.targets()
     collection = connect.open_collection(config)
     if command == "restore":

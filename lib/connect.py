@@ -116,9 +116,9 @@ def open_reembed(
     config: Config, graph: GraphSource, source: CollectionSource, cache: EmbeddingCache, console: Console
 ) -> Context:
     """Return the context of a re-embedding; removes what stopped restores of these stores left."""
-    from lib.abort import clean_up_untouched
     from lib.child_process import unmap_large_blocks
     from lib.reembed.context import Context
+    from lib.restore.run import clean_up_untouched
 
     unmap_large_blocks()  # a verification leaves it out: it would spend a fifth of its CPU time on new pages
     folder, targets = config.backup_dir, config.targets()

@@ -87,7 +87,6 @@ def command(args: argparse.Namespace) -> int:
 def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     """Take the backup, or with --dry-run show what it would hold."""
     from lib import connect
-    from lib.abort import clean_up_untouched
     from lib.backup import output
     from lib.backup.check import require_upload_url
     from lib.backup.collection import require_whole
@@ -95,6 +94,7 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.backup.run import require_sources, run_backup
     from lib.errors import LockHeld
     from lib.files import private_dir
+    from lib.restore.run import clean_up_untouched
 
     folder, targets, shown = config.backup_dir, config.targets(), ""
     if args.upload:

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.backup.collection import CollectionSource
+from lib.backup.graph import GraphSource
 from lib.backup.manifest import SAFETY, Manifest
 from lib.backup.phases import AWAITED, remove_staged, removed, report_snapshots
 from lib.backup.phases import COMMAND as REEMBED
@@ -337,3 +339,24 @@ def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:
             drop_graph(site.graph.conn, temporary_graph)
         if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
+
+
+def clean_up_untouched(
+    graph: GraphSource | None, collection: CollectionSource | None, folder: Path, targets: list[str]
+) -> None:
+    """Clean up after stopped restores that touched no live store; close journals that name nothing in other stores."""
+    for journal in open_journals(folder, targets, COMMAND):
+        if journal.has_reached(collections.DELETING, graphs.SWAPPING):
+            continue
+        temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
+        if (temporary and not collection) or (temporary_graph and not graph):
+            continue
+        clean = clean_up_backup(collection, journal)
+        if collection:
+            collections.clean_up_collection(collection, journal)
+        if graph:
+            graphs.clean_up_graph(graph, journal)
+        if not clean:
+            journal.append(AWAITED)  # for the next backup, which names the snapshot
+        elif journal.is_open:
+            journal.close("cleaned up by the next run: nothing live was touched")
