@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 from lib.clients.qdrant.transport import PAUSES_SECONDS, NoAnswer, NotFound, Qdrant, collection_path, unanswered
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
-from lib.http_deadline import end_by
+from lib.network import end_by
 
 ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is polled
 CREATE_SECONDS = 1800.0
