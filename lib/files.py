@@ -71,17 +71,13 @@ def _require_own(path: Path) -> None:
         path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
-        raise UsageProblem(
-            f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it",
-            next_step=_another_folder(path),
-        )
+        text = f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it"
+        raise UsageProblem(text, next_step=_another_folder(path))
     # A group with the user's own number holds that user alone on most Linux systems (umask 002).
     group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
     if state.st_mode & (stat.S_IWOTH | group):
-        raise UsageProblem(
-            f"others may write into the folder {path}: they could forge or replace what is in it",
-            next_step=_another_folder(path, "close this one to others:\nchmod go-w"),
-        )
+        text = f"others may write into the folder {path}: they could forge or replace what is in it"
+        raise UsageProblem(text, next_step=_another_folder(path, "close this one to others:\nchmod go-w"))
 
 
 def replaceable_by_others(state: os.stat_result) -> bool:
@@ -160,10 +156,8 @@ def readable_bytes(path: Path) -> bytes:
             f"mv {quote(str(path))} /tmp/",
         ) from None
     except PermissionError as error:
-        raise UsageProblem(
-            f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
-            next_step=_another_folder(path.parent),
-        ) from error
+        text = f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}"
+        raise UsageProblem(text, next_step=_another_folder(path.parent)) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -177,10 +171,8 @@ def require_room(folder: Path, need: int, what: str, or_else: str = "") -> None:
     """Raise MigrationError if fewer than `need` bytes are free for `what`, such as "the set needs"."""
     free = free_bytes(folder)
     if free < need:
-        raise MigrationError(
-            f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB",
-            next_step=f"free some room there{or_else}:\ndf -h {quote(str(folder))}",
-        )
+        step = f"free some room there{or_else}:\ndf -h {quote(str(folder))}"
+        raise MigrationError(f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB", next_step=step)
 
 
 def sync_dir(path: Path) -> None:
@@ -285,10 +277,8 @@ def _open_lock_file(path: Path) -> IO[bytes]:
 
 def _bad_lock_file(path: Path, why: str) -> UsageProblem:
     shown = quote(str(path))
-    return UsageProblem(
-        f"{path} cannot be locked ({why}): these scripts did not make it",
-        next_step=f"look at it, then remove it:\nls -l {shown}\nsudo rm -r {shown}",
-    )
+    step = f"look at it, then remove it:\nls -l {shown}\nsudo rm -r {shown}"
+    return UsageProblem(f"{path} cannot be locked ({why}): these scripts did not make it", next_step=step)
 
 
 def _lock_file(path: Path) -> IO[bytes]:

@@ -85,10 +85,8 @@ class CacheFile:
         # No cache has a view or a trigger. A foreign one would run its own SQL, which may never end.
         foreign = self.number(f"{count_tables} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'")
         if foreign or (not empty and not self.is_of_this_version(schema)):
-            raise CacheDamaged(
-                f"{path} is not an embedding cache of this version of the tool",
-                next_step=f"move it away, then run the same command again:\n{moved(path, '.old')}",
-            )
+            step = f"move it away, then run the same command again:\n{moved(path, '.old')}"
+            raise CacheDamaged(f"{path} is not an embedding cache of this version of the tool", next_step=step)
         self.db.execute(f"PRAGMA {schema}.journal_mode = WAL")
         # In WAL mode, FULL alone makes a commit survive a power cut. On macOS an fsync stops at the drive's cache
         # without the others (https://www.sqlite.org/pragma.html#pragma_synchronous, #pragma_fullfsync).
@@ -118,9 +116,8 @@ class CacheFile:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a bug in this program
             damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
-            raise CacheDamaged(
-                f"the embedding cache {damaged} cannot be used: {error}", next_step=self._remedy(error, damaged)
-            ) from error
+            step = self._remedy(error, damaged)
+            raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {error}", next_step=step) from error
 
     def _damaged(self) -> Path:
         """The file that is damaged: SQLite's error does not name it. `prune_cache` reads the other plans, too."""
@@ -297,9 +294,8 @@ def _require_no_open_run(folder: Path) -> None:
             step += f":\n{again}"
         if journal.undo:
             step += f"\nor undo it:\n{journal.undo}"
-        raise GuardRefused(
-            f"a run is unfinished ({journal.path.name}): it may need what would be deleted", next_step=step
-        )
+        text = f"a run is unfinished ({journal.path.name}): it may need what would be deleted"
+        raise GuardRefused(text, next_step=step)
 
 
 def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:

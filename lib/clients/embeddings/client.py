@@ -62,10 +62,8 @@ class Provider:
 
     def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
         if not api_key.isascii() or any(character.isspace() for character in api_key):
-            raise UsageProblem(
-                f"{SETTING_NAMES[spec.provider].key} holds a space, a line break or a letter that no key has",
-                next_step="set it again",
-            )
+            text = f"{SETTING_NAMES[spec.provider].key} holds a space, a line break or a letter that no key has"
+            raise UsageProblem(text, next_step="set it again")
         self._spec = spec
         self.name = f"{spec.model}{similar_model(spec.model)} at {public_url(spec.base_url)}"
         self._key = api_key
@@ -181,10 +179,8 @@ class LocalModel:
 
     def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:
         if importlib.util.find_spec("fastembed") is None:
-            raise UsageProblem(
-                f"{spec.model} runs on this machine with the Python package 'fastembed', which is not installed here",
-                next_step="python -m pip install -r requirements-local.txt",
-            )
+            text = f"{spec.model} runs on this machine with the Python package 'fastembed', which is not installed here"
+            raise UsageProblem(text, next_step="python -m pip install -r requirements-local.txt")
         self.name = f"{spec.model} on this machine"
         self._spec, self._models_dir = spec, models_dir
         self._model: TextEmbedding | None = None
@@ -368,10 +364,8 @@ class EmbeddingClient:
         """Raise ProviderRefused if different texts got the same vector: a search could find nothing."""
         names = SETTING_NAMES[self.spec.provider]
         if len(set(texts)) > 2 and bool((answer.vectors == answer.vectors[0]).all()):
-            raise ProviderRefused(
-                f"{self.provider} answers every text with the same vector",
-                next_step=f"check {names.model} and {names.endpoint}, then run the same command again",
-            )
+            step = f"check {names.model} and {names.endpoint}, then run the same command again"
+            raise ProviderRefused(f"{self.provider} answers every text with the same vector", next_step=step)
 
     def _final_error(self, error: RateLimited | Transient, started: float, failures: int) -> Exception | None:
         """The exception that ends the tries, or None to try again. `failures` counts Transient ones."""
@@ -399,10 +393,8 @@ class EmbeddingClient:
         look = ", the network and the provider's status page"
         if self.spec.provider == OLLAMA:
             look = ", and that Ollama runs there (ollama serve)"
-        return ProviderRefused(
-            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
-            next_step=f"check {SETTING_NAMES[self.spec.provider].endpoint}{look},\n{AGAIN}",
-        )
+        step = f"check {SETTING_NAMES[self.spec.provider].endpoint}{look},\n{AGAIN}"
+        return ProviderRefused(f"{self.provider} gave no good answer for {seconds:.0f} s: {error}", next_step=step)
 
     def _takes_a_word(self) -> bool:
         try:

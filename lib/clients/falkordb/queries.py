@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from lib.clients.falkordb.connection import name_text, read_commands, translated
+from lib.clients.falkordb.connection import RAISE_TIMEOUT, name_text, read_commands, translated
 from lib.errors import MissingData, StoreFailed
 
 # The types of values in the server's compact form.
@@ -84,10 +84,8 @@ def _plain(cell: list[Any], errors: str) -> Any:
     if kind in {DATETIME, DATE, TIME, DURATION}:
         return _time_text(kind, value)
     if kind not in _SIMPLE:
-        raise StoreFailed(
-            f"the graph holds a value of an unknown type (number {kind})",
-            next_step="remove the property, or use a version of this tool that knows this FalkorDB",
-        )
+        step = "remove the property, or use a version of this tool that knows this FalkorDB"
+        raise StoreFailed(f"the graph holds a value of an unknown type (number {kind})", next_step=step)
     return _SIMPLE[kind](value)
 
 
@@ -165,10 +163,8 @@ def relationships() -> list[Window]:
 def quoted(name: str) -> str:
     """Return a label or type as a query takes it. FalkorDB's parser has no escape for a backtick."""
     if "`" in name:
-        raise StoreFailed(
-            f"a name with a backtick cannot be used in a query: {name!r}",
-            next_step="give that label or relationship type another name",
-        )
+        step = "give that label or relationship type another name"
+        raise StoreFailed(f"a name with a backtick cannot be used in a query: {name!r}", next_step=step)
     return f"`{name}`"
 
 
@@ -241,7 +237,7 @@ class _PageReader:
                     raise StoreFailed(
                         f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
                         next_step="raise both limits, in redis-cli:\n"
-                        "GRAPH.CONFIG SET RESULTSET_SIZE 10000\nGRAPH.CONFIG SET TIMEOUT 60000",
+                        f"GRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}",
                     )
                 yield from self.pages(windows[1:], {**fixed, window.id_name: low})
             elif rows:
@@ -348,9 +344,8 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
     """Return the definitions and all names. A constraint that FAILED enforces nothing: it is left out."""
     indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, LABELS, TYPES, KEYS])
-    return GraphSchema(
-        _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS), *map(_names_in, named)
-    )
+    definitions = _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS)
+    return GraphSchema(*definitions, *map(_names_in, named))
 
 
 def _definitions(rows: list[Row], columns: Sequence[str]) -> list[dict[str, str]]:

@@ -154,15 +154,11 @@ def _listed_topology(node: Qdrant, name: str) -> Topology:
     try:
         return topology(node, name)
     except StoreUnreachable as error:
-        raise StoreUnreachable(
-            f"a node that {_VARIABLE} lists does not answer: {error}",
-            next_step=f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too",
-        ) from error
+        step = f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too"
+        raise StoreUnreachable(f"a node that {_VARIABLE} lists does not answer: {error}", next_step=step) from error
     except NotFound as error:
-        raise UsageProblem(
-            f"{node.display}, which {_VARIABLE} lists, has no collection '{name}': it is a node of another cluster",
-            next_step=LIST_NODES,
-        ) from error
+        text = f"{node.display}, which {_VARIABLE} lists, has no collection '{name}': it is a node of another cluster"
+        raise UsageProblem(text, next_step=LIST_NODES) from error
 
 
 def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], display: str) -> None:
@@ -207,7 +203,5 @@ def _require_active(shards: Iterable[Shard], transfers: int) -> None:
     inactive = sorted({shard.state for shard in shards} - {ACTIVE})
     if inactive or transfers:
         what = f"in state {', '.join(inactive)}" if inactive else "being moved"
-        raise StoreFailed(
-            f"a shard of the collection is {what}",
-            next_step="wait until all shards of the cluster are active, then run the same command again",
-        )
+        step = "wait until all shards of the cluster are active, then run the same command again"
+        raise StoreFailed(f"a shard of the collection is {what}", next_step=step)

@@ -186,10 +186,8 @@ def _point(raw: dict[str, Any]) -> Point:
     vector = raw.get("vector")
     if isinstance(vector, dict):
         if any(name and isinstance(one, list) for name, one in vector.items()):
-            raise UsageProblem(
-                "the collection has named vectors; AutoMem keeps one unnamed vector per point",
-                next_step="set QDRANT_COLLECTION to AutoMem's collection",
-            )
+            text = "the collection has named vectors; AutoMem keeps one unnamed vector per point"
+            raise UsageProblem(text, next_step="set QDRANT_COLLECTION to AutoMem's collection")
         vector = vector.get("")  # an unnamed vector together with sparse vectors
     if vector is not None:
         vector = float32s(vector)

@@ -223,10 +223,8 @@ def _refuse_existing(q: Qdrant, collection: str) -> None:
     """Raise MigrationError if the collection exists: a restore that fails destroys it (seen on 1.11.3 and 1.18.3)."""
     state = health(q, collection)
     if state not in {"missing", "restoring"}:
-        raise MigrationError(
-            f"'{collection}' exists at {q.display} ({state}); a restore would clear it first",
-            next_step="verify its backup, then delete it and run the same command again",
-        )
+        text = f"'{collection}' exists at {q.display} ({state}); a restore would clear it first"
+        raise MigrationError(text, next_step="verify its backup, then delete it and run the same command again")
 
 
 def delete_with_snapshots(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:

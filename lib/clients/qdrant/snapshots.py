@@ -101,10 +101,8 @@ def create(q: Qdrant, collection: str, *, seconds: float = CREATE_SECONDS) -> Sn
         made = _request(q, collection, min(ANSWER_SECONDS, seconds))
         if made or (made := _wait_new(q, collection, known, seconds, process)):
             return made
-    raise NoAnswer(
-        f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'",
-        next_step="look at the server's log and its memory, then run the same command again",
-    )
+    text = f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'"
+    raise NoAnswer(text, next_step="look at the server's log and its memory, then run the same command again")
 
 
 def _request(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | None:
@@ -133,10 +131,8 @@ def _wait_new(
             return None
         seen = _newest(new) if new else None
         q.sleep(POLL_SECONDS)
-    raise NoAnswer(
-        f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s",
-        next_step="look at the server's log and its free disk space, then run the same command again",
-    )
+    text = f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s"
+    raise NoAnswer(text, next_step="look at the server's log and its free disk space, then run the same command again")
 
 
 def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
@@ -175,10 +171,8 @@ def download(
             progress(len(piece))
     sha256 = digest.hexdigest()
     if snapshot.checksum not in {None, sha256}:
-        raise BackupDamaged(
-            f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}",
-            next_step="run the backup again",
-        )
+        text = f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}"
+        raise BackupDamaged(text, next_step="run the backup again")
     return sha256
 
 
@@ -208,10 +202,8 @@ class _Fetch:
             enough = PIECE_BYTES if time.monotonic() - began >= PIECE_SECONDS else 1
             barren = barren + 1 if self.received - before < enough else 0
             if barren > len(PAUSES_SECONDS):
-                raise NoAnswer(
-                    f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}",
-                    next_step="check the network, then run the same command again",
-                )
+                text = f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}"
+                raise NoAnswer(text, next_step="check the network, then run the same command again")
             self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
 
     def _one_connection(self) -> Iterator[bytes]:
@@ -253,9 +245,8 @@ class _Fetch:
         return 0
 
     def _refuse(self, why: str) -> StoreFailed:
-        return StoreFailed(
-            f"Qdrant at {self._q.display}: {why}", next_step="run the backup again, directly against the server"
-        )
+        step = "run the backup again, directly against the server"
+        return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
 
 
 def _paced(response: requests.Response) -> Iterator[bytes]:

@@ -297,10 +297,8 @@ def _connection_error(display: str, error: requests.RequestException) -> StoreUn
     elif cause:
         reason = (cause.strerror or "no connection can be made").lower()
     if reason:
-        return StoreUnreachable(
-            f"Qdrant at {display} is unreachable: {reason}",
-            next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
-        )
+        step = f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL"
+        return StoreUnreachable(f"Qdrant at {display} is unreachable: {reason}", next_step=step)
     broken = "timed out" if "timed out" in text else "the connection broke"
     return NoAnswer(f"Qdrant at {display} gave no answer: {broken}")
 
@@ -320,10 +318,8 @@ def _status_error(display: str, response: requests.Response, text: str) -> Acces
     """The error for an answer of status 300 and above, with its text as it may be shown."""
     status = response.status_code
     if status in {401, 403}:
-        return AccessRefused(
-            f"Qdrant at {display} refuses access: {status} {text}",
-            next_step="export QDRANT_API_KEY=...\na key that may manage the whole server",
-        )
+        step = "export QDRANT_API_KEY=...\na key that may manage the whole server"
+        return AccessRefused(f"Qdrant at {display} refuses access: {status} {text}", next_step=step)
     if status == 404:
         return NotFound(display, status, text)
     step = ""
