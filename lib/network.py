@@ -22,6 +22,8 @@ _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as 
 PIECE_BYTES = 64 << 10  # received at a time; an inflated piece is at most 1,000 times larger
 # One layer only: a second one could inflate each piece a thousand times again.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
+PROXIES = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+INSTALL_SOCKS = "python -m pip install pysocks"  # what requests needs for a SOCKS proxy
 
 
 def canonical_host(host: str) -> str:
@@ -95,6 +97,11 @@ def without_password(url: str) -> str:
     if scheme == "sftp" or (scheme in {"az", "abfs", "abfss", "file"} and user == login):
         return f"{start}://{user}{at}{place}"
     return without_login(url)
+
+
+def trust_step(variable: str, *, whose: str = "its certificate", how: str = "") -> str:
+    """Return the next step if a certificate is not trusted; `variable` names the file of authorities."""
+    return f"if {whose} is of an authority of your own{how}:\nexport {variable}=..."
 
 
 class Unbounded(Exception):

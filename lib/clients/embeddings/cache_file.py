@@ -283,7 +283,12 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
         with cache.transaction():
             sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
             removed = cache.db.execute(sql).rowcount
-    shrunk = _shrink(cache)
+    # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
+    shrunk = free_bytes(cache.vectors_path) >= 2 * cache.vectors_path.stat().st_size
+    if shrunk:
+        with cache.used_vectors.alone(), cache.guarded():
+            cache.db.execute("VACUUM shared")
+            cache.db.execute("PRAGMA shared.wal_checkpoint(TRUNCATE)")
     return Pruned(stored, removed, before, cache.size_bytes(), shrunk)
 
 
@@ -328,14 +333,3 @@ def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
                 cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
             finally:
                 cache.db.execute("DETACH DATABASE other")
-
-
-def _shrink(cache: CacheFile) -> bool:
-    """Shrink the file to what it holds; False if the disk has no room for the copy that this takes."""
-    # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
-    if free_bytes(cache.vectors_path) < 2 * cache.vectors_path.stat().st_size:
-        return False
-    with cache.used_vectors.alone(), cache.guarded():
-        cache.db.execute("VACUUM shared")
-        cache.db.execute("PRAGMA shared.wal_checkpoint(TRUNCATE)")
-    return True

@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from lib.child_process import physical_memory
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, did_you_mean
-from lib.network import container_hint
+from lib.network import container_hint, trust_step
 
 # A peer that no longer answers is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -185,8 +185,8 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
         return access_refused(where, text)
     if untrusted := re.search(r"CERTIFICATE_VERIFY_FAILED\] (.+?)\.? \(_ssl", text):
-        step = "if its certificate is of an authority of your own, name a file with that one and the public ones (by"
-        step += " which the provider is verified):\nexport SSL_CERT_FILE=..."
+        how = ", name a file with that one and the public ones (by which the provider is verified)"
+        step = trust_step("SSL_CERT_FILE", how=how)
         return StoreUnreachable(f"FalkorDB at {where}: TLS failed: {untrusted[1]}", next_step=step)
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)

@@ -78,10 +78,8 @@ def restorable(backup_version: str, server_version: str) -> str | None:
     major, minor = backup[1], int(backup[2])
     if major == server[1] and int(server[2]) - minor in {0, 1}:
         return None
-    return (
-        f"a snapshot of Qdrant {backup_version} restores onto {major}.{minor} and {major}.{minor + 1} only, "
-        f"this server is {server_version}"
-    )
+    allowed = f"{major}.{minor} and {major}.{minor + 1} only"
+    return f"a snapshot of Qdrant {backup_version} restores onto {allowed}, this server is {server_version}"
 
 
 def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
@@ -95,25 +93,18 @@ def create(q: Qdrant, collection: str, *, seconds: float = CREATE_SECONDS) -> Sn
     The server continues after a lost answer (seen on 1.11.3 and 1.18.3): then the list is polled, and only a restarted
     server is asked again. Raises NoAnswer if none appears, QdrantError, AccessRefused.
     """
-    known = list_snapshots(q, collection)
+    path, known = collection_path(collection, "snapshots"), list_snapshots(q, collection)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)
-        made = _request(q, collection, min(ANSWER_SECONDS, seconds))
-        if made or (made := _wait_new(q, collection, known, seconds, process)):
+        try:
+            return _snapshot(q.json("POST", path, params=_WAIT, timeout=min(ANSWER_SECONDS, seconds)))
+        except MigrationError as error:
+            if not unanswered(error):
+                raise
+        if made := _wait_new(q, collection, known, seconds, process):
             return made
     text = f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'"
     raise NoAnswer(text, next_step="look at the server's log and its memory, then run the same command again")
-
-
-def _request(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | None:
-    """Request a snapshot. Returns None if no answer came."""
-    path = collection_path(collection, "snapshots")
-    try:
-        return _snapshot(q.json("POST", path, params=_WAIT, timeout=answer_seconds))
-    except MigrationError as error:
-        if not unanswered(error):
-            raise
-        return None
 
 
 def _wait_new(
@@ -124,19 +115,16 @@ def _wait_new(
     seen: Snapshot | None = None
     while time.monotonic() < deadline:
         new_process = restarted(q, process)  # before the list, which then has what the old process made
-        new = [snapshot for snapshot in list_snapshots(q, collection) if snapshot not in known]
-        if new and _newest(new) == seen:
+        new = [one for one in list_snapshots(q, collection) if one not in known]
+        newest = max(new, key=lambda one: (one.created, one.name), default=None)
+        if newest and newest == seen:
             return seen  # unchanged since the last poll, so it is complete
-        if new_process and not new:
+        if new_process and not newest:
             return None
-        seen = _newest(new) if new else None
+        seen = newest
         q.sleep(POLL_SECONDS)
     text = f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s"
     raise NoAnswer(text, next_step="look at the server's log and its free disk space, then run the same command again")
-
-
-def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
-    return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.name))
 
 
 def _snapshot(raw: dict[str, Any]) -> Snapshot:
