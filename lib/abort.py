@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib import connect
+from lib.backup import phases
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
-from lib.backup.phases import (
-    COMMAND,
-    DELETING,
-    STAGED_RESTORED,
-    VERIFIED,
-    collection_of,
-    remove_staged,
-    snapshot_deletions,
-)
 from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.qdrant.collection import get_state, health
@@ -50,12 +42,12 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     from lib.reembed.context import mark_fresh  # imports numpy, which a backup does not load
     from lib.reembed.quality import SPOT_CHECK, remove_plan
 
-    name, done = collection_of(targets), Aborted()
-    journals = open_journals(folder, targets, COMMAND, SPOT_CHECK)
+    name, done = phases.collection_of(targets), Aborted()
+    journals = open_journals(folder, targets, phases.COMMAND, SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)
     for journal in journals:
-        done.removed += remove_staged(qdrant, journal)
+        done.removed += phases.remove_staged(qdrant, journal)
         remove_plan(cache, journal)
         journal.close(ABORTED)
         done.runs.append(journal.run_id)
@@ -70,12 +62,13 @@ def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path
     qdrant, name, done = collection.qdrant, collection.collection, Aborted()
     journals = open_journals(folder, targets, RESTORE)
     for journal in journals:
-        _require_restored(qdrant, name, journal)
+        if collections.is_absent(journal) and not (health(qdrant, name) == "live" and get_state(qdrant, name).points):
+            raise _refused(name, journal, "the same restore again")
     for journal in journals:
         aliases = collections.aliases_taken_off(journal)
         clean_up_backup(collection, journal)
         done.removed += collections.clean_up_collection(collection, journal)
-        left = snapshot_deletions(collection, journal)
+        left = phases.snapshot_deletions(collection, journal)
         done.left += [f"perhaps a snapshot of that run on the server; delete it: {one}" for one in left]
         done.removed += clean_up_graph(graph, journal)
         if aliases:
@@ -99,24 +92,16 @@ def _live(qdrant: Qdrant, name: str) -> str:
 
 def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None:
     """Raise GuardRefused if the run deleted the collection, and no collection of at least its size has replaced it."""
-    if not journal.has_reached(DELETING):
+    if not journal.has_reached(phases.DELETING):
         return
     if health(qdrant, name) == "live":
-        if journal.has_reached(STAGED_RESTORED, VERIFIED):
+        if journal.has_reached(phases.STAGED_RESTORED, phases.VERIFIED):
             return
         before, state = journal.fact("settings") or {}, get_state(qdrant, name)
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")
         if state.points and state.size == size and state.points >= (before.get("points_count") or 0):
             return
     raise _refused(name, journal, "python scripts/reembed_embeddings.py")
-
-
-def _require_restored(qdrant: Qdrant, name: str, journal: Journal) -> None:
-    """Raise GuardRefused if the restore deleted the collection, and neither the new nor the old one exists."""
-    if not collections.is_absent(journal):
-        return
-    if health(qdrant, name) != "live" or not get_state(qdrant, name).points:
-        raise _refused(name, journal, "the same restore again")
 
 
 def _refused(name: str, journal: Journal, again: str) -> GuardRefused:

@@ -84,23 +84,21 @@ class ScratchFolder:
         return child
 
 
-def _system_folder() -> Path:
-    """Return the system's folder for temporary files. Raises UsageProblem if other users could replace files there."""
-    folder = Path(tempfile.gettempdir())
-    state = folder.stat()
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
+    """Make a new folder (0700) among the system's temporary files; removed when the block or this process ends.
+
+    Raises UsageProblem if other users could replace files there.
+    """
+    system = Path(tempfile.gettempdir())
+    state = system.stat()
     if replaceable_by_others(state):
         raise UsageProblem(
-            f"other users could replace files in the folder for temporary files {folder} (uid {state.st_uid},"
+            f"other users could replace files in the folder for temporary files {system} (uid {state.st_uid},"
             f" mode {state.st_mode & 0o7777:o})",
             next_step="export TMPDIR=/tmp\nor to another folder that is yours, or sticky (mode 1777)",
         )
-    return folder
-
-
-@contextlib.contextmanager
-def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
-    """Make a new folder (0700) among the system's temporary files; removed when the block or this process ends."""
-    folder = _system_folder() / f"{prefix}{secrets.token_hex(4)}"
+    folder = system / f"{prefix}{secrets.token_hex(4)}"
     watchdog = subprocess.Popen(
         ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)],
         stdin=subprocess.PIPE,
@@ -155,10 +153,7 @@ def unmap_large_blocks() -> None:
 
 
 def release_free_memory() -> None:
-    """Return the free memory of the heaps, of which each thread has one, to the system. Does nothing without glibc.
-
-    https://man7.org/linux/man-pages/man3/malloc_trim.3.html
-    """
+    """Return free heap memory to the system (https://man7.org/linux/man-pages/man3/malloc_trim.3.html); glibc only."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         import ctypes
 

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from lib.console import command_line, pasteable, remember_flags, show_held
-from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem, escaped, one_line
+from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem, escaped, is_utf8, one_line
 from lib.network import without_logins
 
 EXIT_CODES = """\
@@ -53,31 +53,31 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but refuse empty and repeated values."""
-        _open_closed_streams()
+        # What the caller closed (`2>&-`): print would use stdout instead, and a file of ours its number.
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                opened = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - until the process ends
+                setattr(sys, name, opened)
         words = list(sys.argv[1:] if args is None else args)
         self._as_json = "--json" in words
-        self._refuse_empty(words)
-        self._refuse_repeated(words)
+        self._refuse_words(words)
         remember_flags(None, None)
         parsed = super().parse_known_args(words, namespace)
         remember_flags(getattr(parsed[0], "env_file", None), getattr(parsed[0], "backup_dir", None))
         return parsed
 
-    def _refuse_empty(self, words: list[str]) -> None:
-        """Refuse what an unset shell variable between quotes leaves: it would silently mean something else."""
+    def _refuse_words(self, words: list[str]) -> None:
+        """Refuse what an unset variable leaves, and a repeated flag: argparse would silently drop its first value."""
         for before, word in zip(["", *words], words, strict=False):
             flag, equals, value = word.partition("=")
             if not word.strip():
                 self.error(f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?")
-            if found := re.search("[\x00-\x1f\x7f\ud800-\udfff]", word):
+            if re.search("[\x00-\x1f\x7f]", word) or not is_utf8(word):
                 # As the name of a file it would be repeated in messages, where it could forge a line, and in journals.
-                what = "bytes that are not UTF-8" if found[0] > "\x7f" else "a control character"
+                what = "a control character" if is_utf8(word) else "bytes that are not UTF-8"
                 self.error(f"an argument has {what}: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
-
-    def _refuse_repeated(self, words: list[str]) -> None:
-        """Refuse a flag that is given twice: argparse would silently drop the first value."""
         flags = {one for action in self._actions if action.nargs != 0 for one in action.option_strings}
         given = [word.partition("=")[0] for word in words if word.startswith("-")]
         for flag in sorted(flags):
@@ -85,28 +85,16 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{flag} is given {given.count(flag)} times, but accepts one value: run once for each")
 
     def error(self, message: str) -> NoReturn:
-        """Report bad usage, and exit with code 2."""
-        message = without_logins(message)  # it repeats the arguments, which may hold a URL with a login
-        step = f"{self._similar_flags(message)}python scripts/{self.prog} --help"
-        _report(UsageProblem(message, next_step=step), as_json=self._as_json)
-        raise SystemExit(USAGE)
-
-    def _similar_flags(self, message: str) -> str:
-        """Return a line for each unknown flag in the message that resembles a flag."""
+        """Report bad usage, with the flags that the unknown ones resemble, and exit with code 2."""
         import difflib
 
-        lines = ""
+        message, step = without_logins(message), ""  # it repeats the arguments, which may hold a URL with a login
         for word in re.findall(r"(?<!\S)--[\w-]+", message) if message.startswith("unrecognized") else []:
             for flag in difflib.get_close_matches(word, self._option_string_actions, 1):
-                lines += f"did you mean {flag}?\n"
-        return lines
-
-
-def _open_closed_streams() -> None:
-    """Open what the caller closed (`2>&-`) on /dev/null: print would use stdout instead, a file of ours its number."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
+                step += f"did you mean {flag}?\n"
+        step += f"python scripts/{self.prog} --help"
+        _report(UsageProblem(message, next_step=step), as_json=self._as_json)
+        raise SystemExit(USAGE)
 
 
 def _version() -> str:
@@ -200,18 +188,6 @@ def _report(error: MigrationError, *, as_json: bool) -> None:
             print("\nnext:\n  " + escaped(step).replace("\n", "\n  "), file=sys.stderr)
 
 
-def _file_error(error: OSError) -> MigrationError | None:
-    """Return the error for a full disk, or for a file that the system names; None for a bug or a lost reader."""
-    from lib.files import FULL_DISK
-
-    where = str(error.filename or "the backup folder or the folder for temporary files")
-    if error.errno in FULL_DISK:
-        return MigrationError(f"no room left for {where}: {error.strerror}", next_step="free some room:\ndf -h")
-    if error.filename is None or isinstance(error, ConnectionError):
-        return None
-    return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(where)}")
-
-
 def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     try:
         return command()
@@ -229,10 +205,15 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
             raise
         known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=INSTALL)
     except OSError as error:
-        found = _file_error(error)
-        if found is None:
-            raise
-        known = found
+        from lib.files import FULL_DISK
+
+        where = str(error.filename or "the backup folder or the folder for temporary files")
+        if error.errno in FULL_DISK:
+            known = MigrationError(f"no room left for {where}: {error.strerror}", next_step="free some room:\ndf -h")
+        elif error.filename is None or isinstance(error, ConnectionError):
+            raise  # a bug, or a lost reader
+        else:
+            known = MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(where)}")
     _report(known, as_json=as_json)
     with contextlib.suppress(OSError):
         show_held()
@@ -244,15 +225,6 @@ def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
     import traceback
 
     sys.stderr.write(escaped(without_logins("".join(traceback.format_exception(kind, error, trace)))))
-
-
-def _flush(stream: io.TextIOBase) -> None:
-    """Flush a stream. If its reader has left (head, less, a terminal), the interpreter's last flush must not fail."""
-    with contextlib.suppress(ValueError):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(command: Callable[[], int], *, as_json: bool = False) -> int:
@@ -267,5 +239,9 @@ def run(command: Callable[[], int], *, as_json: bool = False) -> int:
     with contextlib.suppress(BrokenPipeError):
         code = _boundary(command, as_json=as_json)
     for stream in streams:
-        _flush(stream)
+        with contextlib.suppress(ValueError):
+            try:
+                stream.flush()
+            except OSError:  # its reader has left (head, less, a terminal): the interpreter's last flush must not fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code

@@ -17,7 +17,7 @@ from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
 from lib.dimensions import AUTO, LOCAL, OLLAMA, OPENAI, PROVIDER, SETTING_NAMES, VOYAGE, EmbeddingChoice, EmbeddingSpec
 from lib.env_files import DEFAULT, Setting, read_settings
-from lib.errors import ConfigError, UsageProblem
+from lib.errors import ConfigError, UsageProblem, is_utf8
 from lib.network import canonical_host, is_private, without_login
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"}
@@ -28,7 +28,6 @@ OLLAMA_URL = "http://localhost:11434"
 _QDRANT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 # What examples have in the place of a key: sk-proj-your-key-here, <key>, ...
 _PLACEHOLDER = re.compile(r"your[\w -]*key|^<.*>$|\.\.\.$|^x+$|^change.?me", re.IGNORECASE)
-_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds other bytes of the environment
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -197,7 +196,7 @@ class Reader:
             self.fault(name, "has a control character")
         try:
             path = Path(value).expanduser().absolute()
-            if name == "AUTOMEM_BACKUP_DIR" and _NOT_UTF8.search(str(path)) and not _NOT_UTF8.search(value):
+            if name == "AUTOMEM_BACKUP_DIR" and is_utf8(value) and not is_utf8(str(path)):
                 self.fault(name, "is in a folder whose name is not UTF-8: name another one")
             return path
         except RuntimeError:
@@ -324,7 +323,7 @@ def load_config(
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
     reader = Reader(settings, faults)
     for name, one in settings.items():
-        if _NOT_UTF8.search(one.value):
+        if not is_utf8(one.value):
             reader.fault(name, "is not UTF-8")
     values = {one.name: one.metadata["read"](reader, one.metadata["name"]) for one in _SETTINGS}
     config = Config(**values, settings=settings)

@@ -76,19 +76,13 @@ def _here(found: re.Match[str]) -> str:
     options, name = found.groups()
     if not options and not name:
         return found[0]
-    words = [_interpreter(), *options.split()]
+    python = shutil.which("python")
+    is_this_one = python and Path(python).parent == Path(sys.executable).parent
+    words = ["python" if is_this_one or os.sep not in sys.executable else sys.executable, *options.split()]
     if name:
         file = _ROOT / name
         words.append(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
     return shlex.join([*words, *(_flags if name.startswith("scripts/") else [])]) + (" " if not name else "")
-
-
-def _interpreter() -> str:
-    """Return `python` if that is this interpreter, else its path."""
-    found = shutil.which("python")
-    if found and Path(found).parent == Path(sys.executable).parent:
-        return "python"
-    return sys.executable if os.sep in sys.executable else "python"
 
 
 def size_text(count: float) -> str:

@@ -231,7 +231,6 @@ def _model(provider: str, values: Mapping[str, str], size: int) -> str:
 
 
 def _fault(provider: str, values: Mapping[str, str], size: int) -> str:
-    """Return why this provider cannot embed with these settings, or ""."""
     if provider == PLACEHOLDER:
         return f"{PROVIDER}={PLACEHOLDER} makes vectors without meaning: recall finds nothing with them"
     if provider not in _NAMES:
@@ -268,13 +267,18 @@ def model_settings(provider: str, model: str, *, named: bool) -> dict[str, str]:
 
 def provider_problem(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageProblem | None:
     """Return why no vectors can be made (but for OPENAI_API_KEY), or why AutoMem would ask with another model's."""
-    choice = choose(settings, spec.size)
-    return (
-        _unusable(settings, choice, spec.size)
-        or _other_choice(settings, choice, spec.size)
-        or _unset_model(settings, spec)
-        or _gateway_size(spec)
-    )
+    choice, name = choose(settings, spec.size), MODEL_SETTINGS[OPENAI]
+    if problem := _unusable(settings, choice, spec.size) or _other_choice(settings, choice, spec.size):
+        return problem
+    if spec.provider == OPENAI and settings[name].origin == DEFAULT and spec.size <= _SMALL_SIZE:
+        fault = f"{name} is not set: at {spec.size}d AutoMem then uses {_SMALL}, these scripts {spec.model}"
+        step = f"export {name}={_SMALL}\n(or {spec.model}), and write that line into AutoMem's .env, without export"
+        return UsageProblem(fault, next_step=step)
+    fault = native_size_fault(spec)
+    if fault and not is_this_machine(spec.base_url):  # which may be a proxy that shortens the vectors
+        step = f"export VECTOR_SIZE={native_size(spec.model)}\nor:\nexport OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
+        return UsageProblem(fault, next_step=step)
+    return None
 
 
 def _unusable(settings: Mapping[str, Setting], choice: EmbeddingChoice, size: int) -> UsageProblem | None:
@@ -324,34 +328,11 @@ def _named(choice: EmbeddingChoice) -> str:
     return f"{choice.model} of {_NAMES[choice.provider]}" if choice.provider in _NAMES else f"'{choice.provider}'"
 
 
-def _unset_model(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> UsageProblem | None:
-    """Return the problem that EMBEDDING_MODEL is set nowhere at a size at which AutoMem's default is another model."""
-    name = MODEL_SETTINGS[OPENAI]
-    if spec.provider != OPENAI or settings[name].origin != DEFAULT or spec.size > _SMALL_SIZE:
-        return None
-    return UsageProblem(
-        f"{name} is not set: at {spec.size}d AutoMem then uses {_SMALL}, these scripts {spec.model}",
-        next_step=f"export {name}={_SMALL}\n(or {spec.model}), and write that line into AutoMem's .env, without export",
-    )
-
-
-def _gateway_size(spec: EmbeddingSpec) -> UsageProblem | None:
-    """Return `native_size_fault` as a problem. An endpoint of this machine may be a proxy that shortens the vectors."""
-    fault = native_size_fault(spec)
-    if not fault or is_this_machine(spec.base_url):
-        return None
-    step = f"export VECTOR_SIZE={native_size(spec.model)}\nor:\nexport OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
-    return UsageProblem(fault, next_step=step)
-
-
 def native_size_fault(spec: EmbeddingSpec) -> str:
     """Return why AutoMem would get vectors of another size from a gateway than from OpenAI's own endpoint, or ""."""
     native = native_size(spec.model)
     shortened = native is not None and spec.size < native and takes_dimensions(spec.model)
     if spec.provider != OPENAI or not shortened or _OPENAI_HOST in spec.base_url:
         return ""
-    host = urlsplit(spec.base_url).hostname
-    return (
-        f"AutoMem sends no `dimensions` to {host} (OPENAI_BASE_URL): it gets {native}d vectors of {spec.model}, not"
-        f" {spec.size}d, and stores placeholder vectors"
-    )
+    gets = f"it gets {native}d vectors of {spec.model}, not {spec.size}d, and stores placeholder vectors"
+    return f"AutoMem sends no `dimensions` to {urlsplit(spec.base_url).hostname} (OPENAI_BASE_URL): {gets}"

@@ -114,32 +114,28 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
     return list(found.values())
 
 
-def _untrusted(path: Path, opened: os.stat_result) -> str | None:
-    """Return why a file may not name the addresses that keys are sent to: another user could have written it."""
-    for state in (path.lstat(), opened):  # a link, and its target
-        if state.st_uid not in trusted_owners():
-            return (
-                f"{path} belongs to another user (uid {state.st_uid}), who could have your keys sent elsewhere:"
-                f" remove it, or sudo chown $(id -un) {quote(str(path))}"
-            )
-    if opened.st_mode & stat.S_IWOTH:
-        return f"{path} may be written by every user of this machine: chmod o-w {quote(str(path))}"
-    return None
-
-
 def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
-    """Return the text of a trusted file and the user id of its owner; no text, and a fault, if it is not trusted."""
+    """Return a file's text and owner; no text, and a fault, if another user could write it, and so redirect keys."""
     try:
         data, state = read_regular(path, _LARGEST)
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path} cannot be read: {_NO_ENV if isinstance(error, NotRegular) else error}")
         return "", 0
-    fault = _untrusted(path, state) or (f"{path} cannot be read: {_NO_ENV}" if "\0" in text else None)
-    if fault:
-        faults.append(fault)
-        return "", state.st_uid
-    return text, state.st_uid
+    owners = [path.lstat().st_uid, state.st_uid]  # of a link, and of its target
+    strangers = [one for one in owners if one not in trusted_owners()]
+    if strangers:
+        faults.append(
+            f"{path} belongs to another user (uid {strangers[0]}), who could have your keys sent elsewhere:"
+            f" remove it, or sudo chown $(id -un) {quote(str(path))}"
+        )
+    elif state.st_mode & stat.S_IWOTH:
+        faults.append(f"{path} may be written by every user of this machine: chmod o-w {quote(str(path))}")
+    elif "\0" in text:
+        faults.append(f"{path} cannot be read: {_NO_ENV}")
+    else:
+        return text, state.st_uid
+    return "", state.st_uid
 
 
 def _read_file(
@@ -189,21 +185,6 @@ def _interpolated(text: str, environ: Mapping[str, str]) -> list[tuple[str, str]
     return [(name, one) for name, one in used if one in environ]
 
 
-def _effective(name: str, found: list[Setting], warnings: list[str]) -> list[Setting]:
-    """Leave out empty values. In AutoMem's files one hides the value of a later file, as it does for AutoMem.
-
-    Adds a warning for the value that is hidden.
-    """
-    empty = next((one for one in found if one.automem and not one.value), None)
-    hidden = [one for one in found[found.index(empty) + 1 :] if one.automem and one.value] if empty else []
-    if empty and hidden:
-        warnings.append(
-            f"{name} ({hidden[0].origin}) has no effect, as in AutoMem: it is empty in {empty.origin}, which is read"
-            " first"
-        )
-    return [one for one in found if one.value and one not in hidden]
-
-
 def read_settings(
     environ: Mapping[str, str], defaults: Mapping[str, str], env_file: str | None, cwd: Path, root: Path
 ) -> tuple[dict[str, Setting], list[str], list[str]]:
@@ -214,6 +195,13 @@ def read_settings(
     sources += [_read_file(path, defaults, root, environ, faults, automem=shared) for path, shared in files.items()]
     settings, warnings = {}, list[str]()
     for name, default in defaults.items():
-        found = _effective(name, [source[name] for source in sources if name in source], warnings)
+        found = [source[name] for source in sources if name in source]
+        # An empty value in one of AutoMem's files hides that of a later one, as it does for AutoMem.
+        empty = next((one for one in found if one.automem and not one.value), None)
+        without = [one for one in found[found.index(empty) + 1 :] if one.automem and one.value] if empty else []
+        if empty and without:
+            why = f"it is empty in {empty.origin}, which is read first"
+            warnings.append(f"{name} ({without[0].origin}) has no effect, as in AutoMem: {why}")
+        found = [one for one in found if one.value and one not in without]
         settings[name] = replace(found[0], hidden=tuple(found[1:])) if found else Setting(default, DEFAULT)
     return settings, faults, [*_misspelt(sources, defaults), *warnings]

@@ -117,6 +117,11 @@ def escaped(text: str) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether an argument or a setting was UTF-8; Python holds any other byte of it as a surrogate."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def one_line(text: str) -> str:
     """Return the text as `escaped`, on one line: for foreign names, ids and errors within a message."""
     return escaped(text).translate(_BREAKS)

@@ -38,7 +38,7 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
-        next_step = _another_folder("make this one yours:\nsudo chown $(id -un)", path)
+        next_step = _another_folder(path, "make this one yours:\nsudo chown $(id -un)")
         if isinstance(error, FileExistsError | NotADirectoryError):
             next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
         raise UsageProblem(f"cannot write to the folder {path}: {error.strerror}", next_step=next_step) from error
@@ -50,13 +50,13 @@ def require_readable(folder: Path) -> None:
     try:
         os.scandir(folder).close()
     except PermissionError as error:
-        step = _another_folder("make this one yours:\nsudo chown -R $(id -un)", folder)
-        raise UsageProblem(f"cannot read the folder {folder}: {error.strerror}", next_step=step) from error
+        why = f"cannot read the folder {folder}: {error.strerror}"
+        raise UsageProblem(why, next_step=_another_folder(folder)) from error
     except OSError:  # it is missing, or no folder
         pass
 
 
-def _another_folder(remedy: str, path: Path) -> str:
+def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown -R $(id -un)") -> str:
     return f"name another folder with --backup-dir, or {remedy} {quote(str(path))}"
 
 
@@ -71,17 +71,13 @@ def _require_own(path: Path) -> None:
         path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
-        raise UsageProblem(
-            f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it",
-            next_step=_another_folder("make this one yours:\nsudo chown -R $(id -un)", path),
-        )
+        text = f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it"
+        raise UsageProblem(text, next_step=_another_folder(path))
     # A group with the user's own number holds that user alone on most Linux systems (umask 002).
     group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
     if state.st_mode & (stat.S_IWOTH | group):
-        raise UsageProblem(
-            f"others may write into the folder {path}: they could forge or replace what is in it",
-            next_step=_another_folder("close this one to others:\nchmod go-w", path),
-        )
+        text = f"others may write into the folder {path}: they could forge or replace what is in it"
+        raise UsageProblem(text, next_step=_another_folder(path, "close this one to others:\nchmod go-w"))
 
 
 def replaceable_by_others(state: os.stat_result) -> bool:
@@ -96,10 +92,7 @@ def trusted_owners() -> set[int]:
 
 
 def private_file(path: Path) -> None:
-    """Make an empty file (0600) if it is missing; close an existing file to others.
-
-    Raises UsageProblem for a link, for anything but a regular file, and for a file of a user who is not trusted.
-    """
+    """Make a file (0600) if it is missing, or close it to others. Raises UsageProblem for links and foreign files."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
@@ -160,10 +153,8 @@ def readable_bytes(path: Path) -> bytes:
             f"mv {quote(str(path))} /tmp/",
         ) from None
     except PermissionError as error:
-        raise UsageProblem(
-            f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}",
-            next_step=_another_folder("make this one yours:\nsudo chown -R $(id -un)", path.parent),
-        ) from error
+        text = f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}"
+        raise UsageProblem(text, next_step=_another_folder(path.parent)) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -177,10 +168,8 @@ def require_room(folder: Path, need: int, what: str, or_else: str = "") -> None:
     """Raise MigrationError if fewer than `need` bytes are free for `what`, such as "the set needs"."""
     free = free_bytes(folder)
     if free < need:
-        raise MigrationError(
-            f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB",
-            next_step=f"free some room there{or_else}:\ndf -h {quote(str(folder))}",
-        )
+        step = f"free some room there{or_else}:\ndf -h {quote(str(folder))}"
+        raise MigrationError(f"{folder} has {free >> 20} MiB free, {what} {need >> 20} MiB", next_step=step)
 
 
 def sync_dir(path: Path) -> None:
@@ -248,7 +237,7 @@ class PassThrough:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a file, read in chunks."""
+    """Return the hex sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -268,16 +257,12 @@ def _require_lock_folder(folder: Path) -> None:
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:
-    """Open or make the lock file so that every user of the machine can lock it. Raises UsageProblem for other files.
-
-    In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing file is
-    opened without it.
-    """
+    """Open or make the lock file so that every user of the machine can lock it. Raises UsageProblem for other files."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         os.fchmod(descriptor, 0o666)
     except FileExistsError:
-        try:
+        try:  # without O_CREAT, which Linux refuses on another user's file in a sticky folder (fs.protected_regular)
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise _bad_lock_file(path, str(error.strerror)) from error
@@ -289,10 +274,8 @@ def _open_lock_file(path: Path) -> IO[bytes]:
 
 def _bad_lock_file(path: Path, why: str) -> UsageProblem:
     shown = quote(str(path))
-    return UsageProblem(
-        f"{path} cannot be locked ({why}): these scripts did not make it",
-        next_step=f"look at it, then remove it:\nls -l {shown}\nsudo rm -r {shown}",
-    )
+    step = f"look at it, then remove it:\nls -l {shown}\nsudo rm -r {shown}"
+    return UsageProblem(f"{path} cannot be locked ({why}): these scripts did not make it", next_step=step)
 
 
 def _lock_file(path: Path) -> IO[bytes]:

@@ -146,23 +146,18 @@ class Journal:
 
 def start_journal(folder: Path, command: str, targets: list[str], **facts: object) -> Journal:
     """Create a journal. Call it before the first name is created on a server."""
-    run_id = f"{_next_stamp(folder)}_{secrets.token_hex(2)}"
+    possible = [datetime.now(timezone.utc)]
+    for path in folder.glob("journal_*.jsonl"):  # run ids stay in order if the clock goes back
+        with contextlib.suppress(ValueError, OverflowError):
+            stamp = "_".join(path.name.split("_")[1:3])
+            possible.append(datetime.strptime(f"{stamp}+0000", f"{STAMP_FORMAT}%z") + timedelta(seconds=1))
+    run_id = f"{max(possible).strftime(STAMP_FORMAT)}_{secrets.token_hex(2)}"
     path = folder / f"journal_{run_id}_{command}.jsonl"
     path.touch(mode=0o600, exist_ok=False)
     sync_dir(folder)
     journal = Journal(path)
     journal.append("started", run_id=run_id, command=command, targets=targets, **facts)
     return journal
-
-
-def _next_stamp(folder: Path) -> str:
-    """Return the current time, or one second after the newest journal: run ids stay in order if the clock goes back."""
-    possible = [datetime.now(timezone.utc)]
-    for path in folder.glob("journal_*.jsonl"):
-        with contextlib.suppress(ValueError, OverflowError):
-            stamp = "_".join(path.name.split("_")[1:3])
-            possible.append(datetime.strptime(f"{stamp}+0000", f"{STAMP_FORMAT}%z") + timedelta(seconds=1))
-    return max(possible).strftime(STAMP_FORMAT)
 
 
 def read_journal(path: Path) -> Journal | None:
@@ -213,10 +208,7 @@ def open_journals(folder: Path, targets: list[str] | None = None, *commands: str
 
 
 def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
-    """Return the journals of unfinished runs, and the non-empty files that cannot be read as a journal.
-
-    Raises UsageProblem if this user may not list the folder.
-    """
+    """Return the journals of unfinished runs, and the non-empty files that are no journal. Raises UsageProblem."""
     require_readable(folder)
     found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
     return (

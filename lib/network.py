@@ -1,15 +1,20 @@
-"""Network addresses without logins, in one canonical spelling; and the bounds of every HTTP client."""
+"""Network addresses without logins, in one canonical spelling; and the bounds and time limits of every HTTP client."""
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import re
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
     import requests
 
 _PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".ts.net")
@@ -17,6 +22,8 @@ _THIS_MACHINE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as 
 PIECE_BYTES = 64 << 10  # received at a time; an inflated piece is at most 1,000 times larger
 # One layer only: a second one could inflate each piece a thousand times again.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
+PROXIES = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+INSTALL_SOCKS = "python -m pip install pysocks"  # what requests needs for a SOCKS proxy
 
 
 def canonical_host(host: str) -> str:
@@ -92,16 +99,72 @@ def without_password(url: str) -> str:
     return without_login(url)
 
 
+def trust_step(variable: str, *, whose: str = "its certificate", how: str = "") -> str:
+    """Return the next step if a certificate is not trusted; `variable` names the file of authorities."""
+    return f"if {whose} is of an authority of your own{how}:\nexport {variable}=..."
+
+
 class Unbounded(Exception):
     """The answer is too large, takes too long, or is compressed in an unexpected way."""
+
+
+class _TimedReader(io.RawIOBase):
+    """A socket's reads, with a `deadline` (monotonic seconds) for all: its own timeout bounds the wait for one byte."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
+        self._raw, self._sock, self._timeout = raw, sock, sock.gettimeout()
+        self.deadline = None if self._timeout is None else time.monotonic() + self._timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self.deadline is not None:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            self._sock.settimeout(left if self._timeout is None else min(left, self._timeout))
+        return cast("int | None", self._raw.readinto(buffer))
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _timed_answer(sock: socket.socket, *args: Any, **more: Any) -> HTTPResponse:
+    """Make an answer whose headers, with interim answers (1xx), must be complete within the timeout of one read."""
+    from http.client import HTTPResponse
+
+    answer = HTTPResponse(sock, *args, **more)
+    answer.fp = io.BufferedReader(_TimedReader(answer.fp.detach(), sock))
+    return answer
+
+
+def end_by(response: requests.Response, deadline: float) -> None:
+    """Make reads of the body, which must not have begun, also of chunk lines, raise TimeoutError after `deadline`."""
+    # requests itself reads cookies through this private attribute. An answer without a body is closed already.
+    answer: Any = response.raw._original_response  # noqa: SLF001
+    if answer.fp:
+        answer.fp.raw.deadline = deadline
 
 
 def new_session(url: str, login: tuple[str, str] | None = None) -> requests.Session:
     """Make a session for this server: no login but `login`, and no proxy if it is this machine."""
     import requests
+    from requests.adapters import HTTPAdapter
     from requests.auth import HTTPBasicAuth
 
-    from lib.http_deadline import TimedAdapter
+    class TimedAdapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **more: Any) -> Any:
+            """Return the pool for a request; requests documents this method for overriding."""
+            pool: Any = super().get_connection_with_tls_context(*args, **more)
+            kind = pool.ConnectionCls
+            if kind.response_class is not _timed_answer:
+                pool.ConnectionCls = type(kind.__name__, (kind,), {"response_class": staticmethod(_timed_answer)})
+            return pool
 
     session = requests.Session()
     for scheme in ("http://", "https://"):
@@ -144,12 +207,12 @@ def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
     from requests import exceptions
     from urllib3.exceptions import DecodeError, HTTPError
 
-    from lib.http_deadline import end_by
-
     deadline = time.monotonic() + seconds
     try:
         end_by(response, deadline)
-        body = joined(_received(response), limit, seconds)
+        # `iter_content` would wait until each piece is full.
+        pieces = iter(partial(response.raw.read1, PIECE_BYTES, decode_content=True), b"")
+        body = joined(pieces, limit, seconds)
     except DecodeError as error:
         raise exceptions.ContentDecodingError(error) from error
     except HTTPError as error:
@@ -163,12 +226,6 @@ def read_whole(response: requests.Response, limit: int, seconds: float) -> None:
         raise
     # As requests does when it has read a body. The server may name a codec that is not for text.
     vars(response).update(_content=body, _content_consumed=True, encoding="utf-8")
-
-
-def _received(response: requests.Response) -> Iterator[bytes]:
-    """Yield the inflated body as it arrives. `iter_content` would wait until each piece is full."""
-    while piece := response.raw.read1(PIECE_BYTES, decode_content=True):
-        yield piece
 
 
 def httpx_hooks(limit: int, seconds: float) -> dict[str, list[Callable[..., Any]]]:

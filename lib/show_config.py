@@ -178,23 +178,18 @@ def settings_lines(size: int, model: str, config: Config, provider: str = OPENAI
     models = {} if model == UNKNOWN_MODEL else model_settings(provider, model, named=named)
     wanted = {"VECTOR_SIZE": str(size), **models}
     assignments = [f"{name}={quote(value)}" for name, value in wanted.items()]
-    files = _files_that_disagree(wanted, config)
+    files = set()
+    for name, value in wanted.items():
+        setting = config.settings[name]
+        in_file = next((one for one in (setting, *setting.hidden) if ":" in one.origin), None)
+        if in_file and in_file.value != value:
+            files.add(in_file.origin.rsplit(":", 1)[0])
     lines, warning = [], f"warning: the collection is {size}d ({model}),"
     if (size, model, provider) != (spec.size, spec.model, spec.provider):
         lines = ["", f"{warning} the configuration says {spec.size}d ({spec.model}). Put back:"]
         lines += [f"  export {one}" for one in assignments] + ([_WHICH_MODEL] if model == UNKNOWN_MODEL else [])
     elif files:
         lines = ["", f"{warning} as the environment says, but a file says otherwise:"]
-    for file in files:
+    for file in sorted(files):
         lines += [f"and in {file}:", *(f"  {one}" for one in assignments)]
     return lines
-
-
-def _files_that_disagree(wanted: dict[str, str], config: Config) -> list[str]:
-    found = set()
-    for name, value in wanted.items():
-        setting = config.settings[name]
-        in_file = next((one for one in (setting, *setting.hidden) if ":" in one.origin), None)
-        if in_file and in_file.value != value:
-            found.add(in_file.origin.rsplit(":", 1)[0])
-    return sorted(found)

@@ -83,30 +83,22 @@ def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
     try:
         return _send(api, method, path, headers=headers, timeout=api.timeout_seconds, **sent)
     except requests.RequestException as error:
-        raise StoreUnreachable(
-            f"AutoMem's API does not answer at {without_login(api.url)}: {_failed_request(error, api.url).summary}",
-            next_step="start AutoMem, or set AUTOMEM_API_URL to its address",
-        ) from None
+        text = f"AutoMem's API does not answer at {without_login(api.url)}: {_failed_request(error, api.url).summary}"
+        raise StoreUnreachable(text, next_step="start AutoMem, or set AUTOMEM_API_URL to its address") from None
 
 
 def _checked(response: Any) -> dict[str, Any]:
     if response.status_code in {401, 403}:
-        raise AccessRefused(
-            f"AutoMem's API refused the token (HTTP {response.status_code})",
-            next_step="export AUTOMEM_API_TOKEN=...\nthe one that the service was started with",
-        )
+        step = "export AUTOMEM_API_TOKEN=...\nthe one that the service was started with"
+        raise AccessRefused(f"AutoMem's API refused the token (HTTP {response.status_code})", next_step=step)
     if response.status_code >= 400:
-        raise StoreFailed(
-            f"AutoMem's API answered {response.status_code}: {one_line(response.text[:200])}",
-            next_step="look at AutoMem's log, in its folder:\ndocker compose logs flask-api",
-        )
+        text = f"AutoMem's API answered {response.status_code}: {one_line(response.text[:200])}"
+        raise StoreFailed(text, next_step="look at AutoMem's log, in its folder:\ndocker compose logs flask-api")
     try:
         return dict(response.json())
     except (ValueError, TypeError, RecursionError) as error:
-        raise StoreFailed(
-            "what answers at AUTOMEM_API_URL is not AutoMem: it sent no JSON",
-            next_step="set AUTOMEM_API_URL to AutoMem's address",
-        ) from error
+        step = "set AUTOMEM_API_URL to AutoMem's address"
+        raise StoreFailed("what answers at AUTOMEM_API_URL is not AutoMem: it sent no JSON", next_step=step) from error
 
 
 def ask_health(api: AutoMemApi) -> HealthAnswer:
@@ -121,7 +113,6 @@ def ask_health(api: AutoMemApi) -> HealthAnswer:
 
 
 def _health(api: AutoMemApi) -> HealthAnswer:
-    """Send one request, which takes 3 seconds at most."""
     import requests
 
     try:
@@ -146,23 +137,20 @@ def _failed_request(error: requests.RequestException, url: str) -> HealthAnswer:
     """Interpret a failed request. Only a connection that the host itself refused shows that nothing listens."""
     import requests
 
+    cause, seen = connect_error(error), f"no complete answer ({type(error).__name__})"
     if isinstance(error, requests.exceptions.ProxyError):
-        return HealthAnswer("silent", "the proxy of HTTP_PROXY or HTTPS_PROXY did not reach it")
-    if isinstance(error, requests.ConnectTimeout):
-        return HealthAnswer("silent", "no connection in time")
-    if cause := connect_error(error):
-        return _failed_connection(cause, url)
-    if isinstance(error, requests.Timeout):
-        return HealthAnswer("silent", "it accepts connections and does not answer")
-    return HealthAnswer("silent", f"no complete answer ({type(error).__name__})")
-
-
-def _failed_connection(cause: OSError, url: str) -> HealthAnswer:
-    if isinstance(cause, socket.gaierror):
+        seen = "the proxy of HTTP_PROXY or HTTPS_PROXY did not reach it"
+    elif isinstance(error, requests.ConnectTimeout):
+        seen = "no connection in time"
+    elif isinstance(cause, socket.gaierror):
         return HealthAnswer("unresolved", f"the name of its host does not resolve here ({cause.strerror})")
-    if isinstance(cause, ConnectionRefusedError) or (is_this_machine(url) and cause.errno in _NO_ADDRESS):
+    elif isinstance(cause, ConnectionRefusedError) or (cause and is_this_machine(url) and cause.errno in _NO_ADDRESS):
         return HealthAnswer("absent")
-    return HealthAnswer("silent", f"no connection ({cause.strerror})")
+    elif cause:
+        seen = f"no connection ({cause.strerror})"
+    elif isinstance(error, requests.Timeout):
+        seen = "it accepts connections and does not answer"
+    return HealthAnswer("silent", seen)
 
 
 def recall(api: AutoMemApi, query: str, limit: int) -> RecallAnswer:

@@ -10,7 +10,7 @@ import pytest
 from lib.clients.qdrant import cluster, collection, points, restoring, snapshots
 from lib.clients.qdrant import collection as recreate
 from lib.clients.qdrant import points as upsert
-from lib.clients.qdrant.snapshot_format import inspect_snapshot
+from lib.clients.qdrant.snapshot_format import inspect_snapshot, vector_params
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, UsageProblem
 from lib.verify.checks import PASSED, check_status
@@ -22,6 +22,11 @@ from tests.vectors_support import (
 
 pytest_plugins = ["tests.vectors_fixtures"]
 pytestmark = pytest.mark.qdrant
+
+
+def named(state: collection.CollectionState) -> bool:
+    return vector_params(state.raw["config"]["params"]["vectors"])[2]
+
 
 RICH = {
     "vectors": {"size": 8, "distance": "Dot", "on_disk": True},
@@ -42,7 +47,7 @@ INDEXES = {
 
 def test_the_state_of_a_collection(q: Qdrant, filled: str):
     state = collection.get_state(q, filled)
-    assert (state.size, state.distance, state.points, state.vectors_named) == (8, "Cosine", 50, False)
+    assert (state.size, state.distance, state.points, named(state)) == (8, "Cosine", 50, False)
     assert state.raw["payload_schema"]["tags"]["data_type"] == "keyword"
     assert collection.wait_green(q, filled, 30).optimized
     assert collection.health(q, filled) == "live"
@@ -110,7 +115,7 @@ def test_a_collection_is_recreated_in_another_size_with_all_its_settings(q: Qdra
 def test_the_size_may_not_be_changed_if_vectors_are_named(q: Qdrant, names: list[str]):
     q.json("PUT", f"/collections/{names[0]}", {"vectors": {"a": {"size": 4, "distance": "Cosine"}}})
     state = collection.get_state(q, names[0])
-    assert (state.size, state.vectors_named) == (4, True)
+    assert (state.size, named(state)) == (4, True)
     with pytest.raises(UsageProblem, match="named vectors"):
         recreate.create_like(q, names[1], state.raw, 8)
     assert not collection.exists(q, names[1])

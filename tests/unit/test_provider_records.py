@@ -37,7 +37,7 @@ SAME_NAME = dataclasses.replace(VOYAGE, base_url="https://gateway.example.com/v1
 
 def state_with(metadata: dict[str, object], size: int = 1024) -> CollectionState:
     raw = {"config": {"metadata": metadata}}
-    return CollectionState("c", size, "Cosine", 1, "green", optimizer_ok=True, vectors_named=False, raw=raw)
+    return CollectionState("c", size, "Cosine", 1, "green", optimizer_ok=True, raw=raw)
 
 
 def test_records_of_openai_are_as_before_and_others_name_their_provider():

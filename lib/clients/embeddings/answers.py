@@ -73,7 +73,11 @@ def refusal_error(
     spec: EmbeddingSpec,
 ) -> Exception:
     """The exception to raise for an error answer. No message shows `secret`, the API key."""
-    code, kind, param, message = _error_fields(body, secret)
+    # OpenAI's `{"error": {...}}`, its inside, or another server's error body.
+    inside = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), (dict, str)) else body
+    fields = inside if isinstance(inside, dict) else {"message": inside}
+    found = [*map(fields.get, ("code", "type", "param")), fields.get("message") or fields.get("detail")]
+    code, kind, param, message = (redacted(str(value or ""), secret) for value in found)
     name = f"{status} {code or kind}".strip()
     text = f"{name}: {message}" if message else name
     billing = spec.provider == VOYAGE and status == 429 and _BILLING.search(message)
@@ -94,7 +98,6 @@ def refusal_error(
 
 
 def _step(status: int, spec: EmbeddingSpec) -> str:
-    """What the operator can do about a refusal with this status."""
     names = SETTING_NAMES[spec.provider]
     if status == 404 and spec.provider == OLLAMA:
         return f"on the Ollama server:\nollama pull {spec.model}\nor check {names.model} and {names.endpoint}"
@@ -105,16 +108,6 @@ def _step(status: int, spec: EmbeddingSpec) -> str:
     if status == 403:
         return "the key lacks the permission for this model: grant it or use another key"
     return f"check {names.model}, VECTOR_SIZE and {names.endpoint}"
-
-
-def _error_fields(body: object, secret: str) -> tuple[str, str, str, str]:
-    """Code, type, param and message of OpenAI's `{"error": {...}}`, its inside, or another server's error body."""
-    if isinstance(body, dict) and isinstance(body.get("error"), (dict, str)):
-        body = body["error"]
-    fields = body if isinstance(body, dict) else {"message": body}
-    found = [*map(fields.get, ("code", "type", "param")), fields.get("message") or fields.get("detail")]
-    code, kind, param, message = (redacted(str(value or ""), secret) for value in found)
-    return code, kind, param, message
 
 
 def context_limit(text: str) -> int | None:
@@ -197,11 +190,9 @@ def _row(embedding: object, spec: EmbeddingSpec) -> FloatArray:
     if row.ndim != 1 or len(row) == 0:
         raise BadAnswer("a vector that is not a list of numbers")
     if len(row) != spec.size:
-        raise WrongWidth(
-            f"{spec.model} answered with {len(row)}d vectors, VECTOR_SIZE is {spec.size}",
-            next_step=f"export VECTOR_SIZE={len(row)}\n"
-            f"or set {SETTING_NAMES[spec.provider].model} to a model that makes {spec.size}d",
-        )
+        or_else = f"or set {SETTING_NAMES[spec.provider].model} to a model that makes {spec.size}d"
+        text = f"{spec.model} answered with {len(row)}d vectors, VECTOR_SIZE is {spec.size}"
+        raise WrongWidth(text, next_step=f"export VECTOR_SIZE={len(row)}\n{or_else}")
     return row
 
 

@@ -119,9 +119,18 @@ class EmbeddingCache(CacheFile):
 
         Raises CacheDamaged if some do not match their checksum, and removes these: they must be paid for again.
         """
-        rows = self.rows_in("SELECT key, vector FROM vectors WHERE key IN", keys)
-        found = {key: self._unsealed(key, vector) for key, vector in rows}
-        if damaged := [[key] for key, vector in found.items() if vector is None]:
+        found: dict[bytes, bytes] = {}
+        damaged: list[list[bytes]] = []
+        for key, stored in self.rows_in("SELECT key, vector FROM vectors WHERE key IN", keys):
+            spec = self._specs.get(key[:PREFIX_BYTES])
+            width = FLOAT_BYTES * spec.size if spec else 0
+            blob, seal = (stored[:width], stored[width:]) if isinstance(stored, bytes) else (b"", b"")
+            # An earlier version stored no checksum.
+            if spec and len(blob) == width and seal in {b"", _checksum(key, blob)}:
+                found[key] = blob
+            else:
+                damaged.append([key])
+        if damaged:
             with self.transaction():
                 self.db.executemany("DELETE FROM vectors WHERE key = ?", damaged)
             raise CacheDamaged(
@@ -129,16 +138,7 @@ class EmbeddingCache(CacheFile):
                 " were removed",
                 next_step="check that disk, then run the same command again: only these texts are paid for again",
             )
-        return {key: vector for key, vector in found.items() if vector is not None}
-
-    def _unsealed(self, key: bytes, stored: object) -> bytes | None:
-        """The vector without its checksum; None if it is not what was stored under this key."""
-        spec = self._specs.get(key[:PREFIX_BYTES])
-        if spec is None or not isinstance(stored, bytes):
-            return None
-        blob, seal = stored[: FLOAT_BYTES * spec.size], stored[FLOAT_BYTES * spec.size :]
-        # An earlier version stored no checksum.
-        return blob if len(blob) == FLOAT_BYTES * spec.size and seal in {b"", _checksum(key, blob)} else None
+        return found
 
     def forget_planned(self) -> int:
         """Delete the vectors of the plan's texts, so that they are embedded again; returns how many."""

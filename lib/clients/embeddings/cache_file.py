@@ -85,10 +85,8 @@ class CacheFile:
         # No cache has a view or a trigger. A foreign one would run its own SQL, which may never end.
         foreign = self.number(f"{count_tables} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'")
         if foreign or (not empty and not self.is_of_this_version(schema)):
-            raise CacheDamaged(
-                f"{path} is not an embedding cache of this version of the tool",
-                next_step=f"move it away, then run the same command again:\n{moved(path, '.old')}",
-            )
+            step = f"move it away, then run the same command again:\n{moved(path, '.old')}"
+            raise CacheDamaged(f"{path} is not an embedding cache of this version of the tool", next_step=step)
         self.db.execute(f"PRAGMA {schema}.journal_mode = WAL")
         # In WAL mode, FULL alone makes a commit survive a power cut. On macOS an fsync stops at the drive's cache
         # without the others (https://www.sqlite.org/pragma.html#pragma_synchronous, #pragma_fullfsync).
@@ -118,9 +116,8 @@ class CacheFile:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a bug in this program
             damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
-            raise CacheDamaged(
-                f"the embedding cache {damaged} cannot be used: {error}", next_step=self._remedy(error, damaged)
-            ) from error
+            step = self._remedy(error, damaged)
+            raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {error}", next_step=step) from error
 
     def _damaged(self) -> Path:
         """The file that is damaged: SQLite's error does not name it. `prune_cache` reads the other plans, too."""
@@ -286,7 +283,12 @@ def prune_cache(cache: CacheFile, folder: Path, *, dry_run: bool) -> Pruned:
         with cache.transaction():
             sql = "DELETE FROM vectors WHERE key NOT IN (SELECT key FROM temp.needed)"
             removed = cache.db.execute(sql).rowcount
-    shrunk = _shrink(cache)
+    # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
+    shrunk = free_bytes(cache.vectors_path) >= 2 * cache.vectors_path.stat().st_size
+    if shrunk:
+        with cache.used_vectors.alone(), cache.guarded():
+            cache.db.execute("VACUUM shared")
+            cache.db.execute("PRAGMA shared.wal_checkpoint(TRUNCATE)")
     return Pruned(stored, removed, before, cache.size_bytes(), shrunk)
 
 
@@ -297,13 +299,11 @@ def _require_no_open_run(folder: Path) -> None:
             step += f":\n{again}"
         if journal.undo:
             step += f"\nor undo it:\n{journal.undo}"
-        raise GuardRefused(
-            f"a run is unfinished ({journal.path.name}): it may need what would be deleted", next_step=step
-        )
+        text = f"a run is unfinished ({journal.path.name}): it may need what would be deleted"
+        raise GuardRefused(text, next_step=step)
 
 
 def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:
-    """Count by endpoint, model and size."""
     _note_needed(cache, plans)
     rows = cache.rows(
         f"""SELECT s.base_url, s.model, s.size, count(*), coalesce(sum(n.key IS NULL), 0),
@@ -316,7 +316,6 @@ def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:
 
 
 def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
-    """Fill the table `temp.needed` with the keys of all plans."""
     with cache.guarded():
         cache.db.execute("DROP TABLE IF EXISTS temp.needed")
         cache.db.execute("CREATE TEMP TABLE needed (key BLOB PRIMARY KEY) WITHOUT ROWID")
@@ -332,14 +331,3 @@ def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
                 cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
             finally:
                 cache.db.execute("DETACH DATABASE other")
-
-
-def _shrink(cache: CacheFile) -> bool:
-    """Shrink the file to what it holds; False if the disk has no room for the copy that this takes."""
-    # The copy and the log that it goes through (https://www.sqlite.org/lang_vacuum.html).
-    if free_bytes(cache.vectors_path) < 2 * cache.vectors_path.stat().st_size:
-        return False
-    with cache.used_vectors.alone(), cache.guarded():
-        cache.db.execute("VACUUM shared")
-        cache.db.execute("PRAGMA shared.wal_checkpoint(TRUNCATE)")
-    return True

@@ -13,34 +13,14 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-from lib.clients.embeddings.answers import (
-    AGAIN,
-    Answer,
-    BadInput,
-    Transient,
-    billed_tokens,
-    parsed,
-    read_answer,
-    redacted,
-    refusal_error,
-)
+from lib import dimensions
+from lib.clients.embeddings import answers
+from lib.clients.embeddings.answers import AGAIN, Answer, BadInput, Transient
 from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.concurrency import Cancelled
-from lib.dimensions import (
-    LOCAL,
-    OLLAMA,
-    OPENAI,
-    OPENAI_BASE_URL,
-    SETTING_NAMES,
-    VOYAGE,
-    EmbeddingSpec,
-    native_size,
-    public_url,
-    similar_model,
-    takes_dimensions,
-)
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec
 from lib.errors import ProviderRefused, UsageProblem, one_line
-from lib.network import Unbounded, httpx_hooks, is_this_machine, joined
+from lib.network import INSTALL_SOCKS, PROXIES, Unbounded, httpx_hooks, is_this_machine, joined, trust_step
 
 if TYPE_CHECKING:
     import openai
@@ -54,22 +34,18 @@ OLLAMA_INPUTS = 16  # texts of one request: Ollama computes one after the other,
 # The most bytes of an answer per number and around the numbers, and the most time-outs that one answer may take.
 _BYTES_A_NUMBER, _HEAD_BYTES, _TIMES = 64, 1 << 20, 3
 
-_TRUST = "if its certificate, or a proxy's, is of an authority of your own:\nexport SSL_CERT_FILE=..."
-
 
 class Provider:
     """Requests to one endpoint with one key, for one model and size. Thread-safe. `name` holds no secret."""
 
     def __init__(self, spec: EmbeddingSpec, api_key: str, timeout_seconds: float) -> None:
         if not api_key.isascii() or any(character.isspace() for character in api_key):
-            raise UsageProblem(
-                f"{SETTING_NAMES[spec.provider].key} holds a space, a line break or a letter that no key has",
-                next_step="set it again",
-            )
+            text = f"{SETTING_NAMES[spec.provider].key} holds a space, a line break or a letter that no key has"
+            raise UsageProblem(text, next_step="set it again")
         self._spec = spec
-        self.name = f"{spec.model}{similar_model(spec.model)} at {public_url(spec.base_url)}"
+        self.name = f"{spec.model}{dimensions.similar_model(spec.model)} at {dimensions.public_url(spec.base_url)}"
         self._key = api_key
-        self._base_url, self._timeout = spec.base_url.strip() or OPENAI_BASE_URL, timeout_seconds
+        self._base_url, self._timeout = spec.base_url.strip() or dimensions.OPENAI_BASE_URL, timeout_seconds
         # AutoMem's OLLAMA_TIMEOUT is for one text.
         self._read_timeout = timeout_seconds * (OLLAMA_INPUTS if spec.provider == OLLAMA else 1)
         self._openai: openai.OpenAI | None = None
@@ -79,7 +55,11 @@ class Provider:
         self._extra: dict[str, object] = {}
         if spec.provider == VOYAGE or urlsplit(self._base_url).hostname == _VOYAGE_HOST:
             self._extra["output_dimension"] = spec.size
-        elif spec.provider == OPENAI and takes_dimensions(spec.model) and spec.size != native_size(spec.model):
+        elif (
+            spec.provider == OPENAI
+            and dimensions.takes_dimensions(spec.model)
+            and spec.size != dimensions.native_size(spec.model)
+        ):
             self._options["dimensions"] = spec.size
 
     def client(self) -> openai.OpenAI:
@@ -114,8 +94,8 @@ class Provider:
             )
         except ImportError as error:
             raise UsageProblem(
-                "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a SOCKS proxy, which needs other Python packages",
-                next_step="python -m pip install pysocks socksio\nor unset the variable",
+                f"{PROXIES} names a SOCKS proxy, which needs other Python packages",
+                next_step=f"{INSTALL_SOCKS} socksio\nor unset the variable",
             ) from error
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
@@ -138,14 +118,15 @@ class Provider:
             # Its own text may hold the key: it is not chained.
             raise self._error(texts, error.status_code, error.response.headers, error.body) from None
         except (http.HTTPError, openai.APIConnectionError) as error:
-            text = redacted(str(error.__cause__ or error), self._key)
+            text = answers.redacted(str(error.__cause__ or error), self._key)
             if "CERTIFICATE_VERIFY_FAILED" in text:
-                raise ProviderRefused(f"{self.name}: TLS failed: {text}", next_step=f"{_TRUST},\n{AGAIN}") from None
+                step = trust_step("SSL_CERT_FILE", whose="its certificate, or a proxy's,")
+                raise ProviderRefused(f"{self.name}: TLS failed: {text}", next_step=f"{step},\n{AGAIN}") from None
             raise Transient(text or "no connection") from None
 
     def opened(self, texts: Sequence[str], headers: Mapping[str, str], content: bytes) -> dict[str, object]:
         """The JSON of a 200. Raises BadAnswer, and the errors of `send` if it holds an error after all."""
-        body = parsed(content)
+        body = answers.parsed(content)
         # Some proxies wrap an error of the model's host into a 200, some of them next to `"data": null`.
         if "data" not in body or (body.get("error") and not body["data"]):
             error_body = body.get("error")
@@ -159,10 +140,8 @@ class Provider:
             self._openai.close()
 
     def _error(self, texts: Sequence[str], status: int, headers: Mapping[str, str], body: object) -> Exception:
-        sent = estimated_tokens(texts)
-        return refusal_error(
-            status, headers, body, secret=self._key, sent_tokens=sent, provider=self.name, spec=self._spec
-        )
+        ours: dict[str, Any] = {"secret": self._key, "provider": self.name, "spec": self._spec}
+        return answers.refusal_error(status, headers, body, sent_tokens=estimated_tokens(texts), **ours)
 
 
 def _http_package() -> Any:
@@ -181,10 +160,8 @@ class LocalModel:
 
     def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:
         if importlib.util.find_spec("fastembed") is None:
-            raise UsageProblem(
-                f"{spec.model} runs on this machine with the Python package 'fastembed', which is not installed here",
-                next_step="python -m pip install -r requirements-local.txt",
-            )
+            text = f"{spec.model} runs on this machine with the Python package 'fastembed', which is not installed here"
+            raise UsageProblem(text, next_step="python -m pip install -r requirements-local.txt")
         self.name = f"{spec.model} on this machine"
         self._spec, self._models_dir = spec, models_dir
         self._model: TextEmbedding | None = None
@@ -347,8 +324,8 @@ class EmbeddingClient:
             with self._decoding:
                 body = self._provider.opened(texts, headers, content)
                 self._in_flight.pop(threading.get_ident())
-                self.billed_tokens += billed_tokens(body)
-                answer = read_answer(body, len(texts), self.spec)
+                self.billed_tokens += answers.billed_tokens(body)
+                answer = answers.read_answer(body, len(texts), self.spec)
             self._refuse_one_for_all(texts, answer)
         except BadInput:
             self.pacer.answered(tokens, None)
@@ -366,12 +343,10 @@ class EmbeddingClient:
 
     def _refuse_one_for_all(self, texts: list[str], answer: Answer) -> None:
         """Raise ProviderRefused if different texts got the same vector: a search could find nothing."""
-        names = SETTING_NAMES[self.spec.provider]
         if len(set(texts)) > 2 and bool((answer.vectors == answer.vectors[0]).all()):
-            raise ProviderRefused(
-                f"{self.provider} answers every text with the same vector",
-                next_step=f"check {names.model} and {names.endpoint}, then run the same command again",
-            )
+            names = SETTING_NAMES[self.spec.provider]
+            step = f"check {names.model} and {names.endpoint}, then run the same command again"
+            raise ProviderRefused(f"{self.provider} answers every text with the same vector", next_step=step)
 
     def _final_error(self, error: RateLimited | Transient, started: float, failures: int) -> Exception | None:
         """The exception that ends the tries, or None to try again. `failures` counts Transient ones."""
@@ -399,10 +374,8 @@ class EmbeddingClient:
         look = ", the network and the provider's status page"
         if self.spec.provider == OLLAMA:
             look = ", and that Ollama runs there (ollama serve)"
-        return ProviderRefused(
-            f"{self.provider} gave no good answer for {seconds:.0f} s: {error}",
-            next_step=f"check {SETTING_NAMES[self.spec.provider].endpoint}{look},\n{AGAIN}",
-        )
+        step = f"check {SETTING_NAMES[self.spec.provider].endpoint}{look},\n{AGAIN}"
+        return ProviderRefused(f"{self.provider} gave no good answer for {seconds:.0f} s: {error}", next_step=step)
 
     def _takes_a_word(self) -> bool:
         try:

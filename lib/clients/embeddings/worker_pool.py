@@ -101,7 +101,8 @@ def embed_missing(
         run.abandon()
         raise
     finally:
-        run.dismiss(workers)
+        for _ in range(workers):
+            run.jobs.put(None)
         release_free_memory()
     return run.status()
 
@@ -140,12 +141,11 @@ class _Run:
     ) -> None:
         self._client, self._store, self._progress, self._require_room = client, store, progress, require_room
         self._max_inputs = batch_size
-        self._jobs: queue.SimpleQueue[list[TextRow] | None] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[list[TextRow] | None] = queue.SimpleQueue()
         self._results: deque[_Result] = deque()
         self._arrival = threading.Condition()
         self._stop = threading.Event()
         self._batches_sent = self._texts_sent = 0  # and not stored yet
-        self._no_room: MigrationError | None = None
         self._embedded = self._tokens = 0
         self._refused: list[Refused] = []
         self._cut: list[str] = []
@@ -157,18 +157,24 @@ class _Run:
     def feed(self, rows: Iterable[TextRow], most_sent: int) -> None:
         """Hand out batches, never more than `most_sent` at a time, and store what arrives."""
         batches, more = self._batches(rows), True
+        no_room: MigrationError | None = None  # raised when all that was sent is stored
         while more or self._batches_sent:
             while more and self._batches_sent < most_sent:
                 batch = next(batches, [])
-                more = bool(batch) and self._has_room(len(batch))
+                try:
+                    if batch and self._require_room:
+                        self._require_room(self._texts_sent + len(batch))
+                except MigrationError as error:
+                    no_room, batch = error, []
+                more = bool(batch)
                 if more:
                     self._batches_sent += 1
                     self._texts_sent += len(batch)
-                    self._jobs.put(batch)
-            if self._batches_sent and (error := self._take(TICK_SECONDS)):
-                raise error
-        if self._no_room:
-            raise self._no_room
+                    self.jobs.put(batch)
+            if self._batches_sent and (failed := self._take(TICK_SECONDS)):
+                raise failed
+        if no_room:
+            raise no_room
 
     def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
         """Batches under the limits of the moment. Blank texts are refused here: one would fail its whole request.
@@ -199,20 +205,11 @@ class _Run:
         most = MAX_TOKENS if spec.provider != VOYAGE else _MODEL_TOKENS.get(bare_model(spec.model), _VOYAGE_TOKENS)
         return min(most, self._client.pacer.token_limit / 2)
 
-    def _has_room(self, texts: int) -> bool:
-        """Whether `texts` more can be stored after all that are sent; saves the error if not."""
-        try:
-            if self._require_room:
-                self._require_room(self._texts_sent + texts)
-        except MigrationError as error:
-            self._no_room = error
-        return self._no_room is None
-
     def abandon(self) -> None:
         """Stop the workers, wait a moment for the requests in flight, and store their results."""
         self._stop.set()
         with contextlib.suppress(queue.Empty):
-            while self._jobs.get_nowait() is not None:
+            while self.jobs.get_nowait() is not None:
                 self._batches_sent -= 1
         deadline = time.monotonic() + GRACE_SECONDS
         # If storing is what failed, the first error is the one to report.
@@ -220,11 +217,6 @@ class _Run:
             while self._batches_sent > 0 and time.monotonic() < deadline:
                 self._take(0.1)
             self._take(0.0)
-
-    def dismiss(self, workers: int) -> None:
-        """Let the worker threads end."""
-        for _ in range(workers):
-            self._jobs.put(None)
 
     def _take(self, seconds: float) -> BaseException | None:
         """Store what arrives within `seconds`, and report progress; returns the first error among it, if any."""
@@ -248,26 +240,16 @@ class _Run:
         return next((result.error for result in results if result.error), None)
 
     def status(self) -> EmbedProgress:
-        """The sums so far."""
         pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
         billed = self._client.billed_tokens - billed_before
-        return EmbedProgress(
-            embedded=self._embedded,
-            tokens=billed,
-            requests=pacer.requests - requests,
-            rate_limited=pacer.rate_limited - rate_limited,
-            seconds=time.monotonic() - self._started,
-            discarded=billed - self._tokens,
-            waiting_seconds=pacer.waiting_seconds(),
-            refused=self._refused,
-            cut=self._cut,
-        )
+        counts = self._embedded, billed, pacer.requests - requests, pacer.rate_limited - rate_limited
+        seconds, discarded = time.monotonic() - self._started, billed - self._tokens
+        return EmbedProgress(*counts, seconds, discarded, pacer.waiting_seconds(), self._refused, self._cut)
 
     # --- the workers' threads
 
     def work(self) -> None:
-        """Embed batches until dismissed."""
-        while (batch := self._jobs.get()) is not None:
+        while (batch := self.jobs.get()) is not None:
             error: BaseException | None = None
             try:
                 while batch:  # it may be larger than what the server turned out to take meanwhile
@@ -309,26 +291,20 @@ class _Run:
         """Cut a text that was refused as too long and embed it; deliver any other one as refused."""
         shorter = _cut_to_limit(row, problem)
         if shorter is None:
-            self._require_endpoint(first_sent)
+            if not self._client.answered_since(first_sent):  # if it accepts no text at all, this one is not to blame
+                try:
+                    self._client.embed([CONTROL_TEXT], stop=self._stop)
+                except BadInput as refusal:
+                    names = SETTING_NAMES[self._client.spec.provider]
+                    step = f"check {names.model}, VECTOR_SIZE and {names.endpoint}, then run the same command again"
+                    text = f"{self._client.provider} cannot embed even a plain word: {refusal}"
+                    raise ProviderRefused(text, next_step=step) from refusal
             self._deliver(_Result(refused=[Refused(row.label, problem)]))
             return False
         accepted = self._embed([shorter], first_sent)
         if accepted:
             self._deliver(_Result(cut=[shorter.label]))
         return accepted
-
-    def _require_endpoint(self, first_sent: float) -> None:
-        """Raise ProviderRefused if the endpoint accepts no text at all: then no single text is to blame."""
-        if self._client.answered_since(first_sent):
-            return
-        try:
-            self._client.embed([CONTROL_TEXT], stop=self._stop)
-        except BadInput as problem:
-            names = SETTING_NAMES[self._client.spec.provider]
-            raise ProviderRefused(
-                f"{self._client.provider} cannot embed even a plain word: {problem}",
-                next_step=f"check {names.model}, VECTOR_SIZE and {names.endpoint}, then run the same command again",
-            ) from problem
 
     def _deliver(self, result: _Result) -> None:
         with self._arrival:
@@ -348,10 +324,7 @@ def _fitting(row: TextRow, spec: EmbeddingSpec) -> tuple[TextRow, bool]:
 
 
 def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:
-    """The row with its text cut to the limit that the refusal names; None if it names none, or the text fits.
-
-    The provider may count other tokens than ours: each further refusal takes a tenth more off.
-    """
+    """Return the row with its text cut to the limit that a refusal names, a tenth shorter each time; else None."""
     limit = context_limit(problem)
     if limit is None or limit < 2:
         return None

@@ -22,12 +22,13 @@ from redis.retry import Retry
 
 from lib.child_process import physical_memory
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, did_you_mean
-from lib.network import container_hint
+from lib.network import container_hint, trust_step
 
 # A peer that no longer answers is noticed after a minute and a half. macOS calls the first one TCP_KEEPALIVE.
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _KEEPALIVE = {getattr(socket, name): value for name, value in _TIMES.items() if hasattr(socket, name)}
 _CORRECT = "correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS"
+RAISE_TIMEOUT = "GRAPH.CONFIG SET TIMEOUT 60000"  # in redis-cli
 # Also for a connection that broke, or a server that is silent: then it may be running.
 START_HINT = (
     "if it does not run, start it, in AutoMem's folder:\ndocker compose up -d falkordb\n"
@@ -94,24 +95,17 @@ class _Client(redis.Redis):
         super().close()
 
 
-_when_queue_is_free = backoff.on_exception(
-    backoff.expo,
-    redis.exceptions.ResponseError,
-    giveup=lambda error: _QUEUE_FULL not in str(error),
-    max_time=_QUEUE_SECONDS,
-    logger=None,
-    factor=0.02,
-    max_value=0.5,
-)
+def _again_while(
+    refusal: str, pauses: Callable[..., Any], **limits: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def is_another(error: Exception) -> bool:
+        return refusal not in str(error)
 
-_once_more = backoff.on_exception(
-    backoff.constant,
-    redis.exceptions.ResponseError,
-    giveup=lambda error: _TIMED_OUT not in str(error),
-    max_tries=2,
-    logger=None,
-    interval=0,
-)
+    return backoff.on_exception(pauses, redis.exceptions.ResponseError, giveup=is_another, logger=None, **limits)
+
+
+_when_queue_is_free = _again_while(_QUEUE_FULL, backoff.expo, max_time=_QUEUE_SECONDS, factor=0.02, max_value=0.5)
+_once_more = _again_while(_TIMED_OUT, backoff.constant, max_tries=2, interval=0)
 
 
 def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis:
@@ -178,10 +172,8 @@ def translated(conn: redis.Redis) -> Iterator[None]:
     except redis.exceptions.RedisError as error:
         raise _as_migration_error(error, address_of(conn)) from error
     except _MISREAD as error:
-        raise StoreFailed(
-            f"what answers at {address_of(conn)} is not FalkorDB: a reply has another form ({type(error).__name__})",
-            next_step=_CORRECT,
-        ) from error
+        text = f"what answers at {address_of(conn)} is not FalkorDB: a reply has another form ({type(error).__name__})"
+        raise StoreFailed(text, next_step=_CORRECT) from error
 
 
 def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> MigrationError:
@@ -193,8 +185,8 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
     if isinstance(error, refusals) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")):
         return access_refused(where, text)
     if untrusted := re.search(r"CERTIFICATE_VERIFY_FAILED\] (.+?)\.? \(_ssl", text):
-        step = "if its certificate is of an authority of your own, name a file with that one and the public ones (by"
-        step += " which the provider is verified):\nexport SSL_CERT_FILE=..."
+        how = ", name a file with that one and the public ones (by which the provider is verified)"
+        step = trust_step("SSL_CERT_FILE", how=how)
         return StoreUnreachable(f"FalkorDB at {where}: TLS failed: {untrusted[1]}", next_step=step)
     if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         unknown = re.search(r"Name or service not known|name resolution|nodename nor servname|No address", text)
@@ -225,9 +217,9 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
         why = "it is a redis without the module" if "unknown command" in text else why
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
-    raise_limit = "raise the server's time limit, in redis-cli:\nGRAPH.CONFIG SET TIMEOUT 60000"
-    step = f"{raise_limit}\nthen run the same command again" if _TIMED_OUT in text else ""
-    return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
+    step = f"raise the server's time limit, in redis-cli:\n{RAISE_TIMEOUT}\nthen run the same command again"
+    text, step = f"FalkorDB at {where} answered with an error: {text}", step if _TIMED_OUT in text else ""
+    return StoreFailed(text, next_step=step)
 
 
 def access_refused(where: str, text: str) -> AccessRefused:
@@ -237,10 +229,8 @@ def access_refused(where: str, text: str) -> AccessRefused:
         if NO_KEY in text:
             step = "permit the graph's name (in redis-cli: ACL SETUSER <user> ~<graph>*), or use a user who may read it"
         return AccessRefused(f"FalkorDB at {where} does not permit this user to do that: {text}", next_step=step)
-    return AccessRefused(
-        f"FalkorDB at {where} refused the login: {text.rstrip('.')}",
-        next_step="export FALKORDB_PASSWORD=...\nand FALKORDB_USERNAME, if the user is not `default`",
-    )
+    step = "export FALKORDB_PASSWORD=...\nand FALKORDB_USERNAME, if the user is not `default`"
+    return AccessRefused(f"FalkorDB at {where} refused the login: {text.rstrip('.')}", next_step=step)
 
 
 def redis_cli(conn: redis.Redis, *words: str, user: str = "") -> str:
@@ -283,7 +273,8 @@ def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[
         return replies
 
     with translated(conn):
-        return _when_queue_is_free(send)()
+        answers: list[Any] = _when_queue_is_free(send)()
+        return answers
 
 
 def server_versions(conn: redis.Redis) -> ServerVersions:
@@ -328,11 +319,10 @@ def function_libraries(conn: redis.Redis) -> list[str]:
 
 
 def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:
-    """Return a name for a copy of `graph`, such as `memories__pre_1a2b`.
+    """Return a name for a copy of `graph`, such as `memories__pre_1a2b`. Raises StoreFailed if it allows none.
 
     In a redis cluster RENAME needs both names in one slot: there the graph's name becomes the hash tag,
     `{memories}__pre_1a2b` (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags).
-    Raises StoreFailed if the graph's name allows no such name.
     """
     name = f"{graph}__{kind}_{mark}"
     if not _in_cluster(conn) or re.match(r"[^{]*\{[^}]+\}", graph):
@@ -356,10 +346,9 @@ def require_graph(conn: redis.Redis, name: str) -> None:
         return
     command(conn, "EXISTS", name)  # the error of a cluster's node names the node that holds it
     existing = f"its graphs: {', '.join(graphs)}" if graphs else "it holds no graph at all"
-    raise MissingData(
-        f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}{did_you_mean(name, graphs)}; {existing}",
-        next_step=f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md",
-    )
+    where = f"on FalkorDB at {address_of(conn)}{did_you_mean(name, graphs)}"
+    step = f"set FALKORDB_GRAPH to the graph's name, or {_CORRECT}\nif the graph is lost: docs/worst-day.md"
+    raise MissingData(f"graph '{name}' does not exist {where}; {existing}", next_step=step)
 
 
 class _BoundedSocket:
@@ -412,7 +401,6 @@ class _BoundedSocket:
             self._sock.settimeout(left if self._timeout is None else min(left, self._timeout))
 
     def _count(self, size: int) -> None:
-        """Raise InvalidResponse if a reply is larger, or takes more memory, than a reply may."""
         self._received += size
         _BoundedSocket._received_by_all += size
         _require(self._received, self._limit, "bytes")
@@ -428,7 +416,6 @@ def _require(found: int, most: int, what: str) -> None:
 
 
 def _peak_memory() -> int:
-    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -61,7 +61,6 @@ def stream_rdb(
     """
     connection = _ReplicaConnection(address)
     with contextlib.closing(connection), (stop or CancelToken()).ends(connection.shut_down):
-        connection.introduce()
         header = connection.request_rdb()
         if marked := re.fullmatch(rb"\$EOF:(.{40})", header, re.DOTALL):
             pieces = _read_until_mark(connection, marked[1])
@@ -73,7 +72,6 @@ def stream_rdb(
 
 
 def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[bytes]:
-    """Read a diskless transfer: it ends with `mark`."""
     held = b""
     while held != mark:
         held += connection.chunk(CHUNK_BYTES)
@@ -82,7 +80,6 @@ def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[by
 
 
 def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
-    """Read a transfer of `left` bytes from the server's disk."""
     while left:
         piece = connection.chunk(min(CHUNK_BYTES, left))
         left -= len(piece)
@@ -132,15 +129,12 @@ class _ReplicaConnection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
-    def introduce(self) -> None:
-        """Log in, and declare what this replica supports."""
+    def request_rdb(self) -> bytes:
+        """Log in, and ask for the RDB. Returns the line that announces it; until then the server sends newlines."""
         if self._login:
             self._ask("AUTH", *self._login)
         self._ask("REPLCONF", "capa", "eof")
         self._ask("REPLCONF", "rdb-only", "1")
-
-    def request_rdb(self) -> bytes:
-        """Ask for the RDB. Returns the line that announces it; the server sends newlines until it is prepared."""
         answer = self._ask("PSYNC", "?", "-1")
         if not answer.startswith(b"+FULLRESYNC"):
             shown = answer[:80].decode("utf-8", "replace")
@@ -179,13 +173,11 @@ class _ReplicaConnection:
             with self._socket_errors():
                 byte = self._reader.read1(1)  # each may take IDLE_SECONDS
             if not byte or len(line) > _LINE_BYTES:
-                raise StoreUnreachable(
-                    f"FalkorDB at {self.address} closed the connection instead of sending an RDB",
-                    next_step="look at the server's log: it may lack the memory to fork",
-                )
+                text = f"FalkorDB at {self.address} closed the connection instead of sending an RDB"
+                raise StoreUnreachable(text, next_step="look at the server's log: it may lack the memory to fork")
             if time.monotonic() > deadline:
-                text = f"FalkorDB at {self.address} has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
-                raise StoreUnreachable(text)
+                why = f"has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
+                raise StoreUnreachable(f"FalkorDB at {self.address} {why}")
             line = (line + byte).lstrip()
         if line.startswith(b"-"):
             raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.address)

@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from lib.clients.falkordb.connection import name_text, read_commands, translated
+from lib.clients.falkordb.connection import RAISE_TIMEOUT, name_text, read_commands, translated
 from lib.errors import MissingData, StoreFailed
 
 # The types of values in the server's compact form.
@@ -84,10 +84,8 @@ def _plain(cell: list[Any], errors: str) -> Any:
     if kind in {DATETIME, DATE, TIME, DURATION}:
         return _time_text(kind, value)
     if kind not in _SIMPLE:
-        raise StoreFailed(
-            f"the graph holds a value of an unknown type (number {kind})",
-            next_step="remove the property, or use a version of this tool that knows this FalkorDB",
-        )
+        step = "remove the property, or use a version of this tool that knows this FalkorDB"
+        raise StoreFailed(f"the graph holds a value of an unknown type (number {kind})", next_step=step)
     return _SIMPLE[kind](value)
 
 
@@ -109,7 +107,6 @@ _SIMPLE: dict[int, Callable[[Any], Any]] = {
 
 
 def _time_text(kind: int, seconds: int) -> str:
-    """Return a time, given in seconds since 1970, as ISO 8601."""
     try:
         moment = _EPOCH + timedelta(seconds=seconds)
     except OverflowError:  # a year that Python does not know
@@ -165,10 +162,8 @@ def relationships() -> list[Window]:
 def quoted(name: str) -> str:
     """Return a label or type as a query takes it. FalkorDB's parser has no escape for a backtick."""
     if "`" in name:
-        raise StoreFailed(
-            f"a name with a backtick cannot be used in a query: {name!r}",
-            next_step="give that label or relationship type another name",
-        )
+        step = "give that label or relationship type another name"
+        raise StoreFailed(f"a name with a backtick cannot be used in a query: {name!r}", next_step=step)
     return f"`{name}`"
 
 
@@ -218,10 +213,7 @@ def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str
 
 @dataclass
 class _PageReader:
-    """Reads windows, and narrows them if the server cuts a result.
-
-    `uncut` rows, and one more, are known to arrive. `span_limit`: the most ids of a window, once a result was cut.
-    """
+    """Narrows windows if a result is cut. `uncut` rows arrive; `span_limit`: most ids of a window once one was cut."""
 
     conn: redis.Redis
     graph: str
@@ -241,7 +233,7 @@ class _PageReader:
                     raise StoreFailed(
                         f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
                         next_step="raise both limits, in redis-cli:\n"
-                        "GRAPH.CONFIG SET RESULTSET_SIZE 10000\nGRAPH.CONFIG SET TIMEOUT 60000",
+                        f"GRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}",
                     )
                 yield from self.pages(windows[1:], {**fixed, window.id_name: low})
             elif rows:
@@ -306,10 +298,7 @@ def read_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> l
 
 
 def iter_memories(conn: redis.Redis, graph: str, *, keys: Sequence[str] = ()) -> Iterator[MemoryNode]:
-    """Yield every memory by ascending node id. Doubles have the 15 digits that FalkorDB prints.
-
-    `keys`: the properties to read (default: all); a missing one is None.
-    """
+    """Yield every memory by ascending node id. `keys`: the properties to read (default: all); a missing one is None."""
     columns = ", ".join(["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"])
     for rows in pages(conn, graph, nodes(MEMORY_LABEL), columns):
         for node_id, *cells in sorted(rows, key=lambda row: int(row[0][1])):
@@ -348,9 +337,8 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:
     """Return the definitions and all names. A constraint that FAILED enforces nothing: it is left out."""
     indexes, constraints, *named = several_rows(conn, graph, [_INDEXES, _CONSTRAINTS, LABELS, TYPES, KEYS])
-    return GraphSchema(
-        _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS), *map(_names_in, named)
-    )
+    definitions = _definitions(indexes, _INDEX_COLUMNS), _definitions(constraints, _CONSTRAINT_COLUMNS)
+    return GraphSchema(*definitions, *map(_names_in, named))
 
 
 def _definitions(rows: list[Row], columns: Sequence[str]) -> list[dict[str, str]]:

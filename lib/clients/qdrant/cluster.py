@@ -96,26 +96,20 @@ def wait_active(nodes: Sequence[Qdrant], name: str, node: Qdrant, shards: Iterab
     """
     wanted, deadline, stable = set(shards), time.monotonic() + seconds, 0
     while stable < _STABLE_POLLS:
-        states, held = _states(nodes, name), set(topology(node, name).local_ids)
+        states: set[str] = set()
+        for one in nodes:
+            try:
+                view = topology(one, name)
+            except NotFound:
+                states.add("not known to every node yet")
+            else:
+                states |= {shard.state for shard in view.shards} | ({"being moved"} if view.transfers else set())
+        held = set(topology(node, name).local_ids)
         stable = stable + 1 if states == {ACTIVE} and wanted <= held else 0
         if time.monotonic() >= deadline:
-            raise StoreFailed(
-                f"the shards of '{name}' did not become active on the nodes ({', '.join(sorted(states))})"
-            )
+            found = ", ".join(sorted(states))
+            raise StoreFailed(f"the shards of '{name}' did not become active on the nodes ({found})")
         node.sleep(_POLL_SECONDS)
-
-
-def _states(nodes: Iterable[Qdrant], name: str) -> set[str]:
-    """The states of all replicas, as all nodes report them."""
-    found: set[str] = set()
-    for node in nodes:
-        try:
-            view = topology(node, name)
-        except NotFound:
-            found.add("not known to every node yet")
-        else:
-            found |= {shard.state for shard in view.shards} | ({"being moved"} if view.transfers else set())
-    return found
 
 
 def refuse_partial(topology: Topology) -> None:
@@ -124,11 +118,9 @@ def refuse_partial(topology: Topology) -> None:
     Restored alone, a snapshot of one node answers `true`, with a part of the points (seen on 1.11.3 and 1.18.3).
     """
     if topology.holders - {topology.this_peer}:
-        raise MigrationError(
-            f"the collection's shards are spread over {len(topology.holders)} Qdrant nodes; a snapshot of one node "
-            f"is not a backup, and {_VARIABLE} does not list the nodes",
-            next_step=LIST_NODES,
-        )
+        why = f"a snapshot of one node is not a backup, and {_VARIABLE} does not list the nodes"
+        text = f"the collection's shards are spread over {len(topology.holders)} Qdrant nodes"
+        raise MigrationError(f"{text}; {why}", next_step=LIST_NODES)
     _require_active(topology.shards, topology.transfers)
 
 
@@ -154,36 +146,27 @@ def _listed_topology(node: Qdrant, name: str) -> Topology:
     try:
         return topology(node, name)
     except StoreUnreachable as error:
-        raise StoreUnreachable(
-            f"a node that {_VARIABLE} lists does not answer: {error}",
-            next_step=f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too",
-        ) from error
+        step = f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too"
+        raise StoreUnreachable(f"a node that {_VARIABLE} lists does not answer: {error}", next_step=step) from error
     except NotFound as error:
-        raise UsageProblem(
-            f"{node.display}, which {_VARIABLE} lists, has no collection '{name}': it is a node of another cluster",
-            next_step=LIST_NODES,
-        ) from error
+        text = f"{node.display}, which {_VARIABLE} lists, has no collection '{name}': it is a node of another cluster"
+        raise UsageProblem(text, next_step=LIST_NODES) from error
 
 
 def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], display: str) -> None:
     """Raise UsageProblem unless each of `views` (address and its topology) is another node of the same cluster."""
     seen: dict[int, str] = {}
     for address, view in views:
-        if view.this_peer in seen:
-            raise UsageProblem(
-                f"{_VARIABLE} lists one node twice: {seen[view.this_peer]} and {address} are both peer "
-                f"{view.this_peer} (behind a load balancer there are several nodes at one address)",
-                next_step=LIST_NODES,
-            )
-        seen[view.this_peer] = address
+        peer = view.this_peer
+        if peer in seen:
+            text = f"{_VARIABLE} lists one node twice: {seen[peer]} and {address} are both peer {peer}"
+            why = "behind a load balancer there are several nodes at one address"
+            raise UsageProblem(f"{text} ({why})", next_step=LIST_NODES)
+        seen[peer] = address
         ours = {whole.this_peer, *whole.holders, *whole.known}
-        theirs = {view.this_peer, *view.holders, *view.known}
-        if view.this_peer not in ours or whole.this_peer not in theirs:
-            raise UsageProblem(
-                f"{address}, which {_VARIABLE} lists, is a node of another cluster (peer {view.this_peer}) than "
-                f"{display} (peer {whole.this_peer})",
-                next_step=LIST_NODES,
-            )
+        if peer not in ours or whole.this_peer not in {peer, *view.holders, *view.known}:
+            text = f"{address}, which {_VARIABLE} lists, is a node of another cluster (peer {peer})"
+            raise UsageProblem(f"{text} than {display} (peer {whole.this_peer})", next_step=LIST_NODES)
 
 
 def require_cover(whole: Topology, views: Sequence[Topology]) -> None:
@@ -196,18 +179,13 @@ def require_cover(whole: Topology, views: Sequence[Topology]) -> None:
         first = min(missing, key=lambda shard: shard.shard_id)
         address = whole.known.get(first.peer)
         node = f"peer {first.peer}" + (f" (to the other nodes: {address})" if address else "")
-        raise MigrationError(
-            f"shard {first.shard_id} of the collection is on {node} alone, which {_VARIABLE} does not list: "
-            "a backup would not hold it",
-            next_step=LIST_NODES,
-        )
+        text = f"shard {first.shard_id} of the collection is on {node} alone, which {_VARIABLE} does not list"
+        raise MigrationError(f"{text}: a backup would not hold it", next_step=LIST_NODES)
 
 
 def _require_active(shards: Iterable[Shard], transfers: int) -> None:
     inactive = sorted({shard.state for shard in shards} - {ACTIVE})
     if inactive or transfers:
         what = f"in state {', '.join(inactive)}" if inactive else "being moved"
-        raise StoreFailed(
-            f"a shard of the collection is {what}",
-            next_step="wait until all shards of the cluster are active, then run the same command again",
-        )
+        step = "wait until all shards of the cluster are active, then run the same command again"
+        raise StoreFailed(f"a shard of the collection is {what}", next_step=step)

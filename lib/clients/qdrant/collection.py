@@ -11,17 +11,9 @@ from typing import Any, Literal
 
 from lib.clients.qdrant.points import count
 from lib.clients.qdrant.snapshot_format import vector_params
-from lib.clients.qdrant.transport import (
-    NoAnswer,
-    NotFound,
-    Qdrant,
-    QdrantError,
-    collection_path,
-    reports_full_disk,
-    unanswered,
-)
+from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, collection_path, reports_full_disk, unanswered
 from lib.concurrency import CancelToken
-from lib.errors import AccessRefused, MissingData, UsageProblem, did_you_mean
+from lib.errors import AccessRefused, MigrationError, MissingData, UsageProblem, did_you_mean
 
 Health = Literal["missing", "live", "restoring", "failed", "unavailable"]
 
@@ -66,7 +58,6 @@ class CollectionState:
     points: int
     status: str
     optimizer_ok: bool
-    vectors_named: bool
     raw: dict[str, Any] = field(repr=False)
 
     @property
@@ -113,10 +104,10 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
             next_step="set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
             "if the collection is lost: docs/worst-day.md",
         ) from None
-    size, distance, named = vector_params(raw["config"]["params"].get("vectors") or {})
+    size, distance, _ = vector_params(raw["config"]["params"].get("vectors") or {})
     optimizer = str(raw.get("optimizer_status"))
     is_ok = optimizer == "ok" or _OPTIMIZER_IDLE in optimizer
-    return CollectionState(name, size, distance, points, str(raw["status"]), is_ok, named, raw)
+    return CollectionState(name, size, distance, points, str(raw["status"]), is_ok, raw)
 
 
 def health(q: Qdrant, name: str) -> Health:
@@ -144,7 +135,7 @@ def delete_collection(q: Qdrant, name: str) -> bool:
     """Delete the collection, its aliases and access to its snapshot files. Returns False if it does not exist."""
     try:
         return bool(q.json("DELETE", collection_path(name)))
-    except (NoAnswer, QdrantError) as error:
+    except MigrationError as error:
         if not unanswered(error) or exists(q, name):
             raise
         return True
@@ -266,7 +257,6 @@ def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, 
 
 
 def _all_aliases(q: Qdrant) -> dict[str, str]:
-    """Each alias on the server, with its collection."""
     return {str(one["alias_name"]): str(one["collection_name"]) for one in q.json("GET", "/aliases")["aliases"]}
 
 
@@ -312,7 +302,22 @@ def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
 
     Call it before anything is paid for or deleted. Every field of `config` is either carried over or named here.
     """
-    found = list(_foreign_settings(raw_info["config"]))
+    config, params = raw_info["config"], raw_info["config"]["params"]
+    vectors = params.get("vectors") or {}
+    found = list(_foreign_vectors(vectors))
+    datatype = FLOAT32 if vector_params(vectors)[2] else vectors.get("datatype") or FLOAT32
+    if datatype == UINT8:
+        found.append("vectors of datatype uint8: whole numbers from 0 to 255, an embedding would be stored as zeros")
+    elif datatype not in DATATYPES:
+        found.append(f"vectors of datatype {datatype}: it is not known here, what is stored could not be verified")
+    if params.get("sparse_vectors"):
+        found.append(f"sparse vectors: {', '.join(map(repr, sorted(params['sparse_vectors'])))}")
+    if params.get("sharding_method") == "custom":
+        found.append("custom sharding: each point has a shard key")
+    # A newer server has other settings, which the create call would leave out.
+    settings = {f"params.{key}": value for key, value in params.items()} | dict(config)
+    unknown = [key for key, value in settings.items() if value is not None and key not in _KNOWN]
+    found += [f"the setting config.{key}, which is not known here" for key in unknown]
     if found:
         raise UsageProblem(
             "the collection holds what a re-embed would not carry over:\n" + "\n".join(f"  - {one}" for one in found),
@@ -335,23 +340,3 @@ def _foreign_vectors(vectors: Mapping[str, Any]) -> Iterator[str]:
         yield "no unnamed vector (AutoMem keeps one per point)"
     elif vectors.get("multivector_config"):
         yield "a multivector: several vectors per point under one name"
-
-
-def _foreign_settings(config: Mapping[str, Any]) -> Iterator[str]:
-    params = config["params"]
-    vectors = params.get("vectors") or {}
-    yield from _foreign_vectors(vectors)
-    *_, named = vector_params(vectors)
-    datatype = FLOAT32 if named else vectors.get("datatype") or FLOAT32
-    if datatype == UINT8:
-        yield "vectors of datatype uint8: whole numbers from 0 to 255, an embedding would be stored as zeros"
-    elif datatype not in DATATYPES:
-        yield f"vectors of datatype {datatype}: it is not known here, what is stored could not be verified"
-    if params.get("sparse_vectors"):
-        yield f"sparse vectors: {', '.join(map(repr, sorted(params['sparse_vectors'])))}"
-    if params.get("sharding_method") == "custom":
-        yield "custom sharding: each point has a shard key"
-    # A newer server has other settings, which the create call would leave out.
-    for key, value in ({f"params.{key}": value for key, value in params.items()} | dict(config)).items():
-        if value is not None and key not in _KNOWN:
-            yield f"the setting config.{key}, which is not known here"

@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 from lib.clients.qdrant.transport import PAUSES_SECONDS, NoAnswer, NotFound, Qdrant, collection_path, unanswered
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
-from lib.http_deadline import end_by
+from lib.network import end_by
 
 ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is polled
 CREATE_SECONDS = 1800.0
@@ -78,10 +78,8 @@ def restorable(backup_version: str, server_version: str) -> str | None:
     major, minor = backup[1], int(backup[2])
     if major == server[1] and int(server[2]) - minor in {0, 1}:
         return None
-    return (
-        f"a snapshot of Qdrant {backup_version} restores onto {major}.{minor} and {major}.{minor + 1} only, "
-        f"this server is {server_version}"
-    )
+    allowed = f"{major}.{minor} and {major}.{minor + 1} only"
+    return f"a snapshot of Qdrant {backup_version} restores onto {allowed}, this server is {server_version}"
 
 
 def list_snapshots(q: Qdrant, collection: str) -> list[Snapshot]:
@@ -95,27 +93,18 @@ def create(q: Qdrant, collection: str, *, seconds: float = CREATE_SECONDS) -> Sn
     The server continues after a lost answer (seen on 1.11.3 and 1.18.3): then the list is polled, and only a restarted
     server is asked again. Raises NoAnswer if none appears, QdrantError, AccessRefused.
     """
-    known = list_snapshots(q, collection)
+    path, known = collection_path(collection, "snapshots"), list_snapshots(q, collection)
     for _ in range(_MOST_RESTARTS):
         process = startup(q)
-        made = _request(q, collection, min(ANSWER_SECONDS, seconds))
-        if made or (made := _wait_new(q, collection, known, seconds, process)):
+        try:
+            return _snapshot(q.json("POST", path, params=_WAIT, timeout=min(ANSWER_SECONDS, seconds)))
+        except MigrationError as error:
+            if not unanswered(error):
+                raise
+        if made := _wait_new(q, collection, known, seconds, process):
             return made
-    raise NoAnswer(
-        f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'",
-        next_step="look at the server's log and its memory, then run the same command again",
-    )
-
-
-def _request(q: Qdrant, collection: str, answer_seconds: float) -> Snapshot | None:
-    """Request a snapshot. Returns None if no answer came."""
-    path = collection_path(collection, "snapshots")
-    try:
-        return _snapshot(q.json("POST", path, params=_WAIT, timeout=answer_seconds))
-    except MigrationError as error:
-        if not unanswered(error):
-            raise
-        return None
+    text = f"Qdrant at {q.display} was restarted {_MOST_RESTARTS} times while it made a snapshot of '{collection}'"
+    raise NoAnswer(text, next_step="look at the server's log and its memory, then run the same command again")
 
 
 def _wait_new(
@@ -126,21 +115,16 @@ def _wait_new(
     seen: Snapshot | None = None
     while time.monotonic() < deadline:
         new_process = restarted(q, process)  # before the list, which then has what the old process made
-        new = [snapshot for snapshot in list_snapshots(q, collection) if snapshot not in known]
-        if new and _newest(new) == seen:
+        new = [one for one in list_snapshots(q, collection) if one not in known]
+        newest = max(new, key=lambda one: (one.created, one.name), default=None)
+        if newest and newest == seen:
             return seen  # unchanged since the last poll, so it is complete
-        if new_process and not new:
+        if new_process and not newest:
             return None
-        seen = _newest(new) if new else None
+        seen = newest
         q.sleep(POLL_SECONDS)
-    raise NoAnswer(
-        f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s",
-        next_step="look at the server's log and its free disk space, then run the same command again",
-    )
-
-
-def _newest(snapshots: Sequence[Snapshot]) -> Snapshot:
-    return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.name))
+    text = f"Qdrant at {q.display}: no snapshot of '{collection}' appeared within {seconds:.0f} s"
+    raise NoAnswer(text, next_step="look at the server's log and its free disk space, then run the same command again")
 
 
 def _snapshot(raw: dict[str, Any]) -> Snapshot:
@@ -175,10 +159,8 @@ def download(
             progress(len(piece))
     sha256 = digest.hexdigest()
     if snapshot.checksum not in {None, sha256}:
-        raise BackupDamaged(
-            f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}",
-            next_step="run the backup again",
-        )
+        text = f"snapshot {snapshot.name}: sha256 of the download is {sha256}, the server's is {snapshot.checksum}"
+        raise BackupDamaged(text, next_step="run the backup again")
     return sha256
 
 
@@ -208,10 +190,8 @@ class _Fetch:
             enough = PIECE_BYTES if time.monotonic() - began >= PIECE_SECONDS else 1
             barren = barren + 1 if self.received - before < enough else 0
             if barren > len(PAUSES_SECONDS):
-                raise NoAnswer(
-                    f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}",
-                    next_step="check the network, then run the same command again",
-                )
+                text = f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}"
+                raise NoAnswer(text, next_step="check the network, then run the same command again")
             self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
 
     def _one_connection(self) -> Iterator[bytes]:
@@ -253,16 +233,12 @@ class _Fetch:
         return 0
 
     def _refuse(self, why: str) -> StoreFailed:
-        return StoreFailed(
-            f"Qdrant at {self._q.display}: {why}", next_step="run the backup again, directly against the server"
-        )
+        step = "run the backup again, directly against the server"
+        return StoreFailed(f"Qdrant at {self._q.display}: {why}", next_step=step)
 
 
 def _paced(response: requests.Response) -> Iterator[bytes]:
-    """Yield the body as it arrives. Raises TimeoutError if a piece takes PIECE_SECONDS.
-
-    urllib3's `stream` reads chunk lines and trailers without a limit.
-    """
+    """Yield the body as it arrives. Raises TimeoutError if a piece takes PIECE_SECONDS, also one of chunk lines."""
     end_by(response, time.monotonic() + PIECE_SECONDS)
     left = PIECE_BYTES
     while data := response.raw.read1(PIECE_BYTES, decode_content=False):

@@ -15,8 +15,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import orjson
 import requests
 
+from lib import network
 from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, one_line
-from lib.network import Unbounded, connect_error, container_hint, is_this_machine, new_session, read_whole
 
 CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses a request by its headers stops reading
@@ -136,7 +136,7 @@ class Qdrant:
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
-        self.reads_gzip = False if is_this_machine(self.base_url) else None
+        self.reads_gzip = False if network.is_this_machine(self.base_url) else None
         self._local = threading.local()
 
     def __repr__(self) -> str:
@@ -190,8 +190,7 @@ class Qdrant:
 
         A file object is streamed and never sent twice. `timeout` is in seconds between two pieces of the answer.
         With `retry` (default: for GET only) the request is repeated after a lost connection, a 408 or a gateway's 502
-        to 504. By default another one is sent over a new connection: it could be lost if the server just closes an idle
-        one.
+        to 504. By default any other is sent over a new connection: a server that closes an idle one could lose it.
         A 429 with Retry-After was not carried out, so it is always repeated.
         """
         streamed = not isinstance(content, bytes | Parts | None)
@@ -224,10 +223,10 @@ class Qdrant:
 
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
-            session = new_session(self.base_url, self.login)
+            session = network.new_session(self.base_url, self.login)
             if self.api_key:
                 session.headers["api-key"] = self.api_key
-            if is_this_machine(self.base_url):
+            if network.is_this_machine(self.base_url):
                 session.headers["Accept-Encoding"] = "identity"  # compressing takes longer than sending
             self._local.session = session
         current: requests.Session = self._local.session
@@ -242,13 +241,16 @@ class Qdrant:
         options |= {"data": content, "allow_redirects": False, "stream": True}
         try:
             response = self._session().request(method, self.base_url + path, **options)
-            _require_framed(response)
+            framed = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+            if not framed and response.status_code != 204:
+                response.close()
+                raise requests.exceptions.ConnectionError("the connection broke within the headers of the answer")
             if not stream or response.status_code >= 300:
-                read_whole(response, LARGEST_ANSWER, max(seconds, LONGEST_ANSWER_SECONDS))
+                network.read_whole(response, LARGEST_ANSWER, max(seconds, LONGEST_ANSWER_SECONDS))
         except requests.RequestException as error:
             self.close()
             raise _connection_error(self.display, error) from error
-        except Unbounded as error:
+        except network.Unbounded as error:
             self.close()
             step = f"check the network, then run the same command again\nor {_EXAMPLE}"
             raise StoreFailed(f"Qdrant at {self.display}: {error}", next_step=step) from error
@@ -258,8 +260,7 @@ class Qdrant:
             # The server may not have read the whole body; the next request on this connection would hang.
             response.close()
             self.close()
-        text = _error_text(response) or response.reason or "no text"
-        raise _status_error(self.display, response, self.shown(text))
+        raise _status_error(self, response)
 
     def _decode(self, response: requests.Response) -> object:
         try:
@@ -272,58 +273,49 @@ class Qdrant:
 
 
 def _rate_limit_pause(error: QdrantError) -> float | None:
-    """Seconds to wait as the server asks to; None if it does not."""
     asked = error.retry_after or ""
     return max(1.0, float(asked)) if error.status == 429 and asked.isdecimal() else None
 
 
 def _connection_error(display: str, error: requests.RequestException) -> StoreUnreachable:
     """Return StoreUnreachable if no connection was made, else NoAnswer."""
-    text, cause, hint, reason = str(error), connect_error(error), "", ""
+    text, cause, hint, reason = str(error), network.connect_error(error), "", ""
     if isinstance(error, requests.exceptions.SSLError):
-        return _tls_error(display, text)
+        if any(sign in text for sign in _PLAIN_HTTP):
+            step = f"export QDRANT_URL={display.replace('https:', 'http:')}"
+            return StoreUnreachable(f"Qdrant at {display}: TLS failed: the server speaks plain HTTP", next_step=step)
+        found = re.search(r"\] (.+?) \(_ssl", text)
+        text = f"Qdrant at {display}: TLS failed: {found[1] if found else one_line(text[:_TEXT_LIMIT])}"
+        return StoreUnreachable(text, next_step=network.trust_step("REQUESTS_CA_BUNDLE"))
     if isinstance(error, requests.exceptions.ProxyError | requests.exceptions.InvalidSchema):
         # InvalidSchema: a SOCKS proxy, without the package for it.
-        return StoreUnreachable(
-            f"Qdrant at {display} is unreachable through the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY",
-            next_step="correct that variable; for a SOCKS proxy:\npython -m pip install pysocks\nor use no proxy:\n"
-            f"export NO_PROXY={urlsplit(display).hostname}",
-        )
+        step = f"correct that variable; for a SOCKS proxy:\n{network.INSTALL_SOCKS}\nor use no proxy:\n"
+        step += f"export NO_PROXY={urlsplit(display).hostname}"
+        text = f"Qdrant at {display} is unreachable through the proxy of {network.PROXIES}"
+        return StoreUnreachable(text, next_step=step)
     if isinstance(error, requests.ConnectTimeout):
         reason = "connecting timed out"
     elif isinstance(cause, socket.gaierror):
         reason = "its name is not known"
-        hint = container_hint(urlsplit(display).hostname or "", "QDRANT_URL=http://localhost:6333")
+        hint = network.container_hint(urlsplit(display).hostname or "", "QDRANT_URL=http://localhost:6333")
     elif cause:
         reason = (cause.strerror or "no connection can be made").lower()
     if reason:
-        return StoreUnreachable(
-            f"Qdrant at {display} is unreachable: {reason}",
-            next_step=f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL",
-        )
+        step = f"{hint}start it, in AutoMem's folder:\ndocker compose up -d qdrant\nor correct QDRANT_URL"
+        return StoreUnreachable(f"Qdrant at {display} is unreachable: {reason}", next_step=step)
     broken = "timed out" if "timed out" in text else "the connection broke"
     return NoAnswer(f"Qdrant at {display} gave no answer: {broken}")
 
 
-def _tls_error(display: str, text: str) -> StoreUnreachable:
-    if any(sign in text for sign in _PLAIN_HTTP):
-        step = f"export QDRANT_URL={display.replace('https:', 'http:')}"
-        return StoreUnreachable(f"Qdrant at {display}: TLS failed: the server speaks plain HTTP", next_step=step)
-    found = re.search(r"\] (.+?) \(_ssl", text)
-    return StoreUnreachable(
-        f"Qdrant at {display}: TLS failed: {found[1] if found else one_line(text[:_TEXT_LIMIT])}",
-        next_step="if its certificate is of an authority of your own:\nexport REQUESTS_CA_BUNDLE=...",
-    )
-
-
-def _status_error(display: str, response: requests.Response, text: str) -> AccessRefused | QdrantError:
-    """The error for an answer of status 300 and above, with its text as it may be shown."""
-    status = response.status_code
+def _status_error(q: Qdrant, response: requests.Response) -> AccessRefused | QdrantError:
+    try:
+        text = str(orjson.loads(response.content)["status"]["error"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        text = response.text.strip()  # the middleware and the download route answer in plain text
+    text, display, status = q.shown(text or response.reason or "no text"), q.display, response.status_code
     if status in {401, 403}:
-        return AccessRefused(
-            f"Qdrant at {display} refuses access: {status} {text}",
-            next_step="export QDRANT_API_KEY=...\na key that may manage the whole server",
-        )
+        step = "export QDRANT_API_KEY=...\na key that may manage the whole server"
+        return AccessRefused(f"Qdrant at {display} refuses access: {status} {text}", next_step=step)
     if status == 404:
         return NotFound(display, status, text)
     step = ""
@@ -333,18 +325,3 @@ def _status_error(display: str, response: requests.Response, text: str) -> Acces
     if status == 413:  # Qdrant itself answers 400
         step = "a proxy limits the size of a request: raise its limit, or set QDRANT_URL to Qdrant's own address"
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
-
-
-def _error_text(response: requests.Response) -> str:
-    try:
-        return str(orjson.loads(response.content)["status"]["error"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return response.text.strip()  # the middleware and the download route answer in plain text
-
-
-def _require_framed(response: requests.Response) -> None:
-    """Raise requests' ConnectionError if an answer has neither a length nor chunks: its headers may be cut."""
-    framed = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
-    if not framed and response.status_code != 204:
-        response.close()
-        raise requests.exceptions.ConnectionError("the connection broke within the headers of the answer")
