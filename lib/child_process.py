@@ -153,7 +153,10 @@ def unmap_large_blocks() -> None:
 
 
 def release_free_memory() -> None:
-    """Return free heap memory to the system (https://man7.org/linux/man-pages/man3/malloc_trim.3.html); glibc only."""
+    """Return the free memory of the heaps, of which each thread has one, to the system. Does nothing without glibc.
+
+    https://man7.org/linux/man-pages/man3/malloc_trim.3.html
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         import ctypes
 

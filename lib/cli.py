@@ -67,7 +67,10 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_words(self, words: list[str]) -> None:
-        """Refuse what an unset variable leaves, and a repeated flag: argparse would silently drop its first value."""
+        """Refuse what an unset shell variable between quotes leaves, and a flag that is given twice.
+
+        Both would silently mean something else: argparse drops the first value of such a flag.
+        """
         for before, word in zip(["", *words], words, strict=False):
             flag, equals, value = word.partition("=")
             if not word.strip():

@@ -73,7 +73,11 @@ def engines(config: Config) -> list[Engine]:
 
 
 def open_cache(config: Config) -> EmbeddingCache:
-    """Open the embedding cache, or create it: all vectors, and a file of this graph and this collection alone."""
+    """Open the embedding cache; creates it if it is missing.
+
+    `vectors.sqlite3` holds every vector that was paid for. The plan and the live points' payloads are in a separate
+    file for this graph and this collection, so that two deployments never mix.
+    """
     from lib.clients.embeddings.cache import EmbeddingCache
 
     private_dir(private_dir(config.backup_dir) / CACHE_DIR)

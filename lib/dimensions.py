@@ -231,6 +231,7 @@ def _model(provider: str, values: Mapping[str, str], size: int) -> str:
 
 
 def _fault(provider: str, values: Mapping[str, str], size: int) -> str:
+    """Return why this provider cannot embed with these settings, or ""."""
     if provider == PLACEHOLDER:
         return f"{PROVIDER}={PLACEHOLDER} makes vectors without meaning: recall finds nothing with them"
     if provider not in _NAMES:

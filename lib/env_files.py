@@ -115,7 +115,10 @@ def _misspelt(sources: list[dict[str, Setting]], known: Mapping[str, str]) -> li
 
 
 def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
-    """Return a file's text and owner; no text, and a fault, if another user could write it, and so redirect keys."""
+    """Return the text of a file and the user id of its owner; no text, and a fault, if another user could write it.
+
+    Such a file could name the addresses that keys are sent to.
+    """
     try:
         data, state = read_regular(path, _LARGEST)
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()

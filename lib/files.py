@@ -92,7 +92,10 @@ def trusted_owners() -> set[int]:
 
 
 def private_file(path: Path) -> None:
-    """Make a file (0600) if it is missing, or close it to others. Raises UsageProblem for links and foreign files."""
+    """Make an empty file (0600) if it is missing; close an existing file to others.
+
+    Raises UsageProblem for a link, for anything but a regular file, and for a file of a user who is not trusted.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:

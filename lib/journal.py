@@ -208,7 +208,10 @@ def open_journals(folder: Path, targets: list[str] | None = None, *commands: str
 
 
 def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
-    """Return the journals of unfinished runs, and the non-empty files that are no journal. Raises UsageProblem."""
+    """Return the journals of unfinished runs, and the non-empty files that cannot be read as a journal.
+
+    Raises UsageProblem if this user may not list the folder.
+    """
     require_readable(folder)
     found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
     return (

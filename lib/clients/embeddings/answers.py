@@ -98,6 +98,7 @@ def refusal_error(
 
 
 def _step(status: int, spec: EmbeddingSpec) -> str:
+    """What the operator can do about a refusal with this status."""
     names = SETTING_NAMES[spec.provider]
     if status == 404 and spec.provider == OLLAMA:
         return f"on the Ollama server:\nollama pull {spec.model}\nor check {names.model} and {names.endpoint}"

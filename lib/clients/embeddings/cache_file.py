@@ -304,6 +304,7 @@ def _require_no_open_run(folder: Path) -> None:
 
 
 def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:
+    """Count by endpoint, model and size."""
     _note_needed(cache, plans)
     rows = cache.rows(
         f"""SELECT s.base_url, s.model, s.size, count(*), coalesce(sum(n.key IS NULL), 0),
@@ -316,6 +317,7 @@ def _stored(cache: CacheFile, plans: Sequence[Path]) -> list[Stored]:
 
 
 def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
+    """Fill the table `temp.needed` with the keys of all plans."""
     with cache.guarded():
         cache.db.execute("DROP TABLE IF EXISTS temp.needed")
         cache.db.execute("CREATE TEMP TABLE needed (key BLOB PRIMARY KEY) WITHOUT ROWID")

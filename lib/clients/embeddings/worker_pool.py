@@ -240,6 +240,7 @@ class _Run:
         return next((result.error for result in results if result.error), None)
 
     def status(self) -> EmbedProgress:
+        """The sums so far."""
         pacer, (requests, rate_limited, billed_before) = self._client.pacer, self._before
         billed = self._client.billed_tokens - billed_before
         counts = self._embedded, billed, pacer.requests - requests, pacer.rate_limited - rate_limited
@@ -249,6 +250,7 @@ class _Run:
     # --- the workers' threads
 
     def work(self) -> None:
+        """Embed batches until dismissed."""
         while (batch := self.jobs.get()) is not None:
             error: BaseException | None = None
             try:
@@ -324,7 +326,10 @@ def _fitting(row: TextRow, spec: EmbeddingSpec) -> tuple[TextRow, bool]:
 
 
 def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:
-    """Return the row with its text cut to the limit that a refusal names, a tenth shorter each time; else None."""
+    """The row with its text cut to the limit that the refusal names; None if it names none, or the text fits.
+
+    The provider may count other tokens than ours: each further refusal takes a tenth more off.
+    """
     limit = context_limit(problem)
     if limit is None or limit < 2:
         return None

@@ -156,6 +156,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: object) -> bytes:
+    """Return a property's value with its type."""
     if isinstance(value, str):
         return bytes([_STRING]) + _text(value)
     if value is None:

@@ -401,6 +401,7 @@ class _BoundedSocket:
             self._sock.settimeout(left if self._timeout is None else min(left, self._timeout))
 
     def _count(self, size: int) -> None:
+        """Raise InvalidResponse if a reply is larger, or takes more memory, than a reply may."""
         self._received += size
         _BoundedSocket._received_by_all += size
         _require(self._received, self._limit, "bytes")
@@ -416,6 +417,7 @@ def _require(found: int, most: int, what: str) -> None:
 
 
 def _peak_memory() -> int:
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -37,7 +37,10 @@ class GraphDigest:
 
 
 def graph_digest(conn: redis.Redis, graph: str) -> GraphDigest:
-    """Compute the digest of a graph that nobody writes to. Holds 16 bytes per node id. Raises like `command`."""
+    """Compute the digest of a graph that nobody writes to.
+
+    Holds 16 bytes per node id in memory. Raises MissingData, StoreFailed, StoreUnreachable, AccessRefused.
+    """
     reader = _Reader(conn, graph)
     sums = reader.add_nodes(), reader.add_relationships()
     known = schema(conn, graph)
@@ -64,6 +67,7 @@ class _Reader:
         self._types = _Names(conn, graph, queries.TYPES)
 
     def add_nodes(self) -> int:
+        """Return the sum of all nodes' hashes."""
         total = 0
         for rows in pages(self._conn, self._graph, nodes(), "n"):
             for ((_kind, (node_id, label_ids, properties)),) in rows:
@@ -77,6 +81,7 @@ class _Reader:
         return total % _MODULUS
 
     def add_relationships(self) -> int:
+        """Return the sum of all relationships' hashes."""
         total = 0
         for rows in pages(self._conn, self._graph, relationships(), "r"):
             for ((_kind, (own_id, type_id, source, target, properties)),) in rows:

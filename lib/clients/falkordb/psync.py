@@ -72,6 +72,7 @@ def stream_rdb(
 
 
 def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[bytes]:
+    """Read a diskless transfer: it ends with `mark`."""
     held = b""
     while held != mark:
         held += connection.chunk(CHUNK_BYTES)
@@ -80,6 +81,7 @@ def _read_until_mark(connection: _ReplicaConnection, mark: bytes) -> Iterator[by
 
 
 def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
+    """Read a transfer of `left` bytes from the server's disk."""
     while left:
         piece = connection.chunk(min(CHUNK_BYTES, left))
         left -= len(piece)

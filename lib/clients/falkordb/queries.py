@@ -107,6 +107,7 @@ _SIMPLE: dict[int, Callable[[Any], Any]] = {
 
 
 def _time_text(kind: int, seconds: int) -> str:
+    """Return a time, given in seconds since 1970, as ISO 8601."""
     try:
         moment = _EPOCH + timedelta(seconds=seconds)
     except OverflowError:  # a year that Python does not know
@@ -213,7 +214,10 @@ def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str
 
 @dataclass
 class _PageReader:
-    """Narrows windows if a result is cut. `uncut` rows arrive; `span_limit`: most ids of a window once one was cut."""
+    """Reads windows, and narrows them if the server cuts a result.
+
+    `uncut` rows, and one more, are known to arrive. `span_limit`: the most ids of a window, once a result was cut.
+    """
 
     conn: redis.Redis
     graph: str
@@ -298,7 +302,10 @@ def read_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> l
 
 
 def iter_memories(conn: redis.Redis, graph: str, *, keys: Sequence[str] = ()) -> Iterator[MemoryNode]:
-    """Yield every memory by ascending node id. `keys`: the properties to read (default: all); a missing one is None."""
+    """Yield every memory by ascending node id. Doubles have the 15 digits that FalkorDB prints.
+
+    `keys`: the properties to read (default: all); a missing one is None.
+    """
     columns = ", ".join(["id(n)", *(f"n.{quoted(key)}" for key in keys)] if keys else ["id(n)", "properties(n)"])
     for rows in pages(conn, graph, nodes(MEMORY_LABEL), columns):
         for node_id, *cells in sorted(rows, key=lambda row: int(row[0][1])):

@@ -105,6 +105,7 @@ def graph_name(payload: bytes) -> str | None:
 
 
 def _first_string(payload: bytes) -> bytes:
+    """Return the beginning of the first string in the value, uncompressed."""
     head = read_length(payload, 1)
     if head is None or payload[head[1] : head[1] + 1] != bytes([_STRING_FOLLOWS]):
         return b""
@@ -208,7 +209,10 @@ def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
 
 
 def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
-    """Raise BackupDamaged without a CRC64: damage then loads silently wrong (2 to 24 of 200 random ones)."""
+    """Raise BackupDamaged unless the file's own CRC64 confirms the content.
+
+    A damaged RDB without a checksum can load silently wrong: seen with 2 to 24 of 200 random damages.
+    """
     if not facts.crc_ok:
         text = f"{path.name} has no checksum (its server ran with `rdbchecksum no`), so damage cannot be detected"
         raise BackupDamaged(text, next_step="name the backup's manifest (backup_*.json), which holds its sha256")

@@ -114,7 +114,10 @@ class NoEngine(MigrationError):
 
 @dataclass(frozen=True)
 class Engine:
-    """A redis-server with FalkorDB that was started once here; it reads the versions that it writes and older ones."""
+    """A redis-server with a FalkorDB module that was started once on this machine, and the modules that it loads.
+
+    `rdb_version` and `graph_encoding` are what it writes; it reads these and older ones, never newer.
+    """
 
     server: Path
     module: Path
@@ -172,6 +175,7 @@ def _named(env: Mapping[str, str]) -> Engine | None:
 
 @functools.cache
 def _probe(server: Path, module: Path, origin: str) -> Engine:
+    """Start the engine once to read its versions."""
     with scratch_server(Engine(server, module, "", "", 0, 0, origin)) as scratch:
         found = server_versions(scratch.conn)
         command(scratch.conn, "GRAPH.QUERY", "probe", "CREATE (:Probe)")

@@ -146,7 +146,10 @@ def write_calls(conn: redis.Redis) -> dict[str, object] | None:
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
-    """Return one DUMP payload. No other client is served meanwhile (1 s per 150k nodes). Raises MissingData."""
+    """Return the graph as one DUMP payload. No other client is served meanwhile (1 s per 150k nodes).
+
+    Raises MissingData.
+    """
     payload = command(conn, "DUMP", name)
     if payload is None:
         raise MissingData(f"graph '{name}' does not exist on FalkorDB at {address_of(conn)}")
@@ -264,6 +267,7 @@ def drop_graph(conn: redis.Redis, name: str) -> None:
 
 
 def _rename_and_restore(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> list[object]:
+    """Return the replies to RENAME and RESTORE of one transaction."""
     return _transaction(conn, ("RENAME", name, safety_name), ("RESTORE", name, 0, payload))
 
 
@@ -314,6 +318,7 @@ def _require_free(conn: redis.Redis, name: str) -> None:
 
 @contextlib.contextmanager
 def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
+    """Raise a RESTORE's errors with the step that helps."""
     try:
         with translated(conn):
             yield

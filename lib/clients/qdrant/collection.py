@@ -257,6 +257,7 @@ def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, 
 
 
 def _all_aliases(q: Qdrant) -> dict[str, str]:
+    """Each alias on the server, with its collection."""
     return {str(one["alias_name"]): str(one["collection_name"]) for one in q.json("GET", "/aliases")["aliases"]}
 
 

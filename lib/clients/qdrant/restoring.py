@@ -34,7 +34,10 @@ def unique_filename(stem: str) -> str:
 
 
 def preflight_upload(q: Qdrant, collection: str) -> None:
-    """Raise AccessRefused if no snapshot may be uploaded: one with a wrong checksum leaves nothing (1.11.3, 1.18.3)."""
+    """Raise AccessRefused if snapshots may not be uploaded, by an upload of one kilobyte with a wrong checksum.
+
+    It changes and leaves nothing (seen on 1.11.3 and 1.18.3).
+    """
     try:
         form = _Form(unique_filename("preflight"), b"0" * 1024)
         _post(q, collection, form, WRONG_CHECKSUM, q.timeout_seconds)
@@ -98,7 +101,10 @@ def recover(
     answer_seconds: float = ANSWER_SECONDS,
     allow_existing: bool = False,
 ) -> bool:
-    """Like `upload_and_restore`, from a `location` that the server fetches itself. A running restore is waited for."""
+    """Like `upload_and_restore`, from a `location` that the server fetches itself (see `can_fetch_itself`).
+
+    If the collection is already being restored, that restore is waited for.
+    """
     if not allow_existing:
         _refuse_existing(q, collection)
     process = startup(q)
@@ -134,6 +140,7 @@ def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str)
 
 
 def _is_mismatch(error: MigrationError) -> bool:
+    """Whether what the server received has another checksum."""
     return isinstance(error, QdrantError) and error.status == 400 and "checksum mismatch" in error.text.lower()
 
 
@@ -178,7 +185,10 @@ class _Body:
 
 
 class _Form:
-    """A snapshot as a multipart body in large pieces; `left`: not sent yet. http.client would read 16 KiB at a time."""
+    """A snapshot as a multipart body of `len` bytes, of which `left` are not sent yet.
+
+    It yields large pieces: from a file object, http.client would read 16 KiB at a time.
+    """
 
     def __init__(self, filename: str, content: bytes | _Body) -> None:
         from requests_toolbelt import MultipartEncoder

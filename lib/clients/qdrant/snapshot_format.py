@@ -188,6 +188,7 @@ def _take_exactly(section: Section, size: int) -> bytes:
 
 
 def _require_zeros(section: Section, header: bytes) -> None:
+    """Read the end of a tar, which begins with the zeros of `header`."""
     if len(header) < BLOCK:
         raise _damaged(section.where, "is cut in its end")
     while piece := section.read(PIECE_BYTES):

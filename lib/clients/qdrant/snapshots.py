@@ -238,7 +238,10 @@ class _Fetch:
 
 
 def _paced(response: requests.Response) -> Iterator[bytes]:
-    """Yield the body as it arrives. Raises TimeoutError if a piece takes PIECE_SECONDS, also one of chunk lines."""
+    """Yield the body as it arrives. Raises TimeoutError if a piece takes PIECE_SECONDS.
+
+    urllib3's `stream` reads chunk lines and trailers without a limit.
+    """
     end_by(response, time.monotonic() + PIECE_SECONDS)
     left = PIECE_BYTES
     while data := response.raw.read1(PIECE_BYTES, decode_content=False):

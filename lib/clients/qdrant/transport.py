@@ -273,6 +273,7 @@ class Qdrant:
 
 
 def _rate_limit_pause(error: QdrantError) -> float | None:
+    """Seconds to wait as the server asks to; None if it does not."""
     asked = error.retry_after or ""
     return max(1.0, float(asked)) if error.status == 429 and asked.isdecimal() else None
 
@@ -308,6 +309,7 @@ def _connection_error(display: str, error: requests.RequestException) -> StoreUn
 
 
 def _status_error(q: Qdrant, response: requests.Response) -> AccessRefused | QdrantError:
+    """The error for an answer of status 300 and above."""
     try:
         text = str(orjson.loads(response.content)["status"]["error"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
