@@ -40,8 +40,15 @@ def own_snapshot(
     `node` is the address of one of several nodes that make a snapshot each.
     """
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
-    now = _second_of_our_own(qdrant, known).isoformat()
-    facts = {"collection": collection, "known_snapshots": known, "server_time": now, "snapshot": None}
+    # A known snapshot that was begun in this second would be replaced by ours.
+    latest = max(filter(None, map(_begun, known)), default=None)
+    give_up = time.monotonic() + _OTHER_SECOND_SECONDS  # the clocks of a proxy and of the server may differ
+    while True:
+        now = snapshots.server_time(qdrant)
+        if latest is None or now > latest or time.monotonic() >= give_up:
+            break
+        qdrant.sleep(0.5)
+    facts = {"collection": collection, "known_snapshots": known, "server_time": now.isoformat(), "snapshot": None}
     _append(journal, ANNOUNCED, node, **facts)
     ours = None
     try:
@@ -62,17 +69,6 @@ def own_snapshot(
 
 def _append(journal: Journal, phase: str, node: str | None, **facts: object) -> None:
     journal.append(phase, **facts, **({"node": node} if node else {}))
-
-
-def _second_of_our_own(qdrant: Qdrant, known: Sequence[str]) -> datetime:
-    """The server's time, once no known snapshot was begun in this second: ours would replace it."""
-    latest = max(filter(None, map(_begun, known)), default=None)
-    give_up = time.monotonic() + _OTHER_SECOND_SECONDS  # the clocks of a proxy and of the server may differ
-    while True:
-        now = snapshots.server_time(qdrant)
-        if latest is None or now > latest or time.monotonic() >= give_up:
-            return now
-        qdrant.sleep(0.5)
 
 
 def _begun(name: str) -> datetime | None:

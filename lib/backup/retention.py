@@ -113,7 +113,11 @@ def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -
     counted = _countable(sets)
     found: dict[str, str] = {}
     for flag, count in rules.items():
-        for name in _newest_of_periods(counted, flag, count):
+        newest: dict[str, str] = {}  # the newest set of each period; for KEEP each set is one
+        for one in counted:
+            day = datetime.fromisoformat(one.created).astimezone(timezone.utc)
+            newest.setdefault(one.name if flag == KEEP else day.strftime(PERIODS[flag]), one.name)
+        for name in list(newest.values())[:count]:
             found[name] = f"{found[name]}, {flag} {count}" if name in found else f"{flag} {count}"
     if verified := next((one for one in counted if one.proof != UNVERIFIED), None):
         found.setdefault(verified.name, "the newest verified set of its kind")
@@ -126,15 +130,6 @@ def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -
             state = "one of its stores is empty" if complete else "incomplete"
             found.setdefault(one.name, f"{state}, but among the newest sets")
     return found
-
-
-def _newest_of_periods(counted: list[Manifest], flag: str, count: int) -> list[str]:
-    """The names of the newest set of each of the last `count` periods that have one. For KEEP each set is one."""
-    newest: dict[str, str] = {}
-    for one in counted:
-        day = datetime.fromisoformat(one.created).astimezone(timezone.utc)
-        newest.setdefault(one.name if flag == KEEP else day.strftime(PERIODS[flag]), one.name)
-    return list(newest.values())[:count]
 
 
 def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -> dict[str, str]:

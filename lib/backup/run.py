@@ -25,8 +25,6 @@ from lib.files import private_dir, require_room
 from lib.journal import Journal, open_journals, start_journal
 
 _EXAMPLES = 20
-
-
 _RDB_SHARE = 4  # assumed: an RDB took 1/5 to 1/20 of the server's memory on 4.16.3 and 4.22.1
 _LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed while writing
 COMMAND = "backup"
@@ -54,8 +52,14 @@ def take_backup(
 
     Raises MissingData, BackupDamaged.
     """
-    folder = private_dir(journal.folder)
-    _check_room(folder, graph, collection)
+    folder, need = private_dir(journal.folder), _LEAST_BYTES
+    if graph:
+        with suppress(AccessRefused):
+            need += memory_used(graph.conn) // _RDB_SHARE
+    if collection:
+        state = get_state(collection.qdrant, collection.collection)
+        need += state.points * state.size * 4
+    require_room(folder, need, "the backup may need", ", or name another folder with --backup-dir")
     stamp, created = claim_stamp(journal)
     try:
         with TemporaryIdTable() as graph_ids, TemporaryIdTable() as point_ids:
@@ -74,21 +78,8 @@ def take_backup(
         raise
 
 
-def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionSource | None) -> None:
-    need = _LEAST_BYTES
-    if graph:
-        with suppress(AccessRefused):
-            need += memory_used(graph.conn) // _RDB_SHARE
-    if collection:
-        state = get_state(collection.qdrant, collection.collection)
-        need += state.points * state.size * 4
-    require_room(folder, need, "the backup may need", ", or name another folder with --backup-dir")
-
-
 def _save(
-    graph: Callable[..., GraphComponent] | None,
-    collection: Callable[..., CollectionComponent] | None,
-    bar: ProgressBar,
+    graph: Callable[..., GraphComponent] | None, collection: Callable[..., CollectionComponent] | None, bar: ProgressBar
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 

@@ -299,11 +299,7 @@ def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
 
 
 def require_made_by(
-    runner: EmbeddingRunner,
-    what: str,
-    texts: Mapping[str, str],
-    vectors: Sequence[NDArray[np.float32]],
-    next_step: str,
+    runner: EmbeddingRunner, what: str, texts: Mapping[str, str], vectors: Sequence[NDArray[np.float32]], next_step: str
 ) -> None:
     """Embed these texts (by id) again. Raises GuardRefused if `vectors` (`what` they are) are another model's."""
     if not texts:

@@ -153,11 +153,7 @@ def _require_write_access(ctx: Context) -> None:
 def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> Journal:
     """Close the runs with other settings; return this run's journal, a new one if none is resumed."""
     close_others(ctx)
-    facts = {
-        "spec": phases.spec_as_json(ctx.spec),
-        "manifest": manifest.name if manifest else None,
-        "again": ctx.again,
-    }
+    facts = {"spec": phases.spec_as_json(ctx.spec), "manifest": manifest.name if manifest else None, "again": ctx.again}
     return journal or start_journal(ctx.folder, phases.COMMAND, ctx.targets, **facts)
 
 

@@ -9,24 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, cast
 
-from lib.backup.archive import (
-    ArchiveFacts,
-    SnapshotMember,
-    SnapshotReader,
-    peek_facts,
-    read_archive,
-    read_snapshot,
-)
+from lib.backup.archive import ArchiveFacts, SnapshotMember, SnapshotReader, peek_facts, read_archive, read_snapshot
 from lib.backup.automem_files import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, find_set, latest
 from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
-from lib.backup.collection import (
-    CollectionSource,
-    SegmentCopies,
-    has_room,
-    known_model,
-    verify_collection,
-)
+from lib.backup.collection import CollectionSource, SegmentCopies, has_room, known_model, verify_collection
 from lib.backup.manifest import RESTORED, CollectionComponent, GraphComponent, read_manifest
 from lib.backup.points import TemporaryIdTable
 from lib.child_process import scratch_folder

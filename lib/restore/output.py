@@ -157,10 +157,7 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         if digest is None:
             how = "not compared: no FalkorDB engine is installed here"
         lines.append(f"graph '{files.graph.target.graph}' restored from {files.graph.path}, {how}")
-        document["graph"] = {
-            "file": str(files.graph.path),
-            "digest": digest.digest if digest else None,
-        }
+        document["graph"] = {"file": str(files.graph.path), "digest": digest.digest if digest else None}
     if files.collection:
         one = files.collection
         lines.append(

@@ -200,10 +200,7 @@ def _warn_left_out(site: Site, backup: GraphBackup, component: GraphComponent | 
             " their code"
         )
     live = expires_at(target.conn, target.graph)
-    for whose, moment in (
-        ("the backup's key had", component.expires if component else ""),
-        ("the live key has", live),
-    ):
+    for whose, moment in (("the backup's key had", component.expires if component else ""), ("the live key has", live)):
         if moment:
             site.notice(f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one")
 
@@ -306,8 +303,7 @@ def newer_memories(backup: GraphBackup) -> Newer | None:
         for page in current.ids():
             known, now = saved.payloads(page), current.payloads(page)
             found = found.plus(
-                (one for one in page if one not in known),
-                (one for one in page if known.get(one, now[one]) != now[one]),
+                (one for one in page if one not in known), (one for one in page if known.get(one, now[one]) != now[one])
             )
     return found
 

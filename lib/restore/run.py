@@ -22,14 +22,7 @@ from lib.restore import collection as collections
 from lib.restore import graph as graphs
 from lib.restore.collection import RestorePlan, is_absent, plan_restore
 from lib.restore.inputs import open_archive
-from lib.restore.preflight import (
-    Newer,
-    Site,
-    VerifiedFiles,
-    newer_memories,
-    newer_points,
-    require_still_quiet,
-)
+from lib.restore.preflight import Newer, Site, VerifiedFiles, newer_memories, newer_points, require_still_quiet
 
 COMMAND = "restore"
 # Phases of the journal.
