@@ -6,7 +6,7 @@ starting again. So nothing is restored onto a live one, and a temporary one whos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -186,7 +186,10 @@ def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestoreP
     nodes = _nodes_of(backup, target, len(recorded))
     shards = [tuple(one["shards"]) for one in recorded] or [tuple(backup.snapshot.shards)]
     parts: list[Part] = []
-    for number in _cover(shards):
+    missing = {shard for held_there in shards for shard in held_there}
+    while missing:  # as few snapshots as bring every shard: always the one that brings most of what is missing
+        number = max(range(len(shards)), key=lambda one: len(missing & set(shards[one])))
+        missing -= set(shards[number])
         node = nodes.get(int(recorded[number]["peer"])) if recorded else None
         taken = [part.node for part in parts]
         free = [one for one in nodes.values() if one not in taken] or list(nodes.values())
@@ -213,15 +216,6 @@ def _nodes_of(backup: CollectionBackup, target: CollectionSource, count: int) ->
             )
         found[peer] = node
     return found
-
-
-def _cover(held: Sequence[tuple[int, ...]]) -> Iterator[int]:
-    """As few snapshots as bring every shard: always the one that brings most of what is still missing."""
-    missing = {shard for shards in held for shard in shards}
-    while missing:
-        best = max(range(len(held)), key=lambda number: len(missing & set(held[number])))
-        missing -= set(held[best])
-        yield best
 
 
 def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None:
@@ -271,11 +265,6 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
         raise BackupDamaged(f"'{name}' differs from its trial restore")
 
 
-def begin_trial(plan: RestorePlan, journal: Journal) -> None:
-    """Announce the trial restore in the journal."""
-    journal.append(TRIAL_BEGUN, temporary_collection=plan.trial)
-
-
 def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
     """Restore under a temporary name and compare. The caller deletes a failed one at once.
 
@@ -292,19 +281,15 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
                 plan.withdraw_trial()
             if error.status < 500 and not (foreign and error.status == 400):  # so 1.11.3 refuses one of 1.19.0
                 raise
-            raise _trial_failed(plan, error, foreign) from error
+            # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
+            room = _ROOM_FACTOR * sum(part.snapshot.size for part in plan.parts) / 2**20
+            step = f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
+            step += " takes now), then run the same command again"
+            if foreign:
+                step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
+            text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
+            raise StoreFailed(text, next_step=step) from error
     plan.verify_trial()
-
-
-def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) -> StoreFailed:
-    # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
-    room = _ROOM_FACTOR * sum(part.snapshot.size for part in plan.parts) / 2**20
-    step = f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
-    step += " takes now), then run the same command again"
-    if foreign:
-        step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
-    text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
-    return StoreFailed(text, next_step=step)
 
 
 def cut_over(
@@ -357,11 +342,6 @@ def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> N
 def _old_stem(plan: RestorePlan) -> str:
     """Under which the old collection's snapshots are uploaded when it is put back."""
     return f"{plan.trial}-old"
-
-
-def is_unverified(journal: Journal) -> bool:
-    """Whether the run began a trial restore that was not verified yet: the server may still be restoring it."""
-    return journal.has_reached(TRIAL_BEGUN) and not journal.has_reached(TRIAL_VERIFIED)
 
 
 def is_absent(journal: Journal) -> bool:

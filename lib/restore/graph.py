@@ -49,9 +49,14 @@ def drop_old(target: GraphSource, safety_name: str, journal: Journal, *, unwritt
 
     `unwritten`: nobody can have written to it since. Returns that file, or None.
     """
-    saved_digest, saved = _saved_digest(journal), None
-    if saved_digest is not None and not unwritten and _digest(target, safety_name) != saved_digest:
-        saved = save_graph(target, safety_name, journal)
+    saved = None
+    if journal.has_reached(SAFE) and not unwritten:
+        try:
+            component = read_manifest(journal.folder / str(journal.fact("manifest"))).graph
+        except MigrationError:
+            component = None
+        if _digest(target, safety_name) != (component.digest if component else ""):
+            saved = save_graph(target, safety_name, journal)
     drop_graph(target.conn, safety_name)
     return saved
 
@@ -92,17 +97,6 @@ def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
         swap_back(target.conn, target.graph, safety)
         done.append(f"put the old graph back from {safety}")
     return done
-
-
-def _saved_digest(journal: Journal) -> str | None:
-    """The digest in the run's safety backup; "" if there is none or it cannot be read, None if none was wanted."""
-    if not journal.has_reached(SAFE):
-        return None
-    try:
-        component = read_manifest(journal.folder / str(journal.fact("manifest"))).graph
-    except MigrationError:
-        return ""
-    return component.digest if component else ""
 
 
 def _digest(target: GraphSource, name: str) -> str:
@@ -150,7 +144,11 @@ def open_rdb(
     digest = component.digest if component and component.proof == RESTORED else ""
     loaded = loaded_graph(path, target.graph, engine, facts, component=component, digest=digest, stop=stop)
     with loaded as (found, scratch):
-        _require_nodes(path, found, component)
+        if found.counts is not None and found.counts.nodes == 0 and component is None:
+            raise BackupDamaged(  # the RDB may be of another server
+                f"{path} holds an empty graph, and no manifest says that it was empty",
+                next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
+            )
         yield GraphBackup(path, target, found, scratch)
 
 
@@ -160,15 +158,6 @@ def _require_loadable(path: Path, facts: RdbFacts) -> None:
         raise NoEngine(
             f"{path.name} cannot be loaded here to be verified: {lacking}",
             next_step="free some, or run this on another machine that reaches both stores; nothing was touched",
-        )
-
-
-def _require_nodes(path: Path, found: GraphVerification, component: GraphComponent | None) -> None:
-    """Raise BackupDamaged for an empty graph without a manifest: the RDB may be of another server."""
-    if found.counts is not None and found.counts.nodes == 0 and component is None:
-        raise BackupDamaged(
-            f"{path} holds an empty graph, and no manifest says that it was empty",
-            next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
         )
 
 

@@ -200,22 +200,15 @@ def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, Snaps
             member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
     except BackupDamaged as error:
         raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
-    _compare_checksum(path, member.sha256)
-    if seen[0].absent_shards:
-        raise BackupDamaged(
-            f"{path} holds no points of shard {seen[0].absent_shards[0]}: they were on another Qdrant node"
-        )
-    return member, seen[0]
-
-
-def _compare_checksum(path: Path, sha256: str) -> None:
-    """Compare with `<name>.checksum`, which a server keeps next to a snapshot on its disk."""
-    file = path.with_name(f"{path.name}.checksum")
-    expected = ""
+    file, expected = path.with_name(f"{path.name}.checksum"), ""  # which a server keeps next to a snapshot on its disk
     with suppress(OSError, ValueError, UsageProblem):
         expected = readable_bytes(file).decode("ascii").strip().lower()
-    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != sha256:
+    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != member.sha256:
         raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
+    if seen[0].absent_shards:
+        shard = seen[0].absent_shards[0]
+        raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
+    return member, seen[0]
 
 
 def _count(files: SegmentFiles) -> int | None:

@@ -107,7 +107,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
             notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
-            _drop_trials(site, journal, close=not _may_be_busy(journal, error))
+            _drop_trials(site, journal, error)
         raise
     with _collection_named(files, site.again, commands):
         if files.plan:
@@ -134,7 +134,10 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
         if journal.phase == AWAITED:
             left.awaited.append(journal)
         elif journal.is_open:
-            left.notes.extend(_state_before(site, journal))
+            safety = journal.fact("manifest")
+            if safety and journal.has_reached(collections.DELETING, graphs.SWAPPING):
+                text = f"safety backup of an unfinished run, with the state before it: {site.folder / safety}"
+                left.notes.extend(_reported(site, [text]))
             if site.collection:
                 found = collections.clean_up_collection(site.collection, journal, files.plan)
                 left.notes.extend(_reported(site, found))
@@ -161,14 +164,6 @@ def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
     return notes
 
 
-def _state_before(site: Site, journal: Journal) -> list[str]:
-    """Name the safety backup of a killed run that had begun to cut over."""
-    name = journal.fact("manifest")
-    if not name or not journal.has_reached(collections.DELETING, graphs.SWAPPING):
-        return []
-    return _reported(site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"])
-
-
 def _reported(site: Site, notes: list[str]) -> list[str]:
     """Report at once; the result shows the notes again."""
     for text in notes:
@@ -190,7 +185,7 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Itera
     graph, plan = files.graph, files.plan
     name = graphs.begin_trial(graph, journal) if graph else ""
     if plan:
-        collections.begin_trial(plan, journal)
+        journal.append(collections.TRIAL_BEGUN, temporary_collection=plan.trial)
 
     def restore_graph(_task: BackgroundTask[_GraphTrial]) -> _GraphTrial:
         if not graph:
@@ -313,20 +308,21 @@ def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
             journal.close("superseded by a restore")
 
 
-def _may_be_busy(journal: Journal, error: BaseException) -> bool:
-    """Whether the server may still be restoring: then the journal stays open for the next run of any command."""
+def _drop_trials(site: Site, journal: Journal, error: BaseException) -> None:
+    """Nothing live has changed: drop the trial restores, and close the journal if surely nothing is left.
+
+    If the server may still be restoring, the journal stays open for the next run of any command.
+    """
+    is_busy = journal.has_reached(collections.DELETING) or (
+        journal.has_reached(collections.TRIAL_BEGUN) and not journal.has_reached(collections.TRIAL_VERIFIED)
+    )
     if isinstance(error, MigrationError):
-        return isinstance(error, StoreUnreachable)
-    return collections.is_unverified(journal) or journal.has_reached(collections.DELETING)
-
-
-def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:
-    """Nothing live has changed: drop the trial restores. `close` the journal too if surely nothing is left."""
+        is_busy = isinstance(error, StoreUnreachable)
     temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
     with suppress(MigrationError):  # the operator must read the first error
         if site.collection and temporary:
             delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
-        if close and removed(journal) and not collections.aliases_taken_off(journal):
+        if not is_busy and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")

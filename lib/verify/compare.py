@@ -210,16 +210,11 @@ def _add_samples(
 ) -> None:
     """Choose every `step`-th memory to try recall with, or the next one that is fit for it, until there are `most`."""
     for number, (identity, properties) in enumerate(memories.items(), found.expected - len(memories)):
+        content, payload = str(properties["content"]), payloads.get(identity)
+        is_valid = not (properties.get("archived") or properties.get("t_invalid")) and len(content) < _LONGEST_QUERY
         is_due = len(found.samples) < most and number >= len(found.samples) * step
-        if is_due and _is_recallable(properties, payloads.get(identity)):
-            found.samples.append(Sample(str(identity), str(properties["content"])))
-
-
-def _is_recallable(properties: Properties, payload: dict[str, Any] | None) -> bool:
-    content = str(properties["content"])
-    if properties.get("archived") or properties.get("t_invalid") or len(content) >= _LONGEST_QUERY:
-        return False
-    return payload is not None and payload.get("content") == content
+        if is_due and is_valid and payload is not None and payload.get("content") == content:
+            found.samples.append(Sample(str(identity), content))
 
 
 def vectors_differ(
