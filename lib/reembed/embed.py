@@ -80,17 +80,17 @@ class PaidSums:
         self.seconds += interval.seconds
         self.slots.append(interval)
         if len(self.slots) > MOST_INTERVALS:
-            self.slots = [_joined(self.slots[at : at + 2]) for at in range(0, len(self.slots), 2)]
-
-
-def _joined(parts: list[Interval]) -> Interval:
-    return Interval(
-        parts[0].at,
-        sum(one.seconds for one in parts),
-        sum(one.texts for one in parts),
-        sum(one.rate_limited for one in parts),
-        any(one.after_pause for one in parts),
-    )
+            pairs = [self.slots[at : at + 2] for at in range(0, len(self.slots), 2)]
+            self.slots = [
+                Interval(
+                    at=pair[0].at,
+                    seconds=sum(one.seconds for one in pair),
+                    texts=sum(one.texts for one in pair),
+                    rate_limited=sum(one.rate_limited for one in pair),
+                    after_pause=any(one.after_pause for one in pair),
+                )
+                for pair in pairs
+            ]
 
 
 class EmbeddingTotals:
@@ -139,11 +139,6 @@ class EmbeddingTotals:
         self.discarded += done.discarded
         self.cut += done.cut
         self.refused = list({one.label: one for one in [*self.refused, *done.refused]}.values())
-
-    def mark_reported(self, run_id: str) -> None:
-        """Note that the report of this run has the sums."""
-        self.sums.settled_by = run_id
-        self.save()
 
     def save(self) -> None:
         """Store the sums; on the disk when it returns."""
