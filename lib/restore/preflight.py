@@ -73,10 +73,7 @@ class Site:
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """The verified backups. A scratch server has the graph's loaded while the restore runs.
-
-    `left_out`: what the files do not hold, for the operator.
-    """
+    """The verified backups. A scratch server has the graph loaded meanwhile. `left_out`: what the files do not hold."""
 
     graph: GraphBackup | None = None
     plan: RestorePlan | None = None
