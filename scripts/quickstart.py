@@ -69,16 +69,10 @@ def tour(folder: Path, memories: int) -> int:
     from tests.sandbox.tour import SMALL, Tour, walk
 
     began = time.monotonic()
-    print(
-        "starting the sandbox: FalkorDB, Qdrant (stand-in), an embeddings endpoint, AutoMem (stand-in)",
-        flush=True,
-    )
+    print("starting the sandbox: FalkorDB, Qdrant (stand-in), an embeddings endpoint, AutoMem (stand-in)", flush=True)
     with Stack(folder) as stack:
         nodes, points = stack.load(memories, SMALL[1], SMALL[0])
-        print(
-            f"loaded {nodes:,} nodes and {points:,} points of 768d in {time.monotonic() - began:.1f} s",
-            flush=True,
-        )
+        print(f"loaded {nodes:,} nodes and {points:,} points of 768d in {time.monotonic() - began:.1f} s", flush=True)
         stack.start_automem(SMALL[1], SMALL[0])
         guide = Tour(stack, folder / "backups", lambda text: print(text, flush=True))
         walk(guide)

@@ -39,14 +39,10 @@ def arguments() -> argparse.ArgumentParser:
         "--force-incomplete", action="store_true", help="restore what a cut backup of AutoMem's own still holds"
     )
     destructive.add_argument(
-        "--abort",
-        action="store_true",
-        help="give up an unfinished restore: remove what it made, close its journal",
+        "--abort", action="store_true", help="give up an unfinished restore: remove what it made, close its journal"
     )
     destructive.add_argument(
-        "--while-running",
-        action="store_true",
-        help="replace the graph while AutoMem runs, if that is safe",
+        "--while-running", action="store_true", help="replace the graph while AutoMem runs, if that is safe"
     )
     return parser
 

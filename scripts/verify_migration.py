@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib import cli
-from lib.errors import DONE, REMAINING, MigrationError, one_line
+from lib.errors import DONE, REMAINING, VERIFICATION_FAILED, MigrationError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lib.config import Config
     from lib.console import Console
+    from lib.verify.checks import Check
 
 Result = TypeVar("Result")
 
@@ -49,7 +52,6 @@ def command(args: argparse.Namespace) -> int:
     from lib.console import Console
     from lib.dimensions import provider_problem, reason_shown
     from lib.show_config import announce, show_config
-    from lib.verify import output
     from lib.verify.checks import Stores, recall_lines, record, verify
 
     config = config_of(args.env_file, args.backup_dir)
@@ -70,7 +72,7 @@ def command(args: argparse.Namespace) -> int:
     if args.recall:
         recalled = attempt("--recall", lambda: recall_lines(stores.api, args.recall), console)
     recorded = attempt("--record", lambda: record(stores, checks), console) if args.record else None
-    code = output.show_checks(checks, recalled or [], recorded, config, console)
+    code = show_checks(checks, recalled or [], recorded, config, console)
     return code or (REMAINING if args.record and not recorded else DONE)
 
 
@@ -81,6 +83,35 @@ def attempt(flag: str, action: Callable[[], Result], console: Console) -> Result
     except MigrationError as error:
         console.warn(f"{flag}: {error}\n{error.next_step}")
         return None
+
+
+def show_checks(
+    checks: list[Check], recalled: list[str], recorded: str | None, config: Config, console: Console
+) -> int:
+    """Print every check, and the commands that help if one failed. Returns exit code 4 then, else 0."""
+    from lib.console import table
+    from lib.verify.checks import FAILED, PENDING
+
+    failed = [check for check in checks if check.status == FAILED]
+    text = table([(check.status, check.name, check.detail) for check in checks], ("result", "check", "figures"))
+    if recalled:
+        text += "\n\nrecalled:\n" + "\n".join(recalled)
+    if failed:
+        remedies = dict.fromkeys(line for check in failed for line in check.remedy.splitlines())
+        text += f"\n\n{len(failed)} of {len(checks)} checks FAILED. What helps:\n  " + "\n  ".join(remedies)
+    elif any(check.status == PENDING for check in checks):
+        text += "\n\nrestart AutoMem with the new settings, then:\n  python scripts/verify_migration.py --after-restart"
+    if recorded:
+        text += f"\n\nrecorded as memory {recorded}"
+    document = {
+        "collection": config.collection,
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "failed": len(failed),
+        "recalled": recalled,
+        "recorded": recorded,
+    }
+    console.result(document, text)
+    return VERIFICATION_FAILED if failed else DONE
 
 
 if __name__ == "__main__":

@@ -197,10 +197,7 @@ def _with_header(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
 
 
 class _Streams:
-    """What pyrage reads (pieces of bytes) and writes (a function), as files.
-
-    `error` is what either raised: pyrage keeps only its text.
-    """
+    """Pieces that pyrage reads, and a function that it writes to, as files. `error`: what either of them raised."""
 
     def __init__(self, pieces: Iterator[bytes], write: Callable[[bytes], object]) -> None:
         self.error: BaseException | None = None

@@ -262,19 +262,15 @@ def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
         raise BackupDamaged(f"{path}: its {FACTS} cannot be read: {error}") from error
     if not isinstance(facts, dict) or not facts.keys() >= _REQUIRED:
         raise _foreign(path)
-    if not isinstance(facts.get("nodes", []), list) or not _are_plain(facts):
-        raise BackupDamaged(f"{path}: its {FACTS} is incomplete")
-    return facts
-
-
-def _are_plain(facts: dict[str, Any]) -> bool:
-    """Whether sizes are numbers, and the names that messages and commands show are printable."""
     server = facts.get("server") or {}
     versions = server.values() if isinstance(server, dict) else [1]
-    words = [facts["collection"], facts.get("model") or "", facts.get("provider") or "", *versions]
-    return type(facts["promised_ids"]) is type(facts["snapshot_size"]) is int and all(
-        isinstance(one, str) and one.isprintable() for one in words
-    )
+    # Messages and commands show these.
+    names = [facts["collection"], facts.get("model") or "", facts.get("provider") or "", *versions]
+    has_numbers = type(facts["promised_ids"]) is type(facts["snapshot_size"]) is int
+    has_names = all(isinstance(one, str) and one.isprintable() for one in names)
+    if not (isinstance(facts.get("nodes", []), list) and has_numbers and has_names):
+        raise BackupDamaged(f"{path}: its {FACTS} is incomplete")
+    return facts
 
 
 def _read_ids(path: Path, stream: IO[bytes], on_ids: IdsReader | None, expected: int) -> int:

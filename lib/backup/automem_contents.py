@@ -266,22 +266,18 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")
-    for one in page:
-        if not _is_json(one.payload):
+    for one in page:  # Qdrant sends no NaN, no number of 65 bits, no lone surrogate
+        try:
+            is_json = orjson.loads(orjson.dumps(one.payload)) == one.payload
+        except orjson.JSONEncodeError:
+            is_json = False
+        if not is_json:
             text.refuse(f"the payload of point {one.id} holds a value that JSON does not have")
     ids.put((one.id, one.payload or {}) for one in page)
     if isinstance(ids, PointTable):
         ids.size = facts.size
         ids.put_vectors(zip(names, vectors, strict=True))
     facts.points += len(page)
-
-
-def _is_json(payload: dict[str, Any] | None) -> bool:
-    """Whether Qdrant can have sent this payload: no NaN, no number of 65 bits, no lone surrogate."""
-    try:
-        return bool(orjson.loads(orjson.dumps(payload)) == payload)
-    except orjson.JSONEncodeError:
-        return False
 
 
 NOT_HELD = {

@@ -67,10 +67,7 @@ def is_automems(path: Path) -> bool:
 
 
 def automem_files(path: Path) -> list[AutoMemFile]:
-    """AutoMem's own backups in a file, a tar.gz or a folder (its newest), one of each store; none for other files.
-
-    Raises BadFile if they were not taken together, BackupDamaged.
-    """
+    """AutoMem's own backups in a file, tar.gz or folder (newest), one a store. Raises BadFile, BackupDamaged."""
     if path.is_dir():
         found = [max(files, key=lambda one: (one.stamp, one.path)) for files in _in_folder(path) if files]
     elif _IN_TAR.match(head := _head(path)):
@@ -142,25 +139,20 @@ class Text:
         last, searched = mark[-1:], self._at
         while True:
             found = self._held.find(last, searched)
-            if found < 0:
-                searched = self._read_more()
+            if found < 0:  # add a piece to the text that is not read yet
+                rest = self._held[self._at :]
+                self._before += self._at
+                piece = self._read()
+                self._held, self._at, searched = rest + piece, 0, len(rest)
+                if not piece:
+                    self.refuse("it is cut")
+                if len(rest) > _LARGEST_ELEMENT:
+                    self.refuse_layout()
             elif self._held.endswith(mark, self._at, found + 1):
                 start, self._at = self._at, found + 1
                 return self._held[start : self._at]
             else:
                 searched = found + 1
-
-    def _read_more(self) -> int:
-        """Add a piece to the text that is not read yet; returns where it begins."""
-        rest = self._held[self._at :]
-        self._before += self._at
-        piece = self._read()
-        self._held, self._at = rest + piece, 0
-        if not piece:
-            self.refuse("it is cut")
-        if len(rest) > _LARGEST_ELEMENT:
-            self.refuse_layout()
-        return len(rest)
 
     def require_end(self) -> None:
         """Raise BackupDamaged unless only the closing brace and blanks follow."""

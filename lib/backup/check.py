@@ -16,12 +16,12 @@ from lib.backup import copies
 from lib.backup.age import SUFFIX, CopyKeys, require_encryption
 from lib.backup.archive import peek_facts
 from lib.backup.automem_contents import describe, require_uncut
-from lib.backup.automem_files import AutoMemFile, automem_files, is_automems
+from lib.backup.automem_files import automem_files, is_automems
 from lib.backup.catalog import Deployment, find_set, latest, manifest_paths, newest_full, safety_copies, with_purpose
 from lib.backup.collection import CollectionVerification, verify_collection
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
 from lib.backup.graph import GraphVerification, verify_graph
-from lib.backup.manifest import CHECKED, GRAPH_DIR, CollectionComponent, GraphComponent, Manifest, read_manifest
+from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, Manifest, read_manifest
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
@@ -64,21 +64,15 @@ def kind_of(path: Path) -> str:
     raise BadFile(f"{path} is no backup: neither an RDB, nor a qdrant_snapshot_*.tar.gz, nor a backup_*.json")
 
 
-def _url_of_copies(path: Path) -> str:
-    """The next step if `path`, or `path` without `latest`, is a folder of copies; else ""."""
-    folder = path.parent if path.name == LATEST else path
-    if not any(folder.glob("backup_*.json*")):
-        return ""
-    return f"name the newest set there by its URL: {folder.absolute().as_uri()}/{LATEST}"
-
-
 def _head(path: Path) -> bytes:
     """The first bytes of the file. Raises BadFile if there are none."""
     try:
-        if path.is_dir():
-            raise BadFile(f"{path} is a folder, a file is needed", next_step=_url_of_copies(path))
-        if not path.exists():
-            raise BadFile(f"{path} does not exist", next_step=_url_of_copies(path))
+        if path.is_dir() or not path.exists():
+            folder = path.parent if path.name == LATEST else path
+            has_copies = any(folder.glob("backup_*.json*"))
+            step = f"name the newest set there by its URL: {folder.absolute().as_uri()}/{LATEST}" if has_copies else ""
+            what = "is a folder, a file is needed" if path.is_dir() else "does not exist"
+            raise BadFile(f"{path} {what}", next_step=step)
         if not path.is_file():  # it may never bring anything, and could be read only once
             raise BadFile(f"{path} is a pipe or a device, a file is needed", next_step="save it as a file")
         with path.open("rb") as stream:
@@ -95,9 +89,18 @@ def verify_named(
 ) -> list[FileVerification]:
     """Verify the sets that `--check` names, or AutoMem's own backups. Damage is reported as the fault of its file."""
     path = Path(word)
-    if (path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path)):
-        return [_verify_automems(one) for one in automems]
-    return [one for path in _named_manifests(folder, word, owner) for one in _verify_set(path, engines)]
+    if not ((path.is_dir() or (path.is_file() and os.access(path, os.R_OK))) and (automems := automem_files(path))):
+        return [one for path in _named_manifests(folder, word, owner) for one in _verify_set(path, engines)]
+    found = []
+    for source in automems:
+        try:
+            held, signs = describe(source)
+            require_uncut(source, signs)
+            note = f"AutoMem's own backup, not loaded: {held}"
+            found.append(FileVerification(source.display, CHECKED, note))
+        except BackupDamaged as error:
+            found.append(FileVerification(source.display, "damaged", fault=str(error)))
+    return found
 
 
 def _of_stamp(folder: Path, word: str) -> str:
@@ -142,7 +145,20 @@ def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
         _compare_times(manifest)
     except (BackupDamaged, BadFile) as error:
         return [FileVerification(path, "damaged", fault=str(error))]
-    return [_verify_file(manifest.file_of(one), one, engines) for one in manifest.components]
+    checked = []
+    found: GraphVerification | CollectionVerification
+    for component in manifest.components:
+        file = manifest.file_of(component)
+        try:
+            if isinstance(component, GraphComponent):
+                found = verify_graph(file, component, engines)
+            else:
+                found = verify_collection(file, component=component)
+            checked.append(FileVerification(file, found.level, found.note))
+        except MigrationError as error:
+            level = "damaged" if isinstance(error, BackupDamaged) else "unknown"
+            checked.append(FileVerification(file, level, fault=str(error)))
+    return checked
 
 
 def _compare_times(manifest: Manifest) -> None:
@@ -152,46 +168,15 @@ def _compare_times(manifest: Manifest) -> None:
         raise BackupDamaged(f"{manifest.path} was edited: its stamp is {stamp}, but created is {manifest.created}")
 
 
-def _verify_file(
-    path: Path, component: GraphComponent | CollectionComponent, engines: list[Engine]
-) -> FileVerification:
-    found: GraphVerification | CollectionVerification
-    try:
-        if isinstance(component, GraphComponent):
-            found = verify_graph(path, component, engines)
-        else:
-            found = verify_collection(path, component=component)
-    except MigrationError as error:
-        return FileVerification(path, "damaged" if isinstance(error, BackupDamaged) else "unknown", fault=str(error))
-    return FileVerification(path, found.level, found.note)
-
-
-def _verify_automems(source: AutoMemFile) -> FileVerification:
-    try:
-        held, signs = describe(source)
-        require_uncut(source, signs)
-    except BackupDamaged as error:
-        return FileVerification(source.display, "damaged", fault=str(error))
-    return FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}")
-
-
-@dataclass(frozen=True)
-class _Named:
-    """The parts of a URL: the folder, the manifest's name (LATEST, or none for all), a file of that set."""
-
-    folder: str
-    manifest: str = ""
-    file: str = ""
-
-
-def _named(url: str) -> _Named:
+def _named(url: str) -> tuple[str, str, str]:
+    """The folder of a URL, the manifest's name (LATEST, or "" for all), and a file of that set (or "")."""
     parent, _, last = url.rstrip("/").removesuffix(SUFFIX).rpartition("/")
     if last == LATEST or copies.MANIFEST_NAME.fullmatch(last):
-        return _Named(parent, last)
+        return parent, last, ""
     if found := _SET_FILE.fullmatch(last):
         folder, _, within = parent.rpartition("/")
-        return _Named(folder, f"backup_{found[1]}.json", f"{within}/{last}")
-    return _Named(url)
+        return folder, f"backup_{found[1]}.json", f"{within}/{last}"
+    return url, "", ""
 
 
 def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", write: bool = True) -> str:
@@ -200,7 +185,7 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
     """
     copies.require_elsewhere(url, folder)
-    if _named(url).manifest:
+    if _named(url)[1]:
         last = url.rstrip("/").rpartition("/")[2]
         raise UsageProblem(
             f"a folder '{last}' is read as the name of a backup in the folder above it: sets in it would not be found",
@@ -236,25 +221,25 @@ def fetched(
     word = _url_of_encrypted(word)
     if not is_url(word):
         return _of_stamp(folder, word)
-    named = _named(word)
-    store = open_offsite(named.folder, keys)
-    if not named.manifest:
+    place, named, file = _named(word)
+    store = open_offsite(place, keys)
+    if not named:
         raise BadFile(
             f"{store.shown} names no backup: it must end with backup_*.json, a file of a set, or {LATEST}",
             next_step=f"python scripts/backup_automem.py --list {quote(store.shown)}",
         )
-    name = _newest(store, owner, folder) if named.manifest == LATEST else named.manifest
+    name = _newest(store, owner, folder) if named == LATEST else named
     with lock_targets([f"fetching into {folder.absolute()}"]):
         path = folder / name
         if not copies.is_whole_here(store, name, folder):
             path = copies.fetch(store, name, private_dir(folder) / "quarantine", bar)
             path = _verified(path, folder, engines(), store.shown)
-    if named.file and named.file not in {file.name for file in read_manifest(path).files}:
+    if file and file not in {one.name for one in read_manifest(path).files}:
         raise BadFile(
-            f"{store.shown}/{named.file} is no file of the set {name}",
+            f"{store.shown}/{file} is no file of the set {name}",
             next_step=f"python scripts/restore_from_backup.py {quote(f'{store.shown}/{name}')}",
         )
-    return str(folder / named.file if named.file else path)
+    return str(folder / file if file else path)
 
 
 def _verified(path: Path, folder: Path, engines: list[Engine], shown: str) -> Path:
@@ -290,10 +275,10 @@ def _verify_copies(
     The URL is that of a folder or of one set in it. A set that is damaged, incomplete, or encrypted for another key is
     reported by a fault. Raises MissingData if there is no set, AccessRefused if no key fits any.
     """
-    named = _named(url)
-    store = open_offsite(named.folder, keys)
-    names = [named.manifest] if named.manifest else copies.manifests(store)
-    if named.manifest == LATEST:
+    place, named, _ = _named(url)
+    store = open_offsite(place, keys)
+    names = [named] if named else copies.manifests(store)
+    if named == LATEST:
         names = [_newest(store, None, folder)]
     checked, refused = list[FileVerification](), list[AccessRefused]()
     here = private_dir(folder) / "drill"

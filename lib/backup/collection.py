@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from heapq import merge
@@ -114,10 +114,7 @@ def verify_collection(
 
 
 class SegmentCopies:
-    """Temporary copies of segments, below `folder`, made while a snapshot is read if nothing hinders.
-
-    Qdrant's engine opens them. `size`: bytes of all snapshots.
-    """
+    """Copies of segments below `folder`, for Qdrant's engine, if nothing hinders. `size`: bytes of all snapshots."""
 
     def __init__(self, folder: Path, size: int, *, counting: bool = True) -> None:
         self.hindrance = "" if has_room(2 * size) else _no_room()
@@ -232,10 +229,7 @@ def _incomplete(path: Path) -> BackupDamaged:
 
 @dataclass(frozen=True)
 class CollectionSource:
-    """An opened Qdrant, the collection in it, and what the configuration says of its vectors.
-
-    `nodes` are those of its cluster that the configuration lists; none has been contacted yet.
-    """
+    """An opened Qdrant, the collection, its configured vectors; `nodes` of a cluster: listed, not contacted."""
 
     qdrant: Qdrant
     collection: str
@@ -339,7 +333,14 @@ def _write_archive(
             address = node.qdrant.display if source.nodes else None
             snapshot = own_snapshot(node.qdrant, source.collection, journal, address)
             made.append((node, on_server.enter_context(snapshot)))
-        facts["promised_ids"] = _write_expected_ids(source, before, ids)
+        # Expected are the ids that existed before and exist now. Qdrant lists numbers before UUIDs.
+        earlier = (as_id(line.strip()) for line in before)
+        both = groupby(merge(earlier, _ids(source), key=lambda one: (isinstance(one, str), one)))
+        facts["promised_ids"] = 0
+        for identity, equal in both:
+            if len(list(equal)) == 2:
+                ids.write(f"{identity}\n".encode())
+                facts["promised_ids"] += 1
         facts |= _snapshot_facts(made)
         with archive_writer(path) as archive:
             document = orjson.dumps(facts, option=orjson.OPT_INDENT_2)
@@ -356,18 +357,6 @@ def _write_archive(
 
 def _ids(source: CollectionSource) -> Iterator[PointId]:
     return (point.id for page in scroll(source.qdrant, source.collection) for point in page)
-
-
-def _write_expected_ids(source: CollectionSource, before: Iterable[str], out: IO[bytes]) -> int:
-    """Write the ids that existed before the snapshot and exist now: it must hold those. Returns their number."""
-    count = 0
-    earlier = (as_id(line.strip()) for line in before)
-    # Qdrant lists numbers before UUIDs.
-    for identity, equal in groupby(merge(earlier, _ids(source), key=lambda one: (isinstance(one, str), one))):
-        if len(list(equal)) == 2:
-            out.write(f"{identity}\n".encode())
-            count += 1
-    return count
 
 
 def _snapshot_facts(made: list[tuple[Node, snapshots.Snapshot]]) -> dict[str, Any]:

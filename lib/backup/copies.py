@@ -7,7 +7,6 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -29,10 +28,7 @@ _SPARE = 16 << 20
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A set that is complete at `url` (as it may be printed): the files and bytes that were sent, and that were there.
-
-    `same_disk`: the copy is lost with the disk of the set here.
-    """
+    """A set complete at `url` (printable): what was sent, and was there. `same_disk`: lost with the disk here."""
 
     url: str
     manifest: str
@@ -60,7 +56,7 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
                 next_step="take a new backup:\npython scripts/backup_automem.py",
             )
     try:
-        with _copy_lock(manifest, address.shown):
+        with lock_targets([f"{manifest.name} at {address.shown}"]):  # what is being uploaded is not deleted
             store = open_offsite(url, keys)
             if keys.encrypt:
                 sent = _send_encrypted(store, manifest, files, bar)
@@ -87,17 +83,9 @@ def upload_new(
     return upload(url, manifest, bar, keys)
 
 
-def _copy_lock(manifest: Manifest, shown: str) -> AbstractContextManager[None]:
-    """Return the lock of one copy: what is being uploaded is not deleted."""
-    return lock_targets([f"{manifest.name} at {shown}"])
-
-
 def delete_copy(store: OffsiteStore, manifest: Manifest) -> None:
-    """Delete a set at the place of copies, plain or encrypted, its manifest first. A set without one is none.
-
-    Raises LockHeld while this machine uploads the set, and AccessRefused.
-    """
-    with _copy_lock(manifest, store.shown):
+    """Delete a set there, plain or encrypted, its manifest first. Raises AccessRefused, LockHeld during an upload."""
+    with lock_targets([f"{manifest.name} at {store.shown}"]):
         existing = _sizes(store, manifest.files)
         names = (manifest.name, *(file.name for file in manifest.files), KEY_FILE.format(stamp=manifest.stamp))
         for one in (spelled for name in names for spelled in (name, name + SUFFIX)):
@@ -290,25 +278,20 @@ def is_whole_here(store: OffsiteStore, name: str, folder: Path) -> bool:
 
 def _missing(manifest: Manifest, data: bytes, folder: Path) -> list[BackupFile]:
     """The files of the set that are not in `folder`. Raises BadFile if another file has one of its names."""
-    path = folder / manifest.name
-    if path.exists() and path.read_bytes() != data:
-        raise _another(path)
-    return [file for file in manifest.files if not _is_here(folder / file.name, file)]
-
-
-def _is_here(path: Path, file: BackupFile) -> bool:
-    if not path.exists():
-        return False
-    if not path.is_file() or _file_here(path, file.name) != file:
-        raise _another(path)
-    return True
-
-
-def _another(path: Path) -> BadFile:
-    return BadFile(
-        f"{path} is here already, and differs from the one of the set to fetch",
-        next_step="fetch into another folder with --backup-dir",
-    )
+    path, missing = folder / manifest.name, []
+    others = [path] if path.exists() and path.read_bytes() != data else []
+    for file in manifest.files:
+        path = folder / file.name
+        if not path.exists():
+            missing.append(file)
+        elif not path.is_file() or _file_here(path, file.name) != file:
+            others.append(path)
+    if others:
+        raise BadFile(
+            f"{others[0]} is here already, and differs from the one of the set to fetch",
+            next_step="fetch into another folder with --backup-dir",
+        )
+    return missing
 
 
 def require_fetchable(name: str) -> None:

@@ -32,13 +32,8 @@ from lib.journal import STAMP
 
 FILE, SFTP, S3 = "file", "sftp", "s3"
 _AZURE = dict.fromkeys(("az", "abfs", "abfss"), "adlfs")
-_PACKAGES = {
-    FILE: "fsspec",
-    SFTP: "paramiko",
-    S3: "s3fs",
-    "gs": "gcsfs",
-    **_AZURE,
-}  # that a scheme needs besides fsspec
+# That a scheme needs besides fsspec.
+_PACKAGES = {FILE: "fsspec", SFTP: "paramiko", S3: "s3fs", "gs": "gcsfs", **_AZURE}
 _MASK = "***"
 
 
@@ -94,16 +89,30 @@ def offsite_address(text: str) -> OffsiteAddress:
         if parts.netloc not in {"", "localhost"}:
             raise _unusable("file:// has three slashes before the folder: file:///mnt/folder")
         return _local(Path(unquote(parts.path)))
+    return _remote(scheme, text, parts, port)
+
+
+def _remote(scheme: str, text: str, parts: SplitResult, port: int | None) -> OffsiteAddress:
     if not parts.hostname:
         raise _unusable(f"the {scheme}:// URL names no {'host' if scheme == SFTP else 'bucket'}")
-    return _sftp(text, parts, port) if scheme == SFTP else _objects(scheme, text, parts)
-
-
-def _objects(scheme: str, text: str, parts: SplitResult) -> OffsiteAddress:
-    # az://container@account.host/folder is a form of Azure's own; any other '@' ends a login.
-    if parts.password or ("@" in parts.netloc and scheme not in _AZURE):
-        raise _unusable(f"a {scheme}:// URL holds no login: it comes from the environment, see the README")
-    return OffsiteAddress(scheme, text.rstrip("/"), text.rstrip("/"))
+    if scheme != SFTP:
+        # az://container@account.host/folder is a form of Azure's own; any other '@' ends a login.
+        if parts.password or ("@" in parts.netloc and scheme not in _AZURE):
+            raise _unusable(f"a {scheme}:// URL holds no login: it comes from the environment, see the README")
+        return OffsiteAddress(scheme, text.rstrip("/"), text.rstrip("/"))
+    host = parts.hostname
+    login = f"{parts.username}{f':{_MASK}' if parts.password else ''}@" if parts.username else ""
+    shown = f"[{host}]" if ":" in host else host
+    return OffsiteAddress(
+        SFTP,
+        f"sftp://{login}{shown}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
+        text,
+        host=host,
+        port=port,
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        path=unquote(parts.path).rstrip("/") or "/",
+    )
 
 
 def _unusable(message: str) -> UsageProblem:
@@ -120,22 +129,6 @@ def _local(folder: Path) -> OffsiteAddress:
     return OffsiteAddress(FILE, path, path, path=path)
 
 
-def _sftp(text: str, parts: SplitResult, port: int | None) -> OffsiteAddress:
-    host = parts.hostname or ""
-    login = f"{parts.username}{f':{_MASK}' if parts.password else ''}@" if parts.username else ""
-    shown = f"[{host}]" if ":" in host else host
-    return OffsiteAddress(
-        SFTP,
-        f"sftp://{login}{shown}{f':{port}' if port else ''}{parts.path.rstrip('/')}",
-        text,
-        host=host,
-        port=port,
-        username=unquote(parts.username) if parts.username else None,
-        password=unquote(parts.password) if parts.password else None,
-        path=unquote(parts.path).rstrip("/") or "/",
-    )
-
-
 # Classes of errors of Python, paramiko, botocore, aiohttp, azure.core and google.auth: none has to be imported.
 _REFUSED = {"PermissionError", "AuthenticationException", "BadHostKeyException", "NoCredentialsError"}
 _REFUSED |= {"PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "RefreshError"}
@@ -145,36 +138,31 @@ _UNREACHABLE |= {"HTTPClientError", "ClientConnectionError", "ServiceRequestErro
 
 @contextlib.contextmanager
 def _translated(address: OffsiteAddress, what: str) -> Iterator[None]:
-    """Turn the errors of libraries in the block, which does `what` there, into ours."""
+    """Turn the errors of libraries in the block, which does `what` there, into ours, worded without a password."""
     try:
         yield
     except MigrationError:
         raise
     except Exception as error:  # botocore, aiohttp, azure, google.auth and paramiko share no base
-        raise _trouble(address, what, error) from error
-
-
-def _trouble(address: OffsiteAddress, what: str, error: Exception) -> MigrationError:
-    """Word a library's error without a password."""
-    classes = {one.__name__ for one in type(error).__mro__}
-    text = address.clean(" ".join(str(error).split())).removeprefix("[Errno None] ") or type(error).__name__
-    key = "not known here" if "not found in known_hosts" in text else ""
-    if not key and "BadHostKeyException" in classes:
-        key = "not the one in ~/.ssh/known_hosts: another machine may stand in between"
-    kind: type[MigrationError] = StoreFailed
-    next_step = "check that place, then run the same command again"
-    if key:
-        port = f"-p {address.port} " if address.port else ""
-        kind, text = AccessRefused, f"the host's key is {key}"
-        next_step = f"compare the key that this shows with the host's own:\nssh {port}{address.host}"
-    elif isinstance(error, FileNotFoundError):
-        kind, next_step = MissingData, "check the spelling of the bucket, container or folder"
-    elif classes & _REFUSED:
-        kind = AccessRefused
-        next_step = "give the login in the environment, with rights to list, read and write: see the README"
-    elif classes & _UNREACHABLE:
-        kind, next_step = StoreUnreachable, "check the host, the port and the network, then run the same command again"
-    return kind(f"cannot {what} {address.shown}: {text}", next_step=next_step)
+        classes = {one.__name__ for one in type(error).__mro__}
+        text = address.clean(" ".join(str(error).split())).removeprefix("[Errno None] ") or type(error).__name__
+        key = "not known here" if "not found in known_hosts" in text else ""
+        if not key and "BadHostKeyException" in classes:
+            key = "not the one in ~/.ssh/known_hosts: another machine may stand in between"
+        kind: type[MigrationError] = StoreFailed
+        step = "check that place, then run the same command again"
+        if key:
+            port = f"-p {address.port} " if address.port else ""
+            kind, text = AccessRefused, f"the host's key is {key}"
+            step = f"compare the key that this shows with the host's own:\nssh {port}{address.host}"
+        elif isinstance(error, FileNotFoundError):
+            kind, step = MissingData, "check the spelling of the bucket, container or folder"
+        elif classes & _REFUSED:
+            kind = AccessRefused
+            step = "give the login in the environment, with rights to list, read and write: see the README"
+        elif classes & _UNREACHABLE:
+            kind, step = StoreUnreachable, "check the host, the port and the network, then run the same command again"
+        raise kind(f"cannot {what} {address.shown}: {text}", next_step=step) from error
 
 
 NO_KEYS = CopyKeys()
@@ -236,18 +224,15 @@ class OffsiteStore:
             return
         shown = f"{self.shown}/{encrypted}"
         require_key(self.keys, shown)
-        decrypt(self.chunks(encrypted), write, self._private_keys(name), shown)
-
-    def _private_keys(self, name: str) -> list[Any]:
-        """The keys that may decrypt a file: the operator's own, or the key of the file's set, by the passphrase."""
-        found = identities(self.keys) if self.keys.identity else []
+        # The operator's own keys, and the key of the file's set, by the passphrase.
+        private_keys = identities(self.keys) if self.keys.identity else []
         stamp = _STAMP_IN_NAME.search(name)
         if self.keys.passphrase_file and stamp:
             key_file = f"{KEY_FILE.format(stamp=stamp[0])}{SUFFIX}"
             if key_file not in self._opened and self.size_of(key_file) is not None:
                 self._opened[key_file] = key_in(self.read(key_file), passphrase(self.keys))
-            found += self._opened.get(key_file, [])
-        return found
+            private_keys += self._opened.get(key_file, [])
+        decrypt(self.chunks(encrypted), write, private_keys, shown)
 
     def read(self, name: str) -> bytes:
         """Read a whole manifest or key file. Raises like `copy_out`, and BackupDamaged for one that is too large."""
@@ -336,10 +321,7 @@ class OffsiteStore:
 
 
 def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
-    """Open a URL or local folder; `keys` decrypt what is encrypted there.
-
-    Raises UsageProblem for a URL of another kind or a missing package, AccessRefused, StoreUnreachable.
-    """
+    """Open a URL or folder; `keys` decrypt. Raises UsageProblem (URL, package), AccessRefused, StoreUnreachable."""
     address = offsite_address(url)
     for package in ("fsspec", _PACKAGES[address.scheme]):
         if importlib.util.find_spec(package) is None:
@@ -351,25 +333,20 @@ def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
     # The libraries log warnings and tracebacks of what is raised here as an error of ours.
     logging.getLogger().addHandler(logging.NullHandler())
     with _translated(address, "open"):
-        fs, root = _open(address)
-    return OffsiteStore(address, fs, root, keys)
+        if address.scheme == SFTP:
+            login = {"port": address.port, "username": address.username, "password": address.password}
+            given = {name: one for name, one in login.items() if one}
+            return OffsiteStore(address, _known_host_sftp()(address.host, **given), address.path, keys)
+        if address.scheme == FILE:
+            from fsspec.implementations.local import LocalFileSystem
 
+            return OffsiteStore(address, LocalFileSystem(), address.path, keys)
+        from fsspec.core import url_to_fs
 
-def _open(address: OffsiteAddress) -> tuple[Any, str]:
-    if address.scheme == SFTP:
-        login = {"port": address.port, "username": address.username, "password": address.password}
-        return _known_host_sftp()(address.host, **{name: one for name, one in login.items() if one}), address.path
-    if address.scheme == FILE:
-        from fsspec.implementations.local import LocalFileSystem
-
-        return LocalFileSystem(), address.path
-    from fsspec.core import url_to_fs
-
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if address.scheme == S3:
-        options["max_concurrency"] = 4  # parts of 8 MiB in memory at once
-    fs, root = url_to_fs(address.url, **options)
-    return fs, str(root)
+        # For S3: parts of 8 MiB in memory at once.
+        options = {"max_concurrency": 4} if address.scheme == S3 else {}
+        fs, root = url_to_fs(address.url, use_listings_cache=False, skip_instance_cache=True, **options)
+        return OffsiteStore(address, fs, str(root), keys)
 
 
 _CONNECT_SECONDS, _SILENT_SECONDS = 30.0, 120.0  # of SFTP

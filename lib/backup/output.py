@@ -282,7 +282,7 @@ def recorded(
             # The labels of every metric: the names of the stores that the run backs up.
             names = {"graph": owner.graph, "collection": owner.collection}
             names.pop(_LEFT_OUT[only], None)
-            text = _text(_samples(_newest_verified(folder, owner, only), seconds, code), names)
+            text = _text(_samples(folder, owner, only, seconds, code), names)
             with atomic_writer(target) as stream:
                 os.fchmod(stream.fileno(), 0o644)  # node exporter runs as another user
                 stream.write(text.encode())
@@ -291,20 +291,17 @@ def recorded(
     return code
 
 
-def _newest_verified(folder: Path, owner: Deployment, only: str | None) -> Manifest | None:
-    """The newest complete and verified set, as far as it holds the stores that the run backs up. No safety copy."""
+def _samples(folder: Path, owner: Deployment, only: str | None, seconds: float, code: int) -> _Samples:
+    """The values of each metric with their own labels: of the run, and of the newest complete and verified set.
+
+    Of a set only the stores count that the run backs up. Safety copies do not count.
+    """
+    found: _Samples = {"last_run_duration_seconds": [({}, round(seconds, 3))], "last_run_exit_code": [({}, code)]}
     kind = {None: FULL, "falkordb": GRAPH_ONLY, "qdrant": COLLECTION_ONLY}[only]
     absent: dict[str, Any] = {_LEFT_OUT[only]: None, "drift": None} if only else {}
-    for one in (replace(one, **absent) for one in backup_sets(folder)):
-        verified = one.kind == kind and one.proof != UNVERIFIED
-        if verified and owner.owns(one) and is_complete(one) and not one.is_from_future:
-            return one
-    return None
-
-
-def _samples(manifest: Manifest | None, seconds: float, code: int) -> _Samples:
-    """The values of each metric with their own labels. Without a set, only those of the run."""
-    found: _Samples = {"last_run_duration_seconds": [({}, round(seconds, 3))], "last_run_exit_code": [({}, code)]}
+    sets = (replace(one, **absent) for one in backup_sets(folder))
+    verified = (one for one in sets if one.kind == kind and one.proof != UNVERIFIED and not one.is_from_future)
+    manifest = next((one for one in verified if owner.owns(one) and is_complete(one)), None)
     if manifest is None:
         return found
     graph, collection, drift = manifest.graph, manifest.collection, manifest.drift

@@ -75,9 +75,10 @@ def in_form_of(live: object, value: object) -> Any:
     return _in_number_form(live, value) if _kind(live) == _kind(value) == "number" else value
 
 
-def _value_in_text_form(live: str, value: object) -> Any:
+def _value_in_text_form(live: str, value: Any) -> Any:
     if _zone(live) is not None and _kind(value) == "number":
-        return _from_epoch(live, value)
+        unit = _unit(value)
+        return in_form_of(live, (_EPOCH + value * 10**6 / unit * _MICROSECOND).isoformat()) if unit else value
     spelled = _parsed_json(live)
     if spelled is None or _kind(spelled) != _kind(value):
         one = value[0] if isinstance(value, list) and len(value) == 1 else None
@@ -86,13 +87,18 @@ def _value_in_text_form(live: str, value: object) -> Any:
     return live if same(spelled, formed) else orjson.dumps(formed).decode()
 
 
-def _text_in_value_form(live: object, value: str) -> Any:
+def _text_in_value_form(live: Any, value: str) -> Any:
     spelled = _parsed_json(value)
     if _kind(live) is not None and _kind(spelled) == _kind(live):
         return in_form_of(live, spelled)
     if isinstance(live, list) and live and isinstance(live[0], str):
         return [in_form_of(live[0], value)]
-    return _as_epoch(live, value) if _kind(live) == "number" and _zone(value) is not None else value
+    is_moment = _kind(live) == "number" and _zone(value) is not None
+    moment, unit = _moment(value), _unit(live) if is_moment else None
+    if moment is None or unit is None:
+        return value
+    micros = (moment[0] - _EPOCH) // _MICROSECOND * unit
+    return in_form_of(live, micros // 10**6 if isinstance(live, int) else micros / 10**6)
 
 
 def _parsed_json(text: object) -> Any:
@@ -175,21 +181,6 @@ def _moment(text: str) -> tuple[datetime, str] | None:
 def _unit(number: float) -> int | None:
     """The unit of a number that may be a moment of the years 69 to 3871: 1 (s), 1000 (ms), 10**6 (us); or None."""
     return next((unit for unit in (1, 10**3, 10**6) if 1e8 * unit <= abs(number) < 6e10 * unit), None)
-
-
-def _as_epoch(live: Any, value: str) -> Any:
-    """The moment as a number in the unit and type of `live`."""
-    found, unit = _moment(value), _unit(live)
-    if found is None or unit is None:
-        return value
-    micros = (found[0] - _EPOCH) // _MICROSECOND * unit
-    return in_form_of(live, micros // 10**6 if isinstance(live, int) else micros / 10**6)
-
-
-def _from_epoch(live: str, value: Any) -> Any:
-    """The number as a moment, spelled like `live`."""
-    unit = _unit(value)
-    return in_form_of(live, (_EPOCH + value * 10**6 / unit * _MICROSECOND).isoformat()) if unit else value
 
 
 def _in_moment_form(live: str, value: str) -> str:

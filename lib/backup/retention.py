@@ -39,10 +39,7 @@ PROTECTED_DAYS = 30
 
 @dataclass(frozen=True)
 class Cleanup:
-    """The sets of one deployment, newest first, each with what keeps it, or DELETE.
-
-    `protected`: the names of the sets that are kept although no rule keeps them, with the reason.
-    """
+    """The sets of one deployment, newest first, with what keeps each, or DELETE. `protected`: kept without a rule."""
 
     verdicts: list[tuple[Manifest, str]]
     protected: dict[str, str]
@@ -106,14 +103,15 @@ def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
 
 
 def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
-    """The names of the sets that a rule keeps, or that their state keeps, with the reason.
-
-    `sets` are of one kind, newest first, each with whether it is complete.
-    """
+    """The names of sets that a rule or their state keeps, and why. `sets`: of one kind, newest first, if complete."""
     counted = _countable(sets)
     found: dict[str, str] = {}
     for flag, count in rules.items():
-        for name in _newest_of_periods(counted, flag, count):
+        newest: dict[str, str] = {}  # the newest set of each period; for KEEP each set is one
+        for one in counted:
+            day = datetime.fromisoformat(one.created).astimezone(timezone.utc)
+            newest.setdefault(one.name if flag == KEEP else day.strftime(PERIODS[flag]), one.name)
+        for name in list(newest.values())[:count]:
             found[name] = f"{found[name]}, {flag} {count}" if name in found else f"{flag} {count}"
     if verified := next((one for one in counted if one.proof != UNVERIFIED), None):
         found.setdefault(verified.name, "the newest verified set of its kind")
@@ -126,15 +124,6 @@ def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -
             state = "one of its stores is empty" if complete else "incomplete"
             found.setdefault(one.name, f"{state}, but among the newest sets")
     return found
-
-
-def _newest_of_periods(counted: list[Manifest], flag: str, count: int) -> list[str]:
-    """The names of the newest set of each of the last `count` periods that have one. For KEEP each set is one."""
-    newest: dict[str, str] = {}
-    for one in counted:
-        day = datetime.fromisoformat(one.created).astimezone(timezone.utc)
-        newest.setdefault(one.name if flag == KEEP else day.strftime(PERIODS[flag]), one.name)
-    return list(newest.values())[:count]
 
 
 def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -> dict[str, str]:

@@ -25,8 +25,6 @@ from lib.files import private_dir, require_room
 from lib.journal import Journal, open_journals, start_journal
 
 _EXAMPLES = 20
-
-
 _RDB_SHARE = 4  # assumed: an RDB took 1/5 to 1/20 of the server's memory on 4.16.3 and 4.22.1
 _LEAST_BYTES = 64 << 20  # that a backup needs; a full disk is also noticed while writing
 COMMAND = "backup"
@@ -50,12 +48,15 @@ def take_backup(
     verify: bool = True,
     purpose: str = BACKUP,
 ) -> Manifest:
-    """Back up what is given into the journal's folder, both components or neither; the manifest last.
-
-    Raises MissingData, BackupDamaged.
-    """
-    folder = private_dir(journal.folder)
-    _check_room(folder, graph, collection)
+    """Back up what is given: all or nothing, the manifest last. Raises MissingData, BackupDamaged."""
+    folder, need = private_dir(journal.folder), _LEAST_BYTES
+    if graph:
+        with suppress(AccessRefused):
+            need += memory_used(graph.conn) // _RDB_SHARE
+    if collection:
+        state = get_state(collection.qdrant, collection.collection)
+        need += state.points * state.size * 4
+    require_room(folder, need, "the backup may need", ", or name another folder with --backup-dir")
     stamp, created = claim_stamp(journal)
     try:
         with TemporaryIdTable() as graph_ids, TemporaryIdTable() as point_ids:
@@ -74,21 +75,8 @@ def take_backup(
         raise
 
 
-def _check_room(folder: Path, graph: GraphSource | None, collection: CollectionSource | None) -> None:
-    need = _LEAST_BYTES
-    if graph:
-        with suppress(AccessRefused):
-            need += memory_used(graph.conn) // _RDB_SHARE
-    if collection:
-        state = get_state(collection.qdrant, collection.collection)
-        need += state.points * state.size * 4
-    require_room(folder, need, "the backup may need", ", or name another folder with --backup-dir")
-
-
 def _save(
-    graph: Callable[..., GraphComponent] | None,
-    collection: Callable[..., CollectionComponent] | None,
-    bar: ProgressBar,
+    graph: Callable[..., GraphComponent] | None, collection: Callable[..., CollectionComponent] | None, bar: ProgressBar
 ) -> tuple[GraphComponent | None, CollectionComponent | None]:
     """Save the graph in the background, and the collection as soon as the graph's state is fixed.
 
@@ -155,10 +143,7 @@ def run_backup(
     verify: bool = True,
     notice: Callable[[str], None] = lambda _text: None,
 ) -> Manifest:
-    """Take a set under the target's lock. Raises like `take_backup`; the journal stays open if something is left.
-
-    `notice` gets the snapshots that killed runs may have left on the server.
-    """
+    """Take a set under the target's lock. `notice`: of snapshots that may be left. Raises like `take_backup`."""
     # Killed backups, and runs of other commands that left only a snapshot.
     killed = [one for one in open_journals(folder, targets) if one.command == COMMAND or one.phase == AWAITED]
     left = [one for one in killed if not clean_up_backup(collection, one)]

@@ -251,11 +251,9 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
         return True
     if state.points == 0 and not reached(journal, phases.DELETING) and alike:
         return True
-    return alike and not must_forget(ctx) and _vectors_agree(ctx, state)
-
-
-def _vectors_agree(ctx: Context, state: CollectionState) -> bool:
-    """Return whether the first points have the cache's vectors, so that an earlier run made the collection."""
+    if not alike or must_forget(ctx):
+        return False
+    # An earlier run made it if the first points have the cache's vectors.
     page = next(scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_FIRST))
     known, wrong = different_vectors(page, ctx.cache, ctx.spec, state)
     return known > 0 and not wrong
@@ -369,13 +367,20 @@ def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
     component = manifest.collection
     if component is None:
         return "holds no collection"
-    fault = _fault_in_manifest(manifest, component, guarded)
-    if fault:
+    if fault := _fault_in_manifest(manifest, component, guarded):
         return fault
+    live = alone = 0  # how many of the live ids, and of those without a memory, the archive is expected to hold
+
+    def count(ids: Iterator[str]) -> None:
+        nonlocal live, alone
+        for page in chunks(map(as_id, ids), _PAGE):
+            live += len(guarded.live.payloads(page))
+            alone += len(guarded.only_live.payloads(page))
+
     try:
         path = manifest.file_of(component)
         check_file(path, component.file)
-        live, alone = _count_expected(path, guarded)
+        read_archive(path, on_ids=count)
     except BackupDamaged as error:
         return str(error)
     if live < _SAME_SHARE * len(guarded.live):
@@ -397,20 +402,6 @@ def _fault_in_manifest(manifest: Manifest, component: CollectionComponent, guard
     if VERIFICATION_LEVELS.index(component.proof) < VERIFICATION_LEVELS.index(CHECKED):
         return "was never verified (--no-verify)"
     return None
-
-
-def _count_expected(path: Path, guarded: GuardedCollection) -> tuple[int, int]:
-    """Return how many live ids are among the archive's expected ids, and how many of those without a memory."""
-    live = alone = 0
-
-    def count(ids: Iterator[str]) -> None:
-        nonlocal live, alone
-        for page in chunks(map(as_id, ids), _PAGE):
-            live += len(guarded.live.payloads(page))
-            alone += len(guarded.only_live.payloads(page))
-
-    read_archive(path, on_ids=count)
-    return live, alone
 
 
 def undo_of(manifest: Manifest | None, *, named: bool) -> str:

@@ -103,15 +103,20 @@ def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
     """
     began = time.monotonic()
     snapshot = _snapshot(ctx, journal)
-    location = restoring.can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe")
-    file = None if location else _download(ctx, snapshot)
-    limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
     checksum = snapshot.checksum
     assert checksum is not None
-    if location:
+    if location := restoring.can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe"):
+        limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
         fetch = partial(restoring.recover, ctx.qdrant, ctx.collection, location, checksum)
         return CutoverMethod(FETCH, partial(fetch, seconds=limit, answer_seconds=limit))
-    return CutoverMethod(SEND, partial(_send, ctx, file, checksum, limit)) if file else CutoverMethod(FILL)
+    path = phases.snapshot_file(ctx.folder, ctx.staged)
+    if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
+        return CutoverMethod(FILL)
+    with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
+        path.chmod(0o600)
+        snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, progress)  # which verifies the checksum
+    limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
+    return CutoverMethod(SEND, partial(_send, ctx, path, checksum, limit))
 
 
 def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
@@ -124,17 +129,6 @@ def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
         made = snapshots.create(ctx.qdrant, ctx.staged)
     journal.append(phases.SNAPSHOT_MADE, snapshot=made.name)
     return snapshots.with_checksum(ctx.qdrant, ctx.staged, made)
-
-
-def _download(ctx: Context, snapshot: snapshots.Snapshot) -> Path | None:
-    """Download the snapshot and verify its checksum. Returns None if there is no room for it."""
-    path = phases.snapshot_file(ctx.folder, ctx.staged)
-    if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
-        return None
-    with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
-        path.chmod(0o600)
-        snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, progress)
-    return path
 
 
 def _delete_live(ctx: Context, journal: Journal, live: assess.Live, announce: Callable[[str], None]) -> float:

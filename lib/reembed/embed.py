@@ -43,10 +43,7 @@ _SAVE_SECONDS = 2.0  # a kill loses the statistics of so many seconds, and no ve
 
 @dataclass(frozen=True)
 class Interval:
-    """A stretch of embedding: its begin (Unix seconds), its length, and the texts that arrived in it.
-
-    `after_pause`: another start of the run, or a later round, began with it.
-    """
+    """A stretch of embedding from `at` (Unix seconds). `after_pause`: a later start or round began with it."""
 
     at: float
     seconds: float
@@ -80,17 +77,17 @@ class PaidSums:
         self.seconds += interval.seconds
         self.slots.append(interval)
         if len(self.slots) > MOST_INTERVALS:
-            self.slots = [_joined(self.slots[at : at + 2]) for at in range(0, len(self.slots), 2)]
-
-
-def _joined(parts: list[Interval]) -> Interval:
-    return Interval(
-        parts[0].at,
-        sum(one.seconds for one in parts),
-        sum(one.texts for one in parts),
-        sum(one.rate_limited for one in parts),
-        any(one.after_pause for one in parts),
-    )
+            pairs = [self.slots[at : at + 2] for at in range(0, len(self.slots), 2)]
+            self.slots = [
+                Interval(
+                    at=pair[0].at,
+                    seconds=sum(one.seconds for one in pair),
+                    texts=sum(one.texts for one in pair),
+                    rate_limited=sum(one.rate_limited for one in pair),
+                    after_pause=any(one.after_pause for one in pair),
+                )
+                for pair in pairs
+            ]
 
 
 class EmbeddingTotals:
@@ -139,11 +136,6 @@ class EmbeddingTotals:
         self.discarded += done.discarded
         self.cut += done.cut
         self.refused = list({one.label: one for one in [*self.refused, *done.refused]}.values())
-
-    def mark_reported(self, run_id: str) -> None:
-        """Note that the report of this run has the sums."""
-        self.sums.settled_by = run_id
-        self.save()
 
     def save(self) -> None:
         """Store the sums; on the disk when it returns."""
@@ -299,11 +291,7 @@ def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
 
 
 def require_made_by(
-    runner: EmbeddingRunner,
-    what: str,
-    texts: Mapping[str, str],
-    vectors: Sequence[NDArray[np.float32]],
-    next_step: str,
+    runner: EmbeddingRunner, what: str, texts: Mapping[str, str], vectors: Sequence[NDArray[np.float32]], next_step: str
 ) -> None:
     """Embed these texts (by id) again. Raises GuardRefused if `vectors` (`what` they are) are another model's."""
     if not texts:

@@ -149,21 +149,8 @@ def warn_of_refusals(assessment: Assessment, ctx: Context, console: Console) -> 
 
 def show_tried(tried: Tried, assessment: Assessment, ctx: Context, refused: list[str], console: Console) -> int:
     """Print the outcome of --dry-run."""
-    text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
-    if tried.expected:
-        text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
-    both = {"dry_run": dataclasses.asdict(tried), "left": dataclasses.asdict(tried.left)}
-    console.result({"plan": _plan_document(assessment, ctx), **both, "will_be_refused": refused}, text)
-    return DONE
-
-
-def _of(record: object, *names: str) -> dict[str, object]:
-    return {name: getattr(record, name) for name in names}
-
-
-def _plan_document(assessment: Assessment, ctx: Context) -> dict[str, object]:
     scan, spec, live = assessment.scan, ctx.spec, assessment.live.state
-    return {
+    plan = {
         **_of(scan, "memories", "usable"),
         "skipped": dict(scan.skipped),
         "skipped_examples": _reasons(scan.examples),
@@ -181,6 +168,16 @@ def _plan_document(assessment: Assessment, ctx: Context) -> dict[str, object]:
         "live": {"size": live.size if live else None, "points": live.points if live else 0},
         **_of(assessment, "only_live", "disk_peak"),
     }
+    text = f"dry run: {tried.texts} texts embedded at {tried.size}d, {tried.tokens:,} tokens ({tried.note})"
+    if tried.expected:
+        text += f"\nthe other {tried.left.texts:,} texts take about {tried.expected.text}"
+    both = {"dry_run": dataclasses.asdict(tried), "left": dataclasses.asdict(tried.left)}
+    console.result({"plan": plan, **both, "will_be_refused": refused}, text)
+    return DONE
+
+
+def _of(record: object, *names: str) -> dict[str, object]:
+    return {name: getattr(record, name) for name in names}
 
 
 def _reasons(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -104,15 +104,6 @@ def only_live_ids(ctx: Context, existing: TemporaryIdTable) -> TemporaryIdTable:
     return table
 
 
-def _payloads_now(ctx: Context, journal: Journal | None, ids: Sequence[PointId]) -> dict[PointId, dict[str, Any]]:
-    """Return the payloads of the live points, after the delete also the saved ones."""
-    found = saved_payloads(ctx.cache, ids) if reached(journal, DELETING) else {}
-    with contextlib.suppress(QdrantError):  # missing, or being restored
-        live = retrieve(ctx.qdrant, ctx.collection, ids, payload=True)
-        found |= {point.id: point.payload for point in live if point.payload}
-    return found
-
-
 class _Candidate(NamedTuple):
     """A memory, its point id, the text to embed, and why that is not its own content ("" if it is)."""
 
@@ -162,7 +153,12 @@ def _with_other_text(
     """Find another text for each: its point's content, or the readable part of its own. Skips those without one."""
     identities = [point_id(node.properties.get("id")) for node, _ in odd]
     asked = [one for one in identities if one is not None]
-    known = _payloads_now(ctx, journal, asked) if asked else {}
+    known: dict[PointId, dict[str, Any]] = {}  # the payloads of the live points; after the delete also the saved ones
+    if asked:
+        known = saved_payloads(ctx.cache, asked) if reached(journal, DELETING) else {}
+        with contextlib.suppress(QdrantError):  # the collection is missing, or being restored
+            live = retrieve(ctx.qdrant, ctx.collection, asked, payload=True)
+            known |= {point.id: point.payload for point in live if point.payload}
     found = []
     for (node, reason), identity in zip(odd, identities, strict=True):
         text = known.get(identity, {}).get("content") if identity is not None else None

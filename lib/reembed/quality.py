@@ -220,8 +220,16 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
     The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
     start deletes it.
     """
-    rows, size = _spread(ctx.cache, count), ctx.spec.size
-    _embed_sample(ctx, runner, rows)
+    total, size = ctx.cache.memory_count(), ctx.spec.size
+    step = max(1.0, total / count)
+    wanted = {int(number * step) for number in range(min(count, total))}
+    rows = [row for number, row in enumerate(ctx.cache.memories()) if number in wanted]
+    known = ctx.cache.known(row.key for row in rows)
+    lacking = {row.key: row for row in reversed(rows) if row.key not in known}
+    missing = Missing(len(lacking), sum(row.tokens for row in lacking.values()))
+    runner.require_affordable(missing.tokens)
+    texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in lacking.values())
+    embed_texts(ctx, runner, texts, missing)
     journal = start_journal(ctx.folder, SPOT_CHECK, ctx.targets, spec=spec_as_json(ctx.spec))
     side = f"{ctx.collection}__check_{journal.run_id}"
     journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(ctx.qdrant, 'DELETE', side)}")
@@ -255,23 +263,6 @@ def remove_plan(cache: EmbeddingCache, journal: Journal) -> None:
     """Delete the file in which a check of an earlier version had its plan."""
     for path in cache.path.parent.glob(f"*-check-{journal.run_id}.sqlite3*"):
         path.unlink(missing_ok=True)
-
-
-def _spread(cache: EmbeddingCache, count: int) -> list[MemoryRow]:
-    """Return `count` memories at equal distances over the plan, or all of them."""
-    total = cache.memory_count()
-    step = max(1.0, total / count)
-    wanted = {int(number * step) for number in range(min(count, total))}
-    return [row for number, row in enumerate(cache.memories()) if number in wanted]
-
-
-def _embed_sample(ctx: Context, runner: EmbeddingRunner, rows: Sequence[MemoryRow]) -> None:
-    known = ctx.cache.known(row.key for row in rows)
-    missing = {row.key: row for row in reversed(rows) if row.key not in known}
-    total = Missing(len(missing), sum(row.tokens for row in missing.values()))
-    runner.require_affordable(total.tokens)
-    texts = (TextRow(row.key, row.content, str(row.point_id), row.tokens) for row in missing.values())
-    embed_texts(ctx, runner, texts, total)
 
 
 def compare_sample(ctx: Context, live: str, side: str, rows: Sequence[MemoryRow]) -> SampleRecall | None:

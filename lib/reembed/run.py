@@ -22,7 +22,7 @@ from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
 from lib.clients.embeddings.worker_pool import embed_few, embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
-from lib.clients.qdrant.points import Point, PointId, delete_points, preflight_write, retrieve, scroll
+from lib.clients.qdrant.points import Point, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, UsageProblem
@@ -75,8 +75,8 @@ def reembed(
         cutover = cut_over(ctx, journal, assessment, manifest, announce)
         done = _fill_and_verify(ctx, journal, runner, cutover, undo)
     files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
-    # A run that is killed before this writes its report again.
-    runner.paid.mark_reported(journal.run_id)
+    runner.paid.sums.settled_by = journal.run_id  # a run that is killed before this writes its report again
+    runner.paid.save()
     journal.close("done")
     mark_fresh(ctx.cache, None)  # last: a resumed run would pay again
     return done, files
@@ -100,7 +100,12 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
             removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
         compare_only = touched if cutover.sample_suffices else None
         repaired = staging.verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
-    _clean_up(ctx, journal, added + last.outcome.added)
+    stamped = staging.stamp(ctx.spec)
+    set_metadata(ctx.qdrant, ctx.collection, stamped)
+    journal.append(phases.VERIFIED, points=added + last.outcome.added, stamp=stamped)
+    if staging.has_staged(ctx, journal):
+        staging.drop_staged(ctx, journal)
+        phases.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
     return Finished(
         scan=scan,
         outcome=last.outcome,
@@ -134,10 +139,7 @@ def only_stage(ctx: Context, assessment: assess.Assessment, runner: EmbeddingRun
 
 
 def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
-    """Embed every text of the plan that has no vector in the cache; with `--fresh`, drop the earlier vectors first.
-
-    The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
-    """
+    """Embed the plan's uncached texts. With `--fresh` the provider must answer before earlier vectors are dropped."""
     _require_write_access(ctx)
     if must_forget(ctx):
         runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT])[1].tokens)
@@ -155,11 +157,7 @@ def _require_write_access(ctx: Context) -> None:
 def _begin(ctx: Context, journal: Journal | None, manifest: Manifest | None) -> Journal:
     """Close the runs with other settings; return this run's journal, a new one if none is resumed."""
     close_others(ctx)
-    facts = {
-        "spec": phases.spec_as_json(ctx.spec),
-        "manifest": manifest.name if manifest else None,
-        "again": ctx.again,
-    }
+    facts = {"spec": phases.spec_as_json(ctx.spec), "manifest": manifest.name if manifest else None, "again": ctx.again}
     return journal or start_journal(ctx.folder, phases.COMMAND, ctx.targets, **facts)
 
 
@@ -184,16 +182,6 @@ def _stage(ctx: Context, journal: Journal, assessment: assess.Assessment, runner
         if live.kind == assess.REPLACE:
             assess.require_whole_graph(ctx, assessment, scan.own_text)
             save_before(ctx, journal)
-
-
-def _clean_up(ctx: Context, journal: Journal, added: int) -> None:
-    """Record the model in the collection and the journal; remove what was staged."""
-    stamped = staging.stamp(ctx.spec)
-    set_metadata(ctx.qdrant, ctx.collection, stamped)
-    journal.append(phases.VERIFIED, points=added, stamp=stamped)
-    if staging.has_staged(ctx, journal):
-        staging.drop_staged(ctx, journal)
-        phases.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -284,7 +272,16 @@ def only_missing(ctx: Context, runner: EmbeddingRunner) -> Synced:
 
 def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: CollectionState) -> None:
     """Embed three unchanged points' contents again. Raises GuardRefused if a cosine is under 0.99: another model."""
-    points = _unchanged(ctx, state)
+    points = list[Point]()
+    for page in scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
+        rows = ctx.cache.memories_of([point.id for point in page])
+        for point in page:
+            content = (point.payload or {}).get("content")
+            if point.vector is not None and point.id in rows and content == rows[point.id].content:
+                points.append(point)
+        if len(points) >= SAMPLES:
+            break
+    points = points[:SAMPLES]
     if not points and state.points:
         raise GuardRefused(
             f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
@@ -302,34 +299,15 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     )
 
 
-def _unchanged(ctx: Context, state: CollectionState) -> list[Point]:
-    """Return up to three points with a vector and the content of their memory."""
-    found: list[Point] = []
-    for page in scroll(ctx.qdrant, state.name, payload=["content"], vector=True, page=_PAGE):
-        rows = ctx.cache.memories_of([point.id for point in page])
-        for point in page:
-            content = (point.payload or {}).get("content")
-            if point.vector is not None and point.id in rows and content == rows[point.id].content:
-                found.append(point)
-        if len(found) >= SAMPLES:
-            break
-    return found[:SAMPLES]
-
-
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Remove the points that have no memory in the graph; each is saved in the cache first. Returns how many.
-
-    Raises like `orphan_points`.
-    """
-    with assess.orphan_points(ctx, state) as (orphans, memories):
-        return sum(_remove_page(ctx, state.name, page, memories) for page in orphans.ids())
-
-
-def _remove_page(ctx: Context, collection: str, ids: list[PointId], memories: set[PointId]) -> int:
-    """Remove the points of `ids` except those of `memories` and of memories that were stored since."""
-    points = retrieve(ctx.qdrant, collection, ids, payload=True, vector=True)
-    memories = memories | usually_spelled(ctx.graph, ids)
-    orphans = [point for point in points if point.id not in memories]
-    ctx.cache.save_points([saved_row(point) for point in orphans])
-    delete_points(ctx.qdrant, collection, [point.id for point in orphans])
-    return len(orphans)
+    """Save the points without a memory in the cache, remove them. Returns how many. Raises like `orphan_points`."""
+    removed = 0
+    with assess.orphan_points(ctx, state) as (without_memory, memories):
+        for ids in without_memory.ids():
+            points = retrieve(ctx.qdrant, state.name, ids, payload=True, vector=True)
+            staying = memories | usually_spelled(ctx.graph, ids)  # also memories that were stored since
+            orphans = [point for point in points if point.id not in staying]
+            ctx.cache.save_points([saved_row(point) for point in orphans])
+            delete_points(ctx.qdrant, state.name, [point.id for point in orphans])
+            removed += len(orphans)
+    return removed

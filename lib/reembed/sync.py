@@ -25,15 +25,7 @@ from lib.backup.points import (
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, SavedPoint, TextRow
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant.collection import get_state
-from lib.clients.qdrant.points import (
-    PAGE_WITH_VECTORS,
-    Point,
-    PointId,
-    Rejected,
-    delete_points,
-    update_payload,
-    upsert,
-)
+from lib.clients.qdrant.points import PAGE_WITH_VECTORS, Point, PointId, Rejected, delete_points, update_payload, upsert
 from lib.clients.qdrant.transport import Qdrant
 from lib.concurrency import Progress, bounded_map
 from lib.journal import Journal

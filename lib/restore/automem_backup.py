@@ -1,7 +1,4 @@
-"""Restore AutoMem's own backups: a graph is built in a scratch FalkorDB, a collection under its temporary name.
-
-Then the restore goes its usual way: trial restore, safety backup, cutover.
-"""
+"""Restore AutoMem's own backups: the graph is built in a scratch FalkorDB, the collection under a temporary name."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ from lib.clients.qdrant.collection import (
     indexing_threshold,
     set_indexing_threshold,
 )
-from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, retrieve_pages, upsert
+from lib.clients.qdrant.points import BATCH_POINTS, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map
@@ -170,21 +167,17 @@ class PointsPlan(RestorePlan):
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial()
         pages = retrieve_pages(self.target.qdrant, self.trial, self.table.ids(BATCH_POINTS), payload=True, vector=True)
-        wrong = [one for page in pages for one in self._different(page)]
+        wrong = list[PointId]()
+        for page in pages:
+            ids = [point.id for point in page]
+            payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
+            stored = np.vstack([point.vector for point in page if point.vector is not None])
+            for point, differs in zip(page, vectors_differ(stored, wanted), strict=True):
+                held, own = point.payload or {}, payloads[point.id]
+                if differs or not (identical(held, own) or same(held, own)):
+                    wrong.append(point.id)
         if wrong:
             raise BackupDamaged(
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
-
-    def _different(self, page: list[Point]) -> list[PointId]:
-        """The points of a page whose payload or vector is not the file's."""
-        ids = [point.id for point in page]
-        payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
-        stored = np.vstack([point.vector for point in page if point.vector is not None])
-        differ = vectors_differ(stored, wanted)
-        return [
-            point.id
-            for point, bad in zip(page, differ, strict=True)
-            if bad or not (identical(held := point.payload or {}, own := payloads[point.id]) or same(held, own))
-        ]

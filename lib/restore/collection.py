@@ -6,7 +6,7 @@ starting again. So nothing is restored onto a live one, and a temporary one whos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,11 +44,7 @@ from lib.restore.inputs import CollectionBackup
 
 # Phases of the journal.
 TRIAL_BEGUN, TRIAL_VERIFIED = "rehearsing the collection", "collection rehearsed"
-DELETING, RESTORED, PUT_BACK = (
-    "deleting the live collection",
-    "collection restored",
-    "old collection put back",
-)
+DELETING, RESTORED, PUT_BACK = ("deleting the live collection", "collection restored", "old collection put back")
 _ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
@@ -82,10 +78,7 @@ Copy = tuple[str, str]  # the URL of a snapshot that a node can fetch from itsel
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """A backup, the collection that it replaces, and the node that each snapshot goes to.
-
-    `begun`: names under which at least one of several parts was restored.
-    """
+    """A backup, the collection that it replaces, a node for each snapshot. `begun`: names that got one of the parts."""
 
     backup: CollectionBackup
     target: CollectionSource
@@ -129,10 +122,7 @@ class RestorePlan:
             snapshots.delete(part.node, name, part.filename(stem))
 
     def withdraw_trial(self) -> None:
-        """Delete the files of a trial restore that created no collection.
-
-        The server lists them only while a collection of that name exists, so an empty one is created for the moment.
-        """
+        """Delete the files of a trial that made no collection: they are listed only while one of that name exists."""
         qdrant, name = self.target.qdrant, self.trial
         if exists(qdrant, name):
             return
@@ -143,10 +133,7 @@ class RestorePlan:
             delete_collection(qdrant, name)
 
     def drop_unusable(self) -> None:
-        """Delete what a failed restore left under the live name.
-
-        A failed collection would keep a 1.11.3 server from starting; one with some of its parts would look complete.
-        """
+        """Delete a failed collection, which keeps a 1.11.3 server from starting, or one with some of its parts."""
         qdrant, name = self.target.qdrant, self.target.collection
         with suppress(MigrationError):  # the operator must read the first error
             if name in self.begun or health(qdrant, name) == "failed":
@@ -179,10 +166,7 @@ class RestorePlan:
 
 
 def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestorePlan:
-    """Assign each snapshot to a node. The nodes are asked for their peer ids.
-
-    Raises UsageProblem if the nodes are not listed, or if the target is no cluster.
-    """
+    """Assign each snapshot to a node by peer id. Raises UsageProblem: nodes not listed, or the target no cluster."""
     recorded: list[dict[str, Any]] = backup.archive.facts.get("nodes") or []
     held = backup.archive.snapshots
     if not recorded and peers_of(target.qdrant)[1] < 2:
@@ -190,7 +174,10 @@ def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestoreP
     nodes = _nodes_of(backup, target, len(recorded))
     shards = [tuple(one["shards"]) for one in recorded] or [tuple(backup.snapshot.shards)]
     parts: list[Part] = []
-    for number in _cover(shards):
+    missing = {shard for held_there in shards for shard in held_there}
+    while missing:  # as few snapshots as bring every shard: always the one that brings most of what is missing
+        number = max(range(len(shards)), key=lambda one: len(missing & set(shards[one])))
+        missing -= set(shards[number])
         node = nodes.get(int(recorded[number]["peer"])) if recorded else None
         taken = [part.node for part in parts]
         free = [one for one in nodes.values() if one not in taken] or list(nodes.values())
@@ -217,15 +204,6 @@ def _nodes_of(backup: CollectionBackup, target: CollectionSource, count: int) ->
             )
         found[peer] = node
     return found
-
-
-def _cover(held: Sequence[tuple[int, ...]]) -> Iterator[int]:
-    """As few snapshots as bring every shard: always the one that brings most of what is still missing."""
-    missing = {shard for shards in held for shard in shards}
-    while missing:
-        best = max(range(len(held)), key=lambda number: len(missing & set(held[number])))
-        missing -= set(held[best])
-        yield best
 
 
 def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None:
@@ -256,10 +234,7 @@ def _sample(plan: RestorePlan) -> Sample:
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
-    """Raise BackupDamaged unless the restored collection equals its trial; it is deleted then.
-
-    Compared are every id, and payloads and vectors (also named ones) of the sample.
-    """
+    """Raise BackupDamaged, delete the collection, unless all ids, and payloads and vectors of a sample, match."""
     qdrant, name = plan.target.qdrant, plan.target.collection
     try:
         verify_restored(plan.backup, qdrant, name)
@@ -273,11 +248,6 @@ def _verify_live(plan: RestorePlan, sample: Sample) -> None:
 def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
     if raw_points(qdrant, name, list(sample)) != sample:
         raise BackupDamaged(f"'{name}' differs from its trial restore")
-
-
-def begin_trial(plan: RestorePlan, journal: Journal) -> None:
-    """Announce the trial restore in the journal."""
-    journal.append(TRIAL_BEGUN, temporary_collection=plan.trial)
 
 
 def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
@@ -296,19 +266,15 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
                 plan.withdraw_trial()
             if error.status < 500 and not (foreign and error.status == 400):  # so 1.11.3 refuses one of 1.19.0
                 raise
-            raise _trial_failed(plan, error, foreign) from error
+            # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
+            room = _ROOM_FACTOR * sum(part.snapshot.size for part in plan.parts) / 2**20
+            step = f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
+            step += " takes now), then run the same command again"
+            if foreign:
+                step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
+            text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
+            raise StoreFailed(text, next_step=step) from error
     plan.verify_trial()
-
-
-def _trial_failed(plan: RestorePlan, error: QdrantError, foreign: str | None) -> StoreFailed:
-    # On a full disk a server says no more than that it failed to unpack, or to process the field (1.18.3).
-    room = _ROOM_FACTOR * sum(part.snapshot.size for part in plan.parts) / 2**20
-    step = f"look at the Qdrant server's log and at its disk (it needs about {room:,.0f} MiB more than its data"
-    step += " takes now), then run the same command again"
-    if foreign:
-        step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
-    text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
-    return StoreFailed(text, next_step=step)
 
 
 def cut_over(
@@ -361,11 +327,6 @@ def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> N
 def _old_stem(plan: RestorePlan) -> str:
     """Under which the old collection's snapshots are uploaded when it is put back."""
     return f"{plan.trial}-old"
-
-
-def is_unverified(journal: Journal) -> bool:
-    """Whether the run began a trial restore that was not verified yet: the server may still be restoring it."""
-    return journal.has_reached(TRIAL_BEGUN) and not journal.has_reached(TRIAL_VERIFIED)
 
 
 def is_absent(journal: Journal) -> bool:

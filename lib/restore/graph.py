@@ -49,9 +49,14 @@ def drop_old(target: GraphSource, safety_name: str, journal: Journal, *, unwritt
 
     `unwritten`: nobody can have written to it since. Returns that file, or None.
     """
-    saved_digest, saved = _saved_digest(journal), None
-    if saved_digest is not None and not unwritten and _digest(target, safety_name) != saved_digest:
-        saved = save_graph(target, safety_name, journal)
+    saved = None
+    if journal.has_reached(SAFE) and not unwritten:
+        try:
+            component = read_manifest(journal.folder / str(journal.fact("manifest"))).graph
+        except MigrationError:
+            component = None
+        if _digest(target, safety_name) != (component.digest if component else ""):
+            saved = save_graph(target, safety_name, journal)
     drop_graph(target.conn, safety_name)
     return saved
 
@@ -94,17 +99,6 @@ def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
     return done
 
 
-def _saved_digest(journal: Journal) -> str | None:
-    """The digest in the run's safety backup; "" if there is none or it cannot be read, None if none was wanted."""
-    if not journal.has_reached(SAFE):
-        return None
-    try:
-        component = read_manifest(journal.folder / str(journal.fact("manifest"))).graph
-    except MigrationError:
-        return ""
-    return component.digest if component else ""
-
-
 def _digest(target: GraphSource, name: str) -> str:
     """The digest of a graph, or "" if it does not exist."""
     return graph_digest(target.conn, name).digest if name in list_graphs(target.conn) else ""
@@ -112,10 +106,7 @@ def _digest(target: GraphSource, name: str) -> str:
 
 @dataclass(frozen=True)
 class GraphBackup:
-    """A verified RDB, and the graph that it replaces.
-
-    `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it.
-    """
+    """A verified RDB, the graph that it replaces. `scratch` has it loaded in `open_rdb`; None if no engine could."""
 
     path: Path
     target: GraphSource
@@ -150,7 +141,11 @@ def open_rdb(
     digest = component.digest if component and component.proof == RESTORED else ""
     loaded = loaded_graph(path, target.graph, engine, facts, component=component, digest=digest, stop=stop)
     with loaded as (found, scratch):
-        _require_nodes(path, found, component)
+        if found.counts is not None and found.counts.nodes == 0 and component is None:
+            raise BackupDamaged(  # the RDB may be of another server
+                f"{path} holds an empty graph, and no manifest says that it was empty",
+                next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
+            )
         yield GraphBackup(path, target, found, scratch)
 
 
@@ -160,15 +155,6 @@ def _require_loadable(path: Path, facts: RdbFacts) -> None:
         raise NoEngine(
             f"{path.name} cannot be loaded here to be verified: {lacking}",
             next_step="free some, or run this on another machine that reaches both stores; nothing was touched",
-        )
-
-
-def _require_nodes(path: Path, found: GraphVerification, component: GraphComponent | None) -> None:
-    """Raise BackupDamaged for an empty graph without a manifest: the RDB may be of another server."""
-    if found.counts is not None and found.counts.nodes == 0 and component is None:
-        raise BackupDamaged(
-            f"{path} holds an empty graph, and no manifest says that it was empty",
-            next_step="check that this is the right file; of a backup set give the manifest: backup_*.json",
         )
 
 
@@ -183,10 +169,7 @@ def require_swap(backup: GraphBackup) -> None:
 
 
 def require_same_numbers(backup: GraphBackup) -> None:
-    """Raise UsageProblem unless a running AutoMem would read the restored graph correctly.
-
-    Its client caches labels, relationship types and property keys by their number and never refreshes them.
-    """
+    """Raise UsageProblem if a running AutoMem would misread the restored graph: it caches names by number, for good."""
     stop = "stop AutoMem, in its folder, then run this without --while-running:\ndocker compose stop flask-api"
     saved = backup.verification.schema
     if saved is None:

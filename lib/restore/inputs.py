@@ -9,24 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, cast
 
-from lib.backup.archive import (
-    ArchiveFacts,
-    SnapshotMember,
-    SnapshotReader,
-    peek_facts,
-    read_archive,
-    read_snapshot,
-)
+from lib.backup.archive import ArchiveFacts, SnapshotMember, SnapshotReader, peek_facts, read_archive, read_snapshot
 from lib.backup.automem_files import COLLECTION, GRAPH, AutoMemFile, automem_files
 from lib.backup.catalog import Deployment, find_set, latest
 from lib.backup.check import ARCHIVE, AUTOMEM, MANIFEST, RDB, kind_of
-from lib.backup.collection import (
-    CollectionSource,
-    SegmentCopies,
-    has_room,
-    known_model,
-    verify_collection,
-)
+from lib.backup.collection import CollectionSource, SegmentCopies, has_room, known_model, verify_collection
 from lib.backup.manifest import RESTORED, CollectionComponent, GraphComponent, read_manifest
 from lib.backup.points import TemporaryIdTable
 from lib.child_process import scratch_folder
@@ -45,10 +32,7 @@ _NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 @dataclass(frozen=True)
 class Input(Generic[C]):
-    """A file to restore, with its component of a manifest if one names it.
-
-    `automem`: it is a backup by AutoMem's own scripts. `bare`: it is a plain snapshot as Qdrant's own API returns it.
-    """
+    """A file to restore, its component if a manifest names it. `bare`: a snapshot as Qdrant's own API returns it."""
 
     path: Path
     component: C | None = None
@@ -108,10 +92,7 @@ def _single(what: str, files: list[Input[C]]) -> Input[C] | None:
 
 
 class SavedSnapshots:
-    """An archive's snapshots in temporary files, so that it is inflated only once.
-
-    Either all are saved or none: none if there is no `room`, or if the disk fills up.
-    """
+    """An archive's snapshots in temporary files, all or none, so that it is inflated once. None if there is no room."""
 
     def __init__(self, *, room: bool = False) -> None:
         self._files: list[IO[bytes]] | None = [] if room else None
@@ -213,22 +194,15 @@ def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, Snaps
             member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
     except BackupDamaged as error:
         raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
-    _compare_checksum(path, member.sha256)
-    if seen[0].absent_shards:
-        raise BackupDamaged(
-            f"{path} holds no points of shard {seen[0].absent_shards[0]}: they were on another Qdrant node"
-        )
-    return member, seen[0]
-
-
-def _compare_checksum(path: Path, sha256: str) -> None:
-    """Compare with `<name>.checksum`, which a server keeps next to a snapshot on its disk."""
-    file = path.with_name(f"{path.name}.checksum")
-    expected = ""
+    file, expected = path.with_name(f"{path.name}.checksum"), ""  # which a server keeps next to a snapshot on its disk
     with suppress(OSError, ValueError, UsageProblem):
         expected = readable_bytes(file).decode("ascii").strip().lower()
-    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != sha256:
+    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != member.sha256:
         raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
+    if seen[0].absent_shards:
+        shard = seen[0].absent_shards[0]
+        raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
+    return member, seen[0]
 
 
 def _count(files: SegmentFiles) -> int | None:

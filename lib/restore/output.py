@@ -31,98 +31,80 @@ _RESTART_GRAPH = """\
 def show_restore_plan(site: Site, files: VerifiedFiles, console: Console) -> int:
     """Print what a restore would do: --dry-run stops before the first write."""
     document: dict[str, Any] = {}
+    stores, plans = [], []
     memories = points = None
     if files.graph:
         memories = newer_memories(files.graph)
-        document["graph"] = _graph_plan(files.graph) | {"newer": _newer(memories)}
+        plan, text = _graph_plan(files.graph)
+        document["graph"] = plan | {"newer": _newer(memories)}
+        plans.append(text)
     if files.plan:
         points = newer_points(files.plan)
-        document["collection"] = _collection_plan(files.plan) | {"newer": _newer(points)}
+        plan, text = _collection_plan(files.plan)
+        document["collection"] = plan | {"newer": _newer(points)}
+        plans.append(text)
+    if site.graph:
+        stores.append(f"FalkorDB {site.graph.address.display}/{site.graph.graph}")
+    if site.collection:
+        stores.append(f"Qdrant {site.collection.qdrant.display}/{site.collection.collection}")
     how, where = "without a safety backup", "nowhere: --no-safety-backup"
     if site.safety:
         how, where = "after a safety backup", "in the safety backup that a restore takes"
-    text = [
-        f"would restore, {how}, onto {_stores(site)}:",
-        *_plan_lines(document),
-        *files.left_out,
-        *newer_lines(memories, points, where),
-    ]
-    console.result(document, "\n".join(text))
+    first = f"would restore, {how}, onto {' and '.join(stores)}:"
+    console.result(document, "\n".join([first, *plans, *files.left_out, *newer_lines(memories, points, where)]))
     return DONE
 
 
-def _stores(site: Site) -> str:
-    names = []
-    if site.graph:
-        names.append(f"FalkorDB {site.graph.address.display}/{site.graph.graph}")
-    if site.collection:
-        names.append(f"Qdrant {site.collection.qdrant.display}/{site.collection.collection}")
-    return " and ".join(names)
-
-
-def _graph_plan(backup: GraphBackup) -> dict[str, Any]:
-    target, held, live = backup.target, backup.verification.counts, None
+def _graph_plan(backup: GraphBackup) -> tuple[dict[str, Any], str]:
+    """The graph of the file and the one that it replaces, as JSON and as a line."""
+    target, held, live, now = backup.target, backup.verification.counts, None, "absent"
     if target.graph in list_graphs(target.conn):
         seen = counts(target.conn, target.graph)
         live = {"nodes": seen.nodes, "relationships": seen.relationships}
-    return {
+        now = f"{seen.nodes:,} nodes, {seen.relationships:,} relationships"
+    size, memory = backup.path.stat().st_size, memory_used(backup.scratch.conn) if backup.scratch else None
+    text = backup.verification.note
+    if held:
+        text = f"{held.nodes:,} nodes, {held.relationships:,} relationships, {size_text(memory or 0)} in memory"
+    document = {
         "name": target.graph,
         "file": str(backup.path),
-        "bytes": backup.path.stat().st_size,
-        "memory_bytes": memory_used(backup.scratch.conn) if backup.scratch else None,
+        "bytes": size,
+        "memory_bytes": memory,
         "nodes": held.nodes if held else None,
         "relationships": held.relationships if held else None,
         "note": backup.verification.note,
         "live": live,
     }
+    return document, f"graph '{target.graph}': {text} ({size_text(size)} file); now: {now}"
 
 
-def _collection_plan(plan: RestorePlan) -> dict[str, Any]:
+def _collection_plan(plan: RestorePlan) -> tuple[dict[str, Any], str]:
+    """The collection of the file and the one that it replaces, as JSON and as a line."""
     backup, name, qdrant = plan.backup, plan.target.collection, plan.target.qdrant
     state = health(qdrant, name)
     live: dict[str, Any] | None = None if state == "missing" else {"state": state}
+    now = "absent" if state == "missing" else str(state)
     if live and state == "live":
         seen = get_state(qdrant, name)
         live |= {"points": seen.points, "size": seen.size, "vector_bytes": 4 * seen.points * seen.size}
-    return {
+        now = f"{seen.points:,} points of {seen.size}d ({size_text(live['vector_bytes'])} of vectors)"
+    size, snapshot = backup.path.stat().st_size, None
+    sizes = f"{size_text(size)} file"
+    if backup.snapshot.segments:  # a backup of AutoMem's has no snapshot
+        snapshot = backup.archive.snapshot.size
+        sizes += f", {size_text(snapshot)} snapshot"
+    document = {
         "name": name,
         "file": str(backup.path),
-        "bytes": backup.path.stat().st_size,
-        # A backup of AutoMem's has no snapshot.
-        "snapshot_bytes": backup.archive.snapshot.size if backup.snapshot.segments else None,
+        "bytes": size,
+        "snapshot_bytes": snapshot,
         "points": backup.points,
         "size": backup.snapshot.size,
         "live": live,
     }
-
-
-def _plan_lines(document: dict[str, Any]) -> list[str]:
-    lines = []
-    if graph := document.get("graph"):
-        held = graph["note"]
-        if graph["nodes"] is not None:
-            held = f"{graph['nodes']:,} nodes, {graph['relationships']:,} relationships"
-            held += f", {size_text(graph['memory_bytes'])} in memory"
-        live = graph["live"]
-        now = f"{live['nodes']:,} nodes, {live['relationships']:,} relationships" if live else "absent"
-        lines.append(f"graph '{graph['name']}': {held} ({size_text(graph['bytes'])} file); now: {now}")
-    if one := document.get("collection"):
-        points = "an unknown number of" if one["points"] is None else f"{one['points']:,}"
-        sizes = f"{size_text(one['bytes'])} file"
-        if one["snapshot_bytes"] is not None:
-            sizes += f", {size_text(one['snapshot_bytes'])} snapshot"
-        lines.append(
-            f"collection '{one['name']}': {points} points of {one['size']}d ({sizes}); now: {_live_text(one['live'])}"
-        )
-    return lines
-
-
-def _live_text(live: dict[str, Any] | None) -> str:
-    if live is None:
-        return "absent"
-    if live["state"] != "live":
-        return str(live["state"])
-    return f"{live['points']:,} points of {live['size']}d ({size_text(live['vector_bytes'])} of vectors)"
+    points = "an unknown number of" if backup.points is None else f"{backup.points:,}"
+    return document, f"collection '{name}': {points} points of {backup.snapshot.size}d ({sizes}); now: {now}"
 
 
 def _newer(found: Newer | None) -> dict[str, Any] | None:
@@ -157,10 +139,7 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         if digest is None:
             how = "not compared: no FalkorDB engine is installed here"
         lines.append(f"graph '{files.graph.target.graph}' restored from {files.graph.path}, {how}")
-        document["graph"] = {
-            "file": str(files.graph.path),
-            "digest": digest.digest if digest else None,
-        }
+        document["graph"] = {"file": str(files.graph.path), "digest": digest.digest if digest else None}
     if files.collection:
         one = files.collection
         lines.append(

@@ -73,10 +73,7 @@ class Site:
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """The verified backups. A scratch server has the graph's loaded while the restore runs.
-
-    `left_out`: what the files do not hold, for the operator.
-    """
+    """The verified backups. A scratch server has the graph loaded meanwhile. `left_out`: what the files do not hold."""
 
     graph: GraphBackup | None = None
     plan: RestorePlan | None = None
@@ -127,36 +124,25 @@ def _verified_archive(site: Site, target: CollectionSource, file: Input[Collecti
         backup = open_points(file.automem, target)
     else:
         backup = open_bare(file.path, target) if file.bare else open_archive(file.path, file.component)
-    _require_same_name(backup, target)
-    _require_version(site, backup, target)
+    facts = backup.archive.facts
+    if facts["collection"] != target.collection:
+        raise UsageProblem(
+            f"{backup.path} is a backup of collection '{facts['collection']}', not of '{target.collection}'"
+            " (QDRANT_COLLECTION)",
+            next_step=f"if that is the collection to restore:\nexport QDRANT_COLLECTION={quote(facts['collection'])}",
+        )
+    # A bare snapshot does not record its server's version, so only the trial restore can find out.
+    is_checked = not (backup.bare or site.force_version)
+    if is_checked and (reason := restorable(str(facts["server"]["version"]), target.qdrant.version())):
+        raise StoreFailed(
+            f"{backup.path.name} cannot be restored here: {reason}",
+            next_step=f"run a Qdrant of the backup's version (or its next minor), or add --force-version\n{FROM_GRAPH}",
+        )
     refuse_alias(target.qdrant, target.collection)
     preflight_upload(target.qdrant, f"{target.collection}__try_{secrets.token_hex(4)}")
     if file.automem:
         return PointsPlan(backup, target, (Part(target.qdrant, backup.archive.snapshot),))
     return plan_restore(backup, target)
-
-
-def _require_same_name(backup: CollectionBackup, target: CollectionSource) -> None:
-    name = backup.archive.facts["collection"]
-    if name != target.collection:
-        raise UsageProblem(
-            f"{backup.path} is a backup of collection '{name}', not of '{target.collection}' (QDRANT_COLLECTION)",
-            next_step=f"if that is the collection to restore:\nexport QDRANT_COLLECTION={quote(name)}",
-        )
-
-
-def _require_version(site: Site, backup: CollectionBackup, target: CollectionSource) -> None:
-    """Raise StoreFailed if a restore onto this server's version would leave a failed collection.
-
-    A bare snapshot does not record its server's version, so only the trial restore can find out.
-    """
-    if backup.bare or site.force_version:
-        return
-    if reason := restorable(str(backup.archive.facts["server"]["version"]), target.qdrant.version()):
-        raise StoreFailed(
-            f"{backup.path.name} cannot be restored here: {reason}",
-            next_step=f"run a Qdrant of the backup's version (or its next minor), or add --force-version\n{FROM_GRAPH}",
-        )
 
 
 def _loaded(
@@ -200,10 +186,7 @@ def _warn_left_out(site: Site, backup: GraphBackup, component: GraphComponent | 
             " their code"
         )
     live = expires_at(target.conn, target.graph)
-    for whose, moment in (
-        ("the backup's key had", component.expires if component else ""),
-        ("the live key has", live),
-    ):
+    for whose, moment in (("the backup's key had", component.expires if component else ""), ("the live key has", live)):
         if moment:
             site.notice(f"warning: {whose} an expiry ({moment}), the restored graph has none: EXPIREAT sets one")
 
@@ -306,8 +289,7 @@ def newer_memories(backup: GraphBackup) -> Newer | None:
         for page in current.ids():
             known, now = saved.payloads(page), current.payloads(page)
             found = found.plus(
-                (one for one in page if one not in known),
-                (one for one in page if known.get(one, now[one]) != now[one]),
+                (one for one in page if one not in known), (one for one in page if known.get(one, now[one]) != now[one])
             )
     return found
 
@@ -316,11 +298,7 @@ def _contents(rows: Iterable[Row]) -> Iterator[tuple[PointId, dict[str, Any]]]:
     """A hash of each memory's content with its id. A memory without an id is left out: it cannot be identified."""
     for identity, content in ([plain_value(cell) for cell in row] for row in rows):
         if identity is not None:
-            yield as_id(str(identity)), {"content": _hash(content)}
-
-
-def _hash(content: object) -> str:
-    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
+            yield as_id(str(identity)), {"content": blake2b(repr(content).encode(), digest_size=8).hexdigest()}
 
 
 def newer_points(plan: RestorePlan) -> Newer | None:

@@ -24,14 +24,7 @@ from lib.restore import collection as collections
 from lib.restore import graph as graphs
 from lib.restore.collection import RestorePlan, is_absent, plan_restore
 from lib.restore.inputs import open_archive
-from lib.restore.preflight import (
-    Newer,
-    Site,
-    VerifiedFiles,
-    newer_memories,
-    newer_points,
-    require_still_quiet,
-)
+from lib.restore.preflight import Newer, Site, VerifiedFiles, newer_memories, newer_points, require_still_quiet
 
 COMMAND = "restore"
 # Phases of the journal.
@@ -116,7 +109,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
             notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
-            _drop_trials(site, journal, close=not _may_be_busy(journal, error))
+            _drop_trials(site, journal, error)
         raise
     with _collection_named(files, site.again, commands):
         if files.plan:
@@ -131,10 +124,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
 
 
 def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
-    """Clean up what killed restores of these stores left on the Qdrant server and in the backup folder.
-
-    A verified trial of the same snapshot is left for this `run`. For the graph see `_clean_up_graphs`.
-    """
+    """Clean up what killed restores left on Qdrant and here. A verified trial of the same snapshot stays for `run`."""
     left = _Leftovers([], [], [], [])
     for journal in open_journals(site.folder, site.targets, COMMAND):
         if journal.path == run.path:
@@ -143,7 +133,10 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
         if journal.phase == AWAITED:
             left.awaited.append(journal)
         elif journal.is_open:
-            left.notes.extend(_state_before(site, journal))
+            safety = journal.fact("manifest")
+            if safety and journal.has_reached(collections.DELETING, graphs.SWAPPING):
+                text = f"safety backup of an unfinished run, with the state before it: {site.folder / safety}"
+                left.notes.extend(_reported(site, [text]))
             if site.collection:
                 found = collections.clean_up_collection(site.collection, journal, files.plan)
                 left.notes.extend(_reported(site, found))
@@ -170,14 +163,6 @@ def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
     return notes
 
 
-def _state_before(site: Site, journal: Journal) -> list[str]:
-    """Name the safety backup of a killed run that had begun to cut over."""
-    name = journal.fact("manifest")
-    if not name or not journal.has_reached(collections.DELETING, graphs.SWAPPING):
-        return []
-    return _reported(site, [f"safety backup of an unfinished run, with the state before it: {site.folder / name}"])
-
-
 def _reported(site: Site, notes: list[str]) -> list[str]:
     """Report at once; the result shows the notes again."""
     for text in notes:
@@ -199,7 +184,7 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Itera
     graph, plan = files.graph, files.plan
     name = graphs.begin_trial(graph, journal) if graph else ""
     if plan:
-        collections.begin_trial(plan, journal)
+        journal.append(collections.TRIAL_BEGUN, temporary_collection=plan.trial)
 
     def restore_graph(_task: BackgroundTask[_GraphTrial]) -> _GraphTrial:
         if not graph:
@@ -240,10 +225,7 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
 def _cut_over_collection(
     site: Site, plan: RestorePlan, journal: Journal, safety: Manifest | None, undo: str, aliases: list[str]
 ) -> list[str]:
-    """Replace the live collection; returns the aliases that others took.
-
-    If that fails, the old one is restored, or the error has the commands to finish.
-    """
+    """Replace the live collection; if that fails, restore the old one. Returns the aliases that others took."""
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
             return collections.cut_over(plan, journal, progress, undo=undo, aliases=aliases)
@@ -296,10 +278,7 @@ def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[N
 def _cut_over_graph(
     site: Site, files: VerifiedFiles, payload: bytes | None, journal: Journal, undo: str, calls: _Calls
 ) -> Path | None:
-    """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
-
-    `calls`: the `write_calls` before the trial restores.
-    """
+    """Replace the graph, drop the old one. Returns the file of late writes. `calls`: `write_calls` before trials."""
     if not files.graph or payload is None:
         return None
     require_still_quiet(site, files.graph)  # the cutover of the collection may have taken long
@@ -322,22 +301,23 @@ def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
             journal.close("superseded by a restore")
 
 
-def _may_be_busy(journal: Journal, error: BaseException) -> bool:
-    """Whether the server may still be restoring: then the journal stays open for the next run of any command."""
+def _drop_trials(site: Site, journal: Journal, error: BaseException) -> None:
+    """Nothing live has changed: drop the trial restores, and close the journal if surely nothing is left.
+
+    If the server may still be restoring, the journal stays open for the next run of any command.
+    """
+    is_busy = journal.has_reached(collections.DELETING) or (
+        journal.has_reached(collections.TRIAL_BEGUN) and not journal.has_reached(collections.TRIAL_VERIFIED)
+    )
     if isinstance(error, MigrationError):
-        return isinstance(error, StoreUnreachable)
-    return collections.is_unverified(journal) or journal.has_reached(collections.DELETING)
-
-
-def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:
-    """Nothing live has changed: drop the trial restores. `close` the journal too if surely nothing is left."""
+        is_busy = isinstance(error, StoreUnreachable)
     temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
     with suppress(MigrationError):  # the operator must read the first error
         if site.collection and temporary:
             delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
-        if close and removed(journal) and not collections.aliases_taken_off(journal):
+        if not is_busy and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
 
 

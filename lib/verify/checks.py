@@ -69,10 +69,7 @@ START_AUTOMEM = (
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check: its status (PASSED, FAILED, PENDING, SKIPPED) and the figures.
-
-    `remedy` has the commands that help if it failed.
-    """
+    """One check: its status (PASSED, FAILED, PENDING, SKIPPED), figures, the commands that help if it failed."""
 
     name: str
     status: str
@@ -101,10 +98,9 @@ def check_status(state: CollectionState) -> Check:
     if state.status not in {"green", "yellow", "grey"} or not state.optimizer_ok:
         detail = f"{state.status}, optimizer {state.raw.get('optimizer_status')}"
         return Check("status", FAILED, detail, "check Qdrant's log and its free disk space")
+    note = "" if state.status == "green" else " (indexing continues)"
     if state.optimizer_idle:
         note = " (indexing continues with the next write)"
-    else:
-        note = "" if state.status == "green" else " (indexing continues)"
     return Check("status", PASSED, state.status + note)
 
 
@@ -133,8 +129,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
     """The model that made the vectors, if the collection's metadata names it."""
     stamp = stamp_of(state.raw["config"])
     if not stamp:
-        detail = "this server keeps no metadata, or the collection was not stamped"
-        return Check("model stamp", SKIPPED, detail)
+        return Check("model stamp", SKIPPED, "this server keeps no metadata, or the collection was not stamped")
     model, provider = str(stamp.get("model")), provider_of(stamp)
     status = PASSED if is_model_of(stamp, spec) else FAILED
     settings = model_settings(provider, model, named=spec.provider != OPENAI)
@@ -163,20 +158,18 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
         ("content", found.contents, "equal to the graph", "points hold another content", changed),
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
-    strict = after_restart or not have_plan
-    remedy = ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
-    return [_check_differences(*row, remedy, strict=strict) for row in rows]
-
-
-def _check_differences(
-    name: str, found: Differences, equal: str, wrong: str, newer: str, remedy: str, *, strict: bool
-) -> Check:
-    failed = found.wrong + (found.newer if strict else [])
-    if failed:
-        return Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", remedy)
-    if found.newer:
-        return Check(name, PENDING, f"{len(found.newer)} {newer}: {_some(found.newer)}")
-    return Check(name, PASSED, equal)
+    checks = []
+    for name, differences, same, wrong, new in rows:
+        failed = differences.wrong + (differences.newer if after_restart or not have_plan else [])
+        if failed:
+            remedy = ONLY_MISSING if found.expected or found.exempt else _LOST_GRAPH
+            checks.append(Check(name, FAILED, f"{len(failed)} {wrong}: {_some(failed)}", remedy))
+        elif differences.newer:
+            detail = f"{len(differences.newer)} {new}: {_some(differences.newer)}"
+            checks.append(Check(name, PENDING, detail))
+        else:
+            checks.append(Check(name, PASSED, same))
+    return checks
 
 
 def _some(ids: list[Any]) -> str:
@@ -205,17 +198,14 @@ def read_points(
         if len(usable) < len(page):
             unusable += [point.id for point in page if point not in usable]
         if cache:
-            found, wrong = different_vectors(usable, cache, spec, state)
+            found, differing = different_vectors(usable, cache, spec, state)
             known += found
-            different += [point.id for point, _ in wrong]
+            different += [point.id for point, _ in differing]
         total += len(page)
         progress(len(page))
-    if unusable:
-        detail = f"{len(unusable)} are unusable (width, zero or not finite): {_some(unusable)}"
-        return Check("vectors", FAILED, detail, REPLACE_ALL)
-    if different:
-        detail = f"{len(different)} are not the model's for their content: {_some(different)}"
-        return Check("vectors", FAILED, detail, REPLACE_ALL)
+    if wrong := unusable or different:
+        what = "unusable (width, zero or not finite)" if unusable else "not the model's for their content"
+        return Check("vectors", FAILED, f"{len(wrong)} are {what}: {_some(wrong)}", REPLACE_ALL)
     return Check("vectors", PASSED, f"{total} of {spec.size}d, {known} equal to the embedding cache's")
 
 
@@ -235,8 +225,7 @@ def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, point
     used = [size for name, size in shown.items() if name != "configured"]
     if sizes.get("mismatch") or not used or any(size != spec.size for size in used):
         text = ", ".join(f"{name} {size}" for name, size in shown.items()) or "no sizes"
-        detail = f"AutoMem does not run at {spec.size}d yet (/health: {text})"
-        return Check("recall", PENDING, detail, _RESTART)
+        return Check("recall", PENDING, f"AutoMem does not run at {spec.size}d yet (/health: {text})", _RESTART)
     named, counted = health.get("graph"), health.get("vector_count")
     if isinstance(named, str) and named != graph:
         detail = f"AutoMem works on the graph '{named}', FALKORDB_GRAPH is '{graph}'"
@@ -260,8 +249,7 @@ def check_recall(api: AutoMemApi, samples: list[Sample]) -> list[Check]:
         content = (first.get("memory") or {}).get("content")
         if content != sample.content or first.get("match_type") != "vector":
             wrong.append(f"{sample.id} (first: {first.get('id')}, {first.get('match_type')})")
-    detail = f"median {median(times):.0f} ms over {len(times)} ({method} /recall)"
-    latency = Check("recall latency", PASSED, detail)
+    latency = Check("recall latency", PASSED, f"median {median(times):.0f} ms over {len(times)} ({method} /recall)")
     if wrong:
         detail = f"{len(wrong)} of {len(samples)} samples are not found first by vector: {_some(wrong)}"
         return [Check("recall", PENDING, detail, _RESTART), latency]
@@ -299,7 +287,13 @@ def check_provider(
     spec, name = stores.collection.spec, "AutoMem's model"
     model = f"{spec.model} of {spec.provider}"
     believed = f"{model}, {stores.reason}" if stores.reason else model
-    made = _embedded_by_automem(stores, state, cache, since)
+    # Those whose vector these scripts did not make.
+    keys = [cache.text_key(spec, sample.content) for sample in since]
+    known = cache.known(keys)
+    others = {sample.id: sample for key, sample in zip(keys, since, strict=True) if key not in known}
+    points = retrieve(stores.collection.qdrant, state.name, list(map(as_id, others)), vector=True)
+    vectors = {str(one.id): one.vector for one in points if one.vector is not None}
+    made = [(sample, vectors[one]) for one, sample in others.items() if one in vectors]
     if not made:
         return Check(name, SKIPPED, f"{believed}; not yet known: it embedded no memory since the migration")
     try:
@@ -320,23 +314,8 @@ def check_provider(
     return Check(name, PENDING, f"not {model}: {evidence}", remedy)
 
 
-def _embedded_by_automem(
-    stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample]
-) -> list[tuple[Sample, NDArray[np.float32]]]:
-    """Those of `since` whose vector these scripts did not make, with that vector."""
-    keys = [cache.text_key(stores.collection.spec, sample.content) for sample in since]
-    known = cache.known(keys)
-    others = {sample.id: sample for key, sample in zip(keys, since, strict=True) if key not in known}
-    points = retrieve(stores.collection.qdrant, state.name, list(map(as_id, others)), vector=True)
-    vectors = {str(one.id): one.vector for one in points if one.vector is not None}
-    return [(sample, vectors[one]) for one, sample in others.items() if one in vectors]
-
-
 def _compared_vectors(stores: Stores, cache: EmbeddingCache, samples: list[Sample]) -> list[NDArray[np.float32]]:
-    """The provider's vectors of the texts. Each text is paid for once.
-
-    The cache's vectors are those of points: there they would be compared with AutoMem's bit by bit.
-    """
+    """The provider's vectors, paid for once. In the cache they would be compared with AutoMem's bit by bit."""
     texts = {cache.text_key(stores.collection.spec, one.content).hex(): one.content for one in samples}
     known = dict(line.split(" ") for line in (cache.get_meta(_COMPARED) or "").splitlines())
     if missing := [key for key in texts if key not in known]:
@@ -348,10 +327,7 @@ def _compared_vectors(stores: Stores, cache: EmbeddingCache, samples: list[Sampl
 
 @dataclass(frozen=True)
 class Stores:
-    """What is verified, and the folder with the journals of its migrations.
-
-    `embed` returns the provider's vectors of texts, and raises MigrationError. `reason` is why that provider is used.
-    """
+    """What is verified. `embed`: texts to the provider's vectors, or MigrationError; `reason`: why that provider."""
 
     graph: GraphSource
     collection: CollectionSource
@@ -391,12 +367,11 @@ def verify(
         with TemporaryIdTable() as existing, bar("compare again", None, "memories") as progress:
             existing.put((one.id, one.payload) for one in retrieve(qdrant, state.name, ids, payload=True))
             again = compare_stores(graph, existing, planned, migrated_at, samples, progress, set(ids))
-        differences = {name: getattr(again, name) for name in ("missing", "contents", "payloads", "orphans")}
-        found = replace(found, **differences)
+        found.missing, found.contents, found.payloads = again.missing, again.contents, again.payloads
+        found.orphans = again.orphans
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.since], restored=restored))
-    differ = {vectors.status, checks[-1].status} & {FAILED, PENDING}
-    if differ and last:
+    if last and {vectors.status, checks[-1].status} & {FAILED, PENDING}:
         cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)

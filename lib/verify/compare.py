@@ -12,15 +12,7 @@ import numpy as np
 import orjson
 
 from lib.backup.graph import GraphSource
-from lib.backup.points import (
-    TemporaryIdTable,
-    base_payload,
-    identical,
-    merged_payload,
-    orphan_ids,
-    point_id,
-    unusable,
-)
+from lib.backup.points import TemporaryIdTable, base_payload, identical, merged_payload, orphan_ids, point_id, unusable
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.embeddings.cache_file import chunks
 from lib.clients.falkordb.queries import MemoryNode, iter_memories
@@ -214,31 +206,19 @@ def _written_at(properties: Properties) -> datetime:
 
 
 def _add_samples(
-    memories: dict[PointId, Properties],
-    payloads: dict[PointId, dict[str, Any]],
-    found: Findings,
-    most: int,
-    step: int,
+    memories: dict[PointId, Properties], payloads: dict[PointId, dict[str, Any]], found: Findings, most: int, step: int
 ) -> None:
     """Choose every `step`-th memory to try recall with, or the next one that is fit for it, until there are `most`."""
     for number, (identity, properties) in enumerate(memories.items(), found.expected - len(memories)):
+        content, payload = str(properties["content"]), payloads.get(identity)
+        is_valid = not (properties.get("archived") or properties.get("t_invalid")) and len(content) < _LONGEST_QUERY
         is_due = len(found.samples) < most and number >= len(found.samples) * step
-        if is_due and _is_recallable(properties, payloads.get(identity)):
-            found.samples.append(Sample(str(identity), str(properties["content"])))
-
-
-def _is_recallable(properties: Properties, payload: dict[str, Any] | None) -> bool:
-    content = str(properties["content"])
-    if properties.get("archived") or properties.get("t_invalid") or len(content) >= _LONGEST_QUERY:
-        return False
-    return payload is not None and payload.get("content") == content
+        if is_due and is_valid and payload is not None and payload.get("content") == content:
+            found.samples.append(Sample(str(identity), content))
 
 
 def vectors_differ(
-    stored: NDArray[np.float32],
-    wanted: NDArray[np.float32],
-    distance: str = "Cosine",
-    datatype: str = FLOAT32,
+    stored: NDArray[np.float32], wanted: NDArray[np.float32], distance: str = "Cosine", datatype: str = FLOAT32
 ) -> NDArray[np.bool_]:
     """For each row, whether `stored` (n, dims) is not what a collection makes of `wanted` (n, dims).
 
@@ -285,12 +265,7 @@ def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 
 
 def different_vectors(
-    points: list[Point],
-    cache: EmbeddingCache,
-    spec: EmbeddingSpec,
-    state: CollectionState,
-    *,
-    planned: bool = False,
+    points: list[Point], cache: EmbeddingCache, spec: EmbeddingSpec, state: CollectionState, *, planned: bool = False
 ) -> tuple[int, list[tuple[Point, NDArray[np.float32]]]]:
     """How many of the points the cache knows, and those whose stored vector differs from the cache's, with the latter.
 
