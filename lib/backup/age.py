@@ -197,7 +197,10 @@ def _with_header(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
 
 
 class _Streams:
-    """Pieces that pyrage reads, and a function that it writes to, as files. `error`: what either of them raised."""
+    """What pyrage reads (pieces of bytes) and writes (a function), as files.
+
+    `error` is what either raised: pyrage keeps only its text.
+    """
 
     def __init__(self, pieces: Iterator[bytes], write: Callable[[bytes], object]) -> None:
         self.error: BaseException | None = None

@@ -67,7 +67,10 @@ def is_automems(path: Path) -> bool:
 
 
 def automem_files(path: Path) -> list[AutoMemFile]:
-    """AutoMem's own backups in a file, tar.gz or folder (newest), one a store. Raises BadFile, BackupDamaged."""
+    """AutoMem's own backups in a file, a tar.gz or a folder (its newest), one of each store; none for other files.
+
+    Raises BadFile if they were not taken together, BackupDamaged.
+    """
     if path.is_dir():
         found = [max(files, key=lambda one: (one.stamp, one.path)) for files in _in_folder(path) if files]
     elif _IN_TAR.match(head := _head(path)):

@@ -114,7 +114,10 @@ def verify_collection(
 
 
 class SegmentCopies:
-    """Copies of segments below `folder`, for Qdrant's engine, if nothing hinders. `size`: bytes of all snapshots."""
+    """Temporary copies of segments, below `folder`, made while a snapshot is read if nothing hinders.
+
+    Qdrant's engine opens them. `size`: bytes of all snapshots.
+    """
 
     def __init__(self, folder: Path, size: int, *, counting: bool = True) -> None:
         self.hindrance = "" if has_room(2 * size) else _no_room()
@@ -229,7 +232,10 @@ def _incomplete(path: Path) -> BackupDamaged:
 
 @dataclass(frozen=True)
 class CollectionSource:
-    """An opened Qdrant, the collection, its configured vectors; `nodes` of a cluster: listed, not contacted."""
+    """An opened Qdrant, the collection in it, and what the configuration says of its vectors.
+
+    `nodes` are those of its cluster that the configuration lists; none has been contacted yet.
+    """
 
     qdrant: Qdrant
     collection: str

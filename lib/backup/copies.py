@@ -28,7 +28,10 @@ _SPARE = 16 << 20
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A set complete at `url` (printable): what was sent, and was there. `same_disk`: lost with the disk here."""
+    """A set that is complete at `url` (as it may be printed): the files and bytes that were sent, and that were there.
+
+    `same_disk`: the copy is lost with the disk of the set here.
+    """
 
     url: str
     manifest: str
@@ -84,7 +87,10 @@ def upload_new(
 
 
 def delete_copy(store: OffsiteStore, manifest: Manifest) -> None:
-    """Delete a set there, plain or encrypted, its manifest first. Raises AccessRefused, LockHeld during an upload."""
+    """Delete a set at the place of copies, plain or encrypted, its manifest first. A set without one is none.
+
+    Raises LockHeld while this machine uploads the set, and AccessRefused.
+    """
     with lock_targets([f"{manifest.name} at {store.shown}"]):
         existing = _sizes(store, manifest.files)
         names = (manifest.name, *(file.name for file in manifest.files), KEY_FILE.format(stamp=manifest.stamp))

@@ -321,7 +321,10 @@ class OffsiteStore:
 
 
 def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
-    """Open a URL or folder; `keys` decrypt. Raises UsageProblem (URL, package), AccessRefused, StoreUnreachable."""
+    """Open a URL or local folder; `keys` decrypt what is encrypted there.
+
+    Raises UsageProblem for a URL of another kind or a missing package, AccessRefused, StoreUnreachable.
+    """
     address = offsite_address(url)
     for package in ("fsspec", _PACKAGES[address.scheme]):
         if importlib.util.find_spec(package) is None:

@@ -90,7 +90,10 @@ def verify_graph(
     stop: CancelToken | None = None,
     ids: TemporaryIdTable | None = None,
 ) -> GraphVerification:
-    """Verify an RDB as far as this machine can; if loaded, fill `ids` (`ids_for_points`). Raises BackupDamaged."""
+    """Verify an RDB as far as this machine can. Raises BackupDamaged.
+
+    If it is loaded, `ids` is filled with the ids of its memories that should have a point.
+    """
     facts = inspect_backup(path, component.file)
     compare_rdb(path, component, facts)
     try:

@@ -103,7 +103,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One backup set, of the graph, the collection or both. `path`: of its file, once that was written or read."""
+    """One backup set; `graph` or `collection` is None if only the other one was backed up.
+
+    `path` is that of its file, once the file was written or read.
+    """
 
     stamp: str
     created: str

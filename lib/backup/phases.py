@@ -35,7 +35,10 @@ _ROUNDING, _ON_THE_WAY = timedelta(seconds=2), timedelta(seconds=60)
 def own_snapshot(
     qdrant: Qdrant, collection: str, journal: Journal, node: str | None = None
 ) -> Iterator[snapshots.Snapshot]:
-    """A snapshot for the block, in the journal before it is requested, deleted afterwards. `node`: one of several."""
+    """A snapshot with its checksum for the block, announced in the journal before it is requested, deleted afterwards.
+
+    `node` is the address of one of several nodes that make a snapshot each.
+    """
     known = [one.name for one in snapshots.list_snapshots(qdrant, collection)]
     # A known snapshot that was begun in this second would be replaced by ours.
     latest = max(filter(None, map(_begun, known)), default=None)
@@ -118,7 +121,10 @@ def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
 
 
 def report_snapshots(source: CollectionSource, left: Sequence[Journal], notice: Callable[[str], None]) -> None:
-    """Name the snapshots that killed runs may have left, and close the journals of runs that can leave no more."""
+    """Name the snapshots that killed runs may have left, each with the command that deletes it.
+
+    Closes the journals for which one was found, or none can appear any more. The others stay open for the next run.
+    """
     commands: list[str] = []
     for journal in left:
         found = snapshot_deletions(source, journal)
@@ -135,7 +141,10 @@ def report_snapshots(source: CollectionSource, left: Sequence[Journal], notice: 
 
 
 def _nodes_left(source: CollectionSource, journal: Journal) -> Iterator[tuple[Qdrant, str | None]]:
-    """Each node with a snapshot that may be left, and its address. Raises UsageProblem if it is not listed now."""
+    """Each node on which a snapshot of the run may be left, opened; and its address in the journal.
+
+    Raises UsageProblem if the node is not listed any more: only the operator knows how to reach it.
+    """
     clients = {one.display: one for one in (source.qdrant, *source.nodes)}
     for node in _announced(journal):
         if node is not None and node not in clients:
@@ -168,7 +177,10 @@ def snapshot_file(folder: Path, staged: str) -> Path:
 
 
 def remove_staged(qdrant: Qdrant, journal: Journal) -> list[str]:
-    """Delete what a re-embedding staged, its snapshot here, or a spot check's collection. Returns what was removed."""
+    """Delete what a re-embedding staged, with its snapshot in the backup folder, or a spot check's collection.
+
+    Returns what was removed.
+    """
     staged = journal.fact("staged_collection") or journal.fact("side")
     if not staged:
         return []

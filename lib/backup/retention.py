@@ -39,7 +39,10 @@ PROTECTED_DAYS = 30
 
 @dataclass(frozen=True)
 class Cleanup:
-    """The sets of one deployment, newest first, with what keeps each, or DELETE. `protected`: kept without a rule."""
+    """The sets of one deployment, newest first, each with what keeps it, or DELETE.
+
+    `protected`: the names of the sets that are kept although no rule keeps them, with the reason.
+    """
 
     verdicts: list[tuple[Manifest, str]]
     protected: dict[str, str]
@@ -103,7 +106,10 @@ def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
 
 
 def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
-    """The names of sets that a rule or their state keeps, and why. `sets`: of one kind, newest first, if complete."""
+    """The names of the sets that a rule keeps, or that their state keeps, with the reason.
+
+    `sets` are of one kind, newest first, each with whether it is complete.
+    """
     counted = _countable(sets)
     found: dict[str, str] = {}
     for flag, count in rules.items():

@@ -48,7 +48,10 @@ def take_backup(
     verify: bool = True,
     purpose: str = BACKUP,
 ) -> Manifest:
-    """Back up what is given: all or nothing, the manifest last. Raises MissingData, BackupDamaged."""
+    """Back up what is given into the journal's folder, both components or neither; the manifest last.
+
+    Raises MissingData, BackupDamaged.
+    """
     folder, need = private_dir(journal.folder), _LEAST_BYTES
     if graph:
         with suppress(AccessRefused):
@@ -143,7 +146,10 @@ def run_backup(
     verify: bool = True,
     notice: Callable[[str], None] = lambda _text: None,
 ) -> Manifest:
-    """Take a set under the target's lock. `notice`: of snapshots that may be left. Raises like `take_backup`."""
+    """Take a set under the target's lock. Raises like `take_backup`; the journal stays open if something is left.
+
+    `notice` gets the snapshots that killed runs may have left on the server.
+    """
     # Killed backups, and runs of other commands that left only a snapshot.
     killed = [one for one in open_journals(folder, targets) if one.command == COMMAND or one.phase == AWAITED]
     left = [one for one in killed if not clean_up_backup(collection, one)]

@@ -117,7 +117,10 @@ _PROGRESS = (
 
 
 def open_run(ctx: Context) -> Journal | None:
-    """Return the open journal of these settings. Raises GuardRefused if a run of others deleted the collection."""
+    """Return the open journal of these stores and settings, or None. Nothing is written.
+
+    Raises GuardRefused if a run with another model, size or endpoint has deleted the collection: it would be lost.
+    """
     for journal in _open_here(ctx):
         if journal.fact("spec") == phases.spec_as_json(ctx.spec):
             return journal

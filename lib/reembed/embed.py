@@ -43,7 +43,10 @@ _SAVE_SECONDS = 2.0  # a kill loses the statistics of so many seconds, and no ve
 
 @dataclass(frozen=True)
 class Interval:
-    """A stretch of embedding from `at` (Unix seconds). `after_pause`: a later start or round began with it."""
+    """A stretch of embedding: its begin (Unix seconds), its length, and the texts that arrived in it.
+
+    `after_pause`: another start of the run, or a later round, began with it.
+    """
 
     at: float
     seconds: float

@@ -139,7 +139,10 @@ def only_stage(ctx: Context, assessment: assess.Assessment, runner: EmbeddingRun
 
 
 def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
-    """Embed the plan's uncached texts. With `--fresh` the provider must answer before earlier vectors are dropped."""
+    """Embed every text of the plan that has no vector in the cache; with `--fresh`, drop the earlier vectors first.
+
+    The provider must answer before that: if it refuses the key, nothing that was paid for is dropped.
+    """
     _require_write_access(ctx)
     if must_forget(ctx):
         runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT])[1].tokens)
@@ -300,7 +303,10 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Save the points without a memory in the cache, remove them. Returns how many. Raises like `orphan_points`."""
+    """Remove the points that have no memory in the graph; each is saved in the cache first. Returns how many.
+
+    Raises like `orphan_points`.
+    """
     removed = 0
     with assess.orphan_points(ctx, state) as (without_memory, memories):
         for ids in without_memory.ids():

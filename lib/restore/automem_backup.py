@@ -1,4 +1,7 @@
-"""Restore AutoMem's own backups: the graph is built in a scratch FalkorDB, the collection under a temporary name."""
+"""Restore AutoMem's own backups: a graph is built in a scratch FalkorDB, a collection under its temporary name.
+
+Then the restore goes its usual way: trial restore, safety backup, cutover.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,10 @@ Copy = tuple[str, str]  # the URL of a snapshot that a node can fetch from itsel
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """A backup, the collection that it replaces, a node for each snapshot. `begun`: names that got one of the parts."""
+    """A backup, the collection that it replaces, and the node that each snapshot goes to.
+
+    `begun`: names under which at least one of several parts was restored.
+    """
 
     backup: CollectionBackup
     target: CollectionSource
@@ -122,7 +125,10 @@ class RestorePlan:
             snapshots.delete(part.node, name, part.filename(stem))
 
     def withdraw_trial(self) -> None:
-        """Delete the files of a trial that made no collection: they are listed only while one of that name exists."""
+        """Delete the files of a trial restore that created no collection.
+
+        The server lists them only while a collection of that name exists, so an empty one is created for the moment.
+        """
         qdrant, name = self.target.qdrant, self.trial
         if exists(qdrant, name):
             return
@@ -133,7 +139,10 @@ class RestorePlan:
             delete_collection(qdrant, name)
 
     def drop_unusable(self) -> None:
-        """Delete a failed collection, which keeps a 1.11.3 server from starting, or one with some of its parts."""
+        """Delete what a failed restore left under the live name.
+
+        A failed collection would keep a 1.11.3 server from starting; one with some of its parts would look complete.
+        """
         qdrant, name = self.target.qdrant, self.target.collection
         with suppress(MigrationError):  # the operator must read the first error
             if name in self.begun or health(qdrant, name) == "failed":
@@ -166,7 +175,10 @@ class RestorePlan:
 
 
 def plan_restore(backup: CollectionBackup, target: CollectionSource) -> RestorePlan:
-    """Assign each snapshot to a node by peer id. Raises UsageProblem: nodes not listed, or the target no cluster."""
+    """Assign each snapshot to a node. The nodes are asked for their peer ids.
+
+    Raises UsageProblem if the nodes are not listed, or if the target is no cluster.
+    """
     recorded: list[dict[str, Any]] = backup.archive.facts.get("nodes") or []
     held = backup.archive.snapshots
     if not recorded and peers_of(target.qdrant)[1] < 2:
@@ -234,7 +246,10 @@ def _sample(plan: RestorePlan) -> Sample:
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
-    """Raise BackupDamaged, delete the collection, unless all ids, and payloads and vectors of a sample, match."""
+    """Raise BackupDamaged unless the restored collection equals its trial; it is deleted then.
+
+    Compared are every id, and payloads and vectors (also named ones) of the sample.
+    """
     qdrant, name = plan.target.qdrant, plan.target.collection
     try:
         verify_restored(plan.backup, qdrant, name)

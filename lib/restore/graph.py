@@ -106,7 +106,10 @@ def _digest(target: GraphSource, name: str) -> str:
 
 @dataclass(frozen=True)
 class GraphBackup:
-    """A verified RDB, the graph that it replaces. `scratch` has it loaded in `open_rdb`; None if no engine could."""
+    """A verified RDB, and the graph that it replaces.
+
+    `scratch` has it loaded while the `open_rdb` block lasts; None if no engine could load it.
+    """
 
     path: Path
     target: GraphSource
@@ -169,7 +172,10 @@ def require_swap(backup: GraphBackup) -> None:
 
 
 def require_same_numbers(backup: GraphBackup) -> None:
-    """Raise UsageProblem if a running AutoMem would misread the restored graph: it caches names by number, for good."""
+    """Raise UsageProblem unless a running AutoMem would read the restored graph correctly.
+
+    Its client caches labels, relationship types and property keys by their number and never refreshes them.
+    """
     stop = "stop AutoMem, in its folder, then run this without --while-running:\ndocker compose stop flask-api"
     saved = backup.verification.schema
     if saved is None:

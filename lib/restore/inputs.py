@@ -32,7 +32,10 @@ _NAME = re.compile(r"(.+)-\d+-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.snapshot")
 
 @dataclass(frozen=True)
 class Input(Generic[C]):
-    """A file to restore, its component if a manifest names it. `bare`: a snapshot as Qdrant's own API returns it."""
+    """A file to restore, with its component of a manifest if one names it.
+
+    `automem`: it is a backup by AutoMem's own scripts. `bare`: it is a plain snapshot as Qdrant's own API returns it.
+    """
 
     path: Path
     component: C | None = None
@@ -92,7 +95,10 @@ def _single(what: str, files: list[Input[C]]) -> Input[C] | None:
 
 
 class SavedSnapshots:
-    """An archive's snapshots in temporary files, all or none, so that it is inflated once. None if there is no room."""
+    """An archive's snapshots in temporary files, so that it is inflated only once.
+
+    Either all are saved or none: none if there is no `room`, or if the disk fills up.
+    """
 
     def __init__(self, *, room: bool = False) -> None:
         self._files: list[IO[bytes]] | None = [] if room else None

@@ -73,7 +73,10 @@ class Site:
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """The verified backups. A scratch server has the graph loaded meanwhile. `left_out`: what the files do not hold."""
+    """The verified backups. A scratch server has the graph's loaded while the restore runs.
+
+    `left_out`: what the files do not hold, for the operator.
+    """
 
     graph: GraphBackup | None = None
     plan: RestorePlan | None = None

@@ -124,7 +124,10 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
 
 
 def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Leftovers:
-    """Clean up what killed restores left on Qdrant and here. A verified trial of the same snapshot stays for `run`."""
+    """Clean up what killed restores of these stores left on the Qdrant server and in the backup folder.
+
+    A verified trial of the same snapshot is left for this `run`. For the graph see `_clean_up_graphs`.
+    """
     left = _Leftovers([], [], [], [])
     for journal in open_journals(site.folder, site.targets, COMMAND):
         if journal.path == run.path:
@@ -225,7 +228,10 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
 def _cut_over_collection(
     site: Site, plan: RestorePlan, journal: Journal, safety: Manifest | None, undo: str, aliases: list[str]
 ) -> list[str]:
-    """Replace the live collection; if that fails, restore the old one. Returns the aliases that others took."""
+    """Replace the live collection; returns the aliases that others took.
+
+    If that fails, the old one is restored, or the error has the commands to finish.
+    """
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
             return collections.cut_over(plan, journal, progress, undo=undo, aliases=aliases)
@@ -278,7 +284,10 @@ def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[N
 def _cut_over_graph(
     site: Site, files: VerifiedFiles, payload: bytes | None, journal: Journal, undo: str, calls: _Calls
 ) -> Path | None:
-    """Replace the graph, drop the old one. Returns the file of late writes. `calls`: `write_calls` before trials."""
+    """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
+
+    `calls`: the `write_calls` before the trial restores.
+    """
     if not files.graph or payload is None:
         return None
     require_still_quiet(site, files.graph)  # the cutover of the collection may have taken long

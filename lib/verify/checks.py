@@ -69,7 +69,10 @@ START_AUTOMEM = (
 
 @dataclass(frozen=True)
 class Check:
-    """One check: its status (PASSED, FAILED, PENDING, SKIPPED), figures, the commands that help if it failed."""
+    """The result of one check: its status (PASSED, FAILED, PENDING, SKIPPED) and the figures.
+
+    `remedy` has the commands that help if it failed.
+    """
 
     name: str
     status: str
@@ -315,7 +318,10 @@ def check_provider(
 
 
 def _compared_vectors(stores: Stores, cache: EmbeddingCache, samples: list[Sample]) -> list[NDArray[np.float32]]:
-    """The provider's vectors, paid for once. In the cache they would be compared with AutoMem's bit by bit."""
+    """The provider's vectors of the texts. Each text is paid for once.
+
+    The cache's vectors are those of points: there they would be compared with AutoMem's bit by bit.
+    """
     texts = {cache.text_key(stores.collection.spec, one.content).hex(): one.content for one in samples}
     known = dict(line.split(" ") for line in (cache.get_meta(_COMPARED) or "").splitlines())
     if missing := [key for key in texts if key not in known]:
@@ -327,7 +333,10 @@ def _compared_vectors(stores: Stores, cache: EmbeddingCache, samples: list[Sampl
 
 @dataclass(frozen=True)
 class Stores:
-    """What is verified. `embed`: texts to the provider's vectors, or MigrationError; `reason`: why that provider."""
+    """What is verified, and the folder with the journals of its migrations.
+
+    `embed` returns the provider's vectors of texts, and raises MigrationError. `reason` is why that provider is used.
+    """
 
     graph: GraphSource
     collection: CollectionSource
