@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import connect
 from lib.backup import phases
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
@@ -114,6 +113,8 @@ def _refused(name: str, journal: Journal, again: str) -> GuardRefused:
 
 def abort(config: Config, console: Console, command: str) -> int:
     """Give up the unfinished runs of `command` ("reembed" or "restore") on these stores, and report them."""
+    from lib import connect
+
     folder, targets = config.backup_dir, config.targets()
     collection = connect.open_collection(config)
     if command == "restore":
