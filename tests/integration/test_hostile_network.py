@@ -132,7 +132,7 @@ def short_timeouts(monkeypatch):
     monkeypatch.setattr(client, "FIRST_CONTACT_SECONDS", 2.0)
     import lib.dimensions  # noqa: F401 - it keeps the real function, whichever test imports it first
 
-    for module in (http_policy, transport, automem_api, provider):
+    for module in (http_policy, automem_api, provider):
         monkeypatch.setattr(module, "is_this_machine", lambda _url: False)
     monkeypatch.setenv("NO_PROXY", "*")
 
