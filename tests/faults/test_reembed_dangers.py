@@ -153,14 +153,14 @@ def test_a_provider_that_gives_one_vector_to_every_text_is_refused(operator, mon
     from lib.errors import ProviderRefused
 
     made = clients.EmbeddingClient(EmbeddingSpec(operator.servers.openai.base_url, LARGE, 96), "sk-x")
-    real = clients.read_answer
+    real = clients.answers.read_answer
 
     def one_for_all(*words):
         answer = real(*words)
         answer.vectors[:] = answer.vectors[0]
         return answer
 
-    monkeypatch.setattr(clients, "read_answer", one_for_all)
+    monkeypatch.setattr(clients.answers, "read_answer", one_for_all)
     with pytest.raises(ProviderRefused, match="every text with the same vector"):
         made.embed(["one", "two", "three"])
 
