@@ -40,8 +40,7 @@ SETTING_NAMES = {
 class _Model(NamedTuple):
     """`native`: the size of an answer to a request that names none. `unit`: documented to be vectors of length 1.
 
-    `sizes` are the others that the model is trained for: a larger vector of it, cut to one of them and scaled to
-    length 1, is its vector of that size.
+    `sizes` are the others that it is trained for: larger vectors, cut to one of them and scaled to length 1.
     """
 
     native: int | None

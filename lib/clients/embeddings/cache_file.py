@@ -53,10 +53,9 @@ class CacheDamaged(MigrationError):
 
 
 class CacheFile:
-    """The open files. One connection, used by the thread that opened it; SQLite allows one writer at a time.
+    """The open files, one connection for one thread: the plan `path`, and `vectors.sqlite3`, which all plans share.
 
-    `path` is the plan, created if it is missing (0600 in a 0700 folder). The vectors are in `vectors.sqlite3` in the
-    same folder, which all plans share. Raises CacheDamaged.
+    Both are created if they are missing (0600 in a 0700 folder). Raises CacheDamaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,7 +115,16 @@ class CacheFile:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a bug in this program
             damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
-            step = self._remedy(error, damaged)
+            cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
+            folder, again = quote(str(self.path.parent)), "then run the same command again"
+            if "full" in str(error):
+                step = f"free some room:\ndf -h {folder}\n{again}"
+            elif "locked" in str(error):
+                step = f"another process holds it: wait until it has ended, {again}"
+            elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
+                step = f"make it writable again, {again}:\nls -l {folder}"
+            else:  # only if SQLite reports damage, vectors that were paid for are given up
+                step = f"move it away, {again}; {cost}:\n{moved(damaged, '.damaged')}"
             raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {error}", next_step=step) from error
 
     def _damaged(self) -> Path:
@@ -127,18 +135,6 @@ class CacheFile:
                     continue
             return path
         return self.path
-
-    def _remedy(self, error: sqlite3.DatabaseError, damaged: Path) -> str:
-        """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
-        folder = quote(str(self.path.parent))
-        if "full" in str(error):
-            return f"free some room:\ndf -h {folder}\nthen run the same command again"
-        if "locked" in str(error):
-            return "another process holds it: wait until it has ended, then run the same command again"
-        if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
-            return f"make it writable again, then run the same command again:\nls -l {folder}"
-        cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
-        return f"move it away, then run the same command again; {cost}:\n{moved(damaged, '.damaged')}"
 
     def decoded(self, payload: bytes) -> Any:
         """Decode a payload of the plan. Raises CacheDamaged: SQLite itself notices no damage within a row."""

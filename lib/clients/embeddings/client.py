@@ -18,7 +18,7 @@ from lib.clients.embeddings import answers
 from lib.clients.embeddings.answers import AGAIN, Answer, BadInput, Transient
 from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.concurrency import Cancelled
-from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, native_size, takes_dimensions
 from lib.errors import ProviderRefused, UsageProblem, one_line
 from lib.network import INSTALL_SOCKS, PROXIES, Unbounded, httpx_hooks, is_this_machine, joined, trust_step
 
@@ -55,11 +55,7 @@ class Provider:
         self._extra: dict[str, object] = {}
         if spec.provider == VOYAGE or urlsplit(self._base_url).hostname == _VOYAGE_HOST:
             self._extra["output_dimension"] = spec.size
-        elif (
-            spec.provider == OPENAI
-            and dimensions.takes_dimensions(spec.model)
-            and spec.size != dimensions.native_size(spec.model)
-        ):
+        elif spec.provider == OPENAI and spec.size != native_size(spec.model) and takes_dimensions(spec.model):
             self._options["dimensions"] = spec.size
 
     def client(self) -> openai.OpenAI:
@@ -150,10 +146,9 @@ def _http_package() -> Any:
 
 
 class LocalModel:
-    """One model on this machine, with the methods of Provider. Thread-safe.
+    """One model on this machine, with the methods of Provider. Thread-safe. Raises UsageProblem without its package.
 
-    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it. Raises UsageProblem
-    if the package is not installed.
+    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it.
     """
 
     def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:

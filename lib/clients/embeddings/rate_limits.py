@@ -142,10 +142,9 @@ class _Bucket:
 
 
 class Pacer:
-    """Decides when each request may leave. Thread-safe.
+    """Decides when each request may leave; raises RateLimited instead of waiting longer. Thread-safe.
 
-    After each `acquire` comes exactly one call of `answered`, `refused` or `failed`. It raises RateLimited instead of
-    waiting for longer than `longest_wait_seconds`.
+    After each `acquire` comes exactly one call of `answered`, `refused` or `failed`.
     """
 
     def __init__(self, longest_wait_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:

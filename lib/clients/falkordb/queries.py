@@ -38,10 +38,9 @@ _CONSTRAINTS += f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
 
 
 def plain_value(cell: list[Any]) -> Any:
-    """Return a compact value as JSON has it; times as ISO 8601, in UTC.
+    """Return a compact value as JSON has it; times as ISO 8601, in UTC. Raises StoreFailed for an unknown type.
 
     Text that is not UTF-8 is `{NOT_UTF8: ...}` with U+FFFD, a vector is `{VECF32: ...}`; `plain` removes both marks.
-    Raises StoreFailed for a type that no property has.
     """
     try:
         value = _plain(cell, "strict")

@@ -83,10 +83,9 @@ def _refusal(conn: redis.Redis, *words: object) -> str:
 
 
 def require_memory(conn: redis.Redis, need: int) -> None:
-    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes.
+    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes. Redis itself refuses a write too late.
 
-    Redis refuses a write only when the limit is already passed. If its policy is to evict, it makes room by deleting
-    keys, and the live graph may be one of them.
+    If its policy is to evict, it makes room by deleting keys, and the live graph may be one of them.
     """
     memory = connection.info(conn, "memory")  # if it is refused and memory is short, the trial restore fails
     limit, used = int(memory.get("maxmemory", 0)), int(memory.get("used_memory", 0))
@@ -206,11 +205,10 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Replace the graph `name` by the dumped one, atomically; the old one is then `safety_name`.
+    """Replace the graph `name` by the dumped one, atomically; the old one, if any, is then `safety_name`: True.
 
-    Returns whether there was an old one. Redis does not roll back, so a rename whose RESTORE was refused is undone.
-    Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if no reply arrived: then
-    GRAPH.LIST shows which of the two states it is.
+    Redis does not roll back, so a rename whose RESTORE was refused is undone. Raises StoreFailed or AccessRefused with
+    the old graph in place; StoreUnreachable if no reply arrived: then GRAPH.LIST shows which of the two states it is.
     """
     _require_name(payload, name)
     _require_free(conn, safety_name)

@@ -181,9 +181,8 @@ def create_like(
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 
-    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until
-    `set_indexing_threshold` sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name`
-    exists.
+    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until `set_indexing_threshold`
+    sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name` exists.
     """
     body = create_body(raw_info, size, metadata)
     if not indexed and indexing_threshold(raw_info):

@@ -143,8 +143,7 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
 def _engine(size: int, segments: int) -> Iterator[Ask]:
     """Start the engine's process, limited for segments of `size` bytes. It ends with the block and with this process.
 
-    Yields a function that sends it a question and returns the answer, or raises _EngineError, and if the process ended
-    BackupDamaged or EngineKilled.
+    Yields a function that returns its answer to a question. It raises _EngineError, BackupDamaged or EngineKilled.
     """
     with subprocess.Popen(
         [sys.executable, *_ENGINE, str(os.getpid())],
