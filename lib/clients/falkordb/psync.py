@@ -34,6 +34,8 @@ _NEW_MASTER = f"if it is lost, make this server one (in redis-cli: REPLICAOF NO 
 _NO_MASTER = ("is a replica that has lost its master; name the master instead", _NEW_MASTER)
 _LATER |= {"NOMASTERLINK": _NO_MASTER, "MASTERDOWN": _NO_MASTER}
 
+Write = Callable[[bytes], object]
+
 
 class PsyncRefused(AccessRefused):
     """This user may not, or this server cannot, send an RDB. DUMP may still work."""
@@ -44,11 +46,7 @@ class RdbNotMade(StoreUnreachable):
 
 
 def stream_rdb(
-    address: GraphAddress,
-    write: Callable[[bytes], object],
-    *,
-    progress: Progress | None = None,
-    stop: CancelToken | None = None,
+    address: GraphAddress, write: Write, *, progress: Progress | None = None, stop: CancelToken | None = None
 ) -> tuple[int, str]:
     """Pass the server's RDB to `write` in pieces. Returns its size and sha256. `progress` gets the bytes of each.
 
@@ -82,9 +80,7 @@ def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
         yield piece
 
 
-def _receive(
-    pieces: Iterable[bytes], write: Callable[[bytes], object], progress: Progress, address: str
-) -> tuple[int, str]:
+def _receive(pieces: Iterable[bytes], write: Write, progress: Progress, address: str) -> tuple[int, str]:
     """Pass the pieces on and verify the RDB. The CRC64 leaves out the last eight bytes, which may hold it."""
     digest, size, crc, start, tail = hashlib.sha256(), 0, 0, b"", b""
     for piece in pieces:

@@ -15,6 +15,7 @@ from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, collecti
 from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, MigrationError, MissingData, UsageProblem, did_you_mean
 
+Json = Mapping[str, Any]  # an object as the server sends it
 Health = Literal["missing", "live", "restoring", "failed", "unavailable"]
 
 FLOAT32, FLOAT16, UINT8, TURBO4 = "float32", "float16", "uint8", "turbo4"
@@ -163,7 +164,7 @@ def wait_green(q: Qdrant, name: str, seconds: float, stop: CancelToken | None = 
         q.sleep(POLL_SECONDS)
 
 
-def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
+def set_metadata(q: Qdrant, name: str, metadata: Json) -> bool:
     """Merge into the collection's metadata. Returns False if the server (before 1.16) ignores it."""
     q.json("PATCH", collection_path(name), {"metadata": dict(metadata)}, retry=True)
     stored = q.json("GET", collection_path(name))["config"].get("metadata") or {}
@@ -171,13 +172,7 @@ def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def create_like(
-    q: Qdrant,
-    name: str,
-    raw_info: Mapping[str, Any],
-    size: int,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    indexed: bool = True,
+    q: Qdrant, name: str, raw_info: Json, size: int, metadata: Json | None = None, *, indexed: bool = True
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 
@@ -192,7 +187,7 @@ def create_like(
     put_indexes(q, name, raw_info.get("payload_schema") or {})
 
 
-def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
+def put_fan_out(q: Qdrant, name: str, config: Json) -> None:
     """Set what neither the create call nor the restore of a snapshot sets (1.11.3, 1.19.0), as in `config`."""
     params = config["params"]
     fan_out = {key: params[key] for key in _BY_PATCH if params.get(key) is not None}
@@ -200,7 +195,7 @@ def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
         q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
 
 
-def create_body(raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def create_body(raw_info: Json, size: int, metadata: Json | None = None) -> dict[str, Any]:
     """The body of the create call for `create_like`. Raises UsageProblem."""
     refuse_foreign(raw_info)
     config = raw_info["config"]
@@ -212,7 +207,7 @@ def create_body(raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, A
     return {key: value for key, value in body.items() if value is not None}
 
 
-def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size: bool = False) -> bool:
+def same_settings(one: Json, other: Json, *, but_size: bool = False) -> bool:
     """Whether two infos have the same configuration and indexes. `but_size`: as `create_like` would make them."""
     settings = []
     for raw_info in (one, other):
@@ -222,14 +217,14 @@ def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size:
     return settings[0] == settings[1]
 
 
-def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:
+def create_default(q: Qdrant, name: str, size: int, metadata: Json | None = None) -> None:
     """Create `name` as AutoMem does: one unnamed vector, Cosine, keyword indexes on its tags."""
     body = {"vectors": {"size": size, "distance": "Cosine"}, **({"metadata": dict(metadata)} if metadata else {})}
     q.json("PUT", collection_path(name), body)
     put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
 
-def indexing_threshold(raw_info: Mapping[str, Any]) -> int:
+def indexing_threshold(raw_info: Json) -> int:
     """From which segment size (kB) on the server builds a vector index; 0: never."""
     return int(raw_info["config"]["optimizer_config"].get("indexing_threshold") or 0)
 
@@ -245,7 +240,7 @@ def create_small(q: Qdrant, name: str) -> None:
     q.json("PUT", collection_path(name), body)
 
 
-def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, Any]]) -> None:
+def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Json]) -> None:
     """Create the payload indexes of an info's `payload_schema`: by their `params`, else by their `data_type`."""
     path = collection_path(name, "index")
     for key, entry in payload_schema.items():
@@ -292,7 +287,7 @@ def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
         q.json("POST", "/collections/aliases", {"actions": actions}, retry=True)
 
 
-def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
+def refuse_foreign(raw_info: Json) -> None:
     """Raise UsageProblem if a collection with these settings cannot be recreated with all that it holds.
 
     Call it before anything is paid for or deleted. Every field of `config` is either carried over or named here.
@@ -326,7 +321,7 @@ def require_plain_vectors(state: CollectionState) -> None:
         raise UsageProblem(f"the collection has {found}", next_step="set QDRANT_COLLECTION to AutoMem's collection")
 
 
-def _foreign_vectors(vectors: Mapping[str, Any]) -> Iterator[str]:
+def _foreign_vectors(vectors: Json) -> Iterator[str]:
     size, _, named = vector_params(vectors)
     if named:
         yield f"named vectors: {', '.join(map(repr, sorted(vectors)))} (AutoMem keeps one unnamed vector per point)"

@@ -123,12 +123,7 @@ class Qdrant:
     """
 
     def __init__(
-        self,
-        url: str,
-        api_key: str = "",
-        timeout_seconds: float = 60.0,
-        *,
-        sleep: Callable[[float], object] = time.sleep,
+        self, url: str, api_key: str = "", timeout_seconds: float = 60.0, *, sleep: Callable[..., object] = time.sleep
     ) -> None:
         parts = urlsplit(url)
         self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
