@@ -64,10 +64,7 @@ _MODELS = {
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The endpoint, model and size that decide a text's vector. The endpoint's URL may hold a login or a key.
-
-    Each provider has its own endpoint, so that `provider` decides nothing more: it names the protocol and its limits.
-    """
+    """Endpoint (it may hold a key), model and size decide a text's vector; `provider` names the protocol and limits."""
 
     base_url: str = field(repr=False)
     model: str

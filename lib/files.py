@@ -61,10 +61,7 @@ def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown 
 
 
 def _require_own(path: Path) -> None:
-    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there.
-
-    A folder of the user's own that holds nothing yet, such as `backups/` of a new clone, is closed to others (0700).
-    """
+    """Raise UsageProblem if the folder is another user's or open to others. An own empty one, of a clone, is closed."""
     state = path.stat()
     is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
     if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:
@@ -140,10 +137,7 @@ def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
 
 
 def readable_bytes(path: Path) -> bytes:
-    """Return the content of a small file of the backup folder, which may have been copied from elsewhere.
-
-    Raises UsageProblem if it is not a regular file, is too large, or cannot be opened by this user.
-    """
+    """Return a small file of the backup folder. Raises UsageProblem if it is not regular, too large or unreadable."""
     try:
         return read_regular(path, _LARGEST)[0]
     except NotRegular:
@@ -343,10 +337,7 @@ def lock_targets(
 
 
 class UsedFile:
-    """Declares to other processes that a file is in use: by many at a time, or by one alone.
-
-    `path` is a lock file for it, made if missing: a lock on the used file itself could undo those that SQLite holds.
-    """
+    """Declares that a file is in use, by many or by one alone, on a lock file: one on it could undo SQLite's own."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -175,10 +175,7 @@ class _Run:
             raise no_room
 
     def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
-        """Batches under the limits of the moment. Blank texts are refused here: one would fail its whole request.
-
-        Texts over the limit of OpenAI's models are cut; the key stays that of the whole text.
-        """
+        """Yield batches under the limits of the moment. Blank texts are refused: one would fail its whole request."""
         batch: list[TextRow] = []
         spec, tokens, token_limit = self._client.spec, 0, self._token_limit()
         limit = input_limit(spec.model, spec.provider)

@@ -247,10 +247,7 @@ def command(conn: redis.Redis, *words: Any) -> Any:
 
 
 def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[Any]:
-    """Send several commands that only read at once; return their raw replies. Raises like `command`.
-
-    If the server cuts a query by its time limit, they are sent once more: a busy server cuts the shortest one.
-    """
+    """Send reading commands at once, again if the time limit cuts one; return raw replies. Raises like `command`."""
 
     @_once_more
     def send() -> list[Any]:

@@ -165,10 +165,7 @@ def quoted(name: str) -> str:
 
 
 def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[Row]:
-    """Return a read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
-
-    The server returns at most RESULTSET_SIZE rows. Raises MissingData if there is no such graph, and like `command`.
-    """
+    """Return at most RESULTSET_SIZE rows, each value as [type, value], text as bytes. Raises MissingData."""
     from falkordb.helpers import stringify_param_value
 
     bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())

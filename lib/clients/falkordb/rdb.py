@@ -211,10 +211,7 @@ def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
 
 
 def wrap_dump(payload: bytes, key: str) -> Iterator[bytes]:
-    """Yield the pieces of an RDB file that holds one key, `key`, with the value of the DUMP `payload`.
-
-    A server loads it like any other. A DUMP records neither the server's version nor a time.
-    """
+    """Yield the pieces of an RDB file of one key with the value of a DUMP, which names no server and no time."""
     head = b"%s%04d" % (MAGIC, rdb_version(payload))
     for field, text in (("redis-ver", ""), ("ctime", "0"), (_DUMP_MARK, key)):
         head += bytes([_AUX]) + encoded_string(field.encode()) + encoded_string(text.encode())

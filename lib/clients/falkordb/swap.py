@@ -248,13 +248,10 @@ def _rename_and_restore(conn: redis.Redis, name: str, payload: bytes, safety_nam
 
 
 def _transaction(conn: redis.Redis, *commands: tuple[object, ...]) -> list[object]:
-    """Run the commands between MULTI and EXEC. Returns their replies; an error among these is not raised.
-
-    Each command waits for its reply. In a pipeline they would run one by one if MULTI were refused.
-    """
+    """Return the replies of the commands between MULTI and EXEC; an error among them is not raised."""
     raw = conn.connection_pool.get_connection()
     try:
-        for words in (("MULTI",), *commands, ("EXEC",)):
+        for words in (("MULTI",), *commands, ("EXEC",)):  # in a pipeline they would run even if MULTI were refused
             raw.send_command(*words)
             reply = raw.read_response()
     except redis.exceptions.RedisError:

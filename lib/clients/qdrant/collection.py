@@ -48,13 +48,10 @@ _KNOWN |= {*_FROM_CONFIG, "params", "metadata"}
 
 @dataclass(frozen=True)
 class CollectionState:
-    """The answer of `GET /collections/{name}` (`raw`) and an exact count.
-
-    `size` and `distance` are of the unnamed vector, or of the first named one; 0 and "" if there is none.
-    """
+    """The answer of `GET /collections/{name}` (`raw`) and an exact count."""
 
     name: str
-    size: int
+    size: int  # of the unnamed vector, or of the first named one; 0, and no distance, if there is none
     distance: str
     points: int
     status: str
@@ -288,10 +285,7 @@ def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
 
 
 def refuse_foreign(raw_info: Json) -> None:
-    """Raise UsageProblem if a collection with these settings cannot be recreated with all that it holds.
-
-    Call it before anything is paid for or deleted. Every field of `config` is either carried over or named here.
-    """
+    """Raise UsageProblem unless every setting can be carried over. Call it before anything is paid for or deleted."""
     config, params = raw_info["config"], raw_info["config"]["params"]
     vectors = params.get("vectors") or {}
     found = list(_foreign_vectors(vectors))

@@ -121,10 +121,7 @@ def has_engine() -> bool:
 
 @contextmanager
 def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
-    """Open the segments of an accepted snapshot. Yields None if the engine cannot read their format.
-
-    Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
-    """
+    """Yield the opened segments; None: unknown format. Raises BackupDamaged, EngineKilled, OSError on a full disk."""
     archives = files.finish()
     with _engine(sum(path.stat().st_size for path in archives.values()), files.segments) as ask:
         try:

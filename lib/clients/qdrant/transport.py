@@ -154,10 +154,7 @@ class Qdrant:
     def send(
         self, method: str, path: str, body: object = None, *, compress: bool = False, **options: Any
     ) -> requests.Response:
-        """Send JSON with the options of `call`. orjson serialises `body`, numpy arrays too; Parts are sent as they are.
-
-        Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
-        """
+        """Send JSON, or Parts. Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed."""
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         if content is not None and compress:
