@@ -213,16 +213,12 @@ def choose(settings: Mapping[str, Setting], size: int) -> EmbeddingChoice:
         reason = f"{setting} {what} in {settings[setting].place}"
     if setting != PROVIDER and unfit:
         reason += f", and Voyage (VOYAGE_API_KEY in {settings[_VOYAGE_KEY].place}) makes no {size}d vectors"
-    return EmbeddingChoice(provider, _model(provider, values, size), setting, reason, _fault(provider, values, size))
-
-
-def _model(provider: str, values: Mapping[str, str], size: int) -> str:
-    if provider not in DEFAULT_MODELS:
-        return LOCAL_MODELS.get(size, LOCAL_MODELS[768]) if provider == LOCAL else ""
-    model = values.get(MODEL_SETTINGS[provider], DEFAULT_MODELS[provider]).strip()
+    model = LOCAL_MODELS.get(size, LOCAL_MODELS[768]) if provider == LOCAL else ""
+    if provider in DEFAULT_MODELS:
+        model = values.get(MODEL_SETTINGS[provider], DEFAULT_MODELS[provider]).strip()
     if provider == OPENAI and size > _SMALL_SIZE and model.endswith(_SMALL):
-        return model.removesuffix(_SMALL) + _LARGE
-    return model
+        model = model.removesuffix(_SMALL) + _LARGE
+    return EmbeddingChoice(provider, model, setting, reason, _fault(provider, values, size))
 
 
 def _fault(provider: str, values: Mapping[str, str], size: int) -> str:

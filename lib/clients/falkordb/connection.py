@@ -105,6 +105,7 @@ def _again_while(
 
 
 _when_queue_is_free = _again_while(_QUEUE_FULL, backoff.expo, max_time=_QUEUE_SECONDS, factor=0.02, max_value=0.5)
+# A busy server cuts even the shortest query.
 _once_more = _again_while(_TIMED_OUT, backoff.constant, max_tries=2, interval=0)
 
 
@@ -115,12 +116,7 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis
     A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
     own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
-    options: dict[str, Any] = {
-        "host": address.host,
-        "port": address.port,
-        "protocol": 2,
-        "retry": Retry(NoBackoff(), 0),
-    }
+    options: dict[str, Any] = {"host": address.host, "port": address.port, "protocol": 2}
     options |= {"unix_socket_path": address.unix_socket or None, "ssl": address.tls and not address.unix_socket}
     options |= {"username": address.username or None, "password": address.password or None}
     options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}

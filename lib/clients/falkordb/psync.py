@@ -179,12 +179,11 @@ class _ReplicaConnection:
     def _socket_errors(self) -> Iterator[None]:
         try:
             yield
-        except TimeoutError as error:
-            text = f"FalkorDB at {self.address} has sent nothing for {IDLE_SECONDS:g} s"
-            raise StoreUnreachable(text, next_step=START_HINT) from error
         except OSError as error:
-            text = f"FalkorDB at {self.address} cannot be reached: {error.strerror or error}"
-            raise StoreUnreachable(text, next_step=START_HINT) from error
+            why = f"cannot be reached: {error.strerror or error}"
+            if isinstance(error, TimeoutError):
+                why = f"has sent nothing for {IDLE_SECONDS:g} s"
+            raise StoreUnreachable(f"FalkorDB at {self.address} {why}", next_step=START_HINT) from error
 
 
 def _open_socket(address: GraphAddress) -> socket.socket:

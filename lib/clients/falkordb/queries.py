@@ -108,18 +108,13 @@ def _time_text(kind: int, seconds: int) -> str:
         moment = _EPOCH + timedelta(seconds=seconds)
     except OverflowError:  # a year that Python does not know
         return f"PT{seconds}S" if kind == DURATION else str(seconds)
-    if kind == DATETIME:
-        return f"{moment.isoformat()}+00:00"
-    if kind == DATE:
-        return moment.date().isoformat()
-    return moment.time().isoformat() if kind == TIME else _duration(moment)
-
-
-def _duration(end: datetime) -> str:
-    """Return the time from 1970 to `end` in calendar years, months and days, as the server splits a duration."""
+    if kind != DURATION:
+        date, time = moment.date().isoformat(), moment.time().isoformat()
+        return {DATETIME: f"{date}T{time}+00:00", DATE: date, TIME: time}[kind]
+    # A duration is the time since 1970 in calendar years, months and days, as the server splits it.
     from dateutil.relativedelta import relativedelta  # type: ignore[import-untyped]
 
-    delta = relativedelta(end, _EPOCH)
+    delta = relativedelta(moment, _EPOCH)
     days = [(delta.years, "Y"), (delta.months, "M"), (delta.days, "D")]
     times = [(delta.hours, "H"), (delta.minutes, "M"), (delta.seconds, "S")]
     day, clock = ("".join(f"{number}{unit}" for number, unit in part if number) for part in (days, times))
