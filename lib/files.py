@@ -61,10 +61,10 @@ def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown 
 
 
 def _require_own(path: Path) -> None:
-    """Raise UsageProblem if the folder is another user's or open to others. An own empty one, of a clone, is closed."""
+    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there."""
     state = path.stat()
     is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
-    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:
+    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:  # such as `backups/` of a new clone
         path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
@@ -337,7 +337,7 @@ def lock_targets(
 
 
 class UsedFile:
-    """Declares that a file is in use, by many or by one alone, on a lock file: one on it could undo SQLite's own."""
+    """Declares a file as used, by many or by one alone, by a lock on `path`: one on the file could undo SQLite's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -202,7 +202,7 @@ def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str
 
 @dataclass
 class _PageReader:
-    """Narrows windows if a result is cut. `uncut` rows arrive; `span_limit`: most ids of a window once one was cut."""
+    """Reads windows, narrower ones after a cut result. `uncut`: rows that arrive. `span_limit`: the most ids then."""
 
     conn: redis.Redis
     graph: str

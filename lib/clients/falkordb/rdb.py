@@ -204,7 +204,7 @@ def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:
 
 
 def require_rdb_checksum(path: Path, facts: RdbFacts) -> None:
-    """Raise BackupDamaged without a CRC64: damage then loads silently wrong (2 to 24 of 200 random ones)."""
+    """Raise BackupDamaged if the file has no CRC64: 2 to 24 of 200 random damages then loaded silently wrong."""
     if not facts.crc_ok:
         text = f"{path.name} has no checksum (its server ran with `rdbchecksum no`), so damage cannot be detected"
         raise BackupDamaged(text, next_step="name the backup's manifest (backup_*.json), which holds its sha256")

@@ -205,7 +205,7 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Replace the graph `name` by the dumped one, atomically; the old one, if any, is then `safety_name`: True.
+    """Replace the graph `name` by the dumped one, atomically. Returns whether there was an old one, now `safety_name`.
 
     Redis does not roll back, so a rename whose RESTORE was refused is undone. Raises StoreFailed or AccessRefused with
     the old graph in place; StoreUnreachable if no reply arrived: then GRAPH.LIST shows which of the two states it is.

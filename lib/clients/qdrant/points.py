@@ -315,7 +315,7 @@ def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: in
 @contextmanager
 def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
     """Yield a function (collection, vector, limit): exact search among these ids. Raises QdrantError, NoAnswer."""
-    from qdrant_client import QdrantClient, models
+    from qdrant_client import QdrantClient, models  # as AutoMem searches
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     with warnings.catch_warnings():
