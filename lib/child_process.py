@@ -93,18 +93,12 @@ def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
     system = Path(tempfile.gettempdir())
     state = system.stat()
     if replaceable_by_others(state):
-        raise UsageProblem(
-            f"other users could replace files in the folder for temporary files {system} (uid {state.st_uid},"
-            f" mode {state.st_mode & 0o7777:o})",
-            next_step="export TMPDIR=/tmp\nor to another folder that is yours, or sticky (mode 1777)",
-        )
+        where = f"the folder for temporary files {system} (uid {state.st_uid}, mode {state.st_mode & 0o7777:o})"
+        step = "export TMPDIR=/tmp\nor to another folder that is yours, or sticky (mode 1777)"
+        raise UsageProblem(f"other users could replace files in {where}", next_step=step)
     folder = system / f"{prefix}{secrets.token_hex(4)}"
-    watchdog = subprocess.Popen(
-        ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)],
-        stdin=subprocess.PIPE,
-        env=child_environment(),
-        start_new_session=True,
-    )
+    command = ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)]
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, env=child_environment(), start_new_session=True)
     assert watchdog.stdin is not None
     try:
         folder.mkdir(mode=0o700)
@@ -120,10 +114,9 @@ def physical_memory() -> int:
 
 
 def free_memory() -> int | None:
-    """Return the bytes that the kernel calls available, or what this process's control group leaves if that is less.
+    """Return the bytes that the kernel calls available, or that the control group leaves if less; None if not known.
 
-    None if neither is known (macOS). The files: https://docs.kernel.org/filesystems/proc.html and
-    https://docs.kernel.org/admin-guide/cgroup-v2.html.
+    https://docs.kernel.org/filesystems/proc.html, https://docs.kernel.org/admin-guide/cgroup-v2.html
     """
     known = [int(line.split()[1]) << 10 for line in _lines(_MEMINFO) if line.startswith("MemAvailable:")]
     limit, used = _lines(_CGROUPS / "memory.max"), _lines(_CGROUPS / "memory.current")

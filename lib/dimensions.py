@@ -40,8 +40,7 @@ SETTING_NAMES = {
 class _Model(NamedTuple):
     """`native`: the size of an answer to a request that names none. `unit`: documented to be vectors of length 1.
 
-    `sizes` are the others that the model is trained for: a larger vector of it, cut to one of them and scaled to
-    length 1, is its vector of that size.
+    `sizes` are the others that it is trained for: larger vectors, cut to one of them and scaled to length 1.
     """
 
     native: int | None
@@ -65,10 +64,7 @@ _MODELS = {
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The endpoint, model and size that decide a text's vector. The endpoint's URL may hold a login or a key.
-
-    Each provider has its own endpoint, so that `provider` decides nothing more: it names the protocol and its limits.
-    """
+    """Endpoint (it may hold a key), model and size decide a text's vector; `provider` names the protocol and limits."""
 
     base_url: str = field(repr=False)
     model: str
@@ -161,11 +157,10 @@ def check_dimension(collection: str, actual: int, configured: int) -> None:
     """Raise DimensionMismatch if the sizes differ; stderr then starts with its ValueError, as AutoMem's guide says."""
     if actual == configured:
         return
-    raise DimensionMismatch(
-        f"VECTOR DIMENSION MISMATCH\nQdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d",
-        next_step=f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
-        "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py",
-    )
+    sizes = f"Qdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d"
+    step = f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
+    step += "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py"
+    raise DimensionMismatch(f"VECTOR DIMENSION MISMATCH\n{sizes}", next_step=step)
 
 
 def public_url(base_url: str) -> str:
@@ -218,16 +213,12 @@ def choose(settings: Mapping[str, Setting], size: int) -> EmbeddingChoice:
         reason = f"{setting} {what} in {settings[setting].place}"
     if setting != PROVIDER and unfit:
         reason += f", and Voyage (VOYAGE_API_KEY in {settings[_VOYAGE_KEY].place}) makes no {size}d vectors"
-    return EmbeddingChoice(provider, _model(provider, values, size), setting, reason, _fault(provider, values, size))
-
-
-def _model(provider: str, values: Mapping[str, str], size: int) -> str:
-    if provider not in DEFAULT_MODELS:
-        return LOCAL_MODELS.get(size, LOCAL_MODELS[768]) if provider == LOCAL else ""
-    model = values.get(MODEL_SETTINGS[provider], DEFAULT_MODELS[provider]).strip()
+    model = LOCAL_MODELS.get(size, LOCAL_MODELS[768]) if provider == LOCAL else ""
+    if provider in DEFAULT_MODELS:
+        model = values.get(MODEL_SETTINGS[provider], DEFAULT_MODELS[provider]).strip()
     if provider == OPENAI and size > _SMALL_SIZE and model.endswith(_SMALL):
-        return model.removesuffix(_SMALL) + _LARGE
-    return model
+        model = model.removesuffix(_SMALL) + _LARGE
+    return EmbeddingChoice(provider, model, setting, reason, _fault(provider, values, size))
 
 
 def _fault(provider: str, values: Mapping[str, str], size: int) -> str:
@@ -313,11 +304,9 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
     steps = [f"in {file}:", *(f"  {line}" for line in _lines(ours))]
     if theirs.provider in _NAMES:
         steps += ["or here:", f"export {' '.join(_lines(theirs))}"]
-    return UsageProblem(
-        f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
-        f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing",
-        next_step="\n".join(steps),
-    )
+    text = f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
+    text += f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing"
+    return UsageProblem(text, next_step="\n".join(steps))
 
 
 def _lines(choice: EmbeddingChoice) -> list[str]:

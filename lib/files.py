@@ -61,13 +61,10 @@ def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown 
 
 
 def _require_own(path: Path) -> None:
-    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there.
-
-    A folder of the user's own that holds nothing yet, such as `backups/` of a new clone, is closed to others (0700).
-    """
+    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there."""
     state = path.stat()
     is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
-    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:
+    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:  # such as `backups/` of a new clone
         path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
@@ -143,18 +140,13 @@ def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
 
 
 def readable_bytes(path: Path) -> bytes:
-    """Return the content of a small file of the backup folder, which may have been copied from elsewhere.
-
-    Raises UsageProblem if it is not a regular file, is too large, or cannot be opened by this user.
-    """
+    """Return a small file of the backup folder. Raises UsageProblem if it is not regular, too large or unreadable."""
     try:
         return read_regular(path, _LARGEST)[0]
     except NotRegular:
-        raise UsageProblem(
-            f"{path} was not written by these scripts: it is not a regular file, or too large for one",
-            next_step="find out where it comes from, then move it out of the backup folder:\n"
-            f"mv {quote(str(path))} /tmp/",
-        ) from None
+        text = f"{path} was not written by these scripts: it is not a regular file, or too large for one"
+        step = f"find out where it comes from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/"
+        raise UsageProblem(text, next_step=step) from None
     except PermissionError as error:
         text = f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}"
         raise UsageProblem(text, next_step=_another_folder(path.parent)) from error
@@ -252,11 +244,9 @@ def _require_lock_folder(folder: Path) -> None:
     """Raise UsageProblem if another user could remove a held lock file: then two runs could hold the lock."""
     state = folder.resolve().lstat()
     if not stat.S_ISDIR(state.st_mode) or replaceable_by_others(state):
-        raise UsageProblem(
-            f"no lock in {folder} would hold: it belongs to uid {state.st_uid} with mode {state.st_mode & 0o7777:o},"
-            " so others may remove what is in it",
-            next_step=f"sudo chown root {quote(str(folder))} && sudo chmod 1777 {quote(str(folder))}",
-        )
+        whose, shown = f"it belongs to uid {state.st_uid} with mode {state.st_mode & 0o7777:o}", quote(str(folder))
+        text = f"no lock in {folder} would hold: {whose}, so others may remove what is in it"
+        raise UsageProblem(text, next_step=f"sudo chown root {shown} && sudo chmod 1777 {shown}")
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:
@@ -350,10 +340,7 @@ def lock_targets(
 
 
 class UsedFile:
-    """Declares to other processes that a file is in use: by many at a time, or by one alone.
-
-    `path` is a lock file for it, made if missing: a lock on the used file itself could undo those that SQLite holds.
-    """
+    """Declares a file as used, by many or by one alone, by a lock on `path`: one on the file could undo SQLite's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -37,10 +37,7 @@ _ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
 
 
 class _Entry(msgspec.Struct):
-    """The fields of an entry that every version writes, or that name something to remove or to read.
-
-    No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
-    """
+    """The fields of an entry that every version writes, or that name something to remove or to read."""
 
     at: datetime
     phase: str
@@ -174,10 +171,9 @@ def read_journal(path: Path) -> Journal | None:
         return None
     journal = Journal(path, entries)
     for fault in _faults(journal):
-        raise BadFile(
-            f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it",
-            next_step=f"find out where it is from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/",
-        )
+        text = f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it"
+        step = f"find out where it is from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/"
+        raise BadFile(text, next_step=step)
     return journal
 
 
@@ -214,7 +210,5 @@ def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
     """
     require_readable(folder)
     found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
-    return (
-        [journal for journal in found.values() if journal is not None and journal.is_open],
-        [path for path, journal in found.items() if journal is None and path.stat().st_size],
-    )
+    unreadable = [path for path, journal in found.items() if journal is None and path.stat().st_size]
+    return [journal for journal in found.values() if journal is not None and journal.is_open], unreadable

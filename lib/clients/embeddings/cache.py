@@ -99,10 +99,9 @@ class EmbeddingCache(CacheFile):
         return {key for (key,) in self.rows_in("SELECT key FROM vectors WHERE key IN", keys)}
 
     def put_vectors(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        """Store (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
+        """Store new (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
 
-        An existing vector is not replaced. Raises ValueError, storing nothing, for a vector of a width that is not its
-        spec's.
+        Raises ValueError, storing nothing, for a vector of another width than its spec's.
         """
         for key, blob in rows:
             spec = self._specs.get(key[:PREFIX_BYTES])
@@ -133,11 +132,9 @@ class EmbeddingCache(CacheFile):
         if damaged:
             with self.transaction():
                 self.db.executemany("DELETE FROM vectors WHERE key = ?", damaged)
-            raise CacheDamaged(
-                f"embeddings in {self.vectors_path} were damaged on the disk (wrong checksum): {len(damaged)}, which"
-                " were removed",
-                next_step="check that disk, then run the same command again: only these texts are paid for again",
-            )
+            why = f"were damaged on the disk (wrong checksum): {len(damaged)}, which were removed"
+            step = "check that disk, then run the same command again: only these texts are paid for again"
+            raise CacheDamaged(f"embeddings in {self.vectors_path} {why}", next_step=step)
         return found
 
     def forget_planned(self) -> int:

@@ -53,10 +53,9 @@ class CacheDamaged(MigrationError):
 
 
 class CacheFile:
-    """The open files. One connection, used by the thread that opened it; SQLite allows one writer at a time.
+    """The open files, one connection for one thread: the plan `path`, and `vectors.sqlite3`, which all plans share.
 
-    `path` is the plan, created if it is missing (0600 in a 0700 folder). The vectors are in `vectors.sqlite3` in the
-    same folder, which all plans share. Raises CacheDamaged.
+    Both are created if they are missing (0600 in a 0700 folder). Raises CacheDamaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,7 +115,16 @@ class CacheFile:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
                 raise  # a bug in this program
             damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
-            step = self._remedy(error, damaged)
+            cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
+            folder, again = quote(str(self.path.parent)), "then run the same command again"
+            if "full" in str(error):
+                step = f"free some room:\ndf -h {folder}\n{again}"
+            elif "locked" in str(error):
+                step = f"another process holds it: wait until it has ended, {again}"
+            elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
+                step = f"make it writable again, {again}:\nls -l {folder}"
+            else:  # only if SQLite reports damage, vectors that were paid for are given up
+                step = f"move it away, {again}; {cost}:\n{moved(damaged, '.damaged')}"
             raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {error}", next_step=step) from error
 
     def _damaged(self) -> Path:
@@ -127,18 +135,6 @@ class CacheFile:
                     continue
             return path
         return self.path
-
-    def _remedy(self, error: sqlite3.DatabaseError, damaged: Path) -> str:
-        """The next step. Only if SQLite reports damage is it to give up vectors that were paid for."""
-        folder = quote(str(self.path.parent))
-        if "full" in str(error):
-            return f"free some room:\ndf -h {folder}\nthen run the same command again"
-        if "locked" in str(error):
-            return "another process holds it: wait until it has ended, then run the same command again"
-        if isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
-            return f"make it writable again, then run the same command again:\nls -l {folder}"
-        cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
-        return f"move it away, then run the same command again; {cost}:\n{moved(damaged, '.damaged')}"
 
     def decoded(self, payload: bytes) -> Any:
         """Decode a payload of the plan. Raises CacheDamaged: SQLite itself notices no damage within a row."""
@@ -194,11 +190,11 @@ class CacheFile:
         """Raise MigrationError if the disk has no room for `texts` more vectors of `size` dimensions."""
         needed, free = room_of(texts, size), free_bytes(self.vectors_path)
         if needed > free:
+            folder, larger = self.vectors_path.parent, "name a folder on a larger disk with --backup-dir"
+            why = f"they need {needed / 2**20:,.0f} MiB below {folder}, {free / 2**20:,.0f} MiB are free"
             raise MigrationError(
-                f"no room for {texts:,} embeddings of {size}d: they need {needed / 2**20:,.0f} MiB below"
-                f" {self.vectors_path.parent}, {free / 2**20:,.0f} MiB are free; what does not fit is not embedded",
-                next_step="free some room, or name a folder on a larger disk with --backup-dir:\n"
-                f"df -h {quote(str(self.vectors_path.parent))}\nthen run the same command again",
+                f"no room for {texts:,} embeddings of {size}d: {why}; what does not fit is not embedded",
+                next_step=f"free some room, or {larger}:\ndf -h {quote(str(folder))}\nthen run the same command again",
             )
 
     def close(self) -> None:
@@ -326,10 +322,9 @@ def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
             cache.db.execute("ATTACH DATABASE ? AS other", [str(plan)])
             try:
                 if not cache.is_of_this_version("other"):
-                    raise CacheDamaged(
-                        f"{plan} is no plan of this version of the tool: what it needs is unknown, nothing is removed",
-                        next_step=f"move it away, then run the same command again:\n{moved(plan, '.old')}",
-                    )
+                    why = "is no plan of this version of the tool: what it needs is unknown, nothing is removed"
+                    step = f"move it away, then run the same command again:\n{moved(plan, '.old')}"
+                    raise CacheDamaged(f"{plan} {why}", next_step=step)
                 cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
             finally:
                 cache.db.execute("DETACH DATABASE other")

@@ -18,7 +18,7 @@ from lib.clients.embeddings import answers
 from lib.clients.embeddings.answers import AGAIN, Answer, BadInput, Transient
 from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.concurrency import Cancelled
-from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, native_size, takes_dimensions
 from lib.errors import ProviderRefused, UsageProblem, one_line
 from lib.network import INSTALL_SOCKS, PROXIES, Unbounded, httpx_hooks, is_this_machine, joined, trust_step
 
@@ -55,11 +55,7 @@ class Provider:
         self._extra: dict[str, object] = {}
         if spec.provider == VOYAGE or urlsplit(self._base_url).hostname == _VOYAGE_HOST:
             self._extra["output_dimension"] = spec.size
-        elif (
-            spec.provider == OPENAI
-            and dimensions.takes_dimensions(spec.model)
-            and spec.size != dimensions.native_size(spec.model)
-        ):
+        elif spec.provider == OPENAI and spec.size != native_size(spec.model) and takes_dimensions(spec.model):
             self._options["dimensions"] = spec.size
 
     def client(self) -> openai.OpenAI:
@@ -93,10 +89,8 @@ class Provider:
                 event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._read_timeout),
             )
         except ImportError as error:
-            raise UsageProblem(
-                f"{PROXIES} names a SOCKS proxy, which needs other Python packages",
-                next_step=f"{INSTALL_SOCKS} socksio\nor unset the variable",
-            ) from error
+            text, step = f"{PROXIES} names a SOCKS proxy, which needs other Python packages", f"{INSTALL_SOCKS} socksio"
+            raise UsageProblem(text, next_step=f"{step}\nor unset the variable") from error
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
         """Headers and body of a 200. Raises RateLimited, Transient, BadInput or ProviderRefused for any other."""
@@ -152,10 +146,9 @@ def _http_package() -> Any:
 
 
 class LocalModel:
-    """One model on this machine, with the methods of Provider. Thread-safe.
+    """One model on this machine, with the methods of Provider. Thread-safe. Raises UsageProblem without its package.
 
-    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it. Raises UsageProblem
-    if the package is not installed.
+    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it.
     """
 
     def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:
@@ -186,11 +179,9 @@ class LocalModel:
             try:
                 return {}, list(model.embed(list(texts)))
             except Exception as error:  # see _load
-                raise ProviderRefused(
-                    f"{self.name} failed: {one_line(str(error))}",
-                    next_step="free some memory, or use --batch-size 1; if that does not help, move the model's folder"
-                    f" away, so that it is downloaded again:\nls {quote(str(self._models_dir))}\n{AGAIN}",
-                ) from error
+                step = "free some memory, or use --batch-size 1; if that does not help, move the model's folder away"
+                step += f", so that it is downloaded again:\nls {quote(str(self._models_dir))}\n{AGAIN}"
+                raise ProviderRefused(f"{self.name} failed: {one_line(str(error))}", next_step=step) from error
 
     def opened(self, _texts: Sequence[str], _headers: Mapping[str, str], rows: Any) -> dict[str, Any]:
         """The vectors in the form of an answer of OpenAI's API. They cost no tokens."""
@@ -215,12 +206,10 @@ class LocalModel:
             self._models_dir.mkdir(parents=True, exist_ok=True)
             return TextEmbedding(model_name=self._spec.model, cache_dir=str(self._models_dir))
         except Exception as error:  # onnxruntime and tokenizers raise classes that share no other base
-            raise UsageProblem(
-                f"{self._spec.model} could not be loaded from {self._models_dir}, nor downloaded into it:"
-                f" {one_line(str(error))}",
-                next_step="connect to the network, or name the folder into which AutoMem downloaded the model:\n"
-                "export AUTOMEM_MODELS_DIR=...\nthen run the same command again",
-            ) from error
+            text = f"{self._spec.model} could not be loaded from {self._models_dir}, nor downloaded into it"
+            step = "connect to the network, or name the folder into which AutoMem downloaded the model:\n"
+            step += "export AUTOMEM_MODELS_DIR=...\nthen run the same command again"
+            raise UsageProblem(f"{text}: {one_line(str(error))}", next_step=step) from error
 
 
 FIRST_CONTACT_SECONDS = 60.0  # the time limit for an endpoint that has never answered
@@ -357,10 +346,9 @@ class EmbeddingClient:
             if wait <= self._max_wait and waited < self._max_wait:
                 return None
             allowed = f" (the next request is allowed in {wait:,.0f} s)" if wait > self._max_wait else ""
-            return ProviderRefused(
-                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error}){allowed}",
-                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size,\n{AGAIN}",
-            )
+            text = f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error}){allowed}"
+            step = f"wait for off-peak hours, raise the provider's limits, or lower --batch-size,\n{AGAIN}"
+            return ProviderRefused(text, next_step=step)
         first_contact = self._last_answer is None
         timeout = min(FIRST_CONTACT_SECONDS, self._max_wait) if first_contact else self._max_wait
         if seconds < timeout and failures < FAILURES_BEFORE_SPLIT:

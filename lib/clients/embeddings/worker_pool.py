@@ -55,10 +55,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class EmbedProgress:
-    """How far a call of `embed_missing` is, or what it did.
+    """How far a call of `embed_missing` is, or what it did; `cut` names texts embedded without their end.
 
     `tokens` are all billed ones, `discarded` those of them whose vectors are not stored yet (at the end: never).
-    `waiting_seconds` is above 0 while a rate limit delays all requests. `cut` names texts embedded without their end.
+    `waiting_seconds` is above 0 while a rate limit delays all requests.
     """
 
     embedded: int = 0
@@ -86,10 +86,8 @@ def embed_missing(
 
     `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection. If the
     run is interrupted or fails, workers stop before their next request, and all that was received is stored before the
-    error is raised. `require_room` is called before each batch with the number of texts that are not stored yet; if it
-    raises, no further batch is sent, and its error is raised when the others are stored.
-    Raises ProviderRefused and WrongWidth as EmbeddingClient.embed, and whatever `rows`, `store` or `require_room`
-    raise.
+    error is raised. `require_room` is called before each batch with the number of texts that are not stored yet; its
+    error ends the sending, and is raised when the others are stored. Raises what EmbeddingClient.embed raises.
     """
     unmap_large_blocks()
     run = _Run(client, store, progress, texts_a_request(client.spec, batch_size), require_room)
@@ -177,19 +175,21 @@ class _Run:
             raise no_room
 
     def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
-        """Batches under the limits of the moment. Blank texts are refused here: one would fail its whole request.
-
-        Texts over the limit of OpenAI's models are cut; the key stays that of the whole text.
-        """
+        """Yield batches under the limits of the moment. Blank texts are refused: one would fail its whole request."""
         batch: list[TextRow] = []
-        tokens, token_limit = 0, self._token_limit()
+        spec, tokens, token_limit = self._client.spec, 0, self._token_limit()
+        limit = input_limit(spec.model, spec.provider)
         for row in rows:
             if not row.text.strip():
                 self._refused.append(Refused(row.label, "blank content"))
                 continue
-            sent, cut = _fitting(row, self._client.spec)
-            if cut:
+            sent = replace(row, tokens=row.tokens or count_tokens([row.text])[0])
+            if limit and sent.tokens > limit:
                 self._cut.append(row.label)
+                most = limit - 1  # one token under the limit, as in OpenAI's own recipes
+                # OpenAI's models would refuse it, the others cut it themselves. The key stays that of the whole text.
+                text = cut_to_tokens(row.text, most) if spec.provider == OPENAI else row.text
+                sent = replace(row, text=text, tokens=most)
             weight = max(sent.tokens, estimated_tokens([sent.text]))
             if batch and (len(batch) >= self._max_inputs or tokens + weight > token_limit):
                 yield batch
@@ -269,8 +269,7 @@ class _Run:
 
         A refused batch is never sent again as it is, but in halves. If both are accepted whole, the number of texts
         was the cause, and later batches are smaller. One answer that does not fit is chance; one to a `half`, too, is
-        not, and each is paid for. `first_sent`: when the whole batch was first sent (monotonic). Raises what
-        EmbeddingClient.embed raises, except BadInput.
+        not, and each is paid for. `first_sent`: when the whole batch was first sent (monotonic).
         """
         try:
             tokens = sum(row.tokens for row in batch)
@@ -312,17 +311,6 @@ class _Run:
         with self._arrival:
             self._results.append(result)
             self._arrival.notify()
-
-
-def _fitting(row: TextRow, spec: EmbeddingSpec) -> tuple[TextRow, bool]:
-    """The row with its tokens, and whether its text is over the model's limit. OpenAI's models would refuse it: cut."""
-    tokens = row.tokens or count_tokens([row.text])[0]
-    limit = input_limit(spec.model, spec.provider)
-    if limit is None or tokens <= limit:
-        return replace(row, tokens=tokens), False
-    most = limit - 1  # one token under the limit, as in OpenAI's own recipes
-    text = cut_to_tokens(row.text, most) if spec.provider == OPENAI else row.text
-    return replace(row, text=text, tokens=most), True
 
 
 def _cut_to_limit(row: TextRow, problem: str) -> TextRow | None:

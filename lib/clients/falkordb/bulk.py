@@ -43,10 +43,7 @@ def create_graph(conn: redis.Redis, graph: str) -> None:
 
 
 def add_nodes(conn: redis.Redis, graph: str, first: int, nodes: Iterable[tuple[Sequence[str], Properties]]) -> None:
-    """Add nodes, given as labels and properties. The graph has `first` nodes and never lost one: its ids continue.
-
-    Raises ValueError for a value that no property has.
-    """
+    """Add nodes to a graph of `first` ones that never lost any. Raises ValueError for a value that no property has."""
     rows = ((list(labels), _plain(properties), properties) for labels, properties in nodes)
     for (labels, has_values), group in groupby(rows, key=lambda row: (row[0], bool(row[1]))):
         page = list(group)
@@ -86,7 +83,8 @@ def points_in(properties: Properties) -> dict[str, str]:
     for key, value in properties.items():
         points = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
         if points and all(map(_is_point, points)):
-            texts = list(map(_point, points))
+            numbers = [(float(one["latitude"]), float(one["longitude"])) for one in points]
+            texts = [f"point({{latitude: {latitude!r}, longitude: {longitude!r}}})" for latitude, longitude in numbers]
             found[key] = f"[{', '.join(texts)}]" if isinstance(value, list) else texts[0]
     return found
 
@@ -110,10 +108,6 @@ def _is_point(value: object) -> bool:
     if not isinstance(value, dict) or value.keys() != _POINT.keys():
         return False
     return all(type(value[key]) in {int, float} and abs(value[key]) <= most for key, most in _POINT.items())
-
-
-def _point(value: Mapping[str, float]) -> str:
-    return f"point({{latitude: {float(value['latitude'])!r}, longitude: {float(value['longitude'])!r}}})"
 
 
 def _set_points(conn: redis.Redis, graph: str, match: str, properties: Properties) -> None:

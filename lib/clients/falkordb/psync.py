@@ -28,15 +28,13 @@ _LINE_BYTES = 1 << 16
 _AGAIN = "run the same command again"
 _GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
 # Of refusals that end some time: what they mean, and the next step.
-_LATER = {
-    "LOADING": ("is still loading its data", f"{_AGAIN} when it is ready"),
-    "BUSY": ("is busy with a script", f"{_AGAIN} when it is ready"),
-}
-_NO_MASTER = (
-    "is a replica that has lost its master; name the master instead",
-    f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}",
-)
+_READY = f"{_AGAIN} when it is ready"
+_LATER = {"LOADING": ("is still loading its data", _READY), "BUSY": ("is busy with a script", _READY)}
+_NEW_MASTER = f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}"
+_NO_MASTER = ("is a replica that has lost its master; name the master instead", _NEW_MASTER)
 _LATER |= {"NOMASTERLINK": _NO_MASTER, "MASTERDOWN": _NO_MASTER}
+
+Write = Callable[[bytes], object]
 
 
 class PsyncRefused(AccessRefused):
@@ -48,11 +46,7 @@ class RdbNotMade(StoreUnreachable):
 
 
 def stream_rdb(
-    address: GraphAddress,
-    write: Callable[[bytes], object],
-    *,
-    progress: Progress | None = None,
-    stop: CancelToken | None = None,
+    address: GraphAddress, write: Write, *, progress: Progress | None = None, stop: CancelToken | None = None
 ) -> tuple[int, str]:
     """Pass the server's RDB to `write` in pieces. Returns its size and sha256. `progress` gets the bytes of each.
 
@@ -88,9 +82,7 @@ def _read_length(connection: _ReplicaConnection, left: int) -> Iterator[bytes]:
         yield piece
 
 
-def _receive(
-    pieces: Iterable[bytes], write: Callable[[bytes], object], progress: Progress, address: str
-) -> tuple[int, str]:
+def _receive(pieces: Iterable[bytes], write: Write, progress: Progress, address: str) -> tuple[int, str]:
     """Pass the pieces on and verify the RDB. The CRC64 leaves out the last eight bytes, which may hold it."""
     digest, size, crc, start, tail = hashlib.sha256(), 0, 0, b"", b""
     for piece in pieces:
@@ -189,12 +181,11 @@ class _ReplicaConnection:
     def _socket_errors(self) -> Iterator[None]:
         try:
             yield
-        except TimeoutError as error:
-            text = f"FalkorDB at {self.address} has sent nothing for {IDLE_SECONDS:g} s"
-            raise StoreUnreachable(text, next_step=START_HINT) from error
         except OSError as error:
-            text = f"FalkorDB at {self.address} cannot be reached: {error.strerror or error}"
-            raise StoreUnreachable(text, next_step=START_HINT) from error
+            why = f"cannot be reached: {error.strerror or error}"
+            if isinstance(error, TimeoutError):
+                why = f"has sent nothing for {IDLE_SECONDS:g} s"
+            raise StoreUnreachable(f"FalkorDB at {self.address} {why}", next_step=START_HINT) from error
 
 
 def _open_socket(address: GraphAddress) -> socket.socket:

@@ -33,17 +33,14 @@ IDS_PER_QUERY = 500
 _INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
 _CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
 _INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
-_CONSTRAINTS = (
-    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
-    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
-)
+_CONSTRAINTS = f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
+_CONSTRAINTS += f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
 
 
 def plain_value(cell: list[Any]) -> Any:
-    """Return a compact value as JSON has it; times as ISO 8601, in UTC.
+    """Return a compact value as JSON has it; times as ISO 8601, in UTC. Raises StoreFailed for an unknown type.
 
     Text that is not UTF-8 is `{NOT_UTF8: ...}` with U+FFFD, a vector is `{VECF32: ...}`; `plain` removes both marks.
-    Raises StoreFailed for a type that no property has.
     """
     try:
         value = _plain(cell, "strict")
@@ -112,18 +109,13 @@ def _time_text(kind: int, seconds: int) -> str:
         moment = _EPOCH + timedelta(seconds=seconds)
     except OverflowError:  # a year that Python does not know
         return f"PT{seconds}S" if kind == DURATION else str(seconds)
-    if kind == DATETIME:
-        return f"{moment.isoformat()}+00:00"
-    if kind == DATE:
-        return moment.date().isoformat()
-    return moment.time().isoformat() if kind == TIME else _duration(moment)
-
-
-def _duration(end: datetime) -> str:
-    """Return the time from 1970 to `end` in calendar years, months and days, as the server splits a duration."""
+    if kind != DURATION:
+        date, time = moment.date().isoformat(), moment.time().isoformat()
+        return {DATETIME: f"{date}T{time}+00:00", DATE: date, TIME: time}[kind]
+    # A duration is the time since 1970 in calendar years, months and days, as the server splits it.
     from dateutil.relativedelta import relativedelta  # type: ignore[import-untyped]
 
-    delta = relativedelta(end, _EPOCH)
+    delta = relativedelta(moment, _EPOCH)
     days = [(delta.years, "Y"), (delta.months, "M"), (delta.days, "D")]
     times = [(delta.hours, "H"), (delta.minutes, "M"), (delta.seconds, "S")]
     day, clock = ("".join(f"{number}{unit}" for number, unit in part if number) for part in (days, times))
@@ -150,13 +142,13 @@ def nodes(label: str = "") -> list[Window]:
 
 def relationships() -> list[Window]:
     """Return the windows over the relationships `r` from `n` to `m`: by source, by target, by their own id."""
-    pattern, pair = "MATCH (n)-[r]->(m) WHERE", "id(n) = $source AND id(m) = $target"
+    sources = "MATCH (n)-[r]->(m) WHERE"
+    targets = f"{sources} id(n) = $source AND"
+    own = f"{targets} id(m) = $target AND"
     return [
-        Window(f"{pattern} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
-        Window(
-            f"{pattern} id(n) = $source AND id(m) >= $low AND id(m) < $high", "MATCH (m) WHERE id(m) >= $low", "target"
-        ),
-        Window(f"{pattern} {pair} AND id(r) >= $low AND id(r) < $high", f"{pattern} {pair} AND id(r) >= $low"),
+        Window(f"{sources} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
+        Window(f"{targets} id(m) >= $low AND id(m) < $high", "MATCH (m) WHERE id(m) >= $low", "target"),
+        Window(f"{own} id(r) >= $low AND id(r) < $high", f"{own} id(r) >= $low"),
     ]
 
 
@@ -169,10 +161,7 @@ def quoted(name: str) -> str:
 
 
 def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[Row]:
-    """Return a read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
-
-    The server returns at most RESULTSET_SIZE rows. Raises MissingData if there is no such graph, and like `command`.
-    """
+    """Return at most RESULTSET_SIZE rows, each value as [type, value], text as bytes. Raises MissingData."""
     from falkordb.helpers import stringify_param_value
 
     bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())
@@ -214,10 +203,7 @@ def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str
 
 @dataclass
 class _PageReader:
-    """Reads windows, and narrows them if the server cuts a result.
-
-    `uncut` rows, and one more, are known to arrive. `span_limit`: the most ids of a window, once a result was cut.
-    """
+    """Reads windows, narrower ones after a cut result. `uncut`: rows that arrive. `span_limit`: the most ids then."""
 
     conn: redis.Redis
     graph: str
@@ -234,11 +220,9 @@ class _PageReader:
                 continue
             if rows is None:
                 if len(windows) == 1:
-                    raise StoreFailed(
-                        f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
-                        next_step="raise both limits, in redis-cli:\n"
-                        f"GRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}",
-                    )
+                    why = "the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)"
+                    step = f"raise both limits, in redis-cli:\nGRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}"
+                    raise StoreFailed(f"graph '{self.graph}': {why}", next_step=step)
                 yield from self.pages(windows[1:], {**fixed, window.id_name: low})
             elif rows:
                 yield rows

@@ -7,17 +7,8 @@ from collections.abc import Callable, Iterator
 
 import redis
 
-from lib.clients.falkordb.connection import (
-    NO_KEY,
-    GraphAddress,
-    address_of,
-    command,
-    connect,
-    info,
-    list_graphs,
-    redis_cli,
-    translated,
-)
+from lib.clients.falkordb import connection
+from lib.clients.falkordb.connection import address_of, command, list_graphs, redis_cli, translated
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.rdb import graph_encoding, graph_name, rdb_version
 from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, StoreUnreachable, VerificationFailed
@@ -57,18 +48,14 @@ def require_writable(conn: redis.Redis, graph: str, temporary: str, safety: str)
     if missing:
         keys = [f"~{graph}*", *([f"~{{{graph}}}*"] if safety.startswith(f"{{{graph}}}") else [])]
         # To a user who may access all keys (`~*`) the server adds no pattern, and refuses the whole command.
-        lacks_keys = any(NO_KEY in text for text in refusals.values())
-        raise AccessRefused(
-            f"FalkorDB at {address_of(conn)} does not permit this user {', '.join(missing)}"
-            f" on '{graph}' and on names that begin with it: nothing was changed",
-            next_step=_grant(conn, *(keys if lacks_keys else [])),
-        )
+        lacks_keys = any(connection.NO_KEY in text for text in refusals.values())
+        what = f"{', '.join(missing)} on '{graph}' and on names that begin with it: nothing was changed"
+        step = _grant(conn, *(keys if lacks_keys else []))
+        raise AccessRefused(f"FalkorDB at {address_of(conn)} does not permit this user {what}", next_step=step)
     if graph not in list_graphs(conn) and command(conn, "EXISTS", graph):
-        raise StoreFailed(
-            f"the name '{graph}' is taken on FalkorDB at {address_of(conn)} by a key that is not a graph",
-            next_step=f"look at it, then move it away:\n{redis_cli(conn, 'TYPE', graph)}\n"
-            f"{redis_cli(conn, 'RENAME', graph, f'{graph}_old')}",
-        )
+        look, move = redis_cli(conn, "TYPE", graph), redis_cli(conn, "RENAME", graph, f"{graph}_old")
+        text = f"the name '{graph}' is taken on FalkorDB at {address_of(conn)} by a key that is not a graph"
+        raise StoreFailed(text, next_step=f"look at it, then move it away:\n{look}\n{move}")
 
 
 def _refusal(conn: redis.Redis, *words: object) -> str:
@@ -96,23 +83,20 @@ def _refusal(conn: redis.Redis, *words: object) -> str:
 
 
 def require_memory(conn: redis.Redis, need: int) -> None:
-    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes.
+    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes. Redis itself refuses a write too late.
 
-    Redis refuses a write only when the limit is already passed. If its policy is to evict, it makes room by deleting
-    keys, and the live graph may be one of them.
+    If its policy is to evict, it makes room by deleting keys, and the live graph may be one of them.
     """
-    memory = info(conn, "memory")  # if it is refused and memory is short, the trial restore fails
+    memory = connection.info(conn, "memory")  # if it is refused and memory is short, the trial restore fails
     limit, used = int(memory.get("maxmemory", 0)), int(memory.get("used_memory", 0))
     policy = str(memory.get("maxmemory_policy", "noeviction"))
     if not limit or used + need <= limit:
         return
     evicts = f"; its policy '{policy}' would delete other keys to make room" if policy in _EVICTS_ANY_KEY else ""
-    raise StoreFailed(
-        f"FalkorDB at {address_of(conn)} uses {used >> 20} of {limit >> 20} MiB (maxmemory), and the graph needs"
-        f" another {need >> 20} MiB while the old and the new one both exist{evicts}",
-        next_step="raise it, and set it back after the restore:\n"
-        + redis_cli(conn, "CONFIG", "SET", "maxmemory", str(used + need + (64 << 20))),
-    )
+    uses = f"FalkorDB at {address_of(conn)} uses {used >> 20} of {limit >> 20} MiB (maxmemory)"
+    needs = f"the graph needs another {need >> 20} MiB while the old and the new one both exist{evicts}"
+    raised = redis_cli(conn, "CONFIG", "SET", "maxmemory", str(used + need + (64 << 20)))
+    raise StoreFailed(f"{uses}, and {needs}", next_step=f"raise it, and set it back after the restore:\n{raised}")
 
 
 def memory_used(conn: redis.Redis) -> int:
@@ -156,9 +140,9 @@ def dump_graph(conn: redis.Redis, name: str) -> bytes:
     return bytes(payload)
 
 
-def dump_separately(address: GraphAddress, name: str) -> bytes:
+def dump_separately(address: connection.GraphAddress, name: str) -> bytes:
     """Return `dump_graph` over a new connection, for a thread that runs while another one reads the same server."""
-    with contextlib.closing(connect(address)) as conn:
+    with contextlib.closing(connection.connect(address)) as conn:
         return dump_graph(conn, name)
 
 
@@ -197,12 +181,11 @@ def verify_acceptance(
         raise
     drop_graph(conn, temporary)
     if copy != expected:
-        raise VerificationFailed(
-            f"the copy that FalkorDB at {address_of(conn)} made differs from the backup: "
-            f"{copy.nodes} nodes and {copy.relationships} relationships, expected {expected.nodes} and "
-            f"{expected.relationships}, digest {copy.digest} instead of {expected.digest}",
-            next_step="nothing was replaced; look at FalkorDB's log, then run the same command again",
-        )
+        counts = f"{copy.nodes} nodes and {copy.relationships} relationships"
+        counts += f", expected {expected.nodes} and {expected.relationships}"
+        text = f"the copy that FalkorDB at {address_of(conn)} made differs from the backup: {counts}"
+        step = "nothing was replaced; look at FalkorDB's log, then run the same command again"
+        raise VerificationFailed(f"{text}, digest {copy.digest} instead of {expected.digest}", next_step=step)
 
 
 def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
@@ -219,19 +202,16 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
     for what, version_of in (("RDB version", rdb_version), ("graph encoding", graph_encoding)):
         read, written = version_of(probe), version_of(payload)
         if written > read:
-            raise StoreFailed(
-                f"FalkorDB at {address_of(conn)} cannot read this backup: its {what} is {written},"
-                f" the server reads up to {read}",
-                next_step="upgrade the target's FalkorDB to the version that the backup was taken from",
-            )
+            why = f"its {what} is {written}, the server reads up to {read}"
+            step = "upgrade the target's FalkorDB to the version that the backup was taken from"
+            raise StoreFailed(f"FalkorDB at {address_of(conn)} cannot read this backup: {why}", next_step=step)
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Replace the graph `name` by the dumped one, atomically; the old one is then `safety_name`.
+    """Replace the graph `name` by the dumped one, atomically. Returns whether there was an old one, now `safety_name`.
 
-    Returns whether there was an old one. Redis does not roll back, so a rename whose RESTORE was refused is undone.
-    Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if no reply arrived: then
-    GRAPH.LIST shows which of the two states it is.
+    Redis does not roll back, so a rename whose RESTORE was refused is undone. Raises StoreFailed or AccessRefused with
+    the old graph in place; StoreUnreachable if no reply arrived: then GRAPH.LIST shows which of the two states it is.
     """
     _require_name(payload, name)
     _require_free(conn, safety_name)
@@ -272,20 +252,17 @@ def _rename_and_restore(conn: redis.Redis, name: str, payload: bytes, safety_nam
 
 
 def _transaction(conn: redis.Redis, *commands: tuple[object, ...]) -> list[object]:
-    """Run the commands between MULTI and EXEC. Returns their replies; an error among these is not raised.
-
-    Each command waits for its reply. In a pipeline they would run one by one if MULTI were refused.
-    """
-    connection = conn.connection_pool.get_connection()
+    """Return the replies of the commands between MULTI and EXEC; an error among them is not raised."""
+    raw = conn.connection_pool.get_connection()
     try:
-        for words in (("MULTI",), *commands, ("EXEC",)):
-            connection.send_command(*words)
-            reply = connection.read_response()
+        for words in (("MULTI",), *commands, ("EXEC",)):  # in a pipeline they would run even if MULTI were refused
+            raw.send_command(*words)
+            reply = raw.read_response()
     except redis.exceptions.RedisError:
-        connection.disconnect()  # the server discards what was queued
+        raw.disconnect()  # the server discards what was queued
         raise
     finally:
-        conn.connection_pool.release(connection)
+        conn.connection_pool.release(raw)
     return list(reply)
 
 
@@ -327,10 +304,9 @@ def _restore_errors(conn: redis.Redis, payload: bytes) -> Iterator[None]:
     except StoreUnreachable as error:
         if len(payload) <= BULK_BYTES:
             raise
-        raise StoreFailed(
-            f"FalkorDB at {address_of(conn)} does not accept a graph of {len(payload) / 2**20:.0f} MiB in one piece",
-            next_step=f"raise its limit:\n{redis_cli(conn, 'CONFIG', 'SET', 'proto-max-bulk-len', '4gb')}",
-        ) from error
+        what = f"does not accept a graph of {len(payload) / 2**20:.0f} MiB in one piece"
+        step = f"raise its limit:\n{redis_cli(conn, 'CONFIG', 'SET', 'proto-max-bulk-len', '4gb')}"
+        raise StoreFailed(f"FalkorDB at {address_of(conn)} {what}", next_step=step) from error
     except StoreFailed as error:
         text, step = str(error), ""
         if "payload version or checksum" in text:

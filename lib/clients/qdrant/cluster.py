@@ -135,22 +135,20 @@ def whole_nodes(q: Qdrant, listed: Sequence[Qdrant], name: str) -> list[Node]:
     if not listed:
         refuse_partial(whole)
         return [Node(q, whole.this_peer, whole.local_ids)]
-    views = [_listed_topology(node, name) for node in listed]
+    views = []
+    for node in listed:
+        try:
+            views.append(topology(node, name))
+        except StoreUnreachable as error:
+            step = f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too"
+            raise StoreUnreachable(f"a node that {_VARIABLE} lists does not answer: {error}", next_step=step) from error
+        except NotFound as error:
+            text = f"{node.display}, which {_VARIABLE} lists, has no collection '{name}'"
+            raise UsageProblem(f"{text}: it is a node of another cluster", next_step=LIST_NODES) from error
     require_match(whole, [(node.display, view) for node, view in zip(listed, views, strict=True)], q.display)
     require_cover(whole, views)
     nodes = [Node(node, view.this_peer, view.local_ids) for node, view in zip(listed, views, strict=True)]
     return [node for node in nodes if node.shards]
-
-
-def _listed_topology(node: Qdrant, name: str) -> Topology:
-    try:
-        return topology(node, name)
-    except StoreUnreachable as error:
-        step = f"start it, or take it out of {_VARIABLE}, if the other nodes hold every shard, too"
-        raise StoreUnreachable(f"a node that {_VARIABLE} lists does not answer: {error}", next_step=step) from error
-    except NotFound as error:
-        text = f"{node.display}, which {_VARIABLE} lists, has no collection '{name}': it is a node of another cluster"
-        raise UsageProblem(text, next_step=LIST_NODES) from error
 
 
 def require_match(whole: Topology, views: Sequence[tuple[str, Topology]], display: str) -> None:

@@ -15,6 +15,7 @@ from lib.clients.qdrant.transport import NotFound, Qdrant, QdrantError, collecti
 from lib.concurrency import CancelToken
 from lib.errors import AccessRefused, MigrationError, MissingData, UsageProblem, did_you_mean
 
+Json = Mapping[str, Any]  # an object as the server sends it
 Health = Literal["missing", "live", "restoring", "failed", "unavailable"]
 
 FLOAT32, FLOAT16, UINT8, TURBO4 = "float32", "float16", "uint8", "turbo4"
@@ -47,13 +48,10 @@ _KNOWN |= {*_FROM_CONFIG, "params", "metadata"}
 
 @dataclass(frozen=True)
 class CollectionState:
-    """The answer of `GET /collections/{name}` (`raw`) and an exact count.
-
-    `size` and `distance` are of the unnamed vector, or of the first named one; 0 and "" if there is none.
-    """
+    """The answer of `GET /collections/{name}` (`raw`) and an exact count."""
 
     name: str
-    size: int
+    size: int  # of the unnamed vector, or of the first named one; 0, and no distance, if there is none
     distance: str
     points: int
     status: str
@@ -98,12 +96,10 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
         points = count(q, name)
     except NotFound:
         known = list_collections(q)
-        raise MissingData(
-            f"Qdrant at {q.display} has no collection '{name}'{did_you_mean(name, known)}; it has:"
-            f" {', '.join(known) or 'none'}",
-            next_step="set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
-            "if the collection is lost: docs/worst-day.md",
-        ) from None
+        text = f"Qdrant at {q.display} has no collection '{name}'{did_you_mean(name, known)}"
+        step = "set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
+        step += "if the collection is lost: docs/worst-day.md"
+        raise MissingData(f"{text}; it has: {', '.join(known) or 'none'}", next_step=step) from None
     size, distance, _ = vector_params(raw["config"]["params"].get("vectors") or {})
     optimizer = str(raw.get("optimizer_status"))
     is_ok = optimizer == "ok" or _OPTIMIZER_IDLE in optimizer
@@ -165,7 +161,7 @@ def wait_green(q: Qdrant, name: str, seconds: float, stop: CancelToken | None = 
         q.sleep(POLL_SECONDS)
 
 
-def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
+def set_metadata(q: Qdrant, name: str, metadata: Json) -> bool:
     """Merge into the collection's metadata. Returns False if the server (before 1.16) ignores it."""
     q.json("PATCH", collection_path(name), {"metadata": dict(metadata)}, retry=True)
     stored = q.json("GET", collection_path(name))["config"].get("metadata") or {}
@@ -173,19 +169,12 @@ def set_metadata(q: Qdrant, name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def create_like(
-    q: Qdrant,
-    name: str,
-    raw_info: Mapping[str, Any],
-    size: int,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    indexed: bool = True,
+    q: Qdrant, name: str, raw_info: Json, size: int, metadata: Json | None = None, *, indexed: bool = True
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 
-    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until
-    `set_indexing_threshold` sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name`
-    exists.
+    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until `set_indexing_threshold`
+    sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name` exists.
     """
     body = create_body(raw_info, size, metadata)
     if not indexed and indexing_threshold(raw_info):
@@ -195,7 +184,7 @@ def create_like(
     put_indexes(q, name, raw_info.get("payload_schema") or {})
 
 
-def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
+def put_fan_out(q: Qdrant, name: str, config: Json) -> None:
     """Set what neither the create call nor the restore of a snapshot sets (1.11.3, 1.19.0), as in `config`."""
     params = config["params"]
     fan_out = {key: params[key] for key in _BY_PATCH if params.get(key) is not None}
@@ -203,7 +192,7 @@ def put_fan_out(q: Qdrant, name: str, config: Mapping[str, Any]) -> None:
         q.json("PATCH", collection_path(name), {"params": fan_out}, retry=True)
 
 
-def create_body(raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def create_body(raw_info: Json, size: int, metadata: Json | None = None) -> dict[str, Any]:
     """The body of the create call for `create_like`. Raises UsageProblem."""
     refuse_foreign(raw_info)
     config = raw_info["config"]
@@ -215,7 +204,7 @@ def create_body(raw_info: Mapping[str, Any], size: int, metadata: Mapping[str, A
     return {key: value for key, value in body.items() if value is not None}
 
 
-def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size: bool = False) -> bool:
+def same_settings(one: Json, other: Json, *, but_size: bool = False) -> bool:
     """Whether two infos have the same configuration and indexes. `but_size`: as `create_like` would make them."""
     settings = []
     for raw_info in (one, other):
@@ -225,14 +214,14 @@ def same_settings(one: Mapping[str, Any], other: Mapping[str, Any], *, but_size:
     return settings[0] == settings[1]
 
 
-def create_default(q: Qdrant, name: str, size: int, metadata: Mapping[str, Any] | None = None) -> None:
+def create_default(q: Qdrant, name: str, size: int, metadata: Json | None = None) -> None:
     """Create `name` as AutoMem does: one unnamed vector, Cosine, keyword indexes on its tags."""
     body = {"vectors": {"size": size, "distance": "Cosine"}, **({"metadata": dict(metadata)} if metadata else {})}
     q.json("PUT", collection_path(name), body)
     put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
 
-def indexing_threshold(raw_info: Mapping[str, Any]) -> int:
+def indexing_threshold(raw_info: Json) -> int:
     """From which segment size (kB) on the server builds a vector index; 0: never."""
     return int(raw_info["config"]["optimizer_config"].get("indexing_threshold") or 0)
 
@@ -248,7 +237,7 @@ def create_small(q: Qdrant, name: str) -> None:
     q.json("PUT", collection_path(name), body)
 
 
-def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Mapping[str, Any]]) -> None:
+def put_indexes(q: Qdrant, name: str, payload_schema: Mapping[str, Json]) -> None:
     """Create the payload indexes of an info's `payload_schema`: by their `params`, else by their `data_type`."""
     path = collection_path(name, "index")
     for key, entry in payload_schema.items():
@@ -276,11 +265,9 @@ def refuse_alias(q: Qdrant, name: str) -> None:
     except AccessRefused:  # a key for one collection only cannot list aliases
         return
     if target:
-        raise UsageProblem(
-            f"'{name}' (QDRANT_COLLECTION) is an alias at {q.display}, of the collection '{target}';"
-            " the name of a collection is needed here",
-            next_step=f"if that is the collection you mean:\nexport QDRANT_COLLECTION={quote(target)}",
-        )
+        text = f"'{name}' (QDRANT_COLLECTION) is an alias at {q.display}, of the collection '{target}'"
+        step = f"if that is the collection you mean:\nexport QDRANT_COLLECTION={quote(target)}"
+        raise UsageProblem(f"{text}; the name of a collection is needed here", next_step=step)
 
 
 def restore_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
@@ -298,11 +285,8 @@ def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
         q.json("POST", "/collections/aliases", {"actions": actions}, retry=True)
 
 
-def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
-    """Raise UsageProblem if a collection with these settings cannot be recreated with all that it holds.
-
-    Call it before anything is paid for or deleted. Every field of `config` is either carried over or named here.
-    """
+def refuse_foreign(raw_info: Json) -> None:
+    """Raise UsageProblem unless every setting can be carried over. Call it before anything is paid for or deleted."""
     config, params = raw_info["config"], raw_info["config"]["params"]
     vectors = params.get("vectors") or {}
     found = list(_foreign_vectors(vectors))
@@ -320,11 +304,10 @@ def refuse_foreign(raw_info: Mapping[str, Any]) -> None:
     unknown = [key for key, value in settings.items() if value is not None and key not in _KNOWN]
     found += [f"the setting config.{key}, which is not known here" for key in unknown]
     if found:
-        raise UsageProblem(
-            "the collection holds what a re-embed would not carry over:\n" + "\n".join(f"  - {one}" for one in found),
-            next_step="if it is not AutoMem's collection, correct QDRANT_COLLECTION; else back it up, then move what is"
-            " listed into another collection, or remove it:\npython scripts/backup_automem.py",
-        )
+        lines = "".join(f"\n  - {one}" for one in found)
+        step = "if it is not AutoMem's collection, correct QDRANT_COLLECTION; else back it up, then move what is listed"
+        step += " into another collection, or remove it:\npython scripts/backup_automem.py"
+        raise UsageProblem(f"the collection holds what a re-embed would not carry over:{lines}", next_step=step)
 
 
 def require_plain_vectors(state: CollectionState) -> None:
@@ -333,7 +316,7 @@ def require_plain_vectors(state: CollectionState) -> None:
         raise UsageProblem(f"the collection has {found}", next_step="set QDRANT_COLLECTION to AutoMem's collection")
 
 
-def _foreign_vectors(vectors: Mapping[str, Any]) -> Iterator[str]:
+def _foreign_vectors(vectors: Json) -> Iterator[str]:
     size, _, named = vector_params(vectors)
     if named:
         yield f"named vectors: {', '.join(map(repr, sorted(vectors)))} (AutoMem keeps one unnamed vector per point)"

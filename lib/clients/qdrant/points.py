@@ -72,10 +72,7 @@ _Row = tuple[PointId, bytes]  # a point's id, and the point as JSON
 def scroll(
     q: Qdrant, name: str, *, payload: bool | list[str] = False, vector: bool = False, page: int | None = None
 ) -> Iterator[list[Point]]:
-    """Yield all points in pages, in the order of their ids.
-
-    `payload` may list the wanted keys. Pages shrink to what strict mode allows. Raises NotFound, QdrantError.
-    """
+    """Yield all points in pages by id, shrunk to what strict mode allows. `payload` may list keys. Raises NotFound."""
     path = collection_path(name, "points", "scroll")
     limit = page or (PAGE_WITH_VECTORS if vector else PAGE if payload else PAGE_OF_IDS)
     body: dict[str, Any] = {"with_payload": payload, "with_vector": vector}
@@ -306,10 +303,9 @@ def _of_the_collection(error: QdrantError) -> bool:
 
 
 def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: int) -> list[Hit]:
-    """The `limit` nearest points, best first, to a vector (dims,), or to a stored point, which is left out.
+    """Return the `limit` points nearest to a vector (dims,), or to a stored point, which is left out; best first.
 
-    https://api.qdrant.tech/api-reference/search/query-points (1.10 and later). The official client would take a second
-    to import, and 45 MB. Raises NotFound, QdrantError, NoAnswer.
+    https://api.qdrant.tech/api-reference/search/query-points. The official client takes 1 s and 45 MB to import.
     """
     body = {"query": query, "limit": limit, "with_payload": False}
     answer = q.json("POST", collection_path(name, "points", "query"), body, timeout=_SEARCH_SECONDS, retry=False)
@@ -318,11 +314,8 @@ def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: in
 
 @contextmanager
 def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
-    """Yield a function (collection, vector, limit) that searches among these ids only, exactly, best first.
-
-    It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
-    """
-    from qdrant_client import QdrantClient, models
+    """Yield a function (collection, vector, limit): exact search among these ids. Raises QdrantError, NoAnswer."""
+    from qdrant_client import QdrantClient, models  # as AutoMem searches
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     with warnings.catch_warnings():

@@ -64,9 +64,8 @@ def upload_and_restore(
     Returns whether the server answered within `answer_seconds`; if not, the collection was polled for at most
     `seconds`. An answer does not verify the points. The server keeps the file as `filename` (see `unique_filename`),
     also after a failure. `allow_existing`: the collection already has parts from other nodes' snapshots.
-    Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
-    and delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged for a source that is
-    shorter or that has another checksum.
+    Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health` and
+    delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged if the source is another one.
     """
     if not allow_existing:
         _refuse_existing(q, collection)
@@ -79,12 +78,11 @@ def upload_and_restore(
             return True
         except (NoAnswer, QdrantError) as error:
             if _is_mismatch(error):
-                raise BackupDamaged(
-                    f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file"
-                    " was changed since it was verified, or damaged on the way",
-                    next_step="run the same command again; if it fails again, verify every backup:\n"
-                    "python scripts/backup_automem.py --check all",
-                ) from error
+                text = f"the snapshot of '{collection}' that {q.display} received is not the one of the backup"
+                why = "the file was changed since it was verified, or damaged on the way"
+                step = "run the same command again; if it fails again, verify every backup:\n"
+                step += "python scripts/backup_automem.py --check all"
+                raise BackupDamaged(f"{text}: {why}", next_step=step) from error
             if form.left or not unanswered(error):
                 raise  # of a part the server restores nothing
     wait_restored(q, collection, seconds, process)

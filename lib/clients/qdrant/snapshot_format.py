@@ -100,11 +100,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class SnapshotFacts:
-    """What a snapshot says about its collection.
+    """What a snapshot says about its collection; `config` is config.json.
 
     `size` and `distance` are of the unnamed vector (or the first named one). `payload_schema` maps a field to its type
-    or parameters. `config` is config.json. `shards` maps every shard to the number of its segments here, which is 0 if
-    another node holds it.
+    or parameters. `shards` maps every shard to the number of its segments here: 0 if another node holds it.
     """
 
     size: int
@@ -133,8 +132,7 @@ def inspect_snapshot(stream: ByteStream, on_segment: OnSegment | None = None) ->
 
     `on_segment` gets the shard and content of each segment, and returns the stream from which it is read here. Raises
     BackupDamaged if the snapshot is cut, zeroed or none, if a segment is empty or of another dimension, if a local
-    shard lacks its segments, and for names and types that lead outside. A missing segment or changed bytes within a
-    file show only in the sha256 and the number of points.
+    shard lacks its segments, and for names and types that lead outside. Other damage shows in the sha256 only.
     """
     survey = _Survey(on_segment)
     for entry in entries(Section(stream, None, _SNAPSHOT), needs_end=True):
@@ -150,12 +148,19 @@ def entries(section: Section, *, needs_end: bool) -> Iterator[Entry]:
     """
     long_name = ""
     while header := _take(section, BLOCK):
-        if not any(header):
-            _require_zeros(section, header)
+        if not any(header):  # the end of the tar
+            if len(header) < BLOCK:
+                raise _damaged(section.where, "is cut in its end")
+            while piece := section.read(PIECE_BYTES):
+                if piece.count(0) != len(piece):
+                    raise _damaged(section.where, "has data behind its end")
             return
         info = _parse_header(header, section.where)
         if info.type == tarfile.GNUTYPE_LONGNAME:
-            long_name = _long_name(section, info.size)
+            if not 0 < info.size <= _NAME_LIMIT:
+                raise _damaged(section.where, f"holds a name of {info.size} bytes: refused")
+            data = _take_exactly(section, info.size + -info.size % BLOCK)
+            long_name = data[: info.size].rstrip(b"\0").decode("utf-8", "replace")
             continue
         name, long_name = _safe_name(long_name or info.name, section.where), ""
         sparse = _sparse_map(section, header) if info.type == tarfile.GNUTYPE_SPARSE else None
@@ -187,15 +192,6 @@ def _take_exactly(section: Section, size: int) -> bytes:
     return data
 
 
-def _require_zeros(section: Section, header: bytes) -> None:
-    """Read the end of a tar, which begins with the zeros of `header`."""
-    if len(header) < BLOCK:
-        raise _damaged(section.where, "is cut in its end")
-    while piece := section.read(PIECE_BYTES):
-        if piece.count(0) != len(piece):
-            raise _damaged(section.where, "has data behind its end")
-
-
 def _parse_header(header: bytes, where: str) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
@@ -213,13 +209,6 @@ def _safe_name(name: str, where: str) -> str:
     if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise _damaged(where, f"holds an entry whose name leads outside ({name!r}): refused as malicious")
     return "/".join(parts)
-
-
-def _long_name(section: Section, size: int) -> str:
-    if not 0 < size <= _NAME_LIMIT:
-        raise _damaged(section.where, f"holds a name of {size} bytes: refused")
-    data = _take_exactly(section, size + -size % BLOCK)
-    return data[:size].rstrip(b"\0").decode("utf-8", "replace")
 
 
 def _sparse_map(section: Section, header: bytes) -> tuple[list[tuple[int, int]], int]:
@@ -309,15 +298,8 @@ class _Survey:
             if not named and vector is not None and vector != (size, distance):
                 raise _damaged(_SNAPSHOT, f"holds a segment of another size or distance in shard {shard}")
         indexes = _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json")
-        return SnapshotFacts(
-            size=size,
-            distance=distance,
-            vectors_named=named,
-            segments=len(self._segments),
-            shards=shards,
-            payload_schema=dict(indexes.get("schema") or {}),
-            config=config,
-        )
+        schema = dict(indexes.get("schema") or {})
+        return SnapshotFacts(size, distance, named, len(self._segments), shards, schema, config)
 
     def _shards(self, params: dict[str, Any]) -> dict[int, int]:
         held = [shard for shard, _ in self._segments]

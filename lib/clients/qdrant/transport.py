@@ -123,12 +123,7 @@ class Qdrant:
     """
 
     def __init__(
-        self,
-        url: str,
-        api_key: str = "",
-        timeout_seconds: float = 60.0,
-        *,
-        sleep: Callable[[float], object] = time.sleep,
+        self, url: str, api_key: str = "", timeout_seconds: float = 60.0, *, sleep: Callable[..., object] = time.sleep
     ) -> None:
         parts = urlsplit(url)
         self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
@@ -159,10 +154,7 @@ class Qdrant:
     def send(
         self, method: str, path: str, body: object = None, *, compress: bool = False, **options: Any
     ) -> requests.Response:
-        """Send JSON with the options of `call`. orjson serialises `body`, numpy arrays too; Parts are sent as they are.
-
-        Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
-        """
+        """Send JSON, or Parts. Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed."""
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         if content is not None and compress:
