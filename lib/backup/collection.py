@@ -248,11 +248,7 @@ def stamp_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def known_model(
     size: int, config: Mapping[str, Any], spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
-
-    `size` and `config` are the collection's. `model_known` is `stamped` (also if only the journal has the stamp),
-    `configured` or `guessed`.
-    """
+    """Return `model`, `model_known` (stamped, also by the journal; configured; guessed), `provider` unless OpenAI."""
     if stamp := stamp_of(config) or journalled or {}:
         model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
     elif size == spec.size:

@@ -129,11 +129,7 @@ def _sizes(store: OffsiteStore, files: Sequence[BackupFile]) -> dict[str, int]:
 def _send_encrypted(
     store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: ProgressBar
 ) -> list[BackupFile]:
-    """Send the set's files encrypted, the manifest last. Returns those that were sent.
-
-    They are encrypted into a folder here, which is removed when the copy is complete: encrypting a file twice gives
-    different bytes, and a resumed upload must compare what is there.
-    """
+    """Send the files encrypted, the manifest last, from a folder here: encrypted again they differ, so no resume."""
     there = _sizes(store, files)
     if all(could_hold(there.get(file.name + SUFFIX), file.size) for file in files):
         # Without a key to decrypt the manifest there, only its size is compared.
@@ -338,10 +334,7 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`.
-
-    A manifest that is encrypted for another key counts as unreadable. Raises AccessRefused if all of them are.
-    """
+    """The sets at a URL, or in `folder`. Those for another key are unreadable; AccessRefused if all of them are."""
     if not url:
         sets, damaged = read_sets(folder)
         automem = tuple(one.path for one in listed_files(folder))

@@ -19,22 +19,11 @@ from lib.backup.manifest import (
     SAFETY_COPY,
     UNVERIFIED,
     VERIFICATION_LEVELS,
-    CollectionComponent,
     GraphComponent,
     Manifest,
 )
 from lib.console import Console, size_text, table
-from lib.errors import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    REMAINING,
-    VERIFICATION_FAILED,
-    MigrationError,
-    UsageProblem,
-    listed,
-    one_line,
-)
+from lib.errors import DONE, FAILED, INTERRUPTED, REMAINING, VERIFICATION_FAILED, MigrationError, UsageProblem, one_line
 from lib.files import atomic_writer
 
 if TYPE_CHECKING:
@@ -81,7 +70,15 @@ def show_sources(
 
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """Show the new set; exit code 3 if it was not verified, or if one of the stores seems to be lost."""
-    lines = [table([_component_row(one) for one in manifest.components]), "", f"backup set: {manifest.path}"]
+    rows = []
+    for one in manifest.components:
+        if isinstance(one, GraphComponent):
+            what = f"{one.nodes:,} nodes, {one.relationships:,} relationships"
+        else:
+            what = f"{one.points:,} points, {one.size}d, {one.model} ({one.model_known})"
+        level = f"{one.proof.upper()}: {one_line(one.proof_note)}"
+        rows.append((one.file.name, size_text(one.file.size), what, level))
+    lines = [table(rows), "", f"backup set: {manifest.path}"]
     drift, lost = manifest.drift, manifest.lost_store
     if drift and (drift.only_graph or drift.only_collection):
         repair = "" if lost else "; this repairs it:\n  python scripts/reembed_embeddings.py --only-missing"
@@ -107,25 +104,16 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     return DONE
 
 
-def _component_row(component: GraphComponent | CollectionComponent) -> tuple[str, ...]:
-    if isinstance(component, GraphComponent):
-        what = f"{component.nodes:,} nodes, {component.relationships:,} relationships"
-    else:
-        what = f"{component.points:,} points, {component.size}d, {component.model} ({component.model_known})"
-    level = f"{component.proof.upper()}: {one_line(component.proof_note)}"
-    return component.file.name, size_text(component.file.size), what, level
-
-
 def _warn_left_out(component: GraphComponent, console: Console) -> None:
-    """Warn of what a restore of the graph will not bring back."""
     if component.expires:
         console.warn(
             f"graph '{component.graph}' has an expiry: the server deletes it at {component.expires}."
             f" `PERSIST {component.graph}` in redis-cli removes the expiry"
         )
     if component.functions:
+        names = one_line(", ".join(component.functions))
         console.warn(
-            f"the server has function libraries (GRAPH.UDF): {listed(component.functions)}. A restore of the graph does"
+            f"the server has function libraries (GRAPH.UDF): {names}. A restore of the graph does"
             " not bring them back: save their code"
         )
 

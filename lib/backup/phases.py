@@ -101,10 +101,7 @@ def remove_named_snapshots(source: CollectionSource, journal: Journal) -> None:
 
 
 def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
-    """Return the commands that delete snapshots that this run may have made and its journal does not name.
-
-    They were begun right after the announcement. Another client may have made them, so none is deleted here.
-    """
+    """Commands that delete snapshots begun right after the announcement: another client may have made them."""
     commands = []
     for qdrant, node in _nodes_left(source, journal):
         entry = _latest(journal, node, "known_snapshots")
@@ -148,7 +145,6 @@ def _nodes_left(source: CollectionSource, journal: Journal) -> Iterator[tuple[Qd
 
 
 def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
-    """The latest entry about this node that has the fact."""
     return next(one for one in reversed(journal.entries) if one.get("node") == node and fact in one)
 
 

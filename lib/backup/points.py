@@ -102,7 +102,6 @@ def _text_in_value_form(live: Any, value: str) -> Any:
 
 
 def _parsed_json(text: object) -> Any:
-    """Parse JSON text; None if it is not JSON."""
     try:
         return orjson.loads(text) if isinstance(text, str) else None
     except ValueError:

@@ -98,10 +98,7 @@ class Assessment:
 
     @property
     def room(self) -> int:
-        """Bytes that the Qdrant server needs in addition to the live collection.
-
-        Four times the points (the staged collection, its snapshot, the copies restored from it), and a fixed amount.
-        """
+        """Bytes needed besides the live collection: four times the points (staged, snapshot, copies), and some."""
         return round(4 * self.scan.usable * self.scan.point_bytes(self.spec.size)) + _FIXED_BYTES
 
     @property
@@ -260,10 +257,7 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
 
 
 def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
-    """Return the texts that the collection lacks if it has this model and size already; None if it must be embedded.
-
-    Also None if a run would pay for nothing more than for those: it costs nothing and repairs what differs.
-    """
+    """Return the texts that a collection of this model and size lacks; None if a run would pay for those alone."""
     live = assessment.live.state
     if live is None or assessment.journal is not None or not live.points:
         return None
@@ -285,21 +279,16 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
             f"Collection '{ctx.collection}' has failed: it answers with errors only and cannot be read",
             next_step="restore a backup first:\npython scripts/restore_from_backup.py latest",
         )
-    accepted = _ask_guard(ctx, journal, live.state) if live.kind == REPLACE and live.state else None
+    accepted, state = None, live.state
+    if live.kind == REPLACE and state and state.points:
+        with existing_points(ctx.qdrant, state.name, payload=False) as ids, only_live_ids(ctx, ids) as only_live:
+            # Recreated after the delete, every id of it in the graph: its payloads are saved.
+            if not (reached(journal, phases.DELETED) and not len(only_live) and _is_recent(ctx, journal)):
+                guarded = GuardedCollection(ctx.qdrant.display, state, ids, only_live)
+                accepted = require_backup(ctx.folder, guarded, ctx.spec.size)
     if accepted or reached(journal, phases.DELETING):
         return accepted or accepted_backup(ctx, journal)
     return None if live.kind == ADOPT else newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
-
-
-def _ask_guard(ctx: Context, journal: Journal | None, state: CollectionState) -> Manifest | None:
-    """Return the backup that the guard accepts; None if there is nothing to lose."""
-    if state.points == 0:
-        return None
-    with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
-        if reached(journal, phases.DELETED) and not len(only_live) and _is_recent(ctx, journal):
-            return None  # recreated meanwhile, every id of it in the graph: its payloads are saved
-        guarded = GuardedCollection(ctx.qdrant.display, state, live, only_live)
-        return require_backup(ctx.folder, guarded, ctx.spec.size)
 
 
 def _is_recent(ctx: Context, journal: Journal | None) -> bool:
@@ -363,7 +352,6 @@ def find_backup(folder: Path, guarded: GuardedCollection) -> Manifest | str:
 
 
 def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
-    """Return why this set does not protect the collection, or None."""
     component = manifest.collection
     if component is None:
         return "holds no collection"

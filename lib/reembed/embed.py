@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
@@ -30,9 +30,6 @@ from lib.journal import Journal
 from lib.reembed.context import Context
 from lib.reembed.plan import Scan, scan_graph
 from lib.verify.compare import SAME_MODEL_COSINE, cosine
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 MOST_ROUNDS, FEW_TEXTS = 5, 100  # catching up ends with a round that embeds fewer texts, or with the last round
 MOST_INTERVALS = 240
@@ -144,10 +141,7 @@ class EmbeddingTotals:
 
     @contextmanager
     def recording(self, *, stored: bool = True) -> Iterator[Callable[[EmbedProgress], None]]:
-        """Yield a progress callback that adds one call of `embed_missing` to the sums, however the block ends.
-
-        `stored`: False if the vectors are thrown away, so that all tokens count as discarded.
-        """
+        """Yield a progress callback that adds to the sums, however the block ends. Not `stored`: all is discarded."""
         added = latest = EmbedProgress()
         after_pause, saved_at = bool(self.sums.slots), time.monotonic()
 
@@ -272,10 +266,7 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
 
 
 def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
-    """Embed three texts of the plan that have a vector again. Raises GuardRefused if the model makes other vectors now.
-
-    Only for a model without a price: the name of a model that operators serve themselves does not fix its weights.
-    """
+    """Embed three cached texts again, if the model has no price: its weights may change. Raises GuardRefused then."""
     if price_of(1, ctx.spec.model, ctx.spec.provider):
         return
     rows = ctx.cache.embedded(SAMPLES)

@@ -21,7 +21,7 @@ from lib.clients.embeddings.cache import Missing, TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
 from lib.clients.embeddings.worker_pool import embed_few, embed_missing
-from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
+from lib.clients.qdrant.collection import CollectionState, exists, get_state, restore_aliases, set_metadata
 from lib.clients.qdrant.points import Point, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
@@ -89,7 +89,7 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
         first = staging.fill(ctx, journal)
         added, complete_at = first.outcome.added, first.complete_at
     else:
-        staging.restore_aliases(ctx, journal)
+        restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
     scan, removed = catch_up(ctx, runner, journal), 0
     with TemporaryIdTable() as touched:
         last = staging.fill(ctx, journal, touched)

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
 from lib.backup.automem_contents import GraphFacts, PointTable, read_graph, read_points
@@ -43,9 +44,6 @@ from lib.restore.collection import Copy, RestorePlan
 from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, bare_facts
 from lib.verify.compare import vectors_differ
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _UPSERTS = 2  # at once; the server gains little from more
 # What the trial's indexing threshold is multiplied by: no segment reaches it, and the quotient is the server's own.

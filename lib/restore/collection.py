@@ -251,10 +251,7 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
 
 
 def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
-    """Restore under a temporary name and compare. The caller deletes a failed one at once.
-
-    A trial that a killed run verified is used again: its name holds the snapshot's checksum.
-    """
+    """Restore under a temporary name and compare; a killed run's verified trial is used again. The caller drops it."""
     qdrant, name = plan.target.qdrant, plan.trial
     if not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.

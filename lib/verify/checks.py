@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lib.backup.collection import CollectionSource, stamp_of
 from lib.backup.graph import GraphSource
@@ -39,9 +40,6 @@ from lib.verify.compare import (
     cosine,
     different_vectors,
 )
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
@@ -141,11 +139,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
-    """The comparison of both stores as checks: ids, orphan points, content, payloads.
-
-    What was written after the migration is pending until the restart. Without a plan (an embedding cache) nothing is
-    known to be newer, so that every difference is a failure.
-    """
+    """Both stores compared. What is newer than the migration is pending until the restart; without a plan it failed."""
     exempt = f"{found.exempt} exempt (no text, unusable or repeated id)"
     equal = "equal to the graph, nothing of the old points lost"
     if found.recalled:
@@ -185,10 +179,7 @@ def read_points(
     existing: TemporaryIdTable,
     progress: Progress,
 ) -> Check:
-    """Read every point once: add its payload to `existing`, and check its vector.
-
-    The vector has the width of `spec`, is finite, not zero, and equal to the embedding cache's if the cache has it.
-    """
+    """Read every point once into `existing`; check its vector: width, finite, not zero, the cache's if that has it."""
     unusable: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
