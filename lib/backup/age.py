@@ -139,9 +139,8 @@ def key_in(key_file: bytes, words: str) -> list[Any]:
 
 def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
     """Encrypt a file into another, as a stream."""
-    pyrage = _pyrage()
     with source.open("rb") as plain, atomic_writer(target) as stream:
-        pyrage.encrypt_io(plain, stream, public_keys)
+        _pyrage().encrypt_io(plain, stream, public_keys)
 
 
 def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str) -> None:

@@ -96,8 +96,7 @@ def verify_named(
         try:
             held, signs = describe(source)
             require_uncut(source, signs)
-            note = f"AutoMem's own backup, not loaded: {held}"
-            found.append(FileVerification(source.display, CHECKED, note))
+            found.append(FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}"))
         except BackupDamaged as error:
             found.append(FileVerification(source.display, "damaged", fault=str(error)))
     return found

@@ -78,8 +78,7 @@ class GraphVerification:
 
 
 def _contents(seen: GraphCounts, definitions: GraphSchema, digest: str) -> dict[str, Any]:
-    defined = {"indexes": definitions.indexes, "constraints": definitions.constraints}
-    return {**vars(seen), **defined, "digest": digest}
+    return vars(seen) | {"indexes": definitions.indexes, "constraints": definitions.constraints, "digest": digest}
 
 
 def verify_graph(

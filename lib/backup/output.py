@@ -76,8 +76,7 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
             what = f"{one.nodes:,} nodes, {one.relationships:,} relationships"
         else:
             what = f"{one.points:,} points, {one.size}d, {one.model} ({one.model_known})"
-        level = f"{one.proof.upper()}: {one_line(one.proof_note)}"
-        rows.append((one.file.name, size_text(one.file.size), what, level))
+        rows.append((one.file.name, size_text(one.file.size), what, f"{one.proof.upper()}: {one_line(one.proof_note)}"))
     lines = [table(rows), "", f"backup set: {manifest.path}"]
     drift, lost = manifest.drift, manifest.lost_store
     if drift and (drift.only_graph or drift.only_collection):
@@ -91,8 +90,7 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     console.result(document, "\n".join(lines))
     for component in manifest.components:
         if component.proof == CHECKED:
-            note = one_line(component.proof_note)
-            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {note}")
+            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {one_line(component.proof_note)}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
     if manifest.proof == UNVERIFIED:
@@ -124,16 +122,14 @@ def show_sets(catalog: Catalog, console: Console) -> int:
         command = f"python scripts/backup_automem.py --check {quote(path)}"
         console.warn(f"{path.rpartition('/')[2]} cannot be read; to see what is wrong:  {command}")
     rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
-    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")
-    figures = table(rows, header).splitlines()
+    figures = table(rows, ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")).splitlines()
     lines, sets = figures[: len(figures) - len(rows)], []
     for line, (one, complete) in zip(figures[len(lines) :], catalog.sets, strict=True):
         pinned = one.name in catalog.pinned
         lines += [line, f"  {_contents(one)}", *([_REMARKS[one.kind]] if one.kind in _REMARKS else [])]
         if pinned:
             lines.append("  pinned: no cleanup deletes it")
-        facts = {"kind": one.kind, "proof": one.proof, "complete": complete, "pinned": pinned}
-        sets.append({**one.as_json(), **facts})
+        sets.append(one.as_json() | {"kind": one.kind, "proof": one.proof, "complete": complete, "pinned": pinned})
     if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
     document: dict[str, object] = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}

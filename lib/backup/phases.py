@@ -196,10 +196,9 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
 
 def restored_since(migration: Journal) -> bool:
     """Whether a restore of the collection finished after this migration."""
-    journals = map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
     return any(
         one.run_id > migration.run_id and one.fact("temporary_collection") and not one.is_open
-        for one in journals
+        for one in map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
         if one and one.targets == migration.targets
     )
 

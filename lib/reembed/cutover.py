@@ -90,8 +90,7 @@ def _choose_method(ctx: Context, journal: Journal, assessment: Assessment, kind:
     """Choose how to cut over, before the live collection is deleted if it still exists."""
     if assessment.in_place or staging.verified_staged(ctx, journal) is None:
         return CutoverMethod(FILL)
-    before_delete = kind == assess.REPLACE
-    with staging.staged_dropped_if_full(ctx, journal, assessment.room) if before_delete else nullcontext():
+    with staging.staged_dropped_if_full(ctx, journal, assessment.room) if kind == assess.REPLACE else nullcontext():
         return verify_method(ctx, journal)
 
 

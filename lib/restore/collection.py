@@ -108,8 +108,7 @@ class RestorePlan:
     def fetch(self, name: str, copies: Sequence[Copy]) -> None:
         """Have each node restore its copy as `name` from its own URL."""
         for part, copy in zip(self.parts, copies, strict=True):
-            further = part is not self.parts[0]
-            recover(part.node, name, *copy, seconds=part.timeout, allow_existing=further)
+            recover(part.node, name, *copy, seconds=part.timeout, allow_existing=part is not self.parts[0])
             self._wait_active(part, name)
 
     def verify_trial(self) -> None:

@@ -155,8 +155,7 @@ def _loaded(
         from lib.restore.automem_backup import open_graph
 
         return stack.enter_context(open_graph(file.automem, site.graph, site.engines, stop))
-    opened = graphs.open_rdb(file.path, site.graph, site.engines, file.component, stop)
-    return stack.enter_context(opened), None
+    return stack.enter_context(graphs.open_rdb(file.path, site.graph, site.engines, file.component, stop)), None
 
 
 def _left_out_of(site: Site, source: AutoMemFile, facts: GraphFacts, points: int) -> list[str]:

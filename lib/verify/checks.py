@@ -381,8 +381,7 @@ def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample],
         if after_restart:
             return [Check("recall", FAILED, why, START_AUTOMEM)]
         return [check_recall_direct(source, cache, samples, why)]
-    points = count(source.qdrant, source.collection)
-    mismatch = check_service(answer.health, source.spec, stores.graph.graph, points)
+    mismatch = check_service(answer.health, source.spec, stores.graph.graph, count(source.qdrant, source.collection))
     return [mismatch] if mismatch else check_recall(stores.api, samples)
 
 
