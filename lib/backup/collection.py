@@ -75,10 +75,7 @@ def verify_collection(
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
     counting: bool = True,
 ) -> CollectionVerification:
-    """Verify an archive, which is read once, and fill `ids` with the expected ids. Raises BackupDamaged.
-
-    `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the points.
-    """
+    """Verify an archive, read once; fill `ids`. `passing` replaces the streams; `counting`: by Qdrant's engine."""
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
     with scratch_folder("segments-") as scratch, TemporaryIdTable() as own_ids:

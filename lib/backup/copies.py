@@ -129,7 +129,11 @@ def _sizes(store: OffsiteStore, files: Sequence[BackupFile]) -> dict[str, int]:
 def _send_encrypted(
     store: OffsiteStore, manifest: Manifest, files: list[BackupFile], bar: ProgressBar
 ) -> list[BackupFile]:
-    """Send the files encrypted, the manifest last, from a folder here: encrypted again they differ, so no resume."""
+    """Send the set's files encrypted, the manifest last. Returns those that were sent.
+
+    They are encrypted into a folder here, which is removed when the copy is complete: encrypting a file twice gives
+    different bytes, and a resumed upload must compare what is there.
+    """
     there = _sizes(store, files)
     if all(could_hold(there.get(file.name + SUFFIX), file.size) for file in files):
         # Without a key to decrypt the manifest there, only its size is compared.

@@ -25,16 +25,7 @@ from lib.backup.manifest import (
 )
 from lib.backup.points import TemporaryIdTable, ids_for_points
 from lib.child_process import free_memory
-from lib.clients.falkordb.connection import (
-    GraphAddress,
-    ServerVersions,
-    expires_at,
-    function_libraries,
-    list_graphs,
-    require_graph,
-    save_failure,
-    server_versions,
-)
+from lib.clients.falkordb import connection
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.psync import PsyncRefused, RdbNotMade, stream_rdb
 from lib.clients.falkordb.queries import GraphCounts, GraphSchema, counts, schema
@@ -158,14 +149,11 @@ def loaded_graph(
     digest: str = "",
     stop: CancelToken | None = None,
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
-    """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
-
-    A known `digest` is not computed. Raises BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
-    """
+    """Load the RDB into a scratch server for the block, compare. Raises BackupDamaged, ScratchFailed, UsageProblem."""
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
-        held = list_graphs(scratch.conn)
+        held = connection.list_graphs(scratch.conn)
         if graph not in held and component and component.graph == graph:
             raise BackupDamaged(f"{path} does not hold the graph '{graph}', which its manifest names")
         if graph not in held:
@@ -191,7 +179,7 @@ def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *,
 class GraphSource:
     """An opened FalkorDB and the graph in it."""
 
-    address: GraphAddress
+    address: connection.GraphAddress
     conn: redis.Redis
     graph: str
 
@@ -214,10 +202,10 @@ def take_graph(
     moment, because a server waits 5 s by default before it sends an RDB. `ids`: see `verify_graph`. Raises MissingData
     if the graph is absent, BackupDamaged.
     """
-    require_graph(source.conn, source.graph)
+    connection.require_graph(source.conn, source.graph)
     path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
-    versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
+    versions, expires = connection.server_versions(source.conn), connection.expires_at(source.conn, source.graph)
     why_dump = "no wait for an RDB before a restore" if at_once else _why_dump(versions, engines, expires)
     size, sha256, why_dump = _write_rdb(source, path, progress, stop, why_dump)
     component = GraphComponent(
@@ -228,7 +216,7 @@ def take_graph(
         proof=UNVERIFIED,
         proof_note="--no-verify",
         expires=expires,
-        functions=function_libraries(source.conn),
+        functions=connection.function_libraries(source.conn),
         **contents,
     )
     if verify:
@@ -253,13 +241,13 @@ def _write_rdb(
     except PsyncRefused:
         why_dump = "its RDB is refused"
     except RdbNotMade as error:
-        if not save_failure(source.conn):
+        if not connection.save_failure(source.conn):
             raise  # the connection broke
         why_dump = str(error)
     return *write_dump(source.conn, source.graph, path, progress), why_dump
 
 
-def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> str:
+def _why_dump(versions: connection.ServerVersions, engines: list[Engine], expires: str) -> str:
     """Why an RDB of the whole server could not be loaded here, now or later; "" if it can."""
     if not reads_from(versions, engines):
         return "no engine here loads what this server writes"

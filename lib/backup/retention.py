@@ -76,11 +76,7 @@ def clean_up(
 def plan_cleanup(
     catalog: Catalog, rules: Mapping[str, int], owner: Deployment, folder: Path, targets: list[str]
 ) -> Cleanup:
-    """Choose the sets of this deployment that a cleanup deletes.
-
-    `rules` maps KEEP or a flag of PERIODS to its number; each kind of sets has its own count. The journals and reports
-    of `folder` name what is protected. Raises UsageProblem if a number is below 1.
-    """
+    """Choose the sets that a cleanup deletes. `rules`: the number of KEEP and of flags of PERIODS, for each kind."""
     for flag, count in rules.items():
         if count < 1:
             again = f"python scripts/backup_automem.py --cleanup {flag} 3 --dry-run"
@@ -103,7 +99,7 @@ def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
 
 
 def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
-    """The names of sets that a rule or their state keeps, and why. `sets`: of one kind, newest first, if complete."""
+    """Names of sets that a rule or their state keeps, and why. `sets`: of one kind, newest first, whether complete."""
     counted = _countable(sets)
     found: dict[str, str] = {}
     for flag, count in rules.items():

@@ -18,7 +18,6 @@ from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponen
 from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.embeddings.pricing import price_of
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
@@ -45,10 +44,8 @@ from lib.verify.compare import ONLY_MISSING, different_vectors
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.
 ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
-# If the graph lost more than this during the run, something is wrong with it: the run stops.
-_LOST_SHARE, _LOST_FEW = 0.01, 10
-# The server continues a restore whose client was killed.
-_RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
+_LOST_SHARE, _LOST_FEW = 0.01, 10  # a run stops if the graph lost more since its plan
+_RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0  # also without its client
 _EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
 # The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
@@ -87,18 +84,13 @@ class Assessment:
     repair: bool = False
 
     @property
-    def price(self) -> float | None:
-        """In US dollars; None for a model without a known price."""
-        return price_of(self.missing.tokens, self.spec.model, self.spec.provider)
-
-    @property
     def cached(self) -> int:
         """Memories that need no embedding: cached, or with the text of another one."""
         return self.scan.usable - self.missing.texts
 
     @property
     def room(self) -> int:
-        """Bytes needed besides the live collection: four times the points (staged, snapshot, copies), and some."""
+        """Bytes needed besides the live collection: four times the points (staged, snapshot, copies), a fixed part."""
         return round(4 * self.scan.usable * self.scan.point_bytes(self.spec.size)) + _FIXED_BYTES
 
     @property
@@ -149,11 +141,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
 
 @contextmanager
 def orphan_points(ctx: Context, state: CollectionState) -> Iterator[tuple[TemporaryIdTable, set[PointId]]]:
-    """The ids of the points without an embeddable memory, and those of them that stay, because their memory exists.
-
-    The graph is asked after the points were read. Raises MissingData for an empty graph, GuardRefused if more than 1%
-    of the points would be removed without a verified backup.
-    """
+    """Ids of points without an embeddable memory, and those that stay. Raises MissingData, GuardRefused (over 1%)."""
     with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
         if len(only_live) and ctx.cache.memory_count() == 0:
             raise MissingData(

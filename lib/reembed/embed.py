@@ -266,7 +266,7 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
 
 
 def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
-    """Embed three cached texts again, if the model has no price: its weights may change. Raises GuardRefused then."""
+    """Embed three cached texts again if the model has no price: GuardRefused if its weights have changed."""
     if price_of(1, ctx.spec.model, ctx.spec.provider):
         return
     rows = ctx.cache.embedded(SAMPLES)

@@ -55,11 +55,7 @@ _EXAMPLES = 3
 def open_graph(
     source: AutoMemFile, target: GraphSource, engines: list[Engine], stop: CancelToken | None = None
 ) -> Iterator[tuple[GraphBackup, GraphFacts]]:
-    """Verify a graph's file while it is loaded into a scratch FalkorDB, which runs inside the block; what it holds.
-
-    The oldest engine is used, which most targets read. `stop` ends the work from another thread. Raises BackupDamaged,
-    NoEngine, UsageProblem if the file is of another graph.
-    """
+    """Load a graph's file into the oldest engine. Raises BackupDamaged, NoEngine, UsageProblem."""
     if not engines:
         raise NoEngine(
             f"{source.display} can be restored only with a FalkorDB engine on this machine, and there is none",
@@ -109,10 +105,7 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
 
 @dataclass(frozen=True)
 class PointsPlan(RestorePlan):
-    """A file of points: they are upserted into the temporary collection, and a snapshot of it takes the live name.
-
-    If the server cannot fetch that snapshot, and in a cluster, the live collection is filled as the temporary one was.
-    """
+    """A file of points, upserted as the temporary collection, whose snapshot (or the same again) makes the live one."""
 
     @property
     def table(self) -> PointTable:

@@ -44,7 +44,7 @@ from lib.restore.inputs import CollectionBackup
 
 # Phases of the journal.
 TRIAL_BEGUN, TRIAL_VERIFIED = "rehearsing the collection", "collection rehearsed"
-DELETING, RESTORED, PUT_BACK = ("deleting the live collection", "collection restored", "old collection put back")
+DELETING, RESTORED, PUT_BACK = "deleting the live collection", "collection restored", "old collection put back"
 _ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3

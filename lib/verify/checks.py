@@ -270,11 +270,7 @@ def check_recall_direct(source: CollectionSource, cache: EmbeddingCache, samples
 def check_provider(
     stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample], *, restored: bool
 ) -> Check:
-    """Compare vectors that AutoMem made of memories `since` the migration, the newest first, with the provider's.
-
-    The newest shows which model AutoMem embeds with, the others whether it used another one before. `restored`:
-    whether a restore has replaced the migration's collection.
-    """
+    """Compare vectors that AutoMem made `since` the migration with the provider's; the newest shows its model now."""
     spec, name = stores.collection.spec, "AutoMem's model"
     model = f"{spec.model} of {spec.provider}"
     believed = f"{model}, {stores.reason}" if stores.reason else model
