@@ -172,29 +172,25 @@ def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
     """Verify a bare snapshot: both tars, its checksum file, its segments if possible. Raises BackupDamaged."""
     with scratch_folder("segments-") as scratch:
         copies = SegmentCopies(scratch.path, path.stat().st_size)
-        member, snapshot = _inspected(path, copies)
+        seen: list[SnapshotFacts] = []
+        try:
+            with path.open("rb") as stream:
+                member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
+        except BackupDamaged as error:
+            raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
+        # A server keeps a checksum next to a snapshot on its disk.
+        file, expected, snapshot = path.with_name(f"{path.name}.checksum"), "", seen[0]
+        with suppress(OSError, ValueError, UsageProblem):
+            expected = readable_bytes(file).decode("ascii").strip().lower()
+        if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != member.sha256:
+            raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
+        if snapshot.absent_shards:
+            shard = snapshot.absent_shards[0]
+            raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
         counted, _ = copies.counted(lambda: _count(copies.segments[0]))
     facts = bare_facts(path, target.collection, target.spec, snapshot, member)
     archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
     return CollectionBackup(path, archive, snapshot, bare=True)
-
-
-def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, SnapshotFacts]:
-    seen: list[SnapshotFacts] = []
-    try:
-        with path.open("rb") as stream:
-            member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
-    except BackupDamaged as error:
-        raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
-    file, expected = path.with_name(f"{path.name}.checksum"), ""  # which a server keeps next to a snapshot on its disk
-    with suppress(OSError, ValueError, UsageProblem):
-        expected = readable_bytes(file).decode("ascii").strip().lower()
-    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != member.sha256:
-        raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
-    if seen[0].absent_shards:
-        shard = seen[0].absent_shards[0]
-        raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
-    return member, seen[0]
 
 
 def _count(files: SegmentFiles) -> int | None:

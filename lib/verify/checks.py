@@ -185,7 +185,12 @@ def read_points(
     known = total = 0
     for page in all_points(qdrant, state.name, page=max(1, _NUMBERS_AT_ONCE // spec.size), vector=True):
         existing.put((point.id, point.payload) for point in page)
-        usable = _usable_points(page, spec.size)
+        sized = [point for point in page if point.vector is not None and len(point.vector) == spec.size]
+        usable = list[Point]()
+        if sized:
+            vectors = np.vstack([point.vector for point in sized if point.vector is not None])
+            are_usable = np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
+            usable = [point for point, is_usable in zip(sized, are_usable, strict=True) if is_usable]
         if len(usable) < len(page):
             unusable += [point.id for point in page if point not in usable]
         if cache:
@@ -198,15 +203,6 @@ def read_points(
         what = "unusable (width, zero or not finite)" if unusable else "not the model's for their content"
         return Check("vectors", FAILED, f"{len(wrong)} are {what}: {_some(wrong)}", REPLACE_ALL)
     return Check("vectors", PASSED, f"{total} of {spec.size}d, {known} equal to the embedding cache's")
-
-
-def _usable_points(page: list[Point], size: int) -> list[Point]:
-    sized = [point for point in page if point.vector is not None and len(point.vector) == size]
-    if not sized:
-        return []
-    vectors = np.vstack([point.vector for point in sized if point.vector is not None])
-    usable = np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
-    return [point for point, good in zip(sized, usable, strict=True) if good]
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
