@@ -28,15 +28,8 @@ from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_sett
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
 from lib.journal import Journal
 from lib.network import same_server
-from lib.reembed.context import (
-    Context,
-    accepted_backup,
-    may_mix_models,
-    must_forget,
-    reached,
-    refuse_foreign_staged,
-    refuse_other_stores,
-)
+from lib.reembed import context
+from lib.reembed.context import Context, accepted_backup, may_mix_models, must_forget, reached
 from lib.reembed.plan import Scan, memories_now, only_live_ids, scan_graph
 from lib.reembed.sync import missing_of
 from lib.verify.compare import ONLY_MISSING, different_vectors
@@ -108,7 +101,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     _require_saved_payloads(ctx, journal, live)
     state, in_place = live.state, ctx.in_place
     if not (repair or in_place):
-        refuse_foreign_staged(ctx)
+        context.refuse_foreign_staged(ctx)
     if state is not None:  # a cluster's snapshots hold one node each, so nothing is staged there
         in_place = in_place or topology(ctx.qdrant, state.name).peers > 1
     if scan.own_text == 0 and (state.points if state else not _was_empty(ctx, journal)):
@@ -215,13 +208,13 @@ def find_live(ctx: Context, journal: Journal | None) -> Live:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
     if not collections.exists(qdrant, name):
-        refuse_other_stores(ctx)
+        context.refuse_other_stores(ctx)
         return Live(ABSENT, None)
     if collections.health(qdrant, name) == "failed":
         return Live(FAILED, None)
     state = collections.get_state(qdrant, name)
     if state.points == 0:
-        refuse_other_stores(ctx)
+        context.refuse_other_stores(ctx)
     return Live(ADOPT if _is_result(ctx, journal, state) else REPLACE, state)
 
 

@@ -12,17 +12,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from lib.clients.embeddings import worker_pool
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, count_tokens, expected, price_of, price_text
-from lib.clients.embeddings.worker_pool import (
-    SEQUENTIAL,
-    EmbedProgress,
-    Refused,
-    embed_few,
-    embed_missing,
-    texts_a_request,
-)
+from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_few, embed_missing
 from lib.concurrency import steps_of
 from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
 from lib.errors import GuardRefused, UsageProblem
@@ -208,8 +202,8 @@ class EmbeddingRunner:
         seconds = self.client.request_seconds
         if seconds is None or not left.texts:
             return None
-        workers = 1 if self.spec.provider in SEQUENTIAL else self.workers
-        limits = {"workers": workers, "batch_size": texts_a_request(self.spec, self.batch_size)}
+        workers = 1 if self.spec.provider in worker_pool.SEQUENTIAL else self.workers
+        limits = {"workers": workers, "batch_size": worker_pool.texts_a_request(self.spec, self.batch_size)}
         return expected(self.client.pacer, seconds, left.texts, left.tokens, **limits)
 
     def require_affordable(self, tokens: int) -> None:

@@ -27,18 +27,10 @@ from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
-from lib.reembed import assess, staging
+from lib.reembed import assess, embed, staging
 from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over
-from lib.reembed.embed import (
-    SAMPLES,
-    EmbeddingRunner,
-    catch_up,
-    embed_texts,
-    embed_uncached,
-    require_cached_model,
-    require_made_by,
-)
+from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
@@ -217,7 +209,7 @@ def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tri
         runner.require_affordable(sum(row.tokens for row in first))
         stored = size == ctx.spec.size
         if stored:
-            require_cached_model(ctx, runner)
+            embed.require_cached_model(ctx, runner)
             ctx.cache.require_room(len(first), size)
         note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
         store = ctx.cache.put_vectors if stored else lambda _vectors: None
@@ -277,9 +269,9 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
             content = (point.payload or {}).get("content")
             if point.vector is not None and point.id in rows and content == rows[point.id].content:
                 points.append(point)
-        if len(points) >= SAMPLES:
+        if len(points) >= embed.SAMPLES:
             break
-    points = points[:SAMPLES]
+    points = points[: embed.SAMPLES]
     if not points and state.points:
         raise GuardRefused(
             f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
@@ -288,7 +280,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     setting = SETTING_NAMES[ctx.spec.provider].model
-    require_made_by(
+    embed.require_made_by(
         runner,
         f"the vectors in '{state.name}'",
         {str(point.id): str((point.payload or {})["content"]) for point in points},

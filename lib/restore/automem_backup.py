@@ -25,15 +25,10 @@ from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.clients.falkordb.rdb import inspect_rdb, wrap_dump
 from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, scratch_server
 from lib.clients.falkordb.swap import dump_graph
+from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import (
-    AUTOMEM_INDEXES,
-    create_default,
-    get_state,
-    indexing_threshold,
-    set_indexing_threshold,
-)
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, get_state
 from lib.clients.qdrant.points import BATCH_POINTS, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
@@ -120,7 +115,9 @@ class PointsPlan(RestorePlan):
         qdrant = self.target.qdrant
         create_default(qdrant, name, self.table.size)
         if name != self.target.collection:
-            set_indexing_threshold(qdrant, name, indexing_threshold(get_state(qdrant, name).raw) * _NO_INDEX)
+            collections.set_indexing_threshold(
+                qdrant, name, collections.indexing_threshold(get_state(qdrant, name).raw) * _NO_INDEX
+            )
         for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
             if progress:
                 progress(size)
@@ -147,10 +144,12 @@ class PointsPlan(RestorePlan):
             return None
         for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
             snapshots.delete(qdrant, name, old.name)
-        raised = indexing_threshold(get_state(qdrant, name).raw)
-        set_indexing_threshold(qdrant, name, raised // _NO_INDEX or raised)  # so the snapshot has the server's own
+        raised = collections.indexing_threshold(get_state(qdrant, name).raw)
+        collections.set_indexing_threshold(
+            qdrant, name, raised // _NO_INDEX or raised
+        )  # so the snapshot has the server's own
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
-        set_indexing_threshold(qdrant, name, raised)
+        collections.set_indexing_threshold(qdrant, name, raised)
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
         return [(url, str(made.checksum))] if url else None
 

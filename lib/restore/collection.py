@@ -16,26 +16,12 @@ from typing import IO, Any, BinaryIO, cast
 from lib.backup.archive import SnapshotMember
 from lib.backup.collection import CollectionSource
 from lib.backup.points import existing_points, orphan_ids
-from lib.clients.qdrant import snapshots
+from lib.clients.qdrant import collection as collections
+from lib.clients.qdrant import restoring, snapshots
 from lib.clients.qdrant.cluster import LIST_NODES, peers_of, wait_active
-from lib.clients.qdrant.collection import (
-    aliases_of,
-    create_small,
-    delete_collection,
-    exists,
-    get_state,
-    health,
-    put_fan_out,
-    restore_aliases,
-)
+from lib.clients.qdrant.collection import delete_collection, exists, get_state, health, restore_aliases
 from lib.clients.qdrant.points import PointId, raw_points, scroll
-from lib.clients.qdrant.restoring import (
-    can_fetch_itself,
-    delete_with_snapshots,
-    recover,
-    upload_and_restore,
-    wait_restored,
-)
+from lib.clients.qdrant.restoring import can_fetch_itself, recover, upload_and_restore
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
@@ -125,7 +111,7 @@ class RestorePlan:
         qdrant, name = self.target.qdrant, self.trial
         if exists(qdrant, name):
             return
-        create_small(qdrant, name)
+        collections.create_small(qdrant, name)
         try:
             self.delete_files(name, name)
         finally:
@@ -141,7 +127,7 @@ class RestorePlan:
     def complete(self, aliases: Iterable[str]) -> list[str]:
         """Set what a snapshot does not hold: the read fan-out, and the aliases. Returns those that others took."""
         qdrant, name = self.target.qdrant, self.target.collection
-        put_fan_out(qdrant, name, self.backup.archive.facts["config"])
+        collections.put_fan_out(qdrant, name, self.backup.archive.facts["config"])
         return restore_aliases(qdrant, name, aliases)
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
@@ -286,7 +272,11 @@ def cut_over(
     sample = _sample(plan)
     copies = plan.copies()
     existed = exists(qdrant, name)
-    wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
+    wanted = {
+        *aliases,
+        *plan.backup.archive.facts["aliases"],
+        *(collections.aliases_of(qdrant, name) if existed else ()),
+    }
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
     if existed:
         delete_collection(qdrant, name)
@@ -335,13 +325,13 @@ def clean_up_collection(target: CollectionSource, journal: Journal, plan: Restor
     qdrant, collection = target.qdrant, target.collection
     if journal.has_reached(DELETING) and health(qdrant, collection) == "restoring":
         with suppress(StoreFailed):  # if it fails in the end, this run replaces it
-            wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
+            restoring.wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
     name = journal.fact("temporary_collection")
     if name is None or not exists(qdrant, name):
         return []
     if plan and journal.has_reached(TRIAL_VERIFIED) and name == plan.trial:
         return [f"resuming from {name}, which an earlier run verified"]
-    delete_with_snapshots(qdrant, name, target.nodes)
+    restoring.delete_with_snapshots(qdrant, name, target.nodes)
     return [f"removed the temporary collection {name}"]
 
 

@@ -28,18 +28,8 @@ from lib.concurrency import Progress, ProgressBar
 from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, model_settings, provider_of
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
-from lib.verify.compare import (
-    ONLY_MISSING,
-    OTHER_MODEL,
-    REPLACE_ALL,
-    SAME_MODEL_COSINE,
-    Differences,
-    Findings,
-    Sample,
-    compare_stores,
-    cosine,
-    different_vectors,
-)
+from lib.verify import compare
+from lib.verify.compare import ONLY_MISSING, REPLACE_ALL, SAME_MODEL_COSINE, Findings, Sample, compare_stores, cosine
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
@@ -148,7 +138,7 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     # name, what differs, detail if nothing does, what is wrong, what is pending
     rows = (
         ("ids", found.missing, f"{found.expected} memories, {exempt}", "memories have no point", newer),
-        ("orphan points", Differences(found.orphans), "none", "have no memory", ""),
+        ("orphan points", compare.Differences(found.orphans), "none", "have no memory", ""),
         ("content", found.contents, "equal to the graph", "points hold another content", changed),
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
@@ -194,7 +184,7 @@ def read_points(
         if len(usable) < len(page):
             unusable += [point.id for point in page if point not in usable]
         if cache:
-            found, differing = different_vectors(usable, cache, spec, state)
+            found, differing = compare.different_vectors(usable, cache, spec, state)
             known += found
             different += [point.id for point, _ in differing]
         total += len(page)
@@ -355,7 +345,7 @@ def verify(
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.since], restored=restored))
     if last and {vectors.status, checks[-1].status} & {FAILED, PENDING}:
-        cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
+        cache.set_meta(compare.OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
     except MigrationError as error:  # the results of all other checks are shown
