@@ -12,17 +12,8 @@ from typing import Any
 
 import redis
 
-from lib.backup.manifest import (
-    CHECKED,
-    GRAPH_DIR,
-    RESTORED,
-    UNVERIFIED,
-    BackupFile,
-    GraphComponent,
-    check_file,
-    checking_file,
-    require_equal,
-)
+from lib.backup import manifest as manifests
+from lib.backup.manifest import BackupFile, GraphComponent, check_file, checking_file, require_equal
 from lib.backup.points import TemporaryIdTable, ids_for_points
 from lib.child_process import free_memory
 from lib.clients.falkordb import connection
@@ -94,7 +85,7 @@ def verify_graph(
         why_not = f"{error}; {' '.join(error.next_step.splitlines())}"
     except ScratchFailed as error:
         why_not = str(error)
-    return GraphVerification(CHECKED, f"not loaded: {why_not}", facts)
+    return GraphVerification(manifests.CHECKED, f"not loaded: {why_not}", facts)
 
 
 def inspect_backup(path: Path, file: BackupFile | None) -> RdbFacts:
@@ -121,7 +112,7 @@ def compare_graph(path: Path, component: GraphComponent, found: GraphVerificatio
 
     Nothing is compared for a component that was only `checked`: writes to the source may have changed its counts.
     """
-    if component.digest or component.proof == RESTORED:
+    if component.digest or component.proof == manifests.RESTORED:
         require_equal(path, vars(component), found.contents)
 
 
@@ -172,7 +163,9 @@ def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *,
     seen, definitions = counts(scratch.conn, name), schema(scratch.conn, name)
     known = GraphDigest(digest, seen.nodes, seen.relationships) if digest else None
     whole = known or graph_digest(scratch.conn, name)
-    return GraphVerification(RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole)
+    return GraphVerification(
+        manifests.RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole
+    )
 
 
 @dataclass(frozen=True)
@@ -203,17 +196,17 @@ def take_graph(
     if the graph is absent, BackupDamaged.
     """
     connection.require_graph(source.conn, source.graph)
-    path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
+    path = private_dir(folder / manifests.GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
     versions, expires = connection.server_versions(source.conn), connection.expires_at(source.conn, source.graph)
     why_dump = "no wait for an RDB before a restore" if at_once else _why_dump(versions, engines, expires)
     size, sha256, why_dump = _write_rdb(source, path, progress, stop, why_dump)
     component = GraphComponent(
-        file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
+        file=BackupFile(f"{manifests.GRAPH_DIR}/{path.name}", size, sha256),
         kind="dump" if why_dump else "rdb",
         graph=source.graph,
         server={"address": source.address.display, "redis": versions.redis, "falkordb": versions.falkordb},
-        proof=UNVERIFIED,
+        proof=manifests.UNVERIFIED,
         proof_note="--no-verify",
         expires=expires,
         functions=connection.function_libraries(source.conn),

@@ -10,18 +10,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from lib.backup import manifest as manifests
 from lib.backup.catalog import Deployment, backup_sets, is_complete
-from lib.backup.manifest import (
-    CHECKED,
-    COLLECTION_ONLY,
-    FULL,
-    GRAPH_ONLY,
-    SAFETY_COPY,
-    UNVERIFIED,
-    VERIFICATION_LEVELS,
-    GraphComponent,
-    Manifest,
-)
+from lib.backup.manifest import GraphComponent, Manifest
 from lib.console import Console, size_text, table
 from lib.errors import DONE, FAILED, INTERRUPTED, REMAINING, VERIFICATION_FAILED, MigrationError, UsageProblem, one_line
 from lib.files import atomic_writer
@@ -37,9 +28,9 @@ if TYPE_CHECKING:
 
 # Of the kinds of sets that are never `latest`.
 _REMARKS = {
-    GRAPH_ONLY: "  graph only",
-    COLLECTION_ONLY: "  collection only",
-    SAFETY_COPY: "  safety copy: a restore took it of what it replaced",
+    manifests.GRAPH_ONLY: "  graph only",
+    manifests.COLLECTION_ONLY: "  collection only",
+    manifests.SAFETY_COPY: "  safety copy: a restore took it of what it replaced",
 }
 _SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
 
@@ -89,11 +80,11 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
         lines.append(_upload_line(uploaded))
     console.result(document, "\n".join(lines))
     for component in manifest.components:
-        if component.proof == CHECKED:
+        if component.proof == manifests.CHECKED:
             console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {one_line(component.proof_note)}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
-    if manifest.proof == UNVERIFIED:
+    if manifest.proof == manifests.UNVERIFIED:
         console.warn("the backup was not verified (--no-verify): re-embed will not rely on it")
         return REMAINING
     if lost:
@@ -281,16 +272,18 @@ def _samples(folder: Path, owner: Deployment, only: str | None, seconds: float, 
     Of a set only the stores count that the run backs up. Safety copies do not count.
     """
     found: _Samples = {"last_run_duration_seconds": [({}, round(seconds, 3))], "last_run_exit_code": [({}, code)]}
-    kind = {None: FULL, "falkordb": GRAPH_ONLY, "qdrant": COLLECTION_ONLY}[only]
+    kind = {None: manifests.FULL, "falkordb": manifests.GRAPH_ONLY, "qdrant": manifests.COLLECTION_ONLY}[only]
     absent: dict[str, Any] = {_LEFT_OUT[only]: None, "drift": None} if only else {}
     sets = (replace(one, **absent) for one in backup_sets(folder))
-    verified = (one for one in sets if one.kind == kind and one.proof != UNVERIFIED and not one.is_from_future)
+    verified = (
+        one for one in sets if one.kind == kind and one.proof != manifests.UNVERIFIED and not one.is_from_future
+    )
     manifest = next((one for one in verified if owner.owns(one) and is_complete(one)), None)
     if manifest is None:
         return found
     graph, collection, drift = manifest.graph, manifest.collection, manifest.drift
     found["last_success_timestamp_seconds"] = [({}, datetime.fromisoformat(manifest.created).timestamp())]
-    found["last_success_verification_level"] = [({}, VERIFICATION_LEVELS.index(manifest.proof))]
+    found["last_success_verification_level"] = [({}, manifests.VERIFICATION_LEVELS.index(manifest.proof))]
     sizes = [(one.file.name.partition("/")[0], one.file.size) for one in manifest.components]
     found["size_bytes"] = [({"component": store}, size) for store, size in sizes]
     if graph:

@@ -11,17 +11,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
+from lib.backup import catalog as catalogs
 from lib.backup.age import SUFFIX, CopyKeys
-from lib.backup.catalog import (
-    PIN,
-    REPORT_DIR,
-    Deployment,
-    delete_set,
-    manifests_named,
-    pinned_sets,
-    safety_copies,
-    with_purpose,
-)
+from lib.backup.catalog import PIN, Deployment, delete_set, manifests_named, pinned_sets, safety_copies, with_purpose
 from lib.backup.copies import Catalog, catalog_at, delete_copy, require_elsewhere
 from lib.backup.copy_store import open_offsite
 from lib.backup.manifest import UNVERIFIED, Manifest
@@ -142,9 +134,9 @@ def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -
         elif journal.age_hours <= PROTECTED_DAYS * 24:
             why = f"the undo of {journal.command} run {journal.run_id} names it"
             found = dict.fromkeys(_named(journal), why) | found
-    for path in (folder / REPORT_DIR).glob("*.json"):
+    for path in (folder / catalogs.REPORT_DIR).glob("*.json"):
         if path.stat().st_mtime >= time.time() - PROTECTED_DAYS * 86400:
-            found = dict.fromkeys(_sets_in(path), f"{REPORT_DIR}/{path.name} names it") | found
+            found = dict.fromkeys(_sets_in(path), f"{catalogs.REPORT_DIR}/{path.name} names it") | found
     newest = next((one.name for one in counted if one.collection and one.proof != UNVERIFIED), "")
     if finished and newest <= max(finished):
         why = "it undoes the newest re-embedding, and no newer verified set of the collection exists"
