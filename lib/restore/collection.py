@@ -196,18 +196,15 @@ def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None
     state = get_state(qdrant, name)
     if (state.size, state.distance) != (backup.snapshot.size, backup.snapshot.distance):
         raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d")
+    restored = f"{backup.path.name} restores without an error, but"
     if not backup.ids.complete:  # a bare snapshot lists no ids: those of its trial restore are expected
         if state.points < (backup.points or 0):
-            raise _points_lost(backup, f"with {state.points} of {backup.points} points")
+            raise BackupDamaged(f"{restored} with {state.points} of {backup.points} points")
         backup.ids.fill(point.id for page in scroll(qdrant, name) for point in page)
     with existing_points(qdrant, name, payload=False) as existing:
         missing = sum(1 for _ in orphan_ids(backup.ids, existing.payloads))
     if missing:
-        raise _points_lost(backup, f"{missing} of {len(backup.ids)} points are lost")
-
-
-def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
-    return BackupDamaged(f"{backup.path.name} restores without an error, but {how}")
+        raise BackupDamaged(f"{restored} {missing} of {len(backup.ids)} points are lost")
 
 
 def _sample(plan: RestorePlan) -> Sample:
@@ -286,7 +283,7 @@ def cut_over(
             plan.fetch(name, copies)
         else:
             plan.upload(name, second_upload, progress)
-        for stem in (second_upload, _old_stem(plan)):  # also what a killed run uploaded
+        for stem in (second_upload, f"{plan.trial}-old"):  # also what a killed run uploaded
             plan.delete_files(name, stem)
     except MigrationError:
         plan.drop_unusable()
@@ -299,7 +296,7 @@ def cut_over(
 
 def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> None:
     """After the cutover of `plan` failed: restore the old collection, which does not exist now, from `saved`."""
-    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(plan)
+    qdrant, name, stem = saved.target.qdrant, saved.target.collection, f"{plan.trial}-old"
     try:
         saved.upload(name, stem, None)
         saved.delete_files(name, stem)
@@ -308,11 +305,6 @@ def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> N
         saved.drop_unusable()
         raise
     saved.complete(aliases)
-
-
-def _old_stem(plan: RestorePlan) -> str:
-    """Under which the old collection's snapshots are uploaded when it is put back."""
-    return f"{plan.trial}-old"
 
 
 def is_absent(journal: Journal) -> bool:
