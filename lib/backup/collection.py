@@ -57,7 +57,7 @@ def verify_collection(
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
     counting: bool = True,
 ) -> CollectionVerification:
-    """Verify an archive, read once; fill `ids`. `passing` replaces the streams; `counting`: by Qdrant's engine."""
+    """Verify an archive; fill `ids`. `passing` replaces streams, `counting`: by the engine. Raises BackupDamaged."""
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
     with scratch_folder("segments-") as scratch, TemporaryIdTable() as own_ids:

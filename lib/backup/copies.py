@@ -333,7 +333,7 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or in `folder`. Those for another key are unreadable; AccessRefused if all of them are."""
+    """The sets at a URL, or in `folder`. Raises like `open_offsite` and `manifests`, AccessRefused if no key fits."""
     if not url:
         sets, damaged = read_sets(folder)
         automem = tuple(one.path for one in listed_files(folder))

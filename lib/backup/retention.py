@@ -68,7 +68,7 @@ def clean_up(
 def plan_cleanup(
     catalog: Catalog, rules: Mapping[str, int], owner: Deployment, folder: Path, targets: list[str]
 ) -> Cleanup:
-    """Choose the sets that a cleanup deletes. `rules`: the number of KEEP and of flags of PERIODS, for each kind."""
+    """Choose the sets that a cleanup deletes. `rules`: KEEP or a flag of PERIODS to its number. Raises UsageProblem."""
     for flag, count in rules.items():
         if count < 1:
             again = f"python scripts/backup_automem.py --cleanup {flag} 3 --dry-run"

@@ -303,13 +303,10 @@ def _templates() -> jinja2.Environment:
     templates = jinja2.Environment(
         loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters.update(count=_count, dollars=price_text, duration=_duration)
+    templates.filters.update(dollars=price_text, duration=_duration)
+    templates.filters["count"] = lambda number: f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
     templates.filters["moment"] = lambda text: datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
     return templates
-
-
-def _count(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
 
 
 def _duration(seconds: float) -> str:
