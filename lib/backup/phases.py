@@ -204,7 +204,10 @@ def restored_since(migration: Journal) -> bool:
 
 
 def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:
-    """The stamp that the newest run to recreate this collection journaled, for servers before 1.16; else empty."""
+    """The model stamp in the journal of the newest run that recreated this collection, for servers before 1.16.
+
+    Empty if that run was no migration, did not finish, or made vectors of another size.
+    """
     for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
         journal = read_journal(path)
         if journal is None or journal.targets[-1:] != [collection]:

@@ -238,7 +238,10 @@ def _is_result(ctx: Context, journal: Journal | None, state: CollectionState) ->
 
 
 def missing_if_current(ctx: Context, assessment: Assessment) -> Missing | None:
-    """Return the texts that a collection of this model and size lacks; None if a run would pay for those alone."""
+    """Return the texts that the collection lacks if it has this model and size already; None if it must be embedded.
+
+    Also None if a run would pay for nothing more than for those: it costs nothing and repairs what differs.
+    """
     live = assessment.live.state
     if live is None or assessment.journal is not None or not live.points:
         return None

@@ -290,7 +290,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Save the points without a memory in the cache, remove them. Returns how many. Raises like `orphan_points`."""
+    """Save in the cache, then remove, the points without a memory. Returns how many. Raises like `orphan_points`."""
     removed = 0
     with assess.orphan_points(ctx, state) as (without_memory, memories):
         for ids in without_memory.ids():

@@ -50,7 +50,10 @@ _EXAMPLES = 3
 def open_graph(
     source: AutoMemFile, target: GraphSource, engines: list[Engine], stop: CancelToken | None = None
 ) -> Iterator[tuple[GraphBackup, GraphFacts]]:
-    """Load a graph's file into the oldest engine. Raises BackupDamaged, NoEngine, UsageProblem."""
+    """Verify a graph's file while a scratch FalkorDB has it for the block: the oldest one, which most targets read.
+
+    Raises BackupDamaged, NoEngine, UsageProblem if the file is of another graph.
+    """
     if not engines:
         raise NoEngine(
             f"{source.display} can be restored only with a FalkorDB engine on this machine, and there is none",
@@ -100,7 +103,10 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
 
 @dataclass(frozen=True)
 class PointsPlan(RestorePlan):
-    """A file of points, upserted as the temporary collection, whose snapshot (or the same again) makes the live one."""
+    """A file of points: they are upserted into the temporary collection, and a snapshot of it takes the live name.
+
+    If the server cannot fetch that snapshot, and in a cluster, the live collection is filled as the temporary one was.
+    """
 
     @property
     def table(self) -> PointTable:

@@ -216,7 +216,7 @@ def _sample(plan: RestorePlan) -> Sample:
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
-    """Raise BackupDamaged, delete the collection, unless all ids, and payloads and vectors of a sample, match."""
+    """Delete the collection and raise BackupDamaged unless all ids, and a sample's payloads and vectors, match."""
     qdrant, name = plan.target.qdrant, plan.target.collection
     try:
         verify_restored(plan.backup, qdrant, name)
@@ -233,7 +233,7 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
 
 
 def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
-    """Restore under a temporary name and compare; a killed run's verified trial is used again. The caller drops it."""
+    """Restore under a temporary name, compare; use a killed run's verified trial. The caller drops a failed one."""
     qdrant, name = plan.target.qdrant, plan.trial
     if not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.
